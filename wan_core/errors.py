@@ -1,0 +1,137 @@
+"""Every error WanFit raises on purpose, and the one place that recognises "out of memory".
+
+    WanError
+    ├── InvalidRequest        a field of the job has a value that is not allowed
+    ├── ModelFileError        a file of the model cannot be used as it is
+    │   ├── MissingFile       a file or folder that must be there is not
+    │   ├── CorruptFile       truncated, half downloaded, or not what its name says
+    │   └── UnsafeFile        opening it would run code, or its name leaves its folder
+    ├── UnsupportedModel      readable, but not a model WanFit can run; the text says what it is
+    ├── ModelMismatch         two files, or a file and its config, do not belong together
+    ├── MissingDependency     a Python package is absent or broken
+    ├── DoesNotFit            no plan fits this machine, or memory ran out while carrying one out
+    ├── NonFiniteLatents      the model produced NaN or infinity
+    ├── JournalMismatch       a saved render was asked for, and the one there is another render
+    └── OutputError           a result could not be written
+
+A message has three parts: what was found (file or field, number), what is allowed, what to do.
+Interrupts (``KeyboardInterrupt``, ComfyUI's own) are never a ``WanError`` and pass untouched.
+This module imports nothing but the standard library.
+"""
+
+from __future__ import annotations
+
+
+class WanError(Exception):
+    """Base of all expected failures; ``generate`` reports these instead of raising them."""
+
+
+class InvalidRequest(WanError):
+    """A field of the job has a value that is not allowed; ``field`` names it."""
+
+    def __init__(self, message: str, *, field: str | None = None) -> None:
+        super().__init__(message)
+        self.field = field
+
+
+class ModelFileError(WanError):
+    """A file of the model cannot be used as it is."""
+
+
+class MissingFile(ModelFileError):
+    """A file or folder that must be there is not."""
+
+
+class CorruptFile(ModelFileError):
+    """A file is truncated, half downloaded, or not what its name says."""
+
+
+class UnsafeFile(ModelFileError):
+    """Opening the file would run code, or a name in it points outside its folder."""
+
+
+class UnsupportedModel(WanError):
+    """The file is readable but holds no model WanFit can run; the text says what it is."""
+
+
+class ModelMismatch(WanError):
+    """Two files, or a file and its config, do not belong together."""
+
+
+class MissingDependency(WanError):
+    """A Python package WanFit needs is absent or fails to import."""
+
+
+class DoesNotFit(WanError):
+    """No plan fits this machine, or memory ran out although one was expected to fit.
+
+    ``needed_bytes`` and ``available_bytes`` are None where they are not known.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        needed_bytes: int | None = None,
+        available_bytes: int | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.needed_bytes = needed_bytes
+        self.available_bytes = available_bytes
+
+
+class NonFiniteLatents(WanError):
+    """The model produced NaN or infinity; the render is stopped instead of saving a black video."""
+
+    def __init__(self, *, step: int, sigma: float, expert: str, dtype: str) -> None:
+        super().__init__(
+            f"The latents are not finite after step {step + 1} (sigma {sigma:.4f}, {expert}-noise "
+            f"expert, {dtype}). Weights or activations overflowed or the checkpoint holds NaN. "
+            "Try precision 'bf16' or 'fp32', and check that the file is complete."
+        )
+        self.step, self.sigma, self.expert, self.dtype = step, sigma, expert, dtype
+
+
+class JournalMismatch(WanError):
+    """A saved render was asked for (resume='must'), and the one that is there is another."""
+
+
+class OutputError(WanError):
+    """A result could not be written."""
+
+
+# What the backends say when memory runs out without raising torch.OutOfMemoryError.
+_OOM_TEXTS = (
+    "cuda error: out of memory",
+    "cuda out of memory",
+    "hip out of memory",
+    "hip error: out of memory",
+    "mps backend out of memory",
+    "xpu out of memory",
+    "defaultcpuallocator: can't allocate memory",
+    "defaultcpuallocator: not enough memory",
+    "cublas_status_alloc_failed",
+    "cudnn_status_alloc_failed",
+    "unable to allocate",
+)
+
+
+def is_oom(error: BaseException | None) -> bool:
+    """Say whether ``error``, or one it was raised from, means that memory ran out.
+
+    Recognised: ``torch.OutOfMemoryError``, ``MemoryError``, and the texts with which CUDA
+    (``AcceleratorError``), HIP, MPS and the CPU allocator report it; only the first of these
+    is an instance of ``torch.OutOfMemoryError``.
+    """
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        # By name: importing torch here would make every planning module pay for it.
+        names = {cls.__name__ for cls in type(error).__mro__}
+        if names & {"OutOfMemoryError", "MemoryError"}:
+            return True
+        text = str(error).lower()
+        if isinstance(error, RuntimeError) and any(mark in text for mark in _OOM_TEXTS):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
