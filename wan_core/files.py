@@ -1,0 +1,185 @@
+"""Contained paths, atomic writes, file identity. Standard library only.
+
+``contained_path`` decides which names taken from a file may become paths; ``atomic_write`` is the
+only way an output appears; ``file_identity`` says whether a file is still the one that was read.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import BinaryIO, Final
+
+from .errors import MissingFile, OutputError, UnsafeFile
+
+MAX_NAME: Final = 255
+"""Longest file name, in UTF-8 bytes, that common file systems take."""
+_DEVICES: Final = frozenset(
+    ["CON", "PRN", "AUX", "NUL", "CONIN$", "CONOUT$"]
+    + [f"{port}{digit}" for port in ("COM", "LPT") for digit in "0123456789¹²³"]
+)
+
+
+@dataclass(frozen=True, slots=True)
+class FileIdentity:
+    """Enough of a file's state to say that it has not been replaced."""
+
+    path: str
+    size: int
+    mtime_ns: int
+
+
+def file_identity(path: str | os.PathLike[str]) -> FileIdentity:
+    """Return path (absolute, links resolved), size in bytes and mtime of a file or folder.
+
+    Raises MissingFile when there is nothing to look at.
+    """
+    try:
+        status = os.stat(path)
+    except (OSError, ValueError) as err:
+        raise MissingFile(f"{os.fspath(path)!r} cannot be read: {_why(err)}.") from err
+    return FileIdentity(os.path.realpath(path), status.st_size, status.st_mtime_ns)
+
+
+def name_problem(name: object) -> str | None:
+    """Say why ``name`` may not become a relative path on any system, or None if it may.
+
+    The rules of Posix and of Windows both hold everywhere, so that a checkpoint made on one
+    system cannot reach out of its folder on the other.
+    """
+    if not isinstance(name, str):
+        return f"it is a {type(name).__name__}, not text"
+    if not name.strip():
+        return "it is blank"
+    if any(ord(char) < 32 or 127 <= ord(char) < 160 or char in "\u2028\u2029" for char in name):
+        return "it holds control characters"
+    if any(0xD800 <= ord(char) < 0xE000 for char in name):
+        return "it is not valid Unicode"
+    if "\\" in name or ":" in name:
+        return "it holds a backslash or a colon"
+    if PurePosixPath(name).is_absolute() or PureWindowsPath(name).anchor:
+        return "it is absolute"
+    return next(filter(None, map(_part_problem, name.split("/"))), None)
+
+
+def _part_problem(part: str) -> str | None:
+    if part in ("", ".", ".."):
+        return f"it has {part!r} as a part"
+    if part.endswith((".", " ")):
+        return "a part of it ends in a dot or blank"
+    if len(part.encode("utf-8")) > MAX_NAME:
+        return f"a part of it is longer than {MAX_NAME} bytes"
+    if part.split(".")[0].rstrip().upper() in _DEVICES:
+        return "it is a Windows device name"
+    return None
+
+
+def contained_path(
+    root: str | os.PathLike[str], name: object, *, allow_links: bool = False
+) -> Path:
+    """Join ``name`` to ``root`` if it names something inside ``root``, else raise UnsafeFile.
+
+    ``allow_links`` lets a link inside ``root`` point elsewhere: right for reading model files,
+    which people link to other disks, wrong for writing. ``~`` and ``%2e`` are never expanded.
+    """
+    problem = name_problem(name)
+    if problem:
+        raise UnsafeFile(
+            f"The name {_shown(name)} is refused: {problem}. Only plain names inside "
+            f"{os.fspath(root)!r} are allowed. Get the file from a source you trust."
+        )
+    joined = Path(root, str(name))
+    if not allow_links:
+        inside = os.path.realpath(root)
+        real = os.path.realpath(joined)
+        if os.path.commonpath([inside, real]) != inside:
+            raise UnsafeFile(
+                f"The name {_shown(name)} leads through a link to {real!r}, outside {inside!r}. "
+                "Remove the link or choose another folder."
+            )
+    return joined
+
+
+@contextlib.contextmanager
+def atomic_path(path: str | os.PathLike[str], *, expected_bytes: int = 0) -> Iterator[Path]:
+    """Yield a temporary path in the same folder that becomes ``path`` when the block succeeds.
+
+    The file is flushed to disk and renamed over ``path``; when the block raises, or the rename
+    fails, the temporary file is removed and an older file at ``path`` is untouched. Raises
+    OutputError when the folder cannot be written or has less than ``expected_bytes`` free.
+    """
+    target = Path(path)
+    _check_target(target, expected_bytes)
+    # The suffix is kept: encoders choose the container by it.
+    temporary = target.parent / f".wanfit-{secrets.token_hex(8)}{target.suffix[:16]}"
+    try:
+        # Not tempfile: it makes files private, and a result should have the rights of any new file.
+        os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+    except (OSError, ValueError) as err:
+        raise OutputError(f"Cannot write into {str(target.parent)!r}: {_why(err)}.") from err
+    try:
+        yield temporary
+        try:
+            _publish(temporary, target)
+        except OSError as err:
+            raise OutputError(f"Cannot write {str(target)!r}: {_why(err)}.") from err
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def atomic_write(
+    path: str | os.PathLike[str],
+    data: bytes | Callable[[BinaryIO], object],
+    *,
+    expected_bytes: int = 0,
+) -> None:
+    """Write ``data``, or what ``data(file)`` writes, so that ``path`` is whole or unchanged.
+
+    Raises OutputError, with the file's name, when the disk is full or the path is not writable.
+    """
+    if isinstance(data, bytes):
+        expected_bytes = max(expected_bytes, len(data))
+    with atomic_path(path, expected_bytes=expected_bytes) as temporary:
+        try:
+            with open(temporary, "wb") as file:
+                if isinstance(data, bytes):
+                    file.write(data)
+                else:
+                    data(file)
+        except OSError as err:
+            raise OutputError(f"Cannot write {os.fspath(path)!r}: {_why(err)}.") from err
+
+
+def _check_target(target: Path, expected_bytes: int) -> None:
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if target.is_dir():
+            raise OutputError(f"{str(target)!r} is a folder; name a file to write.")
+        free = shutil.disk_usage(target.parent).free
+    except (OSError, ValueError) as err:
+        raise OutputError(f"Cannot write {str(target)!r}: {_why(err)}.") from err
+    if free < expected_bytes:
+        raise OutputError(
+            f"{str(target)!r} needs {expected_bytes:,} bytes and {free:,} are free on that disk. "
+            "Free some space or choose another folder."
+        )
+
+
+def _publish(temporary: Path, target: Path) -> None:
+    with open(temporary, "rb+") as file:
+        os.fsync(file.fileno())
+    os.replace(temporary, target)
+
+
+def _why(err: BaseException) -> str:
+    return getattr(err, "strerror", None) or str(err) or type(err).__name__
+
+
+def _shown(name: object) -> str:
+    text = repr(name)
+    return text if len(text) <= 120 else text[:117] + "..."
