@@ -1,0 +1,245 @@
+"""Decides how a job is run on this machine: a pure function of model, job, machine and wishes.
+
+A ladder of plans is gone through from the fastest to the smallest; the first that fits is taken,
+and every decision comes with its reason in words. Nothing is allocated and no weight is read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+from .architecture import ModelArchitecture
+from .config import MemoryEstimate
+from .errors import DoesNotFit
+from .ladder import Limits, ladder
+from .memory import GIB, MIB, Choices, Job
+from .wishes import OptimizationConfig
+
+if TYPE_CHECKING:
+    from .hardware import SystemResources
+
+__all__ = ["OptimizationConfig", "OptimizationManager", "OptimizationPlan"]
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OptimizationPlan:
+    """How a job is run. ``estimate`` is what it is expected to need when run like this."""
+
+    device: str
+    dtypes: Mapping[str, str] = field(hash=False)
+    """Per part ("transformer", "transformer_2", "text_encoder", "vae", "image_encoder"): "fp32",
+    "bf16" or "fp16"."""
+    offload: str
+    """"none", "model" or "sequential"; see ``offload_of`` for one part."""
+    estimate: MemoryEstimate
+    reasons: tuple[str, ...] = ()
+    window_frames: int | None = None
+    """Video frames a denoising window holds; None: the whole clip at once."""
+    window_overlap: int = 16
+    part_offload: Mapping[str, str] = field(default_factory=dict, hash=False)
+    """Parts that are placed otherwise than ``offload`` says."""
+    resident_blocks: int | None = None
+    stream: bool = False
+    lean: bool = False
+    fp8_storage: bool = False
+
+    def offload_of(self, part: str) -> str:
+        """Return how one part is placed: "none", "model" or "sequential"."""
+        return self.part_offload.get(part, self.offload)
+
+    @property
+    def precision(self) -> str:
+        """Return the dtype the transformer computes in."""
+        return self.dtypes["transformer"]
+
+    @property
+    def applied(self) -> tuple[str, ...]:
+        """Return what was chosen, in short words for a report."""
+        words = [f"precision {self.precision}", f"vae {self.dtypes['vae']}"]
+        words.append(f"offload {self.offload}")
+        words += [f"{part} {how}" for part, how in self.part_offload.items()]
+        if self.stream:
+            words.append(f"{self.resident_blocks} blocks resident, the rest streamed")
+        words += ["lean forward"] * self.lean + ["fp8 storage"] * self.fp8_storage
+        if self.window_frames is not None:
+            words.append(f"windows of {self.window_frames} frames, {self.window_overlap} shared")
+        return tuple(words)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values, ready for JSON."""
+        names = ("device", "offload", "window_frames", "window_overlap", "resident_blocks")
+        plain: dict[str, Any] = {name: getattr(self, name) for name in names}
+        flags = {name: getattr(self, name) for name in ("stream", "lean", "fp8_storage")}
+        return plain | flags | {
+            "dtypes": dict(self.dtypes),
+            "part_offload": dict(self.part_offload),
+            "reasons": list(self.reasons),
+            "estimate": self.estimate.to_dict(),
+        }
+
+
+class OptimizationManager:
+    """Looks at the machine and recommends a plan. Holds no state."""
+
+    def analyze_system_resources(
+        self, device: str | None = None, *, evictable_bytes: int = 0, ram_evictable_bytes: int = 0
+    ) -> SystemResources:
+        """Return what this machine has; see ``hardware.system_resources``."""
+        from .hardware import system_resources
+
+        return system_resources(
+            device, evictable_bytes=evictable_bytes, ram_evictable_bytes=ram_evictable_bytes
+        )
+
+    def recommend_optimizations(
+        self,
+        architecture: ModelArchitecture,
+        job: Job,
+        system: SystemResources,
+        requested: OptimizationConfig | None = None,
+    ) -> OptimizationPlan:
+        """Return the fastest plan that fits and that ``requested`` allows.
+
+        A choice the user made is kept. Raises DoesNotFit with the bytes needed and available and
+        the largest clip that would fit; InvalidRequest where the device has less than
+        ``min_vram_mb``.
+        """
+        wishes = requested or OptimizationConfig()
+        wishes.check_device(system)
+        limits = Limits.of(system, wishes)
+        smallest: tuple[Choices, MemoryEstimate] | None = None
+        for choices, found in ladder(architecture, job, system, wishes, limits):
+            if limits.admit(found):
+                return _plan(job, system, choices, found)
+            if smallest is None or found.peak_usage_mb < smallest[1].peak_usage_mb:
+                smallest = choices, found
+        assert smallest is not None
+        if _obeyed(smallest[1], system, wishes):
+            found = _with_warning(smallest[1], limits)
+            return _plan(job, system, smallest[0], found)
+        raise _does_not_fit(architecture, job, system, wishes, smallest[1], limits)
+
+    def estimate(
+        self,
+        architecture: ModelArchitecture,
+        job: Job,
+        system: SystemResources,
+        requested: OptimizationConfig | None = None,
+    ) -> MemoryEstimate:
+        """Return what the recommended plan needs; where none fits, the smallest one's needs.
+
+        Like ``recommend_optimizations``, but a job that does not fit is an estimate with
+        ``fits`` False and the explanation among its warnings.
+        """
+        try:
+            return self.recommend_optimizations(architecture, job, system, requested).estimate
+        except DoesNotFit as error:
+            wishes = requested or OptimizationConfig()
+            limits = Limits.of(system, wishes)
+            ways = ladder(architecture, job, system, wishes, limits)
+            least = min((found for _, found in ways), key=lambda found: found.peak_usage_mb)
+            return replace(least, fits=False, warnings=(*least.warnings, str(error)))
+
+
+def _obeyed(found: MemoryEstimate, system: SystemResources, wishes: OptimizationConfig) -> bool:
+    """Say whether a placement that was asked for is tried although it seems not to fit.
+
+    An estimate can be wrong by less than what others hold on the device; beyond the device's
+    own size, or a cap, there is nothing to try.
+    """
+    if wishes.offload == "auto" or wishes.vram_limit_gb or wishes.ram_limit_gb:
+        return False
+    return found.peak_usage_mb * MIB <= system.device_total_bytes
+
+
+def _with_warning(found: MemoryEstimate, limits: Limits) -> MemoryEstimate:
+    text = (
+        f"{found.peak_usage_mb / 1024:.1f} GiB are expected to be needed and "
+        f"{limits.device / GIB:.1f} GiB can be used; run all the same because the offload was "
+        "asked for. Choose offload 'auto' if memory runs out."
+    )
+    return replace(found, fits=False, warnings=(*found.warnings, text))
+
+
+def _plan(
+    job: Job, system: SystemResources, choices: Choices, found: MemoryEstimate
+) -> OptimizationPlan:
+    return OptimizationPlan(
+        device=system.device,
+        dtypes=MappingProxyType(dict(choices.dtypes)),
+        offload=choices.offload,
+        part_offload=MappingProxyType(dict(choices.part_offload)),
+        estimate=found,
+        reasons=found.reasons,
+        window_frames=choices.window_frames or job.window_frames,
+        window_overlap=choices.window_overlap if choices.window_frames else job.window_overlap,
+        resident_blocks=choices.resident_blocks,
+        stream=choices.stream,
+        lean=choices.lean,
+        fp8_storage=choices.fp8_storage,
+    )
+
+
+def _does_not_fit(
+    architecture: ModelArchitecture, job: Job, system: SystemResources,
+    wishes: OptimizationConfig, smallest: MemoryEstimate, limits: Limits,
+) -> DoesNotFit:  # fmt: skip
+    def fits(smaller: Job) -> bool:
+        ways = ladder(architecture, smaller, system, wishes, limits)
+        return any(limits.admit(found) for _, found in ways)
+
+    needed, there = int(smallest.peak_usage_mb * MIB), limits.device
+    where = "RAM" if system.device_kind == "cpu" else system.device_name
+    if needed <= there:  # it is the RAM that is short
+        needed, there, where = int(smallest.host_ram_mb * MIB), limits.ram, "RAM"
+    stage = max(smallest.stages, key=lambda found: found.device_bytes).name
+    return DoesNotFit(
+        f"{job.num_frames} frames of {job.width}x{job.height} with {architecture.variant.title} "
+        f"need {needed / GIB:.1f} GiB (stage {stage}) in the smallest way there is, and "
+        f"{there / GIB:.1f} GiB of {where} can be used{limits.why}. "
+        + largest_that_fits(job, architecture.size_multiple, fits),
+        needed_bytes=needed,
+        available_bytes=there,
+    )
+
+
+def largest_that_fits(job: Job, multiple: int, fits: Callable[[Job], bool]) -> str:
+    """Name the longest clip of this size and the largest size of this length that fit.
+
+    ``fits(job)`` must be monotone: a shorter or smaller job never needs more.
+    """
+    low, high = 0, (job.num_frames - 1) // 4  # latent frames after the first
+    if not fits(replace(job, num_frames=1)):
+        found = []
+    else:
+        while low < high:
+            middle = (low + high + 1) // 2
+            if fits(replace(job, num_frames=4 * middle + 1)):
+                low = middle
+            else:
+                high = middle - 1
+        found = [f"{_frames(4 * low + 1)} at {job.width}x{job.height}"]
+    sizes = [
+        (width, max(multiple, round(width * job.height / job.width / multiple) * multiple))
+        for width in range(job.width - multiple, multiple - 1, -multiple)
+    ]
+    first, last = 0, len(sizes)
+    while first < last:
+        middle = (first + last) // 2
+        width, height = sizes[middle]
+        if fits(replace(job, width=width, height=height)):
+            last = middle
+        else:
+            first = middle + 1
+    if first < len(sizes):
+        width, height = sizes[first]
+        found.append(f"{_frames(job.num_frames)} at {width}x{height}")
+    if not found:
+        return "No length or size of this model fits; free memory or take a smaller model."
+    return f"What would fit: {' or '.join(found)}."
+
+
+def _frames(count: int) -> str:
+    return "1 frame" if count == 1 else f"{count} frames"

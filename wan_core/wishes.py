@@ -1,0 +1,113 @@
+"""What a user asks of the plan: checked values with names, nothing decided yet."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import TYPE_CHECKING, Any
+
+from .errors import InvalidRequest
+
+if TYPE_CHECKING:
+    from .hardware import SystemResources
+    from .memory import Job
+
+PRECISIONS = ("auto", "bf16", "fp16", "fp32", "stored")
+OFFLOADS = ("auto", "none", "model", "sequential")
+_MIB = 2**20
+_OVERLAP = 16
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OptimizationConfig:
+    """Wishes for a plan; what is "auto" or None is decided from model, job and machine.
+
+    Raises InvalidRequest, naming field, value and what is allowed, when made with a bad value.
+    """
+
+    precision: str = "auto"
+    """What the transformer computes in: "auto", "bf16", "fp16", "fp32", "stored" (the file's)."""
+    offload: str = "auto"
+    """"none" (all on the device), "model" (one part at a time), "sequential" (one layer)."""
+    device: str | None = None
+    """"cuda:0", "cpu", "mps" …; None takes the first GPU, or the CPU."""
+    vram_limit_gb: float | None = None
+    """Most GiB of the device the plan may use."""
+    ram_limit_gb: float | None = None
+    """Most GiB of RAM the plan may use."""
+    chunk_size: int | None = None
+    """Latent frames (4 video frames each) of the windows the plan may fall back to when the clip
+    does not fit as a whole. None: never, because windows change the result."""
+    min_vram_mb: float | None = None
+    """Refuse a GPU that has less memory than this, in MiB. Does not apply to a CPU."""
+
+    def __post_init__(self) -> None:
+        _choice("precision", self.precision, PRECISIONS)
+        _choice("offload", self.offload, OFFLOADS)
+        if self.device is not None and not (isinstance(self.device, str) and self.device):
+            raise _bad("device", self.device, 'a name like "cuda:0" or "cpu", or None')
+        for name in ("vram_limit_gb", "ram_limit_gb", "min_vram_mb"):
+            _positive(name, getattr(self, name))
+        size = self.chunk_size
+        if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 2):
+            raise _bad("chunk_size", size, "a whole number of latent frames, 2 or more, or None")
+
+    @staticmethod
+    def from_mapping(mapping: Mapping[str, Any]) -> OptimizationConfig:
+        """Build from a dictionary; raises InvalidRequest for an unknown key or a bad value."""
+        if not isinstance(mapping, Mapping):
+            raise _bad("optimization_config", mapping, "an object with keys and values")
+        known = [field.name for field in fields(OptimizationConfig)]
+        for key in mapping:
+            if key not in known:
+                raise InvalidRequest(
+                    f"optimization_config has the key {key!r}; known are {', '.join(known)}.",
+                    field=str(key),
+                )
+        return OptimizationConfig(**mapping)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values, ready for JSON and for ``from_mapping``."""
+        return asdict(self)
+
+    def check_device(self, system: SystemResources) -> None:
+        """Raise InvalidRequest where the device has less memory than ``min_vram_mb``."""
+        if self.min_vram_mb is None or system.device_kind == "cpu":
+            return
+        there = system.device_total_bytes / _MIB
+        if there < self.min_vram_mb:
+            raise InvalidRequest(
+                f"min_vram_mb is {self.min_vram_mb:g}, and {system.device_name} has "
+                f"{there:.0f} MiB. Use a larger GPU, or lower min_vram_mb.",
+                field="min_vram_mb",
+            )
+
+    def fallback_window(self, job: Job) -> int | None:
+        """Return the video frames of the windows to fall back to, or None where there are none."""
+        if self.chunk_size is None:
+            return None
+        frames = 4 * (self.chunk_size - 1) + 1
+        longest = job.window_frames or job.num_frames
+        return frames if frames < longest else None
+
+    def overlap_for(self, job: Job, window: int | None) -> int:
+        """Return the frames that fallback windows share: the job's, at most half a window."""
+        if window is None:
+            return job.window_overlap
+        return min(job.window_overlap, max(1, (window - 1) // 8) * 4)
+
+
+def _choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise _bad(name, value, f"one of {', '.join(allowed)}")
+
+
+def _positive(name: str, value: object) -> None:
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+        raise _bad(name, value, "a number above 0, or None")
+
+
+def _bad(name: str, value: object, allowed: str) -> InvalidRequest:
+    return InvalidRequest(f"{name} is {value!r}; allowed is {allowed}.", field=name)
