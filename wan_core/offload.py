@@ -1,0 +1,275 @@
+"""Carries out placement: what is attached to a module here is always detached again.
+
+Three means, chosen by the plan: ``none`` (moved to the device and left there), ``model`` (on the
+device for one stage) and ``sequential`` (leaf by leaf, through accelerate's hooks). None changes
+a bit of a parameter: weights are read-only, so leaving a device puts the host's tensors back
+instead of copying the device's.
+
+One module may serve two threads. Threads that ask for the same placement share it; others wait
+until the module is free, because a module can only be in one place.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from types import TracebackType
+from typing import Literal
+
+import torch
+from torch import nn
+
+from .errors import InvalidRequest, MissingDependency
+
+Mode = Literal["none", "model", "sequential"]
+MODES: tuple[str, ...] = ("none", "model", "sequential")
+
+_WAIT_SECONDS = 0.2  # how often a waiting thread wakes, so that an interrupt reaches it
+
+
+class Undo:
+    """A stack of steps that take something off again: run in reverse, all of them, always.
+
+    Used as a context manager. The error of the body wins over errors of the steps, which are
+    added to it as notes; without one, the first step's error is raised and the others are its
+    notes. An interrupt that arrives during a step is raised after the last step.
+    """
+
+    def __init__(self) -> None:
+        self._steps: list[Callable[[], object]] = []
+
+    def push(self, step: Callable[[], object]) -> None:
+        """Add a step; it runs before all steps added earlier."""
+        self._steps.append(step)
+
+    def run(self) -> list[BaseException]:
+        """Run and forget every step; return what they raised, in order."""
+        raised: list[BaseException] = []
+        while self._steps:
+            try:
+                self._steps.pop()()
+            except BaseException as error:  # noqa: BLE001 - the remaining steps must still run
+                raised.append(error)
+        return raised
+
+    def __enter__(self) -> Undo:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        raised = self.run()
+        interrupts = [one for one in raised if not isinstance(one, Exception)]
+        main = error if error is not None and not isinstance(error, Exception) else None
+        main = main or (interrupts[0] if interrupts else None) or error
+        main = main or (raised[0] if raised else None)
+        if main is None:
+            return
+        for one in raised:
+            if one is not main:
+                main.add_note(f"While detaching: {type(one).__name__}: {one}")
+        if main is not error:
+            raise main
+
+
+@dataclass
+class _Residence:
+    """Where one module is now, and for whom."""
+
+    changed: threading.Condition = field(default_factory=threading.Condition)
+    mode: str = ""
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    users: list[int] = field(default_factory=list)
+    undo: Undo = field(default_factory=Undo)
+
+
+_residences: weakref.WeakKeyDictionary[nn.Module, _Residence] = weakref.WeakKeyDictionary()
+_residences_lock = threading.Lock()
+
+
+def _residence_of(module: nn.Module) -> _Residence:
+    with _residences_lock:
+        return _residences.setdefault(module, _Residence())
+
+
+@contextmanager
+def place(module: nn.Module, mode: str, device: torch.device | str) -> Iterator[nn.Module]:
+    """Have ``module`` compute on ``device`` inside the ``with`` block, placed as ``mode`` says.
+
+    "none" moves it to the device and leaves it there; "model" moves it there and puts it back on
+    the host; "sequential" leaves it on the host and brings each leaf's weights for that leaf's
+    forward. Parameters stay the same objects with the same values; hooks are gone afterwards,
+    after an error or an interrupt too. A thread that asks for another placement than the one in
+    use waits for it to end. Raises InvalidRequest for an unknown mode, MissingDependency when
+    accelerate is absent, RuntimeError when this thread holds the module in another placement.
+    """
+    if mode not in MODES:
+        raise InvalidRequest(
+            f"offload is {mode!r}; allowed here are {', '.join(MODES)}.", field="offload"
+        )
+    residence = _residence_of(module)
+    me = threading.get_ident()
+    _enter(residence, me, module, mode, torch.device(device))
+    try:
+        yield module
+    except BaseException as error:
+        _leave(residence, me, error)
+        raise
+    else:
+        _leave(residence, me, None)
+
+
+def _enter(
+    residence: _Residence, me: int, module: nn.Module, mode: str, device: torch.device
+) -> None:
+    with residence.changed:
+        while residence.users:
+            same = residence.mode == mode and residence.device == device
+            # Leaf hooks hold one leaf's weights at a time: two threads would take each other's.
+            if same and mode != "sequential":
+                break
+            if me in residence.users:
+                raise RuntimeError(
+                    f"{type(module).__name__} is already placed as {residence.mode!r} on "
+                    f"{residence.device} by this thread; leave that placement before asking for "
+                    f"{mode!r} on {device}."
+                )
+            residence.changed.wait(_WAIT_SECONDS)
+        if not residence.users:
+            _attach(residence.undo, module, mode, device)
+            residence.mode, residence.device = mode, device
+        residence.users.append(me)
+
+
+def _leave(residence: _Residence, me: int, error: BaseException | None) -> None:
+    with residence.changed:
+        residence.users.remove(me)
+        try:
+            if not residence.users:
+                kind = type(error) if error else None
+                residence.undo.__exit__(kind, error, None)
+        finally:
+            residence.changed.notify_all()
+
+
+def _attach(undo: Undo, module: nn.Module, mode: str, device: torch.device) -> None:
+    """Put the module where ``mode`` wants it; on failure everything is as before."""
+    try:
+        if mode != "none" and _device_of(module) not in (torch.device("cpu"), device):
+            move(module, "cpu")  # left elsewhere by an earlier "none"
+        if mode == "sequential":
+            _attach_sequential(undo, module, device)
+        elif mode == "model":
+            _remember(undo, module)
+            move(module, device)
+        else:
+            move(module, device)
+    except BaseException as error:
+        undo.__exit__(type(error), error, None)
+        raise
+
+
+def move(module: nn.Module, device: torch.device | str) -> None:
+    """Move parameters and buffers to ``device``; all of them or, on an error, none.
+
+    Parameters stay the same objects, non-persistent buffers come along.
+    """
+    undo = Undo()
+    _remember(undo, module)
+    try:
+        for parameter in module.parameters():
+            parameter.data = _sent(parameter.data, device)
+        for owner in module.modules():
+            for name, buffer in owner._buffers.items():
+                if buffer is not None:
+                    owner._buffers[name] = _sent(buffer, device)
+    except BaseException as error:
+        undo.__exit__(type(error), error, None)
+        raise
+
+
+def _sent(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
+    return tensor.to(device)
+
+
+def _device_of(module: nn.Module) -> torch.device:
+    for tensor in (*module.parameters(), *module.buffers()):
+        return tensor.device
+    return torch.device("cpu")
+
+
+def _remember(undo: Undo, module: nn.Module) -> None:
+    """Push a step that gives the module back its very parameters, tensors and buffers."""
+    slots = [
+        (owner, dict(owner._parameters), dict(owner._buffers)) for owner in module.modules()
+    ]
+    tensors = [(parameter, parameter.data) for parameter in module.parameters()]
+
+    def restore() -> None:
+        for parameter, data in tensors:
+            parameter.data = data
+        for owner, parameters, buffers in slots:
+            owner._parameters.update(parameters)
+            owner._buffers.update(buffers)
+
+    undo.push(restore)
+
+
+def _attach_sequential(undo: Undo, module: nn.Module, device: torch.device) -> None:
+    """Leaf-level offload as diffusers does it: accelerate's ``cpu_offload`` on the module."""
+    try:
+        from accelerate import cpu_offload
+        from accelerate.hooks import remove_hook_from_module
+    except ImportError as error:
+        raise MissingDependency(
+            "offload 'sequential' needs the package accelerate, which cannot be imported "
+            f"({error}). Install it, or choose offload 'model'."
+        ) from error
+    _remember(undo, module)
+    for owner in module.modules():
+        undo.push(_forward_restorer(owner))
+    for owner in module.modules():
+        # One step per module: a hook that fails to detach must not keep the others attached.
+        undo.push(partial(remove_hook_from_module, owner))
+    cpu_offload(module, execution_device=device, offload_buffers=bool(module._parameters))
+
+
+def _forward_restorer(owner: nn.Module) -> Callable[[], None]:
+    """Make the step that drops what accelerate wrote into one module's instance dictionary."""
+    names = ("forward", "_old_forward", "_hf_hook")
+    before = {name: owner.__dict__[name] for name in names if name in owner.__dict__}
+
+    def restore() -> None:
+        for name in names:
+            owner.__dict__.pop(name, None)
+        owner.__dict__.update(before)
+
+    return restore
+
+
+@contextmanager
+def block_hooks(transformer: nn.Module, on_block: Callable[[], object]) -> Iterator[None]:
+    """Call ``on_block`` before each transformer block this thread runs, to look for interrupts.
+
+    What ``on_block`` raises leaves the forward unchanged. Blocks are the module list ``blocks``;
+    hooks of other threads that render through the same module are not called here, nor ours there.
+    """
+    me = threading.get_ident()
+
+    def before_block(block: nn.Module, args: object) -> None:
+        if threading.get_ident() == me:
+            on_block()
+
+    with Undo() as undo:
+        blocks = transformer.blocks
+        assert isinstance(blocks, nn.ModuleList)
+        for block in blocks:
+            undo.push(block.register_forward_pre_hook(before_block).remove)
+        yield
