@@ -1,0 +1,238 @@
+"""The denoising loop: noise in, latents out, with diffusers' transformers and schedulers.
+
+Equal to diffusers' ``WanPipeline`` and ``WanImageToVideoPipeline`` bit for bit where the clip is
+seen whole. Knows nothing of files, devices or offloading: the model it is given is ready to be
+called. Latents are (B, C, T, h, w), float32, normalised.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .errors import InvalidRequest, NonFiniteLatents
+from .windows import Window, WindowPlan
+
+
+def _nothing(*_: object) -> None:
+    return None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Signals:
+    """What the loop tells its caller. Whatever one of these raises leaves the loop unchanged."""
+
+    step: Callable[[int, Tensor], object] = _nothing
+    """After step i, with the latents."""
+    preview: Callable[[int, Tensor], object] | None = None
+    """After step i, with the predicted clean latents; costs one subtraction when set."""
+    window: Callable[[int, int], object] = _nothing
+    """Before window i of n within a step."""
+    check: Callable[[], object] = _nothing
+    """Before every model call."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Conditions:
+    """What the model is told besides the latents. All on the model's device.
+
+    ``concat`` (B, 20, T, h, w) is mask and latents of the image-to-video models;
+    ``first_frame`` (B, C, 1, h, w) the latents the 5B holds fixed as frame 0;
+    ``image_embeds`` (B, 257, image_dim), or (2B, 257, image_dim) with a last image, is CLIP's.
+    """
+
+    prompt_embeds: Tensor
+    negative_prompt_embeds: Tensor | None = None
+    image_embeds: Tensor | None = None
+    concat: Tensor | None = None
+    first_frame: Tensor | None = None
+
+    def window(self, indices: Sequence[int]) -> Conditions:
+        """Return the conditions of the frames with these absolute indices."""
+        if self.concat is None:
+            return self
+        return replace(self, concat=self.concat[:, :, list(indices)])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Expert:
+    """One transformer and how strongly it is guided. ``name`` is "only", "high" or "low"."""
+
+    name: str
+    model: Callable[..., Any]
+    dtype: torch.dtype
+    guidance_scale: float
+    per_token_timesteps: bool = False
+    """True passes the 5B one timestep per token also where all are equal, as diffusers does;
+    False one per sample: the same within rounding, and half the memory."""
+
+    @property
+    def guided(self) -> bool:
+        """Whether the unconditional pass is needed."""
+        return self.guidance_scale > 1.0
+
+
+def hold_first_frame(latents: Tensor, conditions: Conditions) -> Tensor:
+    """Put the given first frame back into the latents, as the 5B's image-to-video asks.
+
+    Multiplied by a mask, not assigned, so that signed zeros and NaN behave as in diffusers.
+    """
+    if conditions.first_frame is None:
+        return latents
+    mask = _first_frame_mask(latents)
+    return (1 - mask) * conditions.first_frame + mask * latents
+
+
+def _first_frame_mask(latents: Tensor) -> Tensor:
+    """Ones (1, 1, T, h, w) with zeros in frame 0."""
+    mask = torch.ones((1, 1, *latents.shape[2:]), dtype=torch.float32, device=latents.device)
+    mask[:, :, 0] = 0
+    return mask
+
+
+def _model_inputs(
+    latents: Tensor, timestep: Tensor, expert: Expert, conditions: Conditions, first_at: int | None
+) -> tuple[Tensor, Tensor]:
+    """Return the transformer's input latents and its timesteps, (B,) or (B, tokens).
+
+    ``first_at`` says where absolute frame 0 lies among these latents, if it does.
+    """
+    batch = latents.shape[0]
+    if conditions.concat is not None:
+        latents = torch.cat([latents, conditions.concat], dim=1)
+        return latents.to(expert.dtype), timestep.expand(batch)
+    if conditions.first_frame is not None and first_at is not None:
+        mask = torch.ones((1, 1, *latents.shape[2:]), device=latents.device)
+        mask[:, :, first_at] = 0
+        latents = (1 - mask) * conditions.first_frame + mask * latents
+    elif expert.per_token_timesteps:
+        mask = torch.ones((1, 1, *latents.shape[2:]), device=latents.device)
+    else:
+        return latents.to(expert.dtype), timestep.expand(batch)
+    # The 5B patches 2x2 latent pixels into a token; tokens of a given frame are at t = 0.
+    per_token = (mask[0][0][:, ::2, ::2] * timestep).flatten()
+    return latents.to(expert.dtype), per_token.unsqueeze(0).expand(batch, -1)
+
+
+def predict(
+    latents: Tensor,
+    timestep: Tensor,
+    expert: Expert,
+    conditions: Conditions,
+    *,
+    first_at: int | None = 0,
+    check: Callable[[], object] = _nothing,
+) -> Tensor:
+    """Return the guided velocity (B, C, T, h, w) in the model's dtype.
+
+    Guidance is v_u + s (v_c - v_u) (Ho and Salimans 2022), two passes one after the other; a
+    scale of 1 or less makes one pass.
+    """
+    hidden_states, timesteps = _model_inputs(latents, timestep, expert, conditions, first_at)
+
+    def velocity(embeds: Tensor) -> Tensor:
+        check()
+        output: Tensor = expert.model(
+            hidden_states=hidden_states,
+            timestep=timesteps,
+            encoder_hidden_states=embeds,
+            encoder_hidden_states_image=conditions.image_embeds,
+            return_dict=False,
+        )[0]
+        return output
+
+    conditional = velocity(conditions.prompt_embeds)
+    if not expert.guided:
+        return conditional
+    if conditions.negative_prompt_embeds is None:
+        raise InvalidRequest(
+            f"The {expert.name} expert has guidance_scale {expert.guidance_scale}, but there are "
+            "no negative embeddings; pass negative_prompt_embeds or a guidance_scale of 1.",
+            field="negative_prompt_embeds",
+        )
+    unconditional = velocity(conditions.negative_prompt_embeds)
+    return unconditional + expert.guidance_scale * (conditional - unconditional)
+
+
+def predict_windows(
+    latents: Tensor,
+    timestep: Tensor,
+    expert: Expert,
+    conditions: Conditions,
+    windows: Sequence[tuple[Window, Sequence[float]]],
+    signals: Signals,
+) -> Tensor:
+    """Predict window by window and fuse in float32; weights per frame sum to 1.
+
+    Windows are added in the order given, so each frame's sum has a fixed order.
+    """
+    fused = torch.zeros_like(latents, dtype=torch.float32)
+    for number, (window, weights) in enumerate(windows):
+        signals.window(number, len(windows))
+        index = torch.tensor(window.indices, device=latents.device)
+        first_at = window.indices.index(0) if 0 in window.indices else None
+        velocity = predict(
+            latents.index_select(2, index),
+            timestep,
+            expert,
+            conditions.window(window.indices),
+            first_at=first_at,
+            check=signals.check,
+        )
+        scale = torch.tensor(weights, dtype=torch.float32, device=latents.device)
+        fused.index_add_(2, index, velocity.float() * scale.view(1, 1, -1, 1, 1))
+    return fused
+
+
+@dataclass(slots=True, kw_only=True)
+class DenoiseState:
+    """Latents and how many steps are behind them; what a continued run starts from."""
+
+    latents: Tensor
+    next_step: int
+    finished: list[int] = field(default_factory=list)
+    """Steps made so far, in order; a step appears once unless it was made twice."""
+
+
+def denoise_steps(
+    state: DenoiseState,
+    steps: range,
+    expert: Expert,
+    scheduler: Any,
+    conditions: Conditions,
+    *,
+    windows: WindowPlan | None = None,
+    signals: Signals | None = None,
+) -> DenoiseState:
+    """Make ``steps`` with one expert; ``state`` is moved on after every finished step.
+
+    ``scheduler`` is a diffusers scheduler with its timesteps set; its begin index is set by the
+    caller. A step that raises leaves ``state`` as it was before that step. Raises
+    NonFiniteLatents where the model's output is not finite.
+    """
+    signals = signals or Signals()
+    for i in steps:
+        timestep = scheduler.timesteps[i]
+        latents = state.latents
+        if windows is None or windows.count == 1:
+            velocity = predict(latents, timestep, expert, conditions, check=signals.check)
+        else:
+            parts = tuple(zip(windows.windows(i), windows.normalised(i), strict=True))
+            velocity = predict_windows(latents, timestep, expert, conditions, parts, signals)
+        sigma = float(scheduler.sigmas[i])
+        clean = latents - sigma * velocity if signals.preview is not None else None
+        latents = scheduler.step(velocity, timestep, latents, return_dict=False)[0]
+        if not torch.isfinite(latents).all():
+            raise NonFiniteLatents(
+                step=i, sigma=sigma, expert=expert.name, dtype=str(expert.dtype).split(".")[-1]
+            )
+        state.latents, state.next_step = latents, i + 1
+        state.finished.append(i)
+        if signals.preview is not None and clean is not None:
+            signals.preview(i, clean)
+        signals.step(i, latents)
+    return state

@@ -1,0 +1,191 @@
+"""A job carried out: stages in order, one timeline, a result that says what happened.
+
+Left of the plan (``resolve``, ``recommend_optimizations``) nothing is loaded; ``render`` carries
+the plan out.
+"""
+
+from __future__ import annotations
+
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from .architecture import ModelArchitecture
+from .cache import ComponentCache
+from .config import GenerationConfig, MemoryEstimate, VideoGenerationResult
+from .errors import DoesNotFit, is_oom
+from .memory import Job
+from .monitor import Timeline, format_report
+from .plan import OptimizationConfig, OptimizationManager, OptimizationPlan
+from .render import Callbacks, Render
+from .request import Request, resolve
+
+_LOCK_WAIT_SECONDS = 0.1
+
+
+class WanPipelineWrapper:
+    """One loaded pipeline: a description of files and wishes; weights live in the cache.
+
+    Made by ``WanPipelineLoader.load_wan_pipeline``. Safe to use from several threads; renders
+    that share a cache run one after the other.
+    """
+
+    def __init__(
+        self,
+        architecture: ModelArchitecture,
+        *,
+        optimization: OptimizationConfig,
+        cache: ComponentCache,
+        keep_components: bool = True,
+    ) -> None:
+        self.architecture = architecture
+        self.optimization = optimization
+        self._cache = cache
+        self._keep = keep_components
+        self._manager = OptimizationManager()
+        self._stats: dict[str, Any] = {"runs": 0, "failed": 0, "seconds": 0.0, "last": None}
+
+    def plan(self, config: GenerationConfig) -> tuple[Request, OptimizationPlan]:
+        """Resolve a job and decide how to run it, from headers alone; loads nothing.
+
+        Raises InvalidRequest for a value that is not allowed and DoesNotFit where no plan fits.
+        """
+        request = resolve(config, self.architecture)
+        wishes = self.optimization
+        if config.precision_override is not None:
+            wishes = replace(wishes, precision=config.precision_override)
+        job = _job(request, config)
+        system = self._manager.analyze_system_resources(wishes.device)
+        if not config.enable_optimizations:
+            wishes = replace(wishes, offload="none")
+        return request, self._manager.recommend_optimizations(
+            self.architecture, job, system, wishes
+        )
+
+    def estimate_memory_usage(self, config: GenerationConfig) -> MemoryEstimate:
+        """Say what a job is expected to need, stage by stage, without loading anything.
+
+        Raises InvalidRequest for a value that is not allowed. A job that does not fit is an
+        estimate with ``fits`` False, not an error.
+        """
+        request = resolve(config, self.architecture)
+        wishes = self.optimization
+        if config.precision_override is not None:
+            wishes = replace(wishes, precision=config.precision_override)
+        system = self._manager.analyze_system_resources(wishes.device)
+        estimate = self._manager.estimate(self.architecture, _job(request, config), system, wishes)
+        return replace(estimate, warnings=(*estimate.warnings, *request.warnings))
+
+    def generate(self, config: GenerationConfig) -> VideoGenerationResult:
+        """Make the video. Expected failures are in the result; only an interrupt is raised.
+
+        ``result.frames`` is float32 (num_frames, height, width, 3), 0..1; ``result.latents``
+        are normalised (B, C, T, h, w). What a callback of ``config`` raises comes out unchanged.
+        """
+        result = VideoGenerationResult(success=False)
+        callbacks = Callbacks(config)
+        started = time.perf_counter()
+        error: Exception | None = None
+        try:
+            with _held(self._cache.render_lock, callbacks.check):
+                self._render(config, callbacks, result)
+        except Exception as err:
+            if err is callbacks.raised:
+                raise
+            error = err
+        result.generation_time = time.perf_counter() - started
+        self._finish(result, error)
+        return result
+
+    def _render(
+        self, config: GenerationConfig, callbacks: Callbacks, result: VideoGenerationResult
+    ) -> None:
+        request, plan = self.plan(config)
+        stages = {stage.name: stage.device_bytes for stage in plan.estimate.stages}
+        Render(
+            architecture=self.architecture,
+            cache=self._cache,
+            keep_components=self._keep,
+            config=config,
+            request=request,
+            plan=plan,
+            callbacks=callbacks,
+            result=result,
+            timeline=Timeline(torch.device(plan.device), stages),
+        ).run()
+
+    def _finish(self, result: VideoGenerationResult, error: Exception | None) -> None:
+        if error is None:
+            result.success = True
+        else:
+            result.error = _explained(error)
+            result.errors.append(str(result.error) or type(result.error).__name__)
+        self._stats["runs"] += 1
+        self._stats["failed"] += not result.success
+        self._stats["seconds"] += result.generation_time
+        self._stats["last"] = result.to_dict()
+
+    def get_generation_stats(self) -> dict[str, Any]:
+        """Return runs, failures, seconds in all, and the last result without its tensors."""
+        return dict(self._stats)
+
+    def unload(self) -> None:
+        """Forget the components of this process's cache that this pipeline uses."""
+        files = {path for part in self.architecture.components.values() for path in part.files}
+        self._cache.drop({str(path.resolve()) for path in files})
+
+    def report(self, result: VideoGenerationResult) -> str:
+        """Lay a result of this pipeline out as text."""
+        return format_report(result)
+
+
+def _job(request: Request, config: GenerationConfig) -> Job:
+    return Job(
+        width=request.width,
+        height=request.height,
+        num_frames=request.num_frames,
+        batch_size=request.batch_size,
+        guidance_high=request.guidance_scale > 1.0,
+        guidance_low=request.guidance_scale_2 > 1.0,
+        window_frames=request.window_frames,
+        window_overlap=request.window_overlap,
+        image=config.image is not None,
+        last_image=config.last_image is not None,
+        steps=request.num_inference_steps,
+        return_frames=config.return_frames,
+        encode_text=config.prompt_embeds is None,
+    )
+
+
+def _explained(error: Exception) -> Exception:
+    """Say what an error means, and let go of the tensors its traceback holds."""
+    oom = is_oom(error)
+    traceback.clear_frames(error.__traceback__)
+    if not oom or isinstance(error, DoesNotFit):
+        return error
+    explained = DoesNotFit(
+        f"Memory ran out during the run ({_first_line(error)}). Make the clip shorter or smaller, "
+        "set max_chunk_size, or choose offload 'model' or 'sequential'."
+    )
+    explained.__cause__ = error.with_traceback(None)
+    return explained
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+
+
+@contextmanager
+def _held(lock: Any, check: Callable[[], object]) -> Iterator[None]:
+    """Hold ``lock``; an interrupt is looked at while waiting for it."""
+    while not lock.acquire(timeout=_LOCK_WAIT_SECONDS):
+        check()
+    try:
+        yield
+    finally:
+        lock.release()

@@ -1,0 +1,147 @@
+"""Times and bytes of a run, stage by stage, predicted beside measured; and their report as text."""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from .config import StageReport, VideoGenerationResult
+
+MIB = 2**20
+GIB = 2**30
+_SAMPLE_SECONDS = 0.05
+
+
+class Timeline:
+    """The stages of one run in order, each with its seconds and its peak memory.
+
+    On CUDA the peak is the allocator's over the stage; elsewhere the resident set of the
+    process, sampled at stage borders and in :meth:`sample`.
+    """
+
+    def __init__(self, device: torch.device, predicted: Mapping[str, int] | None = None) -> None:
+        self.device = device
+        self.stages: list[StageReport] = []
+        self._predicted = dict(predicted or {})
+        self._peak = 0
+        self._next_sample = 0.0
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[StageReport]:
+        """Time what happens inside; the entry is there also when it fails."""
+        report = StageReport(name=name, predicted_peak_bytes=self._predicted.get(name))
+        self.stages.append(report)
+        self._reset_peak()
+        started = time.perf_counter()
+        try:
+            yield report
+        finally:
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
+            report.seconds = time.perf_counter() - started
+            report.measured_peak_bytes = self._read_peak()
+
+    def sample(self) -> None:
+        """Look at the memory in use, at most twenty times a second; cheap enough for a block."""
+        now = time.perf_counter()
+        if self.device.type != "cuda" and now >= self._next_sample:
+            self._next_sample = now + _SAMPLE_SECONDS
+            self._peak = max(self._peak, resident_bytes())
+
+    @property
+    def peak_bytes(self) -> int:
+        """The largest measured peak of all stages."""
+        return max((stage.measured_peak_bytes or 0 for stage in self.stages), default=0)
+
+    def _reset_peak(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+        self._peak = resident_bytes()
+
+    def _read_peak(self) -> int:
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device)
+        return max(self._peak, resident_bytes())
+
+
+def resident_bytes() -> int:
+    """Return the memory this process has in RAM, in bytes."""
+    import psutil
+
+    return int(psutil.Process(os.getpid()).memory_info().rss)
+
+
+def device_bytes(device: torch.device) -> int:
+    """Return the bytes in use on the device now; on a CPU those of the process."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    return resident_bytes()
+
+
+def versions() -> dict[str, str]:
+    """Return the versions a measurement depends on."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {"python": platform.python_version(), "torch": torch.__version__}
+    for package in ("diffusers", "transformers"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "absent"
+    return found
+
+
+def device_name(device: torch.device) -> str:
+    """Name a device for people."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type} ({platform.machine()}, {torch.get_num_threads()} threads)"
+
+
+def format_report(result: VideoGenerationResult) -> str:
+    """Lay a finished run out as text: what was made, how, and what each stage took."""
+    meta = result.metadata
+    lines = [_headline(result)]
+    lines += [
+        f"{key}: {meta[key]}" for key in ("model", "device", "steps", "windows") if key in meta
+    ]
+    lines += [f"applied: {', '.join(result.applied_optimizations)}"] * bool(
+        result.applied_optimizations
+    )
+    if result.stages:
+        lines += ["", _stage_table(result.stages, str(meta.get("memory_origin", "")))]
+    lines += [f"warning: {text}" for text in result.warnings]
+    lines += [f"error: {text}" for text in result.errors]
+    return "\n".join(lines)
+
+
+def _headline(result: VideoGenerationResult) -> str:
+    meta: Mapping[str, Any] = result.metadata
+    size = f"{meta.get('width')}x{meta.get('height')}, {meta.get('num_frames')} frames"
+    if not result.success:
+        return f"failed after {result.generation_time:.1f} s"
+    seed = f", seed {meta.get('seed')}"
+    target = f" -> {result.output_path}" if result.output_path else ""
+    return f"{size}{seed}: {result.generation_time:.1f} s{target}"
+
+
+def _stage_table(stages: list[StageReport], origin: str) -> str:
+    rows = [f"{'stage':<22}{'seconds':>9}{'predicted':>12}{'measured':>12}"]
+    for stage in stages:
+        rows.append(
+            f"{stage.name:<22}{stage.seconds:>9.2f}{_gib(stage.predicted_peak_bytes):>12}"
+            f"{_gib(stage.measured_peak_bytes):>12}" + (f"  {stage.note}" if stage.note else "")
+        )
+    if origin:
+        rows.append(f"({origin})")
+    return "\n".join(rows)
+
+
+def _gib(count: int | None) -> str:
+    return "-" if count is None else f"{count / GIB:.2f} GiB"
