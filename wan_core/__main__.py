@@ -93,19 +93,48 @@ def _add_job(command: argparse.ArgumentParser) -> None:
 
 
 def _inspect(arguments: argparse.Namespace) -> tuple[str, dict[str, Any]]:
-    from .detect import ArchitectureDetector
+    from .detect import ArchitectureDetector, inspect_file
 
-    found = ArchitectureDetector().detect_model_architecture(arguments.path)
+    path = Path(arguments.path)
+    if path.exists() and not (path / "model_index.json").is_file() and not _is_release(path):
+        part = inspect_file(path)
+        if part.kind != "transformer":
+            return _describe_part(part)
+    found = ArchitectureDetector().detect_model_architecture(path)
     lines = [f"{found.variant.title} ({found.name})", f"layout: {found.layout}"]
-    lines += [f"also possible: {name}" for name in found.candidates[1:]]
-    for name, part in found.components.items():
-        size = f", {part.nbytes / 2**20:,.0f} MiB {part.weight_kind}" if part.nbytes else ""
-        lines.append(f"  {name}: {part.path.name}{size}")
+    lines += [f"also possible: {name}" for name in found.candidates if name != found.name]
+    for name, component in found.components.items():
+        size = f", {component.nbytes / 2**20:,.0f} MiB" if component.nbytes else ""
+        lines.append(f"  {name}: {component.path.name}{size} {component.weight_kind}".rstrip())
     lines += [f"because {reason}" for reason in found.reasons]
     lines += [f"warning: {warning}" for warning in found.warnings]
     if not found.variant.supported:
         lines.append(f"cannot be run: {found.variant.why_not}")
     return "\n".join(lines), found.to_json_dict()
+
+
+def _is_release(path: Path) -> bool:
+    from .folders import is_release
+
+    return path.is_dir() and is_release(path)
+
+
+def _describe_part(part: Any) -> tuple[str, dict[str, Any]]:
+    """Describe a file that is one part of a pipeline, or none at all."""
+    size = f"{part.table.nbytes / 2**20:,.0f} MiB {part.weights.name}, layout {part.layout}"
+    lines = [f"{part.title}: {size}"]
+    lines += [f"because {reason}" for reason in part.reasons]
+    lines += [f"warning: {warning}" for warning in part.warnings]
+    return "\n".join(lines), {
+        "variant": None,
+        "kind": part.kind,
+        "title": part.title,
+        "layout": part.layout,
+        "weight_kind": part.weights.name,
+        "bytes": part.table.nbytes,
+        "reasons": list(part.reasons),
+        "warnings": list(part.warnings),
+    }
 
 
 def _open(arguments: argparse.Namespace) -> Any:
@@ -171,14 +200,20 @@ def _run(wrapper: Any, job: GenerationConfig, *, quiet: bool) -> tuple[str, dict
     """Generate with a progress bar on stderr; an expected failure is raised."""
     from tqdm import tqdm
 
-    with tqdm(unit="step", disable=quiet, file=sys.stderr) as bar:
+    bar: Any = None
 
-        def progress(step: int, total: int, latents: Any) -> None:
-            bar.total = total
-            bar.update(step - bar.n)
+    def progress(step: int, total: int, latents: Any) -> None:
+        nonlocal bar
+        if bar is None:
+            bar = tqdm(total=total, unit="step", disable=quiet, file=sys.stderr)
+        bar.update(step - bar.n)
 
-        job.progress_callback = progress
+    job.progress_callback = progress
+    try:
         result = wrapper.generate(job)
+    finally:
+        if bar is not None:
+            bar.close()
     result.raise_for_error()
     return wrapper.report(result), result.to_dict()
 
