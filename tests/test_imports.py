@@ -19,13 +19,15 @@ CORE = ROOT / "wan_core"
 NO_TORCH = (
     "errors", "config", "files", "header", "gguf_header", "shards", "variants", "architecture",
     "configs", "weights", "foreign", "structure", "identify", "choose", "pairing", "assemble",
-    "folders", "detect", "windows", "schedule", "request", "sizes", "activations",
-    "vae_activations", "hardware", "memory", "wishes", "ladder", "plan", "convert", "blueprint",
-    "tokenizer", "saved_state", "journal_folder", "render_identity", "journal", "cache", "load",
+    "folders", "detect", "windows", "schedule", "saved_state", "journal_folder",
+    "render_identity", "journal", "request", "sizes", "activations", "vae_activations",
+    "hardware", "memory", "timing", "wishes", "ladder", "plan", "convert", "blueprint",
+    "tokenizer", "cache", "load",
 )  # fmt: skip
 WITH_TORCH = (
-    "precision", "offload", "lean", "lean_forward", "tensors", "quantized", "component", "vae",
-    "video", "encode", "denoise", "monitor", "render", "generate",
+    "precision", "offload", "transport", "streaming", "lean", "lean_forward", "tensors",
+    "quantized", "component", "vae", "video", "encode", "denoise", "monitor", "stages",
+    "conditions", "resume", "render", "generate",
 )  # fmt: skip
 ORDER = (*NO_TORCH, *WITH_TORCH, "__init__", "__main__")
 

@@ -118,23 +118,20 @@ class ComponentCache:
             del self._entries[key]
             gc.collect()
 
-    def text(self, key: Hashable, build: Callable[[], Any]) -> Any:
-        """Return the embeddings stored under ``key``, or build and store them."""
+    def get_text(self, key: Hashable) -> Any | None:
+        """Return the embeddings stored under ``key``, or None."""
         with self._lock:
-            if key in self._texts:
-                self._texts.move_to_end(key)
-                return self._texts[key]
-        value = build()
+            if key not in self._texts:
+                return None
+            self._texts.move_to_end(key)
+            return self._texts[key]
+
+    def put_text(self, key: Hashable, embeddings: Any) -> None:
+        """Store embeddings; the least recently used of more than 32 are forgotten."""
         with self._lock:
-            self._texts[key] = value
+            self._texts[key] = embeddings
             while len(self._texts) > _TEXTS_KEPT:
                 self._texts.popitem(last=False)
-        return value
-
-    def has_text(self, key: Hashable) -> bool:
-        """Say whether embeddings are stored under ``key``."""
-        with self._lock:
-            return key in self._texts
 
     def loaded(self) -> list[tuple[ComponentKey, Any]]:
         """Return the keys and modules that are loaded, least recently used first."""
@@ -145,6 +142,20 @@ class ComponentCache:
         """Return about how many bytes the loaded components take."""
         with self._lock:
             return sum(entry.nbytes for entry in self._entries.values())
+
+    def unused_bytes(self, device: str) -> tuple[int, int]:
+        """Return the bytes that components not in use hold on ``device`` and in RAM."""
+        on_device = in_ram = 0
+        with self._lock:
+            for entry in self._entries.values():
+                if entry.users or not hasattr(entry.module, "parameters"):
+                    continue
+                for tensor in (*entry.module.parameters(), *entry.module.buffers()):
+                    if str(tensor.device) == device:
+                        on_device += tensor.nbytes
+                    elif tensor.device.type == "cpu":
+                        in_ram += tensor.nbytes
+        return (0, on_device) if device == "cpu" else (on_device, in_ram)
 
     def release_device(self) -> int:
         """Move every component that is not in use to the CPU; return how many were moved."""

@@ -85,6 +85,11 @@ class GenerationConfig:
     """"static", "uniform" or "looped" (``windows.py``)."""
     window_fusion: str = "ramp"
     """"ramp", "pyramid" or "flat" (``windows.py``)."""
+    resume: str | None = None
+    """"auto" goes on with a saved render of this very job if there is one, "must" insists on it,
+    "never" starts anew; all three keep a journal while the render lasts. None keeps none."""
+    journal_folder: str | Path | None = None
+    """Folder for journals; None means ``.wanfit`` beside ``output_path``."""
     precision_override: str | None = None
     enable_optimizations: bool = True
     progress_callback: Callable[[int, int, torch.Tensor], object] | None = None

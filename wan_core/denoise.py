@@ -32,6 +32,8 @@ class Signals:
     """After step i, with the predicted clean latents; costs one subtraction when set."""
     window: Callable[[int, int], object] = _nothing
     """Before window i of n within a step."""
+    window_done: Callable[[int, int], object] = _nothing
+    """After window i of n within a step; the state can be saved here."""
     check: Callable[[], object] = _nothing
     """Before every model call."""
 
@@ -158,44 +160,58 @@ def predict(
     return unconditional + expert.guidance_scale * (conditional - unconditional)
 
 
+@dataclass(slots=True, kw_only=True)
+class DenoiseState:
+    """Latents and how far they are; what a continued run starts from.
+
+    Within a step of several windows ``fused`` holds the mean of the first ``next_window`` of them.
+    """
+
+    latents: Tensor
+    next_step: int
+    next_window: int = 0
+    fused: Tensor | None = None
+    finished: list[int] = field(default_factory=list)
+    """Steps made so far in this process, in order; a step appears once unless it was made twice."""
+
+
 def predict_windows(
-    latents: Tensor,
+    state: DenoiseState,
     timestep: Tensor,
     expert: Expert,
     conditions: Conditions,
     windows: Sequence[tuple[Window, Sequence[float]]],
     signals: Signals,
 ) -> Tensor:
-    """Predict window by window and fuse in float32; weights per frame sum to 1.
+    """Predict window by window and fuse in float32.
 
-    Windows are added in the order given, so each frame's sum has a fixed order.
+    Each window comes with the share of its frames in the mean so far (``blend_fractions``), so a
+    frame on which all windows agree stays exactly what they say. They are blended in the order
+    given. When one fails, ``state`` holds the mean so far, and the next call goes on with it.
     """
-    fused = torch.zeros_like(latents, dtype=torch.float32)
-    for number, (window, weights) in enumerate(windows):
+    latents = state.latents
+    if state.fused is None:
+        state.fused, state.next_window = torch.zeros_like(latents, dtype=torch.float32), 0
+    for number in range(state.next_window, len(windows)):
+        window, fractions = windows[number]
         signals.window(number, len(windows))
         index = torch.tensor(window.indices, device=latents.device)
-        first_at = window.indices.index(0) if 0 in window.indices else None
         velocity = predict(
             latents.index_select(2, index),
             timestep,
             expert,
             conditions.window(window.indices),
-            first_at=first_at,
+            first_at=window.indices.index(0) if 0 in window.indices else None,
             check=signals.check,
         )
-        scale = torch.tensor(weights, dtype=torch.float32, device=latents.device)
-        fused.index_add_(2, index, velocity.float() * scale.view(1, 1, -1, 1, 1))
-    return fused
-
-
-@dataclass(slots=True, kw_only=True)
-class DenoiseState:
-    """Latents and how many steps are behind them; what a continued run starts from."""
-
-    latents: Tensor
-    next_step: int
-    finished: list[int] = field(default_factory=list)
-    """Steps made so far, in order; a step appears once unless it was made twice."""
+        share = torch.tensor(fractions, dtype=torch.float32, device=latents.device)
+        blended = torch.lerp(
+            state.fused.index_select(2, index), velocity.float(), share.view(1, 1, -1, 1, 1)
+        )
+        state.fused.index_copy_(2, index, blended)
+        state.next_window = number + 1
+        signals.window_done(number, len(windows))
+    return state.fused
 
 
 def denoise_steps(
@@ -208,31 +224,43 @@ def denoise_steps(
     windows: WindowPlan | None = None,
     signals: Signals | None = None,
 ) -> DenoiseState:
-    """Make ``steps`` with one expert; ``state`` is moved on after every finished step.
+    """Make those of ``steps`` that are not behind ``state`` yet, with one expert.
 
-    ``scheduler`` is a diffusers scheduler with its timesteps set; its begin index is set by the
-    caller. A step that raises leaves ``state`` as it was before that step. Raises
+    ``state`` and ``scheduler`` move on together after every finished step; a step that raises
+    leaves both as they were before it, so that the call can be made again. ``scheduler`` is a
+    diffusers scheduler with its timesteps set; its begin index is set by the caller. Raises
     NonFiniteLatents where the model's output is not finite.
     """
     signals = signals or Signals()
-    for i in steps:
+    for i in range(max(steps.start, state.next_step), steps.stop):
         timestep = scheduler.timesteps[i]
-        latents = state.latents
         if windows is None or windows.count == 1:
-            velocity = predict(latents, timestep, expert, conditions, check=signals.check)
+            velocity = predict(state.latents, timestep, expert, conditions, check=signals.check)
         else:
-            parts = tuple(zip(windows.windows(i), windows.normalised(i), strict=True))
-            velocity = predict_windows(latents, timestep, expert, conditions, parts, signals)
+            parts = tuple(zip(windows.windows(i), windows.blend_fractions(i), strict=True))
+            velocity = predict_windows(state, timestep, expert, conditions, parts, signals)
         sigma = float(scheduler.sigmas[i])
-        clean = latents - sigma * velocity if signals.preview is not None else None
-        latents = scheduler.step(velocity, timestep, latents, return_dict=False)[0]
+        clean = state.latents - sigma * velocity if signals.preview is not None else None
+        latents = _scheduler_step(scheduler, velocity, timestep, state.latents)
         if not torch.isfinite(latents).all():
             raise NonFiniteLatents(
                 step=i, sigma=sigma, expert=expert.name, dtype=str(expert.dtype).split(".")[-1]
             )
         state.latents, state.next_step = latents, i + 1
+        state.fused, state.next_window = None, 0
         state.finished.append(i)
         if signals.preview is not None and clean is not None:
             signals.preview(i, clean)
         signals.step(i, latents)
     return state
+
+
+def _scheduler_step(scheduler: Any, velocity: Tensor, timestep: Tensor, latents: Tensor) -> Tensor:
+    """Take one scheduler step; on an error the scheduler's history is put back."""
+    before = {k: list(v) if isinstance(v, list) else v for k, v in vars(scheduler).items()}
+    try:
+        stepped: Tensor = scheduler.step(velocity, timestep, latents, return_dict=False)[0]
+    except BaseException:
+        vars(scheduler).update(before)
+        raise
+    return stepped

@@ -28,10 +28,11 @@ def encode_text(text_encoder: Any, tokenizer: Any, prompt: str, device: torch.de
 
     The text is cleaned and cut to 512 tokens as in ``WanPipeline._get_t5_prompt_embeds``.
     """
-    from diffusers.pipelines.wan.pipeline_wan import prompt_clean
+    from diffusers.pipelines.wan import pipeline_wan
 
+    clean: Callable[[str], str] = pipeline_wan.prompt_clean
     tokens = tokenizer(
-        [prompt_clean(prompt)],
+        [clean(prompt)],
         padding="max_length",
         max_length=TEXT_LENGTH,
         truncation=True,

@@ -19,11 +19,13 @@ from .architecture import ModelArchitecture
 from .cache import ComponentCache
 from .config import GenerationConfig, MemoryEstimate, VideoGenerationResult
 from .errors import DoesNotFit, is_oom
+from .hardware import SystemResources
 from .memory import Job
 from .monitor import Timeline, format_report
 from .plan import OptimizationConfig, OptimizationManager, OptimizationPlan
-from .render import Callbacks, Render
+from .render import Render
 from .request import Request, resolve
+from .stages import Callbacks, Stages, first_line
 
 _LOCK_WAIT_SECONDS = 0.1
 
@@ -48,6 +50,8 @@ class WanPipelineWrapper:
         self._cache = cache
         self._keep = keep_components
         self._manager = OptimizationManager()
+        self.evictable_bytes = 0
+        """Bytes on the device that the host program (ComfyUI) would free for a run."""
         self._stats: dict[str, Any] = {"runs": 0, "failed": 0, "seconds": 0.0, "last": None}
 
     def plan(self, config: GenerationConfig) -> tuple[Request, OptimizationPlan]:
@@ -56,16 +60,11 @@ class WanPipelineWrapper:
         Raises InvalidRequest for a value that is not allowed and DoesNotFit where no plan fits.
         """
         request = resolve(config, self.architecture)
-        wishes = self.optimization
-        if config.precision_override is not None:
-            wishes = replace(wishes, precision=config.precision_override)
-        job = _job(request, config)
-        system = self._manager.analyze_system_resources(wishes.device)
-        if not config.enable_optimizations:
-            wishes = replace(wishes, offload="none")
-        return request, self._manager.recommend_optimizations(
-            self.architecture, job, system, wishes
+        wishes = self._wishes(config)
+        plan = self._manager.recommend_optimizations(
+            self.architecture, _job(request, config), self._system(wishes), wishes
         )
+        return request, plan
 
     def estimate_memory_usage(self, config: GenerationConfig) -> MemoryEstimate:
         """Say what a job is expected to need, stage by stage, without loading anything.
@@ -74,12 +73,29 @@ class WanPipelineWrapper:
         estimate with ``fits`` False, not an error.
         """
         request = resolve(config, self.architecture)
+        wishes = self._wishes(config)
+        estimate = self._manager.estimate(
+            self.architecture, _job(request, config), self._system(wishes), wishes
+        )
+        return replace(estimate, warnings=(*estimate.warnings, *request.warnings))
+
+    def _wishes(self, config: GenerationConfig) -> OptimizationConfig:
         wishes = self.optimization
         if config.precision_override is not None:
             wishes = replace(wishes, precision=config.precision_override)
+        if not config.enable_optimizations:
+            wishes = replace(wishes, offload="none")
+        return wishes
+
+    def _system(self, wishes: OptimizationConfig) -> SystemResources:
+        """Look at the machine; what the cache could let go counts as available."""
         system = self._manager.analyze_system_resources(wishes.device)
-        estimate = self._manager.estimate(self.architecture, _job(request, config), system, wishes)
-        return replace(estimate, warnings=(*estimate.warnings, *request.warnings))
+        on_device, in_ram = self._cache.unused_bytes(system.device)
+        return replace(
+            system,
+            evictable_bytes=on_device + self.evictable_bytes,
+            ram_evictable_bytes=in_ram,
+        )
 
     def generate(self, config: GenerationConfig) -> VideoGenerationResult:
         """Make the video. Expected failures are in the result; only an interrupt is raised.
@@ -106,18 +122,28 @@ class WanPipelineWrapper:
         self, config: GenerationConfig, callbacks: Callbacks, result: VideoGenerationResult
     ) -> None:
         request, plan = self.plan(config)
-        stages = {stage.name: stage.device_bytes for stage in plan.estimate.stages}
-        Render(
+        self._make_render(config, request, plan, callbacks, result).run()
+
+    def _make_render(
+        self,
+        config: GenerationConfig,
+        request: Request,
+        plan: OptimizationPlan,
+        callbacks: Callbacks | None = None,
+        result: VideoGenerationResult | None = None,
+    ) -> Render:
+        predicted = {stage.name: stage.device_bytes for stage in plan.estimate.stages}
+        stages = Stages(
             architecture=self.architecture,
             cache=self._cache,
             keep_components=self._keep,
-            config=config,
-            request=request,
             plan=plan,
-            callbacks=callbacks,
-            result=result,
-            timeline=Timeline(torch.device(plan.device), stages),
-        ).run()
+            callbacks=callbacks or Callbacks(config),
+            result=result or VideoGenerationResult(success=False),
+            timeline=Timeline(torch.device(plan.device), predicted),
+            smaller_plan=lambda plan, stage: None,
+        )
+        return Render(stages=stages, config=config, request=request)
 
     def _finish(self, result: VideoGenerationResult, error: Exception | None) -> None:
         if error is None:
@@ -133,6 +159,18 @@ class WanPipelineWrapper:
     def get_generation_stats(self) -> dict[str, Any]:
         """Return runs, failures, seconds in all, and the last result without its tensors."""
         return dict(self._stats)
+
+    def preload(self) -> None:
+        """Read every component into the cache now; without a cache there is nothing to keep."""
+        config = GenerationConfig(prompt="", image=object(), num_frames=1, width=64, height=64)
+        if self.architecture.variant.image_input == "none":
+            config.image = None
+        request, plan = self.plan(config)
+        render = self._make_render(config, request, plan)
+        for name in self.architecture.components:
+            if name != "scheduler":
+                with render.stages.component(name):
+                    pass
 
     def unload(self) -> None:
         """Forget the components of this process's cache that this pipeline uses."""
@@ -169,15 +207,11 @@ def _explained(error: Exception) -> Exception:
     if not oom or isinstance(error, DoesNotFit):
         return error
     explained = DoesNotFit(
-        f"Memory ran out during the run ({_first_line(error)}). Make the clip shorter or smaller, "
+        f"Memory ran out during the run ({first_line(error)}). Make the clip shorter or smaller, "
         "set max_chunk_size, or choose offload 'model' or 'sequential'."
     )
     explained.__cause__ = error.with_traceback(None)
     return explained
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
 @contextmanager

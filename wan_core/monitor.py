@@ -47,6 +47,10 @@ class Timeline:
             report.seconds = time.perf_counter() - started
             report.measured_peak_bytes = self._read_peak()
 
+    def predict(self, predicted: Mapping[str, int]) -> None:
+        """Replace the predicted peaks of the stages to come: another plan is in force."""
+        self._predicted = dict(predicted)
+
     def sample(self) -> None:
         """Look at the memory in use, at most twenty times a second; cheap enough for a block."""
         now = time.perf_counter()

@@ -15,6 +15,7 @@ from typing import Any
 from .architecture import ModelArchitecture
 from .config import GenerationConfig
 from .errors import InvalidRequest
+from .journal import RESUME
 from .schedule import SCHEDULERS
 from .variants import Variant
 from .windows import FUSIONS, SCHEDULES, latent_frames, round_up_frames
@@ -54,6 +55,7 @@ class Request:
     window_overlap: int
     window_schedule: str
     window_fusion: str
+    resume: str | None
     output_path: Path | None
     warnings: tuple[str, ...] = ()
 
@@ -139,6 +141,7 @@ def resolve(config: GenerationConfig, architecture: ModelArchitecture) -> Reques
         window_overlap=_integer(config.window_overlap, "window_overlap", 0, 4096),
         window_schedule=_choice(config.window_schedule, "window_schedule", SCHEDULES),
         window_fusion=_choice(config.window_fusion, "window_fusion", FUSIONS),
+        resume=_resume(config),
         output_path=_output(config),
         warnings=tuple(warnings),
     )
@@ -243,6 +246,18 @@ def _check_images(config: GenerationConfig, architecture: ModelArchitecture) -> 
             f"last_image was given, but {variant.title} takes only a first image.",
             field="last_image",
         )
+
+
+def _resume(config: GenerationConfig) -> str | None:
+    if config.resume is None:
+        return None
+    if config.journal_folder is None and config.output_path is None:
+        raise InvalidRequest(
+            "resume is set, but there is no place for the journal. Set output_path or "
+            "journal_folder.",
+            field="resume",
+        )
+    return _choice(config.resume, "resume", RESUME)
 
 
 def _output(config: GenerationConfig) -> Path | None:

@@ -1,0 +1,162 @@
+"""The journal of one render: opened with its identity, written after every unit, read to go on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .architecture import ModelArchitecture
+from .cache import component_key
+from .config import GenerationConfig
+from .denoise import DenoiseState
+from .journal import Journal, JournalState, restore_scheduler, scheduler_state
+from .monitor import versions
+from .plan import OptimizationPlan
+from .request import Request
+
+FOLDER = ".wanfit"
+"""Name of the folder for journals, beside the output."""
+
+
+class RenderJournal:
+    """Keeps what a render needs to go on in another process; a render without one has None.
+
+    Every finished step is kept; within a step of several windows also finished windows, as often
+    as costs no more than 1 % of the time.
+    """
+
+    def __init__(self, journal: Journal) -> None:
+        self._journal = journal
+        self.saved: JournalState | None = journal.load()
+
+    @property
+    def warnings(self) -> list[str]:
+        """What went wrong with the journal so far."""
+        return self._journal.warnings
+
+    @property
+    def finished_latents(self) -> Tensor | None:
+        """Latents of a render whose denoising was over, (B, C, T, h, w) float32."""
+        return None if self.saved is None else self.saved.latents
+
+    def restore(self, state: DenoiseState, scheduler: Any) -> int:
+        """Move ``state`` and ``scheduler`` to where the saved render stopped; return that step.
+
+        Raises JournalMismatch where the schedule is another.
+        """
+        saved = self.saved
+        if saved is None or saved.latents is not None:
+            return state.next_step
+        device = state.latents.device
+        restore_scheduler(scheduler, saved, device)
+        state.latents = saved.tensors["latents"].to(device)
+        state.next_step = int(saved.scalars["next_step"])
+        state.next_window = int(saved.scalars["next_window"])
+        if "fused" in saved.tensors:
+            state.fused = saved.tensors["fused"].to(device)
+        return state.next_step
+
+    def step_done(self, state: DenoiseState, scheduler: Any) -> None:
+        """Keep the state after a finished step."""
+        self._save(state, scheduler)
+
+    def window_done(self, state: DenoiseState, scheduler: Any) -> None:
+        """Keep the state after a finished window, if that is cheap enough by now."""
+        if self._journal.due():
+            self._save(state, scheduler)
+
+    def _save(self, state: DenoiseState, scheduler: Any) -> None:
+        tensors, scalars = scheduler_state(scheduler)
+        tensors["latents"] = state.latents
+        if state.fused is not None:
+            tensors["fused"] = state.fused
+        scalars |= {"next_step": state.next_step, "next_window": state.next_window}
+        self._journal.save(state.next_step, tensors, scalars)
+
+    def latents_done(self, latents: Tensor) -> None:
+        """Keep the finished latents: from now on only the decode would be repeated."""
+        self._journal.latents_done(latents)
+
+    def finish(self) -> None:
+        """Remove the journal: the render is finished."""
+        self._journal.finish()
+
+    def close(self) -> None:
+        """Leave the journal for a later run."""
+        self._journal.close()
+
+    def describe(self) -> str:
+        """Say in one line what was kept and what it cost."""
+        return self._journal.describe()
+
+
+def open_journal(
+    stack: ExitStack,
+    config: GenerationConfig,
+    request: Request,
+    architecture: ModelArchitecture,
+    plan: OptimizationPlan,
+) -> RenderJournal | None:
+    """Open the journal the job asks for, closed by ``stack``; None where it asks for none.
+
+    Raises JournalMismatch for resume="must" without a render to go on with.
+    """
+    if request.resume is None:
+        return None
+    identity = render_identity(config, request, architecture, plan)
+    journal = stack.enter_context(Journal.open(journal_folder(config), identity, request.resume))
+    return RenderJournal(journal)
+
+
+def journal_folder(config: GenerationConfig) -> Path:
+    """Return the folder for journals: the one given, or ``.wanfit`` beside the output."""
+    if config.journal_folder is not None:
+        return Path(config.journal_folder)
+    assert config.output_path is not None  # resolve has seen to it
+    return Path(config.output_path).absolute().parent / FOLDER
+
+
+def render_identity(
+    config: GenerationConfig,
+    request: Request,
+    architecture: ModelArchitecture,
+    plan: OptimizationPlan,
+) -> dict[str, Any]:
+    """Name everything that decides a render's latents; two equal ones may continue each other.
+
+    Where the mp4 goes, and how parts are placed on the device, changes no bit and is left out.
+    """
+    fields = {name: getattr(request, name) for name in request.__slots__}
+    for name in ("output_path", "warnings", "resume", "wanted_frames", "fps"):
+        fields.pop(name)
+    tensors = ("image", "last_image", "latents", "prompt_embeds", "negative_prompt_embeds")
+    given: Mapping[str, Any] = {
+        name: _content(value) for name in tensors if (value := getattr(config, name)) is not None
+    }
+    files = {
+        name: component_key(part, plan.dtypes.get(name, ""))
+        for name, part in architecture.components.items()
+        if part.files
+    }
+    return {
+        "variant": architecture.name,
+        "files": files,
+        "job": fields,
+        "given": given,
+        "windows": [plan.window_frames, plan.window_overlap],
+        "device": torch.device(plan.device).type,
+        "versions": versions(),
+    }
+
+
+def _content(value: Any) -> Any:
+    """A picture named by its path is known by its bytes: the file may be replaced."""
+    if isinstance(value, str) or hasattr(value, "__fspath__"):
+        path = Path(value)
+        return path.read_bytes() if path.is_file() else str(path)
+    return value

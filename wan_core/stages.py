@@ -1,0 +1,171 @@
+"""What every stage of a render shares: components, their placement, the timeline, and the ladder.
+
+A stage asks for its components and gets them placed as the plan says; when memory runs out in it,
+the next smaller plan is taken and the stage goes on from where it stopped.
+"""
+
+from __future__ import annotations
+
+import gc
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+
+from .architecture import ModelArchitecture
+from .cache import ComponentCache, ComponentKey, component_key
+from .component import load_component
+from .config import GenerationConfig, VideoGenerationResult
+from .errors import DoesNotFit, is_oom
+from .monitor import Timeline
+from .offload import block_hooks, place
+from .plan import OptimizationPlan
+from .precision import dtype_of
+from .tokenizer import load_image_processor, load_tokenizer
+
+if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
+T = TypeVar("T")
+
+MAX_STEPS_DOWN = 8
+"""Smaller plans tried in one render; every one is strictly smaller than the one before."""
+
+
+class Callbacks:
+    """Calls the job's callbacks and remembers the exception one of them raised."""
+
+    def __init__(self, config: GenerationConfig) -> None:
+        self._config = config
+        self.raised: BaseException | None = None
+
+    def call(self, function: Callable[..., object] | None, *args: object) -> None:
+        """Call ``function`` if there is one; what it raises is remembered and passes through."""
+        if function is None:
+            return
+        try:
+            function(*args)
+        except BaseException as err:
+            self.raised = err
+            raise
+
+    def check(self) -> None:
+        """Look for an interrupt."""
+        self.call(self._config.interrupt_check)
+
+
+@dataclass(slots=True, kw_only=True)
+class Stages:
+    """The means of one render. ``plan`` is replaced by a smaller one when memory runs out."""
+
+    architecture: ModelArchitecture
+    cache: ComponentCache
+    keep_components: bool
+    plan: OptimizationPlan
+    callbacks: Callbacks
+    result: VideoGenerationResult
+    timeline: Timeline
+    smaller_plan: Callable[[OptimizationPlan, str], OptimizationPlan | None]
+    """Given the plan and the stage that failed: the next plan whose stage needs less, if any."""
+    steps_down: int = 0
+
+    @property
+    def device(self) -> torch.device:
+        """The device the plan computes on."""
+        return torch.device(self.plan.device)
+
+    def dtype(self, component: str) -> torch.dtype:
+        """The dtype a component computes in."""
+        return dtype_of(self.plan.dtypes[component])
+
+    def has(self, component: str) -> bool:
+        """Whether the model was loaded with this component."""
+        return component in self.architecture.components
+
+    def tick(self) -> None:
+        """Between blocks: look for an interrupt, and at the memory."""
+        self.callbacks.check()
+        self.timeline.sample()
+
+    def key(self, name: str) -> ComponentKey:
+        """Identify a component as the plan wants it."""
+        return component_key(self.architecture.components[name], self.plan.dtypes.get(name, ""))
+
+    def component(self, name: str) -> AbstractContextManager[Any]:
+        """Borrow a component from the cache; it is read first if it is not there."""
+        part = self.architecture.components[name]
+
+        def build() -> Any:
+            if name == "tokenizer":
+                return load_tokenizer(part.path)
+            if name == "image_processor":
+                return load_image_processor(part.path)
+            self.callbacks.check()
+            with self.timeline.stage(f"load {name}") as report:
+                report.note = self.plan.dtypes[name]
+                return load_component(
+                    part.path, self.dtype(name), kind=part.kind.removesuffix("_2")
+                )
+
+        return self.cache.borrow(self.key(name), part.nbytes, build, keep=self.keep_components)
+
+    @contextmanager
+    def use(self, stage: str, component: str) -> Iterator[Any]:
+        """Enter a stage with its component on the device, placed as the plan says."""
+        with ExitStack() as stack:
+            module = stack.enter_context(self.component(component))
+            stack.enter_context(self.timeline.stage(stage))
+            mode = self.plan.offload_of(component)
+            stack.enter_context(place(module, mode, self.device))
+            if hasattr(module, "blocks"):
+                stack.enter_context(block_hooks(module, self.tick))
+            yield module
+
+    def attempt(self, stage: str, action: Callable[[], T]) -> T:
+        """Run ``action``; when memory runs out, take a smaller plan and run it again.
+
+        ``action`` must go on from where it failed. Raises DoesNotFit when no smaller plan is
+        left; every other error passes.
+        """
+        while True:
+            try:
+                return action()
+            except Exception as err:
+                if not is_oom(err) or isinstance(err, DoesNotFit):
+                    raise
+                failure = first_line(err)
+                # Frames in the traceback hold the tensors that filled the memory.
+                traceback.clear_frames(err.__traceback__)
+            self._step_down(stage, failure)
+
+    def _step_down(self, stage: str, failure: str) -> None:
+        """Let go of memory and take the next smaller plan. Not called inside an except block."""
+        gc.collect()
+        self.cache.release_device()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        smaller = self.smaller_plan(self.plan, stage)
+        if smaller is None or self.steps_down >= MAX_STEPS_DOWN:
+            needed = {s.name: s.device_bytes for s in self.plan.estimate.stages}.get(stage)
+            raise DoesNotFit(
+                f"Memory ran out in stage {stage} ({failure}), and there is no smaller way to run "
+                "this job. Make the clip shorter or smaller, set max_chunk_size, or free memory.",
+                needed_bytes=needed,
+            )
+        self.steps_down += 1
+        change = ", ".join(word for word in smaller.applied if word not in self.plan.applied)
+        self.plan = smaller
+        self.timeline.predict({s.name: s.device_bytes for s in smaller.estimate.stages})
+        self.result.applied_optimizations = list(smaller.applied)
+        self.result.warnings.append(
+            f"Memory ran out in stage {stage} ({failure}); went on from there with "
+            f"{change or 'a smaller plan'}."
+        )
+
+
+def first_line(error: BaseException) -> str:
+    """Return what an error says in one line of at most 200 characters."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
