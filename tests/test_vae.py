@@ -214,9 +214,9 @@ def test_encoding_needs_the_same_memory_at_17_and_at_161_frames(version: str) ->
     image = torch.rand(1, 3, 32, 48)
 
     def peak(frames: int) -> int:
-        return traced_peak(
-            lambda: encode_latents(vae, conditioning_chunks(image, frames, last_image=image))
-        )
+        # Clones, because the blank chunks are one tensor and keeping them would cost nothing.
+        chunks = conditioning_chunks(image, frames, last_image=image)
+        return traced_peak(lambda: encode_latents(vae, (chunk.clone() for chunk in chunks)))
 
     short, long = peak(17), peak(161)
     latent_frame = 2 * vae.config.z_dim * (32 * 48 // vae.config.scale_factor_spatial**2) * 4
@@ -304,13 +304,13 @@ def test_a_replay_that_is_interrupted_or_fails_can_go_on(failing_conv: Any) -> N
     wanted = list(decode_frames(vae, latents))
     decoder = StreamingDecoder(vae, latents)
     failing_conv(vae.decoder, -1, 4)
-    failing_conv(vae.decoder, -1, 6)
+    failing_conv(vae.decoder, -1, 5)
     calls = 0
 
     def check() -> None:
         nonlocal calls
         calls += 1
-        if calls == 7:
+        if calls == 8:
             raise KeyboardInterrupt
 
     got: list[Tensor] = []

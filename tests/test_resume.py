@@ -1,0 +1,289 @@
+"""A render that was cut off goes on where it stopped, and gives the bits of one that was not."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny_models import make_folder
+
+from wan_core import GenerationConfig, WanPipelineLoader
+from wan_core.errors import InvalidRequest, JournalMismatch
+
+ROOT = Path(__file__).parents[1]
+JOB = {"prompt": "a red cat", "width": 32, "height": 32, "num_frames": 33, "seed": 1,
+       "num_inference_steps": 5, "max_chunk_size": 17, "window_overlap": 8}  # fmt: skip
+
+
+class Crash(BaseException):
+    """Stands for a process that ends: nothing may catch it."""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    made: dict[str, Path] = {}
+
+    def get(family: str) -> Path:
+        if family not in made:
+            made[family] = make_folder(tmp_path_factory.mktemp("resume") / family, family)
+        return made[family]
+
+    return get
+
+
+def open_wan(path: Path) -> Any:
+    return WanPipelineLoader(enable_caching=False).load_wan_pipeline(
+        path, optimization_config={"device": "cpu", "precision": "fp32"}
+    )
+
+
+def crash_after(count: int) -> Any:
+    left = count
+
+    def callback(*_: Any) -> None:
+        nonlocal left
+        left -= 1
+        if left == 0:
+            raise Crash
+
+    return callback
+
+
+def noting(steps: list[int]) -> Any:
+    return lambda step, total, latents: steps.append(step)
+
+
+def picture() -> Image.Image:
+    pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+@pytest.mark.parametrize("scheduler", ["unipc", "euler", "dpm++2m"])
+@pytest.mark.parametrize("family", ["wan2.2-t2v-a14b", "wan2.2-i2v-a14b"])
+def test_going_on_after_any_step_gives_the_same_bits(
+    folder: Any, tmp_path: Path, family: str, scheduler: str
+) -> None:
+    job = JOB | {"scheduler": scheduler}
+    if family == "wan2.2-i2v-a14b":
+        job["image"] = picture()
+    whole = open_wan(folder(family)).generate(GenerationConfig(**job)).raise_for_error()
+    kept = {"resume": "auto", "journal_folder": tmp_path / "j"}
+    for stop in (1, 3, 5):
+        with pytest.raises(Crash):
+            open_wan(folder(family)).generate(
+                GenerationConfig(**job, **kept, progress_callback=crash_after(stop))
+            )
+        steps: list[int] = []
+        rest = open_wan(folder(family)).generate(
+            GenerationConfig(**job, **kept, progress_callback=noting(steps))
+        )
+        rest.raise_for_error()
+        assert torch.equal(rest.latents, whole.latents)
+        assert torch.equal(rest.frames, whole.frames)
+        assert steps == list(range(stop + 1, 6))  # no finished step was made again
+        assert f"after step {stop}" in rest.metadata["resumed"]
+        assert not (tmp_path / "j").exists()  # a finished render leaves no journal
+
+
+def test_going_on_within_a_step_at_the_window_that_was_next(folder: Any, tmp_path: Path) -> None:
+    family = "wan2.1-t2v"
+    whole = open_wan(folder(family)).generate(GenerationConfig(**JOB)).raise_for_error()
+    kept = {"resume": "auto", "journal_folder": tmp_path / "j"}
+    seen: list[tuple[int, int]] = []
+    with pytest.raises(Crash):
+        open_wan(folder(family)).generate(
+            GenerationConfig(**JOB, **kept, chunk_callback=crash_after(2))
+        )
+    rest = open_wan(folder(family)).generate(
+        GenerationConfig(**JOB, **kept, chunk_callback=lambda i, n: seen.append((i, n)))
+    )
+    assert torch.equal(rest.raise_for_error().latents, whole.latents)
+    assert seen[0][0] == 1  # the first save is always made: window 0 was not repeated
+
+
+def test_a_crash_in_the_decode_repeats_only_the_decode(folder: Any, tmp_path: Path) -> None:
+    family = "wan2.1-t2v"
+    whole = open_wan(folder(family)).generate(GenerationConfig(**JOB)).raise_for_error()
+    kept = {"resume": "auto", "journal_folder": tmp_path / "j"}
+    wrapper = open_wan(folder(family))
+    decoding = False
+    chunks = 0
+
+    def check() -> None:
+        nonlocal chunks
+        chunks += decoding
+        if chunks == 4:
+            raise Crash
+
+    def progress(step: int, total: int, latents: Any) -> None:
+        nonlocal decoding
+        decoding = step == total
+
+    with pytest.raises(Crash):
+        wrapper.generate(
+            GenerationConfig(**JOB, **kept, interrupt_check=check, progress_callback=progress)
+        )
+    called: list[int] = []
+    rest = open_wan(folder(family)).generate(
+        GenerationConfig(**JOB, **kept, progress_callback=lambda i, *_: called.append(i))
+    )
+    rest.raise_for_error()
+    assert called == []
+    assert not any("denoise" in stage.name or "text" in stage.name for stage in rest.stages)
+    assert torch.equal(rest.frames, whole.frames)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"seed": 2}, {"prompt": "a blue dog"}, {"num_inference_steps": 6}, {"flow_shift": 4.0},
+        {"guidance_scale": 2.0}, {"num_frames": 37}, {"window_overlap": 4},
+        {"window_schedule": "uniform"}, {"scheduler": "euler"}, {"negative_prompt": "x"},
+    ],
+    ids=lambda change: next(iter(change)),
+)  # fmt: skip
+def test_another_job_is_not_gone_on_with_and_the_difference_is_named(
+    folder: Any, tmp_path: Path, change: dict[str, Any]
+) -> None:
+    family = "wan2.1-t2v"
+    with pytest.raises(Crash):
+        open_wan(folder(family)).generate(
+            GenerationConfig(
+                **JOB,
+                resume="auto",
+                journal_folder=tmp_path / "j",
+                progress_callback=crash_after(2),
+            )
+        )
+    job = JOB | change
+    refused = open_wan(folder(family)).generate(
+        GenerationConfig(**job, resume="must", journal_folder=tmp_path / "j")
+    )
+    assert isinstance(refused.error, JournalMismatch)
+    assert next(iter(change)).removesuffix("_frames") in refused.errors[0]
+    anew = open_wan(folder(family)).generate(
+        GenerationConfig(**job, resume="auto", journal_folder=tmp_path / "j")
+    )
+    plain = open_wan(folder(family)).generate(GenerationConfig(**job))
+    assert torch.equal(anew.raise_for_error().latents, plain.raise_for_error().latents)
+
+
+def test_a_replaced_model_file_is_another_render(folder: Any, tmp_path: Path) -> None:
+    model = make_folder(tmp_path / "model", "wan2.1-t2v")
+    kept = {"resume": "auto", "journal_folder": tmp_path / "journal"}
+    with pytest.raises(Crash):
+        open_wan(model).generate(GenerationConfig(**JOB, **kept, progress_callback=crash_after(2)))
+    make_folder(model, "wan2.1-t2v", seed=9)
+    result = open_wan(model).generate(GenerationConfig(**JOB, **(kept | {"resume": "must"})))
+    assert isinstance(result.error, JournalMismatch)
+    assert "files" in result.errors[0]
+
+
+def test_must_without_a_journal(folder: Any, tmp_path: Path) -> None:
+    result = open_wan(folder("wan2.1-t2v")).generate(
+        GenerationConfig(**JOB, resume="must", journal_folder=tmp_path / "j")
+    )
+    assert isinstance(result.error, JournalMismatch)
+
+
+def test_a_broken_journal_never_stops_a_render(folder: Any, tmp_path: Path) -> None:
+    family = "wan2.1-t2v"
+    kept = {"resume": "auto", "journal_folder": tmp_path / "j"}
+    whole = open_wan(folder(family)).generate(GenerationConfig(**JOB)).raise_for_error()
+    with pytest.raises(Crash):
+        open_wan(folder(family)).generate(
+            GenerationConfig(**JOB, **kept, progress_callback=crash_after(3))
+        )
+    for path in tmp_path.rglob("*"):
+        if path.is_file() and path.stat().st_size > 1000:
+            path.write_bytes(path.read_bytes()[:500])
+    rest = open_wan(folder(family)).generate(GenerationConfig(**JOB, **kept)).raise_for_error()
+    assert torch.equal(rest.latents, whole.latents)
+    assert any("not used" in warning for warning in rest.warnings)
+
+
+def test_a_read_only_place_is_said_and_the_render_goes_on(folder: Any, tmp_path: Path) -> None:
+    blocked = tmp_path / "file"
+    blocked.write_text("not a folder")
+    result = open_wan(folder("wan2.1-t2v")).generate(
+        GenerationConfig(**JOB, resume="auto", journal_folder=blocked)
+    )
+    assert result.success
+    assert any("not saved" in warning for warning in result.warnings)
+
+
+def test_resume_needs_a_place(folder: Any) -> None:
+    result = open_wan(folder("wan2.1-t2v")).generate(GenerationConfig(**JOB, resume="auto"))
+    assert isinstance(result.error, InvalidRequest) and result.error.field == "resume"
+
+
+def test_killed_at_random_moments_and_resumed_each_time(folder: Any, tmp_path: Path) -> None:
+    """SIGKILL in the denoise and in the decode; latents and frames equal an uncut run's."""
+    family = "wan2.1-t2v"
+    model = folder(family)
+    script = tmp_path / "render.py"
+    script.write_text(
+        "import sys, torch\n"
+        "from pathlib import Path\n"
+        "from wan_core import GenerationConfig, WanPipelineLoader\n"
+        "torch.set_num_threads(1)\n"
+        "model, target = sys.argv[1:3]\n"
+        "wrapper = WanPipelineLoader().load_wan_pipeline(\n"
+        "    model, optimization_config={'device': 'cpu', 'precision': 'fp32'})\n"
+        "log = open(target + '.log', 'a', buffering=1)\n"
+        "import time\n"
+        "def slow():\n"
+        "    time.sleep(0.004)\n"
+        f"job = { ({**JOB, 'num_inference_steps': 12})!r}\n"
+        "result = wrapper.generate(GenerationConfig(**job, resume='auto', journal_folder=target,\n"
+        "    interrupt_check=slow, progress_callback=lambda i, n, x: print('step', i, file=log)))\n"
+        "result.raise_for_error()\n"
+        "torch.save({'latents': result.latents, 'frames': result.frames}, target + '.pt')\n"
+        "print('done', file=log)\n"
+    )
+    torch.set_num_threads(1)
+    try:
+        job = JOB | {"num_inference_steps": 12}
+        whole = open_wan(model).generate(GenerationConfig(**job)).raise_for_error()
+    finally:
+        torch.set_num_threads(2)
+    draw = random.Random(0)
+    target = tmp_path / "journals"
+    log = Path(f"{target}.log")
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    kills = 0
+    deadline = time.monotonic() + 240
+    while not Path(f"{target}.pt").exists():
+        assert time.monotonic() < deadline
+        before = log.read_text().count("\n") if log.exists() else 0
+        process = subprocess.Popen(
+            [sys.executable, str(script), str(model), str(target)], env=env, cwd=ROOT
+        )
+        wait = draw.randint(1, 3)  # steps to let through before the next kill
+        while process.poll() is None and kills < 6:
+            text = log.read_text() if log.exists() else ""
+            if text.count("\n") >= before + wait or text.count("step 12"):
+                time.sleep(draw.random() * 0.1)
+                process.send_signal(signal.SIGKILL)
+                kills += 1
+                break
+            time.sleep(0.005)
+        process.wait(timeout=120)
+    saved = torch.load(f"{target}.pt", weights_only=True)
+    assert torch.equal(saved["latents"], whole.latents)
+    assert torch.equal(saved["frames"], whole.frames)
+    assert kills >= 4
+    steps = [line for line in log.read_text().splitlines() if line.startswith("step")]
+    repeated = len(steps) - len(set(steps))
+    assert repeated == 0, steps  # a step is saved before it is reported
+    assert not target.exists()
