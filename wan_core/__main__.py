@@ -193,10 +193,11 @@ def _generate(arguments: argparse.Namespace) -> tuple[str, dict[str, Any]]:
         output_path=arguments.output,
         return_frames=False,
     )
-    return _run(wrapper, job, quiet=arguments.json)
+    result = _generated(wrapper, job, quiet=arguments.json)
+    return wrapper.report(result), result.to_dict()
 
 
-def _run(wrapper: Any, job: GenerationConfig, *, quiet: bool) -> tuple[str, dict[str, Any]]:
+def _generated(wrapper: Any, job: GenerationConfig, *, quiet: bool) -> Any:
     """Generate with a progress bar on stderr; an expected failure is raised."""
     from tqdm import tqdm
 
@@ -214,12 +215,13 @@ def _run(wrapper: Any, job: GenerationConfig, *, quiet: bool) -> tuple[str, dict
     finally:
         if bar is not None:
             bar.close()
-    result.raise_for_error()
-    return wrapper.report(result), result.to_dict()
+    return result.raise_for_error()
 
 
 def _demo(arguments: argparse.Namespace) -> tuple[str, dict[str, Any]]:
+    from .files import atomic_path
     from .load import WanPipelineLoader
+    from .video import contact_sheet
 
     wrapper = WanPipelineLoader().load_wan_pipeline(demo_model_path())
     defaults = wrapper.architecture.variant.defaults
@@ -231,7 +233,12 @@ def _demo(arguments: argparse.Namespace) -> tuple[str, dict[str, Any]]:
         num_frames=defaults.num_frames,
         output_path=arguments.output,
     )
-    return _run(wrapper, job, quiet=arguments.json)
+    result = _generated(wrapper, job, quiet=arguments.json)
+    sheet = Path(arguments.output).with_suffix(".png")
+    with atomic_path(sheet) as temporary:
+        contact_sheet(result.frames).save(temporary, format="PNG")
+    report = f"{wrapper.report(result)}\nframes side by side: {sheet}"
+    return report, result.to_dict() | {"contact_sheet": str(sheet)}
 
 
 def demo_model_path(kind: str = "t2v") -> Path:

@@ -10,6 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from .errors import UnsupportedModel
+from .header import quoted
+from .identify import Part
 from .variants import VARIANTS, TransformerShape, Variant
 
 
@@ -23,24 +25,23 @@ class Choice:
     reason: str
 
 
-def choose_variant(
-    family: str, shape: TransformerShape, experts: int | None, what: str = ""
-) -> Choice:
-    """Choose among the variants of a family.
+def choose_variant(part: Part, shape: TransformerShape, experts: int | None) -> Choice:
+    """Choose among the variants of a transformer's family.
 
-    ``experts`` is 1 or 2 where the whole model is known, None for a single file. Raises
-    UnsupportedModel, with ``what`` naming the model, when the family is none of the table's.
+    ``shape`` holds its numbers as the config corrected them; ``experts`` is 1 or 2 where the whole
+    model is known, None for a single file. Raises UnsupportedModel, naming what the file is, when
+    the family has no variant in the table.
     """
-    names = _names(family, shape)
+    names = _names(part.family, shape)
     pool = [VARIANTS[name] for name in names]
     if experts is not None:
         # A model of one expert is never one of 2.2's pairs, unless the family has nothing else.
         pool = [v for v in pool if v.experts == experts] or pool
     if not pool:
         raise UnsupportedModel(
-            f"{what or 'This file'} is a derivative of Wan that WanFit cannot run "
-            f"({shape.in_channels} channels in, {shape.out_channels} out). Use a plain Wan 2.1 or "
-            "2.2 text- or image-to-video model."
+            f"{quoted(part.table.path)} is {part.title} ({shape.in_channels} channels in, "
+            f"{shape.out_channels} out), a derivative of Wan that WanFit cannot run. Use "
+            "a plain Wan 2.1 or 2.2 text- or image-to-video model."
         )
     exact = [v for v in pool if _same_size(v.transformer, shape)]
     chosen = exact or _nearest(pool, shape)
@@ -70,6 +71,9 @@ def _nearest(pool: list[Variant], shape: TransformerShape) -> list[Variant]:
 
 def _names(family: str, shape: TransformerShape) -> tuple[str, ...]:
     """Return the names of a family's variants, the one to prefer first."""
+    demo = f"wanfit-demo-{family}"
+    if demo in VARIANTS and _same_size(VARIANTS[demo].transformer, shape):
+        return (demo,)  # known only by its exact numbers, never as the nearest size
     images = shape.image_dim is not None
     if shape.out_channels == 48:
         by_input = {48: "wan2.2-ti2v-5b", 100: "wan2.2-fun-inp-5b", 148: "wan2.2-fun-control-5b"}

@@ -175,12 +175,16 @@ VAE_22: Final = VaeShape(
 
 _T_1_3B: Final = TransformerShape(heads=12, ffn_dim=8960, layers=30, in_channels=16)
 _T_14B: Final = TransformerShape(heads=40, ffn_dim=13824, layers=40, in_channels=16)
-_T_5B: Final = TransformerShape(
-    heads=24, ffn_dim=14336, layers=30, in_channels=48, out_channels=48
-)
+_T_5B: Final = TransformerShape(heads=24, ffn_dim=14336, layers=30, in_channels=48, out_channels=48)
 _T_I2V_21: Final = replace(_T_14B, in_channels=36, image_dim=1280, added_kv_dim=5120)
 _T_I2V_21_SMALL: Final = replace(_T_1_3B, in_channels=36, image_dim=1280, added_kv_dim=1536)
 
+_T_DEMO: Final = TransformerShape(
+    heads=4, head_dim=32, ffn_dim=256, layers=6, in_channels=16, text_dim=96
+)
+_DEMO_SIZE: Final[dict[str, Any]] = {
+    "num_inference_steps": 20, "width": 64, "height": 64, "num_frames": 17, "negative_prompt": "",
+}  # fmt: skip
 _D_T2V_1_3B: Final = Defaults(
     num_inference_steps=50, guidance_scale=6.0, flow_shift=8.0, width=832, height=480
 )
@@ -340,6 +344,17 @@ _ALL: Final = (
         name="wan2.2-fun-control-5b", title="Wan 2.2 Fun Control 5B",
         transformer=replace(_T_5B, in_channels=148), defaults=_D_5B,
         **{**_NO_PIPELINE, "vae": VAE_22},
+    ),
+    Variant(
+        name="wanfit-demo-t2v", title="WanFit demo, text to video (two small experts)", experts=2,
+        transformer=_T_DEMO, vae=VAE_21, defaults=replace(_D_T2V_A14B, **_DEMO_SIZE),
+        note="Ships with WanFit: 64x64 pixels, coloured shapes; the structure of wan2.2-t2v-a14b.",
+    ),
+    Variant(
+        name="wanfit-demo-i2v", title="WanFit demo, image to video (two small experts)", experts=2,
+        transformer=replace(_T_DEMO, in_channels=36), last_image=True, **_I2V,
+        defaults=replace(_D_I2V_A14B, **_DEMO_SIZE),
+        note="Ships with WanFit: 64x64 pixels, coloured shapes; the structure of wan2.2-i2v-a14b.",
     ),
     Variant(
         name="wan2.1-humo-17b", title="HuMo (audio and reference to video)",

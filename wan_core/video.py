@@ -191,7 +191,7 @@ class VideoWriter:
 
 def _to_bytes(picture: Tensor) -> Tensor:
     if picture.dtype != torch.uint8:
-        # In float32: half precision cannot hold all of 0..255 after the product exactly.
+        # In float32: bfloat16 would round the product before the rounding that is meant.
         picture = (picture.float() * 255).round().clamp(0, 255).to(torch.uint8)
     return picture.cpu().contiguous()
 
@@ -218,3 +218,16 @@ def _check_request(
             f"audio has shape {tuple(audio[0].shape)}; it must be (1 or 2 channels, samples).",
             field="audio",
         )
+
+
+def contact_sheet(frames: Tensor, columns: int = 6, gap: int = 2) -> Any:
+    """Lay frames (F, H, W, 3), 0..1, out in rows of ``columns``; return the PIL image."""
+    from PIL import Image
+
+    count, height, width, channels = frames.shape
+    rows = -(-count // columns)
+    sheet = torch.ones(rows * (height + gap) - gap, columns * (width + gap) - gap, channels)
+    for index, frame in enumerate(frames.detach().float().cpu()):
+        top, left = index // columns * (height + gap), index % columns * (width + gap)
+        sheet[top : top + height, left : left + width] = frame
+    return Image.fromarray(_to_bytes(sheet).numpy())
