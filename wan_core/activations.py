@@ -13,6 +13,7 @@ context) is added by ``memory``. Standard library only.
 from __future__ import annotations
 
 from functools import lru_cache
+from math import prod
 
 from .variants import TransformerShape
 
@@ -24,12 +25,16 @@ FP32 = 4
 
 
 class Tape:
-    """Counts the bytes of the blobs that are alive, now and at most."""
+    """Counts the bytes of the blobs that are alive, now and at most.
 
-    __slots__ = ("live", "peak")
+    ``workspace`` says whether memory that libraries take for an operator is counted too.
+    """
 
-    def __init__(self) -> None:
+    __slots__ = ("live", "peak", "workspace")
+
+    def __init__(self, workspace: bool = False) -> None:
         self.live = self.peak = 0
+        self.workspace = workspace
 
     def new(self, elements: int, size: int) -> Blob:
         """Return a blob of ``elements`` numbers of ``size`` bytes."""
@@ -68,7 +73,7 @@ def _to(x: Blob, size: int) -> Blob:
 # --------------------------------------------------------------------------- transformer
 
 
-class _Dims:
+class Dims:
     """The numbers one forward depends on: batch, tokens, width and bytes per number."""
 
     __slots__ = ("batch", "dim", "ffn", "heads", "image_tokens", "per_token", "size", "tokens")
@@ -93,7 +98,7 @@ def _layer_norm(x: Blob, rows: int) -> Blob:
     return out
 
 
-def _modulated_norm(x: Blob, d: _Dims, modulation: int) -> Blob:
+def _modulated_norm(x: Blob, d: Dims, modulation: int) -> Blob:
     """``(norm(x.float()) * (1 + scale) + shift).type_as(x)``."""
     tape = x.tape
     wide = _to(x, FP32)
@@ -129,14 +134,14 @@ def _rotated(x: Blob) -> Blob:
     return out
 
 
-def _attend(query: Blob, d: _Dims) -> Blob:
+def _attend(query: Blob, d: Dims) -> Blob:
     lse = query.tape.new(d.batch * d.heads * d.tokens, FP32)
     out = _out(query)
     query.tape.during(lse)
     return out
 
 
-def _self_attention(x: Blob, d: _Dims) -> Blob:
+def _self_attention(x: Blob, d: Dims) -> Blob:
     query, key, value = _out(x), _out(x), _out(x)
     query = _out(query)
     key = _out(key)
@@ -148,7 +153,7 @@ def _self_attention(x: Blob, d: _Dims) -> Blob:
     return projected
 
 
-def _cross_attention(x: Blob, d: _Dims) -> Blob:
+def _cross_attention(x: Blob, d: Dims) -> Blob:
     tape = x.tape
     text = d.batch * _TEXT_TOKENS * d.dim
     query = _out(x)
@@ -170,14 +175,14 @@ def _cross_attention(x: Blob, d: _Dims) -> Blob:
     return projected
 
 
-def _feed_forward(x: Blob, d: _Dims) -> Blob:
+def _feed_forward(x: Blob, d: Dims) -> Blob:
     projected = x.tape.new(d.batch * d.tokens * d.ffn, d.size)
     activated = _out(projected)
     del projected
     return x.tape.new(x.elements, activated.size)
 
 
-def _block(x: Blob, d: _Dims) -> Blob:
+def _block(x: Blob, d: Dims) -> Blob:
     """One ``WanTransformerBlock.forward``; ``x`` stays bound in the model's own loop."""
     modulation = d.hidden if d.per_token else d.batch * d.dim
     tape = x.tape
@@ -197,16 +202,15 @@ def _block(x: Blob, d: _Dims) -> Blob:
     return hidden
 
 
-def _plain_norm(x: Blob, d: _Dims) -> Blob:
+def _plain_norm(x: Blob, d: Dims) -> Blob:
     wide = _to(x, FP32)
     normed = _layer_norm(wide, d.batch * d.tokens)
     del wide
     return _to(normed, x.size)
 
 
-def _time_embedding(tape: Tape, shape: TransformerShape, d: _Dims) -> tuple[Blob, Blob]:
-    """``temb`` and ``timestep_proj``; a row per sample, or per token (TI2V-5B)."""
-    rows = d.batch * (d.tokens if d.per_token else 1)
+def time_embedding(tape: Tape, shape: TransformerShape, d: Dims, rows: int) -> tuple[Blob, Blob]:
+    """``temb`` and ``timestep_proj``, for so many timesteps: one per sample, or per token."""
     half = tape.new(rows * shape.freq_dim // 2, FP32)
     scaled = _out(half)
     del half
@@ -226,7 +230,8 @@ def _time_embedding(tape: Tape, shape: TransformerShape, d: _Dims) -> tuple[Blob
     return temb, tape.new(rows * 6 * d.dim, d.size)
 
 
-def _text_embedding(tape: Tape, d: _Dims) -> tuple[Blob, ...]:
+def text_embedding(tape: Tape, d: Dims) -> tuple[Blob, ...]:
+    """The text's and the image's embeddings, joined for cross attention."""
     first = tape.new(d.batch * _TEXT_TOKENS * d.dim, d.size)
     activated = _out(first)
     del first
@@ -240,6 +245,25 @@ def _text_embedding(tape: Tape, d: _Dims) -> tuple[Blob, ...]:
     return joined, image
 
 
+def window_tokens(shape: TransformerShape, frames: int, height: int, width: int) -> int:
+    """Return the tokens of so many latent frames of a latent size."""
+    step_t, step_h, step_w = shape.patch_size
+    return (frames // step_t) * (height // step_h) * (width // step_w)
+
+
+def forward_inputs(
+    tape: Tape, shape: TransformerShape, d: Dims, latent: tuple[int, int, int], *, per_token: bool
+) -> tuple[Blob, ...]:
+    """The arguments of the model's forward: latents, timesteps, text and image embeddings."""
+    frames, height, width = latent
+    inputs = [tape.new(d.batch * shape.in_channels * frames * height * width, d.size)]
+    inputs.append(tape.new(d.batch * (d.tokens if per_token else 1), FP32))
+    inputs.append(tape.new(d.batch * _TEXT_TOKENS * shape.text_dim, d.size))
+    if shape.image_dim is not None:
+        inputs.append(tape.new(d.batch * d.image_tokens * shape.image_dim, d.size))
+    return tuple(inputs)
+
+
 @lru_cache(maxsize=512)
 def transformer_peak(
     shape: TransformerShape, *, batch: int, latent_frames: int, latent_height: int,
@@ -251,28 +275,24 @@ def transformer_peak(
     timestep for each token, as diffusers passes it for TI2V-5B. Sizes are those of the latents.
     """
     tape = Tape()
-    step_t, step_h, step_w = shape.patch_size
-    tokens = (latent_frames // step_t) * (latent_height // step_h) * (latent_width // step_w)
+    tokens = window_tokens(shape, latent_frames, latent_height, latent_width)
     images = 2 if shape.pos_embed_seq_len else 1
     image_tokens = 0 if shape.image_dim is None else _IMAGE_TOKENS * images
-    d = _Dims(shape, batch, tokens, size, per_token, image_tokens)
-    latent = batch * shape.in_channels * latent_frames * latent_height * latent_width
-    inputs = [tape.new(latent, size), tape.new(batch * (tokens if per_token else 1), FP32)]
-    inputs.append(tape.new(batch * _TEXT_TOKENS * shape.text_dim, size))
-    if shape.image_dim is not None:
-        inputs.append(tape.new(batch * image_tokens * shape.image_dim, size))
+    d = Dims(shape, batch, tokens, size, per_token, image_tokens)
+    latent = (latent_frames, latent_height, latent_width)
+    inputs = forward_inputs(tape, shape, d, latent, per_token=per_token)
     rope = tape.new(tokens * shape.head_dim, FP32), tape.new(tokens * shape.head_dim, FP32)
     embedded = tape.new(d.hidden, size)
     hidden = _out(embedded)
     del embedded
-    temb, projection = _time_embedding(tape, shape, d)
-    text = _text_embedding(tape, d)
+    temb, projection = time_embedding(tape, shape, d, batch * (tokens if per_token else 1))
+    text = text_embedding(tape, d)
     for _ in range(min(shape.layers, 2)):
         hidden = _block(hidden, d)
     modulation = d.hidden if per_token else batch * d.dim
     head = tape.new(2 * modulation, FP32)
     hidden = _modulated_norm(hidden, d, modulation)
-    patch = step_t * step_h * step_w * shape.out_channels
+    patch = prod(shape.patch_size) * shape.out_channels
     hidden = tape.new(batch * tokens * patch, size)
     _out(hidden)
     tape.during(*inputs, *rope, temb, projection, *text, head)

@@ -132,6 +132,18 @@ class WanPipelineWrapper:
         callbacks: Callbacks | None = None,
         result: VideoGenerationResult | None = None,
     ) -> Render:
+        wishes = self._wishes(config)
+
+        def smaller(current: OptimizationPlan, stage: str) -> OptimizationPlan | None:
+            return self._manager.smaller_plan(
+                self.architecture,
+                _job(request, config),
+                self._system(wishes),
+                wishes,
+                current,
+                stage,
+            )
+
         predicted = {stage.name: stage.device_bytes for stage in plan.estimate.stages}
         stages = Stages(
             architecture=self.architecture,
@@ -141,7 +153,7 @@ class WanPipelineWrapper:
             callbacks=callbacks or Callbacks(config),
             result=result or VideoGenerationResult(success=False),
             timeline=Timeline(torch.device(plan.device), predicted),
-            smaller_plan=lambda plan, stage: None,
+            smaller_plan=smaller,
         )
         return Render(stages=stages, config=config, request=request)
 
@@ -192,6 +204,7 @@ def _job(request: Request, config: GenerationConfig) -> Job:
         guidance_low=request.guidance_scale_2 > 1.0,
         window_frames=request.window_frames,
         window_overlap=request.window_overlap,
+        window_anchor=request.window_anchor and request.window_mode == "windows",
         image=config.image is not None,
         last_image=config.last_image is not None,
         steps=request.num_inference_steps,

@@ -215,6 +215,12 @@ def _pcie(uuid: str) -> tuple[int | None, int | None]:
         pynvml.nvmlShutdown()
 
 
+def pinned_budget_now() -> int:
+    """Return the bytes of RAM that may be pinned on this machine, at most what is available."""
+    total, available, _ = ram()
+    return min(pinned_budget(total, platform.system()), available)
+
+
 def pinned_budget(ram_total: int, system: str) -> int:
     """Return the bytes of RAM that may be pinned: 40 % on Windows, 50 % elsewhere."""
     share = PINNED_SHARE_WINDOWS if system == "Windows" else PINNED_SHARE

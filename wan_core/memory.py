@@ -7,13 +7,13 @@ interpreter on a CPU) is added as constants named below. Standard library only; 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from .activations import text_encoder_peak, transformer_peak
 from .architecture import ModelArchitecture
+from .choices import Choices, Job, latent_size, window_latents
 from .config import MemoryEstimate, StageEstimate
+from .lean_activations import lean_peak
 from .sizes import (
     BYTES,
     assumed_parts,
@@ -28,6 +28,8 @@ from .vae_activations import decode_peak, encode_peak
 if TYPE_CHECKING:
     from .hardware import SystemResources
 
+__all__ = ["GIB", "MIB", "Choices", "Job", "estimate", "format_estimate", "reserved_bytes"]
+
 MIB = 2**20
 GIB = 2**30
 STREAM_BUFFERS = 2
@@ -36,69 +38,15 @@ _LATENT_COPIES = 6
 """float32 latents alive during a forward: the state, UniPC's history, the first prediction."""
 _DEVICE_WORKSPACE = 96 * MIB
 """cuBLAS and cuDNN handles with their workspaces, as the allocator counts them."""
+_ROOM = {"diffusers": 0.35, "lean": 0.1, "vae": 0.3, "other": 0.2}
+"""Share of the activations that the caching allocator needs beyond them because freed blocks
+leave gaps. Found on an H100 (torch 2.11) by capping the allocator until a run failed: 23 to 38 %
+for diffusers' forward, 4 to 10 % for the lean one, 20 to 30 % for the VAE."""
+_MEASURED = {(9, 0)}
+"""Compute capabilities on which estimates were compared with runs: see benchmarks/results."""
 _PROCESS = 450 * MIB
 """The interpreter with torch, diffusers and transformers, in RAM."""
 _TEXT_TOKENS = 512
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Job:
-    """The numbers of a job that memory depends on. Frames and sizes are pixels, frames 4n+1."""
-
-    width: int
-    height: int
-    num_frames: int
-    batch_size: int = 1
-    guidance_high: bool = True
-    """Whether the only or the high-noise expert runs with guidance (two passes)."""
-    guidance_low: bool = True
-    window_frames: int | None = None
-    """Length of a denoising window in video frames; None: the clip as a whole."""
-    window_overlap: int = 16
-    image: bool = False
-    last_image: bool = False
-    steps: int = 50
-    return_frames: bool = True
-    encode_text: bool = True
-
-    @property
-    def latent_frames(self) -> int:
-        """Frames of the latents."""
-        return (self.num_frames - 1) // 4 + 1
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Choices:
-    """What a plan decides about memory; everything an estimate depends on beside the job."""
-
-    dtypes: Mapping[str, str] = field(hash=False)
-    """Per part: "fp32", "bf16" or "fp16"."""
-    offload: str = "none"
-    """"none", "model" (one part on the device at a time) or "sequential" (one layer)."""
-    part_offload: Mapping[str, str] = field(default_factory=dict, hash=False)
-    """Parts that are placed otherwise than ``offload`` says."""
-    window_frames: int | None = None
-    window_overlap: int = 16
-    resident_blocks: int | None = None
-    """Transformer blocks kept on the device when ``stream`` is set."""
-    stream: bool = False
-    """Blocks that are not resident arrive one ahead of their turn, the text encoder's too."""
-    lean: bool = False
-    """The forward with fewer hidden states alive."""
-    fp8_storage: bool = False
-    """Blocks' matrices are stored in fp8 and cast when they are used."""
-
-
-    def offload_of(self, part: str) -> str:
-        """Return how one part is placed."""
-        return self.part_offload.get(part, self.offload)
-
-
-def latent_size(architecture: ModelArchitecture, job: Job) -> tuple[int, int, int]:
-    """Return (frames, height, width) of the whole clip's latents."""
-    vae = architecture.vae or architecture.variant.vae
-    scale = vae.scale_factor_spatial
-    return job.latent_frames, max(1, job.height // scale), max(1, job.width // scale)
 
 
 def estimate(
@@ -108,10 +56,13 @@ def estimate(
     """Return what ``job`` needs when it is run as ``choices`` say.
 
     ``available`` is what may be used on the device, in bytes; with it the estimate says whether
-    the job fits. On a CPU the device's memory is the RAM and the finished frames count too.
+    the job fits, the allocator's gaps included. On a CPU the device's memory is the RAM and the
+    finished frames count too.
     """
     ledger = _Ledger(architecture, job, choices, system)
     stages = ledger.stages()
+    reserved = max(reserved_bytes(stage, choices, system) for stage in stages)
+    gaps = reserved - max(stage.device_bytes for stage in stages)
     peak = max(stages, key=lambda stage: stage.device_bytes)
     output = ledger.frames_bytes
     weights, overhead = peak.weights_bytes, peak.device_bytes - peak.weights_bytes
@@ -122,12 +73,34 @@ def estimate(
         total_estimated_mb=(weights + overhead + output) / MIB,
         peak_usage_mb=peak.device_bytes / MIB,
         confidence=_confidence(architecture, system, choices),
-        warnings=_warnings(architecture),
+        warnings=(*_warnings(architecture), *_gaps(peak.device_bytes, reserved, available)),
         stages=stages,
         host_ram_mb=max(stage.host_bytes for stage in stages) / MIB,
         device=system.device,
-        fits=None if available is None else peak.device_bytes <= available,
-        available_mb=None if available is None else available / MIB,
+        fits=None if available is None else reserved <= available,
+        # Less the gaps, so that the peak can be compared with it.
+        available_mb=None if available is None else (available - gaps) / MIB,
+    )
+
+
+def reserved_bytes(stage: StageEstimate, choices: Choices, system: SystemResources) -> int:
+    """Return what the allocator holds on the device at the stage's peak, its gaps included."""
+    if system.device_kind == "cpu":
+        return stage.device_bytes
+    kind = "other"
+    if stage.name.startswith("denoise"):
+        kind = "lean" if choices.lean else "diffusers"
+    elif stage.name in ("condition_encode", "decode"):
+        kind = "vae"
+    return stage.device_bytes + int(_ROOM[kind] * stage.activation_bytes)
+
+
+def _gaps(peak: int, reserved: int, available: int | None) -> tuple[str, ...]:
+    if available is None or not peak <= available < reserved:
+        return ()
+    return (
+        f"{peak / GIB:.1f} GiB would be in use, but gaps between freed blocks make the allocator "
+        f"take up to {reserved / GIB:.1f} GiB.",
     )
 
 
@@ -187,11 +160,15 @@ class _Ledger:
         self, name: str, part: str, activations: int, *, output: bool = False
     ) -> StageEstimate:
         weights, note = self._weights_on_device(part)
+        loras = self.arch.lora_bytes(part, BYTES[self._dtype(part)])
         host = self._host_weights(part) + self.latent_bytes + (self.frames_bytes if output else 0)
         extra = _DEVICE_WORKSPACE
         if self.on_cpu:
+            host += loras
             weights, extra = host, _PROCESS
             note = "in RAM, with the interpreter and its libraries"
+        elif loras:
+            weights, note = weights + loras, f"{note}, with its LoRAs"
         return StageEstimate(
             name=name,
             device_bytes=weights + activations + extra,
@@ -214,15 +191,27 @@ class _Ledger:
 
     def _weights_on_device(self, part: str) -> tuple[int, str]:
         """Return the weights that are on the device while ``part`` works, and how."""
-        dtype = self._dtype(part)
-        offload = self.choices.offload_of(part)
-        if offload == "none":
-            return sum(self.bytes.values()), "all parts stay on the device"
-        if offload == "sequential":
-            return largest_leaf_bytes(self.arch, part, dtype), "one layer at a time"
+        choices = self.choices
+        stay = [name for name in self.parts if self._stays(name)]
+        resident = sum(self.bytes[name] for name in stay)
+        if len(stay) == len(self.parts):
+            return resident, "all parts stay on the device"
+        beside = f", beside {len(stay)} parts that stay" if stay else ""
+        if part in stay:
+            return resident, "resident" + beside
+        if choices.stream and part.startswith("transformer"):
+            nbytes, note = self._streamed(self._dtype(part))
+        elif choices.offload_of(part) == "sequential":
+            nbytes = largest_leaf_bytes(self.arch, part, self._dtype(part))
+            note = "one layer at a time"
+        else:
+            nbytes, note = self.bytes[part], f"only the {part.replace('_', ' ')}"
+        return resident + nbytes, note + beside
+
+    def _stays(self, part: str) -> bool:
         if self.choices.stream and part.startswith("transformer"):
-            return self._streamed(dtype)
-        return self.bytes[part], f"only the {part.replace('_', ' ')}"
+            return False
+        return self.choices.offload_of(part) == "none"
 
     def _streamed(self, dtype: str) -> tuple[int, str]:
         shape, choices = self.arch.transformer, self.choices
@@ -269,32 +258,41 @@ class _Ledger:
         job, shape = self.job, self.arch.transformer
         guided = job.guidance_low if part == "transformer_2" else job.guidance_high
         size = BYTES[self._dtype(part)]
-        forward = transformer_peak(
-            shape,
-            batch=job.batch_size,
-            latent_frames=self._window(),
-            latent_height=self.height,
-            latent_width=self.width,
-            size=size,
-            per_token=self.arch.variant.expand_timesteps and job.image,
-        )
         condition = max(0, shape.in_channels - self.vae.z_dim) * self.latent_bytes // self.vae.z_dim
         texts = (1 if guided else 0) * job.batch_size * _TEXT_TOKENS * shape.text_dim * size
-        cast = block_bytes(shape, self._dtype(part)) // 3 if self.choices.fp8_storage else 0
+        cast = shape.dim * shape.ffn_dim * size if self.choices.fp8_storage else 0
+        forward = self._forward(size, guided=guided)
         return forward + _LATENT_COPIES * self.latent_bytes + condition + texts + cast
 
-    def _window(self) -> int:
-        window = self.choices.window_frames or self.job.window_frames
-        if window is None:
-            return self.frames
-        return min(self.frames, (window + 2) // 4 + 1)
+    def _forward(self, size: int, *, guided: bool) -> int:
+        choices = self.choices
+        numbers = {
+            "batch": self.job.batch_size,
+            "latent_frames": window_latents(self.job, choices, self.frames),
+            "latent_height": self.height,
+            "latent_width": self.width,
+            "size": size,
+        }
+        per_token = self.arch.variant.expand_timesteps and self.job.image
+        if not choices.lean:
+            return transformer_peak(self.arch.transformer, per_token=per_token, **numbers)
+        # Both passes go through a streamed block together, so that it crosses the bus once.
+        passes = 2 if guided and choices.stream else 1
+        return lean_peak(
+            self.arch.transformer,
+            per_token=per_token,
+            exact=not choices.by_rows,
+            embed_every_token=not self.on_cpu,
+            passes=passes,
+            **numbers,
+        )
 
 
 def _confidence(
     architecture: ModelArchitecture, system: SystemResources, choices: Choices
 ) -> float:
-    """Rate the estimate: arithmetic alone is 0.8, less where something was assumed."""
-    rating = 0.8
+    """Rate the estimate: 0.8 by arithmetic, more where runs were measured, less where assumed."""
+    rating = 0.9 if system.compute_capability in _MEASURED else 0.8
     if system.device_kind == "cpu":
         rating -= 0.15  # measured as the process's RAM, which no arithmetic covers
     if assumed_parts(architecture):

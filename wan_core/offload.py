@@ -84,8 +84,7 @@ class _Residence:
     """Where one module is now, and for whom."""
 
     changed: threading.Condition = field(default_factory=threading.Condition)
-    mode: str = ""
-    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    placement: str = ""
     users: list[int] = field(default_factory=list)
     undo: Undo = field(default_factory=Undo)
 
@@ -108,17 +107,53 @@ def place(module: nn.Module, mode: str, device: torch.device | str) -> Iterator[
     forward. Parameters stay the same objects with the same values; hooks are gone afterwards,
     after an error or an interrupt too. A thread that asks for another placement than the one in
     use waits for it to end. Raises InvalidRequest for an unknown mode, MissingDependency when
-    accelerate is absent, RuntimeError when this thread holds the module in another placement.
+    accelerate is absent, Busy when this thread holds the module in another placement.
     """
     if mode not in MODES:
         raise InvalidRequest(
             f"offload is {mode!r}; allowed here are {', '.join(MODES)}.", field="offload"
         )
+    # Leaf hooks hold one leaf's weights at a time: two threads would take each other's.
+    target = torch.device(device)
+    with hold(
+        module, f"{mode} on {target}", partial(_attach, module, mode, target), mode != "sequential"
+    ):
+        yield module
+
+
+class Busy(RuntimeError):
+    """A module is in a placement that excludes the one asked for."""
+
+
+@contextmanager
+def hold(
+    module: nn.Module,
+    placement: str,
+    attach: Callable[[Undo], None],
+    shared: bool,
+    wait: bool = True,
+) -> Iterator[None]:
+    """Keep ``module`` in a placement, put on by ``attach`` and taken off by the steps it pushes.
+
+    Threads that ask for the same placement share it where it is ``shared``; a thread that asks
+    for another waits for the users of the present one. Raises Busy when that would be the thread
+    itself, or when it shall not ``wait``. An error of ``attach`` is raised with everything taken
+    off again.
+    """
     residence = _residence_of(module)
     me = threading.get_ident()
-    _enter(residence, me, module, mode, torch.device(device))
+    with residence.changed:
+        _await_turn(residence, me, type(module).__name__, placement, shared, wait)
+        if not residence.users:
+            try:
+                attach(residence.undo)
+            except BaseException as error:
+                residence.undo.__exit__(type(error), error, None)
+                raise
+            residence.placement = placement
+        residence.users.append(me)
     try:
-        yield module
+        yield
     except BaseException as error:
         _leave(residence, me, error)
         raise
@@ -126,26 +161,17 @@ def place(module: nn.Module, mode: str, device: torch.device | str) -> Iterator[
         _leave(residence, me, None)
 
 
-def _enter(
-    residence: _Residence, me: int, module: nn.Module, mode: str, device: torch.device
+def _await_turn(
+    residence: _Residence, me: int, name: str, placement: str, shared: bool, wait: bool
 ) -> None:
-    with residence.changed:
-        while residence.users:
-            same = residence.mode == mode and residence.device == device
-            # Leaf hooks hold one leaf's weights at a time: two threads would take each other's.
-            if same and mode != "sequential":
-                break
-            if me in residence.users:
-                raise RuntimeError(
-                    f"{type(module).__name__} is already placed as {residence.mode!r} on "
-                    f"{residence.device} by this thread; leave that placement before asking for "
-                    f"{mode!r} on {device}."
-                )
-            residence.changed.wait(_WAIT_SECONDS)
-        if not residence.users:
-            _attach(residence.undo, module, mode, device)
-            residence.mode, residence.device = mode, device
-        residence.users.append(me)
+    while residence.users and not (shared and residence.placement == placement):
+        if me in residence.users or not wait:
+            raise Busy(
+                f"{name} is already placed as {residence.placement!r}"
+                f"{' by this thread' if me in residence.users else ''}; leave that placement "
+                f"before asking for {placement!r}."
+            )
+        residence.changed.wait(_WAIT_SECONDS)
 
 
 def _leave(residence: _Residence, me: int, error: BaseException | None) -> None:
@@ -159,21 +185,16 @@ def _leave(residence: _Residence, me: int, error: BaseException | None) -> None:
             residence.changed.notify_all()
 
 
-def _attach(undo: Undo, module: nn.Module, mode: str, device: torch.device) -> None:
-    """Put the module where ``mode`` wants it; on failure everything is as before."""
-    try:
-        if mode != "none" and _device_of(module) not in (torch.device("cpu"), device):
-            move(module, "cpu")  # left elsewhere by an earlier "none"
-        if mode == "sequential":
-            _attach_sequential(undo, module, device)
-        elif mode == "model":
-            _remember(undo, module)
-            move(module, device)
-        else:
-            move(module, device)
-    except BaseException as error:
-        undo.__exit__(type(error), error, None)
-        raise
+def _attach(module: nn.Module, mode: str, device: torch.device, undo: Undo) -> None:
+    """Put the module where ``mode`` wants it."""
+    if mode != "none" and device_of(module) not in (torch.device("cpu"), device):
+        move(module, "cpu")  # left elsewhere by an earlier "none"
+    if mode == "sequential":
+        _attach_sequential(undo, module, device)
+        return
+    if mode == "model":
+        remember(undo, module)
+    move(module, device)
 
 
 def move(module: nn.Module, device: torch.device | str) -> None:
@@ -182,7 +203,7 @@ def move(module: nn.Module, device: torch.device | str) -> None:
     Parameters stay the same objects, non-persistent buffers come along.
     """
     undo = Undo()
-    _remember(undo, module)
+    remember(undo, module)
     try:
         for parameter in module.parameters():
             parameter.data = _sent(parameter.data, device)
@@ -199,13 +220,14 @@ def _sent(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
     return tensor.to(device)
 
 
-def _device_of(module: nn.Module) -> torch.device:
+def device_of(module: nn.Module) -> torch.device:
+    """Return where the module's first tensor is; the CPU where it has none."""
     for tensor in (*module.parameters(), *module.buffers()):
         return tensor.device
     return torch.device("cpu")
 
 
-def _remember(undo: Undo, module: nn.Module) -> None:
+def remember(undo: Undo, module: nn.Module) -> None:
     """Push a step that gives the module back its very parameters, tensors and buffers."""
     slots = [
         (owner, dict(owner._parameters), dict(owner._buffers)) for owner in module.modules()
@@ -232,7 +254,7 @@ def _attach_sequential(undo: Undo, module: nn.Module, device: torch.device) -> N
             "offload 'sequential' needs the package accelerate, which cannot be imported "
             f"({error}). Install it, or choose offload 'model'."
         ) from error
-    _remember(undo, module)
+    remember(undo, module)
     for owner in module.modules():
         undo.push(_forward_restorer(owner))
     for owner in module.modules():

@@ -6,7 +6,7 @@ and every decision comes with its reason in words. Nothing is allocated and no w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 from .architecture import ModelArchitecture
 from .config import MemoryEstimate
 from .errors import DoesNotFit
-from .ladder import Limits, ladder
+from .ladder import CARRIED_OUT, Limits, Way, best, ladder, main_dtype
 from .memory import GIB, MIB, Choices, Job
+from .reasons import reasons_for
 from .wishes import OptimizationConfig
 
 if TYPE_CHECKING:
@@ -43,7 +44,14 @@ class OptimizationPlan:
     resident_blocks: int | None = None
     stream: bool = False
     lean: bool = False
+    by_rows: bool = False
+    """The lean forward also cuts matrix products (``lean_forward(exact=False)``)."""
     fp8_storage: bool = False
+    tier: int = 0
+    """0 changes no bit of the result; higher tiers change more (see ``reasons``)."""
+    step_seconds: float = 0.0
+    """Predicted from operations and bus, to compare plans with."""
+    seconds: float = 0.0
 
     def offload_of(self, part: str) -> str:
         """Return how one part is placed: "none", "model" or "sequential"."""
@@ -59,20 +67,21 @@ class OptimizationPlan:
         """Return what was chosen, in short words for a report."""
         words = [f"precision {self.precision}", f"vae {self.dtypes['vae']}"]
         words.append(f"offload {self.offload}")
-        words += [f"{part} {how}" for part, how in self.part_offload.items()]
+        words += [f"{part} {how}" for part, how in self.part_offload.items() if how != "model"]
         if self.stream:
             words.append(f"{self.resident_blocks} blocks resident, the rest streamed")
-        words += ["lean forward"] * self.lean + ["fp8 storage"] * self.fp8_storage
+        words += ["lean forward"] * self.lean + ["products by rows"] * self.by_rows
+        words += ["fp8 storage"] * self.fp8_storage
         if self.window_frames is not None:
             words.append(f"windows of {self.window_frames} frames, {self.window_overlap} shared")
         return tuple(words)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, ready for JSON."""
-        names = ("device", "offload", "window_frames", "window_overlap", "resident_blocks")
+        kept = ("dtypes", "part_offload", "estimate", "reasons")
+        names = [name for name in self.__slots__ if name not in kept]
         plain: dict[str, Any] = {name: getattr(self, name) for name in names}
-        flags = {name: getattr(self, name) for name in ("stream", "lean", "fp8_storage")}
-        return plain | flags | {
+        return plain | {
             "dtypes": dict(self.dtypes),
             "part_offload": dict(self.part_offload),
             "reasons": list(self.reasons),
@@ -81,7 +90,14 @@ class OptimizationPlan:
 
 
 class OptimizationManager:
-    """Looks at the machine and recommends a plan. Holds no state."""
+    """Looks at the machine and recommends a plan.
+
+    ``abilities`` says what the plan may use beside placements, because it can be carried out:
+    "lean" and "rows" (the lean forward), "stream" (blocks), "fp8" (storage).
+    """
+
+    def __init__(self, abilities: Collection[str] = CARRIED_OUT) -> None:
+        self.abilities = frozenset(abilities)
 
     def analyze_system_resources(
         self, device: str | None = None, *, evictable_bytes: int = 0, ram_evictable_bytes: int = 0
@@ -109,17 +125,17 @@ class OptimizationManager:
         wishes = requested or OptimizationConfig()
         wishes.check_device(system)
         limits = Limits.of(system, wishes)
-        smallest: tuple[Choices, MemoryEstimate] | None = None
-        for choices, found in ladder(architecture, job, system, wishes, limits):
-            if limits.admit(found):
-                return _plan(job, system, choices, found)
-            if smallest is None or found.peak_usage_mb < smallest[1].peak_usage_mb:
-                smallest = choices, found
-        assert smallest is not None
-        if _obeyed(smallest[1], system, wishes):
-            found = _with_warning(smallest[1], limits)
-            return _plan(job, system, smallest[0], found)
-        raise _does_not_fit(architecture, job, system, wishes, smallest[1], limits)
+        weighed: list[Way] = []
+        for ways in ladder(architecture, job, system, wishes, limits, self.abilities):
+            chosen = best(ways, limits)
+            if chosen is not None:
+                return _plan(architecture, job, system, wishes, limits, chosen, ways)
+            weighed += ways
+        smallest = _smallest(weighed, limits)
+        if not _obeyed(smallest.estimate, system, wishes):
+            raise self._does_not_fit(architecture, job, system, wishes, smallest, limits)
+        told = replace(smallest, estimate=_with_warning(smallest.estimate, limits))
+        return _plan(architecture, job, system, wishes, limits, told, [])
 
     def estimate(
         self,
@@ -138,9 +154,82 @@ class OptimizationManager:
         except DoesNotFit as error:
             wishes = requested or OptimizationConfig()
             limits = Limits.of(system, wishes)
-            ways = ladder(architecture, job, system, wishes, limits)
-            least = min((found for _, found in ways), key=lambda found: found.peak_usage_mb)
+            tiers = ladder(architecture, job, system, wishes, limits, self.abilities)
+            least = _smallest([way for ways in tiers for way in ways], limits).estimate
             return replace(least, fits=False, warnings=(*least.warnings, str(error)))
+
+    def smaller_plan(
+        self,
+        architecture: ModelArchitecture,
+        job: Job,
+        system: SystemResources,
+        requested: OptimizationConfig,
+        current: OptimizationPlan,
+        stage: str,
+    ) -> OptimizationPlan | None:
+        """Return the fastest plan whose ``stage`` needs less than ``current``'s, or None.
+
+        For a run that ran out of memory in ``stage`` and goes on from there: the transformers'
+        dtype and the windows stay, and a placement the user chose is given up rather than the
+        render. Reality was above the estimate, so a tenth less than the estimate is aimed at.
+        """
+        wishes = replace(requested, offload="auto")
+        most = _stage_bytes(current.estimate, stage)
+        limits = Limits.of(system, wishes)
+        limits = replace(limits, device=min(limits.device, int(most * 0.9)))
+        for ways in ladder(architecture, job, system, wishes, limits, self.abilities):
+            less = [
+                way
+                for way in ways
+                if _goes_on(way.choices, job, current) and _stage_bytes(way.estimate, stage) < most
+            ]
+            chosen = best(less, limits) or min(less, key=lambda way: way.timing.step, default=None)
+            if chosen is not None:
+                return _plan(architecture, job, system, wishes, limits, chosen, less)
+        return None
+
+    def _does_not_fit(
+        self, architecture: ModelArchitecture, job: Job, system: SystemResources,
+        wishes: OptimizationConfig, smallest: Way, limits: Limits,
+    ) -> DoesNotFit:  # fmt: skip
+        def fits(smaller: Job) -> bool:
+            tiers = ladder(architecture, smaller, system, wishes, limits, self.abilities)
+            return any(best(ways, limits) is not None for ways in tiers)
+
+        needed, there = smallest.reserved, limits.device
+        where = "RAM" if system.device_kind == "cpu" else system.device_name
+        if needed <= there:  # it is the RAM that is short
+            needed, there = int(smallest.estimate.host_ram_mb * MIB), limits.ram
+            where = "RAM"
+        title = architecture.variant.title
+        return DoesNotFit(
+            f"{_frames(job.num_frames)} of {job.width}x{job.height} with {title} need "
+            f"{needed / GIB:.1f} GiB (stage {smallest.stage}) in the smallest way there is, and "
+            f"{there / GIB:.1f} GiB of {where} can be used{limits.why}. "
+            + largest_that_fits(job, architecture.size_multiple, fits),
+            needed_bytes=needed,
+            available_bytes=there,
+        )
+
+
+def _stage_bytes(found: MemoryEstimate, stage: str) -> int:
+    """Bytes a stage takes on the device; a stage the estimate does not name counts as the peak."""
+    named = {known.name: known.device_bytes for known in found.stages}
+    return named.get(stage, max(named.values(), default=0))
+
+
+def _goes_on(choices: Choices, job: Job, current: OptimizationPlan) -> bool:
+    """Say whether steps made as ``choices`` say belong to the video that ``current`` began."""
+    same_dtype = choices.dtypes["transformer"] == current.dtypes["transformer"]
+    return same_dtype and (choices.window_frames or job.window_frames) == current.window_frames
+
+
+def _smallest(ways: list[Way], limits: Limits) -> Way:
+    """Return the way that comes closest to fitting: first within the device, then the RAM."""
+    return min(
+        ways,
+        key=lambda way: (max(way.reserved, limits.device), way.estimate.host_ram_mb),
+    )
 
 
 def _obeyed(found: MemoryEstimate, system: SystemResources, wishes: OptimizationConfig) -> bool:
@@ -164,44 +253,30 @@ def _with_warning(found: MemoryEstimate, limits: Limits) -> MemoryEstimate:
 
 
 def _plan(
-    job: Job, system: SystemResources, choices: Choices, found: MemoryEstimate
-) -> OptimizationPlan:
+    architecture: ModelArchitecture, job: Job, system: SystemResources,
+    wishes: OptimizationConfig, limits: Limits, way: Way, others: list[Way],
+) -> OptimizationPlan:  # fmt: skip
+    choices = way.choices
+    _, precision = main_dtype(architecture, job, system, wishes, limits)
+    why = reasons_for(architecture, job, system, wishes, limits, way, others)
+    reasons = (precision, *why)
     return OptimizationPlan(
         device=system.device,
         dtypes=MappingProxyType(dict(choices.dtypes)),
         offload=choices.offload,
         part_offload=MappingProxyType(dict(choices.part_offload)),
-        estimate=found,
-        reasons=found.reasons,
+        estimate=replace(way.estimate, reasons=reasons),
+        reasons=reasons,
         window_frames=choices.window_frames or job.window_frames,
-        window_overlap=choices.window_overlap if choices.window_frames else job.window_overlap,
+        window_overlap=choices.window_overlap,
         resident_blocks=choices.resident_blocks,
         stream=choices.stream,
         lean=choices.lean,
+        by_rows=choices.by_rows,
         fp8_storage=choices.fp8_storage,
-    )
-
-
-def _does_not_fit(
-    architecture: ModelArchitecture, job: Job, system: SystemResources,
-    wishes: OptimizationConfig, smallest: MemoryEstimate, limits: Limits,
-) -> DoesNotFit:  # fmt: skip
-    def fits(smaller: Job) -> bool:
-        ways = ladder(architecture, smaller, system, wishes, limits)
-        return any(limits.admit(found) for _, found in ways)
-
-    needed, there = int(smallest.peak_usage_mb * MIB), limits.device
-    where = "RAM" if system.device_kind == "cpu" else system.device_name
-    if needed <= there:  # it is the RAM that is short
-        needed, there, where = int(smallest.host_ram_mb * MIB), limits.ram, "RAM"
-    stage = max(smallest.stages, key=lambda found: found.device_bytes).name
-    return DoesNotFit(
-        f"{job.num_frames} frames of {job.width}x{job.height} with {architecture.variant.title} "
-        f"need {needed / GIB:.1f} GiB (stage {stage}) in the smallest way there is, and "
-        f"{there / GIB:.1f} GiB of {where} can be used{limits.why}. "
-        + largest_that_fits(job, architecture.size_multiple, fits),
-        needed_bytes=needed,
-        available_bytes=there,
+        tier=way.tier,
+        step_seconds=way.timing.step,
+        seconds=way.timing.total,
     )
 
 

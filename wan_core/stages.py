@@ -20,10 +20,14 @@ from .cache import ComponentCache, ComponentKey, component_key
 from .component import load_component
 from .config import GenerationConfig, VideoGenerationResult
 from .errors import DoesNotFit, is_oom
+from .hardware import pinned_budget_now
+from .lean_forward import lean_forward
+from .lora import applied
 from .monitor import Timeline
 from .offload import block_hooks, place
 from .plan import OptimizationPlan
 from .precision import dtype_of
+from .streaming import stream_blocks
 from .tokenizer import load_image_processor, load_tokenizer
 
 if TYPE_CHECKING:
@@ -118,11 +122,28 @@ class Stages:
         with ExitStack() as stack:
             module = stack.enter_context(self.component(component))
             stack.enter_context(self.timeline.stage(stage))
-            mode = self.plan.offload_of(component)
-            stack.enter_context(place(module, mode, self.device))
-            if hasattr(module, "blocks"):
+            stack.enter_context(self._placed(component, module))
+            if component.startswith("transformer"):
+                if self.plan.lean:
+                    stack.enter_context(lean_forward(module, exact=not self.plan.by_rows))
                 stack.enter_context(block_hooks(module, self.tick))
+            loras = self.architecture.loras_of(component)
+            if loras:
+                dtype = self.dtype(component)
+                stack.enter_context(applied(module, loras, device=self.device, dtype=dtype))
             yield module
+
+    def _placed(self, component: str, module: Any) -> AbstractContextManager[Any]:
+        """Return the placement of a component: whole, leaf by leaf, or streamed block by block."""
+        plan = self.plan
+        if plan.stream and component.startswith("transformer"):
+            return stream_blocks(
+                module,
+                self.device,
+                resident_blocks=plan.resident_blocks or 0,
+                pin_bytes=pinned_budget_now(),
+            )
+        return place(module, plan.offload_of(component), self.device)
 
     def attempt(self, stage: str, action: Callable[[], T]) -> T:
         """Run ``action``; when memory runs out, take a smaller plan and run it again.
@@ -134,7 +155,8 @@ class Stages:
             try:
                 return action()
             except Exception as err:
-                if not is_oom(err) or isinstance(err, DoesNotFit):
+                ours = err is not self.callbacks.raised and not isinstance(err, DoesNotFit)
+                if not ours or not is_oom(err):
                     raise
                 failure = first_line(err)
                 # Frames in the traceback hold the tensors that filled the memory.

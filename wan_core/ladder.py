@@ -1,0 +1,222 @@
+"""The ladder: the ways a job can be run, by how much they change, with what each needs and takes.
+
+Tiers come first: what changes no bit of the result, then what changes rounding only (the VAE in
+half precision, products cut by rows), then fp8 storage, then windows. Within a tier every
+placement is weighed, and the fastest that fits is taken.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from .architecture import ModelArchitecture
+from .choices import Choices, Job
+from .config import MemoryEstimate
+from .memory import GIB, MIB, STREAM_BUFFERS, estimate, reserved_bytes
+from .sizes import block_bytes, parts_of
+from .timing import Timing, blocks_that_hide_the_bus, timing
+from .wishes import OptimizationConfig
+
+if TYPE_CHECKING:
+    from .hardware import SystemResources
+
+CARRIED_OUT: frozenset[str] = frozenset({"lean", "rows", "stream"})
+"""What the renderer can carry out beside placements: "lean", "rows", "stream", "fp8"."""
+_SPARE = 0.03
+"""Share of the device that is left alone, for what others take in the meantime."""
+_RAM_RESERVE = GIB
+"""RAM left to the system."""
+_STAGES_OF = {
+    "text_encoder": ("text_encode",),
+    "image_encoder": ("image_encode",),
+    "vae": ("condition_encode", "decode"),
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """What may be used, in bytes; ``why`` names the caps that were set."""
+
+    device: int
+    ram: int
+    why: str = ""
+
+    @staticmethod
+    def of(system: SystemResources, wishes: OptimizationConfig) -> Limits:
+        """Combine what is free, or can be made free, with what the user allows."""
+        ram = max(0, system.ram_available_bytes + system.ram_evictable_bytes - _RAM_RESERVE)
+        on_cpu = system.device_kind == "cpu"
+        caps = []
+        if wishes.ram_limit_gb is not None:
+            ram = min(ram, int(wishes.ram_limit_gb * GIB))
+            caps.append(f"ram_limit_gb is {wishes.ram_limit_gb:g}")
+        device = ram if on_cpu else system.device_free_bytes + system.evictable_bytes
+        if wishes.vram_limit_gb is not None:
+            device = min(device, int(wishes.vram_limit_gb * GIB))
+            caps.append(f"vram_limit_gb is {wishes.vram_limit_gb:g}")
+        if not on_cpu:
+            device = int(device * (1 - _SPARE))
+        return Limits(device=device, ram=ram, why=f" ({', '.join(caps)})" if caps else "")
+
+    def admit(self, found: MemoryEstimate) -> bool:
+        """Say whether an estimate keeps within both limits."""
+        return bool(found.fits) and found.host_ram_mb * MIB <= self.ram
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """One way to run a job, what it needs and what it takes; ``tier`` 0 changes no bit."""
+
+    tier: int
+    choices: Choices
+    estimate: MemoryEstimate
+    timing: Timing
+    reserved: int
+    """Bytes the allocator holds on the device at the peak, its gaps included."""
+    stage: str
+    """The stage of that peak."""
+
+
+def ladder(
+    architecture: ModelArchitecture, job: Job, system: SystemResources,
+    wishes: OptimizationConfig, limits: Limits, abilities: Collection[str] = CARRIED_OUT,
+) -> Iterator[list[Way]]:  # fmt: skip
+    """Yield the tiers, each a list of ways, the simplest first among equally fast ones."""
+    main, _ = main_dtype(architecture, job, system, wishes, limits)
+    for tier, start in enumerate(_tiers(architecture, job, wishes, main, abilities)):
+        ways = []
+        for choices in _placements(
+            architecture, job, system, wishes, limits, start, abilities
+        ):
+            found = estimate(architecture, job, choices, system, available=limits.device)
+            took = timing(architecture, job, choices, system)
+            peak = max((reserved_bytes(s, choices, system), s.name) for s in found.stages)
+            ways.append(Way(tier, choices, found, took, *peak))
+        yield ways
+
+
+def best(ways: list[Way], limits: Limits) -> Way | None:
+    """Return the way with the fastest step that keeps within the limits, the first among equals.
+
+    Bringing parts to the device once a job is left out: it is seconds, and simpler is safer.
+    """
+    fitting = [way for way in ways if limits.admit(way.estimate)]
+    return min(fitting, key=lambda way: way.timing.step, default=None)
+
+
+def _tiers(
+    architecture: ModelArchitecture, job: Job, wishes: OptimizationConfig, main: str,
+    abilities: Collection[str],
+) -> Iterator[Choices]:  # fmt: skip
+    """Yield what each tier fixes; later ones change more of the result."""
+    exact = Choices(dtypes=_dtypes(architecture, main, "fp32"), window_overlap=job.window_overlap)
+    found = [exact]
+    if main != "fp32":
+        found.append(replace(exact, dtypes=_dtypes(architecture, main, main)))
+    if "rows" in abilities:
+        found.append(replace(found[-1], lean=True, by_rows=True))
+    if "fp8" in abilities and main != "fp32":
+        found.append(replace(found[-1], fp8_storage=True))
+    window = wishes.fallback_window(job)
+    if window is not None:
+        overlap = wishes.overlap_for(job, window)
+        found.append(replace(found[-1], window_frames=window, window_overlap=overlap))
+    yield from found
+
+
+def _placements(
+    architecture: ModelArchitecture, job: Job, system: SystemResources,
+    wishes: OptimizationConfig, limits: Limits, start: Choices, abilities: Collection[str],
+) -> Iterator[Choices]:  # fmt: skip
+    """Yield every placement of one tier, the simplest first."""
+    leans = (True,) if start.by_rows else (False, True) if "lean" in abilities else (False,)
+    on_cpu = system.device_kind == "cpu"
+    for lean in leans:
+        way = replace(start, lean=lean)
+        if wishes.offload != "auto":
+            yield replace(way, offload=wishes.offload)
+            continue
+        yield replace(way, offload="none")
+        single = replace(way, offload="model")
+        if on_cpu:  # a single layer is no less in RAM than the part it belongs to
+            yield single
+            continue
+        large = _too_large(architecture, job, system, limits, single)
+        yield replace(single, part_offload=dict.fromkeys(large, "sequential"))
+        parts = {part: "sequential" if part in large else "model" for part in _STAGES_OF}
+        yield replace(way, offload="sequential", part_offload=parts)
+    if "stream" in abilities and wishes.offload == "auto" and not on_cpu:
+        single = replace(start, offload="model", lean=leans[-1], stream=True)
+        large = _too_large(architecture, job, system, limits, single)
+        streamed = replace(single, part_offload=dict.fromkeys(large, "sequential"))
+        yield _fill_with_blocks(architecture, job, system, limits, streamed)
+
+
+def _too_large(
+    architecture: ModelArchitecture, job: Job, system: SystemResources, limits: Limits,
+    choices: Choices,
+) -> list[str]:  # fmt: skip
+    """Return the parts, transformers aside, whose stages do not fit with the part as a whole.
+
+    They work briefly: going layer by layer costs them seconds a job.
+    """
+    whole = estimate(architecture, job, choices, system)
+    needed = {stage.name: reserved_bytes(stage, choices, system) for stage in whole.stages}
+    return [
+        part
+        for part, stages in _STAGES_OF.items()
+        if max(needed.get(stage, 0) for stage in stages) > limits.device
+    ]
+
+
+def _fill_with_blocks(
+    architecture: ModelArchitecture, job: Job, system: SystemResources, limits: Limits,
+    choices: Choices,
+) -> Choices:  # fmt: skip
+    """Keep as many blocks on the device as fit, and no more than it takes to hide the bus."""
+    shape = architecture.transformer
+    empty = estimate(architecture, job, replace(choices, resident_blocks=0), system)
+    needed = max(
+        reserved_bytes(stage, choices, system)
+        for stage in empty.stages
+        if stage.name.startswith("denoise")
+    )
+    block = block_bytes(shape, choices.dtypes["transformer"], fp8=choices.fp8_storage)
+    room = (limits.device - needed) // block
+    useful = blocks_that_hide_the_bus(architecture, job, choices, system)
+    # Beyond the last, the two buffers would hold what is resident anyway.
+    count = min(room, useful, shape.layers - STREAM_BUFFERS)
+    return replace(choices, resident_blocks=max(0, count))
+
+
+def _dtypes(architecture: ModelArchitecture, main: str, vae: str) -> dict[str, str]:
+    dtypes = dict.fromkeys((*parts_of(architecture), "transformer_2"), main)
+    # umT5 overflows fp16: its values need bf16's range.
+    dtypes["text_encoder"] = "bf16" if main == "fp16" else main
+    return dtypes | {"vae": vae, "image_encoder": "fp32"}
+
+
+def main_dtype(
+    architecture: ModelArchitecture, job: Job, system: SystemResources,
+    wishes: OptimizationConfig, limits: Limits,
+) -> tuple[str, str]:  # fmt: skip
+    """Return the transformer's dtype and the reason for it."""
+    stored = architecture.weight_kind if architecture.weight_kind in ("fp32", "fp16") else "bf16"
+    if wishes.precision == "stored":
+        return stored, f"precision {stored}: as the file stores it"
+    if wishes.precision != "auto":
+        return wishes.precision, f"precision {wishes.precision}: asked for"
+    if system.device_kind != "cpu":
+        if system.supports_bf16:
+            return "bf16", f"precision bf16: {system.device_name} computes in it natively"
+        return "fp16", f"precision fp16: {system.device_name} has no bf16 units"
+    wide = Choices(dtypes=_dtypes(architecture, "fp32", "fp32"), offload="model")
+    needed = estimate(architecture, job, wide, system, available=limits.device)
+    if needed.fits or stored == "fp32":
+        return "fp32", "precision fp32: a CPU is faster and more exact in it"
+    return stored, (
+        f"precision {stored}, as the file stores it: fp32 would need "
+        f"{needed.peak_usage_mb / 1024:.1f} GiB of RAM"
+    )

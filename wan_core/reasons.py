@@ -1,0 +1,105 @@
+"""Why a plan is what it is, in words: one sentence for each decision."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from .architecture import ModelArchitecture
+from .choices import Choices, Job
+from .ladder import Limits, Way
+from .memory import GIB
+from .sizes import block_bytes
+from .wishes import OptimizationConfig
+
+if TYPE_CHECKING:
+    from .hardware import SystemResources
+
+_OFFLOAD_TEXT = {
+    "none": "offload none: every part stays on the device",
+    "model": "offload model: one part on the device at a time",
+    "sequential": "offload sequential: one layer of the transformer on the device at a time (slow)",
+}
+
+
+def reasons_for(
+    architecture: ModelArchitecture, job: Job, system: SystemResources,
+    wishes: OptimizationConfig, limits: Limits, chosen: Way, others: list[Way],
+) -> tuple[str, ...]:  # fmt: skip
+    """Return a sentence per decision; ``others`` are the ways that were weighed in its tier."""
+    choices = chosen.choices
+    reasons = [_vae(choices), _placement(wishes, limits, system, chosen, others)]
+    if choices.stream:
+        reasons.append(_streaming(architecture, system, choices))
+    by_layer = [part for part, how in choices.part_offload.items() if how == "sequential"]
+    for part in by_layer:
+        name = part.replace("_", " ")
+        reasons.append(f"{name} layer by layer: it does not fit as a whole, and works briefly")
+    if choices.lean:
+        reasons.append("lean forward: fewer hidden states alive, equal bits")
+    if choices.by_rows:
+        reasons.append("products cut by rows and heads: less memory; changes rounding only")
+    if choices.fp8_storage:
+        reasons.append("fp8 storage: half the bytes of the blocks; changes the result slightly")
+    if choices.window_frames is not None:
+        reasons.append(
+            f"windows of {choices.window_frames} frames: the whole clip does not fit and "
+            "chunk_size allows them; they change the result"
+        )
+    elif job.window_frames is not None:
+        reasons.append(f"windows of {job.window_frames} frames: asked for")
+    if system.device_kind != "cpu":
+        reasons.append(
+            f"about {_seconds(chosen.timing.step)} a step and {_seconds(chosen.timing.total)} for "
+            f"{job.steps} steps (computed from operations and bus, not measured)"
+        )
+    return (*reasons, *system.notes)
+
+
+def _vae(choices: Choices) -> str:
+    dtype = choices.dtypes["vae"]
+    if dtype == "fp32":
+        return "vae fp32: as published, and there is room for it"
+    return f"vae {dtype}: no plan with fp32 fits; changes rounding only"
+
+
+def _placement(
+    wishes: OptimizationConfig, limits: Limits, system: SystemResources, chosen: Way,
+    others: list[Way],
+) -> str:  # fmt: skip
+    choices = chosen.choices
+    text = _OFFLOAD_TEXT[choices.offload]
+    if choices.stream:
+        text = "blocks streamed: the other parts on the device one at a time"
+    if wishes.offload != "auto":
+        return f"{text}; asked for"
+    usable = f"{limits.device / GIB:.1f} GiB of {system.device_name or system.device}{limits.why}"
+    faster: dict[str, float] = {}
+    for way in others:
+        if not limits.admit(way.estimate) and way.timing.step <= chosen.timing.step:
+            name = "streaming" if way.choices.stream else way.choices.offload
+            need = way.reserved / GIB
+            faster[name] = min(need, faster.get(name, need))
+    if not faster:
+        return f"{text}; it fits into {usable}"
+    needs = ", ".join(f"{name} would need {need:.1f} GiB" for name, need in faster.items())
+    return f"{text}; {usable} can be used and {needs}"
+
+
+def _streaming(
+    architecture: ModelArchitecture, system: SystemResources, choices: Choices
+) -> str:
+    shape = architecture.transformer
+    dtype = choices.dtypes["transformer"]
+    block = block_bytes(shape, dtype, fp8=choices.fp8_storage)
+    moved = shape.layers - (choices.resident_blocks or 0)
+    seconds = moved * block / system.bus_bytes_per_second
+    return (
+        f"{choices.resident_blocks} of {shape.layers} blocks stay, {moved} of {block / GIB:.2f} "
+        f"GiB come over the bus ({seconds:.1f} s) while others compute"
+    )
+
+
+def _seconds(value: float) -> str:
+    if value >= 120:
+        return f"{value / 60:.0f} min"
+    return f"{value:.1f} s" if value < 10 else f"{value:.0f} s"
