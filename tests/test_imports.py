@@ -17,17 +17,20 @@ CORE = ROOT / "wan_core"
 
 # From the ground up: a room imports only rooms that stand before it.
 NO_TORCH = (
-    "errors", "config", "files", "header", "gguf_header", "shards", "variants", "architecture",
-    "configs", "weights", "foreign", "structure", "identify", "choose", "pairing", "assemble",
-    "folders", "detect", "windows", "schedule", "saved_state", "journal_folder",
-    "render_identity", "journal", "request", "sizes", "activations", "vae_activations",
-    "hardware", "memory", "timing", "wishes", "ladder", "plan", "convert", "blueprint",
-    "tokenizer", "cache", "load",
+    "config", "errors", "convert", "files", "hardware", "prompts", "render_identity",
+    "saved_state", "journal_folder", "journal", "schedule", "turns", "variants",
+    "activations", "lean_activations", "recipes", "architecture", "choices", "sizes",
+    "structure", "timing", "vae_activations", "memory", "windows", "noise", "request",
+    "wishes", "ladder", "reasons", "plan", "cache", "header", "configs", "foreign",
+    "gguf_header", "lora_keys", "pickle_header", "shards", "tokenizer", "weights", "identify",
+    "blueprint", "choose", "pairing", "assemble", "companions", "folders", "lora_choice",
+    "detect", "download", "load",
 )  # fmt: skip
 WITH_TORCH = (
-    "precision", "offload", "transport", "streaming", "lean", "lean_forward", "tensors",
-    "quantized", "component", "vae", "video", "encode", "denoise", "monitor", "stages",
-    "conditions", "resume", "render", "generate",
+    "audio", "denoise", "continuation", "lean", "lean_timestep", "monitor", "offload",
+    "lean_forward", "precision", "resume", "tensors", "lora", "quantized", "component",
+    "fp8_storage", "transport", "streaming", "stages", "vae", "encode", "conditions", "video",
+    "render", "generate",
 )  # fmt: skip
 ORDER = (*NO_TORCH, *WITH_TORCH, "__init__", "__main__")
 
@@ -35,6 +38,7 @@ ORDER = (*NO_TORCH, *WITH_TORCH, "__init__", "__main__")
 UPWARD = {
     ("header", "shards"): "read_table is the one door for every format",
     ("header", "gguf_header"): "read_table is the one door for every format",
+    ("header", "pickle_header"): "read_table is the one door for every format",
     ("cache", "offload"): "moving weights off the device, only where there are weights",
     ("load", "component"): "building a diffusers pipeline on request",
     ("load", "precision"): "building a diffusers pipeline on request",

@@ -1,4 +1,4 @@
-"""Command line: ``python -m wan_core inspect | estimate | generate | demo``.
+"""Command line: ``python -m wan_core inspect | estimate | generate | demo | download``.
 
 Exit code 0 on success, 1 with one line on an expected error, 2 for a wrong command line, 130 after
 Ctrl-C. ``--json`` prints one object with the fields of the API's result and nothing else.
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from .config import GenerationConfig
-from .errors import WanError
+from .errors import InvalidRequest, WanError
 
 DEMO_PROMPT = "a red circle moves right on a dark background"
 
@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {err}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("interrupted; nothing half written was left behind", file=sys.stderr)
+        print("interrupted; nothing half written is left, the command goes on", file=sys.stderr)
         return 130
     print(json.dumps(values, indent=2, ensure_ascii=False, default=str) if arguments.json else text)
     return 0
@@ -46,6 +46,14 @@ def _parser() -> argparse.ArgumentParser:
     generate.set_defaults(run=_generate)
     demo = commands.add_parser("demo", help="make a video with the small model that ships along")
     demo.set_defaults(run=_demo)
+
+    download = commands.add_parser("download", help="fetch an official model, after asking")
+    download.set_defaults(run=_download)
+    download.add_argument("variant", help="wan2.2-ti2v-5b, wan2.2-t2v-a14b ...")
+    download.add_argument("--to", default="models", metavar="FOLDER", help="(models)")
+    download.add_argument("--endpoint", metavar="URL", help="a mirror (default: HF_ENDPOINT)")
+    download.add_argument("--yes", action="store_true", help="do not ask")
+    download.add_argument("--json", action="store_true", help="print one JSON object")
 
     for command in (inspect, estimate, generate):
         command.add_argument("path", help="a diffusers folder or a model file")
@@ -75,10 +83,18 @@ def _add_plan(command: argparse.ArgumentParser) -> None:
     command.add_argument("--offload", default="auto", help="auto, none, model or sequential")
     command.add_argument("--device", help="cuda:0, cpu ... (default: the best there is)")
     command.add_argument("--vram-limit-gb", type=float, help="use at most so much of the card")
+    command.add_argument(
+        "--lora", action="append", default=[], metavar="FILE[:EXPERT[:STRENGTH]]",
+        help="a LoRA; expert both, high or low, strength 1.0; may be given several times",
+    )  # fmt: skip
+    command.add_argument(
+        "--use-recipe", action="store_true",
+        help="steps, scales and shift that a distilled LoRA was trained for",
+    )  # fmt: skip
 
 
 def _add_job(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--prompt", required=True)
+    command.add_argument("--prompt", default=None, help="what is to be seen")
     command.add_argument("--negative-prompt", help="default: the model's official one")
     command.add_argument("--image", help="picture of the first frame")
     command.add_argument("--last-image", help="picture of the last frame")
@@ -89,6 +105,23 @@ def _add_job(command: argparse.ArgumentParser) -> None:
     command.add_argument("--boundary", type=float, help="share of timesteps where experts switch")
     command.add_argument("--scheduler", help="unipc, euler or dpm++2m")
     command.add_argument("--fps", type=float)
+    command.add_argument("--prompts", metavar="FILE", help="lines FRAMES: TEXT, for --prompt")
+    command.add_argument("--schedule", default="static", help="static, uniform or looped windows")
+    command.add_argument("--fusion", default="ramp", help="how windows blend: ramp, pyramid, flat")
+    command.add_argument("--noise", default="clip", help="clip, frame or freenoise")
+    command.add_argument("--mode", default="windows", help="windows, or continuation (I2V, 5B)")
+    command.add_argument("--anchor", action="store_true", help="show windows the frame before them")
+    command.add_argument(
+        "--drift-correction", type=float, default=0.0, metavar="0..1",
+        help="move the colours of later segments to those of the first",
+    )  # fmt: skip
+    command.add_argument(
+        "--resume", default="auto",
+        help="auto: go on with this render if it was cut off; must: only that; never: anew",
+    )  # fmt: skip
+    command.add_argument("--audio", metavar="FILE", help="sound that goes into the video")
+    command.add_argument("--crf", type=int, default=18, help="0 best .. 51 smallest (18)")
+    command.add_argument("--pix-fmt", default="yuv420p", help="yuv420p plays everywhere")
     command.add_argument("--output", required=True, metavar="FILE.mp4")
 
 
@@ -125,7 +158,14 @@ def _describe_part(part: Any) -> tuple[str, dict[str, Any]]:
     lines = [f"{part.title}: {size}"]
     lines += [f"because {reason}" for reason in part.reasons]
     lines += [f"warning: {warning}" for warning in part.warnings]
+    recipe = None
+    if part.kind == "lora":
+        from .recipes import recipe_of
+
+        recipe = recipe_of(part.table.path, part.table.metadata)
+        lines += [f"{recipe.describe()} ({recipe.reason})"] if recipe is not None else []
     return "\n".join(lines), {
+        "recipe": None if recipe is None else recipe.describe(),
         "variant": None,
         "kind": part.kind,
         "title": part.title,
@@ -139,6 +179,7 @@ def _describe_part(part: Any) -> tuple[str, dict[str, Any]]:
 
 def _open(arguments: argparse.Namespace) -> Any:
     from .load import WanPipelineLoader
+    from .lora_choice import parse_lora
 
     wishes = {
         "precision": arguments.precision,
@@ -147,7 +188,12 @@ def _open(arguments: argparse.Namespace) -> Any:
         "vram_limit_gb": arguments.vram_limit_gb,
     }
     given = {name: value for name, value in wishes.items() if value is not None}
-    return WanPipelineLoader().load_wan_pipeline(arguments.path, optimization_config=given)
+    return WanPipelineLoader().load_wan_pipeline(
+        arguments.path,
+        optimization_config=given,
+        loras=[parse_lora(text) for text in arguments.lora],
+        use_recipe=arguments.use_recipe,
+    )
 
 
 def _job(arguments: argparse.Namespace, wrapper: Any, **more: Any) -> GenerationConfig:
@@ -170,8 +216,9 @@ def _estimate(arguments: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     needs_image = wrapper.architecture.variant.image_input == "required"
     # Only its presence counts here; no picture is read for an estimate.
     job = _job(arguments, wrapper, prompt="", image="first.png" if needs_image else None)
-    estimate = wrapper.estimate_memory_usage(job)
-    return format_estimate(estimate), estimate.to_dict()
+    estimate, largest = wrapper.estimate_memory_usage(job), wrapper.what_fits(job)
+    text = f"{format_estimate(estimate)}\n{largest}"
+    return text, estimate.to_dict() | {"what_fits": largest}
 
 
 def _generate(arguments: argparse.Namespace) -> tuple[str, dict[str, Any]]:
@@ -190,11 +237,39 @@ def _generate(arguments: argparse.Namespace) -> tuple[str, dict[str, Any]]:
         boundary=arguments.boundary,
         scheduler=arguments.scheduler,
         fps=arguments.fps,
+        window_schedule=arguments.schedule,
+        window_fusion=arguments.fusion,
+        window_mode=arguments.mode,
+        window_anchor=arguments.anchor,
+        drift_correction=arguments.drift_correction,
+        noise=arguments.noise,
+        prompts=_read_text(arguments.prompts),
+        resume=arguments.resume,
+        audio=_read_audio(arguments.audio),
+        crf=arguments.crf,
+        pix_fmt=arguments.pix_fmt,
         output_path=arguments.output,
         return_frames=False,
     )
     result = _generated(wrapper, job, quiet=arguments.json)
     return wrapper.report(result), result.to_dict()
+
+
+def _read_text(path: str | None) -> str | None:
+    if path is None:
+        return None
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as err:
+        raise InvalidRequest(f"prompts: {path} cannot be read ({err}).", field="prompts") from err
+
+
+def _read_audio(path: str | None) -> Any:
+    if path is None:
+        return None
+    from .audio import read_audio
+
+    return read_audio(path)
 
 
 def _generated(wrapper: Any, job: GenerationConfig, *, quiet: bool) -> Any:
@@ -216,6 +291,23 @@ def _generated(wrapper: Any, job: GenerationConfig, *, quiet: bool) -> Any:
         if bar is not None:
             bar.close()
     return result.raise_for_error()
+
+
+def _download(arguments: argparse.Namespace) -> tuple[str, dict[str, Any]]:
+    """Show what would be fetched and how large it is, ask, fetch, and say what it is."""
+    from .download import fetch, plan_download
+
+    plan = plan_download(arguments.variant, arguments.to, arguments.endpoint)
+    print(plan.describe(), file=sys.stderr)
+    if not arguments.yes:
+        if not sys.stdin.isatty():
+            raise InvalidRequest("Nothing was fetched: there is nobody to ask. Add --yes.")
+        print("Fetch it? [y/N] ", end="", file=sys.stderr, flush=True)
+        if sys.stdin.readline().strip().lower() not in ("y", "yes"):
+            raise InvalidRequest("Nothing was fetched: the answer was not yes.")
+    found = fetch(plan, lambda line: print(line, file=sys.stderr))
+    text = f"{plan.folder} is whole and was recognised: {found.variant.title} ({found.name})"
+    return text, {"folder": str(plan.folder), "bytes": plan.nbytes, "variant": found.name}
 
 
 def _demo(arguments: argparse.Namespace) -> tuple[str, dict[str, Any]]:

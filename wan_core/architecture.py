@@ -10,6 +10,8 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from .config import WanLoRA
+from .recipes import Recipe
 from .variants import TransformerShape, VaeShape, Variant
 
 
@@ -43,6 +45,29 @@ class Component:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class FoundLora:
+    """A LoRA whose every tensor was found to belong to this model, by its header."""
+
+    lora: WanLoRA
+    parameters: int
+    rank: int
+    recipe: Recipe | None = None
+    """The settings it was distilled for, where its name or metadata say so."""
+
+    def works_on(self, component: str) -> bool:
+        """Whether it changes ``transformer`` (the only or high-noise one) or ``transformer_2``."""
+        expert = {"transformer": "high", "transformer_2": "low"}.get(component)
+        wanted = expert is not None and self.lora.expert in ("both", expert)
+        return wanted and self.lora.strength != 0
+
+    def describe(self) -> str:
+        """Say in one line which file it is, where it works and how strongly."""
+        where = "" if self.lora.expert == "both" else f", {self.lora.expert}-noise expert"
+        name = Path(self.lora.path).name
+        return f"LoRA {name}, strength {self.lora.strength:g}, rank {self.rank}{where}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ModelArchitecture:
     """A detected Wan model: the variant, the actual numbers, the parts, and why.
 
@@ -62,6 +87,7 @@ class ModelArchitecture:
     candidates: tuple[str, ...] = ()
     reasons: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
+    loras: tuple[FoundLora, ...] = ()
 
     @property
     def name(self) -> str:
@@ -89,6 +115,14 @@ class ModelArchitecture:
         """Bytes of all weights as stored."""
         return sum(part.nbytes for part in self.components.values())
 
+    def loras_of(self, component: str) -> tuple[WanLoRA, ...]:
+        """Return the LoRAs that change a component, in the order in which they were given."""
+        return tuple(found.lora for found in self.loras if found.works_on(component))
+
+    def lora_bytes(self, component: str, size: int) -> int:
+        """Return the bytes that a component's LoRAs take, at ``size`` bytes a number."""
+        return sum(found.parameters * size for found in self.loras if found.works_on(component))
+
     def to_json_dict(self) -> dict[str, Any]:
         """Return plain JSON types; ``variant`` is the variant's name at the top level."""
         out: dict[str, Any] = {
@@ -109,6 +143,7 @@ class ModelArchitecture:
             "vae": asdict(self.vae) if self.vae else None,
             "defaults": asdict(self.variant.defaults),
             "components": {name: _plain(asdict(c)) for name, c in self.components.items()},
+            "loras": [found.describe() for found in self.loras],
             "reasons": list(self.reasons),
             "warnings": list(self.warnings),
         }

@@ -25,7 +25,6 @@ from .pairing import (
 )
 from .variants import TransformerShape, VaeShape
 
-
 _WANTED: Final = {
     "transformer": "a Wan transformer",
     "vae": "a Wan VAE",
@@ -83,8 +82,7 @@ def require_kind(part: Part, kind: str, path: Path) -> None:
         wanted = _WANTED[kind]
         why = f" ({part.reasons[0]})" if part.kind == "other" and part.reasons else ""
         raise UnsupportedModel(
-            f"{quoted(path)} is {part.title}, not {wanted}{why}. "
-            "Choose the right file."
+            f"{quoted(path)} is {part.title}, not {wanted}{why}. Choose the right file."
         )
 
 
@@ -127,7 +125,7 @@ def from_part(part: Part, path: Path) -> ModelArchitecture:
     """Describe a model of which only the transformer is given."""
     require_kind(part, "transformer", path)
     assert part.transformer is not None
-    choice = choose_variant(part.family, part.transformer, None, quoted(path))
+    choice = choose_variant(part, part.transformer, None)
     require_whole(part, choice)
     refuse_weights(part)
     parts = {"transformer": part}
@@ -169,8 +167,9 @@ def from_files(files: WanModelFiles, inspect: Callable[[str | Path], Part]) -> M
         require_kind(part, name.removesuffix("_2"), Path(given))
         refuse_weights(part)
         parts[name], components[name] = part, component(name, Path(given), part)
-    if files.tokenizer is not None:
-        components["tokenizer"] = Component(kind="tokenizer", path=Path(files.tokenizer))
+    tokenizer = files.tokenizer or _tokenizer_of(files.text_encoder, parts.get("text_encoder"))
+    if tokenizer is not None:
+        components["tokenizer"] = Component(kind="tokenizer", path=Path(tokenizer))
     main = parts["transformer"].transformer
     assert main is not None
     low = parts.get("transformer_2")
@@ -180,9 +179,7 @@ def from_files(files: WanModelFiles, inspect: Callable[[str | Path], Part]) -> M
         check_experts(parts["transformer"], low, main, low.transformer)
         warnings += _role_warnings(parts["transformer"], low)
     root = Path(files.transformer)
-    choice = choose_variant(
-        parts["transformer"].family, main, 2 if low is not None else None, quoted(root)
-    )
+    choice = choose_variant(parts["transformer"], main, 2 if low is not None else None)
     for name in ("transformer", "transformer_2"):
         if name in parts:
             require_whole(parts[name], choice)
@@ -195,6 +192,17 @@ def from_files(files: WanModelFiles, inspect: Callable[[str | Path], Part]) -> M
     )  # fmt: skip
 
 
+def _tokenizer_of(text_encoder: str | Path | None, part: Part | None) -> Path | None:
+    """Return where a text encoder's tokenizer is: inside its file, or in the folder beside it."""
+    if text_encoder is None or part is None:
+        return None
+    path = Path(text_encoder)
+    if "spiece_model" in part.table.tensors:
+        return path
+    beside = (path if path.is_dir() else path.parent).parent / "tokenizer"
+    return beside if beside.is_dir() else None
+
+
 def _check_companions(
     root: Path, parts: Mapping[str, Part], main: TransformerShape
 ) -> VaeShape | None:
@@ -203,6 +211,11 @@ def _check_companions(
     text, image = parts.get("text_encoder"), parts.get("image_encoder")
     if vae is not None and vae.vae is not None:
         check_vae_pair(main, vae.vae, root, vae.table.path)
+        if not vae.vae.latents_mean:
+            raise UnsupportedModel(
+                f"{quoted(vae.table.path)} has {vae.vae.z_dim} latent channels, and no published "
+                "VAE has; the statistics of its latents are unknown. Use it with its config.json."
+            )
     if text is not None:
         check_text_encoder(main, text, root, text.table.path)
     if image is not None:

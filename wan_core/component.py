@@ -7,6 +7,7 @@ its dtype, what ``from_pretrained(folder, dtype=...)`` of diffusers or transform
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -39,13 +40,16 @@ def load_component(
     *,
     kind: str | None = None,
     keep_quantized: bool = False,
+    map_file: bool = False,
 ) -> nn.Module:
     """Return the one part a file or folder holds, as a diffusers or transformers module.
 
     Parameters are cast to ``dtype`` except those the class keeps in fp32; None keeps the file's
     dtype (fp8 and GGUF weights then become bf16). ``kind`` (transformer, vae, text_encoder,
-    image_encoder) refuses another part. ``keep_quantized`` leaves the weights of linear layers
-    in fp8 or GGUF blocks and takes them apart at each call, computing in ``dtype``.
+    image_encoder) refuses another part. A .pth file is opened when it is named itself, never when
+    it lies in a folder that is named. ``keep_quantized`` leaves the weights of linear layers
+    in fp8 or GGUF blocks and takes them apart at each call, computing in ``dtype``. ``map_file``
+    leaves weights that need no conversion in the mapped file, which must then stay as it is.
     Raises ModelFileError, ModelMismatch or UnsupportedModel, from headers where they can tell.
     """
     source = Path(path)
@@ -56,7 +60,7 @@ def load_component(
     module = build(plan)
     check = _Check(plan, table, mapped, module)
     check.run()
-    with TensorReader(table, device) as reader:
+    with TensorReader(table, device, mapped=map_file) as reader:
         _Filling(module, table, reader, check.sources, dtype, plan.kind, keep_quantized).run()
     _restore_buffers(module, torch.device(device))
     _tie(module, table)
@@ -97,13 +101,11 @@ def build(plan: Blueprint) -> nn.Module:
         if plan.kind in ("transformer", "vae"):
             import diffusers
 
-            make = getattr(diffusers, plan.class_name).from_config
-            argument: Any = dict(plan.config)
+            made: Any = getattr(diffusers, plan.class_name)
         else:
             import transformers
 
-            make = getattr(transformers, plan.class_name)
-            argument = make.config_class.from_dict(dict(plan.config))
+            made = getattr(transformers, plan.class_name)
     except (ImportError, AttributeError) as err:
         raise MissingDependency(
             f"{plan.class_name} cannot be imported: {err}. Install diffusers >= 0.35 and "
@@ -112,8 +114,11 @@ def build(plan: Blueprint) -> nn.Module:
     try:
         # Thread-local, unlike accelerate's init_empty_weights, which patches nn.Module.
         with torch.device("meta"):
-            module = make(argument)
-    except (TypeError, ValueError, KeyError, IndexError, AssertionError, RuntimeError) as err:
+            if plan.kind in ("transformer", "vae"):
+                module = made.from_config(dict(plan.config))
+            else:
+                module = made(made.config_class.from_dict(dict(plan.config)))
+    except Exception as err:  # each library has errors of its own for a bad configuration
         raise ModelMismatch(
             f"{plan.class_name} cannot be built from {plan.origin}: {err}. Restore the model's "
             "own config.json."
@@ -161,6 +166,8 @@ class _Check:
         stored = (shape[0] // source.parts, *shape[1:]) if source.parts > 1 else shape
         if stored == wanted:
             return True
+        if self.table.format == "gguf" and len(wanted) > 4:
+            return math.prod(stored) == math.prod(wanted)  # GGUF has four dimensions at most
         # Other code stores some vectors with axes of length 1 (class token, biases of a conv).
         return not self.plan.from_file and _squeezed(stored) == _squeezed(wanted)
 
@@ -249,8 +256,10 @@ class _Filling:
         target = self._target(name, info)
         if leaf != "weight" or type(layer) is not nn.Linear or source.parts > 1:
             return False
+        if stays_fp32(name, keep_in_fp32(self.module, torch.bfloat16)):
+            return False
         if target == torch.float32 and self.dtype != torch.float32:
-            return False  # one of the modules that stay in fp32
+            return False  # umT5 keeps some layers in fp32 beside fp16
         if DTYPES.get(info.dtype) in FP8:
             stored = DTYPES[info.dtype]
             scaled = ScaledLinear(

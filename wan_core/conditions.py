@@ -15,6 +15,7 @@ from .errors import InvalidRequest
 from .request import Request
 from .stages import Stages
 from .tokenizer import load_image_processor
+from .windows import FRAMES_PER_LATENT
 
 
 @dataclass(slots=True, kw_only=True)
@@ -31,7 +32,12 @@ class ConditionMaker:
         Raises InvalidRequest for embeddings or pictures that do not suit the model.
         """
         batch = self.request.batch_size
-        prompt, negative = self.stages.attempt("text_encode", self._texts)
+        prompts, negative = self.stages.attempt("text_encode", self._texts)
+        ready = [self._to_model(rows(prompt, batch)) for prompt in prompts]
+        starts = [-(-part.start // FRAMES_PER_LATENT) for part in self.request.prompts]
+        text = Conditions(
+            prompt_embeds=ready[0], prompt_parts=tuple(zip(starts, ready, strict=False))
+        )
         pictures = self._pictures()
         image_embeds = concat = first_frame = None
         if pictures:
@@ -40,7 +46,8 @@ class ConditionMaker:
                 "condition_encode", lambda: self._start_latents(pictures)
             )
         return Conditions(
-            prompt_embeds=self._to_model(rows(prompt, batch)),
+            prompt_embeds=text.window(range(self.request.latent_frames)).prompt_embeds,
+            prompt_parts=text.prompt_parts,
             negative_prompt_embeds=None
             if negative is None
             else self._to_model(rows(negative, batch)),
@@ -57,8 +64,11 @@ class ConditionMaker:
 
     # -- texts --------------------------------------------------------------------------------
 
-    def _texts(self) -> tuple[Tensor, Tensor | None]:
-        """Return positive and negative embeddings, on the CPU where they were encoded here."""
+    def _texts(self) -> tuple[list[Tensor], Tensor | None]:
+        """Return positive and negative embeddings, on the CPU where they were encoded here.
+
+        There are as many positive ones as the clip has texts, in its order.
+        """
         config, request = self.config, self.request
         given = {"prompt": config.prompt_embeds, "negative_prompt": config.negative_prompt_embeds}
         width = self.stages.architecture.transformer.text_dim
@@ -72,10 +82,14 @@ class ConditionMaker:
                 found[name] = encode.check_embeds(
                     value, f"{name}_embeds", width, request.batch_size
                 )
-        if missing:
-            texts = [getattr(request, name) for name in missing]
-            found |= zip(missing, self.encode_texts(texts), strict=True)
-        return found["prompt"], found.get("negative_prompt")
+        parts = [part.text for part in request.prompts] or [request.prompt]
+        texts = [request.negative_prompt] if "negative_prompt" in missing else []
+        if "prompt" in missing:
+            texts = [*parts, *texts]
+        encoded = self.encode_texts(texts) if texts else []
+        if "negative_prompt" in missing:
+            found["negative_prompt"] = encoded.pop()
+        return encoded or [found["prompt"]], found.get("negative_prompt")
 
     def encode_texts(self, texts: list[str]) -> list[Tensor]:
         """Return the embeddings of texts, (1, 512, text_dim) each, encoding those not cached."""

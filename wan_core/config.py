@@ -18,13 +18,25 @@ if TYPE_CHECKING:
     """PIL image, numpy array (H, W, 3), or tensor (H, W, 3) / (1, H, W, 3) with values 0..1."""
 
 
+@dataclass(frozen=True, slots=True)
+class WanLoRA:
+    """A LoRA file, the expert it works on ("both", "high" or "low"), and how strongly.
+
+    A model with one transformer takes "both". Strength 0 leaves the LoRA out, below 0 inverts it.
+    """
+
+    path: str | Path
+    expert: str = "both"
+    strength: float = 1.0
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WanModelFiles:
     """The files a pipeline is made of, where they do not lie in one diffusers folder.
 
     Each is a file or a component folder. ``transformer`` is the only or the high-noise model,
     ``transformer_2`` the low-noise one: the field decides the role, never the file's name.
-    ``loras`` lists LoRA files with the expert they go to ("high", "low" or "both") and strength.
+    ``loras`` lists ``WanLoRA`` or tuples (file, expert, strength).
     """
 
     transformer: str | Path
@@ -33,7 +45,7 @@ class WanModelFiles:
     text_encoder: str | Path | None = None
     tokenizer: str | Path | None = None
     image_encoder: str | Path | None = None
-    loras: tuple[tuple[str, str, float], ...] = ()
+    loras: tuple[WanLoRA | tuple[str, str, float], ...] = ()
 
 
 @dataclass(slots=True, kw_only=True)
@@ -85,6 +97,20 @@ class GenerationConfig:
     """"static", "uniform" or "looped" (``windows.py``)."""
     window_fusion: str = "ramp"
     """"ramp", "pyramid" or "flat" (``windows.py``)."""
+    window_mode: str = "windows"
+    """"windows" denoises all windows together; "continuation" makes one segment after the other,
+    each begun with the last latents before it (image-to-video models and the 5B)."""
+    window_anchor: bool = False
+    """Show later windows the latent frame before them as well, and throw its prediction away."""
+    continue_from: torch.Tensor | None = None
+    """Normalised latents (B, C, n, h, w) the clip begins with, in continuation mode;
+    ``num_frames`` counts them."""
+    drift_correction: float = 0.0
+    """0..1: how far the colours of later segments are moved to those of the first."""
+    noise: str = "clip"
+    """"clip", "frame" or "freenoise" (``noise.py``)."""
+    prompts: str | None = None
+    """Lines ``frames: text`` in place of ``prompt``: windows take the text of their middle."""
     resume: str | None = None
     """"auto" goes on with a saved render of this very job if there is one, "must" insists on it,
     "never" starts anew; all three keep a journal while the render lasts. None keeps none."""
@@ -104,6 +130,12 @@ class GenerationConfig:
     """Where to write the mp4; None writes none."""
     output_metadata: Mapping[str, str] = field(default_factory=dict)
     """Stored in the mp4's container (ComfyUI reads its workflow from there)."""
+    crf: int = 18
+    """Quality of the mp4: 0 keeps every bit, 51 is worst."""
+    pix_fmt: str = "yuv420p"
+    """Pixels of the mp4; yuv420p plays everywhere."""
+    audio: tuple[torch.Tensor, int] | None = None
+    """(waveform (1 or 2 channels, samples) in -1..1, samples a second) that goes into the mp4."""
     return_frames: bool = True
     """False leaves ``frames`` None: the video is only written, memory stays flat."""
 

@@ -5,7 +5,7 @@ of a stored tensor (fused q, k, v) and may carry a scale (fp8); a :class:`Source
 that no rule knows is passed through unchanged, so that it is reported and not lost.
 
 Names: ``wan/modules/{model,vae2_1,vae2_2,t5,clip,animate}`` of github.com/Wan-Video/Wan2.1 and
-Wan2.2; CLIP also as in github.com/mlfoundations/open_clip; umT5 also as in llama.cpp's GGUF.
+Wan2.2; umT5 also as in llama.cpp's GGUF files.
 """
 
 from __future__ import annotations
@@ -164,8 +164,7 @@ _TRANSFORMER: Final = {
 }
 _ATTENTION: Final = {"q": "to_q", "k": "to_k", "v": "to_v", "o": "to_out.0"}
 _BLOCK: Final = {
-    # Called in the order norm1, norm3, norm2: diffusers numbers them by that order.
-    "norm2": "norm3",
+    # Called in the order norm1, norm3, norm2; diffusers numbers them so. Only this one has weights.
     "norm3": "norm2",
     "ffn.0": "ffn.net.0.proj",
     "ffn.2": "ffn.net.2",
@@ -324,8 +323,9 @@ _UMT5_IN_BLOCK: Final = re.compile(r"(?:blocks|enc\.blk)\.(\d+)\.(.+)")
 def _text_renamer(names: list[str]) -> tuple[_Rename, Callable[[str], bool]]:
     known = set(names)
     twice = "encoder.embed_tokens.weight"
-    # The embedding is stored once or twice, under either of its two names.
-    unused = {"spiece_model", "lm_head.weight"} | ({twice} if "shared.weight" in known else set())
+    unused = {"spiece_model", "lm_head.weight", "logit_scale"}
+    if "shared.weight" in known:  # the embedding is stored once or twice, under either name
+        unused.add(twice)
 
     def is_unused(name: str) -> bool:
         # The decoder half of a full umT5 takes no part in encoding.
@@ -347,35 +347,23 @@ def _umt5_name(name: str) -> str:
 
 _CLIP: Final = {
     "cls_embedding": "embeddings.class_embedding",
-    "class_embedding": "embeddings.class_embedding",
     "pos_embedding": "embeddings.position_embedding.weight",
-    "positional_embedding": "embeddings.position_embedding.weight",
     "patch_embedding": "embeddings.patch_embedding",
-    "conv1": "embeddings.patch_embedding",
     "pre_norm": "pre_layrnorm",
-    "ln_pre": "pre_layrnorm",
     "post_norm": "post_layernorm",
-    "ln_post": "post_layernorm",
 }
 _CLIP_BLOCK: Final = {
     "norm1": "layer_norm1",
-    "ln_1": "layer_norm1",
     "norm2": "layer_norm2",
-    "ln_2": "layer_norm2",
     "attn.proj": "self_attn.out_proj",
-    "attn.out_proj": "self_attn.out_proj",
     "mlp.0": "mlp.fc1",
-    "mlp.c_fc": "mlp.fc1",
     "mlp.2": "mlp.fc2",
-    "mlp.c_proj": "mlp.fc2",
 }
 _FUSED: Final = {
     "attn.to_qkv.weight": "weight",
     "attn.to_qkv.bias": "bias",
-    "attn.in_proj_weight": "weight",
-    "attn.in_proj_bias": "bias",
 }
-_CLIP_IN_BLOCK: Final = re.compile(r"transformer\.(?:resblocks\.)?(\d+)\.(.+)")
+_CLIP_IN_BLOCK: Final = re.compile(r"transformer\.(\d+)\.(.+)")
 _NOT_VISION: Final = (
     "visual_projection.weight", "visual.head", "visual.proj", "head", "proj", "log_scale",
     "logit_scale", "text_projection.weight", "embeddings.position_ids",

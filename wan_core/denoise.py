@@ -7,7 +7,7 @@ called. Latents are (B, C, T, h, w), float32, normalised.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -43,8 +43,10 @@ class Conditions:
     """What the model is told besides the latents. All on the model's device.
 
     ``concat`` (B, 20, T, h, w) is mask and latents of the image-to-video models;
-    ``first_frame`` (B, C, 1, h, w) the latents the 5B holds fixed as frame 0;
+    ``first_frame`` (B, C, n, h, w) the latents the 5B holds fixed as frames 0 to n - 1;
     ``image_embeds`` (B, 257, image_dim), or (2B, 257, image_dim) with a last image, is CLIP's.
+    ``prompt_parts`` is (first latent frame, embeddings) per part of a clip that has several
+    texts; a window takes the part its middle frame lies in, a run without windows none of them.
     """
 
     prompt_embeds: Tensor
@@ -52,12 +54,21 @@ class Conditions:
     image_embeds: Tensor | None = None
     concat: Tensor | None = None
     first_frame: Tensor | None = None
+    prompt_parts: tuple[tuple[int, Tensor], ...] = ()
 
-    def window(self, indices: Sequence[int]) -> Conditions:
-        """Return the conditions of the frames with these absolute indices."""
-        if self.concat is None:
-            return self
-        return replace(self, concat=self.concat[:, :, list(indices)])
+    def window(self, indices: Sequence[int], middle: int | None = None) -> Conditions:
+        """Return the conditions of the frames with these absolute indices.
+
+        ``middle`` is the frame that decides which text is meant, if not the one in the middle.
+        """
+        found = self
+        if self.prompt_parts:
+            at = indices[len(indices) // 2] if middle is None else middle
+            embeds = [part for start, part in self.prompt_parts if start <= at]
+            found = replace(found, prompt_embeds=embeds[-1], prompt_parts=())
+        if self.concat is not None:
+            found = replace(found, concat=self.concat[:, :, list(indices)])
+        return found
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,6 +82,9 @@ class Expert:
     per_token_timesteps: bool = False
     """True passes the 5B one timestep per token also where all are equal, as diffusers does;
     False one per sample: the same within rounding, and half the memory."""
+    together: Callable[[Any, Sequence[Mapping[str, Any]]], Sequence[Any]] | None = None
+    """Runs several calls of the model block by block (``lean_forward.run_together``), so that
+    streamed weights arrive once for both passes of guidance; None runs one after the other."""
 
     @property
     def guided(self) -> bool:
@@ -79,38 +93,46 @@ class Expert:
 
 
 def hold_first_frame(latents: Tensor, conditions: Conditions) -> Tensor:
-    """Put the given first frame back into the latents, as the 5B's image-to-video asks.
-
-    Multiplied by a mask, not assigned, so that signed zeros and NaN behave as in diffusers.
-    """
+    """Put the given first frames back into the latents, as the 5B's image-to-video asks."""
     if conditions.first_frame is None:
         return latents
-    mask = _first_frame_mask(latents)
-    return (1 - mask) * conditions.first_frame + mask * latents
+    return _hold(latents, conditions.first_frame, range(latents.shape[2]))[0]
 
 
-def _first_frame_mask(latents: Tensor) -> Tensor:
-    """Ones (1, 1, T, h, w) with zeros in frame 0."""
+def _hold(latents: Tensor, given: Tensor, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Put ``given``, the clip's first frames, among the latents of the frames ``indices``.
+
+    Returns them and a mask (1, 1, T, h, w), 0 in the frames put in. Multiplied by the mask, not
+    assigned, so that signed zeros and NaN behave as in diffusers.
+    """
+    count = given.shape[2]
+    places = [place for place, index in enumerate(indices) if index < count]
     mask = torch.ones((1, 1, *latents.shape[2:]), dtype=torch.float32, device=latents.device)
-    mask[:, :, 0] = 0
-    return mask
+    mask[:, :, places] = 0
+    frames = given
+    if count > 1:
+        frames = torch.zeros_like(latents)
+        frames[:, :, places] = given[:, :, [indices[place] for place in places]]
+    return (1 - mask) * frames + mask * latents, mask
 
 
 def _model_inputs(
-    latents: Tensor, timestep: Tensor, expert: Expert, conditions: Conditions, first_at: int | None
+    latents: Tensor,
+    timestep: Tensor,
+    expert: Expert,
+    conditions: Conditions,
+    indices: Sequence[int],
 ) -> tuple[Tensor, Tensor]:
     """Return the transformer's input latents and its timesteps, (B,) or (B, tokens).
 
-    ``first_at`` says where absolute frame 0 lies among these latents, if it does.
+    ``indices`` says which frames of the clip these latents are.
     """
-    batch = latents.shape[0]
+    batch, given = latents.shape[0], conditions.first_frame
     if conditions.concat is not None:
         latents = torch.cat([latents, conditions.concat], dim=1)
         return latents.to(expert.dtype), timestep.expand(batch)
-    if conditions.first_frame is not None and first_at is not None:
-        mask = torch.ones((1, 1, *latents.shape[2:]), device=latents.device)
-        mask[:, :, first_at] = 0
-        latents = (1 - mask) * conditions.first_frame + mask * latents
+    if given is not None and min(indices) < given.shape[2]:
+        latents, mask = _hold(latents, given, indices)
     elif expert.per_token_timesteps:
         mask = torch.ones((1, 1, *latents.shape[2:]), device=latents.device)
     else:
@@ -126,38 +148,47 @@ def predict(
     expert: Expert,
     conditions: Conditions,
     *,
-    first_at: int | None = 0,
+    indices: Sequence[int] | None = None,
     check: Callable[[], object] = _nothing,
 ) -> Tensor:
     """Return the guided velocity (B, C, T, h, w) in the model's dtype.
 
+    ``indices`` are the frames of the clip that ``latents`` are; None: all from the first on.
+
     Guidance is v_u + s (v_c - v_u) (Ho and Salimans 2022), two passes one after the other; a
     scale of 1 or less makes one pass.
     """
-    hidden_states, timesteps = _model_inputs(latents, timestep, expert, conditions, first_at)
+    seen = range(latents.shape[2]) if indices is None else indices
+    hidden_states, timesteps = _model_inputs(latents, timestep, expert, conditions, seen)
 
-    def velocity(embeds: Tensor) -> Tensor:
-        check()
-        output: Tensor = expert.model(
-            hidden_states=hidden_states,
-            timestep=timesteps,
-            encoder_hidden_states=embeds,
-            encoder_hidden_states_image=conditions.image_embeds,
-            return_dict=False,
-        )[0]
-        return output
+    def call(embeds: Tensor) -> dict[str, Any]:
+        return {
+            "hidden_states": hidden_states,
+            "timestep": timesteps,
+            "encoder_hidden_states": embeds,
+            "encoder_hidden_states_image": conditions.image_embeds,
+            "return_dict": False,
+        }
 
-    conditional = velocity(conditions.prompt_embeds)
+    check()
     if not expert.guided:
-        return conditional
+        velocity: Tensor = expert.model(**call(conditions.prompt_embeds))[0]
+        return velocity
     if conditions.negative_prompt_embeds is None:
         raise InvalidRequest(
             f"The {expert.name} expert has guidance_scale {expert.guidance_scale}, but there are "
             "no negative embeddings; pass negative_prompt_embeds or a guidance_scale of 1.",
             field="negative_prompt_embeds",
         )
-    unconditional = velocity(conditions.negative_prompt_embeds)
-    return unconditional + expert.guidance_scale * (conditional - unconditional)
+    calls = [call(conditions.prompt_embeds), call(conditions.negative_prompt_embeds)]
+    if expert.together is not None:
+        (conditional,), (unconditional,) = expert.together(expert.model, calls)
+    else:
+        conditional = expert.model(**calls[0])[0]
+        check()
+        unconditional = expert.model(**calls[1])[0]
+    guided: Tensor = unconditional + expert.guidance_scale * (conditional - unconditional)
+    return guided
 
 
 @dataclass(slots=True, kw_only=True)
@@ -165,12 +196,18 @@ class DenoiseState:
     """Latents and how far they are; what a continued run starts from.
 
     Within a step of several windows ``fused`` holds the mean of the first ``next_window`` of them.
+    A clip made segment by segment has one state per segment: ``segment`` counts the finished
+    ones, ``clip`` holds their latents.
     """
 
     latents: Tensor
     next_step: int
     next_window: int = 0
     fused: Tensor | None = None
+    fused_by: str = ""
+    """The windows ``fused`` was made with; with others (a smaller plan) the step starts anew."""
+    segment: int = 0
+    clip: Tensor | None = None
     finished: list[int] = field(default_factory=list)
     """Steps made so far in this process, in order; a step appears once unless it was made twice."""
 
@@ -182,12 +219,16 @@ def predict_windows(
     conditions: Conditions,
     windows: Sequence[tuple[Window, Sequence[float]]],
     signals: Signals,
+    *,
+    anchor: bool = False,
 ) -> Tensor:
     """Predict window by window and fuse in float32.
 
     Each window comes with the share of its frames in the mean so far (``blend_fractions``), so a
     frame on which all windows agree stays exactly what they say. They are blended in the order
     given. When one fails, ``state`` holds the mean so far, and the next call goes on with it.
+    ``anchor`` shows a window that begins after frame 0 the frame before it as well, and throws
+    its prediction away: the model treats whatever it sees first as the start of a video.
     """
     latents = state.latents
     if state.fused is None:
@@ -195,15 +236,16 @@ def predict_windows(
     for number in range(state.next_window, len(windows)):
         window, fractions = windows[number]
         signals.window(number, len(windows))
-        index = torch.tensor(window.indices, device=latents.device)
+        seen = (window.start - 1, *window.indices) if anchor and window.start else window.indices
         velocity = predict(
-            latents.index_select(2, index),
+            latents.index_select(2, torch.tensor(seen, device=latents.device)),
             timestep,
             expert,
-            conditions.window(window.indices),
-            first_at=window.indices.index(0) if 0 in window.indices else None,
+            conditions.window(seen, window.indices[len(window.indices) // 2]),
+            indices=seen,
             check=signals.check,
-        )
+        )[:, :, len(seen) - len(window.indices) :]
+        index = torch.tensor(window.indices, device=latents.device)
         share = torch.tensor(fractions, dtype=torch.float32, device=latents.device)
         blended = torch.lerp(
             state.fused.index_select(2, index), velocity.float(), share.view(1, 1, -1, 1, 1)
@@ -222,6 +264,7 @@ def denoise_steps(
     conditions: Conditions,
     *,
     windows: WindowPlan | None = None,
+    anchor: bool = False,
     signals: Signals | None = None,
 ) -> DenoiseState:
     """Make those of ``steps`` that are not behind ``state`` yet, with one expert.
@@ -237,8 +280,12 @@ def denoise_steps(
         if windows is None or windows.count == 1:
             velocity = predict(state.latents, timestep, expert, conditions, check=signals.check)
         else:
+            if state.fused_by != (name := repr(windows)):
+                state.fused, state.next_window, state.fused_by = None, 0, name
             parts = tuple(zip(windows.windows(i), windows.blend_fractions(i), strict=True))
-            velocity = predict_windows(state, timestep, expert, conditions, parts, signals)
+            velocity = predict_windows(
+                state, timestep, expert, conditions, parts, signals, anchor=anchor
+            )
         sigma = float(scheduler.sigmas[i])
         clean = state.latents - sigma * velocity if signals.preview is not None else None
         latents = _scheduler_step(scheduler, velocity, timestep, state.latents)

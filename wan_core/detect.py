@@ -14,11 +14,14 @@ from pathlib import Path
 from .architecture import ModelArchitecture
 from .assemble import from_files, from_part
 from .config import WanModelFiles
-from .configs import check_transformer
+from .configs import check_transformer, check_vae
 from .errors import MissingFile
+from .files import file_kind
 from .folders import from_diffusers, from_release, is_release
-from .header import quoted, read_json, read_table
+from .header import quoted, read_json, read_table, some_of
 from .identify import Part, identify
+from .lora_choice import with_loras
+from .shards import listing
 
 
 class ArchitectureDetector:
@@ -33,26 +36,44 @@ class ArchitectureDetector:
         the file, what was found, what was expected and what to do. No weight is read.
         """
         if isinstance(path, WanModelFiles):
-            return from_files(path, inspect_file)
+            return with_loras(from_files(path, inspect_file), path.loras)
         root = Path(path)
-        if not root.exists():
-            raise MissingFile(f"{quoted(root)} does not exist. Check the path.")
+        if root.name == "model_index.json":
+            root = root.parent
+        if file_kind(root) == "file":
+            return from_part(inspect_file(root), root)
         if (root / "model_index.json").is_file():
             return from_diffusers(root)
         if is_release(root):
             return from_release(root)
+        _refuse_shelf(root)
         return from_part(inspect_file(root), root)
 
 
 def inspect_file(path: str | os.PathLike[str]) -> Part:
     """Say what one file, index or component folder of weights is: a transformer, a VAE, a LoRA …
 
-    Raises as ``read_table`` does, and CorruptFile when tensors are missing or of the wrong shape.
+    Raises as ``read_table`` does, and as ``identify`` and the config checks do.
     """
     part = identify(read_table(path))
-    folder = Path(path)
-    if part.transformer is not None and folder.is_dir() and (folder / "config.json").is_file():
-        config_path = folder / "config.json"
-        shape = check_transformer(read_json(config_path), part.transformer, config_path)
-        part = replace(part, transformer=shape)
+    file = Path(path) / "config.json"
+    if not file.is_file():
+        return part
+    config = read_json(file)
+    if part.transformer is not None:
+        return replace(part, transformer=check_transformer(config, part.transformer, file))
+    if part.vae is not None:
+        return replace(part, vae=check_vae(config, part.vae, file))
     return part
+
+
+def _refuse_shelf(root: Path) -> None:
+    """Name the models in a folder that is none itself but holds some."""
+    models = [
+        name for name in sorted(listing(root)) if (root / name / "model_index.json").is_file()
+    ]
+    if models:
+        raise MissingFile(
+            f"{quoted(root)} is no model itself; it holds the models {some_of(models, 8)}. Choose "
+            "one of them."
+        )

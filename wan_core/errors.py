@@ -11,6 +11,7 @@
     ├── MissingDependency     a Python package is absent or broken
     ├── DoesNotFit            no plan fits this machine, or memory ran out while carrying one out
     ├── NonFiniteLatents      the model produced NaN or infinity
+    ├── DownloadError         a file that was asked for could not be fetched
     ├── JournalMismatch       a saved render was asked for, and the one there is another render
     └── OutputError           a result could not be written
 
@@ -90,6 +91,10 @@ class NonFiniteLatents(WanError):
             "Try precision 'bf16' or 'fp32', and check that the file is complete."
         )
         self.step, self.sigma, self.expert, self.dtype = step, sigma, expert, dtype
+
+
+class DownloadError(WanError):
+    """A file that was asked for could not be fetched; what has arrived is kept."""
 
 
 class JournalMismatch(WanError):

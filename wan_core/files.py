@@ -1,4 +1,4 @@
-"""Contained paths, atomic writes, file identity. Standard library only.
+"""Contained paths, safe opening, atomic writes, file identity. Standard library only.
 
 ``contained_path`` decides which names taken from a file may become paths; ``atomic_write`` is the
 only way an output appears; ``file_identity`` says whether a file is still the one that was read.
@@ -10,12 +10,13 @@ import contextlib
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Iterator
+import stat
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import BinaryIO, Final
+from typing import BinaryIO, Final, cast
 
-from .errors import MissingFile, OutputError, UnsafeFile
+from .errors import CorruptFile, MissingFile, OutputError, UnsafeFile
 
 MAX_NAME: Final = 255
 """Longest file name, in UTF-8 bytes, that common file systems take."""
@@ -44,6 +45,47 @@ def file_identity(path: str | os.PathLike[str]) -> FileIdentity:
     except (OSError, ValueError) as err:
         raise MissingFile(f"{os.fspath(path)!r} cannot be read: {_why(err)}.") from err
     return FileIdentity(os.path.realpath(path), status.st_size, status.st_mtime_ns)
+
+
+@contextlib.contextmanager
+def open_regular(path: Path) -> Iterator[tuple[BinaryIO, int]]:
+    """Open a regular file unbuffered; yields it and its size in bytes."""
+    # Looked at before opening: opening a FIFO would wait for its writer.
+    if file_kind(path) != "file":
+        raise CorruptFile(f"{quoted(path)} is a folder; a file was expected.")
+    try:
+        file = open(path, "rb", buffering=0)  # noqa: SIM115 - closed by the with below
+    except OSError as err:
+        raise MissingFile(f"{quoted(path)} cannot be opened: {err.strerror}.") from err
+    with file:
+        yield cast(BinaryIO, file), os.fstat(file.fileno()).st_size
+
+
+def file_kind(path: Path) -> str:
+    """Return "file" or "folder"; MissingFile when there is neither, CorruptFile for a device."""
+    try:
+        mode = os.stat(path).st_mode
+    except FileNotFoundError as err:
+        link = " (a link to something that is gone)" if path.is_symlink() else ""
+        raise MissingFile(f"{quoted(path)} does not exist{link}. Check the path.") from err
+    except (OSError, ValueError) as err:
+        raise MissingFile(f"{quoted(path)} cannot be read: {_why(err)}. Check the path.") from err
+    if stat.S_ISDIR(mode):
+        return "folder"
+    if not stat.S_ISREG(mode):
+        raise CorruptFile(f"{quoted(path)} is neither a file nor a folder. Name a model file.")
+    return "file"
+
+
+def quoted(path: Path) -> str:
+    """Show a path in a message."""
+    return repr(str(path))
+
+
+def some_of(names: Sequence[str], limit: int = 3) -> str:
+    """Show the first few of many names in a message."""
+    shown = ", ".join(names[:limit])
+    return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"
 
 
 def name_problem(name: object) -> str | None:
@@ -158,7 +200,8 @@ def atomic_write(
 def _check_target(target: Path, expected_bytes: int) -> None:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        if target.is_dir():
+        # Looks at the name too: one that is too long must not fail after an hour of work.
+        if _exists(target) and target.is_dir():
             raise OutputError(f"{str(target)!r} is a folder; name a file to write.")
         free = shutil.disk_usage(target.parent).free
     except (OSError, ValueError) as err:
@@ -168,6 +211,14 @@ def _check_target(target: Path, expected_bytes: int) -> None:
             f"{str(target)!r} needs {expected_bytes:,} bytes and {free:,} are free on that disk. "
             "Free some space or choose another folder."
         )
+
+
+def _exists(path: Path) -> bool:
+    try:
+        os.lstat(path)
+    except FileNotFoundError:
+        return False
+    return True
 
 
 def _publish(temporary: Path, target: Path) -> None:

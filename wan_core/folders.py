@@ -79,7 +79,7 @@ def _pair_folder(
     experts = 2 if "transformer_2" in parts else 1
     if experts == 2:
         check_experts(parts["transformer"], parts["transformer_2"], main, shapes["transformer_2"])
-    choice = choose_variant(parts["transformer"].family, main, experts, quoted(root))
+    choice = choose_variant(parts["transformer"], main, experts)
     for name in shapes:
         require_whole(parts[name], choice)
     boundary = index.get("boundary_ratio")
@@ -195,10 +195,7 @@ def is_release(root: Path) -> bool:
 
 
 def from_release(root: Path) -> ModelArchitecture:
-    """Detect an official release: safetensors transformers beside .pth VAE and encoders.
-
-    The .pth files are listed but not looked into: they are pickles, opened (safely) only on load.
-    """
+    """Detect an official release: safetensors transformers beside .pth VAE and encoders."""
     two = (root / _HIGH).is_dir() or (root / _LOW).is_dir()
     places = (
         {"transformer": root / _HIGH, "transformer_2": root / _LOW}
@@ -225,43 +222,37 @@ def from_release(root: Path) -> ModelArchitecture:
     main = shapes["transformer"]
     if two:
         check_experts(parts["transformer"], parts["transformer_2"], main, shapes["transformer_2"])
-    choice = choose_variant(parts["transformer"].family, main, 2 if two else 1, quoted(root))
+    choice = choose_variant(parts["transformer"], main, 2 if two else 1)
     for part in parts.values():
         require_whole(part, choice)
-    warnings, vae = _release_parts(root, parts, components)
+    vae = _release_parts(root, parts, components)
     if vae is not None:
         check_vae_pair(main, vae, places["transformer"], components["vae"].path)
+    if "text_encoder" in parts:
+        check_text_encoder(
+            main, parts["text_encoder"], places["transformer"], components["text_encoder"].path
+        )
     return build(
         root, parts, choice, components, main, vae,
-        reasons=("the folder is laid out like an official release",), warnings=warnings,
+        reasons=("the folder is laid out like an official release",),
     )  # fmt: skip
 
 
 def _release_parts(
     root: Path, parts: dict[str, Part], components: dict[str, Component]
-) -> tuple[tuple[str, ...], VaeShape | None]:
-    """Add the VAE and encoders that lie beside the transformers; return warnings and the VAE."""
-    pickles: list[str] = []
+) -> VaeShape | None:
+    """Add the VAE and encoders that lie beside the transformers; return the VAE's numbers."""
     vae: VaeShape | None = None
     for name, stems in _RELEASE_PARTS:
-        for stem in stems:
-            safe, pickle = root / f"{stem}.safetensors", root / f"{stem}.pth"
-            if safe.is_file():
-                part = identify(read_table(safe))
-                require_kind(part, name, safe)
-                refuse_weights(part)
-                parts[name], components[name] = part, component(name, safe, part)
-                vae = part.vae or vae
-            elif pickle.is_file() and name not in components:
-                components[name] = Component(
-                    kind=name, path=pickle, files=(pickle,), nbytes=pickle.stat().st_size,
-                    layout="original", format="pickle",
-                )  # fmt: skip
-                pickles.append(pickle.name)
+        files = [root / (stem + end) for stem in stems for end in (".safetensors", ".pth")]
+        file = next((path for path in files if path.is_file()), None)
+        if file is not None:
+            part = identify(read_table(file))
+            require_kind(part, name, file)
+            refuse_weights(part)
+            parts[name], components[name] = part, component(name, file, part)
+            vae = part.vae or vae
     tokenizer = root / "google" / "umt5-xxl"
     if tokenizer.is_dir():
         components["tokenizer"] = Component(kind="tokenizer", path=tokenizer)
-    if not pickles:
-        return (), vae
-    text = f"{some_of(pickles)} cannot be looked into before loading: they are pickles."
-    return (text,), vae
+    return vae

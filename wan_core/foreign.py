@@ -14,6 +14,12 @@ from .header import TensorInfo, TensorTable, some_of
 
 # (what it is, texts that must all occur in its tensor names). First match decides.
 _FOREIGN: Final = (
+    ("a VACE module without its base model", ("vace_blocks.0.", "vace_patch_embedding")),
+    (
+        "a MultiTalk module without its base model",
+        ("audio_cross_attn", "audio_proj"),
+    ),
+    ("a FantasyTalking module without its base model", ("cross_attn.processor.k_proj",)),
     ("a FLUX transformer", ("double_blocks.0.img_attn", "single_blocks.0.linear1", "img_in")),
     ("a HunyuanVideo transformer", ("txt_in.individual_token_refiner",)),
     ("a FLUX transformer", ("single_transformer_blocks.0.", "x_embedder.weight")),

@@ -79,6 +79,14 @@ class WanPipelineWrapper:
         )
         return replace(estimate, warnings=(*estimate.warnings, *request.warnings))
 
+    def what_fits(self, config: GenerationConfig) -> str:
+        """Name the longest clip and the largest size that would fit, in one sentence."""
+        request = resolve(config, self.architecture)
+        wishes = self._wishes(config)
+        return self._manager.what_fits(
+            self.architecture, _job(request, config), self._system(wishes), wishes
+        )
+
     def _wishes(self, config: GenerationConfig) -> OptimizationConfig:
         wishes = self.optimization
         if config.precision_override is not None:

@@ -8,18 +8,20 @@ says. This module reads safetensors (format: github.com/huggingface/safetensors,
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import os
-import stat
 import struct
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO, Final, TypeGuard, cast
+from typing import Any, BinaryIO, Final, TypeGuard
 
-from .errors import CorruptFile, MissingFile, UnsafeFile
+from .errors import CorruptFile, UnsafeFile
+from .files import file_kind
+from .files import open_regular as open_regular
+from .files import quoted as quoted
+from .files import some_of as some_of
 
 MAX_HEADER_BYTES: Final = 16 * 2**20
 MAX_TENSORS: Final = 65_536
@@ -73,7 +75,7 @@ class TensorTable:
     tensors: Mapping[str, TensorInfo]
     metadata: Mapping[str, str] = field(default_factory=dict)
     format: str = "safetensors"
-    """safetensors or gguf."""
+    """safetensors, gguf or pickle."""
     header_bytes: int = 0
     """Bytes of header read to make this table."""
     notes: tuple[str, ...] = ()
@@ -103,29 +105,47 @@ class TensorTable:
 
 
 def read_table(path: str | os.PathLike[str]) -> TensorTable:
-    """Read the tensor table of a .safetensors or .gguf file, an index, or a component folder.
+    """Read the tensor table of a .safetensors, .gguf or .pth file, an index, or a folder.
 
     Raises MissingFile, CorruptFile (truncated, inconsistent, something else under this name) or
-    UnsafeFile (a pickle, a shard name that leaves its folder). No weight is read.
+    UnsafeFile (a pickle that is more than a list of tensors or was not named itself, a shard name
+    that leaves its folder). No weight is read and nothing in the file is run.
     """
-    # Both build on this module's types, so they are imported where they are needed.
-    from .gguf_header import parse_gguf
+    # shards builds on this module's types, so it is imported where it is needed.
     from .shards import find_weights, read_index
 
     source = Path(path)
-    if _status(source) == "folder":
+    if file_kind(source) == "folder":
         return read_table(find_weights(source))
     if source.name.endswith(".json"):
         return read_index(source)
     with open_regular(source) as (file, size):
-        start = file.read(512)
-        if source.suffix.lower() == ".gguf":
-            if start[:4] != b"GGUF":
-                _refuse_foreign(start, source, size)
-            file.seek(0)
-            return parse_gguf(file, source, size)
-        _refuse_foreign(start, source, size)
-        return _parse_safetensors(start, file, source, size)
+        return parse_table(file, source, size)
+
+
+def parse_table(file: BinaryIO, path: Path, size: int) -> TensorTable:
+    """Read the tensor table of one open file of ``size`` bytes; ``path`` is for messages.
+
+    The suffix says which format is expected, the content whether it is that. Raises as
+    ``read_table`` does.
+    """
+    from .gguf_header import parse_gguf
+    from .pickle_header import parse_pickle
+
+    start = file.read(512)
+    suffix = path.suffix.lower()
+    if suffix == ".gguf" and start[:4] == b"GGUF":
+        file.seek(0)
+        return parse_gguf(file, path, size)
+    if suffix in PICKLE_SUFFIXES and start[:4] == b"PK\x03\x04":
+        return parse_pickle(file, path, size)
+    _refuse_foreign(start, path, size)
+    if suffix == ".gguf":
+        raise CorruptFile(
+            f"{quoted(path)} is not a GGUF file ({size:,} bytes, it does not begin with 'GGUF'). "
+            f"{AGAIN}"
+        )
+    return _parse_safetensors(start, file, path, size)
 
 
 def _parse_safetensors(start: bytes, file: BinaryIO, path: Path, size: int) -> TensorTable:
@@ -180,7 +200,7 @@ def _entry(name: str, entry: Any, base: int, path: Path) -> TensorInfo:
         dtype, shape, span = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
         if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
             problem = f"its dtype {str(dtype)[:40]!r} is none that safetensors defines"
-        elif not _naturals(shape) or len(shape) > MAX_DIMS:
+        elif not _naturals(shape):
             problem = f"its shape is not a list of at most {MAX_DIMS} sizes"
         elif not _naturals(span) or len(span) != 2 or span[0] > span[1]:
             problem = "its data_offsets are not two increasing positions"
@@ -197,7 +217,9 @@ def _entry(name: str, entry: Any, base: int, path: Path) -> TensorInfo:
 
 def _naturals(value: Any) -> TypeGuard[list[int]]:
     # type() and not isinstance(): True is an int, and 1.0 no size.
-    return isinstance(value, list) and all(type(v) is int and 0 <= v < 2**48 for v in value)
+    if type(value) is not list or len(value) > MAX_DIMS:
+        return False
+    return all(type(item) is int and 0 <= item < 2**48 for item in value)
 
 
 def _check_layout(infos: Iterable[TensorInfo], base: int, size: int, path: Path) -> None:
@@ -284,11 +306,11 @@ def _refuse_foreign(start: bytes, path: Path, size: int) -> None:
     """Raise a named error when the first bytes, or the suffix, are not safetensors'."""
     # A header length can look like another format's magic: 640 is a pickle's 80 02.
     kind = None if start[3:9] == b"\0\0\0\0\0{" else _kind_of(start)
-    pickled = kind == "a pickle" or (kind == "a zip archive" and b"data.pkl" in start)
-    if path.suffix.lower() in PICKLE_SUFFIXES or pickled:
+    named = path.suffix.lower() in PICKLE_SUFFIXES
+    if kind == "a pickle" or (kind == "a zip archive" and b"data.pkl" in start):
         raise UnsafeFile(
-            f"{quoted(path)} is a PyTorch pickle, which can run code when it is opened. Use a "
-            ".safetensors or .gguf version of this model."
+            f"{quoted(path)} is a PyTorch pickle{'' if named else ' under another name'}, which "
+            "can run code when it is opened. Use a .safetensors or .gguf version of this model."
         )
     if kind == "a Git LFS pointer, not the file itself":
         raise CorruptFile(
@@ -297,55 +319,27 @@ def _refuse_foreign(start: bytes, path: Path, size: int) -> None:
         )
     if kind == "a GGUF file":
         raise CorruptFile(f"{quoted(path)} is a GGUF file under another name. Rename it to .gguf.")
-    if kind and size >= 8:
-        raise CorruptFile(f"{quoted(path)} is {kind} ({size:,} bytes), not safetensors. {AGAIN}")
+    if (kind and size >= 8) or named:
+        what = kind or "neither a PyTorch zip file nor a pickle"
+        if start[3:9] == b"\0\0\0\0\0{":
+            what = "a safetensors file under another name; rename it to .safetensors"
+        raise CorruptFile(f"{quoted(path)} is {what} ({size:,} bytes). {AGAIN}")
 
 
-@contextlib.contextmanager
-def open_regular(path: Path) -> Iterator[tuple[BinaryIO, int]]:
-    """Open a regular file unbuffered; yields it and its size in bytes."""
-    # Looked at before opening: opening a FIFO would wait for its writer.
-    if _status(path) != "file":
-        raise CorruptFile(f"{quoted(path)} is a folder; a file was expected.")
-    try:
-        file = open(path, "rb", buffering=0)  # noqa: SIM115 - closed by the with below
-    except OSError as err:
-        raise MissingFile(f"{quoted(path)} cannot be opened: {err.strerror}.") from err
-    with file:
-        yield cast(BinaryIO, file), os.fstat(file.fileno()).st_size
+def read_small(infos: Sequence[TensorInfo], limit: int = 128) -> list[bytes]:
+    """Return the bytes of many small tensors, opening each file once.
 
-
-def read_small(info: TensorInfo, limit: int = 4096) -> bytes:
-    """Return the bytes of one tensor of at most ``limit`` bytes; CorruptFile when it is longer."""
-    if info.nbytes > limit:
-        raise CorruptFile(
-            f"Tensor {info.name!r} of {quoted(info.file)} is {info.nbytes:,} bytes; at most "
-            f"{limit:,} were expected."
-        )
-    with open_regular(info.file) as (file, _):
-        file.seek(info.start)
-        return file.read(info.nbytes)
-
-
-def _status(path: Path) -> str:
-    try:
-        mode = os.stat(path).st_mode
-    except (OSError, ValueError) as err:
-        link = " (a link to something that is gone)" if path.is_symlink() else ""
-        raise MissingFile(f"{quoted(path)} does not exist{link}. Check the path.") from err
-    if stat.S_ISDIR(mode):
-        return "folder"
-    if not stat.S_ISREG(mode):
-        raise CorruptFile(f"{quoted(path)} is neither a file nor a folder. Name a model file.")
-    return "file"
-
-
-def quoted(path: Path) -> str:
-    """Show a path in a message."""
-    return repr(str(path))
-
-
-def some_of(names: Sequence[str], limit: int = 3) -> str:
-    """Show the first few of many names in a message."""
-    shown = ", ".join(names[:limit])
-    return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"
+    A tensor of more than ``limit`` bytes raises CorruptFile, naming it.
+    """
+    out: dict[str, bytes] = {}
+    for path in dict.fromkeys(info.file for info in infos):
+        with open_regular(path) as (file, _):
+            for info in (i for i in infos if i.file == path):
+                if info.nbytes > limit:
+                    raise CorruptFile(
+                        f"Tensor {info.name!r} of {quoted(path)} is {info.nbytes:,} bytes; at most "
+                        f"{limit:,} were expected."
+                    )
+                file.seek(info.start)
+                out[info.name] = file.read(info.nbytes)
+    return [out[info.name] for info in infos]

@@ -157,7 +157,7 @@ def _transformer(table: TensorTable, layout: str, prefix: str) -> Part:
     weights = read_weight_kind(table, own)
     shapes = {n: info.shape for n, info in own.items() if not n.endswith(QUANT_SUFFIXES)}
     shape = read_transformer(shapes, layout)
-    family, what = _family(own, shape)
+    family, title, what = _family(own, shape)
     expected = transformer_tensors(shape, layout)
     missing = tuple(n for n in expected if n not in shapes)
     unexpected = tuple(n for n in shapes if n not in expected and n != "scaled_fp8")
@@ -172,29 +172,40 @@ def _transformer(table: TensorTable, layout: str, prefix: str) -> Part:
     if not weights.packed:
         _check_shapes(table.path, shapes, expected)
     return Part(
-        kind="transformer", title=f"a Wan transformer ({family})", table=table, prefix=prefix,
+        kind="transformer", title=f"a Wan {title} transformer", table=table, prefix=prefix,
         layout="comfyui" if prefix and layout == "original" else layout, weights=weights,
         family=family, transformer=shape, width=shape.dim, layers=shape.layers, missing=missing,
         unexpected=unexpected, extra_prefixes=tuple(sorted(others)), reasons=tuple(reasons),
-        warnings=weights.warnings,
+        warnings=(*weights.warnings, *_others(table, others)),
     )  # fmt: skip
 
 
-def _family(own: Mapping[str, Any], shape: TransformerShape) -> tuple[str, str]:
-    """Return the family and the sentence that says why."""
+def _others(table: TensorTable, others: set[str]) -> tuple[str, ...]:
+    strange = sorted(others - {"scaled_fp8"})
+    if not strange:
+        return ()
+    return (f"{_label(table)} also holds {some_of(strange)}; only its transformer is looked at.",)
+
+
+def _family(own: Mapping[str, Any], shape: TransformerShape) -> tuple[str, str, str]:
+    """Return the family, its name for messages, and the sentence that says why."""
     for family, marker, title in _FAMILIES:
         if marker in own:
-            return family, f"it has {marker!r}: {title}"
+            return family, title, f"it has {marker!r}: {title}"
     extra = shape.in_channels - shape.out_channels
     images = shape.image_dim is not None
     if shape.pos_embed_seq_len is not None:
-        return "flf2v", f"it has learned positions for {shape.pos_embed_seq_len} image tokens"
+        why = f"it has learned positions for {shape.pos_embed_seq_len} image tokens"
+        return "flf2v", "first/last-frame", why
     if extra == 0 and not images:
-        return "t2v", "as many channels in as out and no image branch: text to video"
+        why = "as many channels in as out and no image branch: text to video"
+        return "t2v", "text-to-video", why
     if extra == shape.out_channels + 4:
         branch = "an image branch (CLIP)" if images else "no image branch"
-        return "i2v", f"4 mask and {shape.out_channels} image channels more in than out, {branch}"
-    return "control", f"{extra} channels more in than out: a control or inpainting model"
+        why = f"4 mask and {shape.out_channels} image channels more in than out, {branch}"
+        return "i2v", "image-to-video", why
+    why = f"{extra} channels more in than out: a control or inpainting model"
+    return "control", "control or inpainting", why
 
 
 def _check_shapes(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,7 @@ from .cache import ComponentCache, component_cache
 from .config import WanModelFiles
 from .detect import ArchitectureDetector
 from .errors import InvalidRequest, MissingFile, UnsupportedModel, WanError
+from .lora_choice import with_loras
 from .plan import OptimizationConfig, OptimizationManager
 
 if TYPE_CHECKING:
@@ -135,12 +136,17 @@ class WanPipelineLoader:
         trust_remote_code: bool = False,
         apply_optimizations: bool = True,
         optimization_config: Mapping[str, Any] | OptimizationConfig | None = None,
+        *,
+        loras: Iterable[Any] = (),
+        use_recipe: bool = False,
         **pipeline_kwargs: Any,
     ) -> WanPipelineWrapper:
         """Open a model from its headers; weights are read when they are first needed.
 
         ``model_path`` is a diffusers folder, a file, or a ``WanModelFiles``. Keys of
         ``optimization_config`` and ``pipeline_kwargs`` are those of ``OptimizationConfig``.
+        ``loras`` lists ``WanLoRA``, paths or (path, expert, strength), checked from their headers;
+        ``use_recipe`` makes the settings of a distilled one (4 steps, no guidance) the defaults.
         ``apply_optimizations=False`` runs everything resident and in the files' precision.
         WanFit never runs code from a model; ``trust_remote_code=True`` is refused rather than
         ignored. Raises a ModelFileError, UnsupportedModel, ModelMismatch or InvalidRequest.
@@ -160,6 +166,7 @@ class WanPipelineLoader:
                 f"{architecture.root} is {architecture.variant.title}, which WanFit cannot run: "
                 f"{architecture.variant.why_not}."
             )
+        architecture = with_loras(architecture, loras, use_recipe=use_recipe)
         wishes = self._wishes(optimization_config, pipeline_kwargs)
         if not apply_optimizations:
             wishes = dataclasses.replace(wishes, offload="none", precision="stored")

@@ -1,9 +1,10 @@
 """Carries out placement: what is attached to a module here is always detached again.
 
-Three means, chosen by the plan: ``none`` (moved to the device and left there), ``model`` (on the
-device for one stage) and ``sequential`` (leaf by leaf, through accelerate's hooks). None changes
-a bit of a parameter: weights are read-only, so leaving a device puts the host's tensors back
-instead of copying the device's.
+Four means, chosen by the plan or the user: ``none`` (moved to the device and left there), ``model``
+(on the device for one stage), ``sequential`` (leaf by leaf, through accelerate's hooks) and
+``group`` (block by block, through diffusers' hooks; ``streaming`` does this better for Wan). None
+changes a bit of a parameter: weights are read-only, so leaving a device puts the host's tensors
+back instead of copying the device's.
 
 One module may serve two threads. Threads that ask for the same placement share it; others wait
 until the module is free, because a module can only be in one place.
@@ -18,15 +19,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from types import TracebackType
-from typing import Literal
 
 import torch
 from torch import nn
 
 from .errors import InvalidRequest, MissingDependency
 
-Mode = Literal["none", "model", "sequential"]
-MODES: tuple[str, ...] = ("none", "model", "sequential")
+MODES: tuple[str, ...] = ("none", "model", "sequential", "group")
 
 _WAIT_SECONDS = 0.2  # how often a waiting thread wakes, so that an interrupt reaches it
 
@@ -104,20 +103,20 @@ def place(module: nn.Module, mode: str, device: torch.device | str) -> Iterator[
 
     "none" moves it to the device and leaves it there; "model" moves it there and puts it back on
     the host; "sequential" leaves it on the host and brings each leaf's weights for that leaf's
-    forward. Parameters stay the same objects with the same values; hooks are gone afterwards,
-    after an error or an interrupt too. A thread that asks for another placement than the one in
-    use waits for it to end. Raises InvalidRequest for an unknown mode, MissingDependency when
-    accelerate is absent, Busy when this thread holds the module in another placement.
+    forward; "group" does so for each block, ahead of its turn on CUDA. Parameters stay the same
+    objects with the same values; hooks are gone afterwards, after an error or an interrupt too. A
+    thread that asks for another placement than the one in use waits for it to end. Raises
+    InvalidRequest for an unknown mode, MissingDependency when accelerate is absent, Busy when
+    this thread holds the module in another placement.
     """
     if mode not in MODES:
         raise InvalidRequest(
             f"offload is {mode!r}; allowed here are {', '.join(MODES)}.", field="offload"
         )
-    # Leaf hooks hold one leaf's weights at a time: two threads would take each other's.
     target = torch.device(device)
-    with hold(
-        module, f"{mode} on {target}", partial(_attach, module, mode, target), mode != "sequential"
-    ):
+    attach = partial(_attach, module, mode, target)
+    # Hooks hold one leaf's or block's weights at a time: two threads would take each other's.
+    with hold(module, f"{mode} on {target}", attach, shared=mode in ("none", "model")):
         yield module
 
 
@@ -189,8 +188,8 @@ def _attach(module: nn.Module, mode: str, device: torch.device, undo: Undo) -> N
     """Put the module where ``mode`` wants it."""
     if mode != "none" and device_of(module) not in (torch.device("cpu"), device):
         move(module, "cpu")  # left elsewhere by an earlier "none"
-    if mode == "sequential":
-        _attach_sequential(undo, module, device)
+    if mode in ("sequential", "group"):
+        (_attach_sequential if mode == "sequential" else _attach_group)(undo, module, device)
         return
     if mode == "model":
         remember(undo, module)
@@ -263,9 +262,27 @@ def _attach_sequential(undo: Undo, module: nn.Module, device: torch.device) -> N
     cpu_offload(module, execution_device=device, offload_buffers=bool(module._parameters))
 
 
+def _attach_group(undo: Undo, module: nn.Module, device: torch.device) -> None:
+    """Group offload as diffusers does it: by blocks where there are, else by leaves."""
+    from diffusers.hooks.group_offloading import apply_group_offloading
+
+    remember(undo, module)
+    for owner in module.modules():
+        undo.push(_forward_restorer(owner))
+    by_block = isinstance(getattr(module, "blocks", None), nn.ModuleList)
+    apply_group_offloading(
+        module,
+        onload_device=device,
+        offload_device=torch.device("cpu"),
+        offload_type="block_level" if by_block else "leaf_level",
+        num_blocks_per_group=1,
+        use_stream=device.type == "cuda",
+    )
+
+
 def _forward_restorer(owner: nn.Module) -> Callable[[], None]:
-    """Make the step that drops what accelerate wrote into one module's instance dictionary."""
-    names = ("forward", "_old_forward", "_hf_hook")
+    """Make the step that drops what hooks wrote into one module's instance dictionary."""
+    names = ("forward", "_old_forward", "_hf_hook", "_diffusers_hook")
     before = {name: owner.__dict__[name] for name in names if name in owner.__dict__}
 
     def restore() -> None:

@@ -89,6 +89,10 @@ class OptimizationPlan:
         }
 
 
+_MOST_FRAMES = 1025
+"""Longest clip ``what_fits`` looks at."""
+
+
 class OptimizationManager:
     """Looks at the machine and recommends a plan.
 
@@ -188,14 +192,46 @@ class OptimizationManager:
                 return _plan(architecture, job, system, wishes, limits, chosen, less)
         return None
 
+    def what_fits(
+        self,
+        architecture: ModelArchitecture,
+        job: Job,
+        system: SystemResources,
+        requested: OptimizationConfig | None = None,
+    ) -> str:
+        """Name the longest clip of the job's size and the largest size of its length that fit.
+
+        Looks at up to 1,025 frames and at up to four times the width.
+        """
+        wishes = requested or OptimizationConfig()
+        fits = self._fits(architecture, system, wishes, Limits.of(system, wishes))
+        long = longest(replace(job, num_frames=_MOST_FRAMES), fits)
+        multiple = architecture.size_multiple
+        wide = replace(job, width=4 * job.width + multiple, height=4 * job.height)
+        size = largest_size(wide, multiple, fits)
+        found = [] if long is None else [f"{_frames(long)} at {job.width}x{job.height}"]
+        if size is not None:
+            found.append(f"{_frames(job.num_frames)} at {size[0]}x{size[1]}")
+        return f"At most {' or '.join(found)}." if found else "No length or size fits."
+
+    def _fits(
+        self,
+        architecture: ModelArchitecture,
+        system: SystemResources,
+        wishes: OptimizationConfig,
+        limits: Limits,
+    ) -> Callable[[Job], bool]:
+        def fits(job: Job) -> bool:
+            tiers = ladder(architecture, job, system, wishes, limits, self.abilities)
+            return any(best(ways, limits) is not None for ways in tiers)
+
+        return fits
+
     def _does_not_fit(
         self, architecture: ModelArchitecture, job: Job, system: SystemResources,
         wishes: OptimizationConfig, smallest: Way, limits: Limits,
     ) -> DoesNotFit:  # fmt: skip
-        def fits(smaller: Job) -> bool:
-            tiers = ladder(architecture, smaller, system, wishes, limits, self.abilities)
-            return any(best(ways, limits) is not None for ways in tiers)
-
+        fits = self._fits(architecture, system, wishes, limits)
         needed, there = smallest.reserved, limits.device
         where = "RAM" if system.device_kind == "cpu" else system.device_name
         if needed <= there:  # it is the RAM that is short
@@ -285,17 +321,33 @@ def largest_that_fits(job: Job, multiple: int, fits: Callable[[Job], bool]) -> s
 
     ``fits(job)`` must be monotone: a shorter or smaller job never needs more.
     """
-    low, high = 0, (job.num_frames - 1) // 4  # latent frames after the first
+    frames, size = longest(job, fits), largest_size(job, multiple, fits)
+    found = [] if frames is None else [f"{_frames(frames)} at {job.width}x{job.height}"]
+    if size is not None:
+        found.append(f"{_frames(job.num_frames)} at {size[0]}x{size[1]}")
+    if not found:
+        return "No length or size of this model fits; free memory or take a smaller model."
+    return f"What would fit: {' or '.join(found)}."
+
+
+def longest(job: Job, fits: Callable[[Job], bool]) -> int | None:
+    """Return the most frames, 4n+1 and at most the job's, that fit at its size; None: not one."""
     if not fits(replace(job, num_frames=1)):
-        found = []
-    else:
-        while low < high:
-            middle = (low + high + 1) // 2
-            if fits(replace(job, num_frames=4 * middle + 1)):
-                low = middle
-            else:
-                high = middle - 1
-        found = [f"{_frames(4 * low + 1)} at {job.width}x{job.height}"]
+        return None
+    low, high = 0, (job.num_frames - 1) // 4  # latent frames after the first
+    while low < high:
+        middle = (low + high + 1) // 2
+        if fits(replace(job, num_frames=4 * middle + 1)):
+            low = middle
+        else:
+            high = middle - 1
+    return 4 * low + 1
+
+
+def largest_size(
+    job: Job, multiple: int, fits: Callable[[Job], bool]
+) -> tuple[int, int] | None:
+    """Return the largest (width, height) below the job's, in its proportions, that fits."""
     sizes = [
         (width, max(multiple, round(width * job.height / job.width / multiple) * multiple))
         for width in range(job.width - multiple, multiple - 1, -multiple)
@@ -308,12 +360,7 @@ def largest_that_fits(job: Job, multiple: int, fits: Callable[[Job], bool]) -> s
             last = middle
         else:
             first = middle + 1
-    if first < len(sizes):
-        width, height = sizes[first]
-        found.append(f"{_frames(job.num_frames)} at {width}x{height}")
-    if not found:
-        return "No length or size of this model fits; free memory or take a smaller model."
-    return f"What would fit: {' or '.join(found)}."
+    return sizes[first] if first < len(sizes) else None
 
 
 def _frames(count: int) -> str:

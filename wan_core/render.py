@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .conditions import ConditionMaker
 from .config import GenerationConfig
+from .continuation import Segments, check_given, plan_segments
 from .denoise import (
     Conditions,
     DenoiseState,
@@ -24,7 +25,9 @@ from .denoise import (
     hold_first_frame,
 )
 from .errors import InvalidRequest
+from .lean_forward import run_together
 from .monitor import MIB, device_bytes, device_name, versions
+from .noise import draw_noise
 from .request import Request
 from .resume import RenderJournal, open_journal
 from .schedule import StepPlan, make_scheduler, plan_steps
@@ -91,6 +94,7 @@ class Render:
         stages.result.metadata |= {
             "model": stages.architecture.variant.title,
             "variant": stages.architecture.name,
+            "loras": [found.describe() for found in stages.architecture.loras],
             **{name: getattr(request, name) for name in settings},
             "num_frames": request.wanted_frames,
             "device": device_name(stages.device),
@@ -110,13 +114,57 @@ class Render:
         conditions = ConditionMaker(
             stages=self.stages, config=self.config, request=self.request
         ).make()
+        if self.request.window_mode == "continuation":
+            return self._sample_segments(conditions, journal)
         scheduler, steps = self._scheduler()
-        state = DenoiseState(latents=self._noise(), next_step=steps.start)
+        windows = self._windows(self.request.latent_frames)
+        if (windows is None or windows.count == 1) and len(conditions.prompt_parts) > 1:
+            self.stages.result.warnings.append(
+                "prompts: the clip is denoised as a whole, so only the text of its middle is "
+                "used. Set max_chunk_size to make it in windows."
+            )
+        state = DenoiseState(latents=self._noise(windows), next_step=steps.start)
         if journal is not None and (resumed := journal.restore(state, scheduler)) > steps.start:
             self.stages.result.metadata["resumed"] = f"after step {resumed} of {steps.end}"
         signals = self._signals(state, steps, scheduler, journal)
         self._denoise(state, conditions, scheduler, steps, signals)
         return hold_first_frame(state.latents, conditions)
+
+    def _sample_segments(self, conditions: Conditions, journal: RenderJournal | None) -> Tensor:
+        """Make one segment after the other, each with all steps."""
+        request, stages, result = self.request, self.stages, self.stages.result
+        given = self.config.continue_from
+        known = 0 if given is None else given.shape[2]
+        plan = plan_segments(
+            request.latent_frames, known, stages.plan.window_frames, stages.plan.window_overlap
+        )
+        segments = Segments(
+            plan=plan,
+            noise=self._noise(plan),
+            conditions=conditions,
+            given=given,
+            drift_correction=request.drift_correction,
+        )
+        result.metadata["windows"] = segments.describe()
+        result.warnings += plan.notes
+        scheduler, steps = self._scheduler()
+        state = segments.begin(0, steps.start)
+        if journal is not None and (resumed := journal.restore(state, scheduler)) > steps.start:
+            segments.go_on(state)
+            result.metadata["resumed"] = (
+                f"segment {state.segment + 1} of {len(segments)}, "
+                f"after step {resumed} of {steps.end}"
+            )
+        while True:
+            stages.callbacks.call(self.config.chunk_callback, state.segment, len(segments))
+            told = segments.conditions_of(state.segment)
+            signals = self._signals(state, steps, scheduler, journal, len(segments))
+            self._denoise(state, told, scheduler, steps, signals)
+            segments.finish(state, told)
+            if state.segment + 1 == len(segments):
+                return segments.clip
+            scheduler, steps = self._scheduler()
+            state = segments.begin(state.segment + 1, steps.start)
 
     def _scheduler(self) -> tuple[Any, StepPlan]:
         request, architecture = self.request, self.stages.architecture
@@ -136,8 +184,8 @@ class Render:
         self.stages.result.metadata["steps"] = steps.describe()
         return scheduler, steps
 
-    def _noise(self) -> Tensor:
-        """Draw the noise on the CPU, so that it is the same for every device."""
+    def _noise(self, windows: WindowPlan | None) -> Tensor:
+        """Draw the noise the job asks for, or take the latents it gives."""
         request, architecture = self.request, self.stages.architecture
         vae = architecture.vae or architecture.variant.vae
         shape = (
@@ -147,6 +195,7 @@ class Render:
             request.height // vae.scale_factor_spatial,
             request.width // vae.scale_factor_spatial,
         )
+        check_given(self.config.continue_from, shape)
         if self.config.latents is not None:
             given = tuple(self.config.latents.shape)
             if given != shape:
@@ -156,23 +205,23 @@ class Render:
                     field="latents",
                 )
             return self.config.latents.to(device=self.stages.device, dtype=torch.float32)
-        generator = torch.Generator("cpu").manual_seed(request.seed)
-        noise = torch.randn(shape, generator=generator, dtype=torch.float32)
-        return noise.to(self.stages.device)
+        return draw_noise(request.noise, shape, request.seed, windows).to(self.stages.device)
 
-    def _windows(self) -> WindowPlan | None:
+    def _windows(self, frames: int) -> WindowPlan | None:
+        """Plan the windows of ``frames`` latent frames: of the clip, or of one segment."""
         request, plan = self.request, self.stages.plan
         if plan.window_frames is None:
             return None
         windows = plan_windows(
-            request.latent_frames,
+            frames,
             window=plan.window_frames,
             overlap=plan.window_overlap,
             schedule=request.window_schedule,
             fusion=request.window_fusion,
         )
         result = self.stages.result
-        result.metadata["windows"] = windows.describe()
+        if request.window_mode == "windows":
+            result.metadata["windows"] = windows.describe()
         result.warnings += [note for note in windows.notes if note not in result.warnings]
         return windows
 
@@ -209,6 +258,7 @@ class Render:
                         model=model,
                         dtype=stages.dtype(component),
                         guidance_scale=scale,
+                        together=run_together if stages.plan.stream else None,
                     )
                     denoise_steps(
                         state,
@@ -216,7 +266,8 @@ class Render:
                         expert,
                         scheduler,
                         conditions,
-                        windows=self._windows(),
+                        windows=self._windows(state.latents.shape[2]),
+                        anchor=request.window_anchor,
                         signals=signals,
                     )
 
@@ -228,17 +279,21 @@ class Render:
         steps: StepPlan,
         scheduler: Any,
         journal: RenderJournal | None,
+        segments: int = 1,
     ) -> Signals:
-        total = steps.end - steps.start
+        each = steps.end - steps.start
+        total, before = each * segments, each * state.segment - steps.start + 1
         config, call = self.config, self.stages.callbacks.call
+        # In continuation mode it hears of segments.
+        chunk = config.chunk_callback if self.request.window_mode == "windows" else None
 
         def step(index: int, latents: Tensor) -> None:
             if journal is not None:
                 journal.step_done(state, scheduler)
-            call(config.progress_callback, index - steps.start + 1, total, latents)
+            call(config.progress_callback, before + index, total, latents)
 
         def preview(index: int, clean: Tensor) -> None:
-            call(config.preview_callback, index - steps.start + 1, total, clean)
+            call(config.preview_callback, before + index, total, clean)
 
         def window_done(index: int, count: int) -> None:
             if journal is not None:
@@ -247,7 +302,7 @@ class Render:
         return Signals(
             step=step,
             preview=None if config.preview_callback is None else preview,
-            window=lambda index, count: call(config.chunk_callback, index, count),
+            window=lambda index, count: call(chunk, index, count),
             window_done=window_done,
             check=self.stages.callbacks.check,
         )
@@ -304,7 +359,11 @@ class Render:
             fps=self.request.fps,
             width=self.request.width,
             height=self.request.height,
+            crf=self.request.crf,
+            pix_fmt=self.request.pix_fmt,
             metadata=self.config.output_metadata,
+            audio=self.config.audio,
+            num_frames=self.request.wanted_frames,
         )
 
 

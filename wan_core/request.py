@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 import random
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,11 @@ from .architecture import ModelArchitecture
 from .config import GenerationConfig
 from .errors import InvalidRequest
 from .journal import RESUME
+from .noise import NOISES
+from .prompts import PromptPart, parse_prompts
 from .schedule import SCHEDULERS
 from .variants import Variant
-from .windows import FUSIONS, SCHEDULES, latent_frames, round_up_frames
+from .windows import DEFAULT_WINDOW, FUSIONS, SCHEDULES, latent_frames, round_up_frames
 
 MAX_SIZE = 16384
 """Pixels a side: rotary positions of Wan's transformer end at 1024 tokens of 16 pixels."""
@@ -26,6 +29,12 @@ MAX_LATENT_FRAMES = 1024
 """Latent frames the rotary positions reach; longer clips need windows."""
 MAX_SEED = 2**64 - 1
 PRECISIONS = ("auto", "bf16", "fp16", "fp32")
+MODES = ("windows", "continuation")
+PIXEL_FORMATS = ("yuv420p", "yuv422p", "yuv444p", "yuv420p10le", "yuv422p10le", "yuv444p10le")
+AUDIO_RATES = (
+    8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000, 64000, 88200, 96000
+)  # fmt: skip
+"""Samples a second that AAC, the sound of an mp4, can have."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,8 +64,15 @@ class Request:
     window_overlap: int
     window_schedule: str
     window_fusion: str
+    window_mode: str
+    window_anchor: bool
+    drift_correction: float
+    noise: str
+    prompts: tuple[PromptPart, ...]
     resume: str | None
     output_path: Path | None
+    crf: int
+    pix_fmt: str
     warnings: tuple[str, ...] = ()
 
     @property
@@ -75,76 +91,117 @@ def resolve(config: GenerationConfig, architecture: ModelArchitecture) -> Reques
 
     Raises InvalidRequest naming the field, the value found and the values allowed.
     """
-    variant = architecture.variant
     warnings: list[str] = []
     _check_images(config, architecture)
+    _check_mode(config, architecture)
+    _check_audio(config)
     frames = _integer(config.num_frames, "num_frames", 1, 4 * 1024 * 64)
-    num_frames = round_up_frames(frames)
-    if num_frames != frames:
-        warnings.append(
-            f"num_frames {frames} is made as {num_frames} (Wan makes 4n+1 frames); the first "
-            f"{frames} are returned."
-        )
-    if config.last_image is not None and num_frames < 5:
-        raise InvalidRequest(
-            f"num_frames is {frames} with a last_image; 5 or more are needed.", field="num_frames"
-        )
+    num_frames = _made_frames(config, frames, warnings)
     multiple = architecture.size_multiple
     width = _size(config.width, "width", multiple, warnings)
     height = _size(config.height, "height", multiple, warnings)
-    defaults = variant.defaults
-    scale = _real(_or(config.guidance_scale, defaults.guidance_scale), "guidance_scale", 0, 100)
-    second = _or(config.guidance_scale_2, _second_scale(config, variant))
-    window = _window(config, num_frames)
-    if window is None and latent_frames(num_frames) > MAX_LATENT_FRAMES:
-        raise InvalidRequest(
-            f"num_frames is {frames}; the model's positions end at {4 * MAX_LATENT_FRAMES - 3}. "
-            "Set max_chunk_size (81) to make it in windows.",
-            field="num_frames",
-        )
-    boundary = _or(config.boundary, defaults.boundary)
-    return Request(
-        prompt=_text(config.prompt, "prompt", config.prompt_embeds is not None),
-        negative_prompt=_text(
-            _or(config.negative_prompt, defaults.negative_prompt), "negative_prompt", True
-        ),
+    prompts = _prompts(config, num_frames, warnings)
+    request = Request(
+        prompt=_text(config.prompt, "prompt", config.prompt_embeds is not None or bool(prompts)),
+        prompts=prompts,
         wanted_frames=frames,
         num_frames=num_frames,
         width=width,
         height=height,
-        num_inference_steps=_integer(
-            _or(config.num_inference_steps, defaults.num_inference_steps),
-            "num_inference_steps",
-            1,
-            1000,
-        ),
-        guidance_scale=scale,
-        guidance_scale_2=_real(second, "guidance_scale_2", 0, 100),
-        flow_shift=_real(
-            _or(config.flow_shift, defaults.flow_shift_for(width, height)), "flow_shift", 0.01, 100
-        ),
-        boundary=None if boundary is None else _real(boundary, "boundary", 0, 1),
-        switch_step=None
-        if config.switch_step is None
-        else _integer(config.switch_step, "switch_step", 0, 1000),
-        scheduler=_choice(_or(config.scheduler, defaults.scheduler), "scheduler", SCHEDULERS),
-        fps=_real(_or(config.fps, defaults.fps), "fps", 0.1, 240),
-        seed=random.SystemRandom().getrandbits(32)
-        if config.seed is None
-        else _integer(config.seed, "seed", 0, MAX_SEED),
         batch_size=_integer(config.batch_size, "batch_size", 1, 64),
-        start_step=_integer(config.start_step, "start_step", 0, 1000),
-        end_step=None
-        if config.end_step is None
-        else _integer(config.end_step, "end_step", 1, 10_000),
-        window_frames=window,
-        window_overlap=_integer(config.window_overlap, "window_overlap", 0, 4096),
-        window_schedule=_choice(config.window_schedule, "window_schedule", SCHEDULES),
-        window_fusion=_choice(config.window_fusion, "window_fusion", FUSIONS),
-        resume=_resume(config),
-        output_path=_output(config),
+        **_sampling(config, architecture.variant, width, height),
+        **_windowing(config, num_frames),
+        **_output_fields(config),
         warnings=tuple(warnings),
     )
+    return replace(request, warnings=(*warnings, *_recipe_warnings(request, architecture)))
+
+
+def _made_frames(config: GenerationConfig, frames: int, warnings: list[str]) -> int:
+    """Return the 4n+1 frames that are made for those asked for."""
+    made = round_up_frames(frames)
+    if made != frames:
+        warnings.append(
+            f"num_frames {frames} is made as {made} (Wan makes 4n+1 frames); the first "
+            f"{frames} are returned."
+        )
+    if config.last_image is not None and made < 5:
+        raise InvalidRequest(
+            f"num_frames is {frames} with a last_image; 5 or more are needed.", field="num_frames"
+        )
+    return made
+
+
+def _sampling(
+    config: GenerationConfig, variant: Variant, width: int, height: int
+) -> dict[str, Any]:
+    """Check what the loop takes; None becomes the variant's official value."""
+    official = variant.defaults
+    negative = _or(config.negative_prompt, official.negative_prompt)
+    steps = _or(config.num_inference_steps, official.num_inference_steps)
+    scale = _or(config.guidance_scale, official.guidance_scale)
+    second = _or(config.guidance_scale_2, _second_scale(config, variant))
+    shift = _or(config.flow_shift, official.flow_shift_for(width, height))
+    boundary = _or(config.boundary, official.boundary)
+    switch, end, seed = config.switch_step, config.end_step, config.seed
+    return {
+        "negative_prompt": _text(negative, "negative_prompt", True),
+        "num_inference_steps": _integer(steps, "num_inference_steps", 1, 1000),
+        "guidance_scale": _real(scale, "guidance_scale", 0, 100),
+        "guidance_scale_2": _real(second, "guidance_scale_2", 0, 100),
+        "flow_shift": _real(shift, "flow_shift", 0.01, 100),
+        "boundary": None if boundary is None else _real(boundary, "boundary", 0, 1),
+        "switch_step": None if switch is None else _integer(switch, "switch_step", 0, 1000),
+        "scheduler": _choice(_or(config.scheduler, official.scheduler), "scheduler", SCHEDULERS),
+        "start_step": _integer(config.start_step, "start_step", 0, 1000),
+        "end_step": None if end is None else _integer(end, "end_step", 1, 10_000),
+        "fps": _real(_or(config.fps, official.fps), "fps", 0.1, 240),
+        "noise": _choice(config.noise, "noise", NOISES),
+        "seed": random.SystemRandom().getrandbits(32)
+        if seed is None
+        else _integer(seed, "seed", 0, MAX_SEED),
+    }
+
+
+def _windowing(config: GenerationConfig, num_frames: int) -> dict[str, Any]:
+    """Check how a long clip is cut."""
+    window = _window(config, num_frames)
+    if window is None and latent_frames(num_frames) > MAX_LATENT_FRAMES:
+        raise InvalidRequest(
+            f"num_frames is {config.num_frames}; the model's positions end at "
+            f"{4 * MAX_LATENT_FRAMES - 3}. Set max_chunk_size (81) to make it in windows.",
+            field="num_frames",
+        )
+    return {
+        "window_frames": window,
+        "window_overlap": _integer(config.window_overlap, "window_overlap", 0, 4096),
+        "window_schedule": _choice(config.window_schedule, "window_schedule", SCHEDULES),
+        "window_fusion": _choice(config.window_fusion, "window_fusion", FUSIONS),
+        "window_mode": _choice(config.window_mode, "window_mode", MODES),
+        "window_anchor": bool(config.window_anchor),
+        "drift_correction": _real(config.drift_correction, "drift_correction", 0, 1),
+    }
+
+
+def _output_fields(config: GenerationConfig) -> dict[str, Any]:
+    return {
+        "resume": _resume(config),
+        "output_path": _output(config),
+        "crf": _integer(config.crf, "crf", 0, 51),
+        "pix_fmt": _choice(config.pix_fmt, "pix_fmt", PIXEL_FORMATS),
+    }
+
+
+def _recipe_warnings(request: Request, architecture: ModelArchitecture) -> Iterator[str]:
+    """Say where the job departs from what a distilled LoRA was trained for."""
+    for found in architecture.loras:
+        recipe = found.recipe if found.lora.strength else None
+        differences = recipe.differences(request) if recipe is not None else []
+        if recipe is not None and differences:
+            yield (
+                f"The LoRA {Path(found.lora.path).name} is {recipe.describe()} ({recipe.reason}). "
+                f"This job has {', '.join(differences)}."
+            )
 
 
 def _or(value: Any, default: Any) -> Any:
@@ -218,13 +275,82 @@ def _size(value: Any, field: str, multiple: int, warnings: list[str]) -> int:
 def _window(config: GenerationConfig, num_frames: int) -> int | None:
     """Return the window in frames, or None for the whole clip at once."""
     if config.max_chunk_size is None:
-        if config.force_chunked_processing:
-            return min(81, num_frames)
-        return None
+        chunked = config.force_chunked_processing or config.window_mode == "continuation"
+        return min(DEFAULT_WINDOW, num_frames) if chunked else None
     window = _integer(config.max_chunk_size, "max_chunk_size", 5, 4 * MAX_LATENT_FRAMES - 3)
     if num_frames <= window and not config.force_chunked_processing:
         return None
     return window
+
+
+def _check_mode(config: GenerationConfig, architecture: ModelArchitecture) -> None:
+    if config.window_mode != "continuation":
+        if config.continue_from is not None:
+            raise InvalidRequest(
+                f"continue_from was given with window_mode {config.window_mode!r}; only "
+                "'continuation' goes on from latents.",
+                field="continue_from",
+            )
+        return
+    title = architecture.variant.title
+    if architecture.variant.image_input == "none":
+        raise InvalidRequest(
+            f"window_mode is 'continuation', but {title} cannot be given the frames to go on "
+            "from. Use window_mode 'windows', an image-to-video model, or the 5B.",
+            field="window_mode",
+        )
+    shape = tuple(getattr(config.continue_from, "shape", ()))
+    if config.continue_from is not None and (len(shape) != 5 or not shape[2]):
+        raise InvalidRequest(
+            f"continue_from has shape {shape}; latents are (batch, channels, frames, height, "
+            "width).",
+            field="continue_from",
+        )
+    if config.window_schedule != "static":
+        raise InvalidRequest(
+            f"window_schedule is {config.window_schedule!r} with window_mode 'continuation'; "
+            "segments come one after the other: 'static' is needed.",
+            field="window_schedule",
+        )
+    if config.start_step != 0 or config.end_step is not None:
+        raise InvalidRequest(
+            "start_step or end_step was given with window_mode 'continuation'; every segment "
+            "makes all steps. Leave them out.",
+            field="start_step",
+        )
+
+
+def _prompts(
+    config: GenerationConfig, num_frames: int, warnings: list[str]
+) -> tuple[PromptPart, ...]:
+    if config.prompts is None:
+        return ()
+    if config.prompt_embeds is not None:
+        raise InvalidRequest(
+            "prompts and prompt_embeds were both given; give one of them.", field="prompts"
+        )
+    parts = parse_prompts(_text(config.prompts, "prompts", False))
+    if config.prompt:
+        warnings.append("prompts was given, so prompt is not used.")
+    if late := [part.text for part in parts if part.start >= num_frames]:
+        warnings.append(f"prompts: {late[0]!r} begins after the clip's {num_frames} frames.")
+    return parts
+
+
+def _check_audio(config: GenerationConfig) -> None:
+    if config.audio is None:
+        return
+    shape = tuple(getattr(config.audio[0], "shape", ()))
+    if len(shape) != 2 or shape[0] not in (1, 2) or not shape[1]:
+        raise InvalidRequest(
+            f"audio has shape {shape}; a waveform is (1 or 2 channels, samples).", field="audio"
+        )
+    if config.audio[1] not in AUDIO_RATES:
+        raise InvalidRequest(
+            f"audio has {config.audio[1]!r} samples a second; an mp4 takes "
+            f"{', '.join(map(str, AUDIO_RATES))}. Resample it.",
+            field="audio",
+        )
 
 
 def _check_images(config: GenerationConfig, architecture: ModelArchitecture) -> None:

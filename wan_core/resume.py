@@ -14,6 +14,7 @@ from .architecture import ModelArchitecture
 from .cache import component_key
 from .config import GenerationConfig
 from .denoise import DenoiseState
+from .files import file_identity
 from .journal import Journal, JournalState, restore_scheduler, scheduler_state
 from .monitor import versions
 from .plan import OptimizationPlan
@@ -59,6 +60,10 @@ class RenderJournal:
         state.next_window = int(saved.scalars["next_window"])
         if "fused" in saved.tensors:
             state.fused = saved.tensors["fused"].to(device)
+            state.fused_by = str(saved.scalars["fused_by"])
+        if "clip" in saved.tensors:
+            state.clip = saved.tensors["clip"].to(device)
+        state.segment = int(saved.scalars.get("segment", 0))
         return state.next_step
 
     def step_done(self, state: DenoiseState, scheduler: Any) -> None:
@@ -75,7 +80,14 @@ class RenderJournal:
         tensors["latents"] = state.latents
         if state.fused is not None:
             tensors["fused"] = state.fused
-        scalars |= {"next_step": state.next_step, "next_window": state.next_window}
+        if state.clip is not None:
+            tensors["clip"] = state.clip
+        scalars |= {
+            "next_step": state.next_step,
+            "next_window": state.next_window,
+            "fused_by": state.fused_by,
+            "segment": state.segment,
+        }
         self._journal.save(state.next_step, tensors, scalars)
 
     def latents_done(self, latents: Tensor) -> None:
@@ -87,8 +99,11 @@ class RenderJournal:
         self._journal.finish()
 
     def close(self) -> None:
-        """Leave the journal for a later run."""
-        self._journal.close()
+        """Leave the journal for a later run; one without a saved state goes."""
+        if self._journal.saves or self._journal.resuming:
+            self._journal.close()
+        else:
+            self._journal.finish()
 
     def describe(self) -> str:
         """Say in one line what was kept and what it cost."""
@@ -109,8 +124,11 @@ def open_journal(
     if request.resume is None:
         return None
     identity = render_identity(config, request, architecture, plan)
-    journal = stack.enter_context(Journal.open(journal_folder(config), identity, request.resume))
-    return RenderJournal(journal)
+    opened = Journal.open(journal_folder(config), identity, request.resume)
+    stack.callback(opened.close)
+    journal = RenderJournal(opened)
+    stack.callback(journal.close)
+    return journal
 
 
 def journal_folder(config: GenerationConfig) -> Path:
@@ -132,9 +150,12 @@ def render_identity(
     Where the mp4 goes, and how parts are placed on the device, changes no bit and is left out.
     """
     fields = {name: getattr(request, name) for name in request.__slots__}
-    for name in ("output_path", "warnings", "resume", "wanted_frames", "fps"):
+    for name in ("output_path", "warnings", "resume", "wanted_frames", "fps", "crf", "pix_fmt"):
         fields.pop(name)
-    tensors = ("image", "last_image", "latents", "prompt_embeds", "negative_prompt_embeds")
+    tensors = (
+        "image", "last_image", "latents", "continue_from", "prompt_embeds",
+        "negative_prompt_embeds",
+    )  # fmt: skip
     given: Mapping[str, Any] = {
         name: _content(value) for name in tensors if (value := getattr(config, name)) is not None
     }
@@ -146,6 +167,11 @@ def render_identity(
     return {
         "variant": architecture.name,
         "files": files,
+        "loras": [
+            [file_identity(found.lora.path), found.lora.expert, float(found.lora.strength)]
+            for found in architecture.loras
+            if found.lora.strength
+        ],
         "job": fields,
         "given": given,
         "windows": [plan.window_frames, plan.window_overlap],

@@ -123,8 +123,9 @@ def _size(shapes: Shapes, name: str, axis: int) -> int:
 
 def count_blocks(names: Iterable[str], prefix: str) -> int:
     """Return how many N there are in names of the form ``<prefix>N.…``; CorruptFile on a gap."""
-    pattern = re.compile(re.escape(prefix) + r"(\d{1,5})\.")
-    found = {int(m[1]) for m in map(pattern.match, names) if m}
+    cut = len(prefix)
+    numbers = {name[cut : name.find(".", cut)] for name in names if name.startswith(prefix)}
+    found = {int(number) for number in numbers if number.isdecimal() and len(number) <= 5}
     missing = sorted(set(range(max(found, default=-1) + 1)) - found)
     if missing:
         raise CorruptFile(
@@ -213,8 +214,18 @@ _VAE_NAMES: Final[Mapping[str, Mapping[str, str]]] = {
 }  # fmt: skip
 
 
+# The shapes do not hold the statistics of the latents: they follow from which VAE it is.
+_STATISTICS: Final[Mapping[int, tuple[tuple[float, ...], tuple[float, ...]]]] = {
+    16: (LATENTS_MEAN_21, LATENTS_STD_21),
+    48: (LATENTS_MEAN_22, LATENTS_STD_22),
+}
+
+
 def read_vae(shapes: Shapes, layout: str) -> VaeShape:
-    """Return the numbers of a Wan VAE from its shapes, names without prefix; CorruptFile if bad."""
+    """Return the numbers of a Wan VAE from its shapes, names without prefix; CorruptFile if bad.
+
+    The latents' statistics are the published ones for 16 and 48 channels, else empty: unknown.
+    """
     names = _VAE_NAMES[layout]
     base = _size(shapes, names["encoder_in"], 0)
     z_dim = _size(shapes, names["latent"], 0)
@@ -239,8 +250,8 @@ def read_vae(shapes: Shapes, layout: str) -> VaeShape:
         patch_size=patch,
         scale_factor_spatial=2 ** (len(levels) - 1) * (patch or 1),
         scale_factor_temporal=2 ** sum(temporal),
-        latents_mean=LATENTS_MEAN_22 if z_dim == 48 else LATENTS_MEAN_21,
-        latents_std=LATENTS_STD_22 if z_dim == 48 else LATENTS_STD_21,
+        latents_mean=_STATISTICS.get(z_dim, ((), ()))[0],
+        latents_std=_STATISTICS.get(z_dim, ((), ()))[1],
     )
 
 

@@ -34,7 +34,8 @@ class StreamingDecoder:
     - ``keep_previous=False``: the cache is freed at the failure, and the next call rebuilds it
       by decoding the earlier latent frames again. Needs no memory beyond the decoder's own.
     - ``keep_previous=True``: the cache before the call is held during it, and the next call
-      repeats one latent frame only. Costs one more cache on the device.
+      repeats one latent frame only. Costs one more cache: 6,900 instead of 4,900 elements per
+      pixel at the peak of the 2.1 VAE (traced on CPU, full-size model).
     """
 
     def __init__(self, vae: Any, latents: Tensor, *, keep_previous: bool = False) -> None:

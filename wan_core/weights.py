@@ -29,6 +29,8 @@ GGUF_TYPES: Final = frozenset(
     )
 )  # fmt: skip
 """GGUF tensor types that diffusers 0.42 can dequantise (``quantizers/gguf/utils.py``)."""
+MAX_NOTES: Final = 2048
+"""``comfy_quant`` notes that are read, of at most 512 bytes each; in truth some 30."""
 _SCALED_FORMATS: Final = frozenset({"float8_e4m3fn", "float8_e5m2"})
 
 
@@ -48,7 +50,7 @@ def read_weight_kind(table: TensorTable, own: Mapping[str, TensorInfo]) -> Weigh
     """Return how the tensors ``own`` (names without prefix) of ``table`` are stored.
 
     Raises UnsupportedModel or CorruptFile for a weight whose dtype no weight can have, and for
-    scaled fp8 without any scale. Reads at most 256 KiB of ``comfy_quant`` notes.
+    scaled fp8 without any scale. Reads at most 1 MiB of ``comfy_quant`` notes.
     """
     if table.format == "gguf":
         return _gguf_kind(own)
@@ -117,9 +119,8 @@ def _declared_formats(table: TensorTable, own: Mapping[str, TensorInfo]) -> set[
             if isinstance(layer, dict):
                 formats.add(str(layer.get("format")))
     notes = [i for n, i in own.items() if n.endswith(".comfy_quant")]
-    for info in notes[:2048]:
-        if info.nbytes <= 128:
-            formats.add(str(_json_object(read_small(info)).get("format")))
+    for note in read_small(notes[:MAX_NOTES], limit=512):
+        formats.add(str(_json_object(note).get("format")))
     return formats
 
 

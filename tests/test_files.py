@@ -1,0 +1,152 @@
+"""files: names that escape, outputs that appear whole or not at all."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+import bad_files
+import pytest
+
+from wan_core import files
+from wan_core.errors import MissingFile, OutputError, UnsafeFile
+from wan_core.files import atomic_path, atomic_write, contained_path, file_identity, name_problem
+
+
+@pytest.mark.parametrize("name", bad_files.ESCAPING_NAMES)
+def test_escaping_names(tmp_path: Path, name: str) -> None:
+    with pytest.raises(UnsafeFile, match="is refused"):
+        contained_path(tmp_path, name)
+
+
+def test_there_are_enough_escaping_names() -> None:
+    assert len(bad_files.ESCAPING_NAMES) >= 31
+
+
+@pytest.mark.parametrize("name", bad_files.HARMLESS_NAMES)
+def test_harmless_names_stay_literal(tmp_path: Path, name: str) -> None:
+    assert contained_path(tmp_path, name) == tmp_path / name
+
+
+@pytest.mark.parametrize("name", [None, 3, b"x", ["x"], Path("x")])
+def test_names_that_are_no_text(tmp_path: Path, name: object) -> None:
+    assert name_problem(name)
+    with pytest.raises(UnsafeFile):
+        contained_path(tmp_path, name)
+
+
+def test_links(tmp_path: Path) -> None:
+    """A link that leaves the folder is fine for reading a model, not for writing."""
+    inside, outside = tmp_path / "in", tmp_path / "in_evil"
+    inside.mkdir()
+    outside.mkdir()
+    (inside / "link").symlink_to(outside)
+    (inside / "stays").symlink_to(inside)
+    with pytest.raises(UnsafeFile, match="through a link"):
+        contained_path(inside, "link/x")
+    assert contained_path(inside, "link/x", allow_links=True) == inside / "link" / "x"
+    assert contained_path(inside, "stays/x") == inside / "stays" / "x"
+    # The root itself may be a link.
+    (tmp_path / "root").symlink_to(inside)
+    assert contained_path(tmp_path / "root", "x") == tmp_path / "root" / "x"
+
+
+def test_identity_changes_with_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "x"
+    path.write_bytes(b"1")
+    first = file_identity(path)
+    assert first == file_identity(path) and first.size == 1
+    os.utime(path, ns=(1, 1))
+    assert file_identity(path) != first
+    with pytest.raises(MissingFile):
+        file_identity(tmp_path / "none")
+    with pytest.raises(MissingFile):
+        file_identity("a\0b")
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(os.listdir(folder))
+
+
+def test_atomic_write(tmp_path: Path) -> None:
+    path = tmp_path / "sub" / "x.bin"
+    atomic_write(path, b"one")
+    assert path.read_bytes() == b"one"
+    atomic_write(path, lambda file: file.write(b"two"))
+    assert path.read_bytes() == b"two" and names(path.parent) == ["x.bin"]
+    plain = tmp_path / "plain"
+    plain.write_bytes(b"")
+    assert path.stat().st_mode == plain.stat().st_mode
+
+
+@pytest.mark.parametrize("at", ["first byte", "half", "rename", "flush"])
+def test_disk_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: str) -> None:
+    path = tmp_path / "x.bin"
+    path.write_bytes(b"old")
+    full = OSError(errno.ENOSPC, "No space left on device")
+
+    def writer(file: object) -> None:
+        if at == "half":
+            file.write(b"half")  # type: ignore[attr-defined]
+        if at in ("first byte", "half"):
+            raise full
+
+    def fail(*_: object) -> None:
+        raise full
+
+    if at == "rename":
+        monkeypatch.setattr(files.os, "replace", fail)
+    if at == "flush":
+        monkeypatch.setattr(files.os, "fsync", fail)
+    with pytest.raises(OutputError, match=r"x\.bin.*No space left on device"):
+        atomic_write(path, writer)
+    assert path.read_bytes() == b"old" and names(tmp_path) == ["x.bin"]
+
+
+def test_an_interrupt_passes_and_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt), atomic_path(tmp_path / "x.mp4") as temporary:
+        assert temporary.suffix == ".mp4" and temporary.parent == tmp_path
+        raise KeyboardInterrupt
+    assert names(tmp_path) == []
+
+
+def test_an_error_of_the_writer_passes_unchanged(tmp_path: Path) -> None:
+    error = ValueError("mine")
+    with pytest.raises(ValueError) as caught:
+        atomic_write(tmp_path / "x", lambda _: (_ for _ in ()).throw(error))
+    assert caught.value is error and names(tmp_path) == []
+
+
+def test_free_space_is_asked_first(tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match=r"needs 1,000,000,000,000,000,000 bytes and .* are free"):
+        atomic_write(tmp_path / "x", b"", expected_bytes=10**18)
+    assert names(tmp_path) == []
+
+
+def test_refused_targets(tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match="is a folder"):
+        atomic_write(tmp_path, b"")
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(OutputError):
+        atomic_write(tmp_path / "file" / "x", b"")
+    with pytest.raises(OutputError):
+        atomic_write(tmp_path / ("a" * 300), b"")
+    with pytest.raises(OutputError):
+        atomic_write("a\0b", b"")
+    assert names(tmp_path) == ["file"]
+
+
+def test_long_names_are_found_before_the_work(tmp_path: Path) -> None:
+    with pytest.raises(OutputError), atomic_path(tmp_path / ("a" * 300)):
+        pytest.fail("the work was begun")
+
+
+def test_read_only_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(files.os, "open", refuse)
+    with pytest.raises(OutputError, match="Cannot write into .*Permission denied"):
+        atomic_write(tmp_path / "x", b"")
+    assert names(tmp_path) == []

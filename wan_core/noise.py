@@ -1,0 +1,70 @@
+"""The noise a clip begins with, drawn on the CPU so that it is the same for every device.
+
+``clip`` is one draw for the whole clip, as diffusers' pipelines make it. ``frame`` draws every
+latent frame by its absolute index, so that a longer clip begins with the noise of a shorter one.
+``freenoise`` repeats the noise of the first window in another order, which keeps distant windows
+alike (FreeNoise, Qiu et al. 2023, arXiv 2310.15169, section 3.2).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import TYPE_CHECKING, Literal, get_args
+
+if TYPE_CHECKING:
+    from torch import Generator, Tensor
+
+    from .windows import WindowPlan
+
+NoiseName = Literal["clip", "frame", "freenoise"]
+NOISES: tuple[str, ...] = get_args(NoiseName)
+
+Shape = tuple[int, int, int, int, int]
+
+
+def draw_noise(name: str, shape: Shape, seed: int, windows: WindowPlan | None = None) -> Tensor:
+    """Draw float32 noise (B, C, T, h, w) on the CPU, standard normal in every frame.
+
+    ``name`` is one of ``NOISES``; ``windows`` says how long a window is and how far it moves,
+    which only ``freenoise`` looks at (without windows it is ``clip``).
+    """
+    import torch
+
+    if name == "frame":
+        return _by_frame(shape, seed)
+    generator = torch.Generator("cpu").manual_seed(seed)
+    if name == "freenoise" and windows is not None and windows.count > 1:
+        return _repeated(shape, windows, generator)
+    return torch.randn(shape, generator=generator, dtype=torch.float32)
+
+
+def _by_frame(shape: Shape, seed: int) -> Tensor:
+    import torch
+
+    batch, channels, frames, height, width = shape
+    noise = torch.empty(shape, dtype=torch.float32)
+    generator = torch.Generator("cpu")
+    for sample in range(batch):
+        for frame in range(frames):
+            # A hash, not seed + index: neighbouring seeds would share all frames but one.
+            text = f"wanfit noise {seed} {sample} {frame}".encode()
+            generator.manual_seed(int.from_bytes(hashlib.sha256(text).digest()[:8], "little"))
+            noise[sample, :, frame] = torch.randn((channels, height, width), generator=generator)
+    return noise
+
+
+def _repeated(shape: Shape, windows: WindowPlan, generator: Generator) -> Tensor:
+    """The first window is drawn; every stride after it takes the frames a window back, shuffled."""
+    import torch
+
+    batch, channels, frames, height, width = shape
+    length, stride = windows.window, windows.stride
+    noise = torch.empty(shape, dtype=torch.float32)
+    first = (batch, channels, length, height, width)
+    noise[:, :, :length] = torch.randn(first, generator=generator, dtype=torch.float32)
+    for start in range(length, frames, stride):
+        # Whole strides are shuffled and then cut, so that a longer clip begins the same.
+        order = start - length + torch.randperm(stride, generator=generator)
+        wanted = min(stride, frames - start)
+        noise[:, :, start : start + wanted] = noise[:, :, order[:wanted]]
+    return noise
