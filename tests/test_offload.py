@@ -230,8 +230,8 @@ def test_none_mode_stays(elsewhere: list[int]) -> None:
 
 
 def test_unknown_mode_is_named() -> None:
-    with pytest.raises(InvalidRequest, match="'group'.*none, model, sequential"), place(
-        Fake(), "group", "cpu"
+    with pytest.raises(InvalidRequest, match="'disk'.*none, model, sequential"), place(
+        Fake(), "disk", "cpu"
     ):
         pass
 
@@ -327,7 +327,7 @@ def test_asking_for_two_placements_at_once_is_an_error_not_a_deadlock() -> None:
     with (
         place(module, "none", "cpu"),
         place(module, "none", "cpu"),
-        pytest.raises(RuntimeError, match="already placed as 'none'"),
+        pytest.raises(RuntimeError, match="already placed as 'none on cpu'"),
         place(module, "model", "cpu"),
     ):
         pass

@@ -7,9 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from test_lean import inputs_of, model_of
 from test_offload import text_encoder, transformer, vae
 
 from wan_core.errors import InvalidRequest
+from wan_core.fp8_storage import store_fp8
+from wan_core.lean_forward import lean_forward
 from wan_core.precision import (
     DTYPES,
     cast_module,
@@ -19,6 +22,9 @@ from wan_core.precision import (
     name_of,
     resolve_dtype,
 )
+from wan_core.quantized import ScaledLinear
+from wan_core.sizes import block_bytes
+from wan_core.streaming import stream_blocks
 
 
 def dtypes_of(module: torch.nn.Module) -> dict[str, torch.dtype]:
@@ -95,3 +101,49 @@ def test_components() -> None:
     assert component_dtype("text_encoder", torch.float16) == torch.bfloat16
     assert component_dtype("text_encoder", torch.float32) == torch.float32
     assert component_dtype("vae", torch.bfloat16) == torch.float32
+
+
+@pytest.mark.parametrize("stored", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_fp8_storage(stored: torch.dtype) -> None:
+    model = model_of("wan2.1-i2v", torch.bfloat16)
+    call = inputs_of(model, torch.bfloat16)
+    weights = {name: p.clone() for name, p in model.named_parameters()}
+    with torch.no_grad():
+        expected = model(**call)[0]
+        saved = store_fp8(model, stored)
+        matrices = [m for m in model.modules() if isinstance(m, ScaledLinear)]
+        assert len(matrices) == 2 * (4 + 4 + 2 + 2)
+        assert saved == sum(m.weight.numel() for m in matrices)
+        step = 2.0 ** -(3 if stored == torch.float8_e4m3fn else 2)  # half an ulp is half of it
+        for name, module in model.named_modules():
+            if isinstance(module, ScaledLinear):
+                before, after = weights[f"{name}.weight"], module.dequantized(torch.float32)
+                error = (after - before).abs()
+                assert (error <= step / 2 * before.abs() + module.weight_scale / 2).all(), name
+                assert after.abs().amax() == pytest.approx(float(before.abs().amax()), rel=1e-2)
+        for name, parameter in model.named_parameters():
+            if parameter.dtype != torch.int8:
+                assert torch.equal(parameter, weights[name]), name
+        out = model(**call)[0]
+        assert 0 < (out - expected).abs().max() < 0.5 * expected.abs().max()
+        assert store_fp8(model, stored) == 0
+        with stream_blocks(model, "cpu", resident_blocks=1), lean_forward(model) as reason:
+            assert reason is None
+            assert torch.equal(model(**call)[0], out)  # as stored, whichever way it is run
+
+
+def test_fp8_storage_is_what_the_plan_counts() -> None:
+    from wan_core.transport import Block
+    from wan_core.variants import VARIANTS
+
+    shape = VARIANTS["wan2.1-t2v-1.3b"].transformer
+    model = transformer(
+        torch.float32, num_attention_heads=12, attention_head_dim=128, ffn_dim=8960, num_layers=1
+    )
+    cast_module(model, torch.bfloat16)
+    plain = Block(model.blocks[0]).nbytes
+    assert plain == pytest.approx(block_bytes(shape, "bf16"), rel=1e-3)
+    store_fp8(model)
+    assert Block(model.blocks[0]).nbytes == pytest.approx(
+        block_bytes(shape, "bf16", fp8=True), rel=3e-3
+    )

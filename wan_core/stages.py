@@ -125,13 +125,20 @@ class Stages:
             stack.enter_context(self._placed(component, module))
             if component.startswith("transformer"):
                 if self.plan.lean:
-                    stack.enter_context(lean_forward(module, exact=not self.plan.by_rows))
+                    why_not = stack.enter_context(
+                        lean_forward(module, exact=not self.plan.by_rows)
+                    )
+                    self._say_once(why_not and f"More memory than predicted: {why_not}")
                 stack.enter_context(block_hooks(module, self.tick))
             loras = self.architecture.loras_of(component)
             if loras:
                 dtype = self.dtype(component)
                 stack.enter_context(applied(module, loras, device=self.device, dtype=dtype))
             yield module
+
+    def _say_once(self, text: str | None) -> None:
+        if text and text not in self.result.warnings:
+            self.result.warnings.append(text)
 
     def _placed(self, component: str, module: Any) -> AbstractContextManager[Any]:
         """Return the placement of a component: whole, leaf by leaf, or streamed block by block."""
