@@ -35,6 +35,9 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+MAP_FROM = 2 * 2**30
+"""Bytes from which a component stays mapped to its file where its dtype allows: it is read four
+times faster and its pages can leave RAM. Smaller ones are copied, their files may be replaced."""
 MAX_STEPS_DOWN = 8
 """Smaller plans tried in one render; every one is strictly smaller than the one before."""
 
@@ -111,7 +114,10 @@ class Stages:
             with self.timeline.stage(f"load {name}") as report:
                 report.note = self.plan.dtypes[name]
                 return load_component(
-                    part.path, self.dtype(name), kind=part.kind.removesuffix("_2")
+                    part.path,
+                    self.dtype(name),
+                    kind=part.kind.removesuffix("_2"),
+                    map_file=part.nbytes >= MAP_FROM,
                 )
 
         return self.cache.borrow(self.key(name), part.nbytes, build, keep=self.keep_components)
