@@ -260,15 +260,6 @@ def test_every_way_to_run_a_plan_gives_the_same_bits(folder: Any, family: str, n
     assert torch.equal(plain.frames, other.frames)
 
 
-def test_a_mapped_model_gives_the_same_bits(folder: Any, monkeypatch: Any) -> None:
-    """Large components stay mapped to their files; here every one does."""
-    job = GenerationConfig(**SIZE, prompt="a cat", image=picture(1))
-    plain = open_wan(folder("wan2.2-i2v-a14b")).generate(job).raise_for_error()
-    monkeypatch.setattr("wan_core.stages.MAP_FROM", 0)
-    mapped = open_wan(folder("wan2.2-i2v-a14b")).generate(job).raise_for_error()
-    assert torch.equal(plain.frames, mapped.frames)
-
-
 def test_two_threads_give_what_they_give_alone(folder: Any) -> None:
     loader = WanPipelineLoader()
     wrappers = [

@@ -117,7 +117,8 @@ class Stages:
                     part.path,
                     self.dtype(name),
                     kind=part.kind.removesuffix("_2"),
-                    map_file=part.nbytes >= MAP_FROM,
+                    # A CPU's kernels round by alignment, which a file's tensors do not have.
+                    map_file=self.device.type != "cpu" and part.nbytes >= MAP_FROM,
                 )
 
         return self.cache.borrow(self.key(name), part.nbytes, build, keep=self.keep_components)
