@@ -22,7 +22,8 @@ NO_TORCH = (
     "activations", "lean_activations", "recipes", "architecture", "choices", "sizes",
     "structure", "timing", "vae_activations", "memory", "windows", "noise", "request",
     "wishes", "ladder", "reasons", "plan", "cache", "header", "configs", "foreign",
-    "gguf_header", "lora_keys", "pickle_header", "shards", "tokenizer", "weights", "identify",
+    "gguf_header", "lora_check", "lora_keys", "pickle_header", "shards", "tokenizer", "weights",
+    "identify",
     "blueprint", "choose", "pairing", "assemble", "companions", "folders", "lora_choice",
     "detect", "download", "load",
 )  # fmt: skip

@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from .config import GenerationConfig, MemoryEstimate, VideoGenerationResult, WanModelFiles
+from .config import GenerationConfig, MemoryEstimate, VideoGenerationResult, WanLoRA, WanModelFiles
 from .errors import WanError
 
 if TYPE_CHECKING:
@@ -46,6 +46,7 @@ __all__ = [
     "PipelineManager",
     "VideoGenerationResult",
     "WanError",
+    "WanLoRA",
     "WanModelFiles",
     "WanPipelineLoader",
     "WanPipelineWrapper",

@@ -198,11 +198,9 @@ def _require_space(download: Download) -> None:
 
 def _fetch_file(download: Download, file: RemoteFile, target: Path) -> None:
     """Append what is missing to the unfinished file; make it the target once it is checked."""
-    from huggingface_hub import hf_hub_url
-    from huggingface_hub.file_download import http_get
-
+    hub = _hub()
     partial = download.partial(file)
-    url = hf_hub_url(
+    url = hub.hf_hub_url(
         download.repository, file.name, revision=download.revision, endpoint=download.endpoint
     )
     with _named(download.repository, download.endpoint, file.name):
@@ -210,7 +208,8 @@ def _fetch_file(download: Download, file: RemoteFile, target: Path) -> None:
         if partial.is_file() and partial.stat().st_size > file.size:
             partial.unlink()
         with open(partial, "ab") as out:
-            http_get(url, out, resume_size=out.tell(), expected_size=file.size)
+            # Not hf_hub_download: it begins a file anew after a restart.
+            hub.file_download.http_get(url, out, resume_size=out.tell(), expected_size=file.size)
     if not _is_whole(partial, file):
         partial.unlink()
         raise CorruptFile(
@@ -264,6 +263,7 @@ def _recognised(download: Download) -> ModelArchitecture:
 def _hub() -> Any:
     try:
         import huggingface_hub
+        import huggingface_hub.file_download
     except ImportError as err:
         raise MissingDependency(
             f"Downloads need the package huggingface_hub ({err}). Install it: pip install "

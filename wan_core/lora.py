@@ -23,7 +23,8 @@ from .convert import Source
 from .errors import ModelMismatch
 from .header import quoted, read_table
 from .lean import Segments
-from .lora_keys import Patch, read_patches
+from .lora_check import Patch
+from .lora_keys import read_patches
 from .offload import Undo, device_of
 from .precision import keep_in_fp32, stays_fp32
 from .tensors import TensorReader

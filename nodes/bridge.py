@@ -1,0 +1,264 @@
+"""The one file that touches ComfyUI's own modules: folders, memory, progress, interrupt, video.
+
+The node API for sockets (``comfy_api.latest``: io, ui) is used by the node files themselves.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import comfy.latent_formats
+import comfy.model_management as mm
+import comfy.utils
+import folder_paths
+import latent_preview
+import torch
+from comfy.cli_args import args
+from comfy.model_patcher import ModelPatcher
+from comfy_execution.graph_utils import ExecutionBlocker
+
+from .lease import loaded_bytes, unload
+from .pipeline import WanPipeline
+
+if TYPE_CHECKING:
+    from ..wan_core.config import MemoryEstimate
+    from ..wan_core.generate import WanPipelineWrapper
+
+log = logging.getLogger("wanfit")
+MIB = 2**20
+
+
+# -- folders ------------------------------------------------------------------------------------
+def model_roots() -> list[Path]:
+    """Return ComfyUI's folders for diffusers models, those of extra_model_paths.yaml included."""
+    return [Path(root) for root in folder_paths.get_folder_paths("diffusers")]
+
+
+_FOLDERS = {
+    "transformer": "diffusion_models",
+    "transformer_2": "diffusion_models",
+    "text_encoder": "text_encoders",
+    "vae": "vae",
+    "image_encoder": "clip_vision",
+}
+_SUFFIXES = (".safetensors", ".sft", ".gguf")
+
+
+def model_files() -> dict[str, dict[str, Path]]:
+    """Return per part the single files in ComfyUI's folders for it, by the name to show.
+
+    Files whose opening could run code (.pth, .ckpt ...) are left out. GGUF files are looked for
+    here: ComfyUI itself does not list them.
+    """
+    found: dict[str, dict[str, Path]] = {}
+    for part, folder in _FOLDERS.items():
+        names: dict[str, Path] = {}
+        for root in map(Path, folder_paths.get_folder_paths(folder)):
+            # Linked folders are followed, as in ComfyUI's own lists.
+            for name in sorted(folder_paths.recursive_search(str(root), [".git"])[0]):
+                if name.lower().endswith(_SUFFIXES) and (root / name).is_file():
+                    names.setdefault(Path(name).as_posix(), root / name)
+        found[part] = names
+    return found
+
+
+def part_folders() -> dict[str, str]:
+    """Return per part the folder its single files belong into."""
+    found = {}
+    for part, name in _FOLDERS.items():
+        roots = folder_paths.get_folder_paths(name)
+        # ComfyUI searches old names (models/unet) first; the one of today's name is the place.
+        found[part] = next((root for root in roots if Path(root).name == name), roots[0])
+    return found
+
+
+def lora_names() -> list[str]:
+    """Return the LoRA files in ComfyUI's folders, by their name below models/loras."""
+    names = folder_paths.get_filename_list("loras")
+    return [name for name in names if name.lower().endswith(".safetensors")]
+
+
+def lora_path(name: str) -> Path | None:
+    """Return the file of a LoRA by its name, or None where there is none of that name."""
+    found = folder_paths.get_full_path("loras", name)
+    return None if found is None else Path(found)
+
+
+def temp_video_path(width: int, height: int) -> Path:
+    """Return a new file name for an mp4 below ComfyUI's temp folder (emptied at each start)."""
+    temp = folder_paths.get_temp_directory()
+    folder, name, counter, _, _ = folder_paths.get_save_image_path("wanfit", temp, width, height)
+    return Path(folder) / f"{name}_{counter:05}_.mp4"
+
+
+def journal_folder() -> Path:
+    """Return the folder for journals of long renders: below output, which outlives a restart."""
+    return Path(folder_paths.get_output_directory()) / ".wanfit"
+
+
+def no_picture() -> Any:
+    """Return what stands for an IMAGE that was not asked for; a node that wants it says why."""
+    return ExecutionBlocker("WanChunkedSampler: return_images is off; use its video output.")
+
+
+def workflow_metadata(hidden: Any) -> dict[str, str]:
+    """Return prompt and workflow for the mp4's container, as ComfyUI's own SaveVideo stores them.
+
+    Empty where ComfyUI was started with --disable-metadata.
+    """
+    if args.disable_metadata or hidden is None:
+        return {}
+    stored = dict(hidden.extra_pnginfo or {})
+    if hidden.prompt is not None:
+        stored["prompt"] = hidden.prompt
+    return {key: json.dumps(value) for key, value in stored.items()}
+
+
+def video_from_file(path: Path) -> Any:
+    """Wrap an mp4 as ComfyUI's VIDEO; no frame is held in memory."""
+    try:
+        from comfy_api.latest import InputImpl
+    except ImportError:  # the class moved between releases
+        from comfy_api.input_impl import VideoFromFile
+
+        return VideoFromFile(str(path))
+    return InputImpl.VideoFromFile(str(path))
+
+
+# -- features of the installed version ----------------------------------------------------------
+def known(constructor: Callable[..., Any], **options: Any) -> dict[str, Any]:
+    """Return those of ``options`` that the installed ComfyUI's ``constructor`` accepts."""
+    accepted = inspect.signature(constructor).parameters
+    return {name: value for name, value in options.items() if name in accepted}
+
+
+# -- interrupt, progress, previews --------------------------------------------------------------
+def check_interrupt() -> None:
+    """Raise ComfyUI's interrupt if the user asked for one; it must pass through untouched."""
+    mm.throw_exception_if_processing_interrupted()
+
+
+def progress_with_preview(latent_channels: int) -> Callable[[int, int, torch.Tensor], None]:
+    """Return a callback (done, total, predicted clean latents) that moves the node's bar.
+
+    The latents, normalised (B, C, T, h, w), feed whatever previewer ComfyUI is set to.
+    """
+    latent_format = (
+        comfy.latent_formats.Wan22() if latent_channels == 48 else comfy.latent_formats.Wan21()
+    )
+    # Through the module attribute: packs that animate previews replace this function.
+    previewer = latent_preview.get_previewer(mm.get_torch_device(), latent_format)
+    bar = comfy.utils.ProgressBar(1)
+
+    def report(done: int, total: int, latents: torch.Tensor) -> None:
+        preview = None
+        if previewer is not None:
+            preview = previewer.decode_latent_to_preview_image("JPEG", latents)
+        bar.update_absolute(done, total, preview)
+
+    return report
+
+
+# -- memory -------------------------------------------------------------------------------------
+def device() -> torch.device:
+    """Return the device ComfyUI computes on."""
+    return mm.get_torch_device()
+
+
+def wrapper(pipeline: WanPipeline) -> WanPipelineWrapper:
+    """Return wan_core's pipeline for a WAN_PIPELINE, to be run on ComfyUI's device.
+
+    It counts what ComfyUI would move off the device as free: it is asked to before a run.
+    """
+    options = {**pipeline.optimization_config(), "device": str(device())}
+    found = pipeline.lease.wrapper(options, pipeline.loras, pipeline.use_recipe)
+    found.evictable_bytes = evictable_bytes()
+    return found
+
+
+def evictable_bytes() -> int:
+    """Return what ComfyUI would move off the device if asked: loaded models of other nodes."""
+    here = device()
+    return sum(
+        int(patcher.loaded_size())
+        for patcher in mm.loaded_models()
+        if patcher.load_device == here and not isinstance(patcher, WeightsPatcher)
+    )
+
+
+class WanFitWeights(torch.nn.Module):
+    """Stands for one checkpoint's weights in ComfyUI's list of loaded models; holds none itself."""
+
+
+class WeightsPatcher(ModelPatcher):  # type: ignore[misc]
+    """Lets ComfyUI see and evict weights whose placement wan_core decides.
+
+    ComfyUI's model management calls these methods by name; each answers from the truth in the
+    component cache instead of from ModelPatcher's own bookkeeping. It holds the names of files,
+    never the lease: the lease holds it, and must die when the last WAN_PIPELINE does.
+    """
+
+    def __init__(self, files: frozenset[str], size: int) -> None:
+        self._files = files
+        self.in_use = False
+        super().__init__(WanFitWeights(), mm.get_torch_device(), torch.device("cpu"), size=size)
+
+    def loaded_size(self) -> int:
+        return loaded_bytes(self._files, self.load_device)
+
+    def model_size(self) -> int:
+        return int(self.size)
+
+    def current_loaded_device(self) -> torch.device:
+        return self.load_device if self.loaded_size() > 0 else self.offload_device
+
+    def partially_load(self, device_to: Any, extra_memory: float = 0, **_: Any) -> int:
+        return 0  # wan_core loads when a stage needs it; being registered is what counts here
+
+    def partially_unload(self, device_to: Any, memory_to_free: float = 0, **_: Any) -> int:
+        before = self.loaded_size()
+        self.detach()
+        return before - self.loaded_size()
+
+    def detach(self, unpatch_all: bool = True) -> Any:
+        # unpatch_all=False is ComfyUI re-registering a model it is about to use: keep the weights.
+        if unpatch_all and not self.in_use:
+            before = self.loaded_size()
+            unload(self._files, self.load_device)
+            log.info("WanFit: %.1f MiB of weights unloaded for ComfyUI", before / MIB)
+        return self.model
+
+    def __del__(self) -> None:  # ModelPatcher's would touch hooks this class never uses
+        return
+
+
+@contextmanager
+def room_for(pipeline: WanPipeline, estimate: MemoryEstimate) -> Iterator[None]:
+    """Register the pipeline's weights with ComfyUI and let it make room for them, for one run.
+
+    ComfyUI may evict them at any time outside the ``with``; inside, they are in use.
+    """
+    lease = pipeline.lease
+    if lease.patcher is None:
+        lease.patcher = WeightsPatcher(lease.files, pipeline.architecture.nbytes)
+    patcher = lease.patcher
+    weights = (estimate.peak_usage_mb - estimate.generation_overhead_mb) * MIB
+    # Weights converted on loading may be larger than their files.
+    patcher.size = max(1, int(weights), patcher.loaded_size())
+    patcher.in_use = True
+    try:
+        mm.load_models_gpu([patcher], memory_required=estimate.generation_overhead_mb * MIB)
+        yield
+    finally:
+        patcher.in_use = False
+
+
+def after_out_of_memory() -> None:
+    """Unload every model from the device, as ComfyUI itself does when memory ran out."""
+    mm.unload_all_models()

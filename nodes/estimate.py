@@ -1,0 +1,100 @@
+"""WanEstimateMemory: what a job will need, said before it starts."""
+
+from __future__ import annotations
+
+from comfy_api.latest import io, ui
+
+from ..wan_core.config import GenerationConfig
+from . import bridge
+from .inputs import Pipeline, pipeline_input, size_inputs
+from .job import use_windows
+from .picture import estimate_picture
+from .pipeline import WanPipeline
+
+_MIB_PER_GIB = 1024.0
+
+
+class WanEstimateMemory(io.ComfyNode):  # type: ignore[misc]
+    """Passes the pipeline through and says what a clip of this size needs; reads no weight."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="WanEstimateMemory",
+            display_name="Wan Estimate Memory",
+            category="WanFit",
+            description="Says before the run what a clip of this size needs, stage by stage, and "
+            "whether it fits. Computed from file headers: takes milliseconds.",
+            inputs=[pipeline_input(), *size_inputs(), *_window_inputs()],
+            outputs=[
+                Pipeline.Output("passed", display_name="pipeline", tooltip="Passed through."),
+                io.String.Output("report", display_name="report", tooltip="The table as text."),
+                io.Float.Output(
+                    "peak_gb",
+                    display_name="peak_gb",
+                    tooltip="Largest stage on the device, in GiB (2**30 bytes); predicted.",
+                ),
+                io.Boolean.Output(
+                    "fits",
+                    display_name="fits",
+                    tooltip="Whether the peak fits what is free or what ComfyUI can free.",
+                ),
+                io.Image.Output(
+                    "picture",
+                    display_name="picture",
+                    tooltip="A bar per stage against the line of what can be used.",
+                ),
+            ],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        pipeline: WanPipeline,
+        width: int,
+        height: int,
+        num_frames: int,
+        window_frames: int,
+        window_overlap: int,
+    ) -> io.NodeOutput:
+        from ..wan_core.memory import format_estimate
+
+        needs_image = pipeline.architecture.variant.image_input == "required"
+        config = GenerationConfig(
+            prompt="",
+            # Only its presence counts here; no picture is read for an estimate.
+            image="start_image" if needs_image else None,
+            width=width,
+            height=height,
+            num_frames=num_frames,
+        )
+        if window_frames:
+            use_windows(config, window_frames, window_overlap)
+        wrapper = bridge.wrapper(pipeline)
+        estimate = wrapper.estimate_memory_usage(config)
+        report = f"{format_estimate(estimate)}\n{wrapper.what_fits(config)}"
+        peak = estimate.peak_usage_mb / _MIB_PER_GIB
+        picture = estimate_picture(estimate)
+        shown = ui.PreviewText(report).as_dict() | ui.PreviewImage(picture, cls=cls).as_dict()
+        return io.NodeOutput(pipeline, report, peak, bool(estimate.fits), picture, ui=shown)
+
+
+def _window_inputs() -> list[io.Input]:
+    return [
+        io.Int.Input(
+            "window_frames",
+            default=0,
+            min=0,
+            max=4097,
+            tooltip="As in WanChunkedSampler. 0 = the clip in one piece, as WanGenerate does.",
+        ),
+        io.Int.Input(
+            "window_overlap",
+            default=16,
+            min=0,
+            max=4096,
+            step=4,
+            tooltip="As in WanChunkedSampler.",
+        ),
+    ]

@@ -1,0 +1,210 @@
+"""WanGenerate and WanChunkedSampler: a pipeline and a prompt in, a video out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from comfy_api.latest import io
+
+from ..wan_core.config import GenerationConfig, VideoGenerationResult
+from ..wan_core.journal import RESUME
+from ..wan_core.noise import NOISES
+from ..wan_core.request import MODES
+from ..wan_core.windows import SCHEDULES
+from . import bridge
+from .inputs import pipeline_input, sampling_inputs
+from .job import LONG_CLIP, generation_config, use_long_clip, use_windows
+from .pipeline import WanPipeline
+
+_HIDDEN = [io.Hidden.prompt, io.Hidden.extra_pnginfo]
+
+
+def _image_output() -> io.Output:
+    return io.Image.Output("images", display_name="images", tooltip="The frames.")
+
+
+def _video_output() -> io.Output:
+    return io.Video.Output(
+        "video",
+        display_name="video",
+        tooltip="The clip as an mp4 in ComfyUI's temp folder; Save Video keeps it.",
+    )
+
+
+def _latent_output() -> io.Output:
+    return io.Latent.Output(
+        "latent", display_name="latent", tooltip="The clip before decoding, for VAE Decode."
+    )
+
+
+def _report_output() -> io.Output:
+    return io.String.Output(
+        "report", display_name="report", tooltip="What was done: settings, times and memory."
+    )
+
+
+class WanGenerate(io.ComfyNode):  # type: ignore[misc]
+    """Makes a clip that the model denoises as a whole."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="WanGenerate",
+            display_name="Wan Generate",
+            category="WanFit",
+            description="Text or image to video with any Wan model: both experts, guidance and "
+            "decoding in one node. Values left at 0 are the model's official ones.",
+            inputs=[pipeline_input(), *sampling_inputs()],
+            outputs=[_image_output(), _video_output(), _latent_output(), _report_output()],
+            hidden=_HIDDEN,
+        )
+
+    @classmethod
+    def execute(cls, pipeline: WanPipeline, **values: Any) -> io.NodeOutput:
+        result, report = _run(pipeline, generation_config(values), cls.hidden)
+        video = bridge.video_from_file(result.output_path)
+        return io.NodeOutput(result.frames, video, {"samples": result.vae_latents}, report)
+
+
+class WanChunkedSampler(io.ComfyNode):  # type: ignore[misc]
+    """Makes a clip longer than the model sees at once, in overlapping windows."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="WanChunkedSampler",
+            display_name="Wan Chunked Sampler",
+            category="WanFit",
+            description="Long clips: every step is taken in overlapping windows of frames whose "
+            "results are blended, so memory depends on the window and not on the clip.",
+            inputs=[pipeline_input(), *sampling_inputs(), *_window_inputs()],
+            outputs=[_latent_output(), _image_output(), _video_output(), _report_output()],
+            hidden=_HIDDEN,
+        )
+
+    @classmethod
+    def execute(
+        cls, pipeline: WanPipeline, window_frames: int, window_overlap: int, **values: Any
+    ) -> io.NodeOutput:
+        values = {**LONG_CLIP, **values}
+        config = generation_config(values)
+        use_windows(config, window_frames, window_overlap)
+        architecture = pipeline.architecture
+        use_long_clip(config, values, architecture.vae or architecture.variant.vae)
+        if config.resume is not None:
+            config.journal_folder = bridge.journal_folder()
+        result, report = _run(pipeline, config, cls.hidden)
+        video = bridge.video_from_file(result.output_path)
+        frames = result.frames if result.frames is not None else bridge.no_picture()
+        return io.NodeOutput({"samples": result.vae_latents}, frames, video, report)
+
+
+def _window_inputs() -> list[io.Input]:
+    return [
+        io.Int.Input(
+            "window_frames",
+            default=81,
+            min=5,
+            max=4097,
+            step=4,
+            tooltip="Frames the model sees at once. 81 is what Wan was trained on; fewer need "
+            "less memory. A window as long as the clip gives what WanGenerate gives.",
+        ),
+        io.Int.Input(
+            "window_overlap",
+            default=16,
+            min=0,
+            max=4096,
+            step=4,
+            tooltip="Frames that neighbouring windows share and blend. More: smoother, slower.",
+        ),
+        *_long_clip_inputs(),
+    ]
+
+
+def _long_clip_inputs() -> list[io.Input]:
+    hidden = bridge.known(io.Combo.Input, advanced=True)
+    return [
+        io.Combo.Input(
+            "schedule",
+            optional=True,
+            options=list(SCHEDULES),
+            default=SCHEDULES[0],
+            tooltip="static: the same windows every step. uniform: seams move from step to step. "
+            "looped: the end flows into the beginning.",
+        ),
+        io.Combo.Input(
+            "mode",
+            optional=True,
+            options=list(MODES),
+            default=MODES[0],
+            tooltip="windows: all windows together, step by step. continuation: one segment after "
+            "the other, each begun with the last latents before it (image-to-video, TI2V-5B).",
+        ),
+        io.Combo.Input(
+            "resume",
+            optional=True,
+            options=list(RESUME),
+            default="auto",
+            tooltip="auto: a render that was cut off goes on when the same prompt is queued again. "
+            "must: only go on. never: start anew. Finished renders leave nothing behind.",
+        ),
+        io.Boolean.Input(
+            "return_images",
+            default=True,
+            optional=True,
+            tooltip="Off: no IMAGE output. 1,000 frames of it are gigabytes; VIDEO is a file.",
+        ),
+        io.Combo.Input(
+            "noise",
+            optional=True,
+            options=list(NOISES),
+            default=NOISES[0],
+            tooltip="clip: as WanGenerate. frame: a longer clip keeps its beginning. freenoise: "
+            "later windows get the first one's noise, shuffled.",
+            **hidden,
+        ),
+        io.Boolean.Input(
+            "anchor",
+            default=False,
+            optional=True,
+            tooltip="Show later windows the frame before them as well.",
+            **bridge.known(io.Boolean.Input, advanced=True),
+        ),
+        io.String.Input(
+            "prompts",
+            multiline=True,
+            default="",
+            optional=True,
+            tooltip="Instead of 'prompt': a line 'frames: text' for each part of the clip.",
+            **bridge.known(io.String.Input, advanced=True),
+        ),
+        io.Latent.Input(
+            "continue_from",
+            optional=True,
+            tooltip="Latents of an earlier clip to go on from, with mode 'continuation'.",
+        ),
+    ]
+
+
+def _run(
+    pipeline: WanPipeline, config: GenerationConfig, hidden: Any
+) -> tuple[VideoGenerationResult, str]:
+    """Generate within ComfyUI: its memory, progress, previews, interrupt and metadata."""
+    from ..wan_core.errors import is_oom
+    from ..wan_core.monitor import format_report
+
+    config.interrupt_check = bridge.check_interrupt
+    config.preview_callback = bridge.progress_with_preview(pipeline.latent_channels)
+    config.output_path = bridge.temp_video_path(config.width, config.height)
+    config.output_metadata = bridge.workflow_metadata(hidden)
+    wrapper = bridge.wrapper(pipeline)
+    with bridge.room_for(pipeline, wrapper.estimate_memory_usage(config)):
+        wrapper.evictable_bytes = 0  # room was made; what ComfyUI still holds will stay
+        result = wrapper.generate(config)
+    if is_oom(result.error):
+        bridge.after_out_of_memory()
+    result.raise_for_error()
+    resumed = result.metadata.get("resumed")
+    went_on = f"\nresumed: {resumed}" if resumed else ""
+    return result, format_report(result) + went_on

@@ -1,0 +1,177 @@
+"""The inputs that WanGenerate and WanChunkedSampler share.
+
+Saved workflows store widgets by position: the order here is final, new ones go at the end.
+A value of 0 in "steps", the scales, the shift, the boundary and the rate means "official".
+"""
+
+from __future__ import annotations
+
+from comfy_api.latest import io
+
+from ..wan_core.schedule import SCHEDULERS
+from . import bridge
+
+SIZE = {"min": 16, "max": 8192, "step": 16}
+FRAMES = {"min": 1, "max": 4097, "step": 4}
+
+Pipeline = io.Custom("WAN_PIPELINE")
+
+
+def pipeline_input() -> io.Input:
+    """Return the WAN_PIPELINE socket every node but the loader begins with."""
+    return Pipeline.Input(
+        "pipeline", tooltip="A Wan model from WanLoader, with or without WanOptimize between."
+    )
+
+
+def size_inputs() -> list[io.Input]:
+    """Return width, height and frames."""
+    return [
+        io.Int.Input(
+            "width",
+            default=832,
+            tooltip="Width in pixels; a multiple of 16 (32 for TI2V-5B), others are snapped down.",
+            **SIZE,
+        ),
+        io.Int.Input(
+            "height",
+            default=480,
+            tooltip="Height in pixels; a multiple of 16 (32 for TI2V-5B), others are snapped down.",
+            **SIZE,
+        ),
+        io.Int.Input(
+            "num_frames",
+            default=81,
+            tooltip="Frames of the clip. Wan makes 4n+1: others are made longer and trimmed.",
+            **FRAMES,
+        ),
+    ]
+
+
+def sampling_inputs() -> list[io.Input]:
+    """Return everything a run needs after the pipeline, in the order workflows store."""
+    return [*_prompt_inputs(), *size_inputs(), *_main_inputs(), *_expert_inputs(), *_sockets()]
+
+
+def _prompt_inputs() -> list[io.Input]:
+    return [
+        io.String.Input(
+            "prompt",
+            multiline=True,
+            default="",
+            dynamic_prompts=True,
+            tooltip="What the video shows. Ignored where 'positive' is connected.",
+        ),
+        io.String.Input(
+            "negative_prompt",
+            multiline=True,
+            default="",
+            tooltip="What it should not show. Only read while a guidance scale is above 1.",
+        ),
+    ]
+
+
+def _main_inputs() -> list[io.Input]:
+    return [
+        io.Int.Input(
+            "steps",
+            default=0,
+            min=0,
+            max=1000,
+            tooltip="Denoising steps. 0 = the model's official number.",
+        ),
+        _float(
+            "guidance_scale",
+            "How closely the prompt is followed, by the only or the high-noise expert. 1 switches "
+            "guidance off and halves the time. 0 = the model's official value.",
+            maximum=30.0,
+            step=0.1,
+        ),
+        _float(
+            "guidance_scale_2",
+            "The same for the low-noise expert of a Wan 2.2 A14B. 0 = official.",
+            maximum=30.0,
+            step=0.1,
+        ),
+        _float(
+            "flow_shift",
+            "Moves steps towards high noise: larger for larger pictures. 0 = official.",
+            maximum=100.0,
+            step=0.1,
+        ),
+        io.Combo.Input(
+            "scheduler",
+            options=list(SCHEDULERS),
+            default=SCHEDULERS[0],
+            tooltip="How a step is taken. UniPC is what Wan was released with.",
+        ),
+        io.Int.Input(
+            "seed",
+            default=0,
+            min=0,
+            max=2**64 - 1,
+            control_after_generate=True,
+            tooltip="The same seed and settings give the same video. 0 is a seed like any other.",
+        ),
+    ]
+
+
+def _expert_inputs() -> list[io.Input]:
+    return [
+        _float(
+            "boundary",
+            "Where a Wan 2.2 A14B switches experts, as a share of the noise scale. 0 = official.",
+            maximum=1.0,
+            step=0.005,
+            advanced=True,
+        ),
+        io.Int.Input(
+            "switch_step",
+            default=0,
+            min=0,
+            max=1000,
+            tooltip="First step of the low-noise expert, instead of 'boundary'. 0 = by boundary.",
+            **bridge.known(io.Int.Input, advanced=True),
+        ),
+        _float(
+            "fps",
+            "Frames per second of the VIDEO. 0 = official (16, or 24 for TI2V-5B).",
+            maximum=120.0,
+            step=1.0,
+            advanced=True,
+        ),
+    ]
+
+
+def _sockets() -> list[io.Input]:
+    return [
+        io.Conditioning.Input(
+            "positive",
+            optional=True,
+            tooltip="From a CLIP Text Encode with a umT5 (type 'wan'), in place of the prompt.",
+        ),
+        io.Conditioning.Input(
+            "negative",
+            optional=True,
+            tooltip="From a CLIP Text Encode with a umT5, in place of the negative prompt.",
+        ),
+        io.Image.Input(
+            "start_image",
+            optional=True,
+            tooltip="First frame, for image-to-video models and TI2V-5B; resized to the clip.",
+        ),
+        io.Image.Input(
+            "end_image",
+            optional=True,
+            tooltip="Last frame, for first/last-frame models; resized to the clip.",
+        ),
+    ]
+
+
+def _float(
+    name: str, tooltip: str, *, maximum: float, step: float, advanced: bool = False
+) -> io.Input:
+    extra = bridge.known(io.Float.Input, advanced=True) if advanced else {}
+    return io.Float.Input(
+        name, default=0.0, min=0.0, max=maximum, step=step, tooltip=tooltip, **extra
+    )

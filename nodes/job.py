@@ -1,0 +1,124 @@
+"""Values of a node's inputs -> a job for wan_core. No ComfyUI here.
+
+A value of 0 in "steps", the scales, the shift, the boundary and the rate means "official".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ..wan_core.config import GenerationConfig
+from ..wan_core.errors import InvalidRequest
+from ..wan_core.journal import RESUME
+from ..wan_core.noise import NOISES
+from ..wan_core.request import MODES
+from ..wan_core.schedule import SCHEDULERS
+from ..wan_core.windows import SCHEDULES
+
+
+LONG_CLIP: dict[str, Any] = {
+    "schedule": SCHEDULES[0],
+    "mode": MODES[0],
+    "resume": "auto",
+    "return_images": True,
+    "noise": NOISES[0],
+    "anchor": False,
+    "prompts": "",
+}
+"""What WanChunkedSampler's last inputs are where a prompt in API format does not name them."""
+
+
+def require_choice(field: str, value: str, allowed: Sequence[str]) -> str:
+    """Return ``value`` if it is allowed; older ComfyUI versions let any text through a combo."""
+    if value not in allowed:
+        raise InvalidRequest(
+            f"{field} is {value!r}; allowed: {', '.join(allowed)}. Choose one of them.", field=field
+        )
+    return value
+
+
+def generation_config(values: Mapping[str, Any]) -> GenerationConfig:
+    """Turn the shared inputs into a job; raises InvalidRequest naming the input."""
+    require_choice("scheduler", values["scheduler"], SCHEDULERS)
+    positive = _embeds("positive", values.get("positive"))
+    negative = _embeds("negative", values.get("negative"))
+    return GenerationConfig(
+        prompt=values["prompt"] if positive is None else None,
+        negative_prompt=values["negative_prompt"] or None if negative is None else None,
+        num_frames=values["num_frames"],
+        width=values["width"],
+        height=values["height"],
+        num_inference_steps=values["steps"] or None,
+        guidance_scale=values["guidance_scale"] or None,
+        guidance_scale_2=values["guidance_scale_2"] or None,
+        flow_shift=values["flow_shift"] or None,
+        boundary=values["boundary"] or None,
+        switch_step=values["switch_step"] or None,
+        scheduler=values["scheduler"],
+        fps=values["fps"] or None,
+        seed=values["seed"],
+        image=_one_image("start_image", values.get("start_image")),
+        last_image=_one_image("end_image", values.get("end_image")),
+        prompt_embeds=positive,
+        negative_prompt_embeds=negative,
+    )
+
+
+def use_windows(config: GenerationConfig, frames: int, overlap: int) -> None:
+    """Have a job made in windows of ``frames`` that share ``overlap``, both in video frames."""
+    if overlap >= frames:
+        raise InvalidRequest(
+            f"window_overlap is {overlap} and window_frames {frames}: the overlap must be shorter "
+            "than the window. Lower it to about a fifth of the window.",
+            field="window_overlap",
+        )
+    config.force_chunked_processing = True
+    config.max_chunk_size = frames
+    config.window_overlap = overlap
+
+
+def use_long_clip(config: GenerationConfig, values: Mapping[str, Any], vae: Any) -> None:
+    """Take over what only WanChunkedSampler asks; ``vae`` holds mean and std of the latents.
+
+    Raises InvalidRequest naming the input.
+    """
+    config.window_schedule = require_choice("schedule", values["schedule"], SCHEDULES)
+    config.window_mode = require_choice("mode", values["mode"], MODES)
+    config.resume = require_choice("resume", values["resume"], RESUME)
+    config.noise = require_choice("noise", values["noise"], NOISES)
+    config.window_anchor = values["anchor"]
+    config.return_frames = values["return_images"]
+    config.prompts = values["prompts"].strip() or None
+    latent = values.get("continue_from")
+    if latent is not None:
+        from ..wan_core.vae import normalize_latents
+
+        stats = {"latents_mean": vae.latents_mean, "latents_std": vae.latents_std}
+        config.continue_from = normalize_latents(latent["samples"].float(), stats)
+
+
+def _embeds(field: str, conditioning: Any) -> Any:
+    """Return the (1, tokens, width) embeddings of a CONDITIONING that holds just one text."""
+    if conditioning is None:
+        return None
+    if len(conditioning) != 1:
+        raise InvalidRequest(
+            f"{field} holds {len(conditioning)} texts; Wan takes one. Connect a single CLIP Text "
+            "Encode, without Conditioning (Combine).",
+            field=field,
+        )
+    return conditioning[0][0]
+
+
+def _one_image(field: str, image: Any) -> Any:
+    """Return the single picture (H, W, 3) of an IMAGE socket (N, H, W, C)."""
+    if image is None:
+        return None
+    if image.shape[0] != 1:
+        raise InvalidRequest(
+            f"{field} holds {image.shape[0]} pictures; one is needed. Take one with an "
+            "'ImageFromBatch' node.",
+            field=field,
+        )
+    return image[0, :, :, :3]

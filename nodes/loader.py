@@ -1,0 +1,263 @@
+"""WanLoader and WanOptimize: which model, and how it shall be run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from comfy_api.latest import io, ui
+
+from ..wan_core.config import WanModelFiles
+from ..wan_core.errors import InvalidRequest, MissingFile, WanError
+from ..wan_core.windows import latent_frames
+from . import bridge
+from .inputs import Pipeline, pipeline_input
+from .job import require_choice
+from .lease import lease_for
+from .pipeline import (
+    NOTHING_FOUND,
+    WanPipeline,
+    find_model,
+    fingerprint,
+    list_models,
+)
+
+if TYPE_CHECKING:
+    from ..wan_core.architecture import ModelArchitecture
+
+PRECISIONS = ["auto", "bf16", "fp16", "fp32"]
+OFFLOADS = ["auto", "none", "model", "sequential"]
+
+
+class WanLoader(io.ComfyNode):  # type: ignore[misc]
+    """Opens a diffusers folder, or the single files of a model, by their headers alone."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        models, files = list_models(bridge.model_roots()), bridge.model_files()
+        return io.Schema(
+            node_id="WanLoader",
+            display_name="Wan Loader",
+            category="WanFit",
+            description="Opens any Wan 2.1 or 2.2 model and recognises what it is. Weights are "
+            "read when they are needed, not here.",
+            inputs=[
+                io.Combo.Input(
+                    "model",
+                    options=[*models, *files["transformer"]] or [NOTHING_FOUND],
+                    tooltip="A folder below models/diffusers that holds model_index.json, or a "
+                    "file of models/diffusion_models (the only or the high-noise model).",
+                ),
+                *_part_inputs(files),
+            ],
+            outputs=[
+                Pipeline.Output(
+                    "pipeline",
+                    display_name="pipeline",
+                    tooltip="The model, for WanOptimize, WanEstimateMemory and the samplers.",
+                )
+            ],
+        )
+
+    @classmethod
+    def validate_inputs(cls, model: str) -> bool | str:
+        """Say before the run, and by the input's name, that a saved workflow's model is absent."""
+        if model in bridge.model_files()["transformer"]:
+            return True
+        try:
+            find_model(model, bridge.model_roots())
+        except WanError as error:
+            return str(error)
+        return True
+
+    @classmethod
+    def fingerprint_inputs(cls, model: str, **parts: str) -> str:
+        """Return what changes when a file of the model does: path, sizes, times."""
+        try:
+            source, _ = _source(model, parts)
+            return fingerprint(source)
+        except (WanError, OSError):
+            return f"absent: {model} {sorted(parts.items())}"  # execute names the reason
+
+    @classmethod
+    def execute(cls, model: str, **parts: str) -> io.NodeOutput:
+        from ..wan_core.detect import ArchitectureDetector
+
+        source, found = _source(model, parts)
+        architecture = ArchitectureDetector().detect_model_architecture(source)
+        named = source if isinstance(source, WanModelFiles) else None
+        path = Path(source.transformer) if named else architecture.root
+        pipeline = WanPipeline(model, path, architecture, lease_for(architecture, named))
+        return io.NodeOutput(pipeline, ui=ui.PreviewText(_describe(architecture, found)))
+
+
+_PARTS = {
+    "low_noise_model": ("transformer_2", "The low-noise model of a Wan 2.2 A14B pair."),
+    "text_encoder": ("text_encoder", "The umT5 file of models/text_encoders."),
+    "vae": ("vae", "The VAE file: 2.1 for all models but TI2V-5B, which has its own."),
+    "image_encoder": ("image_encoder", "CLIP vision, for Wan 2.1 image-to-video models only."),
+}
+_AUTO, _NONE = "auto", "none"
+
+
+def _part_inputs(files: dict[str, dict[str, Path]]) -> list[io.Input]:
+    """One choice per part of a model made of single files; folders bring their own."""
+    return [
+        io.Combo.Input(
+            name,
+            options=[_AUTO, _NONE, *files[part]],
+            default=_AUTO,
+            optional=True,  # so that prompts saved as API format before these existed still run
+            tooltip=f"{what} auto: found among the files there, and said which. Not used where "
+            "'model' is a folder.",
+        )
+        for name, (part, what) in _PARTS.items()
+    ]
+
+
+def _source(model: str, chosen: dict[str, str]) -> tuple[Path | WanModelFiles, tuple[str, ...]]:
+    """Return the folder or the files a pipeline is made of, and what was found for "auto".
+
+    Raises InvalidRequest naming the input whose file is not there, MissingFile for a part that
+    nothing fits.
+    """
+    from ..wan_core.companions import find_companions
+    from ..wan_core.detect import inspect_file
+
+    files = bridge.model_files()
+    if model not in files["transformer"]:
+        return find_model(model, bridge.model_roots()), ()
+    named: dict[str, Path] = {"transformer": files["transformer"][model]}
+    present: dict[str, list[Path]] = {}
+    for name, (part, _) in _PARTS.items():
+        value = chosen.get(name, _AUTO)
+        if value == _AUTO:
+            present[part] = list(files[part].values())
+        elif value != _NONE:
+            named[part] = _file(name, value, files[part])
+    try:
+        found = find_companions(WanModelFiles(**named), present, inspect_file)
+    except MissingFile as error:
+        raise MissingFile(f"{error} {_places()}") from error
+    return found.files, found.reasons
+
+
+def _places() -> str:
+    """Say which of ComfyUI's folders each part's files belong into."""
+    places = bridge.part_folders()
+    listed = "; ".join(f"{name}: {places[part]}" for name, (part, _) in _PARTS.items())
+    return f"The folders are: {listed}. Press R after you put a file there."
+
+
+def _file(field: str, name: str, files: dict[str, Path]) -> Path:
+    if name not in files:
+        there = ", ".join(files) or "none"
+        raise InvalidRequest(
+            f"{field}: there is no file {name!r}. Put it into the folder for it and press R, or "
+            f"choose another. Found: {there}.",
+            field=field,
+        )
+    return files[name]
+
+
+class WanOptimize(io.ComfyNode):  # type: ignore[misc]
+    """Returns a new description with another precision or placement; changes none."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="WanOptimize",
+            display_name="Wan Optimize",
+            category="WanFit",
+            description="How the model shall be run: precision and where its weights wait. "
+            "'auto' fits it to this machine.",
+            inputs=[
+                pipeline_input(),
+                io.Combo.Input(
+                    "precision",
+                    options=PRECISIONS,
+                    default="auto",
+                    tooltip="Number format of the weights and the arithmetic. auto: bf16 where the "
+                    "card has it, else fp16 or fp32. It changes the picture slightly.",
+                ),
+                io.Combo.Input(
+                    "offload",
+                    options=OFFLOADS,
+                    default="auto",
+                    tooltip="none: everything stays on the card, fastest. model: one component at "
+                    "a time. sequential: one layer at a time, slow, needs least. The result is the "
+                    "same.",
+                ),
+                *_limit_inputs(),
+            ],
+            outputs=[
+                Pipeline.Output(
+                    "optimized", display_name="pipeline", tooltip="The same model, run this way."
+                )
+            ],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        pipeline: WanPipeline,
+        precision: str,
+        offload: str,
+        vram_limit_gb: float = 0.0,
+        ram_limit_gb: float = 0.0,
+        fallback_window_frames: int = 0,
+    ) -> io.NodeOutput:
+        require_choice("precision", precision, PRECISIONS)
+        require_choice("offload", offload, OFFLOADS)
+        limits = {
+            "vram_limit_gb": vram_limit_gb or None,
+            "ram_limit_gb": ram_limit_gb or None,
+            "chunk_size": latent_frames(fallback_window_frames) if fallback_window_frames else None,
+        }
+        optimized = pipeline.optimized(precision=precision, offload=offload, **limits)
+        return io.NodeOutput(optimized)
+
+
+def _limit_inputs() -> list[io.Input]:
+    """Caps and what may be given up; 0 leaves them to the plan."""
+    return [
+        io.Float.Input(
+            "vram_limit_gb",
+            default=0.0,
+            optional=True,
+            min=0.0,
+            max=1024.0,
+            step=0.5,
+            tooltip="Use at most so much of the card's memory, in GiB. 0 = what is free.",
+            **bridge.known(io.Float.Input, advanced=True),
+        ),
+        io.Float.Input(
+            "ram_limit_gb",
+            default=0.0,
+            optional=True,
+            min=0.0,
+            max=4096.0,
+            step=1.0,
+            tooltip="Use at most so much RAM, in GiB. 0 = what is available.",
+            **bridge.known(io.Float.Input, advanced=True),
+        ),
+        io.Int.Input(
+            "fallback_window_frames",
+            default=0,
+            optional=True,
+            min=0,
+            max=4097,
+            tooltip="If the clip does not fit as a whole, it may be made in windows of so many "
+            "frames; that changes the result. 0 = never.",
+            **bridge.known(io.Int.Input, advanced=True),
+        ),
+    ]
+
+
+def _describe(architecture: ModelArchitecture, found: tuple[str, ...] = ()) -> str:
+    """Say what was recognised and why, and what to watch."""
+    size = sum(part.nbytes for part in architecture.components.values()) / 2**30
+    lines = [f"{architecture.variant.title}, {architecture.weight_kind}, {size:.2f} GiB on disk"]
+    lines += [f"- {reason}" for reason in (*found, *architecture.reasons)]
+    lines += [f"! {warning}" for warning in architecture.warnings]
+    return "\n".join(lines)

@@ -1,0 +1,111 @@
+"""WanLoRA: a model with a LoRA on it, or with several, one node after the other."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from comfy_api.latest import io, ui
+
+from ..wan_core import config
+from ..wan_core.errors import InvalidRequest
+from . import bridge
+from .inputs import Pipeline, pipeline_input
+from .job import require_choice
+from .pipeline import WanPipeline
+
+EXPERTS = ["both", "high", "low"]
+NOTHING_FOUND = "(no LoRA found)"
+
+
+class WanLoRA(io.ComfyNode):  # type: ignore[misc]
+    """Returns a new description with a LoRA added; nothing is loaded here."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="WanLoRA",
+            display_name="Wan LoRA",
+            category="WanFit",
+            description="Adds a LoRA to a Wan model. It is checked here, applied while the model "
+            "works, and leaves no trace in its weights.",
+            inputs=[
+                pipeline_input(),
+                io.Combo.Input(
+                    "lora",
+                    options=bridge.lora_names() or [NOTHING_FOUND],
+                    tooltip="A .safetensors file below models/loras, in any of the usual styles.",
+                ),
+                io.Combo.Input(
+                    "expert",
+                    options=EXPERTS,
+                    default="both",
+                    tooltip="Which expert of a Wan 2.2 A14B it works on: high-noise files go to "
+                    "high, low-noise files to low. Other models have one transformer: both.",
+                ),
+                io.Float.Input(
+                    "strength",
+                    default=1.0,
+                    min=-10.0,
+                    max=10.0,
+                    step=0.01,
+                    tooltip="How strongly it works. 0 leaves it out, below 0 inverts it.",
+                ),
+                io.Boolean.Input(
+                    "use_recipe",
+                    default=False,
+                    tooltip="For a LoRA distilled to 4 steps (lightx2v, Lightning): its settings "
+                    "(4 steps, guidance 1, shift 5) stand for the official ones, that is, wherever "
+                    "a sampler's input is 0.",
+                ),
+            ],
+            outputs=[
+                Pipeline.Output(
+                    "with_lora", display_name="pipeline", tooltip="The same model with this LoRA."
+                )
+            ],
+        )
+
+    @classmethod
+    def validate_inputs(cls, lora: str) -> bool | str:
+        """Say before the run, and by the input's name, that a saved workflow's LoRA is absent."""
+        return True if bridge.lora_path(lora) is not None else _absent(lora)
+
+    @classmethod
+    def fingerprint_inputs(cls, lora: str, **_: object) -> str:
+        """Return what changes when the file does."""
+        path = bridge.lora_path(lora)
+        if path is None:
+            return f"absent: {lora}"
+        status = path.stat()
+        return f"{path} {status.st_size} {status.st_mtime_ns}"
+
+    @classmethod
+    def execute(
+        cls, pipeline: WanPipeline, lora: str, expert: str, strength: float, use_recipe: bool
+    ) -> io.NodeOutput:
+        require_choice("expert", expert, EXPERTS)
+        path = bridge.lora_path(lora)
+        if path is None:
+            raise InvalidRequest(_absent(lora), field="lora")
+        added = pipeline.with_lora(config.WanLoRA(str(path), expert, strength), use_recipe)
+        return io.NodeOutput(added, ui=ui.PreviewText(describe(pipeline, added)))
+
+
+def _absent(name: str) -> str:
+    there = ", ".join(repr(known) for known in bridge.lora_names()[:8]) or "none"
+    return (
+        f"lora: there is no file {name!r} in models/loras. Put it there and press R, or choose "
+        f"another. Found: {there}."
+    )
+
+
+def describe(before: WanPipeline, after: WanPipeline) -> str:
+    """Say what was added, what to watch, and the settings a distilled LoRA needs."""
+    found = after.architecture.loras[-1]
+    lines = [found.describe()]
+    if found.recipe is not None:
+        used = "used where a sampler's input is 0" if after.use_recipe else "not used"
+        lines.append(f"- {Path(found.lora.path).name} is {found.recipe.describe()}; {used}")
+    known = set(before.architecture.warnings)
+    lines += [f"! {text}" for text in after.architecture.warnings if text not in known]
+    return "\n".join(lines)

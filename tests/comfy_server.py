@@ -1,0 +1,164 @@
+"""Starts a real ComfyUI from a checkout, with this pack and a probe pack, in a temporary folder.
+
+The checkout is looked for at COMFYUI_PATH, then at comfy-cli's default place (~/comfy/ComfyUI);
+its Python at COMFYUI_PYTHON, then in a virtual environment in or beside the checkout. Nothing in
+the checkout is written: models, outputs and custom nodes live below ``--base-directory``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import socket
+import subprocess
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+FOLDERS = ("models", "custom_nodes", "input", "output", "temp", "user")
+
+
+def find_checkout() -> Path | str:
+    """Return the ComfyUI checkout, or a sentence that says what is missing."""
+    named = os.environ.get("COMFYUI_PATH")
+    place = Path(named) if named else Path.home() / "comfy" / "ComfyUI"
+    if (place / "main.py").is_file():
+        return place
+    return f"no ComfyUI checkout at {place} (set COMFYUI_PATH to one)"
+
+
+def find_python(checkout: Path) -> Path | str:
+    """Return the Python that runs ``checkout``, or a sentence that says what is missing."""
+    named = os.environ.get("COMFYUI_PYTHON")
+    if named:
+        return Path(named)
+    for folder in (checkout / ".venv", checkout / "venv", checkout.parent / "venv"):
+        for name in ("bin/python", "Scripts/python.exe"):
+            if (folder / name).is_file():
+                return folder / name
+    return f"no virtual environment in or beside {checkout} (set COMFYUI_PYTHON)"
+
+
+class ComfyServer:
+    """One running ComfyUI in CPU mode; use as a context manager."""
+
+    def __init__(self, base: Path, checkout: Path, python: Path, *options: str) -> None:
+        self.base, self.checkout, self.python, self.options = base, checkout, python, options
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.log_path = base / "comfyui.log"
+        for name in FOLDERS:
+            (base / name).mkdir(parents=True, exist_ok=True)
+        (base / "custom_nodes" / "wanfit").symlink_to(REPOSITORY, target_is_directory=True)
+        probe_pack = REPOSITORY / "tests" / "comfy_probe"
+        (base / "custom_nodes" / "probe").symlink_to(probe_pack, target_is_directory=True)
+
+    def __enter__(self) -> ComfyServer:
+        command = [str(self.python), "main.py", "--cpu", "--port", str(self.port)]
+        command += ["--base-directory", str(self.base), "--disable-api-nodes", *self.options]
+        command += ["--database-url", "sqlite:///:memory:"]
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "2"}
+        self._log = self.log_path.open("w")
+        self._process = subprocess.Popen(
+            command, cwd=self.checkout, stdout=self._log, stderr=subprocess.STDOUT, env=environment
+        )
+        try:
+            self._await_start()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def _await_start(self, seconds: float = 120) -> None:
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            if self._process.poll() is not None:
+                raise RuntimeError(f"ComfyUI ended at once:\n{self.log()[-3000:]}")
+            try:
+                self.get("/system_stats")
+            except OSError:
+                time.sleep(0.2)
+            else:
+                return
+        raise RuntimeError(f"ComfyUI did not answer in {seconds} s:\n{self.log()[-3000:]}")
+
+    def __exit__(self, *_: object) -> None:
+        self._process.terminate()
+        try:
+            self._process.wait(15)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._log.close()
+
+    def log(self) -> str:
+        """Return what ComfyUI has printed so far."""
+        return self.log_path.read_text(errors="replace")
+
+    def get(self, path: str) -> Any:
+        """GET a JSON answer."""
+        with urllib.request.urlopen(self.url + path, timeout=60) as answer:
+            return json.load(answer)
+
+    def post(self, path: str, body: Any = None) -> Any:
+        """POST JSON; the answer is JSON or None; an error status gives {"status", "error"}."""
+        data = json.dumps({} if body is None else body).encode()
+        request = urllib.request.Request(
+            self.url + path, data, {"Content-Type": "application/json"}, method="POST"
+        )
+        try:
+            with urllib.request.urlopen(request, timeout=60) as answer:
+                text = answer.read()
+        except urllib.error.HTTPError as error:
+            return {"status": error.code, **json.loads(error.read() or b"{}")}
+        return json.loads(text) if text.strip() else None
+
+    def queue(self, prompt: dict[str, Any]) -> str:
+        """Queue an API-format prompt and return its id; fails on a refused prompt."""
+        answer = self.post("/prompt", {"prompt": prompt})
+        assert "prompt_id" in answer, json.dumps(answer, indent=1)[:4000]
+        return str(answer["prompt_id"])
+
+    def wait(self, prompt_id: str, seconds: float = 240) -> dict[str, Any]:
+        """Return the history entry of a prompt once it has ended, well or not."""
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            entry = self.get(f"/history/{prompt_id}").get(prompt_id)
+            if entry is not None:
+                return dict(entry)
+            time.sleep(0.05)
+        raise TimeoutError(
+            f"prompt {prompt_id} still runs after {seconds} s:\n{self.log()[-2000:]}"
+        )
+
+    def run(self, prompt: dict[str, Any], seconds: float = 240) -> dict[str, Any]:
+        """Run a prompt that must succeed and return its outputs by node id."""
+        entry = self.wait(self.queue(prompt), seconds)
+        assert entry["status"]["status_str"] == "success", json.dumps(entry["status"])[:6000]
+        return dict(entry["outputs"])
+
+    def state(self) -> dict[str, Any]:
+        """Return what the probe pack sees inside ComfyUI."""
+        return dict(self.get("/wanfit_probe/state"))
+
+    def free(self, what: str = "free_memory") -> None:
+        """POST /free and wait until it took effect (done between prompts).
+
+        "free_memory" unloads models too. Both flags at once can lose the second one: the worker
+        may wake between them and then sleeps until the next prompt.
+        """
+        self.post("/free", {what: True})
+        time.sleep(1.5)
+
+    def import_seconds(self, pack: str) -> float | None:
+        """Return what ComfyUI's log says the import of a pack took."""
+        found = re.search(rf"([\d.]+) seconds( \(IMPORT FAILED\))?: \S*/{pack}\n", self.log())
+        if found is None or found[2]:
+            return None
+        return float(found[1])

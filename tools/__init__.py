@@ -1,0 +1,1 @@
+"""Tools that make and measure the demo model; not needed to run the pack."""

@@ -1,0 +1,156 @@
+"""Measure the demo model with the judge and print the table of its model card.
+
+python -m tools.judge_demo --model wan_core/demo_model --prompts 90
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import WanImageToVideoPipeline, WanPipeline
+
+from wan_core.video import contact_sheet
+
+from . import clips, judge
+
+Cell = tuple[str, str, str, str]
+SCALES = {"t2v": (2.0, 1.5), "i2v": (3.5, 3.5)}
+"""Guidance of the high- and low-noise expert in the shipped recipe."""
+STEPS = 20
+
+
+def open_pipeline(model: Path, task: str) -> Any:
+    """Open one of the two folders with diffusers' own pipeline, in float32."""
+    kind = WanImageToVideoPipeline if task == "i2v" else WanPipeline
+    pipeline = kind.from_pretrained(model / task, torch_dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def spread(count: int) -> list[Cell]:
+    """Return `count` cells of the grid, evenly: every colour, shape, direction and background."""
+    cells = clips.grid()
+    return [cells[(index * 131) % len(cells)] for index in range(count)]
+
+
+def first_frame(cell: Cell, seed: int) -> torch.Tensor:
+    """Render the start image of a cell: float (1, 3, SIZE, SIZE) in -1..1."""
+    return clips.render(clips.scene_of(*cell, seed=seed), 1)[:, :, 0] * 2 - 1
+
+
+def generate(pipeline: Any, task: str, cell: Cell, seed: int, **changes: Any) -> torch.Tensor:
+    """Return a clip, float (FRAMES, SIZE, SIZE, 3) in 0..1, with the shipped recipe."""
+    template = "full" if task == "t2v" else "motion"
+    arguments: dict[str, Any] = {
+        "prompt": clips.sentence(*cell, template=template),
+        "negative_prompt": "",
+        "height": clips.SIZE,
+        "width": clips.SIZE,
+        "num_frames": clips.FRAMES,
+        "num_inference_steps": STEPS,
+        "guidance_scale": SCALES[task][0],
+        "guidance_scale_2": SCALES[task][1],
+        "generator": torch.Generator().manual_seed(seed),
+        "output_type": "pt",
+    }
+    if task == "i2v":
+        arguments["image"] = first_frame(cell, seed)
+    frames: torch.Tensor = pipeline(**{**arguments, **changes}).frames[0]
+    return frames.permute(0, 2, 3, 1).float()
+
+
+def psnr(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Return the peak signal-to-noise ratio in dB of values in 0..1."""
+    return float(-10 * torch.log10((a - b).square().mean().clamp(min=1e-10)))
+
+
+def round_trip(vae: Any, count: int, seed: int = 1) -> float:
+    """Return the mean PSNR in dB over fresh clips through encode and decode."""
+    frames = clips.render(clips.sample_scenes(count, generator=torch.Generator().manual_seed(seed)))
+    values = []
+    with torch.no_grad():
+        for clip in frames.split(1):
+            latents = vae.encode(clip * 2 - 1).latent_dist.mode()
+            values.append(psnr(vae.decode(latents).sample * 0.5 + 0.5, clip))
+    return sum(values) / len(values)
+
+
+class Score:
+    """Counts, over clips, of what the judge found right."""
+
+    def __init__(self) -> None:
+        self.clips = 0
+        self.right = dict.fromkeys(("colour", "shape", "direction", "background", "steady"), 0)
+        self.start: list[float] = []
+
+    def add(self, cell: Cell, frames: torch.Tensor) -> judge.Reading:
+        """Judge a clip that should show a cell."""
+        reading = judge.read_clip(frames)
+        self.clips += 1
+        for name, wanted in zip(("colour", "shape", "direction", "background"), cell, strict=True):
+            self.right[name] += getattr(reading, name) == wanted
+        self.right["steady"] += reading.steady() and reading.shape == cell[1]
+        return reading
+
+    def share(self, name: str) -> float:
+        """Return the share of clips, 0..1, in which `name` was right."""
+        return self.right[name] / max(1, self.clips)
+
+    def __str__(self) -> str:
+        parts = [f"{name} {100 * self.share(name):.1f} %" for name in self.right]
+        if self.start:
+            parts.append(f"first frame {min(self.start):.1f} dB at least")
+        return f"{self.clips} clips: " + ", ".join(parts)
+
+
+def measure(
+    pipeline: Any, task: str, count: int, **changes: Any
+) -> Iterator[tuple[Cell, torch.Tensor, judge.Reading, Score]]:
+    """Generate and judge `count` clips over the grid, yielding each with the score so far."""
+    score = Score()
+    for seed, cell in enumerate(spread(count)):
+        frames = generate(pipeline, task, cell, seed, **changes)
+        if task == "i2v":
+            start = first_frame(cell, seed)[0].permute(1, 2, 0) * 0.5 + 0.5
+            score.start.append(psnr(frames[0], start))
+        yield cell, frames, score.add(cell, frames), score
+
+
+def main() -> None:
+    """Measure both pairs, print the table, and write a contact sheet of each."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", type=Path, default=Path("wan_core/demo_model"))
+    parser.add_argument("--prompts", type=int, default=90)
+    parser.add_argument("--tasks", nargs="+", default=["t2v", "i2v"])
+    parser.add_argument("--sheets", type=Path, help="folder for contact sheets")
+    parser.add_argument("--wrong", action="store_true", help="list what was misread")
+    args = parser.parse_args()
+    say = sys.stdout.write
+    for task in args.tasks:
+        pipeline = open_pipeline(args.model, task)
+        if task == "t2v":
+            say(f"vae round trip: {round_trip(pipeline.vae, 64):.2f} dB mean of 64 fresh clips\n")
+        rows = []
+        began = time.perf_counter()
+        for cell, frames, reading, score in measure(pipeline, task, args.prompts):
+            total = score
+            rows.append(frames[::4])
+            found = (reading.colour, reading.shape, reading.direction, reading.background)
+            if args.wrong and (found != cell or not reading.steady()):
+                say(f"  {' '.join(cell)} -> {' '.join(found)} steady={reading.steady()}\n")
+        seconds = (time.perf_counter() - began) / args.prompts
+        say(f"{task}: {total}, {seconds:.2f} s a clip\n")
+        if args.sheets:
+            args.sheets.mkdir(parents=True, exist_ok=True)
+            sheet = contact_sheet(torch.cat(rows[:24]), columns=15)
+            sheet.save(args.sheets / f"{task}.png")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,129 @@
+"""Makes the pictures of the README, the help pages and the example workflows, in a real ComfyUI.
+
+Run from the repository's root: ``python tools/make_pictures.py``. Needs what tests/test_comfyui.py
+needs: a ComfyUI checkout and a Chromium. Model and videos are those of the demo model.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "tests"))
+
+from comfy_browser import find_browser, open_page  # noqa: E402
+from comfy_server import ComfyServer, find_checkout, find_python  # noqa: E402
+
+SETTINGS = {
+    "Comfy.TutorialCompleted": True,
+    "Comfy.Graph.CanvasInfo": False,
+    "Comfy.Minimap.Visible": False,
+    "Comfy.Workflow.WorkflowTabsPosition": "Sidebar",
+    "Comfy.NodeBadge.NodeSourceBadgeMode": "None",
+    "Comfy.Notification.ShowVersionUpdates": False,
+}
+NODES = ("WanLoader", "WanOptimize", "WanEstimateMemory", "WanGenerate", "WanChunkedSampler")
+LOOK = """([scale, x, y]) => {
+  app.canvas.ds.scale = scale; app.canvas.ds.offset = [x, y]; app.canvas.setDirty(true, true);
+}"""
+BOX = """type => {
+  const node = app.graph._nodes.find(n => n.type === type), ds = app.canvas.ds;
+  const [x, y] = ds.convertOffsetToCanvas([node.pos[0], node.pos[1] - 30]);
+  const area = app.canvas.canvas.getBoundingClientRect();
+  return {x: area.x + x - 8, y: area.y + y - 8,
+          width: node.size[0] * ds.scale + 16, height: (node.size[1] + 30) * ds.scale + 16};
+}"""
+
+
+def main() -> None:
+    """Start ComfyUI, take the pictures, and say where they are."""
+    checkout, browser = find_checkout(), find_browser()
+    assert isinstance(checkout, Path), checkout
+    assert isinstance(browser, Path), browser
+    python = find_python(checkout)
+    assert isinstance(python, Path), python
+    with tempfile.TemporaryDirectory() as folder:
+        base = Path(folder)
+        settings = base / "user" / "default" / "comfy.settings.json"
+        settings.parent.mkdir(parents=True)
+        settings.write_text(json.dumps(SETTINGS))
+        server = ComfyServer(base, checkout, python)
+        with server, open_page(server.url, browser, (1500, 760)) as page:
+            page.wait_for_timeout(2000)
+            help_pictures(page)
+            workflow_pictures(page, server)
+
+
+def help_pictures(page: Any) -> None:
+    """Take one picture per node, the loader and the estimate with what they report."""
+    load(page, "long_video")
+    page.evaluate(
+        "() => { for (const n of app.graph._nodes) if (n.id > 2) n.mode = 4; app.queuePrompt(0); }"
+    )
+    page.wait_for_function(
+        "app.graph._nodes[1].widgets.some(w => w.name === 'wanfit_report')", timeout=60000
+    )
+    page.evaluate("() => { for (const n of app.graph._nodes) n.mode = 0; }")
+    for name in ("WanLoader", "WanEstimateMemory", "WanChunkedSampler"):
+        node_picture(page, name)
+    load(page, "text_to_video")
+    for name in ("WanOptimize", "WanGenerate"):
+        node_picture(page, name)
+
+
+def node_picture(page: Any, name: str) -> None:
+    page.evaluate(
+        "type => { const n = app.graph._nodes.find(n => n.type === type);"
+        " app.canvas.ds.scale = 1; app.canvas.ds.offset = [80 - n.pos[0], 80 - n.pos[1]];"
+        " app.canvas.setDirty(true, true); }",
+        name,
+    )
+    page.wait_for_timeout(700)
+    target = ROOT / "web" / "docs" / "images" / f"{name}.png"
+    page.screenshot(path=str(target), clip=page.evaluate(BOX, name))
+
+
+def workflow_pictures(page: Any, server: ComfyServer) -> None:
+    """Run the example workflows and take the README's picture and the thumbnails."""
+    for name in ("text_to_video", "long_video"):
+        load(page, name)
+        server.free()  # so that every node runs, and reports, again
+        before = set(server.get("/history"))
+        page.evaluate("() => app.queuePrompt(0)")
+        while not (new := set(server.get("/history")) - before):
+            page.wait_for_timeout(500)
+        entry = server.get("/history")[new.pop()]
+        assert entry["status"]["status_str"] == "success", entry["status"]
+        page.wait_for_timeout(2500)
+        save_thumbnail(server, entry, ROOT / "example_workflows" / f"{name}.jpg")
+        page.evaluate(LOOK, [0.84 if name == "text_to_video" else 0.71, 40, 0])
+        page.wait_for_timeout(1000)
+        if name == "text_to_video":
+            page.screenshot(path=str(ROOT / "docs" / "workflow.png"))
+
+
+def save_thumbnail(server: ComfyServer, entry: dict[str, Any], target: Path) -> None:
+    """Save an early frame of the video a run saved."""
+    import av
+
+    shown = [image for o in entry["outputs"].values() for image in o.get("images", [])]
+    saved = next(image for image in shown if image["filename"].endswith(".mp4"))
+    path = server.base / "output" / saved["subfolder"] / saved["filename"]
+    with av.open(str(path)) as container:
+        frames = [frame.to_image() for frame in container.decode(video=0)]
+    frames[len(frames) // 4].resize((320, 320 * frames[0].height // frames[0].width)).save(target)
+
+
+def load(page: Any, name: str) -> None:
+    workflow = json.loads((ROOT / "example_workflows" / f"{name}.json").read_text())
+    page.evaluate("async ([w, n]) => await app.loadGraphData(w, true, true, n)", [workflow, name])
+    page.wait_for_timeout(1500)
+    page.keyboard.press("Escape")
+
+
+if __name__ == "__main__":
+    main()

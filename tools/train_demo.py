@@ -1,0 +1,427 @@
+"""Train the demo model from nothing: VAE, text encoder and base, then the four experts.
+
+    python -m tools.train_demo --work .ckpt                    # everything; hours on a CPU
+    python -m tools.train_demo --work .ckpt --stages vae base  # some stages; finished ones are kept
+
+Each stage writes its averaged weights to WORK/<stage>.pt, an unfinished one WORK/<stage>.partial
+every two minutes; run the same command again to continue. `tools.export_demo` makes the shipped
+folders from WORK.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoTokenizer
+
+from . import clips
+from . import demo_models as models
+from .training import Clock, Trainer
+
+SEED = 20_22
+STAGES = ("vae", "base", "t2v_high", "t2v_low", "i2v_high", "i2v_low")
+WEIGHTS = {
+    "vae": 95,
+    "base": 110,
+    "t2v_high": 70,
+    "t2v_low": 70,
+    "i2v_high": 70,
+    "i2v_low": 70,
+}
+"""Seconds of each stage on an H100; with --stop-after its share of the time that is left."""
+SETUP = 9.0
+"""Seconds a stage needs beside its training."""
+PEAK = {"vae": 1e-3, "base": 1e-3}
+DECAY = {"vae": 0.99}
+EXPERT_DECAY = 0.998
+"""Decay of the averaged weights; the VAE trains too few steps for a long average."""
+EXPERT_PEAK = 6e-4
+KL_WEIGHT = 1e-5
+EXPERTS = {
+    "t2v_high": (0.875, 1.0, 12.0),
+    "t2v_low": (0.0, 0.875, 12.0),
+    "i2v_high": (0.9, 1.0, 5.0),
+    "i2v_low": (0.0, 0.9, 5.0),
+}
+"""Lowest and highest sigma each expert sees, and the flow shift it will be sampled with."""
+TEMPLATE_SHARES = {"t2v": (0.60, 0.15, 0.15, 0.0), "i2v": (0.35, 0.10, 0.10, 0.35)}
+"""How often each of clips.TEMPLATES is used; in the remaining tenth the prompt is dropped."""
+AUTOCAST_MODES = (("fp32", False), ("bf16", False), ("bf16", True))
+
+
+class Run:
+    """What all stages share: the device, the pool of clips, the log, the clock."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args = args
+        self.work = Path(args.work)
+        self.work.mkdir(parents=True, exist_ok=True)
+        self.device = torch.device(args.device)
+        self.clock = Clock(args.stop_after)
+        self.log = self.work / "training.log"
+        torch.manual_seed(SEED)
+        torch.set_float32_matmul_precision("high")
+        torch.backends.cudnn.allow_tf32 = True
+        tokenizer_folder = self.work / "tokenizer"
+        if not tokenizer_folder.exists():
+            models.build_tokenizer(tokenizer_folder)
+        tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
+        self.ids, self.mask = (t.to(self.device) for t in models.token_table(tokenizer))
+
+    def say(self, line: str) -> None:
+        """Write a line with the time to the log and the terminal."""
+        line = f"[{self.clock.elapsed():6.0f} s] {line}"
+        with self.log.open("a") as file:
+            file.write(line + "\n")
+        sys.stdout.write(line + "\n")
+        sys.stdout.flush()
+
+    def amp(self, enabled: bool = True) -> torch.autocast:
+        """Return bf16 autocast on a GPU, plain float32 on a CPU."""
+        on = enabled and self.device.type == "cuda"
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=on, cache_enabled=False)
+
+    def scenes(self, count: int, seed: int) -> clips.Scenes:
+        """Draw scenes reproducibly on the run's device."""
+        generator = torch.Generator(self.device).manual_seed(SEED + seed)
+        return clips.sample_scenes(count, self.device, generator)
+
+    def weights(self, stage: str) -> dict[str, Any]:
+        """Read a finished stage."""
+        path = self.work / f"{stage}.pt"
+        loaded: dict[str, Any] = torch.load(path, map_location=self.device, weights_only=True)
+        return loaded
+
+    def seconds(self, stage: str) -> float:
+        """Return how long a stage may train: what was asked, or its share of what is left."""
+        if self.args.seconds:
+            return float(self.args.seconds)
+        if self.args.stop_after is None:
+            return float(WEIGHTS[stage])
+        left = [s for s in self.args.stages if not (self.work / f"{s}.pt").exists()]
+        free = self.args.stop_after - self.clock.elapsed() - SETUP * len(left)
+        return max(1.0, free * WEIGHTS[stage] / sum(WEIGHTS[s] for s in left))
+
+    def started(self, stage: str) -> dict[str, Any] | None:
+        """Read WORK/<stage>.start.pt, an earlier run's weights to go on from, if it is there."""
+        return (
+            self.weights(f"{stage}.start") if (self.work / f"{stage}.start.pt").exists() else None
+        )
+
+    def trainer(self, stage: str, modules: list[nn.Module]) -> Trainer:
+        """Return a trainer of a stage, resumed if it was cut off."""
+        trainer = Trainer(
+            stage,
+            modules,
+            PEAK.get(stage, EXPERT_PEAK),
+            self.work,
+            self.clock,
+            self.say,
+            DECAY.get(stage, EXPERT_DECAY),
+        )
+        trainer.resume()
+        return trainer
+
+    def prepared(self, model: Any) -> Any:
+        """Return a transformer ready to train: short text, blocks compiled on a GPU."""
+        model.to(self.device).set_attn_processor(models.PaddingProcessor())
+        if self.device.type == "cuda" and not self.args.no_compile:
+            model.compile_repeated_blocks()
+        return model
+
+    def finish(self, stage: str, trainer: Trainer, **extra: object) -> None:
+        """Write a stage's averaged weights and forget its partial checkpoint."""
+        trainer.swap()
+        names = {"vae": ["vae"], "base": ["transformer", "text_encoder"]}.get(
+            stage, ["transformer"]
+        )
+        state: dict[str, object] = {
+            name: {k: v.detach().cpu() for k, v in module.state_dict().items()}
+            for name, module in zip(names, trainer.modules, strict=True)
+        }
+        torch.save({**state, **extra}, self.work / f"{stage}.tmp")
+        (self.work / f"{stage}.tmp").replace(self.work / f"{stage}.pt")
+        (self.work / f"{stage}.partial").unlink(missing_ok=True)
+        self.say(f"{stage}: finished after {trainer.step} steps")
+
+
+def to_unit(frames: torch.Tensor) -> torch.Tensor:
+    """Map bytes to -1..1."""
+    return frames.float() / 127.5 - 1
+
+
+def render_pool(run: Run, count: int) -> tuple[clips.Scenes, torch.Tensor]:
+    """Render clips as bytes, (count, 3, FRAMES, SIZE, SIZE), 209 kB each."""
+    scenes = run.scenes(count, 1)
+    pool = torch.empty(
+        (count, 3, clips.FRAMES, clips.SIZE, clips.SIZE), dtype=torch.uint8, device=run.device
+    )
+    for first in range(0, count, 256):
+        part = clips.Scenes(*(v[first : first + 256] for v in vars(scenes).values()))
+        pool[first : first + 256] = (clips.render(part) * 255).round().to(torch.uint8)
+    return scenes, pool
+
+
+@torch.no_grad()
+def psnr(run: Run, vae: Any, count: int = 64) -> float:
+    """Return the mean over fresh clips of the round trip's PSNR in dB, in float32."""
+    frames = to_unit((clips.render(run.scenes(count, 2)) * 255).round())
+    total = 0.0
+    for part in frames.split(16):
+        latents = vae.encode(part).latent_dist.mode()
+        error = (vae.decode(latents).sample.clamp(-1, 1) - part).square().flatten(1).mean(1)
+        total += float((10 * torch.log10(4 / error)).sum())
+    return total / count
+
+
+def vae_loss(
+    run: Run, vae: Any, pool: torch.Tensor, frames: int, mode: tuple[str, bool]
+) -> Callable[[], torch.Tensor]:
+    """Return a loss that draws a batch: squared error, a little absolute error, KL divergence."""
+    batch = run.args.vae_batch
+
+    def loss() -> torch.Tensor:
+        rows = torch.randint(len(pool), (batch,), device=run.device)
+        clip = to_unit(pool[rows, :, :frames])
+        if mode[1]:
+            clip = clip.contiguous(memory_format=torch.channels_last_3d)
+        with run.amp(mode[0] == "bf16"):
+            moments = vae._encode(clip).float()
+            mean, log_variance = moments.chunk(2, 1)
+            log_variance = log_variance.clamp(-30, 20)
+            latents = mean + torch.randn_like(mean) * (0.5 * log_variance).exp()
+            error = models.decode_unclamped(vae, latents).float() - clip
+        kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
+        return error.square().mean() + 0.05 * error.abs().mean() + KL_WEIGHT * kl
+
+    return loss
+
+
+def lay_out(vae: nn.Module, channels_last: bool) -> None:
+    """Put the kernels of the 3D convolutions in the memory order asked for."""
+    order = torch.channels_last_3d if channels_last else torch.contiguous_format
+    for parameter in vae.parameters():
+        if parameter.dim() == 5:
+            parameter.data = parameter.data.contiguous(memory_format=order)
+
+
+def fastest_mode(run: Run, vae: nn.Module, pool: torch.Tensor) -> tuple[str, bool]:
+    """Time the ways to run the VAE's convolutions and return the fastest."""
+    if run.device.type != "cuda":
+        return ("fp32", False)
+    times = {}
+    for mode in AUTOCAST_MODES:
+        loss = vae_loss(run, vae, pool, 9, mode)
+        lay_out(vae, mode[1])
+        for index in range(5):
+            if index == 2:
+                torch.cuda.synchronize()
+                began = time.monotonic()
+            loss().backward()  # type: ignore[no-untyped-call]
+        torch.cuda.synchronize()
+        times[mode] = (time.monotonic() - began) / 3
+        vae.zero_grad(set_to_none=True)
+    best = min(times, key=times.__getitem__)
+    shown = ", ".join(f"{k}: {1000 * v:.0f} ms" for k, v in times.items())
+    run.say(
+        f"vae: {shown}; memory {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB; took {best}"
+    )
+    return best
+
+
+def train_vae(run: Run) -> None:
+    """Train the VAE on short clips first, then on whole ones."""
+    _, pool = render_pool(run, run.args.clips)
+    vae: Any = models.build_vae().to(run.device)
+    start = run.started("vae")
+    if start:
+        vae.load_state_dict(start["vae"])
+        run.say(f"vae: goes on from earlier weights, {psnr(run, vae, 32):.2f} dB")
+    mode = fastest_mode(run, vae, pool)
+    lay_out(vae, mode[1])
+    trainer = run.trainer("vae", [vae])
+
+    def report() -> str:
+        trainer.swap()
+        value = psnr(run, vae, 32)
+        trainer.swap()
+        return f"psnr {value:.2f} dB"
+
+    steps, seconds = run.args.steps, run.seconds("vae")
+    for frames, until, share in ((9, 0.6, 0.55), (clips.FRAMES, 1.0, 0.45)):
+        part = None if steps is None else int(steps * share)
+        trainer.run(vae_loss(run, vae, pool, frames, mode), until, part, seconds * share, report)
+    run.finish("vae", trainer)
+    run.say(f"vae: round trip {psnr(run, vae, 64):.2f} dB on 64 fresh clips")
+
+
+class Latents:
+    """A pool of encoded clips: normalised latents, I2V conditions, and the scenes they show."""
+
+    @torch.no_grad()
+    def __init__(self, run: Run, conditions: bool) -> None:
+        vae: Any = models.build_vae().to(run.device)
+        vae.load_state_dict(run.weights("vae")["vae"])
+        scenes, pool = render_pool(run, run.args.clips)
+        self.row = scenes.index()
+        self.clean = self._encode(vae, pool, first_only=False)
+        self.mean = self.clean.mean((0, 2, 3, 4), keepdim=True)
+        self.std = (self.clean - self.mean).square().mean((0, 2, 3, 4), keepdim=True).sqrt()
+        self.clean = (self.clean - self.mean) / self.std
+        if conditions:
+            self.condition = (self._encode(vae, pool, first_only=True) - self.mean) / self.std
+        run.say(f"latents: {len(pool)} clips, std {self.std.min():.3f} to {self.std.max():.3f}")
+
+    @staticmethod
+    def _encode(vae: Any, pool: torch.Tensor, first_only: bool) -> torch.Tensor:
+        parts = []
+        for part in pool.split(256):
+            clip = to_unit(part)
+            if first_only:
+                clip[:, :, 1:] = 0
+            parts.append(vae.encode(clip).latent_dist.mode())
+        return torch.cat(parts)
+
+
+def draw_sigma(run: Run, stage: str, batch: int) -> torch.Tensor:
+    """Draw noise levels: half as the sampler's shifted schedule visits them, half evenly."""
+    low, high, shift = EXPERTS.get(stage, (0.0, 1.0, 5.0))
+
+    def unshifted(sigma: float) -> float:
+        return sigma / (shift - (shift - 1) * sigma)
+
+    draw = torch.rand(batch, device=run.device)
+    u = unshifted(low) + (unshifted(high) - unshifted(low)) * draw
+    even = low + (high - low) * torch.rand(batch, device=run.device)
+    return torch.where(
+        torch.rand(batch, device=run.device) < 0.5, shift * u / (1 + (shift - 1) * u), even
+    )
+
+
+def draw_sentences(run: Run, rows: torch.Tensor, task: str) -> torch.Tensor:
+    """Draw a row of `all_sentences()` for each scene: a template of its own, or a negative."""
+    edges = torch.tensor(TEMPLATE_SHARES[task], device="cpu").cumsum(0).tolist()
+    draw = torch.rand(len(rows), device=run.device)
+    template = sum((draw >= edge).long() for edge in edges)
+    cells, templates = len(clips.grid()), len(clips.TEMPLATES)
+    negative = templates * cells + torch.randint(
+        len(models.NEGATIVE_PROMPTS), (len(rows),), device=run.device
+    )
+    return torch.where(template < templates, template * cells + rows, negative)
+
+
+def flow_loss(
+    run: Run,
+    stage: str,
+    model: nn.Module,
+    latents: Latents,
+    text: Callable[[torch.Tensor], torch.Tensor],
+) -> Callable[[], torch.Tensor]:
+    """Return a flow-matching loss that draws a batch: the model predicts noise minus latents."""
+    batch, task = run.args.batch, "i2v" if stage.startswith("i2v") else "t2v"
+    shown = torch.zeros((batch, 4, *models.LATENT_SHAPE[1:]), device=run.device)
+    shown[:, :, 0] = 1
+
+    def loss() -> torch.Tensor:
+        rows = torch.randint(len(latents.clean), (batch,), device=run.device)
+        clean = latents.clean[rows]
+        noise = torch.randn_like(clean)
+        sigma = draw_sigma(run, stage, batch)
+        level = sigma[:, None, None, None, None]
+        noisy = (1 - level) * clean + level * noise
+        if task == "i2v":
+            noisy = torch.cat([noisy, shown, latents.condition[rows]], 1)
+        with run.amp():
+            embedded = text(draw_sentences(run, latents.row[rows], task))
+            guess = model(noisy, sigma * 1000, embedded, return_dict=False)[0]
+        return (guess.float() - (noise - clean)).square().mean()
+
+    return loss
+
+
+def train_base(run: Run) -> None:
+    """Train a transformer for all noise levels, together with the text encoder."""
+    latents = Latents(run, conditions=False)
+    model = run.prepared(models.build_transformer())
+    encoder = models.build_text_encoder().to(run.device)
+    start = run.started("base")
+    if start:
+        model.load_state_dict(start["transformer"])
+        encoder.load_state_dict(start["text_encoder"])
+        run.say("base: goes on from earlier weights")
+    trainer = run.trainer("base", [model, encoder])
+
+    def text(sentences: torch.Tensor) -> torch.Tensor:
+        return models.embed(encoder, run.ids[sentences], run.mask[sentences])
+
+    loss = flow_loss(run, "base", model, latents, text)
+    trainer.run(loss, 1.0, run.args.steps, run.seconds("base"))
+    statistics = {"mean": latents.mean.flatten().cpu(), "std": latents.std.flatten().cpu()}
+    run.finish("base", trainer, statistics=statistics)
+
+
+def train_expert(run: Run, stage: str, latents: Latents) -> None:
+    """Continue from the base (I2V: from the T2V expert) on one expert's noise levels."""
+    base = run.weights("base")
+    encoder = models.build_text_encoder().to(run.device)
+    encoder.load_state_dict({k: v.half().float() for k, v in base["text_encoder"].items()})
+    with torch.no_grad():
+        table = models.embed(encoder, run.ids, run.mask)
+    task, level = stage.split("_")
+    model = models.build_transformer()
+    model.load_state_dict(
+        base["transformer"] if task == "t2v" else run.weights(f"t2v_{level}")["transformer"]
+    )
+    if task == "i2v":
+        model = models.widened(model)
+    model = run.prepared(model)
+    trainer = run.trainer(stage, [model])
+    loss = flow_loss(run, stage, model, latents, lambda sentences: table[sentences])
+    trainer.run(loss, 1.0, run.args.steps, run.seconds(stage))
+    run.finish(stage, trainer)
+
+
+def main() -> None:
+    """Run the stages asked for that are not finished yet."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--work", required=True, help="folder of checkpoints and log")
+    parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--steps", type=int, help="steps a stage (otherwise by --seconds)")
+    parser.add_argument("--seconds", type=float, help="seconds a stage, instead of the defaults")
+    parser.add_argument(
+        "--stop-after", type=float, help="end the running stage after so many seconds"
+    )
+    parser.add_argument("--clips", type=int, default=32768, help="clips in the pool")
+    parser.add_argument("--batch", type=int, default=256)
+    parser.add_argument("--vae-batch", type=int, default=32)
+    parser.add_argument("--no-compile", action="store_true", help="do not compile the blocks")
+    run = Run(parser.parse_args())
+    run.say(f"torch {torch.__version__} on {run.args.device}, seed {SEED}, {vars(run.args)}")
+    latents: Latents | None = None
+    for stage in run.args.stages:
+        if (run.work / f"{stage}.pt").exists() or run.clock.over():
+            continue
+        if stage == "vae":
+            train_vae(run)
+        elif stage == "base":
+            train_base(run)
+        else:
+            if latents is None:
+                latents = Latents(run, conditions=any(s.startswith("i2v") for s in run.args.stages))
+            train_expert(run, stage, latents)
+        if run.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,44 @@
+// Shows the text a WanFit node reports (ui.text) on the node itself.
+import { app } from "../../scripts/app.js";
+
+const REPORTING = new Set(["WanLoader", "WanEstimateMemory"]);
+const LINE_HEIGHT = 12;
+const MOST_LINES = 16;
+
+function textWidget(node) {
+  const existing = node.widgets?.find((widget) => widget.name === "wanfit_report");
+  if (existing) return existing;
+  const element = document.createElement("textarea");
+  element.readOnly = true;
+  element.className = "comfy-multiline-input";
+  element.style.fontFamily = "monospace";
+  element.style.whiteSpace = "pre";
+  // Not part of the saved workflow: widgets are stored by position.
+  const widget = node.addDOMWidget("wanfit_report", "wanfit_report", element, {
+    serialize: false,
+    getMinHeight: () => 4 * LINE_HEIGHT,
+  });
+  widget.serialize = false;
+  return widget;
+}
+
+function show(node, text) {
+  textWidget(node).element.value = text;
+  const lines = Math.min(text.split("\n").length, MOST_LINES) + 2;
+  const wanted = node.computeSize()[1] + (lines - 4) * LINE_HEIGHT;
+  // Only ever taller: a wider node would cover its neighbours.
+  if (node.size[1] < wanted) node.setSize([node.size[0], wanted]);
+  app.graph.setDirtyCanvas(true, true);
+}
+
+app.registerExtension({
+  name: "wanfit.report",
+  nodeCreated(node) {
+    if (!REPORTING.has(node.comfyClass)) return;
+    const inherited = node.onExecuted;
+    node.onExecuted = function (output) {
+      inherited?.apply(this, arguments);
+      if (output?.text) show(this, [].concat(output.text).join("\n"));
+    };
+  },
+});
