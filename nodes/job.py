@@ -14,8 +14,7 @@ from ..wan_core.journal import RESUME
 from ..wan_core.noise import NOISES
 from ..wan_core.request import MODES
 from ..wan_core.schedule import SCHEDULERS
-from ..wan_core.windows import SCHEDULES
-
+from ..wan_core.windows import SCHEDULES, latent_frames
 
 LONG_CLIP: dict[str, Any] = {
     "schedule": SCHEDULES[0],
@@ -95,7 +94,31 @@ def use_long_clip(config: GenerationConfig, values: Mapping[str, Any], vae: Any)
         from ..wan_core.vae import normalize_latents
 
         stats = {"latents_mean": vae.latents_mean, "latents_std": vae.latents_std}
-        config.continue_from = normalize_latents(latent["samples"].float(), stats)
+        samples = _video_latents("continue_from", latent["samples"], len(vae.latents_mean))
+        config.continue_from = normalize_latents(samples.float(), stats)
+
+
+def window_of(field: str, frames: int) -> int | None:
+    """Return a window of video ``frames`` in latent frames; 0 means none."""
+    if frames == 0:
+        return None
+    if frames < 5:
+        raise InvalidRequest(
+            f"{field} is {frames}; a window has 5 frames or more. Enter 0 for no window.",
+            field=field,
+        )
+    return latent_frames(frames)
+
+
+def _video_latents(field: str, samples: Any, channels: int) -> Any:
+    """Return the (batch, channels, frames, height, width) of a LATENT for this model."""
+    if samples.ndim != 5 or samples.shape[1] != channels:
+        raise InvalidRequest(
+            f"{field} has shape {tuple(samples.shape)}; this model's latents are (batch, "
+            f"{channels}, frames, height, width). Connect the latent of a clip made with it.",
+            field=field,
+        )
+    return samples
 
 
 def _embeds(field: str, conditioning: Any) -> Any:

@@ -9,10 +9,9 @@ from comfy_api.latest import io, ui
 
 from ..wan_core.config import WanModelFiles
 from ..wan_core.errors import InvalidRequest, MissingFile, WanError
-from ..wan_core.windows import latent_frames
 from . import bridge
 from .inputs import Pipeline, pipeline_input
-from .job import require_choice
+from .job import require_choice, window_of
 from .lease import lease_for
 from .pipeline import (
     NOTHING_FOUND,
@@ -60,12 +59,18 @@ class WanLoader(io.ComfyNode):  # type: ignore[misc]
         )
 
     @classmethod
-    def validate_inputs(cls, model: str) -> bool | str:
-        """Say before the run, and by the input's name, that a saved workflow's model is absent."""
-        if model in bridge.model_files()["transformer"]:
-            return True
+    def validate_inputs(cls, model: str | None = None, **parts: str | None) -> bool | str:
+        """Say before the run, and by the input's name, that a saved workflow's file is absent.
+
+        None stands for an input that another node gives; it is not known yet.
+        """
+        files = bridge.model_files()
         try:
-            find_model(model, bridge.model_roots())
+            if model is not None and model not in files["transformer"]:
+                find_model(model, bridge.model_roots())
+            for name, value in parts.items():
+                if value not in (None, _AUTO, _NONE):
+                    _file(name, str(value), files[_PARTS[name][0]])
         except WanError as error:
             return str(error)
         return True
@@ -212,7 +217,7 @@ class WanOptimize(io.ComfyNode):  # type: ignore[misc]
         limits = {
             "vram_limit_gb": vram_limit_gb or None,
             "ram_limit_gb": ram_limit_gb or None,
-            "chunk_size": latent_frames(fallback_window_frames) if fallback_window_frames else None,
+            "chunk_size": window_of("fallback_window_frames", fallback_window_frames),
         }
         optimized = pipeline.optimized(precision=precision, offload=offload, **limits)
         return io.NodeOutput(optimized)

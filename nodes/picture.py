@@ -26,26 +26,37 @@ def estimate_picture(estimate: MemoryEstimate) -> torch.Tensor:
     limit = None if estimate.available_mb is None else estimate.available_mb * 2**20
     peak = max(stage.device_bytes for stage in stages)
     scale = (_WIDTH - _LABEL - 90) / max(peak, min(limit or 0, 4 * peak), 1)
-    verdict = {True: "fits", False: "does not fit", None: ""}[estimate.fits]
-    draw.text((10, 10), f"predicted, in GiB on {estimate.device}  {verdict}", _INK, font)
+    verdict = {True: ": fits", False: ": does not fit", None: ""}[estimate.fits]
+    draw.text((10, 10), f"predicted, in GiB, on {estimate.device}{verdict}", _INK, font)
     for row, stage in enumerate(stages):
         top = _TOP + row * _ROW
-        over = limit is not None and stage.device_bytes > limit
         draw.text((10, top + 6), stage.name, _INK, font)
-        middle = _LABEL + stage.weights_bytes * scale
-        end = _LABEL + stage.device_bytes * scale
-        draw.rectangle((_LABEL, top, middle, top + _ROW - 12), _WEIGHTS)
-        draw.rectangle((middle, top, end, top + _ROW - 12), _TOO_MUCH if over else _ACTIVATIONS)
-        draw.text((end + 6, top + 6), f"{stage.device_bytes / _GIB:.2f}", _INK, font)
+        _bar(draw, top, (0, stage.weights_bytes * scale), _WEIGHTS)
+        _bar(draw, top, (stage.weights_bytes * scale, stage.device_bytes * scale), _ACTIVATIONS)
+        if limit is not None and stage.device_bytes > limit:
+            _bar(draw, top, (limit * scale, stage.device_bytes * scale), _TOO_MUCH)
     _legend(draw, font, image.height - 22)
     if limit is not None and limit * scale <= _WIDTH - _LABEL:
-        x = _LABEL + limit * scale
+        x, text = _LABEL + limit * scale, f"{limit / _GIB:.1f} usable"
         draw.line((x, _TOP - 6, x, image.height - 30), _LINE, width=2)
-        draw.text((min(x - 60, _WIDTH - 150), _TOP - 20), f"{limit / _GIB:.1f} usable", _LINE, font)
+        width = draw.textlength(text, font)
+        draw.text((min(x - width / 2, _WIDTH - width - 6), _TOP - 20), text, _LINE, font)
+    for row, stage in enumerate(stages):  # last, and on paper, so that the line crosses no number
+        place = (_LABEL + stage.device_bytes * scale + 6, _TOP + row * _ROW + 6)
+        text = f"{stage.device_bytes / _GIB:.2f}"
+        left, top, right, bottom = draw.textbbox(place, text, font)
+        draw.rectangle((left - 2, top - 2, right + 2, bottom + 2), _PAPER)
+        draw.text(place, text, _INK, font)
     return torch.from_numpy(np.asarray(image).astype("float32") / 255.0).unsqueeze(0)
 
 
+def _bar(draw: Any, top: int, span: tuple[float, float], colour: tuple[int, int, int]) -> None:
+    draw.rectangle((_LABEL + span[0], top, _LABEL + span[1], top + _ROW - 12), colour)
+
+
 def _legend(draw: Any, font: Any, top: int) -> None:
-    for left, colour, text in ((_LABEL, _WEIGHTS, "weights"), (_LABEL + 90, _ACTIVATIONS, "work")):
+    entries = ((0, _WEIGHTS, "weights"), (90, _ACTIVATIONS, "work"), (160, _TOO_MUCH, "too much"))
+    for offset, colour, text in entries:
+        left = _LABEL + offset
         draw.rectangle((left, top, left + 12, top + 12), colour)
         draw.text((left + 18, top), text, _INK, font)

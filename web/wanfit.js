@@ -16,7 +16,8 @@ function textWidget(node) {
   // Not part of the saved workflow: widgets are stored by position.
   const widget = node.addDOMWidget("wanfit_report", "wanfit_report", element, {
     serialize: false,
-    getMinHeight: () => 4 * LINE_HEIGHT,
+    getMinHeight: () =>
+      (Math.min(element.value.split("\n").length, MOST_LINES) + 2) * LINE_HEIGHT,
   });
   widget.serialize = false;
   return widget;
@@ -24,8 +25,7 @@ function textWidget(node) {
 
 function show(node, text) {
   textWidget(node).element.value = text;
-  const lines = Math.min(text.split("\n").length, MOST_LINES) + 2;
-  const wanted = node.computeSize()[1] + (lines - 4) * LINE_HEIGHT;
+  const wanted = node.computeSize()[1];
   // Only ever taller: a wider node would cover its neighbours.
   if (node.size[1] < wanted) node.setSize([node.size[0], wanted]);
   app.graph.setDirtyCanvas(true, true);
