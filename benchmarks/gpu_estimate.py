@@ -24,13 +24,13 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from wan_core.activations import text_encoder_peak, transformer_peak  # noqa: E402
-from wan_core.lean_activations import lean_peak  # noqa: E402
-from wan_core.lean_forward import lean_forward  # noqa: E402
-from wan_core.precision import cast_module  # noqa: E402
-from wan_core.vae import StreamingDecoder, encode_latents, to_frames  # noqa: E402
-from wan_core.vae_activations import decode_peak, encode_peak  # noqa: E402
-from wan_core.variants import VAE_21, VAE_22, VARIANTS  # noqa: E402
+from wan_core.activations import text_encoder_peak, transformer_peak
+from wan_core.lean_activations import lean_peak
+from wan_core.lean_forward import lean_forward
+from wan_core.precision import cast_module
+from wan_core.vae import StreamingDecoder, encode_latents, to_frames
+from wan_core.vae_activations import decode_peak, encode_peak
+from wan_core.variants import VAE_21, VAE_22, VARIANTS
 
 DEVICE = "cuda:0"
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -234,7 +234,7 @@ def main() -> int:
         row["error"] = row["predicted"] / row["allocated"] - 1
         row["fragmentation"] = row["reserved"] / row["allocated"] - 1
         rows.append(row)
-        print(  # noqa: T201
+        print(
             f"{case:<52} predicted {row['predicted']:8.0f} allocated {row['allocated']:8.0f} "
             f"({row['error']:+6.1%}) reserved {row['reserved']:8.0f} "
             f"({row['fragmentation']:+5.1%}) room {row.get('room', 0):.0%} {row['seconds']:.3f} s",
@@ -248,12 +248,12 @@ def main() -> int:
         "cudnn": torch.backends.cudnn.version(),
         "bytes": found.total_memory,
     }
-    print(machine)  # noqa: T201
+    print(machine)
     for cases in (transformer_cases, vae_cases, text_cases):
         try:
             cases(report)
         except torch.OutOfMemoryError as error:
-            print(f"{cases.__name__}: {error}")  # noqa: T201
+            print(f"{cases.__name__}: {error}")
     if arguments.output:
         arguments.output.write_text(json.dumps({"machine": machine, "cases": rows}, indent=1))
     return 0

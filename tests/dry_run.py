@@ -51,9 +51,7 @@ class LiveBytes(TorchDispatchMode):
         if self.live > self.peak:
             self.peak, self.where = self.live, name
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(out):
             if isinstance(leaf, torch.Tensor):
@@ -89,9 +87,7 @@ def _fake_weights(module: torch.nn.Module, dtype: torch.dtype, fp32: tuple[str, 
             owner._parameters[name] = torch.nn.Parameter(fake, requires_grad=False)
         for name, buffer in list(owner._buffers.items()):
             if buffer is not None:
-                owner._buffers[name] = torch.empty(
-                    buffer.shape, dtype=buffer.dtype, device="cpu"
-                )
+                owner._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype, device="cpu")
 
 
 class DryModel:

@@ -75,8 +75,10 @@ def graph(sampler: str = "WanGenerate", model: str = "tiny-t2v", **inputs: Any) 
         "5": {
             "class_type": "SaveVideo",
             "inputs": {
-                "video": ["3", outputs[1]], "filename_prefix": f"test/{name}",
-                "format": "auto", "codec": "auto",
+                "video": ["3", outputs[1]],
+                "filename_prefix": f"test/{name}",
+                "format": "auto",
+                "codec": "auto",
             },  # fmt: skip
         },
     }
@@ -399,8 +401,12 @@ def test_estimate_is_shown_and_passed_on(server: ComfyServer) -> None:
         "2": {
             "class_type": "WanEstimateMemory",
             "inputs": {
-                "pipeline": ["1", 0], "width": 832, "height": 480, "num_frames": 81,
-                "window_frames": 0, "window_overlap": 16,
+                "pipeline": ["1", 0],
+                "width": 832,
+                "height": 480,
+                "num_frames": 81,
+                "window_frames": 0,
+                "window_overlap": 16,
             },  # fmt: skip
         },
         "3": {"class_type": "WanFitProbeText", "inputs": {"value": ["2", 2]}},

@@ -126,9 +126,7 @@ def test_umt5_embedding_under_its_second_name_only(
     tensors = load_file(folder / "model.safetensors")
     tensors["encoder.embed_tokens.weight"] = tensors.pop("shared.weight")
     save_file(tensors, folder / "model.safetensors")
-    assert_same(
-        load_component(folder), load_component(folders["wan2.1-t2v"] / "text_encoder")
-    )
+    assert_same(load_component(folder), load_component(folders["wan2.1-t2v"] / "text_encoder"))
 
 
 def test_nothing_is_left_without_memory_or_with_gradient(folders: dict[str, Path]) -> None:

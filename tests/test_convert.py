@@ -271,9 +271,7 @@ def test_umt5_layouts(tmp_path: Path, layout: str) -> None:
     assert_equal(ours, state)
     ids = torch.tensor([[4, 8, 15, 16, 23, 42, 1, 0]])
     mask = (ids != 0).long()
-    assert torch.equal(
-        ours(ids, mask).last_hidden_state, model(ids, mask).last_hidden_state
-    )
+    assert torch.equal(ours(ids, mask).last_hidden_state, model(ids, mask).last_hidden_state)
 
 
 @pytest.mark.parametrize("layout", ["original", "hf", "projection"])

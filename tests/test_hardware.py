@@ -131,9 +131,7 @@ class FakeCuda:
     ("capability", "bf16", "fp8"),
     [((7, 5), False, False), ((8, 6), True, False), ((8, 9), True, True)],
 )
-def test_what_a_card_computes_natively(
-    capability: tuple[int, int], bf16: bool, fp8: bool
-) -> None:
+def test_what_a_card_computes_natively(capability: tuple[int, int], bf16: bool, fp8: bool) -> None:
     found = hardware._cuda("cuda:0", FakeCuda(capability), 0, 0)
     assert (found["supports_bf16"], found["supports_fp8"]) == (bf16, fp8)
     # What the allocator holds and nobody uses is as good as free.

@@ -131,9 +131,7 @@ def test_vae_agrees_with_what_an_h100_allocated(run: dict[str, Any]) -> None:
             latent_width=width // scale, size=nbytes,
         )  # fmt: skip
     else:
-        ours = encode_peak(
-            shape, batch=1, num_frames=9, height=height, width=width, size=nbytes
-        )
+        ours = encode_peak(shape, batch=1, num_frames=9, height=height, width=width, size=nbytes)
     assert ours / MIB == pytest.approx(run["allocated"], rel=0.003)
 
 

@@ -26,8 +26,15 @@ def transformer(dtype: torch.dtype = torch.float32, **config: Any) -> Any:
 
     torch.manual_seed(3)
     known: dict[str, Any] = {
-        "num_attention_heads": 2, "attention_head_dim": 12, "in_channels": 16, "out_channels": 16,
-        "text_dim": 32, "freq_dim": 256, "ffn_dim": 32, "num_layers": 3, "rope_max_seq_len": 32,
+        "num_attention_heads": 2,
+        "attention_head_dim": 12,
+        "in_channels": 16,
+        "out_channels": 16,
+        "text_dim": 32,
+        "freq_dim": 256,
+        "ffn_dim": 32,
+        "num_layers": 3,
+        "rope_max_seq_len": 32,
     }
     model = WanTransformer3DModel(**{**known, **config}).eval().requires_grad_(False)
     return model.to(dtype) if dtype != torch.float32 else model
@@ -38,7 +45,12 @@ def text_encoder() -> Any:
 
     torch.manual_seed(4)
     config = UMT5Config(
-        d_model=32, d_ff=64, num_layers=2, num_heads=4, d_kv=8, vocab_size=64,
+        d_model=32,
+        d_ff=64,
+        num_layers=2,
+        num_heads=4,
+        d_kv=8,
+        vocab_size=64,
         feed_forward_proj="gated-gelu",
     )
     return UMT5EncoderModel(config).eval().requires_grad_(False)
@@ -49,7 +61,10 @@ def vae() -> Any:
 
     torch.manual_seed(5)
     model = AutoencoderKLWan(
-        base_dim=3, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1,
+        base_dim=3,
+        z_dim=16,
+        dim_mult=[1, 1, 1, 1],
+        num_res_blocks=1,
         temperal_downsample=[False, True, True],
     )
     return model.eval().requires_grad_(False)
@@ -125,9 +140,7 @@ def test_sequential_really_takes_the_weights_off() -> None:
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, Interrupted])
-def test_nothing_left_after_an_error_inside_a_block(
-    mode: str, error: type[BaseException]
-) -> None:
+def test_nothing_left_after_an_error_inside_a_block(mode: str, error: type[BaseException]) -> None:
     module = transformer()
     with torch.no_grad():
         expected = run_transformer(module)
@@ -230,8 +243,9 @@ def test_none_mode_stays(elsewhere: list[int]) -> None:
 
 
 def test_unknown_mode_is_named() -> None:
-    with pytest.raises(InvalidRequest, match="'disk'.*none, model, sequential"), place(
-        Fake(), "disk", "cpu"
+    with (
+        pytest.raises(InvalidRequest, match="'disk'.*none, model, sequential"),
+        place(Fake(), "disk", "cpu"),
     ):
         pass
 

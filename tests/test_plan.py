@@ -103,9 +103,7 @@ def test_known_cases_with_placements_alone(
 
 
 @pytest.mark.parametrize(("name", "job", "gib", "placed", "vae"), STREAMED)
-def test_known_cases_with_streaming(
-    name: str, job: Job, gib: float, placed: str, vae: str
-) -> None:
+def test_known_cases_with_streaming(name: str, job: Job, gib: float, placed: str, vae: str) -> None:
     plan = recommend(name, replace(job, image=name == I2V), gpu(gib), ("lean", "stream"))
     assert (placement(plan), plan.dtypes["vae"]) == (placed, vae)
     assert plan.estimate.fits

@@ -449,7 +449,7 @@ def test_p13_and_p14_decoded_video_shows_no_seam_and_no_drift() -> None:
         noise = torch.randn(clip.shape)
         return denoised(model, noise, told(clip), windows, scheduler=steps, signals=model.signals)
 
-    clips = torch.cat([made(moving, 0.05), made(still, 0.0), made(still, 1.0)])
+    clips = torch.cat([made(moving, 0.05), made(still, 0.0), made(still, 80.0)])
     video = decode_to_tensor(vae, denormalize_latents(clips, vae.config))
     # Frames of one latent differ among each other in their own way: compare like with like.
     change = video[0, 5::4].diff(dim=0).abs().mean((1, 2, 3))
@@ -459,9 +459,9 @@ def test_p13_and_p14_decoded_video_shows_no_seam_and_no_drift() -> None:
     assert len(off) > 2 * len(ramp)
     assert 0.9 < float(change[sorted(ramp)].median() / change[off].median()) < 1.1
 
-    colours = [[lab(p.mean((0, 1, 2))) for p in (v[9:29], v[-20:])] for v in video[1:]]
+    colours = [[lab(p.mean((0, 1, 2))) for p in (v[21:33], v[-12:])] for v in video[1:]]
     steady, leaning = (float((first - last).norm()) for first, last in colours)
-    assert steady < 1.0 and steady < 0.01 * leaning
+    assert steady < 0.2 < 1.0 < leaning
 
 
 def lab(colour: Tensor) -> Tensor:

@@ -122,9 +122,7 @@ class Watch:
 @given(st.data())
 def test_any_order_of_turns_finds_its_block(data: st.DataObject) -> None:
     blocks = data.draw(st.integers(1, 12))
-    watch = Watch(
-        Schedule(blocks, data.draw(st.integers(0, blocks)), data.draw(st.integers(1, 4)))
-    )
+    watch = Watch(Schedule(blocks, data.draw(st.integers(0, blocks)), data.draw(st.integers(1, 4))))
     for block in data.draw(st.lists(st.integers(0, blocks - 1), max_size=60)):
         watch.turn(block)
         assert len(watch.holds) <= watch.schedule.buffers
@@ -447,7 +445,8 @@ def test_pinning_ahead_stops_and_says_what_went_wrong(
     assert not [thread for thread in threading.enumerate() if "wanfit" in thread.name]
     with stream_blocks(model, "cpu"), pin_ahead(model, pin_bytes=1 << 40):
         pass  # in use already: neither an error nor a deadlock
-    with pytest.raises(InvalidRequest, match="resident_blocks is 9"), pin_ahead(
-        model, resident_blocks=9
+    with (
+        pytest.raises(InvalidRequest, match="resident_blocks is 9"),
+        pin_ahead(model, resident_blocks=9),
     ):
         pass

@@ -59,9 +59,7 @@ def hugging_face(data: bytes) -> Any:
     """transformers' own T5 tokenizer of the same SentencePiece model."""
     model = parse_sentencepiece(data, "test")
     processor = sentencepiece.SentencePieceProcessor(model_proto=data)
-    pieces = [
-        (processor.id_to_piece(i), processor.get_score(i)) for i in range(len(processor))
-    ]
+    pieces = [(processor.id_to_piece(i), processor.get_score(i)) for i in range(len(processor))]
     assert list(model.pieces) == pieces  # our reader against sentencepiece's
     assert model.unknown == processor.unk_id() and model.charsmap
     extra = [(f"<extra_id_{i}>", 0.0) for i in range(299, -1, -1)]

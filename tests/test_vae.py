@@ -39,11 +39,20 @@ def make_vae(version: str, dtype: torch.dtype = torch.float32) -> Any:
             )
         else:
             vae = AutoencoderKLWan(
-                base_dim=3, decoder_base_dim=4, z_dim=48, dim_mult=[1, 2, 2, 2],
-                num_res_blocks=1, in_channels=12, out_channels=12, is_residual=True,
-                patch_size=2, latents_mean=[0.1 * i for i in range(48)],
-                latents_std=[1.0 + 0.05 * i for i in range(48)], scale_factor_spatial=16,
-                scale_factor_temporal=4, **shared,
+                base_dim=3,
+                decoder_base_dim=4,
+                z_dim=48,
+                dim_mult=[1, 2, 2, 2],
+                num_res_blocks=1,
+                in_channels=12,
+                out_channels=12,
+                is_residual=True,
+                patch_size=2,
+                latents_mean=[0.1 * i for i in range(48)],
+                latents_std=[1.0 + 0.05 * i for i in range(48)],
+                scale_factor_spatial=16,
+                scale_factor_temporal=4,
+                **shared,
             )
     for parameter in vae.parameters():
         parameter.data = parameter.data.to(dtype)
@@ -278,9 +287,7 @@ def test_a_failed_decode_goes_on_with_the_right_bits(
 
 
 @pytest.mark.parametrize("keep_previous", [False, True])
-def test_a_retry_repeats_no_more_than_it_says(
-    keep_previous: bool, failing_conv: Any
-) -> None:
+def test_a_retry_repeats_no_more_than_it_says(keep_previous: bool, failing_conv: Any) -> None:
     vae = make_vae("2.1")
     decoder = StreamingDecoder(vae, make_latents(vae, 6), keep_previous=keep_previous)
     failing_conv(vae.decoder, -1, 4)
@@ -487,9 +494,7 @@ def test_conditioning_video_is_that_of_the_pipeline(
     video = torch.cat(parts, dim=2)
     given = list(conditioning_chunks(image, frames, last_image if last else None))
     assert torch.equal(torch.cat(given, dim=2), video)
-    assert torch.equal(
-        encode_latents(vae, given), vae.encode(video.to(dtype)).latent_dist.mode()
-    )
+    assert torch.equal(encode_latents(vae, given), vae.encode(video.to(dtype)).latent_dist.mode())
 
 
 def test_a_single_frame_is_the_image(vae: Any) -> None:
@@ -519,9 +524,7 @@ def test_chunks_of_a_wrong_length_are_refused(lengths: list[int]) -> None:
         encode_latents(make_vae("2.1"), video)
 
 
-def test_a_failed_encode_leaves_nothing_and_can_be_repeated(
-    vae: Any, failing_conv: Any
-) -> None:
+def test_a_failed_encode_leaves_nothing_and_can_be_repeated(vae: Any, failing_conv: Any) -> None:
     image = torch.rand(1, 3, 32, 32)
     wanted = encode_latents(vae, conditioning_chunks(image, 9))
     before = state(vae)
@@ -540,9 +543,7 @@ def test_a_failed_encode_leaves_nothing_and_can_be_repeated(
 
 @VERSIONS
 @DTYPES
-def test_statistics_are_the_operations_of_the_pipelines(
-    version: str, dtype: torch.dtype
-) -> None:
+def test_statistics_are_the_operations_of_the_pipelines(version: str, dtype: torch.dtype) -> None:
     vae = make_vae(version)
     latents = make_latents(vae, 3, batch=2).to(dtype)
     shape = (1, vae.config.z_dim, 1, 1, 1)

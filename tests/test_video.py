@@ -194,7 +194,10 @@ def test_running_out_of_room_names_what_is_needed_and_leaves_nothing(tmp_path: P
     pytest.importorskip("resource", reason="Windows has no limit on the size of a file")
     done = subprocess.run(
         [sys.executable, "-c", FILL, str(tmp_path / "out.mp4")],
-        capture_output=True, text=True, timeout=120, check=False,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
     )
     assert done.returncode == 7, done.stderr
     assert "no room" in done.stdout and "bytes are needed" in done.stdout
@@ -228,9 +231,17 @@ def test_a_full_disk_names_both_numbers(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("pix_fmt", "rgb24"), ("width", 47), ("height", 31), ("width", 0), ("fps", 0), ("fps", -1),
-     ("fps", float("nan")), ("audio", (torch.zeros(3, 5), 16000)),
-     ("audio", (torch.zeros(5), 16000))],
+    [
+        ("pix_fmt", "rgb24"),
+        ("width", 47),
+        ("height", 31),
+        ("width", 0),
+        ("fps", 0),
+        ("fps", -1),
+        ("fps", float("nan")),
+        ("audio", (torch.zeros(3, 5), 16000)),
+        ("audio", (torch.zeros(5), 16000)),
+    ],
 )
 def test_a_value_that_cannot_be_is_named(tmp_path: Path, field: str, value: object) -> None:
     with pytest.raises(InvalidRequest, match=f"^{field} ") as raised:

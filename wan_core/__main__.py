@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {err}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("interrupted; nothing half written is left, generate goes on if run again", file=sys.stderr)
+        print("interrupted; nothing half written is left, generate goes on", file=sys.stderr)
         return 130
     print(json.dumps(values, indent=2, ensure_ascii=False, default=str) if arguments.json else text)
     return 0

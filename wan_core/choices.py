@@ -59,7 +59,6 @@ class Choices:
     fp8_storage: bool = False
     """Blocks' matrices are stored in fp8 and cast when they are used."""
 
-
     def offload_of(self, part: str) -> str:
         """Return how one part is placed."""
         return self.part_offload.get(part, self.offload)

@@ -87,9 +87,7 @@ def ladder(
     main, _ = main_dtype(architecture, job, system, wishes, limits)
     for tier, start in enumerate(_tiers(architecture, job, wishes, main, abilities)):
         ways = []
-        for choices in _placements(
-            architecture, job, system, wishes, limits, start, abilities
-        ):
+        for choices in _placements(architecture, job, system, wishes, limits, start, abilities):
             found = estimate(architecture, job, choices, system, available=limits.device)
             took = timing(architecture, job, choices, system)
             peak = max((reserved_bytes(s, choices, system), s.name) for s in found.stages)

@@ -245,14 +245,17 @@ class _Ledger:
         )
 
     def _decode(self) -> int:
-        return decode_peak(
-            self.vae,
-            batch=self.job.batch_size,
-            latent_frames=self.frames,
-            latent_height=self.height,
-            latent_width=self.width,
-            size=BYTES[self._dtype("vae")],
-        ) + 2 * self.latent_bytes
+        return (
+            decode_peak(
+                self.vae,
+                batch=self.job.batch_size,
+                latent_frames=self.frames,
+                latent_height=self.height,
+                latent_width=self.width,
+                size=BYTES[self._dtype("vae")],
+            )
+            + 2 * self.latent_bytes
+        )
 
     def _denoise(self, part: str) -> int:
         job, shape = self.job, self.arch.transformer

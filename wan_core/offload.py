@@ -228,9 +228,7 @@ def device_of(module: nn.Module) -> torch.device:
 
 def remember(undo: Undo, module: nn.Module) -> None:
     """Push a step that gives the module back its very parameters, tensors and buffers."""
-    slots = [
-        (owner, dict(owner._parameters), dict(owner._buffers)) for owner in module.modules()
-    ]
+    slots = [(owner, dict(owner._parameters), dict(owner._buffers)) for owner in module.modules()]
     tensors = [(parameter, parameter.data) for parameter in module.parameters()]
 
     def restore() -> None:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = ["OptimizationConfig", "OptimizationManager", "OptimizationPlan"]
 
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OptimizationPlan:
     """How a job is run. ``estimate`` is what it is expected to need when run like this."""
@@ -344,9 +345,7 @@ def longest(job: Job, fits: Callable[[Job], bool]) -> int | None:
     return 4 * low + 1
 
 
-def largest_size(
-    job: Job, multiple: int, fits: Callable[[Job], bool]
-) -> tuple[int, int] | None:
+def largest_size(job: Job, multiple: int, fits: Callable[[Job], bool]) -> tuple[int, int] | None:
     """Return the largest (width, height) below the job's, in its proportions, that fits."""
     sizes = [
         (width, max(multiple, round(width * job.height / job.width / multiple) * multiple))

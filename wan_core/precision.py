@@ -111,9 +111,7 @@ def keep_in_fp32(module: nn.Module, dtype: torch.dtype) -> tuple[str, ...]:
     kept = set(getattr(module, "_keep_in_fp32_modules_strict", None) or ())
     plain = getattr(module, "_keep_in_fp32_modules", None) or ()
     plain = {plain} if isinstance(plain, str) else set(plain)
-    from_diffusers = any(
-        base.__module__.startswith("diffusers.") for base in type(module).__mro__
-    )
+    from_diffusers = any(base.__module__.startswith("diffusers.") for base in type(module).__mro__)
     if from_diffusers or dtype == torch.float16:
         kept |= plain
     return tuple(sorted(kept))

@@ -6,6 +6,7 @@ are those that loading the layer dequantised would have given.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -77,7 +78,8 @@ def gguf_linear(layer: nn.Linear, dtype: torch.dtype) -> nn.Module:
 
 def gguf_parameter(blocks: torch.Tensor, kind: Any) -> nn.Parameter:
     """Wrap raw blocks, uint8 (rows, bytes of a row), as diffusers' GGUF parameter."""
-    from diffusers.quantizers.gguf.utils import GGUFParameter
+    from diffusers.quantizers.gguf import utils
 
-    parameter: nn.Parameter = GGUFParameter(blocks, requires_grad=False, quant_type=kind)
+    make: Callable[..., nn.Parameter] = utils.GGUFParameter
+    parameter = make(blocks, requires_grad=False, quant_type=kind)
     return parameter

@@ -85,9 +85,7 @@ def _placement(
     return f"{text}; {usable} can be used and {needs}"
 
 
-def _streaming(
-    architecture: ModelArchitecture, system: SystemResources, choices: Choices
-) -> str:
+def _streaming(architecture: ModelArchitecture, system: SystemResources, choices: Choices) -> str:
     shape = architecture.transformer
     dtype = choices.dtypes["transformer"]
     block = block_bytes(shape, dtype, fp8=choices.fp8_storage)

@@ -132,9 +132,7 @@ class Stages:
             stack.enter_context(self._placed(component, module))
             if component.startswith("transformer"):
                 if self.plan.lean:
-                    why_not = stack.enter_context(
-                        lean_forward(module, exact=not self.plan.by_rows)
-                    )
+                    why_not = stack.enter_context(lean_forward(module, exact=not self.plan.by_rows))
                     self._say_once(why_not and f"More memory than predicted: {why_not}")
                 stack.enter_context(block_hooks(module, self.tick))
             loras = self.architecture.loras_of(component)

@@ -149,8 +149,7 @@ def _attach(
     nbytes = max((blocks[i].nbytes for i in schedule.streamed), default=0)
     with torch.inference_mode(False):
         memory = [
-            torch.empty(nbytes, dtype=torch.uint8, device=device)
-            for _ in range(schedule.buffers)
+            torch.empty(nbytes, dtype=torch.uint8, device=device) for _ in range(schedule.buffers)
         ]
     transport: Transport = DirectTransport(blocks, memory)
     if device.type == "cuda":
@@ -271,7 +270,5 @@ def _to_host(embedding: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ..
     return tuple(arg.cpu() for arg in args)
 
 
-def _to_device(
-    device: torch.device, embedding: nn.Module, args: object, found: Tensor
-) -> Tensor:
+def _to_device(device: torch.device, embedding: nn.Module, args: object, found: Tensor) -> Tensor:
     return found.to(device)

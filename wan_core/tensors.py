@@ -191,7 +191,8 @@ class TensorReader:
 
     def _fill(self, info: TensorInfo, offset: int, out: torch.Tensor) -> None:
         """Fill ``out`` (uint8, contiguous, CPU) from the file, or raise CorruptFile."""
-        view = memoryview(out.numpy())
+        buffer: Any = out.numpy()  # numpy's stubs do not say that an array is a buffer
+        view = memoryview(buffer)
         done = 0
         try:
             file = self._open(info.file)

@@ -144,9 +144,7 @@ def blocks_that_hide_the_bus(
     return max(0, ceil(layers * (1 - passes * compute / (2 * busy))))
 
 
-def _moves(
-    architecture: ModelArchitecture, choices: Choices, system: SystemResources
-) -> float:
+def _moves(architecture: ModelArchitecture, choices: Choices, system: SystemResources) -> float:
     """Seconds spent on bringing whole parts to the device once a job."""
     total = 0.0
     for part in parts_of(architecture):

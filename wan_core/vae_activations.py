@@ -17,7 +17,7 @@ _REPEAT = "Rep"  # diffusers' mark of an upsampler that has seen the first frame
 _CHUNKS = 3
 
 
-class _Map(Blob):
+class Map(Blob):
     """A feature map (batch, channels, frames, height, width)."""
 
     __slots__ = ("b", "c", "h", "t", "w")
@@ -29,9 +29,9 @@ class _Map(Blob):
     def like(
         self, *, c: int | None = None, t: int | None = None, h: int | None = None,
         w: int | None = None, size: int | None = None,
-    ) -> _Map:  # fmt: skip
+    ) -> Map:  # fmt: skip
         """Return a new map, of this one's shape and size where not said otherwise."""
-        return _Map(
+        return Map(
             self.tape, self.b, c or self.c, t or self.t, h or self.h, w or self.w,
             size or self.size,
         )  # fmt: skip
@@ -43,23 +43,23 @@ class _Cache:
     __slots__ = ("index", "slots")
 
     def __init__(self) -> None:
-        self.slots: list[_Map | str | None] = []
+        self.slots: list[Map | str | None] = []
         self.index = 0
 
-    def get(self) -> _Map | str | None:
+    def get(self) -> Map | str | None:
         if self.index == len(self.slots):
             self.slots.append(None)
         return self.slots[self.index]
 
-    def put(self, value: _Map | str) -> None:
+    def put(self, value: Map | str) -> None:
         self.slots[self.index] = value
         self.index += 1
 
 
 def _conv(
-    x: _Map, channels: int, cache: _Map | None = None, *, kernel: int = 3, spatial: int = 3,
+    x: Map, channels: int, cache: Map | None = None, *, kernel: int = 3, spatial: int = 3,
     pad: int = 2, stride: int = 1,
-) -> _Map:  # fmt: skip
+) -> Map:  # fmt: skip
     """``WanCausalConv3d``: join the cached frames, copy everything padded, convolve."""
     y = x
     if cache is not None and pad > 0:
@@ -73,24 +73,24 @@ def _conv(
     return out
 
 
-def _cached_conv(x: _Map, channels: int, cache: _Cache) -> _Map:
+def _cached_conv(x: Map, channels: int, cache: _Cache) -> Map:
     previous = cache.get()
     kept = x.like(t=min(2, x.t))
-    if kept.t < 2 and isinstance(previous, _Map):
+    if kept.t < 2 and isinstance(previous, Map):
         kept = kept.like(t=2)
-    out = _conv(x, channels, previous if isinstance(previous, _Map) else None)
+    out = _conv(x, channels, previous if isinstance(previous, Map) else None)
     cache.put(kept)
     return out
 
 
-def _normalize(x: _Map) -> _Map:
+def _normalize(x: Map) -> Map:
     wide = x if x.size == FP32 else x.like(size=FP32)
     length = wide.like(c=1)
     length = length.like()
     return wide.like()
 
 
-def _rms_norm(x: _Map) -> _Map:
+def _rms_norm(x: Map) -> Map:
     normalized = _normalize(x)
     if x.size != FP32:
         normalized = normalized.like(size=x.size)
@@ -100,7 +100,7 @@ def _rms_norm(x: _Map) -> _Map:
     return y
 
 
-def _residual_block(x: _Map, channels: int, cache: _Cache) -> _Map:
+def _residual_block(x: Map, channels: int, cache: _Cache) -> Map:
     shortcut = x if x.c == channels else _conv(x, channels, kernel=1, spatial=1, pad=0)
     y = _rms_norm(x)
     y = y.like()
@@ -111,7 +111,7 @@ def _residual_block(x: _Map, channels: int, cache: _Cache) -> _Map:
     return y.like() if shortcut is not None else y
 
 
-def _attention_block(x: _Map) -> _Map:
+def attention_block(x: Map) -> Map:
     frames = x.like() if x.b > 1 and x.t > 1 else x
     frames = _rms_norm(frames)
     qkv = frames.like(c=3 * x.c)
@@ -126,13 +126,13 @@ def _attention_block(x: _Map) -> _Map:
     return y.like()
 
 
-def _mid_block(x: _Map, cache: _Cache) -> _Map:
+def _mid_block(x: Map, cache: _Cache) -> Map:
     x = _residual_block(x, x.c, cache)
-    x = _attention_block(x)
+    x = attention_block(x)
     return _residual_block(x, x.c, cache)
 
 
-def _time_up(x: _Map, cache: _Cache) -> _Map:
+def _time_up(x: Map, cache: _Cache) -> Map:
     """The temporal half of "upsample3d": twice the frames, but for the clip's first one."""
     previous = cache.get()
     if previous is None:
@@ -143,13 +143,13 @@ def _time_up(x: _Map, cache: _Cache) -> _Map:
         zeros = kept.like() if previous == _REPEAT else None
         kept = kept.like(t=2)
         del zeros
-    known = previous if isinstance(previous, _Map) else None
+    known = previous if isinstance(previous, Map) else None
     y = _conv(x, 2 * x.c, known, spatial=1)
     cache.put(kept)
     return y.like(c=x.c, t=2 * x.t)
 
 
-def _upsample(x: _Map, channels: int, cache: _Cache, *, time: bool) -> _Map:
+def _upsample(x: Map, channels: int, cache: _Cache, *, time: bool) -> Map:
     y = _time_up(x, cache) if time else x
     if y.b > 1 and y.t > 1:
         y = y.like()
@@ -161,7 +161,7 @@ def _upsample(x: _Map, channels: int, cache: _Cache, *, time: bool) -> _Map:
     return large.like(c=channels)
 
 
-def _downsample(x: _Map, cache: _Cache, *, time: bool) -> _Map:
+def _downsample(x: Map, cache: _Cache, *, time: bool) -> Map:
     frames = x.like() if x.b > 1 and x.t > 1 else x
     padded = frames.like(h=x.h + 1, w=x.w + 1)
     y = padded.like(h=x.h // 2, w=x.w // 2)
@@ -179,7 +179,7 @@ def _downsample(x: _Map, cache: _Cache, *, time: bool) -> _Map:
     return y
 
 
-def _duplicated(x: _Map, channels: int, time: int, *, first: bool) -> _Map:
+def _duplicated(x: Map, channels: int, time: int, *, first: bool) -> Map:
     """``DupUp3D``: each number repeated, then laid out as a larger map."""
     y = x.like(c=channels * time * 4)
     y = y.like(c=channels, t=time * x.t, h=2 * x.h, w=2 * x.w)
@@ -187,14 +187,14 @@ def _duplicated(x: _Map, channels: int, time: int, *, first: bool) -> _Map:
     return y
 
 
-def _averaged(x: _Map, channels: int, time: int, space: int) -> _Map:
+def _averaged(x: Map, channels: int, time: int, space: int) -> Map:
     """``AvgDown3D``: a padded copy, a contiguous copy, and the mean."""
     y = x.like(t=-(-x.t // time) * time)
     y = y.like()
     return y.like(c=channels, t=y.t // time, h=y.h // space, w=y.w // space)
 
 
-def _decode_chunk(x: _Map, shape: VaeShape, cache: _Cache, *, first: bool) -> _Map:
+def _decode_chunk(x: Map, shape: VaeShape, cache: _Cache, *, first: bool) -> Map:
     widths = [shape.decoder_base_dim * m for m in (shape.dim_mult[-1], *shape.dim_mult[::-1])]
     times = shape.temporal_downsample[::-1]
     y = _cached_conv(x, widths[0], cache)
@@ -210,9 +210,9 @@ def _decode_chunk(x: _Map, shape: VaeShape, cache: _Cache, *, first: bool) -> _M
 
 
 def _decode_level(
-    x: _Map, shape: VaeShape, widths: list[int], times: tuple[bool, ...], level: int,
+    x: Map, shape: VaeShape, widths: list[int], times: tuple[bool, ...], level: int,
     cache: _Cache, *, first: bool,
-) -> _Map:  # fmt: skip
+) -> Map:  # fmt: skip
     """``WanUpBlock`` / ``WanResidualUpBlock``; the caller's name keeps ``x`` alive."""
     last = level == len(widths) - 2
     width = widths[level + 1]
@@ -233,10 +233,10 @@ def _decode_level(
     return y
 
 
-_Layer = Callable[[_Map, _Cache], _Map]
+_Layer = Callable[[Map, _Cache], Map]
 
 
-def _encode_chunk(x: _Map, shape: VaeShape, cache: _Cache) -> _Map:
+def _encode_chunk(x: Map, shape: VaeShape, cache: _Cache) -> Map:
     y = _cached_conv(x, shape.base_dim, cache)
     for layer in _encoder_layers(shape):
         y = layer(y, cache)
@@ -263,13 +263,13 @@ def _encoder_layers(shape: VaeShape) -> tuple[_Layer, ...]:
     return tuple(layers)
 
 
-def _resnet(x: _Map, cache: _Cache, *, width: int) -> _Map:
+def _resnet(x: Map, cache: _Cache, *, width: int) -> Map:
     return _residual_block(x, width, cache)
 
 
 def _down_level(
-    x: _Map, cache: _Cache, *, shape: VaeShape, width: int, time: bool, down: bool
-) -> _Map:
+    x: Map, cache: _Cache, *, shape: VaeShape, width: int, time: bool, down: bool
+) -> Map:
     """``WanResidualDownBlock``."""
     kept = x.like()
     y = x
@@ -296,7 +296,7 @@ def decode_peak(
     """
     tape = Tape(workspace)
     latents = [
-        _Map(tape, batch, shape.z_dim, latent_frames, latent_height, latent_width, size)
+        Map(tape, batch, shape.z_dim, latent_frames, latent_height, latent_width, size)
         for _ in range(2)
     ]
     cache = _Cache()
@@ -323,11 +323,11 @@ def encode_peak(
     """
     tape = Tape(workspace)
     cache = _Cache()
-    pieces: list[_Map] = []
+    pieces: list[Map] = []
     patch = shape.patch_size or 1
     for index in range(min(1 + (num_frames - 1) // 4, _CHUNKS)):
         cache.index = 0
-        x = _Map(tape, batch, shape.in_channels // patch**2, 4 if index else 1, height, width, size)
+        x = Map(tape, batch, shape.in_channels // patch**2, 4 if index else 1, height, width, size)
         if patch > 1:
             x = x.like(c=shape.in_channels, h=height // patch, w=width // patch)
         pieces.append(_encode_chunk(x, shape, cache))
