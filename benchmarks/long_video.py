@@ -140,6 +140,26 @@ def length_table(rows: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
+def growth(rows: list[dict[str, Any]]) -> list[str]:
+    """What the traced peak grows by, and how even the times are, from the second length on."""
+    lines = []
+    if len(rows) > 2:
+        before, last = rows[-2:]
+        slope = (last["traced_peak"] - before["traced_peak"]) / (last["latent"] - before["latent"])
+        frame = 16 * (SIZE // 8) ** 2 * 4
+        lines.append(
+            f"Between the last two lengths the traced peak grows by {slope:,.0f} bytes per latent "
+            f"frame, {slope / frame:.1f} times the {frame:,} bytes of the frame itself."
+        )
+        for name, each in (("denoise", "predicted"), ("decode", "frames")):
+            times = [row[name] / row[each] for row in rows[1:]]
+            lines.append(
+                f"The {name} time per frame varies by {max(times) / min(times) - 1:.0%} between "
+                "these runs; on a machine that does other work that is no measure of the program."
+            )
+    return lines
+
+
 # -- seams ------------------------------------------------------------------------------------
 
 
@@ -253,9 +273,9 @@ def main() -> None:
         "not counted. RSS: of the process, before the render (weights read) and at its peak. CPU "
         "seconds, not wall time, because other work shares the machine.", "",
         *length_table(rows), "",
-        "The traced peak grows with the latents, the solver's copies of them, and nothing else. "
-        "Cost is latent frames predicted per step over latent frames in the clip; the formula is "
-        "(1 + ceil((T - L) / (L - O))) L / T.", "",
+        *growth(rows),
+        "Cost is latent frames predicted per step over latent frames in the clip; the "
+        "formula is (1 + ceil((T - L) / (L - O))) L / T.", "",
         "## Seams", "",
         "A gradient that moves evenly; every window adds 0.3 of a frame's movement to the window "
         "before it. 1.000 means that a seam moves as fast as the rest. Decoded by a small VAE with "

@@ -52,6 +52,8 @@ def open_page(url: str, browser: Path, size: tuple[int, int] = (1600, 900)) -> I
             page.goto(url)
             page.wait_for_function("window.app?.graph !== undefined && app.extensionManager")
             page.wait_for_function("Object.keys(LiteGraph.registered_node_types).length > 50")
+            # Before the socket has its id, what a run reports goes nowhere.
+            page.wait_for_function("window.comfyAPI.api.api.clientId")
             yield page
         finally:
             chromium.close()

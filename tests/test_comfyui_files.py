@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import io
 import json
-import time
 import urllib.parse
 import urllib.request
 from collections.abc import Iterator
@@ -191,10 +190,12 @@ def long_prompt() -> dict[str, Any]:
     """The chunked example workflow with 161 frames, few steps and a small picture."""
     prompt = as_api(workflow("long_video"))
     sampler = next(k for k, v in prompt.items() if v["class_type"] == "WanChunkedSampler")
-    changes = {"num_frames": 161, "steps": 4, "width": 32, "height": 32}
-    prompt[sampler]["inputs"].update(changes)
+    changes = {"num_frames": 161, "steps": 3, "width": 32, "height": 32}
+    prompt[sampler]["inputs"].update({**changes, "guidance_scale": 1.0, "guidance_scale_2": 1.0})
     assert prompt[sampler]["inputs"]["window_frames"] == 17
     prompt["21"] = {"class_type": "WanFitProbeText", "inputs": {"value": [sampler, 3]}}
+    saved = {"images": [sampler, 1], "name": "long"}
+    prompt["22"] = {"class_type": "WanFitProbeSave", "inputs": saved}
     return with_latent(prompt, [sampler, 0], "long")
 
 
@@ -212,33 +213,40 @@ def kill_and_start_again(server: ComfyServer) -> None:
     server.__enter__()
 
 
-def long_run(server: ComfyServer, prompt: dict[str, Any]) -> tuple[list[Any], torch.Tensor, str]:
-    """Return the frames of the mp4, the latents and the report of a run."""
+def long_run(server: ComfyServer, prompt: dict[str, Any]) -> tuple[torch.Tensor, ...]:
+    """Run ``prompt``, check its mp4 and return the exact frames and latents."""
     outputs = server.run(prompt, 600)
     node = next(key for key, value in prompt.items() if value["class_type"] == "SaveVideo")
     frames, _, _ = read_video(saved_video(server, outputs, node))
-    return frames, latent_of(server, "long"), outputs["21"]["value"][0]
+    exact = frames_of(server, "long")
+    assert len(frames) == len(exact) == 161
+    # Of the mp4 only this: x264 is not repeatable to the bit for pictures this small.
+    seen = torch.from_numpy(np.stack(frames)).float() / 255
+    assert (seen - exact).abs().mean() < 0.06
+    report = outputs["21"]["value"][0]
+    assert ("resumed: after step" in report) == (resume_of(prompt) == "auto")
+    return exact, latent_of(server, "long")
+
+
+def resume_of(prompt: dict[str, Any]) -> str:
+    sampler = prompt["21"]["inputs"]["value"][0]
+    return str(prompt[sampler]["inputs"].get("resume", "auto"))
 
 
 def test_161_frames_go_on_after_the_server_was_killed(server: ComfyServer) -> None:
     prompt = long_prompt()
     sampler = prompt["21"]["inputs"]["value"][0]
     server.queue(prompt)
-    wait_for_step(server, sampler, 2, 600)
+    wait_for_step(server, sampler, 1, 600)
     assert len(journals(server)) == 1
     kill_and_start_again(server)
     kept = journals(server)
     assert len(kept) == 1
 
-    began = time.monotonic()
-    frames, latents, report = long_run(server, prompt)
-    resumed_seconds = time.monotonic() - began
-    assert "resumed: after step" in report
-    assert len(frames) == 161
+    frames, latents = long_run(server, prompt)
     assert not kept[0].exists()  # a finished render leaves nothing behind
 
     prompt[sampler]["inputs"]["resume"] = "never"
-    whole, whole_latents, report = long_run(server, prompt)
-    assert "resumed" not in report, resumed_seconds
+    whole, whole_latents = long_run(server, prompt)
     assert torch.equal(latents, whole_latents)
-    assert np.array_equal(np.stack(frames), np.stack(whole))
+    assert torch.equal(frames, whole)

@@ -20,7 +20,8 @@ NO_TORCH = (
     "config", "errors", "convert", "files", "hardware", "prompts", "render_identity",
     "saved_state", "journal_folder", "journal", "schedule", "turns", "variants",
     "activations", "lean_activations", "recipes", "architecture", "choices", "sizes",
-    "structure", "timing", "vae_activations", "memory", "windows", "noise", "request",
+    "structure", "timing", "vae_activations", "lean_vae_activations", "memory", "windows",
+    "noise", "request",
     "wishes", "ladder", "reasons", "plan", "cache", "header", "configs", "foreign",
     "gguf_header", "lora_check", "lora_keys", "pickle_header", "shards", "tokenizer", "weights",
     "identify",
@@ -29,7 +30,8 @@ NO_TORCH = (
 )  # fmt: skip
 WITH_TORCH = (
     "audio", "denoise", "continuation", "lean", "lean_timestep", "monitor", "offload",
-    "lean_forward", "precision", "resume", "tensors", "lora", "quantized", "component",
+    "lean_forward", "lean_decode", "lean_vae", "precision", "resume", "tensors", "lora",
+    "quantized", "component",
     "fp8_storage", "transport", "streaming", "stages", "vae", "encode", "conditions", "video",
     "render", "generate",
 )  # fmt: skip

@@ -1,0 +1,226 @@
+"""The lean decode: diffusers' bits, less memory, and nothing left on the VAE."""
+
+from __future__ import annotations
+
+import threading
+from contextlib import nullcontext
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from dry_run import DryModel
+from test_activations import DTYPES, autoencoder
+from test_vae import make_latents, make_vae
+from torch import Tensor
+from traced import TracedMemory
+
+from wan_core import lean_vae
+from wan_core.lean_vae import lean_decoder
+from wan_core.lean_vae_activations import lean_decode_bytes
+from wan_core.vae import StreamingDecoder, decode_frames, to_frames
+from wan_core.vae_activations import decode_peak
+from wan_core.variants import VAE_21, VAE_22, VaeShape
+
+VERSIONS = pytest.mark.parametrize("version", ["2.1", "2.2"])
+FLOATS = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+
+
+def chunks(vae: Any, latents: Tensor, **lean: Any) -> list[Tensor]:
+    """Decode with the lean decoder, which must act."""
+    with lean_decoder(vae, **lean) as refused:
+        assert refused is None
+        assert "forward" in vars(vae.decoder)
+        return list(decode_frames(vae, latents))
+
+
+def same(left: list[Tensor], right: list[Tensor]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(left, right, strict=True))
+
+
+@VERSIONS
+@FLOATS
+@pytest.mark.parametrize("batch", [1, 2])
+def test_bits_are_those_of_diffusers(version: str, dtype: torch.dtype, batch: int) -> None:
+    vae = make_vae(version, dtype)
+    latents = make_latents(vae, 5, batch)
+    expected = list(decode_frames(vae, latents))
+    assert same(chunks(vae, latents), expected)
+    assert same(chunks(vae, latents, cache_on_host=True), expected)
+
+
+@cache
+def wide_vae(version: str) -> Any:
+    """Full-size channels of the 2.1 VAE; of the 2.2 VAE an eighth."""
+    from diffusers import AutoencoderKLWan
+
+    torch.manual_seed(3)
+    if version == "2.1":
+        return AutoencoderKLWan(base_dim=96).eval().requires_grad_(False)
+    vae = AutoencoderKLWan(
+        base_dim=20, decoder_base_dim=32, z_dim=48, in_channels=12, out_channels=12,
+        is_residual=True, patch_size=2, latents_mean=[0.0] * 48, latents_std=[1.0] * 48,
+    )  # fmt: skip
+    return vae.eval().requires_grad_(False)
+
+
+def traced(vae: Any, latents: Tensor, **lean: Any) -> tuple[list[Tensor], int]:
+    """Return the chunks and the peak bytes of tensors while they were decoded."""
+    manager = lean_decoder(vae, **lean) if lean else nullcontext()
+    found = []
+    with manager, TracedMemory() as memory:
+        decoder = StreamingDecoder(vae, latents)
+        while not decoder.done:
+            found.append(decoder.decode_next())
+        decoder.close()
+    return found, memory.peak_bytes
+
+
+@VERSIONS
+def test_traced_peak_at_wide_channels(version: str) -> None:
+    vae = wide_vae(version)
+    latents = make_latents(vae, 3)
+    expected, theirs = traced(vae, latents)
+    found, ours = traced(vae, latents, cache_on_host=False)
+    assert same(found, expected)
+    # The picture is 16 pixels high: the zeros around it are a quarter of every buffer.
+    assert ours <= 0.8 * theirs
+
+
+def test_a_band_sees_what_its_neighbours_hold() -> None:
+    """Every way of cutting gives the whole picture's arithmetic, to rounding."""
+    for version in ("2.1", "2.2"):
+        vae = make_vae(version, torch.float64)
+        latents = make_latents(vae, 4, batch=2)
+        expected = list(decode_frames(vae, latents))
+        for bands in (2, 3, 5, 64):
+            found = chunks(vae, latents, bands=bands)
+            for ours, theirs in zip(found, expected, strict=True):
+                torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-13)
+
+
+@VERSIONS
+def test_a_clip_may_change_the_way_of_decoding_at_any_frame(version: str) -> None:
+    vae = make_vae(version)
+    latents = make_latents(vae, 6)
+    expected = list(decode_frames(vae, latents))
+    decoder, found = StreamingDecoder(vae, latents, keep_previous=True), []
+    while not decoder.done:
+        manager = lean_decoder(vae) if decoder.position % 2 else nullcontext()
+        with manager:
+            found.append(decoder.decode_next())
+    assert same(found, expected)
+
+
+@VERSIONS
+@pytest.mark.parametrize("keep", [True, False])
+def test_a_decode_that_failed_goes_on(
+    version: str, keep: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from wan_core import lean_decode
+
+    vae = make_vae(version)
+    latents = make_latents(vae, 4)
+    expected = list(decode_frames(vae, latents))
+    convolve, calls = lean_decode._apply, iter(range(10_000))
+
+    def fails_once(conv: Any, padded: Tensor) -> Tensor:
+        if next(calls) == 50:
+            raise torch.OutOfMemoryError("injected")
+        return convolve(conv, padded)
+
+    monkeypatch.setattr(lean_decode, "_apply", fails_once)
+    decoder, found, failures = StreamingDecoder(vae, latents, keep_previous=keep), [], 0
+    with lean_decoder(vae):
+        while not decoder.done:
+            try:
+                found.append(decoder.decode_next())
+            except torch.OutOfMemoryError:
+                failures += 1
+    assert failures == 1
+    assert same(found, expected)
+    assert "forward" not in vars(vae.decoder)
+
+
+def test_it_comes_off_after_an_error_and_serves_only_the_thread_that_asked() -> None:
+    vae = make_vae("2.1")
+    before = dict(vars(vae.decoder))
+    with pytest.raises(KeyboardInterrupt), lean_decoder(vae), lean_decoder(vae, bands=2):
+        modes: list[Any] = []
+        installed = lean_vae._installed[vae.decoder]
+        with torch.no_grad():
+            mine = installed.mine()
+            other = threading.Thread(target=lambda: modes.append(installed.mine()))
+            other.start()
+            other.join()
+        assert mine is not None and mine.bands == 2
+        assert modes == [None]
+        assert installed.mine() is None, "gradients are on here"
+        raise KeyboardInterrupt
+    assert vars(vae.decoder) == before
+
+
+def test_unknown_models_keep_their_own_decode(monkeypatch: pytest.MonkeyPatch) -> None:
+    vae = make_vae("2.1")
+    hook = vae.decoder.conv_in.register_forward_hook(lambda *_: None)
+    with lean_decoder(vae) as reason:
+        assert reason is not None and "decoder.conv_in: a hook" in reason
+        assert "forward" not in vars(vae.decoder)
+    hook.remove()
+    assert lean_vae.why_not(vae) is None
+    vae.decoder.norm_out.gamma.data = vae.decoder.norm_out.gamma.data.double()
+    assert "several dtypes" in str(lean_vae.why_not(vae))
+    monkeypatch.setattr(lean_vae, "source_digest", lambda: "another")
+    assert "not known here" in str(lean_vae.why_not(make_vae("2.1")))
+
+
+@cache
+def dry(shape: VaeShape, dtype: str) -> DryModel:
+    return DryModel(lambda: autoencoder(shape), DTYPES[dtype])
+
+
+CASES = [
+    (VAE_21, "fp32", 1, 60, 104),
+    (VAE_21, "bf16", 1, 60, 104),
+    (VAE_22, "bf16", 1, 44, 80),
+    (VAE_21, "bf16", 3, 30, 52),
+    (VAE_22, "fp32", 2, 22, 40),
+]
+
+
+@pytest.mark.parametrize(("shape", "dtype", "bands", "height", "width"), CASES)
+def test_arithmetic_agrees_with_the_dry_run(
+    shape: VaeShape, dtype: str, bands: int, height: int, width: int
+) -> None:
+    kind, options = DTYPES[dtype], {"bands": bands, "cache_on_host": False}
+
+    def run(vae: Any) -> None:
+        with lean_decoder(vae, **options):
+            latents = torch.empty(1, shape.z_dim, 7, height, width, dtype=kind)
+            decoder = StreamingDecoder(vae, latents)
+            for _ in range(3):
+                to_frames(decoder.decode_next())
+
+    numbers = {"batch": 1, "latent_frames": 7, "latent_height": height, "latent_width": width}
+    ours, _ = lean_decode_bytes(
+        shape, size=kind.itemsize, workspace=False, bands=bands, cache_on_host=False, **numbers
+    )
+    assert ours == pytest.approx(dry(shape, dtype).peak(run), rel=0.01)
+
+
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize(
+    ("shape", "height", "width"), [(VAE_21, 60, 104), (VAE_21, 90, 160), (VAE_22, 44, 80)]
+)
+def test_goals(shape: VaeShape, height: int, width: int, size: int) -> None:
+    """Activations against diffusers': 0.75 with equal bits, 0.4 by bands with the cache in RAM."""
+    numbers: dict[str, Any] = {
+        "batch": 1, "latent_frames": 21, "latent_height": height, "latent_width": width,
+        "size": size, "workspace": False,
+    }  # fmt: skip
+    theirs = decode_peak(shape, **numbers)
+    exact, held = lean_decode_bytes(shape, **numbers)
+    by_bands, moved = lean_decode_bytes(shape, bands=8, cache_on_host=True, **numbers)
+    assert exact <= 0.75 * theirs
+    assert by_bands <= 0.25 * theirs
+    assert held == moved > 0.3 * theirs, "the feature cache does not get smaller, it moves"
