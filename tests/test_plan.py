@@ -260,7 +260,7 @@ def test_nothing_at_all_fits() -> None:
 
 def test_an_estimate_of_what_does_not_fit_is_no_error() -> None:
     manager = OptimizationManager()
-    found = manager.estimate(architecture(T2V), P480, gpu(4))
+    found = manager.estimate(architecture(T2V), P720, gpu(3))
     assert found.fits is False
     assert "What would fit" in found.warnings[-1]
     assert manager.estimate(architecture(T2V), P480, gpu(80)).fits is True

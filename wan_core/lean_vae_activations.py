@@ -11,16 +11,19 @@ from .activations import FP32, Tape
 from .vae_activations import CHUNKS, Map, attention_block
 from .variants import VaeShape
 
+BANDS = 8
+"""Bands of rows of a plan that asks for them: one is then small beside the maps."""
+
 _HISTORY = 2
 
 
 class _Slot:
-    """A feature cache entry: its frames, and its map where that is on the device."""
+    """A feature cache entry: its frames and bytes, and its map where that is on the device."""
 
-    __slots__ = ("frames", "home", "nbytes")
+    __slots__ = ("frames", "kept", "nbytes")
 
     def __init__(self, frames: int, kept: Map | None, nbytes: int) -> None:
-        self.frames, self.home, self.nbytes = frames, kept, nbytes
+        self.frames, self.kept, self.nbytes = frames, kept, nbytes
 
 
 class _Walk:
@@ -69,22 +72,144 @@ class _Walk:
             return
         shortcut = x if plain else _apply(x, width, kernel=1, margin=0)
         first, second = self._next_slot(), self._next_slot()
-        padded = self._whole(x, first, writable=writable and not plain)
+        padded, count = self._whole(x, first, writable=writable and not plain)
         if not plain:
             del x
         y = _apply(padded, width)
         if plain:
-            frames = self._let_go(second, y.t)
-            self._keep(first, y.like, y.t)
+            following = self._load(second, y.t)
+            self._keep(first, padded, count)
             _normalize(y)
         else:
-            frames = self._keep_last(first, padded)
+            self._keep(first, padded, count)
             del padded
-            frames = self._frames(second, y.t)
-            padded = self._whole(y, second, writable=True)
+            padded, following = self._whole(y, second, writable=True)
         x = shortcut
         del shortcut, y
         y = _apply(padded, width)
         del x
-        self._keep(second, y.like, frames)
+        self._keep(second, padded, following)
         held.append(y)
+
+    def _convolve(
+        self, held: list[Map], channels: int, *, norm: bool = False, margin: int = 1
+    ) -> Map:
+        x = held.pop()
+        if self.bands > 1:
+            return self._by_bands(x, channels, norm=norm, margin=margin)
+        slot = self._next_slot()
+        padded, count = self._whole(x, slot, norm=norm, writable=norm, margin=margin)
+        del x
+        y = _apply(padded, channels, margin=margin)
+        self._keep(slot, padded, count, margin)
+        return y
+
+    def _by_bands(
+        self, x: Map, channels: int, *, norm: bool = False, into: Map | None = None, margin: int = 1
+    ) -> Map:
+        slot = self._next_slot()
+        held = self.slots[slot]
+        count = min(_HISTORY, x.t + (held.frames if held else 0))
+        out = x.like(c=channels) if into is None else into
+        kept = self._slot(x, count)
+        padded = x.like(t=x.t + _HISTORY, h=self._rows(x.h) + 2 * margin, w=x.w + 2 * margin)
+        if norm:
+            _normalize(padded)
+        _apply(padded, channels, margin=margin)
+        self.slots[slot] = kept
+        return out
+
+    def _rows(self, height: int) -> int:
+        return -(-height // min(self.bands, height))
+
+    def _next_slot(self) -> int:
+        if self.index == len(self.slots):
+            self.slots.append(None)
+        self.index += 1
+        return self.index - 1
+
+    def _whole(
+        self, x: Map, slot: int, *, norm: bool = True, writable: bool, margin: int = 1
+    ) -> tuple[Map, int]:
+        padded = x.like(t=x.t + _HISTORY, h=x.h + 2 * margin, w=x.w + 2 * margin)
+        count = self._load(slot, x.t)
+        if norm:
+            active = x if writable else x.like()
+            _normalize(active)
+        return padded, count
+
+    def _load(self, slot: int, frames: int) -> int:
+        held, self.slots[slot] = self.slots[slot], None
+        return min(_HISTORY, frames + (held.frames if held else 0))
+
+    def _keep(self, slot: int, padded: Map, count: int, margin: int = 1) -> None:
+        h, w = padded.h - 2 * margin, padded.w - 2 * margin
+        self.slots[slot] = self._slot(padded, count, h, w)
+
+    def _slot(self, x: Map, frames: int, h: int | None = None, w: int | None = None) -> _Slot:
+        nbytes = x.b * x.c * frames * (h or x.h) * (w or x.w) * x.size
+        return _Slot(frames, None if self.on_host else x.like(t=frames, h=h, w=w), nbytes)
+
+    def _upsample(self, held: list[Map], channels: int, *, time: bool) -> None:
+        if time:
+            self._upsample_time(held)
+        x = held.pop()
+        if self.bands > 1:
+            rows = self._rows(x.h)
+            out = x.like(c=channels, h=2 * x.h, w=2 * x.w)
+            large = x.like(h=2 * rows + 2, w=2 * x.w + 2)
+            piece = out.like(h=2 * rows)
+        else:
+            large = x.like(h=2 * x.h, w=2 * x.w)
+            del x
+            piece = out = large.like(c=channels)
+        x = piece
+        held.append(out)
+
+    def _upsample_time(self, held: list[Map]) -> None:
+        if self.index == len(self.slots):  # the clip's first frame; the mark counts as a frame
+            self.slots[self._next_slot()] = _Slot(1, None, 0)
+            return
+        both = self._convolve(held, 2 * held[0].c, margin=0)
+        held.append(both.like(c=both.c // 2, t=2 * both.t))
+
+
+def _apply(padded: Map, channels: int, *, kernel: int = 3, margin: int = 1) -> Map:
+    out = padded.like(
+        c=channels, t=padded.t - kernel + 1, h=padded.h - 2 * margin, w=padded.w - 2 * margin
+    )
+    if padded.tape.workspace:
+        # cuDNN computes channels-last: it copies input and output.
+        padded.tape.new(padded.elements + out.elements, padded.size)
+    return out
+
+
+def _normalize(x: Map) -> None:
+    """Frame by frame, in place but for the norm and a float32 copy."""
+    wide = x if x.size == FP32 else x.like(t=1, size=FP32)
+    wide.like(c=1, t=1)
+
+
+@lru_cache(maxsize=256)
+def lean_decode_bytes(
+    shape: VaeShape, *, batch: int, latent_frames: int, latent_height: int, latent_width: int,
+    size: int, bands: int = 1, cache_on_host: bool = False, workspace: bool = True,
+) -> tuple[int, int]:  # fmt: skip
+    """Return (peak bytes, bytes of the feature cache) of the streamed lean decode.
+
+    Arguments as for ``decode_peak`` and ``lean_decoder``; a cache on the host is not in the peak.
+    """
+    tape = Tape(workspace)
+    latents = [
+        Map(tape, batch, shape.z_dim, latent_frames, latent_height, latent_width, size)
+        for _ in range(2)
+    ]
+    walk = _Walk(shape, bands, cache_on_host)
+    for _ in range(min(latent_frames, CHUNKS)):
+        chunk = walk.through(latents[0].like(t=1))
+        scaled = chunk.like()
+        scaled = scaled.like()
+        chunk = scaled.like(size=FP32)
+        del scaled, chunk
+    tape.during(*latents)
+    return tape.peak, sum(slot.nbytes for slot in walk.slots if slot is not None)

@@ -14,6 +14,7 @@ from .architecture import ModelArchitecture
 from .choices import Choices, Job, latent_size, window_latents
 from .config import MemoryEstimate, StageEstimate
 from .lean_activations import lean_peak
+from .lean_vae_activations import BANDS, lean_decode_bytes
 from .sizes import (
     BYTES,
     assumed_parts,
@@ -153,15 +154,14 @@ class _Ledger:
             experts = {"denoise_high": "transformer", "denoise_low": "transformer_2"}
         for name, part in experts.items():
             found.append(self._stage(name, part, self._denoise(part)))
-        found.append(self._stage("decode", "vae", self._decode(), output=True))
+        decode, cache = self._decode()
+        found.append(self._stage("decode", "vae", decode, in_ram=self.frames_bytes + cache))
         return (*found, self._output())
 
-    def _stage(
-        self, name: str, part: str, activations: int, *, output: bool = False
-    ) -> StageEstimate:
+    def _stage(self, name: str, part: str, activations: int, in_ram: int = 0) -> StageEstimate:
         weights, note = self._weights_on_device(part)
         loras = self.arch.lora_bytes(part, BYTES[self._dtype(part)])
-        host = self._host_weights(part) + self.latent_bytes + (self.frames_bytes if output else 0)
+        host = self._host_weights(part) + self.latent_bytes + in_ram
         extra = _DEVICE_WORKSPACE
         if self.on_cpu:
             host += loras
@@ -244,18 +244,23 @@ class _Ledger:
             size=BYTES[self._dtype("vae")],
         )
 
-    def _decode(self) -> int:
-        return (
-            decode_peak(
-                self.vae,
-                batch=self.job.batch_size,
-                latent_frames=self.frames,
-                latent_height=self.height,
-                latent_width=self.width,
-                size=BYTES[self._dtype("vae")],
-            )
-            + 2 * self.latent_bytes
-        )
+    def _decode(self) -> tuple[int, int]:
+        """Return the decode's activations, and the feature cache's bytes where it rests in RAM."""
+        choices = self.choices
+        numbers = {
+            "batch": self.job.batch_size,
+            "latent_frames": self.frames,
+            "latent_height": self.height,
+            "latent_width": self.width,
+            "size": BYTES[self._dtype("vae")],
+        }
+        latents = 2 * self.latent_bytes
+        # Hooks that bring weights layer by layer leave no place for the lean decode.
+        if not choices.lean or choices.offload_of("vae") not in ("none", "model"):
+            return decode_peak(self.vae, **numbers) + latents, 0
+        bands, away = BANDS if choices.by_rows else 1, choices.by_rows and not self.on_cpu
+        peak, cache = lean_decode_bytes(self.vae, bands=bands, cache_on_host=away, **numbers)
+        return peak + latents, cache if away else 0
 
     def _denoise(self, part: str) -> int:
         job, shape = self.job, self.arch.transformer

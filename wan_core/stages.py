@@ -22,6 +22,8 @@ from .config import GenerationConfig, VideoGenerationResult
 from .errors import DoesNotFit, is_oom
 from .hardware import pinned_budget_now
 from .lean_forward import lean_forward
+from .lean_vae import lean_decoder
+from .lean_vae_activations import BANDS
 from .lora import applied
 from .monitor import Timeline
 from .offload import block_hooks, place
@@ -135,6 +137,10 @@ class Stages:
                     why_not = stack.enter_context(lean_forward(module, exact=not self.plan.by_rows))
                     self._say_once(why_not and f"More memory than predicted: {why_not}")
                 stack.enter_context(block_hooks(module, self.tick))
+            elif stage == "decode" and self.plan.lean:
+                bands = BANDS if self.plan.by_rows else None
+                why_not = stack.enter_context(lean_decoder(module, bands=bands))
+                self._say_once(why_not and f"More memory than predicted in decode: {why_not}")
             loras = self.architecture.loras_of(component)
             if loras:
                 dtype = self.dtype(component)

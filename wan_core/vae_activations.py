@@ -14,7 +14,8 @@ from .activations import FP32, Blob, Tape
 from .variants import VaeShape
 
 _REPEAT = "Rep"  # diffusers' mark of an upsampler that has seen the first frame only
-_CHUNKS = 3
+CHUNKS = 3
+"""From the third on a chunk repeats the peak."""
 
 
 class Map(Blob):
@@ -300,7 +301,7 @@ def decode_peak(
         for _ in range(2)
     ]
     cache = _Cache()
-    for index in range(min(latent_frames, _CHUNKS)):
+    for index in range(min(latent_frames, CHUNKS)):
         cache.index = 0
         chunk = _decode_chunk(latents[0].like(t=1), shape, cache, first=index == 0)
         scaled = chunk.like()
@@ -325,7 +326,7 @@ def encode_peak(
     cache = _Cache()
     pieces: list[Map] = []
     patch = shape.patch_size or 1
-    for index in range(min(1 + (num_frames - 1) // 4, _CHUNKS)):
+    for index in range(min(1 + (num_frames - 1) // 4, CHUNKS)):
         cache.index = 0
         x = Map(tape, batch, shape.in_channels // patch**2, 4 if index else 1, height, width, size)
         if patch > 1:

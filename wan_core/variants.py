@@ -347,7 +347,9 @@ _ALL: Final = (
     ),
     Variant(
         name="wanfit-demo-t2v", title="WanFit demo, text to video (two small experts)", experts=2,
-        transformer=_T_DEMO, vae=VAE_21, defaults=replace(_D_T2V_A14B, **_DEMO_SIZE),
+        transformer=_T_DEMO, vae=VAE_21, defaults=replace(
+            _D_T2V_A14B, guidance_scale=2.0, guidance_scale_2=1.5, **_DEMO_SIZE
+        ),
         note="Ships with WanFit: 64x64 pixels, coloured shapes; the structure of wan2.2-t2v-a14b.",
     ),
     Variant(
