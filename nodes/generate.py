@@ -205,6 +205,4 @@ def _run(
     if is_oom(result.error):
         bridge.after_out_of_memory()
     result.raise_for_error()
-    resumed = result.metadata.get("resumed")
-    went_on = f"\nresumed: {resumed}" if resumed else ""
-    return result, format_report(result) + went_on
+    return result, format_report(result)

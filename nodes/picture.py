@@ -44,8 +44,8 @@ def estimate_picture(estimate: MemoryEstimate) -> torch.Tensor:
     for row, stage in enumerate(stages):  # last, and on paper, so that the line crosses no number
         place = (_LABEL + stage.device_bytes * scale + 6, _TOP + row * _ROW + 6)
         text = f"{stage.device_bytes / _GIB:.2f}"
-        left, top, right, bottom = draw.textbbox(place, text, font)
-        draw.rectangle((left - 2, top - 2, right + 2, bottom + 2), _PAPER)
+        box = draw.textbbox(place, text, font)
+        draw.rectangle((box[0] - 2, box[1] - 2, box[2] + 2, box[3] + 2), _PAPER)
         draw.text(place, text, _INK, font)
     return torch.from_numpy(np.asarray(image).astype("float32") / 255.0).unsqueeze(0)
 

@@ -112,9 +112,8 @@ def format_report(result: VideoGenerationResult) -> str:
     """Lay a finished run out as text: what was made, how, and what each stage took."""
     meta = result.metadata
     lines = [_headline(result)]
-    lines += [
-        f"{key}: {meta[key]}" for key in ("model", "device", "steps", "windows") if key in meta
-    ]
+    shown = ("model", "device", "steps", "windows", "resumed", "journal")
+    lines += [f"{key}: {meta[key]}" for key in shown if key in meta]
     lines += [f"applied: {', '.join(result.applied_optimizations)}"] * bool(
         result.applied_optimizations
     )
