@@ -11,7 +11,7 @@ demo: $(READY)
 	$(BIN)/python -m wan_core demo --output output/demo.mp4
 
 test: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(READY)
 	$(BIN)/ruff check .

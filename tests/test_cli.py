@@ -135,6 +135,8 @@ def test_ctrl_c_ends_with_130_and_leaves_only_the_journal(model: Path, tmp_path:
     process = subprocess.Popen(
         [sys.executable, "-m", "wan_core", *arguments],
         cwd=ROOT, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        # A suite started in the background inherits an ignored SIGINT, as a terminal's never is.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
     assert process.stderr is not None
     seen = ""
