@@ -224,7 +224,7 @@ def long_run(server: ComfyServer, prompt: dict[str, Any]) -> tuple[torch.Tensor,
     seen = torch.from_numpy(np.stack(frames)).float() / 255
     assert (seen - exact).abs().mean() < 0.06
     report = outputs["21"]["value"][0]
-    assert ("resumed: after step" in report) == (resume_of(prompt) == "auto")
+    assert ("\nresumed: " in report) == (resume_of(prompt) == "auto")
     return exact, latent_of(server, "long")
 
 

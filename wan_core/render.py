@@ -124,8 +124,10 @@ class Render:
                 "used. Set max_chunk_size to make it in windows."
             )
         state = DenoiseState(latents=self._noise(windows), next_step=steps.start)
-        if journal is not None and (resumed := journal.restore(state, scheduler)) > steps.start:
-            self.stages.result.metadata["resumed"] = f"after step {resumed} of {steps.end}"
+        resumed = steps.start if journal is None else journal.restore(state, scheduler)
+        if resumed > steps.start or state.next_window:
+            windows = f" and {state.next_window} windows of the next" if state.next_window else ""
+            self.stages.result.metadata["resumed"] = f"after step {resumed} of {steps.end}{windows}"
         signals = self._signals(state, steps, scheduler, journal)
         self._denoise(state, conditions, scheduler, steps, signals)
         return hold_first_frame(state.latents, conditions)
