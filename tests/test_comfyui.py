@@ -10,6 +10,7 @@ import copy
 import json
 import subprocess
 import time
+import urllib.error
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -316,7 +317,10 @@ def wait_for_step(server: ComfyServer, node: str, step: float, seconds: float = 
     """Wait until ``node`` has done ``step`` steps; return when that was seen."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
-        done, total = server.state()["progress"].get(node, [0, 0])
+        try:
+            done, total = server.state()["progress"].get(node, [0, 0])
+        except urllib.error.HTTPError:  # nothing of the pack has been imported yet
+            done, total = 0, 0
         if done >= step and total > 1:
             return time.monotonic()
         time.sleep(0.02)
