@@ -126,8 +126,8 @@ class Render:
         state = DenoiseState(latents=self._noise(windows), next_step=steps.start)
         resumed = steps.start if journal is None else journal.restore(state, scheduler)
         if resumed > steps.start or state.next_window:
-            windows = f" and {state.next_window} windows of the next" if state.next_window else ""
-            self.stages.result.metadata["resumed"] = f"after step {resumed} of {steps.end}{windows}"
+            part = f" and {state.next_window} windows of the next" if state.next_window else ""
+            self.stages.result.metadata["resumed"] = f"after step {resumed} of {steps.end}{part}"
         signals = self._signals(state, steps, scheduler, journal)
         self._denoise(state, conditions, scheduler, steps, signals)
         return hold_first_frame(state.latents, conditions)
