@@ -32,8 +32,8 @@ WITH_TORCH = (
     "audio", "denoise", "continuation", "lean", "lean_timestep", "monitor", "offload",
     "lean_forward", "lean_decode", "lean_vae", "precision", "resume", "tensors", "lora",
     "quantized", "component",
-    "fp8_storage", "transport", "streaming", "stages", "vae", "encode", "conditions", "video",
-    "render", "generate",
+    "fp8_storage", "transport", "streaming", "placement", "stages", "vae", "encode", "conditions",
+    "video", "render", "generate",
 )  # fmt: skip
 ORDER = (*NO_TORCH, *WITH_TORCH, "__init__", "__main__")
 
@@ -43,6 +43,7 @@ UPWARD = {
     ("header", "gguf_header"): "read_table is the one door for every format",
     ("header", "pickle_header"): "read_table is the one door for every format",
     ("cache", "offload"): "moving weights off the device, only where there are weights",
+    ("plan", "placement"): "carrying out a plan that planning alone made, on request",
     ("load", "component"): "building a diffusers pipeline on request",
     ("load", "precision"): "building a diffusers pipeline on request",
     ("load", "generate"): "load describes, generate carries out: the wrapper is made last",

@@ -36,13 +36,15 @@ def recommend(
 def placement(plan: OptimizationPlan) -> str:
     """Say in a word or two how a plan places the weights."""
     words = [f"{plan.resident_blocks} + stream" if plan.stream else plan.offload]
-    layered = [part for part, how in plan.part_offload.items() if how == "sequential"]
-    words += [f"{' and '.join(layered)} by layer"] if layered else []
+    pieces = {"sequential": "by layer", "stream": "by block", "group": "in groups"}
+    words += [f"{part} {pieces[how]}" for part, how in plan.part_offload.items() if how in pieces]
+    words += ["cache in RAM"] * plan.cache_in_ram
     words += ["lean"] * plan.lean + ["rows"] * plan.by_rows + ["fp8"] * plan.fp8_storage
     return ", ".join(words)
 
 
 TEXT, VAE = "text_encoder by layer", "vae by layer"
+BLOCKS, CACHE = "text_encoder by block", "cache in RAM"
 
 STILL = replace(P480, num_frames=1)
 
@@ -71,6 +73,13 @@ PLACED = [
     (SMALL, P480, 6, f"model, {TEXT}", "bf16"),
 ]
 
+SMALLEST = [
+    (P480, 4, f"0 + stream, {BLOCKS}, lean, rows"),
+    (P480, 3, f"sequential, {BLOCKS}, lean, rows"),
+    (P720, 7.5, f"0 + stream, {BLOCKS}, {CACHE}, lean"),
+    (P720, 6, f"0 + stream, {BLOCKS}, lean, rows"),
+]
+
 # the same with the lean forward and streaming
 STREAMED = [
     (T2V, P480, 141, "none", "fp32"),
@@ -79,16 +88,18 @@ STREAMED = [
     (T2V, P480, 32, "model, lean", "fp32"),  # 1.9 GiB less activations: fits where it did not
     (T2V, P480, 24, "0 + stream, lean", "fp32"),  # a step hides the bus at this length
     (T2V, P480, 12, "0 + stream, lean", "fp32"),
-    (T2V, P480, 8, f"0 + stream, {TEXT}, lean", "bf16"),
-    (T2V, P480, 6, f"0 + stream, {TEXT}, lean", "bf16"),
+    (T2V, P480, 8, f"0 + stream, {BLOCKS}, {CACHE}, lean", "fp32"),
+    (T2V, P480, 6, f"0 + stream, {BLOCKS}, {CACHE}, lean", "fp32"),
     (T2V, STILL, 24, "29 + stream, lean", "fp32"),  # bus-bound: as many as keep it half idle
     (T2V, STILL, 16, "20 + stream, lean", "fp32"),  # ... or as many as there is room for
-    (T2V, STILL, 8, f"8 + stream, {TEXT}, lean", "fp32"),
+    (T2V, STILL, 8, f"8 + stream, {BLOCKS}, lean", "fp32"),
     (I2V, P720, 32, "model, lean", "fp32"),
     (I2V, P720, 28, "0 + stream, lean", "fp32"),
     (I2V, P720, 16, "0 + stream, lean", "bf16"),
-    (TI2V, FIVE, 13.5, f"model, {VAE}", "bf16"),
-    (SMALL, P480, 8, f"model, {TEXT}", "bf16"),
+    (TI2V, FIVE, 13.5, f"model, {CACHE}, lean", "fp32"),
+    (SMALL, P480, 8, f"model, {BLOCKS}, {CACHE}, lean", "fp32"),
+    (T2V, P480, 5, f"0 + stream, {BLOCKS}, lean", "bf16"),
+    (T2V, P480, 4.5, f"0 + stream, {BLOCKS}, {CACHE}, lean", "bf16"),
 ]
 
 
@@ -107,6 +118,13 @@ def test_known_cases_with_streaming(name: str, job: Job, gib: float, placed: str
     plan = recommend(name, replace(job, image=name == I2V), gpu(gib), ("lean", "stream"))
     assert (placement(plan), plan.dtypes["vae"]) == (placed, vae)
     assert plan.estimate.fits
+
+
+@pytest.mark.parametrize(("job", "gib", "placed"), SMALLEST)
+def test_known_cases_on_the_smallest_cards(job: Job, gib: float, placed: str) -> None:
+    plan = recommend(T2V, job, gpu(gib), ALL)
+    assert placement(plan) == placed
+    assert plan.estimate.fits and not plan.fp8_storage
 
 
 # ---------------------------------------------------------------------------- precision
@@ -271,13 +289,91 @@ def test_a_short_ram_is_named() -> None:
         recommend(T2V, P480, gpu(48, ram=16))
 
 
+# ---------------------------------------------------------------------------- what is asked for
+
+
+def test_a_placement_that_is_asked_for_is_kept() -> None:
+    for offload, placed in (
+        ("none", "none, lean"), ("model", "model"), ("sequential", "sequential"),
+        ("stream", "0 + stream, lean"),
+        ("group", "model, transformer in groups, transformer_2 in groups"),
+    ):  # fmt: skip
+        plan = recommend(T2V, P480, gpu(76), ("lean", "stream"), offload=offload)
+        assert placement(plan) == placed
+        assert "asked for" in " ".join(plan.reasons)
+    assert plan.offload_of("transformer_2") == "group"
+    assert not plan.lean, "diffusers' group hooks leave no place for the lean forward"
+
+
+def test_a_number_of_resident_blocks_asks_for_streaming() -> None:
+    plan = recommend(T2V, P480, gpu(48), ALL, resident_blocks=7)
+    assert placement(plan) == "7 + stream, lean"
+    assert plan.resident_blocks_of("transformer_2") == 7
+    assert recommend(T2V, P480, gpu(80), ALL, resident_blocks=999).resident_blocks == 40
+    with pytest.raises(InvalidRequest, match="resident_blocks is 3 and offload 'model'"):
+        OptimizationConfig(offload="model", resident_blocks=3)
+    with pytest.raises(InvalidRequest, match="resident_blocks is -1"):
+        OptimizationConfig(resident_blocks=-1)
+
+
+def test_blocks_are_streamed_on_a_cpu_where_that_is_asked_for() -> None:
+    plan = recommend(SMALL, P480, cpu(64), (), offload="stream")
+    assert placement(plan) == "0 + stream"
+
+
+@pytest.mark.parametrize(
+    ("forward", "words"),
+    [("diffusers", "model"), ("lean", "model, lean"), ("lean_rows", "model, lean, rows")],
+)
+def test_the_forward_that_is_asked_for_is_taken(forward: str, words: str) -> None:
+    plan = recommend(T2V, P480, gpu(48), ALL, forward=forward)
+    assert placement(plan) == words
+    with pytest.raises(InvalidRequest, match="forward is 'fast'"):
+        OptimizationConfig(forward="fast")
+
+
+def test_fp8_storage_always_or_never() -> None:
+    always = recommend(T2V, P480, gpu(48), ALL, fp8_storage="always")
+    assert (always.fp8_storage, always.dtypes["vae"]) == (True, "fp32")
+    assert "fp8 storage" in always.applied and "asked for" in " ".join(always.reasons)
+    short = gpu(24, ram=24)  # an expert takes 26.6 GiB of RAM in bf16, 13.5 in fp8
+    assert recommend(T2V, P480, short, ALL).fp8_storage
+    with pytest.raises(DoesNotFit, match="RAM"):
+        recommend(T2V, P480, short, ALL, fp8_storage="never")
+
+
+def test_ram_may_be_smaller_than_a_model_that_is_used_as_it_lies_in_its_file() -> None:
+    small, ample = gpu(12, ram=16), gpu(12, ram=64)
+    with pytest.raises(DoesNotFit, match="RAM"):
+        recommend(T2V, P480, small, ("lean", "stream"))
+    found = architecture(T2V)
+    parts = {
+        name: replace(part, nbytes=28 * GIB, weight_kind="bf16", format="safetensors")
+        for name, part in found.components.items()
+    }
+    mapped = replace(found, components=parts)
+    manager = OptimizationManager(("lean", "stream"))
+    tight = manager.recommend_optimizations(mapped, P480, small)
+    assert placement(tight) == "11 + stream, lean"  # as many as there is room for: disks are slow
+    assert tight.estimate.host_ram_mb < 4 * 1024
+    assert "every step reads them from the file" in " ".join(tight.reasons)
+    roomy = manager.recommend_optimizations(mapped, P480, ample)
+    assert "from the file" not in " ".join(roomy.reasons)
+    assert roomy.step_seconds <= tight.step_seconds
+    converted = replace(
+        mapped, components={name: replace(p, weight_kind="fp16") for name, p in parts.items()}
+    )
+    with pytest.raises(DoesNotFit, match="RAM"):  # a cast weight is in RAM, not in the file
+        manager.recommend_optimizations(converted, P480, small)
+
+
 # ---------------------------------------------------------------------------- what it says
 
 
 def test_every_decision_has_a_reason() -> None:
     plan = recommend(T2V, P480, gpu(8), ALL)
     told = " | ".join(plan.reasons)
-    for word in ("precision bf16", "vae bf16", "streamed", "text encoder", "lean", "a step"):
+    for word in ("precision bf16", "vae fp32", "streamed", "text encoder", "lean", "a step"):
         assert word in told
     assert "model would need" in told
     assert plan.estimate.reasons == plan.reasons
@@ -289,8 +385,9 @@ def test_a_plan_is_plain_data() -> None:
     assert plain["dtypes"]["transformer"] == "bf16"
     assert plain["stream"] is True
     assert plain["estimate"]["stages"]
-    assert plan.offload_of("text_encoder") == "sequential"
-    assert plan.offload_of("transformer") == "model"
+    assert plan.offload_of("text_encoder") == "stream"
+    assert plan.offload_of("transformer") == "stream"
+    assert plan.resident_blocks_of("text_encoder") == 0
     assert "lean forward" in plan.applied
 
 
@@ -322,6 +419,8 @@ WISHES = st.builds(
     vram_limit_gb=st.none() | st.floats(2, 96),
     chunk_size=st.none() | st.integers(2, 30),
     precision=st.sampled_from(["auto", "fp16"]),
+    forward=st.sampled_from(["auto", "auto", "diffusers", "lean", "lean_rows"]),
+    fp8_storage=st.sampled_from(["auto", "never", "always"]),
 )
 
 
@@ -364,7 +463,7 @@ def test_on_any_machine(
             assert plan.estimate.peak_usage_mb / 1024 <= wishes.vram_limit_gb
         assert plan.tier == 0 or wishes.chunk_size or plan.window_frames is None
         assert not (plan.stream and "stream" not in abilities)
-        assert not (plan.lean and "lean" not in abilities)
+        assert not (plan.lean and wishes.forward == "auto" and "lean" not in abilities)
     larger = replace(
         system,
         device_free_bytes=system.device_free_bytes + int(more * GIB),

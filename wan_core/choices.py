@@ -56,11 +56,15 @@ class Choices:
     """The forward with fewer hidden states alive; equal bits."""
     by_rows: bool = False
     """The lean forward also cuts matrix products, by rows and heads; rounding may differ."""
+    cache_in_ram: bool = False
+    """The lean decode's feature cache rests in RAM between uses; equal bits, more bus."""
     fp8_storage: bool = False
     """Blocks' matrices are stored in fp8 and cast when they are used."""
 
     def offload_of(self, part: str) -> str:
-        """Return how one part is placed."""
+        """Return how one part is placed: "none", "model", "sequential", "stream" or "group"."""
+        if self.stream and part.startswith("transformer"):
+            return "stream"
         return self.part_offload.get(part, self.offload)
 
 

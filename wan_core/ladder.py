@@ -22,7 +22,7 @@ from .wishes import OptimizationConfig
 if TYPE_CHECKING:
     from .hardware import SystemResources
 
-CARRIED_OUT: frozenset[str] = frozenset({"lean", "rows", "stream"})
+CARRIED_OUT: frozenset[str] = frozenset({"lean", "rows", "stream", "fp8"})
 """What the renderer can carry out beside placements: "lean", "rows", "stream", "fp8"."""
 _SPARE = 0.03
 """Share of the device that is left alone, for what others take in the meantime."""
@@ -110,12 +110,16 @@ def _tiers(
 ) -> Iterator[Choices]:  # fmt: skip
     """Yield what each tier fixes; later ones change more of the result."""
     exact = Choices(dtypes=_dtypes(architecture, main, "fp32"), window_overlap=job.window_overlap)
+    if wishes.fp8_storage == "always":
+        exact = replace(exact, fp8_storage=True)
+    if wishes.forward == "lean_rows":
+        exact = replace(exact, lean=True, by_rows=True)
     found = [exact]
     if main != "fp32":
         found.append(replace(exact, dtypes=_dtypes(architecture, main, main)))
-    if "rows" in abilities:
+    if "rows" in abilities and wishes.forward == "auto":
         found.append(replace(found[-1], lean=True, by_rows=True))
-    if "fp8" in abilities and main != "fp32":
+    if "fp8" in abilities and main != "fp32" and wishes.fp8_storage == "auto":
         found.append(replace(found[-1], fp8_storage=True))
     window = wishes.fallback_window(job)
     if window is not None:
@@ -129,52 +133,91 @@ def _placements(
     wishes: OptimizationConfig, limits: Limits, start: Choices, abilities: Collection[str],
 ) -> Iterator[Choices]:  # fmt: skip
     """Yield every placement of one tier, the simplest first."""
-    leans = (True,) if start.by_rows else (False, True) if "lean" in abilities else (False,)
-    on_cpu = system.device_kind == "cpu"
+    asked, on_cpu = wishes.placement, system.device_kind == "cpu"
+    streams = asked == "stream" or (asked == "auto" and "stream" in abilities and not on_cpu)
+    if asked == "group":
+        yield _in_groups(start)
+        return
+    leans = _leans(wishes, start, abilities)
     for lean in leans:
         way = replace(start, lean=lean)
-        if wishes.offload != "auto":
-            yield replace(way, offload=wishes.offload)
-            continue
-        yield replace(way, offload="none")
-        single = replace(way, offload="model")
-        if on_cpu:  # a single layer is no less in RAM than the part it belongs to
-            yield single
-            continue
-        large = _too_large(architecture, job, system, limits, single)
-        yield replace(single, part_offload=dict.fromkeys(large, "sequential"))
-        parts = {part: "sequential" if part in large else "model" for part in _STAGES_OF}
-        yield replace(way, offload="sequential", part_offload=parts)
-    if "stream" in abilities and wishes.offload == "auto" and not on_cpu:
+        if asked in ("none", "model", "sequential"):
+            yield replace(way, offload=asked)
+        elif asked == "auto":
+            yield replace(way, offload="none")
+            yield from _one_at_a_time(architecture, job, system, limits, way, streams)
+    if streams:
         single = replace(start, offload="model", lean=leans[-1], stream=True)
-        large = _too_large(architecture, job, system, limits, single)
-        streamed = replace(single, part_offload=dict.fromkeys(large, "sequential"))
-        yield _fill_with_blocks(architecture, job, system, limits, streamed)
+        streamed = _with_smaller_parts(architecture, job, system, limits, single, streams)
+        yield _fill_with_blocks(architecture, job, system, wishes, limits, streamed)
 
 
-def _too_large(
+def _leans(
+    wishes: OptimizationConfig, start: Choices, abilities: Collection[str]
+) -> tuple[bool, ...]:
+    """Return which forwards to weigh: diffusers' own, the lean one, or both."""
+    if start.by_rows or wishes.forward == "lean":
+        return (True,)
+    if wishes.forward == "diffusers" or "lean" not in abilities:
+        return (False,)
+    return (False, True)
+
+
+def _in_groups(start: Choices) -> Choices:
+    """Return diffusers' group offload; its hooks leave no place for the lean forward."""
+    groups = dict.fromkeys(("transformer", "transformer_2"), "group")
+    return replace(start, offload="model", part_offload=groups, lean=False, by_rows=False)
+
+
+def _one_at_a_time(
     architecture: ModelArchitecture, job: Job, system: SystemResources, limits: Limits,
-    choices: Choices,
-) -> list[str]:  # fmt: skip
-    """Return the parts, transformers aside, whose stages do not fit with the part as a whole.
+    way: Choices, streams: bool,
+) -> Iterator[Choices]:  # fmt: skip
+    """Yield whole parts one at a time, then the transformer layer by layer."""
+    single = replace(way, offload="model")
+    if system.device_kind == "cpu":  # a single layer is no less in RAM than the part it is of
+        yield single
+        return
+    smaller = _with_smaller_parts(architecture, job, system, limits, single, streams)
+    yield smaller
+    if streams and not way.by_rows:  # streaming is faster; the last resort before fp8
+        return
+    others = {part: smaller.offload_of(part) for part in _STAGES_OF}
+    yield replace(smaller, offload="sequential", part_offload=others)
 
-    They work briefly: going layer by layer costs them seconds a job.
+
+def _with_smaller_parts(
+    architecture: ModelArchitecture, job: Job, system: SystemResources, limits: Limits,
+    choices: Choices, streams: bool,
+) -> Choices:  # fmt: skip
+    """Make smaller what does not fit as a whole, transformers aside.
+
+    These parts work briefly: going block by block, or layer by layer, costs them seconds a job.
     """
     whole = estimate(architecture, job, choices, system)
     needed = {stage.name: reserved_bytes(stage, choices, system) for stage in whole.stages}
-    return [
+    large = [
         part
         for part, stages in _STAGES_OF.items()
         if max(needed.get(stage, 0) for stage in stages) > limits.device
     ]
+    pieces = dict.fromkeys(large, "sequential")
+    if streams and "text_encoder" in pieces:
+        pieces["text_encoder"] = "stream"
+    # Of a VAE it is the feature cache that is large, not the weights.
+    in_ram = choices.lean and pieces.pop("vae", None) is not None
+    return replace(choices, part_offload=pieces, cache_in_ram=in_ram)
 
 
 def _fill_with_blocks(
-    architecture: ModelArchitecture, job: Job, system: SystemResources, limits: Limits,
-    choices: Choices,
+    architecture: ModelArchitecture, job: Job, system: SystemResources,
+    wishes: OptimizationConfig, limits: Limits, choices: Choices,
 ) -> Choices:  # fmt: skip
     """Keep as many blocks on the device as fit, and no more than it takes to hide the bus."""
     shape = architecture.transformer
+    if wishes.resident_blocks is not None or system.device_kind == "cpu":
+        asked = wishes.resident_blocks or 0
+        return replace(choices, resident_blocks=min(asked, shape.layers))
     empty = estimate(architecture, job, replace(choices, resident_blocks=0), system)
     needed = max(
         reserved_bytes(stage, choices, system)

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from .lean import LeanOptions, Modulation, Segments, run_block
+from .lean_activations import LEAN_HEAD_GROUPS, LEAN_ROWS
 from .lean_timestep import Embedding, embed_timestep
 from .offload import Undo
 
@@ -72,13 +73,19 @@ def why_not(transformer: Any) -> str | None:
         return f"diffusers {__version__} computes the transformer in a way not known here"
     if transformer.training:
         return "the model is in training mode"
-    if getattr(transformer, "_diffusers_hook", None) is not None:
+    if _hooked(transformer):
         return "a diffusers hook (cache, group offload) is attached to the model"
     for index, block in enumerate(transformer.blocks):
         reason = _why_not_block(block)
         if reason is not None:
             return f"block {index}: {reason}"
     return None
+
+
+def _hooked(module: nn.Module) -> bool:
+    """Say whether a diffusers hook acts here; a pipeline that has run leaves an empty registry."""
+    registry: Any = getattr(module, "_diffusers_hook", None)
+    return registry is not None and bool(registry.hooks)
 
 
 def _why_not_block(block: Any) -> str | None:
@@ -88,7 +95,7 @@ def _why_not_block(block: Any) -> str | None:
 
     if type(block) is not wan.WanTransformerBlock:
         return f"it is a {type(block).__name__}"
-    if getattr(block, "_diffusers_hook", None) is not None:
+    if _hooked(block):
         return "a diffusers hook (cache, group offload) is attached"
     if block._compiled_call_impl is not None:
         return "it is compiled"
@@ -129,7 +136,11 @@ _lock = threading.Lock()
 
 @contextmanager
 def lean_forward(
-    transformer: nn.Module, *, exact: bool = True, rows: int = 4096, head_groups: int = 8
+    transformer: nn.Module,
+    *,
+    exact: bool = True,
+    rows: int = LEAN_ROWS,
+    head_groups: int = LEAN_HEAD_GROUPS,
 ) -> Iterator[str | None]:
     """Run ``transformer`` with the lean forward in this thread, inside the ``with`` block.
 

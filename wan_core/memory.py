@@ -23,6 +23,8 @@ from .sizes import (
     part_bytes,
     parts_of,
     rest_bytes,
+    stays_in_file,
+    text_block_bytes,
 )
 from .vae_activations import decode_peak, encode_peak
 
@@ -199,9 +201,14 @@ class _Ledger:
         beside = f", beside {len(stay)} parts that stay" if stay else ""
         if part in stay:
             return resident, "resident" + beside
-        if choices.stream and part.startswith("transformer"):
-            nbytes, note = self._streamed(self._dtype(part))
-        elif choices.offload_of(part) == "sequential":
+        how = choices.offload_of(part)
+        if how == "stream":
+            nbytes, note = self._streamed(part)
+        elif how == "group":
+            nbytes = rest_bytes(self.arch.transformer, self._dtype(part))
+            nbytes += STREAM_BUFFERS * block_bytes(self.arch.transformer, self._dtype(part))
+            note = "diffusers' group offload, one block at a time"
+        elif how == "sequential":
             nbytes = largest_leaf_bytes(self.arch, part, self._dtype(part))
             note = "one layer at a time"
         else:
@@ -209,12 +216,13 @@ class _Ledger:
         return resident + nbytes, note + beside
 
     def _stays(self, part: str) -> bool:
-        if self.choices.stream and part.startswith("transformer"):
-            return False
         return self.choices.offload_of(part) == "none"
 
-    def _streamed(self, dtype: str) -> tuple[int, str]:
-        shape, choices = self.arch.transformer, self.choices
+    def _streamed(self, part: str) -> tuple[int, str]:
+        shape, choices, dtype = self.arch.transformer, self.choices, self._dtype(part)
+        if part == "text_encoder":  # its embedding stays in RAM and looks up there
+            nbytes = STREAM_BUFFERS * text_block_bytes(self.arch, dtype)
+            return nbytes, "streamed block by block"
         block = block_bytes(shape, dtype, fp8=choices.fp8_storage)
         resident = min(choices.resident_blocks or 0, shape.layers)
         moving = min(STREAM_BUFFERS, shape.layers - resident)
@@ -223,6 +231,9 @@ class _Ledger:
 
     def _host_weights(self, part: str) -> int:
         """Return what must be in RAM during a stage: unused parts may be let go and read again."""
+        fp8 = self.choices.fp8_storage and part.startswith("transformer")
+        if not self.on_cpu and not fp8 and stays_in_file(self.arch, part, self._dtype(part)):
+            return 0
         if self.choices.offload != "none":
             return self.bytes[part]
         # Resident on a GPU, a part still passes through RAM when it is read.
@@ -258,7 +269,8 @@ class _Ledger:
         # Hooks that bring weights layer by layer leave no place for the lean decode.
         if not choices.lean or choices.offload_of("vae") not in ("none", "model"):
             return decode_peak(self.vae, **numbers) + latents, 0
-        bands, away = BANDS if choices.by_rows else 1, choices.by_rows and not self.on_cpu
+        bands = BANDS if choices.by_rows else 1
+        away = (choices.by_rows or choices.cache_in_ram) and not self.on_cpu
         peak, cache = lean_decode_bytes(self.vae, bands=bands, cache_on_host=away, **numbers)
         return peak + latents, cache if away else 0
 

@@ -13,13 +13,15 @@ from typing import TYPE_CHECKING, Any
 
 from .architecture import ModelArchitecture
 from .config import MemoryEstimate
-from .errors import DoesNotFit
+from .errors import DoesNotFit, InvalidRequest
 from .ladder import CARRIED_OUT, Limits, Way, best, ladder, main_dtype
 from .memory import GIB, MIB, Choices, Job
 from .reasons import reasons_for
 from .wishes import OptimizationConfig
 
 if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
     from .hardware import SystemResources
 
 __all__ = ["OptimizationConfig", "OptimizationManager", "OptimizationPlan"]
@@ -34,7 +36,7 @@ class OptimizationPlan:
     """Per part ("transformer", "transformer_2", "text_encoder", "vae", "image_encoder"): "fp32",
     "bf16" or "fp16"."""
     offload: str
-    """"none", "model" or "sequential"; see ``offload_of`` for one part."""
+    """How parts are placed: "none", "model" or "sequential"; see ``offload_of`` for one part."""
     estimate: MemoryEstimate
     reasons: tuple[str, ...] = ()
     window_frames: int | None = None
@@ -47,6 +49,8 @@ class OptimizationPlan:
     lean: bool = False
     by_rows: bool = False
     """The lean forward also cuts matrix products (``lean_forward(exact=False)``)."""
+    cache_in_ram: bool = False
+    """The lean decode's feature cache rests in RAM between uses."""
     fp8_storage: bool = False
     tier: int = 0
     """0 changes no bit of the result; higher tiers change more (see ``reasons``)."""
@@ -55,8 +59,14 @@ class OptimizationPlan:
     seconds: float = 0.0
 
     def offload_of(self, part: str) -> str:
-        """Return how one part is placed: "none", "model" or "sequential"."""
+        """Return how one part is placed: "none", "model", "sequential", "stream" or "group"."""
+        if self.stream and part.startswith("transformer"):
+            return "stream"
         return self.part_offload.get(part, self.offload)
+
+    def resident_blocks_of(self, part: str) -> int:
+        """Return how many blocks of a streamed part stay on the device."""
+        return (self.resident_blocks or 0) if part.startswith("transformer") else 0
 
     @property
     def precision(self) -> str:
@@ -72,6 +82,7 @@ class OptimizationPlan:
         if self.stream:
             words.append(f"{self.resident_blocks} blocks resident, the rest streamed")
         words += ["lean forward"] * self.lean + ["products by rows"] * self.by_rows
+        words += ["decode's cache in RAM"] * self.cache_in_ram
         words += ["fp8 storage"] * self.fp8_storage
         if self.window_frames is not None:
             words.append(f"windows of {self.window_frames} frames, {self.window_overlap} shared")
@@ -163,6 +174,27 @@ class OptimizationManager:
             least = _smallest([way for ways in tiers for way in ways], limits).estimate
             return replace(least, fits=False, warnings=(*least.warnings, str(error)))
 
+    def apply_memory_optimizations(
+        self, module: Any, plan: OptimizationPlan, component: str = "transformer"
+    ) -> AbstractContextManager[str | None]:
+        """Have a diffusers or transformers module of your own compute as ``plan`` says.
+
+        For a ``with`` block; ``WanPipelineWrapper.generate`` does this for each stage.
+        ``component`` is the module's name in the plan ("transformer_2", "text_encoder", "vae").
+        Yields None, or what could not be carried out. The dtype is the module's own, and
+        ``fp8_storage`` and windows are not put on: the first belongs to loading, the second to the
+        loop. Raises InvalidRequest for a component that the plan does not name.
+        """
+        # Here, not above: planning works where torch cannot be imported.
+        from .placement import carried_out
+
+        if component not in plan.dtypes:
+            raise InvalidRequest(
+                f"component is {component!r}; the plan has {', '.join(plan.dtypes)}.",
+                field="component",
+            )
+        return carried_out(module, component, plan)
+
     def smaller_plan(
         self,
         architecture: ModelArchitecture,
@@ -178,7 +210,7 @@ class OptimizationManager:
         dtype and the windows stay, and a placement the user chose is given up rather than the
         render. Reality was above the estimate, so a tenth less than the estimate is aimed at.
         """
-        wishes = replace(requested, offload="auto")
+        wishes = replace(requested, offload="auto", resident_blocks=None, forward="auto")
         most = _stage_bytes(current.estimate, stage)
         limits = Limits.of(system, wishes)
         limits = replace(limits, device=min(limits.device, int(most * 0.9)))
@@ -258,6 +290,7 @@ def _stage_bytes(found: MemoryEstimate, stage: str) -> int:
 def _goes_on(choices: Choices, job: Job, current: OptimizationPlan) -> bool:
     """Say whether steps made as ``choices`` say belong to the video that ``current`` began."""
     same_dtype = choices.dtypes["transformer"] == current.dtypes["transformer"]
+    same_dtype = same_dtype and choices.fp8_storage == current.fp8_storage
     return same_dtype and (choices.window_frames or job.window_frames) == current.window_frames
 
 
@@ -275,7 +308,7 @@ def _obeyed(found: MemoryEstimate, system: SystemResources, wishes: Optimization
     An estimate can be wrong by less than what others hold on the device; beyond the device's
     own size, or a cap, there is nothing to try.
     """
-    if wishes.offload == "auto" or wishes.vram_limit_gb or wishes.ram_limit_gb:
+    if wishes.placement == "auto" or wishes.vram_limit_gb or wishes.ram_limit_gb:
         return False
     return found.peak_usage_mb * MIB <= system.device_total_bytes
 
@@ -310,6 +343,7 @@ def _plan(
         stream=choices.stream,
         lean=choices.lean,
         by_rows=choices.by_rows,
+        cache_in_ram=choices.cache_in_ram,
         fp8_storage=choices.fp8_storage,
         tier=way.tier,
         step_seconds=way.timing.step,

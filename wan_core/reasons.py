@@ -9,6 +9,7 @@ from .choices import Choices, Job
 from .ladder import Limits, Way
 from .memory import GIB
 from .sizes import block_bytes
+from .timing import reads_from_disk, stream_seconds
 from .wishes import OptimizationConfig
 
 if TYPE_CHECKING:
@@ -18,7 +19,10 @@ _OFFLOAD_TEXT = {
     "none": "offload none: every part stays on the device",
     "model": "offload model: one part on the device at a time",
     "sequential": "offload sequential: one layer of the transformer on the device at a time (slow)",
+    "group": "offload group: one block of the transformer at a time, by diffusers' hooks",
+    "stream": "blocks streamed: the other parts on the device one at a time",
 }
+_PIECES = {"sequential": "layer by layer", "stream": "block by block"}
 
 
 def reasons_for(
@@ -30,16 +34,23 @@ def reasons_for(
     reasons = [_vae(choices), _placement(wishes, limits, system, chosen, others)]
     if choices.stream:
         reasons.append(_streaming(architecture, system, choices))
-    by_layer = [part for part, how in choices.part_offload.items() if how == "sequential"]
-    for part in by_layer:
-        name = part.replace("_", " ")
-        reasons.append(f"{name} layer by layer: it does not fit as a whole, and works briefly")
+    for part, how in choices.part_offload.items():
+        if how in _PIECES:
+            name = part.replace("_", " ")
+            reasons.append(f"{name} {_PIECES[how]}: it does not fit as a whole, and works briefly")
     if choices.lean:
-        reasons.append("lean forward: fewer hidden states alive, equal bits")
+        asked = "; asked for" if wishes.forward == "lean" else ""
+        reasons.append(f"lean forward: fewer hidden states alive, equal bits{asked}")
     if choices.by_rows:
-        reasons.append("products cut by rows and heads: less memory; changes rounding only")
+        asked = "; asked for" if wishes.forward == "lean_rows" else ""
+        reasons.append(f"products cut by rows and heads: less memory; changes rounding only{asked}")
+    if choices.cache_in_ram:
+        reasons.append("decode's feature cache in RAM: it does not fit beside a frame; equal bits")
     if choices.fp8_storage:
-        reasons.append("fp8 storage: half the bytes of the blocks; changes the result slightly")
+        asked = "asked for" if wishes.fp8_storage == "always" else "nothing larger fits"
+        reasons.append(
+            f"fp8 storage: half the bytes of the blocks; changes the result slightly; {asked}"
+        )
     if choices.window_frames is not None:
         reasons.append(
             f"windows of {choices.window_frames} frames: the whole clip does not fit and "
@@ -67,16 +78,15 @@ def _placement(
     others: list[Way],
 ) -> str:  # fmt: skip
     choices = chosen.choices
-    text = _OFFLOAD_TEXT[choices.offload]
-    if choices.stream:
-        text = "blocks streamed: the other parts on the device one at a time"
-    if wishes.offload != "auto":
+    text = _OFFLOAD_TEXT[choices.offload_of("transformer")]
+    if wishes.placement != "auto":
         return f"{text}; asked for"
     usable = f"{limits.device / GIB:.1f} GiB of {system.device_name or system.device}{limits.why}"
     faster: dict[str, float] = {}
     for way in others:
         if not limits.admit(way.estimate) and way.timing.step <= chosen.timing.step:
-            name = "streaming" if way.choices.stream else way.choices.offload
+            how = way.choices.offload_of("transformer")
+            name = "streaming" if how == "stream" else how
             need = way.reserved / GIB
             faster[name] = min(need, faster.get(name, need))
     if not faster:
@@ -90,11 +100,14 @@ def _streaming(architecture: ModelArchitecture, system: SystemResources, choices
     dtype = choices.dtypes["transformer"]
     block = block_bytes(shape, dtype, fp8=choices.fp8_storage)
     moved = shape.layers - (choices.resident_blocks or 0)
-    seconds = moved * block / system.bus_bytes_per_second
-    return (
+    seconds = stream_seconds(architecture, choices, system, passes=1)
+    text = (
         f"{choices.resident_blocks} of {shape.layers} blocks stay, {moved} of {block / GIB:.2f} "
         f"GiB come over the bus ({seconds:.1f} s) while others compute"
     )
+    if reads_from_disk(architecture, choices, system):
+        text += "; RAM cannot hold them, so every step reads them from the file"
+    return text
 
 
 def _seconds(value: float) -> str:

@@ -22,6 +22,11 @@ _TEXT_ENCODER = 5_680_910_336
 _VAE_21, _VAE_22 = 126_892_531, 704_688_668
 _IMAGE_ENCODER = 630_766_080
 _EMBEDDING = 256_384 * 4096
+MAP_FROM = 2 * 2**30
+"""Bytes from which a component stays mapped to its file where its dtype allows: it is read four
+times faster and its pages can leave RAM. Smaller ones are copied, their files may be replaced."""
+_UMT5 = {"d_model": 4096, "d_ff": 10_240, "num_heads": 64, "d_kv": 64}
+"""umT5-xxl's numbers, by their names in its config.json."""
 
 _PLAIN = ("fp32", "fp16", "bf16")
 _ATTENTION_SIDES = 4  # q, k, v, out
@@ -110,6 +115,28 @@ def part_bytes(architecture: ModelArchitecture, name: str, dtype: str, *, fp8: b
         saved = block_bytes(shape, dtype) - block_bytes(shape, dtype, fp8=True)
         nbytes -= shape.layers * saved
     return nbytes
+
+
+def stays_in_file(architecture: ModelArchitecture, name: str, dtype: str) -> bool:
+    """Say whether a part's weights are used as they lie in the file, mapped into memory.
+
+    The system may then drop their pages and read them again: RAM may be smaller than the part.
+    """
+    part = architecture.components.get(name)
+    if part is None or part.nbytes < MAP_FROM:
+        return False
+    return part.format == "safetensors" and part.weight_kind == dtype
+
+
+def text_block_bytes(architecture: ModelArchitecture, dtype: str) -> int:
+    """Return the bytes of one block of the umT5 encoder, which streams like a transformer's."""
+    part = architecture.components.get("text_encoder")
+    config = part.config if part is not None else {}
+    numbers = {name: int(config.get(name, usual)) for name, usual in _UMT5.items()}
+    width, inner, heads, head = numbers.values()
+    # q, k, v, o; the gated feed-forward's three; two norms and the table of relative positions
+    block = 4 * width * heads * head + 3 * width * inner + 2 * width + 32 * heads
+    return block * BYTES[dtype]
 
 
 def largest_leaf_bytes(architecture: ModelArchitecture, name: str, dtype: str) -> int:

@@ -20,16 +20,14 @@ from .cache import ComponentCache, ComponentKey, component_key
 from .component import load_component
 from .config import GenerationConfig, VideoGenerationResult
 from .errors import DoesNotFit, is_oom
-from .hardware import pinned_budget_now
-from .lean_forward import lean_forward
-from .lean_vae import lean_decoder
-from .lean_vae_activations import BANDS
+from .fp8_storage import store_fp8
 from .lora import applied
 from .monitor import Timeline
-from .offload import block_hooks, place
+from .offload import block_hooks
+from .placement import carried_out
 from .plan import OptimizationPlan
 from .precision import dtype_of
-from .streaming import stream_blocks
+from .sizes import MAP_FROM
 from .tokenizer import load_image_processor, load_tokenizer
 
 if TYPE_CHECKING:
@@ -37,9 +35,6 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-MAP_FROM = 2 * 2**30
-"""Bytes from which a component stays mapped to its file where its dtype allows: it is read four
-times faster and its pages can leave RAM. Smaller ones are copied, their files may be replaced."""
 MAX_STEPS_DOWN = 8
 """Smaller plans tried in one render; every one is strictly smaller than the one before."""
 
@@ -101,7 +96,13 @@ class Stages:
 
     def key(self, name: str) -> ComponentKey:
         """Identify a component as the plan wants it."""
-        return component_key(self.architecture.components[name], self.plan.dtypes.get(name, ""))
+        options = ("fp8",) if self._in_fp8(name) else ()
+        return component_key(
+            self.architecture.components[name], self.plan.dtypes.get(name, ""), options
+        )
+
+    def _in_fp8(self, name: str) -> bool:
+        return self.plan.fp8_storage and name.startswith("transformer")
 
     def component(self, name: str) -> AbstractContextManager[Any]:
         """Borrow a component from the cache; it is read first if it is not there."""
@@ -115,13 +116,17 @@ class Stages:
             self.callbacks.check()
             with self.timeline.stage(f"load {name}") as report:
                 report.note = self.plan.dtypes[name]
-                return load_component(
+                module = load_component(
                     part.path,
                     self.dtype(name),
                     kind=part.kind.removesuffix("_2"),
                     # A CPU's kernels round by alignment, which a file's tensors do not have.
                     map_file=self.device.type != "cpu" and part.nbytes >= MAP_FROM,
                 )
+                if self._in_fp8(name):
+                    store_fp8(module)
+                    report.note = "fp8"
+                return module
 
         return self.cache.borrow(self.key(name), part.nbytes, build, keep=self.keep_components)
 
@@ -131,16 +136,12 @@ class Stages:
         with ExitStack() as stack:
             module = stack.enter_context(self.component(component))
             stack.enter_context(self.timeline.stage(stage))
-            stack.enter_context(self._placed(component, module))
+            decoding = stage == "decode"
+            self._say_once(
+                stack.enter_context(carried_out(module, component, self.plan, decoding=decoding))
+            )
             if component.startswith("transformer"):
-                if self.plan.lean:
-                    why_not = stack.enter_context(lean_forward(module, exact=not self.plan.by_rows))
-                    self._say_once(why_not and f"More memory than predicted: {why_not}")
                 stack.enter_context(block_hooks(module, self.tick))
-            elif stage == "decode" and self.plan.lean:
-                bands = BANDS if self.plan.by_rows else None
-                why_not = stack.enter_context(lean_decoder(module, bands=bands))
-                self._say_once(why_not and f"More memory than predicted in decode: {why_not}")
             loras = self.architecture.loras_of(component)
             if loras:
                 dtype = self.dtype(component)
@@ -150,18 +151,6 @@ class Stages:
     def _say_once(self, text: str | None) -> None:
         if text and text not in self.result.warnings:
             self.result.warnings.append(text)
-
-    def _placed(self, component: str, module: Any) -> AbstractContextManager[Any]:
-        """Return the placement of a component: whole, leaf by leaf, or streamed block by block."""
-        plan = self.plan
-        if plan.stream and component.startswith("transformer"):
-            return stream_blocks(
-                module,
-                self.device,
-                resident_blocks=plan.resident_blocks or 0,
-                pin_bytes=pinned_budget_now(),
-            )
-        return place(module, plan.offload_of(component), self.device)
 
     def attempt(self, stage: str, action: Callable[[], T]) -> T:
         """Run ``action``; when memory runs out, take a smaller plan and run it again.

@@ -41,6 +41,8 @@ _FP32_SHARE = 0.25
 """Share of the half-precision rate in fp32, with the tensor cores' TF32 off."""
 _PAGEABLE = 0.4
 """Share of the bus that copies from pageable memory reach."""
+_DISK = 1.5e9
+"""Bytes per second read from a file that RAM cannot hold."""
 _LAYER_LATENCY = 1e-3
 """Seconds per layer that hooks and a synchronous copy cost in sequential offload."""
 _LAYERS_PER_BLOCK = 14
@@ -111,24 +113,45 @@ def _step(
 ) -> float:  # fmt: skip
     """One step: with streaming, what does not hide behind the other of bus and compute."""
     if choices.stream:
-        return max(passes * compute, _streamed(architecture, choices, system, passes))
-    if choices.offload_of("transformer") != "sequential":
+        return max(passes * compute, stream_seconds(architecture, choices, system, passes))
+    how = choices.offload_of("transformer")
+    if how == "group":
+        return max(passes * compute, stream_seconds(architecture, choices, system, passes))
+    if how != "sequential":
         return passes * compute
     bytes_moved = part_bytes(architecture, "transformer", choices.dtypes["transformer"])
-    copy = bytes_moved / (system.bus_bytes_per_second * _PAGEABLE)
+    copy = bytes_moved / _rate(architecture, choices, system, _PAGEABLE)
     hooks = architecture.transformer.layers * _LAYERS_PER_BLOCK * _LAYER_LATENCY
     return passes * (compute + copy + hooks)
 
 
-def _streamed(
+def stream_seconds(
     architecture: ModelArchitecture, choices: Choices, system: SystemResources, passes: int
 ) -> float:
-    """Seconds the bus is busy in one step."""
+    """Return the seconds that streamed blocks take to arrive in one step of so many passes."""
     shape, dtype = architecture.transformer, choices.dtypes["transformer"]
     moved = shape.layers - min(choices.resident_blocks or 0, shape.layers)
     block = block_bytes(shape, dtype, fp8=choices.fp8_storage)
-    trips = 1 if choices.lean else passes  # the lean forward takes both passes along
-    return trips * moved * block / system.bus_bytes_per_second
+    # The lean forward takes both passes along; not so between diffusers' group hooks.
+    trips = 1 if choices.lean else passes
+    return trips * moved * block / _rate(architecture, choices, system)
+
+
+def _rate(
+    architecture: ModelArchitecture, choices: Choices, system: SystemResources, share: float = 1.0
+) -> float:
+    """Return the bytes per second at which weights arrive, by a share of the bus or from disk."""
+    bus = system.bus_bytes_per_second * share
+    return min(bus, _DISK) if reads_from_disk(architecture, choices, system) else bus
+
+
+def reads_from_disk(
+    architecture: ModelArchitecture, choices: Choices, system: SystemResources
+) -> bool:
+    """Say whether a transformer's weights are more than RAM holds, so that steps read the file."""
+    dtype = choices.dtypes["transformer"]
+    nbytes = part_bytes(architecture, "transformer", dtype, fp8=choices.fp8_storage)
+    return nbytes > system.ram_available_bytes + system.ram_evictable_bytes
 
 
 def blocks_that_hide_the_bus(
@@ -139,7 +162,7 @@ def blocks_that_hide_the_bus(
     compute = forward_operations(architecture, job, choices) / device_rate(system, dtype)
     passes = 1 + (job.guidance_high and (job.guidance_low or not architecture.two_experts))
     none = replace(choices, resident_blocks=0)
-    busy = _streamed(architecture, none, system, passes)
+    busy = stream_seconds(architecture, none, system, passes)
     layers = architecture.transformer.layers
     return max(0, ceil(layers * (1 - passes * compute / (2 * busy))))
 

@@ -13,7 +13,9 @@ if TYPE_CHECKING:
     from .memory import Job
 
 PRECISIONS = ("auto", "bf16", "fp16", "fp32", "stored")
-OFFLOADS = ("auto", "none", "model", "sequential")
+OFFLOADS = ("auto", "none", "model", "sequential", "stream", "group")
+FORWARDS = ("auto", "diffusers", "lean", "lean_rows")
+FP8 = ("auto", "never", "always")
 _MIB = 2**20
 _OVERLAP = 16
 
@@ -28,7 +30,17 @@ class OptimizationConfig:
     precision: str = "auto"
     """What the transformer computes in: "auto", "bf16", "fp16", "fp32", "stored" (the file's)."""
     offload: str = "auto"
-    """"none" (all on the device), "model" (one part at a time), "sequential" (one layer)."""
+    """"none" (all on the device), "model" (one part at a time), "sequential" (one layer),
+    "stream" (the transformer block by block, ahead of time), "group" (so by diffusers' hooks)."""
+    resident_blocks: int | None = None
+    """Transformer blocks that stay on the device while the others are streamed; None: computed.
+    Asks for streaming."""
+    forward: str = "auto"
+    """The transformer's and the decoder's code: "diffusers" (its own), "lean" (less memory, equal
+    bits), "lean_rows" (still less; rounding may differ)."""
+    fp8_storage: str = "auto"
+    """Store the transformer's matrices in fp8, which changes the result: "auto" (where nothing
+    larger fits), "never", "always"."""
     device: str | None = None
     """"cuda:0", "cpu", "mps" …; None takes the first GPU, or the CPU."""
     vram_limit_gb: float | None = None
@@ -44,6 +56,9 @@ class OptimizationConfig:
     def __post_init__(self) -> None:
         _choice("precision", self.precision, PRECISIONS)
         _choice("offload", self.offload, OFFLOADS)
+        _choice("forward", self.forward, FORWARDS)
+        _choice("fp8_storage", self.fp8_storage, FP8)
+        self._check_blocks()
         if self.device is not None and not (isinstance(self.device, str) and self.device):
             raise _bad("device", self.device, 'a name like "cuda:0" or "cpu", or None')
         for name in ("vram_limit_gb", "ram_limit_gb", "min_vram_mb"):
@@ -51,6 +66,24 @@ class OptimizationConfig:
         size = self.chunk_size
         if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 2):
             raise _bad("chunk_size", size, "a whole number of latent frames, 2 or more, or None")
+
+    def _check_blocks(self) -> None:
+        count = self.resident_blocks
+        if count is None:
+            return
+        if isinstance(count, bool) or not isinstance(count, int) or count < 0:
+            raise _bad("resident_blocks", count, "a whole number of blocks, 0 or more, or None")
+        if self.offload not in ("auto", "stream"):
+            raise InvalidRequest(
+                f"resident_blocks is {count} and offload {self.offload!r}; blocks stay beside "
+                "streamed ones only. Choose offload 'stream', or leave resident_blocks empty.",
+                field="resident_blocks",
+            )
+
+    @property
+    def placement(self) -> str:
+        """The offload asked for: a number of resident blocks asks for "stream"."""
+        return "stream" if self.resident_blocks is not None else self.offload
 
     @staticmethod
     def from_mapping(mapping: Mapping[str, Any]) -> OptimizationConfig:

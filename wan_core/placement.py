@@ -1,0 +1,51 @@
+"""A plan put on one component for the length of a ``with`` block, and taken off again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any
+
+from .hardware import pinned_budget_now
+from .lean_forward import lean_forward
+from .lean_vae import lean_decoder
+from .lean_vae_activations import BANDS
+from .offload import place
+from .streaming import stream_blocks
+
+if TYPE_CHECKING:
+    from .plan import OptimizationPlan
+
+
+@contextmanager
+def carried_out(
+    module: Any, component: str, plan: OptimizationPlan, *, decoding: bool = True
+) -> Iterator[str | None]:
+    """Have one component compute as ``plan`` says; yields what could not be carried out, in words.
+
+    ``component`` is its name in the plan ("transformer_2", "vae" …). ``decoding=False`` is for a
+    VAE that only encodes. Bits and parameters are afterwards what they were.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(_placed(module, component, plan))
+        why_not = None
+        if plan.lean and component.startswith("transformer"):
+            why_not = stack.enter_context(lean_forward(module, exact=not plan.by_rows))
+        elif plan.lean and component == "vae" and decoding:
+            bands = BANDS if plan.by_rows else None
+            away = True if plan.cache_in_ram else None
+            why_not = stack.enter_context(lean_decoder(module, bands=bands, cache_on_host=away))
+        yield f"More memory than predicted in {component}: {why_not}" if why_not else None
+
+
+def _placed(module: Any, component: str, plan: OptimizationPlan) -> AbstractContextManager[Any]:
+    """Return the placement of a component: whole, leaf by leaf, or block by block."""
+    mode = plan.offload_of(component)
+    if mode != "stream":
+        return place(module, mode, plan.device)
+    return stream_blocks(
+        module,
+        plan.device,
+        resident_blocks=plan.resident_blocks_of(component),
+        pin_bytes=pinned_budget_now(),
+    )
