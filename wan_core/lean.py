@@ -8,7 +8,7 @@ cut, so the bits are diffusers'.
 
 A further rung, ``exact=False``, also cuts matrix products, whose rounding may then differ on some
 devices: self attention by groups of heads (v per group, the output in q's place), cross attention
-and feed-forward by rows: 3.5. Computation after diffusers' ``transformer_wan.py`` (0.42).
+and feed-forward by rows: 3.6. Computation after diffusers' ``transformer_wan.py`` (0.42).
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from .lean_activations import LEAN_HEAD_GROUPS, LEAN_ROWS
 
 _TEXT_TOKENS = 512
 Span = tuple[slice, int]
@@ -35,8 +37,8 @@ class LeanOptions:
     """
 
     exact: bool = True
-    rows: int = 4096
-    head_groups: int = 8
+    rows: int = LEAN_ROWS
+    head_groups: int = LEAN_HEAD_GROUPS
 
 
 class Segments(NamedTuple):
@@ -86,15 +88,18 @@ class Modulation:
 
     def normed(self, norm: nn.Module, hidden: Tensor, shift: int, span: Span) -> Tensor:
         """Return ``norm(hidden) * (1 + scale) + shift`` of a span; scale is shift's next part."""
-        out: Tensor = norm(hidden[:, span[0]].float())
-        return out.mul_(1 + self.part(shift + 1, span)).add_(self.part(shift, span)).type_as(hidden)
+        return self._wide_normed(norm, hidden, shift, span).type_as(hidden)
 
     def all_normed(self, norm: nn.Module, hidden: Tensor, shift: int) -> Tensor:
         """Return :meth:`normed` of all tokens, made span by span."""
         out = torch.empty_like(hidden)
         for span in self.spans:
-            out[:, span[0]] = self.normed(norm, hidden, shift, span)
+            out[:, span[0]] = self._wide_normed(norm, hidden, shift, span)
         return out
+
+    def _wide_normed(self, norm: nn.Module, hidden: Tensor, shift: int, span: Span) -> Tensor:
+        out: Tensor = norm(hidden[:, span[0]].float())
+        return out.mul_(1 + self.part(shift + 1, span)).add_(self.part(shift, span))
 
     def add_gated(self, hidden: Tensor, change: Tensor, gate: int, span: Span) -> None:
         """Add ``change`` (a span's) times its gate to the span of ``hidden``, in place, in fp32."""
@@ -149,18 +154,20 @@ def _attend(attn: Any, query: Tensor, key: Tensor, value: Tensor, heads: int) ->
     return out.flatten(2, 3).type_as(query)
 
 
-def _rotated(
-    norm: nn.Module, rows: Tensor, heads: int, span: Span, rotary: tuple[Tensor, Tensor]
-) -> Tensor:
-    """Return a span's query or key (B, r, heads * d), normed over all heads and rotated."""
-    normed: Tensor = norm(rows)
-    pairs = normed.view(*normed.shape[:2], heads, -1, 2)
+def _rotate(
+    norm: nn.Module, rows: Tensor, heads: int, span: Span, rotary: tuple[Tensor, Tensor],
+    out: Tensor,
+) -> None:  # fmt: skip
+    """Write a span's query or key (B, r, heads * d), normed over all heads and rotated, to ``out``.
+
+    ``out`` may be ``rows``.
+    """
+    pairs = torch.unflatten(norm(rows), -1, (heads, -1, 2))
     first, second = pairs.unbind(-1)
     cos, sin = rotary[0][:, span[0], :, 0::2], rotary[1][:, span[0], :, 1::2]
-    left = (first * cos).sub_(second * sin)
-    right = (first * sin).add_(second * cos)
-    pairs[..., 0], pairs[..., 1] = left, right
-    return normed
+    turned = torch.unflatten(out, -1, (heads, -1, 2))
+    turned[..., 0] = (first * cos).sub_(second * sin)
+    turned[..., 1] = (first * sin).add_(second * cos)
 
 
 def _rotate_all(
@@ -168,7 +175,7 @@ def _rotate_all(
 ) -> Tensor:
     for span in spans:
         rows = projected[:, span[0]]
-        rows.copy_(_rotated(norm, rows, heads, span, rotary))
+        _rotate(norm, rows, heads, span, rotary, out=rows)
     return projected
 
 
@@ -224,7 +231,7 @@ def _cross_attention(block: Any, hidden: Tensor, context: Tensor, modulation: Mo
     keys = _Context(attn, context)
     normed = torch.empty_like(hidden)
     for rows, _ in modulation.spans:
-        normed[:, rows] = block.norm2(hidden[:, rows].float()).type_as(hidden)
+        normed[:, rows] = block.norm2(hidden[:, rows].float())
     query = attn.to_q(normed)
     del normed
     for rows, _ in modulation.spans:
@@ -265,7 +272,7 @@ def _self_attention_by_heads(
             (attn.norm_q, attn.to_q, query),
             (attn.norm_k, attn.to_k, key),
         ):
-            whole[:, span[0]] = _rotated(norm, project(normed), attn.heads, span, rotary)
+            _rotate(norm, project(normed), attn.heads, span, rotary, out=whole[:, span[0]])
         del normed
     values = None
     if not is_plain_linear(attn.to_v):  # a quantised or adapted layer cannot be cut by heads

@@ -22,7 +22,8 @@ from .activations import (
 from .variants import TransformerShape
 
 LEAN_ROWS = 4096
-LEAN_HEAD_GROUPS = 8
+LEAN_HEAD_GROUPS = 4
+"""More groups need hardly less (v is a quarter of a hidden state) and norm the input once more."""
 _REPEATED_TIMESTEPS = 16  # rows per distinct timestep, see ``lean_forward``
 
 
@@ -66,19 +67,16 @@ def _normed(x: _Lean) -> Blob:
 
 def _all_normed(x: _Lean) -> Blob:
     out = x.whole()
-    _normed(x)
+    _widened_rows(x)
     return out
 
 
-def _rotated(x: _Lean, projected: Blob | None = None) -> Blob:
+def _rotate(x: _Lean) -> None:
     normed = x.rows()
     half = x.row_elements // 2
     left = x.rows(FP32, half)
     x.rows(FP32, half)
-    right = x.rows(FP32, half)
-    x.rows(FP32, half)
-    x.tape.during(normed, left, right)
-    return normed
+    x.tape.during(normed, left)
 
 
 def _add_gated(x: _Lean) -> None:
@@ -93,12 +91,11 @@ def _attend_whole(x: _Lean) -> Blob:
 
 
 def _self_attention(x: _Lean) -> None:
-    normed = x.whole()
-    _normed(x)
+    normed = _all_normed(x)
     query = x.whole()
-    _rotated(x)
+    _rotate(x)
     key = x.whole()
-    _rotated(x)
+    _rotate(x)
     value = x.whole()
     del normed
     out = _attend_whole(x)
@@ -125,8 +122,7 @@ def _context(x: _Lean) -> tuple[Blob, ...]:
 
 def _cross_attention(x: _Lean) -> None:
     keys = _context(x)
-    normed = x.whole()
-    _plain_normed(x)
+    normed = _all_normed(x)
     query = x.whole()
     del normed
     x.rows()
@@ -137,14 +133,8 @@ def _cross_attention(x: _Lean) -> None:
     x.tape.during(*keys, query)
 
 
-def _plain_normed(x: _Lean) -> Blob:
-    normed = _widened_rows(x)
-    return normed if x.d.size == FP32 else x.rows()
-
-
 def _feed_forward(x: _Lean) -> None:
-    normed = x.whole()
-    _normed(x)
+    normed = _all_normed(x)
     inner = x.tape.new(x.d.batch * x.d.tokens * x.d.ffn, x.d.size)
     del normed
     out = x.whole()
@@ -159,7 +149,7 @@ def _self_attention_by_heads(x: _Lean) -> None:
     normed = _normed(x)
     for _ in range(2):
         projected = x.rows()
-        _rotated(x)
+        _rotate(x)
         del projected
     del normed
     heads = -(-d.heads // x.groups)
@@ -179,7 +169,7 @@ def _self_attention_by_heads(x: _Lean) -> None:
 def _rest_by_rows(x: _Lean) -> None:
     d = x.d
     keys = _context(x)
-    normed = _plain_normed(x)
+    normed = _normed(x)
     query = x.rows()
     del normed
     query = x.rows()
