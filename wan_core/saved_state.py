@@ -7,7 +7,9 @@ executed or becomes a path.
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -60,8 +62,9 @@ class BrokenState(Exception):
 def write_state(path: Path, key: str, sequence: int, state: JournalState) -> int:
     """Write ``state`` so that ``path`` is whole or unchanged; return the bytes of its tensors.
 
-    Tensors are written from where they lie; only those on a device are copied. Raises
-    OutputError where the disk is full or not writable, InvalidRequest for a dtype that
+    Tensors are written from where they lie; only those on a device are copied. The disk takes
+    each of them while its checksum is made; the header, which holds the checksum, comes last.
+    Raises OutputError where the disk is full or not writable, InvalidRequest for a dtype that
     safetensors files do not have.
     """
     head = {"format": FORMAT, "key": key, "sequence": sequence}
@@ -70,9 +73,7 @@ def write_state(path: Path, key: str, sequence: int, state: JournalState) -> int
     # Largest elements first keeps each tensor aligned in a file without holes.
     ready = {name: t.detach().to("cpu").contiguous() for name, t in state.tensors.items()}
     names = sorted(ready, key=lambda name: (-ready[name].element_size(), name))
-    header: dict[str, Any] = {
-        "__metadata__": {"journal": text, "checksum": str(_checksum(text, ready))}
-    }
+    header: dict[str, Any] = {}
     end = 0
     for name in names:
         start, end = end, end + ready[name].numel() * ready[name].element_size()
@@ -81,17 +82,28 @@ def write_state(path: Path, key: str, sequence: int, state: JournalState) -> int
             "shape": list(ready[name].shape),
             "data_offsets": [start, end],
         }
-    opening = json.dumps(header).encode()
-    opening += b" " * (-len(opening) % 8)
+
+    def opening(checksum: int) -> bytes:
+        metadata = {"journal": text, "checksum": f"{checksum:010d}"}  # always of one length
+        found = json.dumps({"__metadata__": metadata, **header}).encode()
+        found += b" " * (-len(found) % 8)
+        return len(found).to_bytes(8, "little") + found
+
+    first = len(opening(0))
 
     def write(file: BinaryIO) -> None:
-        file.write(len(opening).to_bytes(8, "little") + opening)
-        for name in names:
+        checksum = zlib.crc32(text.encode())
+        for name in sorted(names):
+            file.seek(first + header[name]["data_offsets"][0])
             file.write(_bytes_of(ready[name]))
+            _begin_to_store(file)
+            checksum = _add_to_checksum(checksum, name, ready[name])
+        file.seek(0)
+        file.write(opening(checksum))
 
     # Not safetensors' own save_file: it writes to a temporary file of its own, readable by the
     # user alone, that a killed process leaves behind under a name nobody looks for.
-    atomic_write(path, write, expected_bytes=end + len(opening) + 8)
+    atomic_write(path, write, expected_bytes=first + end)
     return end
 
 
@@ -112,7 +124,10 @@ def read_state(path: Path, key: str) -> JournalState:
                 raise BrokenState("it belongs to another render")
             names = list(file.keys())
             tensors = {name: file.get_tensor(name).clone() for name in names}
-        if metadata["checksum"] != str(_checksum(metadata["journal"], tensors)):
+        checksum = zlib.crc32(metadata["journal"].encode())
+        for name in sorted(tensors):
+            checksum = _add_to_checksum(checksum, name, tensors[name])
+        if int(metadata["checksum"]) != checksum:
             raise BrokenState("its checksum is wrong")
         return JournalState(head["stage"], head["unit"], tensors, head["scalars"])
     except FileNotFoundError:
@@ -229,10 +244,15 @@ def _bytes_of(tensor: Tensor) -> memoryview:
     return tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
-def _checksum(text: str, tensors: Mapping[str, Tensor]) -> int:
-    total = zlib.crc32(text.encode())
-    for name in sorted(tensors):
-        tensor = tensors[name]
-        total = zlib.crc32(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}".encode(), total)
-        total = zlib.crc32(_bytes_of(tensor), total)
-    return total
+def _add_to_checksum(total: int, name: str, tensor: Tensor) -> int:
+    total = zlib.crc32(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}".encode(), total)
+    return zlib.crc32(_bytes_of(tensor), total)
+
+
+def _begin_to_store(file: BinaryIO) -> None:
+    """Let the disk take what was written so far without waiting for it, where it can be asked."""
+    file.flush()
+    if hasattr(os, "posix_fadvise"):
+        # Linux begins to write dirty pages it is told are not needed; others do nothing.
+        with contextlib.suppress(OSError):
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
