@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 from comfy_api.latest import io, ui
 
 from ..wan_core.config import WanModelFiles
-from ..wan_core.errors import InvalidRequest, MissingFile, WanError
+from ..wan_core.errors import DoesNotFit, InvalidRequest, MissingFile, WanError
+from ..wan_core.wishes import FORWARDS, FP8, OFFLOADS
 from . import bridge
 from .inputs import Pipeline, pipeline_input
 from .job import require_choice, window_of
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
     from ..wan_core.architecture import ModelArchitecture
 
 PRECISIONS = ["auto", "bf16", "fp16", "fp32"]
-OFFLOADS = ["auto", "none", "model", "sequential"]
 
 
 class WanLoader(io.ComfyNode):  # type: ignore[misc]
@@ -187,13 +187,15 @@ class WanOptimize(io.ComfyNode):  # type: ignore[misc]
                 ),
                 io.Combo.Input(
                     "offload",
-                    options=OFFLOADS,
+                    options=list(OFFLOADS),
                     default="auto",
                     tooltip="none: everything stays on the card, fastest. model: one component at "
-                    "a time. sequential: one layer at a time, slow, needs least. The result is the "
-                    "same.",
+                    "a time. stream: the model block by block, ahead of time. sequential: one "
+                    "layer at a time, slow, needs least. group: by diffusers' own hooks. The "
+                    "result is the same.",
                 ),
                 *_limit_inputs(),
+                *_expert_inputs(),
             ],
             outputs=[
                 Pipeline.Output(
@@ -211,16 +213,21 @@ class WanOptimize(io.ComfyNode):  # type: ignore[misc]
         vram_limit_gb: float = 0.0,
         ram_limit_gb: float = 0.0,
         fallback_window_frames: int = 0,
+        resident_blocks: int = -1,
+        forward: str = "auto",
+        fp8_storage: str = "auto",
     ) -> io.NodeOutput:
-        require_choice("precision", precision, PRECISIONS)
-        require_choice("offload", offload, OFFLOADS)
-        limits = {
-            "vram_limit_gb": vram_limit_gb or None,
-            "ram_limit_gb": ram_limit_gb or None,
-            "chunk_size": window_of("fallback_window_frames", fallback_window_frames),
-        }
-        optimized = pipeline.optimized(precision=precision, offload=offload, **limits)
-        return io.NodeOutput(optimized)
+        optimized = pipeline.optimized(
+            precision=require_choice("precision", precision, PRECISIONS),
+            offload=require_choice("offload", offload, OFFLOADS),
+            vram_limit_gb=vram_limit_gb or None,
+            ram_limit_gb=ram_limit_gb or None,
+            chunk_size=window_of("fallback_window_frames", fallback_window_frames),
+            resident_blocks=None if resident_blocks < 0 else resident_blocks,
+            forward=require_choice("forward", forward, FORWARDS),
+            fp8_storage=require_choice("fp8_storage", fp8_storage, FP8),
+        )
+        return io.NodeOutput(optimized, ui=ui.PreviewText(_usual_plan(optimized)))
 
 
 def _limit_inputs() -> list[io.Input]:
@@ -257,6 +264,53 @@ def _limit_inputs() -> list[io.Input]:
             **bridge.known(io.Int.Input, advanced=True),
         ),
     ]
+
+
+def _expert_inputs() -> list[io.Input]:
+    """What the plan decides by itself unless it is told."""
+    return [
+        io.Int.Input(
+            "resident_blocks",
+            default=-1,
+            optional=True,
+            min=-1,
+            max=200,
+            tooltip="Stream the model, and keep so many of its blocks on the card. -1 = computed.",
+            **bridge.known(io.Int.Input, advanced=True),
+        ),
+        io.Combo.Input(
+            "forward",
+            options=list(FORWARDS),
+            default="auto",
+            optional=True,
+            tooltip="Whose code computes. diffusers: its own. lean: less memory, the same result. "
+            "lean_rows: still less, the result differs by rounding.",
+            **bridge.known(io.Combo.Input, advanced=True),
+        ),
+        io.Combo.Input(
+            "fp8_storage",
+            options=list(FP8),
+            default="auto",
+            optional=True,
+            tooltip="Keep the model's matrices in fp8: half the memory and traffic, a slightly "
+            "different result. auto: only where nothing larger fits.",
+            **bridge.known(io.Combo.Input, advanced=True),
+        ),
+    ]
+
+
+def _usual_plan(pipeline: WanPipeline) -> str:
+    """Say how a clip of the model's usual size would be run, and why."""
+    from ..wan_core.config import GenerationConfig
+
+    image = "start_image" if pipeline.architecture.variant.image_input == "required" else None
+    config = GenerationConfig(prompt="", image=image)
+    try:
+        request, plan = bridge.wrapper(pipeline).plan(config)
+    except DoesNotFit as error:
+        return str(error)
+    size = f"{request.width}x{request.height}, {request.num_frames} frames"
+    return "\n".join([f"For {size}:", *(f"- {reason}" for reason in plan.reasons)])
 
 
 def _describe(architecture: ModelArchitecture, found: tuple[str, ...] = ()) -> str:

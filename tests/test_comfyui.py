@@ -21,6 +21,7 @@ import tiny_models
 import torch
 from comfy_browser import api_prompt, find_browser, open_page
 from comfy_server import REPOSITORY, ComfyServer, find_checkout, find_python
+from safetensors.torch import save_file
 
 NODES = [
     "WanLoader", "WanOptimize", "WanEstimateMemory", "WanGenerate", "WanChunkedSampler", "WanLoRA",
@@ -233,6 +234,44 @@ def test_window_that_covers_the_clip_equals_generate(server: ComfyServer, model:
     assert torch.equal(frames_of(server, "whole"), frames_of(server, "window"))
 
 
+def test_a_plan_that_is_asked_for_is_shown_and_gives_the_same_frames(server: ComfyServer) -> None:
+    server.run(graph(model="org/tiny-a14b", name="auto", seed=51))
+    asked = {
+        "streamed": {"resident_blocks": 1, "forward": "lean"},
+        "layers": {"offload": "sequential", "forward": "diffusers"},
+    }
+    for name, choices in asked.items():
+        prompt = graph(model="org/tiny-a14b", name=name, seed=51)
+        optimize = {"pipeline": ["1", 0], "precision": "auto", "offload": "auto", **choices}
+        prompt["2"] = {"class_type": "WanOptimize", "inputs": optimize}
+        prompt["3"]["inputs"]["pipeline"] = ["2", 0]
+        shown = server.run(prompt)["2"]["text"][0]
+        assert shown.startswith("For 832x480, 81 frames:")
+        assert "asked for" in shown
+        assert torch.equal(frames_of(server, "auto"), frames_of(server, name)), name
+
+
+def test_a_lora_changes_the_video_and_strength_zero_does_not(server: ComfyServer) -> None:
+    loras = server.base / "models" / "loras"
+    loras.mkdir(parents=True, exist_ok=True)
+    name = "diffusion_model.blocks.0.ffn.0"
+    weights = tiny_models.components("wan2.1-t2v")["transformer"].blocks[0].ffn.net[0].proj.weight
+    wide, inner = weights.shape[1], weights.shape[0]
+    pair = {"lora_A": torch.randn(2, wide), "lora_B": torch.randn(inner, 2)}
+    save_file({f"{name}.{k}.weight": v for k, v in pair.items()}, loras / "tiny.safetensors")
+    server.run(graph(name="without", seed=61))
+    for strength in (0.0, 1.0):
+        prompt = graph(name=f"lora{strength:g}", seed=61)
+        chosen = {"lora": "tiny.safetensors", "expert": "both", "use_recipe": False}
+        inputs = {"pipeline": ["1", 0], "strength": strength, **chosen}
+        prompt["2"] = {"class_type": "WanLoRA", "inputs": inputs}
+        prompt["3"]["inputs"]["pipeline"] = ["2", 0]
+        outputs = server.run(prompt)
+        assert len(read_video(saved_video(server, outputs, "5"))[0]) == 9
+    assert torch.equal(frames_of(server, "without"), frames_of(server, "lora0"))
+    assert not torch.equal(frames_of(server, "without"), frames_of(server, "lora1"))
+
+
 def test_conditioning_in_place_of_the_prompt(server: ComfyServer) -> None:
     from wan_core.encode import encode_text
 
@@ -269,7 +308,6 @@ def test_latent_decoded_by_the_native_vae_equals_the_image(server: ComfyServer) 
 def save_original_vae(vae: Any, path: Path) -> None:
     """Save a diffusers Wan VAE under the names ComfyUI's own class has."""
     from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
-    from safetensors.torch import save_file
 
     assert isinstance(CHECKOUT, Path)
     listing = (

@@ -15,6 +15,7 @@ from typing import Any
 
 from .config import GenerationConfig
 from .errors import InvalidRequest, WanError
+from .wishes import FORWARDS, FP8, OFFLOADS
 
 DEMO_PROMPT = "a red circle moves right on a dark background"
 
@@ -80,7 +81,10 @@ def _add_size(command: argparse.ArgumentParser) -> None:
 
 def _add_plan(command: argparse.ArgumentParser) -> None:
     command.add_argument("--precision", default="auto", help="auto, bf16, fp16 or fp32")
-    command.add_argument("--offload", default="auto", help="auto, none, model or sequential")
+    command.add_argument("--offload", default="auto", help=", ".join(OFFLOADS))
+    command.add_argument("--resident-blocks", type=int, help="stream, and keep so many blocks")
+    command.add_argument("--forward", default="auto", help=", ".join(FORWARDS))
+    command.add_argument("--fp8-storage", default="auto", help=", ".join(FP8))
     command.add_argument("--device", help="cuda:0, cpu ... (default: the best there is)")
     command.add_argument("--vram-limit-gb", type=float, help="use at most so much of the card")
     command.add_argument(
@@ -184,6 +188,9 @@ def _open(arguments: argparse.Namespace) -> Any:
     wishes = {
         "precision": arguments.precision,
         "offload": arguments.offload,
+        "resident_blocks": arguments.resident_blocks,
+        "forward": arguments.forward,
+        "fp8_storage": arguments.fp8_storage,
         "device": arguments.device,
         "vram_limit_gb": arguments.vram_limit_gb,
     }
