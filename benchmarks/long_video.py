@@ -21,6 +21,8 @@ import sys
 import tempfile
 import time
 import zlib
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import torch  # noqa: E402
+from seams import energy_at, in_ramps, linear_ramps  # noqa: E402
 
 from wan_core import GenerationConfig, WanPipelineLoader  # noqa: E402
 from wan_core.files import atomic_write  # noqa: E402
@@ -166,29 +169,14 @@ def growth(rows: list[dict[str, Any]]) -> list[str]:
 # -- seams ------------------------------------------------------------------------------------
 
 
-def peer_weights(plan: WindowPlan) -> list[torch.Tensor]:
-    """The ramp linspace(0, 1, overlap) at every inner end of a window."""
-    rows = []
-    for k in range(plan.count):
-        row = torch.ones(plan.window)
-        ramp = torch.linspace(1e-37, 1, plan.overlap)
-        if k:
-            row[: plan.overlap] = ramp
-        if k + 1 < plan.count:
-            row[-plan.overlap :] = row[-plan.overlap :].minimum(ramp.flip(0))
-        rows.append(row)
-    return rows
-
-
-def fused(clip: torch.Tensor, plan: WindowPlan, weights: list[torch.Tensor], lean: float) -> Any:
+def fused(clip: torch.Tensor, plan: WindowPlan, lean: float) -> torch.Tensor:
     """What windows make whose right answer is ``clip`` and that lean apart by ``lean`` each."""
-    total, made = torch.zeros(clip.shape[2]), torch.zeros_like(clip)
-    for window, weight in zip(plan.windows(), weights, strict=True):
+    made = torch.zeros_like(clip)
+    for window, weights in zip(plan.windows(), plan.normalised(), strict=True):
         index = list(window.indices)
-        share = weight.view(1, 1, -1, 1, 1)
+        share = torch.tensor(weights).view(1, 1, -1, 1, 1)
         made[:, :, index] += share * (clip[:, :, index] + lean * window.index)
-        total[index] += weight
-    return made / total.view(1, 1, -1, 1, 1)
+    return made
 
 
 def seam_table() -> list[str]:
@@ -196,37 +184,43 @@ def seam_table() -> list[str]:
 
     torch.manual_seed(0)
     vae, length = make_vae("wan2.1-t2v"), 59
-    place = torch.arange(4.0).view(1, 1, 1, 1, 4) / 10
-    steps = 0.1 * torch.arange(length).view(1, 1, -1, 1, 1)
-    gradient = (place + steps).expand(1, 16, -1, 4, 4).clone()
+
+    def gradient(frames: int) -> torch.Tensor:
+        place = torch.arange(4.0).view(1, 1, 1, 1, 4) / 10
+        steps = 0.1 * torch.arange(frames).view(1, 1, -1, 1, 1)
+        return (place + steps).expand(1, 16, -1, 4, 4).clone()
+
+    def movement(clip: torch.Tensor) -> torch.Tensor:
+        return clip.diff(dim=2).abs().mean((0, 1, 3, 4))
+
     lines = [
         "| fusing | overlap | largest change at a seam / elsewhere, gradient | median, gradient | "
-        "median, decoded video |",
-        "|---|---|---|---|---|",
+        "median, decoded video | energy at the period, gradient, 1e-6 |",
+        "|---|---|---|---|---|---|",
     ]
-    ways: list[tuple[str, WindowPlan, list[torch.Tensor]]] = []
+    ways: list[tuple[str, int, Callable[[WindowPlan], WindowPlan]]] = []
     for overlap in (8, 16, 32):
-        plan = plan_windows(length, WINDOW, overlap)
-        ours = [torch.tensor(row) for row in plan.normalised()]
-        ways += [("k/(O+1), WanFit", plan, ours), ("linear(0..1)", plan, peer_weights(plan))]
-    alone = plan_windows(length, WINDOW, 0)
-    ways.append(("independent segments", alone, [torch.ones(alone.window)] * alone.count))
-    for name, plan, weights in ways:
-        made = fused(gradient, plan, weights, lean=0.03)
+        ways += [("k/(O+1), WanFit", overlap, lambda plan: plan)]
+        ways += [("linear(0..1)", overlap, linear_ramps)]
+    ways.append(("independent segments", 0, lambda plan: replace(plan, fusion="flat")))
+    for name, overlap, wrap in ways:
+        plan = wrap(plan_windows(length, WINDOW, overlap))
+        made, ramp = fused(gradient(length), plan, lean=0.03), in_ramps(plan)
         video = decode_to_tensor(vae, denormalize_latents(made, vae.config))[0]
-        ramp = {i for w in plan.windows()[1:] for i in range(w.start - 1, w.start + plan.overlap)}
         ratios = []
         for change, first in (
-            (made.diff(dim=2).abs().mean((0, 1, 3, 4)), 0),
+            (movement(made), 0),
             (video[5::4].diff(dim=0).abs().mean((1, 2, 3)), 2),
         ):
             off = [float(c) for i, c in enumerate(change, first) if i not in ramp]
             at = [float(c) for i, c in enumerate(change, first) if i in ramp]
             ratios.append((max(at) / statistics.median(off), statistics.median(at)
                            / statistics.median(off)))  # fmt: skip
+        whole = wrap(plan_windows(plan.window + 5 * plan.stride, WINDOW, overlap))
+        energy = energy_at(movement(fused(gradient(whole.total), whole, 0.03)), whole.stride)
         lines.append(
-            f"| {name} | {plan.overlap * 4} | {ratios[0][0]:.3f} | {ratios[0][1]:.3f} | "
-            f"{ratios[1][1]:.3f} |"
+            f"| {name} | {overlap} | {ratios[0][0]:.3f} | {ratios[0][1]:.3f} | "
+            f"{ratios[1][1]:.3f} | {energy * 1e6:.0f} |"
         )
     return lines
 
@@ -292,14 +286,16 @@ def main() -> None:
         "## Seams", "",
         "A gradient that moves evenly; every window adds 0.3 of a frame's movement to the window "
         "before it. 1.000 means that a seam moves as fast as the rest. Decoded by a small VAE with "
-        "random weights.", "",
+        "random weights. Energy: autocovariance of the movement at the windows' period, over the "
+        "squared movement, in a clip of five whole periods; 0 is a clip that knows of no windows.",
+        "",
         *seam_table(), "",
         "## Journal", "",
         f"Saving the state of a UniPC run at 832x480, 81 frames ({size / 1e6:.1f} MB: latents and "
-        f"three tensors of the solver) takes {seconds * 1e3:.0f} ms here (median of {SAVES}; checksum, "
-        f"write, sync and rename), {in_turn * 1e3:.0f} ms if the disk begins only when the checksum "
-        "is made (turn by turn with the others). That is so much of a step of the 14B at this "
-        "size:", "",
+        f"three tensors of the solver) takes {seconds * 1e3:.0f} ms here (median of {SAVES}; "
+        f"checksum, write, sync and rename), {in_turn * 1e3:.0f} ms where the disk begins only "
+        "when the checksum is made, as it was before (measured turn by turn). That is so much of "
+        "a step of the 14B at this size:", "",
         "| card | seconds a step | share |", "|---|---|---|",
         *(f"| {card} | {step:.1f} | {seconds / step:.2%} |" for card, step in STEP_SECONDS), "",
         "Windows within a step are saved only as often as costs 1 % of the time.", "",

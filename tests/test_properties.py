@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from seams import energy_at, in_ramps, linear_ramps
 from tiny_models import make_folder, make_vae
 from torch import Tensor
 from traced import TracedMemory
@@ -408,10 +409,7 @@ class Leaning:
 
 def seam_ratio(clip: Tensor, windows: WindowPlan) -> float:
     """Median change between frames at the seams over the median elsewhere."""
-    change = clip.diff(dim=2).abs().mean((0, 1, 3, 4))
-    ramps = {
-        i for w in windows.windows()[1:] for i in range(w.start - 1, w.start + windows.overlap)
-    }
+    change, ramps = clip.diff(dim=2).abs().mean((0, 1, 3, 4)), in_ramps(windows)
     at = [float(c) for i, c in enumerate(change) if i in ramps]
     off = [float(c) for i, c in enumerate(change) if i not in ramps]
     return sorted(at)[len(at) // 2] / sorted(off)[len(off) // 2]
@@ -429,6 +427,44 @@ def test_p13_a_moving_gradient_moves_as_fast_at_the_seams(scheduler: str) -> Non
         made = denoised(model, noise, told(clip), windows, scheduler=steps, signals=model.signals)
         ratios[name] = seam_ratio(made, windows)
     assert 0.9 < ratios["ramp"] < 1.1 < ratios["cut"]
+
+
+@pytest.mark.parametrize("overlap", [8, 16, 32])
+def test_p13_what_comes_back_with_every_window_is_the_least_there_can_be(overlap: int) -> None:
+    """The energy of the movement's autocorrelation at the windows' period, beside others'."""
+    length, lean, step = latent_frames(81), 0.03, 0.1
+
+    def energy(shared: int, wrap: Callable[[WindowPlan], WindowPlan], width: int) -> float:
+        """Of a clip of five whole periods; ``width`` changes take the step between windows."""
+        period = length - shared // 4
+        clip = moving_gradient(length + 5 * period, step)
+        windows = wrap(plan_windows(clip.shape[2], 81, shared))
+        steps = made_scheduler("euler")
+        model = Leaning(clip, Sigmas(steps), lean)
+        made = denoised(
+            model, clip + 1, told(clip), windows, scheduler=steps, signals=model.signals
+        )
+        change = made.diff(dim=2).abs().mean((0, 1, 3, 4))
+        # In closed form: the step between two windows, spread over ``width`` changes.
+        spread = torch.full_like(change, step)
+        inset = (shared // 4 + 1 - width) // 2  # linspace(0, 1) wastes one change at either end
+        for window in windows.windows()[1:]:
+            first = window.start - 1 + inset
+            spread[first : first + width] += lean / width
+        found = energy_at(change, period)
+        assert found == pytest.approx(energy_at(spread, period), rel=0.01, abs=1e-6)
+        return found
+
+    shared = overlap // 4
+    ours = energy(overlap, lambda plan: plan, shared + 1)
+    linear = energy(overlap, linear_ramps, shared - 1)
+    cut = energy(0, lambda plan: plan, 1)
+    assert 0 < ours < 0.5 * cut
+    assert linear < cut or shared == 2  # of two shared frames that ramp makes a cut
+    # Every window's energy is lean^2 / width, less what an even movement of the same length has.
+    assert ours / linear < (shared - 1) / (shared + 1) + 1e-3
+    still = moving_gradient(length + 5 * 17).diff(dim=2).abs().mean((0, 1, 3, 4))
+    assert abs(energy_at(still, 17)) < 1e-9
 
 
 def test_p13_and_p14_decoded_video_shows_no_seam_and_no_drift() -> None:
