@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 from seams import energy_at, in_ramps, linear_ramps
-from tiny_models import make_folder, make_vae
+from tiny_models import make_folder, make_transformer, make_vae
 from torch import Tensor
 from traced import TracedMemory
 
@@ -580,6 +580,51 @@ def test_p15_the_5b_holds_its_frames_where_they_are_seen(held: int) -> None:
                     assert found is not None and found.tolist() == [[x] * 4 for x in times]
                 values = shown["hidden_states"][0, 0, :, 0, 0].tolist()
                 assert [v == 9.0 for v in values] == [i < held for i in window.indices]
+
+
+@pytest.mark.parametrize("held", [1, 4])
+def test_p15_a_real_5b_gets_the_times_of_its_tokens_anew_in_every_window(held: int) -> None:
+    """Beside the same windows made by hand, with a time for every token in all of them.
+
+    The second window begins at frame 3: after a start picture, and within four held frames.
+    """
+    torch.manual_seed(0)
+    model = make_transformer("wan2.2-ti2v-5b")
+    windows, steps = plan_windows(11, 17, 8), made_scheduler("unipc")
+    assert windows.starts() == (0, 3, 6)
+    noise, first = torch.randn(1, 48, 11, 4, 4), torch.randn(1, 48, held, 4, 4)
+    embeds = torch.randn(1, 4, 32)
+    watching = Watching()
+    hook = model.register_forward_pre_hook(
+        lambda _, args, inputs: watching.seen.append(inputs), with_kwargs=True
+    )
+    conditions = Conditions(prompt_embeds=embeds, first_frame=first)
+    state = DenoiseState(latents=noise, next_step=0)
+    with torch.no_grad():
+        denoise_steps(state, range(2), expert(model), steps, conditions, windows=windows)
+    hook.remove()
+
+    latents, by_hand, seen = noise, made_scheduler("unipc"), iter(watching.seen)
+    for step in range(2):
+        t, velocity = by_hand.timesteps[step], torch.zeros_like(noise)
+        for window, weights in zip(windows.windows(step), windows.normalised(step), strict=True):
+            index = list(window.indices)
+            inside = [place for place, i in enumerate(index) if i < held]
+            assert inside == {1: [[0], [], []], 4: [[0, 1, 2, 3], [0], []]}[held][window.index]
+            x, times = latents[:, :, index].clone(), torch.full((len(index), 4), float(t))
+            x[:, :, inside] = first[:, :, [index[place] for place in inside]]
+            times[inside] = 0  # 4x4 latent pixels are 2x2 tokens
+            shown = next(seen)
+            assert torch.allclose(shown["hidden_states"], x, atol=1e-5)
+            if inside:
+                assert torch.equal(shown["timestep"], times.view(1, -1))
+            else:
+                assert shown["timestep"].tolist() == [float(t)]
+            with torch.no_grad():
+                made = model(x, times.view(1, -1), embeds, return_dict=False)[0]
+            velocity[:, :, index] += torch.tensor(weights).view(1, 1, -1, 1, 1) * made
+        latents = by_hand.step(velocity, t, latents, return_dict=False)[0]
+    assert torch.allclose(state.latents, latents, atol=1e-5)
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
