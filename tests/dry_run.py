@@ -24,7 +24,10 @@ ROUNDING = 512  # the CUDA caching allocator's smallest unit
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of all storages born under it: ``live`` now, ``peak`` at most."""
+    """Counts the bytes of all storages born under it: ``live`` now, ``peak`` at most.
+
+    The meta device stands for the host's memory, which does not count.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -42,7 +45,7 @@ class LiveBytes(TorchDispatchMode):
     def _register(self, tensor: torch.Tensor, name: str) -> None:
         storage = tensor.untyped_storage()
         key = storage._cdata
-        if key in self._seen:
+        if key in self._seen or tensor.device.type == "meta":
             return
         nbytes = -(-storage.nbytes() // ROUNDING) * ROUNDING
         self._seen[key] = nbytes

@@ -9,6 +9,7 @@ import pytest
 import torch
 from dry_run import DryModel
 from machines import architecture, gpu
+from true_models import DTYPES, KEEP_FP32, autoencoder, transformer
 
 from wan_core import lean_forward, memory, sizes
 from wan_core.activations import text_encoder_peak, transformer_peak
@@ -22,45 +23,7 @@ from wan_core.vae import StreamingDecoder, encode_latents, to_frames
 from wan_core.vae_activations import decode_peak, encode_peak
 from wan_core.variants import VAE_21, VAE_22, VARIANTS, TransformerShape, VaeShape
 
-KEEP_FP32 = ("rope", "time_embedder", "scale_shift_table", "norm1", "norm2", "norm3")
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 GPU = gpu(80)
-
-
-def transformer(shape: TransformerShape, layers: int | None = None) -> torch.nn.Module:
-    from diffusers import WanTransformer3DModel
-
-    return WanTransformer3DModel(
-        num_attention_heads=shape.heads,
-        attention_head_dim=shape.head_dim,
-        ffn_dim=shape.ffn_dim,
-        num_layers=shape.layers if layers is None else layers,
-        in_channels=shape.in_channels,
-        out_channels=shape.out_channels,
-        image_dim=shape.image_dim,
-        added_kv_proj_dim=shape.added_kv_dim,
-        pos_embed_seq_len=shape.pos_embed_seq_len,
-    )
-
-
-def autoencoder(shape: VaeShape) -> torch.nn.Module:
-    from diffusers import AutoencoderKLWan
-
-    return AutoencoderKLWan(
-        base_dim=shape.base_dim,
-        decoder_base_dim=shape.decoder_base_dim,
-        z_dim=shape.z_dim,
-        dim_mult=list(shape.dim_mult),
-        num_res_blocks=shape.num_res_blocks,
-        temperal_downsample=list(shape.temporal_downsample),
-        is_residual=shape.is_residual,
-        in_channels=shape.in_channels,
-        out_channels=shape.out_channels,
-        patch_size=shape.patch_size,
-        scale_factor_spatial=shape.scale_factor_spatial,
-        latents_mean=list(shape.latents_mean),
-        latents_std=list(shape.latents_std),
-    )
 
 
 @cache

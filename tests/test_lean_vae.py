@@ -12,12 +12,12 @@ import pytest
 import torch
 from dry_run import DryModel
 from machines import architecture, cpu, gpu
-from test_activations import DTYPES, autoencoder
 from test_vae import make_latents, make_vae
 from torch import Tensor
 from traced import TracedMemory
+from true_models import DTYPES, autoencoder
 
-from wan_core import lean_vae, sizes
+from wan_core import lean_decode, lean_vae, sizes
 from wan_core.config import StageEstimate
 from wan_core.hardware import SystemResources
 from wan_core.lean_decode import DecodeOptions, DecoderWalk
@@ -205,18 +205,22 @@ def dry(shape: VaeShape, dtype: str) -> DryModel:
 
 
 CASES = [
-    (VAE_21, "bf16", 1, 60, 104),
-    (VAE_22, "bf16", 1, 44, 80),
-    (VAE_21, "bf16", 2, 30, 52),
-    (VAE_22, "fp32", 2, 22, 40),
+    (VAE_21, "bf16", 1, False, 60, 104),
+    (VAE_21, "fp32", 1, True, 60, 104),
+    (VAE_22, "bf16", 1, False, 44, 80),
+    (VAE_21, "bf16", 2, False, 30, 52),
+    (VAE_22, "fp32", 2, False, 22, 40),
+    (VAE_22, "bf16", 8, True, 44, 80),
 ]
 
 
-@pytest.mark.parametrize(("shape", "dtype", "bands", "height", "width"), CASES)
+@pytest.mark.parametrize(("shape", "dtype", "bands", "on_host", "height", "width"), CASES)
 def test_arithmetic_agrees_with_the_dry_run(
-    shape: VaeShape, dtype: str, bands: int, height: int, width: int
-) -> None:
-    kind, options = DTYPES[dtype], {"bands": bands, "cache_on_host": False}
+    monkeypatch: pytest.MonkeyPatch, shape: VaeShape, dtype: str, bands: int, on_host: bool,
+    height: int, width: int,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(lean_decode, "_HOST", torch.device("meta"))  # told apart from the device
+    kind, options = DTYPES[dtype], {"bands": bands, "cache_on_host": on_host}
 
     def run(vae: Any) -> None:
         with lean_decoder(vae, **options):
@@ -227,7 +231,7 @@ def test_arithmetic_agrees_with_the_dry_run(
 
     numbers = {"batch": 1, "latent_frames": 7, "latent_height": height, "latent_width": width}
     ours, _ = lean_decode_bytes(
-        shape, size=kind.itemsize, workspace=False, bands=bands, cache_on_host=False, **numbers
+        shape, size=kind.itemsize, workspace=False, bands=bands, cache_on_host=on_host, **numbers
     )
     assert ours == pytest.approx(dry(shape, dtype).peak(run), rel=0.01)
 

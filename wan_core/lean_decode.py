@@ -28,6 +28,7 @@ _REPEAT = "Rep"  # diffusers' mark of an upsampler that has seen the first frame
 _HISTORY = 2  # frames a causal convolution looks back
 _HALF = (torch.float16, torch.bfloat16)
 _EPSILON = 1e-12  # of torch.nn.functional.normalize
+_HOST = torch.device("cpu")
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,7 +148,7 @@ class DecoderWalk:
         if out is None:
             out = source.new_empty(batch, conv.out_channels, frames, height, width)
         count = min(_HISTORY, frames + _known(previous))
-        home = "cpu" if self._options.cache_on_host else source.device
+        home = _HOST if self._options.cache_on_host else source.device
         kept = source.new_empty(batch, channels, count, height, width, device=home)
         for rows in self._bands(height):
             padded, inside, used = _buffer(conv, source, rows)
@@ -201,7 +202,7 @@ class DecoderWalk:
         self._keep(slot, _inside(conv, padded)[:, :, -count:])
 
     def _keep(self, slot: int, frames: Tensor) -> None:
-        home = torch.device("cpu") if self._options.cache_on_host else frames.device
+        home = _HOST if self._options.cache_on_host else frames.device
         kept = torch.empty(frames.shape, dtype=frames.dtype, device=home)
         self._slots[slot] = kept.copy_(frames)
 
