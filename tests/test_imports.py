@@ -17,7 +17,7 @@ CORE = ROOT / "wan_core"
 
 # From the ground up: a room imports only rooms that stand before it.
 NO_TORCH = (
-    "config", "errors", "convert", "files", "hardware", "prompts", "render_identity",
+    "config", "errors", "convert", "files", "calibration", "hardware", "prompts", "render_identity",
     "saved_state", "journal_folder", "journal", "schedule", "turns", "variants",
     "activations", "lean_activations", "recipes", "architecture", "choices", "sizes",
     "structure", "timing", "vae_activations", "lean_vae_activations", "memory", "windows",

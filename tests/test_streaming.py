@@ -5,6 +5,8 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,10 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_lean import inputs_of, model_of
 from test_offload import Interrupted, run_text, text_encoder
-from tiny_models import FAMILIES
+from tiny_models import FAMILIES, make_folder
 from torch import Tensor, nn
 
-from wan_core import transport
+from wan_core import GenerationConfig, WanPipelineLoader, transport
 from wan_core.errors import InvalidRequest
 from wan_core.lean_forward import lean_forward, run_together
 from wan_core.offload import block_hooks, place
@@ -450,3 +452,27 @@ def test_pinning_ahead_stops_and_says_what_went_wrong(
         pin_ahead(model, resident_blocks=9),
     ):
         pass
+
+
+def test_the_low_noise_expert_is_page_locked_while_the_other_works(
+    lockable: list[int], tmp_path: Path
+) -> None:
+    folder = make_folder(tmp_path / "model", "wan2.2-t2v-a14b")
+    wrapper = WanPipelineLoader(enable_caching=False).load_wan_pipeline(
+        folder, optimization_config={"device": "cpu", "precision": "fp32"}
+    )
+    request, plan = wrapper.plan(GenerationConfig(prompt="a", width=32, height=32, num_frames=5))
+    streamed = replace(plan, device="cuda:0", stream=True, resident_blocks=0)
+    for chosen, locked in ((streamed, True), (replace(streamed, stream=False), False)):
+        render = wrapper._make_render(GenerationConfig(prompt="a"), request, chosen)
+        stages = render.stages
+        with stages.ahead("transformer_2"):
+            assert not lockable  # it is neither in RAM nor in a mapped file: left alone
+        cpu = wrapper._make_render(GenerationConfig(prompt="a"), request, plan).stages
+        cpu.keep_components = True
+        with cpu.component("transformer_2") as module, stages.ahead("transformer_2"):
+            end = time.monotonic() + 10
+            while locked and len(lockable) < len(module.blocks) and time.monotonic() < end:
+                time.sleep(0.005)
+            assert len(lockable) == (len(module.blocks) if locked else 0)
+        unpin(module)

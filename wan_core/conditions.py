@@ -15,7 +15,7 @@ from .errors import InvalidRequest
 from .request import Request
 from .stages import Stages
 from .tokenizer import load_image_processor
-from .windows import FRAMES_PER_LATENT
+from .windows import latent_index
 
 
 @dataclass(slots=True, kw_only=True)
@@ -34,7 +34,7 @@ class ConditionMaker:
         batch = self.request.batch_size
         prompts, negative = self.stages.attempt("text_encode", self._texts)
         ready = [self._to_model(rows(prompt, batch)) for prompt in prompts]
-        starts = [-(-part.start // FRAMES_PER_LATENT) for part in self.request.prompts]
+        starts = [latent_index(part.start) for part in self.request.prompts]
         text = Conditions(
             prompt_embeds=ready[0], prompt_parts=tuple(zip(starts, ready, strict=False))
         )

@@ -167,6 +167,8 @@ class MemoryEstimate:
     total_estimated_mb: float
     peak_usage_mb: float
     confidence: float
+    basis: str = "arithmetic"
+    """What the figures rest on: arithmetic alone, or measured runs too."""
     warnings: tuple[str, ...] = ()
     stages: tuple[StageEstimate, ...] = ()
     host_ram_mb: float = 0.0

@@ -2,11 +2,13 @@
 
 The latents are handed on as they are, without a trip through the VAE. Image-to-video models get
 them as given frames of their condition, the 5B as frames held at timestep 0. What both segments
-have of the overlap is blended with the ramp k/(w+1) of ``windows``. Knows no model and no files.
+have of the overlap is blended with the ramp k/(w+1) of ``windows``. Where a clip has several texts
+a segment begins with each of them. Knows no model and no files.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -15,12 +17,38 @@ from torch import Tensor
 
 from .denoise import Conditions, DenoiseState, hold_first_frame
 from .errors import InvalidRequest
-from .windows import FRAMES_PER_LATENT, WindowPlan, plan_windows, video_frames
+from .windows import FRAMES_PER_LATENT, WindowPlan, latent_frames, plan_windows, video_frames
 
 COLOUR_GRID = 4
 """Cells a side a latent frame is averaged to: what is left is its colour and light."""
 MAX_COLOUR_SCALE = 2.0
 """The spread of the colours is corrected by no more than this factor either way."""
+
+
+@dataclass(frozen=True, slots=True)
+class SegmentPlan:
+    """The latent frames of the clip that each segment makes, those it takes over included.
+
+    ``windows`` are those of a clip of one text; their length is that of the longest segment.
+    ``cuts`` are the latent frames that begin a segment because a text begins there.
+    """
+
+    ranges: tuple[range, ...]
+    windows: WindowPlan
+    cuts: tuple[int, ...] = ()
+
+    def describe(self, given: int) -> str:
+        """One line for a report: segments, frames, what they share; ``given`` latent frames."""
+        length, total = self.windows.window, self.ranges[-1].stop - self.ranges[0].start
+        size = f"{video_frames(length)} frames ({length} latent)"
+        if self.cuts:
+            size = f"at most {size}, one or more for each of {len(self.cuts) + 1} texts"
+        shared = f" after {given} given latent frames," if given else ""
+        return (
+            f"{len(self.ranges)} segments of {size},{shared} "
+            f"each begun with the last {self.windows.overlap} latent frames before it, "
+            f"{sum(map(len, self.ranges)) / total:.2f}x the work of one pass"
+        )
 
 
 @dataclass(slots=True, kw_only=True)
@@ -32,7 +60,7 @@ class Segments:
     ``drift_correction`` (0..1) says how far ``match_colours`` is followed.
     """
 
-    plan: WindowPlan
+    plan: SegmentPlan
     noise: Tensor
     conditions: Conditions
     given: Tensor | None = None
@@ -45,13 +73,11 @@ class Segments:
             self.clip[:, :, : self.given.shape[2]] = self.given
 
     def __len__(self) -> int:
-        return self.plan.count
+        return len(self.plan.ranges)
 
     def frames(self, number: int) -> range:
         """The latent frames of the clip that segment ``number`` makes, overlap included."""
-        offset = self.noise.shape[2] - self.plan.total
-        start = offset + self.plan.starts()[number]
-        return range(start, start + self.plan.window)
+        return self.plan.ranges[number]
 
     def known(self, number: int) -> int:
         """How many frames segment ``number`` takes over from what is before it."""
@@ -100,29 +126,23 @@ class Segments:
         made = hold_first_frame(state.latents, conditions)
         if known and self.drift_correction:
             # Frames before the second segment do not change any more: the same in every run.
-            first = self.frames(1).start if number else known + frames.start
+            first = max(1, self.frames(1).start) if number else known + frames.start
             made = match_colours(made, self.clip[:, :, :first], self.drift_correction)
         ramp = torch.arange(1, known + 1, device=made.device) / (known + 1)
         before = self.clip[:, :, frames.start : frames.start + known]
         before.lerp_(made[:, :, :known], ramp.view(1, 1, -1, 1, 1))
         self.clip[:, :, frames.start + known : frames.stop] = made[:, :, known:]
 
-    def describe(self) -> str:
-        """One line for a report: segments, frames, what they share."""
-        plan = self.plan
-        shared = "" if self.given is None else f" after {self.given.shape[2]} given latent frames,"
-        return (
-            f"{plan.count} segments of {video_frames(plan.window)} frames ({plan.window} latent),"
-            f"{shared} each begun with the last {plan.overlap} latent frames before it, "
-            f"{plan.cost_factor:.2f}x the work of one pass"
-        )
 
-
-def plan_segments(total: int, given: int, window: int | None, overlap: int) -> WindowPlan:
+def plan_segments(
+    total: int, given: int, window: int | None, overlap: int, texts: Iterable[int] = ()
+) -> SegmentPlan:
     """Plan segments for ``total`` latent frames of which the first ``given`` are there already.
 
-    ``window`` and ``overlap`` are video frames; None makes one segment of all. The plan's frames
-    count from the first segment's first. Raises InvalidRequest for an overlap below one latent
+    ``window`` and ``overlap`` are video frames; None makes one segment of all. ``texts`` are the
+    latent frames at which texts begin: no segment makes new frames for two of them. The last one
+    of a text is shifted back, as the last window of a clip is, so that it is shorter than the
+    window only where the clip before it is. Raises InvalidRequest for an overlap below one latent
     frame and for given latents that leave nothing to make.
     """
     if total <= given:
@@ -132,18 +152,30 @@ def plan_segments(total: int, given: int, window: int | None, overlap: int) -> W
             "or more.",
             field="continue_from",
         )
+    shared = -(-overlap // FRAMES_PER_LATENT)
+    if window is not None:
+        # Of a clip longer than the window: one that is not shares nothing within itself.
+        shared = plan_windows(latent_frames(window) + 2, window, overlap).overlap
     # As many frames are taken over from the given latents as from a segment.
-    shared = min(given, max(1, -(-overlap // FRAMES_PER_LATENT)))
-    left = total - given + shared
-    length = video_frames(left) if window is None else window
-    plan = plan_windows(left, length, overlap)
-    if plan.count > 1 and plan.overlap < 1:
+    taken = max(1, shared)
+    first = max(0, given - taken)
+    length = video_frames(total - first) if window is None else window
+    windows = plan_windows(total - first, length, overlap)
+    cuts = tuple(sorted({start for start in texts if given < start < total}))
+    ranges: list[range] = []
+    done = given
+    for end in (*cuts, total):
+        while done < end:
+            stop = min(max(first, done - taken) + windows.window, end)
+            ranges.append(range(max(first, stop - windows.window), stop))
+            done = stop
+    if len(ranges) > 1 and shared < 1:
         raise InvalidRequest(
             "window_overlap is 0; a segment goes on from the one before, so at least "
             f"{FRAMES_PER_LATENT} frames must be shared.",
             field="window_overlap",
         )
-    return plan
+    return SegmentPlan(tuple(ranges), replace(windows, overlap=shared), cuts)
 
 
 def check_given(given: Tensor | None, shape: tuple[int, ...]) -> None:

@@ -101,6 +101,10 @@ class JournalMismatch(WanError):
     """A saved render was asked for (resume='must'), and the one that is there is another."""
 
 
+class SpilledMemory(MemoryError):
+    """The driver moved device memory to RAM instead of refusing it: a run would crawl on."""
+
+
 class OutputError(WanError):
     """A result could not be written."""
 

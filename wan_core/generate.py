@@ -11,12 +11,14 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from statistics import median
 from typing import Any
 
 import torch
 
 from .architecture import ModelArchitecture
 from .cache import ComponentCache
+from .calibration import Calibrations, RunRecord
 from .config import GenerationConfig, MemoryEstimate, VideoGenerationResult
 from .errors import DoesNotFit, is_oom
 from .hardware import SystemResources
@@ -50,6 +52,7 @@ class WanPipelineWrapper:
         self._cache = cache
         self._keep = keep_components
         self._manager = OptimizationManager()
+        self._calibrations = Calibrations()
         self.evictable_bytes = 0
         """Bytes on the device that the host program (ComfyUI) would free for a run."""
         self._stats: dict[str, Any] = {"runs": 0, "failed": 0, "seconds": 0.0, "last": None}
@@ -103,6 +106,13 @@ class WanPipelineWrapper:
             system,
             evictable_bytes=on_device + self.evictable_bytes,
             ram_evictable_bytes=in_ram,
+            calibration=self._calibrations.of(self._calibration_key(system)),
+        )
+
+    def _calibration_key(self, system: SystemResources) -> str:
+        torch_version = f"torch {system.torch_version}"
+        return ", ".join(
+            (system.device_name, system.backend, torch_version, self.architecture.name)
         )
 
     def generate(self, config: GenerationConfig) -> VideoGenerationResult:
@@ -130,7 +140,21 @@ class WanPipelineWrapper:
         self, config: GenerationConfig, callbacks: Callbacks, result: VideoGenerationResult
     ) -> None:
         request, plan = self.plan(config)
-        self._make_render(config, request, plan, callbacks, result).run()
+        render = self._make_render(config, request, plan, callbacks, result)
+        render.run()
+        self._learn(plan, render.stages)
+
+    def _learn(self, plan: OptimizationPlan, stages: Stages) -> None:
+        """Keep what a run on an accelerator measured; a run that had to step down teaches none."""
+        system = self._manager.analyze_system_resources(plan.device)
+        if system.device_kind == "cpu" or stages.steps_down:
+            return
+        key, steps = self._calibration_key(system), stages.timeline.step_seconds
+        pace = median(steps) / plan.step_seconds if steps and plan.compute_bound else None
+        known = self._calibrations.of(key)
+        record = RunRecord.of(plan.estimate.stages, stages.timeline.stages, known, pace)
+        if record is not None:
+            self._calibrations.add(key, record)
 
     def _make_render(
         self,
@@ -162,6 +186,7 @@ class WanPipelineWrapper:
             result=result or VideoGenerationResult(success=False),
             timeline=Timeline(torch.device(plan.device), predicted),
             smaller_plan=smaller,
+            usual_step=plan.step_seconds if self._system(wishes).calibration.runs else None,
         )
         return Render(stages=stages, config=config, request=request)
 

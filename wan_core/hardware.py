@@ -16,6 +16,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from .calibration import Calibration
 from .errors import InvalidRequest
 
 PINNED_SHARE_WINDOWS, PINNED_SHARE = 0.4, 0.5
@@ -61,6 +62,8 @@ class SystemResources:
     backend: str = "cpu"
     """"cuda", "rocm", "mps", "xpu" or "cpu"."""
     notes: tuple[str, ...] = ()
+    calibration: Calibration = Calibration()
+    """What runs of the model in question taught on this machine."""
 
     @property
     def device_kind(self) -> str:

@@ -76,6 +76,7 @@ def estimate(
         total_estimated_mb=(weights + overhead + output) / MIB,
         peak_usage_mb=peak.device_bytes / MIB,
         confidence=_confidence(architecture, system, choices),
+        basis=_basis(system),
         warnings=(*_warnings(architecture), *_gaps(peak.device_bytes, reserved, available)),
         stages=stages,
         host_ram_mb=max(stage.host_bytes for stage in stages) / MIB,
@@ -115,6 +116,7 @@ class _Ledger:
     ) -> None:
         self.arch, self.job, self.choices = architecture, job, choices
         self.on_cpu = system.device_kind == "cpu"
+        self.learnt = 0.0 if self.on_cpu else system.calibration.extra
         self.parts = parts_of(architecture)
         self.vae = architecture.vae or architecture.variant.vae
         self.frames, self.height, self.width = latent_size(architecture, job)
@@ -162,6 +164,7 @@ class _Ledger:
 
     def _stage(self, name: str, part: str, activations: int, in_ram: int = 0) -> StageEstimate:
         weights, note = self._weights_on_device(part)
+        learnt = int(activations * self.learnt)
         loras = self.arch.lora_bytes(part, BYTES[self._dtype(part)])
         host = self._host_weights(part) + self.latent_bytes + in_ram
         extra = _DEVICE_WORKSPACE
@@ -173,7 +176,7 @@ class _Ledger:
             weights, note = weights + loras, f"{note}, with its LoRAs"
         return StageEstimate(
             name=name,
-            device_bytes=weights + activations + extra,
+            device_bytes=weights + activations + learnt + extra,
             weights_bytes=weights,
             activation_bytes=activations,
             host_bytes=host + _PROCESS + (activations if self.on_cpu else 0),
@@ -313,6 +316,8 @@ def _confidence(
 ) -> float:
     """Rate the estimate: 0.8 by arithmetic, more where runs were measured, less where assumed."""
     rating = 0.9 if system.compute_capability in _MEASURED else 0.8
+    if system.calibration.runs:
+        rating = 0.95
     if system.device_kind == "cpu":
         rating -= 0.15  # measured as the process's RAM, which no arithmetic covers
     if assumed_parts(architecture):
@@ -322,6 +327,15 @@ def _confidence(
     if choices.offload == "sequential":
         rating -= 0.05
     return round(max(0.1, rating), 2)
+
+
+def _basis(system: SystemResources) -> str:
+    runs = system.calibration.runs
+    if runs:
+        return f"arithmetic and {runs} run{'s' * (runs > 1)} on this machine"
+    if system.compute_capability in _MEASURED:
+        return "arithmetic, compared with runs on such a card"
+    return "arithmetic"
 
 
 def _warnings(architecture: ModelArchitecture) -> tuple[str, ...]:
@@ -348,7 +362,7 @@ def format_estimate(estimate: MemoryEstimate) -> str:
 def _verdict(estimate: MemoryEstimate) -> str:
     peak = f"peak {estimate.peak_usage_mb / 1024:.2f} GiB on {estimate.device}"
     if estimate.available_mb is None or estimate.fits is None:
-        return f"{peak} (confidence {estimate.confidence:.0%})"
+        return f"{peak} (confidence {estimate.confidence:.0%}, by {estimate.basis})"
     there = f"{estimate.available_mb / 1024:.2f} GiB can be used"
     fits = "fits" if estimate.fits else "DOES NOT FIT"
-    return f"{peak}, {there}: {fits} (confidence {estimate.confidence:.0%})"
+    return f"{peak}, {there}: {fits} (confidence {estimate.confidence:.0%}, by {estimate.basis})"

@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import platform
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from statistics import median
 from typing import Any
 
 import torch
@@ -31,6 +32,9 @@ class Timeline:
         self._predicted = dict(predicted or {})
         self._peak = 0
         self._next_sample = 0.0
+        self.step_seconds: list[float] = []
+        """Denoising steps, the first of each stage left out: it also warms up."""
+        self._step_ended: float | None = None
 
     @contextmanager
     def stage(self, name: str) -> Iterator[StageReport]:
@@ -38,6 +42,7 @@ class Timeline:
         report = StageReport(name=name, predicted_peak_bytes=self._predicted.get(name))
         self.stages.append(report)
         self._reset_peak()
+        self._step_ended = None
         started = time.perf_counter()
         try:
             yield report
@@ -50,6 +55,13 @@ class Timeline:
     def predict(self, predicted: Mapping[str, int]) -> None:
         """Replace the predicted peaks of the stages to come: another plan is in force."""
         self._predicted = dict(predicted)
+
+    def step_done(self) -> None:
+        """Note that a denoising step of the present stage has ended."""
+        now = time.perf_counter()
+        if self._step_ended is not None:
+            self.step_seconds.append(now - self._step_ended)
+        self._step_ended = now
 
     def sample(self) -> None:
         """Look at the memory in use, at most twenty times a second; cheap enough for a block."""
@@ -72,6 +84,38 @@ class Timeline:
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device)
         return max(self._peak, resident_bytes())
+
+
+_SLOW = 4.0
+"""Times the usual step from which a step counts as slowed down by spilled memory."""
+_FULL = 0.9
+
+
+def device_fill(device: torch.device) -> tuple[int, int]:
+    """Return (bytes the allocator has reserved, bytes of the device); (0, 0) but on CUDA."""
+    if device.type != "cuda":
+        return 0, 0
+    total = torch.cuda.get_device_properties(device).total_memory
+    return torch.cuda.memory_reserved(device), total
+
+
+def spilled(reserved: int, total: int, steps: Sequence[float], usual: float | None) -> str | None:
+    """Say why device memory seems to have spilled into RAM, or None.
+
+    Windows' driver does that instead of failing. It shows in more reserved than the device has,
+    or in a last step that took far longer than the ones before it (``usual`` where there are
+    fewer than two) while the device is full.
+    """
+    if not total:
+        return None
+    if reserved > total:
+        return f"{reserved / GIB:.1f} GiB are reserved on a device of {total / GIB:.1f}"
+    expected = median(steps[:-1]) if len(steps) > 2 else usual
+    if not steps or expected is None or reserved < _FULL * total:
+        return None
+    if steps[-1] <= _SLOW * expected:
+        return None
+    return f"a step took {steps[-1]:.1f} s instead of {expected:.1f} s on a full device"
 
 
 def resident_bytes() -> int:

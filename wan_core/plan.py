@@ -57,6 +57,8 @@ class OptimizationPlan:
     step_seconds: float = 0.0
     """Predicted from operations and bus, to compare plans with."""
     seconds: float = 0.0
+    compute_bound: bool = True
+    """Whether a step's transfers hide behind its compute."""
 
     def offload_of(self, part: str) -> str:
         """Return how one part is placed: "none", "model", "sequential", "stream" or "group"."""
@@ -348,6 +350,7 @@ def _plan(
         tier=way.tier,
         step_seconds=way.timing.step,
         seconds=way.timing.total,
+        compute_bound=way.timing.compute_bound,
     )
 
 

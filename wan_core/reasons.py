@@ -61,9 +61,15 @@ def reasons_for(
     if system.device_kind != "cpu":
         reasons.append(
             f"about {_seconds(chosen.timing.step)} a step and {_seconds(chosen.timing.total)} for "
-            f"{job.steps} steps (computed from operations and bus, not measured)"
+            f"{job.steps} steps ({_origin(system)})"
         )
     return (*reasons, *system.notes)
+
+
+def _origin(system: SystemResources) -> str:
+    if system.calibration.runs:
+        return "by the pace of earlier runs on this machine"
+    return "computed from operations and bus, not measured"
 
 
 def _vae(choices: Choices) -> str:

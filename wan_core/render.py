@@ -5,7 +5,7 @@ Nothing is decided here; the plan is carried out, and replaced only when memory 
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -138,17 +138,21 @@ class Render:
         given = self.config.continue_from
         known = 0 if given is None else given.shape[2]
         plan = plan_segments(
-            request.latent_frames, known, stages.plan.window_frames, stages.plan.window_overlap
+            request.latent_frames,
+            known,
+            stages.plan.window_frames,
+            stages.plan.window_overlap,
+            [start for start, _ in conditions.prompt_parts],
         )
         segments = Segments(
             plan=plan,
-            noise=self._noise(plan),
+            noise=self._noise(plan.windows),
             conditions=conditions,
             given=given,
             drift_correction=request.drift_correction,
         )
-        result.metadata["windows"] = segments.describe()
-        result.warnings += plan.notes
+        result.metadata["windows"] = plan.describe(known)
+        result.warnings += plan.windows.notes
         scheduler, steps = self._scheduler()
         state = segments.begin(0, steps.start)
         if journal is not None and (resumed := journal.restore(state, scheduler)) > steps.start:
@@ -254,7 +258,7 @@ class Render:
                 scale: float = scale,
                 stage: str = stage,
             ) -> None:
-                with stages.use(stage, component) as model:
+                with stages.use(stage, component) as model, self._next_ahead(component, steps):
                     expert = Expert(
                         name=name,
                         model=model,
@@ -275,6 +279,12 @@ class Render:
 
             stages.attempt(stage, work)
 
+    def _next_ahead(self, component: str, steps: StepPlan) -> AbstractContextManager[None]:
+        """Prepare the low-noise expert while the high-noise one works."""
+        if component == "transformer" and len(steps.low) and self.stages.has("transformer_2"):
+            return self.stages.ahead("transformer_2")
+        return nullcontext()
+
     def _signals(
         self,
         state: DenoiseState,
@@ -293,6 +303,7 @@ class Render:
             if journal is not None:
                 journal.step_done(state, scheduler)
             call(config.progress_callback, before + index, total, latents)
+            self.stages.step_done()
 
         def preview(index: int, clean: Tensor) -> None:
             call(config.preview_callback, before + index, total, clean)

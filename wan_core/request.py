@@ -10,6 +10,7 @@ import math
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,16 @@ from .noise import NOISES
 from .prompts import PromptPart, parse_prompts
 from .schedule import SCHEDULERS
 from .variants import Variant
-from .windows import DEFAULT_WINDOW, FUSIONS, SCHEDULES, latent_frames, round_up_frames
+from .windows import (
+    DEFAULT_WINDOW,
+    FRAMES_PER_LATENT,
+    FUSIONS,
+    SCHEDULES,
+    latent_frames,
+    latent_index,
+    round_up_frames,
+    video_range,
+)
 
 MAX_SIZE = 16384
 """Pixels a side: rotary positions of Wan's transformer end at 1024 tokens of 16 pixels."""
@@ -334,7 +344,29 @@ def _prompts(
         warnings.append("prompts was given, so prompt is not used.")
     if late := [part.text for part in parts if part.start >= num_frames]:
         warnings.append(f"prompts: {late[0]!r} begins after the clip's {num_frames} frames.")
+    if config.window_mode == "continuation":
+        warnings += _segment_notes(parts)
     return parts
+
+
+def _segment_notes(parts: tuple[PromptPart, ...]) -> Iterator[str]:
+    """Say which texts begin earlier than asked, as segments begin with whole latent frames.
+
+    Raises InvalidRequest for a text that would get no latent frame of its own.
+    """
+    for line, (part, later) in enumerate(pairwise(parts), 1):
+        begins = video_range(latent_index(later.start)).start
+        if begins <= part.start:
+            raise InvalidRequest(
+                f"prompts line {line} lasts for {later.start - part.start} frames, which are no "
+                f"latent frame of its own; a segment needs {FRAMES_PER_LATENT} or more.",
+                field="prompts",
+            )
+        if begins != later.start:
+            yield (
+                f"prompts: line {line + 1} begins with frame {begins}, not {later.start}: segments "
+                "begin after 4n + 1 frames."
+            )
 
 
 def _check_audio(config: GenerationConfig) -> None:

@@ -19,15 +19,17 @@ from .architecture import ModelArchitecture
 from .cache import ComponentCache, ComponentKey, component_key
 from .component import load_component
 from .config import GenerationConfig, VideoGenerationResult
-from .errors import DoesNotFit, is_oom
+from .errors import DoesNotFit, SpilledMemory, is_oom
 from .fp8_storage import store_fp8
+from .hardware import pinned_budget_now
 from .lora import applied
-from .monitor import Timeline
+from .monitor import Timeline, device_fill, spilled
 from .offload import block_hooks
 from .placement import carried_out
 from .plan import OptimizationPlan
 from .precision import dtype_of
-from .sizes import MAP_FROM
+from .sizes import MAP_FROM, stays_in_file
+from .streaming import pin_ahead
 from .tokenizer import load_image_processor, load_tokenizer
 
 if TYPE_CHECKING:
@@ -75,6 +77,10 @@ class Stages:
     smaller_plan: Callable[[OptimizationPlan, str], OptimizationPlan | None]
     """Given the plan and the stage that failed: the next plan whose stage needs less, if any."""
     steps_down: int = 0
+    usual_step: float | None = None
+    """Seconds a step takes by earlier runs on this machine; None where there were none."""
+    bears_spilling: bool = False
+    """Set where there was nothing smaller to go on with."""
 
     @property
     def device(self) -> torch.device:
@@ -93,6 +99,13 @@ class Stages:
         """Between blocks: look for an interrupt, and at the memory."""
         self.callbacks.check()
         self.timeline.sample()
+
+    def step_done(self) -> None:
+        """After a denoising step: note its time. Raises SpilledMemory where memory has spilled."""
+        self.timeline.step_done()
+        why = spilled(*device_fill(self.device), self.timeline.step_seconds, self.usual_step)
+        if why is not None and not self.bears_spilling:
+            raise SpilledMemory(f"device memory has spilled into RAM: {why}")
 
     def key(self, name: str) -> ComponentKey:
         """Identify a component as the plan wants it."""
@@ -148,6 +161,29 @@ class Stages:
                 stack.enter_context(applied(module, loras, device=self.device, dtype=dtype))
             yield module
 
+    @contextmanager
+    def ahead(self, component: str) -> Iterator[None]:
+        """Page-lock the blocks of the component that streams next, while the present one works.
+
+        Only of weights that lie in RAM or in a mapped file already: reading them from disk here
+        would hold up the work, and an interrupt.
+        """
+        with ExitStack() as stack:
+            if self._ready_to_pin(component):
+                module = stack.enter_context(self.component(component))
+                blocks = self.plan.resident_blocks_of(component)
+                budget = pinned_budget_now()
+                stack.enter_context(pin_ahead(module, resident_blocks=blocks, pin_bytes=budget))
+            yield
+
+    def _ready_to_pin(self, component: str) -> bool:
+        plan = self.plan
+        if plan.offload_of(component) != "stream" or self.device.type != "cuda":
+            return False
+        loaded = any(key == self.key(component) for key, _ in self.cache.loaded())
+        mapped = stays_in_file(self.architecture, component, plan.dtypes[component])
+        return loaded or (mapped and not plan.fp8_storage and self.keep_components)
+
     def _say_once(self, text: str | None) -> None:
         if text and text not in self.result.warnings:
             self.result.warnings.append(text)
@@ -165,19 +201,27 @@ class Stages:
                 ours = err is not self.callbacks.raised and not isinstance(err, DoesNotFit)
                 if not ours or not is_oom(err):
                     raise
-                failure = first_line(err)
+                failure, spilled_only = first_line(err), isinstance(err, SpilledMemory)
                 # Frames in the traceback hold the tensors that filled the memory.
                 traceback.clear_frames(err.__traceback__)
-            self._step_down(stage, failure)
+            self._step_down(stage, failure, must=not spilled_only)
 
-    def _step_down(self, stage: str, failure: str) -> None:
-        """Let go of memory and take the next smaller plan. Not called inside an except block."""
+    def _step_down(self, stage: str, failure: str, *, must: bool) -> None:
+        """Let go of memory and take the next smaller plan. Not called inside an except block.
+
+        Where there is none, raises DoesNotFit, or goes on unless a smaller plan is a must.
+        """
         gc.collect()
         self.cache.release_device()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         smaller = self.smaller_plan(self.plan, stage)
-        if smaller is None or self.steps_down >= MAX_STEPS_DOWN:
+        last = smaller is None or self.steps_down >= MAX_STEPS_DOWN
+        if last and not must:
+            self.bears_spilling = True
+            self._say_once(f"In stage {stage} {failure}; there is no smaller way to run this job.")
+            return
+        if smaller is None or last:
             needed = {s.name: s.device_bytes for s in self.plan.estimate.stages}.get(stage)
             raise DoesNotFit(
                 f"Memory ran out in stage {stage} ({failure}), and there is no smaller way to run "

@@ -57,6 +57,8 @@ class Timing:
 
     step: float
     total: float
+    compute_bound: bool = True
+    """Whether transfers hide behind the compute of a step."""
 
 
 def forward_operations(architecture: ModelArchitecture, job: Job, choices: Choices) -> float:
@@ -100,11 +102,13 @@ def timing(
     compute = forward_operations(architecture, job, choices) / device_rate(system, dtype)
     compute *= _CAST_COST if choices.fp8_storage else 1.0
     compute *= _ROWS_COST if choices.by_rows else 1.0
+    compute *= system.calibration.pace
     second = job.guidance_low if architecture.two_experts else job.guidance_high
     guided = (job.guidance_high, second)
     steps = [_step(architecture, choices, system, compute, 2 if g else 1) for g in guided]
     step = sum(steps) / len(steps)
-    return Timing(step, step * job.steps + _moves(architecture, choices, system))
+    bound = step <= compute * sum(2 if g else 1 for g in guided) / len(guided)
+    return Timing(step, step * job.steps + _moves(architecture, choices, system), bound)
 
 
 def _step(
@@ -160,6 +164,7 @@ def blocks_that_hide_the_bus(
     """Return how many resident blocks leave the bus idle half of a step, rates being uncertain."""
     dtype = choices.dtypes["transformer"]
     compute = forward_operations(architecture, job, choices) / device_rate(system, dtype)
+    compute *= system.calibration.pace
     passes = 1 + (job.guidance_high and (job.guidance_low or not architecture.two_experts))
     none = replace(choices, resident_blocks=0)
     busy = stream_seconds(architecture, none, system, passes)

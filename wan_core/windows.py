@@ -48,10 +48,15 @@ def round_up_frames(num_frames: int) -> int:
     return video_frames(-(-(num_frames - 1) // FRAMES_PER_LATENT) + 1)
 
 
-def video_range(latent_index: int) -> range:
-    """The video frames that latent frame ``latent_index`` of a clip stands for."""
-    first = max(0, FRAMES_PER_LATENT * (latent_index - 1) + 1)
-    return range(first, FRAMES_PER_LATENT * latent_index + 1)
+def video_range(latent: int) -> range:
+    """The video frames that latent frame ``latent`` of a clip stands for."""
+    first = max(0, FRAMES_PER_LATENT * (latent - 1) + 1)
+    return range(first, FRAMES_PER_LATENT * latent + 1)
+
+
+def latent_index(frame: int) -> int:
+    """The latent frame that video frame ``frame`` of a clip belongs to."""
+    return -(-frame // FRAMES_PER_LATENT)
 
 
 def halving(step: int) -> float:
