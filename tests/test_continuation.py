@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from wan_core.audio import read_audio
 from wan_core.continuation import Segments, match_colours, plan_segments
 from wan_core.denoise import Conditions
 from wan_core.errors import InvalidRequest
+from wan_core.windows import plan_windows
 
 JOB: dict[str, Any] = {
     "prompt": "a red cat", "num_frames": 33, "seed": 1,
@@ -104,6 +106,42 @@ def test_a_segment_is_given_the_last_latents_and_blends_with_them(concat: bool) 
         assert segments.clip[0, 0, :, 0, 0].tolist() == [1] * 8 + [5] * 5
 
 
+def test_segments_of_one_text_are_static_windows() -> None:
+    for total in range(2, 60):
+        for window, overlap in ((17, 4), (29, 12), (81, 16), (81, 4), (17, 32)):
+            windows = plan_windows(total, window, overlap)
+            expected = [range(s, s + windows.window) for s in windows.starts()]
+            assert list(plan_segments(total, 0, window, overlap).ranges) == expected
+            plan = plan_segments(total + 9, 9, window, overlap)
+            first = plan.ranges[0].start
+            later = plan_windows(total + 9 - first, window, overlap)
+            assert [r.start - first for r in plan.ranges] == list(later.starts())
+            assert first == 9 - (later.overlap or 9 - first) and first < 9
+    assert plan_segments(9, 0, None, 16).ranges == (range(9),)
+
+
+@pytest.mark.parametrize("given", [0, 6])
+def test_a_segment_begins_with_every_text(given: int) -> None:
+    draw = random.Random(given)
+    for _ in range(300):
+        total = draw.randint(given + 1, 70)
+        window, overlap = draw.choice([(17, 4), (29, 12), (81, 16), (17, 32), (None, 8)])
+        texts = sorted(draw.sample(range(total + 3), draw.randint(0, 4)))
+        plan = plan_segments(total, given, window, overlap, texts)
+        ends = [t for t in texts if given < t < total]
+        assert list(plan.cuts) == ends
+        done, length, before = given, plan.windows.window, 0
+        for segment in plan.ranges:
+            known = done - segment.start
+            assert before <= segment.start and 0 <= known < len(segment) <= length
+            if segment.start > plan.ranges[0].start:  # as many shared as wanted, never shorter
+                assert known >= plan.windows.overlap and len(segment) == length
+            new = range(done, segment.stop)
+            assert not any(new.start < end < new.stop for end in ends)
+            done, before = segment.stop, segment.start
+        assert done == total and {r.stop for r in plan.ranges} >= {*ends, total}
+
+
 def test_p14_colours_that_drift_are_brought_back_and_detail_stays() -> None:
     generator = torch.Generator().manual_seed(0)
     clip = torch.randn(1, 3, 9, 16, 16, generator=generator)
@@ -174,9 +212,14 @@ def test_p08_a_longer_clip_keeps_its_beginning_and_can_be_gone_on_with(
     assert not torch.equal(long.latents[:, :, 5:], long.latents[:, :, :4])
 
 
-def test_p09_going_on_within_any_segment_gives_the_same_bits(wan: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("prompts", [None, "9: a red cat\na blue dog"])
+def test_p09_going_on_within_any_segment_gives_the_same_bits(
+    wan: Any, tmp_path: Path, prompts: str | None
+) -> None:
     family = "wan2.1-i2v"
-    more = {"scheduler": "unipc", "drift_correction": 0.5}
+    more = {"scheduler": "unipc", "drift_correction": 0.5, "num_frames": 25 if prompts else 33}
+    if prompts:
+        more |= {"prompt": None, "prompts": prompts}
     whole = wan(family).generate(job(family, **more)).raise_for_error()
     kept = {"resume": "auto", "journal_folder": tmp_path / "j"}
     made: list[int] = []
@@ -205,12 +248,41 @@ def test_a_5b_continues_without_a_picture(wan: Any) -> None:
     assert "2 segments" in found.metadata["windows"]
 
 
+@pytest.mark.parametrize("family", ["wan2.2-i2v-a14b", "wan2.2-ti2v-5b"])
+def test_a_text_per_segment_is_what_one_makes_by_hand(wan: Any, family: str) -> None:
+    """Texts of 13, 16 and 9 frames in segments of at most 17: one clip after the other."""
+    texts = ("a red cat", "a blue dog", "a green circle")
+    prompts = f"13: {texts[0]}\n16: {texts[1]}\n{texts[2]}"
+    made = wan(family).generate(job(family, num_frames=37, prompt=None, prompts=prompts))
+    assert "3 segments of at most 17" in made.raise_for_error().metadata["windows"]
+    assert "3 texts" in made.metadata["windows"] and not made.warnings
+    by_hand = None
+    # The last one reaches back over 12 frames, not 4, to be as long as the others.
+    for text, frames, shared in zip(texts, (13, 29, 37), (4, 4, 12), strict=True):
+        more = {"num_frames": frames, "prompt": text, "window_overlap": shared}
+        made_by_hand = wan(family).generate(job(family, **more, continue_from=by_hand))
+        by_hand = made_by_hand.raise_for_error().latents
+    assert torch.equal(made.latents, by_hand)
+
+
+def test_a_text_that_begins_within_a_latent_frame_begins_with_it_and_says_so(wan: Any) -> None:
+    more = {"prompt": None, "num_inference_steps": 1}
+    family = "wan2.2-ti2v-5b"
+    odd = wan(family).generate(job(family, **more, prompts="15: a red cat\na blue dog"))
+    even = wan(family).generate(job(family, **more, prompts="13: a red cat\na blue dog"))
+    assert torch.equal(odd.raise_for_error().latents, even.raise_for_error().latents)
+    assert "line 2 begins with frame 13, not 15" in odd.warnings[0] and not even.warnings
+    # A first text of a single latent frame leaves one to compare colours with.
+    short = job(family, **more, prompts="1: a red cat\na blue dog", drift_correction=1.0)
+    assert torch.isfinite(wan(family).generate(short).raise_for_error().latents).all()
+
+
 def test_every_part_of_a_clip_has_its_text(wan: Any) -> None:
     """A segment and a window take the text of their middle; equal texts are one prompt."""
     family = "wan2.2-ti2v-5b"
     for mode in ("continuation", "windows"):
         more = {"window_mode": mode, "num_inference_steps": 1}
-        same = wan(family).generate(job(family, **more, prompts="9: a red cat\na red cat"))
+        same = wan(family).generate(job(family, **more, prompts="17: a red cat\na red cat"))
         plain = wan(family).generate(job(family, **more))
         assert torch.equal(same.raise_for_error().latents, plain.raise_for_error().latents)
         assert any("prompts was given" in warning for warning in same.warnings)
@@ -242,6 +314,7 @@ def test_a_job_chooses_its_noise(wan: Any, noise: str) -> None:
         ({"drift_correction": 1.5}, "drift_correction"),
         ({"noise": "pink"}, "noise"),
         ({"prompts": "no count\nat all"}, "prompts"),
+        ({"prompts": "5: a cat\n3: a dog\na bird"}, "prompts"),
         ({"prompts": "a cat", "prompt_embeds": torch.zeros(1, 3, 32)}, "prompts"),
         ({"continue_from": torch.zeros(1, 48, 9, 2, 2)}, "continue_from"),
         ({"continue_from": torch.zeros(1, 48, 3, 4, 2)}, "continue_from"),

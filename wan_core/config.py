@@ -110,7 +110,8 @@ class GenerationConfig:
     noise: str = "clip"
     """"clip", "frame" or "freenoise" (``noise.py``)."""
     prompts: str | None = None
-    """Lines ``frames: text`` in place of ``prompt``: windows take the text of their middle."""
+    """Lines ``frames: text`` in place of ``prompt``. Windows take the text of their middle; in
+    continuation mode a segment begins with every text."""
     resume: str | None = None
     """"auto" goes on with a saved render of this very job if there is one, "must" insists on it,
     "never" starts anew; all three keep a journal while the render lasts. None keeps none."""
