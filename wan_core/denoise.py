@@ -7,7 +7,8 @@ called. Latents are (B, C, T, h, w), float32, normalised.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -288,11 +289,13 @@ def denoise_steps(
             )
         sigma = float(scheduler.sigmas[i])
         clean = state.latents - sigma * velocity if signals.preview is not None else None
-        latents = _scheduler_step(scheduler, velocity, timestep, state.latents)
-        if not torch.isfinite(latents).all():
-            raise NonFiniteLatents(
-                step=i, sigma=sigma, expert=expert.name, dtype=str(expert.dtype).split(".")[-1]
-            )
+        with _put_back_on_error(scheduler):
+            latents = scheduler.step(velocity, timestep, state.latents, return_dict=False)[0]
+            # Looked at in here: this too may run out of memory, with the scheduler one step on.
+            if not torch.isfinite(latents).all():
+                raise NonFiniteLatents(
+                    step=i, sigma=sigma, expert=expert.name, dtype=str(expert.dtype).split(".")[-1]
+                )
         state.latents, state.next_step = latents, i + 1
         state.fused, state.next_window = None, 0
         state.finished.append(i)
@@ -302,12 +305,12 @@ def denoise_steps(
     return state
 
 
-def _scheduler_step(scheduler: Any, velocity: Tensor, timestep: Tensor, latents: Tensor) -> Tensor:
-    """Take one scheduler step; on an error the scheduler's history is put back."""
+@contextmanager
+def _put_back_on_error(scheduler: Any) -> Iterator[None]:
+    """Where the block raises, give the scheduler the history back that it had before."""
     before = {k: list(v) if isinstance(v, list) else v for k, v in vars(scheduler).items()}
     try:
-        stepped: Tensor = scheduler.step(velocity, timestep, latents, return_dict=False)[0]
+        yield
     except BaseException:
         vars(scheduler).update(before)
         raise
-    return stepped

@@ -353,8 +353,10 @@ class Render:
             else:
                 progress.decoder.vae = vae
             try:
+                progress.hand_on()  # what an earlier attempt decoded and could not hand on
                 while not progress.decoder.done:
-                    progress.put(progress.decoder.decode_next(check=stages.tick))
+                    progress.pending = progress.decoder.decode_next(check=stages.tick)
+                    progress.hand_on()
             finally:
                 progress.decoder.close()
 
@@ -390,12 +392,20 @@ class _Decoding:
     wanted: int
     done: int = 0
     decoder: StreamingDecoder | None = None
+    pending: Tensor | None = None
+    """A decoded chunk (B, 3, f, H, W) that has not been handed on yet."""
 
-    def put(self, chunk: Tensor) -> None:
-        """Hand a decoded chunk (B, 3, f, H, W) on; frames beyond those wanted are dropped."""
-        pictures = to_frames(chunk)[:, : self.wanted - self.done]
-        for index, writer in enumerate(self.writers):
-            writer.write(pictures[index])
+    def hand_on(self) -> None:
+        """Hand the pending chunk on; frames beyond those wanted are dropped.
+
+        When memory runs out in it, it may be called again: no frame is written twice.
+        """
+        if self.pending is None:
+            return
+        pictures = to_frames(self.pending)[:, : self.wanted - self.done]
         if self.frames is not None:
             self.frames[:, self.done : self.done + pictures.shape[1]] = pictures
+        for index, writer in enumerate(self.writers):
+            writer.write(pictures[index, writer.frames_written - self.done :])
         self.done += pictures.shape[1]
+        self.pending = None
