@@ -243,6 +243,21 @@ def test_p09_going_on_within_any_segment_gives_the_same_bits(
     assert not (tmp_path / "j").exists()
 
 
+def test_p14_a_job_says_how_far_colours_are_brought_back(wan: Any) -> None:
+    """The 5B's held frames stay as they are, so the last segment is known before its correction."""
+    family = "wan2.2-ti2v-5b"
+    made = {}
+    for strength in (0.0, 0.5, 1.0):
+        more = {"num_inference_steps": 1, "drift_correction": strength}
+        made[strength] = wan(family).generate(job(family, **more)).raise_for_error().latents
+    plain = made.pop(0.0)
+    for strength, found in made.items():
+        expected = match_colours(plain[:, :, 4:], plain[:, :, :4], strength)
+        assert torch.equal(found[:, :, :4], plain[:, :, :4])
+        assert torch.allclose(found[:, :, 5:], expected[:, :, 1:], atol=1e-6)
+        assert not torch.allclose(found[:, :, 5:], plain[:, :, 5:], atol=1e-3)
+
+
 def test_a_5b_continues_without_a_picture(wan: Any) -> None:
     found = wan("wan2.2-ti2v-5b").generate(job("wan2.2-ti2v-5b", image=None)).raise_for_error()
     assert "2 segments" in found.metadata["windows"]
