@@ -13,7 +13,7 @@ import torch
 
 from wan_core import hardware
 from wan_core.errors import InvalidRequest
-from wan_core.hardware import container_limit, pinned_budget, system_resources
+from wan_core.hardware import container_limit, pinned_budget, pinned_budget_now, system_resources
 
 GIB = 2**30
 
@@ -53,6 +53,14 @@ def test_what_the_caller_can_free_is_reported_apart() -> None:
 def test_pinned_memory_is_scarcer_on_windows() -> None:
     assert pinned_budget(100 * GIB, "Windows") == 40 * GIB
     assert pinned_budget(100 * GIB, "Linux") == 50 * GIB
+
+
+def test_what_is_pinned_already_does_not_lower_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hardware, "ram", lambda: (100 * GIB, 30 * GIB, ()))
+    monkeypatch.setattr(hardware.platform, "system", lambda: "Linux")
+    assert pinned_budget_now() == 30 * GIB
+    assert pinned_budget_now(pinned=15 * GIB) == 45 * GIB
+    assert pinned_budget_now(pinned=40 * GIB) == 50 * GIB
 
 
 def cgroup(root: Path, version: int, limit: str, used: int, cached: int) -> None:

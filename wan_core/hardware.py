@@ -218,10 +218,13 @@ def _pcie(uuid: str) -> tuple[int | None, int | None]:
         pynvml.nvmlShutdown()
 
 
-def pinned_budget_now() -> int:
-    """Return the bytes of RAM that may be pinned on this machine, at most what is available."""
+def pinned_budget_now(pinned: int = 0) -> int:
+    """Return the bytes of RAM that may be pinned on this machine, at most what is available.
+
+    ``pinned`` bytes are pinned already, and therefore not among what is available.
+    """
     total, available, _ = ram()
-    return min(pinned_budget(total, platform.system()), available)
+    return min(pinned_budget(total, platform.system()), available + pinned)
 
 
 def pinned_budget(ram_total: int, system: str) -> int:

@@ -12,6 +12,7 @@ from .lean_vae import lean_decoder
 from .lean_vae_activations import BANDS
 from .offload import place
 from .streaming import stream_blocks
+from .transport import all_pinned_bytes
 
 if TYPE_CHECKING:
     from .plan import OptimizationPlan
@@ -47,5 +48,5 @@ def _placed(module: Any, component: str, plan: OptimizationPlan) -> AbstractCont
         module,
         plan.device,
         resident_blocks=plan.resident_blocks_of(component),
-        pin_bytes=pinned_budget_now(),
+        pin_bytes=pinned_budget_now(all_pinned_bytes()),
     )

@@ -194,6 +194,12 @@ def pinned_bytes(module: nn.Module) -> int:
     return sum(slab.memory.numel() for slab in slabs if slab is not None and slab.pinned)
 
 
+def all_pinned_bytes() -> int:
+    """Return how many bytes of page-locked memory all blocks hold."""
+    with _slabs_lock:
+        return sum(slab.memory.numel() for slab in _slabs.values() if slab.pinned)
+
+
 def unpin(module: nn.Module) -> None:
     """Unlock the page-locked memory of blocks nobody streams; the weights stay where they are."""
     with _slabs_lock:
