@@ -1,6 +1,6 @@
 """Long video in windows: memory, time, cost, seams and what the journal costs.
 
-    python benchmarks/long_video.py [--lengths 81 401 1001 2001] [--steps 2]
+    python benchmarks/long_video.py [--lengths 81 401 1001 2001] [--steps 3]
 
 Every length is made twice in a child process of its own, on the CPU, with a small model of the real
 classes: once to count the bytes of all tensors (``tests/traced.py``), once for the RSS of the
@@ -155,7 +155,12 @@ def growth(rows: list[dict[str, Any]]) -> list[str]:
         frame = 16 * (SIZE // 8) ** 2 * 4
         lines.append(
             f"Between the last two lengths the traced peak grows by {slope:,.0f} bytes per latent "
-            f"frame, {slope / frame:.1f} times the {frame:,} bytes of the frame itself."
+            f"frame, {slope / frame:.1f} times the {frame:,} bytes of the frame itself: none of it "
+            "is the windows'. From step to step live five buffers of the clip's latents: the "
+            "latents, the fused prediction and UniPC's two outputs and last sample; the others are "
+            "the new output and the terms of diffusers' UniPC update while it runs (traced by "
+            "where they were made), when a window's activations are gone. At 832x480 a latent "
+            f"frame is {16 * 60 * 104 * 4:,} bytes."
         )
         for name, each in (("denoise", "predicted"), ("decode", "frames")):
             times = [row[name] / row[each] for row in rows[1:]]
@@ -256,7 +261,7 @@ def journal_seconds() -> tuple[float, float, int]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--lengths", type=int, nargs="+", default=[81, 401, 1001, 2001])
-    parser.add_argument("--steps", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results/long_video.md")
     arguments = parser.parse_args()
     from tiny_models import make_folder
@@ -272,7 +277,7 @@ def main() -> None:
         f"Measured {time.strftime('%Y-%m-%d')} on the CPU ({platform.machine()}, "
         f"{os.cpu_count()} cores, 1 thread used, load {load:.1f} at the start: {busy}), "
         f"Python {platform.python_version()}, torch {torch.__version__}, by "
-        "`benchmarks/long_video.py`.", "",
+        f"`python benchmarks/long_video.py --steps {arguments.steps}`.", "",
         "## Length", "",
         f"A small Wan 2.1 text-to-video model of the real classes, {SIZE}x{SIZE} pixels, "
         f"{arguments.steps} steps, windows of {WINDOW} frames that share {OVERLAP}, into an mp4. "
