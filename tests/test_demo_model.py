@@ -125,11 +125,11 @@ def test_twelve_prompts_show_what_they_say(t2v: Any) -> None:
 
 
 def test_an_image_begins_the_clip_and_stays(i2v: Any) -> None:
-    found = score(i2v, "i2v", 6)
+    found = score(i2v, "i2v", 4)
     assert min(found.start) >= 25.0, str(found)
-    assert found.right["colour"] == 6, str(found)
-    assert found.right["direction"] >= 5, str(found)
-    assert found.right["shape"] >= 4, str(found)
+    assert found.right["colour"] == 4, str(found)
+    assert found.right["direction"] >= 3, str(found)
+    assert found.right["shape"] >= 3, str(found)
 
 
 def test_seventeen_frames_take_at_most_fifteen_seconds(t2v: Any) -> None:
@@ -150,13 +150,13 @@ def test_swapped_experts_are_noticed() -> None:
             tokenizer=folder / "tokenizer",
         )
     )
-    found = score(swapped, "t2v", 6, flow_shift=12.0, boundary=0.875, negative_prompt="")
-    assert found.right["steady"] <= 2, str(found)
+    found = score(swapped, "t2v", 4, flow_shift=12.0, boundary=0.875, negative_prompt="")
+    assert found.right["steady"] <= 1, str(found)
 
 
 def test_a_wrong_shift_is_noticed(t2v: Any) -> None:
-    found = score(t2v, "t2v", 8, flow_shift=0.1)
-    assert found.right["steady"] <= 4, str(found)
+    found = score(t2v, "t2v", 5, flow_shift=0.1)
+    assert found.right["steady"] <= 2, str(found)
 
 
 def test_latents_that_were_not_denormalised_are_noticed(tmp_path: Path) -> None:
@@ -166,23 +166,23 @@ def test_latents_that_were_not_denormalised_are_noticed(tmp_path: Path) -> None:
     config = json.loads(path.read_text())
     config.update(latents_mean=[0.0] * 16, latents_std=[1.0] * 16)
     path.write_text(json.dumps(config))
-    found = score(open_demo(folder), "t2v", 6)
-    assert found.right["steady"] <= 3, str(found)
+    found = score(open_demo(folder), "t2v", 3)
+    assert found.right["steady"] <= 1, str(found)
 
 
 def test_the_negative_prompt_in_the_prompt_s_place_is_noticed(t2v: Any) -> None:
     found = Score()
-    for seed, cell in enumerate(spread(6)):
+    for seed, cell in enumerate(spread(4)):
         said = clips.sentence(*cell)
         found.add(cell, frames_of(t2v, job("t2v", cell, seed, prompt="", negative_prompt=said)))
-    assert found.right["colour"] <= 3, str(found)
-    assert found.right["direction"] <= 3, str(found)
+    assert found.right["colour"] <= 2, str(found)
+    assert found.right["direction"] <= 2, str(found)
 
 
 def test_an_ignored_image_is_noticed(i2v: Any) -> None:
     grey = torch.full((clips.SIZE, clips.SIZE, 3), 0.5)
-    found = score(i2v, "i2v", 4, image=grey)
-    assert found.right["colour"] <= 2, str(found)
+    found = score(i2v, "i2v", 3, image=grey)
+    assert found.right["colour"] <= 1, str(found)
     assert max(found.start) < 25.0, str(found)
 
 
