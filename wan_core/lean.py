@@ -86,25 +86,30 @@ class Modulation:
             )
         return self._values[:, span[1] : span[1] + 1, index]
 
-    def normed(self, norm: nn.Module, hidden: Tensor, shift: int, span: Span) -> Tensor:
-        """Return ``norm(hidden) * (1 + scale) + shift`` of a span; scale is shift's next part."""
-        return self._wide_normed(norm, hidden, shift, span).type_as(hidden)
+    def normed(
+        self, norm: nn.Module, hidden: Tensor, shift: int, span: Span, out: Tensor | None = None
+    ) -> Tensor:
+        """Return ``norm(hidden) * (1 + scale) + shift`` of a span; scale is shift's next part.
+
+        Computed in fp32 and rounded once, into ``out`` where it is given.
+        """
+        rows = hidden[:, span[0]]
+        wide: Tensor = norm(rows.float())
+        wide.mul_(1 + self.part(shift + 1, span))
+        if out is None:
+            out = wide if wide.dtype == rows.dtype else torch.empty_like(rows)
+        return torch.add(wide, self.part(shift, span), out=out)
 
     def all_normed(self, norm: nn.Module, hidden: Tensor, shift: int) -> Tensor:
         """Return :meth:`normed` of all tokens, made span by span."""
         out = torch.empty_like(hidden)
         for span in self.spans:
-            out[:, span[0]] = self._wide_normed(norm, hidden, shift, span)
+            self.normed(norm, hidden, shift, span, out[:, span[0]])
         return out
-
-    def _wide_normed(self, norm: nn.Module, hidden: Tensor, shift: int, span: Span) -> Tensor:
-        out: Tensor = norm(hidden[:, span[0]].float())
-        return out.mul_(1 + self.part(shift + 1, span)).add_(self.part(shift, span))
 
     def add_gated(self, hidden: Tensor, change: Tensor, gate: int, span: Span) -> None:
         """Add ``change`` (a span's) times its gate to the span of ``hidden``, in place, in fp32."""
-        rows = hidden[:, span[0]]
-        rows.copy_((change * self.part(gate, span)).add_(rows))
+        hidden[:, span[0]].add_(change * self.part(gate, span))
 
 
 def run_block(
