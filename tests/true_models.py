@@ -21,6 +21,7 @@ def transformer(shape: TransformerShape, layers: int | None = None) -> torch.nn.
         num_layers=shape.layers if layers is None else layers,
         in_channels=shape.in_channels,
         out_channels=shape.out_channels,
+        text_dim=shape.text_dim,
         image_dim=shape.image_dim,
         added_kv_proj_dim=shape.added_kv_dim,
         pos_embed_seq_len=shape.pos_embed_seq_len,

@@ -1,0 +1,596 @@
+"""Does it fit, as planned? Wan 2.2 T2V-A14B of true shape on the GPU at hand, under caps.
+
+    python benchmarks/gpu_memory.py [--budget 460] [--output FOLDER] [--folder FOLDER] [--tests]
+
+Writes both experts, umT5-XXL and the VAE with random weights to a folder (/dev/shm, where there is
+room) and runs the product on it: detection, plan, loading, text, both experts, decode. Caps of 4
+to 24 GiB are set for the plan and for torch's allocator alike. For each: bytes predicted by the
+plan, allocated and reserved, stage by stage; seconds of a guided step beside the resident model
+and diffusers' group offload; whether the latents are those of diffusers' resident forward. Beside
+that, without caps: the 2.1 decoder and one pass of two blocks of 14B and 5B, each way against
+diffusers, in time, bytes and bits.
+
+Both experts read the same file under two names (see ``random_model``), but are loaded, pinned and
+streamed as two models: every byte that should cross the bus does. Three steps are made, two with
+the high-noise expert: the second one's time, from callback to callback, is a step's time. Runs
+whose denoising is like another's make one step per expert. Peaks do not depend on their number.
+
+Parts run in the order of their worth; one that would not end within ``--budget`` seconds is
+skipped and said so. Results are written after every part: ``results/gpu_memory_<device>.json`` and
+``.md``. Needs 42 GB of disk or shared memory and 115 GB of RAM. Where memory is added to a machine
+as it is used, say with ``--ram-gb`` how much there will be. ``--tiny`` goes through everything with
+small models on the CPU, where caps do nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import hashlib
+import json
+import math
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "benchmarks")]
+
+import torch  # noqa: E402
+from random_model import Shapes, write_model  # noqa: E402
+from true_models import DTYPES, autoencoder, transformer  # noqa: E402
+
+from wan_core import GenerationConfig, WanPipelineLoader  # noqa: E402
+from wan_core.activations import transformer_peak  # noqa: E402
+from wan_core.cache import component_cache  # noqa: E402
+from wan_core.lean_activations import LEAN_HEAD_GROUPS, lean_peak  # noqa: E402
+from wan_core.lean_forward import lean_forward  # noqa: E402
+from wan_core.lean_vae import lean_decoder  # noqa: E402
+from wan_core.lean_vae_activations import BANDS, lean_decode_bytes  # noqa: E402
+from wan_core.monitor import Timeline, versions  # noqa: E402
+from wan_core.precision import cast_module  # noqa: E402
+from wan_core.vae import StreamingDecoder, to_frames  # noqa: E402
+from wan_core.vae_activations import decode_peak  # noqa: E402
+from wan_core.variants import VAE_21, VARIANTS, TransformerShape  # noqa: E402
+
+MIB, GIB = 2**20, 2**30
+SMALL, LARGE = (832, 480, 81), (1280, 720, 81)
+TINY_SIZE = (64, 32, 9)
+TINY = Shapes(
+    replace(
+        VARIANTS["wan2.2-t2v-a14b"].transformer, heads=2, head_dim=12, ffn_dim=32, layers=2,
+        text_dim=32,
+    ),
+    replace(VAE_21, base_dim=4, decoder_base_dim=4, num_res_blocks=1),
+    {
+        "d_model": 32, "d_ff": 64, "num_layers": 2, "num_heads": 4, "d_kv": 8, "vocab_size": 256,
+        "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False,
+    },
+)  # fmt: skip
+REFERENCE, LEAN = "resident, diffusers' forward", "resident, lean forward"
+STREAMED, ROWS = "480p81, 5 GiB", "480p81, 4 GiB"
+
+
+@dataclass(frozen=True)
+class Case:
+    """One run of the product. ``needs`` is about how many seconds it takes on an H100."""
+
+    name: str
+    needs: float
+    cap: float | None = None
+    size: tuple[int, int, int] = SMALL
+    wishes: dict[str, Any] = field(default_factory=dict)
+    high: int = 2
+    """Steps with the high-noise expert."""
+    low: int = 1
+
+
+FIRST = Case("480p81, 8 GiB", 75, 8)
+"""Reads and pins everything, so that its step's time counts for nothing."""
+CASES = [
+    Case(STREAMED, 35, 5),
+    Case(ROWS, 40, 4),
+    Case(REFERENCE, 45, wishes={"offload": "model", "forward": "diffusers"}),
+    Case(LEAN, 35, wishes={"offload": "model", "forward": "lean"}, low=0),
+]
+LATER = [
+    Case("720p81, 7.5 GiB", 75, 7.5, LARGE, high=1),
+    Case("720p81, 6 GiB", 85, 6, LARGE, high=1),
+    Case("480p81, 24 GiB", 25, 24, high=1),
+    Case("480p81, 6 GiB", 25, 6, high=1),
+    Case("480p81, 12 GiB", 25, 12, high=1),
+    Case("480p81, 16 GiB", 25, 16, high=1),
+]
+GROUP = Case("diffusers' group offload", 50, wishes={"offload": "group"}, low=0)
+"""Last: it pins memory of its own, for which ours must go first."""
+
+
+class Bench:
+    """Device, budget and what was found so far."""
+
+    def __init__(self, device: str, folder: Path, output: Path, budget: float, tiny: bool) -> None:
+        self.device, self.folder, self.output = torch.device(device), folder, output
+        self.tiny, self.budget, self.begun = tiny, budget, time.perf_counter()
+        self.cuda = self.device.type == "cuda"
+        self.found: dict[str, Any] = {
+            "machine": machine(self.device), "runs": [], "passes": [], "decodes": [], "notes": [],
+        }  # fmt: skip
+
+    def say(self, text: str) -> None:
+        print(f"[{time.perf_counter() - self.begun:5.0f} s] {text}", flush=True)
+
+    def note(self, text: str) -> None:
+        self.found["notes"].append(text)
+        self.say(text)
+
+    def part(self, name: str, needs: float, work: Callable[[], object]) -> None:
+        """Run a part if there is time for it; keep what was found until then, come what may."""
+        left = self.budget - (time.perf_counter() - self.begun)
+        if left < needs and not self.tiny:
+            self.note(f"{name}: skipped, needs about {needs:.0f} s of which {left:.0f} are left")
+            return
+        failed: Exception | None = None
+        try:
+            work()
+        except Exception as error:  # noqa: BLE001 - the other parts still count
+            traceback.print_exc()
+            traceback.clear_frames(error.__traceback__)
+            failed = error.with_traceback(None)
+        if failed is not None:
+            self.note(f"{name}: {type(failed).__name__}: {failed}")
+            if self.tiny:
+                raise failed
+        self.clean()
+        write_results(self.found, self.output)
+
+    def clean(self) -> None:
+        """Leave the device empty and its allocator without a cap."""
+        component_cache().release_device()
+        if self.cuda:
+            gc.collect()
+            torch.cuda.synchronize()
+            torch.cuda.set_per_process_memory_fraction(1.0, self.device)
+            torch.cuda.empty_cache()
+
+    def cap(self, gib: float | None) -> None:
+        """Have torch's allocator fail beyond so many GiB."""
+        if self.cuda and gib is not None:
+            total = torch.cuda.get_device_properties(self.device).total_memory
+            torch.cuda.set_per_process_memory_fraction(min(1.0, gib * GIB / total), self.device)
+
+    def context_mib(self) -> float | None:
+        """What the device holds beside the allocator's memory: context, kernels, other programs."""
+        if not self.cuda:
+            return None
+        free, total = torch.cuda.mem_get_info(self.device)
+        return (total - free - torch.cuda.memory_reserved(self.device)) / MIB
+
+    def measure(self, run: Callable[[], object], warm: Callable[[], object]) -> dict[str, Any]:
+        """Return seconds of a run, and MiB allocated and reserved beyond what was there."""
+        warm()
+        if not self.cuda:
+            begun = time.perf_counter()
+            run()
+            seconds = time.perf_counter() - begun
+            return {"seconds": seconds, "allocated": None, "reserved": None}
+        torch.cuda.synchronize()
+        gc.collect()
+        torch.cuda.empty_cache()
+        before, held = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
+        torch.cuda.reset_peak_memory_stats()
+        begun = time.perf_counter()
+        run()
+        torch.cuda.synchronize()
+        return {
+            "seconds": time.perf_counter() - begun,
+            "allocated": (torch.cuda.max_memory_allocated() - before) / MIB,
+            "reserved": (torch.cuda.max_memory_reserved() - held) / MIB,
+        }
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    found: dict[str, Any] = {"date": time.strftime("%Y-%m-%d"), "device": "cpu", **versions()}
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        found |= {
+            "device": properties.name,
+            "bytes": properties.total_memory,
+            "cuda": torch.version.cuda,
+            "cudnn": torch.backends.cudnn.version(),
+        }
+    return found
+
+
+# -- runs of the product ----------------------------------------------------------------------
+
+
+@contextmanager
+def reserved_too(device: torch.device) -> Iterator[dict[str, int]]:
+    """Have a run's timeline also note what the allocator held at most in each stage."""
+    held: dict[str, int] = {}
+
+    class Watched(Timeline):
+        @contextmanager
+        def stage(self, name: str) -> Iterator[Any]:
+            with super().stage(name) as report:
+                try:
+                    yield report
+                finally:
+                    if device.type == "cuda":
+                        held[name] = torch.cuda.max_memory_reserved(device)
+
+    with patch("wan_core.generate.Timeline", Watched):
+        yield held
+
+
+def run_case(bench: Bench, case: Case) -> None:
+    """Make a video and keep what it took; latents as a digest, to compare bits."""
+    wishes: dict[str, Any] = {"device": str(bench.device), "fp8_storage": "never", **case.wishes}
+    if bench.cuda:
+        wishes["vram_limit_gb"] = case.cap
+    else:
+        wishes["precision"] = "bf16"
+        wishes = {"offload": "stream", **wishes} if case.cap else wishes
+    ends: list[float] = []
+    width, height, frames = TINY_SIZE if bench.tiny else case.size
+    number = len(bench.found["runs"])
+    config = GenerationConfig(
+        # Spaces do not change the text, but embeddings are kept by it: each run encodes anew.
+        prompt="a cat moves right" + " " * number, negative_prompt="a dog" + " " * number,
+        width=width, height=height, num_frames=frames, seed=0,
+        num_inference_steps=case.high + 1, switch_step=case.high, end_step=case.high + case.low,
+        progress_callback=lambda *_: ends.append(time.perf_counter()),
+    )  # fmt: skip
+    wrapper = WanPipelineLoader().load_wan_pipeline(bench.folder, optimization_config=wishes)
+    _, plan = wrapper.plan(config)
+    bench.say(f"{case.name}: {', '.join(plan.applied)}")
+    bench.cap(case.cap)
+    with reserved_too(bench.device) as held:
+        result = wrapper.generate(config)
+    stages = [
+        {
+            "name": stage.name, "seconds": stage.seconds,
+            "predicted": stage.predicted_peak_bytes, "allocated": stage.measured_peak_bytes,
+            "reserved": held.get(stage.name),
+        }
+        for stage in result.stages
+    ]  # fmt: skip
+    digest = None
+    if result.latents is not None and case.high + case.low == 3:
+        digest = hashlib.sha256(result.latents.numpy().tobytes()).hexdigest()[:16]
+    bench.found["runs"].append(
+        {
+            "case": case.name, "cap_gib": case.cap, "success": result.success,
+            "applied": list(result.applied_optimizations), "tier": plan.tier, "stages": stages,
+            "step_seconds": ends[1] - ends[0] if case.high > 1 and len(ends) > 1 else None,
+            "predicted_step_seconds": plan.step_seconds, "seconds": result.generation_time,
+            "context_mib": bench.context_mib(), "latents": digest,
+            "out_of_memory": sum("emory ran out" in t for t in result.warnings + result.errors),
+            "warnings": result.warnings, "errors": result.errors,
+        }
+    )  # fmt: skip
+    bench.say(wrapper.report(result))
+    if result.frames is not None and not bool(torch.isfinite(result.frames).all()):
+        bench.note(f"{case.name}: frames are not finite")
+
+
+def run_group(bench: Bench) -> None:
+    component_cache().clear()  # slabs too: group offload pins every weight once more
+    run_case(bench, GROUP)
+    component_cache().clear()
+
+
+# -- without caps, against diffusers ----------------------------------------------------------
+
+
+def passes(bench: Bench) -> None:
+    """One pass through two blocks, each way, on the same input."""
+    cases = [
+        ("14B 832x480x81", "wan2.2-t2v-a14b", (21, 60, 104), False),
+        ("5B 1280x704x121, timestep per token", "wan2.2-ti2v-5b", (31, 44, 80), True),
+    ]
+    for name, variant, latent, per_token in cases:
+        shape = replace(VARIANTS[variant].transformer, layers=2)
+        if bench.tiny:
+            shape, latent = replace(shape, heads=2, head_dim=32, ffn_dim=64, text_dim=32), (3, 4, 4)
+        run_passes(bench, name, shape, latent, per_token=per_token)
+        bench.clean()
+
+
+def run_passes(
+    bench: Bench, name: str, shape: TransformerShape, latent: tuple[int, int, int], *,
+    per_token: bool,
+) -> None:  # fmt: skip
+    kind, device = torch.bfloat16, bench.device
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = transformer(shape).eval().requires_grad_(False)
+    cast_module(model, kind)
+    model.to("cpu").to(device)  # the casts' gaps would otherwise count
+    numbers = dict(zip(("latent_frames", "latent_height", "latent_width"), latent, strict=True))
+    common: dict[str, Any] = {"batch": 1, "size": 2, "per_token": per_token, **numbers}
+    times = torch.full((1,), 900.0, device=device)
+    if per_token:
+        frame = latent[1] * latent[2] // 4
+        times = times.expand(latent[0] * frame).clone().unsqueeze(0)
+        times[:, :frame] = 0
+    g = torch.Generator().manual_seed(1)
+    noise = torch.randn(1, shape.in_channels, *latent, generator=g)
+    text = torch.randn(1, 512, shape.text_dim, generator=g)
+
+    def call() -> Any:  # inputs are made anew: the arithmetic counts them
+        return model(
+            noise.to(device, kind), times.clone(), text.to(device, kind), return_dict=False
+        )[0]
+
+    ways: dict[str, tuple[Any, int]] = {
+        "diffusers": (nullcontext, transformer_peak(shape, **common)),
+        "lean": (partial(lean_forward, model), lean_peak(shape, embed_every_token=True, **common)),
+    }
+    for groups in (LEAN_HEAD_GROUPS, 2, 8):
+        further = lean_peak(shape, exact=False, groups=groups, **common)
+        on = partial(lean_forward, model, exact=False, head_groups=groups)
+        ways[f"rows, {groups} groups of heads"] = (on, further)
+    expected = None
+    for way, (on, predicted) in ways.items():
+        with on() as refused:
+            assert refused is None, refused
+            row = bench.measure(call, call)
+            out = call().cpu()
+        expected = out if expected is None else expected
+        keep_row(bench, "passes", name, way, predicted, row, out, expected)
+
+
+def keep_row(
+    bench: Bench, part: str, name: str, way: str, predicted: int, row: dict[str, Any],
+    out: torch.Tensor, expected: torch.Tensor,
+) -> None:  # fmt: skip
+    """Add a row beside diffusers', the first one of its name."""
+    rows: list[dict[str, Any]] = bench.found[part]
+    row |= {"case": name, "way": way, "predicted": predicted / MIB}
+    first = next((r for r in rows if r["case"] == name), row)
+    row["time_ratio"] = row["seconds"] / first["seconds"]
+    row["memory_ratio"] = row["allocated"] and row["allocated"] / first["allocated"]
+    row["equal_bits"] = torch.equal(out, expected)
+    row["difference"] = float((out.float() - expected.float()).abs().max())
+    rows.append(row)
+    shown = (f"{key} {row[key]}" for key in ("seconds", "allocated", "predicted", "equal_bits"))
+    bench.say(f"{name}, {way}: {', '.join(shown)}")
+
+
+def decodes(bench: Bench) -> None:
+    """The 2.1 decoder at 480p81: 21 latent frames, each way."""
+    shape = TINY.vae if bench.tiny else VAE_21
+    size = (2, 2, 2) if bench.tiny else (21, 60, 104)
+    g = torch.Generator().manual_seed(2)
+    latents = torch.randn(1, shape.z_dim, *size, generator=g)
+    numbers = dict(zip(("latent_frames", "latent_height", "latent_width"), size, strict=True))
+    for dtype in ("fp32", "bf16"):
+        kind = DTYPES[dtype]
+        torch.manual_seed(0)
+        vae: Any = autoencoder(shape).eval().requires_grad_(False)
+        cast_module(vae, kind).to(bench.device)
+        common: dict[str, Any] = {"batch": 1, "size": kind.itemsize, **numbers}
+        ways: dict[str, tuple[Any, int]] = {
+            "diffusers": (nullcontext, decode_peak(shape, **common))
+        }
+        for way, wishes in (
+            ("lean", {}),
+            ("lean, its cache in RAM", {"cache_on_host": True}),
+            (f"{BANDS} bands, cache in RAM", {"bands": BANDS, "cache_on_host": True}),
+        ):
+            peak = lean_decode_bytes(shape, **common, **wishes)[0]
+            ways[way] = (partial(lean_decoder, vae, **wishes), peak)
+        expected = None
+        for way, (on, predicted) in ways.items():
+            frames: list[torch.Tensor] = []
+
+            def decode(count: int, vae: Any = vae, frames: Any = frames, kind: Any = kind) -> None:
+                frames.clear()
+                decoder = StreamingDecoder(vae, latents.to(bench.device, kind))
+                while decoder.position < count:
+                    frames.append(to_frames(decoder.decode_next()))
+                decoder.close()
+
+            with on() as refused:
+                assert refused is None, refused
+                row = bench.measure(partial(decode, size[0]), partial(decode, 2))
+            made = torch.cat(frames, dim=1)
+            expected = made if expected is None else expected
+            name = f"VAE 2.1 832x480x81, {dtype}"
+            keep_row(bench, "decodes", name, way, predicted, row, made, expected)
+        del vae, expected, made
+        bench.clean()
+
+
+def gpu_tests(bench: Bench) -> None:
+    left = max(30.0, bench.budget - (time.perf_counter() - bench.begun))
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "tests/test_gpu_streaming.py", "-q"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=left)
+    lines = (done.stdout.strip() or done.stderr.strip()).splitlines()
+    bench.note(f"pytest -m gpu tests/test_gpu_streaming.py: {lines[-1] if lines else 'no output'}")
+
+
+# -- results ----------------------------------------------------------------------------------
+
+
+def goals(found: dict[str, Any]) -> list[tuple[str, float | None, str]]:
+    """Return (what, figure, goal); None where it was not measured."""
+    runs = {run["case"]: run for run in found["runs"]}
+    errors = sorted(
+        abs(stage["predicted"] / stage["allocated"] - 1)
+        for run in found["runs"]
+        for stage in run["stages"]
+        if stage["predicted"] and stage["allocated"]
+    )
+    p95 = errors[max(0, math.ceil(0.95 * len(errors)) - 1)] if errors else None
+    failed = sum(run["out_of_memory"] + (not run["success"]) for run in found["runs"])
+    steps = {case: run["step_seconds"] for case, run in runs.items()}
+
+    def ratio(above: str, below: str) -> float | None:
+        return steps[above] / steps[below] if steps.get(above) and steps.get(below) else None
+
+    rows = [
+        ("P95 of the stages' error, predicted beside allocated", p95, "<= 0.05"),
+        ("runs out of memory or failed", float(failed), "0"),
+        ("step, streamed / resident, diffusers' forward", ratio(STREAMED, REFERENCE), "<= 1.05"),
+        ("step, streamed / resident, lean forward", ratio(STREAMED, LEAN), ""),
+        ("step, products by rows and heads / resident", ratio(ROWS, REFERENCE), ""),
+        ("step, diffusers' group offload / streamed", ratio(GROUP.name, STREAMED), ""),
+    ]  # fmt: skip
+    for run in found["runs"]:
+        reserved = [stage["reserved"] for stage in run["stages"] if stage["reserved"]]
+        if run["cap_gib"] and reserved:
+            held = max(reserved) / GIB + (run["context_mib"] or 0) / 1024
+            what = f"{run['case']}: GiB held at most, context included"
+            rows.append((what, held, f"<= {run['cap_gib']:g}"))
+    return rows
+
+
+def mib(value: float | None, scale: float = MIB) -> str:
+    return "-" if value is None else f"{value / scale:,.0f}"
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def report(found: dict[str, Any]) -> str:
+    told = found["machine"]
+    reference = next((r["latents"] for r in found["runs"] if r["case"] == REFERENCE), None)
+    lines = [
+        "# Does it fit, as planned?", "",
+        f"Measured {told['date']} on {told['device']} by `python benchmarks/gpu_memory.py`: "
+        + ", ".join(f"{k} {v}" for k, v in told.items() if k not in ("date", "device")) + ".", "",
+        "Wan 2.2 T2V-A14B of true shape with random weights, both experts, text encoder and decode "
+        "included; the allocator capped like the plan.", "",
+        "| what | figure | goal |", "|---|---|---|",
+        *(f"| {what} | {number(value)} | {goal} |" for what, value, goal in goals(found)), "",
+        "## Runs", "",
+        "| run | as planned | guided step, s | predicted, s | latents as the resident run's "
+        "| out of memory | context MiB |", "|---|---|---|---|---|---|---|",
+    ]  # fmt: skip
+    for run in found["runs"]:
+        same = "-" if None in (reference, run["latents"]) else str(run["latents"] == reference)
+        lines.append(
+            f"| {run['case']} | {', '.join(run['applied'])} | {number(run['step_seconds'], 2)} "
+            f"| {number(run['predicted_step_seconds'], 2)} | {same} | {run['out_of_memory']} "
+            f"| {mib(run['context_mib'], 1)} |"
+        )
+    lines += ["", "| run | stage | predicted MiB | allocated | error | reserved | seconds |"]
+    lines += ["|---|---|---|---|---|---|---|"]
+    for run in found["runs"]:
+        for stage in run["stages"]:
+            predicted, allocated = stage["predicted"], stage["allocated"]
+            error = f"{predicted / allocated - 1:+.1%}" if predicted and allocated else "-"
+            lines.append(
+                f"| {run['case']} | {stage['name']} | {mib(predicted)} | {mib(allocated)} "
+                f"| {error} | {mib(stage['reserved'])} | {stage['seconds']:.2f} |"
+            )
+    for part, title in (("passes", "One pass through two blocks"), ("decodes", "Decoding")):
+        lines += ["", f"## {title}", ""]
+        lines += ["| case | way | seconds | of diffusers' | predicted MiB | allocated | of "
+                  "diffusers' | equal bits | largest difference |", "|---" * 9 + "|"]  # fmt: skip
+        lines += [
+            f"| {r['case']} | {r['way']} | {r['seconds']:.3f} | {r['time_ratio']:.3f} "
+            f"| {r['predicted']:,.0f} | {mib(r['allocated'], 1)} | {number(r['memory_ratio'])} "
+            f"| {r['equal_bits']} | {r['difference']:.1e} |"
+            for r in found[part]
+        ]
+    problems = [text for run in found["runs"] for text in run["errors"] + run["warnings"]]
+    lines += ["", *(f"- {text}" for text in found["notes"] + problems), ""]
+    return "\n".join(lines)
+
+
+def write_results(found: dict[str, Any], output: Path) -> None:
+    word = re.search(r"\b[A-Z]*\d+\w*", found["machine"]["device"])
+    name = f"gpu_memory_{word.group().lower() if word else 'cpu'}"
+    output.mkdir(parents=True, exist_ok=True)
+    (output / f"{name}.json").write_text(json.dumps(found, indent=1) + "\n")
+    (output / f"{name}.md").write_text(report(found))
+
+
+# -- the whole --------------------------------------------------------------------------------
+
+
+def room_for_model(wanted: Path | None, tiny: bool) -> Path | None:
+    """Choose where the weights go: as told, else shared memory, else the temporary folder."""
+    if wanted is not None or tiny:
+        return wanted
+    for path in (Path("/dev/shm"), Path(tempfile.gettempdir())):
+        if path.is_dir() and shutil.disk_usage(path).free > 42e9:
+            return path
+    raise SystemExit("Neither /dev/shm nor the temporary folder has 42 GB free; give --folder.")
+
+
+@contextmanager
+def ram_of(gib: float | None) -> Iterator[None]:
+    """Take the machine to have so much RAM, also where the kernel does not show it yet."""
+    if gib is None:
+        yield
+        return
+    import psutil
+
+    look = psutil.virtual_memory
+
+    def grown() -> Any:
+        now = look()
+        total = max(now.total, int(gib * GIB))
+        return now._replace(total=total, available=total - now.total + now.available)
+
+    with patch("psutil.virtual_memory", grown):
+        yield
+
+
+@torch.no_grad()
+def run_all(bench: Bench, tests: bool) -> None:
+    bench.say(str(bench.found["machine"]))
+    begun = time.perf_counter()
+    nbytes = write_model(
+        bench.folder, TINY if bench.tiny else Shapes(), 2**16 if bench.tiny else 2**26
+    )
+    bench.note(f"{nbytes / 1e9:.1f} GB of weights written in {time.perf_counter() - begun:.0f} s")
+    bench.part("passes", 20, partial(passes, bench))
+    bench.part("decodes", 45, partial(decodes, bench))
+    for case in (FIRST, *CASES, *LATER):
+        bench.part(case.name, case.needs, partial(run_case, bench, case))
+    bench.part(GROUP.name, GROUP.needs, partial(run_group, bench))
+    if tests:
+        bench.part("tests", 60, partial(gpu_tests, bench))
+
+
+def main(given: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--budget", type=float, default=460, help="seconds")
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results")
+    parser.add_argument("--folder", type=Path, help="where to put the weights")
+    parser.add_argument("--ram-gb", type=float, help="RAM the machine grows to, in GiB")
+    parser.add_argument("--tests", action="store_true", help="run the GPU tests at the end")
+    parser.add_argument("--tiny", action="store_true", help="small models on the CPU")
+    arguments = parser.parse_args(given)
+    if not arguments.tiny and not torch.cuda.is_available():
+        raise SystemExit("This needs a CUDA device; --tiny runs small models on the CPU.")
+    with ExitStack() as stack:
+        room = room_for_model(arguments.folder, arguments.tiny)
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=room))) / "model"
+        stack.enter_context(ram_of(arguments.ram_gb))
+        device = "cpu" if arguments.tiny else "cuda:0"
+        bench = Bench(device, folder, arguments.output, arguments.budget, arguments.tiny)
+        run_all(bench, arguments.tests)
+    print(report(bench.found))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,105 @@
+"""A Wan 2.2 T2V-A14B with random weights, written as the diffusers folder a user would have.
+
+Both experts' files are one file under two names (a hard link): they are read, placed and streamed
+as two models, but lie on the disk, or in /dev/shm, once. Within the file 64 MiB of noise repeat.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from tiny_models import make_scheduler, make_tokenizer
+from true_models import autoencoder, transformer
+
+from wan_core.variants import VAE_21, VARIANTS, TransformerShape, VaeShape
+
+UMT5_XXL = {
+    "d_model": 4096, "d_ff": 10240, "num_layers": 24, "num_heads": 64, "d_kv": 64,
+    "vocab_size": 256384, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False,
+}  # fmt: skip
+_WRITERS = 8
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """What is built: the published shapes, unless said otherwise."""
+
+    transformer: TransformerShape = VARIANTS["wan2.2-t2v-a14b"].transformer
+    vae: VaeShape = VAE_21
+    text: Mapping[str, Any] = field(default_factory=lambda: UMT5_XXL)
+
+
+def write_model(folder: Path, shapes: Shapes, noise_bytes: int = 64 * 2**20) -> int:
+    """Write the folder; return the bytes that were written."""
+    from transformers import UMT5Config, UMT5EncoderModel
+
+    noise = torch.randn(noise_bytes // 2, generator=torch.manual_seed(0)).mul_(0.02).bfloat16()
+    block = memoryview(noise.view(torch.uint8).numpy())
+    index = {"_class_name": "WanPipeline", "boundary_ratio": 0.875, "expand_timesteps": False}
+    classes = {
+        "tokenizer": ["transformers", "T5TokenizerFast"],
+        "text_encoder": ["transformers", "UMT5EncoderModel"],
+        "transformer": ["diffusers", "WanTransformer3DModel"],
+        "transformer_2": ["diffusers", "WanTransformer3DModel"],
+        "vae": ["diffusers", "AutoencoderKLWan"],
+        "scheduler": ["diffusers", "UniPCMultistepScheduler"],
+    }
+    for part in classes:
+        (folder / part).mkdir(parents=True)
+    (folder / "model_index.json").write_text(json.dumps(index | classes))
+    make_tokenizer().save_pretrained(folder / "tokenizer")
+    make_scheduler().save_pretrained(folder / "scheduler")
+    config = UMT5Config(**shapes.text)
+    config.architectures = ["UMT5EncoderModel"]
+    config.save_pretrained(folder / "text_encoder")
+    with torch.device("meta"):
+        model, encoder = transformer(shapes.transformer), UMT5EncoderModel(config)
+    for part in ("transformer", "transformer_2"):
+        model.save_config(folder / part)
+    name = "diffusion_pytorch_model.safetensors"
+    total = write_tensors(folder / "transformer" / name, sizes_of(model), block)
+    os.link(folder / "transformer" / name, folder / "transformer_2" / name)
+    tied = "encoder.embed_tokens.weight"  # is shared.weight
+    weights = {key: size for key, size in sizes_of(encoder).items() if key != tied}
+    total += write_tensors(folder / "text_encoder" / "model.safetensors", weights, block)
+    torch.manual_seed(0)
+    vae = autoencoder(shapes.vae)
+    vae.save_pretrained(folder / "vae")  # its own beginning values: noise would decode to nothing
+    return total + sum(p.nbytes for p in vae.parameters())
+
+
+def sizes_of(module: torch.nn.Module) -> dict[str, list[int]]:
+    return {name: list(tensor.shape) for name, tensor in module.state_dict().items()}
+
+
+def write_tensors(path: Path, sizes: Mapping[str, list[int]], block: memoryview) -> int:
+    """Write a safetensors file in bf16 whose contents repeat ``block``; return its bytes."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    total = 0
+    for name, shape in sizes.items():
+        end = total + 2 * torch.Size(shape).numel()
+        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [total, end]}
+        total = end
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # as safetensors does, so that tensors are aligned
+    first = 8 + len(text)
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(first + total)
+    with open(path, "r+b") as file, ThreadPoolExecutor(_WRITERS) as pool:
+
+        def write(begin: int) -> None:
+            piece = block[: min(len(block), total - begin)]
+            done = 0
+            while done < len(piece):
+                done += os.pwrite(file.fileno(), piece[done:], first + begin + done)
+
+        list(pool.map(write, range(0, total, len(block))))
+    return first + total
