@@ -225,7 +225,7 @@ def test_seed_zero_is_a_seed_and_none_is_named(folder: Any) -> None:
     assert not torch.equal(drawn.latents, zero[0].latents)
 
 
-@pytest.mark.parametrize("offload", ["none", "model", "sequential"])
+@pytest.mark.parametrize("offload", ["none", "model", "sequential", "stream", "group"])
 def test_placement_changes_no_bit(folder: Any, offload: str) -> None:
     job = GenerationConfig(**SIZE, prompt="a cat", image=picture(1))
     plain = open_wan(folder("wan2.2-i2v-a14b"), offload="none").generate(job).raise_for_error()

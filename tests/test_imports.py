@@ -30,8 +30,8 @@ NO_TORCH = (
 )  # fmt: skip
 WITH_TORCH = (
     "audio", "denoise", "continuation", "lean", "lean_timestep", "monitor", "offload",
-    "lean_forward", "lean_decode", "lean_vae", "precision", "resume", "tensors", "lora",
-    "quantized", "component",
+    "own_forward", "lean_forward", "lean_decode", "lean_vae", "precision", "resume", "tensors",
+    "lora", "quantized", "component",
     "fp8_storage", "transport", "streaming", "placement", "stages", "vae", "encode", "conditions",
     "video", "render", "generate",
 )  # fmt: skip

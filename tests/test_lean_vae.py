@@ -17,7 +17,7 @@ from torch import Tensor
 from traced import TracedMemory
 from true_models import DTYPES, autoencoder
 
-from wan_core import lean_decode, lean_vae, sizes
+from wan_core import lean_decode, lean_vae, placement, sizes
 from wan_core.config import StageEstimate
 from wan_core.hardware import SystemResources
 from wan_core.lean_decode import DecodeOptions, DecoderWalk
@@ -172,7 +172,7 @@ def test_it_comes_off_after_an_error_and_serves_only_the_thread_that_asked() -> 
     before = dict(vars(vae.decoder))
     with pytest.raises(KeyboardInterrupt), lean_decoder(vae), lean_decoder(vae, bands=2):
         modes: list[Any] = []
-        installed = lean_vae._installed[vae.decoder]
+        installed = lean_vae._lean.on(vae.decoder)
         with torch.no_grad():
             mine = installed.mine()
             other = threading.Thread(target=lambda: modes.append(installed.mine()))
@@ -259,7 +259,7 @@ def test_a_plan_decides_how_the_decode_is_done(monkeypatch: pytest.MonkeyPatch) 
 
     vae, seen = make_vae("2.1"), []
     monkeypatch.setattr(Stages, "component", lambda self, name: nullcontext(vae))
-    monkeypatch.setattr(Stages, "_placed", lambda self, name, module: nullcontext())
+    monkeypatch.setattr(placement, "_placed", lambda *_: nullcontext())
     for stage, lean, by_rows in [
         ("decode", True, True), ("decode", True, False), ("decode", False, False),
         ("condition_encode", True, True),
@@ -267,12 +267,12 @@ def test_a_plan_decides_how_the_decode_is_done(monkeypatch: pytest.MonkeyPatch) 
         stages: Any = Stages(
             architecture=SimpleNamespace(loras_of=lambda part: ()),
             cache=None, keep_components=True, callbacks=None, smaller_plan=None,
-            plan=SimpleNamespace(lean=lean, by_rows=by_rows),
+            plan=SimpleNamespace(lean=lean, by_rows=by_rows, cache_in_ram=False),
             result=SimpleNamespace(warnings=[]),
             timeline=SimpleNamespace(stage=lambda name: nullcontext()),
         )  # type: ignore[arg-type]  # fmt: skip
         with stages.use(stage, "vae"), torch.no_grad():
-            installed = lean_vae._installed.get(vae.decoder)
+            installed = lean_vae._lean.on(vae.decoder)
             seen.append(installed.mine() if installed else None)
         assert stages.result.warnings == []
     by_bands, exact = DecodeOptions(BANDS, cache_on_host=True), DecodeOptions()

@@ -10,11 +10,9 @@ from __future__ import annotations
 import functools
 import hashlib
 import inspect
-import threading
-import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,7 +21,7 @@ from torch import Tensor, nn
 from .lean import LeanOptions, Modulation, Segments, run_block
 from .lean_activations import LEAN_HEAD_GROUPS, LEAN_ROWS
 from .lean_timestep import Embedding, embed_timestep
-from .offload import Undo
+from .own_forward import Installed, OwnForward
 
 KNOWN_SOURCES = {"2d9f08edea184d1d"}
 """Digests of the diffusers sources that ``lean.py`` computes the same as."""
@@ -115,25 +113,6 @@ def _why_not_block(block: Any) -> str | None:
     return None
 
 
-@dataclass
-class _Installed:
-    """The lean forwards on one transformer, and each thread's options (the last one counts)."""
-
-    options: dict[int, list[LeanOptions]] = field(default_factory=dict)
-    undo: Undo = field(default_factory=Undo)
-
-    def mine(self) -> LeanOptions | None:
-        """Return this thread's options, or None where diffusers' forward must run."""
-        if torch.is_grad_enabled():
-            return None
-        stack = self.options.get(threading.get_ident())
-        return stack[-1] if stack else None
-
-
-_installed: weakref.WeakKeyDictionary[nn.Module, _Installed] = weakref.WeakKeyDictionary()
-_lock = threading.Lock()
-
-
 @contextmanager
 def lean_forward(
     transformer: nn.Module,
@@ -152,56 +131,23 @@ def lean_forward(
     if reason is not None:
         yield reason
         return
-    me = threading.get_ident()
-    options = LeanOptions(exact=exact, rows=rows, head_groups=head_groups)
-    with _lock:
-        installed = _installed.setdefault(transformer, _Installed())
-        if not installed.options:
-            _put_on(transformer, installed)
-        installed.options.setdefault(me, []).append(options)
-    try:
+    with _lean(transformer, LeanOptions(exact=exact, rows=rows, head_groups=head_groups)):
         yield None
-    finally:
-        with _lock:
-            installed.options[me].pop()
-            if not installed.options[me]:
-                del installed.options[me]
-            if not installed.options:
-                with installed.undo:
-                    pass
 
 
-def _put_on(transformer: Any, installed: _Installed) -> None:
-    with_model = functools.partial(_model_forward, transformer, installed)
-    try:
-        for block in transformer.blocks:
-            forward = functools.partial(_block_forward, block, installed)
-            _set_forward(installed.undo, block, forward)
-        _set_forward(installed.undo, transformer, with_model)
-    except BaseException as error:
-        installed.undo.__exit__(type(error), error, None)
-        raise
+def _put_on(transformer: Any, installed: Installed[LeanOptions]) -> None:
+    for block in transformer.blocks:
+        installed.set_forward(block, functools.partial(_block_forward, block, installed))
+    forward = functools.partial(_model_forward, transformer, installed)
+    installed.set_forward(transformer, forward)
 
 
-def _set_forward(undo: Undo, module: nn.Module, forward: functools.partial[Any]) -> None:
-    """Set an instance's forward, below accelerate's hook if one is on; the old one is passed on."""
-    slot = "_old_forward" if "_old_forward" in vars(module) else "forward"
-    present = slot in vars(module)
-    before = getattr(module, slot)
-
-    def restore() -> None:
-        if present:
-            module.__dict__[slot] = before
-        else:
-            module.__dict__.pop(slot, None)
-
-    undo.push(restore)
-    module.__dict__[slot] = functools.partial(forward, before)
+_lean = OwnForward(_put_on)
 
 
 def _block_forward(
     block: Any,
-    installed: _Installed,
+    installed: Installed[LeanOptions],
     before: Any,
     hidden_states: Tensor,
     encoder_hidden_states: Tensor,
@@ -215,7 +161,9 @@ def _block_forward(
     return run_block(block, options, hidden_states, encoder_hidden_states, temb, rotary_emb)
 
 
-def _model_forward(transformer: Any, installed: _Installed, before: Any, *a: Any, **k: Any) -> Any:
+def _model_forward(
+    transformer: Any, installed: Installed[LeanOptions], before: Any, *a: Any, **k: Any
+) -> Any:
     options = installed.mine()
     call = _Call.accept(transformer, *a, **k) if options is not None else None
     if options is None or call is None:
@@ -314,7 +262,7 @@ def run_together(transformer: Any, calls: Sequence[Mapping[str, Any]]) -> list[A
     results are those of one call after the other, bit for bit. Where the lean forward is not on
     in this thread, or a call needs the model's own forward, they are run one after the other.
     """
-    installed = _installed.get(transformer)
+    installed = _lean.on(transformer)
     options = installed.mine() if installed is not None else None
     if hasattr(transformer, "_hf_hook"):  # sequential offload brings weights per whole call
         options = None

@@ -10,18 +10,15 @@ from __future__ import annotations
 import functools
 import hashlib
 import inspect
-import threading
-import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .lean_decode import DecodeOptions, DecoderWalk
-from .offload import Undo
+from .own_forward import Installed, OwnForward
 
 KNOWN_SOURCES = {"7ddcc402cfda3497"}
 """Digests of the diffusers sources that ``lean_decode`` computes the same as."""
@@ -93,25 +90,6 @@ def _why_not_module(module: nn.Module, known: set[Any]) -> str | None:
     return None
 
 
-@dataclass
-class _Installed:
-    """The lean decode on one decoder, and each thread's options (the last one counts)."""
-
-    options: dict[int, list[DecodeOptions]] = field(default_factory=dict)
-    undo: Undo = field(default_factory=Undo)
-
-    def mine(self) -> DecodeOptions | None:
-        """Return this thread's options, or None where diffusers' forward must run."""
-        if torch.is_grad_enabled():
-            return None
-        stack = self.options.get(threading.get_ident())
-        return stack[-1] if stack else None
-
-
-_installed: weakref.WeakKeyDictionary[nn.Module, _Installed] = weakref.WeakKeyDictionary()
-_lock = threading.Lock()
-
-
 @contextmanager
 def lean_decoder(
     vae: Any, *, bands: int | None = None, cache_on_host: bool | None = None
@@ -127,43 +105,21 @@ def lean_decoder(
     if reason is not None:
         yield reason
         return
-    decoder, me = vae.decoder, threading.get_ident()
     on_host = bands is not None if cache_on_host is None else cache_on_host
-    options = DecodeOptions(bands=max(1, bands or 1), cache_on_host=on_host)
-    with _lock:
-        installed = _installed.setdefault(decoder, _Installed())
-        if not installed.options:
-            _put_on(decoder, installed)
-        installed.options.setdefault(me, []).append(options)
-    try:
+    with _lean(vae.decoder, DecodeOptions(bands=max(1, bands or 1), cache_on_host=on_host)):
         yield None
-    finally:
-        with _lock:
-            installed.options[me].pop()
-            if not installed.options[me]:
-                del installed.options[me]
-            if not installed.options:
-                with installed.undo:
-                    pass
 
 
-def _put_on(decoder: Any, installed: _Installed) -> None:
-    before = decoder.forward
-    present = vars(decoder).get("forward")
+def _put_on(decoder: Any, installed: Installed[DecodeOptions]) -> None:
+    installed.set_forward(decoder, functools.partial(_forward, decoder, installed))
 
-    def restore() -> None:
-        if present is not None:
-            decoder.__dict__["forward"] = present
-        else:
-            decoder.__dict__.pop("forward", None)
 
-    installed.undo.push(restore)
-    decoder.__dict__["forward"] = functools.partial(_forward, decoder, installed, before)
+_lean = OwnForward(_put_on)
 
 
 def _forward(
     decoder: Any,
-    installed: _Installed,
+    installed: Installed[DecodeOptions],
     before: Any,
     x: Tensor,
     feat_cache: list[Any] | None = None,

@@ -39,6 +39,8 @@ STREAM_BUFFERS = 2
 """Blocks on the device while streaming: one computes, one arrives."""
 _LATENT_COPIES = 6
 """float32 latents alive during a forward: the state, UniPC's history, the first prediction."""
+_STEP_COPIES = 12
+"""The same while UniPC takes its step, when the forward's activations are gone."""
 _DEVICE_WORKSPACE = 96 * MIB
 """cuBLAS and cuDNN handles with their workspaces, as the allocator counts them."""
 _ROOM = {"diffusers": 0.35, "lean": 0.1, "vae": 0.3, "other": 0.2}
@@ -284,8 +286,8 @@ class _Ledger:
         condition = max(0, shape.in_channels - self.vae.z_dim) * self.latent_bytes // self.vae.z_dim
         texts = (1 if guided else 0) * job.batch_size * _TEXT_TOKENS * shape.text_dim * size
         cast = shape.dim * shape.ffn_dim * size if self.choices.fp8_storage else 0
-        forward = self._forward(size, guided=guided)
-        return forward + _LATENT_COPIES * self.latent_bytes + condition + texts + cast
+        forward = self._forward(size, guided=guided) + cast + _LATENT_COPIES * self.latent_bytes
+        return max(forward, _STEP_COPIES * self.latent_bytes) + condition + texts
 
     def _forward(self, size: int, *, guided: bool) -> int:
         choices = self.choices
