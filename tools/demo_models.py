@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
+from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from transformers import T5TokenizerFast, UMT5Config, UMT5EncoderModel
 
@@ -53,6 +54,34 @@ def build_vae() -> AutoencoderKLWan:
         attn_scales=[],
         temperal_downsample=[False, True, True],
     )
+
+
+def frame_by_frame(vae: AutoencoderKLWan) -> AutoencoderKLWan:
+    """Return the VAE with its 3x3x3 kernels cut down to their newest frame, in place.
+
+    Only the temporal resampling then looks back, a few frames, so that a latent frame deep in a
+    long clip is made and read as one near the start is: 17-frame clips are enough to train on.
+    `all_taps` gives the kernels their usual shape back.
+    """
+    for name, layer in list(vae.named_modules()):
+        if isinstance(layer, WanCausalConv3d) and layer.kernel_size == (3, 3, 3):
+            short = WanCausalConv3d(layer.in_channels, layer.out_channels, (1, 3, 3), 1, (0, 1, 1))
+            short.weight.data = layer.weight.data[:, :, -1:].clone()
+            if short.bias is not None and layer.bias is not None:
+                short.bias.data = layer.bias.data.clone()
+            parent, _, child = name.rpartition(".")
+            setattr(vae.get_submodule(parent), child, short)
+    return vae
+
+
+def all_taps(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return a `frame_by_frame` state with zeros for the older frames: it fits `build_vae`."""
+    return {
+        name: torch.nn.functional.pad(value, (0, 0, 0, 0, 2, 0))
+        if value.dim() == 5 and value.shape[2:] == (1, 3, 3)
+        else value
+        for name, value in state.items()
+    }
 
 
 def build_transformer(in_channels: int = 16) -> WanTransformer3DModel:

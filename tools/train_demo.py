@@ -44,6 +44,10 @@ EXPERT_DECAY = 0.998
 """Decay of the averaged weights; the VAE trains too few steps for a long average."""
 EXPERT_PEAK = 6e-4
 KL_WEIGHT = 1e-5
+LATER = 2
+"""Latent frames after which the VAE's latents no longer depend on where a clip began."""
+POOL_FRAMES = clips.FRAMES + 4 * LATER
+"""Frames rendered of each clip: a window of FRAMES may begin anywhere in the first latents."""
 EXPERTS = {
     "t2v_high": (0.875, 1.0, 12.0),
     "t2v_low": (0.0, 0.875, 12.0),
@@ -51,6 +55,8 @@ EXPERTS = {
     "i2v_low": (0.0, 0.9, 5.0),
 }
 """Lowest and highest sigma each expert sees, and the flow shift it will be sampled with."""
+FIRST_SHARE = {"t2v": 0.5, "i2v": 0.75}
+"""How often an expert sees a window that begins with its clip, rather than later in it."""
 TEMPLATE_SHARES = {"t2v": (0.60, 0.15, 0.15, 0.0), "i2v": (0.35, 0.10, 0.10, 0.35)}
 """How often each of clips.TEMPLATES is used; in the remaining tenth the prompt is dropped."""
 AUTOCAST_MODES = (("fp32", False), ("bf16", False), ("bf16", True))
@@ -83,10 +89,10 @@ class Run:
         sys.stdout.write(line + "\n")
         sys.stdout.flush()
 
-    def amp(self, enabled: bool = True) -> torch.autocast:
-        """Return bf16 autocast on a GPU, plain float32 on a CPU."""
-        on = enabled and self.device.type == "cuda"
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=on, cache_enabled=False)
+    def amp(self, enabled: bool) -> torch.autocast:
+        """Return bf16 autocast where enabled, else plain float32."""
+        kind = self.device.type
+        return torch.autocast(kind, torch.bfloat16, enabled=enabled, cache_enabled=False)
 
     def scenes(self, count: int, seed: int) -> clips.Scenes:
         """Draw scenes reproducibly on the run's device."""
@@ -143,7 +149,7 @@ class Run:
             stage, ["transformer"]
         )
         state: dict[str, object] = {
-            name: {k: v.detach().cpu() for k, v in module.state_dict().items()}
+            name: models.all_taps({k: v.detach().cpu() for k, v in module.state_dict().items()})
             for name, module in zip(names, trainer.modules, strict=True)
         }
         torch.save({**state, **extra}, self.work / f"{stage}.tmp")
@@ -158,14 +164,14 @@ def to_unit(frames: torch.Tensor) -> torch.Tensor:
 
 
 def render_pool(run: Run, count: int) -> tuple[clips.Scenes, torch.Tensor]:
-    """Render clips as bytes, (count, 3, FRAMES, SIZE, SIZE), 209 kB each."""
+    """Render clips as bytes, (count, 3, POOL_FRAMES, SIZE, SIZE), 307 kB each."""
     scenes = run.scenes(count, 1)
     pool = torch.empty(
-        (count, 3, clips.FRAMES, clips.SIZE, clips.SIZE), dtype=torch.uint8, device=run.device
+        (count, 3, POOL_FRAMES, clips.SIZE, clips.SIZE), dtype=torch.uint8, device=run.device
     )
-    for first in range(0, count, 256):
-        part = clips.Scenes(*(v[first : first + 256] for v in vars(scenes).values()))
-        pool[first : first + 256] = (clips.render(part) * 255).round().to(torch.uint8)
+    for first in range(0, count, 128):
+        part = clips.Scenes(*(v[first : first + 128] for v in vars(scenes).values()))
+        pool[first : first + 128] = (clips.render(part, POOL_FRAMES) * 255).round().to(torch.uint8)
     return scenes, pool
 
 
@@ -184,8 +190,14 @@ def psnr(run: Run, vae: Any, count: int = 64) -> float:
 def vae_loss(
     run: Run, vae: Any, pool: torch.Tensor, frames: int, mode: tuple[str, bool]
 ) -> Callable[[], torch.Tensor]:
-    """Return a loss that draws a batch: squared error, a little absolute error, KL divergence."""
+    """Return a loss that draws a batch: squared error, a little absolute error, KL divergence.
+
+    Half of the batch is decoded from its first latents, half from later ones, which the decoder
+    must read too: a window of a long clip begins with such a latent.
+    """
     batch = run.args.vae_batch
+    kept = (frames - 1) // 4 + 1 - LATER
+    shown = 4 * (kept - 1) + 1
 
     def loss() -> torch.Tensor:
         rows = torch.randint(len(pool), (batch,), device=run.device)
@@ -197,7 +209,10 @@ def vae_loss(
             mean, log_variance = moments.chunk(2, 1)
             log_variance = log_variance.clamp(-30, 20)
             latents = mean + torch.randn_like(mean) * (0.5 * log_variance).exp()
-            error = models.decode_unclamped(vae, latents).float() - clip
+            half = batch // 2
+            begun = torch.cat([latents[:half, :, :kept], latents[half:, :, LATER:]])
+            target = torch.cat([clip[:half, :, :shown], clip[half:, :, 4 * LATER :]])
+            error = models.decode_unclamped(vae, begun).float() - target
         kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
         return error.square().mean() + 0.05 * error.abs().mean() + KL_WEIGHT * kl
 
@@ -214,35 +229,34 @@ def lay_out(vae: nn.Module, channels_last: bool) -> None:
 
 def fastest_mode(run: Run, vae: nn.Module, pool: torch.Tensor) -> tuple[str, bool]:
     """Time the ways to run the VAE's convolutions and return the fastest."""
-    if run.device.type != "cuda":
-        return ("fp32", False)
     times = {}
+    gpu = run.device.type == "cuda"
     for mode in AUTOCAST_MODES:
-        loss = vae_loss(run, vae, pool, 9, mode)
+        loss = vae_loss(run, vae, pool, clips.FRAMES, mode)
         lay_out(vae, mode[1])
         for index in range(5):
             if index == 2:
-                torch.cuda.synchronize()
+                torch.cuda.synchronize() if gpu else None
                 began = time.monotonic()
             loss().backward()  # type: ignore[no-untyped-call]
-        torch.cuda.synchronize()
+        torch.cuda.synchronize() if gpu else None
         times[mode] = (time.monotonic() - began) / 3
         vae.zero_grad(set_to_none=True)
     best = min(times, key=times.__getitem__)
     shown = ", ".join(f"{k}: {1000 * v:.0f} ms" for k, v in times.items())
-    run.say(
-        f"vae: {shown}; memory {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB; took {best}"
-    )
+    run.say(f"vae: {shown}; took {best}")
     return best
 
 
 def train_vae(run: Run) -> None:
-    """Train the VAE on short clips first, then on whole ones."""
+    """Train the VAE on short clips first, then on longer ones."""
     _, pool = render_pool(run, run.args.clips)
-    vae: Any = models.build_vae().to(run.device)
+    vae: Any = models.build_vae()
     start = run.started("vae")
     if start:
         vae.load_state_dict(start["vae"])
+    vae = models.frame_by_frame(vae).to(run.device)
+    if start:
         run.say(f"vae: goes on from earlier weights, {psnr(run, vae, 32):.2f} dB")
     mode = fastest_mode(run, vae, pool)
     lay_out(vae, mode[1])
@@ -255,7 +269,7 @@ def train_vae(run: Run) -> None:
         return f"psnr {value:.2f} dB"
 
     steps, seconds = run.args.steps, run.seconds("vae")
-    for frames, until, share in ((9, 0.6, 0.55), (clips.FRAMES, 1.0, 0.45)):
+    for frames, until, share in ((clips.FRAMES, 0.6, 0.55), (POOL_FRAMES, 1.0, 0.45)):
         part = None if steps is None else int(steps * share)
         trainer.run(vae_loss(run, vae, pool, frames, mode), until, part, seconds * share, report)
     run.finish("vae", trainer)
@@ -263,7 +277,10 @@ def train_vae(run: Run) -> None:
 
 
 class Latents:
-    """A pool of encoded clips: normalised latents, I2V conditions, and the scenes they show."""
+    """A pool of encoded clips: normalised latents, I2V conditions, and the scenes they show.
+
+    Clips are longer than a window by LATER latent frames.
+    """
 
     @torch.no_grad()
     def __init__(self, run: Run, conditions: bool) -> None:
@@ -282,7 +299,7 @@ class Latents:
     @staticmethod
     def _encode(vae: Any, pool: torch.Tensor, first_only: bool) -> torch.Tensor:
         parts = []
-        for part in pool.split(256):
+        for part in pool.split(64):
             clip = to_unit(part)
             if first_only:
                 clip[:, :, 1:] = 0
@@ -326,19 +343,25 @@ def flow_loss(
 ) -> Callable[[], torch.Tensor]:
     """Return a flow-matching loss that draws a batch: the model predicts noise minus latents."""
     batch, task = run.args.batch, "i2v" if stage.startswith("i2v") else "t2v"
+    firsts = round(batch * FIRST_SHARE[task])
     shown = torch.zeros((batch, 4, *models.LATENT_SHAPE[1:]), device=run.device)
-    shown[:, :, 0] = 1
+    shown[:firsts, :, 0] = 1
+
+    def windows(clips_: torch.Tensor) -> torch.Tensor:
+        """Cut the first so many clips to their first window, the others to a later one."""
+        length = models.LATENT_SHAPE[1]
+        return torch.cat([clips_[:firsts, :, :length], clips_[firsts:, :, LATER:]])
 
     def loss() -> torch.Tensor:
         rows = torch.randint(len(latents.clean), (batch,), device=run.device)
-        clean = latents.clean[rows]
+        clean = windows(latents.clean[rows])
         noise = torch.randn_like(clean)
         sigma = draw_sigma(run, stage, batch)
         level = sigma[:, None, None, None, None]
         noisy = (1 - level) * clean + level * noise
         if task == "i2v":
-            noisy = torch.cat([noisy, shown, latents.condition[rows]], 1)
-        with run.amp():
+            noisy = torch.cat([noisy, shown, windows(latents.condition[rows])], 1)
+        with run.amp(run.device.type == "cuda"):
             embedded = text(draw_sentences(run, latents.row[rows], task))
             guess = model(noisy, sigma * 1000, embedded, return_dict=False)[0]
         return (guess.float() - (noise - clean)).square().mean()
@@ -381,6 +404,10 @@ def train_expert(run: Run, stage: str, latents: Latents) -> None:
     )
     if task == "i2v":
         model = models.widened(model)
+    start = run.started(stage)
+    if start:
+        model.load_state_dict(start["transformer"])
+        run.say(f"{stage}: goes on from earlier weights")
     model = run.prepared(model)
     trainer = run.trainer(stage, [model])
     loss = flow_loss(run, stage, model, latents, lambda sentences: table[sentences])
