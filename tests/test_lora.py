@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import test_nodes
 import torch
+from as_pack import part
 from gguf import GGMLQuantizationType
 from safetensors.torch import load_file, save_file
 from test_lean import inputs_of, model_of
@@ -756,7 +757,7 @@ def test_a_description_with_a_lora_leaves_the_other_as_it_was(
     name = "lightx2v_high_noise.safetensors"
     path = saved(tmp_path / name, make_lora(model, "kijai")[0])
     plain = test_nodes.open_model(nodes_pack, folders("wan2.2-t2v-a14b"))
-    lora = test_nodes.part(nodes_pack, "wan_core.config").WanLoRA(str(path), "high", 0.5)
+    lora = part(nodes_pack, "wan_core.config").WanLoRA(str(path), "high", 0.5)
     one = plain.with_lora(lora, False)
     two = one.optimized(precision="fp32").with_lora(lora, True)
     assert [len(each.loras) for each in (plain, one, two)] == [0, 1, 2]

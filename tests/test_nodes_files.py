@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
-import sys
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -13,32 +10,12 @@ from typing import Any
 import pytest
 import single_files
 import torch
-
-ROOT = Path(__file__).parents[1]
-VALUES: dict[str, Any] = {
-    "prompt": "a cat", "negative_prompt": "", "width": 64, "height": 48, "num_frames": 9,
-    "steps": 0, "guidance_scale": 0.0, "guidance_scale_2": 0.0, "flow_shift": 0.0,
-    "scheduler": "unipc", "seed": 0, "boundary": 0.0, "switch_step": 0, "fps": 0.0,
-}  # fmt: skip
+from as_pack import VALUES, load_pack, part
 
 
 @pytest.fixture(scope="module")
 def pack() -> ModuleType:
-    """The repository imported as ComfyUI does it: as one package under a name of its own."""
-    name = "wanfit_pack_for_files"
-    spec = importlib.util.spec_from_file_location(
-        name, ROOT / "__init__.py", submodule_search_locations=[str(ROOT)]
-    )
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-def part(pack: ModuleType, name: str) -> Any:
-    return importlib.import_module(f"{pack.__name__}.{name}")
+    return load_pack()
 
 
 @pytest.fixture(scope="module")
@@ -161,7 +138,7 @@ BLUE, RED, YELLOW = (70, 130, 200), (220, 80, 70), (240, 200, 80)
 
 def drawn(pack: ModuleType, models: Path, available_mb: float | None, gib: float) -> torch.Tensor:
     """The picture of an estimate whose every stage needs ``gib``, half of it weights."""
-    core = importlib.import_module(f"{pack.__name__}.wan_core")
+    core = part(pack, "wan_core")
     files = files_of(pack, models, single_files.HIGH, single_files.LOW)
     wrapper = core.WanPipelineLoader().load_wan_pipeline(
         files, optimization_config={"device": "cpu"}
