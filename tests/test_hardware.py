@@ -7,13 +7,20 @@ import platform
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from wan_core import hardware
 from wan_core.errors import InvalidRequest
-from wan_core.hardware import container_limit, pinned_budget, pinned_budget_now, system_resources
+from wan_core.hardware import (
+    container_limit,
+    pinned_budget,
+    pinned_budget_now,
+    system_resources,
+    wasteful_conv3d,
+)
 
 GIB = 2**30
 
@@ -118,7 +125,8 @@ class FakeCuda:
 
     def __init__(self, capability: tuple[int, int], hip: str | None = None) -> None:
         self.cuda, self.version, self.capability = self, self, capability
-        self.hip = hip
+        self.hip, self.__version__ = hip, "2.13.0"
+        self.backends = SimpleNamespace(cudnn=SimpleNamespace(version=lambda: 91900))
         self.name, self.uuid, self.multi_processor_count = "A card", "x", 84
         self.major, self.minor = capability
 
@@ -159,3 +167,16 @@ def test_planning_does_not_import_torch() -> None:
         "sys.exit(any(name in sys.modules for name in ('torch', 'diffusers', 'transformers')))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("torch_version", "cudnn", "wasteful"),
+    [
+        ("2.9.0+cu128", 91002, True), ("2.9.1+cu130", 91400, True), ("2.9.1", None, True),
+        ("2.9.1+cu130", 91500, False), ("2.8.0", 91002, False), ("2.11.0+cu130", 91002, False),
+    ],
+)  # fmt: skip
+def test_pairs_of_torch_and_cudnn_that_waste_memory(
+    torch_version: str, cudnn: int | None, wasteful: bool
+) -> None:
+    assert wasteful_conv3d(torch_version, cudnn) == wasteful

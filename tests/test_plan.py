@@ -138,6 +138,14 @@ def test_precision_follows_the_device() -> None:
     assert recommend(SMALL, P480, cpu(64)).precision == "fp32"
 
 
+def test_the_vae_stays_in_fp32_where_half_precision_is_wasteful() -> None:
+    card = gpu(5)
+    assert recommend(T2V, P480, card, ALL).dtypes["vae"] == "bf16"
+    bad = recommend(T2V, P480, replace(card, wasteful_half_conv3d=True), ALL)
+    assert bad.dtypes["vae"] == "fp32"
+    assert "pytorch issue 166643" in " ".join(bad.reasons)
+
+
 def test_a_cpu_takes_the_files_precision_where_fp32_does_not_fit() -> None:
     plan = recommend("wan2.1-t2v-14b", P480, cpu(48))
     assert plan.precision == "bf16"

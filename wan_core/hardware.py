@@ -24,6 +24,7 @@ _CGROUP_FILES = (
     ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
     ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
 )
+_CUDNN_MENDED = 91_500
 _NO_LIMIT = 2**60  # version 1 writes a number near 2**63 where there is none
 _Look = Callable[[str, Any, int, int], dict[str, Any]]
 _PCIE_GBYTES = {1: 0.25, 2: 0.5, 3: 0.985, 4: 1.969, 5: 3.938, 6: 7.563}  # per lane, one way
@@ -51,6 +52,9 @@ class SystemResources:
     """Whether the device computes in it natively, not whether torch accepts it."""
     supports_fp16: bool = True
     supports_fp8: bool = False
+    wasteful_half_conv3d: bool = False
+    """Whether 3D convolutions in half precision take many times their memory: torch 2.9 with a
+    cuDNN older than 9.15 (pytorch issue 166643)."""
     compute_capability: tuple[int, int] | None = None
     multiprocessors: int | None = None
     pcie_generation: int | None = None
@@ -162,12 +166,19 @@ def _cuda(name: str, torch: Any, total: int, available: int) -> dict[str, Any]:
         "supports_bf16": rocm or capability >= (8, 0),
         "supports_fp16": True,
         "supports_fp8": not rocm and capability >= (8, 9),
+        "wasteful_half_conv3d": not rocm
+        and wasteful_conv3d(torch.__version__, torch.backends.cudnn.version()),
         "compute_capability": None if rocm else capability,
         "multiprocessors": properties.multi_processor_count,
         "pcie_generation": generation,
         "pcie_width": width,
         "backend": "rocm" if rocm else "cuda",
     }
+
+
+def wasteful_conv3d(torch_version: str, cudnn: int | None) -> bool:
+    """Say whether this pair computes half-precision 3D convolutions by vol2col (3 to 17 times)."""
+    return torch_version.startswith("2.9.") and (cudnn or 0) < _CUDNN_MENDED
 
 
 def _mps(name: str, torch: Any, total: int, available: int) -> dict[str, Any]:

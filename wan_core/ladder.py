@@ -85,7 +85,7 @@ def ladder(
 ) -> Iterator[list[Way]]:  # fmt: skip
     """Yield the tiers, each a list of ways, the simplest first among equally fast ones."""
     main, _ = main_dtype(architecture, job, system, wishes, limits)
-    for tier, start in enumerate(_tiers(architecture, job, wishes, main, abilities)):
+    for tier, start in enumerate(_tiers(architecture, job, system, wishes, main, abilities)):
         ways = []
         for choices in _placements(architecture, job, system, wishes, limits, start, abilities):
             found = estimate(architecture, job, choices, system, available=limits.device)
@@ -105,8 +105,8 @@ def best(ways: list[Way], limits: Limits) -> Way | None:
 
 
 def _tiers(
-    architecture: ModelArchitecture, job: Job, wishes: OptimizationConfig, main: str,
-    abilities: Collection[str],
+    architecture: ModelArchitecture, job: Job, system: SystemResources,
+    wishes: OptimizationConfig, main: str, abilities: Collection[str],
 ) -> Iterator[Choices]:  # fmt: skip
     """Yield what each tier fixes; later ones change more of the result."""
     exact = Choices(dtypes=_dtypes(architecture, main, "fp32"), window_overlap=job.window_overlap)
@@ -115,7 +115,7 @@ def _tiers(
     if wishes.forward == "lean_rows":
         exact = replace(exact, lean=True, by_rows=True)
     found = [exact]
-    if main != "fp32":
+    if main != "fp32" and not system.wasteful_half_conv3d:
         found.append(replace(exact, dtypes=_dtypes(architecture, main, main)))
     if "rows" in abilities and wishes.forward == "auto":
         found.append(replace(found[-1], lean=True, by_rows=True))

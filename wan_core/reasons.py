@@ -31,7 +31,7 @@ def reasons_for(
 ) -> tuple[str, ...]:  # fmt: skip
     """Return a sentence per decision; ``others`` are the ways that were weighed in its tier."""
     choices = chosen.choices
-    reasons = [_vae(choices), _placement(wishes, limits, system, chosen, others)]
+    reasons = [_vae(choices, system), _placement(wishes, limits, system, chosen, others)]
     if choices.stream:
         reasons.append(_streaming(architecture, system, choices))
     for part, how in choices.part_offload.items():
@@ -72,8 +72,13 @@ def _origin(system: SystemResources) -> str:
     return "computed from operations and bus, not measured"
 
 
-def _vae(choices: Choices) -> str:
+def _vae(choices: Choices, system: SystemResources) -> str:
     dtype = choices.dtypes["vae"]
+    if system.wasteful_half_conv3d:
+        return (
+            f"vae {dtype}: this torch and cuDNN take many times the memory in half precision "
+            "(pytorch issue 166643); a newer torch does not"
+        )
     if dtype == "fp32":
         return "vae fp32: as published, and there is room for it"
     return f"vae {dtype}: no plan with fp32 fits; changes rounding only"
