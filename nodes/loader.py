@@ -300,11 +300,18 @@ def _expert_inputs() -> list[io.Input]:
 
 
 def _usual_plan(pipeline: WanPipeline) -> str:
-    """Say how a clip of the model's usual size would be run, and why."""
+    """Say how a clip of the model's own size would be run, and why."""
     from ..wan_core.config import GenerationConfig
 
-    image = "start_image" if pipeline.architecture.variant.image_input == "required" else None
-    config = GenerationConfig(prompt="", image=image)
+    variant = pipeline.architecture.variant
+    config = GenerationConfig(
+        prompt="",
+        # Only its presence counts here; no picture is read for a plan.
+        image="start_image" if variant.image_input == "required" else None,
+        width=variant.defaults.width,
+        height=variant.defaults.height,
+        num_frames=variant.defaults.num_frames,
+    )
     try:
         request, plan = bridge.wrapper(pipeline).plan(config)
     except DoesNotFit as error:

@@ -30,6 +30,7 @@ from .plan import OptimizationPlan
 from .precision import dtype_of
 from .sizes import MAP_FROM, stays_in_file
 from .streaming import pin_ahead
+from .transport import all_pinned_bytes
 from .tokenizer import load_image_processor, load_tokenizer
 
 if TYPE_CHECKING:
@@ -172,7 +173,7 @@ class Stages:
             if self._ready_to_pin(component):
                 module = stack.enter_context(self.component(component))
                 blocks = self.plan.resident_blocks_of(component)
-                budget = pinned_budget_now()
+                budget = pinned_budget_now(all_pinned_bytes())
                 stack.enter_context(pin_ahead(module, resident_blocks=blocks, pin_bytes=budget))
             yield
 
