@@ -4,7 +4,8 @@
 
 Every length is made twice in a child process of its own, on the CPU, with a small model of the real
 classes: once to count the bytes of all tensors (``tests/traced.py``), once for the RSS of the
-process and CPU seconds. Writes ``results/long_video.md``. Linux only (/proc).
+process; then all lengths turn by turn in one process for the times. Writes ``results/long_video.md``.
+Linux only (/proc).
 """
 
 from __future__ import annotations
@@ -46,6 +47,8 @@ STEP_SECONDS = (
 """Published, not measured here: Wan2.2's assets/comp_effic.png, LightX2V's README."""
 MIB = 2**20
 SAVES = 31
+ROUNDS = 11
+"""Turns in which every length is made once, for the times."""
 
 
 def rss() -> int:
@@ -54,51 +57,60 @@ def rss() -> int:
     return pages * resource.getpagesize()
 
 
+class Renders:
+    """Makes clips of any length with one model, and says what each took."""
+
+    def __init__(self, model: str, steps: int, folder: Path) -> None:
+        torch.set_num_threads(1)
+        self.steps, self.target = steps, folder / "o.mp4"
+        self.wrapper = WanPipelineLoader().load_wan_pipeline(
+            model, optimization_config={"device": "cpu", "precision": "fp32"}
+        )
+        self.begun = 0
+        self.render(101)  # weights are read, caches filled
+
+    def render(self, frames: int) -> tuple[float, float]:
+        """Make a clip; return CPU seconds of denoising and of decoding into the mp4."""
+        marks: dict[str, float] = {}
+        self.begun = 0
+
+        def chunk(index: int, count: int) -> None:
+            marks.setdefault("begin", time.process_time())
+            self.begun += 1
+
+        def progress(step: int, total: int, latents: Any) -> None:
+            if step == total:
+                marks["denoised"] = time.process_time()
+
+        job = GenerationConfig(
+            prompt_embeds=torch.zeros(1, 4, 32), width=SIZE, height=SIZE, num_frames=frames,
+            num_inference_steps=self.steps, guidance_scale=1.0, seed=0, max_chunk_size=WINDOW,
+            window_overlap=OVERLAP, force_chunked_processing=True, output_path=self.target,
+            return_frames=False, chunk_callback=chunk, progress_callback=progress,
+        )  # fmt: skip
+        began = time.process_time()
+        self.wrapper.generate(job).raise_for_error()
+        end = time.process_time()
+        return marks["denoised"] - marks.get("begin", began), end - marks["denoised"]
+
+
 def child(model: str, frames: int, steps: int, traced: bool) -> dict[str, Any]:
-    """Make one clip and return what it took."""
+    """Make one clip and return what it needed."""
     from traced import TracedMemory
 
-    torch.set_num_threads(1)
-    wrapper = WanPipelineLoader().load_wan_pipeline(
-        model, optimization_config={"device": "cpu", "precision": "fp32"}
-    )
-    seen: list[int] = []
-    marks: dict[str, float] = {}
-
-    def chunk(index: int, count: int) -> None:
-        marks.setdefault("begin", time.process_time())
-        seen.append(index)
-
-    def progress(step: int, total: int, latents: Any) -> None:
-        if step == total:
-            marks["denoised"] = time.process_time()
-
     with tempfile.TemporaryDirectory() as folder:
-        target = Path(folder) / "o.mp4"
-
-        def job(length: int) -> GenerationConfig:
-            return GenerationConfig(
-                prompt_embeds=torch.zeros(1, 4, 32), width=SIZE, height=SIZE, num_frames=length,
-                num_inference_steps=steps, guidance_scale=1.0, seed=0, max_chunk_size=WINDOW,
-                window_overlap=OVERLAP, force_chunked_processing=True, output_path=target,
-                return_frames=False, chunk_callback=chunk, progress_callback=progress,
-            )  # fmt: skip
-
-        wrapper.generate(job(101)).raise_for_error()  # weights are read, caches filled
-        seen.clear()
-        marks.clear()
+        renders = Renders(model, steps, Path(folder))
         before, peak = rss(), 0
         if traced:
             with TracedMemory() as memory:
-                wrapper.generate(job(frames)).raise_for_error()
+                renders.render(frames)
             peak = memory.peak_bytes
         else:
-            wrapper.generate(job(frames)).raise_for_error()
-        end = time.process_time()
-        size = target.stat().st_size
+            renders.render(frames)
+        size = renders.target.stat().st_size
     total = latent_frames(frames)
     plan = plan_windows(total, WINDOW, OVERLAP)
-    begun = len(seen) if plan.count > 1 else steps
+    begun = renders.begun if plan.count > 1 else steps
     return {
         "frames": frames, "latent": total, "traced": peak, "rss_before": before,
         "rss_peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, "mp4": size,
@@ -106,10 +118,17 @@ def child(model: str, frames: int, steps: int, traced: bool) -> dict[str, Any]:
         "formula": (1 + math.ceil(max(0, total - plan.window) / max(1, plan.stride)))
         * plan.window / total,
         "windows": plan.count,
-        "denoise": marks["denoised"] - marks["begin"] if plan.count > 1 else math.nan,
-        "decode": end - marks["denoised"],
-        "predicted": begun * plan.window,
     }  # fmt: skip
+
+
+def timed(model: str, lengths: list[int], steps: int, rounds: int) -> list[list[float]]:
+    """Make clips of all lengths turn by turn; return each turn's seconds per frame of each.
+
+    One process and short turns: what else the machine does slows all lengths alike.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        renders = Renders(model, steps, Path(folder))
+        return [[sum(renders.render(n)) / n for n in lengths] for _ in range(rounds)]
 
 
 def measured(model: Path, lengths: list[int], steps: int) -> list[dict[str, Any]]:
@@ -126,22 +145,30 @@ def measured(model: Path, lengths: list[int], steps: int) -> list[dict[str, Any]
             found |= row if not traced else {"traced_peak": row["traced"]}
         rows.append(found)
         print(f"{frames} frames done", file=sys.stderr)
+    command = [sys.executable, __file__, "--timed", str(model), str(steps)]
+    command += [str(length) for length in lengths]
+    run = subprocess.run(command, check=True, capture_output=True, env=environment)
+    turns = json.loads(run.stdout.splitlines()[-1])
+    for index, row in enumerate(rows):
+        row["seconds"] = statistics.median(turn[index] for turn in turns)
+        # Beside the shortest clip made in windows: the first one makes none.
+        row["ratio"] = statistics.median(
+            turn[index] / turn[min(1, len(rows) - 1)] for turn in turns
+        )
     return rows
 
 
 def length_table(rows: list[dict[str, Any]]) -> list[str]:
     lines = [
         "| frames | windows | traced peak MiB | RSS before MiB | RSS peak MiB | mp4 MiB | cost | "
-        "formula | denoise, CPU ms per predicted latent frame | decode, CPU ms per frame |",
+        "formula | CPU ms per frame | beside the second row |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for r in rows:
-        denoise = "-" if math.isnan(r["denoise"]) else f"{r['denoise'] / r['predicted'] * 1e3:.2f}"
         lines.append(
             f"| {r['frames']} | {r['windows']} | {r['traced_peak'] / MIB:.2f} | "
             f"{r['rss_before'] / MIB:.0f} | {r['rss_peak'] / MIB:.0f} | {r['mp4'] / MIB:.2f} | "
-            f"{r['cost']:.4f} | {r['formula']:.4f} | {denoise} | "
-            f"{r['decode'] / r['frames'] * 1e3:.2f} |"
+            f"{r['cost']:.4f} | {r['formula']:.4f} | {r['seconds'] * 1e3:.2f} | {r['ratio']:.3f} |"
         )
     return lines
 
@@ -162,12 +189,11 @@ def growth(rows: list[dict[str, Any]]) -> list[str]:
             "where they were made), when a window's activations are gone. At 832x480 a latent "
             f"frame is {16 * 60 * 104 * 4:,} bytes."
         )
-        for name, each in (("denoise", "predicted"), ("decode", "frames")):
-            times = [row[name] / row[each] for row in rows[1:]]
-            lines.append(
-                f"The {name} time per frame varies by {max(times) / min(times) - 1:.0%} between "
-                "these runs; on a machine that does other work that is no measure of the program."
-            )
+        ratios = [row["ratio"] for row in rows[1:]]
+        lines.append(
+            f"The time per frame varies by {max(ratios) / min(ratios) - 1:.1%} between "
+            f"{rows[1]['frames']:,} and {rows[-1]['frames']:,} frames."
+        )
     return lines
 
 
@@ -282,8 +308,9 @@ def main() -> None:
         f"A small Wan 2.1 text-to-video model of the real classes, {SIZE}x{SIZE} pixels, "
         f"{arguments.steps} steps, windows of {WINDOW} frames that share {OVERLAP}, into an mp4. "
         "Traced peak: bytes of all tensors made during the render that were alive at once, weights "
-        "not counted. RSS: of the process, before the render (weights read) and at its peak. CPU "
-        "seconds, not wall time, because other work shares the machine.", "",
+        "not counted. RSS: of the process, before the render (weights read) and at its peak. Time: "
+        "CPU seconds from noise to mp4 over frames, and their ratio; all lengths are made turn by "
+        f"turn in one process, medians of {ROUNDS} turns.", "",
         *length_table(rows), "",
         *growth(rows),
         "Cost is latent frames predicted per step over latent frames in the clip; the "
@@ -314,5 +341,8 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["--child"]:
         folder, *numbers = sys.argv[2:]
         print(json.dumps(child(folder, *(int(n) for n in numbers[:2]), bool(int(numbers[2])))))
+    elif sys.argv[1:2] == ["--timed"]:
+        folder, steps, *lengths = sys.argv[2:]
+        print(json.dumps(timed(folder, [int(n) for n in lengths], int(steps), ROUNDS)))
     else:
         main()
