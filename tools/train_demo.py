@@ -59,7 +59,7 @@ FIRST_SHARE = {"t2v": 0.5, "i2v": 0.75}
 """How often an expert sees a window that begins with its clip, rather than later in it."""
 TEMPLATE_SHARES = {"t2v": (0.60, 0.15, 0.15, 0.0), "i2v": (0.35, 0.10, 0.10, 0.35)}
 """How often each of clips.TEMPLATES is used; in the remaining tenth the prompt is dropped."""
-AUTOCAST_MODES = (("fp32", False), ("bf16", False), ("bf16", True))
+AUTOCAST_MODES = (("fp32", False), ("fp32", True), ("bf16", False), ("bf16", True))
 
 
 class Run:
