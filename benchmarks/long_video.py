@@ -4,8 +4,8 @@
 
 Every length is made twice in a child process of its own, on the CPU, with a small model of the real
 classes: once to count the bytes of all tensors (``tests/traced.py``), once for the RSS of the
-process; then all lengths turn by turn in one process for the times. Writes ``results/long_video.md``.
-Linux only (/proc).
+process; then all lengths turn by turn in one process for the times. Linux only (/proc). Writes
+``results/long_video.md``.
 """
 
 from __future__ import annotations
