@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import bad_files
@@ -11,7 +13,15 @@ import pytest
 
 from wan_core import files
 from wan_core.errors import MissingFile, OutputError, UnsafeFile
-from wan_core.files import atomic_path, atomic_write, contained_path, file_identity, name_problem
+from wan_core.files import (
+    atomic_path,
+    atomic_write,
+    check_target,
+    contained_path,
+    file_identity,
+    name_problem,
+    sweep,
+)
 
 
 @pytest.mark.parametrize("name", bad_files.ESCAPING_NAMES)
@@ -150,3 +160,77 @@ def test_read_only_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     with pytest.raises(OutputError, match="Cannot write into .*Permission denied"):
         atomic_write(tmp_path / "x", b"")
     assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize("place", ["file/x.mp4", "a" * 300 + ".mp4", "folder.mp4", "/proc/x.mp4"])
+def test_a_target_is_checked_before_the_work(tmp_path: Path, place: str) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    (tmp_path / "folder.mp4").mkdir()
+    if place.startswith("/proc") and not Path("/proc").is_dir():
+        pytest.skip("no /proc here")
+    target = tmp_path / place
+    with pytest.raises(OutputError, match=r"[Nn]ame") as caught:
+        check_target(target)
+    assert str(target) in str(caught.value)
+    assert names(tmp_path) == ["file", "folder.mp4"]
+
+
+def test_checking_a_target_changes_nothing(tmp_path: Path) -> None:
+    (tmp_path / "x.mp4").write_bytes(b"old")
+    check_target(tmp_path / "x.mp4")
+    assert names(tmp_path) == ["x.mp4"] and (tmp_path / "x.mp4").read_bytes() == b"old"
+
+
+HOLD = """
+import sys, time
+from wan_core.files import atomic_path
+with atomic_path(sys.argv[1]) as temporary:
+    temporary.write_bytes(b"half")
+    print(temporary.name, flush=True)
+    time.sleep(60)
+"""
+
+
+def test_what_a_killed_process_left_is_swept_and_what_a_running_one_writes_is_not(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / ".wanfit").mkdir()
+    (tmp_path / ".wanfit-0123456789abcdef.mp4").write_bytes(b"of another machine or version")
+    kept = names(tmp_path)
+    child = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(tmp_path / "x.mp4")],
+        cwd=Path(__file__).parents[1], stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        assert child.stdout is not None
+        left = child.stdout.readline().strip()
+        with atomic_path(tmp_path / "y.mp4") as mine:
+            sweep(tmp_path)
+            assert names(tmp_path) == sorted([*kept, left, mine.name])
+    finally:
+        child.kill()
+        child.wait()
+    assert left in names(tmp_path)
+    sweep(tmp_path)
+    assert names(tmp_path) == sorted([*kept, "y.mp4"])
+    sweep(tmp_path / "nothing")
+
+
+def test_a_file_swept_before_it_could_be_locked_is_made_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fcntl = pytest.importorskip("fcntl")
+    original, swept = fcntl.flock, []
+
+    def sweep_first(descriptor: int, how: int) -> None:
+        if not swept:
+            swept.append(True)
+            sweep(tmp_path)
+        original(descriptor, how)
+
+    monkeypatch.setattr(files.fcntl, "flock", sweep_first)
+    with atomic_path(tmp_path / "x.mp4") as temporary:
+        assert names(tmp_path) == [temporary.name]
+        sweep(tmp_path)
+        assert names(tmp_path) == [temporary.name]
+    assert names(tmp_path) == ["x.mp4"]

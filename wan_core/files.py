@@ -1,22 +1,29 @@
 """Contained paths, safe opening, atomic writes, file identity. Standard library only.
 
 ``contained_path`` decides which names taken from a file may become paths; ``atomic_write`` is the
-only way an output appears; ``file_identity`` says whether a file is still the one that was read.
+only way an output appears, ``check_target`` says beforehand whether it can, ``sweep`` removes what
+a killed process left; ``file_identity`` says whether a file is still the one that was read.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import platform
 import secrets
 import shutil
 import stat
+import sys
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import BinaryIO, Final, cast
 
 from .errors import CorruptFile, MissingFile, OutputError, UnsafeFile
+
+if sys.platform != "win32":
+    import fcntl
 
 MAX_NAME: Final = 255
 """Longest file name, in UTF-8 bytes, that common file systems take."""
@@ -156,22 +163,75 @@ def atomic_path(path: str | os.PathLike[str], *, expected_bytes: int = 0) -> Ite
     OutputError when the folder cannot be written or has less than ``expected_bytes`` free.
     """
     target = Path(path)
-    _check_target(target, expected_bytes)
-    # The suffix is kept: encoders choose the container by it.
-    temporary = target.parent / f".wanfit-{secrets.token_hex(8)}{target.suffix[:16]}"
-    try:
-        # Not tempfile: it makes files private, and a result should have the rights of any new file.
-        os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
-    except (OSError, ValueError) as err:
-        raise OutputError(f"Cannot write into {str(target.parent)!r}: {_why(err)}.") from err
-    try:
+    _check_folder(target, expected_bytes)
+    with contextlib.ExitStack() as stack:
+        try:
+            temporary = stack.enter_context(_temporary(target))
+        except (OSError, ValueError) as err:
+            raise _cannot_write(target, err, f"into {str(target.parent)!r}") from err
         yield temporary
         try:
             _publish(temporary, target)
         except OSError as err:
-            raise OutputError(f"Cannot write {str(target)!r}: {_why(err)}.") from err
+            raise _cannot_write(target, err) from err
+
+
+@contextlib.contextmanager
+def _temporary(target: Path) -> Iterator[Path]:
+    """Make an empty file beside ``target``, locked while the block lasts and then removed."""
+    with contextlib.ExitStack() as stack:
+        while True:
+            # The suffix is kept: encoders choose the container by it.
+            path = target.parent / f"{_mark()}{secrets.token_hex(8)}{target.suffix[:16]}"
+            # Not tempfile: it makes files private; a result should have the rights of a new file.
+            descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
+            stack.callback(path.unlink, missing_ok=True)
+            if sys.platform == "win32":  # where a file that is open can be neither moved nor swept
+                os.close(descriptor)
+                break
+            stack.callback(os.close, descriptor)
+            with contextlib.suppress(OSError):  # a file system without locks: nobody sweeps there
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+            if _is_at(descriptor, path):  # else swept just before it was locked
+                break
+        yield path
+
+
+def _mark() -> str:
+    """Begin the name of this machine's temporary files: another's locks may not be seen here."""
+    return f".wanfit-{zlib.crc32(platform.node().encode()):08x}-"
+
+
+def _is_at(descriptor: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.lstat(path))
+    except FileNotFoundError:
+        return False
+
+
+def sweep(folder: Path) -> None:
+    """Remove temporary files in ``folder`` whose process was killed.
+
+    One that is being written is locked until its process ends (on Windows: open), and stays; so
+    does one that another machine made, or whose file system has no locks. Never raises OSError.
+    """
+    with contextlib.suppress(OSError):
+        for path in folder.glob(f"{_mark()}*"):
+            with contextlib.suppress(OSError):
+                _remove_unlocked(path)
+
+
+def _remove_unlocked(path: Path) -> None:
+    if sys.platform == "win32":
+        path.unlink()
+        return
+    descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if stat.S_ISREG(os.fstat(descriptor).st_mode):
+            path.unlink()
     finally:
-        temporary.unlink(missing_ok=True)
+        os.close(descriptor)
 
 
 def atomic_write(
@@ -194,10 +254,30 @@ def atomic_write(
                 else:
                     data(file)
         except OSError as err:
-            raise OutputError(f"Cannot write {os.fspath(path)!r}: {_why(err)}.") from err
+            raise _cannot_write(Path(path), err) from err
 
 
-def _check_target(target: Path, expected_bytes: int) -> None:
+def check_target(path: str | os.PathLike[str]) -> None:
+    """Make sure that ``path`` can be written, before the work whose result goes there.
+
+    Makes its folder, and in it a temporary file that is removed again. Raises OutputError with
+    the path, the reason and what to do.
+    """
+    target = Path(path)
+    _check_folder(target, 0)
+    try:
+        with _temporary(target):
+            pass
+    except (OSError, ValueError) as err:
+        raise _cannot_write(target, err) from err
+
+
+def _cannot_write(target: Path, err: BaseException, what: str | None = None) -> OutputError:
+    shown = what or repr(str(target))
+    return OutputError(f"Cannot write {shown}: {_why(err)}. Choose another folder or name.")
+
+
+def _check_folder(target: Path, expected_bytes: int) -> None:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         # Looks at the name too: one that is too long must not fail after an hour of work.
@@ -205,7 +285,7 @@ def _check_target(target: Path, expected_bytes: int) -> None:
             raise OutputError(f"{str(target)!r} is a folder; name a file to write.")
         free = shutil.disk_usage(target.parent).free
     except (OSError, ValueError) as err:
-        raise OutputError(f"Cannot write {str(target)!r}: {_why(err)}.") from err
+        raise _cannot_write(target, err) from err
     if free < expected_bytes:
         raise OutputError(
             f"{str(target)!r} needs {expected_bytes:,} bytes and {free:,} are free on that disk. "
