@@ -144,10 +144,11 @@ def check_interrupt() -> None:
     mm.throw_exception_if_processing_interrupted()
 
 
-def progress_with_preview(latent_channels: int) -> Callable[[int, int, torch.Tensor], None]:
-    """Return a callback (done, total, predicted clean latents) that moves the node's bar.
+def progress_bar(latent_channels: int) -> Callable[[float, float, torch.Tensor | None], None]:
+    """Return a callback (done, total, latents to show or None) that moves the node's bar.
 
-    The latents, normalised (B, C, T, h, w), feed whatever previewer ComfyUI is set to.
+    The latents, normalised (B, C, T, h, w), feed whatever previewer ComfyUI is set to; most show
+    the first frame.
     """
     latent_format = (
         comfy.latent_formats.Wan22() if latent_channels == 48 else comfy.latent_formats.Wan21()
@@ -156,13 +157,13 @@ def progress_with_preview(latent_channels: int) -> Callable[[int, int, torch.Ten
     previewer = latent_preview.get_previewer(mm.get_torch_device(), latent_format)
     bar = comfy.utils.ProgressBar(1)
 
-    def report(done: int, total: int, latents: torch.Tensor) -> None:
+    def show(done: float, total: float, latents: torch.Tensor | None) -> None:
         preview = None
-        if previewer is not None:
+        if previewer is not None and latents is not None:
             preview = previewer.decode_latent_to_preview_image("JPEG", latents)
         bar.update_absolute(done, total, preview)
 
-    return report
+    return show
 
 
 # -- memory -------------------------------------------------------------------------------------

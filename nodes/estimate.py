@@ -5,11 +5,14 @@ from __future__ import annotations
 from comfy_api.latest import io, ui
 
 from ..wan_core.config import GenerationConfig
+from ..wan_core.request import MAX_LATENT_FRAMES
+from ..wan_core.windows import video_frames
 from . import bridge
-from .inputs import Pipeline, pipeline_input, size_inputs
+from .inputs import MOST_FRAMES_IN_WINDOWS, Pipeline, pipeline_input, size_inputs
 from .job import use_windows
 from .picture import estimate_picture
 from .pipeline import WanPipeline
+from .words import in_words_of_the_nodes, said_in_words_of_the_nodes
 
 _MIB_PER_GIB = 1024.0
 
@@ -25,7 +28,11 @@ class WanEstimateMemory(io.ComfyNode):  # type: ignore[misc]
             category="WanFit",
             description="Says before the run what a clip of this size needs, stage by stage, and "
             "whether it fits. Computed from file headers: takes milliseconds.",
-            inputs=[pipeline_input(), *size_inputs(), *_window_inputs()],
+            inputs=[
+                pipeline_input(),
+                *size_inputs(MOST_FRAMES_IN_WINDOWS),
+                *_window_inputs(),
+            ],
             outputs=[
                 Pipeline.Output("passed", display_name="pipeline", tooltip="Passed through."),
                 io.String.Output("report", display_name="report", tooltip="The table as text."),
@@ -71,9 +78,11 @@ class WanEstimateMemory(io.ComfyNode):  # type: ignore[misc]
         )
         if window_frames:
             use_windows(config, window_frames, window_overlap)
-        wrapper = bridge.wrapper(pipeline)
-        estimate = wrapper.estimate_memory_usage(config)
-        report = f"{format_estimate(estimate)}\n{wrapper.what_fits(config)}"
+        with said_in_words_of_the_nodes():
+            wrapper = bridge.wrapper(pipeline)
+            estimate = wrapper.estimate_memory_usage(config)
+            fits = wrapper.what_fits(config)
+        report = in_words_of_the_nodes(f"{format_estimate(estimate)}\n{fits}")
         peak = estimate.peak_usage_mb / _MIB_PER_GIB
         picture = estimate_picture(estimate)
         shown = ui.PreviewText(report).as_dict() | ui.PreviewImage(picture, cls=cls).as_dict()
@@ -86,7 +95,7 @@ def _window_inputs() -> list[io.Input]:
             "window_frames",
             default=0,
             min=0,
-            max=4097,
+            max=video_frames(MAX_LATENT_FRAMES),
             tooltip="As in WanChunkedSampler. 0 = the clip in one piece, as WanGenerate does.",
         ),
         io.Int.Input(

@@ -9,12 +9,14 @@ from comfy_api.latest import io
 from ..wan_core.config import GenerationConfig, VideoGenerationResult
 from ..wan_core.journal import RESUME
 from ..wan_core.noise import NOISES
-from ..wan_core.request import MODES
-from ..wan_core.windows import SCHEDULES
+from ..wan_core.request import MAX_LATENT_FRAMES, MODES
+from ..wan_core.windows import FUSIONS, SCHEDULES, video_frames
 from . import bridge
-from .inputs import pipeline_input, sampling_inputs
+from .inputs import MOST_FRAMES_IN_WINDOWS, pipeline_input, sampling_inputs, video_inputs
 from .job import LONG_CLIP, generation_config, use_long_clip, use_windows
 from .pipeline import WanPipeline
+from .progress import Progress
+from .words import in_words_of_the_nodes, said_in_words_of_the_nodes
 
 _HIDDEN = [io.Hidden.prompt, io.Hidden.extra_pnginfo]
 
@@ -54,7 +56,7 @@ class WanGenerate(io.ComfyNode):  # type: ignore[misc]
             category="WanFit",
             description="Text or image to video with any Wan model: both experts, guidance and "
             "decoding in one node. Values left at 0 are the model's official ones.",
-            inputs=[pipeline_input(), *sampling_inputs()],
+            inputs=[pipeline_input(), *sampling_inputs(), *video_inputs()],
             outputs=[_image_output(), _video_output(), _latent_output(), _report_output()],
             hidden=_HIDDEN,
         )
@@ -77,7 +79,13 @@ class WanChunkedSampler(io.ComfyNode):  # type: ignore[misc]
             category="WanFit",
             description="Long clips: every step is taken in overlapping windows of frames whose "
             "results are blended, so memory depends on the window and not on the clip.",
-            inputs=[pipeline_input(), *sampling_inputs(), *_window_inputs()],
+            inputs=[
+                pipeline_input(),
+                *sampling_inputs(MOST_FRAMES_IN_WINDOWS),
+                *_window_inputs(),
+                *_blend_inputs(),
+                *video_inputs(),
+            ],
             outputs=[_latent_output(), _image_output(), _video_output(), _report_output()],
             hidden=_HIDDEN,
         )
@@ -105,7 +113,7 @@ def _window_inputs() -> list[io.Input]:
             "window_frames",
             default=81,
             min=5,
-            max=4097,
+            max=video_frames(MAX_LATENT_FRAMES),
             step=4,
             tooltip="Frames the model sees at once. 81 is what Wan was trained on; fewer need "
             "less memory. A window as long as the clip gives what WanGenerate gives.",
@@ -182,7 +190,33 @@ def _long_clip_inputs() -> list[io.Input]:
         io.Latent.Input(
             "continue_from",
             optional=True,
-            tooltip="Latents of an earlier clip to go on from, with mode 'continuation'.",
+            tooltip="Latents of an earlier clip to go on from, with mode 'continuation'. "
+            "num_frames counts them.",
+        ),
+    ]
+
+
+def _blend_inputs() -> list[io.Input]:
+    return [
+        io.Combo.Input(
+            "fusion",
+            optional=True,
+            options=list(FUSIONS),
+            default=FUSIONS[0],
+            tooltip="How windows blend where they overlap. ramp: evenly from one to the next. "
+            "pyramid: by the distance to a window's edge. flat: all alike.",
+            **bridge.known(io.Combo.Input, advanced=True),
+        ),
+        io.Float.Input(
+            "drift_correction",
+            default=0.0,
+            optional=True,
+            min=0.0,
+            max=1.0,
+            step=0.05,
+            tooltip="With mode 'continuation': how far the colours of later segments are moved to "
+            "those of the first.",
+            **bridge.known(io.Float.Input, advanced=True),
         ),
     ]
 
@@ -195,14 +229,17 @@ def _run(
     from ..wan_core.monitor import format_report
 
     config.interrupt_check = bridge.check_interrupt
-    config.preview_callback = bridge.progress_with_preview(pipeline.latent_channels)
     config.output_path = bridge.temp_video_path(config.width, config.height)
     config.output_metadata = bridge.workflow_metadata(hidden)
-    wrapper = bridge.wrapper(pipeline)
-    with bridge.room_for(pipeline, wrapper.estimate_memory_usage(config)):
-        wrapper.evictable_bytes = 0  # room was made; what ComfyUI still holds will stay
-        result = wrapper.generate(config)
-    if is_oom(result.error):
-        bridge.after_out_of_memory()
-    result.raise_for_error()
+    with said_in_words_of_the_nodes():
+        wrapper = bridge.wrapper(pipeline)
+        with bridge.room_for(pipeline, wrapper.estimate_memory_usage(config)):
+            wrapper.evictable_bytes = 0  # room was made; what ComfyUI still holds will stay
+            show = bridge.progress_bar(pipeline.latent_channels)
+            Progress(*wrapper.plan(config), config, show).listen()
+            result = wrapper.generate(config)
+        if is_oom(result.error):
+            bridge.after_out_of_memory()
+        result.raise_for_error()
+    result.warnings = [in_words_of_the_nodes(text) for text in result.warnings]
     return result, format_report(result)

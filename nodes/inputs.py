@@ -8,11 +8,14 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
+from ..wan_core.config import CODECS
+from ..wan_core.request import PIXEL_FORMATS
 from ..wan_core.schedule import SCHEDULERS
 from . import bridge
 
 SIZE = {"min": 16, "max": 8192, "step": 16}
-FRAMES = {"min": 1, "max": 4097, "step": 4}
+MOST_FRAMES = 4097
+MOST_FRAMES_IN_WINDOWS = 4 * 2**16 - 3
 
 Pipeline = io.Custom("WAN_PIPELINE")
 
@@ -24,7 +27,7 @@ def pipeline_input() -> io.Input:
     )
 
 
-def size_inputs() -> list[io.Input]:
+def size_inputs(most_frames: int = MOST_FRAMES) -> list[io.Input]:
     """Return width, height and frames."""
     return [
         io.Int.Input(
@@ -42,15 +45,56 @@ def size_inputs() -> list[io.Input]:
         io.Int.Input(
             "num_frames",
             default=81,
+            min=1,
+            max=most_frames,
+            step=4,
             tooltip="Frames of the clip. Wan makes 4n+1: others are made longer and trimmed.",
-            **FRAMES,
         ),
     ]
 
 
-def sampling_inputs() -> list[io.Input]:
+def sampling_inputs(most_frames: int = MOST_FRAMES) -> list[io.Input]:
     """Return everything a run needs after the pipeline, in the order workflows store."""
-    return [*_prompt_inputs(), *size_inputs(), *_main_inputs(), *_expert_inputs(), *_sockets()]
+    sizes = size_inputs(most_frames)
+    return [*_prompt_inputs(), *sizes, *_main_inputs(), *_expert_inputs(), *_sockets()]
+
+
+def video_inputs() -> list[io.Input]:
+    """Return what the mp4 shall be; the last inputs of a node that writes one."""
+    hidden = bridge.known(io.Combo.Input, advanced=True)
+    return [
+        io.Combo.Input(
+            "codec",
+            optional=True,
+            options=list(CODECS),
+            default=CODECS[0],
+            tooltip="Codec of the VIDEO. h264 plays everywhere; h265 is smaller and slower.",
+            **hidden,
+        ),
+        io.Int.Input(
+            "crf",
+            default=18,
+            optional=True,
+            min=0,
+            max=51,
+            tooltip="Quality of the VIDEO: 0 keeps every bit, 18 looks the same, 51 is worst.",
+            **bridge.known(io.Int.Input, advanced=True),
+        ),
+        io.Combo.Input(
+            "pix_fmt",
+            optional=True,
+            options=list(PIXEL_FORMATS),
+            default=PIXEL_FORMATS[0],
+            tooltip="Pixels of the VIDEO. yuv420p plays everywhere; yuv444p keeps sharp colours, "
+            "10le smooth gradients.",
+            **hidden,
+        ),
+        io.Audio.Input(
+            "audio",
+            optional=True,
+            tooltip="Sound that goes into the VIDEO, cut to its length.",
+        ),
+    ]
 
 
 def _prompt_inputs() -> list[io.Input]:

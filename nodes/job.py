@@ -8,14 +8,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..wan_core.config import GenerationConfig
+from ..wan_core.config import CODECS, GenerationConfig
 from ..wan_core.errors import InvalidRequest
 from ..wan_core.journal import RESUME
 from ..wan_core.noise import NOISES
-from ..wan_core.request import MODES
+from ..wan_core.request import MODES, PIXEL_FORMATS
 from ..wan_core.schedule import SCHEDULERS
-from ..wan_core.windows import SCHEDULES, latent_frames
+from ..wan_core.windows import FUSIONS, SCHEDULES, latent_frames
 
+VIDEO: dict[str, Any] = {"codec": CODECS[0], "crf": 18, "pix_fmt": PIXEL_FORMATS[0]}
+"""What the inputs about the mp4 are where a prompt in API format does not name them."""
 LONG_CLIP: dict[str, Any] = {
     "schedule": SCHEDULES[0],
     "mode": MODES[0],
@@ -24,6 +26,8 @@ LONG_CLIP: dict[str, Any] = {
     "noise": NOISES[0],
     "anchor": False,
     "prompts": "",
+    "fusion": FUSIONS[0],
+    "drift_correction": 0.0,
 }
 """What WanChunkedSampler's last inputs are where a prompt in API format does not name them."""
 
@@ -39,6 +43,7 @@ def require_choice(field: str, value: str, allowed: Sequence[str]) -> str:
 
 def generation_config(values: Mapping[str, Any]) -> GenerationConfig:
     """Turn the shared inputs into a job; raises InvalidRequest naming the input."""
+    values = {**VIDEO, **values}
     require_choice("scheduler", values["scheduler"], SCHEDULERS)
     positive = _embeds("positive", values.get("positive"))
     negative = _embeds("negative", values.get("negative"))
@@ -61,6 +66,10 @@ def generation_config(values: Mapping[str, Any]) -> GenerationConfig:
         last_image=_one_image("end_image", values.get("end_image")),
         prompt_embeds=positive,
         negative_prompt_embeds=negative,
+        codec=require_choice("codec", values["codec"], CODECS),
+        crf=values["crf"],
+        pix_fmt=require_choice("pix_fmt", values["pix_fmt"], PIXEL_FORMATS),
+        audio=_one_sound("audio", values.get("audio")),
     )
 
 
@@ -86,7 +95,9 @@ def use_long_clip(config: GenerationConfig, values: Mapping[str, Any], vae: Any)
     config.window_mode = require_choice("mode", values["mode"], MODES)
     config.resume = require_choice("resume", values["resume"], RESUME)
     config.noise = require_choice("noise", values["noise"], NOISES)
+    config.window_fusion = require_choice("fusion", values["fusion"], FUSIONS)
     config.window_anchor = values["anchor"]
+    config.drift_correction = values["drift_correction"]
     config.return_frames = values["return_images"]
     config.prompts = values["prompts"].strip() or None
     latent = values.get("continue_from")
@@ -145,3 +156,17 @@ def _one_image(field: str, image: Any) -> Any:
             field=field,
         )
     return image[0, :, :, :3]
+
+
+def _one_sound(field: str, audio: Any) -> Any:
+    """Return (waveform (channels, samples), samples a second) of an AUDIO socket."""
+    if audio is None:
+        return None
+    waveform = audio["waveform"]
+    if waveform.ndim != 3 or waveform.shape[0] != 1:
+        raise InvalidRequest(
+            f"{field} has shape {tuple(waveform.shape)}; one sound is (1, channels, samples). "
+            "Connect a single one.",
+            field=field,
+        )
+    return waveform[0], int(audio["sample_rate"])

@@ -21,6 +21,7 @@ from .pipeline import (
     fingerprint,
     list_models,
 )
+from .words import in_words_of_the_nodes
 
 if TYPE_CHECKING:
     from ..wan_core.architecture import ModelArchitecture
@@ -222,7 +223,9 @@ class WanOptimize(io.ComfyNode):  # type: ignore[misc]
             offload=require_choice("offload", offload, OFFLOADS),
             vram_limit_gb=vram_limit_gb or None,
             ram_limit_gb=ram_limit_gb or None,
-            chunk_size=window_of("fallback_window_frames", fallback_window_frames),
+            chunk_size=0
+            if fallback_window_frames < 0
+            else window_of("fallback_window_frames", fallback_window_frames),
             resident_blocks=None if resident_blocks < 0 else resident_blocks,
             forward=require_choice("forward", forward, FORWARDS),
             fp8_storage=require_choice("fp8_storage", fp8_storage, FP8),
@@ -257,10 +260,11 @@ def _limit_inputs() -> list[io.Input]:
             "fallback_window_frames",
             default=0,
             optional=True,
-            min=0,
+            min=-1,
             max=4097,
             tooltip="If the clip does not fit as a whole, it may be made in windows of so many "
-            "frames; that changes the result. 0 = never.",
+            "frames; that changes the result. 0 = of the model's own length, for clips that are "
+            "longer; -1 = never.",
             **bridge.known(io.Int.Input, advanced=True),
         ),
     ]
@@ -315,7 +319,7 @@ def _usual_plan(pipeline: WanPipeline) -> str:
     try:
         request, plan = bridge.wrapper(pipeline).plan(config)
     except DoesNotFit as error:
-        return str(error)
+        return in_words_of_the_nodes(str(error))
     size = f"{request.width}x{request.height}, {request.num_frames} frames"
     return "\n".join([f"For {size}:", *(f"- {reason}" for reason in plan.reasons)])
 

@@ -280,18 +280,21 @@ def _read_audio(path: str | None) -> Any:
 
 
 def _generated(wrapper: Any, job: GenerationConfig, *, quiet: bool) -> Any:
-    """Generate with a progress bar on stderr; an expected failure is raised."""
+    """Generate with progress bars on stderr; an expected failure is raised."""
     from tqdm import tqdm
 
     bar: Any = None
 
-    def progress(step: int, total: int, latents: Any) -> None:
+    def show(unit: str, done: int, total: int) -> None:
         nonlocal bar
-        if bar is None:
-            bar = tqdm(total=total, unit="step", disable=quiet, file=sys.stderr)
-        bar.update(step - bar.n)
+        if bar is None or bar.unit != unit:
+            if bar is not None:
+                bar.close()
+            bar = tqdm(total=total, unit=unit, disable=quiet, file=sys.stderr)
+        bar.update(done - bar.n)
 
-    job.progress_callback = progress
+    job.progress_callback = lambda done, total, latents: show("step", done, total)
+    job.decode_callback = lambda done, total: show("frame", done, total)
     try:
         result = wrapper.generate(job)
     finally:

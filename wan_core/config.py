@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     ImageInput = Any
     """PIL image, numpy array (H, W, 3), or tensor (H, W, 3) / (1, H, W, 3) with values 0..1."""
 
+CODECS = ("h264", "h265")
+"""Codecs an mp4 can have."""
+
 
 @dataclass(frozen=True, slots=True)
 class WanLoRA:
@@ -125,12 +128,16 @@ class GenerationConfig:
     """Called after every step with (steps done, steps in all, predicted clean latents)."""
     chunk_callback: Callable[[int, int], object] | None = None
     """Called before every window of a step with (index, windows in the step)."""
+    decode_callback: Callable[[int, int], object] | None = None
+    """Called after every decoded part with (frames done, frames in all)."""
     interrupt_check: Callable[[], object] | None = None
     """Called between transformer blocks and decoded chunks; what it raises stops the run."""
     output_path: str | Path | None = None
     """Where to write the mp4; None writes none."""
     output_metadata: Mapping[str, str] = field(default_factory=dict)
     """Stored in the mp4's container (ComfyUI reads its workflow from there)."""
+    codec: str = "h264"
+    """Codec of the mp4: "h264" plays everywhere, "h265" is smaller and slower."""
     crf: int = 18
     """Quality of the mp4: 0 keeps every bit, 51 is worst."""
     pix_fmt: str = "yuv420p"

@@ -90,6 +90,11 @@ class Render:
             "seed", "width", "height", "fps", "num_inference_steps", "guidance_scale",
             "guidance_scale_2", "flow_shift", "scheduler", "prompt", "negative_prompt",
         )  # fmt: skip
+        if stages.plan.window_frames is not None and request.window_frames is None:
+            stages.result.warnings.append(
+                f"Made in windows of {stages.plan.window_frames} frames, which changes the "
+                "result: the clip does not fit as a whole."
+            )
         on_card = stages.device.type == "cuda"
         stages.result.metadata |= {
             "model": stages.architecture.variant.title,
@@ -357,6 +362,9 @@ class Render:
                 while not progress.decoder.done:
                     progress.pending = progress.decoder.decode_next(check=stages.tick)
                     progress.hand_on()
+                    stages.callbacks.call(
+                        self.config.decode_callback, progress.done, progress.wanted
+                    )
             finally:
                 progress.decoder.close()
 
@@ -374,6 +382,7 @@ class Render:
             fps=self.request.fps,
             width=self.request.width,
             height=self.request.height,
+            codec=self.config.codec,
             crf=self.request.crf,
             pix_fmt=self.request.pix_fmt,
             metadata=self.config.output_metadata,

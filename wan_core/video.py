@@ -22,6 +22,7 @@ from .files import atomic_path
 
 _BT709 = 1  # ffmpeg's AVCOL_PRI_BT709, AVCOL_TRC_BT709 and AVCOL_SPC_BT709
 _LIMITED_RANGE = 1  # AVCOL_RANGE_MPEG
+_ENCODERS = {"h264": "libx264", "h265": "libx265"}
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
@@ -31,7 +32,8 @@ class VideoWriter:
     The file is written beside ``path`` and takes its name when the block ends well; on any
     error or interrupt it is removed, and an older file at ``path`` stays as it was.
 
-    ``fps`` is frames per second, ``crf`` the quality of x264 and x265 (0 lossless .. 51 worst).
+    ``codec`` is "h264", "h265" or the name of an encoder ffmpeg has. ``fps`` is frames per second,
+    ``crf`` the quality of x264 and x265 (0 lossless .. 51 worst).
     ``metadata`` goes into the container under its own keys, where ComfyUI looks for ``prompt``
     and ``workflow``. ``audio`` is (waveform (channels, samples) in -1..1, samples per second),
     stored as AAC and cut to the length of the video. ``num_frames``, if known, lets the text of
@@ -46,7 +48,7 @@ class VideoWriter:
         fps: float,
         width: int,
         height: int,
-        codec: str = "libx264",
+        codec: str = "h264",
         crf: int = 18,
         pix_fmt: str = "yuv420p",
         metadata: Mapping[str, str] | None = None,
@@ -58,7 +60,7 @@ class VideoWriter:
         self.frames_written = 0
         self._size = (height, width)
         self._rate = Fraction(fps).limit_denominator(1001)
-        self._codec, self._crf, self._pix_fmt = codec, crf, pix_fmt
+        self._codec, self._crf, self._pix_fmt = _ENCODERS.get(codec, codec), crf, pix_fmt
         self._metadata = dict(metadata or {})
         self._audio = audio
         self._num_frames = num_frames
@@ -119,11 +121,13 @@ class VideoWriter:
 
     def _add_streams(self) -> None:
         self._container.metadata.update(self._metadata)
-        options = {"crf": str(self._crf)} if self._codec in ("libx264", "libx265", "h264") else {}
+        options = _encoder_options(self._codec, self._crf)
         stream = self._container.add_stream(self._codec, rate=self._rate, options=options)
         stream.height, stream.width = self._size
         stream.pix_fmt = self._pix_fmt
         context = stream.codec_context
+        if self._codec == "libx265":
+            context.codec_tag = "hvc1"  # under its other name Apple's players do not know it
         context.time_base = 1 / self._rate
         # Said in the file, so that every player converts back with the matrix used here.
         context.colorspace = context.color_primaries = context.color_trc = _BT709
@@ -176,7 +180,7 @@ class VideoWriter:
             return (
                 f"{str(self.path)!r} could not be written with codec {self._codec!r}, "
                 f"{self._pix_fmt}, {width}x{height} at {self._rate} fps: {err}. "
-                "Choose another codec or folder; codec 'libx264' with yuv420p works everywhere."
+                "Choose another codec or folder; codec 'h264' with yuv420p works everywhere."
             )
         so_far = self._temporary.stat().st_size
         frames = max(self.frames_written, 1)
@@ -187,6 +191,16 @@ class VideoWriter:
             f"({frames} frames took {so_far:,}), {free:,} are free. Make room, or choose another "
             "folder or a higher crf."
         )
+
+
+def _encoder_options(encoder: str, crf: int) -> dict[str, str]:
+    if encoder == "libx264":
+        return {"crf": str(crf)}
+    if encoder != "libx265":
+        return {}
+    # It prints its settings unless told not to, and its crf 0 alone still throws bits away.
+    quiet = "log-level=error" + (":lossless=1" if crf == 0 else "")
+    return {"crf": str(crf), "x265-params": quiet}
 
 
 def _to_bytes(picture: Tensor) -> Tensor:
