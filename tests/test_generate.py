@@ -234,6 +234,21 @@ def test_placement_changes_no_bit(folder: Any, offload: str) -> None:
     assert torch.equal(plain.frames, other.frames)
 
 
+def test_windows_that_the_plan_chose_by_itself_are_said(folder: Any) -> None:
+    config = GenerationConfig(**SIZE | {"num_frames": 17}, prompt="a cat")
+    wrapper = open_wan(folder("wan2.1-t2v"))
+    decide = wrapper._manager.recommend_optimizations
+    wrapper._manager.recommend_optimizations = lambda *args: replace(
+        decide(*args), window_frames=9, window_overlap=4
+    )
+    result = wrapper.generate(config).raise_for_error()
+    assert any("Made in windows of 9 frames" in text for text in result.warnings)
+    config.max_chunk_size, config.window_overlap = 9, 4
+    asked = open_wan(folder("wan2.1-t2v")).generate(config).raise_for_error()
+    assert torch.equal(asked.latents, result.latents)
+    assert not any("Made in windows" in text for text in asked.warnings)
+
+
 PLANS = {
     "lean": {"lean": True},
     "streamed": {"stream": True, "resident_blocks": 0, "offload": "model"},

@@ -199,12 +199,26 @@ def test_what_others_can_give_back_counts() -> None:
 
 def test_windows_only_where_allowed_and_needed() -> None:
     long = replace(P480, num_frames=801)
-    with pytest.raises(DoesNotFit):
-        recommend(T2V, long, gpu(12), ("lean", "stream"))
-    plan = recommend(T2V, long, gpu(12), ("lean", "stream"), chunk_size=21)
-    assert plan.window_frames == 81
-    assert any("change the result" in reason for reason in plan.reasons)
-    assert recommend(T2V, P480, gpu(12), ("lean", "stream"), chunk_size=4).window_frames is None
+    card, able = gpu(12), ("lean", "stream")
+    with pytest.raises(DoesNotFit, match=r"In windows of 81 frames all 801 would fit: max_chunk_s"):
+        recommend(T2V, long, card, able, chunk_size=0)
+    plan = recommend(T2V, long, card, able, chunk_size=13)
+    assert plan.window_frames == 49
+    assert any("allowed" in reason and "change the result" in reason for reason in plan.reasons)
+    assert recommend(T2V, P480, card, able, chunk_size=4).window_frames is None
+
+
+def test_a_clip_longer_than_the_models_own_is_made_in_windows_by_itself() -> None:
+    """The longest that fit; a clip of the model's own length never is."""
+    long, able = replace(P720, num_frames=801), ("lean", "stream")
+    windows = {gib: recommend(T2V, long, gpu(gib), able).window_frames for gib in (80, 12, 6.5)}
+    assert windows == {80: None, 12: 81, 6.5: 49}
+    told = " | ".join(recommend(T2V, long, gpu(12), able).reasons)
+    assert "windows of 81 frames, longer than the model's own length" in told
+    told = " | ".join(recommend(T2V, long, gpu(80), able).reasons)
+    assert "no windows: all 801 frames fit at once. The model was trained on 81" in told
+    with pytest.raises(DoesNotFit, match="In windows of"):
+        recommend(T2V, P720, gpu(6.5), able)
 
 
 def test_a_jobs_own_window_is_kept() -> None:
@@ -271,12 +285,13 @@ def test_does_not_fit_says_how_much_and_what_would() -> None:
 
 def test_does_not_fit_names_the_longest_clip() -> None:
     with pytest.raises(DoesNotFit) as caught:
-        recommend(T2V, replace(P480, num_frames=801), gpu(12), ("lean", "stream"))
+        recommend(T2V, replace(P480, num_frames=801), gpu(12), ("lean", "stream"), chunk_size=0)
     frames = int(str(caught.value).split("What would fit: ")[1].split(" frames")[0])
     fits = replace(P480, num_frames=frames)
-    assert recommend(T2V, fits, gpu(12), ("lean", "stream")).estimate.fits
+    assert recommend(T2V, fits, gpu(12), ("lean", "stream"), chunk_size=0).estimate.fits
+    longer = replace(fits, num_frames=frames + 4)
     with pytest.raises(DoesNotFit):
-        recommend(T2V, replace(fits, num_frames=frames + 4), gpu(12), ("lean", "stream"))
+        recommend(T2V, longer, gpu(12), ("lean", "stream"), chunk_size=0)
 
 
 def test_nothing_at_all_fits() -> None:
@@ -425,7 +440,7 @@ ABILITIES = st.sampled_from([(), ("lean",), ("lean", "stream"), ALL])
 WISHES = st.builds(
     OptimizationConfig,
     vram_limit_gb=st.none() | st.floats(2, 96),
-    chunk_size=st.none() | st.integers(2, 30),
+    chunk_size=st.none() | st.just(0) | st.integers(2, 30),
     precision=st.sampled_from(["auto", "fp16"]),
     forward=st.sampled_from(["auto", "auto", "diffusers", "lean", "lean_rows"]),
     fp8_storage=st.sampled_from(["auto", "never", "always"]),
@@ -469,7 +484,9 @@ def test_on_any_machine(
         assert plan.estimate.host_ram_mb * MIB <= limits.ram <= system.ram_available_bytes
         if wishes.vram_limit_gb is not None:
             assert plan.estimate.peak_usage_mb / 1024 <= wishes.vram_limit_gb
-        assert plan.tier == 0 or wishes.chunk_size or plan.window_frames is None
+        own = found.variant.defaults.num_frames
+        allowed = wishes.chunk_size or (wishes.chunk_size is None and job.num_frames > own)
+        assert plan.window_frames is None or (plan.tier > 0 and allowed)
         assert not (plan.stream and "stream" not in abilities)
         assert not (plan.lean and wishes.forward == "auto" and "lean" not in abilities)
     larger = replace(

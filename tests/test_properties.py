@@ -514,6 +514,15 @@ def lab(colour: Tensor) -> Tensor:
     return torch.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)])
 
 
+def test_p11_a_window_takes_its_part_of_a_condition_that_waits_in_ram() -> None:
+    clip = torch.arange(9.0).view(1, 1, 9, 1, 1)
+    waiting = Conditions(prompt_embeds=torch.empty(1, 4, 8, device="meta"), concat=clip)
+    assert waiting.window(range(2, 5)).concat.device.type == "meta"  # where the model is
+    assert waiting.concat.device.type == "cpu"
+    here = Conditions(prompt_embeds=torch.empty(1, 4, 8), concat=clip).window([7, 8, 0])
+    assert here.concat.flatten().tolist() == [7, 8, 0]
+
+
 # -- P15, P16 ---------------------------------------------------------------------------------
 
 

@@ -15,7 +15,7 @@ from .errors import InvalidRequest
 from .request import Request
 from .stages import Stages
 from .tokenizer import load_image_processor
-from .windows import latent_index
+from .windows import latent_frames, latent_index
 
 
 @dataclass(slots=True, kw_only=True)
@@ -55,9 +55,15 @@ class ConditionMaker:
             image_embeds=None
             if image_embeds is None
             else self._to_model(image_embeds.repeat(batch, 1, 1)),
-            concat=None if concat is None else rows(concat, batch),
+            concat=None if concat is None else self._kept(rows(concat, batch)),
             first_frame=first_frame,
         )
+
+    def _kept(self, concat: Tensor) -> Tensor:
+        """Leave the condition of a clip made in windows in RAM: it has more bytes than latents."""
+        window = self.stages.plan.window_frames
+        in_windows = window is not None and latent_frames(window) < self.request.latent_frames
+        return concat.cpu() if in_windows else concat
 
     def _to_model(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.stages.device, self.stages.dtype("transformer"))

@@ -41,7 +41,8 @@ class Signals:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Conditions:
-    """What the model is told besides the latents. All on the model's device.
+    """What the model is told besides the latents. All on the model's device, but for ``concat``
+    of a clip made in windows: it may wait in RAM, of which a window takes its part.
 
     ``concat`` (B, 20, T, h, w) is mask and latents of the image-to-video models;
     ``first_frame`` (B, C, n, h, w) the latents the 5B holds fixed as frames 0 to n - 1;
@@ -68,7 +69,8 @@ class Conditions:
             embeds = [part for start, part in self.prompt_parts if start <= at]
             found = replace(found, prompt_embeds=embeds[-1], prompt_parts=())
         if self.concat is not None:
-            found = replace(found, concat=self.concat[:, :, list(indices)])
+            part = self.concat[:, :, list(indices)].to(self.prompt_embeds.device)
+            found = replace(found, concat=part)
         return found
 
 

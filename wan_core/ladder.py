@@ -121,11 +121,10 @@ def _tiers(
         found.append(replace(found[-1], lean=True, by_rows=True))
     if "fp8" in abilities and main != "fp32" and wishes.fp8_storage == "auto":
         found.append(replace(found[-1], fp8_storage=True))
-    window = wishes.fallback_window(job)
-    if window is not None:
-        overlap = wishes.overlap_for(job, window)
-        found.append(replace(found[-1], window_frames=window, window_overlap=overlap))
     yield from found
+    for window in wishes.fallback_windows(job, architecture.variant.defaults.num_frames):
+        overlap = wishes.overlap_for(job, window)
+        yield replace(found[-1], window_frames=window, window_overlap=overlap)
 
 
 def _placements(

@@ -283,7 +283,10 @@ class _Ledger:
         job, shape = self.job, self.arch.transformer
         guided = job.guidance_low if part == "transformer_2" else job.guidance_high
         size = BYTES[self._dtype(part)]
-        condition = max(0, shape.in_channels - self.vae.z_dim) * self.latent_bytes // self.vae.z_dim
+        # Of a clip made in windows, the condition waits in RAM.
+        seen = window_latents(job, self.choices, self.frames) / self.frames
+        more = max(0, shape.in_channels - self.vae.z_dim) / self.vae.z_dim
+        condition = int(more * seen * self.latent_bytes)
         texts = (1 if guided else 0) * job.batch_size * _TEXT_TOKENS * shape.text_dim * size
         cast = shape.dim * shape.ffn_dim * size if self.choices.fp8_storage else 0
         forward = self._forward(size, guided=guided) + cast + _LATENT_COPIES * self.latent_bytes

@@ -277,7 +277,8 @@ class OptimizationManager:
             f"{_frames(job.num_frames)} of {job.width}x{job.height} with {title} need "
             f"{needed / GIB:.1f} GiB (stage {smallest.stage}) in the smallest way there is, and "
             f"{there / GIB:.1f} GiB of {where} can be used{limits.why}. "
-            + largest_that_fits(job, architecture.size_multiple, fits),
+            + largest_that_fits(job, architecture.size_multiple, fits)
+            + _windows_that_fit(job, fits),
             needed_bytes=needed,
             available_bytes=there,
         )
@@ -397,6 +398,19 @@ def largest_size(job: Job, multiple: int, fits: Callable[[Job], bool]) -> tuple[
         else:
             first = middle + 1
     return sizes[first] if first < len(sizes) else None
+
+
+def _windows_that_fit(job: Job, fits: Callable[[Job], bool]) -> str:
+    """Name the longest windows in which the whole clip would fit, if any would."""
+    for frames in (81, 49, 33, 17):
+        if frames < (job.window_frames or job.num_frames):
+            overlap = min(job.window_overlap, (frames - 1) // 2)
+            if fits(replace(job, window_frames=frames, window_overlap=overlap)):
+                return (
+                    f" In windows of {frames} frames all {job.num_frames} would fit: "
+                    f"max_chunk_size or --window {frames}, in ComfyUI WanChunkedSampler."
+                )
+    return ""
 
 
 def _frames(count: int) -> str:

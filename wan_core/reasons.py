@@ -52,12 +52,18 @@ def reasons_for(
             f"fp8 storage: half the bytes of the blocks; changes the result slightly; {asked}"
         )
     if choices.window_frames is not None:
+        allowed = "longer than the model's own length" if wishes.chunk_size is None else "allowed"
         reasons.append(
-            f"windows of {choices.window_frames} frames: the whole clip does not fit and "
-            "chunk_size allows them; they change the result"
+            f"windows of {choices.window_frames} frames, {allowed}: the whole clip does not fit; "
+            "they change the result"
         )
     elif job.window_frames is not None:
         reasons.append(f"windows of {job.window_frames} frames: asked for")
+    elif job.num_frames > (own := architecture.variant.defaults.num_frames):
+        reasons.append(
+            f"no windows: all {job.num_frames} frames fit at once. The model was trained on "
+            f"{own}; windows of that length may look better"
+        )
     if system.device_kind != "cpu":
         reasons.append(
             f"about {_seconds(chosen.timing.step)} a step and {_seconds(chosen.timing.total)} for "

@@ -30,8 +30,8 @@ from .plan import OptimizationPlan
 from .precision import dtype_of
 from .sizes import MAP_FROM, stays_in_file
 from .streaming import pin_ahead
-from .transport import all_pinned_bytes
 from .tokenizer import load_image_processor, load_tokenizer
+from .transport import all_pinned_bytes
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager

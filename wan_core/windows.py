@@ -31,6 +31,7 @@ _Handover = tuple[int, int]  # frames to the next window's start, frames its fad
 
 DEFAULT_WINDOW = 81
 DEFAULT_OVERLAP = 16
+_SHOWN_SEAMS = 12
 
 
 def latent_frames(num_frames: int) -> int:
@@ -239,8 +240,16 @@ class WindowPlan:
         return (
             f"{self.count} windows of {video_frames(self.window)} frames ({self.window} latent), "
             f"overlap {self.overlap * FRAMES_PER_LATENT} ({self.overlap} latent), "
-            f"{self.schedule}, {self.fusion}, {self.cost_factor:.2f}x the work of one pass"
+            f"{self.schedule}, {self.fusion}, {self.cost_factor:.2f}x the work of one pass; "
+            f"{self._where()}"
         )
+
+    def _where(self) -> str:
+        if self.schedule != "static":
+            return "seams move from step to step"
+        frames = [video_range(seam).start for seam in self.seams()]
+        shown = ", ".join(str(frame) for frame in frames[:_SHOWN_SEAMS])
+        return f"seams around frames {shown}" + " …" * (len(frames) > _SHOWN_SEAMS)
 
 
 def _wrapped(start: int, length: int, total: int) -> tuple[int, ...]:

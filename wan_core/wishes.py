@@ -17,7 +17,8 @@ OFFLOADS = ("auto", "none", "model", "sequential", "stream", "group")
 FORWARDS = ("auto", "diffusers", "lean", "lean_rows")
 FP8 = ("auto", "never", "always")
 _MIB = 2**20
-_OVERLAP = 16
+_SHORTER = (49, 33, 17)
+"""Frames of the windows to fall back to where those of the model's own length do not fit."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,7 +50,8 @@ class OptimizationConfig:
     """Most GiB of RAM the plan may use."""
     chunk_size: int | None = None
     """Latent frames (4 video frames each) of the windows the plan may fall back to when the clip
-    does not fit as a whole. None: never, because windows change the result."""
+    does not fit as a whole; they change the result. None: windows of the model's own length, or
+    shorter, for clips that are longer than that. 0: never."""
     min_vram_mb: float | None = None
     """Refuse a GPU that has less memory than this, in MiB. Does not apply to a CPU."""
 
@@ -64,8 +66,10 @@ class OptimizationConfig:
         for name in ("vram_limit_gb", "ram_limit_gb", "min_vram_mb"):
             _positive(name, getattr(self, name))
         size = self.chunk_size
-        if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 2):
-            raise _bad("chunk_size", size, "a whole number of latent frames, 2 or more, or None")
+        whole = isinstance(size, int) and not isinstance(size, bool)
+        if size is not None and not (whole and (size == 0 or size >= 2)):
+            allowed = "a whole number of latent frames, 2 or more; 0 (never); or None"
+            raise _bad("chunk_size", size, allowed)
 
     def _check_blocks(self) -> None:
         count = self.resident_blocks
@@ -115,18 +119,23 @@ class OptimizationConfig:
                 field="min_vram_mb",
             )
 
-    def fallback_window(self, job: Job) -> int | None:
-        """Return the video frames of the windows to fall back to, or None where there are none."""
-        if self.chunk_size is None:
-            return None
-        frames = 4 * (self.chunk_size - 1) + 1
-        longest = job.window_frames or job.num_frames
-        return frames if frames < longest else None
+    def fallback_windows(self, job: Job, own_frames: int) -> tuple[int, ...]:
+        """Return the video frames of the windows to fall back to, the longest first.
 
-    def overlap_for(self, job: Job, window: int | None) -> int:
+        ``own_frames`` is the length of the clips the model was trained on.
+        """
+        if self.chunk_size == 0:
+            return ()
+        longest = job.window_frames or job.num_frames
+        if self.chunk_size is not None:
+            frames = 4 * (self.chunk_size - 1) + 1
+            return (frames,) if frames < longest else ()
+        if longest <= own_frames:
+            return ()
+        return (own_frames, *(frames for frames in _SHORTER if frames < own_frames))
+
+    def overlap_for(self, job: Job, window: int) -> int:
         """Return the frames that fallback windows share: the job's, at most half a window."""
-        if window is None:
-            return job.window_overlap
         return min(job.window_overlap, max(1, (window - 1) // 8) * 4)
 
 
