@@ -388,8 +388,11 @@ def _check_audio(config: GenerationConfig) -> None:
 def _check_images(config: GenerationConfig, architecture: ModelArchitecture) -> None:
     variant = architecture.variant
     if config.image is None and variant.image_input == "required":
+        given = "the picture the clip began with" if config.continue_from is not None else "one"
         raise InvalidRequest(
-            f"image is missing; {variant.title} makes video from a picture.", field="image"
+            f"image is missing; {variant.title} makes video from a picture. Give {given}, or load "
+            "a text-to-video model.",
+            field="image",
         )
     if config.image is not None and variant.image_input == "none":
         raise InvalidRequest(
@@ -401,7 +404,8 @@ def _check_images(config: GenerationConfig, architecture: ModelArchitecture) -> 
         raise InvalidRequest("last_image was given without image; give both.", field="last_image")
     if config.last_image is not None and not variant.last_image:
         raise InvalidRequest(
-            f"last_image was given, but {variant.title} takes only a first image.",
+            f"last_image was given, but {variant.title} takes only a first image. Leave it out, "
+            "or load a first-and-last-frame model (Wan 2.1 FLF2V, Wan 2.2 I2V-A14B).",
             field="last_image",
         )
 
