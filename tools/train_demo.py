@@ -126,7 +126,7 @@ class Run:
         trainer = Trainer(
             stage,
             modules,
-            PEAK.get(stage, EXPERT_PEAK),
+            PEAK.get(stage, EXPERT_PEAK) * self.args.rate,
             self.work,
             self.clock,
             self.say,
@@ -431,6 +431,7 @@ def main() -> None:
     parser.add_argument("--clips", type=int, default=32768, help="clips in the pool")
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--vae-batch", type=int, default=32)
+    parser.add_argument("--rate", type=float, default=1.0, help="learning rates times this")
     parser.add_argument("--no-compile", action="store_true", help="do not compile the blocks")
     run = Run(parser.parse_args())
     run.say(f"torch {torch.__version__} on {run.args.device}, seed {SEED}, {vars(run.args)}")
