@@ -122,6 +122,8 @@ class GenerationConfig:
     """Folder for journals; None means ``.wanfit`` beside ``output_path``."""
     precision_override: str | None = None
     enable_optimizations: bool = True
+    warning_callback: Callable[[str], object] | None = None
+    """Called with every warning of the result, most of them as soon as they are known."""
     progress_callback: Callable[[int, int, torch.Tensor], object] | None = None
     """Called after every step with (steps done, steps in all, normalised latents)."""
     preview_callback: Callable[[int, int, torch.Tensor], object] | None = None

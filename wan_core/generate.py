@@ -28,6 +28,7 @@ from .plan import OptimizationConfig, OptimizationManager, OptimizationPlan
 from .render import Render
 from .request import Request, resolve
 from .stages import Callbacks, Stages, first_line
+from .windows import FRAMES_PER_LATENT, latent_frames, plan_windows, round_up_frames
 
 _LOCK_WAIT_SECONDS = 0.1
 
@@ -134,6 +135,7 @@ class WanPipelineWrapper:
             error = err
         result.generation_time = time.perf_counter() - started
         self._finish(result, error)
+        callbacks.tell(result.warnings)
         return result
 
     def _render(
@@ -236,7 +238,7 @@ def _job(request: Request, config: GenerationConfig) -> Job:
         guidance_high=request.guidance_scale > 1.0,
         guidance_low=request.guidance_scale_2 > 1.0,
         window_frames=request.window_frames,
-        window_overlap=request.window_overlap,
+        window_overlap=_used_overlap(request),
         window_anchor=request.window_anchor and request.window_mode == "windows",
         image=config.image is not None,
         last_image=config.last_image is not None,
@@ -244,6 +246,15 @@ def _job(request: Request, config: GenerationConfig) -> Job:
         return_frames=config.return_frames,
         encode_text=config.prompt_embeds is None,
     )
+
+
+def _used_overlap(request: Request) -> int:
+    """Frames that windows of the asked-for length share, if not all of those asked for fit."""
+    if request.window_frames is None:
+        return request.window_overlap
+    endless = request.latent_frames + latent_frames(round_up_frames(request.window_frames))
+    windows = plan_windows(endless, request.window_frames, request.window_overlap)
+    return windows.overlap * FRAMES_PER_LATENT
 
 
 def _explained(error: Exception) -> Exception:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -136,7 +137,8 @@ def versions() -> dict[str, str]:
     """Return the versions a measurement depends on."""
     from importlib.metadata import PackageNotFoundError, version
 
-    found = {"python": platform.python_version(), "torch": torch.__version__}
+    own = getattr(sys.modules[__package__], "__version__", "unknown")
+    found = {"wanfit": own, "python": platform.python_version(), "torch": torch.__version__}
     for package in ("diffusers", "transformers"):
         try:
             found[package] = version(package)

@@ -5,6 +5,7 @@ Nothing is decided here; the plan is carried out, and replaced only when memory 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ from .denoise import (
     hold_first_frame,
 )
 from .errors import InvalidRequest
+from .files import check_target, sweep
 from .lean_forward import run_together
 from .monitor import MIB, device_bytes, device_name, versions
 from .noise import draw_noise
@@ -54,19 +56,41 @@ class Render:
         result.applied_optimizations = list(stages.plan.applied)
         before = device_bytes(stages.device)
         try:
+            self._make_way()
             # Weights made under inference_mode could not be used outside it afterwards.
             with torch.inference_mode(False), torch.no_grad(), ExitStack() as stack:
                 journal = open_journal(
                     stack, self.config, self.request, stages.architecture, stages.plan
                 )
-                self._render(journal)
+                if journal is None:
+                    self._render(None)
+                    return
+                stages.plan = journal.continued(stages.plan)
+                result.applied_optimizations = list(stages.plan.applied)
+                try:
+                    self._warn(journal.warnings)
+                    self._render(journal)
+                finally:
+                    self._warn(journal.warnings)
         finally:
             result.peak_memory_mb = stages.timeline.peak_bytes / MIB
             result.memory_used_mb = max(0, device_bytes(stages.device) - before) / MIB
 
+    def _make_way(self) -> None:
+        """Look at every target, and sweep its folder, before anything is loaded."""
+        for path in self._output_paths(self.request.batch_size):
+            check_target(path)
+            sweep(path.parent)
+
+    def _warn(self, warnings: Sequence[str]) -> None:
+        """Add the warnings that the result has not got yet; the job is told after the next step."""
+        result = self.stages.result
+        result.warnings += [text for text in warnings if text not in result.warnings]
+
     def _render(self, journal: RenderJournal | None) -> None:
         result = self.stages.result
         self._describe()
+        self.stages.callbacks.tell(result.warnings)
         latents = None if journal is None else journal.finished_latents
         if latents is None:
             latents = self._sample(journal)
@@ -76,13 +100,12 @@ class Render:
         result.latents = latents.to("cpu", torch.float32)
         result.vae_latents = denormalize_latents(result.latents, self._vae_config())
         if journal is not None:
-            journal.latents_done(result.latents)
+            journal.latents_done(result.latents, self.stages.plan)
         if self.config.return_frames or self.request.output_path is not None:
             self._decode(latents)
         if journal is not None:
             result.metadata["journal"] = journal.describe()
             journal.finish()
-            result.warnings += journal.warnings
 
     def _describe(self) -> None:
         request, stages = self.request, self.stages
@@ -146,7 +169,7 @@ class Render:
             request.latent_frames,
             known,
             stages.plan.window_frames,
-            stages.plan.window_overlap,
+            self._overlap,
             [start for start, _ in conditions.prompt_parts],
         )
         segments = Segments(
@@ -218,6 +241,13 @@ class Render:
             return self.config.latents.to(device=self.stages.device, dtype=torch.float32)
         return draw_noise(request.noise, shape, request.seed, windows).to(self.stages.device)
 
+    @property
+    def _overlap(self) -> int:
+        """Frames windows share as asked for, so that what is rounded is said; else the plan's."""
+        request, plan = self.request, self.stages.plan
+        asked = request.window_frames == plan.window_frames
+        return request.window_overlap if asked else plan.window_overlap
+
     def _windows(self, frames: int) -> WindowPlan | None:
         """Plan the windows of ``frames`` latent frames: of the clip, or of one segment."""
         request, plan = self.request, self.stages.plan
@@ -226,7 +256,7 @@ class Render:
         windows = plan_windows(
             frames,
             window=plan.window_frames,
-            overlap=plan.window_overlap,
+            overlap=self._overlap,
             schedule=request.window_schedule,
             fusion=request.window_fusion,
         )
@@ -306,7 +336,9 @@ class Render:
 
         def step(index: int, latents: Tensor) -> None:
             if journal is not None:
-                journal.step_done(state, scheduler)
+                journal.step_done(state, scheduler, self.stages.plan)
+                self._warn(journal.warnings)
+            self.stages.callbacks.tell(self.stages.result.warnings)
             call(config.progress_callback, before + index, total, latents)
             self.stages.step_done()
 
@@ -315,7 +347,7 @@ class Render:
 
         def window_done(index: int, count: int) -> None:
             if journal is not None:
-                journal.window_done(state, scheduler)
+                journal.window_done(state, scheduler, self.stages.plan)
 
         return Signals(
             step=step,

@@ -435,6 +435,13 @@ def _output(config: GenerationConfig) -> Path | None:
     if path.suffix.lower() != ".mp4":
         raise InvalidRequest(f"output_path is {path}; a name ending in .mp4 is needed.",
                              field="output_path")  # fmt: skip
-    if path.is_dir():
+    try:
+        folder = path.is_dir()
+    except OSError as err:
+        raise InvalidRequest(
+            f"output_path {path} cannot be used ({err.strerror}). Choose another name.",
+            field="output_path",
+        ) from err
+    if folder:
         raise InvalidRequest(f"output_path {path} is a folder; name a file.", field="output_path")
     return path

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -18,10 +20,16 @@ from .files import file_identity
 from .journal import Journal, JournalState, restore_scheduler, scheduler_state
 from .monitor import versions
 from .plan import OptimizationPlan
+from .render_identity import identity_differences, listed, plain_identity
 from .request import Request
 
 FOLDER = ".wanfit"
 """Name of the folder for journals, beside the output."""
+BY_ROWS = "lean_rows"
+"""The forward that rounds otherwise than the rest, which are "exact"."""
+_NOT_IN_LATENTS = (
+    "output_path", "warnings", "resume", "wanted_frames", "fps", "codec", "crf", "pix_fmt",
+)  # fmt: skip
 
 
 class RenderJournal:
@@ -66,16 +74,34 @@ class RenderJournal:
         state.segment = int(saved.scalars.get("segment", 0))
         return state.next_step
 
-    def step_done(self, state: DenoiseState, scheduler: Any) -> None:
-        """Keep the state after a finished step."""
-        self._save(state, scheduler)
+    def continued(self, plan: OptimizationPlan) -> OptimizationPlan:
+        """Return ``plan`` with the choices the saved state was made with, where they differ.
 
-    def window_done(self, state: DenoiseState, scheduler: Any) -> None:
+        They differ only where memory ran out in the saved render, after which it went on with
+        a smaller plan. A warning names them.
+        """
+        saved = {} if self.saved is None else self.saved.scalars.get("choices", {})
+        fresh = plain_identity(choices_of(plan))
+        if not saved or saved == fresh:
+            return plan
+        self.warnings.append(
+            "The saved render had gone on with a smaller plan when memory ran out; this one keeps "
+            f"to it: {listed(identity_differences(saved, fresh))}."
+        )
+        by_rows = saved["forward"] == BY_ROWS
+        dtypes = MappingProxyType(dict(saved["precision"]))
+        return replace(plan, dtypes=dtypes, by_rows=by_rows, lean=plan.lean or by_rows)
+
+    def step_done(self, state: DenoiseState, scheduler: Any, plan: OptimizationPlan) -> None:
+        """Keep the state after a finished step, and what it was made with."""
+        self._save(state, scheduler, plan)
+
+    def window_done(self, state: DenoiseState, scheduler: Any, plan: OptimizationPlan) -> None:
         """Keep the state after a finished window, if that is cheap enough by now."""
         if self._journal.due():
-            self._save(state, scheduler)
+            self._save(state, scheduler, plan)
 
-    def _save(self, state: DenoiseState, scheduler: Any) -> None:
+    def _save(self, state: DenoiseState, scheduler: Any, plan: OptimizationPlan) -> None:
         tensors, scalars = scheduler_state(scheduler)
         tensors["latents"] = state.latents
         if state.fused is not None:
@@ -87,12 +113,13 @@ class RenderJournal:
             "next_window": state.next_window,
             "fused_by": state.fused_by,
             "segment": state.segment,
+            "choices": choices_of(plan),
         }
         self._journal.save(state.next_step, tensors, scalars)
 
-    def latents_done(self, latents: Tensor) -> None:
+    def latents_done(self, latents: Tensor, plan: OptimizationPlan) -> None:
         """Keep the finished latents: from now on only the decode would be repeated."""
-        self._journal.latents_done(latents)
+        self._journal.latents_done(latents, {"choices": choices_of(plan)})
 
     def finish(self) -> None:
         """Remove the journal: the render is finished."""
@@ -148,10 +175,13 @@ def render_identity(
     """Name everything that decides a render's latents; two equal ones may continue each other.
 
     Where the mp4 goes, and how parts are placed on the device, changes no bit and is left out.
+    What the plan chose and rounds otherwise is in: a render made with other choices starts anew
+    and says which they are, so that they can be asked for. ``plan`` is the one a render begins
+    with; what it went down to when memory ran out is kept in its states (``continued``).
     """
     fields = {name: getattr(request, name) for name in request.__slots__}
-    for name in ("output_path", "warnings", "resume", "wanted_frames", "fps", "crf", "pix_fmt"):
-        fields.pop(name)
+    for name in _NOT_IN_LATENTS:
+        fields.pop(name, None)
     tensors = (
         "image", "last_image", "latents", "continue_from", "prompt_embeds",
         "negative_prompt_embeds",
@@ -160,7 +190,7 @@ def render_identity(
         name: _content(value) for name in tensors if (value := getattr(config, name)) is not None
     }
     files = {
-        name: component_key(part, plan.dtypes.get(name, ""))
+        name: component_key(part, "")
         for name, part in architecture.components.items()
         if part.files
     }
@@ -174,9 +204,19 @@ def render_identity(
         ],
         "job": fields,
         "given": given,
+        **choices_of(plan),
         "windows": [plan.window_frames, plan.window_overlap],
         "device": torch.device(plan.device).type,
         "versions": versions(),
+    }
+
+
+def choices_of(plan: OptimizationPlan) -> dict[str, Any]:
+    """Return what a plan chose that changes numbers, by the names it is asked for with."""
+    return {
+        "precision": dict(plan.dtypes),
+        "forward": BY_ROWS if plan.by_rows else "exact",
+        "fp8_storage": plan.fp8_storage,
     }
 
 

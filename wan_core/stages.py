@@ -47,6 +47,7 @@ class Callbacks:
 
     def __init__(self, config: GenerationConfig) -> None:
         self._config = config
+        self._told = 0
         self.raised: BaseException | None = None
 
     def call(self, function: Callable[..., object] | None, *args: object) -> None:
@@ -62,6 +63,12 @@ class Callbacks:
     def check(self) -> None:
         """Look for an interrupt."""
         self.call(self._config.interrupt_check)
+
+    def tell(self, warnings: list[str]) -> None:
+        """Tell the job of the warnings it has not been told yet; the list only grows."""
+        while self._told < len(warnings):
+            self._told += 1
+            self.call(self._config.warning_callback, warnings[self._told - 1])
 
 
 @dataclass(slots=True, kw_only=True)
@@ -238,6 +245,7 @@ class Stages:
             f"Memory ran out in stage {stage} ({failure}); went on from there with "
             f"{change or 'a smaller plan'}."
         )
+        self.callbacks.tell(self.result.warnings)
 
 
 def first_line(error: BaseException) -> str:
