@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from test_video import read
 from tiny_models import make_folder
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from wan_core import GenerationConfig, WanPipelineLoader
+from wan_core import GenerationConfig, WanPipelineLoader, video
 from wan_core.errors import DoesNotFit, is_oom
 from wan_core.plan import OptimizationManager, OptimizationPlan
 
@@ -169,6 +170,44 @@ def test_at_every_tenth_operation(tmp_path: Path, few_objects: None) -> None:
     loader.clear_cache()
     # Between the stages, where nothing was made yet, a run may end.
     assert operations > 1000 and len(gave_up) <= 5
+
+
+@pytest.mark.parametrize("at", [1, 4, 9])
+def test_no_frame_is_written_twice(
+    folder: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int
+) -> None:
+    """Memory runs out while a decoded part goes to two files, between any two frames of it."""
+    job = JOB | {
+        "num_frames": 7,
+        "batch_size": 2,
+        "num_inference_steps": 1,
+        "width": 16,
+        "height": 16,
+    }
+    plain = open_wan(folder("wan2.1-t2v")).generate(
+        GenerationConfig(**job, output_path=tmp_path / "plain.mp4")
+    )
+    original, calls = video._to_bytes, 0
+
+    def to_bytes(picture: torch.Tensor) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        if calls == at:
+            raise KINDS["torch"]()
+        return original(picture)
+
+    monkeypatch.setattr(video, "_to_bytes", to_bytes)
+    result = open_wan(folder("wan2.1-t2v")).generate(
+        GenerationConfig(**job, output_path=tmp_path / "out.mp4")
+    )
+    assert any("Memory ran out in stage decode" in text for text in result.warnings)
+    assert calls == 15  # two clips of seven, and the one that failed
+    assert torch.equal(result.raise_for_error().frames, plain.raise_for_error().frames)
+    for end in ("", "_2"):
+        pictures = read(tmp_path / f"out{end}.mp4")[0]
+        assert pictures.shape == (7, 16, 16, 3)
+        assert (pictures == read(tmp_path / f"plain{end}.mp4")[0]).all()
+    assert len(list(tmp_path.iterdir())) == 4
 
 
 def test_memory_that_keeps_running_out_ends_in_does_not_fit(folder: Any) -> None:

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +17,19 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from test_oom import failing
+from test_video import read
 from tiny_models import make_folder
 
 from wan_core import GenerationConfig, WanPipelineLoader
-from wan_core.errors import InvalidRequest, JournalMismatch
+from wan_core.errors import InvalidRequest, JournalMismatch, OutputError
+from wan_core.plan import OptimizationManager
 
 ROOT = Path(__file__).parents[1]
 JOB = {"prompt": "a red cat", "width": 32, "height": 32, "num_frames": 33, "seed": 1,
        "num_inference_steps": 5, "max_chunk_size": 17, "window_overlap": 8}  # fmt: skip
+SHORT = {"prompt": "a red cat", "width": 32, "height": 32, "num_frames": 5, "seed": 1,
+         "num_inference_steps": 4}  # fmt: skip
 
 
 class Crash(BaseException):
@@ -42,9 +48,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return get
 
 
-def open_wan(path: Path) -> Any:
+def open_wan(path: Path, **wishes: Any) -> Any:
     return WanPipelineLoader(enable_caching=False).load_wan_pipeline(
-        path, optimization_config={"device": "cpu", "precision": "fp32"}
+        path, optimization_config={"device": "cpu", "precision": "fp32"} | wishes
     )
 
 
@@ -190,6 +196,110 @@ def test_a_replaced_model_file_is_another_render(folder: Any, tmp_path: Path) ->
     assert "files" in result.errors[0]
 
 
+@pytest.mark.parametrize(
+    ("began", "now", "named"),
+    [
+        ({"fp8_storage": "always"}, {"fp8_storage": "never"}, "fp8_storage (saved true, now false"),
+        ({"forward": "lean_rows"}, {"forward": "diffusers"}, 'forward (saved "lean_rows", now'),
+        ({"precision": "bf16"}, {"precision": "fp32"}, "precision.transformer (saved"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_a_choice_that_rounds_otherwise_is_another_render(
+    folder: Any, tmp_path: Path, began: dict[str, str], now: dict[str, str], named: str
+) -> None:
+    model = folder("wan2.1-t2v")
+    kept = {"journal_folder": tmp_path / "j"}
+    with pytest.raises(Crash):
+        open_wan(model, **began).generate(
+            GenerationConfig(**SHORT, **kept, resume="auto", progress_callback=crash_after(2))
+        )
+    refused = open_wan(model, **now).generate(GenerationConfig(**SHORT, **kept, resume="must"))
+    assert isinstance(refused.error, JournalMismatch) and named in refused.errors[0]
+    told: list[str] = []
+    job = GenerationConfig(**SHORT, **kept, resume="auto", progress_callback=crash_after(1))
+    job.warning_callback = told.append
+    with pytest.raises(Crash):
+        open_wan(model, **now).generate(job)
+    assert any("starts anew" in text and named in text for text in told)
+    anew = open_wan(model, **now).generate(GenerationConfig(**SHORT, **kept, resume="must"))
+    plain = open_wan(model, **now).generate(GenerationConfig(**SHORT)).raise_for_error()
+    assert torch.equal(anew.raise_for_error().latents, plain.latents)
+
+
+def test_another_version_of_this_package_is_another_render(
+    folder: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = {"journal_folder": tmp_path / "j"}
+    with pytest.raises(Crash):
+        open_wan(folder("wan2.1-t2v")).generate(
+            GenerationConfig(**SHORT, **kept, resume="auto", progress_callback=crash_after(1))
+        )
+    monkeypatch.setattr("wan_core.__version__", "99.0")
+    refused = open_wan(folder("wan2.1-t2v")).generate(
+        GenerationConfig(**SHORT, **kept, resume="must")
+    )
+    assert isinstance(refused.error, JournalMismatch)
+    assert "versions.wanfit" in refused.errors[0] and "99.0" in refused.errors[0]
+
+
+def test_a_render_that_went_down_to_a_smaller_plan_goes_on_with_it(
+    folder: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its fresh plan is the one it began with; the saved state says what it had come to."""
+    model, job = folder("wan2.1-t2v"), SHORT | {"resume": "auto", "journal_folder": tmp_path / "j"}
+
+    def by_rows(self: Any, *arguments: Any) -> Any:
+        return replace(arguments[4], lean=True, by_rows=True)
+
+    monkeypatch.setattr(OptimizationManager, "smaller_plan", by_rows)
+
+    def run(stop: int) -> Any:
+        wrapper = open_wan(model)
+        failing(wrapper, "transformer", "", 5, lambda: MemoryError("full"))
+        return wrapper.generate(GenerationConfig(**job, progress_callback=crash_after(stop)))
+
+    whole = run(10**6).raise_for_error()
+    assert "products by rows" in whole.applied_optimizations
+    with pytest.raises(Crash):
+        run(3)
+    rest = open_wan(model).generate(GenerationConfig(**job)).raise_for_error()
+    assert "after step 3" in rest.metadata["resumed"]
+    assert "products by rows" in rest.applied_optimizations
+    assert any('forward (saved "lean_rows", now "exact")' in text for text in rest.warnings)
+    assert torch.equal(rest.latents, whole.latents)
+    assert torch.equal(rest.frames, whole.frames)
+
+
+def test_what_the_journal_said_is_there_when_the_render_fails(folder: Any, tmp_path: Path) -> None:
+    blocked = tmp_path / "file"
+    blocked.write_text("not a folder")
+    job = SHORT | {
+        "resume": "auto",
+        "journal_folder": blocked,
+        "latents": torch.zeros(1, 2, 3, 4, 5),
+    }
+    told: list[str] = []
+    result = open_wan(folder("wan2.1-t2v")).generate(
+        GenerationConfig(**job, warning_callback=told.append)
+    )
+    assert isinstance(result.error, InvalidRequest)
+    assert any("not saved" in warning for warning in result.warnings)
+    assert told == result.warnings
+
+
+def test_a_target_that_cannot_be_written_is_found_before_anything_is_loaded(
+    folder: Any, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    result = open_wan(folder("wan2.1-t2v")).generate(
+        GenerationConfig(**SHORT, output_path=tmp_path / "file" / "out.mp4", resume="auto")
+    )
+    assert isinstance(result.error, OutputError) and result.stages == []
+    assert "out.mp4" in result.errors[0] and "Choose another folder" in result.errors[0]
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
 def test_must_without_a_journal(folder: Any, tmp_path: Path) -> None:
     result = open_wan(folder("wan2.1-t2v")).generate(
         GenerationConfig(**JOB, resume="must", journal_folder=tmp_path / "j")
@@ -257,7 +367,7 @@ def render():
             time.sleep(0.04)
     job = GenerationConfig(**JOB, prompt_embeds=torch.ones(1, 4, 32), resume='auto',
         journal_folder=target, progress_callback=step, interrupt_check=check,
-        chunk_callback=window)
+        chunk_callback=window, output_path=target + '.mp4', crf=0, pix_fmt='yuv444p')
     result = wrapper.generate(job).raise_for_error()
     torch.save({'latents': result.latents, 'frames': result.frames}, target + '.tmp')
     os.replace(target + '.tmp', target + '.pt')
@@ -301,6 +411,7 @@ def test_killed_twenty_times_it_makes_the_bits_of_an_uncut_run(folder: Any, tmp_
         return log.read_text().splitlines() if log.exists() else []
 
     lived: list[list[str]] = []
+    half_written: list[Path] = []
     kills = 0
     try:
         while not Path(f"{target}.pt").exists():
@@ -320,6 +431,7 @@ def test_killed_twenty_times_it_makes_the_bits_of_an_uncut_run(folder: Any, tmp_
                     kills += 1
             assert int(zygote.stdout.readline()) in (0, -signal.SIGKILL)
             lived.append(lines()[before:])
+            half_written += tmp_path.glob(".wanfit-*")
     finally:
         zygote.stdin.close()
         zygote.wait(timeout=60)
@@ -327,8 +439,11 @@ def test_killed_twenty_times_it_makes_the_bits_of_an_uncut_run(folder: Any, tmp_
     torch.set_num_threads(1)
     try:
         whole = open_wan(model).generate(
-            GenerationConfig(**job, prompt_embeds=torch.ones(1, 4, 32))
-        )
+            GenerationConfig(
+                **job, prompt_embeds=torch.ones(1, 4, 32), output_path=tmp_path / "whole.mp4",
+                crf=0, pix_fmt="yuv444p",
+            )
+        )  # fmt: skip
     finally:
         torch.set_num_threads(threads)
     whole.raise_for_error()
@@ -348,4 +463,9 @@ def test_killed_twenty_times_it_makes_the_bits_of_an_uncut_run(folder: Any, tmp_
             assert made == list(range(made[0], made[-1] + 1))
             finished = made[-1]
     assert finished == 6
-    assert not target.exists()
+    # No kill left a file for longer than until the next run began to write.
+    assert half_written and len(set(half_written)) == len(half_written)
+    made, wanted = read(Path(f"{target}.mp4"))[0], read(tmp_path / "whole.mp4")[0]
+    assert made.shape == (33, 16, 16, 3) and (made == wanted).all()
+    left = {f"journals.{kind}" for kind in ("log", "mp4", "pt")} | {"whole.mp4"}
+    assert {path.name for path in tmp_path.iterdir()} == left
