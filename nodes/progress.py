@@ -1,0 +1,108 @@
+"""One bar for a whole run, and a preview of the part being made. No ComfyUI here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from ..wan_core.windows import latent_index, plan_windows
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..wan_core.config import GenerationConfig
+    from ..wan_core.plan import OptimizationPlan
+    from ..wan_core.request import Request
+
+DECODE = 0.1
+"""Share of the bar, measured in all steps, that decoding takes."""
+
+
+class Progress:
+    """Listens to a job and calls ``show`` (done, total, latents to show or None), in steps.
+
+    The latents begin with the frames being made: with the second half of the window, or with what
+    is new in the segment. They are moved to the CPU between steps, to take no room on the device.
+    """
+
+    def __init__(
+        self,
+        request: Request,
+        plan: OptimizationPlan,
+        config: GenerationConfig,
+        show: Callable[[float, float, Tensor | None], object],
+    ) -> None:
+        self._config, self._show = config, show
+        self._continued = request.window_mode == "continuation"
+        self._windows = None
+        self._new = [0]
+        """Per segment: its first frame that the one before has not made."""
+        if self._continued:
+            self._new = _new_frames(request, plan, config)
+        elif plan.window_frames is not None:
+            windows = plan_windows(
+                request.latent_frames,
+                window=plan.window_frames,
+                overlap=plan.window_overlap,
+                schedule=request.window_schedule,
+                fusion=request.window_fusion,
+            )
+            self._windows = windows if windows.count > 1 else None
+        self._steps = request.num_inference_steps * len(self._new)
+        self._done = self._segment = 0
+        self._clean: Tensor | None = None
+
+    def listen(self) -> None:
+        """Have the job tell this object how far it is."""
+        self._config.preview_callback = self._step
+        self._config.chunk_callback = self._chunk
+        self._config.decode_callback = self._decoded
+
+    def _step(self, done: int, total: int, clean: Tensor) -> None:
+        self._done, self._steps = done, total
+        if self._continued:
+            # A plan that had to shrink may have other segments.
+            first = self._new[min(self._segment, len(self._new) - 1)]
+            self._say(done, clean[:, :, min(first, clean.shape[2] - 1) :])
+            return
+        self._say(done, _frames(clean, self._shown(done - 1, -1)))
+        self._clean = clean.cpu() if self._windows is not None and done < total else None
+
+    def _chunk(self, index: int, count: int) -> None:
+        if self._continued:
+            self._segment = index
+            return
+        clean = self._clean
+        shown = None if clean is None else _frames(clean, self._shown(self._done, index))
+        self._say(self._done + index / count, shown)
+
+    def _decoded(self, done: int, total: int) -> None:
+        self._say(self._steps * (1 + DECODE * done / total), None)
+
+    def _say(self, done: float, latents: Tensor | None) -> None:
+        self._show(round(done, 2), round(self._steps * (1 + DECODE), 2), latents)
+
+    def _shown(self, step: int, index: int) -> Sequence[int] | None:
+        """The frames of a window from its middle on; None for a clip that is seen whole."""
+        if self._windows is None:
+            return None
+        windows = self._windows.windows(step)
+        indices = windows[min(index, len(windows) - 1)].indices
+        return indices[len(indices) // 2 :]
+
+
+def _frames(clean: Tensor, indices: Sequence[int] | None) -> Tensor:
+    return clean if indices is None else clean[:, :, list(indices)]
+
+
+def _new_frames(request: Request, plan: OptimizationPlan, config: GenerationConfig) -> list[int]:
+    """The first frame of each segment that is not taken over, counted within the segment."""
+    from ..wan_core.continuation import plan_segments
+
+    known = 0 if config.continue_from is None else int(config.continue_from.shape[2])
+    texts = [latent_index(part.start) for part in request.prompts]
+    ranges = plan_segments(
+        request.latent_frames, known, plan.window_frames, plan.window_overlap, texts
+    ).ranges
+    ends = [known, *(frames.stop for frames in ranges)]
+    return [end - frames.start for end, frames in zip(ends, ranges, strict=False)]
