@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import torch
+from diffusers import AutoencoderKLWan
 from torch import Tensor
 
-from wan_core.windows import Window, WindowPlan
+from tools import clips
+from wan_core.windows import Window, WindowPlan, video_frames
 
 
 class LinearRamps(WindowPlan):
@@ -44,3 +48,48 @@ def energy_at(change: Tensor, period: int) -> float:
     """
     off = change - change.mean()
     return float((off[:-period] * off[period:]).mean() / change.mean() ** 2)
+
+
+DEMO = Path(__file__).parents[1] / "wan_core" / "demo_model" / "t2v"
+MOVING = [
+    ("white", "square", "right", "dark"), ("red", "circle", "left", "grey"),
+    ("yellow", "triangle", "down", "teal"), ("green", "circle", "up", "dark"),
+]  # fmt: skip
+
+
+class MovingVideo:
+    """Clips of moving shapes through the trained demo VAE, in windows that disagree.
+
+    Every window after the first is ``ahead`` frames of movement further than it should be.
+    """
+
+    def __init__(self, latent_frames: int = 6, ahead: float = 1.0) -> None:
+        self._vae: Any = AutoencoderKLWan.from_pretrained(DEMO / "vae").float()
+        self._frames = video_frames(latent_frames)
+        self._whole, self._late = self._latents(0.0), self._latents(ahead)
+        self._even = self._change(self._whole)
+
+    @torch.no_grad()
+    def _latents(self, ahead: float) -> Tensor:
+        video = []
+        for seed, cell in enumerate(MOVING):
+            scene = clips.scene_of(*cell, seed=seed, wrap=True)
+            heading = torch.tensor([clips.DIRECTIONS[cell[2]]], dtype=torch.float32)
+            begun = scene.start + heading * scene.speed[:, None] * ahead
+            video.append(clips.render(replace(scene, start=begun), self._frames))
+        encoded: Tensor = self._vae.encode(torch.cat(video) * 2 - 1).latent_dist.mode()
+        return encoded
+
+    @torch.no_grad()
+    def _change(self, latents: Tensor) -> Tensor:
+        """The change from frame to frame, summed over the frames of each latent frame."""
+        moved = self._vae.decode(latents).sample.diff(dim=2).abs().mean((1, 3, 4))
+        return moved.view(len(latents), -1, 4).sum(2).mean(0)
+
+    def ratios(self, plan: WindowPlan) -> Tensor:
+        """How much more the decoded video changes, per latent frame, than without windows."""
+        made = torch.zeros_like(self._whole)
+        for window, weights in zip(plan.windows(), plan.normalised(), strict=True):
+            index, share = list(window.indices), torch.tensor(weights).view(1, 1, -1, 1, 1)
+            made[:, :, index] += share * (self._late if window.index else self._whole)[:, :, index]
+        return self._change(made) / self._even

@@ -15,13 +15,11 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import AutoencoderKLWan
-from seams import energy_at, in_ramps, linear_ramps
+from seams import MovingVideo, energy_at, in_ramps, linear_ramps
 from tiny_models import make_folder, make_transformer, make_vae
 from torch import Tensor
 from traced import TracedMemory
 
-from tools import clips
 from wan_core import GenerationConfig, WanPipelineLoader
 from wan_core.denoise import (
     Conditions,
@@ -35,7 +33,7 @@ from wan_core.denoise import (
 from wan_core.noise import draw_noise
 from wan_core.schedule import SCHEDULERS, make_scheduler, plan_steps
 from wan_core.vae import decode_to_tensor, denormalize_latents
-from wan_core.windows import FUSIONS, WindowPlan, latent_frames, plan_windows, video_frames
+from wan_core.windows import FUSIONS, WindowPlan, latent_frames, plan_windows
 
 SCHEDULES = ("static", "uniform", "looped")
 STEPS = 6
@@ -469,47 +467,10 @@ def test_p13_what_comes_back_with_every_window_is_the_least_there_can_be(overlap
     assert abs(energy_at(still, 17)) < 1e-9
 
 
-DEMO = Path(__file__).parents[1] / "wan_core" / "demo_model" / "t2v"
-MOVING = [
-    ("white", "square", "right", "dark"), ("red", "circle", "left", "grey"),
-    ("yellow", "triangle", "down", "teal"), ("green", "circle", "up", "dark"),
-]  # fmt: skip
-
-
 def test_p13_decoded_video_moves_as_fast_at_the_seams() -> None:
-    """Windows that disagree by a frame of movement, through the trained demo decoder.
-
-    Beside the same video without windows: a decoder's latent frames are not all equally lively.
-    """
-    vae: Any = AutoencoderKLWan.from_pretrained(DEMO / "vae").float()
-
-    @torch.no_grad()
-    def latents(ahead: float) -> Tensor:
-        video = []
-        for seed, cell in enumerate(MOVING):
-            scene = clips.scene_of(*cell, seed=seed, wrap=True)
-            heading = torch.tensor([clips.DIRECTIONS[cell[2]]], dtype=torch.float32)
-            begun = scene.start + heading * scene.speed[:, None] * ahead
-            video.append(clips.render(replace(scene, start=begun), video_frames(6)))
-        encoded: Tensor = vae.encode(torch.cat(video) * 2 - 1).latent_dist.mode()
-        return encoded
-
-    @torch.no_grad()
-    def change(clip: Tensor) -> Tensor:
-        """The change from frame to frame, summed over the frames of each latent frame."""
-        moved = vae.decode(clip).sample.diff(dim=2).abs().mean((1, 3, 4))
-        return moved.view(len(clip), -1, 4).sum(2).mean(0)
-
-    whole, late = latents(0.0), latents(1.0)
-
-    def ratios(windows: WindowPlan) -> Tensor:
-        made = torch.zeros_like(whole)
-        for window, weights in zip(windows.windows(), windows.normalised(), strict=True):
-            index, share = list(window.indices), torch.tensor(weights).view(1, 1, -1, 1, 1)
-            made[:, :, index] += share * (late if window.index else whole)[:, :, index]
-        return change(made) / change(whole)
-
-    ours, cut = ratios(plan_windows(6, 13, 8)), ratios(plan_windows(6, 9, 0))
+    """Windows that disagree by a frame of movement, through the trained demo decoder."""
+    video = MovingVideo()
+    ours, cut = video.ratios(plan_windows(6, 13, 8)), video.ratios(plan_windows(6, 9, 0))
     assert float(ours.min()) > 0.9 and float(ours.max()) < 1.1 < float(cut.max())
 
 
