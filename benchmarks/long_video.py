@@ -231,8 +231,8 @@ def seam_table() -> list[str]:
         return clip.diff(dim=2).abs().mean((0, 1, 3, 4))
 
     lines = [
-        "| fusing | overlap | largest change at a seam / elsewhere | median | energy at the period, "
-        "1e-6 |",
+        "| fusing | overlap | largest change at a seam / elsewhere | median | energy at the "
+        "period, 1e-6 |",
         "|---|---|---|---|---|",
     ]
     for name, overlap, wrap in ways():
@@ -325,13 +325,13 @@ def main() -> None:
         "formula is (1 + ceil((T - L) / (L - O))) L / T.", "",
         "## Seams", "",
         "A gradient that moves evenly; every window adds 0.3 of a frame's movement to the window "
-        "before it. 1.000 means that a seam moves as fast as the rest. Energy: autocovariance of the "
-        "movement at the windows' period, over the squared movement, in a clip of five whole "
+        "before it. 1.000 means that a seam moves as fast as the rest. Energy: autocovariance of "
+        "the movement at the windows' period, over the squared movement, in a clip of five whole "
         "periods; 0 is a clip that knows of no windows.", "",
         *seam_table(), "",
-        "Four clips of a moving shape, encoded and decoded by the demo model's VAE, in two windows of "
-        "which the second is a frame of movement ahead: the change from frame to frame, per latent "
-        "frame, over that of the same clips without windows.", "",
+        "Four clips of a moving shape, encoded and decoded by the demo model's VAE, in two windows "
+        "of which the second is a frame of movement ahead: the change from frame to frame, per "
+        "latent frame, over that of the same clips without windows.", "",
         *decoded_table(), "",
         "## Journal", "",
         f"Saving the state of a UniPC run at 832x480, 81 frames ({size / 1e6:.1f} MB: latents and "
