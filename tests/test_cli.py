@@ -13,9 +13,12 @@ from typing import Any
 
 import av
 import pytest
+import torch
+from test_video import patches, write
 from tiny_models import make_folder
 
 from wan_core.__main__ import main
+from wan_core.errors import CorruptFile
 
 ROOT = Path(__file__).parents[1]
 
@@ -122,6 +125,69 @@ def test_an_expected_error_is_one_line_and_exit_code_1(
     assert code == 1 and not out
     assert err.startswith("error: ") and err.count("\n") == 1 and said in err
     assert list(tmp_path.iterdir()) == []
+    code, out, again = run(capsys, *generate(model, tmp_path / "o.mp4", *arguments, "--json"))
+    found = json.loads(out)
+    assert code == 1 and again == err and not found["success"]
+    assert err == f"error: {found['errors'][0]}\n"
+
+
+@pytest.mark.parametrize("name", ["a" * 300 + ".mp4", "file/o.mp4", "folder.mp4"])
+def test_an_output_that_cannot_be_written_is_one_line(
+    model: Path, tmp_path: Path, capsys: Any, name: str
+) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    (tmp_path / "folder.mp4").mkdir()
+    code, _, err = run(capsys, *generate(model, tmp_path / name))
+    assert code == 1 and err.startswith("error: ") and err.count("\n") == 1
+    assert str(tmp_path / name) in err and "name" in err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder.mp4"]
+
+
+def test_warnings_are_told_also_when_the_run_fails(
+    model: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise CorruptFile("the weights are broken")
+
+    monkeypatch.setattr("wan_core.render.draw_noise", fail)
+    (tmp_path / ".wanfit").write_text("where the journal would be")
+    code, _, err = run(capsys, *generate(model, tmp_path / "o.mp4"))
+    *warnings, error = err.splitlines()
+    assert code == 1 and error == "error: the weights are broken"
+    assert any(text.startswith("warning: The render goes on but is not") for text in warnings)
+    code, out, _ = run(capsys, *generate(model, tmp_path / "o.mp4", "--json"))
+    assert code == 1
+    assert [f"warning: {text}" for text in json.loads(out)["warnings"]] == warnings
+
+
+def test_an_overlap_that_does_not_fit_is_shown_as_it_is_used(
+    model: Path, tmp_path: Path, capsys: Any
+) -> None:
+    windows = ("--window", 5, "--overlap", 200, "--frames", 17)
+    code, out, err = run(capsys, *generate(model, tmp_path / "o.mp4", *windows))
+    assert code == 0, err
+    assert "windows of 5 frames, 4 shared" in out and "200 shared" not in out
+    assert "warning: overlap 200 does not fit a window of 5 frames; 4 is used" in out
+
+
+def test_sound_is_read_no_further_than_the_clip(
+    model: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from wan_core import audio
+
+    write(tmp_path / "in.mp4", patches(40), audio=(torch.zeros(1, 40000), 16000))
+    original, lengths = audio.read_audio, []
+
+    def read_audio(path: Any, seconds: float | None = None) -> Any:
+        found = original(path, seconds)
+        lengths.append(found[0].shape[1] / found[1])
+        return found
+
+    monkeypatch.setattr(audio, "read_audio", read_audio)
+    sound = ("--audio", tmp_path / "in.mp4", "--fps", 18)
+    code, _, err = run(capsys, *generate(model, tmp_path / "o.mp4", *sound))
+    assert code == 0, err
+    assert lengths == [pytest.approx(9 / 18, abs=1e-3)]
 
 
 def test_a_missing_model(capsys: Any, tmp_path: Path) -> None:
@@ -148,5 +214,6 @@ def test_ctrl_c_ends_with_130_and_leaves_only_the_journal(model: Path, tmp_path:
     rest = process.stderr.read()
     assert process.wait(timeout=30) == 130
     assert "interrupted" in rest and "Traceback" not in rest
+    assert "Run the same command again to go on." in rest
     # No video, nothing half written: only the journal the same command goes on from.
     assert [path.name for path in tmp_path.iterdir()] == [".wanfit"]

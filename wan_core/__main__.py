@@ -1,7 +1,8 @@
 """Command line: ``python -m wan_core inspect | estimate | generate | demo | download``.
 
 Exit code 0 on success, 1 with one line on an expected error, 2 for a wrong command line, 130 after
-Ctrl-C. ``--json`` prints one object with the fields of the API's result and nothing else.
+Ctrl-C. ``--json`` prints one object with the fields of the API's result and nothing else; on an
+expected error one with ``success``, ``errors`` and ``warnings``, beside the line on stderr.
 """
 
 from __future__ import annotations
@@ -26,10 +27,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         text, values = arguments.run(arguments)
     except WanError as err:
+        if arguments.json:
+            failed = {"success": False, "errors": [str(err)], "warnings": arguments.warnings}
+            print(json.dumps(failed, indent=2, ensure_ascii=False))
         print(f"error: {err}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("interrupted; nothing half written is left, generate goes on", file=sys.stderr)
+        goes_on = arguments.run is _download or getattr(arguments, "resume", "never") != "never"
+        more = " Run the same command again to go on." if goes_on else ""
+        print(f"interrupted; nothing half written is left.{more}", file=sys.stderr)
         return 130
     print(json.dumps(values, indent=2, ensure_ascii=False, default=str) if arguments.json else text)
     return 0
@@ -37,6 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m wan_core", description=__doc__.splitlines()[0])
+    parser.set_defaults(warnings=[])
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     inspect = commands.add_parser("inspect", help="say what a model folder or file is")
@@ -252,13 +259,13 @@ def _generate(arguments: argparse.Namespace) -> tuple[str, dict[str, Any]]:
         noise=arguments.noise,
         prompts=_read_text(arguments.prompts),
         resume=arguments.resume,
-        audio=_read_audio(arguments.audio),
+        audio=_read_audio(arguments, wrapper),
         crf=arguments.crf,
         pix_fmt=arguments.pix_fmt,
         output_path=arguments.output,
         return_frames=False,
     )
-    result = _generated(wrapper, job, quiet=arguments.json)
+    result = _generated(wrapper, job, arguments)
     return wrapper.report(result), result.to_dict()
 
 
@@ -271,30 +278,46 @@ def _read_text(path: str | None) -> str | None:
         raise InvalidRequest(f"prompts: {path} cannot be read ({err}).", field="prompts") from err
 
 
-def _read_audio(path: str | None) -> Any:
-    if path is None:
+def _read_audio(arguments: argparse.Namespace, wrapper: Any) -> Any:
+    """Read as much of the sound as the clip is long."""
+    if arguments.audio is None:
         return None
     from .audio import read_audio
 
-    return read_audio(path)
+    defaults = wrapper.architecture.variant.defaults
+    frames = defaults.num_frames if arguments.frames is None else max(arguments.frames, 1)
+    fps = defaults.fps if arguments.fps is None else arguments.fps
+    # A rate that is not allowed is named by the job itself.
+    return read_audio(arguments.audio, seconds=frames / fps if fps > 0 else 0)
 
 
-def _generated(wrapper: Any, job: GenerationConfig, *, quiet: bool) -> Any:
-    """Generate with progress bars on stderr; an expected failure is raised."""
+def _generated(wrapper: Any, job: GenerationConfig, arguments: argparse.Namespace) -> Any:
+    """Generate with progress bars and warnings on stderr; an expected failure is raised.
+
+    With ``--json`` stderr stays empty, and warnings are collected in ``arguments``.
+    """
     from tqdm import tqdm
 
+    quiet = arguments.json
     bar: Any = None
+
+    def warn(text: str) -> None:
+        arguments.warnings.append(text)
+        if not quiet:
+            tqdm.write(f"warning: {text}", file=sys.stderr)
 
     def show(unit: str, done: int, total: int) -> None:
         nonlocal bar
         if bar is None or bar.unit != unit:
             if bar is not None:
                 bar.close()
-            bar = tqdm(total=total, unit=unit, disable=quiet, file=sys.stderr)
+            bar = tqdm(total=total, unit=unit, file=sys.stderr)
         bar.update(done - bar.n)
 
-    job.progress_callback = lambda done, total, latents: show("step", done, total)
-    job.decode_callback = lambda done, total: show("frame", done, total)
+    job.warning_callback = warn
+    if not quiet:
+        job.progress_callback = lambda done, total, latents: show("step", done, total)
+        job.decode_callback = lambda done, total: show("frame", done, total)
     try:
         result = wrapper.generate(job)
     finally:
@@ -335,7 +358,7 @@ def _demo(arguments: argparse.Namespace) -> tuple[str, dict[str, Any]]:
         num_frames=defaults.num_frames,
         output_path=arguments.output,
     )
-    result = _generated(wrapper, job, quiet=arguments.json)
+    result = _generated(wrapper, job, arguments)
     sheet = Path(arguments.output).with_suffix(".png")
     with atomic_path(sheet) as temporary:
         contact_sheet(result.frames).save(temporary, format="PNG")
