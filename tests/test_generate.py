@@ -388,20 +388,22 @@ def test_a_failed_run_leaves_no_file(folder: Any, tmp_path: Path) -> None:
 
 
 def test_memory_is_flat_in_frames_down_to_the_mp4(folder: Any, tmp_path: Path) -> None:
-    """A clip nine times as long takes its latents more, and never a second decoded part."""
+    """A clip nine times as long takes its latents more: as they are, twice in the VAE's space
+    (for the result and the decoder), and projected. Pictures take twelve times as much as these.
+    """
     wrapper = open_wan(folder("wan2.1-t2v"))
     job = {"prompt": "a cat", "width": 32, "height": 32, "num_inference_steps": 1,
            "guidance_scale": 1.0, "scheduler": "euler", "max_chunk_size": 17, "window_overlap": 4,
            "output_path": tmp_path / "out.mp4", "return_frames": False}  # fmt: skip
-    peaks = {}
-    for frames in (17, 161):
+    peaks, latents = {}, {}
+    for frames in (5, 17, 161):  # the first one reads the weights
         with TracedMemory() as memory:
             result = wrapper.generate(GenerationConfig(**job, num_frames=frames))
         peaks[frames] = memory.peak_bytes
         assert result.raise_for_error().frames is None
-    chunk = 4 * 32 * 32 * 3 * 4
-    latents = result.latents.nbytes
-    assert peaks[161] - peaks[17] < chunk + latents, peaks
+        latents[frames] = result.latents.nbytes
+    part = 4 * 32 * 32 * 3 * 4
+    assert 0 < peaks[161] - peaks[17] < 4 * (latents[161] - latents[17]) + part, peaks
 
 
 def test_memory_that_runs_out_is_a_result_not_an_exception(folder: Any) -> None:
