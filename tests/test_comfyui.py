@@ -176,6 +176,17 @@ def test_help_pages_are_served(server: ComfyServer) -> None:
             assert name in page.read().decode()
 
 
+@pytest.mark.parametrize("name", NODES)
+def test_every_input_and_output_is_in_the_help_page(server: ComfyServer, name: str) -> None:
+    info = server.get(f"/object_info/{name}")[name]
+    page = (REPOSITORY / "web" / "docs" / f"{name}.md").read_text()
+    rows = [line.split("|")[1] for line in page.splitlines() if line.startswith("| **")]
+    told = [word for cell in rows for word in re.findall(r"\*\*(\w+)\*\*", cell)]
+    groups = ("required", "optional")
+    inputs = [field for group in groups for field in info["input"].get(group, {})]
+    assert set(told) == {*inputs, *info["output_name"]}
+
+
 # -- workflows ----------------------------------------------------------------------------------
 @pytest.mark.parametrize("name", WORKFLOWS)
 def test_example_workflow_runs_to_a_playable_mp4(server: ComfyServer, name: str) -> None:
@@ -233,6 +244,33 @@ def test_window_that_covers_the_clip_equals_generate(server: ComfyServer, model:
     server.run(graph(model=model, name="whole", **size))
     server.run(graph("WanChunkedSampler", model, name="window", window_frames=9, **size))
     assert torch.equal(frames_of(server, "whole"), frames_of(server, "window"))
+
+
+def test_without_images_the_video_is_made_all_the_same(server: ComfyServer) -> None:
+    asked = {"return_images": False, "codec": "h265", "crf": 0, "pix_fmt": "yuv444p"}
+    prompt = graph("WanChunkedSampler", seed=71, audio=["9", 0], **asked)
+    del prompt["4"]  # nothing to save
+    prompt["9"] = {"class_type": "WanFitProbeSound", "inputs": {"seconds": 0.5}}
+    path = saved_video(server, server.run(prompt), "5")
+    assert len(read_video(path)[0]) == 9
+    with av.open(str(path)) as container:
+        assert container.streams.video[0].codec_context.name == "hevc"
+        assert container.streams.audio[0].rate == 44100
+
+
+def test_latents_are_gone_on_from_in_continuation_mode(server: ComfyServer) -> None:
+    size = {"width": 64, "height": 64, "window_frames": 9, "seed": 72, "mode": "continuation"}
+    prompt = graph("WanChunkedSampler", "tiny-5b", name="first", **size)
+    after = {**size, "num_frames": 17, "continue_from": ["3", 0], "drift_correction": 0.5}
+    second = graph("WanChunkedSampler", "tiny-5b", name="second", **after)
+    prompt["13"], prompt["14"] = second["3"], second["4"]
+    prompt["14"]["inputs"]["images"] = ["13", 1]
+    server.run(prompt)
+    first, longer = frames_of(server, "first"), frames_of(server, "second")
+    assert (len(first), len(longer)) == (9, 17)
+    # Given latents are kept but for the overlap; the decoder sees nothing of what comes later.
+    torch.testing.assert_close(first[:5], longer[:5], rtol=0, atol=1e-4)
+    assert (first[5:] - longer[5:9]).abs().max() > 1e-3
 
 
 def test_a_plan_that_is_asked_for_is_shown_and_gives_the_same_frames(server: ComfyServer) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import gc
 import json
+import re
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -69,8 +70,16 @@ def test_only_the_bridge_touches_comfyui() -> None:
 
 
 def test_every_node_has_a_help_page_and_every_workflow_a_thumbnail() -> None:
-    for name in ("WanLoader", "WanOptimize", "WanEstimateMemory", "WanGenerate"):
-        assert "## Common mistakes" in (ROOT / "web" / "docs" / f"{name}.md").read_text()
+    declared = [
+        found
+        for path in (ROOT / "nodes").glob("*.py")
+        for found in re.findall(r'node_id="(\w+)"', path.read_text())
+    ]
+    assert len(declared) == 6
+    for name in declared:
+        page = (ROOT / "web" / "docs" / f"{name}.md").read_text()
+        assert "## Common mistakes" in page, name
+        assert f"](images/{name}.png)" in page, name
     for page in (ROOT / "web" / "docs").glob("*.md"):
         for line in page.read_text().splitlines():
             if line.startswith("!["):

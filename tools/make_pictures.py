@@ -27,8 +27,25 @@ SETTINGS = {
     "Comfy.Notification.ShowVersionUpdates": False,
 }
 NODES = ("WanLoader", "WanOptimize", "WanEstimateMemory", "WanGenerate", "WanChunkedSampler")
+WINDOW = (1500, 760)
 LOOK = """([scale, x, y]) => {
   app.canvas.ds.scale = scale; app.canvas.ds.offset = [x, y]; app.canvas.setDirty(true, true);
+}"""
+ADD_LORA = """() => {
+  for (const n of app.graph._nodes) n.mode = 4;
+  const loader = app.graph._nodes.find(n => n.type === "WanLoader");
+  loader.mode = 0;
+  const add = (type, x) => {
+    const node = LiteGraph.createNode(type);
+    node.pos = [loader.pos[0] + x, loader.pos[1] + 900];
+    app.graph.add(node);
+    return node;
+  };
+  const lora = add("WanLoRA", 0), shown = add("WanEstimateMemory", 700);
+  lora.setSize([460, lora.size[1]]);
+  loader.connect(0, lora, 0);
+  lora.connect(0, shown, 0);
+  app.queuePrompt(0);
 }"""
 BOX = """type => {
   const node = app.graph._nodes.find(n => n.type === type), ds = app.canvas.ds;
@@ -51,8 +68,9 @@ def main() -> None:
         settings = base / "user" / "default" / "comfy.settings.json"
         settings.parent.mkdir(parents=True)
         settings.write_text(json.dumps(SETTINGS))
+        write_lora(base / "models" / "loras")
         server = ComfyServer(base, checkout, python)
-        with server, open_page(server.url, browser, (1500, 760)) as page:
+        with server, open_page(server.url, browser, WINDOW) as page:
             page.wait_for_timeout(2000)
             help_pictures(page)
             workflow_pictures(page, server)
@@ -73,6 +91,36 @@ def help_pictures(page: Any) -> None:
     load(page, "text_to_video")
     for name in ("WanOptimize", "WanGenerate"):
         node_picture(page, name)
+    lora_picture(page)
+
+
+def lora_picture(page: Any) -> None:
+    """Put a WanLoRA on the page, run it with the loader alone, and take its picture."""
+    page.evaluate(ADD_LORA)
+    page.wait_for_function(
+        "app.graph._nodes.find(n => n.type === 'WanLoRA')"
+        ".widgets.some(w => w.name === 'wanfit_report')",
+        timeout=60000,
+    )
+    node_picture(page, "WanLoRA")
+
+
+def write_lora(folder: Path) -> None:
+    """Write a LoRA that fits the demo model."""
+    import torch
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    weights = ROOT / "wan_core" / "demo_model" / "t2v" / "transformer"
+    tensors = {}
+    with safe_open(next(weights.glob("*.safetensors")), "pt") as file:
+        for name in (key for key in file.keys() if key.endswith("to_q.weight")):  # noqa: SIM118
+            outer, inner = file.get_slice(name).get_shape()
+            layer = f"transformer.{name.removesuffix('.weight')}"
+            tensors[f"{layer}.lora_A.weight"] = torch.zeros(8, inner)
+            tensors[f"{layer}.lora_B.weight"] = torch.zeros(outer, 8)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, folder / "my_style.safetensors")
 
 
 def node_picture(page: Any, name: str) -> None:
@@ -82,9 +130,11 @@ def node_picture(page: Any, name: str) -> None:
         " app.canvas.setDirty(true, true); }",
         name,
     )
+    page.set_viewport_size({"width": WINDOW[0], "height": 1700})  # a whole node fits in
     page.wait_for_timeout(700)
     target = ROOT / "web" / "docs" / "images" / f"{name}.png"
     page.screenshot(path=str(target), clip=page.evaluate(BOX, name))
+    page.set_viewport_size({"width": WINDOW[0], "height": WINDOW[1]})
 
 
 def workflow_pictures(page: Any, server: ComfyServer) -> None:

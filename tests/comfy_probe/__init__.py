@@ -96,8 +96,21 @@ class WanFitProbeConditioning:
         return ([[torch.load(path, weights_only=True), {}]],)
 
 
+class WanFitProbeSound:
+    """An AUDIO of noise, two channels at 44,100 samples a second."""
+
+    INPUT_TYPES = classmethod(lambda cls: {"required": {"seconds": ("FLOAT", {"default": 1.0})}})
+    RETURN_TYPES = ("AUDIO",)
+    FUNCTION = "make"
+    CATEGORY = "WanFit tests"
+
+    def make(self, seconds):
+        return ({"waveform": torch.rand(1, 2, int(seconds * 44100)), "sample_rate": 44100},)
+
+
 NODE_CLASS_MAPPINGS = {
     "WanFitProbeConditioning": WanFitProbeConditioning,
     "WanFitProbeSave": WanFitProbeSave,
+    "WanFitProbeSound": WanFitProbeSound,
     "WanFitProbeText": WanFitProbeText,
 }
