@@ -339,6 +339,7 @@ def test_a_job_chooses_its_noise(wan: Any, noise: str) -> None:
         ({"audio": (torch.zeros(1, 99), 48001)}, "audio"),
         ({"crf": 52}, "crf"),
         ({"pix_fmt": "rgb24"}, "pix_fmt"),
+        ({"codec": "av1"}, "codec"),
     ],
 )
 def test_a_bad_field_is_named(wan: Any, change: dict[str, Any], field: str) -> None:

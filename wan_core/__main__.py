@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .config import GenerationConfig
+from .config import CODECS, GenerationConfig
 from .errors import InvalidRequest, WanError
 from .wishes import FORWARDS, FP8, OFFLOADS
 
@@ -131,6 +131,7 @@ def _add_job(command: argparse.ArgumentParser) -> None:
         help="auto: go on with this render if it was cut off; must: only that; never: anew",
     )  # fmt: skip
     command.add_argument("--audio", metavar="FILE", help="sound that goes into the video")
+    command.add_argument("--codec", default="h264", help=", ".join(CODECS))
     command.add_argument("--crf", type=int, default=18, help="0 best .. 51 smallest (18)")
     command.add_argument("--pix-fmt", default="yuv420p", help="yuv420p plays everywhere")
     command.add_argument("--output", required=True, metavar="FILE.mp4")
@@ -260,6 +261,7 @@ def _generate(arguments: argparse.Namespace) -> tuple[str, dict[str, Any]]:
         prompts=_read_text(arguments.prompts),
         resume=arguments.resume,
         audio=_read_audio(arguments, wrapper),
+        codec=arguments.codec,
         crf=arguments.crf,
         pix_fmt=arguments.pix_fmt,
         output_path=arguments.output,

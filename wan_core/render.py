@@ -414,7 +414,7 @@ class Render:
             fps=self.request.fps,
             width=self.request.width,
             height=self.request.height,
-            codec=self.config.codec,
+            codec=self.request.codec,
             crf=self.request.crf,
             pix_fmt=self.request.pix_fmt,
             metadata=self.config.output_metadata,

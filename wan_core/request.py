@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from .architecture import ModelArchitecture
-from .config import GenerationConfig
+from .config import CODECS, GenerationConfig
 from .errors import InvalidRequest
 from .journal import RESUME
 from .noise import NOISES
@@ -81,6 +81,7 @@ class Request:
     prompts: tuple[PromptPart, ...]
     resume: str | None
     output_path: Path | None
+    codec: str
     crf: int
     pix_fmt: str
     warnings: tuple[str, ...] = ()
@@ -197,6 +198,7 @@ def _output_fields(config: GenerationConfig) -> dict[str, Any]:
     return {
         "resume": _resume(config),
         "output_path": _output(config),
+        "codec": _choice(config.codec, "codec", CODECS),
         "crf": _integer(config.crf, "crf", 0, 51),
         "pix_fmt": _choice(config.pix_fmt, "pix_fmt", PIXEL_FORMATS),
     }
