@@ -98,7 +98,10 @@ class Render:
             result.metadata["resumed"] = "the denoising was finished; only decoded"
         # Safe before decoding: a failing decode must not cost the sampling.
         result.latents = latents.to("cpu", torch.float32)
-        result.vae_latents = denormalize_latents(result.latents, self._vae_config())
+        kept = result.latents
+        result.vae_latents = self.stages.attempt(
+            "decode", lambda: denormalize_latents(kept, self._vae_config())
+        )
         if journal is not None:
             journal.latents_done(result.latents, self.stages.plan)
         if self.config.return_frames or self.request.output_path is not None:
@@ -365,9 +368,8 @@ class Render:
         wanted, batch = request.wanted_frames, request.batch_size
         frames = None
         if self.config.return_frames:
-            frames = torch.empty(
-                (batch, wanted, request.height, request.width, 3), dtype=torch.float32
-            )
+            shape = (batch, wanted, request.height, request.width, 3)
+            frames = self.stages.attempt("decode", lambda: torch.empty(shape, dtype=torch.float32))
         with ExitStack() as stack:
             writers = [
                 stack.enter_context(self._writer(path)) for path in self._output_paths(batch)
