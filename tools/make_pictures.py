@@ -89,8 +89,7 @@ def help_pictures(page: Any) -> None:
     for name in ("WanLoader", "WanEstimateMemory", "WanChunkedSampler"):
         node_picture(page, name)
     load(page, "text_to_video")
-    for name in ("WanOptimize", "WanGenerate"):
-        node_picture(page, name)
+    node_picture(page, "WanGenerate")
     lora_picture(page)
 
 
@@ -154,6 +153,7 @@ def workflow_pictures(page: Any, server: ComfyServer) -> None:
         page.wait_for_timeout(1000)
         if name == "text_to_video":
             page.screenshot(path=str(ROOT / "docs" / "workflow.png"))
+            node_picture(page, "WanOptimize")
 
 
 def save_thumbnail(server: ComfyServer, entry: dict[str, Any], target: Path) -> None:
