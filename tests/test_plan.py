@@ -219,6 +219,55 @@ def test_a_clip_longer_than_the_models_own_is_made_in_windows_by_itself() -> Non
     assert "no windows: all 801 frames fit at once. The model was trained on 81" in told
     with pytest.raises(DoesNotFit, match="In windows of"):
         recommend(T2V, P720, gpu(6.5), able)
+    # Nothing else is given up with it.
+    plan = recommend(T2V, long, gpu(24), ALL)
+    assert (plan.window_frames, plan.by_rows, plan.fp8_storage) == (81, False, False)
+    assert plan.dtypes["vae"] == "fp32"
+
+
+def test_a_ram_that_is_short_costs_fp8_and_nothing_else() -> None:
+    plan = recommend(T2V, P480, gpu(24, ram=24), ALL)
+    assert (plan.fp8_storage, plan.by_rows, plan.dtypes["vae"]) == (True, False, "fp32")
+    assert "GiB of RAM" in " ".join(plan.reasons)
+
+
+def test_group_offload_counts_its_page_locked_copy() -> None:
+    found = architecture(T2V)
+    parts = {
+        name: replace(part, nbytes=28 * GIB, weight_kind="bf16", format="safetensors")
+        for name, part in found.components.items()
+    }
+    mapped, wishes = replace(found, components=parts), OptimizationConfig(offload="group")
+    plan = OptimizationManager().recommend_optimizations(mapped, P480, gpu(24, ram=64), wishes)
+    assert plan.estimate.host_ram_mb > 26 * 1024
+
+
+@pytest.mark.parametrize(
+    ("job", "stage"),
+    [(replace(P480, num_frames=1), "text_encode"), (P480, "denoise_high"), (P480, "decode")],
+)
+def test_the_next_smaller_plan_shrinks_what_failed_and_not_the_rest(job: Job, stage: str) -> None:
+    manager, card = OptimizationManager(ALL), gpu(24, ram=64)
+    found, wishes = architecture(T2V), OptimizationConfig()
+    plan: OptimizationPlan | None
+    plan = manager.recommend_optimizations(found, job, card, wishes)
+    first = {s.name: s.device_bytes for s in plan.estimate.stages}
+    seen = 0
+    while plan is not None:
+        needs = {s.name: s.device_bytes for s in plan.estimate.stages}
+        smaller = manager.smaller_plan(found, job, card, wishes, plan, stage)
+        if smaller is not None:
+            seen += 1
+            less = {s.name: s.device_bytes for s in smaller.estimate.stages}
+            assert less[stage] < needs[stage]
+            assert smaller.estimate.host_ram_mb * MIB <= 63 * GIB
+            assert smaller.by_rows >= plan.by_rows, "rounding goes one way"
+            assert (smaller.dtypes["vae"], plan.dtypes["vae"]) != ("fp32", "bf16")
+            if stage == "text_encode" and seen == 1:
+                assert less["denoise_high"] == first["denoise_high"], "it did not fail"
+        plan = smaller
+        assert seen < 64
+    assert seen
 
 
 def test_a_jobs_own_window_is_kept() -> None:

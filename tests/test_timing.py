@@ -9,7 +9,13 @@ from machines import architecture, cpu, gpu
 
 from wan_core.choices import Choices, Job
 from wan_core.sizes import PARTS
-from wan_core.timing import blocks_that_hide_the_bus, forward_operations, timing
+from wan_core.timing import (
+    blocks_that_hide_the_bus,
+    forward_operations,
+    stream_seconds,
+    timing,
+    windows_per_step,
+)
 
 JOB = Job(width=832, height=480, num_frames=81)
 BF16 = Choices(dtypes=dict.fromkeys(PARTS, "bf16"))
@@ -75,6 +81,18 @@ def test_resident_blocks_that_hide_the_bus() -> None:
     assert 20 < count < 40
     enough = timing(T2V, still, replace(streamed, resident_blocks=count), H100).step
     assert enough == timing(T2V, still, replace(BF16, offload="model"), H100).step
+
+
+def test_every_window_fetches_the_streamed_blocks_again() -> None:
+    streamed = replace(BF16, offload="model", stream=True, lean=True, window_frames=17)
+    long = replace(JOB, num_frames=401)
+    slow_bus = replace(H100, pcie_generation=3, pcie_width=8)
+    one = stream_seconds(T2V, JOB, replace(streamed, window_frames=None), slow_bus, 2)
+    assert windows_per_step(T2V, long, streamed) == 97
+    assert stream_seconds(T2V, long, streamed, slow_bus, 2) == pytest.approx(97 * one)
+    assert blocks_that_hide_the_bus(T2V, long, streamed, slow_bus) > 20
+    by_layer = replace(BF16, offload="sequential", window_frames=17)
+    assert timing(T2V, long, by_layer, H100).step > 97 * 40 * 14 * 1e-3
 
 
 def test_layer_by_layer_is_the_slowest() -> None:

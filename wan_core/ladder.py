@@ -42,6 +42,12 @@ class Limits:
     device: int
     ram: int
     why: str = ""
+    stages: tuple[tuple[str, int], ...] = ()
+    """Stages that may use less than the device: memory ran out in them with more."""
+
+    def of_stage(self, name: str) -> int:
+        """Return what a stage may use on the device."""
+        return min(self.device, dict(self.stages).get(name, self.device))
 
     @staticmethod
     def of(system: SystemResources, wishes: OptimizationConfig) -> Limits:
@@ -62,7 +68,8 @@ class Limits:
 
     def admit(self, found: MemoryEstimate) -> bool:
         """Say whether an estimate keeps within both limits."""
-        return bool(found.fits) and found.host_ram_mb * MIB <= self.ram
+        within = all(stage.device_bytes <= self.of_stage(stage.name) for stage in found.stages)
+        return bool(found.fits) and within and found.host_ram_mb * MIB <= self.ram
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,23 +115,46 @@ def _tiers(
     architecture: ModelArchitecture, job: Job, system: SystemResources,
     wishes: OptimizationConfig, main: str, abilities: Collection[str],
 ) -> Iterator[Choices]:  # fmt: skip
-    """Yield what each tier fixes; later ones change more of the result."""
+    """Yield what each tier fixes; later ones change more of the result.
+
+    Within every window length and weight format stand first the ways that change rounding least.
+    """
+    own = architecture.variant.defaults.num_frames
+    windows = (None, *wishes.fallback_windows(job, own))
+    fp8 = wishes.fp8_storage == "always"
+    larger = [(window, fp8) for window in windows]
+    if "fp8" in abilities and main != "fp32" and wishes.fp8_storage == "auto":
+        # Windows of the model's own length are what it was trained on; shorter ones that the user
+        # allowed cost more than fp8.
+        in_fp8 = [(window, True) for window in windows]
+        own_first = wishes.chunk_size is None
+        larger = (
+            [*larger, *in_fp8] if own_first else [larger[0], in_fp8[0], *larger[1:], *in_fp8[1:]]
+        )
+    for window, stored in larger:
+        for start in _roundings(architecture, job, system, wishes, main, abilities):
+            way = replace(start, fp8_storage=stored)
+            if window is not None:
+                overlap = wishes.overlap_for(job, window)
+                way = replace(way, window_frames=window, window_overlap=overlap)
+            yield way
+
+
+def _roundings(
+    architecture: ModelArchitecture, job: Job, system: SystemResources,
+    wishes: OptimizationConfig, main: str, abilities: Collection[str],
+) -> Iterator[Choices]:  # fmt: skip
+    """Yield the ways that differ by rounding at most, the most exact first."""
     exact = Choices(dtypes=_dtypes(architecture, main, "fp32"), window_overlap=job.window_overlap)
-    if wishes.fp8_storage == "always":
-        exact = replace(exact, fp8_storage=True)
     if wishes.forward == "lean_rows":
         exact = replace(exact, lean=True, by_rows=True)
-    found = [exact]
+    last = exact
+    yield exact
     if main != "fp32" and not system.wasteful_half_conv3d:
-        found.append(replace(exact, dtypes=_dtypes(architecture, main, main)))
+        last = replace(exact, dtypes=_dtypes(architecture, main, main))
+        yield last
     if "rows" in abilities and wishes.forward == "auto":
-        found.append(replace(found[-1], lean=True, by_rows=True))
-    if "fp8" in abilities and main != "fp32" and wishes.fp8_storage == "auto":
-        found.append(replace(found[-1], fp8_storage=True))
-    yield from found
-    for window in wishes.fallback_windows(job, architecture.variant.defaults.num_frames):
-        overlap = wishes.overlap_for(job, window)
-        yield replace(found[-1], window_frames=window, window_overlap=overlap)
+        yield replace(last, lean=True, by_rows=True)
 
 
 def _placements(
@@ -198,7 +228,7 @@ def _with_smaller_parts(
     large = [
         part
         for part, stages in _STAGES_OF.items()
-        if max(needed.get(stage, 0) for stage in stages) > limits.device
+        if any(needed.get(stage, 0) > limits.of_stage(stage) for stage in stages)
     ]
     pieces = dict.fromkeys(large, "sequential")
     if streams and "text_encoder" in pieces:
@@ -218,13 +248,13 @@ def _fill_with_blocks(
         asked = wishes.resident_blocks or 0
         return replace(choices, resident_blocks=min(asked, shape.layers))
     empty = estimate(architecture, job, replace(choices, resident_blocks=0), system)
-    needed = max(
-        reserved_bytes(stage, choices, system)
+    left = min(
+        limits.of_stage(stage.name) - reserved_bytes(stage, choices, system)
         for stage in empty.stages
         if stage.name.startswith("denoise")
     )
     block = block_bytes(shape, choices.dtypes["transformer"], fp8=choices.fp8_storage)
-    room = (limits.device - needed) // block
+    room = left // block
     useful = blocks_that_hide_the_bus(architecture, job, choices, system)
     # Beyond the last, the two buffers would hold what is resident anyway.
     count = min(room, useful, shape.layers - STREAM_BUFFERS)

@@ -143,7 +143,7 @@ def _feed_forward(x: _Lean) -> None:
     x.tape.during(out)
 
 
-def _self_attention_by_heads(x: _Lean) -> None:
+def _self_attention_by_heads(x: _Lean, whole_values: bool) -> None:
     d = x.d
     query, key = x.whole(), x.whole()
     normed = _normed(x)
@@ -154,9 +154,9 @@ def _self_attention_by_heads(x: _Lean) -> None:
     del normed
     heads = -(-d.heads // x.groups)
     lanes = d.batch * d.tokens * heads * (d.dim // d.heads)
-    value = x.tape.new(lanes, d.size)
+    value = x.whole() if whole_values else x.tape.new(lanes, d.size)
     normed = _normed(x)
-    x.rows(elements=lanes * x.span // d.tokens)
+    x.rows() if whole_values else x.rows(elements=lanes * x.span // d.tokens)
     del normed
     lse = x.lse(d.tokens, heads)
     out = x.tape.new(lanes, d.size)
@@ -213,6 +213,7 @@ def lean_peak(
     shape: TransformerShape, *, batch: int, latent_frames: int, latent_height: int,
     latent_width: int, size: int, per_token: bool = False, exact: bool = True, passes: int = 1,
     rows: int = LEAN_ROWS, groups: int = LEAN_HEAD_GROUPS, embed_every_token: bool = False,
+    whole_values: bool = False,
 ) -> int:  # fmt: skip
     """Return the peak bytes of the lean forward, inputs included and weights not.
 
@@ -220,6 +221,7 @@ def lean_peak(
     (the first frame's and the rest's). ``exact`` False is the rung that cuts matrix products.
     ``passes`` calls go through the blocks together (guidance with streamed weights).
     ``embed_every_token`` is what an exact forward with ``per_token`` does on a GPU.
+    ``whole_values``: the value projection is quantised or adapted and cannot be cut by heads.
     """
     tape = Tape()
     tokens = window_tokens(shape, latent_frames, latent_height, latent_width)
@@ -248,7 +250,7 @@ def lean_peak(
             _cross_attention(lean)
             _feed_forward(lean)
         else:
-            _self_attention_by_heads(lean)
+            _self_attention_by_heads(lean, whole_values)
             _rest_by_rows(lean)
     normed = _all_normed(lean)
     patch = prod(shape.patch_size) * shape.out_channels

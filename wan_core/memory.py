@@ -237,7 +237,9 @@ class _Ledger:
     def _host_weights(self, part: str) -> int:
         """Return what must be in RAM during a stage: unused parts may be let go and read again."""
         fp8 = self.choices.fp8_storage and part.startswith("transformer")
-        if not self.on_cpu and not fp8 and stays_in_file(self.arch, part, self._dtype(part)):
+        # Diffusers' group offload page-locks a copy of everything.
+        copied = self.on_cpu or fp8 or self.choices.offload_of(part) == "group"
+        if not copied and stays_in_file(self.arch, part, self._dtype(part)):
             return 0
         if self.choices.offload != "none":
             return self.bytes[part]
@@ -289,10 +291,12 @@ class _Ledger:
         condition = int(more * seen * self.latent_bytes)
         texts = (1 if guided else 0) * job.batch_size * _TEXT_TOKENS * shape.text_dim * size
         cast = shape.dim * shape.ffn_dim * size if self.choices.fp8_storage else 0
-        forward = self._forward(size, guided=guided) + cast + _LATENT_COPIES * self.latent_bytes
+        forward = (
+            self._forward(part, size, guided=guided) + cast + _LATENT_COPIES * self.latent_bytes
+        )
         return max(forward, _STEP_COPIES * self.latent_bytes) + condition + texts
 
-    def _forward(self, size: int, *, guided: bool) -> int:
+    def _forward(self, part: str, size: int, *, guided: bool) -> int:
         choices = self.choices
         numbers = {
             "batch": self.job.batch_size,
@@ -312,6 +316,7 @@ class _Ledger:
             exact=not choices.by_rows,
             embed_every_token=not self.on_cpu,
             passes=passes,
+            whole_values=choices.fp8_storage or bool(self.arch.loras_of(part)),
             **numbers,
         )
 

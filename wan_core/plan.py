@@ -212,15 +212,18 @@ class OptimizationManager:
         dtype and the windows stay, and a placement the user chose is given up rather than the
         render. Reality was above the estimate, so a tenth less than the estimate is aimed at.
         """
-        wishes = replace(requested, offload="auto", resident_blocks=None, forward="auto")
-        most = _stage_bytes(current.estimate, stage)
+        forward = "auto" if requested.forward in ("diffusers", "lean") else requested.forward
+        wishes = replace(requested, offload="auto", resident_blocks=None, forward=forward)
         limits = Limits.of(system, wishes)
-        limits = replace(limits, device=min(limits.device, int(most * 0.9)))
+        most = _stage_bytes(current.estimate, stage)
+        limits = replace(limits, stages=((stage, int(most * 0.9)),))
         for ways in ladder(architecture, job, system, wishes, limits, self.abilities):
             less = [
                 way
                 for way in ways
-                if _goes_on(way.choices, job, current) and _stage_bytes(way.estimate, stage) < most
+                if _goes_on(way.choices, job, current)
+                and _stage_bytes(way.estimate, stage) < most
+                and way.estimate.host_ram_mb * MIB <= limits.ram
             ]
             chosen = best(less, limits) or min(less, key=lambda way: way.timing.step, default=None)
             if chosen is not None:
@@ -292,9 +295,12 @@ def _stage_bytes(found: MemoryEstimate, stage: str) -> int:
 
 def _goes_on(choices: Choices, job: Job, current: OptimizationPlan) -> bool:
     """Say whether steps made as ``choices`` say belong to the video that ``current`` began."""
-    same_dtype = choices.dtypes["transformer"] == current.dtypes["transformer"]
-    same_dtype = same_dtype and choices.fp8_storage == current.fp8_storage
-    return same_dtype and (choices.window_frames or job.window_frames) == current.window_frames
+    same = choices.dtypes["transformer"] == current.dtypes["transformer"]
+    same = same and choices.fp8_storage == current.fp8_storage
+    # What rounds otherwise is taken once, and kept: back and forth would equal neither way.
+    same = same and choices.by_rows >= current.by_rows
+    same = same and (choices.dtypes["vae"] != "fp32" or current.dtypes["vae"] == "fp32")
+    return same and (choices.window_frames or job.window_frames) == current.window_frames
 
 
 def _smallest(ways: list[Way], limits: Limits) -> Way:

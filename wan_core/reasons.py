@@ -33,7 +33,7 @@ def reasons_for(
     choices = chosen.choices
     reasons = [_vae(choices, system), _placement(wishes, limits, system, chosen, others)]
     if choices.stream:
-        reasons.append(_streaming(architecture, system, choices))
+        reasons.append(_streaming(architecture, job, system, choices))
     for part, how in choices.part_offload.items():
         if how in _PIECES:
             name = part.replace("_", " ")
@@ -47,7 +47,8 @@ def reasons_for(
     if choices.cache_in_ram:
         reasons.append("decode's feature cache in RAM: it does not fit beside a frame; equal bits")
     if choices.fp8_storage:
-        asked = "asked for" if wishes.fp8_storage == "always" else "nothing larger fits"
+        ram = f"nothing larger fits the card and {limits.ram / GIB:.1f} GiB of RAM"
+        asked = "asked for" if wishes.fp8_storage == "always" else ram
         reasons.append(
             f"fp8 storage: half the bytes of the blocks; changes the result slightly; {asked}"
         )
@@ -112,12 +113,14 @@ def _placement(
     return f"{text}; {usable} can be used and {needs}"
 
 
-def _streaming(architecture: ModelArchitecture, system: SystemResources, choices: Choices) -> str:
+def _streaming(
+    architecture: ModelArchitecture, job: Job, system: SystemResources, choices: Choices
+) -> str:
     shape = architecture.transformer
     dtype = choices.dtypes["transformer"]
     block = block_bytes(shape, dtype, fp8=choices.fp8_storage)
     moved = shape.layers - (choices.resident_blocks or 0)
-    seconds = stream_seconds(architecture, choices, system, passes=1)
+    seconds = stream_seconds(architecture, job, choices, system, passes=1)
     text = (
         f"{choices.resident_blocks} of {shape.layers} blocks stay, {moved} of {block / GIB:.2f} "
         f"GiB come over the bus ({seconds:.1f} s) while others compute"

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-MAX_STEPS_DOWN = 8
+MAX_STEPS_DOWN = 64
 """Smaller plans tried in one render; every one is strictly smaller than the one before."""
 
 

@@ -73,6 +73,12 @@ def forward_operations(architecture: ModelArchitecture, job: Job, choices: Choic
     return once * _windows(job, choices, frames, window)
 
 
+def windows_per_step(architecture: ModelArchitecture, job: Job, choices: Choices) -> int:
+    """Return how many windows the denoiser goes through in one step: as often come the weights."""
+    frames, _, _ = latent_size(architecture, job)
+    return _windows(job, choices, frames, window_latents(job, choices, frames))
+
+
 def _windows(job: Job, choices: Choices, frames: int, window: int) -> int:
     if window >= frames:
         return 1
@@ -105,39 +111,41 @@ def timing(
     compute *= system.calibration.pace
     second = job.guidance_low if architecture.two_experts else job.guidance_high
     guided = (job.guidance_high, second)
-    steps = [_step(architecture, choices, system, compute, 2 if g else 1) for g in guided]
+    steps = [_step(architecture, job, choices, system, compute, 2 if g else 1) for g in guided]
     step = sum(steps) / len(steps)
     bound = step <= compute * sum(2 if g else 1 for g in guided) / len(guided)
     return Timing(step, step * job.steps + _moves(architecture, choices, system), bound)
 
 
 def _step(
-    architecture: ModelArchitecture, choices: Choices, system: SystemResources, compute: float,
-    passes: int,
+    architecture: ModelArchitecture, job: Job, choices: Choices, system: SystemResources,
+    compute: float, passes: int,
 ) -> float:  # fmt: skip
     """One step: with streaming, what does not hide behind the other of bus and compute."""
     if choices.stream:
-        return max(passes * compute, stream_seconds(architecture, choices, system, passes))
+        return max(passes * compute, stream_seconds(architecture, job, choices, system, passes))
     how = choices.offload_of("transformer")
     if how == "group":
-        return max(passes * compute, stream_seconds(architecture, choices, system, passes))
+        return max(passes * compute, stream_seconds(architecture, job, choices, system, passes))
     if how != "sequential":
         return passes * compute
     bytes_moved = part_bytes(architecture, "transformer", choices.dtypes["transformer"])
     copy = bytes_moved / _rate(architecture, choices, system, _PAGEABLE)
     hooks = architecture.transformer.layers * _LAYERS_PER_BLOCK * _LAYER_LATENCY
-    return passes * (compute + copy + hooks)
+    return passes * (compute + windows_per_step(architecture, job, choices) * (copy + hooks))
 
 
 def stream_seconds(
-    architecture: ModelArchitecture, choices: Choices, system: SystemResources, passes: int
-) -> float:
+    architecture: ModelArchitecture, job: Job, choices: Choices, system: SystemResources,
+    passes: int,
+) -> float:  # fmt: skip
     """Return the seconds that streamed blocks take to arrive in one step of so many passes."""
     shape, dtype = architecture.transformer, choices.dtypes["transformer"]
     moved = shape.layers - min(choices.resident_blocks or 0, shape.layers)
     block = block_bytes(shape, dtype, fp8=choices.fp8_storage)
     # The lean forward takes both passes along; not so between diffusers' group hooks.
     trips = 1 if choices.lean else passes
+    trips *= windows_per_step(architecture, job, choices)
     return trips * moved * block / _rate(architecture, choices, system)
 
 
@@ -167,7 +175,7 @@ def blocks_that_hide_the_bus(
     compute *= system.calibration.pace
     passes = 1 + (job.guidance_high and (job.guidance_low or not architecture.two_experts))
     none = replace(choices, resident_blocks=0)
-    busy = stream_seconds(architecture, none, system, passes)
+    busy = stream_seconds(architecture, job, none, system, passes)
     layers = architecture.transformer.layers
     return max(0, ceil(layers * (1 - passes * compute / (2 * busy))))
 
