@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from wan_core.errors import InvalidRequest
-from wan_core.offload import MODES, Undo, block_hooks, place
+from wan_core.offload import MODES, Undo, block_hooks, place, remember
 
 Call = Callable[[], torch.Tensor]
 
@@ -240,6 +240,36 @@ def test_none_mode_stays(elsewhere: list[int]) -> None:
     assert set(moved).isdisjoint(home)
     assert addresses(module) == moved
     assert [id(p) for p in module.parameters()] == names
+
+
+@pytest.mark.parametrize("mode", ["model", "sequential", "group"])
+def test_what_none_left_on_the_device_ends_on_the_host(
+    mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The meta device stands for a card; what is sent to it is a copy with that name."""
+    at: dict[int, torch.device] = {}
+
+    def send(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
+        copy = tensor.clone()
+        at[copy.data_ptr()] = torch.device(device)
+        return copy
+
+    def found(module: nn.Module) -> torch.device:
+        return at.get(next(module.parameters()).data_ptr(), torch.device("cpu"))
+
+    monkeypatch.setattr("wan_core.offload._sent", send)
+    monkeypatch.setattr("wan_core.offload.device_of", found)
+    for hooks in ("_attach_sequential", "_attach_group"):  # the libraries' own know no such card
+        monkeypatch.setattr(
+            f"wan_core.offload.{hooks}", lambda undo, module, device: remember(undo, module)
+        )
+    module = Fake()
+    with place(module, "none", "meta"):
+        pass
+    assert {at[address].type for address in addresses(module)} == {"meta"}
+    with place(module, mode, "meta"):
+        pass
+    assert {at[address].type for address in addresses(module)} == {"cpu"}
 
 
 def test_unknown_mode_is_named() -> None:

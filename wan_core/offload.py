@@ -102,12 +102,13 @@ def place(module: nn.Module, mode: str, device: torch.device | str) -> Iterator[
     """Have ``module`` compute on ``device`` inside the ``with`` block, placed as ``mode`` says.
 
     "none" moves it to the device and leaves it there; "model" moves it there and puts it back on
-    the host; "sequential" leaves it on the host and brings each leaf's weights for that leaf's
-    forward; "group" does so for each block, ahead of its turn on CUDA. Parameters stay the same
-    objects with the same values; hooks are gone afterwards, after an error or an interrupt too. A
-    thread that asks for another placement than the one in use waits for it to end. Raises
-    InvalidRequest for an unknown mode, MissingDependency when accelerate is absent, Busy when
-    this thread holds the module in another placement.
+    the host, also where an earlier "none" had left it on the device; "sequential" leaves it on the
+    host and brings each leaf's weights for that leaf's forward; "group" does so for each block,
+    ahead of its turn on CUDA. Parameters stay the same objects with the same values; hooks are
+    gone afterwards, after an error or an interrupt too. A thread that asks for another placement
+    than the one in use waits for it to end. Raises InvalidRequest for an unknown mode,
+    MissingDependency when accelerate is absent, Busy when this thread holds the module in another
+    placement.
     """
     if mode not in MODES:
         raise InvalidRequest(
@@ -186,8 +187,8 @@ def _leave(residence: _Residence, me: int, error: BaseException | None) -> None:
 
 def _attach(module: nn.Module, mode: str, device: torch.device, undo: Undo) -> None:
     """Put the module where ``mode`` wants it."""
-    if mode != "none" and device_of(module) not in (torch.device("cpu"), device):
-        move(module, "cpu")  # left elsewhere by an earlier "none"
+    if mode != "none" and device_of(module).type != "cpu":
+        move(module, "cpu")  # left there by an earlier "none"; the host is what it returns to
     if mode in ("sequential", "group"):
         (_attach_sequential if mode == "sequential" else _attach_group)(undo, module, device)
         return
