@@ -43,6 +43,7 @@ UPWARD = {
     ("header", "gguf_header"): "read_table is the one door for every format",
     ("header", "pickle_header"): "read_table is the one door for every format",
     ("cache", "offload"): "moving weights off the device, only where there are weights",
+    ("cache", "tensors"): "telling views of a mapped file from RAM, only where there are weights",
     ("plan", "placement"): "carrying out a plan that planning alone made, on request",
     ("load", "component"): "building a diffusers pipeline on request",
     ("load", "precision"): "building a diffusers pipeline on request",

@@ -18,6 +18,7 @@ from typing import Any
 
 from .architecture import Component
 from .files import FileIdentity, file_identity
+from .hardware import ram
 
 _TEXTS_KEPT = 32
 _RAM_RESERVE = 2**30
@@ -109,11 +110,10 @@ class ComponentCache:
                 del self._entries[old]
 
     def _make_room(self, nbytes: int) -> None:
-        import psutil
-
         unused = [key for key, entry in self._entries.items() if entry.users == 0]
         for key in unused:
-            if psutil.virtual_memory().available >= nbytes + _RAM_RESERVE:
+            _, available, _ = ram()
+            if available >= nbytes + _RAM_RESERVE:
                 return
             del self._entries[key]
             gc.collect()
@@ -144,13 +144,20 @@ class ComponentCache:
             return sum(entry.nbytes for entry in self._entries.values())
 
     def unused_bytes(self, device: str) -> tuple[int, int]:
-        """Return the bytes that components not in use hold on ``device`` and in RAM."""
+        """Return the bytes that components not in use hold on ``device`` and in RAM.
+
+        Views of a mapped file are not among those in RAM: the system calls them available already.
+        """
+        from .tensors import is_mapped
+
         on_device = in_ram = 0
         with self._lock:
             for entry in self._entries.values():
                 if entry.users or not hasattr(entry.module, "parameters"):
                     continue
                 for tensor in (*entry.module.parameters(), *entry.module.buffers()):
+                    if is_mapped(tensor):
+                        continue
                     if str(tensor.device) == device:
                         on_device += tensor.nbytes
                     elif tensor.device.type == "cpu":

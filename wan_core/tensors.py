@@ -11,6 +11,7 @@ from __future__ import annotations
 import io
 import mmap
 import os
+import weakref
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -36,6 +37,8 @@ FP8: Final = frozenset({torch.float8_e4m3fn, torch.float8_e5m2})
 _PIECE: Final = 16 * 2**20
 # Small enough to be in the processor's cache when it is looked at a second time.
 _CHECKED: Final = 2**20
+_mapped: weakref.WeakKeyDictionary[mmap.mmap, range] = weakref.WeakKeyDictionary()
+"""The addresses of every mapped file that a tensor still needs."""
 
 
 class TensorReader:
@@ -141,7 +144,9 @@ class TensorReader:
         stored: torch.dtype,
     ) -> torch.Tensor:
         if info.file not in maps:
-            maps[info.file] = _map_file(self._open(info.file))
+            made = maps[info.file] = _map_file(self._open(info.file))
+            first = torch.frombuffer(made, dtype=torch.uint8).data_ptr()
+            _mapped[made] = range(first, first + len(made))
         if start + numel * stored.itemsize > len(maps[info.file]):
             raise CorruptFile(f"{quoted(info.file)} became shorter after its header was read.")
         view = torch.frombuffer(maps[info.file], dtype=stored, count=numel, offset=start)
@@ -295,6 +300,13 @@ def is_finite(values: torch.Tensor) -> bool:
         if np.add(part, part, out=doubled[: part.size]).max() >= limit:
             return False
     return True
+
+
+def is_mapped(tensor: torch.Tensor) -> bool:
+    """Say whether a tensor is a view of a mapped file: its pages count as available RAM."""
+    return tensor.device.type == "cpu" and any(
+        tensor.data_ptr() in addresses for addresses in list(_mapped.values())
+    )
 
 
 def _map_file(file: io.FileIO) -> mmap.mmap:
