@@ -231,6 +231,13 @@ def test_a_ram_that_is_short_costs_fp8_and_nothing_else() -> None:
     assert "GiB of RAM" in " ".join(plan.reasons)
 
 
+def test_a_ram_limit_bounds_what_is_page_locked() -> None:
+    free = recommend(T2V, P480, gpu(24), ALL)
+    capped = recommend(T2V, P480, gpu(24), ALL, ram_limit_gb=40)
+    assert (free.pin_bytes(64 * GIB), capped.pin_bytes(64 * GIB)) == (64 * GIB, 40 * GIB)
+    assert capped.pin_bytes(8 * GIB) == 8 * GIB
+
+
 def test_group_offload_counts_its_page_locked_copy() -> None:
     found = architecture(T2V)
     parts = {

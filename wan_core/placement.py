@@ -48,5 +48,5 @@ def _placed(module: Any, component: str, plan: OptimizationPlan) -> AbstractCont
         module,
         plan.device,
         resident_blocks=plan.resident_blocks_of(component),
-        pin_bytes=pinned_budget_now(all_pinned_bytes()),
+        pin_bytes=plan.pin_bytes(pinned_budget_now(all_pinned_bytes())),
     )

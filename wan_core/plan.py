@@ -57,6 +57,8 @@ class OptimizationPlan:
     step_seconds: float = 0.0
     """Predicted from operations and bus, to compare plans with."""
     seconds: float = 0.0
+    pin_limit: int | None = None
+    """Most bytes of RAM to page-lock, where the user limits the RAM."""
     compute_bound: bool = True
     """Whether a step's transfers hide behind its compute."""
 
@@ -65,6 +67,10 @@ class OptimizationPlan:
         if self.stream and part.startswith("transformer"):
             return "stream"
         return self.part_offload.get(part, self.offload)
+
+    def pin_bytes(self, budget: int) -> int:
+        """Return how much of the machine's budget for page-locked memory may be used."""
+        return budget if self.pin_limit is None else min(budget, self.pin_limit)
 
     def resident_blocks_of(self, part: str) -> int:
         """Return how many blocks of a streamed part stay on the device."""
@@ -358,6 +364,7 @@ def _plan(
         step_seconds=way.timing.step,
         seconds=way.timing.total,
         compute_bound=way.timing.compute_bound,
+        pin_limit=None if wishes.ram_limit_gb is None else limits.ram,
     )
 
 

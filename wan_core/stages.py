@@ -180,7 +180,7 @@ class Stages:
             if self._ready_to_pin(component):
                 module = stack.enter_context(self.component(component))
                 blocks = self.plan.resident_blocks_of(component)
-                budget = pinned_budget_now(all_pinned_bytes())
+                budget = self.plan.pin_bytes(pinned_budget_now(all_pinned_bytes()))
                 stack.enter_context(pin_ahead(module, resident_blocks=blocks, pin_bytes=budget))
             yield
 
