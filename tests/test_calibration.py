@@ -28,15 +28,25 @@ FOUND = architecture("wan2.1-t2v-14b")
 BF16 = Choices(dtypes=dict.fromkeys(("transformer", "text_encoder", "vae"), "bf16"))
 
 
-def run_of(measured: int, *, known: Calibration | None = None, pace: float | None = 1.2) -> Any:
+def run_of(
+    measured: float, *, learnt: float = 0.0, pace: float | None = 1.2, base: int = 0,
+    forward: str = "diffusers",
+) -> Any:  # fmt: skip
+    """A run whose stage was estimated at 30 GiB, 10 of them activations. Measures are in GiB."""
     expected = [
-        StageEstimate(name="denoise", device_bytes=30, weights_bytes=20, activation_bytes=10)
+        StageEstimate(
+            name=name, device_bytes=30 * unit, weights_bytes=0, activation_bytes=10 * unit
+        )
+        for name, unit in (("denoise", GIB), ("text_encode", GIB // 11))
     ]
     report = [
-        StageReport(name="load transformer", measured_peak_bytes=99),
-        StageReport(name="denoise", measured_peak_bytes=measured),
+        StageReport(name="load transformer", measured_peak_bytes=99 * GIB),
+        StageReport(name="text_encode", measured_peak_bytes=99 * GIB),
+        StageReport(name="denoise", measured_peak_bytes=int(measured * GIB)),
     ]
-    return RunRecord.of(expected, report, known or Calibration(), pace)
+    return RunRecord.of(
+        expected, report, forward=forward, learnt=learnt, base_bytes=base * GIB, pace=pace
+    )
 
 
 # ---------------------------------------------------------------------------- what is kept
@@ -47,30 +57,49 @@ def test_nothing_is_known_before_the_first_run(tmp_path: Path) -> None:
     assert default_path().name == "measured.json"
 
 
-def test_the_largest_extra_and_the_median_pace_count(tmp_path: Path) -> None:
+def test_the_medians_count(tmp_path: Path) -> None:
     kept = Calibrations(tmp_path / "deep" / "measured.json")
-    for measured, pace in ((31, 1.0), (32, 1.4), (30, 5.0), (30, None)):
+    for measured, pace in ((31, 1.0), (32, 1.4), (30, 5.0), (31, None)):
         kept.add(KEY, run_of(measured, pace=pace))
     kept.add("another card", run_of(34))
-    assert Calibrations(kept.path).of(KEY) == Calibration(runs=4, extra=0.2, pace=1.4)
+    found = Calibrations(kept.path).of(KEY)
+    assert (found.runs, found.extra, found.pace, found.paced) == (4, 0.1, 1.4, True)
     for _ in range(KEPT):
-        kept.add(KEY, run_of(30, pace=1.0))
-    assert kept.of(KEY) == Calibration(runs=KEPT, extra=0.0, pace=1.0)
+        kept.add(KEY, run_of(30, pace=None))
+    found = kept.of(KEY)
+    assert (found.runs, found.extra, found.pace, found.paced) == (KEPT, 0.0, 1.0, False)
+
+
+def test_each_forward_has_an_extra_of_its_own(tmp_path: Path) -> None:
+    kept = Calibrations(tmp_path / "measured.json")
+    for measured, forward in ((31, "diffusers"), (31.5, "diffusers"), (32, "lean")):
+        kept.add(KEY, run_of(measured, forward=forward))
+    found = kept.of(KEY)
+    assert found.extra_of(lean=False, by_rows=False) == pytest.approx(0.125)
+    assert found.extra_of(lean=True, by_rows=False) == pytest.approx(0.2)
+    assert found.extra_of(lean=True, by_rows=True) == found.extra == pytest.approx(0.15)
+    hash(found)
 
 
 def test_a_run_is_compared_with_the_bare_arithmetic() -> None:
     """Its estimate was corrected already: what it teaches must not be added twice."""
-    known = Calibration(runs=1, extra=0.2, pace=2.0)
-    record = run_of(30, known=known, pace=1.0)
-    assert (record.extra, record.pace) == (pytest.approx(0.2), 2.0)
-    assert run_of(10**6).extra == 0.5
-    assert run_of(0) is None, "a stage without a measurement teaches nothing"
+    assert run_of(30, learnt=0.2).extra == pytest.approx(0.2)
+    assert run_of(33, base=2).extra == pytest.approx(0.1), "what others hold is not ours"
+    assert run_of(10**6).extra == 0.25
+    assert run_of(1).extra == -0.02
+
+
+def test_small_stages_teach_nothing_of_memory() -> None:
+    small = run_of(0)
+    assert small.extra is None and small.pace == 1.2
+    assert run_of(0, pace=None) is None
 
 
 @pytest.mark.parametrize(
     "text",
     ["", "[]", "{", '{"a": 1}', '{"a": [{}]}', '{"a": [{"extra": "x", "pace": 1}]}',
-     '{"a": [null]}', '{"a": [{"extra": NaN, "pace": 1}]}'],
+     '{"a": [null]}', '{"a": [{"extra": NaN, "pace": 1, "forward": "lean"}]}',
+     '{"a": [{"extra": 0.5, "pace": 1}]}'],
 )  # fmt: skip
 def test_a_broken_file_is_as_none(tmp_path: Path, text: str) -> None:
     path = tmp_path / "measured.json"
@@ -145,6 +174,8 @@ def test_a_run_on_an_accelerator_is_learnt_from_and_one_on_a_cpu_is_not(
     assert key.startswith("GPU 24, cuda, torch ") and key.endswith("wan2.1-t2v-1.3b")
     assert len(render.stages.timeline.step_seconds) == 2, "the first step also warms up"
     assert len(records) == 1 and records[0]["pace"] is not None
+    assert records[0]["forward"] in ("diffusers", "lean", "lean_rows")
+    assert records[0]["extra"] is None, "so small a clip says nothing of memory"
 
 
 # ---------------------------------------------------------------------------- spilled memory

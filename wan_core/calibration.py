@@ -12,7 +12,7 @@ import os
 import platform
 from collections.abc import Iterable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -23,9 +23,17 @@ from .files import atomic_write
 
 KEPT = 10
 """Latest runs kept per device and model."""
-_EXTRA = (-0.02, 0.5)
+LARGE_BYTES = 2**30
+"""Activations from which a stage teaches ``extra``: beside smaller ones, what libraries take once
+and for all would look like a share of them."""
+_EXTRA = (-0.02, 0.25)
 _PACE = (0.1, 10.0)
 """What a run can teach at most: beyond, something else was going on."""
+
+
+def forward_name(lean: bool, by_rows: bool) -> str:
+    """Name the forward of a plan: each has an arithmetic of its own, and errors of its own."""
+    return ("lean_rows" if by_rows else "lean") if lean else "diffusers"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,41 +43,56 @@ class Calibration:
     runs: int = 0
     extra: float = 0.0
     """Bytes that measured peaks were above the arithmetic, as a share of the activations: the
-    largest of the last runs."""
+    median of the last runs."""
+    extra_by_forward: tuple[tuple[str, float], ...] = ()
+    """The same of the runs with one forward, by its name; only those that were measured."""
     pace: float = 1.0
     """Seconds that steps took over the computed ones, where compute was the bound: the median."""
+    paced: bool = False
+    """Whether a run taught the pace."""
+
+    def extra_of(self, lean: bool, by_rows: bool) -> float:
+        """Return ``extra`` of a plan's forward; that of all runs where it was never measured."""
+        return dict(self.extra_by_forward).get(forward_name(lean, by_rows), self.extra)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunRecord:
-    """What one run taught; ``pace`` is None where transfers were the bound."""
+    """What one run taught; ``extra`` is None where every stage was small, ``pace`` where transfers
+    were the bound."""
 
-    extra: float
+    extra: float | None
     pace: float | None
+    forward: str
 
     @staticmethod
     def of(
         expected: Iterable[StageEstimate],
         measured: Iterable[StageReport],
-        known: Calibration,
+        *,
+        forward: str,
+        learnt: float,
+        base_bytes: int = 0,
         pace: float | None,
     ) -> RunRecord | None:
-        """Compare a run with its estimate, which ``known`` had corrected; None: no common stage.
+        """Compare a run with its estimate; None where it teaches nothing.
 
-        ``pace`` is the measured over the predicted time of a step.
+        ``learnt`` is the share that the estimate had added, ``base_bytes`` what others had on the
+        device meanwhile; ``pace`` is the measured time of a step over the bare arithmetic's.
         """
-        stages = {stage.name: stage for stage in expected if stage.activation_bytes}
+        stages = {s.name: s for s in expected if s.activation_bytes >= LARGE_BYTES}
         shares = [
-            (found.measured_peak_bytes - stages[found.name].device_bytes)
+            (found.measured_peak_bytes - base_bytes - stages[found.name].device_bytes)
             / stages[found.name].activation_bytes
             for found in measured
             if found.name in stages and found.measured_peak_bytes
         ]
-        if not shares:
+        if not shares and pace is None:
             return None
         return RunRecord(
-            extra=_within(known.extra + max(shares), _EXTRA),
-            pace=None if pace is None else _within(known.pace * pace, _PACE),
+            extra=_within(learnt + max(shares), _EXTRA) if shares else None,
+            pace=_within(pace, _PACE),
+            forward=forward,
         )
 
 
@@ -100,20 +123,24 @@ class Calibrations:
         """Return what is known under ``key``."""
         records = self._read().get(key, [])
         paces = [record.pace for record in records if record.pace is not None]
+        extras: dict[str, list[float]] = {}
+        for record in records:
+            if record.extra is not None:
+                extras.setdefault(record.forward, []).append(record.extra)
+        together = [extra for some in extras.values() for extra in some]
         return Calibration(
             runs=len(records),
-            extra=max((record.extra for record in records), default=0.0),
+            extra=median(together) if together else 0.0,
+            extra_by_forward=tuple((name, median(extras[name])) for name in sorted(extras)),
             pace=median(paces) if paces else 1.0,
+            paced=bool(paces),
         )
 
     def add(self, key: str, record: RunRecord) -> None:
         """Keep what a run taught, and of each key the latest ones."""
         known = self._read()
         known[key] = [*known.get(key, []), record][-KEPT:]
-        plain = {
-            name: [{"extra": round(r.extra, 4), "pace": r.pace} for r in records]
-            for name, records in known.items()
-        }
+        plain = {name: [asdict(record) for record in records] for name, records in known.items()}
         with suppress(OutputError, OSError):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             atomic_write(self.path, json.dumps(plain, indent=1).encode())
@@ -127,15 +154,17 @@ class Calibrations:
 
 
 def _record(plain: Any) -> RunRecord:
-    pace = plain["pace"]
     return RunRecord(
-        extra=_within(float(plain["extra"]), _EXTRA),
-        pace=None if pace is None else _within(float(pace), _PACE),
+        extra=_within(plain["extra"], _EXTRA),
+        pace=_within(plain["pace"], _PACE),
+        forward=str(plain["forward"]),
     )
 
 
-def _within(value: float, bounds: tuple[float, float]) -> float:
-    low, high = bounds
-    if not value == value:  # NaN, which json reads
+def _within(value: Any, bounds: tuple[float, float]) -> float | None:
+    if value is None:
+        return None
+    number, (low, high) = float(value), bounds
+    if not number == number:  # NaN, which json reads
         raise ValueError("not a number")
-    return min(max(value, low), high)
+    return min(max(number, low), high)

@@ -18,12 +18,12 @@ import torch
 
 from .architecture import ModelArchitecture
 from .cache import ComponentCache
-from .calibration import Calibrations, RunRecord
+from .calibration import Calibrations, RunRecord, forward_name
 from .config import GenerationConfig, MemoryEstimate, VideoGenerationResult
 from .errors import DoesNotFit, is_oom
 from .hardware import SystemResources
 from .memory import Job
-from .monitor import Timeline, format_report
+from .monitor import Timeline, device_bytes, format_report
 from .plan import OptimizationConfig, OptimizationManager, OptimizationPlan
 from .render import Render
 from .request import Request, resolve
@@ -143,18 +143,33 @@ class WanPipelineWrapper:
     ) -> None:
         request, plan = self.plan(config)
         render = self._make_render(config, request, plan, callbacks, result)
+        before = self._foreign_bytes(render.stages)
         render.run()
-        self._learn(plan, render.stages)
+        self._learn(plan, render.stages, before)
 
-    def _learn(self, plan: OptimizationPlan, stages: Stages) -> None:
+    def _foreign_bytes(self, stages: Stages) -> int:
+        """Return the bytes on a CUDA device that are neither this run's nor the cache's."""
+        if stages.device.type != "cuda":
+            return 0
+        ours, _ = self._cache.unused_bytes(str(stages.device))
+        return max(0, device_bytes(stages.device) - ours)
+
+    def _learn(self, plan: OptimizationPlan, stages: Stages, foreign_before: int = 0) -> None:
         """Keep what a run on an accelerator measured; a run that had to step down teaches none."""
         system = self._manager.analyze_system_resources(plan.device)
         if system.device_kind == "cpu" or stages.steps_down:
             return
         key, steps = self._calibration_key(system), stages.timeline.step_seconds
-        pace = median(steps) / plan.step_seconds if steps and plan.compute_bound else None
         known = self._calibrations.of(key)
-        record = RunRecord.of(plan.estimate.stages, stages.timeline.stages, known, pace)
+        pace = median(steps) / plan.step_seconds if steps and plan.compute_bound else None
+        record = RunRecord.of(
+            plan.estimate.stages,
+            stages.timeline.stages,
+            forward=forward_name(plan.lean, plan.by_rows),
+            learnt=known.extra,  # as memory adds it
+            base_bytes=min(foreign_before, self._foreign_bytes(stages)),
+            pace=None if pace is None else known.pace * pace,
+        )
         if record is not None:
             self._calibrations.add(key, record)
 
