@@ -230,6 +230,53 @@ def test_after_a_spill_the_run_goes_on_smaller_from_the_next_step(
     assert told.count("there is no smaller way") == 1
 
 
+def open_tiny(folder: Path) -> Any:
+    return WanPipelineLoader(enable_caching=False).load_wan_pipeline(
+        folder, optimization_config={"device": "cpu", "precision": "fp32"}
+    )
+
+
+def test_a_spill_after_the_last_step_of_a_stage_is_let_be(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There is nothing left to do smaller: the stage must not be entered again."""
+    wrapper = open_tiny(make_folder(tmp_path / "model", "wan2.1-t2v"))
+    config = GenerationConfig(
+        prompt="a", width=32, height=32, num_frames=5, num_inference_steps=1, seed=1
+    )
+    monkeypatch.setattr(stages, "device_fill", lambda _: (25 * GIB, TOTAL))
+    result = wrapper.generate(config).raise_for_error()
+    assert "spilled" not in " ".join(result.warnings)
+    assert [stage.name for stage in result.stages].count("denoise") == 1
+
+
+def test_a_smaller_plan_is_not_judged_by_the_steps_of_the_one_before(tmp_path: Path) -> None:
+    wrapper = open_tiny(make_folder(tmp_path / "model", "wan2.1-t2v"))
+    config = GenerationConfig(
+        prompt="a", width=32, height=32, num_frames=5, num_inference_steps=4, seed=1
+    )
+    request, plan = wrapper.plan(config)
+    found = wrapper._make_render(config, request, plan).stages
+    assert found.usual_step is None, "no run taught the pace"
+    found.timeline.step_seconds += [1.0, 1.1]
+    found.usual_step = 1.0
+    found._step_down("denoise", "out of memory", must=True)
+    assert found.timeline.step_seconds == []
+    assert found.usual_step == found.plan.step_seconds and found.plan is not plan
+
+
+def test_steps_are_usual_only_where_a_run_taught_the_pace(tmp_path: Path) -> None:
+    wrapper = open_tiny(make_folder(tmp_path / "model", "wan2.1-t2v"))
+    wrapper._calibrations = Calibrations(tmp_path / "measured.json")
+    key = wrapper._calibration_key(wrapper._manager.analyze_system_resources("cpu"))
+    config = GenerationConfig(prompt="a", width=32, height=32, num_frames=5)
+    for pace, known in ((None, False), (1.2, True)):
+        wrapper._calibrations.add(key, run_of(31, pace=pace))
+        request, plan = wrapper.plan(config)
+        found = wrapper._make_render(config, request, plan).stages
+        assert found.usual_step == (plan.step_seconds if known else None)
+
+
 def test_the_first_step_of_a_stage_is_not_timed() -> None:
     timeline = Timeline(torch.device("cpu"))
     for name in ("denoise_high", "denoise_low"):

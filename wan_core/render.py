@@ -343,7 +343,7 @@ class Render:
                 self._warn(journal.warnings)
             self.stages.callbacks.tell(self.stages.result.warnings)
             call(config.progress_callback, before + index, total, latents)
-            self.stages.step_done()
+            self.stages.step_done(last=index + 1 in (steps.high.stop, steps.low.stop))
 
         def preview(index: int, clean: Tensor) -> None:
             call(config.preview_callback, before + index, total, clean)

@@ -86,7 +86,7 @@ class Stages:
     """Given the plan and the stage that failed: the next plan whose stage needs less, if any."""
     steps_down: int = 0
     usual_step: float | None = None
-    """Seconds a step takes by earlier runs on this machine; None where there were none."""
+    """Seconds a step of the plan takes at the pace of earlier runs; None where that is unknown."""
     bears_spilling: bool = False
     """Set where there was nothing smaller to go on with."""
 
@@ -108,9 +108,14 @@ class Stages:
         self.callbacks.check()
         self.timeline.sample()
 
-    def step_done(self) -> None:
-        """After a denoising step: note its time. Raises SpilledMemory where memory has spilled."""
+    def step_done(self, *, last: bool = False) -> None:
+        """After a denoising step: note its time. Raises SpilledMemory where memory has spilled.
+
+        Not after the ``last`` step of a stage: to go on smaller, there must be more to do.
+        """
         self.timeline.step_done()
+        if last:
+            return
         why = spilled(*device_fill(self.device), self.timeline.step_seconds, self.usual_step)
         if why is not None and not self.bears_spilling:
             raise SpilledMemory(f"device memory has spilled into RAM: {why}")
@@ -240,6 +245,10 @@ class Stages:
         change = ", ".join(word for word in smaller.applied if word not in self.plan.applied)
         self.plan = smaller
         self.timeline.predict({s.name: s.device_bytes for s in smaller.estimate.stages})
+        # A smaller plan's steps take longer: only among themselves do they show a spill.
+        self.timeline.step_seconds.clear()
+        if self.usual_step is not None:
+            self.usual_step = smaller.step_seconds
         self.result.applied_optimizations = list(smaller.applied)
         self.result.warnings.append(
             f"Memory ran out in stage {stage} ({failure}); went on from there with "
