@@ -155,9 +155,10 @@ class WanPipelineWrapper:
         return max(0, device_bytes(stages.device) - ours)
 
     def _learn(self, plan: OptimizationPlan, stages: Stages, foreign_before: int = 0) -> None:
-        """Keep what a run on an accelerator measured; a run that had to step down teaches none."""
+        """Keep what a run on CUDA measured; a run that had to step down teaches none."""
         system = self._manager.analyze_system_resources(plan.device)
-        if system.device_kind == "cpu" or stages.steps_down:
+        # Elsewhere the peaks are the process's RAM, not the device's.
+        if system.device_kind != "cuda" or stages.steps_down:
             return
         key, steps = self._calibration_key(system), stages.timeline.step_seconds
         known = self._calibrations.of(key)
@@ -166,7 +167,7 @@ class WanPipelineWrapper:
             plan.estimate.stages,
             stages.timeline.stages,
             forward=forward_name(plan.lean, plan.by_rows),
-            learnt=known.extra,  # as memory adds it
+            learnt=known.extra_of(plan.lean, plan.by_rows),  # as memory adds it
             base_bytes=min(foreign_before, self._foreign_bytes(stages)),
             pace=None if pace is None else known.pace * pace,
         )

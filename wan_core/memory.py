@@ -118,7 +118,8 @@ class _Ledger:
     ) -> None:
         self.arch, self.job, self.choices = architecture, job, choices
         self.on_cpu = system.device_kind == "cpu"
-        self.learnt = 0.0 if self.on_cpu else system.calibration.extra
+        known = system.calibration
+        self.learnt = 0.0 if self.on_cpu else known.extra_of(choices.lean, choices.by_rows)
         self.parts = parts_of(architecture)
         self.vae = architecture.vae or architecture.variant.vae
         self.frames, self.height, self.width = latent_size(architecture, job)
