@@ -63,7 +63,8 @@ class ComfyServer:
         command = [str(self.python), "main.py", "--cpu", "--port", str(self.port)]
         command += ["--base-directory", str(self.base), "--disable-api-nodes", *self.options]
         command += ["--database-url", "sqlite:///:memory:"]
-        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "2"}
+        # One thread: more would spin on the cores that other tests run on.
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
         self._log = self.log_path.open("w")
         self._process = subprocess.Popen(
             command, cwd=self.checkout, stdout=self._log, stderr=subprocess.STDOUT, env=environment

@@ -275,8 +275,11 @@ LEAN = [
     for name, image in zip(
         ["wan2.1-t2v-14b", "wan2.1-i2v-14b", "wan2.2-ti2v-5b"], [False, True, True], strict=True
     )
-    for width, height, frames in [(832, 480, 81), (512, 512, 17)]
-    for dtype in ("bf16", "fp32")
+    for width, height, frames, dtype in [
+        (832, 480, 81, "bf16"),
+        (832, 480, 81, "fp32"),
+        (512, 512, 17, "bf16"),
+    ]
     for exact in (True, False)
 ] + [("wan2.1-t2v-1.3b", (832, 480, 33), "bf16", True, False)]
 

@@ -190,7 +190,7 @@ def long_prompt() -> dict[str, Any]:
     """The chunked example workflow with 161 frames, few steps and a small picture."""
     prompt = as_api(workflow("long_video"))
     sampler = next(k for k, v in prompt.items() if v["class_type"] == "WanChunkedSampler")
-    changes = {"num_frames": 161, "steps": 3, "width": 32, "height": 32}
+    changes = {"num_frames": 161, "steps": 2, "width": 32, "height": 32}
     prompt[sampler]["inputs"].update({**changes, "guidance_scale": 1.0, "guidance_scale_2": 1.0})
     assert prompt[sampler]["inputs"]["window_frames"] == 17
     prompt["21"] = {"class_type": "WanFitProbeText", "inputs": {"value": [sampler, 3]}}

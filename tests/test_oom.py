@@ -124,7 +124,7 @@ class FailAt(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def few_objects() -> Iterator[None]:
     """Each step down collects garbage: without the libraries' million objects, quickly."""
     gc.collect()
@@ -133,7 +133,7 @@ def few_objects() -> Iterator[None]:
     gc.unfreeze()
 
 
-def test_at_every_tenth_operation(tmp_path: Path, few_objects: None) -> None:
+def test_at_every_tenth_operation(tmp_path: Path) -> None:
     """Found twice: a step taken by the scheduler and not by us, a chunk decoded and not kept."""
     folder = make_folder(tmp_path / "model", "wan2.1-t2v", transformer={"num_layers": 1})
     loader = WanPipelineLoader(enable_caching=True)
