@@ -144,7 +144,7 @@ def test_malicious_pickles(tmp_path: Path) -> None:
             with pytest.raises(ModelFileError):
                 read_table(path)
                 pytest.fail(f"{name} was accepted")
-            assert time.process_time() - start < 2, name
+            assert time.process_time() - start < 5, name
             assert not canary.exists(), name
 
 
