@@ -204,7 +204,7 @@ class WanPipelineWrapper:
             result=result or VideoGenerationResult(success=False),
             timeline=Timeline(torch.device(plan.device), predicted),
             smaller_plan=smaller,
-            usual_step=plan.step_seconds if self._system(wishes).calibration.paced else None,
+            usual_step=plan.step_seconds if plan.paced else None,
         )
         return Render(stages=stages, config=config, request=request)
 

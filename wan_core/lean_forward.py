@@ -8,8 +8,6 @@ are not exactly the one ``lean.py`` was written after keep their own forward, wi
 from __future__ import annotations
 
 import functools
-import hashlib
-import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,7 +19,7 @@ from torch import Tensor, nn
 from .lean import LeanOptions, Modulation, Segments, run_block
 from .lean_activations import LEAN_HEAD_GROUPS, LEAN_ROWS
 from .lean_timestep import Embedding, embed_timestep
-from .own_forward import Installed, OwnForward
+from .own_forward import Installed, OwnForward, digest_of
 
 KNOWN_SOURCES = {"2d9f08edea184d1d"}
 """Digests of the diffusers sources that ``lean.py`` computes the same as."""
@@ -51,13 +49,7 @@ def source_digest() -> str:
         activations.GELU.forward,
         normalization.FP32LayerNorm.forward,
     )
-    digest = hashlib.sha256()
-    try:
-        for function in functions:
-            digest.update(inspect.getsource(inspect.unwrap(function)).encode())
-    except (OSError, TypeError):
-        return ""
-    return digest.hexdigest()[:16]
+    return digest_of(functions)
 
 
 def why_not(transformer: Any) -> str | None:

@@ -8,8 +8,6 @@ for it; other threads get what was there before. Decoders that are not exactly t
 from __future__ import annotations
 
 import functools
-import hashlib
-import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -18,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .lean_decode import DecodeOptions, DecoderWalk
-from .own_forward import Installed, OwnForward
+from .own_forward import Installed, OwnForward, digest_of
 
 KNOWN_SOURCES = {"7ddcc402cfda3497"}
 """Digests of the diffusers sources that ``lean_decode`` computes the same as."""
@@ -43,13 +41,7 @@ def source_digest() -> str:
         wan.WanUpsample,
         wan.DupUp3D,
     )
-    digest = hashlib.sha256()
-    try:
-        for part in code:
-            digest.update(inspect.getsource(part).encode())
-    except (OSError, TypeError):
-        return ""
-    return digest.hexdigest()[:16]
+    return digest_of(code)
 
 
 def why_not(vae: Any) -> str | None:

@@ -5,9 +5,11 @@ It is set on instances, no class is touched; a thread that did not ask gets what
 
 from __future__ import annotations
 
+import hashlib
+import inspect
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -19,6 +21,17 @@ from torch import nn
 from .offload import Undo
 
 T = TypeVar("T")
+
+
+def digest_of(code: Iterable[Any]) -> str:
+    """Return a digest of the sources of functions and classes; "" if one is unreadable."""
+    digest = hashlib.sha256()
+    try:
+        for part in code:
+            digest.update(inspect.getsource(inspect.unwrap(part)).encode())
+    except (OSError, TypeError):
+        return ""
+    return digest.hexdigest()[:16]
 
 
 @dataclass

@@ -48,5 +48,10 @@ def _placed(module: Any, component: str, plan: OptimizationPlan) -> AbstractCont
         module,
         plan.device,
         resident_blocks=plan.resident_blocks_of(component),
-        pin_bytes=plan.pin_bytes(pinned_budget_now(all_pinned_bytes())),
+        pin_bytes=pin_budget(plan),
     )
+
+
+def pin_budget(plan: OptimizationPlan) -> int:
+    """Return the bytes of RAM that may be page-locked now, what is locked already included."""
+    return plan.pin_bytes(pinned_budget_now(all_pinned_bytes()))

@@ -17,7 +17,7 @@ from .errors import DoesNotFit, InvalidRequest
 from .ladder import CARRIED_OUT, Limits, Way, best, ladder, main_dtype
 from .memory import GIB, MIB, Choices, Job
 from .reasons import reasons_for
-from .wishes import OptimizationConfig
+from .wishes import SHORTER_WINDOWS, OptimizationConfig
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
@@ -59,6 +59,8 @@ class OptimizationPlan:
     seconds: float = 0.0
     pin_limit: int | None = None
     """Most bytes of RAM to page-lock, where the user limits the RAM."""
+    paced: bool = False
+    """Whether ``step_seconds`` follows the pace of earlier runs on this machine."""
     compute_bound: bool = True
     """Whether a step's transfers hide behind its compute."""
 
@@ -364,6 +366,7 @@ def _plan(
         step_seconds=way.timing.step,
         seconds=way.timing.total,
         compute_bound=way.timing.compute_bound,
+        paced=system.calibration.paced,
         pin_limit=None if wishes.ram_limit_gb is None else limits.ram,
     )
 
@@ -415,7 +418,7 @@ def largest_size(job: Job, multiple: int, fits: Callable[[Job], bool]) -> tuple[
 
 def _windows_that_fit(job: Job, fits: Callable[[Job], bool]) -> str:
     """Name the longest windows in which the whole clip would fit, if any would."""
-    for frames in (81, 49, 33, 17):
+    for frames in (81, *SHORTER_WINDOWS):
         if frames < (job.window_frames or job.num_frames):
             overlap = min(job.window_overlap, (frames - 1) // 2)
             if fits(replace(job, window_frames=frames, window_overlap=overlap)):

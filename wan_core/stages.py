@@ -21,17 +21,15 @@ from .component import load_component
 from .config import GenerationConfig, VideoGenerationResult
 from .errors import DoesNotFit, SpilledMemory, is_oom
 from .fp8_storage import store_fp8
-from .hardware import pinned_budget_now
 from .lora import applied
 from .monitor import Timeline, device_fill, spilled
 from .offload import block_hooks
-from .placement import carried_out
+from .placement import carried_out, pin_budget
 from .plan import OptimizationPlan
 from .precision import dtype_of
 from .sizes import MAP_FROM, stays_in_file
 from .streaming import pin_ahead
 from .tokenizer import load_image_processor, load_tokenizer
-from .transport import all_pinned_bytes
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
@@ -185,7 +183,7 @@ class Stages:
             if self._ready_to_pin(component):
                 module = stack.enter_context(self.component(component))
                 blocks = self.plan.resident_blocks_of(component)
-                budget = self.plan.pin_bytes(pinned_budget_now(all_pinned_bytes()))
+                budget = pin_budget(self.plan)
                 stack.enter_context(pin_ahead(module, resident_blocks=blocks, pin_bytes=budget))
             yield
 

@@ -17,7 +17,7 @@ OFFLOADS = ("auto", "none", "model", "sequential", "stream", "group")
 FORWARDS = ("auto", "diffusers", "lean", "lean_rows")
 FP8 = ("auto", "never", "always")
 _MIB = 2**20
-_SHORTER = (49, 33, 17)
+SHORTER_WINDOWS = (49, 33, 17)
 """Frames of the windows to fall back to where those of the model's own length do not fit."""
 
 
@@ -132,7 +132,7 @@ class OptimizationConfig:
             return (frames,) if frames < longest else ()
         if longest <= own_frames:
             return ()
-        return (own_frames, *(frames for frames in _SHORTER if frames < own_frames))
+        return (own_frames, *(frames for frames in SHORTER_WINDOWS if frames < own_frames))
 
     def overlap_for(self, job: Job, window: int) -> int:
         """Return the frames that fallback windows share: the job's, at most half a window."""
