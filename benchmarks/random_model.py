@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,6 @@ UMT5_XXL = {
     "d_model": 4096, "d_ff": 10240, "num_layers": 24, "num_heads": 64, "d_kv": 64,
     "vocab_size": 256384, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False,
 }  # fmt: skip
-_WRITERS = 8
 
 
 @dataclass(frozen=True)
@@ -41,7 +39,7 @@ def write_model(folder: Path, shapes: Shapes, noise_bytes: int = 64 * 2**20) -> 
     from transformers import UMT5Config, UMT5EncoderModel
 
     noise = torch.randn(noise_bytes // 2, generator=torch.manual_seed(0)).mul_(0.02).bfloat16()
-    block = memoryview(noise.view(torch.uint8).numpy())
+    block = noise.view(torch.uint8)
     index = {"_class_name": "WanPipeline", "boundary_ratio": 0.875, "expand_timesteps": False}
     classes = {
         "tokenizer": ["transformers", "T5TokenizerFast"],
@@ -79,7 +77,7 @@ def sizes_of(module: torch.nn.Module) -> dict[str, list[int]]:
     return {name: list(tensor.shape) for name, tensor in module.state_dict().items()}
 
 
-def write_tensors(path: Path, sizes: Mapping[str, list[int]], block: memoryview) -> int:
+def write_tensors(path: Path, sizes: Mapping[str, list[int]], block: torch.Tensor) -> int:
     """Write a safetensors file in bf16 whose contents repeat ``block``; return its bytes."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     total = 0
@@ -93,13 +91,9 @@ def write_tensors(path: Path, sizes: Mapping[str, list[int]], block: memoryview)
     with open(path, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         file.truncate(first + total)
-    with open(path, "r+b") as file, ThreadPoolExecutor(_WRITERS) as pool:
-
-        def write(begin: int) -> None:
-            piece = block[: min(len(block), total - begin)]
-            done = 0
-            while done < len(piece):
-                done += os.pwrite(file.fileno(), piece[done:], first + begin + done)
-
-        list(pool.map(write, range(0, total, len(block))))
+    # Through a mapping, which many threads fill at once.
+    file = torch.from_file(str(path), shared=True, size=first + total, dtype=torch.uint8)[first:]
+    whole = total // len(block) * len(block)
+    file[:whole].view(-1, len(block)).copy_(block)
+    file[whole:].copy_(block[: total - whole])
     return first + total

@@ -38,7 +38,7 @@ import torch  # noqa: E402
 from dry_run import DryModel  # noqa: E402
 from true_models import DTYPES, KEEP_FP32, autoencoder, transformer  # noqa: E402
 
-from wan_core import lean_decode, lean_forward, lean_timestep  # noqa: E402
+from wan_core import decode_cache, lean_forward, lean_timestep  # noqa: E402
 from wan_core.lean_vae import lean_decoder  # noqa: E402
 from wan_core.lean_vae_activations import BANDS, lean_decode_bytes  # noqa: E402
 from wan_core.monitor import versions  # noqa: E402
@@ -196,7 +196,7 @@ def decode_dry(
             for _ in range(CHUNKS):
                 to_frames(decoder.decode_next())
 
-    with patch.object(lean_decode, "_HOST", torch.device("meta")):  # does not count
+    with patch.object(decode_cache, "_HOST", torch.device("meta")):  # does not count
         return dry_vae(shape, dtype).peak(run)
 
 

@@ -204,7 +204,8 @@ def _blend_inputs() -> list[io.Input]:
             options=list(FUSIONS),
             default=FUSIONS[0],
             tooltip="How windows blend where they overlap. ramp: evenly from one to the next. "
-            "pyramid: by the distance to a window's edge. flat: all alike.",
+            "pyramid: by the distance to a window's edge. flat: all alike. causal: a frame is what "
+            "the first window makes of it, and the next goes on from there; keeps things in place.",
             **bridge.known(io.Combo.Input, advanced=True),
         ),
         io.Float.Input(

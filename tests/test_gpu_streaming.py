@@ -8,11 +8,15 @@ from typing import Any
 import pytest
 import torch
 from test_lean import model_of
+from test_vae import make_latents, make_vae
 
+from wan_core import lean_vae
 from wan_core.lean_forward import lean_forward, run_together
+from wan_core.lean_vae import lean_decoder
 from wan_core.offload import MODES, block_hooks, place
 from wan_core.streaming import pin_ahead, stream_blocks
 from wan_core.transport import pinned_bytes, unpin
+from wan_core.vae import decode_frames, to_frames
 
 pytestmark = [
     pytest.mark.gpu,
@@ -129,3 +133,19 @@ def test_device_memory_is_what_the_buffers_hold() -> None:
         held = torch.cuda.memory_allocated() - before
     assert held <= 1.02 * (rest + 3 * block) + 2**20
     assert torch.cuda.memory_allocated() - before < block
+
+
+@pytest.mark.parametrize("bands", [1, 3])
+@pytest.mark.parametrize("pin_bytes", [0, 2**30])
+def test_a_decode_with_its_cache_in_ram_gives_the_same_bits(bands: int, pin_bytes: int) -> None:
+    vae = make_vae("2.1").cuda()
+    latents = make_latents(vae, 6).cuda()
+    with lean_decoder(vae, bands=bands, cache_on_host=False):
+        expected = [to_frames(chunk) for chunk in decode_frames(vae, latents)]
+    with lean_decoder(vae, bands=bands, cache_on_host=True, pin_bytes=pin_bytes):
+        installed: Any = lean_vae._lean.on(vae.decoder)
+        slabs = installed.mine().host._slabs
+        found = [to_frames(chunk) for chunk in decode_frames(vae, latents)]
+        assert slabs and all(slab.pinned == bool(pin_bytes) for slab in slabs.values())
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert not any(slab.pinned for slab in slabs.values())

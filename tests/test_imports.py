@@ -30,9 +30,9 @@ NO_TORCH = (
 )  # fmt: skip
 WITH_TORCH = (
     "audio", "denoise", "continuation", "lean", "lean_timestep", "monitor", "offload",
-    "own_forward", "lean_forward", "lean_decode", "lean_vae", "precision", "resume", "tensors",
-    "lora", "quantized", "component",
-    "fp8_storage", "transport", "streaming", "placement", "stages", "vae", "encode", "conditions",
+    "own_forward", "transport", "decode_cache", "lean_forward", "lean_decode", "lean_vae",
+    "precision", "resume", "tensors", "lora", "quantized", "component",
+    "fp8_storage", "streaming", "placement", "stages", "vae", "encode", "conditions",
     "video", "render", "generate",
 )  # fmt: skip
 ORDER = (*NO_TORCH, *WITH_TORCH, "__init__", "__main__")

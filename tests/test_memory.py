@@ -41,12 +41,12 @@ def test_known_figures() -> None:
     small = Job(width=832, height=480, num_frames=81)
     large = Job(width=1280, height=720, num_frames=81)
     assert figures("wan2.2-t2v-a14b", small) == {
-        "text_encode": 10.81, "denoise_high": 30.29, "denoise_low": 30.29, "decode": 8.98,
+        "text_encode": 10.89, "denoise_high": 30.24, "denoise_low": 30.24, "decode": 8.93,
         "output": 0.0,
     }  # fmt: skip
     assert figures("wan2.1-i2v-14b", replace(large, image=True)) == {
-        "text_encode": 10.81, "image_encode": 2.5, "condition_encode": 15.34, "denoise": 38.86,
-        "decode": 19.98, "output": 0.0,
+        "text_encode": 10.89, "image_encode": 2.45, "condition_encode": 15.28, "denoise": 38.8,
+        "decode": 19.93, "output": 0.0,
     }  # fmt: skip
 
 

@@ -189,15 +189,12 @@ def traced_peak(work: Callable[[], object]) -> int:
 
 
 @VERSIONS
-@pytest.mark.parametrize("keep_previous", [False, True])
-def test_decoding_needs_the_same_memory_at_17_and_at_161_frames(
-    version: str, keep_previous: bool
-) -> None:
+def test_decoding_needs_the_same_memory_at_17_and_at_161_frames(version: str) -> None:
     vae = make_vae(version)
 
     def peak(latent_frames: int) -> int:
         latents = make_latents(vae, latent_frames)
-        decoder = StreamingDecoder(vae, latents, keep_previous=keep_previous)
+        decoder = StreamingDecoder(vae, latents)
         out = torch.empty(decoder.output_shape)
         return traced_peak(lambda: decoder.decode_into(out))
 
@@ -264,17 +261,16 @@ def failing_conv() -> Iterator[Callable[[Any, int, int], None]]:
 
 
 @VERSIONS
-@pytest.mark.parametrize("keep_previous", [False, True])
 @pytest.mark.parametrize("conv", [0, 3, -2, -1])
 @pytest.mark.parametrize("run", [1, 2, 4])
 def test_a_failed_decode_goes_on_with_the_right_bits(
-    version: str, keep_previous: bool, conv: int, run: int, failing_conv: Any
+    version: str, conv: int, run: int, failing_conv: Any
 ) -> None:
     vae = make_vae(version)
     latents = make_latents(vae, 5)
     wanted = decode_to_tensor(vae, latents)
     before = state(vae)
-    decoder = StreamingDecoder(vae, latents, keep_previous=keep_previous)
+    decoder = StreamingDecoder(vae, latents)
     out = torch.full(decoder.output_shape, float("nan"))
     failing_conv(vae.decoder, conv, run)
     with pytest.raises(Injected):
@@ -286,10 +282,9 @@ def test_a_failed_decode_goes_on_with_the_right_bits(
     assert torch.equal(decoder.decode_into(out), wanted)
 
 
-@pytest.mark.parametrize("keep_previous", [False, True])
-def test_a_retry_repeats_no_more_than_it_says(keep_previous: bool, failing_conv: Any) -> None:
+def test_a_retry_repeats_no_more_than_it_says(failing_conv: Any) -> None:
     vae = make_vae("2.1")
-    decoder = StreamingDecoder(vae, make_latents(vae, 6), keep_previous=keep_previous)
+    decoder = StreamingDecoder(vae, make_latents(vae, 6))
     failing_conv(vae.decoder, -1, 4)
     runs = 0
 
@@ -302,7 +297,7 @@ def test_a_retry_repeats_no_more_than_it_says(keep_previous: bool, failing_conv:
         decoder.decode_into(torch.empty(decoder.output_shape))
     assert (decoder.position, runs) == (3, 4)
     decoder.decode_next()
-    assert runs == 5 if keep_previous else runs == 4 + 3 + 1
+    assert runs == 4 + 3 + 1
 
 
 def test_a_replay_that_is_interrupted_or_fails_can_go_on(failing_conv: Any) -> None:

@@ -190,6 +190,18 @@ def jump_of(plan: WindowPlan, indices: np.ndarray, shares: np.ndarray) -> float:
     return float(jumps.max() if plan.schedule == "looped" else jumps[1 : plan.total].max())
 
 
+def test_causal_gives_a_frame_to_the_first_window_that_sees_it() -> None:
+    for total, window, overlap, step in itertools.product((17, 33), (5, 9), (1, 2, 4), range(6)):
+        for schedule in ("static", "uniform"):
+            plan = plan_for(total, window, overlap, schedule, "causal")
+            seen: set[int] = set()
+            for made in plan.windows(step):
+                assert made.weights == tuple(float(i not in seen) for i in made.indices)
+                seen.update(made.indices)
+            starts = plan.starts(step)
+            assert plan.seams(step) == tuple(start + window for start in starts[:-1])
+
+
 @pytest.mark.parametrize("fusion", ["pyramid", "flat"])
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_other_fusions_cover_every_frame(schedule: str, fusion: str) -> None:

@@ -1,4 +1,4 @@
-"""Train the demo model from nothing: VAE, text encoder and base, then the four experts.
+"""Train the demo model from nothing: VAE, text encoder and base, four experts, a sharper decoder.
 
     python -m tools.train_demo --work .ckpt                    # everything; hours on a CPU
     python -m tools.train_demo --work .ckpt --stages vae base  # some stages; finished ones are kept
@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from transformers import AutoTokenizer
 
@@ -26,7 +27,7 @@ from . import demo_models as models
 from .training import Clock, Trainer
 
 SEED = 20_22
-STAGES = ("vae", "base", "t2v_high", "t2v_low", "i2v_high", "i2v_low")
+STAGES = ("vae", "base", "t2v_high", "t2v_low", "i2v_high", "i2v_low", "decoder")
 WEIGHTS = {
     "vae": 95,
     "base": 110,
@@ -34,16 +35,19 @@ WEIGHTS = {
     "t2v_low": 70,
     "i2v_high": 70,
     "i2v_low": 70,
+    "decoder": 60,
 }
 """Seconds of each stage on an H100; with --stop-after its share of the time that is left."""
 SETUP = 9.0
 """Seconds a stage needs beside its training."""
-PEAK = {"vae": 1e-3, "base": 1e-3}
-DECAY = {"vae": 0.99}
+PEAK = {"vae": 1e-3, "base": 1e-3, "decoder": 3e-4}
+DECAY = {"vae": 0.99, "decoder": 0.99}
 EXPERT_DECAY = 0.998
 """Decay of the averaged weights; the VAE trains too few steps for a long average."""
 EXPERT_PEAK = 6e-4
 KL_WEIGHT = 1e-5
+EDGE_WEIGHT = 20.0
+"""What an error at a full edge counts more than one in a plain, when the decoder is sharpened."""
 LATER = 2
 """Latent frames after which the VAE's latents no longer depend on where a clip began."""
 POOL_FRAMES = clips.FRAMES + 4 * LATER
@@ -145,9 +149,8 @@ class Run:
     def finish(self, stage: str, trainer: Trainer, **extra: object) -> None:
         """Write a stage's averaged weights and forget its partial checkpoint."""
         trainer.swap()
-        names = {"vae": ["vae"], "base": ["transformer", "text_encoder"]}.get(
-            stage, ["transformer"]
-        )
+        vaes, base = dict.fromkeys(("vae", "decoder"), ["vae"]), ["transformer", "text_encoder"]
+        names = (vaes | {"base": base}).get(stage, ["transformer"])
         state: dict[str, object] = {
             name: models.all_taps({k: v.detach().cpu() for k, v in module.state_dict().items()})
             for name, module in zip(names, trainer.modules, strict=True)
@@ -274,6 +277,49 @@ def train_vae(run: Run) -> None:
         trainer.run(vae_loss(run, vae, pool, frames, mode), until, part, seconds * share, report)
     run.finish("vae", trainer)
     run.say(f"vae: round trip {psnr(run, vae, 64):.2f} dB on 64 fresh clips")
+
+
+def edges(frames: torch.Tensor) -> torch.Tensor:
+    """Return the largest contrast within 3 x 3 pixels, (B, 1, T, H, W), 0..2."""
+    flat = frames.transpose(1, 2).flatten(0, 1)
+    contrast = F.max_pool2d(flat, 3, 1, 1) + F.max_pool2d(-flat, 3, 1, 1)
+    return contrast.amax(1, keepdim=True).unflatten(0, (len(frames), -1)).transpose(1, 2)
+
+
+def train_decoder(run: Run) -> None:
+    """Train the finished VAE's decoder on, for sharp corners; its latents stay what they are."""
+    _, pool = render_pool(run, run.args.clips)
+    vae: Any = models.build_vae()
+    vae.load_state_dict((run.started("decoder") or run.weights("vae"))["vae"])
+    vae = models.frame_by_frame(vae).to(run.device)
+    with torch.no_grad():
+        parts = [vae._encode(to_unit(part)).chunk(2, 1)[0] for part in pool.split(32)]
+    latents = torch.cat(parts)
+    lay_out(vae, channels_last=True)
+    vae.encoder.requires_grad_(False)
+    vae.quant_conv.requires_grad_(False)
+    trainer = run.trainer("decoder", [vae])
+    batch, kept = run.args.vae_batch, latents.shape[2] - LATER
+    half, shown = batch // 2, 4 * (latents.shape[2] - LATER - 1) + 1
+
+    def loss() -> torch.Tensor:
+        rows = torch.randint(len(pool), (batch,), device=run.device)
+        some, clip = latents[rows], to_unit(pool[rows])
+        begun = torch.cat([some[:half, :, :kept], some[half:, :, LATER:]])
+        target = torch.cat([clip[:half, :, :shown], clip[half:, :, 4 * LATER :]])
+        weight = 1 + EDGE_WEIGHT * edges(target) / 2
+        error = models.decode_unclamped(vae, begun).float() - target
+        return (weight * (error.square() + 0.05 * error.abs())).mean()
+
+    def report() -> str:
+        trainer.swap()
+        value = psnr(run, vae, 32)
+        trainer.swap()
+        return f"psnr {value:.2f} dB"
+
+    trainer.run(loss, 1.0, run.args.steps, run.seconds("decoder"), report)
+    run.finish("decoder", trainer)
+    run.say(f"decoder: round trip {psnr(run, vae, 64):.2f} dB on 64 fresh clips")
 
 
 class Latents:
@@ -443,6 +489,8 @@ def main() -> None:
             train_vae(run)
         elif stage == "base":
             train_base(run)
+        elif stage == "decoder":
+            train_decoder(run)
         else:
             if latents is None:
                 latents = Latents(run, conditions=any(s.startswith("i2v") for s in run.args.stages))

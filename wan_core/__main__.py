@@ -16,6 +16,7 @@ from typing import Any
 
 from .config import CODECS, GenerationConfig
 from .errors import InvalidRequest, WanError
+from .windows import FUSIONS
 from .wishes import FORWARDS, FP8, OFFLOADS
 
 DEMO_PROMPT = "a red circle moves right on a dark background"
@@ -118,7 +119,9 @@ def _add_job(command: argparse.ArgumentParser) -> None:
     command.add_argument("--fps", type=float)
     command.add_argument("--prompts", metavar="FILE", help="lines FRAMES: TEXT, for --prompt")
     command.add_argument("--schedule", default="static", help="static, uniform or looped windows")
-    command.add_argument("--fusion", default="ramp", help="how windows blend: ramp, pyramid, flat")
+    command.add_argument(
+        "--fusion", default="ramp", help="how windows blend: " + ", ".join(FUSIONS)
+    )
     command.add_argument("--noise", default="clip", help="clip, frame or freenoise")
     command.add_argument("--mode", default="windows", help="windows, or continuation (I2V, 5B)")
     command.add_argument("--anchor", action="store_true", help="show windows the frame before them")

@@ -299,11 +299,15 @@ def transformer_peak(
     return tape.peak
 
 
-def text_encoder_peak(size: int) -> int:
+def text_encoder_peak(size: int, *, wide_softmax: bool = False) -> int:
     """Return the peak bytes of umT5-xxl on one prompt of 512 tokens, weights not included.
 
     Independent of depth; attention sets it: scores (64 heads, 512 x 512), the position bias and
-    the softmax's result at once, beside six hidden states.
+    the softmax's result at once, beside six hidden states. With a position bias CUDA has no fused
+    kernel: scores and softmax are float32 then, beside two bias maps, a mask of bytes and fourteen
+    hidden states (``wide_softmax``; traced on an H100: 264.5 MiB in bf16).
     """
-    scores = 64 * _TEXT_TOKENS * _TEXT_TOKENS
-    return (3 * scores + 6 * _TEXT_TOKENS * 4096) * size
+    scores, hidden = 64 * _TEXT_TOKENS * _TEXT_TOKENS, _TEXT_TOKENS * 4096
+    if wide_softmax:
+        return scores * (2 * FP32 + 1 + 2 * size) + 14 * hidden * size
+    return (3 * scores + 6 * hidden) * size

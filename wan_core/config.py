@@ -99,7 +99,7 @@ class GenerationConfig:
     window_schedule: str = "static"
     """"static", "uniform" or "looped" (``windows.py``)."""
     window_fusion: str = "ramp"
-    """"ramp", "pyramid" or "flat" (``windows.py``)."""
+    """"ramp", "pyramid", "flat" or "causal" (``windows.py``)."""
     window_mode: str = "windows"
     """"windows" denoises all windows together; "continuation" makes one segment after the other,
     each begun with the last latents before it (image-to-video models and the 5B)."""

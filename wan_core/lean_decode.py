@@ -24,11 +24,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .decode_cache import HISTORY, HostCache, HostEntry, frames_known
+
 _REPEAT = "Rep"  # diffusers' mark of an upsampler that has seen the first frame only
-_HISTORY = 2  # frames a causal convolution looks back
 _HALF = (torch.float16, torch.bfloat16)
 _EPSILON = 1e-12  # of torch.nn.functional.normalize
-_HOST = torch.device("cpu")
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +36,8 @@ class DecodeOptions:
     """How a lean decode cuts its work: ``bands`` of rows (1: not at all), and where caches rest."""
 
     bands: int = 1
-    cache_on_host: bool = False
+    host: HostCache | None = None
+    """Where the feature cache rests; None: on the device."""
 
 
 class DecoderWalk:
@@ -93,10 +94,10 @@ class DecoderWalk:
             # before the first one's new entry is made.
             inside = _inside(block.conv1, padded)
             last = inside[:, :, -count:]
-            last = last.clone() if y.shape[2] < _HISTORY else last
+            last = last.clone() if y.shape[2] < HISTORY else last
             count = self._load(second, inside)
             self._keep(first, last)
-            inside[:, :, _HISTORY:].copy_(_activated(block.norm2, y, y))
+            inside[:, :, HISTORY:].copy_(_activated(block.norm2, y, y))
             del last
         else:
             self._keep_last(first, block.conv1, padded, count)
@@ -142,21 +143,22 @@ class DecoderWalk:
     ) -> Tensor:
         """Convolve band by band; into a new map, or added to one that is there."""
         slot = self._next_slot()
-        previous = self._slots[slot]
-        batch, channels, frames, height, width = source.shape
+        batch, _, frames, height, width = source.shape
         out = add_to
         if out is None:
             out = source.new_empty(batch, conv.out_channels, frames, height, width)
-        count = min(_HISTORY, frames + _known(previous))
-        home = _HOST if self._options.cache_on_host else source.device
-        kept = source.new_empty(batch, channels, count, height, width, device=home)
+        previous = self._slots[slot]
+        kept = self._entry(slot, source)
+        edge = None
         for rows in self._bands(height):
             padded, inside, used = _buffer(conv, source, rows)
             _write_history(inside, previous, used)
+            if kept is previous:  # the band before took the place of rows this one looks at
+                edge = _mend_edge(inside[:, :, :HISTORY], edge, rows, used)
             for index in range(frames):
-                frame, at = slice(index, index + 1), slice(_HISTORY + index, _HISTORY + index + 1)
+                frame, at = slice(index, index + 1), slice(HISTORY + index, HISTORY + index + 1)
                 _activate(norm, source[:, :, frame, used], inside[:, :, at])
-            kept[..., rows, :] = _inside(conv, padded)[:, :, -count:]
+            _put(kept, rows, _inside(conv, padded))
             del inside
             piece = _apply(conv, padded)
             del padded
@@ -167,6 +169,14 @@ class DecoderWalk:
             del piece
         self._slots[slot] = kept
         return out
+
+    def _entry(self, slot: int, source: Tensor) -> Tensor | HostEntry:
+        """Return what the bands' last frames are written to: on the host, what is read as well."""
+        if self._options.host is not None:
+            return self._options.host.entry(slot, source)
+        batch, channels, frames, height, width = source.shape
+        count = min(HISTORY, frames + _known(self._slots[slot]))
+        return source.new_empty(batch, channels, count, height, width)
 
     def _bands(self, height: int) -> list[slice]:
         count = min(self._options.bands, height)
@@ -188,7 +198,7 @@ class DecoderWalk:
         count = self._load(slot, inside)
         if norm is not None:
             source = _activated(norm, source, source if writable else None)
-        inside[:, :, _HISTORY:].copy_(source)
+        inside[:, :, HISTORY:].copy_(source)
         return padded, count
 
     def _load(self, slot: int, inside: Tensor) -> int:
@@ -196,15 +206,19 @@ class DecoderWalk:
         previous = self._slots[slot]
         self._slots[slot] = None
         _write_history(inside, previous, slice(None))
-        return min(_HISTORY, inside.shape[2] - _HISTORY + _known(previous))
+        return min(HISTORY, inside.shape[2] - HISTORY + _known(previous))
 
     def _keep_last(self, slot: int, conv: Any, padded: Tensor, count: int) -> None:
         self._keep(slot, _inside(conv, padded)[:, :, -count:])
 
     def _keep(self, slot: int, frames: Tensor) -> None:
-        home = _HOST if self._options.cache_on_host else frames.device
-        kept = torch.empty(frames.shape, dtype=frames.dtype, device=home)
-        self._slots[slot] = kept.copy_(frames)
+        host = self._options.host
+        if host is None:
+            kept = torch.empty(frames.shape, dtype=frames.dtype, device=frames.device)
+            self._slots[slot] = kept.copy_(frames)
+        else:
+            self._slots[slot] = entry = host.entry(slot, frames)
+            entry.write(slice(None), frames)
 
     # ----------------------------------------------------------------------- upsampling
 
@@ -249,9 +263,7 @@ def _apply(conv: Any, padded: Tensor) -> Tensor:
 
 def _known(previous: Any) -> int:
     """Frames a slot gives to the next cache: a mark stands for one frame of zeros."""
-    if isinstance(previous, Tensor):
-        return previous.shape[2]
-    return 1 if previous == _REPEAT else 0
+    return 1 if isinstance(previous, str) else frames_known(previous)
 
 
 def _inside(conv: Any, padded: Tensor) -> Tensor:
@@ -269,7 +281,7 @@ def _buffer(conv: Any, source: Tensor, rows: slice) -> tuple[Tensor, Tensor, sli
     low, high = max(0, rows.start - margin), min(height, rows.stop + margin)
     above, below = margin - (rows.start - low), margin - (high - rows.stop)
     size = (rows.stop - rows.start + 2 * margin, width + 2 * margin)
-    padded = source.new_empty(batch, channels, _HISTORY + frames, *size)
+    padded = source.new_empty(batch, channels, HISTORY + frames, *size)
     for border in (padded[..., :above, :], padded[..., size[0] - below :, :]):
         border.zero_()
     for border in (padded[..., :margin], padded[..., size[1] - margin :]):
@@ -279,10 +291,28 @@ def _buffer(conv: Any, source: Tensor, rows: slice) -> tuple[Tensor, Tensor, sli
 
 
 def _write_history(inside: Tensor, previous: Any, rows: slice) -> None:
-    known = previous.shape[2] if isinstance(previous, Tensor) else 0
-    inside[:, :, : _HISTORY - known].zero_()
-    if known:
-        inside[:, :, _HISTORY - known : _HISTORY].copy_(previous[..., rows, :])
+    known = frames_known(previous)
+    inside[:, :, : HISTORY - known].zero_()
+    if isinstance(previous, HostEntry):
+        previous.read(rows, inside[:, :, :HISTORY])
+    elif known:
+        inside[:, :, HISTORY - known : HISTORY].copy_(previous[..., rows, :])
+
+
+def _mend_edge(history: Tensor, edge: Tensor | None, rows: slice, used: slice) -> Tensor:
+    """Put ``edge``, rows above the band as they were, into its history; return the next edge."""
+    if edge is not None:
+        history[..., : edge.shape[3], :].copy_(edge)
+    below = used.stop - rows.stop  # as many rows of the next band lie above it
+    end = rows.stop - used.start
+    return history[..., end - below : end, :].clone()
+
+
+def _put(kept: Tensor | HostEntry, rows: slice, inside: Tensor) -> None:
+    if isinstance(kept, HostEntry):
+        kept.write(rows, inside[:, :, -HISTORY:])
+    else:
+        kept[..., rows, :] = inside[:, :, -kept.shape[2] :]
 
 
 def _activate(norm: Any, x: Tensor, out: Tensor) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .decode_cache import HostCache
 from .lean_decode import DecodeOptions, DecoderWalk
 from .own_forward import Installed, OwnForward, digest_of
 
@@ -84,22 +85,28 @@ def _why_not_module(module: nn.Module, known: set[Any]) -> str | None:
 
 @contextmanager
 def lean_decoder(
-    vae: Any, *, bands: int | None = None, cache_on_host: bool | None = None
+    vae: Any, *, bands: int | None = None, cache_on_host: bool | None = None, pin_bytes: int = 0
 ) -> Iterator[str | None]:
     """Decode with less memory in this thread, inside the ``with`` block.
 
     Yields None, or the reason why the VAE keeps its own forward. Without ``bands`` the bits are
     diffusers' own; with a number of bands of rows, rounding may differ. ``cache_on_host`` rests
-    the feature cache in RAM between uses, which changes no bit; None: where there are bands. It
-    acts on calls with a feature cache where gradients are off. Enter it after placement.
+    the feature cache in RAM between uses, which changes no bit; None: where there are bands. Of
+    all page-locked memory ``pin_bytes`` may be had. It acts on calls with a feature cache where
+    gradients are off. Enter it after placement.
     """
     reason = why_not(vae)
     if reason is not None:
         yield reason
         return
     on_host = bands is not None if cache_on_host is None else cache_on_host
-    with _lean(vae.decoder, DecodeOptions(bands=max(1, bands or 1), cache_on_host=on_host)):
-        yield None
+    host = HostCache(pin_bytes) if on_host else None
+    try:
+        with _lean(vae.decoder, DecodeOptions(max(1, bands or 1), host)):
+            yield None
+    finally:
+        if host is not None:
+            host.close()
 
 
 def _put_on(decoder: Any, installed: Installed[DecodeOptions]) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from functools import lru_cache
 
 from .activations import FP32, Tape
-from .vae_activations import CHUNKS, Map, attention_block
+from .vae_activations import CHUNKS, Map, attention_block, convolved
 from .variants import VaeShape
 
 BANDS = 8
@@ -24,6 +24,10 @@ class _Slot:
 
     def __init__(self, frames: int, kept: Map | None, nbytes: int) -> None:
         self.frames, self.kept, self.nbytes = frames, kept, nbytes
+
+    @property
+    def on_host(self) -> bool:
+        return self.kept is None and self.nbytes > 0
 
 
 class _Walk:
@@ -77,7 +81,7 @@ class _Walk:
             del x
         y = _apply(padded, width)
         if plain:
-            following = self._load(second, y.t)
+            following = self._load(second, y)
             self._keep(first, padded, count)
             _normalize(y)
         else:
@@ -107,15 +111,22 @@ class _Walk:
     def _by_bands(
         self, x: Map, channels: int, *, norm: bool = False, into: Map | None = None, margin: int = 1
     ) -> Map:
-        slot = self._next_slot()
+        slot, rows = self._next_slot(), self._rows(x.h)
         held = self.slots[slot]
         count = min(_HISTORY, x.t + (held.frames if held else 0))
         out = x.like(c=channels) if into is None else into
         kept = self._slot(x, count)
-        padded = x.like(t=x.t + _HISTORY, h=self._rows(x.h) + 2 * margin, w=x.w + 2 * margin)
+        padded = x.like(t=x.t + _HISTORY, h=rows + 2 * margin, w=x.w + 2 * margin)
+        edges: tuple[Map, ...] = ()
+        if held is not None and held.on_host:
+            padded.like(t=_HISTORY, w=x.w)
+            edges = (x.like(t=_HISTORY, h=margin),) if margin else ()
         if norm:
             _normalize(padded)
+        if self.on_host:
+            x.like(t=_HISTORY, h=rows)
         _apply(padded, channels, margin=margin)
+        x.tape.during(*edges)
         self.slots[slot] = kept
         return out
 
@@ -132,23 +143,30 @@ class _Walk:
         self, x: Map, slot: int, *, norm: bool = True, writable: bool, margin: int = 1
     ) -> tuple[Map, int]:
         padded = x.like(t=x.t + _HISTORY, h=x.h + 2 * margin, w=x.w + 2 * margin)
-        count = self._load(slot, x.t)
+        count = self._load(slot, x)
         if norm:
             active = x if writable else x.like()
             _normalize(active)
         return padded, count
 
-    def _load(self, slot: int, frames: int) -> int:
+    def _load(self, slot: int, x: Map) -> int:
         held, self.slots[slot] = self.slots[slot], None
-        return min(_HISTORY, frames + (held.frames if held else 0))
+        if held is not None and held.on_host:
+            x.like(t=_HISTORY)  # on its way
+        return min(_HISTORY, x.t + (held.frames if held else 0))
 
     def _keep(self, slot: int, padded: Map, count: int, margin: int = 1) -> None:
         h, w = padded.h - 2 * margin, padded.w - 2 * margin
+        if self.on_host:
+            padded.like(t=_HISTORY, h=h, w=w)  # on its way
         self.slots[slot] = self._slot(padded, count, h, w)
 
     def _slot(self, x: Map, frames: int, h: int | None = None, w: int | None = None) -> _Slot:
-        nbytes = x.b * x.c * frames * (h or x.h) * (w or x.w) * x.size
-        return _Slot(frames, None if self.on_host else x.like(t=frames, h=h, w=w), nbytes)
+        if self.on_host:
+            nbytes = x.b * x.c * _HISTORY * (h or x.h) * (w or x.w) * x.size
+            return _Slot(_HISTORY, None, nbytes)
+        kept = x.like(t=frames, h=h, w=w)
+        return _Slot(frames, kept, kept.nbytes)
 
     def _upsample(self, held: list[Map], channels: int, *, time: bool) -> None:
         if time:
@@ -158,12 +176,11 @@ class _Walk:
             rows = self._rows(x.h)
             out = x.like(c=channels, h=2 * x.h, w=2 * x.w)
             large = x.like(h=2 * rows + 2, w=2 * x.w + 2)
-            piece = out.like(h=2 * rows)
+            convolved(large, out.like(h=2 * rows))
         else:
             large = x.like(h=2 * x.h, w=2 * x.w)
             del x
-            piece = out = large.like(c=channels)
-        x = piece
+            out = convolved(large, large.like(c=channels))
         held.append(out)
 
     def _upsample_time(self, held: list[Map]) -> None:
@@ -175,13 +192,8 @@ class _Walk:
 
 
 def _apply(padded: Map, channels: int, *, kernel: int = 3, margin: int = 1) -> Map:
-    out = padded.like(
-        c=channels, t=padded.t - kernel + 1, h=padded.h - 2 * margin, w=padded.w - 2 * margin
-    )
-    if padded.tape.workspace:
-        # cuDNN computes channels-last: it copies input and output.
-        padded.tape.new(padded.elements + out.elements, padded.size)
-    return out
+    h, w = padded.h - 2 * margin, padded.w - 2 * margin
+    return convolved(padded, padded.like(c=channels, t=padded.t - kernel + 1, h=h, w=w))
 
 
 def _normalize(x: Map) -> None:

@@ -41,12 +41,13 @@ _LATENT_COPIES = 6
 """float32 latents alive during a forward: the state, UniPC's history, the first prediction."""
 _STEP_COPIES = 12
 """The same while UniPC takes its step, when the forward's activations are gone."""
-_DEVICE_WORKSPACE = 96 * MIB
-"""cuBLAS and cuDNN handles with their workspaces, as the allocator counts them."""
-_ROOM = {"diffusers": 0.35, "lean": 0.1, "vae": 0.3, "other": 0.2}
+_DEVICE_WORKSPACE = 40 * MIB
+"""cuBLAS's workspace, 32 MiB on an H100 and 8 elsewhere, and small tables."""
+_ROOM = {"diffusers": 0.35, "lean": 0.35, "rows": 0.1, "vae": 0.3, "other": 0.2}
 """Share of the activations that the caching allocator needs beyond them because freed blocks
 leave gaps. Found on an H100 (torch 2.11) by capping the allocator until a run failed: 23 to 38 %
-for diffusers' forward, 4 to 10 % for the lean one, 20 to 30 % for the VAE."""
+for diffusers' forward, 20 to 30 % for the VAE. The lean one, its blocks resident, needed 4 to
+10 %; streamed at 720p, 23 % were not enough; with products by rows 10 % were."""
 _MEASURED = {(9, 0)}
 """Compute capabilities on which estimates were compared with runs: see benchmarks/results."""
 _PROCESS = 450 * MIB
@@ -95,7 +96,7 @@ def reserved_bytes(stage: StageEstimate, choices: Choices, system: SystemResourc
         return stage.device_bytes
     kind = "other"
     if stage.name.startswith("denoise"):
-        kind = "lean" if choices.lean else "diffusers"
+        kind = "rows" if choices.by_rows else "lean" if choices.lean else "diffusers"
     elif stage.name in ("condition_encode", "decode"):
         kind = "vae"
     return stage.device_bytes + int(_ROOM[kind] * stage.activation_bytes)
@@ -248,7 +249,8 @@ class _Ledger:
         return sum(self.bytes.values()) if self.on_cpu else self.bytes[part]
 
     def _text(self) -> int:
-        peak = text_encoder_peak(BYTES[self._dtype("text_encoder")])
+        size = BYTES[self._dtype("text_encoder")]
+        peak = text_encoder_peak(size, wide_softmax=not self.on_cpu)
         texts = 2 if self.job.guidance_high or self.job.guidance_low else 1
         return peak + texts * _TEXT_TOKENS * self.arch.transformer.text_dim * 4
 

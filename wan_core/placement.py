@@ -34,8 +34,11 @@ def carried_out(
             why_not = stack.enter_context(lean_forward(module, exact=not plan.by_rows))
         elif plan.lean and component == "vae" and decoding:
             bands = BANDS if plan.by_rows else None
-            away = True if plan.cache_in_ram else None
-            why_not = stack.enter_context(lean_decoder(module, bands=bands, cache_on_host=away))
+            away = plan.by_rows or plan.cache_in_ram
+            decoder = lean_decoder(
+                module, bands=bands, cache_on_host=away, pin_bytes=pin_budget(plan) if away else 0
+            )
+            why_not = stack.enter_context(decoder)
         yield f"More memory than predicted in {component}: {why_not}" if why_not else None
 
 

@@ -89,15 +89,15 @@ class Block:
 
 
 class Slab:
-    """Host memory for one block, page-locked between ``lock`` and ``unlock`` or its end.
+    """Host memory for one use, page-locked between ``lock`` and ``unlock`` or its end.
 
     torch's pinned allocator rounds up to a power of two (1 GiB for a 14B block of 703 MB);
     registering ordinary memory locks what is used and no more.
     """
 
-    def __init__(self, nbytes: int) -> None:
+    def __init__(self, nbytes: int, device: torch.device | None = None) -> None:
         with torch.inference_mode(False):
-            self.memory = torch.empty(nbytes, dtype=torch.uint8)
+            self.memory = torch.empty(nbytes, dtype=torch.uint8, device=device)
         self.users = 0
         self._release: Any = None
 
@@ -124,7 +124,7 @@ def _register(memory: Tensor) -> bool:
     status = int(_cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.numel(), 0))
     if status != 0:
         _log.warning(
-            "Page-locking %.0f MB failed (CUDA error %d): weights are sent from pageable memory.",
+            "Page-locking %.0f MB failed (CUDA error %d): copies go through pageable memory.",
             memory.numel() / 1e6, status,
         )  # fmt: skip
     return status == 0

@@ -29,16 +29,12 @@ class StreamingDecoder:
     ``latents`` is (B, z, T, h, w) in VAE space (``denormalize_latents``), on any device. Each
     chunk is (B, 3, f, H, W) in the VAE's dtype and device, within -1..1, f = 1 for the first
     latent frame and 4 for the others. When ``decode_next`` raises, ``position`` has not moved
-    and it may be called again, on the same or another placement of the VAE:
-
-    - ``keep_previous=False``: the cache is freed at the failure, and the next call rebuilds it
-      by decoding the earlier latent frames again. Needs no memory beyond the decoder's own.
-    - ``keep_previous=True``: the cache before the call is held during it, and the next call
-      repeats one latent frame only. Costs one more cache: 6,900 instead of 4,900 elements per
-      pixel at the peak of the 2.1 VAE (traced on CPU, full-size model).
+    and it may be called again, on the same or another placement of the VAE: the feature cache is
+    freed at the failure and built again from the earlier latent frames, so that going on needs
+    no more memory than the decoder itself.
     """
 
-    def __init__(self, vae: Any, latents: Tensor, *, keep_previous: bool = False) -> None:
+    def __init__(self, vae: Any, latents: Tensor) -> None:
         if latents.ndim != 5 or latents.shape[2] < 1:
             raise InvalidRequest(
                 f"latents have shape {tuple(latents.shape)}; the decoder takes (batch, channels, "
@@ -48,7 +44,6 @@ class StreamingDecoder:
         self.vae = vae
         self.position = 0
         self.frames_done = 0
-        self._keep_previous = keep_previous
         self._latents = latents
         self._projected: Tensor | None = None
         self._cache: list[Any] | None = None  # None: not started, closed, or lost to a failure
@@ -108,21 +103,16 @@ class StreamingDecoder:
             self._decode(self._cache, check)
         return self._decode(self._cache, check)
 
-    def _decode(self, before: list[Any], check: Check | None) -> Tensor:
+    def _decode(self, cache: list[Any], check: Check | None) -> Tensor:
         if check is not None:
             check()
-        # The model replaces entries of the list and never writes into the tensors: a copy of
-        # the list keeps the state of before, at the price of both caches living at once.
-        working = list(before) if self._keep_previous else before
         try:
-            chunk = self._run(self._fed, working)
+            chunk = self._run(self._fed, cache)
         except BaseException:
             # A traceback may hold this frame: empty the list, so that the tensors go at once.
-            working.clear()
-            if not self._keep_previous:
-                self._cache = None
+            cache.clear()
+            self._cache = None
             raise
-        before[:] = working
         self._fed += 1
         return chunk
 

@@ -67,10 +67,16 @@ def _conv(
         y = x.like(t=cache.t + x.t)
         pad -= cache.t
     y = y.like(t=y.t + pad, h=y.h + spatial - 1, w=y.w + spatial - 1)
-    out = y.like(c=channels, t=(y.t - kernel) // stride + 1, h=x.h, w=x.w)
+    return convolved(y, y.like(c=channels, t=(y.t - kernel) // stride + 1, h=x.h, w=x.w))
+
+
+def convolved(x: Map, out: Map) -> Map:
+    """Return ``out``, a convolution of x in two or three dimensions.
+
+    cuDNN computes channels-last: it copies input and output (measured on an H100, 0.2 %).
+    """
     if x.tape.workspace:
-        # cuDNN computes channels-last: it copies input and output (measured on an H100, 0.2 %).
-        x.tape.new(y.elements + out.elements, x.size)
+        x.tape.new(x.elements + out.elements, x.size)
     return out
 
 
@@ -159,13 +165,13 @@ def _upsample(x: Map, channels: int, cache: _Cache, *, time: bool) -> Map:
     del wide
     if large.size != y.size:
         large = large.like(size=y.size)
-    return large.like(c=channels)
+    return convolved(large, large.like(c=channels))
 
 
 def _downsample(x: Map, cache: _Cache, *, time: bool) -> Map:
     frames = x.like() if x.b > 1 and x.t > 1 else x
     padded = frames.like(h=x.h + 1, w=x.w + 1)
-    y = padded.like(h=x.h // 2, w=x.w // 2)
+    y = convolved(padded, padded.like(h=x.h // 2, w=x.w // 2))
     del padded, frames
     if not time:
         return y

@@ -8,6 +8,12 @@ frames both of them see, and a window's weight is the fade-in before it less the
 it. The weights telescope, so they sum to one, and two windows that disagree by d move the result
 by at most d/(w+1) from one frame to the next. One change from 1 to 0 in w+1 steps cannot be
 gentler, so this is the optimum; the usual linspace(0, 1, w) wastes its first and last frame.
+
+Blending makes neighbours agree only about what they share: two ends of a clip that began to make
+different things of it still meet somewhere, in one seam that shows. ``causal`` gives a frame wholly
+to the first window that sees it; the later one sees it being made and goes on from there, as in
+extending a video by replacement (Ho et al., Video Diffusion Models, 2022, section 3.1), but for all
+windows in the same step. An object keeps its place across windows, where shapes may drift.
 """
 
 from __future__ import annotations
@@ -19,7 +25,7 @@ from typing import Literal, cast, get_args
 from .errors import InvalidRequest
 
 ScheduleName = Literal["static", "uniform", "looped"]
-FusionName = Literal["ramp", "pyramid", "flat"]
+FusionName = Literal["ramp", "pyramid", "flat", "causal"]
 
 SCHEDULES: tuple[str, ...] = get_args(ScheduleName)
 FUSIONS: tuple[str, ...] = get_args(FusionName)
@@ -224,10 +230,14 @@ class WindowPlan:
         return tuple(fractions)
 
     def seams(self, step: int = 0) -> tuple[int, ...]:
-        """Latent frames at the middle of each overlap, where the later window takes over."""
+        """Latent frames where the later window takes over: the middle of each overlap.
+
+        Of ``causal`` fusion, the frame behind it.
+        """
         starts = self.starts(step)
+        share = 1 if self.fusion == "causal" else 2
         middles = (
-            start + handover[0] + handover[1] // 2
+            start + handover[0] + handover[1] // share
             for start, handover in zip(starts, self._handovers(starts), strict=True)
             if handover is not None
         )
@@ -267,6 +277,8 @@ def _weights(
         return (1.0,) * length
     if fusion == "pyramid":
         return tuple(float(min(j + 1, length - j)) for j in range(length))
+    if fusion == "causal":
+        return tuple(float(before is None or j >= before[1]) for j in range(length))
     own = [1.0] * length
     if before is not None:
         own = [min(1.0, (j + 1) / (before[1] + 1)) for j in range(length)]
@@ -289,7 +301,8 @@ def plan_windows(
     the next multiple of 4; without an overlap it is 16, or half of a window shorter than 32. An
     overlap no smaller than the window becomes half of it. All of this is said in ``notes``.
     Schedules: ``static`` (same seams every step), ``uniform`` (seams move from step to step),
-    ``looped`` (the end flows into the beginning). Raises ``InvalidRequest`` with the field.
+    ``looped`` (the end flows into the beginning). Fusions: see above. Raises ``InvalidRequest``
+    with the field.
     """
     _require(total_latent_frames >= 1, "num_frames", total_latent_frames, "at least 1 latent frame")
     _require(window >= 1, "window", window, "at least 1 frame")
