@@ -125,7 +125,6 @@ class DryModel:
             for tensor in (*self.module.parameters(), *self.module.buffers()):
                 counter.know(tensor)
             collecting = gc.isenabled()
-            gc.collect()
             gc.disable()
             try:
                 with counter:

@@ -150,12 +150,12 @@ def test_swapped_experts_are_noticed() -> None:
             tokenizer=folder / "tokenizer",
         )
     )
-    found = score(swapped, "t2v", 4, flow_shift=12.0, boundary=0.875, negative_prompt="")
+    found = score(swapped, "t2v", 3, flow_shift=12.0, boundary=0.875, negative_prompt="")
     assert found.right["steady"] <= 1, str(found)
 
 
 def test_a_wrong_shift_is_noticed(t2v: Any) -> None:
-    found = score(t2v, "t2v", 5, flow_shift=0.1)
+    found = score(t2v, "t2v", 4, flow_shift=0.1)
     assert found.right["steady"] <= 2, str(found)
 
 
@@ -172,11 +172,11 @@ def test_latents_that_were_not_denormalised_are_noticed(tmp_path: Path) -> None:
 
 def test_the_negative_prompt_in_the_prompt_s_place_is_noticed(t2v: Any) -> None:
     found = Score()
-    for seed, cell in enumerate(spread(4)):
+    for seed, cell in enumerate(spread(3)):
         said = clips.sentence(*cell)
         found.add(cell, frames_of(t2v, job("t2v", cell, seed, prompt="", negative_prompt=said)))
-    assert found.right["colour"] <= 2, str(found)
-    assert found.right["direction"] <= 2, str(found)
+    assert found.right["colour"] <= 1, str(found)
+    assert found.right["direction"] <= 1, str(found)
 
 
 def test_an_ignored_image_is_noticed(i2v: Any) -> None:

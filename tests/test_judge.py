@@ -20,10 +20,9 @@ def read(reading: judge.Reading) -> tuple[str, str, str, str]:
     return (reading.colour, reading.shape, reading.direction, reading.background)
 
 
-@pytest.mark.parametrize("wrap", [False, True])
-def test_reads_the_whole_grid_exactly(wrap: bool) -> None:
+def test_reads_the_whole_grid_exactly() -> None:
     for seed, cell in enumerate(clips.grid()):
-        reading = judge.read_clip(movie(cell, seed, wrap))
+        reading = judge.read_clip(movie(cell, seed, seed % 2 == 0))
         assert read(reading) == cell
         assert reading.steady()
 

@@ -231,7 +231,7 @@ CASES = [
     (VAE_22, "bf16", 1, False, 44, 80),
     (VAE_21, "bf16", 2, False, 30, 52),
     (VAE_22, "fp32", 2, False, 22, 40),
-    (VAE_22, "bf16", 8, True, 44, 80),
+    (VAE_22, "bf16", 3, True, 44, 80),
 ]
 
 

@@ -235,6 +235,7 @@ class DecoderWalk:
                 piece = F.conv2d(_doubled_band(x, rows), conv.weight, conv.bias)
                 fine = slice(2 * rows.start, 2 * rows.stop)
                 out[..., fine, :] = piece.view(batch, frames, size[0], -1, size[2])
+                del piece
         else:
             large = x.new_empty(batch * frames, channels, 2 * height, 2 * width)
             _double(x, large.view(batch, frames, channels, 2 * height, 2 * width))
