@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from tools import clips, judge
-from tools.judge_demo import SCALES, Score, first_frame, psnr, round_trip, spread
+from tools.judge_demo import SCALES, Score, first_frame, measure_long, psnr, round_trip, spread
 from wan_core import GenerationConfig, WanModelFiles, WanPipelineLoader
 
 MODEL = Path(__file__).parent.parent / "wan_core" / "demo_model"
@@ -122,6 +122,13 @@ def test_twelve_prompts_show_what_they_say(t2v: Any) -> None:
     assert found.right["direction"] >= 11, str(found)
     assert found.right["shape"] >= 11, str(found)
     assert found.right["background"] >= 11, str(found)
+    assert found.right["steady"] >= 10, str(found)
+
+
+def test_a_long_clip_keeps_its_object() -> None:
+    """In windows: as the VAE once was, every window after the first had another object, or none."""
+    for cell, right, frames in measure_long(MODEL, 1):
+        assert right >= 60 and frames == 65, f"{cell}: {right} of {frames} frames"
 
 
 def test_an_image_begins_the_clip_and_stays(i2v: Any) -> None:
@@ -155,8 +162,8 @@ def test_swapped_experts_are_noticed() -> None:
 
 
 def test_a_wrong_shift_is_noticed(t2v: Any) -> None:
-    found = score(t2v, "t2v", 4, flow_shift=0.1)
-    assert found.right["steady"] <= 2, str(found)
+    found = score(t2v, "t2v", 4, flow_shift=0.01)
+    assert found.right["steady"] <= 1, str(found)
 
 
 def test_latents_that_were_not_denormalised_are_noticed(tmp_path: Path) -> None:
@@ -166,8 +173,8 @@ def test_latents_that_were_not_denormalised_are_noticed(tmp_path: Path) -> None:
     config = json.loads(path.read_text())
     config.update(latents_mean=[0.0] * 16, latents_std=[1.0] * 16)
     path.write_text(json.dumps(config))
-    found = score(open_demo(folder), "t2v", 3)
-    assert found.right["steady"] <= 1, str(found)
+    found = score(open_demo(folder), "t2v", 6)
+    assert found.right["steady"] <= 4, str(found)
 
 
 def test_the_negative_prompt_in_the_prompt_s_place_is_noticed(t2v: Any) -> None:

@@ -146,6 +146,6 @@ def test_a_decode_with_its_cache_in_ram_gives_the_same_bits(bands: int, pin_byte
         installed: Any = lean_vae._lean.on(vae.decoder)
         slabs = installed.mine().host._slabs
         found = [to_frames(chunk) for chunk in decode_frames(vae, latents)]
-        assert slabs and all(slab.pinned == bool(pin_bytes) for slab in slabs.values())
+        assert slabs and all(slab.pinned == bool(pin_bytes) for slab in slabs)
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
-    assert not any(slab.pinned for slab in slabs.values())
+    assert not any(slab.pinned for slab in slabs)

@@ -135,6 +135,17 @@ def test_a_decode_uses_one_piece_of_ram_for_each_convolution(version: str) -> No
     assert seen[1] == seen[2] == seen[-1]
 
 
+@pytest.mark.parametrize("bands", [None, 3])
+def test_two_decodes_at_a_time_keep_their_own_frames_in_ram(bands: int | None) -> None:
+    vae = make_vae("2.1")
+    first, second = make_latents(vae, 4), make_latents(vae, 4) + 1
+    expected = [chunks(vae, latents, bands=bands) for latents in (first, second)]
+    with lean_decoder(vae, bands=bands, cache_on_host=True):
+        pairs = list(zip(decode_frames(vae, first), decode_frames(vae, second), strict=True))
+    for found, alone in zip(zip(*pairs, strict=True), expected, strict=True):
+        assert same(list(found), alone)
+
+
 @VERSIONS
 @FLOATS
 def test_bands_give_the_picture_to_rounding(version: str, dtype: torch.dtype) -> None:

@@ -200,6 +200,12 @@ def test_causal_gives_a_frame_to_the_first_window_that_sees_it() -> None:
                 seen.update(made.indices)
             starts = plan.starts(step)
             assert plan.seams(step) == tuple(start + window for start in starts[:-1])
+        looped = plan_for(total, window, overlap, "looped", "causal").windows(step)
+        shares = [0.0] * total
+        for made in looped:
+            for index, weight in zip(made.indices, made.weights, strict=True):
+                shares[index] += weight
+        assert shares == [1.0] * total
 
 
 @pytest.mark.parametrize("fusion", ["pyramid", "flat"])

@@ -290,7 +290,7 @@ def train_decoder(run: Run) -> None:
     """Train the finished VAE's decoder on, for sharp corners; its latents stay what they are."""
     _, pool = render_pool(run, run.args.clips)
     vae: Any = models.build_vae()
-    vae.load_state_dict((run.started("decoder") or run.weights("vae"))["vae"])
+    vae.load_state_dict(run.weights("vae")["vae"])
     vae = models.frame_by_frame(vae).to(run.device)
     with torch.no_grad():
         parts = [vae._encode(to_unit(part)).chunk(2, 1)[0] for part in pool.split(32)]

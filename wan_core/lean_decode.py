@@ -173,7 +173,7 @@ class DecoderWalk:
     def _entry(self, slot: int, source: Tensor) -> Tensor | HostEntry:
         """Return what the bands' last frames are written to: on the host, what is read as well."""
         if self._options.host is not None:
-            return self._options.host.entry(slot, source)
+            return self._options.host.entry(self._slots, slot, source)
         batch, channels, frames, height, width = source.shape
         count = min(HISTORY, frames + _known(self._slots[slot]))
         return source.new_empty(batch, channels, count, height, width)
@@ -217,7 +217,7 @@ class DecoderWalk:
             kept = torch.empty(frames.shape, dtype=frames.dtype, device=frames.device)
             self._slots[slot] = kept.copy_(frames)
         else:
-            self._slots[slot] = entry = host.entry(slot, frames)
+            self._slots[slot] = entry = host.entry(self._slots, slot, frames)
             entry.write(slice(None), frames)
 
     # ----------------------------------------------------------------------- upsampling

@@ -93,7 +93,7 @@ def lean_decoder(
     diffusers' own; with a number of bands of rows, rounding may differ. ``cache_on_host`` rests
     the feature cache in RAM between uses, which changes no bit; None: where there are bands. Of
     all page-locked memory ``pin_bytes`` may be had. It acts on calls with a feature cache where
-    gradients are off. Enter it after placement.
+    gradients are off. Enter it after placement; a decode whose cache rests in RAM ends inside.
     """
     reason = why_not(vae)
     if reason is not None:

@@ -136,6 +136,8 @@ def _unregister(address: int) -> None:
 
 _slabs: weakref.WeakKeyDictionary[nn.Module, Slab] = weakref.WeakKeyDictionary()
 """Slabs that live as long as the block whose parameters are views of them."""
+_loose: weakref.WeakSet[Slab] = weakref.WeakSet()
+"""Slabs of other use, page-locked by :func:`lock_within`."""
 _slabs_lock = threading.Lock()
 
 
@@ -177,7 +179,7 @@ def room_to_pin(modules: nn.ModuleList, wanted: int, budget: int) -> int:
     mine = set(modules)
     with _slabs_lock:
         others = [slab for owner, slab in _slabs.items() if owner not in mine and slab.pinned]
-        held = sum(slab.memory.numel() for slab in others)
+        held = sum(slab.memory.numel() for slab in others) + _loose_bytes()
         for slab in others:
             if held + wanted <= budget:
                 break
@@ -185,6 +187,16 @@ def room_to_pin(modules: nn.ModuleList, wanted: int, budget: int) -> int:
                 slab.unlock()
                 held -= slab.memory.numel()
     return max(0, budget - held)
+
+
+def lock_within(slab: Slab, budget: int) -> bool:
+    """Page-lock a slab that holds no weights if all page-locked memory stays within ``budget``."""
+    nbytes = slab.memory.numel()
+    if room_to_pin(nn.ModuleList(), nbytes, budget) < nbytes or not slab.lock():
+        return False
+    with _slabs_lock:
+        _loose.add(slab)
+    return True
 
 
 def pinned_bytes(module: nn.Module) -> int:
@@ -195,9 +207,14 @@ def pinned_bytes(module: nn.Module) -> int:
 
 
 def all_pinned_bytes() -> int:
-    """Return how many bytes of page-locked memory all blocks hold."""
+    """Return how many bytes of page-locked memory there are."""
     with _slabs_lock:
-        return sum(slab.memory.numel() for slab in _slabs.values() if slab.pinned)
+        held = sum(slab.memory.numel() for slab in _slabs.values() if slab.pinned)
+        return held + _loose_bytes()
+
+
+def _loose_bytes() -> int:
+    return sum(slab.memory.numel() for slab in _loose if slab.pinned)
 
 
 def unpin(module: nn.Module) -> None:

@@ -89,6 +89,8 @@ class StreamingDecoder:
 
     def close(self) -> None:
         """Free the feature cache and the projected latents; a later call starts them anew."""
+        if self._cache is not None:
+            self._cache.clear()
         self._cache = None
         self._projected = None
 

@@ -355,7 +355,7 @@ _ALL: Final = (
     Variant(
         name="wanfit-demo-i2v", title="WanFit demo, image to video (two small experts)", experts=2,
         transformer=replace(_T_DEMO, in_channels=36), last_image=True, **_I2V,
-        defaults=replace(_D_I2V_A14B, **_DEMO_SIZE),
+        defaults=replace(_D_I2V_A14B, guidance_scale=2.0, guidance_scale_2=2.0, **_DEMO_SIZE),
         note="Ships with WanFit: 64x64 pixels, coloured shapes; the structure of wan2.2-i2v-a14b.",
     ),
     Variant(

@@ -178,7 +178,8 @@ class WindowPlan:
         gaps = [b - a for a, b in zip(starts, followers, strict=False)]
         # Round a circle, ramps of unequal length can add up where three windows meet; of equal
         # length they cannot. The gaps there differ by one frame at most, so little is lost.
-        ramps = [self.window - (max(gaps) if looped else gap) for gap in gaps]
+        even = looped and self.fusion != "causal"
+        ramps = [self.window - (max(gaps) if even else gap) for gap in gaps]
         return (*zip(gaps, ramps, strict=True), *(() if looped else (None,)))
 
     def windows(self, step: int = 0) -> tuple[Window, ...]:

@@ -45,7 +45,7 @@ class OptimizationConfig:
     device: str | None = None
     """"cuda:0", "cpu", "mps" …; None takes the first GPU, or the CPU."""
     vram_limit_gb: float | None = None
-    """Most GiB of the device the plan may use."""
+    """Most GiB of the device the plan may use; CUDA's own context, up to 1 GiB, comes on top."""
     ram_limit_gb: float | None = None
     """Most GiB of RAM the plan may use."""
     chunk_size: int | None = None
