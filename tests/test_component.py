@@ -491,7 +491,7 @@ def test_memory_while_loading_is_what_is_kept(
     from tiny_models import make_transformer
 
     model = make_transformer(
-        "wan2.1-t2v", num_attention_heads=8, attention_head_dim=128, ffn_dim=4096, num_layers=8
+        "wan2.1-t2v", num_attention_heads=8, attention_head_dim=128, ffn_dim=4096, num_layers=4
     ).to(stored)
     model.save_pretrained(tmp_path / "large")
     small = folders["wan2.1-t2v"] / "transformer"
@@ -500,7 +500,7 @@ def test_memory_while_loading_is_what_is_kept(
         capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1],
     ).stdout  # fmt: skip
     peak, kept, largest = map(int, output.split())
-    assert kept > 250e6
+    assert kept > 125e6
     assert peak <= 1.1 * kept + largest, f"{peak / 1e6:.0f} MB for {kept / 1e6:.0f} MB kept"
 
 

@@ -113,7 +113,7 @@ def test_round_trip_of_fresh_clips() -> None:
     from diffusers import AutoencoderKLWan
 
     vae = AutoencoderKLWan.from_pretrained(MODEL / "t2v" / "vae").float()
-    assert round_trip(vae, 8, seed=77) >= 30.0
+    assert round_trip(vae, 4, seed=77) >= 30.0
 
 
 def test_twelve_prompts_show_what_they_say(t2v: Any) -> None:
@@ -173,8 +173,8 @@ def test_latents_that_were_not_denormalised_are_noticed(tmp_path: Path) -> None:
     config = json.loads(path.read_text())
     config.update(latents_mean=[0.0] * 16, latents_std=[1.0] * 16)
     path.write_text(json.dumps(config))
-    found = score(open_demo(folder), "t2v", 6)
-    assert found.right["steady"] <= 4, str(found)
+    found = score(open_demo(folder), "t2v", 4)
+    assert found.right["steady"] <= 3, str(found)
 
 
 def test_the_negative_prompt_in_the_prompt_s_place_is_noticed(t2v: Any) -> None:

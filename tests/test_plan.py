@@ -522,7 +522,7 @@ def attempt(
 
 
 @settings(
-    max_examples=600, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(
     name=NAMES, job=JOBS, system=MACHINES, wishes=WISHES, abilities=ABILITIES,
