@@ -137,7 +137,7 @@ def measure_long(model: Path, count: int) -> Iterator[tuple[Cell, int, int]]:
         size: dict[str, Any] = {"width": clips.SIZE, "height": clips.SIZE, **LONG}
         result = wrapper.generate(
             GenerationConfig(
-                prompt=clips.sentence(*cell), seed=seed, num_inference_steps=20, **size
+                prompt=clips.sentence(*cell), seed=seed, num_inference_steps=STEPS, **size
             )
         )
         result.raise_for_error()

@@ -14,6 +14,7 @@ import argparse
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -149,8 +150,8 @@ class Run:
     def finish(self, stage: str, trainer: Trainer, **extra: object) -> None:
         """Write a stage's averaged weights and forget its partial checkpoint."""
         trainer.swap()
-        vaes, base = dict.fromkeys(("vae", "decoder"), ["vae"]), ["transformer", "text_encoder"]
-        names = (vaes | {"base": base}).get(stage, ["transformer"])
+        whole = {"vae": ["vae"], "decoder": ["vae"], "base": ["transformer", "text_encoder"]}
+        names = whole.get(stage, ["transformer"])
         state: dict[str, object] = {
             name: models.all_taps({k: v.detach().cpu() for k, v in module.state_dict().items()})
             for name, module in zip(names, trainer.modules, strict=True)
@@ -190,17 +191,30 @@ def psnr(run: Run, vae: Any, count: int = 64) -> float:
     return total / count
 
 
+def averaged_psnr(run: Run, trainer: Trainer) -> str:
+    """Say what a VAE with its averaged weights comes to."""
+    trainer.swap()
+    value = psnr(run, trainer.modules[0], 32)
+    trainer.swap()
+    return f"psnr {value:.2f} dB"
+
+
+def first_and_later(latents: torch.Tensor, clip: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return what to decode, and what to: half of a batch from its first latents, half later.
+
+    The decoder must read both: a window of a long clip begins with a later latent.
+    """
+    half, kept = len(clip) // 2, latents.shape[2] - LATER
+    shown = 4 * (kept - 1) + 1
+    begun = torch.cat([latents[:half, :, :kept], latents[half:, :, LATER:]])
+    return begun, torch.cat([clip[:half, :, :shown], clip[half:, :, 4 * LATER :]])
+
+
 def vae_loss(
     run: Run, vae: Any, pool: torch.Tensor, frames: int, mode: tuple[str, bool]
 ) -> Callable[[], torch.Tensor]:
-    """Return a loss that draws a batch: squared error, a little absolute error, KL divergence.
-
-    Half of the batch is decoded from its first latents, half from later ones, which the decoder
-    must read too: a window of a long clip begins with such a latent.
-    """
+    """Return a loss that draws a batch: squared error, a little absolute error, KL divergence."""
     batch = run.args.vae_batch
-    kept = (frames - 1) // 4 + 1 - LATER
-    shown = 4 * (kept - 1) + 1
 
     def loss() -> torch.Tensor:
         rows = torch.randint(len(pool), (batch,), device=run.device)
@@ -212,9 +226,7 @@ def vae_loss(
             mean, log_variance = moments.chunk(2, 1)
             log_variance = log_variance.clamp(-30, 20)
             latents = mean + torch.randn_like(mean) * (0.5 * log_variance).exp()
-            half = batch // 2
-            begun = torch.cat([latents[:half, :, :kept], latents[half:, :, LATER:]])
-            target = torch.cat([clip[:half, :, :shown], clip[half:, :, 4 * LATER :]])
+            begun, target = first_and_later(latents, clip)
             error = models.decode_unclamped(vae, begun).float() - target
         kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
         return error.square().mean() + 0.05 * error.abs().mean() + KL_WEIGHT * kl
@@ -265,12 +277,7 @@ def train_vae(run: Run) -> None:
     lay_out(vae, mode[1])
     trainer = run.trainer("vae", [vae])
 
-    def report() -> str:
-        trainer.swap()
-        value = psnr(run, vae, 32)
-        trainer.swap()
-        return f"psnr {value:.2f} dB"
-
+    report = partial(averaged_psnr, run, trainer)
     steps, seconds = run.args.steps, run.seconds("vae")
     for frames, until, share in ((clips.FRAMES, 0.6, 0.55), (POOL_FRAMES, 1.0, 0.45)):
         part = None if steps is None else int(steps * share)
@@ -299,25 +306,17 @@ def train_decoder(run: Run) -> None:
     vae.encoder.requires_grad_(False)
     vae.quant_conv.requires_grad_(False)
     trainer = run.trainer("decoder", [vae])
-    batch, kept = run.args.vae_batch, latents.shape[2] - LATER
-    half, shown = batch // 2, 4 * (latents.shape[2] - LATER - 1) + 1
 
     def loss() -> torch.Tensor:
-        rows = torch.randint(len(pool), (batch,), device=run.device)
-        some, clip = latents[rows], to_unit(pool[rows])
-        begun = torch.cat([some[:half, :, :kept], some[half:, :, LATER:]])
-        target = torch.cat([clip[:half, :, :shown], clip[half:, :, 4 * LATER :]])
+        rows = torch.randint(len(pool), (run.args.vae_batch,), device=run.device)
+        begun, target = first_and_later(latents[rows], to_unit(pool[rows]))
         weight = 1 + EDGE_WEIGHT * edges(target) / 2
         error = models.decode_unclamped(vae, begun).float() - target
         return (weight * (error.square() + 0.05 * error.abs())).mean()
 
-    def report() -> str:
-        trainer.swap()
-        value = psnr(run, vae, 32)
-        trainer.swap()
-        return f"psnr {value:.2f} dB"
-
-    trainer.run(loss, 1.0, run.args.steps, run.seconds("decoder"), report)
+    trainer.run(
+        loss, 1.0, run.args.steps, run.seconds("decoder"), partial(averaged_psnr, run, trainer)
+    )
     run.finish("decoder", trainer)
     run.say(f"decoder: round trip {psnr(run, vae, 64):.2f} dB on 64 fresh clips")
 
