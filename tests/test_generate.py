@@ -254,6 +254,7 @@ PLANS = {
     "lean": {"lean": True},
     "streamed": {"stream": True, "resident_blocks": 0, "offload": "model"},
     "streamed lean": {"stream": True, "resident_blocks": 1, "offload": "model", "lean": True},
+    "one at a time": {"stream": True, "stream_buffers": 1, "offload": "model", "lean": True},
     "lean, text encoder by layer": {
         "lean": True, "offload": "model", "part_offload": {"text_encoder": "sequential"},
     },

@@ -130,6 +130,9 @@ class FakeCuda:
         self.name, self.uuid, self.multi_processor_count = "A card", "x", 84
         self.major, self.minor = capability
 
+    def get_allocator_backend(self) -> str:
+        return "native"
+
     def get_device_properties(self, device: str) -> FakeCuda:
         return self
 
@@ -152,6 +155,23 @@ def test_what_a_card_computes_natively(capability: tuple[int, int], bf16: bool, 
     assert (found["supports_bf16"], found["supports_fp8"]) == (bf16, fp8)
     # What the allocator holds and nobody uses is as good as free.
     assert found["device_free_bytes"] == 12 * GIB
+
+
+@pytest.mark.parametrize(
+    ("backend", "variable", "value", "system", "expected"),
+    [
+        ("native", "PYTORCH_CUDA_ALLOC_CONF", "", "Linux", "default"),
+        ("native", "PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True", "Linux", "expandable"),
+        ("native", "PYTORCH_ALLOC_CONF", "a:1, Expandable_Segments: true", "Linux", "expandable"),
+        ("native", "PYTORCH_ALLOC_CONF", "expandable_segments:False", "Linux", "default"),
+        ("native", "PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True", "Windows", "default"),
+        ("cudaMallocAsync", "PATH", "expandable_segments:True", "Linux", "async"),
+    ],
+)
+def test_the_allocator_is_known(
+    backend: str, variable: str, value: str, system: str, expected: str
+) -> None:
+    assert hardware.allocator(backend, {variable: value}, system) == expected
 
 
 def test_an_amd_card_is_no_compute_capability() -> None:

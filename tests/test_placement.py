@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,7 @@ from wan_core.errors import InvalidRequest
 from wan_core.load import PipelineManager
 from wan_core.memory import Job
 from wan_core.plan import OptimizationManager, OptimizationPlan
+from wan_core.streaming import stream_blocks
 
 JOB = Job(width=832, height=480, num_frames=81)
 CALL: dict[str, Any] = {
@@ -106,3 +110,24 @@ def test_fp8_storage_is_kept_apart_in_the_cache(folder: Path) -> None:
     loader.clear_cache()
     assert not torch.equal(made["never"], made["always"])
     assert (made["never"] - made["always"]).abs().max() < 0.5
+
+
+@pytest.mark.parametrize("buffers", [1, 2])
+def test_streamed_blocks_get_as_many_buffers_as_the_plan_says(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, buffers: int
+) -> None:
+    seen: list[Any] = []
+    pipeline = PipelineManager().load_custom_pipeline(folder, dtype="fp32")
+    monkeypatch.setattr("wan_core.placement.stream_blocks", partial(watched, seen))
+    chosen = plan(stream=True, resident_blocks=0, stream_buffers=buffers)
+    with OptimizationManager().apply_memory_optimizations(pipeline.transformer, chosen):
+        block = sum(p.nbytes for p in pipeline.transformer.blocks[0].parameters())
+        assert round(seen[0].buffer_bytes / block) == buffers
+
+
+@contextmanager
+def watched(seen: list[Any], *args: Any, **numbers: Any) -> Iterator[Any]:
+    """Stream as told, and keep what the stream says of itself."""
+    with stream_blocks(*args, **numbers) as state:
+        seen.append(state)
+        yield state

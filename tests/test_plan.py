@@ -12,11 +12,14 @@ from machines import architecture, cpu, gpu
 
 from wan_core import plan as plan_module
 from wan_core.architecture import ModelArchitecture
+from wan_core.choices import Choices
 from wan_core.errors import DoesNotFit, InvalidRequest
 from wan_core.hardware import SystemResources
 from wan_core.ladder import Limits
-from wan_core.memory import GIB, MIB, Job
+from wan_core.memory import GIB, MIB, Job, estimate
 from wan_core.plan import OptimizationConfig, OptimizationManager, OptimizationPlan
+from wan_core.sizes import PARTS, block_bytes
+from wan_core.timing import stream_seconds, timing
 
 ALL = ("lean", "rows", "stream", "fp8")
 P480 = Job(width=832, height=480, num_frames=81)
@@ -36,6 +39,7 @@ def recommend(
 def placement(plan: OptimizationPlan) -> str:
     """Say in a word or two how a plan places the weights."""
     words = [f"{plan.resident_blocks} + stream" if plan.stream else plan.offload]
+    words += ["one at a time"] * (plan.stream_buffers == 1)
     pieces = {"sequential": "by layer", "stream": "by block", "group": "in groups"}
     words += [f"{part} {pieces[how]}" for part, how in plan.part_offload.items() if how in pieces]
     words += ["cache in RAM"] * plan.cache_in_ram
@@ -127,6 +131,36 @@ def test_known_cases_on_the_smallest_cards(job: Job, gib: float, placed: str) ->
     plan = recommend(T2V, job, gpu(gib), ALL)
     assert placement(plan) == placed
     assert plan.estimate.fits and not plan.fp8_storage
+
+
+TIGHT = [
+    (P480, 4.3, f"0 + stream, {BLOCKS}, {CACHE}, lean"),
+    (P480, 3.5, f"0 + stream, one at a time, {BLOCKS}, {CACHE}, lean"),
+    (P480, 3.0, f"0 + stream, one at a time, {BLOCKS}, lean, rows"),
+    (P720, 7.0, f"0 + stream, {BLOCKS}, {CACHE}, lean"),
+    (P720, 6.5, f"0 + stream, one at a time, {BLOCKS}, {CACHE}, lean"),
+    (P720, 5.0, f"0 + stream, one at a time, {BLOCKS}, lean, rows"),
+]
+
+
+@pytest.mark.parametrize(("job", "gib", "placed"), TIGHT)
+def test_known_cases_where_the_allocator_leaves_no_gaps(job: Job, gib: float, placed: str) -> None:
+    plan = recommend(T2V, job, gpu(gib, allocator="expandable"), ALL)
+    assert placement(plan) == placed
+    assert plan.estimate.fits
+
+
+def test_one_block_at_a_time_saves_a_block_and_costs_its_arrival() -> None:
+    found, system = architecture(T2V), gpu(24)
+    two = Choices(dtypes=dict.fromkeys(PARTS, "bf16"), offload="model", stream=True, lean=True)
+    one = replace(two, stream_buffers=1)
+    stages = [estimate(found, P480, way, system).stages for way in (two, one)]
+    needs = [{stage.name: stage.device_bytes for stage in of_way} for of_way in stages]
+    for name in ("denoise_high", "denoise_low"):
+        assert needs[0][name] - needs[1][name] == block_bytes(found.transformer, "bf16")
+    assert needs[0]["text_encode"] == needs[1]["text_encode"]
+    steps = [timing(found, P480, way, system).step for way in (two, one)]
+    assert steps[1] - steps[0] == pytest.approx(stream_seconds(found, P480, one, system, 2))
 
 
 # ---------------------------------------------------------------------------- precision
@@ -389,7 +423,7 @@ def test_a_placement_that_is_asked_for_is_kept() -> None:
 def test_a_number_of_resident_blocks_asks_for_streaming() -> None:
     plan = recommend(T2V, P480, gpu(48), ALL, resident_blocks=7)
     assert placement(plan) == "7 + stream, lean"
-    assert plan.resident_blocks_of("transformer_2") == 7
+    assert plan.blocks_and_buffers("transformer_2") == (7, 2)
     assert recommend(T2V, P480, gpu(80), ALL, resident_blocks=999).resident_blocks == 40
     with pytest.raises(InvalidRequest, match="resident_blocks is 3 and offload 'model'"):
         OptimizationConfig(offload="model", resident_blocks=3)
@@ -468,7 +502,7 @@ def test_a_plan_is_plain_data() -> None:
     assert plain["estimate"]["stages"]
     assert plan.offload_of("text_encoder") == "stream"
     assert plan.offload_of("transformer") == "stream"
-    assert plan.resident_blocks_of("text_encoder") == 0
+    assert plan.blocks_and_buffers("text_encoder") == (0, 2)
     assert "lean forward" in plan.applied
 
 

@@ -7,6 +7,9 @@ from dataclasses import dataclass, field
 
 from .architecture import ModelArchitecture
 
+STREAM_BUFFERS = 2
+"""Blocks on the device while streaming: one computes, one arrives."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
@@ -52,6 +55,8 @@ class Choices:
     """Transformer blocks kept on the device when ``stream`` is set."""
     stream: bool = False
     """Blocks that are not resident arrive one ahead of their turn."""
+    stream_buffers: int = STREAM_BUFFERS
+    """Buffers on the device for them; with 1 a block arrives when the one before is done."""
     lean: bool = False
     """The forward with fewer hidden states alive; equal bits."""
     by_rows: bool = False

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import platform
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from importlib import import_module
 from pathlib import Path
@@ -65,6 +65,9 @@ class SystemResources:
     torch_version: str = ""
     backend: str = "cpu"
     """"cuda", "rocm", "mps", "xpu" or "cpu"."""
+    allocator: str = "default"
+    """How torch allocates on the device: "default", "expandable" (segments) or "async" (CUDA's own
+    pool, ComfyUI's choice on many cards). It decides how much room gaps take."""
     notes: tuple[str, ...] = ()
     calibration: Calibration = Calibration()
     """What runs of the model in question taught on this machine."""
@@ -173,7 +176,22 @@ def _cuda(name: str, torch: Any, total: int, available: int) -> dict[str, Any]:
         "pcie_generation": generation,
         "pcie_width": width,
         "backend": "rocm" if rocm else "cuda",
+        "allocator": allocator(torch.cuda.get_allocator_backend(), os.environ, platform.system()),
     }
+
+
+def allocator(backend: str, environment: Mapping[str, str], system: str) -> str:
+    """Return how torch allocates: "default", "expandable" or "async".
+
+    ``backend`` is torch's word for it; the rest it takes from the environment when it is imported.
+    Expandable segments exist on Linux only.
+    """
+    if backend == "cudaMallocAsync":
+        return "async"
+    names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+    told = next((environment[name] for name in names if name in environment), "")
+    words = told.replace(" ", "").lower().split(",")
+    return "expandable" if system == "Linux" and "expandable_segments:true" in words else "default"
 
 
 def wasteful_conv3d(torch_version: str, cudnn: int | None) -> bool:

@@ -12,9 +12,9 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from .architecture import ModelArchitecture
-from .choices import Choices, Job
+from .choices import STREAM_BUFFERS, Choices, Job
 from .config import MemoryEstimate
-from .memory import GIB, MIB, STREAM_BUFFERS, estimate, reserved_bytes
+from .memory import GIB, MIB, estimate, reserved_bytes
 from .sizes import block_bytes, parts_of
 from .timing import Timing, blocks_that_hide_the_bus, timing
 from .wishes import OptimizationConfig
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 CARRIED_OUT: frozenset[str] = frozenset({"lean", "rows", "stream", "fp8"})
 """What the renderer can carry out beside placements: "lean", "rows", "stream", "fp8"."""
 _SPARE = 0.03
-"""Share of the device that is left alone, for what others take in the meantime."""
+"""Share of what is free on the device that is left alone, for others in the meantime."""
 _RAM_RESERVE = GIB
 """RAM left to the system."""
 _STAGES_OF = {
@@ -58,12 +58,12 @@ class Limits:
         if wishes.ram_limit_gb is not None:
             ram = min(ram, int(wishes.ram_limit_gb * GIB))
             caps.append(f"ram_limit_gb is {wishes.ram_limit_gb:g}")
-        device = ram if on_cpu else system.device_free_bytes + system.evictable_bytes
+        device = ram
+        if not on_cpu:
+            device = int((system.device_free_bytes + system.evictable_bytes) * (1 - _SPARE))
         if wishes.vram_limit_gb is not None:
             device = min(device, int(wishes.vram_limit_gb * GIB))
             caps.append(f"vram_limit_gb is {wishes.vram_limit_gb:g}")
-        if not on_cpu:
-            device = int(device * (1 - _SPARE))
         return Limits(device=device, ram=ram, why=f" ({', '.join(caps)})" if caps else "")
 
     def admit(self, found: MemoryEstimate) -> bool:
@@ -179,6 +179,8 @@ def _placements(
         single = replace(start, offload="model", lean=leans[-1], stream=True)
         streamed = _with_smaller_parts(architecture, job, system, limits, single, streams)
         yield _fill_with_blocks(architecture, job, system, wishes, limits, streamed)
+        if wishes.resident_blocks is None and not on_cpu:
+            yield replace(streamed, resident_blocks=0, stream_buffers=1)
 
 
 def _leans(

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from .activations import text_encoder_peak, transformer_peak
 from .architecture import ModelArchitecture
-from .choices import Choices, Job, latent_size, window_latents
+from .choices import STREAM_BUFFERS, Choices, Job, latent_size, window_latents
 from .config import MemoryEstimate, StageEstimate
 from .lean_activations import lean_peak
 from .lean_vae_activations import BANDS, lean_decode_bytes
@@ -35,19 +35,19 @@ __all__ = ["GIB", "MIB", "Choices", "Job", "estimate", "format_estimate", "reser
 
 MIB = 2**20
 GIB = 2**30
-STREAM_BUFFERS = 2
-"""Blocks on the device while streaming: one computes, one arrives."""
 _LATENT_COPIES = 6
 """float32 latents alive during a forward: the state, UniPC's history, the first prediction."""
 _STEP_COPIES = 12
 """The same while UniPC takes its step, when the forward's activations are gone."""
 _DEVICE_WORKSPACE = 40 * MIB
 """cuBLAS's workspace, 32 MiB on an H100 and 8 elsewhere, and small tables."""
-_ROOM = {"diffusers": 0.35, "lean": 0.35, "rows": 0.1, "vae": 0.3, "other": 0.2}
-"""Share of the activations that the caching allocator needs beyond them because freed blocks
-leave gaps. Found on an H100 (torch 2.11) by capping the allocator until a run failed: 23 to 38 %
-for diffusers' forward, 20 to 30 % for the VAE. The lean one, its blocks resident, needed 4 to
-10 %; streamed at 720p, 23 % were not enough; with products by rows 10 % were."""
+_ROOM = {"diffusers": 0.4, "lean": 0.35, "rows": 0.1, "vae": 0.3, "other": 0.2}
+"""Share of the activations that torch's default allocator needs beyond them because freed blocks
+leave gaps. Found on an H100 (torch 2.11) by capping it until a run got through, in
+benchmarks/allocator_room.py: 25 to 40 % for diffusers' forward, 30 % for the lean one, 4 to 10 %
+with products by rows, 20 to 30 % for the VAE. CUDA's own pool was not measured; it counts alike."""
+_ROOM_EXPANDABLE = {"diffusers": 0.025, "lean": 0.025, "rows": 0.025, "vae": 0.05, "other": 0.05}
+"""The same with expandable segments: 1 to 2 % for the forwards, 4 % for the VAE."""
 _MEASURED = {(9, 0)}
 """Compute capabilities on which estimates were compared with runs: see benchmarks/results."""
 _PROCESS = 450 * MIB
@@ -99,7 +99,8 @@ def reserved_bytes(stage: StageEstimate, choices: Choices, system: SystemResourc
         kind = "rows" if choices.by_rows else "lean" if choices.lean else "diffusers"
     elif stage.name in ("condition_encode", "decode"):
         kind = "vae"
-    return stage.device_bytes + int(_ROOM[kind] * stage.activation_bytes)
+    room = _ROOM_EXPANDABLE if system.allocator == "expandable" else _ROOM
+    return stage.device_bytes + int(room[kind] * stage.activation_bytes)
 
 
 def _gaps(peak: int, reserved: int, available: int | None) -> tuple[str, ...]:
@@ -107,7 +108,8 @@ def _gaps(peak: int, reserved: int, available: int | None) -> tuple[str, ...]:
         return ()
     return (
         f"{peak / GIB:.1f} GiB would be in use, but gaps between freed blocks make the allocator "
-        f"take up to {reserved / GIB:.1f} GiB.",
+        f"take up to {reserved / GIB:.1f} GiB. On Linux PYTORCH_CUDA_ALLOC_CONF="
+        "expandable_segments:True, set before the program starts, avoids most of them.",
     )
 
 
@@ -232,7 +234,7 @@ class _Ledger:
             return nbytes, "streamed block by block"
         block = block_bytes(shape, dtype, fp8=choices.fp8_storage)
         resident = min(choices.resident_blocks or 0, shape.layers)
-        moving = min(STREAM_BUFFERS, shape.layers - resident)
+        moving = min(choices.stream_buffers, shape.layers - resident)
         nbytes = rest_bytes(shape, dtype) + (resident + moving) * block
         return nbytes, f"{resident} of {shape.layers} blocks resident, the rest streamed"
 

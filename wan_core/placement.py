@@ -47,10 +47,12 @@ def _placed(module: Any, component: str, plan: OptimizationPlan) -> AbstractCont
     mode = plan.offload_of(component)
     if mode != "stream":
         return place(module, mode, plan.device)
+    resident, buffers = plan.blocks_and_buffers(component)
     return stream_blocks(
         module,
         plan.device,
-        resident_blocks=plan.resident_blocks_of(component),
+        resident_blocks=resident,
+        buffers=buffers,
         pin_bytes=pin_budget(plan),
     )
 

@@ -12,6 +12,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from .architecture import ModelArchitecture
+from .choices import STREAM_BUFFERS
 from .config import MemoryEstimate
 from .errors import DoesNotFit, InvalidRequest
 from .ladder import CARRIED_OUT, Limits, Way, best, ladder, main_dtype
@@ -46,6 +47,8 @@ class OptimizationPlan:
     """Parts that are placed otherwise than ``offload`` says."""
     resident_blocks: int | None = None
     stream: bool = False
+    stream_buffers: int = STREAM_BUFFERS
+    """Buffers for streamed blocks: with 2 or more the next arrives while one computes."""
     lean: bool = False
     by_rows: bool = False
     """The lean forward also cuts matrix products (``lean_forward(exact=False)``)."""
@@ -74,9 +77,11 @@ class OptimizationPlan:
         """Return how much of the machine's budget for page-locked memory may be used."""
         return budget if self.pin_limit is None else min(budget, self.pin_limit)
 
-    def resident_blocks_of(self, part: str) -> int:
-        """Return how many blocks of a streamed part stay on the device."""
-        return (self.resident_blocks or 0) if part.startswith("transformer") else 0
+    def blocks_and_buffers(self, part: str) -> tuple[int, int]:
+        """Return how many blocks of a streamed part stay on the device, and the buffers' number."""
+        if not part.startswith("transformer"):
+            return 0, STREAM_BUFFERS
+        return self.resident_blocks or 0, self.stream_buffers
 
     @property
     def precision(self) -> str:
@@ -91,6 +96,7 @@ class OptimizationPlan:
         words += [f"{part} {how}" for part, how in self.part_offload.items() if how != "model"]
         if self.stream:
             words.append(f"{self.resident_blocks} blocks resident, the rest streamed")
+            words += ["one at a time"] * (self.stream_buffers == 1)
         words += ["lean forward"] * self.lean + ["products by rows"] * self.by_rows
         words += ["decode's cache in RAM"] * self.cache_in_ram
         words += ["fp8 storage"] * self.fp8_storage
@@ -358,6 +364,7 @@ def _plan(
         window_overlap=choices.window_overlap,
         resident_blocks=choices.resident_blocks,
         stream=choices.stream,
+        stream_buffers=choices.stream_buffers,
         lean=choices.lean,
         by_rows=choices.by_rows,
         cache_in_ram=choices.cache_in_ram,

@@ -123,8 +123,12 @@ def _streaming(
     seconds = stream_seconds(architecture, job, choices, system, passes=1)
     text = (
         f"{choices.resident_blocks} of {shape.layers} blocks stay, {moved} of {block / GIB:.2f} "
-        f"GiB come over the bus ({seconds:.1f} s) while others compute"
+        f"GiB come over the bus ({seconds:.1f} s) "
     )
+    if choices.stream_buffers == 1:
+        text += "one at a time: the next has no room beside the one that computes"
+    else:
+        text += "while others compute"
     if reads_from_disk(architecture, choices, system):
         text += "; RAM cannot hold them, so every step reads them from the file"
     return text

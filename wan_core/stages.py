@@ -182,9 +182,14 @@ class Stages:
         with ExitStack() as stack:
             if self._ready_to_pin(component):
                 module = stack.enter_context(self.component(component))
-                blocks = self.plan.resident_blocks_of(component)
-                budget = pin_budget(self.plan)
-                stack.enter_context(pin_ahead(module, resident_blocks=blocks, pin_bytes=budget))
+                resident, buffers = self.plan.blocks_and_buffers(component)
+                ahead = pin_ahead(
+                    module,
+                    resident_blocks=resident,
+                    buffers=buffers,
+                    pin_bytes=pin_budget(self.plan),
+                )
+                stack.enter_context(ahead)
             yield
 
     def _ready_to_pin(self, component: str) -> bool:

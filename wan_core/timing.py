@@ -123,7 +123,10 @@ def _step(
 ) -> float:  # fmt: skip
     """One step: with streaming, what does not hide behind the other of bus and compute."""
     if choices.stream:
-        return max(passes * compute, stream_seconds(architecture, job, choices, system, passes))
+        arriving = stream_seconds(architecture, job, choices, system, passes)
+        if choices.stream_buffers == 1:  # nothing hides
+            return passes * compute + arriving
+        return max(passes * compute, arriving)
     how = choices.offload_of("transformer")
     if how == "group":
         return max(passes * compute, stream_seconds(architecture, job, choices, system, passes))
