@@ -126,9 +126,12 @@ def test_twelve_prompts_show_what_they_say(t2v: Any) -> None:
 
 
 def test_a_long_clip_keeps_its_object() -> None:
-    """In windows: as the VAE once was, every window after the first had another object, or none."""
+    """In windows: as the VAE once was, every window after the first had another object, or none.
+
+    Of this clip; ``python -m tools.judge_demo --long 12`` makes twelve.
+    """
     for cell, right, frames in measure_long(MODEL, 1):
-        assert right >= 60 and frames == 65, f"{cell}: {right} of {frames} frames"
+        assert right == frames == 65, f"{cell}: {right} of {frames} frames"
 
 
 def test_an_image_begins_the_clip_and_stays(i2v: Any) -> None:
@@ -158,7 +161,7 @@ def test_swapped_experts_are_noticed() -> None:
         )
     )
     found = score(swapped, "t2v", 3, flow_shift=12.0, boundary=0.875, negative_prompt="")
-    assert found.right["steady"] <= 1, str(found)
+    assert found.right["colour"] <= 1, str(found)
 
 
 def test_a_wrong_shift_is_noticed(t2v: Any) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from tools import clips, demo_models, training
+from tools import clips, demo_models, train_demo, training
 from tools.training import Clock, Trainer
 
 DEMO = Path(__file__).parent.parent / "wan_core" / "demo_model" / "t2v"
@@ -112,3 +113,30 @@ def test_a_stage_that_was_cut_off_ends_where_an_uncut_one_does(
     assert any("resumed at step 100" in line for line in lines)
     assert torch.equal(resumed, whole)
     assert (whole - 1).abs().max() < 0.05
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_convolutions_by_frame_are_the_vae_s_with_the_older_taps_zero(channels_last: bool) -> None:
+    torch.manual_seed(0)
+    vae: Any = demo_models.frame_by_frame(demo_models.build_vae()).eval()
+    whole: Any = demo_models.build_vae().eval()
+    whole.load_state_dict(demo_models.all_taps(vae.state_dict()))
+    clip = small_noise(1, 3, 9, 16, 16).clamp(-1, 1)
+    with torch.no_grad():
+        wanted = whole.encode(clip).latent_dist.mode()
+        for flat in (False, True):
+            train_demo.lay_out(vae, train_demo.Way("fp32", channels_last, flat))
+            assert (vae.encode(clip).latent_dist.mode() - wanted).abs().max() < 1e-5
+
+
+def test_windows_begin_with_the_clip_or_where_latents_no_longer_depend_on_its_start() -> None:
+    run: Any = SimpleNamespace(device="cpu")
+    windows = train_demo.draw_windows(run, batch=64, length=5, frames=15, firsts=0.25)
+    begins = windows[:, 0]
+    assert begins[:16].eq(0).all()
+    assert set(begins[16:].tolist()) == set(range(train_demo.LATER, 11))
+    assert torch.equal(windows, begins[:, None] + torch.arange(5))
+    clips_ = small_noise(64, 2, 15, 3, 4)
+    parts = train_demo.cut(clips_, windows)
+    for clip, part, begin in zip(clips_, parts, begins.tolist(), strict=True):
+        assert torch.equal(part, clip[:, begin : begin + 5])

@@ -33,7 +33,7 @@ def export(work: Path, out: Path) -> None:
     """Write out/t2v and out/i2v in fp16, replacing what is there."""
     base = load(work, "base")
     vae: Any = models.build_vae()
-    vae.load_state_dict(load(work, "decoder")["vae"])
+    vae.load_state_dict(load(work, "vae")["vae"])
     vae.register_to_config(
         latents_mean=[round(v, 6) for v in base["statistics"]["mean"].tolist()],
         latents_std=[round(v, 6) for v in base["statistics"]["std"].tolist()],

@@ -124,7 +124,7 @@ def measure(
         yield cell, frames, score.add(cell, frames), score
 
 
-LONG = {"num_frames": 65, "max_chunk_size": 17, "window_overlap": 16, "window_fusion": "causal"}
+LONG = {"num_frames": 65, "max_chunk_size": 49, "window_overlap": 44, "window_fusion": "causal"}
 """How a clip longer than the model's own is made."""
 
 

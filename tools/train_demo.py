@@ -1,4 +1,4 @@
-"""Train the demo model from nothing: VAE, text encoder and base, four experts, a sharper decoder.
+"""Train the demo model from nothing: VAE, text encoder and base, four experts.
 
     python -m tools.train_demo --work .ckpt                    # everything; hours on a CPU
     python -m tools.train_demo --work .ckpt --stages vae base  # some stages; finished ones are kept
@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -28,31 +28,34 @@ from . import demo_models as models
 from .training import Clock, Trainer
 
 SEED = 20_22
-STAGES = ("vae", "base", "t2v_high", "t2v_low", "i2v_high", "i2v_low", "decoder")
+STAGES = ("vae", "base", "t2v_high", "t2v_low", "i2v_high", "i2v_low")
 WEIGHTS = {
-    "vae": 95,
+    "vae": 200,
     "base": 110,
-    "t2v_high": 70,
-    "t2v_low": 70,
-    "i2v_high": 70,
-    "i2v_low": 70,
-    "decoder": 60,
+    "t2v_high": 110,
+    "t2v_low": 90,
+    "i2v_high": 90,
+    "i2v_low": 90,
 }
 """Seconds of each stage on an H100; with --stop-after its share of the time that is left."""
 SETUP = 9.0
 """Seconds a stage needs beside its training."""
-PEAK = {"vae": 1e-3, "base": 1e-3, "decoder": 3e-4}
-DECAY = {"vae": 0.99, "decoder": 0.99}
+PEAK = {"vae": 6e-4, "base": 1e-3}
+DECAY = {"vae": 0.99}
 EXPERT_DECAY = 0.998
 """Decay of the averaged weights; the VAE trains too few steps for a long average."""
 EXPERT_PEAK = 6e-4
 KL_WEIGHT = 1e-5
 EDGE_WEIGHT = 20.0
-"""What an error at a full edge counts more than one in a plain, when the decoder is sharpened."""
+"""What an error at a full edge counts more than one in a plain: corners are few pixels."""
 LATER = 2
 """Latent frames after which the VAE's latents no longer depend on where a clip began."""
 POOL_FRAMES = clips.FRAMES + 4 * LATER
-"""Frames rendered of each clip: a window of FRAMES may begin anywhere in the first latents."""
+"""Frames of each clip the VAE sees; it reads some from their first latents, some from later."""
+LONG_FRAMES = 4 * (models.LONG_LATENTS - 1 + LATER) + 1
+"""Frames of each clip the transformers see: long windows begin at the first latent or later."""
+LONG_SHARE = 0.22
+"""Part of a batch's windows that are long; about as many tokens as in all the others."""
 EXPERTS = {
     "t2v_high": (0.875, 1.0, 12.0),
     "t2v_low": (0.0, 0.875, 12.0),
@@ -64,7 +67,22 @@ FIRST_SHARE = {"t2v": 0.5, "i2v": 0.75}
 """How often an expert sees a window that begins with its clip, rather than later in it."""
 TEMPLATE_SHARES = {"t2v": (0.60, 0.15, 0.15, 0.0), "i2v": (0.35, 0.10, 0.10, 0.35)}
 """How often each of clips.TEMPLATES is used; in the remaining tenth the prompt is dropped."""
-AUTOCAST_MODES = (("fp32", False), ("fp32", True), ("bf16", False), ("bf16", True))
+
+
+class Way(NamedTuple):
+    """A way to run the VAE: precision, memory order, 2D convolutions in place of 1x3x3 ones."""
+
+    precision: str
+    channels_last: bool
+    flat: bool
+
+
+WAYS = tuple(
+    Way(precision, channels_last, flat)
+    for precision in ("fp32", "bf16")
+    for channels_last in (False, True)
+    for flat in (False, True)
+)
 
 
 class Run:
@@ -144,13 +162,13 @@ class Run:
         """Return a transformer ready to train: short text, blocks compiled on a GPU."""
         model.to(self.device).set_attn_processor(models.PaddingProcessor())
         if self.device.type == "cuda" and not self.args.no_compile:
-            model.compile_repeated_blocks()
+            model.compile_repeated_blocks(dynamic=False)
         return model
 
     def finish(self, stage: str, trainer: Trainer, **extra: object) -> None:
         """Write a stage's averaged weights and forget its partial checkpoint."""
         trainer.swap()
-        whole = {"vae": ["vae"], "decoder": ["vae"], "base": ["transformer", "text_encoder"]}
+        whole = {"vae": ["vae"], "base": ["transformer", "text_encoder"]}
         names = whole.get(stage, ["transformer"])
         state: dict[str, object] = {
             name: models.all_taps({k: v.detach().cpu() for k, v in module.state_dict().items()})
@@ -167,15 +185,15 @@ def to_unit(frames: torch.Tensor) -> torch.Tensor:
     return frames.float() / 127.5 - 1
 
 
-def render_pool(run: Run, count: int) -> tuple[clips.Scenes, torch.Tensor]:
-    """Render clips as bytes, (count, 3, POOL_FRAMES, SIZE, SIZE), 307 kB each."""
+def render_pool(run: Run, count: int, frames: int) -> tuple[clips.Scenes, torch.Tensor]:
+    """Render clips as bytes, (count, 3, frames, SIZE, SIZE), 12 kB a frame."""
     scenes = run.scenes(count, 1)
     pool = torch.empty(
-        (count, 3, POOL_FRAMES, clips.SIZE, clips.SIZE), dtype=torch.uint8, device=run.device
+        (count, 3, frames, clips.SIZE, clips.SIZE), dtype=torch.uint8, device=run.device
     )
     for first in range(0, count, 128):
         part = clips.Scenes(*(v[first : first + 128] for v in vars(scenes).values()))
-        pool[first : first + 128] = (clips.render(part, POOL_FRAMES) * 255).round().to(torch.uint8)
+        pool[first : first + 128] = (clips.render(part, frames) * 255).round().to(torch.uint8)
     return scenes, pool
 
 
@@ -210,82 +228,6 @@ def first_and_later(latents: torch.Tensor, clip: torch.Tensor) -> tuple[torch.Te
     return begun, torch.cat([clip[:half, :, :shown], clip[half:, :, 4 * LATER :]])
 
 
-def vae_loss(
-    run: Run, vae: Any, pool: torch.Tensor, frames: int, mode: tuple[str, bool]
-) -> Callable[[], torch.Tensor]:
-    """Return a loss that draws a batch: squared error, a little absolute error, KL divergence."""
-    batch = run.args.vae_batch
-
-    def loss() -> torch.Tensor:
-        rows = torch.randint(len(pool), (batch,), device=run.device)
-        clip = to_unit(pool[rows, :, :frames])
-        if mode[1]:
-            clip = clip.contiguous(memory_format=torch.channels_last_3d)
-        with run.amp(mode[0] == "bf16"):
-            moments = vae._encode(clip).float()
-            mean, log_variance = moments.chunk(2, 1)
-            log_variance = log_variance.clamp(-30, 20)
-            latents = mean + torch.randn_like(mean) * (0.5 * log_variance).exp()
-            begun, target = first_and_later(latents, clip)
-            error = models.decode_unclamped(vae, begun).float() - target
-        kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
-        return error.square().mean() + 0.05 * error.abs().mean() + KL_WEIGHT * kl
-
-    return loss
-
-
-def lay_out(vae: nn.Module, channels_last: bool) -> None:
-    """Put the kernels of the 3D convolutions in the memory order asked for."""
-    order = torch.channels_last_3d if channels_last else torch.contiguous_format
-    for parameter in vae.parameters():
-        if parameter.dim() == 5:
-            parameter.data = parameter.data.contiguous(memory_format=order)
-
-
-def fastest_mode(run: Run, vae: nn.Module, pool: torch.Tensor) -> tuple[str, bool]:
-    """Time the ways to run the VAE's convolutions and return the fastest."""
-    times = {}
-    gpu = run.device.type == "cuda"
-    for mode in AUTOCAST_MODES:
-        loss = vae_loss(run, vae, pool, clips.FRAMES, mode)
-        lay_out(vae, mode[1])
-        for index in range(5):
-            if index == 2:
-                torch.cuda.synchronize() if gpu else None
-                began = time.monotonic()
-            loss().backward()  # type: ignore[no-untyped-call]
-        torch.cuda.synchronize() if gpu else None
-        times[mode] = (time.monotonic() - began) / 3
-        vae.zero_grad(set_to_none=True)
-    best = min(times, key=times.__getitem__)
-    shown = ", ".join(f"{k}: {1000 * v:.0f} ms" for k, v in times.items())
-    run.say(f"vae: {shown}; took {best}")
-    return best
-
-
-def train_vae(run: Run) -> None:
-    """Train the VAE on short clips first, then on longer ones."""
-    _, pool = render_pool(run, run.args.clips)
-    vae: Any = models.build_vae()
-    start = run.started("vae")
-    if start:
-        vae.load_state_dict(start["vae"])
-    vae = models.frame_by_frame(vae).to(run.device)
-    if start:
-        run.say(f"vae: goes on from earlier weights, {psnr(run, vae, 32):.2f} dB")
-    mode = fastest_mode(run, vae, pool)
-    lay_out(vae, mode[1])
-    trainer = run.trainer("vae", [vae])
-
-    report = partial(averaged_psnr, run, trainer)
-    steps, seconds = run.args.steps, run.seconds("vae")
-    for frames, until, share in ((clips.FRAMES, 0.6, 0.55), (POOL_FRAMES, 1.0, 0.45)):
-        part = None if steps is None else int(steps * share)
-        trainer.run(vae_loss(run, vae, pool, frames, mode), until, part, seconds * share, report)
-    run.finish("vae", trainer)
-    run.say(f"vae: round trip {psnr(run, vae, 64):.2f} dB on 64 fresh clips")
-
-
 def edges(frames: torch.Tensor) -> torch.Tensor:
     """Return the largest contrast within 3 x 3 pixels, (B, 1, T, H, W), 0..2."""
     flat = frames.transpose(1, 2).flatten(0, 1)
@@ -293,45 +235,96 @@ def edges(frames: torch.Tensor) -> torch.Tensor:
     return contrast.amax(1, keepdim=True).unflatten(0, (len(frames), -1)).transpose(1, 2)
 
 
-def train_decoder(run: Run) -> None:
-    """Train the finished VAE's decoder on, for sharp corners; its latents stay what they are."""
-    _, pool = render_pool(run, run.args.clips)
-    vae: Any = models.build_vae()
-    vae.load_state_dict(run.weights("vae")["vae"])
-    vae = models.frame_by_frame(vae).to(run.device)
-    with torch.no_grad():
-        parts = [vae._encode(to_unit(part)).chunk(2, 1)[0] for part in pool.split(32)]
-    latents = torch.cat(parts)
-    lay_out(vae, channels_last=True)
-    vae.encoder.requires_grad_(False)
-    vae.quant_conv.requires_grad_(False)
-    trainer = run.trainer("decoder", [vae])
+def vae_loss(
+    run: Run, vae: Any, pool: torch.Tensor, frames: int, way: Way
+) -> Callable[[], torch.Tensor]:
+    """Return a loss that draws a batch: squared error, a little absolute error, KL divergence."""
+    batch = run.args.vae_batch
 
     def loss() -> torch.Tensor:
-        rows = torch.randint(len(pool), (run.args.vae_batch,), device=run.device)
-        begun, target = first_and_later(latents[rows], to_unit(pool[rows]))
+        rows = torch.randint(len(pool), (batch,), device=run.device)
+        clip = to_unit(pool[rows, :, :frames])
+        if way.channels_last:
+            clip = clip.contiguous(memory_format=torch.channels_last_3d)
+        with run.amp(way.precision == "bf16"):
+            moments = vae._encode(clip).float()
+            mean, log_variance = moments.chunk(2, 1)
+            log_variance = log_variance.clamp(-30, 20)
+            latents = mean + torch.randn_like(mean) * (0.5 * log_variance).exp()
+            begun, target = first_and_later(latents, clip)
+            error = models.decode_unclamped(vae, begun).float() - target
+        kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
         weight = 1 + EDGE_WEIGHT * edges(target) / 2
-        error = models.decode_unclamped(vae, begun).float() - target
-        return (weight * (error.square() + 0.05 * error.abs())).mean()
+        return (weight * (error.square() + 0.05 * error.abs())).mean() + KL_WEIGHT * kl
 
-    trainer.run(
-        loss, 1.0, run.args.steps, run.seconds("decoder"), partial(averaged_psnr, run, trainer)
-    )
-    run.finish("decoder", trainer)
-    run.say(f"decoder: round trip {psnr(run, vae, 64):.2f} dB on 64 fresh clips")
+    return loss
+
+
+def lay_out(vae: nn.Module, way: Way) -> None:
+    """Put the VAE's 3D kernels in the memory order, and its convolutions in the form, asked for."""
+    order = torch.channels_last_3d if way.channels_last else torch.contiguous_format
+    for parameter in vae.parameters():
+        if parameter.dim() == 5:
+            parameter.data = parameter.data.contiguous(memory_format=order)
+    for module in vae.modules():
+        if isinstance(module, models.FrameConv):
+            module.flat = way.flat
+
+
+def fastest_way(run: Run, vae: nn.Module, pool: torch.Tensor) -> Way:
+    """Time the ways to run the VAE's convolutions and return the fastest."""
+    times = {}
+    gpu = run.device.type == "cuda"
+    for way in WAYS:
+        loss = vae_loss(run, vae, pool, clips.FRAMES, way)
+        lay_out(vae, way)
+        for index in range(5):
+            if index == 2:
+                torch.cuda.synchronize() if gpu else None
+                began = time.monotonic()
+            loss().backward()  # type: ignore[no-untyped-call]
+        torch.cuda.synchronize() if gpu else None
+        times[way] = (time.monotonic() - began) / 3
+        vae.zero_grad(set_to_none=True)
+    best = min(times, key=times.__getitem__)
+    shown = ", ".join(f"{tuple(k)}: {1000 * v:.0f} ms" for k, v in times.items())
+    run.say(f"vae: {shown}; took {best}")
+    return best
+
+
+def train_vae(run: Run) -> None:
+    """Train the VAE on short clips first, then on longer ones."""
+    _, pool = render_pool(run, run.args.clips, POOL_FRAMES)
+    vae: Any = models.build_vae()
+    start = run.started("vae")
+    if start:
+        vae.load_state_dict(start["vae"])
+    vae = models.frame_by_frame(vae).to(run.device)
+    if start:
+        run.say(f"vae: goes on from earlier weights, {psnr(run, vae, 32):.2f} dB")
+    way = fastest_way(run, vae, pool)
+    lay_out(vae, way)
+    trainer = run.trainer("vae", [vae])
+
+    report = partial(averaged_psnr, run, trainer)
+    steps, seconds = run.args.steps, run.seconds("vae")
+    for frames, until, share in ((clips.FRAMES, 0.6, 0.55), (POOL_FRAMES, 1.0, 0.45)):
+        part = None if steps is None else int(steps * share)
+        trainer.run(vae_loss(run, vae, pool, frames, way), until, part, seconds * share, report)
+    run.finish("vae", trainer)
+    run.say(f"vae: round trip {psnr(run, vae, 64):.2f} dB on 64 fresh clips")
 
 
 class Latents:
-    """A pool of encoded clips: normalised latents, I2V conditions, and the scenes they show.
-
-    Clips are longer than a window by LATER latent frames.
-    """
+    """A pool of encoded clips: normalised latents, I2V conditions, and the scenes they show."""
 
     @torch.no_grad()
     def __init__(self, run: Run, conditions: bool) -> None:
-        vae: Any = models.build_vae().to(run.device)
+        vae: Any = models.build_vae()
         vae.load_state_dict(run.weights("vae")["vae"])
-        scenes, pool = render_pool(run, run.args.clips)
+        vae = models.frame_by_frame(vae).to(run.device)
+        lay_out(vae, Way("fp32", channels_last=True, flat=True))
+        scenes, pool = render_pool(run, run.args.clips // 2, LONG_FRAMES)
         self.row = scenes.index()
         self.clean = self._encode(vae, pool, first_only=False)
         self.mean = self.clean.mean((0, 2, 3, 4), keepdim=True)
@@ -348,7 +341,8 @@ class Latents:
             clip = to_unit(part)
             if first_only:
                 clip[:, :, 1:] = 0
-            parts.append(vae.encode(clip).latent_dist.mode())
+            clip = clip.contiguous(memory_format=torch.channels_last_3d)
+            parts.append(vae.encode(clip).latent_dist.mode().contiguous())
         return torch.cat(parts)
 
 
@@ -379,6 +373,19 @@ def draw_sentences(run: Run, rows: torch.Tensor, task: str) -> torch.Tensor:
     return torch.where(template < templates, template * cells + rows, negative)
 
 
+def draw_windows(run: Run, batch: int, length: int, frames: int, firsts: float) -> torch.Tensor:
+    """Draw the latent frames of windows, (batch, length): a share begins with the clip."""
+    begins = torch.randint(LATER, frames - length + 1, (batch, 1), device=run.device)
+    begins[: round(batch * firsts)] = 0
+    return begins + torch.arange(length, device=run.device)
+
+
+def cut(clips_: torch.Tensor, windows: torch.Tensor) -> torch.Tensor:
+    """Cut each clip (B, C, T, H, W) to the frames of its window (B, length)."""
+    shape = (-1, clips_.shape[1], -1, *clips_.shape[3:])
+    return clips_.gather(2, windows[:, None, :, None, None].expand(shape))
+
+
 def flow_loss(
     run: Run,
     stage: str,
@@ -386,30 +393,33 @@ def flow_loss(
     latents: Latents,
     text: Callable[[torch.Tensor], torch.Tensor],
 ) -> Callable[[], torch.Tensor]:
-    """Return a flow-matching loss that draws a batch: the model predicts noise minus latents."""
-    batch, task = run.args.batch, "i2v" if stage.startswith("i2v") else "t2v"
-    firsts = round(batch * FIRST_SHARE[task])
-    shown = torch.zeros((batch, 4, *models.LATENT_SHAPE[1:]), device=run.device)
-    shown[:firsts, :, 0] = 1
+    """Return a flow-matching loss that draws a batch: the model predicts noise minus latents.
 
-    def windows(clips_: torch.Tensor) -> torch.Tensor:
-        """Cut the first so many clips to their first window, the others to a later one."""
-        length = models.LATENT_SHAPE[1]
-        return torch.cat([clips_[:firsts, :, :length], clips_[firsts:, :, LATER:]])
+    Most windows have the length of a clip of FRAMES, some are long.
+    """
+    task = "i2v" if stage.startswith("i2v") else "t2v"
+    longs = round(run.args.batch * LONG_SHARE)
 
-    def loss() -> torch.Tensor:
+    def part(batch: int, length: int) -> torch.Tensor:
         rows = torch.randint(len(latents.clean), (batch,), device=run.device)
-        clean = windows(latents.clean[rows])
+        windows = draw_windows(run, batch, length, latents.clean.shape[2], FIRST_SHARE[task])
+        clean = cut(latents.clean[rows], windows)
         noise = torch.randn_like(clean)
         sigma = draw_sigma(run, stage, batch)
         level = sigma[:, None, None, None, None]
         noisy = (1 - level) * clean + level * noise
         if task == "i2v":
-            noisy = torch.cat([noisy, shown, windows(latents.condition[rows])], 1)
+            shown = (windows == 0).to(clean.dtype)[:, None, :, None, None]
+            shown = shown.expand(-1, 4, -1, *clean.shape[3:])
+            noisy = torch.cat([noisy, shown, cut(latents.condition[rows], windows)], 1)
         with run.amp(run.device.type == "cuda"):
             embedded = text(draw_sentences(run, latents.row[rows], task))
             guess = model(noisy, sigma * 1000, embedded, return_dict=False)[0]
         return (guess.float() - (noise - clean)).square().mean()
+
+    def loss() -> torch.Tensor:
+        short = part(run.args.batch - longs, models.LATENT_SHAPE[1])
+        return (1 - LONG_SHARE) * short + LONG_SHARE * part(longs, models.LONG_LATENTS)
 
     return loss
 
@@ -488,8 +498,6 @@ def main() -> None:
             train_vae(run)
         elif stage == "base":
             train_base(run)
-        elif stage == "decoder":
-            train_decoder(run)
         else:
             if latents is None:
                 latents = Latents(run, conditions=any(s.startswith("i2v") for s in run.args.stages))
