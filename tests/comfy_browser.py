@@ -15,6 +15,8 @@ FLAGS = [
     "--disable-component-update",
     "--disable-sync",
     "--no-first-run",
+    # The page's own server is all that can be reached; cheaper than to route every request.
+    "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
 ]
 
 
@@ -32,7 +34,7 @@ def find_browser() -> Path | str:
 
 @contextmanager
 def open_page(url: str, browser: Path, size: tuple[int, int] = (1600, 900)) -> Iterator[Any]:
-    """Yield ComfyUI's page, loaded, in a fresh profile; nothing but ``url`` can be reached.
+    """Yield ComfyUI's page, loaded, in a fresh profile; only 127.0.0.1 can be reached.
 
     ``page.wanfit_errors`` collects what the console said that names this pack.
     """
@@ -44,7 +46,6 @@ def open_page(url: str, browser: Path, size: tuple[int, int] = (1600, 900)) -> I
         )
         try:
             context = chromium.new_context(viewport={"width": size[0], "height": size[1]})
-            context.route(lambda address: not address.startswith(url), lambda route: route.abort())
             page = context.new_page()
             page.wanfit_errors = []
             page.on("console", lambda message: _note(page, message.type, message.text))

@@ -10,11 +10,13 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import socket
 import subprocess
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +62,19 @@ class ComfyServer:
         (base / "custom_nodes" / "probe").symlink_to(probe_pack, target_is_directory=True)
 
     def __enter__(self) -> ComfyServer:
+        self.start()
+        try:
+            self.await_start()
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def start(self) -> None:
+        """Start the process; ``await_start`` waits until it answers."""
         command = [str(self.python), "main.py", "--cpu", "--port", str(self.port)]
         command += ["--base-directory", str(self.base), "--disable-api-nodes", *self.options]
         command += ["--database-url", "sqlite:///:memory:"]
@@ -69,27 +84,28 @@ class ComfyServer:
         self._process = subprocess.Popen(
             command, cwd=self.checkout, stdout=self._log, stderr=subprocess.STDOUT, env=environment
         )
+
+    def await_start(self, seconds: float = 120) -> None:
+        """Wait until ComfyUI answers."""
+        self.wait_until(self._answers, seconds, pause=0.1)
+
+    def _answers(self) -> bool:
+        if self._process.poll() is not None:
+            raise RuntimeError(f"ComfyUI ended at once:\n{self.log()[-3000:]}")
         try:
-            self._await_start()
-        except BaseException:
-            self.__exit__()
-            raise
-        return self
+            self.get("/system_stats")
+        except OSError:
+            return False
+        return True
 
-    def _await_start(self, seconds: float = 120) -> None:
-        end = time.monotonic() + seconds
-        while time.monotonic() < end:
-            if self._process.poll() is not None:
-                raise RuntimeError(f"ComfyUI ended at once:\n{self.log()[-3000:]}")
-            try:
-                self.get("/system_stats")
-            except OSError:
-                time.sleep(0.2)
-            else:
-                return
-        raise RuntimeError(f"ComfyUI did not answer in {seconds} s:\n{self.log()[-3000:]}")
+    def kill(self) -> None:
+        """End ComfyUI as the system does when memory is short: nothing can be tidied up."""
+        self._process.kill()
+        assert self._process.wait(30) == -signal.SIGKILL
+        self._log.close()
 
-    def __exit__(self, *_: object) -> None:
+    def stop(self) -> None:
+        """End ComfyUI; does nothing when it has ended."""
         self._process.terminate()
         try:
             self._process.wait(15)
@@ -128,15 +144,20 @@ class ComfyServer:
 
     def wait(self, prompt_id: str, seconds: float = 240) -> dict[str, Any]:
         """Return the history entry of a prompt once it has ended, well or not."""
+        return dict(
+            self.wait_until(lambda: self.get(f"/history/{prompt_id}").get(prompt_id), seconds)
+        )
+
+    def wait_until(
+        self, condition: Callable[[], Any], seconds: float = 60, pause: float = 0.02
+    ) -> Any:
+        """Ask until the answer is true, and return it."""
         end = time.monotonic() + seconds
         while time.monotonic() < end:
-            entry = self.get(f"/history/{prompt_id}").get(prompt_id)
-            if entry is not None:
-                return dict(entry)
-            time.sleep(0.05)
-        raise TimeoutError(
-            f"prompt {prompt_id} still runs after {seconds} s:\n{self.log()[-2000:]}"
-        )
+            if answer := condition():
+                return answer
+            time.sleep(pause)
+        raise TimeoutError(f"waited {seconds} s in vain; ComfyUI's log:\n{self.log()[-3000:]}")
 
     def run(self, prompt: dict[str, Any], seconds: float = 240) -> dict[str, Any]:
         """Run a prompt that must succeed and return its outputs by node id."""
@@ -149,13 +170,19 @@ class ComfyServer:
         return dict(self.get("/wanfit_probe/state"))
 
     def free(self, what: str = "free_memory") -> None:
-        """POST /free and wait until it took effect (done between prompts).
+        """POST /free and wait until the weights are gone (done between prompts).
 
         "free_memory" unloads models too. Both flags at once can lose the second one: the worker
         may wake between them and then sleeps until the next prompt.
         """
         self.post("/free", {what: True})
-        time.sleep(1.5)
+        self.wait_until(self._freed)
+
+    def _freed(self) -> bool:
+        # ComfyUI's worker takes the flags, then frees, then takes the next prompt. Without
+        # weights the flags alone tell that the next prompt comes after this.
+        state = self.state()
+        return not state["flags"] and not state["weight_bytes"]
 
     def import_seconds(self, pack: str) -> float | None:
         """Return what ComfyUI's log says the import of a pack took."""

@@ -34,6 +34,7 @@ async def state(request):
     nodes = getattr(get_progress_state(), "nodes", {})
     return web.json_response(
         {
+            "flags": PromptServer.instance.prompt_queue.get_flags(reset=False),
             "progress": {k: [v["value"], v["max"]] for k, v in nodes.items()},
             "loaded": [type(p.model).__name__ for p in mm.loaded_models()],
             "loaded_bytes": sum(p.loaded_size() for p in mm.loaded_models()),
