@@ -165,8 +165,8 @@ def test_swapped_experts_are_noticed() -> None:
 
 
 def test_a_wrong_shift_is_noticed(t2v: Any) -> None:
-    found = score(t2v, "t2v", 4, flow_shift=0.01)
-    assert found.right["steady"] <= 1, str(found)
+    found = score(t2v, "t2v", 2, flow_shift=0.01)
+    assert found.right["steady"] == 0, str(found)
 
 
 def test_latents_that_were_not_denormalised_are_noticed(tmp_path: Path) -> None:
@@ -176,23 +176,22 @@ def test_latents_that_were_not_denormalised_are_noticed(tmp_path: Path) -> None:
     config = json.loads(path.read_text())
     config.update(latents_mean=[0.0] * 16, latents_std=[1.0] * 16)
     path.write_text(json.dumps(config))
-    found = score(open_demo(folder), "t2v", 4)
-    assert found.right["steady"] <= 3, str(found)
+    found = score(open_demo(folder), "t2v", 3)
+    assert found.right["steady"] <= 1, str(found)
 
 
 def test_the_negative_prompt_in_the_prompt_s_place_is_noticed(t2v: Any) -> None:
     found = Score()
-    for seed, cell in enumerate(spread(3)):
+    for seed, cell in enumerate(spread(2)):
         said = clips.sentence(*cell)
         found.add(cell, frames_of(t2v, job("t2v", cell, seed, prompt="", negative_prompt=said)))
-    assert found.right["colour"] <= 1, str(found)
-    assert found.right["direction"] <= 1, str(found)
+    assert found.right["colour"] == found.right["direction"] == 0, str(found)
 
 
 def test_an_ignored_image_is_noticed(i2v: Any) -> None:
     grey = torch.full((clips.SIZE, clips.SIZE, 3), 0.5)
-    found = score(i2v, "i2v", 3, image=grey)
-    assert found.right["colour"] <= 1, str(found)
+    found = score(i2v, "i2v", 2, image=grey)
+    assert found.right["colour"] == 0, str(found)
     assert max(found.start) < 25.0, str(found)
 
 

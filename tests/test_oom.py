@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -125,12 +124,10 @@ class FailAt(TorchDispatchMode):
 
 
 @pytest.fixture(autouse=True)
-def few_objects() -> Iterator[None]:
-    """Each step down collects garbage: without the libraries' million objects, quickly."""
+def few_objects() -> None:
+    """Each step down collects garbage: again without what the last test imported, quickly."""
     gc.collect()
     gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 def test_at_every_tenth_operation(tmp_path: Path) -> None:
