@@ -571,8 +571,10 @@ def long_prompt() -> dict[str, Any]:
     """The chunked example workflow with 161 frames, few steps, a small picture, short windows."""
     prompt = as_api(workflow("long_video"))
     sampler = next(k for k, v in prompt.items() if v["class_type"] == "WanChunkedSampler")
-    changes = {"num_frames": 161, "steps": 2, "width": 32, "height": 32, "window_frames": 17}
-    changes |= {"window_overlap": 8, "guidance_scale": 1.0, "guidance_scale_2": 1.0}
+    changes: dict[str, Any] = {
+        "num_frames": 161, "steps": 2, "width": 32, "height": 32, "window_frames": 17,
+        "window_overlap": 8, "guidance_scale": 1.0, "guidance_scale_2": 1.0,
+    }  # fmt: skip
     prompt[sampler]["inputs"].update(changes)
     prompt["21"] = {"class_type": "WanFitProbeText", "inputs": {"value": [sampler, 3]}}
     saved = {"images": [sampler, 1], "name": "long"}

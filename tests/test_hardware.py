@@ -155,6 +155,7 @@ def test_what_a_card_computes_natively(capability: tuple[int, int], bf16: bool, 
     assert (found["supports_bf16"], found["supports_fp8"]) == (bf16, fp8)
     # What the allocator holds and nobody uses is as good as free.
     assert found["device_free_bytes"] == 12 * GIB
+    assert found["device_used_by_others_bytes"] == 9 * GIB
 
 
 @pytest.mark.parametrize(

@@ -180,9 +180,11 @@ class ComponentCache:
     def drop(self, paths: set[str]) -> None:
         """Forget the components read from these files (absolute paths, links resolved)."""
         with self._lock:
-            for key in [k for k in self._entries if paths & {f.path for f in k.files}]:
+            gone = [k for k in self._entries if paths & {f.path for f in k.files}]
+            for key in gone:
                 del self._entries[key]
-        gc.collect()
+        if gone:
+            gc.collect()
 
     def clear(self) -> None:
         """Forget every component and every stored text; those in use go when their user is done."""

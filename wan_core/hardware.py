@@ -45,6 +45,8 @@ class SystemResources:
     device_free_bytes: int
     ram_total_bytes: int
     ram_available_bytes: int
+    device_used_by_others_bytes: int = 0
+    """What other programs hold on the device, with this one's context of some hundred MiB."""
     evictable_bytes: int = 0
     ram_evictable_bytes: int = 0
     """RAM that the caller can free: cached components that are not in use."""
@@ -158,7 +160,8 @@ def _cpu(name: str, torch: Any, total: int, available: int) -> dict[str, Any]:
 def _cuda(name: str, torch: Any, total: int, available: int) -> dict[str, Any]:
     properties = torch.cuda.get_device_properties(name)
     free, device_total = torch.cuda.mem_get_info(name)
-    idle = torch.cuda.memory_reserved(name) - torch.cuda.memory_allocated(name)
+    reserved = torch.cuda.memory_reserved(name)
+    idle = reserved - torch.cuda.memory_allocated(name)
     rocm = torch.version.hip is not None
     capability = (properties.major, properties.minor)
     generation, width = (None, None) if rocm else _pcie(str(properties.uuid))
@@ -166,6 +169,7 @@ def _cuda(name: str, torch: Any, total: int, available: int) -> dict[str, Any]:
         "device_name": properties.name,
         "device_total_bytes": device_total,
         "device_free_bytes": free + max(idle, 0),
+        "device_used_by_others_bytes": max(0, device_total - free - reserved),
         "supports_bf16": rocm or capability >= (8, 0),
         "supports_fp16": True,
         "supports_fp8": not rocm and capability >= (8, 9),
