@@ -16,8 +16,8 @@ gets through: that little more is the room it needs. Two minutes for each alloca
 from __future__ import annotations
 
 import argparse
-import gc
 import json
+import math
 import os
 import subprocess
 import sys
@@ -30,9 +30,10 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "benchmarks")]
 
 import torch  # noqa: E402
+from gpu_estimate import least_room, tidy  # noqa: E402
 from true_models import autoencoder, transformer  # noqa: E402
 
 from wan_core.lean_forward import lean_forward, run_together  # noqa: E402
@@ -56,23 +57,7 @@ SHARES = (0.0, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.13, 0.16, 0.2, 0.25, 0.3, 0.
 """Room to try, as shares of the activations, smallest first."""
 
 
-def tidy() -> None:
-    gc.collect()
-    torch.cuda.synchronize()
-    torch.cuda.empty_cache()
-
-
-def attempt(run: Callable[[], object]) -> bool:
-    """Run; say whether memory sufficed."""
-    try:
-        run()
-        torch.cuda.synchronize()
-    except torch.OutOfMemoryError:
-        return False
-    return True
-
-
-def room(run: Callable[[], object], weights: int) -> dict[str, float | None]:
+def room(run: Callable[[], object], weights: int) -> dict[str, float]:
     """Return MiB of activations and held beside all, and the least share that got through.
 
     ``weights`` are bytes that stay while ``run`` runs, of its peak.
@@ -85,22 +70,13 @@ def room(run: Callable[[], object], weights: int) -> dict[str, float | None]:
     torch.cuda.synchronize()
     seconds = time.perf_counter() - begun
     alive, held = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
-    total = torch.cuda.get_device_properties(0).total_memory
-    activations, least = alive - weights, None
-    for share in SHARES:
-        tidy()
-        torch.cuda.set_per_process_memory_fraction((alive + share * activations) / total)
-        passed = attempt(run)
-        torch.cuda.set_per_process_memory_fraction(1.0)
-        if passed:
-            least = share
-            break
+    activations = alive - weights
     return {
         "seconds": seconds,
         "alive": alive / MIB,
         "activations": activations / MIB,
         "held": held / MIB,
-        "room": least,
+        "room": least_room(run, weights, activations, SHARES),
     }
 
 
@@ -198,7 +174,7 @@ def report(found: dict[str, Any]) -> str:
     ]  # fmt: skip
     for name, cases in found["allocators"].items():
         for case, row in cases.items():
-            least = "-" if row["room"] is None else f"{row['room']:.0%}"
+            least = "-" if math.isnan(row["room"]) else f"{row['room']:.0%}"
             lines.append(
                 f"| {case} | {name} | {row['seconds']:.2f} | {row['alive']:,.0f} "
                 f"| {row['activations']:,.0f} | {row['held']:,.0f} | {least} |"

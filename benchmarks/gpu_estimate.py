@@ -11,10 +11,11 @@ transformer block. Takes about a minute on an H100.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -39,11 +40,17 @@ CAPS: list[float] = []
 """Shares above the allocated peak to try, smallest first; empty: none."""
 
 
+def tidy() -> None:
+    """Leave the allocator with what is alive, and nothing else."""
+    gc.collect()
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+
+
 def measure(run: Callable[[], object]) -> dict[str, float]:
     """Return peak MiB allocated and reserved beyond what was there, and seconds of a warm run."""
     run()
-    torch.cuda.synchronize()
-    torch.cuda.empty_cache()
+    tidy()
     base, held = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
     torch.cuda.reset_peak_memory_stats()
     started = time.perf_counter()
@@ -58,18 +65,24 @@ def measure(run: Callable[[], object]) -> dict[str, float]:
         "before": base / MIB,
     }
     if CAPS:
-        figures["room"] = least_room(run, base, allocated)
+        figures["room"] = least_room(run, base, allocated, CAPS)
     return figures
 
 
-def least_room(run: Callable[[], object], base: int, allocated: int) -> float:
-    """Return the share above what is allocated that the allocator needs to get through."""
+def least_room(
+    run: Callable[[], object], base: int, allocated: int, shares: Sequence[float]
+) -> float:
+    """Return the least of ``shares`` above what is allocated with which ``run`` gets through.
+
+    ``base`` bytes stay, ``allocated`` come and go; NaN where no share is enough.
+    """
     total = torch.cuda.get_device_properties(0).total_memory
-    for share in CAPS:
-        torch.cuda.empty_cache()
+    for share in shares:
+        tidy()
         torch.cuda.set_per_process_memory_fraction((base + allocated * (1 + share)) / total)
         try:
             run()
+            torch.cuda.synchronize()
         except torch.OutOfMemoryError:
             continue
         finally:

@@ -34,7 +34,6 @@ import gc
 import hashlib
 import json
 import math
-import os
 import re
 import shutil
 import subprocess
@@ -53,8 +52,10 @@ from unittest.mock import patch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "benchmarks")]
 
-if __name__ == "__main__" and not any(name.endswith("_ALLOC_CONF") for name in os.environ):
-    os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"  # read with torch's import
+from wan_core.hardware import close_gaps, system_resources  # noqa: E402
+
+if __name__ == "__main__":
+    close_gaps()  # before torch is imported
 
 import torch  # noqa: E402
 from machines import architecture, gpu  # noqa: E402
@@ -65,7 +66,6 @@ from wan_core import GenerationConfig, WanPipelineLoader  # noqa: E402
 from wan_core.activations import transformer_peak  # noqa: E402
 from wan_core.cache import component_cache  # noqa: E402
 from wan_core.choices import STREAM_BUFFERS, Choices  # noqa: E402
-from wan_core.hardware import system_resources  # noqa: E402
 from wan_core.lean_activations import LEAN_HEAD_GROUPS, lean_peak  # noqa: E402
 from wan_core.lean_forward import lean_forward  # noqa: E402
 from wan_core.lean_vae import lean_decoder  # noqa: E402

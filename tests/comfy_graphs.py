@@ -48,6 +48,16 @@ def graph(sampler: str = "WanGenerate", model: str = "tiny-t2v", **inputs: Any) 
     }
 
 
+def estimate_of(model: str, **files: str) -> dict[str, Any]:
+    """Loader -> estimate of 81 frames of 832x480, in API format."""
+    size = {"width": 832, "height": 480, "num_frames": 81, "window_frames": 0, "window_overlap": 16}
+    inputs = {"pipeline": ["1", 0], **size}
+    return {
+        "1": {"class_type": "WanLoader", "inputs": {"model": model, **files}},
+        "2": {"class_type": "WanEstimateMemory", "inputs": inputs},
+    }
+
+
 def frames_of(server: ComfyServer, name: str) -> torch.Tensor:
     saved: torch.Tensor = torch.load(server.base / "output" / f"{name}.pt", weights_only=True)
     return saved

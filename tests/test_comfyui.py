@@ -29,6 +29,7 @@ from comfy_browser import api_prompt, find_browser, open_page
 from comfy_graphs import (
     FILES,
     as_api,
+    estimate_of,
     frames_of,
     graph,
     latent_of,
@@ -137,22 +138,9 @@ def test_every_input_and_output_is_in_the_help_page(server: ComfyServer, name: s
 
 def test_estimate_is_shown_and_passed_on(server: ComfyServer) -> None:
     # Before the tests that run a model: it must be the first that could load one.
-    prompt = {
-        "1": {"class_type": "WanLoader", "inputs": {"model": "org/tiny-a14b"}},
-        "2": {
-            "class_type": "WanEstimateMemory",
-            "inputs": {
-                "pipeline": ["1", 0],
-                "width": 832,
-                "height": 480,
-                "num_frames": 81,
-                "window_frames": 0,
-                "window_overlap": 16,
-            },  # fmt: skip
-        },
-        "3": {"class_type": "WanFitProbeText", "inputs": {"value": ["2", 2]}},
-        "4": {"class_type": "WanFitProbeText", "inputs": {"value": ["2", 3]}},
-    }
+    prompt = estimate_of("org/tiny-a14b")
+    prompt["3"] = {"class_type": "WanFitProbeText", "inputs": {"value": ["2", 2]}}
+    prompt["4"] = {"class_type": "WanFitProbeText", "inputs": {"value": ["2", 3]}}
     outputs = server.run(prompt)
     report = outputs["2"]["text"][0]
     assert "fits" in report
@@ -540,21 +528,9 @@ def test_a_file_in_the_wrong_place_is_named(server: ComfyServer) -> None:
 
 # -- estimate -----------------------------------------------------------------------------------
 def test_the_estimate_shows_its_picture_beside_the_text(server: ComfyServer) -> None:
-    prompt = {
-        "1": {"class_type": "WanLoader", "inputs": {"model": single_files.HIGH, **FILES}},
-        "2": {
-            "class_type": "WanEstimateMemory",
-            "inputs": {
-                "pipeline": ["1", 0],
-                "width": 832,
-                "height": 480,
-                "num_frames": 81,
-                "window_frames": 0,
-                "window_overlap": 16,
-            },  # fmt: skip
-        },
-        "3": {"class_type": "WanFitProbeSave", "inputs": {"images": ["2", 4], "name": "picture"}},
-    }
+    prompt = estimate_of(single_files.HIGH, **FILES)
+    saved = {"images": ["2", 4], "name": "picture"}
+    prompt["3"] = {"class_type": "WanFitProbeSave", "inputs": saved}
     shown = server.run(prompt)["2"]
     assert "denoise" in shown["text"][0]
     assert [image["type"] for image in shown["images"]] == ["temp"]

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 
 from .config import CODECS, GenerationConfig
 from .errors import InvalidRequest, WanError
+from .hardware import close_gaps
 from .windows import FUSIONS
 from .wishes import FORWARDS, FP8, OFFLOADS
 
@@ -377,17 +377,6 @@ def demo_model_path(kind: str = "t2v") -> Path:
     return Path(__file__).parent / "demo_model" / kind
 
 
-def _close_gaps() -> None:
-    """Have torch's allocator use expandable segments in this process, unless told otherwise.
-
-    It then needs 2 % more than what is alive instead of 30 %; it reads this when it is imported,
-    and such segments exist on Linux only.
-    """
-    told = any(name.endswith("_ALLOC_CONF") for name in os.environ)
-    if sys.platform == "linux" and not told and "torch" not in sys.modules:
-        os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
-
-
 if __name__ == "__main__":
-    _close_gaps()
+    close_gaps()
     sys.exit(main())

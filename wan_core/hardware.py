@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import platform
 import shutil
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from importlib import import_module
@@ -196,6 +197,17 @@ def allocator(backend: str, environment: Mapping[str, str], system: str) -> str:
     told = next((environment[name] for name in names if name in environment), "")
     words = told.replace(" ", "").lower().split(",")
     return "expandable" if system == "Linux" and "expandable_segments:true" in words else "default"
+
+
+def close_gaps() -> None:
+    """Have torch's allocator use expandable segments in this process, unless told otherwise.
+
+    For a program of one's own, before torch is imported: it reads this then. It needs 2 % more
+    than what is alive instead of 30 %. Does nothing where torch is there already, and but on Linux.
+    """
+    told = any(name.endswith("_ALLOC_CONF") for name in os.environ)
+    if platform.system() == "Linux" and not told and "torch" not in sys.modules:
+        os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
 
 
 def wasteful_conv3d(torch_version: str, cudnn: int | None) -> bool:

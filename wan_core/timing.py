@@ -122,14 +122,12 @@ def _step(
     compute: float, passes: int,
 ) -> float:  # fmt: skip
     """One step: with streaming, what does not hide behind the other of bus and compute."""
-    if choices.stream:
+    how = choices.offload_of("transformer")
+    if how in ("stream", "group"):
         arriving = stream_seconds(architecture, job, choices, system, passes)
         if choices.stream_buffers == 1:  # nothing hides
             return passes * compute + arriving
         return max(passes * compute, arriving)
-    how = choices.offload_of("transformer")
-    if how == "group":
-        return max(passes * compute, stream_seconds(architecture, job, choices, system, passes))
     if how != "sequential":
         return passes * compute
     bytes_moved = part_bytes(architecture, "transformer", choices.dtypes["transformer"])
