@@ -85,6 +85,16 @@ SMALLEST = [
     (P720, 6, f"0 + stream, {BLOCKS}, lean, rows"),
 ]
 
+# the same where the allocator leaves hardly any gaps
+TIGHT = [
+    (P480, 4.3, f"0 + stream, {BLOCKS}, {CACHE}, lean"),
+    (P480, 3.5, f"0 + stream, one at a time, {BLOCKS}, {CACHE}, lean"),
+    (P480, 3.0, f"0 + stream, one at a time, {BLOCKS}, lean, rows"),
+    (P720, 7.0, f"0 + stream, {BLOCKS}, {CACHE}, lean"),
+    (P720, 6.5, f"0 + stream, one at a time, {BLOCKS}, {CACHE}, lean"),
+    (P720, 5.0, f"0 + stream, one at a time, {BLOCKS}, lean, rows"),
+]
+
 # the same with the lean forward and streaming
 STREAMED = [
     (T2V, P480, 141, "none", "fp32"),
@@ -126,28 +136,33 @@ def test_known_cases_with_streaming(name: str, job: Job, gib: float, placed: str
     assert plan.estimate.fits
 
 
-@pytest.mark.parametrize(("job", "gib", "placed"), SMALLEST)
-def test_known_cases_on_the_smallest_cards(job: Job, gib: float, placed: str) -> None:
-    plan = recommend(T2V, job, gpu(gib), ALL)
+@pytest.mark.parametrize(
+    ("allocator", "job", "gib", "placed"),
+    [("default", *case) for case in SMALLEST] + [("expandable", *case) for case in TIGHT],
+)
+def test_known_cases_on_the_smallest_cards(
+    allocator: str, job: Job, gib: float, placed: str
+) -> None:
+    plan = recommend(T2V, job, gpu(gib, allocator=allocator), ALL)
     assert placement(plan) == placed
     assert plan.estimate.fits and not plan.fp8_storage
 
 
-TIGHT = [
-    (P480, 4.3, f"0 + stream, {BLOCKS}, {CACHE}, lean"),
-    (P480, 3.5, f"0 + stream, one at a time, {BLOCKS}, {CACHE}, lean"),
-    (P480, 3.0, f"0 + stream, one at a time, {BLOCKS}, lean, rows"),
-    (P720, 7.0, f"0 + stream, {BLOCKS}, {CACHE}, lean"),
-    (P720, 6.5, f"0 + stream, one at a time, {BLOCKS}, {CACHE}, lean"),
-    (P720, 5.0, f"0 + stream, one at a time, {BLOCKS}, lean, rows"),
-]
-
-
-@pytest.mark.parametrize(("job", "gib", "placed"), TIGHT)
-def test_known_cases_where_the_allocator_leaves_no_gaps(job: Job, gib: float, placed: str) -> None:
-    plan = recommend(T2V, job, gpu(gib, allocator="expandable"), ALL)
-    assert placement(plan) == placed
-    assert plan.estimate.fits
+@pytest.mark.parametrize(
+    ("os", "allocator", "told"),
+    [("Linux", "default", True), ("Linux", "expandable", False), ("Windows", "default", False)],
+)
+def test_a_way_to_fewer_gaps_is_named_where_there_is_one(
+    os: str, allocator: str, told: bool
+) -> None:
+    system = gpu(24, os=os, allocator=allocator)
+    choices = Choices(dtypes=dict.fromkeys(PARTS, "bf16"), offload="model", stream=True, lean=True)
+    found = estimate(architecture(T2V), P720, choices, system)
+    there = int(found.peak_usage_mb * MIB)  # enough for what is alive, and no room for gaps
+    found = estimate(architecture(T2V), P720, choices, system, available=there)
+    assert found.fits is False
+    assert "gaps between freed blocks" in found.warnings[-1]
+    assert ("expandable_segments" in found.warnings[-1]) == told
 
 
 def test_one_block_at_a_time_saves_a_block_and_costs_its_arrival() -> None:

@@ -80,7 +80,7 @@ def estimate(
         peak_usage_mb=peak.device_bytes / MIB,
         confidence=_confidence(architecture, system, choices),
         basis=_basis(system),
-        warnings=(*_warnings(architecture), *_gaps(peak.device_bytes, reserved, available)),
+        warnings=(*_warnings(architecture), *_gaps(peak.device_bytes, reserved, available, system)),
         stages=stages,
         host_ram_mb=max(stage.host_bytes for stage in stages) / MIB,
         device=system.device,
@@ -103,14 +103,21 @@ def reserved_bytes(stage: StageEstimate, choices: Choices, system: SystemResourc
     return stage.device_bytes + int(room[kind] * stage.activation_bytes)
 
 
-def _gaps(peak: int, reserved: int, available: int | None) -> tuple[str, ...]:
+def _gaps(
+    peak: int, reserved: int, available: int | None, system: SystemResources
+) -> tuple[str, ...]:
     if available is None or not peak <= available < reserved:
         return ()
-    return (
+    text = (
         f"{peak / GIB:.1f} GiB would be in use, but gaps between freed blocks make the allocator "
-        f"take up to {reserved / GIB:.1f} GiB. On Linux PYTORCH_CUDA_ALLOC_CONF="
-        "expandable_segments:True, set before the program starts, avoids most of them.",
+        f"take up to {reserved / GIB:.1f} GiB."
     )
+    if system.os == "Linux" and system.allocator != "expandable":
+        text += (
+            " PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True, set before the program starts, "
+            "avoids most of them."
+        )
+    return (text,)
 
 
 class _Ledger:
