@@ -32,16 +32,15 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "benchmarks")]
 
-import torch  # noqa: E402
-from gpu_estimate import least_room, tidy  # noqa: E402
-from true_models import autoencoder, transformer  # noqa: E402
+import torch
+from gpu_estimate import least_room, tidy
+from support.true_models import autoencoder, transformer
 
-from wan_core.lean_forward import lean_forward, run_together  # noqa: E402
-from wan_core.lean_vae import lean_decoder  # noqa: E402
-from wan_core.precision import cast_module  # noqa: E402
-from wan_core.streaming import stream_blocks  # noqa: E402
-from wan_core.vae import StreamingDecoder, to_frames  # noqa: E402
-from wan_core.variants import VAE_21, VARIANTS  # noqa: E402
+from wan_core.forward import lean_decoder, lean_forward, run_together
+from wan_core.loading import cast_module
+from wan_core.models import VAE_21, VARIANTS
+from wan_core.placing import stream_blocks
+from wan_core.sampling import StreamingDecoder, to_frames
 
 MIB = 2**20
 ALLOCATORS = {

@@ -19,10 +19,10 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-import wan_layouts as layouts  # noqa: E402
+from support import wan_layouts as layouts
 
-from wan_core import header  # noqa: E402
-from wan_core.detect import ArchitectureDetector  # noqa: E402
+from wan_core.detect import ArchitectureDetector
+from wan_core.formats import open as header
 
 RUNS = 15
 

@@ -25,13 +25,11 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from wan_core.activations import text_encoder_peak, transformer_peak
-from wan_core.lean_activations import lean_peak
-from wan_core.lean_forward import lean_forward
-from wan_core.precision import cast_module
-from wan_core.vae import StreamingDecoder, encode_latents, to_frames
-from wan_core.vae_activations import decode_peak, encode_peak
-from wan_core.variants import VAE_21, VAE_22, VARIANTS
+from wan_core.forward import lean_forward
+from wan_core.loading import cast_module
+from wan_core.memory import decode_peak, encode_peak, lean_peak, text_encoder_peak, transformer_peak
+from wan_core.models import VAE_21, VAE_22, VARIANTS
+from wan_core.sampling import StreamingDecoder, encode_latents, to_frames
 
 DEVICE = "cuda:0"
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}

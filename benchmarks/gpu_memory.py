@@ -52,31 +52,34 @@ from unittest.mock import patch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "benchmarks")]
 
-from wan_core.hardware import close_gaps, system_resources  # noqa: E402
+from wan_core.memory import close_gaps, system_resources
 
 if __name__ == "__main__":
     close_gaps()  # before torch is imported
 
-import torch  # noqa: E402
-from machines import architecture, gpu  # noqa: E402
-from random_model import Shapes, write_model  # noqa: E402
-from true_models import DTYPES, autoencoder, transformer  # noqa: E402
+import torch
+from random_model import Shapes, write_model
+from support.machines import architecture, gpu
+from support.true_models import DTYPES, autoencoder, transformer
 
-from wan_core import GenerationConfig, WanPipelineLoader  # noqa: E402
-from wan_core.activations import transformer_peak  # noqa: E402
-from wan_core.cache import component_cache  # noqa: E402
-from wan_core.choices import STREAM_BUFFERS, Choices  # noqa: E402
-from wan_core.lean_activations import LEAN_HEAD_GROUPS, lean_peak  # noqa: E402
-from wan_core.lean_forward import lean_forward  # noqa: E402
-from wan_core.lean_vae import lean_decoder  # noqa: E402
-from wan_core.lean_vae_activations import BANDS, lean_decode_bytes  # noqa: E402
-from wan_core.memory import Job, estimate  # noqa: E402
-from wan_core.monitor import Timeline, versions  # noqa: E402
-from wan_core.precision import cast_module  # noqa: E402
-from wan_core.sizes import PARTS  # noqa: E402
-from wan_core.vae import StreamingDecoder, to_frames  # noqa: E402
-from wan_core.vae_activations import decode_peak  # noqa: E402
-from wan_core.variants import VAE_21, VARIANTS, TransformerShape, VaeShape  # noqa: E402
+from wan_core import GenerationConfig, WanPipelineLoader
+from wan_core.forward import lean_decoder, lean_forward
+from wan_core.loading import cast_module, component_cache
+from wan_core.memory import (
+    BANDS,
+    LEAN_HEAD_GROUPS,
+    STREAM_BUFFERS,
+    Choices,
+    Workload,
+    decode_peak,
+    estimate,
+    lean_decode_bytes,
+    lean_peak,
+    transformer_peak,
+)
+from wan_core.models import PARTS, VAE_21, VARIANTS, TransformerShape, VaeShape
+from wan_core.render import Timeline, versions
+from wan_core.sampling import StreamingDecoder, to_frames
 
 MIB, GIB = 2**20, 2**30
 MODEL = "wan2.2-t2v-a14b"
@@ -258,7 +261,7 @@ def reserved_too(device: torch.device) -> Iterator[dict[str, int]]:
                     if device.type == "cuda":
                         held[name] = torch.cuda.max_memory_reserved(device)
 
-    with patch("wan_core.generate.Timeline", Watched):
+    with patch("wan_core.render.pipeline.Timeline", Watched):
         yield held
 
 
@@ -454,10 +457,20 @@ def decodes(bench: Bench, dtype: str) -> None:
 
 def gpu_tests(bench: Bench) -> None:
     left = max(30.0, bench.budget - (time.perf_counter() - bench.begun))
-    command = [sys.executable, "-m", "pytest", "-m", "gpu", "tests/test_gpu_streaming.py", "-q"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-m",
+        "gpu",
+        "tests/placing/test_gpu_streaming.py",
+        "-q",
+    ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=left)
     lines = (done.stdout.strip() or done.stderr.strip()).splitlines()
-    bench.note(f"pytest -m gpu tests/test_gpu_streaming.py: {lines[-1] if lines else 'no output'}")
+    bench.note(
+        f"pytest -m gpu tests/placing/test_gpu_streaming.py: {lines[-1] if lines else 'no output'}"
+    )
 
 
 # -- results ----------------------------------------------------------------------------------
@@ -502,7 +515,7 @@ def predict_again(found: dict[str, Any]) -> None:
     jobs = {case.name: case.size for case in (FIRST, *CASES, *LATER)}
     for run in found["runs"]:
         width, height, frames = jobs.get(run["case"], SMALL)
-        job = Job(width=width, height=height, num_frames=frames)
+        job = Workload(width=width, height=height, num_frames=frames)
         first_way = replace(choices_of(run["applied"]), by_rows=False)
         names = [stage["name"] for stage in run["stages"]]
         for index, stage in enumerate(run["stages"]):

@@ -3,7 +3,7 @@
     python benchmarks/long_video.py [--lengths 81 401 1001 2001] [--steps 3]
 
 Every length is made twice in a child process of its own, on the CPU, with a small model of the real
-classes: once to count the bytes of all tensors (``tests/traced.py``), once for the RSS of the
+classes: once to count the bytes of all tensors (``tests/support/traced.py``), once for the RSS of the
 process; then all lengths turn by turn in one process for the times. Linux only (/proc). Writes
 ``results/long_video.md``.
 """
@@ -30,13 +30,13 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-import torch  # noqa: E402
-from seams import MovingVideo, energy_at, in_ramps, linear_ramps  # noqa: E402
+import torch
+from support.seams import MovingVideo, energy_at, in_ramps, linear_ramps
 
-from wan_core import GenerationConfig, WanPipelineLoader  # noqa: E402
-from wan_core.files import atomic_write  # noqa: E402
-from wan_core.journal import Journal  # noqa: E402
-from wan_core.windows import WindowPlan, latent_frames, plan_windows  # noqa: E402
+from wan_core import GenerationConfig, WanPipelineLoader
+from wan_core.files import atomic_write
+from wan_core.job import WindowPlan, latent_frames, plan_windows
+from wan_core.render import Journal
 
 WINDOW, OVERLAP, SIZE = 81, 16, 32
 STEP_SECONDS = (
@@ -95,7 +95,7 @@ class Renders:
 
 def child(model: str, frames: int, steps: int, traced: bool) -> dict[str, Any]:
     """Make one clip and return what it needed."""
-    from traced import TracedMemory
+    from support.traced import TracedMemory
 
     with tempfile.TemporaryDirectory() as folder:
         renders = Renders(model, steps, Path(folder))
@@ -298,7 +298,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results/long_video.md")
     arguments = parser.parse_args()
-    from tiny_models import make_folder
+    from support.tiny_models import make_folder
 
     load = os.getloadavg()[0]
     with tempfile.TemporaryDirectory() as folder:

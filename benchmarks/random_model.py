@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tiny_models import make_scheduler, make_tokenizer
-from true_models import autoencoder, transformer
+from support.tiny_models import make_scheduler, make_tokenizer
+from support.true_models import autoencoder, transformer
 
-from wan_core.variants import VAE_21, VARIANTS, TransformerShape, VaeShape
+from wan_core.models import VAE_21, VARIANTS, TransformerShape, VaeShape
 
 UMT5_XXL = {
     "d_model": 4096, "d_ff": 10240, "num_layers": 24, "num_heads": 64, "d_kv": 64,

@@ -2,7 +2,7 @@
 
     python benchmarks/traced_peak.py [--quick] [--output FILE.md]
 
-Memory: true shapes with fake tensors (``tests/dry_run.py``). Every operator runs, nothing is
+Memory: true shapes with fake tensors (``tests/support/dry_run.py``). Every operator runs, nothing is
 computed, each storage counts from its birth until Python drops it; weights are left out, and what
 libraries take inside one operator is not seen. Transformers are run with two blocks; one case is
 repeated with all forty, which shows that the peak does not depend on their number. Decoders are
@@ -34,18 +34,19 @@ from unittest.mock import patch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-import torch  # noqa: E402
-from dry_run import DryModel  # noqa: E402
-from true_models import DTYPES, KEEP_FP32, autoencoder, transformer  # noqa: E402
+import torch
+from support.dry_run import DryModel
+from support.true_models import DTYPES, KEEP_FP32, autoencoder, transformer
 
-from wan_core import decode_cache, lean_forward, lean_timestep  # noqa: E402
-from wan_core.lean_vae import lean_decoder  # noqa: E402
-from wan_core.lean_vae_activations import BANDS, lean_decode_bytes  # noqa: E402
-from wan_core.monitor import versions  # noqa: E402
-from wan_core.precision import cast_module  # noqa: E402
-from wan_core.vae import StreamingDecoder, to_frames  # noqa: E402
-from wan_core.vae_activations import CHUNKS, decode_peak  # noqa: E402
-from wan_core.variants import VAE_21, VAE_22, VARIANTS, TransformerShape, VaeShape  # noqa: E402
+from wan_core.forward import host_cache as decode_cache
+from wan_core.forward import lean_decoder
+from wan_core.forward import timestep as lean_timestep
+from wan_core.forward import transformer as lean_forward
+from wan_core.loading import cast_module
+from wan_core.memory import BANDS, CHUNKS, decode_peak, lean_decode_bytes
+from wan_core.models import VAE_21, VAE_22, VARIANTS, TransformerShape, VaeShape
+from wan_core.render import versions
+from wan_core.sampling import StreamingDecoder, to_frames
 
 MIB = 2**20
 A14B, TI2V_5B = "wan2.2-t2v-a14b", "wan2.2-ti2v-5b"
@@ -262,7 +263,7 @@ STEPS = [  # heads, width of a head, feed-forward, latent size, blocks, turns
 
 
 def step_rows(cases: list[Any], dtypes: tuple[str, ...] = ("fp32", "bf16")) -> Iterator[Row]:
-    from tiny_models import make_transformer
+    from support.tiny_models import make_transformer
 
     for heads, width, ffn, grid, layers, runs in cases:
         for dtype in dtypes:

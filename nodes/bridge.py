@@ -23,15 +23,15 @@ from comfy.cli_args import args
 from comfy.model_patcher import ModelPatcher
 from comfy_execution.graph_utils import ExecutionBlocker
 
+from ..wan_core.config import MIB
 from .lease import loaded_bytes, unload
 from .pipeline import WanPipeline
 
 if TYPE_CHECKING:
     from ..wan_core.config import MemoryEstimate
-    from ..wan_core.generate import WanPipelineWrapper
+    from ..wan_core.render import WanPipelineWrapper
 
 log = logging.getLogger("wanfit")
-MIB = 2**20
 
 
 # -- folders ------------------------------------------------------------------------------------

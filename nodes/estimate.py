@@ -5,8 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import io, ui
 
 from ..wan_core.config import GenerationConfig
-from ..wan_core.request import MAX_LATENT_FRAMES
-from ..wan_core.windows import video_frames
+from ..wan_core.job import MAX_LATENT_FRAMES, video_frames
 from . import bridge
 from .inputs import MOST_FRAMES_IN_WINDOWS, Pipeline, pipeline_input, size_inputs
 from .job import use_windows

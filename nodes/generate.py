@@ -6,11 +6,8 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..wan_core.config import GenerationConfig, VideoGenerationResult
-from ..wan_core.journal import RESUME
-from ..wan_core.noise import NOISES
-from ..wan_core.request import MAX_LATENT_FRAMES, MODES
-from ..wan_core.windows import FUSIONS, SCHEDULES, video_frames
+from ..wan_core.config import RESUME, GenerationConfig, VideoGenerationResult
+from ..wan_core.job import FUSIONS, MAX_LATENT_FRAMES, MODES, NOISES, SCHEDULES, video_frames
 from . import bridge
 from .inputs import MOST_FRAMES_IN_WINDOWS, pipeline_input, sampling_inputs, video_inputs
 from .job import LONG_CLIP, generation_config, use_long_clip, use_windows
@@ -227,7 +224,7 @@ def _run(
 ) -> tuple[VideoGenerationResult, str]:
     """Generate within ComfyUI: its memory, progress, previews, interrupt and metadata."""
     from ..wan_core.errors import is_oom
-    from ..wan_core.monitor import format_report
+    from ..wan_core.render import format_report
 
     config.interrupt_check = bridge.check_interrupt
     config.output_path = bridge.temp_video_path(config.width, config.height)

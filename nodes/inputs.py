@@ -9,8 +9,7 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from ..wan_core.config import CODECS
-from ..wan_core.request import PIXEL_FORMATS
-from ..wan_core.schedule import SCHEDULERS
+from ..wan_core.job import PIXEL_FORMATS, SCHEDULERS
 from . import bridge
 
 SIZE = {"min": 16, "max": 8192, "step": 16}

@@ -8,13 +8,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..wan_core.config import CODECS, GenerationConfig
+from ..wan_core.config import CODECS, RESUME, GenerationConfig
 from ..wan_core.errors import InvalidRequest
-from ..wan_core.journal import RESUME
-from ..wan_core.noise import NOISES
-from ..wan_core.request import MODES, PIXEL_FORMATS
-from ..wan_core.schedule import SCHEDULERS
-from ..wan_core.windows import FUSIONS, SCHEDULES, latent_frames
+from ..wan_core.job import (
+    FUSIONS,
+    MODES,
+    NOISES,
+    PIXEL_FORMATS,
+    SCHEDULERS,
+    SCHEDULES,
+    latent_frames,
+)
 
 VIDEO: dict[str, Any] = {"codec": CODECS[0], "crf": 18, "pix_fmt": PIXEL_FORMATS[0]}
 """What the inputs about the mp4 are where a prompt in API format does not name them."""
@@ -102,7 +106,7 @@ def use_long_clip(config: GenerationConfig, values: Mapping[str, Any], vae: Any)
     config.prompts = values["prompts"].strip() or None
     latent = values.get("continue_from")
     if latent is not None:
-        from ..wan_core.vae import normalize_latents
+        from ..wan_core.sampling import normalize_latents
 
         stats = {"latents_mean": vae.latents_mean, "latents_std": vae.latents_std}
         samples = _video_latents("continue_from", latent["samples"], len(vae.latents_mean))

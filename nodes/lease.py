@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
-    from ..wan_core.architecture import ModelArchitecture
     from ..wan_core.config import WanLoRA, WanModelFiles
-    from ..wan_core.generate import WanPipelineWrapper
+    from ..wan_core.models import ModelArchitecture
+    from ..wan_core.render import WanPipelineWrapper
 
 _leases: weakref.WeakValueDictionary[Any, WeightsLease] = weakref.WeakValueDictionary()
 _lock = threading.RLock()  # a lease may die, and its finaliser run, while this thread holds it
@@ -42,7 +42,7 @@ class WeightsLease:
         use_recipe: bool = False,
     ) -> WanPipelineWrapper:
         """Return wan_core's pipeline for these options; nothing is loaded before it is used."""
-        from ..wan_core.load import WanPipelineLoader
+        from ..wan_core.render import WanPipelineLoader
 
         key = (tuple(sorted(optimization_config.items())), loras, use_recipe)
         with _lock:
@@ -75,7 +75,7 @@ def lease_for(architecture: ModelArchitecture, source: WanModelFiles | None = No
 
 def loaded_bytes(files: frozenset[str], device: torch.device | None = None) -> int:
     """Return the bytes of weights of ``files`` that are loaded, on ``device`` or anywhere."""
-    from ..wan_core.cache import component_cache
+    from ..wan_core.loading import component_cache
 
     return sum(
         tensor.numel() * tensor.element_size()
@@ -88,7 +88,7 @@ def loaded_bytes(files: frozenset[str], device: torch.device | None = None) -> i
 
 def unload(files: frozenset[str], device: torch.device) -> None:
     """Take weights off ``device``: to the CPU's memory, or, where that is the device, away."""
-    from ..wan_core.cache import component_cache
+    from ..wan_core.loading import component_cache
 
     if device.type == "cpu":
         component_cache().drop(set(files))
@@ -97,7 +97,7 @@ def unload(files: frozenset[str], device: torch.device) -> None:
 
 
 def _drop_unleased(files: frozenset[str]) -> None:
-    from ..wan_core.cache import component_cache
+    from ..wan_core.loading import component_cache
 
     with _lock:
         still_leased: set[str] = set().union(*(lease.files for lease in _leases.values()))

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 from comfy_api.latest import io, ui
 
-from ..wan_core.config import WanModelFiles
+from ..wan_core.config import GIB, PRECISIONS, WanModelFiles
 from ..wan_core.errors import DoesNotFit, InvalidRequest, MissingFile, WanError
-from ..wan_core.wishes import FORWARDS, FP8, OFFLOADS
+from ..wan_core.plan import FORWARDS, FP8, OFFLOADS
 from . import bridge
 from .inputs import Pipeline, pipeline_input
 from .job import require_choice, window_of
@@ -24,9 +24,7 @@ from .pipeline import (
 from .words import in_words_of_the_nodes
 
 if TYPE_CHECKING:
-    from ..wan_core.architecture import ModelArchitecture
-
-PRECISIONS = ["auto", "bf16", "fp16", "fp32"]
+    from ..wan_core.models import ModelArchitecture
 
 
 class WanLoader(io.ComfyNode):  # type: ignore[misc]
@@ -127,8 +125,7 @@ def _source(model: str, chosen: dict[str, str]) -> tuple[Path | WanModelFiles, t
     Raises InvalidRequest naming the input whose file is not there, MissingFile for a part that
     nothing fits.
     """
-    from ..wan_core.companions import find_companions
-    from ..wan_core.detect import inspect_file
+    from ..wan_core.detect import find_companions, inspect_file
 
     files = bridge.model_files()
     if model not in files["transformer"]:
@@ -181,7 +178,7 @@ class WanOptimize(io.ComfyNode):  # type: ignore[misc]
                 pipeline_input(),
                 io.Combo.Input(
                     "precision",
-                    options=PRECISIONS,
+                    options=list(PRECISIONS),
                     default="auto",
                     tooltip="Number format of the weights and the arithmetic. auto: bf16 where the "
                     "card has it, else fp16 or fp32. It changes the picture slightly.",
@@ -326,7 +323,7 @@ def _usual_plan(pipeline: WanPipeline) -> str:
 
 def _describe(architecture: ModelArchitecture, found: tuple[str, ...] = ()) -> str:
     """Say what was recognised and why, and what to watch."""
-    size = sum(part.nbytes for part in architecture.components.values()) / 2**30
+    size = sum(part.nbytes for part in architecture.components.values()) / GIB
     lines = [f"{architecture.variant.title}, {architecture.weight_kind}, {size:.2f} GiB on disk"]
     lines += [f"- {reason}" for reason in (*found, *architecture.reasons)]
     lines += [f"! {warning}" for warning in architecture.warnings]

@@ -7,13 +7,13 @@ from pathlib import Path
 from comfy_api.latest import io, ui
 
 from ..wan_core import config
+from ..wan_core.config import EXPERTS
 from ..wan_core.errors import InvalidRequest
 from . import bridge
 from .inputs import Pipeline, pipeline_input
 from .job import require_choice
 from .pipeline import WanPipeline
 
-EXPERTS = ["both", "high", "low"]
 NOTHING_FOUND = "(no LoRA found)"
 
 
@@ -37,7 +37,7 @@ class WanLoRA(io.ComfyNode):  # type: ignore[misc]
                 ),
                 io.Combo.Input(
                     "expert",
-                    options=EXPERTS,
+                    options=list(EXPERTS),
                     default="both",
                     tooltip="Which expert of a Wan 2.2 A14B it works on: high-noise files go to "
                     "high, low-noise files to low. Other models have one transformer: both.",

@@ -8,11 +8,12 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
+from ..wan_core.config import GIB, MIB
+
 if TYPE_CHECKING:
     from ..wan_core.config import MemoryEstimate
 
 _WIDTH, _ROW, _LABEL, _TOP = 640, 34, 190, 44
-_GIB = 2**30
 _INK, _PAPER = (230, 230, 230), (32, 32, 36)
 _WEIGHTS, _ACTIVATIONS = (70, 130, 200), (120, 190, 120)
 _TOO_MUCH, _LINE = (220, 80, 70), (240, 200, 80)
@@ -23,7 +24,7 @@ def estimate_picture(estimate: MemoryEstimate) -> torch.Tensor:
     stages = estimate.stages
     image = Image.new("RGB", (_WIDTH, _TOP + _ROW * len(stages) + 30), _PAPER)
     draw, font = ImageDraw.Draw(image), ImageFont.load_default()
-    limit = None if estimate.available_mb is None else estimate.available_mb * 2**20
+    limit = None if estimate.available_mb is None else estimate.available_mb * MIB
     peak = max(stage.device_bytes for stage in stages)
     scale = (_WIDTH - _LABEL - 90) / max(peak, min(limit or 0, 4 * peak), 1)
     verdict = {True: ": fits", False: ": does not fit", None: ""}[estimate.fits]
@@ -37,13 +38,13 @@ def estimate_picture(estimate: MemoryEstimate) -> torch.Tensor:
             _bar(draw, top, (limit * scale, stage.device_bytes * scale), _TOO_MUCH)
     _legend(draw, font, image.height - 22)
     if limit is not None and limit * scale <= _WIDTH - _LABEL:
-        x, text = _LABEL + limit * scale, f"{limit / _GIB:.1f} usable"
+        x, text = _LABEL + limit * scale, f"{limit / GIB:.1f} usable"
         draw.line((x, _TOP - 6, x, image.height - 30), _LINE, width=2)
         width = draw.textlength(text, font)
         draw.text((min(x - width / 2, _WIDTH - width - 6), _TOP - 20), text, _LINE, font)
     for row, stage in enumerate(stages):  # last, and on paper, so that the line crosses no number
         place = (_LABEL + stage.device_bytes * scale + 6, _TOP + row * _ROW + 6)
-        text = f"{stage.device_bytes / _GIB:.2f}"
+        text = f"{stage.device_bytes / GIB:.2f}"
         box = draw.textbbox(place, text, font)
         draw.rectangle((box[0] - 2, box[1] - 2, box[2] + 2, box[3] + 2), _PAPER)
         draw.text(place, text, _INK, font)

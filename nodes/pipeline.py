@@ -18,7 +18,7 @@ from ..wan_core.errors import InvalidRequest
 from .lease import WeightsLease, loaded_bytes
 
 if TYPE_CHECKING:
-    from ..wan_core.architecture import ModelArchitecture
+    from ..wan_core.models import ModelArchitecture
 
 INDEX = "model_index.json"
 NOTHING_FOUND = "(no model found)"
@@ -55,7 +55,7 @@ class WanPipeline:
 
         Raises InvalidRequest, ModelMismatch, UnsupportedModel or a ModelFileError.
         """
-        from ..wan_core.lora_choice import with_loras
+        from ..wan_core.detect import with_loras
 
         return replace(
             self,

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from ..wan_core.windows import latent_index, plan_windows
+from ..wan_core.job import latent_index, plan_windows
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from ..wan_core.config import GenerationConfig
+    from ..wan_core.job import Request
     from ..wan_core.plan import OptimizationPlan
-    from ..wan_core.request import Request
 
 DECODE = 0.1
 """Share of the bar, measured in all steps, that decoding takes."""
@@ -39,11 +39,11 @@ class Progress:
         """Per segment: its first frame that the one before has not made."""
         if self._continued:
             self._new = _new_frames(request, plan, config)
-        elif plan.window_frames is not None:
+        elif plan.choices.window_frames is not None:
             windows = plan_windows(
                 request.latent_frames,
-                window=plan.window_frames,
-                overlap=plan.window_overlap,
+                window=plan.choices.window_frames,
+                overlap=plan.choices.window_overlap,
                 schedule=request.window_schedule,
                 fusion=request.window_fusion,
             )
@@ -97,12 +97,12 @@ def _frames(clean: Tensor, indices: Sequence[int] | None) -> Tensor:
 
 def _new_frames(request: Request, plan: OptimizationPlan, config: GenerationConfig) -> list[int]:
     """The first frame of each segment that is not taken over, counted within the segment."""
-    from ..wan_core.continuation import plan_segments
+    from ..wan_core.sampling import plan_segments
 
     known = 0 if config.continue_from is None else int(config.continue_from.shape[2])
     texts = [latent_index(part.start) for part in request.prompts]
     ranges = plan_segments(
-        request.latent_frames, known, plan.window_frames, plan.window_overlap, texts
+        request.latent_frames, known, plan.choices.window_frames, plan.choices.window_overlap, texts
     ).ranges
     ends = [known, *(frames.stop for frames in ranges)]
     return [end - frames.start for end, frames in zip(ends, ranges, strict=False)]

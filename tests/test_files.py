@@ -8,8 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-import bad_files
 import pytest
+from support import bad_files
 
 from wan_core import files
 from wan_core.errors import MissingFile, OutputError, UnsafeFile

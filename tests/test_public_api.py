@@ -55,7 +55,7 @@ def test_the_fields_of_the_contract() -> None:
 
 def test_importing_the_package_imports_neither_torch_nor_diffusers() -> None:
     code = (
-        "import sys, wan_core, wan_core.detect, wan_core.plan, wan_core.request, wan_core.load\n"
+        "import sys, wan_core, wan_core.detect, wan_core.plan, wan_core.job, wan_core.load\n"
         "heavy = {'torch', 'diffusers', 'transformers', 'numpy'} & set(sys.modules)\n"
         "assert not heavy, heavy"
     )

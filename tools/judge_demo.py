@@ -17,7 +17,7 @@ import torch
 from diffusers import WanImageToVideoPipeline, WanPipeline
 
 from wan_core import GenerationConfig, WanPipelineLoader
-from wan_core.video import contact_sheet
+from wan_core.render import contact_sheet
 
 from . import clips, judge
 

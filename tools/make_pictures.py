@@ -1,6 +1,6 @@
 """Makes the pictures of the README, the help pages and the example workflows, in a real ComfyUI.
 
-Run from the repository's root: ``python tools/make_pictures.py``. Needs what tests/test_comfyui.py
+Run from the repository's root: ``python tools/make_pictures.py``. Needs what tests/nodes/test_comfyui.py
 needs: a ComfyUI checkout and a Chromium. Model and videos are those of the demo model.
 """
 
@@ -15,8 +15,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
 
-from comfy_browser import find_browser, open_page  # noqa: E402
-from comfy_server import ComfyServer, find_checkout, find_python  # noqa: E402
+from support.comfy_browser import find_browser, open_page  # noqa: E402
+from support.comfy_server import ComfyServer, find_checkout, find_python  # noqa: E402
 
 SETTINGS = {
     "Comfy.TutorialCompleted": True,

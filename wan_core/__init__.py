@@ -5,36 +5,29 @@ Importing this package imports neither torch nor diffusers; the names below do s
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from .config import GenerationConfig, MemoryEstimate, VideoGenerationResult, WanLoRA, WanModelFiles
 from .errors import WanError
+from .lazy import lazy_names
 
 if TYPE_CHECKING:
     from .detect import ArchitectureDetector
-    from .generate import WanPipelineWrapper
-    from .load import PipelineManager, WanPipelineLoader
-    from .plan import OptimizationConfig, OptimizationManager, OptimizationPlan
+    from .placing import OptimizationManager
+    from .plan import OptimizationConfig, OptimizationPlan
+    from .render import PipelineManager, WanPipelineLoader, WanPipelineWrapper
 
 __version__ = "0.1.0"
 
-_LAZY = {
-    "ArchitectureDetector": "detect",
-    "OptimizationConfig": "plan",
-    "OptimizationManager": "plan",
-    "OptimizationPlan": "plan",
-    "PipelineManager": "load",
-    "WanPipelineLoader": "load",
-    "WanPipelineWrapper": "generate",
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _LAZY:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f".{_LAZY[name]}", __name__), name)
-
+__getattr__ = lazy_names(
+    __name__,
+    {
+        "detect": ("ArchitectureDetector",),
+        "placing": ("OptimizationManager",),
+        "plan": ("OptimizationConfig", "OptimizationPlan"),
+        "render": ("PipelineManager", "WanPipelineLoader", "WanPipelineWrapper"),
+    },
+)
 
 __all__ = [
     "ArchitectureDetector",

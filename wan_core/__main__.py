@@ -14,11 +14,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .config import CODECS, GenerationConfig
+from .config import CODECS, MIB, GenerationConfig
 from .errors import InvalidRequest, WanError
-from .hardware import close_gaps
-from .windows import FUSIONS
-from .wishes import FORWARDS, FP8, OFFLOADS
+from .job import FUSIONS
+from .memory import close_gaps
+from .plan import FORWARDS, FP8, OFFLOADS
 
 DEMO_PROMPT = "a red circle moves right on a dark background"
 
@@ -153,7 +153,7 @@ def _inspect(arguments: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     lines = [f"{found.variant.title} ({found.name})", f"layout: {found.layout}"]
     lines += [f"also possible: {name}" for name in found.candidates if name != found.name]
     for name, component in found.components.items():
-        size = f", {component.nbytes / 2**20:,.0f} MiB" if component.nbytes else ""
+        size = f", {component.nbytes / MIB:,.0f} MiB" if component.nbytes else ""
         lines.append(f"  {name}: {component.path.name}{size} {component.weight_kind}".rstrip())
     lines += [f"because {reason}" for reason in found.reasons]
     lines += [f"warning: {warning}" for warning in found.warnings]
@@ -163,20 +163,20 @@ def _inspect(arguments: argparse.Namespace) -> tuple[str, dict[str, Any]]:
 
 
 def _is_release(path: Path) -> bool:
-    from .folders import is_release
+    from .detect import is_release
 
     return path.is_dir() and is_release(path)
 
 
 def _describe_part(part: Any) -> tuple[str, dict[str, Any]]:
     """Describe a file that is one part of a pipeline, or none at all."""
-    size = f"{part.table.nbytes / 2**20:,.0f} MiB {part.weights.name}, layout {part.layout}"
+    size = f"{part.table.nbytes / MIB:,.0f} MiB {part.weights.name}, layout {part.layout}"
     lines = [f"{part.title}: {size}"]
     lines += [f"because {reason}" for reason in part.reasons]
     lines += [f"warning: {warning}" for warning in part.warnings]
     recipe = None
     if part.kind == "lora":
-        from .recipes import recipe_of
+        from .models import recipe_of
 
         recipe = recipe_of(part.table.path, part.table.metadata)
         lines += [f"{recipe.describe()} ({recipe.reason})"] if recipe is not None else []
@@ -194,8 +194,8 @@ def _describe_part(part: Any) -> tuple[str, dict[str, Any]]:
 
 
 def _open(arguments: argparse.Namespace) -> Any:
-    from .load import WanPipelineLoader
-    from .lora_choice import parse_lora
+    from .detect import parse_lora
+    from .render import WanPipelineLoader
 
     wishes = {
         "precision": arguments.precision,
@@ -288,7 +288,7 @@ def _read_audio(arguments: argparse.Namespace, wrapper: Any) -> Any:
     """Read as much of the sound as the clip is long."""
     if arguments.audio is None:
         return None
-    from .audio import read_audio
+    from .render import read_audio
 
     defaults = wrapper.architecture.variant.defaults
     frames = defaults.num_frames if arguments.frames is None else max(arguments.frames, 1)
@@ -334,7 +334,7 @@ def _generated(wrapper: Any, job: GenerationConfig, arguments: argparse.Namespac
 
 def _download(arguments: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     """Show what would be fetched and how large it is, ask, fetch, and say what it is."""
-    from .download import fetch, plan_download
+    from .loading import fetch, plan_download
 
     plan = plan_download(arguments.variant, arguments.to, arguments.endpoint)
     print(plan.describe(), file=sys.stderr)
@@ -351,8 +351,7 @@ def _download(arguments: argparse.Namespace) -> tuple[str, dict[str, Any]]:
 
 def _demo(arguments: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     from .files import atomic_path
-    from .load import WanPipelineLoader
-    from .video import contact_sheet
+    from .render import WanPipelineLoader, contact_sheet
 
     wrapper = WanPipelineLoader().load_wan_pipeline(demo_model_path())
     defaults = wrapper.architecture.variant.defaults

@@ -17,8 +17,16 @@ if TYPE_CHECKING:
     ImageInput = Any
     """PIL image, numpy array (H, W, 3), or tensor (H, W, 3) / (1, H, W, 3) with values 0..1."""
 
+MIB, GIB = 2**20, 2**30
+
 CODECS = ("h264", "h265")
 """Codecs an mp4 can have."""
+EXPERTS = ("both", "high", "low")
+"""What a LoRA can work on: both transformers of an A14B, or one of them."""
+PRECISIONS = ("auto", "bf16", "fp16", "fp32")
+"""What a transformer can be asked to compute in; "auto" leaves it to the plan."""
+RESUME = ("auto", "never", "must")
+"""Whether a render goes on with a saved one: where there is one, never, or else it fails."""
 
 
 @dataclass(frozen=True, slots=True)

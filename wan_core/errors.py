@@ -13,7 +13,11 @@
     ├── NonFiniteLatents      the model produced NaN or infinity
     ├── DownloadError         a file that was asked for could not be fetched
     ├── JournalMismatch       a saved render was asked for, and the one there is another render
-    └── OutputError           a result could not be written
+    ├── OutputError           a result could not be written
+    └── and, for the library's own use:
+        ├── SpilledMemory     device memory was moved to RAM (also a MemoryError)
+        ├── ModuleInUse       a module is placed otherwise just now (also a RuntimeError)
+        └── BrokenState       a saved state of a render cannot be used; never leaves the journal
 
 A message has three parts: what was found (file or field, number), what is allowed, what to do.
 Interrupts (``KeyboardInterrupt``, ComfyUI's own) are never a ``WanError`` and pass untouched.
@@ -101,8 +105,16 @@ class JournalMismatch(WanError):
     """A saved render was asked for (resume='must'), and the one that is there is another."""
 
 
-class SpilledMemory(MemoryError):
+class SpilledMemory(WanError, MemoryError):
     """The driver moved device memory to RAM instead of refusing it: a run would crawl on."""
+
+
+class ModuleInUse(WanError, RuntimeError):
+    """A module is in a placement that excludes the one asked for."""
+
+
+class BrokenState(WanError):
+    """A saved state of a render cannot be used; the text says why. Never leaves the journal."""
 
 
 class OutputError(WanError):

@@ -1,0 +1,205 @@
+"""Pairing: files that do not belong together are refused from their headers; roles only warn."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+from support import wan_layouts as layouts
+
+from wan_core.config import WanModelFiles
+from wan_core.detect.detector import ArchitectureDetector, inspect_file
+from wan_core.detect.pairing import check_lora, role_hint
+from wan_core.errors import MissingFile, ModelMismatch, UnsafeFile, UnsupportedModel, WanError
+
+detect = ArchitectureDetector().detect_model_architecture
+
+FILES = {name: layouts.shallow(shapes) for name, (shapes, _) in layouts.FILES.items()} | {
+    "vae 2.1": layouts.vae_21(), "vae 2.2": layouts.vae_22(),
+    "umt5": layouts.umt5(layers=2), "umt5 small": layouts.umt5(512, 2),
+    "t5": layouts.umt5(layers=2, every_block=False),
+    "clip": layouts.clip_vision(), "clip small": layouts.clip_vision(768),
+    "t2v-14b of 3 blocks": layouts.transformer(5120, 13824, 3, 16),
+    "lora": {"diffusion_model.blocks.0.self_attn.q.lora_A.weight": (16, 5120)},
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("store")
+    for name, shapes in FILES.items():
+        layouts.write_sparse(root / f"{name}.safetensors", layouts.stored(shapes, "bf16"))
+    return root
+
+
+def files(store: Path, **names: str) -> WanModelFiles:
+    return WanModelFiles(**{field: store / f"{name}.safetensors" for field, name in names.items()})
+
+
+# (the files, the error, what it must say: both files, both numbers)
+REFUSED: dict[str, tuple[dict[str, str], type[WanError], str]] = {
+    "t2v + i2v": ({"transformer": "t2v-14b", "transformer_2": "i2v-a14b"}, ModelMismatch,
+                  "t2v-14b.* is a Wan text-to-video .*i2v-a14b.* is a Wan image-to-video"),
+    "14b + 5b": ({"transformer": "t2v-14b", "transformer_2": "ti2v-5b"}, ModelMismatch,
+                 "heads is 40 in .*t2v-14b.* and 24 in .*ti2v-5b"),
+    "14b + 1.3b": ({"transformer": "t2v-14b", "transformer_2": "t2v-1.3b"}, ModelMismatch,
+                   "heads is 40 .* and 12 "),
+    "2.1 i2v + 2.2 i2v": ({"transformer": "i2v-14b", "transformer_2": "i2v-a14b"}, ModelMismatch,
+                          "image_dim is 1280 .* and None"),
+    "vace + plain": ({"transformer": "vace-14b", "transformer_2": "t2v-14b"}, ModelMismatch,
+                     "a Wan VACE .* a Wan text-to-video"),
+    "animate + plain": ({"transformer": "animate-14b", "transformer_2": "i2v-14b"}, ModelMismatch,
+                        "a Wan Animate .* a Wan image-to-video"),
+    "other depth": ({"transformer": "t2v-14b", "transformer_2": "t2v-14b of 3 blocks"},
+                    ModelMismatch, "layers is 2 .* and 3 "),
+    "same file twice": ({"transformer": "t2v-14b", "transformer_2": "t2v-14b"}, ModelMismatch,
+                        "Both experts are the same file"),
+    "lora as model": ({"transformer": "lora"}, UnsupportedModel, "is a LoRA for Wan"),
+    "lora as expert": ({"transformer": "t2v-14b", "transformer_2": "lora"}, UnsupportedModel,
+                       "is a LoRA for Wan"),
+    "vae as model": ({"transformer": "vae 2.1"}, UnsupportedModel, "is a Wan 2.1 VAE"),
+    "model as vae": ({"transformer": "t2v-14b", "vae": "t2v-14b"}, UnsupportedModel,
+                     "is a Wan text-to-video transformer, not a Wan VAE"),
+    "2.1 vae + 5b": ({"transformer": "ti2v-5b", "vae": "vae 2.1"}, ModelMismatch,
+                     "vae 2.1.* makes 16 latent channels, .*ti2v-5b.* works on 48"),
+    "2.2 vae + 14b": ({"transformer": "i2v-a14b", "vae": "vae 2.2"}, ModelMismatch,
+                      "vae 2.2.* makes 48 latent channels, .*i2v-a14b.* works on 16"),
+    "t5 of another family": ({"transformer": "t2v-14b", "text_encoder": "t5"}, UnsupportedModel,
+                             "is a T5 text encoder .* not a umT5"),
+    "umt5 of another width": ({"transformer": "t2v-14b", "text_encoder": "umt5 small"},
+                              ModelMismatch, "text of width 512, .*t2v-14b.* takes 4096"),
+    "clip as text encoder": ({"transformer": "t2v-14b", "text_encoder": "clip"},
+                             UnsupportedModel, "is a CLIP image encoder"),
+    "clip of another width": ({"transformer": "i2v-14b", "image_encoder": "clip small"},
+                              ModelMismatch, "tokens of width 768, .*i2v-14b.* takes 1280"),
+    "no such file": ({"transformer": "gone"}, MissingFile, "does not exist"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused(store: Path, name: str) -> None:
+    chosen, kind, text = REFUSED[name]
+    start = time.process_time()
+    with pytest.raises(WanError, match=text) as caught:
+        detect(files(store, **chosen))
+    assert type(caught.value) is kind and time.process_time() - start < 1
+
+
+def test_a_link_to_the_same_file_is_the_same_file(store: Path, tmp_path: Path) -> None:
+    (tmp_path / "low.safetensors").symlink_to(store / "t2v-14b.safetensors")
+    chosen = WanModelFiles(
+        transformer=store / "t2v-14b.safetensors", transformer_2=tmp_path / "low.safetensors"
+    )
+    with pytest.raises(ModelMismatch, match="same file"):
+        detect(chosen)
+
+
+def test_a_vae_whose_latents_nobody_knows(tmp_path: Path) -> None:
+    shapes = layouts.transformer(256, 512, 2, 8, 8)
+    transformer = layouts.write_sparse(tmp_path / "x.safetensors", layouts.stored(shapes, "bf16"))
+    file = layouts.stored(layouts.vae_21(8), "bf16")
+    vae = layouts.write_sparse(tmp_path / "vae.safetensors", file)
+    with pytest.raises(UnsupportedModel, match="8 latent channels, .* statistics .* are unknown"):
+        detect(WanModelFiles(transformer=transformer, vae=vae))
+
+
+def test_a_whole_pipeline_of_single_files(store: Path, tmp_path: Path) -> None:
+    low = layouts.write_sparse(
+        tmp_path / "low.safetensors", layouts.stored(FILES["i2v-a14b"], "fp8_scaled old")
+    )
+    found = detect(
+        WanModelFiles(
+            transformer=store / "i2v-a14b.safetensors",
+            transformer_2=low,
+            vae=store / "vae 2.1.safetensors",
+            text_encoder=store / "umt5.safetensors",
+            tokenizer=store,
+        )  # fmt: skip
+    )
+    assert found.name == "wan2.2-i2v-a14b" and found.two_experts
+    assert found.vae and found.vae.z_dim == 16
+    assert {n: c.weight_kind for n, c in found.components.items()} == {
+        "transformer": "bf16", "transformer_2": "fp8_scaled", "vae": "bf16",
+        "text_encoder": "bf16", "tokenizer": "",
+    }  # fmt: skip
+
+
+def test_two_t2v_files_are_wan_22_one_leaves_the_question(store: Path, tmp_path: Path) -> None:
+    for name in ("a_high_noise", "a_low_noise"):
+        layouts.write_sparse(
+            tmp_path / f"{name}.safetensors", layouts.stored(layouts.FILES["t2v-14b"][0], "bf16")
+        )
+    high, low = tmp_path / "a_high_noise.safetensors", tmp_path / "a_low_noise.safetensors"
+    pair = detect(WanModelFiles(transformer=high, transformer_2=low))
+    assert pair.candidates == ("wan2.2-t2v-a14b",) and not pair.warnings
+    alone = detect(WanModelFiles(transformer=low))
+    assert alone.candidates == ("wan2.1-t2v-14b", "wan2.2-t2v-a14b")
+    assert "probably the low-noise one, from the file name 'a_low_noise" in alone.warnings[0]
+    swapped = detect(WanModelFiles(transformer=low, transformer_2=high))
+    for text, path in zip(swapped.warnings, (low, high), strict=True):
+        assert f"{path.name}' was chosen as" in text and "the two are not swapped" in text
+
+
+ROLES = {"high": "high_noise", "low": "low_noise", None: "model"}
+
+
+@pytest.mark.parametrize("first", ROLES)
+@pytest.mark.parametrize("second", ROLES)
+def test_roles_only_warn(tmp_path: Path, first: str | None, second: str | None) -> None:
+    """The socket decides; a hint that contradicts it warns, once per file."""
+    paths = []
+    for folder, hint in (("1", first), ("2", second)):
+        (tmp_path / folder).mkdir()
+        file = layouts.stored(FILES["i2v-a14b"], "bf16")
+        path = tmp_path / folder / f"wan_{ROLES[hint]}.safetensors"
+        paths.append(layouts.write_sparse(path, file))
+    found = detect(WanModelFiles(transformer=paths[0], transformer_2=paths[1]))
+    assert found.name == "wan2.2-i2v-a14b"
+    assert len(found.warnings) == (first == "low") + (second == "high")
+
+
+HINTS = {
+    "TI2V_5B_LowVRAM": None, "wan_low_denoise": None, "wan_LOWRes": None, "Low-Light_wan": None,
+    "Low-Step-Lightning": None, "wan_high_quality": None, "low_noise_and_high_noise": None,
+    "Wan2.2-TI2V-5B-high": None, "lowres_highres": None, "slow_motion": None, "highway": None,
+    "highnoise": "high", "noise_high": "high", "wan2.2_t2v_high_noise_14B_fp8_scaled": "high",
+    "Wan2_2-I2V-A14B-LOW_fp8_e4m3fn_scaled_KJ": "low", "Wan2.2-T2V-A14B-LowNoise-Q4_K_M": "low",
+    "wan2.2_i2v_low_noise_14B_fp16": "low", "HighNoise-Q8_0": "high",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HINTS)
+def test_hints_are_whole_words(name: str) -> None:
+    hint = role_hint(f"/models/{name}.safetensors")
+    assert (hint[0] if hint else None) == HINTS[name]
+
+
+def test_metadata_comes_before_the_name() -> None:
+    hint = role_hint("wan_low_noise.gguf", {"general.name": "Wan2.2 T2V HighNoise 14B"})
+    assert hint == ("high", "metadata general.name 'Wan2.2 T2V HighNoise 14B'")
+
+
+def test_loras(store: Path) -> None:
+    lora = inspect_file(store / "lora.safetensors")
+    large = inspect_file(store / "t2v-14b.safetensors")
+    small = inspect_file(store / "t2v-1.3b.safetensors")
+    assert large.transformer and small.transformer
+    check_lora(large.transformer, lora, large.table.path)
+    with pytest.raises(ModelMismatch, match=r"lora.safetensors.* width 5120; .*t2v-1.3b.* 1536"):
+        check_lora(small.transformer, lora, small.table.path)
+
+
+def test_a_chosen_pickle_is_looked_into_and_one_that_runs_code_refused(
+    store: Path, tmp_path: Path
+) -> None:
+    torch = pytest.importorskip("torch")
+    shapes = layouts.vae_21(16, 4)
+    torch.save({name: torch.zeros(shape) for name, shape in shapes.items()}, tmp_path / "vae.pth")
+    found = detect(
+        WanModelFiles(transformer=store / "t2v-14b.safetensors", vae=tmp_path / "vae.pth")
+    )
+    assert found.components["vae"].format == "pickle" and found.vae and found.vae.base_dim == 4
+    torch.save({"a": print}, tmp_path / "vae.pth")
+    with pytest.raises(UnsafeFile, match="asks for 'builtins.print'|asks for '__builtin__.print'"):
+        detect(WanModelFiles(transformer=store / "t2v-14b.safetensors", vae=tmp_path / "vae.pth"))

@@ -1,0 +1,149 @@
+"""Dtypes by name, and the same fp32 islands as diffusers' and transformers' own loaders."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.lean_models import inputs_of, model_of
+from support.placed_models import text_encoder, transformer, vae
+
+from wan_core.errors import InvalidRequest
+from wan_core.forward.transformer import lean_forward
+from wan_core.loading.dtypes import (
+    DTYPES,
+    cast_module,
+    component_dtype,
+    dtype_of,
+    keep_in_fp32,
+    name_of,
+    resolve_dtype,
+)
+from wan_core.loading.fp8_storage import store_fp8
+from wan_core.loading.quantized import ScaledLinear
+from wan_core.models.sizes import block_bytes
+from wan_core.placing.streaming import stream_blocks
+
+
+def dtypes_of(module: torch.nn.Module) -> dict[str, torch.dtype]:
+    tensors = (*module.named_parameters(), *module.named_buffers())
+    return {name: tensor.dtype for name, tensor in tensors}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("make", [transformer, text_encoder, vae])
+def test_cast_equals_from_pretrained(make: Any, dtype: torch.dtype, tmp_path: Path) -> None:
+    module = make()
+    module.save_pretrained(tmp_path)
+    key = "dtype" if make is text_encoder else "torch_dtype"
+    loaded = type(module).from_pretrained(tmp_path, **{key: dtype})
+    cast = cast_module(module, dtype)
+    assert dtypes_of(cast) == dtypes_of(loaded)
+    for name, tensor in loaded.state_dict().items():
+        assert torch.equal(tensor, cast.state_dict()[name]), name
+
+
+def test_what_stays_fp32() -> None:
+    kept = keep_in_fp32(transformer(), torch.bfloat16)
+    assert "time_embedder" in kept
+    assert "scale_shift_table" in kept
+    assert keep_in_fp32(transformer(), torch.float32) == ()
+    assert keep_in_fp32(text_encoder(), torch.bfloat16) == ()
+    assert keep_in_fp32(text_encoder(), torch.float16) == ("wo",)
+
+
+def test_names() -> None:
+    for name, dtype in DTYPES.items():
+        assert dtype_of(name) == dtype
+        assert name_of(dtype) == name
+        assert dtype_of(str(dtype)) == dtype
+    assert name_of(torch.float8_e4m3fn) == "fp8_e4m3fn"
+    with pytest.raises(InvalidRequest, match="int4.*bf16, fp16, fp32") as caught:
+        dtype_of("int4")
+    assert caught.value.field == "precision"
+
+
+@pytest.mark.parametrize(
+    ("precision", "stored", "expected"),
+    [
+        ("auto", torch.float32, torch.float32),
+        ("auto", None, torch.float32),
+        ("auto", torch.bfloat16, torch.bfloat16),
+        ("auto", torch.float8_e4m3fn, torch.bfloat16),
+        ("fp16", torch.float32, torch.float16),
+        ("BF16", torch.float32, torch.bfloat16),
+    ],
+)
+def test_resolution_on_a_cpu(
+    precision: str, stored: torch.dtype | None, expected: torch.dtype
+) -> None:
+    dtype, reason = resolve_dtype(precision, "cpu", stored)
+    assert dtype == expected
+    assert name_of(dtype) in reason
+
+
+@pytest.mark.parametrize(
+    ("capability", "expected"),
+    [((7, 5), torch.float16), ((8, 0), torch.bfloat16), ((12, 0), torch.bfloat16)],
+)
+def test_resolution_on_a_card(
+    capability: tuple[int, int], expected: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.version, "hip", None)
+    assert resolve_dtype("auto", "cuda")[0] == expected
+
+
+def test_components() -> None:
+    assert component_dtype("transformer", torch.float16) == torch.float16
+    assert component_dtype("text_encoder", torch.float16) == torch.bfloat16
+    assert component_dtype("text_encoder", torch.float32) == torch.float32
+    assert component_dtype("vae", torch.bfloat16) == torch.float32
+
+
+@pytest.mark.parametrize("stored", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_fp8_storage(stored: torch.dtype) -> None:
+    model = model_of("wan2.1-i2v", torch.bfloat16)
+    call = inputs_of(model, torch.bfloat16)
+    weights = {name: p.clone() for name, p in model.named_parameters()}
+    with torch.no_grad():
+        expected = model(**call)[0]
+        saved = store_fp8(model, stored)
+        matrices = [m for m in model.modules() if isinstance(m, ScaledLinear)]
+        assert len(matrices) == 2 * (4 + 4 + 2 + 2)
+        assert saved == sum(m.weight.numel() for m in matrices)
+        step = 2.0 ** -(3 if stored == torch.float8_e4m3fn else 2)  # half an ulp is half of it
+        for name, module in model.named_modules():
+            if isinstance(module, ScaledLinear):
+                before, after = weights[f"{name}.weight"], module.dequantized(torch.float32)
+                error = (after - before).abs()
+                assert (error <= step / 2 * before.abs() + module.weight_scale / 2).all(), name
+                assert after.abs().amax() == pytest.approx(float(before.abs().amax()), rel=1e-2)
+        for name, parameter in model.named_parameters():
+            if parameter.dtype != torch.int8:
+                assert torch.equal(parameter, weights[name]), name
+        out = model(**call)[0]
+        assert 0 < (out - expected).abs().max() < 0.5 * expected.abs().max()
+        assert store_fp8(model, stored) == 0
+        with stream_blocks(model, "cpu", resident_blocks=1), lean_forward(model) as reason:
+            assert reason is None
+            assert torch.equal(model(**call)[0], out)  # as stored, whichever way it is run
+
+
+def test_fp8_storage_is_what_the_plan_counts() -> None:
+    from wan_core.models.variants import VARIANTS
+    from wan_core.placing.transport import Block
+
+    shape = VARIANTS["wan2.1-t2v-1.3b"].transformer
+    model = transformer(
+        torch.float32, num_attention_heads=12, attention_head_dim=128, ffn_dim=8960, num_layers=1
+    )
+    cast_module(model, torch.bfloat16)
+    plain = Block(model.blocks[0]).nbytes
+    assert plain == pytest.approx(block_bytes(shape, "bf16"), rel=1e-3)
+    store_fp8(model)
+    assert Block(model.blocks[0]).nbytes == pytest.approx(
+        block_bytes(shape, "bf16", fp8=True), rel=3e-3
+    )

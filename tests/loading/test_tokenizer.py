@@ -1,0 +1,180 @@
+"""Tokenizers from folders and from an embedded SentencePiece model give the same ids."""
+
+from __future__ import annotations
+
+import io
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sentencepiece
+import torch
+import transformers
+from safetensors.torch import save_file
+from support.tiny_models import make_image_encoder, make_tokenizer
+
+from wan_core.errors import CorruptFile, MissingFile, UnsupportedModel, WanError
+from wan_core.loading.tokenizer import (
+    build_tokenizer,
+    load_image_processor,
+    load_scheduler_config,
+    load_tokenizer,
+    parse_sentencepiece,
+)
+
+LINE = (
+    "a beautiful sunset over mountains red circle moves right the cat walks on water slowly while "
+    "clouds drift above naïve café 日本語 テスト 美しい夕日 山 полёт солнце über straße fish"
+)
+WORDS = LINE.split()
+TEXTS = [
+    "a beautiful sunset over mountains",
+    "  two   spaces\tand a tab\nand a line ",
+    "",
+    "naïve café ﬁsh ＦＵＬＬ width Ⅳ ½",
+    "日本語のテスト、美しい夕日。",
+    "unknown: 🙂 ☃ \U0001f680",
+    "straße ÜBER полёт!",
+    "a" * 600,
+    "an <b> tag and __underscores__ and ▁ itself",
+]
+
+
+@pytest.fixture(scope="module")
+def spiece() -> bytes:
+    """A unigram model with umT5's special pieces, trained on the spot."""
+    generator = random.Random(0)
+    lines = [" ".join(generator.choices(WORDS, k=8)) for _ in range(400)]
+    out = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(lines), model_writer=out, vocab_size=220, model_type="unigram",
+        pad_id=0, eos_id=1, unk_id=2, bos_id=-1, character_coverage=1.0, minloglevel=2,
+        normalization_rule_name="nmt_nfkc", hard_vocab_limit=False,
+    )  # fmt: skip
+    return out.getvalue()
+
+
+def hugging_face(data: bytes) -> Any:
+    """transformers' own T5 tokenizer of the same SentencePiece model."""
+    model = parse_sentencepiece(data, "test")
+    processor = sentencepiece.SentencePieceProcessor(model_proto=data)
+    pieces = [(processor.id_to_piece(i), processor.get_score(i)) for i in range(len(processor))]
+    assert list(model.pieces) == pieces  # our reader against sentencepiece's
+    assert model.unknown == processor.unk_id() and model.charsmap
+    extra = [(f"<extra_id_{i}>", 0.0) for i in range(299, -1, -1)]
+    return transformers.T5Tokenizer(
+        vocab=pieces + extra, _spm_precompiled_charsmap=model.charsmap, extra_ids=300
+    )
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_ids_equal_transformers_and_sentencepiece(spiece: bytes, text: str) -> None:
+    ours = build_tokenizer(spiece, "test")
+    assert ours(text).input_ids == hugging_face(spiece)(text).input_ids
+    direct = sentencepiece.SentencePieceProcessor(model_proto=spiece).encode(text)
+    if "🙂" not in text and "▁" not in text and text.isascii():
+        assert ours(text).input_ids == [*direct, 1]
+
+
+def test_calls_of_the_pipeline_are_the_same(spiece: bytes) -> None:
+    ours, theirs = build_tokenizer(spiece, "test"), hugging_face(spiece)
+    options = {
+        "padding": "max_length", "max_length": 64, "truncation": True, "add_special_tokens": True,
+        "return_attention_mask": True, "return_tensors": "pt",
+    }  # fmt: skip
+    mine, other = ours(TEXTS, **options), theirs(TEXTS, **options)
+    assert torch.equal(mine.input_ids, other.input_ids)
+    assert torch.equal(mine.attention_mask, other.attention_mask)
+    assert (ours.pad_token_id, ours.eos_token_id, ours.unk_token_id) == (0, 1, 2)
+    assert ours.decode(mine.input_ids[0], skip_special_tokens=True) == TEXTS[0]
+    assert ours("<extra_id_7>").input_ids == theirs("<extra_id_7>").input_ids
+
+
+def test_from_a_text_encoder_file_a_model_file_and_a_folder(tmp_path: Path, spiece: bytes) -> None:
+    wanted = build_tokenizer(spiece, "test")(TEXTS).input_ids
+    data = torch.frombuffer(bytearray(spiece), dtype=torch.uint8)
+    save_file({"a": torch.ones(3), "spiece_model": data}, tmp_path / "umt5.safetensors")
+    (tmp_path / "spiece.model").write_bytes(spiece)
+    for path in (tmp_path / "umt5.safetensors", tmp_path / "spiece.model", tmp_path):
+        assert load_tokenizer(path)(TEXTS).input_ids == wanted
+
+
+def test_from_a_saved_folder(tmp_path: Path) -> None:
+    saved = make_tokenizer()
+    saved.save_pretrained(tmp_path)
+    wanted = transformers.AutoTokenizer.from_pretrained(tmp_path)(TEXTS[:1]).input_ids
+    assert load_tokenizer(tmp_path)(TEXTS[:1]).input_ids == wanted
+    assert load_tokenizer(tmp_path / "tokenizer.json")(TEXTS[:1]).input_ids == wanted
+
+
+def test_what_is_no_tokenizer_is_named(tmp_path: Path, spiece: bytes) -> None:
+    with pytest.raises(MissingFile, match="neither tokenizer.json nor spiece.model"):
+        load_tokenizer(tmp_path)
+    save_file({"a": torch.ones(3)}, tmp_path / "bare.safetensors")
+    with pytest.raises(MissingFile, match="spiece_model"):
+        load_tokenizer(tmp_path / "bare.safetensors")
+    save_file({"spiece_model": torch.ones(3)}, tmp_path / "odd.safetensors")
+    with pytest.raises(CorruptFile, match="F32"):
+        load_tokenizer(tmp_path / "odd.safetensors")
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(CorruptFile, match="cannot be read"):
+        load_tokenizer(tmp_path)
+    out = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(WORDS * 20), model_writer=out, vocab_size=120, model_type="bpe",
+        character_coverage=1.0, minloglevel=2,
+    )  # fmt: skip
+    with pytest.raises(UnsupportedModel, match="unigram"):
+        build_tokenizer(out.getvalue(), "bpe.model")
+    bare = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter([" ".join(WORDS)] * 50), model_writer=bare, vocab_size=150,
+        model_type="unigram", minloglevel=2, hard_vocab_limit=False,
+    )  # fmt: skip
+    with pytest.raises(UnsupportedModel, match="<pad>"):
+        build_tokenizer(bare.getvalue(), "llama.model")
+
+
+def test_damaged_models_give_only_named_errors(spiece: bytes) -> None:
+    generator = random.Random(1)
+    refused = 0
+    for _ in range(400):
+        data = bytearray(spiece[: generator.choice([len(spiece), generator.randrange(600)])])
+        for _ in range(generator.randint(1, 3)):
+            if data:
+                data[generator.randrange(min(len(data), 4000))] = generator.randrange(256)
+        try:
+            parse_sentencepiece(bytes(data), "mutant")
+        except WanError:
+            refused += 1
+    assert refused > 100
+    with pytest.raises(CorruptFile):
+        build_tokenizer(b"", "empty")
+
+
+def test_image_processor(tmp_path: Path) -> None:
+    from PIL import Image
+
+    picture = Image.effect_noise((90, 70), 50).convert("RGB")
+    saved = make_image_encoder()[1]
+    saved.save_pretrained(tmp_path)
+    hugging_face = transformers.CLIPImageProcessor
+    theirs, ours = hugging_face.from_pretrained(tmp_path), load_image_processor(tmp_path)
+    assert type(ours) is type(theirs)
+    for mine, other in ((ours, theirs), (load_image_processor(), hugging_face())):
+        left = mine(images=picture, return_tensors="pt").pixel_values
+        assert torch.equal(left, other(images=picture, return_tensors="pt").pixel_values)
+    assert load_image_processor()(images=picture).pixel_values[0].shape == (3, 224, 224)
+    with pytest.raises(MissingFile, match="preprocessor_config.json"):
+        load_image_processor(tmp_path / "nowhere")
+
+
+def test_scheduler_settings(tmp_path: Path) -> None:
+    from support.tiny_models import make_scheduler
+
+    make_scheduler().save_pretrained(tmp_path)
+    assert load_scheduler_config(tmp_path)["flow_shift"] == 3.0
+    assert load_scheduler_config(tmp_path / "scheduler_config.json")["use_flow_sigmas"] is True
+    with pytest.raises(MissingFile):
+        load_scheduler_config(tmp_path / "nowhere")

@@ -1,0 +1,424 @@
+"""Activations by following the code, against a dry run of the real classes with fake tensors."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cache
+
+import pytest
+import torch
+from support.dry_run import DryModel
+from support.machines import architecture, gpu
+from support.true_models import DTYPES, KEEP_FP32, autoencoder, transformer
+
+from wan_core.config import StageEstimate
+from wan_core.forward import transformer as lean_forward
+from wan_core.job.steps import make_scheduler
+from wan_core.memory import stages as memory
+from wan_core.memory.forward import text_encoder_peak, transformer_peak
+from wan_core.memory.forward_lean import lean_peak
+from wan_core.memory.stages import Choices, Workload, estimate
+from wan_core.memory.vae import decode_peak, encode_peak
+from wan_core.models import sizes
+from wan_core.models.architecture import ModelArchitecture
+from wan_core.models.variants import VAE_21, VAE_22, VARIANTS, TransformerShape, VaeShape
+from wan_core.sampling.denoise import Conditions, Expert, predict
+from wan_core.sampling.vae import StreamingDecoder, encode_latents, to_frames
+
+GPU = gpu(80)
+
+
+@cache
+def dry_transformer(shape: TransformerShape, dtype: str) -> DryModel:
+    return DryModel(lambda: transformer(shape, layers=1), DTYPES[dtype], KEEP_FP32)
+
+
+@cache
+def dry_vae(shape: VaeShape, dtype: str) -> DryModel:
+    return DryModel(lambda: autoencoder(shape), DTYPES[dtype])
+
+
+# ---------------------------------------------------------------------------- parameters
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["wan2.1-t2v-1.3b", "wan2.1-i2v-14b", "wan2.1-flf2v-14b", "wan2.2-i2v-a14b", "wan2.2-ti2v-5b"],
+)
+def test_transformer_bytes_equal_the_real_class(name: str) -> None:
+    shape = VARIANTS[name].transformer
+    with torch.device("meta"):
+        model = transformer(shape, layers=3)
+    counts = {
+        key: (p.numel(), not set(KEEP_FP32).isdisjoint(key.split(".")))
+        for key, p in model.named_parameters()
+    }
+    assert set(KEEP_FP32) == set(model._keep_in_fp32_modules)
+    for dtype, size in sizes.BYTES.items():
+        if dtype == "fp8":
+            continue
+        real = sum(n * (4 if kept else size) for n, kept in counts.values())
+        ours = 3 * sizes.block_bytes(shape, dtype) + sizes.rest_bytes(shape, dtype)
+        assert ours == real
+
+
+def test_other_parts_equal_the_real_classes() -> None:
+    from transformers import CLIPVisionConfig, CLIPVisionModel, UMT5Config, UMT5EncoderModel
+
+    text = UMT5Config(
+        d_model=4096, d_ff=10240, num_layers=24, num_heads=64, d_kv=64, vocab_size=256384,
+        feed_forward_proj="gated-gelu",
+    )  # fmt: skip
+    clip = CLIPVisionConfig(
+        hidden_size=1280, intermediate_size=5120, num_hidden_layers=32, num_attention_heads=16,
+        image_size=224, patch_size=14,
+    )  # fmt: skip
+    with torch.device("meta"):
+        # shared.weight and encoder.embed_tokens.weight are one tensor in a loaded model.
+        umt5 = sum(
+            p.numel()
+            for key, p in UMT5EncoderModel(text).named_parameters()
+            if "embed_tokens" not in key
+        )
+        vision = sum(p.numel() for p in CLIPVisionModel(clip).parameters())
+        vaes = [sum(p.numel() for p in autoencoder(s).parameters()) for s in (VAE_21, VAE_22)]
+    i2v, five = architecture("wan2.1-i2v-14b"), architecture("wan2.2-ti2v-5b")
+    assert sizes.part_parameters(i2v, "text_encoder") == umt5
+    assert sizes.part_parameters(i2v, "image_encoder") == vision
+    assert [sizes.part_parameters(a, "vae") for a in (i2v, five)] == vaes
+
+
+@pytest.mark.parametrize("part", ["transformer", "vae", "text_encoder"])
+def test_what_a_file_holds_is_believed(part: str) -> None:
+    found = architecture("wan2.1-t2v-1.3b")
+    component = replace(found.components[part], parameters=1000, weight_kind="bf16")
+    found = replace(found, components={**found.components, part: component})
+    assert sizes.part_parameters(found, part) == 1000
+
+
+@pytest.mark.parametrize(
+    ("name", "part"),
+    [("wan2.1-t2v-14b", "transformer"), ("wan2.1-t2v-14b", "vae"), ("wan2.2-ti2v-5b", "vae")],
+)
+def test_largest_layer_is_that_of_the_real_class(name: str, part: str) -> None:
+    found = architecture(name)
+    vae = found.vae
+    assert vae is not None
+    with torch.device("meta"):
+        model = transformer(found.transformer, 1) if part == "transformer" else autoencoder(vae)
+    layers = [m for m in model.modules() if not list(m.children())]
+    largest = max(sum(p.numel() for p in layer.parameters()) for layer in layers)
+    assert sizes.largest_leaf_bytes(found, part, "bf16") == pytest.approx(2 * largest, rel=0.005)
+
+
+# ---------------------------------------------------------------------------- the dry run
+
+
+def denoise_dry(found: ModelArchitecture, job: Workload, dtype: str) -> int:
+    """Live bytes of one guided or unguided prediction, as the loop holds them."""
+    frames, height, width = memory.latent_size(found, job)
+    shape, z_dim = found.transformer, found.variant.vae.z_dim
+    kind, batch = DTYPES[dtype], job.batch_size
+    size = (batch, z_dim, frames, height, width)
+    five = found.variant.expand_timesteps
+
+    def run(model: torch.nn.Module) -> torch.Tensor:
+        state = [torch.empty(size) for _ in range(5)]
+        more = shape.in_channels - z_dim
+        images = 0 if shape.image_dim is None else 257 * (2 if shape.pos_embed_seq_len else 1)
+        conditions = Conditions(
+            prompt_embeds=torch.empty(batch, 512, shape.text_dim, dtype=kind),
+            negative_prompt_embeds=torch.empty(batch, 512, shape.text_dim, dtype=kind)
+            if job.guidance_high
+            else None,
+            image_embeds=torch.empty(batch * images // 257, 257, 1280, dtype=kind)
+            if images
+            else None,
+            concat=torch.empty(batch, more, frames, height, width) if more else None,
+            first_frame=torch.empty(1, z_dim, 1, height, width) if five and job.image else None,
+        )
+        expert = Expert(
+            name="only", model=model, dtype=kind, guidance_scale=5.0 if job.guidance_high else 1.0
+        )
+        return predict(state[0], torch.empty(()), expert, conditions)
+
+    return dry_transformer(shape, dtype).peak(run)
+
+
+def decode_dry(shape: VaeShape, job: Workload, dtype: str) -> int:
+    scale, kind = shape.scale_factor_spatial, DTYPES[dtype]
+
+    def run(vae: torch.nn.Module) -> None:
+        size = (job.batch_size, shape.z_dim, job.latent_frames)
+        latents = torch.empty(*size, job.height // scale, job.width // scale, dtype=kind)
+        decoder = StreamingDecoder(vae, latents)
+        for _ in range(min(job.latent_frames, 3)):
+            to_frames(decoder.decode_next())
+
+    return dry_vae(shape, dtype).peak(run)
+
+
+def encode_dry(shape: VaeShape, job: Workload, dtype: str) -> int:
+    def run(vae: torch.nn.Module) -> torch.Tensor:
+        chunks = min(job.latent_frames, 3)
+        size = (1, 3), (job.height, job.width)
+        video = (
+            torch.empty(*size[0], 4 if i else 1, *size[1], dtype=DTYPES[dtype])
+            for i in range(chunks)
+        )
+        return encode_latents(vae, video)
+
+    return dry_vae(shape, dtype).peak(run)
+
+
+SHAPES = [(832, 480, 81), (1280, 704, 33), (512, 512, 17), (480, 832, 1)]
+CASES = [
+    (name, Workload(width=w, height=h, num_frames=f, guidance_high=False, image=image), dtype)
+    for name, image in [
+        ("wan2.1-t2v-1.3b", False),
+        ("wan2.1-t2v-14b", False),
+        ("wan2.2-t2v-a14b", False),
+        ("wan2.1-i2v-14b", True),
+        ("wan2.1-flf2v-14b", True),
+        ("wan2.2-i2v-a14b", True),
+        ("wan2.2-ti2v-5b", False),
+        ("wan2.2-ti2v-5b", True),
+        ("wan2.1-fun-inp-1.3b", True),
+    ]
+    for w, h, f in SHAPES
+    for dtype in ("bf16", "fp32")[: 1 if f == 17 else 2]
+]
+CASES += [
+    (name, Workload(width=512, height=512, num_frames=17, batch_size=2, image=image), "fp16")
+    for name, image in [("wan2.1-t2v-1.3b", False), ("wan2.2-ti2v-5b", True)]
+]
+
+
+@cache
+def denoise_dry_once(shape: TransformerShape, name: str, job: Workload, dtype: str) -> int:
+    return denoise_dry(architecture(name), job, dtype)
+
+
+def stage(stages: tuple[StageEstimate, ...], start: str) -> StageEstimate:
+    return next(found for found in stages if found.name.startswith(start))
+
+
+def real_weights(found: ModelArchitecture, dtype: str, offload: str) -> int:
+    """Weights on the device, counted on the real class."""
+    model = dry_transformer(found.transformer, dtype).module
+    layers = [m for m in model.modules() if not list(m.children())]
+    if offload == "sequential":
+        return max(
+            sum(p.numel() * p.element_size() for p in layer.parameters()) for layer in layers
+        )
+    whole = sum(p.numel() * p.element_size() for p in model.parameters())
+    block = sum(p.numel() * p.element_size() for p in model.blocks[0].parameters())
+    whole += (found.transformer.layers - 1) * block
+    if offload == "model":
+        return whole
+    if offload == "stream":  # nine resident, one at work, one on its way
+        return whole - (found.transformer.layers - 11) * block
+    vae = dry_vae(found.variant.vae, dtype).weight_bytes
+    text = sizes.part_bytes(found, "text_encoder", dtype)
+    image = sizes.part_bytes(found, "image_encoder", "fp32") * found.variant.image_encoder
+    return whole * found.variant.experts + vae + text + image
+
+
+def test_denoise_agrees_with_the_dry_run_over_200_combinations() -> None:
+    errors = []
+    for name, job, dtype in CASES:
+        found = architecture(name)
+        live = denoise_dry_once(found.transformer, _twin(name), job, dtype)
+        for offload in ("none", "model", "sequential", "stream"):
+            dtypes = dict.fromkeys(sizes.PARTS, dtype) | {"image_encoder": "fp32"}
+            choices = Choices(dtypes=dtypes, offload=offload)
+            if offload == "stream":
+                choices = Choices(dtypes=dtypes, offload="model", stream=True, resident_blocks=9)
+            predicted = stage(estimate(found, job, choices, GPU).stages, "denoise")
+            real = real_weights(found, dtype, offload) + live
+            ours = predicted.weights_bytes + predicted.activation_bytes
+            errors.append((ours / real - 1, name, job, dtype, offload))
+    assert len(errors) >= 200
+    absolute = sorted(abs(error) for error, *_ in errors)
+    assert absolute[int(0.95 * len(absolute))] <= 0.03
+    assert min(errors)[0] >= -0.02, min(errors)
+    # The activations alone, where weights do not soften the figure.
+    assert absolute[-1] <= 0.05, max(errors, key=lambda entry: abs(entry[0]))
+
+
+def _twin(name: str) -> str:
+    """Models of one structure share a dry run."""
+    return {"wan2.2-t2v-a14b": "wan2.1-t2v-14b"}.get(name, name)
+
+
+@pytest.mark.parametrize("shape", [VAE_21, VAE_22], ids=["vae21", "vae22"])
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+@pytest.mark.parametrize(
+    ("width", "height", "frames", "batch"), [(832, 480, 81, 1), (256, 256, 5, 2)]
+)
+def test_vae_agrees_with_the_dry_run(
+    shape: VaeShape, dtype: str, width: int, height: int, frames: int, batch: int
+) -> None:
+    job = Workload(width=width, height=height, num_frames=frames, batch_size=batch)
+    size, scale = DTYPES[dtype].itemsize, shape.scale_factor_spatial
+    ours = decode_peak(
+        shape, batch=batch, latent_frames=job.latent_frames, latent_height=height // scale,
+        latent_width=width // scale, size=size, workspace=False,
+    )  # fmt: skip
+    assert ours == pytest.approx(decode_dry(shape, job, dtype), rel=0.001)
+    ours = encode_peak(
+        shape, batch=1, num_frames=frames, height=height, width=width, size=size, workspace=False
+    )
+    assert ours == pytest.approx(encode_dry(shape, job, dtype), rel=0.001)
+
+
+LEAN = [
+    (name, (width, height, frames), dtype, exact, image)
+    for name, image in zip(
+        ["wan2.1-t2v-14b", "wan2.1-i2v-14b", "wan2.2-ti2v-5b"], [False, True, True], strict=True
+    )
+    for width, height, frames, dtype in [
+        (832, 480, 81, "bf16"),
+        (832, 480, 81, "fp32"),
+        (512, 512, 17, "bf16"),
+    ]
+    for exact in (True, False)
+] + [("wan2.1-t2v-1.3b", (832, 480, 33), "bf16", True, False)]
+
+
+@pytest.mark.parametrize(("name", "size", "dtype", "exact", "image"), LEAN)
+def test_lean_forward_agrees_with_the_dry_run(
+    monkeypatch: pytest.MonkeyPatch, name: str, size: tuple[int, int, int], dtype: str,
+    exact: bool, image: bool,
+) -> None:  # fmt: skip
+    found, kind = architecture(name), DTYPES[dtype]
+    job = Workload(width=size[0], height=size[1], num_frames=size[2], guidance_high=False)
+    frames, height, width = memory.latent_size(found, job)
+    shape, frame = found.transformer, (height // 2) * (width // 2)
+    per_token = found.variant.expand_timesteps and image
+    # The runs of equal timesteps are read from values, which fake tensors do not have.
+    monkeypatch.setattr(lean_forward, "_runs_of", lambda timestep: (0, frame))
+
+    def run(model: torch.nn.Module) -> object:
+        with lean_forward.lean_forward(model, exact=exact) as refused:
+            assert refused is None
+            return model(
+                torch.empty(1, shape.in_channels, frames, height, width, dtype=kind),
+                torch.empty(1, frames * frame) if per_token else torch.empty(1),
+                torch.empty(1, 512, shape.text_dim, dtype=kind),
+                torch.empty(1, 257, 1280, dtype=kind) if shape.image_dim else None,
+                return_dict=False,
+            )
+
+    ours = lean_peak(
+        shape, batch=1, latent_frames=frames, latent_height=height, latent_width=width,
+        size=kind.itemsize, per_token=per_token, exact=exact,
+    )  # fmt: skip
+    assert ours == pytest.approx(dry_transformer(shape, dtype).peak(run), rel=0.005)
+
+
+def test_a_value_projection_that_cannot_be_cut_by_heads() -> None:
+    """It is quantised, or a LoRA hangs on it: its output is made whole."""
+    shape, kind = VARIANTS["wan2.1-t2v-14b"].transformer, torch.bfloat16
+
+    def run(model: torch.nn.Module) -> object:
+        hooks = [
+            block.attn1.to_v.register_forward_hook(lambda *_: None)
+            for block in model.blocks  # type: ignore[union-attr]
+        ]
+        try:
+            with lean_forward.lean_forward(model, exact=False):
+                return model(
+                    torch.empty(1, 16, 9, 60, 104, dtype=kind), torch.empty(1),
+                    torch.empty(1, 512, 4096, dtype=kind), return_dict=False,
+                )  # fmt: skip
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    numbers = {"batch": 1, "latent_frames": 9, "latent_height": 60, "latent_width": 104, "size": 2}
+    live = dry_transformer(shape, "bf16").peak(run)
+    ours = lean_peak(shape, exact=False, whole_values=True, **numbers)
+    assert ours == pytest.approx(live, rel=0.005)
+    assert live > 1.1 * lean_peak(shape, exact=False, **numbers)
+
+
+def test_an_exact_gpu_forward_embeds_every_token() -> None:
+    """Seven hidden states, rotary tables and inputs; a block of the 5B needs 6.95."""
+    shape = VARIANTS["wan2.2-ti2v-5b"].transformer
+    numbers = {"batch": 1, "latent_frames": 31, "latent_height": 44, "latent_width": 80, "size": 2}
+    hidden = 31 * 22 * 40 * shape.dim * 2
+    rows = lean_peak(shape, per_token=True, exact=False, embed_every_token=True, **numbers)
+    exact = lean_peak(shape, per_token=True, embed_every_token=True, **numbers)
+    assert exact / hidden == pytest.approx(7.2, abs=0.1)
+    assert rows < 0.7 * exact
+
+
+def test_both_passes_through_one_block_at_a_time() -> None:
+    shape, kind = VARIANTS["wan2.1-t2v-14b"].transformer, torch.bfloat16
+
+    def run(model: torch.nn.Module) -> object:
+        latents = torch.empty(1, 16, 9, 60, 104, dtype=kind)
+        calls = [
+            {
+                "hidden_states": latents,
+                "timestep": torch.empty(1),
+                "encoder_hidden_states": torch.empty(1, 512, 4096, dtype=kind),
+                "return_dict": False,
+            }
+            for _ in range(2)
+        ]
+        with lean_forward.lean_forward(model):
+            return lean_forward.run_together(model, calls)
+
+    live = dry_transformer(shape, "bf16").peak(run)
+    arguments = {"batch": 1, "latent_frames": 9, "latent_height": 60, "latent_width": 104}
+    assert lean_peak(shape, size=2, passes=2, **arguments) == pytest.approx(live, rel=0.005)
+    assert live > 1.15 * lean_peak(shape, size=2, **arguments)
+
+
+def test_transformer_is_exact_to_the_byte_and_independent_of_depth() -> None:
+    shape = VARIANTS["wan2.1-i2v-14b"].transformer
+    model = dry_transformer(shape, "bf16")
+
+    def run(module: torch.nn.Module) -> object:
+        kind = torch.bfloat16
+        return module(
+            torch.empty(1, 36, 21, 60, 104, dtype=kind),
+            torch.empty(1),
+            torch.empty(1, 512, 4096, dtype=kind),
+            torch.empty(1, 257, 1280, dtype=kind),
+            return_dict=False,
+        )
+
+    arguments = {"batch": 1, "latent_frames": 21, "latent_height": 60, "latent_width": 104}
+    ours = transformer_peak(shape, size=2, **arguments)
+    assert ours == model.peak(run)
+    assert ours == transformer_peak(replace(shape, layers=2), size=2, **arguments)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_text_encoder_agrees_with_the_dry_run(dtype: str) -> None:
+    from transformers import UMT5Config, UMT5EncoderModel
+
+    config = UMT5Config(
+        d_model=4096, d_ff=10240, num_layers=2, num_heads=64, d_kv=64, vocab_size=1000,
+        feed_forward_proj="gated-gelu",
+    )  # fmt: skip
+    tokens = torch.ones(1, 512, dtype=torch.long)
+    live = DryModel(lambda: UMT5EncoderModel(config), DTYPES[dtype]).peak(
+        lambda model: model(torch.ones_like(tokens), torch.ones_like(tokens)).last_hidden_state
+    )
+    assert text_encoder_peak(DTYPES[dtype].itemsize) == pytest.approx(live, rel=0.02)
+
+
+def test_unipc_holds_as_many_latents_as_are_counted() -> None:
+    scheduler = make_scheduler("unipc", 5.0)
+    scheduler.set_timesteps(6)
+    latents = torch.randn(1, 16, 3, 8, 8)
+    for timestep in scheduler.timesteps[:4]:
+        latents = scheduler.step(torch.randn_like(latents), timestep, latents)[0]
+    held = [*scheduler.model_outputs, scheduler.last_sample]
+    storages = {tensor.untyped_storage()._cdata for tensor in held if tensor is not None}
+    # The state, what the scheduler keeps, and the velocities of the pass before.
+    assert 1 + len(storages - {latents.untyped_storage()._cdata}) + 1 <= memory._LATENT_COPIES

@@ -1,0 +1,215 @@
+"""The estimate: stages, what they add up to, and what changes them."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support.machines import architecture, cpu, gpu
+
+from wan_core.config import StageEstimate
+from wan_core.memory.forward import transformer_peak
+from wan_core.memory.stages import (
+    GIB,
+    MIB,
+    Choices,
+    Workload,
+    estimate,
+    format_estimate,
+    reserved_bytes,
+)
+from wan_core.memory.vae import decode_peak, encode_peak
+from wan_core.models import sizes
+from wan_core.models.variants import VAE_21, VAE_22, VARIANTS
+
+GPU, CPU = gpu(80), cpu(120)
+
+
+def stage(stages: tuple[StageEstimate, ...], start: str) -> StageEstimate:
+    return next(found for found in stages if found.name.startswith(start))
+
+
+def figures(name: str, job: Workload, **choices: object) -> dict[str, float]:
+    """Device GiB per stage."""
+    dtypes = {"transformer": "bf16", "transformer_2": "bf16", "text_encoder": "bf16"}
+    dtypes |= {"vae": "fp32", "image_encoder": "fp32"}
+    made = Choices(**{"dtypes": dtypes, "offload": "model", **choices})  # type: ignore[arg-type]
+    found = estimate(architecture(name), job, made, GPU)
+    return {entry.name: round(entry.device_bytes / GIB, 2) for entry in found.stages}
+
+
+def test_known_figures() -> None:
+    """Weights 26.7 GiB (14B, bf16) plus 11.1 hidden states; the VAE without the whole video."""
+    small = Workload(width=832, height=480, num_frames=81)
+    large = Workload(width=1280, height=720, num_frames=81)
+    assert figures("wan2.2-t2v-a14b", small) == {
+        "text_encode": 10.89, "denoise_high": 30.24, "denoise_low": 30.24, "decode": 8.93,
+        "output": 0.0,
+    }  # fmt: skip
+    assert figures("wan2.1-i2v-14b", replace(large, image=True)) == {
+        "text_encode": 10.89, "image_encode": 2.45, "condition_encode": 15.28, "denoise": 38.8,
+        "decode": 19.93, "output": 0.0,
+    }  # fmt: skip
+
+
+def test_stages_are_those_the_job_has() -> None:
+    job = Workload(width=832, height=480, num_frames=81, encode_text=False)
+    assert list(figures("wan2.1-t2v-1.3b", job)) == ["denoise", "decode", "output"]
+    assert "image_encode" not in figures("wan2.2-i2v-a14b", replace(job, image=True))
+    assert "condition_encode" in figures("wan2.2-i2v-a14b", replace(job, image=True))
+
+
+def test_a_window_bounds_the_denoiser_but_not_the_frames() -> None:
+    whole = Workload(width=832, height=480, num_frames=401)
+    windowed = replace(whole, window_frames=81)
+    short = Workload(width=832, height=480, num_frames=81)
+    peak = figures("wan2.1-t2v-14b", windowed)["denoise"]
+    assert peak == pytest.approx(figures("wan2.1-t2v-14b", short)["denoise"], abs=0.2)
+    assert figures("wan2.1-t2v-14b", whole)["denoise"] > peak + 10
+
+
+def test_decode_is_flat_in_frames() -> None:
+    peaks = [
+        decode_peak(VAE_21, batch=1, latent_frames=t, latent_height=60, latent_width=104, size=4)
+        for t in (5, 41, 401)
+    ]
+    latents = 16 * 60 * 104 * 4 * 2
+    assert peaks[1] - peaks[0] == 36 * latents
+    assert peaks[2] - peaks[1] == 360 * latents
+
+
+def test_scalar_timesteps_halve_the_5b() -> None:
+    job = Workload(width=1280, height=704, num_frames=121)
+    arguments = {"batch": 1, "latent_frames": 31, "latent_height": 44, "latent_width": 80}
+    shape = VARIANTS["wan2.2-ti2v-5b"].transformer
+    scalar = transformer_peak(shape, size=2, **arguments)
+    per_token = transformer_peak(shape, size=2, per_token=True, **arguments)
+    assert per_token > 2 * scalar
+    text, image = (
+        figures("wan2.2-ti2v-5b", replace(job, image=image))["denoise"] for image in (False, True)
+    )
+    assert image - text == pytest.approx((per_token - scalar) / GIB, abs=0.02)
+
+
+def test_a_bare_transformer_file_gets_the_usual_parts_and_says_so() -> None:
+    dtypes = dict.fromkeys(sizes.PARTS, "bf16")
+    job = Workload(width=832, height=480, num_frames=81)
+    bare = estimate(architecture("wan2.1-t2v-14b", bare=True), job, Choices(dtypes=dtypes), GPU)
+    full = estimate(architecture("wan2.1-t2v-14b"), job, Choices(dtypes=dtypes), GPU)
+    assert bare.peak_usage_mb == full.peak_usage_mb
+    assert "text encoder, vae" in bare.warnings[0]
+    assert not full.warnings
+    assert bare.confidence < full.confidence
+
+
+def test_on_a_cpu_weights_and_frames_share_the_ram() -> None:
+    dtypes = dict.fromkeys(sizes.PARTS, "fp32")
+    job = Workload(width=832, height=480, num_frames=81)
+    found = estimate(architecture("wan2.1-t2v-1.3b"), job, Choices(dtypes=dtypes), CPU)
+    decode = stage(found.stages, "decode")
+    weights = sum(
+        sizes.part_bytes(architecture("wan2.1-t2v-1.3b"), part, "fp32")
+        for part in ("transformer", "vae", "text_encoder")
+    )
+    frames = 81 * 480 * 832 * 3 * 4
+    assert decode.device_bytes >= weights + frames + decode.activation_bytes
+    assert found.host_ram_mb * MIB == pytest.approx(max(s.host_bytes for s in found.stages))
+
+
+RUNS = json.loads(
+    (Path(__file__).parents[2] / "benchmarks/results/gpu_estimate_h100.json").read_text()
+)["cases"]
+
+
+@pytest.mark.parametrize("run", [run for run in RUNS if run["case"].startswith("vae")])
+def test_vae_agrees_with_what_an_h100_allocated(run: dict[str, Any]) -> None:
+    _, channels, size, dtype, what = run["case"].split()
+    shape = VAE_22 if channels == "48" else VAE_21
+    width, height = (int(side) for side in size.split("x"))
+    nbytes, scale = sizes.BYTES[dtype], shape.scale_factor_spatial
+    if what == "decode":
+        ours = decode_peak(
+            shape, batch=1, latent_frames=4, latent_height=height // scale,
+            latent_width=width // scale, size=nbytes,
+        )  # fmt: skip
+    else:
+        ours = encode_peak(shape, batch=1, num_frames=9, height=height, width=width, size=nbytes)
+    assert ours / MIB == pytest.approx(run["allocated"], rel=0.003)
+
+
+@pytest.mark.parametrize("run", [run for run in RUNS if "diffusers" in run["case"]])
+def test_transformer_agrees_with_what_an_h100_allocated(run: dict[str, Any]) -> None:
+    name, size, dtype, *more = run["case"].split()
+    shape, scale = VARIANTS[name].transformer, VARIANTS[name].vae.scale_factor_spatial
+    width, height, frames = (int(number) for number in size.split("x"))
+    ours = transformer_peak(
+        shape, batch=1, latent_frames=(frames - 1) // 4 + 1, latent_height=height // scale,
+        latent_width=width // scale, size=sizes.BYTES[dtype], per_token="token" in more,
+    )  # fmt: skip
+    assert ours / MIB == pytest.approx(run["allocated"], rel=0.003)
+
+
+def test_fits_is_about_what_is_available() -> None:
+    job, dtypes = Workload(width=832, height=480, num_frames=81), dict.fromkeys(sizes.PARTS, "bf16")
+    found = architecture("wan2.1-t2v-1.3b")
+    choices = Choices(dtypes=dtypes)
+    alone = estimate(found, job, choices, GPU)
+    room = max(reserved_bytes(entry, choices, GPU) for entry in alone.stages)
+    peak = int(alone.peak_usage_mb * MIB)
+    assert room > peak, "the allocator leaves gaps"
+    for there, fits in [(peak - 1, False), (peak, False), (room - 1, False), (room, True)]:
+        told = estimate(found, job, Choices(dtypes=dtypes), GPU, available=there)
+        assert told.fits is fits
+        assert told.available_mb is not None
+        assert (told.peak_usage_mb <= told.available_mb) is fits
+        assert ("DOES NOT FIT" in format_estimate(told)) is not fits
+        assert ("gaps" in format_estimate(told)) is (peak <= there < room)
+    assert "decode" in format_estimate(told)
+
+
+def test_an_estimate_takes_less_than_5_ms() -> None:
+    job, dtypes = (
+        Workload(width=832, height=480, num_frames=81, image=True),
+        {"transformer": "bf16"},
+    )
+    found = architecture("wan2.1-i2v-14b")
+    took = []
+    for frames in range(5, 85, 4):
+        for cached in (transformer_peak, decode_peak, encode_peak):
+            cached.cache_clear()
+        started = time.process_time()  # other work on the machine does not count
+        estimate(found, replace(job, num_frames=frames), Choices(dtypes=dtypes), GPU)
+        took.append(time.process_time() - started)
+    assert sorted(took)[len(took) // 2] < 0.005
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    name=st.sampled_from(["wan2.1-t2v-1.3b", "wan2.2-i2v-a14b", "wan2.2-ti2v-5b"]),
+    width=st.integers(1, 40),
+    height=st.integers(1, 40),
+    frames=st.integers(0, 40),
+    batch=st.integers(1, 3),
+    offload=st.sampled_from(["none", "model", "sequential"]),
+    grow=st.sampled_from(["width", "height", "num_frames", "batch_size"]),
+)
+def test_more_work_never_needs_less(
+    name: str, width: int, height: int, frames: int, batch: int, offload: str, grow: str
+) -> None:
+    sides = {"width": 32 * width, "height": 32 * height}
+    job = Workload(**sides, num_frames=4 * frames + 1, batch_size=batch, image=True)
+    step = {"width": 32, "height": 32, "num_frames": 4, "batch_size": 1}[grow]
+    larger = replace(job, **{grow: getattr(job, grow) + step})
+    choices = Choices(dtypes=dict.fromkeys(sizes.PARTS, "bf16"), offload=offload)
+    found = architecture(name)
+    small, large = estimate(found, job, choices, GPU), estimate(found, larger, choices, GPU)
+    assert large.peak_usage_mb >= small.peak_usage_mb
+    assert large.host_ram_mb >= small.host_ram_mb
+    for before, after in zip(small.stages, large.stages, strict=True):
+        assert after.device_bytes >= before.device_bytes, before.name

@@ -1,0 +1,180 @@
+"""What the nodes make of single files, limits and long clips, without ComfyUI."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from support import single_files
+from support.as_pack import VALUES, load_pack, part
+
+
+@pytest.fixture(scope="module")
+def pack() -> ModuleType:
+    return load_pack()
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("models")
+    single_files.write(root)
+    return root
+
+
+def files_of(pack: ModuleType, models: Path, high: str, low: str) -> Any:
+    folder = models / "diffusion_models"
+    return part(pack, "wan_core.config").WanModelFiles(
+        transformer=folder / high,
+        transformer_2=folder / low,
+        vae=models / "vae" / single_files.VAE,
+        text_encoder=models / "text_encoders" / single_files.TEXT,
+    )
+
+
+def lease_on(pack: ModuleType, files: Any) -> Any:
+    detector = part(pack, "wan_core.detect.detector").ArchitectureDetector()
+    architecture = detector.detect_model_architecture(files)
+    return part(pack, "nodes.lease").lease_for(architecture, files)
+
+
+# -- single files -------------------------------------------------------------------------------
+def test_swapped_experts_have_a_lease_of_their_own(pack: ModuleType, models: Path) -> None:
+    right = files_of(pack, models, single_files.HIGH, single_files.LOW)
+    swapped = files_of(pack, models, single_files.LOW, single_files.HIGH)
+    first, second = lease_on(pack, right), lease_on(pack, swapped)
+    assert first.files == second.files
+    assert lease_on(pack, right) is first
+    wrappers = [lease.wrapper({"device": "cpu"}) for lease in (first, second)]
+    names = [w.architecture.components["transformer"].path.name for w in wrappers]
+    assert names == [single_files.HIGH, single_files.LOW]
+
+
+def test_fingerprint_of_files_changes_with_a_file_or_a_role(pack: ModuleType, models: Path) -> None:
+    fingerprint = part(pack, "nodes.pipeline").fingerprint
+    files = files_of(pack, models, single_files.HIGH, single_files.LOW)
+    before = fingerprint(files)
+    assert fingerprint(files) == before
+    assert fingerprint(files_of(pack, models, single_files.LOW, single_files.HIGH)) != before
+    vae = Path(files.vae)
+    stat = vae.stat()
+    vae.touch()
+    assert vae.stat().st_mtime_ns != stat.st_mtime_ns
+    assert fingerprint(files) != before
+
+
+# -- limits -------------------------------------------------------------------------------------
+def test_a_fallback_window_is_given_in_video_frames(pack: ModuleType) -> None:
+    window_of = part(pack, "nodes.job").window_of
+    assert [window_of("w", frames) for frames in (0, 5, 81)] == [None, 2, 21]
+    error = part(pack, "wan_core.errors").InvalidRequest
+    with pytest.raises(error, match="fallback_window_frames is 4; a window has 5") as raised:
+        window_of("fallback_window_frames", 4)
+    assert raised.value.field == "fallback_window_frames"
+
+
+# -- long clips ---------------------------------------------------------------------------------
+def long_clip(pack: ModuleType, channels: int = 16, **given: Any) -> Any:
+    job = part(pack, "nodes.job")
+    values = {**VALUES, **job.LONG_CLIP, **given}
+    config = job.generation_config(values)
+    variants = part(pack, "wan_core.models.variants")
+    job.use_long_clip(config, values, variants.VAE_21 if channels == 16 else variants.VAE_22)
+    return config
+
+
+def test_what_a_long_clip_is_without_the_last_inputs(pack: ModuleType) -> None:
+    config = long_clip(pack)
+    assert (config.window_schedule, config.window_mode) == ("static", "windows")
+    assert (config.resume, config.noise, config.window_anchor) == ("auto", "clip", False)
+    assert (config.return_frames, config.prompts, config.continue_from) == (True, None, None)
+
+
+def test_what_a_long_clip_asks_reaches_the_job(pack: ModuleType) -> None:
+    config = long_clip(
+        pack, schedule="looped", mode="continuation", resume="must", noise="frame", anchor=True,
+        return_images=False, prompts=" 5: a fox\na hare ",
+    )  # fmt: skip
+    assert (config.window_schedule, config.window_mode) == ("looped", "continuation")
+    assert (config.resume, config.noise, config.window_anchor) == ("must", "frame", True)
+    assert (config.return_frames, config.prompts) == (False, "5: a fox\na hare")
+
+
+@pytest.mark.parametrize("field", ["schedule", "mode", "resume", "noise"])
+def test_a_wrong_choice_is_named(pack: ModuleType, field: str) -> None:
+    error = part(pack, "wan_core.errors").InvalidRequest
+    with pytest.raises(error, match=f"{field} is 'magic'; allowed: ") as raised:
+        long_clip(pack, **{field: "magic"})
+    assert raised.value.field == field
+
+
+@pytest.mark.parametrize("channels", [16, 48])
+def test_latents_to_go_on_from_are_normalised(pack: ModuleType, channels: int) -> None:
+    from wan_core.models.variants import VAE_21, VAE_22
+    from wan_core.sampling.vae import denormalize_latents
+
+    vae = VAE_21 if channels == 16 else VAE_22
+    stats = {"latents_mean": vae.latents_mean, "latents_std": vae.latents_std}
+    wanted = torch.randn(1, channels, 3, 2, 2, generator=torch.manual_seed(0))
+    given = {"samples": denormalize_latents(wanted, stats)}
+    found = long_clip(pack, channels, continue_from=given, mode="continuation").continue_from
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(1, 16, 2, 2), (1, 48, 3, 2, 2), (16, 3, 2, 2)])
+def test_latents_of_another_model_are_named(pack: ModuleType, shape: tuple[int, ...]) -> None:
+    error = part(pack, "wan_core.errors").InvalidRequest
+    with pytest.raises(error, match="continue_from has shape .* 16, frames") as raised:
+        long_clip(pack, continue_from={"samples": torch.zeros(shape)})
+    assert raised.value.field == "continue_from"
+
+
+# -- the estimate's picture ---------------------------------------------------------------------
+BLUE, RED, YELLOW = (70, 130, 200), (220, 80, 70), (240, 200, 80)
+
+
+def drawn(pack: ModuleType, models: Path, available_mb: float | None, gib: float) -> torch.Tensor:
+    """The picture of an estimate whose every stage needs ``gib``, half of it weights."""
+    core = part(pack, "wan_core")
+    files = files_of(pack, models, single_files.HIGH, single_files.LOW)
+    wrapper = core.WanPipelineLoader().load_wan_pipeline(
+        files, optimization_config={"device": "cpu"}
+    )
+    estimate = wrapper.estimate_memory_usage(core.GenerationConfig(prompt="", num_frames=9))
+    size = {"device_bytes": int(gib * 2**30), "weights_bytes": int(gib * 2**29)}
+    stages = [replace(stage, **size) for stage in estimate.stages]
+    estimate = replace(estimate, stages=stages, available_mb=available_mb)
+    picture: torch.Tensor = part(pack, "nodes.picture").estimate_picture(estimate)
+    return picture
+
+
+def columns(picture: torch.Tensor, colour: tuple[int, int, int]) -> list[int]:
+    """The columns of the first bar's row that have this colour."""
+    row = (picture[0, 48] * 255).round().to(torch.int64)
+    return [x for x in range(row.shape[0]) if tuple(row[x].tolist()) == colour]
+
+
+def test_the_picture_shows_what_is_too_much(pack: ModuleType, models: Path) -> None:
+    picture = drawn(pack, models, 12 * 1024.0, 16.0)
+    assert picture.dtype == torch.float32
+    assert picture.shape[0] == 1 and picture.shape[3] == 3
+    assert picture.min() >= 0 and picture.max() <= 1
+    blue, red, line = (columns(picture, colour) for colour in (BLUE, RED, YELLOW))
+    left = min(blue)
+    full = max(red) - left
+    assert abs(max(blue) - left - full / 2) <= 2  # half of it is weights
+    assert abs(min(line) - left - full * 12 / 16) <= 2
+    assert abs(min(red) - min(line)) <= 3
+
+
+@pytest.mark.parametrize("available_mb", [None, 200 * 1024.0])
+def test_the_picture_of_what_fits_has_no_red(
+    pack: ModuleType, models: Path, available_mb: float | None
+) -> None:
+    picture = drawn(pack, models, available_mb, 16.0)
+    assert not columns(picture, RED)
+    assert not columns(picture, YELLOW)  # unknown, or too far away to be drawn
+    assert columns(picture, BLUE)

@@ -1,0 +1,230 @@
+"""The nodes' own logic, without ComfyUI: descriptions, folders, leases, inputs to jobs."""
+
+from __future__ import annotations
+
+import ast
+import gc
+import json
+import re
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from support import tiny_models
+from support.as_pack import ROOT, VALUES, load_pack, open_model, part
+
+COMFY = {"comfy", "folder_paths", "server", "execution", "latent_preview", "comfy_execution"}
+
+
+@pytest.fixture(scope="module")
+def pack() -> ModuleType:
+    return load_pack()
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("diffusers")
+    tiny_models.make_folder(root / "tiny", "wan2.1-t2v")
+    tiny_models.make_folder(root / "org" / "other", "wan2.2-t2v-a14b", seed=1)
+    (root / "notes").mkdir()
+    (root / ".hidden").mkdir()
+    (root / ".hidden" / "model_index.json").write_text("{}")
+    return root
+
+
+# -- the shape of the pack ----------------------------------------------------------------------
+def test_importing_the_pack_imports_nothing_and_maps_no_v1_nodes(pack: ModuleType) -> None:
+    assert callable(pack.comfy_entrypoint)
+    assert (ROOT / pack.WEB_DIRECTORY).is_dir()
+    # With it, ComfyUI would ignore comfy_entrypoint.
+    assert not hasattr(pack, "NODE_CLASS_MAPPINGS")
+    tree = ast.parse((ROOT / "__init__.py").read_text())
+    top = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
+    assert {alias.name for node in top for alias in node.names} == {"annotations", "Any"}
+
+
+def test_only_the_bridge_touches_comfyui() -> None:
+    for path in (ROOT / "nodes").glob("*.py"):
+        found = set()
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                found |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+                found.add(node.module.split(".")[0])
+        if path.name == "bridge.py":
+            assert found & COMFY
+        else:
+            assert not found & COMFY, path.name
+        if path.stem in ("pipeline", "lease", "job", "__init__"):
+            assert "comfy_api" not in found, path.name
+
+
+def test_every_node_has_a_help_page_and_every_workflow_a_thumbnail() -> None:
+    declared = [
+        found
+        for path in (ROOT / "nodes").glob("*.py")
+        for found in re.findall(r'node_id="(\w+)"', path.read_text())
+    ]
+    assert len(declared) == 6
+    for name in declared:
+        page = (ROOT / "web" / "docs" / f"{name}.md").read_text()
+        assert "## Common mistakes" in page, name
+        assert f"](images/{name}.png)" in page, name
+    for page in (ROOT / "web" / "docs").glob("*.md"):
+        for line in page.read_text().splitlines():
+            if line.startswith("!["):
+                assert (page.parent / line.split("(")[1].rstrip(")")).is_file(), line
+    workflows = list((ROOT / "example_workflows").glob("*.json"))
+    assert len(workflows) == 3
+    for path in workflows:
+        assert path.with_suffix(".jpg").is_file()
+        assert json.loads(path.read_text())["nodes"]
+
+
+# -- folders ------------------------------------------------------------------------------------
+def test_lists_folders_two_levels_deep_in_every_root(pack: ModuleType, models: Path) -> None:
+    pipeline = part(pack, "nodes.pipeline")
+    roots = [models, models / "absent"]
+    listed = [name for name in pipeline.list_models(roots) if not name.startswith("WanFit demo")]
+    assert listed == ["org/other", "tiny"]
+    assert pipeline.find_model("org/other", roots) == models / "org" / "other"
+
+
+@pytest.mark.parametrize("name", ["gone", "../tiny", "", ".hidden", "notes", "/etc"])
+def test_an_unknown_model_is_named_with_its_field_and_place(
+    pack: ModuleType, models: Path, name: str
+) -> None:
+    pipeline = part(pack, "nodes.pipeline")
+    error = part(pack, "wan_core.errors").InvalidRequest
+    with pytest.raises(error) as raised:
+        pipeline.find_model(name, [models])
+    assert raised.value.field == "model"
+    text = str(raised.value)
+    assert repr(name) in text
+    assert str(models) in text
+    assert "'org/other'" in text
+
+
+def test_fingerprint_changes_only_with_a_file(pack: ModuleType, tmp_path: Path) -> None:
+    pipeline = part(pack, "nodes.pipeline")
+    folder = tiny_models.make_folder(tmp_path / "m", "wan2.1-t2v")
+    before = pipeline.fingerprint(folder)
+    assert pipeline.fingerprint(folder) == before
+    weights = next((folder / "transformer").glob("*.safetensors"))
+    weights.touch()
+    after = pipeline.fingerprint(folder)
+    assert after != before
+
+
+# -- descriptions and leases --------------------------------------------------------------------
+def test_optimize_makes_a_new_description_and_leaves_the_old(
+    pack: ModuleType, models: Path
+) -> None:
+    pipeline = open_model(pack, models / "tiny")
+    other = pipeline.optimized(precision="fp32", offload="model")
+    assert pipeline.optimization_config() == {"precision": "auto", "offload": "auto"}
+    assert other.optimization_config() == {"precision": "fp32", "offload": "model"}
+    assert other.lease is pipeline.lease
+    assert other != pipeline
+    with pytest.raises(AttributeError):
+        pipeline.precision = "fp16"
+
+
+def test_weights_live_as_long_as_a_description_of_their_files(
+    pack: ModuleType, models: Path
+) -> None:
+    config = part(pack, "wan_core.config").GenerationConfig(
+        prompt="a cat", width=32, height=32, num_frames=5, num_inference_steps=1
+    )
+    part(
+        pack, "wan_core.loading.cache"
+    ).component_cache().clear()  # of what other files' tests left
+    options = {"device": "cpu"}
+    first = open_model(pack, models / "tiny")
+    second = open_model(pack, models / "org" / "other")
+    for pipeline in (first, second):
+        pipeline.lease.wrapper(options).generate(config).raise_for_error()
+    alone = second.get_ram_usage()
+    assert first.get_ram_usage() > 0
+    copy = first.optimized(offload="model")
+    cache = part(pack, "wan_core.loading.cache").component_cache()
+    del first
+    gc.collect()
+    assert copy.get_ram_usage() > 0
+    files = copy.lease.files
+    del copy, pipeline
+    gc.collect()
+    assert part(pack, "nodes.lease").loaded_bytes(files) == 0
+    assert second.get_ram_usage() == alone
+    del second
+    gc.collect()
+    assert not [m for _, m in cache.loaded() if isinstance(m, torch.nn.Module)]
+
+
+def test_one_lease_per_set_of_files(pack: ModuleType, models: Path) -> None:
+    first, second = (open_model(pack, models / "tiny") for _ in range(2))
+    assert first.lease is second.lease
+    assert first.lease.wrapper({"device": "cpu"}) is second.lease.wrapper({"device": "cpu"})
+    assert first.lease.wrapper({"device": "cpu"}) is not first.lease.wrapper({"offload": "model"})
+
+
+# -- inputs to jobs -----------------------------------------------------------------------------
+def test_zero_means_official(pack: ModuleType) -> None:
+    config = part(pack, "nodes.job").generation_config(VALUES)
+    for name in ("num_inference_steps", "guidance_scale", "guidance_scale_2", "flow_shift"):
+        assert getattr(config, name) is None, name
+    for name in ("boundary", "switch_step", "fps", "negative_prompt", "image", "prompt_embeds"):
+        assert getattr(config, name) is None, name
+    assert config.seed == 0
+    assert config.prompt == "a cat"
+
+
+def test_values_reach_the_job(pack: ModuleType) -> None:
+    picture = torch.rand(1, 8, 8, 4)
+    embeds = torch.rand(1, 512, 32)
+    given = {
+        "steps": 4, "guidance_scale": 3.5, "guidance_scale_2": 2.0, "flow_shift": 5.0,
+        "boundary": 0.9, "switch_step": 2, "fps": 24.0, "negative_prompt": "blur", "seed": 7,
+        "start_image": picture, "end_image": picture, "positive": [[embeds, {"pooled": None}]],
+        "scheduler": "euler",
+    }  # fmt: skip
+    config = part(pack, "nodes.job").generation_config(VALUES | given)
+    assert config.num_inference_steps == 4
+    assert (config.guidance_scale, config.guidance_scale_2) == (3.5, 2.0)
+    assert (config.flow_shift, config.boundary, config.switch_step) == (5.0, 0.9, 2)
+    assert (config.fps, config.negative_prompt, config.seed) == (24.0, "blur", 7)
+    assert config.scheduler == "euler"
+    assert torch.equal(config.image, picture[0, :, :, :3])
+    assert torch.equal(config.last_image, picture[0, :, :, :3])
+    assert torch.equal(config.prompt_embeds, embeds)
+    assert config.prompt is None
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("scheduler", "magic"),
+        ("positive", [[torch.zeros(1), {}]] * 2),
+        ("negative", []),
+        ("start_image", torch.zeros(2, 8, 8, 3)),
+        ("end_image", torch.zeros(0, 8, 8, 3)),
+    ],
+)
+def test_a_bad_input_is_named(pack: ModuleType, field: str, value: Any) -> None:
+    error = part(pack, "wan_core.errors").InvalidRequest
+    with pytest.raises(error) as raised:
+        part(pack, "nodes.job").generation_config(VALUES | {field: value})
+    assert raised.value.field == field
+    assert field in str(raised.value)
+
+
+def test_an_overlap_as_long_as_the_window_is_refused(pack: ModuleType) -> None:
+    job = part(pack, "nodes.job")
+    config = job.generation_config(VALUES)
+    with pytest.raises(part(pack, "wan_core.errors").InvalidRequest, match="window_overlap is 17"):
+        job.use_windows(config, 17, 17)
+    job.use_windows(config, 17, 16)
+    assert (config.max_chunk_size, config.window_overlap) == (17, 16)
+    assert config.force_chunked_processing

@@ -1,0 +1,239 @@
+"""The mp4 writer: right frames, whole or nothing."""
+
+from __future__ import annotations
+
+import errno
+import subprocess
+import sys
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import torch
+from support.clips import HEIGHT, WIDTH, patches, read, write
+
+from wan_core.errors import InvalidRequest, OutputError
+from wan_core.render.video import VideoWriter
+
+
+def sound(path: Path) -> tuple[np.ndarray, int]:
+    with av.open(str(path)) as container:
+        stream = container.streams.audio[0]
+        parts = [frame.to_ndarray() for frame in container.decode(stream)]
+        return np.concatenate(parts, axis=1), stream.rate
+
+
+@pytest.mark.parametrize("frames", [1, 2, 81])
+@pytest.mark.parametrize("fps", [16, 24, 23.976, 24000 / 1001])
+def test_every_frame_arrives_in_order_at_the_right_time(
+    tmp_path: Path, frames: int, fps: float
+) -> None:
+    clip = patches(frames)
+    write(tmp_path / "out.mp4", clip, fps=fps)
+    pictures, rate, _, times = read(tmp_path / "out.mp4")
+    assert pictures.shape == (frames, HEIGHT, WIDTH, 3)
+    assert abs(float(rate) - fps) < 1e-3
+    assert times == pytest.approx([index / fps for index in range(frames)], abs=1e-3)
+    # Away from the edges of the patches, where chroma is shared by four pixels.
+    for row, column in [(8, 12), (8, 36), (24, 12), (24, 36)]:
+        wanted = clip[:, row, column].numpy() * 255
+        assert np.abs(pictures[:, row, column].astype(float) - wanted).max() <= 5
+    assert [path.name for path in tmp_path.iterdir()] == ["out.mp4"]
+
+
+def test_floats_round_to_the_nearest_level_and_out_of_range_is_clamped(tmp_path: Path) -> None:
+    levels = torch.tensor([-0.5, 0.0, 0.49 / 255, 0.51 / 255, 100.4 / 255, 100.6 / 255, 1.0, 2.0])
+    clip = torch.zeros(1, 2, 8, 3)
+    clip[0, :, :, :] = levels.view(1, 8, 1)
+    wanted = np.array([0, 0, 0, 1, 100, 101, 255, 255])
+    from wan_core.render.video import _to_bytes
+
+    assert (_to_bytes(clip[0]).numpy() == wanted.reshape(1, 8, 1)).all()
+    # All 256 levels come back, and bfloat16 is rounded once.
+    grid = torch.arange(256, dtype=torch.uint8)
+    assert torch.equal(_to_bytes(grid.float() / 255), grid)
+    coarse = (torch.arange(1000) / 999).to(torch.bfloat16)
+    assert torch.equal(_to_bytes(coarse), (coarse.double() * 255).round().to(torch.uint8))
+
+
+def test_bytes_and_floats_make_the_same_file(tmp_path: Path) -> None:
+    clip = patches(5)
+    write(tmp_path / "a.mp4", clip)
+    write(tmp_path / "b.mp4", (clip * 255).round().to(torch.uint8))
+    assert (read(tmp_path / "a.mp4")[0] == read(tmp_path / "b.mp4")[0]).all()
+
+
+def test_noise_survives_where_nothing_is_thrown_away(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    clip = torch.randint(0, 256, (6, HEIGHT, WIDTH, 3), dtype=torch.uint8)
+    write(tmp_path / "out.mp4", clip, crf=0, pix_fmt="yuv444p")
+    difference = read(tmp_path / "out.mp4")[0].astype(int) - clip.numpy()
+    assert np.abs(difference).max() <= 4  # the matrix rounds, and out-of-gamut noise is clipped
+
+
+def test_workflow_metadata_is_read_back(tmp_path: Path) -> None:
+    metadata = {"prompt": '{"3": {"class_type": "WanGenerate"}}', "workflow": '{"n": "é\\n"}'}
+    write(tmp_path / "out.mp4", patches(2), metadata=metadata)
+    found = read(tmp_path / "out.mp4")[2]
+    assert {key: found.get(key) for key in metadata} == metadata
+
+
+@pytest.mark.parametrize("channels", [1, 2])
+@pytest.mark.parametrize("rate", [16000, 44100, 48000])
+def test_sound_goes_along_and_ends_with_the_pictures(
+    tmp_path: Path, channels: int, rate: int
+) -> None:
+    seconds = 40 / 16
+    time = torch.arange(int(rate * 4)) / rate
+    wave = 0.5 * torch.sin(2 * torch.pi * 440 * time).expand(channels, -1)
+    write(tmp_path / "out.mp4", patches(40), audio=(wave, rate))
+    heard, found_rate = sound(tmp_path / "out.mp4")
+    assert found_rate == rate and heard.shape[0] == channels
+    assert abs(heard.shape[1] / rate - seconds) < 0.1
+    spectrum = np.abs(np.fft.rfft(heard[0]))
+    assert abs(spectrum.argmax() * rate / heard.shape[1] - 440) < 2
+    assert np.abs(heard[0][rate // 2 : rate]).max() == pytest.approx(0.5, abs=0.05)
+    assert len(read(tmp_path / "out.mp4")[0]) == 40
+
+
+def test_sound_shorter_than_the_pictures(tmp_path: Path) -> None:
+    write(tmp_path / "out.mp4", patches(16), audio=(torch.zeros(1, 4000), 16000))
+    assert len(read(tmp_path / "out.mp4")[0]) == 16
+    assert sound(tmp_path / "out.mp4")[0].shape[1] < 16000
+
+
+class Stop(BaseException):
+    """Stands for KeyboardInterrupt and ComfyUI's interrupt."""
+
+
+@pytest.mark.parametrize("error", [Stop, KeyboardInterrupt, RuntimeError, MemoryError])
+@pytest.mark.parametrize("frames", [0, 1, 9])
+def test_an_error_leaves_no_file_and_an_older_one_untouched(
+    tmp_path: Path, error: type[BaseException], frames: int
+) -> None:
+    for path in (tmp_path / "new.mp4", tmp_path / "old.mp4"):
+        (tmp_path / "old.mp4").write_bytes(b"older")
+        with (
+            pytest.raises(error),
+            VideoWriter(path, fps=16, width=WIDTH, height=HEIGHT) as writer,
+        ):
+            if frames:
+                writer.write(patches(frames))
+            raise error
+        assert [found.name for found in tmp_path.iterdir()] == ["old.mp4"]
+        assert (tmp_path / "old.mp4").read_bytes() == b"older"
+
+
+def test_the_name_appears_only_at_the_end(tmp_path: Path) -> None:
+    with VideoWriter(tmp_path / "out.mp4", fps=16, width=WIDTH, height=HEIGHT) as writer:
+        writer.write(patches(3))
+        assert not (tmp_path / "out.mp4").exists()
+    assert (tmp_path / "out.mp4").exists()
+
+
+def test_a_video_without_frames_is_an_error(tmp_path: Path) -> None:
+    with (
+        pytest.raises(OutputError, match="No frame"),
+        VideoWriter(tmp_path / "out.mp4", fps=16, width=WIDTH, height=HEIGHT),
+    ):
+        pass
+    assert not list(tmp_path.iterdir())
+
+
+FILL = """
+import resource, sys, torch
+from wan_core.errors import OutputError
+from wan_core.render.video import VideoWriter
+resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
+torch.manual_seed(0)
+try:
+    with VideoWriter(sys.argv[1], fps=16, width=64, height=64, crf=1, num_frames=400) as writer:
+        for _ in range(100):
+            writer.write(torch.rand(4, 64, 64, 3))
+except OutputError as err:
+    print(err)
+    sys.exit(7)
+"""
+
+
+def test_running_out_of_room_names_what_is_needed_and_leaves_nothing(tmp_path: Path) -> None:
+    # A limit on the size of files makes the write really fail, wherever ffmpeg happens to be.
+    pytest.importorskip("resource", reason="Windows has no limit on the size of a file")
+    done = subprocess.run(
+        [sys.executable, "-c", FILL, str(tmp_path / "out.mp4")],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 7, done.stderr
+    assert "no room" in done.stdout and "bytes are needed" in done.stdout
+    assert "are free" in done.stdout and "out.mp4" in done.stdout
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_names_both_numbers(tmp_path: Path) -> None:
+    with (
+        pytest.raises(OutputError, match=r"no room.*bytes are needed.*[\d,]+ are free"),
+        VideoWriter(
+            tmp_path / "out.mp4", fps=16, width=WIDTH, height=HEIGHT, num_frames=81
+        ) as writer,
+    ):
+        writer.write(patches(1))
+
+        class Full:
+            def __init__(self, inner: object) -> None:
+                self._inner = inner
+
+            def mux(self, packets: object) -> None:
+                raise OSError(errno.ENOSPC, "No space left on device")
+
+            def close(self) -> None:
+                raise OSError(errno.ENOSPC, "No space left on device")
+
+        writer._container = Full(writer._container)
+        writer.write(patches(1))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("pix_fmt", "rgb24"),
+        ("width", 47),
+        ("height", 31),
+        ("width", 0),
+        ("fps", 0),
+        ("fps", -1),
+        ("fps", float("nan")),
+        ("audio", (torch.zeros(3, 5), 16000)),
+        ("audio", (torch.zeros(5), 16000)),
+    ],
+)
+def test_a_value_that_cannot_be_is_named(tmp_path: Path, field: str, value: object) -> None:
+    with pytest.raises(InvalidRequest, match=f"^{field} ") as raised:
+        write(tmp_path / "out.mp4", patches(1), **{field: value})
+    assert raised.value.field == field
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "options", [{"codec": "no_such"}, {"pix_fmt": "yuv_no_such"}, {"codec": "prores_ks"}]
+)
+def test_a_codec_that_cannot_is_named(tmp_path: Path, options: dict[str, str]) -> None:
+    with pytest.raises(OutputError, match=r"out\.mp4"):
+        write(tmp_path / "out.mp4", patches(1), **options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_frames_of_another_size_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(InvalidRequest, match="frames have shape"):
+        write(tmp_path / "out.mp4", torch.zeros(1, HEIGHT + 2, WIDTH, 3))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match="file"):
+        write(tmp_path / "file" / "out.mp4", patches(1))

@@ -1,0 +1,1 @@
+"""What tests share: small real models, bad files, machines that are not this one, a ComfyUI."""

@@ -1,0 +1,192 @@
+"""Starts a real ComfyUI from a checkout, with this pack and a probe pack, in a temporary folder.
+
+The checkout is looked for at COMFYUI_PATH, then at comfy-cli's default place (~/comfy/ComfyUI);
+its Python at COMFYUI_PYTHON, then in a virtual environment in or beside the checkout. Nothing in
+the checkout is written: models, outputs and custom nodes live below ``--base-directory``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+FOLDERS = ("models", "custom_nodes", "input", "output", "temp", "user")
+
+
+def find_checkout() -> Path | str:
+    """Return the ComfyUI checkout, or a sentence that says what is missing."""
+    named = os.environ.get("COMFYUI_PATH")
+    place = Path(named) if named else Path.home() / "comfy" / "ComfyUI"
+    if (place / "main.py").is_file():
+        return place
+    return f"no ComfyUI checkout at {place} (set COMFYUI_PATH to one)"
+
+
+def find_python(checkout: Path) -> Path | str:
+    """Return the Python that runs ``checkout``, or a sentence that says what is missing."""
+    named = os.environ.get("COMFYUI_PYTHON")
+    if named:
+        return Path(named)
+    for folder in (checkout / ".venv", checkout / "venv", checkout.parent / "venv"):
+        for name in ("bin/python", "Scripts/python.exe"):
+            if (folder / name).is_file():
+                return folder / name
+    return f"no virtual environment in or beside {checkout} (set COMFYUI_PYTHON)"
+
+
+class ComfyServer:
+    """One running ComfyUI in CPU mode; use as a context manager."""
+
+    def __init__(self, base: Path, checkout: Path, python: Path, *options: str) -> None:
+        self.base, self.checkout, self.python, self.options = base, checkout, python, options
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.log_path = base / "comfyui.log"
+        for name in FOLDERS:
+            (base / name).mkdir(parents=True, exist_ok=True)
+        (base / "custom_nodes" / "wanfit").symlink_to(REPOSITORY, target_is_directory=True)
+        probe_pack = REPOSITORY / "tests" / "support" / "comfy_probe"
+        (base / "custom_nodes" / "probe").symlink_to(probe_pack, target_is_directory=True)
+
+    def __enter__(self) -> ComfyServer:
+        self.start()
+        try:
+            self.await_start()
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def start(self) -> None:
+        """Start the process; ``await_start`` waits until it answers."""
+        command = [str(self.python), "main.py", "--cpu", "--port", str(self.port)]
+        command += ["--base-directory", str(self.base), "--disable-api-nodes", *self.options]
+        command += ["--database-url", "sqlite:///:memory:"]
+        # One thread: more would spin on the cores that other tests run on.
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+        self._log = self.log_path.open("w")
+        self._process = subprocess.Popen(
+            command, cwd=self.checkout, stdout=self._log, stderr=subprocess.STDOUT, env=environment
+        )
+
+    def await_start(self, seconds: float = 120) -> None:
+        """Wait until ComfyUI answers."""
+        self.wait_until(self._answers, seconds, pause=0.1)
+
+    def _answers(self) -> bool:
+        if self._process.poll() is not None:
+            raise RuntimeError(f"ComfyUI ended at once:\n{self.log()[-3000:]}")
+        try:
+            self.get("/system_stats")
+        except OSError:
+            return False
+        return True
+
+    def kill(self) -> None:
+        """End ComfyUI as the system does when memory is short: nothing can be tidied up."""
+        self._process.kill()
+        assert self._process.wait(30) == -signal.SIGKILL
+        self._log.close()
+
+    def stop(self) -> None:
+        """End ComfyUI; does nothing when it has ended."""
+        self._process.terminate()
+        try:
+            self._process.wait(15)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._log.close()
+
+    def log(self) -> str:
+        """Return what ComfyUI has printed so far."""
+        return self.log_path.read_text(errors="replace")
+
+    def get(self, path: str) -> Any:
+        """GET a JSON answer."""
+        with urllib.request.urlopen(self.url + path, timeout=60) as answer:
+            return json.load(answer)
+
+    def post(self, path: str, body: Any = None) -> Any:
+        """POST JSON; the answer is JSON or None; an error status gives {"status", "error"}."""
+        data = json.dumps({} if body is None else body).encode()
+        request = urllib.request.Request(
+            self.url + path, data, {"Content-Type": "application/json"}, method="POST"
+        )
+        try:
+            with urllib.request.urlopen(request, timeout=60) as answer:
+                text = answer.read()
+        except urllib.error.HTTPError as error:
+            return {"status": error.code, **json.loads(error.read() or b"{}")}
+        return json.loads(text) if text.strip() else None
+
+    def queue(self, prompt: dict[str, Any]) -> str:
+        """Queue an API-format prompt and return its id; fails on a refused prompt."""
+        answer = self.post("/prompt", {"prompt": prompt})
+        assert "prompt_id" in answer, json.dumps(answer, indent=1)[:4000]
+        return str(answer["prompt_id"])
+
+    def wait(self, prompt_id: str, seconds: float = 240) -> dict[str, Any]:
+        """Return the history entry of a prompt once it has ended, well or not."""
+        return dict(
+            self.wait_until(lambda: self.get(f"/history/{prompt_id}").get(prompt_id), seconds)
+        )
+
+    def wait_until(
+        self, condition: Callable[[], Any], seconds: float = 60, pause: float = 0.02
+    ) -> Any:
+        """Ask until the answer is true, and return it."""
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            if answer := condition():
+                return answer
+            time.sleep(pause)
+        raise TimeoutError(f"waited {seconds} s in vain; ComfyUI's log:\n{self.log()[-3000:]}")
+
+    def run(self, prompt: dict[str, Any], seconds: float = 240) -> dict[str, Any]:
+        """Run a prompt that must succeed and return its outputs by node id."""
+        entry = self.wait(self.queue(prompt), seconds)
+        assert entry["status"]["status_str"] == "success", json.dumps(entry["status"])[:6000]
+        return dict(entry["outputs"])
+
+    def state(self) -> dict[str, Any]:
+        """Return what the probe pack sees inside ComfyUI."""
+        return dict(self.get("/wanfit_probe/state"))
+
+    def free(self, what: str = "free_memory") -> None:
+        """POST /free and wait until the weights are gone (done between prompts).
+
+        "free_memory" unloads models too. Both flags at once can lose the second one: the worker
+        may wake between them and then sleeps until the next prompt.
+        """
+        self.post("/free", {what: True})
+        self.wait_until(self._freed)
+
+    def _freed(self) -> bool:
+        # ComfyUI's worker takes the flags, then frees, then takes the next prompt. Without
+        # weights the flags alone tell that the next prompt comes after this.
+        state = self.state()
+        return not state["flags"] and not state["weight_bytes"]
+
+    def import_seconds(self, pack: str) -> float | None:
+        """Return what ComfyUI's log says the import of a pack took."""
+        found = re.search(rf"([\d.]+) seconds( \(IMPORT FAILED\))?: \S*/{pack}\n", self.log())
+        if found is None or found[2]:
+            return None
+        return float(found[1])

@@ -1,0 +1,57 @@
+"""Made-up machines and models for the tests of estimate and plan: numbers, no files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from wan_core.memory.machine import SystemResources
+from wan_core.memory.stages import GIB
+from wan_core.models.architecture import Component, ModelArchitecture
+from wan_core.models.variants import VARIANTS
+
+
+def gpu(gib: float, *, ram: float = 128, **more: object) -> SystemResources:
+    """A machine with a GPU of ``gib`` GiB, all of it free, and ``ram`` GiB of free RAM."""
+    known: dict[str, object] = {
+        "device": "cuda:0",
+        "device_name": f"GPU {gib:g}",
+        "device_total_bytes": int(gib * GIB),
+        "device_free_bytes": int(gib * GIB),
+        "ram_total_bytes": int(ram * GIB),
+        "ram_available_bytes": int(ram * GIB),
+        "backend": "cuda",
+        "supports_fp8": True,
+        "compute_capability": (8, 9),
+        "multiprocessors": 128,
+        "pcie_generation": 4,
+        "pcie_width": 16,
+        "pinned_budget_bytes": int(ram * GIB / 2),
+    }
+    return SystemResources(**(known | more))  # type: ignore[arg-type]
+
+
+def cpu(ram: float) -> SystemResources:
+    """A machine without a GPU and with ``ram`` GiB of free RAM."""
+    return gpu(
+        ram, ram=ram, device="cpu", device_name="a CPU", backend="cpu", supports_fp8=False,
+        supports_bf16=False, supports_fp16=False, compute_capability=None,
+    )  # fmt: skip
+
+
+def architecture(name: str, *, weight_kind: str = "bf16", bare: bool = False) -> ModelArchitecture:
+    """A detected model with the published numbers, its files without content."""
+    variant = VARIANTS[name]
+    parts = ["transformer"]
+    if not bare:
+        parts += ["vae", "text_encoder", "tokenizer"]
+        parts += ["transformer_2"] * (variant.experts == 2)
+        parts += ["image_encoder"] * variant.image_encoder
+    return ModelArchitecture(
+        variant=variant,
+        transformer=variant.transformer,
+        vae=None if bare else variant.vae,
+        layout="diffusers",
+        weight_kind=weight_kind,
+        components={part: Component(kind=part, path=Path("model") / part) for part in parts},
+        root=Path("model"),
+    )

@@ -1,0 +1,219 @@
+"""The command line as a person uses it: output, exit codes, JSON, Ctrl-C."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import av
+import pytest
+import torch
+from support.clips import patches, write
+from support.tiny_models import make_folder
+
+from wan_core.__main__ import main
+from wan_core.errors import CorruptFile
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_folder(tmp_path_factory.mktemp("cli") / "t2v", "wan2.2-t2v-a14b")
+
+
+@pytest.fixture(scope="module")
+def image_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_folder(tmp_path_factory.mktemp("cli") / "i2v", "wan2.2-i2v-a14b")
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: Any) -> tuple[int, str, str]:
+    code = main([str(a) for a in arguments])
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def generate(model: Path, output: Path, *more: Any) -> tuple[Any, ...]:
+    return (
+        "generate", model, "--prompt", "a red cat", "--width", 64, "--height", 32, "--frames", 9,
+        "--steps", 2, "--output", output, *more,
+    )  # fmt: skip
+
+
+def test_inspect_prints_the_variant_and_why(model: Path, capsys: Any) -> None:
+    code, out, _ = run(capsys, "inspect", model)
+    assert code == 0 and "wan2.2-t2v-a14b" in out and "because" in out
+    code, out, _ = run(capsys, "inspect", model, "--json")
+    assert code == 0 and json.loads(out)["variant"] == "wan2.2-t2v-a14b"
+
+
+def test_inspect_names_a_part_for_what_it_is(model: Path, capsys: Any) -> None:
+    code, out, _ = run(capsys, "inspect", model / "vae")
+    assert code == 0 and "VAE" in out
+    code, out, _ = run(capsys, "inspect", model / "text_encoder", "--json")
+    assert code == 0 and json.loads(out)["kind"] == "text_encoder"
+
+
+def test_estimate_has_its_peak_at_the_top_level(model: Path, capsys: Any) -> None:
+    size = ("--width", 64, "--height", 64, "--frames", 17)
+    code, out, _ = run(capsys, "estimate", model, *size, "--json")
+    found = json.loads(out)
+    assert code == 0 and found["peak_usage_mb"] > 0 and found["stages"]
+    code, out, _ = run(capsys, "estimate", model, *size)
+    assert code == 0 and "decode" in out and "GiB" in out
+
+
+def test_estimate_of_an_image_model_needs_no_image(image_model: Path, capsys: Any) -> None:
+    code, out, _ = run(capsys, "estimate", image_model, "--width", 64, "--height", 64, "--json")
+    assert code == 0
+    assert "condition_encode" in {stage["name"] for stage in json.loads(out)["stages"]}
+
+
+def test_generate_writes_the_video_it_names(model: Path, tmp_path: Path, capsys: Any) -> None:
+    target = tmp_path / "new folder" / "out.mp4"
+    code, out, err = run(capsys, *generate(model, target))
+    assert code == 0, err
+    assert str(target) in out and "denoise_high" in out
+    with av.open(str(target)) as video:
+        assert sum(1 for _ in video.decode(video=0)) == 9
+
+
+def test_json_is_one_object_and_nothing_else(model: Path, tmp_path: Path, capsys: Any) -> None:
+    code, out, err = run(capsys, *generate(model, tmp_path / "o.mp4", "--json", "--seed", 5))
+    found = json.loads(out)
+    assert code == 0 and not err.strip()
+    assert found["success"] and found["metadata"]["seed"] == 5
+    assert found["output_path"].endswith("o.mp4")
+    assert {stage["name"] for stage in found["stages"]} >= {"denoise_high", "decode"}
+
+
+def test_image_to_video_from_files(image_model: Path, tmp_path: Path, capsys: Any) -> None:
+    from PIL import Image
+
+    picture = tmp_path / "in.png"
+    Image.new("RGB", (64, 32), "red").save(picture)
+    code, _, err = run(capsys, *generate(image_model, tmp_path / "o.mp4", "--image", picture))
+    assert code == 0, err
+    bad = tmp_path / "bad.png"
+    bad.write_bytes(b"not a picture")
+    code, _, err = run(capsys, *generate(image_model, tmp_path / "o2.mp4", "--image", bad))
+    assert code == 1 and "image" in err and "bad.png" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--frames", 0), "num_frames"),
+        (("--steps", 0), "num_inference_steps"),
+        (("--scheduler", "ddim"), "scheduler"),
+        (("--image", "none.png"), "image"),
+        (("--precision", "int3"), "precision"),
+        (("--offload", "magic"), "offload"),
+        (("--width", 8), "width"),
+    ],
+)
+def test_an_expected_error_is_one_line_and_exit_code_1(
+    model: Path, tmp_path: Path, capsys: Any, arguments: tuple[Any, ...], said: str
+) -> None:
+    code, out, err = run(capsys, *generate(model, tmp_path / "o.mp4", *arguments))
+    assert code == 1 and not out
+    assert err.startswith("error: ") and err.count("\n") == 1 and said in err
+    assert list(tmp_path.iterdir()) == []
+    code, out, again = run(capsys, *generate(model, tmp_path / "o.mp4", *arguments, "--json"))
+    found = json.loads(out)
+    assert code == 1 and again == err and not found["success"]
+    assert err == f"error: {found['errors'][0]}\n"
+
+
+@pytest.mark.parametrize("name", ["a" * 300 + ".mp4", "file/o.mp4", "folder.mp4"])
+def test_an_output_that_cannot_be_written_is_one_line(
+    model: Path, tmp_path: Path, capsys: Any, name: str
+) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    (tmp_path / "folder.mp4").mkdir()
+    code, _, err = run(capsys, *generate(model, tmp_path / name))
+    assert code == 1 and err.startswith("error: ") and err.count("\n") == 1
+    assert str(tmp_path / name) in err and "name" in err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder.mp4"]
+
+
+def test_warnings_are_told_also_when_the_run_fails(
+    model: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise CorruptFile("the weights are broken")
+
+    monkeypatch.setattr("wan_core.render.render.draw_noise", fail)
+    (tmp_path / ".wanfit").write_text("where the journal would be")
+    code, _, err = run(capsys, *generate(model, tmp_path / "o.mp4"))
+    *warnings, error = err.splitlines()
+    assert code == 1 and error == "error: the weights are broken"
+    assert any(text.startswith("warning: The render goes on but is not") for text in warnings)
+    code, out, _ = run(capsys, *generate(model, tmp_path / "o.mp4", "--json"))
+    assert code == 1
+    assert [f"warning: {text}" for text in json.loads(out)["warnings"]] == warnings
+
+
+def test_an_overlap_that_does_not_fit_is_shown_as_it_is_used(
+    model: Path, tmp_path: Path, capsys: Any
+) -> None:
+    windows = ("--window", 5, "--overlap", 200, "--frames", 17)
+    code, out, err = run(capsys, *generate(model, tmp_path / "o.mp4", *windows))
+    assert code == 0, err
+    assert "windows of 5 frames, 4 shared" in out and "200 shared" not in out
+    assert "warning: overlap 200 does not fit a window of 5 frames; 4 is used" in out
+
+
+def test_sound_is_read_no_further_than_the_clip(
+    model: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from wan_core.render import audio
+
+    write(tmp_path / "in.mp4", patches(40), audio=(torch.zeros(1, 40000), 16000))
+    original, lengths = audio.read_audio, []
+
+    def read_audio(path: Any, seconds: float | None = None) -> Any:
+        found = original(path, seconds)
+        lengths.append(found[0].shape[1] / found[1])
+        return found
+
+    monkeypatch.setattr(audio, "read_audio", read_audio)
+    sound = ("--audio", tmp_path / "in.mp4", "--fps", 18)
+    code, _, err = run(capsys, *generate(model, tmp_path / "o.mp4", *sound))
+    assert code == 0, err
+    assert lengths == [pytest.approx(9 / 18, abs=1e-3)]
+
+
+def test_a_missing_model(capsys: Any, tmp_path: Path) -> None:
+    code, _, err = run(capsys, "inspect", tmp_path / "nothing")
+    assert code == 1 and "does not exist" in err and "Traceback" not in err
+
+
+def test_ctrl_c_ends_with_130_and_leaves_only_the_journal(model: Path, tmp_path: Path) -> None:
+    target = tmp_path / "o.mp4"
+    arguments = [str(a) for a in generate(model, target, "--steps", 900)]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "wan_core", *arguments],
+        cwd=ROOT, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        # A suite started in the background inherits an ignored SIGINT, as a terminal's never is.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
+    assert process.stderr is not None
+    seen = ""
+    deadline = time.monotonic() + 60
+    while "step/s" not in seen and time.monotonic() < deadline:
+        seen += process.stderr.read(1)
+    assert "step/s" in seen, seen
+    process.send_signal(signal.SIGINT)
+    rest = process.stderr.read()
+    assert process.wait(timeout=30) == 130
+    assert "interrupted" in rest and "Traceback" not in rest
+    assert "Run the same command again to go on." in rest
+    # No video, nothing half written: only the journal the same command goes on from.
+    assert [path.name for path in tmp_path.iterdir()] == [".wanfit"]

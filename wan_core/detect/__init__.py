@@ -1,0 +1,29 @@
+"""What a file or folder is: tensor tables become a ``ModelArchitecture``, with reasons.
+
+In: a path or a ``WanModelFiles``. Out: the variant, every part with its file, what was inferred and
+why; LoRA files are read and checked here too. Only headers are read. Imports ``formats`` and
+``models``.
+"""
+
+from __future__ import annotations
+
+from .companions import find_companions
+from .detector import ArchitectureDetector, inspect_file
+from .folders import is_release
+from .identified import IdentifiedFile, identify
+from .lora_files import parse_lora, with_loras
+from .lora_names import read_patches
+from .lora_patches import Patch
+
+__all__ = [
+    "ArchitectureDetector",
+    "IdentifiedFile",
+    "Patch",
+    "find_companions",
+    "identify",
+    "inspect_file",
+    "is_release",
+    "parse_lora",
+    "read_patches",
+    "with_loras",
+]

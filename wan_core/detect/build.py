@@ -1,0 +1,112 @@
+"""Parts put together into a ModelArchitecture: the shared last step of detection.
+
+Refuses a part of the wrong kind, an incomplete transformer and weights that cannot be loaded right,
+then writes down variant, numbers, reasons and warnings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+from ..errors import CorruptFile, UnsupportedModel
+from ..files import quoted, some_of
+from ..models import Component, ModelArchitecture, TransformerShape, VaeShape
+from .identified import IdentifiedFile
+from .variant_choice import Choice
+
+_WANTED: Final = {
+    "transformer": "a Wan transformer",
+    "vae": "a Wan VAE",
+    "text_encoder": "a umT5 text encoder",
+    "image_encoder": "a CLIP image encoder",
+}
+
+
+def require_whole(part: IdentifiedFile, choice: Choice) -> None:
+    """Refuse a transformer that lacks tensors its numbers call for, or has ones too many.
+
+    Only for models with a diffusers class of plain Wan tensors; others are refused by name later.
+    """
+    if part.family not in ("t2v", "i2v", "flf2v", "vace"):
+        return
+    total = len(part.table.tensors)
+    if part.missing:
+        raise CorruptFile(
+            f"{quoted(part.table.path)} lacks {len(part.missing)} of the tensors a "
+            f"{choice.variant.name} of its size has ({some_of(part.missing)}). The file is "
+            "incomplete: download it again."
+        )
+    if part.unexpected:
+        raise UnsupportedModel(
+            f"{quoted(part.table.path)} looks like {choice.variant.name}, but "
+            f"{len(part.unexpected)} of its {total:,} tensors belong to no plain Wan model "
+            f"({some_of(part.unexpected)}): it is a derivative that WanFit cannot run."
+        )
+
+
+def component(
+    kind: str, path: Path, part: IdentifiedFile, config: Mapping[str, Any] | None = None
+) -> Component:
+    """Describe an identified file as a component of a model."""
+    table = part.table
+    return Component(
+        kind=kind, path=path, files=table.files, nbytes=table.nbytes, parameters=table.parameters,
+        dtypes=table.dtypes, layout=part.layout, prefix=part.prefix,
+        weight_kind=part.weights.name, format=table.format, file_variant=_tag(table.files[0]),
+        config=dict(config or {}),
+    )  # fmt: skip
+
+
+def _tag(file: Path) -> str | None:
+    """Return the variant tag of a file name: model.fp16.safetensors -> fp16."""
+    words = file.name.removesuffix(".safetensors").split("-0")[0].split(".")
+    return (
+        words[1] if len(words) == 2 and words[0] in ("model", "diffusion_pytorch_model") else None
+    )
+
+
+def require_kind(part: IdentifiedFile, kind: str, path: Path) -> None:
+    """Refuse a file of another kind than the place it was put in, naming what it is."""
+    if part.kind != kind:
+        wanted = _WANTED[kind]
+        why = f" ({part.reasons[0]})" if part.kind == "other" and part.reasons else ""
+        raise UnsupportedModel(
+            f"{quoted(path)} is {part.title}, not {wanted}{why}. Choose the right file."
+        )
+
+
+def refuse_weights(part: IdentifiedFile) -> None:
+    """Refuse weights stored in a way that cannot be loaded right."""
+    if part.weights.why_not:
+        raise UnsupportedModel(f"{quoted(part.table.path)}: {part.weights.why_not}.")
+
+
+def build(
+    root: Path,
+    parts: Mapping[str, IdentifiedFile],
+    choice: Choice,
+    components: Mapping[str, Component],
+    transformer: TransformerShape,
+    vae: VaeShape | None,
+    *,
+    reasons: tuple[str, ...] = (),
+    warnings: tuple[str, ...] = (),
+) -> ModelArchitecture:
+    """Put the conclusions about the parts together."""
+    main = parts["transformer"]
+    found = [reason for part in parts.values() for reason in part.reasons]
+    odd = [text for part in parts.values() for text in (*part.warnings, *part.table.notes)]
+    if not transformer.heads_known:
+        odd.append(
+            f"The file does not say how its width {transformer.dim} divides into heads; it can be "
+            "described but not loaded without its config.json."
+        )
+    return ModelArchitecture(
+        variant=choice.variant, transformer=transformer, vae=vae, layout=main.layout,
+        weight_kind=main.weights.name, components=components, root=root,
+        custom_size=choice.custom_size, candidates=choice.candidates,
+        reasons=tuple(dict.fromkeys((*found, choice.reason, *reasons))),
+        warnings=tuple(dict.fromkeys((*odd, *warnings))),
+    )  # fmt: skip

@@ -1,0 +1,78 @@
+"""ArchitectureDetector: what a model is, from headers and configs alone.
+
+Milliseconds, no torch. Every mistake that a header can show is found here and named: which file,
+what was found, what was expected, what to do. ``identify`` says what one file is, ``folders`` reads
+folders, ``assemble`` puts single files together, ``pairing`` says whether parts belong together.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from pathlib import Path
+
+from ..config import WanModelFiles
+from ..errors import MissingFile
+from ..files import file_kind, quoted, some_of
+from ..formats import listing, read_json, read_table
+from ..models import ModelArchitecture
+from .configs import check_transformer, check_vae
+from .folders import from_diffusers, from_release, is_release
+from .identified import IdentifiedFile, identify
+from .lora_files import with_loras
+from .single_files import from_files, from_part
+
+
+class ArchitectureDetector:
+    """Says what a model is, from headers alone. Holds no state; safe to share between threads."""
+
+    def detect_model_architecture(
+        self, path: str | os.PathLike[str] | WanModelFiles
+    ) -> ModelArchitecture:
+        """Detect a diffusers folder, an official release, one file, or the files of a pipeline.
+
+        Raises MissingFile, CorruptFile, UnsafeFile, ModelMismatch or UnsupportedModel, each with
+        the file, what was found, what was expected and what to do. No weight is read.
+        """
+        if isinstance(path, WanModelFiles):
+            return with_loras(from_files(path, inspect_file), path.loras)
+        root = Path(path)
+        if root.name == "model_index.json":
+            root = root.parent
+        if file_kind(root) == "file":
+            return from_part(inspect_file(root), root)
+        if (root / "model_index.json").is_file():
+            return from_diffusers(root)
+        if is_release(root):
+            return from_release(root)
+        _refuse_shelf(root)
+        return from_part(inspect_file(root), root)
+
+
+def inspect_file(path: str | os.PathLike[str]) -> IdentifiedFile:
+    """Say what one file, index or component folder of weights is: a transformer, a VAE, a LoRA …
+
+    Raises as ``read_table`` does, and as ``identify`` and the config checks do.
+    """
+    part = identify(read_table(path))
+    file = Path(path) / "config.json"
+    if not file.is_file():
+        return part
+    config = read_json(file)
+    if part.transformer is not None:
+        return replace(part, transformer=check_transformer(config, part.transformer, file))
+    if part.vae is not None:
+        return replace(part, vae=check_vae(config, part.vae, file))
+    return part
+
+
+def _refuse_shelf(root: Path) -> None:
+    """Name the models in a folder that is none itself but holds some."""
+    models = [
+        name for name in sorted(listing(root)) if (root / name / "model_index.json").is_file()
+    ]
+    if models:
+        raise MissingFile(
+            f"{quoted(root)} is no model itself; it holds the models {some_of(models, 8)}. Choose "
+            "one of them."
+        )

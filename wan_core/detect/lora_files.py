@@ -1,0 +1,152 @@
+"""LoRAs put to a model: checked from their headers, described, and the recipe of a distilled one.
+
+Nothing is loaded. What a LoRA is made for is compared with the transformer's own numbers; the
+expert is what the user says, and a hint that says otherwise is a warning.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from ..config import EXPERTS, WanLoRA
+from ..errors import InvalidRequest, ModelMismatch
+from ..files import quoted
+from ..formats import read_table
+from ..models import FoundLora, ModelArchitecture, recipe_of
+from .identified import identify
+from .lora_names import LoraPatches, read_patches
+from .pairing import check_lora, role_hint
+
+MAX_STRENGTH = 100.0
+_NUMBER = re.compile(r"[+-]?(?:\d+\.?\d*|\.\d+)")
+
+
+def as_lora(given: Any) -> WanLoRA:
+    """Return a LoRA given as a WanLoRA, a path, or a tuple (path, expert, strength).
+
+    Raises InvalidRequest naming the field for an unknown expert or a strength that is no number.
+    """
+    if isinstance(given, WanLoRA):
+        lora = given
+    elif isinstance(given, str | Path):
+        lora = WanLoRA(given)
+    elif isinstance(given, list | tuple) and 1 <= len(given) <= 3:
+        lora = WanLoRA(*given)
+    else:
+        raise InvalidRequest(
+            f"loras holds {given!r}; a WanLoRA, a path or (path, expert, strength) is needed.",
+            field="loras",
+        )
+    if lora.expert not in EXPERTS:
+        raise InvalidRequest(
+            f"expert of the LoRA {quoted(Path(lora.path))} is {lora.expert!r}; allowed are "
+            f"{', '.join(EXPERTS)}.",
+            field="expert",
+        )
+    number = isinstance(lora.strength, int | float) and not isinstance(lora.strength, bool)
+    if not number or not math.isfinite(lora.strength) or abs(lora.strength) > MAX_STRENGTH:
+        raise InvalidRequest(
+            f"strength of the LoRA {quoted(Path(lora.path))} is {lora.strength!r}; a number from "
+            f"{-MAX_STRENGTH:g} to {MAX_STRENGTH:g} is needed.",
+            field="strength",
+        )
+    return lora
+
+
+def parse_lora(text: str) -> WanLoRA:
+    """Read ``FILE[:EXPERT[:STRENGTH]]``; expert or strength may be left out, colons in names stay.
+
+    Raises InvalidRequest for a strength out of range.
+    """
+    path, expert, strength = text, "both", 1.0
+    head, colon, last = path.rpartition(":")
+    if colon and head and _NUMBER.fullmatch(last):
+        path, strength = head, float(last)
+        head, colon, last = path.rpartition(":")
+    if colon and head and last in EXPERTS:
+        path, expert = head, last
+    return as_lora(WanLoRA(path, expert, strength))
+
+
+def with_loras(
+    architecture: ModelArchitecture, loras: Iterable[Any], *, use_recipe: bool = False
+) -> ModelArchitecture:
+    """Return the architecture with these LoRAs added, each checked against its transformer.
+
+    ``use_recipe`` makes the settings of a distilled LoRA the model's defaults: what None in a job
+    means. Raises InvalidRequest, MissingFile, CorruptFile, ModelMismatch or UnsupportedModel.
+    """
+    added, warnings = [], []
+    for given in loras:
+        found, notes = _found(architecture, as_lora(given))
+        added.append(found)
+        warnings += notes
+    result = replace(
+        architecture,
+        loras=(*architecture.loras, *added),
+        reasons=(*architecture.reasons, *(found.describe() for found in added)),
+        warnings=tuple(dict.fromkeys((*architecture.warnings, *warnings))),
+    )
+    return _with_recipe(result) if use_recipe else result
+
+
+def _found(architecture: ModelArchitecture, lora: WanLoRA) -> tuple[FoundLora, list[str]]:
+    path = Path(lora.path)
+    if lora.expert != "both" and not architecture.two_experts:
+        raise InvalidRequest(
+            f"expert of the LoRA {quoted(path)} is {lora.expert!r}, but {architecture.name} was "
+            "loaded with one transformer. Choose 'both'.",
+            field="expert",
+        )
+    patches = check_file(path, architecture)
+    metadata = patches.table.metadata
+    notes = list(patches.notes)
+    hint = role_hint(path.name, metadata) if architecture.two_experts else None
+    if hint is not None and hint[0] != lora.expert:
+        notes.append(
+            f"The LoRA {quoted(path)} is used for expert {lora.expert!r}, but {hint[1]} says "
+            f"{hint[0]}. Check that it is where it belongs."
+        )
+    used = sum(
+        patches.table.tensors[name].numel
+        for patch in patches.patches
+        for name in patch.tensors.values()
+    )
+    recipe = recipe_of(path, metadata)
+    return FoundLora(lora=lora, parameters=used, rank=patches.rank, recipe=recipe), notes
+
+
+def check_file(path: Path, architecture: ModelArchitecture) -> LoraPatches:
+    """Read a LoRA's header against a model's transformer; raises as :func:`with_loras`."""
+    table = read_table(path)
+    part = identify(table)
+    model = architecture.components["transformer"].path
+    if part.kind != "lora":
+        raise ModelMismatch(f"{quoted(path)} is {part.title}, not a LoRA. Choose another file.")
+    if part.width is not None:
+        check_lora(architecture.transformer, part, model)
+    return read_patches(table, architecture.transformer, model)
+
+
+def _with_recipe(architecture: ModelArchitecture) -> ModelArchitecture:
+    found = next((one for one in architecture.loras if one.recipe is not None), None)
+    if found is None or found.recipe is None:
+        names = ", ".join(Path(one.lora.path).name for one in architecture.loras) or "no LoRA"
+        raise InvalidRequest(
+            f"use_recipe is set, but no recipe is known for {names}. Recognised are LoRAs "
+            "distilled to four steps (lightx2v, Lightning). Leave use_recipe off and set steps "
+            "and scales yourself.",
+            field="use_recipe",
+        )
+    recipe, variant = found.recipe, architecture.variant
+    reason = f"settings of {Path(found.lora.path).name}, {recipe.describe()} ({recipe.reason})"
+    return replace(
+        architecture,
+        variant=replace(variant, defaults=recipe.as_defaults(variant.defaults)),
+        reasons=(*architecture.reasons, reason),
+    )

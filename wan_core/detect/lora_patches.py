@@ -1,0 +1,151 @@
+"""Whether what a LoRA changes at one place of a transformer fits there, and what it is scaled by.
+
+Shapes alone, from headers: no weight is read. Standard library only.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+from ..errors import CorruptFile, ModelMismatch, UnsupportedModel
+from ..files import quoted
+from ..formats import TensorTable
+from ..models import TransformerShape
+
+PATCH_EMBEDDING: Final = "patch_embedding"
+
+
+@dataclass(slots=True)
+class Patch:
+    """What a LoRA changes at one module or table; the other fields name tensors of its file.
+
+    A module gives up @ down x alpha / rank + diff more to its weight, and up_bias and diff_bias
+    to its bias. Where ``target`` is a scale-shift table, ``diff`` is added to it.
+    """
+
+    target: str
+    """The diffusers name of the module, or of the table."""
+    rank: int = 0
+    tensors: dict[str, str] = field(default_factory=dict)
+    """By role: down, up, up_bias, alpha, diff, diff_bias."""
+    stated_scale: float | None = None
+    """alpha / rank from the metadata, where no tensor holds alpha."""
+
+
+@dataclass
+class PatchCheck:
+    """Compares the tensors of one patch with the module they belong to, and with each other."""
+
+    table: TensorTable
+    patch: Patch
+    shape: TransformerShape
+    own: Mapping[str, tuple[int, ...]]
+    """Shapes of the transformer's tensors, by their diffusers names."""
+    model: Path
+
+    def run(self) -> list[str]:
+        """Set the patch's rank; return notes."""
+        tensors, target, own = self.patch.tensors, self.patch.target, self.own
+        if target in own:
+            return self._check_table(own[target])
+        self.weight = own[target + ".weight"]
+        if "down" in tensors or "up" in tensors or "up_bias" in tensors:
+            self._check_pair()
+        elif "alpha" in tensors and len(tensors) == 1:
+            raise CorruptFile(
+                f"{quoted(self.table.path)} has {tensors['alpha']!r} without the matrices it "
+                "scales. Download it again."
+            )
+        for role in ("up_bias", "diff_bias"):
+            if role in tensors:
+                if target + ".bias" not in own:
+                    self._refuse(role, "no bias there")
+                self._fits(role, own[target + ".bias"])
+        if "diff" in tensors and not self._narrow("diff"):
+            self._fits("diff", self.weight)
+        narrow = any(role in tensors and self._narrow(role) for role in ("down", "diff"))
+        return [self._widened()] if narrow else []
+
+    def _check_table(self, shape: tuple[int, ...]) -> list[str]:
+        if not self.patch.target.endswith("scale_shift_table"):
+            raise UnsupportedModel(
+                f"The LoRA {quoted(self.table.path)} changes {self.patch.target!r} "
+                f"({self._name()}), which WanFit cannot do at run time. Use another version."
+            )
+        for role in self.patch.tensors:
+            if role != "diff":
+                self._refuse(role, "a table, which takes only a difference")
+        self._fits("diff", shape)
+        return []
+
+    def _check_pair(self) -> None:
+        tensors = self.patch.tensors
+        for here, absent in (("down", "up"), ("up", "down"), ("up_bias", "up")):
+            if here in tensors and absent not in tensors:
+                raise CorruptFile(
+                    f"{quoted(self.table.path)} has {tensors[here]!r} without its "
+                    f"{absent!r} matrix. Download it again."
+                )
+        if len(self.weight) < 2:
+            self._refuse("down", f"a norm of width {self.weight[0]}")
+        down, up = self._flat("down"), self._flat("up")
+        if len(down) < 2 or len(up) != 2 or down[0] != up[1] or down[0] < 1:
+            raise CorruptFile(
+                f"{tensors['down']!r} {list(down)} and {tensors['up']!r} {list(up)} of "
+                f"{quoted(self.table.path)} cannot be multiplied. Download it again."
+            )
+        self.patch.rank = down[0]
+        if up[0] != self.weight[0]:
+            self._refuse("up", f"{self.weight[0]} rows")
+        if not self._narrow("down") and math.prod(down[1:]) != math.prod(self.weight[1:]):
+            self._refuse("down", f"{math.prod(self.weight[1:])} columns")
+
+    def _flat(self, role: str) -> tuple[int, ...]:
+        shape = self.table.tensors[self.patch.tensors[role]].shape
+        while len(shape) > 2 and shape[-1] == 1:
+            shape = shape[:-1]
+        return shape
+
+    def _narrow(self, role: str) -> bool:
+        """Say whether this patches a text model's input layer, and this is an image model.
+
+        In both the first channels are the noisy latents; what an image model has more follows.
+        """
+        if self.patch.target != PATCH_EMBEDDING or role not in self.patch.tensors:
+            return False
+        noise = self.shape.out_channels
+        given = self.table.tensors[self.patch.tensors[role]].shape
+        wanted = (noise, *self.shape.patch_size)
+        return self.shape.in_channels > noise and given[1:] == wanted
+
+    def _widened(self) -> str:
+        return (
+            f"{self.table.path.name} is made for text to video: its patch of the input layer "
+            f"({self.shape.out_channels} channels) is applied to the noise channels of this "
+            f"model's {self.shape.in_channels}."
+        )
+
+    def _fits(self, role: str, wanted: tuple[int, ...]) -> None:
+        given = self.table.tensors[self.patch.tensors[role]].shape
+        if math.prod(given) != math.prod(wanted):
+            self._refuse(role, f"{list(wanted)}")
+
+    def _name(self) -> str:
+        return repr(next(iter(self.patch.tensors.values())))
+
+    def _refuse(self, role: str, needed: str) -> None:
+        name = self.patch.tensors[role]
+        given = list(self.table.tensors[name].shape)
+        what = ""
+        if self.patch.target == PATCH_EMBEDDING and len(given) > 1:
+            channels = self.shape.in_channels
+            what = f" It is made for another number of input channels than {channels}."
+        raise ModelMismatch(
+            f"Tensor {name!r} of the LoRA {quoted(self.table.path)} is {given}; "
+            f"{self.patch.target!r} of the transformer {quoted(self.model)} needs {needed}.{what} "
+            "Choose a LoRA for this model."
+        )

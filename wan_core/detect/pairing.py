@@ -1,0 +1,148 @@
+"""Whether files belong together: experts, VAE, text encoder, image encoder, LoRA.
+
+Every check compares numbers from headers and names both files and both numbers. High- and
+low-noise experts have the same structure: the socket a file was put in decides, and hints
+(metadata, GGUF name, file name as whole words) only warn.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Final, Literal
+
+from ..errors import ModelMismatch
+from ..files import file_identity, quoted
+from ..models import TransformerShape, VaeShape
+from .identified import IdentifiedFile
+
+Role = Literal["high", "low"]
+_HINT_KEYS: Final = ("model_type", "general.name", "modelspec.title", "name")
+_WORDS: Final[Mapping[str, Role]] = {
+    "high": "high",
+    "highnoise": "high",
+    "low": "low",
+    "lownoise": "low",
+}
+# Words after which "high" or "low" speak of something else.
+_OTHER: Final = frozenset(
+    {"vram", "light", "res", "step", "steps", "denoise", "rank", "mem", "ram", "quality"}
+)
+
+
+def check_experts(
+    high: IdentifiedFile,
+    low: IdentifiedFile,
+    high_shape: TransformerShape,
+    low_shape: TransformerShape,
+) -> None:
+    """Refuse two experts that differ in structure, or that are the same file."""
+    first, second = high.table.path, low.table.path
+    if file_identity(first).path == file_identity(second).path:
+        raise ModelMismatch(
+            f"Both experts are the same file, {quoted(first)}. Choose the high-noise file for one "
+            "and the low-noise file for the other."
+        )
+    if high.family != low.family:
+        raise ModelMismatch(
+            f"The experts are of different kinds: {quoted(first)} is {high.title}, "
+            f"{quoted(second)} is {low.title}. Choose two files of one model."
+        )
+    for item in fields(TransformerShape):
+        a, b = getattr(high_shape, item.name), getattr(low_shape, item.name)
+        if a != b:
+            raise ModelMismatch(
+                f"The experts do not belong together: {item.name} is {a} in {quoted(first)} and "
+                f"{b} in {quoted(second)}. Choose two files of one model."
+            )
+
+
+def check_vae_pair(
+    transformer: TransformerShape, vae: VaeShape, transformer_path: Path, vae_path: Path
+) -> None:
+    """Refuse a VAE of another latent space than the transformer's."""
+    if vae.z_dim != transformer.out_channels:
+        need = "2.2" if transformer.out_channels == 48 else "2.1"
+        raise ModelMismatch(
+            f"{quoted(vae_path)} makes {vae.z_dim} latent channels, the transformer "
+            f"{quoted(transformer_path)} works on {transformer.out_channels}. Use the Wan {need} "
+            "VAE with this model."
+        )
+
+
+def check_text_encoder(
+    transformer: TransformerShape, text: IdentifiedFile, transformer_path: Path, text_path: Path
+) -> None:
+    """Refuse a text encoder of another width than the transformer's text projection."""
+    if text.width != transformer.text_dim:
+        raise ModelMismatch(
+            f"{quoted(text_path)} gives text of width {text.width}, the transformer "
+            f"{quoted(transformer_path)} takes {transformer.text_dim}. Use the umT5-XXL encoder "
+            "of this model."
+        )
+
+
+def check_image_encoder(
+    transformer: TransformerShape,
+    image: IdentifiedFile | None,
+    transformer_path: Path,
+    image_path: Path,
+) -> None:
+    """Require a CLIP image encoder of the right width where the transformer has an image branch."""
+    from ..errors import MissingFile
+
+    if transformer.image_dim is None:
+        return
+    if image is None:
+        raise MissingFile(
+            f"{quoted(transformer_path)} takes CLIP image tokens of width {transformer.image_dim}, "
+            f"and there is no image encoder in {quoted(image_path)}. Add the image_encoder of "
+            "this model (CLIP ViT-H)."
+        )
+    if image.width != transformer.image_dim:
+        raise ModelMismatch(
+            f"{quoted(image.table.path)} gives image tokens of width {image.width}, the "
+            f"transformer {quoted(transformer_path)} takes {transformer.image_dim}. Use the CLIP "
+            "ViT-H vision model."
+        )
+
+
+def check_lora(transformer: TransformerShape, lora: IdentifiedFile, transformer_path: Path) -> None:
+    """Refuse a LoRA made for a model of another width, or for no Wan model."""
+    if lora.width != transformer.dim:
+        made = f"width {lora.width}" if lora.width else "no Wan model"
+        raise ModelMismatch(
+            f"{quoted(lora.table.path)} is {lora.title}, made for {made}; the transformer "
+            f"{quoted(transformer_path)} has width {transformer.dim}. Choose a LoRA for this model."
+        )
+
+
+def role_hint(name: str, metadata: Mapping[str, str] | None = None) -> tuple[Role, str] | None:
+    """Guess from metadata, then from the file's name, which expert a file is, and say from what.
+
+    Only whole words count and only one answer at a time: ``LowVRAM``, ``low_light`` and a name
+    with both words say nothing. Returns None when there is no hint.
+    """
+    for key in _HINT_KEYS:
+        role = _role_of((metadata or {}).get(key, ""))
+        if role:
+            return role, f"metadata {key} {(metadata or {})[key][:60]!r}"
+    role = _role_of(Path(name).stem)
+    return (role, f"the file name {Path(name).name!r}") if role else None
+
+
+def _role_of(text: str) -> Role | None:
+    # A capital after a small letter starts a word: HighNoise, LowVRAM.
+    spaced = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", text)
+    words = [w for w in re.split(r"[^A-Za-z0-9]+", spaced) if w]
+    lowered = [w.lower() for w in words]
+    if any(w == "5b" for w in lowered):
+        return None
+    found: set[Role] = set()
+    for index, word in enumerate(lowered):
+        following = lowered[index + 1] if index + 1 < len(lowered) else ""
+        if word in _WORDS and following not in _OTHER:
+            found.add(_WORDS[word])
+    return found.pop() if len(found) == 1 else None

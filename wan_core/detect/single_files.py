@@ -1,0 +1,138 @@
+"""A model given as single files: each file's role, and whether the files belong together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from ..config import WanModelFiles
+from ..errors import UnsupportedModel
+from ..files import quoted
+from ..models import Component, ModelArchitecture, TransformerShape, VaeShape
+from .build import build, component, refuse_weights, require_kind, require_whole
+from .identified import IdentifiedFile
+from .pairing import (
+    check_experts,
+    check_image_encoder,
+    check_text_encoder,
+    check_vae_pair,
+    role_hint,
+)
+from .variant_choice import Choice, choose_variant
+
+
+def from_part(part: IdentifiedFile, path: Path) -> ModelArchitecture:
+    """Describe a model of which only the transformer is given."""
+    require_kind(part, "transformer", path)
+    assert part.transformer is not None
+    choice = choose_variant(part, part.transformer, None)
+    require_whole(part, choice)
+    refuse_weights(part)
+    parts = {"transformer": part}
+    components = {"transformer": component("transformer", path, part)}
+    return build(
+        path, parts, choice, components, part.transformer, None,
+        warnings=_one_transformer(choice, part),
+    )  # fmt: skip
+
+
+def _one_transformer(choice: Choice, part: IdentifiedFile) -> tuple[str, ...]:
+    """Return the warnings that belong to a transformer file without its pair."""
+    hint = role_hint(part.table.path.name, part.table.metadata)
+    guess = f" It is probably the {hint[0]}-noise one, from {hint[1]}." if hint else ""
+    if choice.variant.experts == 2:
+        return (f"This is one of two experts; structure does not say which.{guess}",)
+    if len(choice.candidates) > 1:
+        return (
+            f"Structure leaves {' or '.join(choice.candidates)}; {choice.variant.name} was taken. "
+            f"To run a Wan 2.2 pair, name both experts.{guess}",
+        )
+    return ()
+
+
+def from_files(
+    files: WanModelFiles, inspect: Callable[[str | Path], IdentifiedFile]
+) -> ModelArchitecture:
+    """Detect and pair the files of a pipeline named one by one.
+
+    ``inspect`` reads one file (``detect.inspect_file``). The field a file stands in decides its
+    role. Raises what ``inspect`` raises, ModelMismatch for files that do not belong together, and
+    UnsupportedModel for a file of the wrong kind.
+    """
+    parts: dict[str, IdentifiedFile] = {}
+    components: dict[str, Component] = {}
+    for name in ("transformer", "transformer_2", "vae", "text_encoder", "image_encoder"):
+        given = getattr(files, name)
+        if given is None:
+            continue
+        part = inspect(given)
+        require_kind(part, name.removesuffix("_2"), Path(given))
+        refuse_weights(part)
+        parts[name], components[name] = part, component(name, Path(given), part)
+    tokenizer = files.tokenizer or _tokenizer_of(files.text_encoder, parts.get("text_encoder"))
+    if tokenizer is not None:
+        components["tokenizer"] = Component(kind="tokenizer", path=Path(tokenizer))
+    main = parts["transformer"].transformer
+    assert main is not None
+    low = parts.get("transformer_2")
+    warnings: list[str] = []
+    if low is not None:
+        assert low.transformer is not None
+        check_experts(parts["transformer"], low, main, low.transformer)
+        warnings += _role_warnings(parts["transformer"], low)
+    root = Path(files.transformer)
+    choice = choose_variant(parts["transformer"], main, 2 if low is not None else None)
+    for name in ("transformer", "transformer_2"):
+        if name in parts:
+            require_whole(parts[name], choice)
+    vae = _check_companions(root, parts, main)
+    if low is None:
+        warnings += _one_transformer(choice, parts["transformer"])
+    return build(
+        root, parts, choice, components, main, vae, warnings=tuple(warnings),
+        reasons=("each file's role is the one it was given",),
+    )  # fmt: skip
+
+
+def _tokenizer_of(text_encoder: str | Path | None, part: IdentifiedFile | None) -> Path | None:
+    """Return where a text encoder's tokenizer is: inside its file, or in the folder beside it."""
+    if text_encoder is None or part is None:
+        return None
+    path = Path(text_encoder)
+    if "spiece_model" in part.table.tensors:
+        return path
+    beside = (path if path.is_dir() else path.parent).parent / "tokenizer"
+    return beside if beside.is_dir() else None
+
+
+def _check_companions(
+    root: Path, parts: Mapping[str, IdentifiedFile], main: TransformerShape
+) -> VaeShape | None:
+    """Check VAE and encoders, as far as they are given, against the transformer."""
+    vae = parts.get("vae")
+    text, image = parts.get("text_encoder"), parts.get("image_encoder")
+    if vae is not None and vae.vae is not None:
+        check_vae_pair(main, vae.vae, root, vae.table.path)
+        if not vae.vae.latents_mean:
+            raise UnsupportedModel(
+                f"{quoted(vae.table.path)} has {vae.vae.z_dim} latent channels, and no published "
+                "VAE has; the statistics of its latents are unknown. Use it with its config.json."
+            )
+    if text is not None:
+        check_text_encoder(main, text, root, text.table.path)
+    if image is not None:
+        check_image_encoder(main, image, root, image.table.path)
+    return vae.vae if vae is not None else None
+
+
+def _role_warnings(high: IdentifiedFile, low: IdentifiedFile) -> list[str]:
+    """Warn where a hint contradicts the place a file was put in."""
+    out = []
+    for part, role in ((high, "high"), (low, "low")):
+        hint = role_hint(part.table.path.name, part.table.metadata)
+        if hint is not None and hint[0] != role:
+            out.append(
+                f"{quoted(part.table.path)} was chosen as the {role}-noise expert, but "
+                f"{hint[1]} says {hint[0]}. Check that the two are not swapped."
+            )
+    return out

@@ -1,0 +1,111 @@
+"""Names for files that are no part of Wan, and for LoRAs, from their tensor names alone.
+
+Used only for messages: a user who picked the wrong file is told what it is. The marks are the
+names that ComfyUI's ``model_detection.py`` and the models' own code use.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Final
+
+from ..files import some_of
+from ..formats import TensorInfo, TensorTable
+
+# (what it is, texts that must all occur in its tensor names). First match decides.
+_FOREIGN: Final = (
+    ("a VACE module without its base model", ("vace_blocks.0.", "vace_patch_embedding")),
+    (
+        "a MultiTalk module without its base model",
+        ("audio_cross_attn", "audio_proj"),
+    ),
+    ("a FantasyTalking module without its base model", ("cross_attn.processor.k_proj",)),
+    ("a FLUX transformer", ("double_blocks.0.img_attn", "single_blocks.0.linear1", "img_in")),
+    ("a HunyuanVideo transformer", ("txt_in.individual_token_refiner",)),
+    ("a FLUX transformer", ("single_transformer_blocks.0.", "x_embedder.weight")),
+    ("a Qwen-Image transformer", ("transformer_blocks.0.attn.add_q_proj", "txt_norm.weight")),
+    ("a Stable Diffusion 3 transformer", ("joint_blocks.0.", "context_embedder.weight")),
+    ("a Stable Diffusion 3 transformer", ("transformer_blocks.0.norm1_context", "pos_embed.proj")),
+    ("an LTX-Video transformer", ("patchify_proj.weight", "adaln_single")),
+    ("an LTX-Video transformer", ("transformer_blocks.0.scale_shift_table", "proj_in.weight")),
+    ("a Lumina or Z-Image transformer", ("noise_refiner.0.", "context_refiner.0.")),
+    ("a CogVideoX transformer", ("transformer_blocks.0.norm1.linear", "patch_embed.text_proj")),
+    ("a Mochi transformer", ("blocks.0.attn.qkv_x", "t5_yproj")),
+    ("a Cosmos transformer", ("blocks.block0.", "t_embedder")),
+    ("a Stable Diffusion XL checkpoint", ("conditioner.embedders.", "input_blocks.")),
+    ("a Stable Diffusion 1 or 2 checkpoint", ("cond_stage_model.", "input_blocks.")),
+    ("a Stable Diffusion XL model", ("label_emb.0.0", "input_blocks.")),
+    ("a Stable Diffusion model", ("input_blocks.0.0.weight", "middle_block.")),
+    ("a ControlNet", ("controlnet_cond_embedding",)),
+    ("a ControlNet", ("controlnet_blocks.",)),
+    ("a wav2vec2 audio encoder", ("feature_extractor.conv_layers.0", "encoder.layers.0")),
+    ("a LLaMA-like language model", ("model.layers.0.self_attn.q_proj", "model.embed_tokens")),
+    ("a LLaMA-like language model", ("blk.0.attn_q.weight", "blk.0.ffn_gate.weight")),
+    ("a BERT-like text encoder", ("encoder.layer.0.attention.self.query",)),
+    ("a CLIP text encoder", ("text_model.encoder.layers.0.",)),
+    ("a CLIP text encoder", ("transformer.resblocks.0.", "token_embedding.weight")),
+    ("a T5 text encoder", ("block.0.layer.0.SelfAttention", "DenseReluDense")),
+    ("a small preview VAE (TAESD or TAEHV)", ("decoder.1.weight", "decoder.3.conv.0.weight")),
+    ("an image VAE (Stable Diffusion or FLUX)", ("decoder.mid.block_1.", "encoder.conv_in")),
+    ("an image VAE (Stable Diffusion or FLUX)", ("decoder.mid_block.resnets.0.conv1", "encoder.")),
+    ("an upscaler (ESRGAN)", ("RDB1.conv1", "conv_first")),
+    ("an upscaler (ESRGAN)", ("body.0.rdb1.conv1",)),
+)
+
+_LORA_ENDS: Final = (
+    ".lora_A.weight", ".lora_B.weight", ".lora_down.weight", ".lora_up.weight",
+    ".lora_A.default.weight", ".lora.down.weight", ".lora.up.weight", ".lokr_w1", ".lokr_w2",
+    ".hada_w1_a", ".diff", ".diff_b", ".dora_scale",
+)  # fmt: skip
+_DOWN_ENDS: Final = tuple(
+    f".{end}.weight" for end in ("lora_A", "lora_down", "lora_A.default", "lora.down")
+)
+# A projection whose input width is the model's width, in every Wan LoRA style.
+_WAN_LORA: Final = re.compile(
+    r"blocks[._]\d+[._](?:self_attn[._][qkvo]|cross_attn[._][qo]|attn1[._]to_[qkv]|attn2[._]to_q"
+    r"|ffn[._](?:0|net[._]0[._]proj))(?:[._]|$)"
+)
+_LORA_BASES: Final = (
+    ("FLUX", ("double_blocks", "single_transformer_blocks", "single_blocks")),
+    ("Stable Diffusion", ("lora_unet_down_blocks", "lora_unet_input_blocks", "unet.down_blocks")),
+    ("Qwen-Image", ("add_q_proj",)),
+    ("LTX-Video", ("adaln_single", "patchify_proj")),
+)
+
+
+def is_lora(names: Iterable[str]) -> bool:
+    """Whether any tensor name is that of a low-rank or difference patch."""
+    return any(name.endswith(_LORA_ENDS) for name in names)
+
+
+def lora_width(names: Mapping[str, TensorInfo]) -> int | None:
+    """Return the width of the Wan model a LoRA is made for; None when it is not one for Wan."""
+    for name, info in names.items():
+        if name.endswith(_DOWN_ENDS) and len(info.shape) >= 2 and _WAN_LORA.search(name):
+            return info.shape[1]
+    return None
+
+
+def lora_title(names: Mapping[str, TensorInfo]) -> str:
+    """Return "a LoRA for …" in words."""
+    width = lora_width(names)
+    if width is not None:
+        return f"a LoRA for Wan (width {width})"
+    text = "\n".join(names)
+    for base, marks in _LORA_BASES:
+        if any(mark in text for mark in marks):
+            return f"a LoRA for {base}"
+    return "a LoRA"
+
+
+def unsupported_title(table: TensorTable) -> str:
+    """Return what a file that is no part of Wan is, in words."""
+    text = "\n".join(table.tensors)
+    for title, marks in _FOREIGN:
+        if all(mark in text for mark in marks):
+            return title
+    architecture = table.metadata.get("general.architecture")
+    if architecture:
+        return f"a GGUF model of architecture {architecture[:40]!r}"
+    return f"an unknown model ({len(table.tensors):,} tensors: {some_of(list(table.tensors))})"

@@ -1,0 +1,247 @@
+"""Tensor tables of GGUF files, read with bounds. Standard library only.
+
+The public ``gguf`` reader trusts counts and lengths in the file and can hang on 49 bytes; this one
+checks each of them against the file's size first and skips long arrays instead of keeping them.
+Format: github.com/ggml-org/ggml, docs/gguf.md. Block sizes: ggml-common.h.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, BinaryIO, Final
+
+from ..errors import CorruptFile
+from ..files import quoted
+from .table import AGAIN, MAX_NAME, MAX_TENSORS, TensorInfo, TensorTable
+
+MAX_KEYS: Final = 4096
+MAX_ARRAY: Final = 4_000_000
+"""Elements of one metadata array; umT5's vocabulary has 256,384."""
+MAX_TEXT: Final = 2**20
+MAX_HEADER_BYTES: Final = 64 * 2**20
+KEEP_ARRAY: Final = 16
+"""Longer arrays are skipped: only shapes and names are of use here."""
+MAX_DIMS: Final = 8
+
+# number: (name, elements per block, bytes per block)
+GGML_TYPES: Final[Mapping[int, tuple[str, int, int]]] = {
+    0: ("F32", 1, 4), 1: ("F16", 1, 2), 2: ("Q4_0", 32, 18), 3: ("Q4_1", 32, 20),
+    6: ("Q5_0", 32, 22), 7: ("Q5_1", 32, 24), 8: ("Q8_0", 32, 34), 9: ("Q8_1", 32, 40),
+    10: ("Q2_K", 256, 84), 11: ("Q3_K", 256, 110), 12: ("Q4_K", 256, 144),
+    13: ("Q5_K", 256, 176), 14: ("Q6_K", 256, 210), 15: ("Q8_K", 256, 292),
+    16: ("IQ2_XXS", 256, 66), 17: ("IQ2_XS", 256, 74), 18: ("IQ3_XXS", 256, 98),
+    19: ("IQ1_S", 256, 50), 20: ("IQ4_NL", 32, 18), 21: ("IQ3_S", 256, 110),
+    22: ("IQ2_S", 256, 82), 23: ("IQ4_XS", 256, 136), 24: ("I8", 1, 1), 25: ("I16", 1, 2),
+    26: ("I32", 1, 4), 27: ("I64", 1, 8), 28: ("F64", 1, 8), 29: ("IQ1_M", 256, 56),
+    30: ("BF16", 1, 2), 34: ("TQ1_0", 256, 54), 35: ("TQ2_0", 256, 66), 39: ("MXFP4", 32, 17),
+}  # fmt: skip
+# metadata value type: struct code; 8 is text, 9 an array
+_SCALARS: Final[Mapping[int, str]] = {
+    0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?",
+    10: "<Q", 11: "<q", 12: "<d",
+}  # fmt: skip
+_TEXT: Final = 8
+_ARRAY: Final = 9
+_LENGTH: Final = struct.Struct("<Q")
+_SHAPE_KEY: Final = "comfy.gguf.orig_shape."
+
+
+class _Reader:
+    """Reads forward through the header in chunks; every request is checked against what is left."""
+
+    def __init__(self, file: BinaryIO, path: Path, size: int) -> None:
+        self._file, self._path = file, path
+        self._end = min(size, MAX_HEADER_BYTES)
+        self._buffer, self._at, self._start = b"", 0, 0
+        self.size = size
+
+    @property
+    def position(self) -> int:
+        return self._start + self._at
+
+    def fail(self, problem: str) -> CorruptFile:
+        return CorruptFile(
+            f"The GGUF header of {quoted(self._path)} is damaged: {problem}. {AGAIN}"
+        )
+
+    def require(self, count: int) -> None:
+        left = self._end - self.position
+        if count > left:
+            raise self.fail(
+                f"it needs {count:,} bytes at position {self.position:,} and {left:,} are left"
+            )
+
+    def take(self, count: int) -> bytes:
+        self.require(count)
+        if self._at + count > len(self._buffer):
+            self._start, self._at = self.position, 0
+            self._file.seek(self._start)
+            self._buffer = self._file.read(max(count, 65_536))
+        data = self._buffer[self._at : self._at + count]
+        if len(data) < count:
+            raise self.fail("the file became shorter while it was read")
+        self._at += count
+        return data
+
+    def skip(self, count: int) -> None:
+        self.require(count)
+        if self._at + count <= len(self._buffer):
+            self._at += count
+        else:
+            self._buffer, self._start, self._at = b"", self.position + count, 0
+
+    def number(self, code: str) -> Any:
+        return struct.unpack(code, self.take(struct.calcsize(code)))[0]
+
+    def text(self, limit: int = MAX_TEXT) -> str:
+        length = self.number("<Q")
+        if length > limit:
+            raise self.fail(f"a text would be {length:,} bytes long ({limit:,} are allowed)")
+        return self.take(length).decode("utf-8", "replace")
+
+    def skip_texts(self, count: int) -> None:
+        """Skip an array of texts; umT5's vocabulary has 256,384, so this loop must be quick."""
+        for _ in range(count):
+            if self._at + 8 > len(self._buffer):
+                self.take(8)
+                self._at -= 8
+            (length,) = _LENGTH.unpack_from(self._buffer, self._at)
+            if length > MAX_TEXT:
+                raise self.fail(f"a text would be {length:,} bytes long ({MAX_TEXT:,} are allowed)")
+            end = self._at + 8 + length
+            if end <= len(self._buffer):
+                self._at = end
+            else:
+                self.skip(8 + length)
+
+
+def parse_gguf(file: BinaryIO, path: Path, size: int) -> TensorTable:
+    """Read the header of an open GGUF file of ``size`` bytes; raises CorruptFile.
+
+    Shapes come in torch's order, 5-D shapes restored from ``comfy.gguf.orig_shape.*``.
+    """
+    reader = _Reader(file, path, size)
+    reader.skip(4)
+    version = reader.number("<I")
+    if version not in (2, 3):
+        raise reader.fail(f"version {version}, only 2 and 3 are known")
+    tensor_count, key_count = reader.number("<Q"), reader.number("<Q")
+    if not 1 <= tensor_count <= MAX_TENSORS or key_count > MAX_KEYS:
+        raise reader.fail(
+            f"it announces {tensor_count:,} tensors and {key_count:,} keys (1 to {MAX_TENSORS:,} "
+            f"and {MAX_KEYS:,} are allowed)"
+        )
+    metadata, shapes, alignment = _read_metadata(reader, key_count)
+    raw = [_read_info(reader) for _ in range(tensor_count)]
+    header_bytes = reader.position
+    base = -(-header_bytes // alignment) * alignment
+    tensors = _place(reader, raw, shapes, base, alignment, path)
+    return TensorTable(path, (path,), tensors, metadata, "gguf", header_bytes)
+
+
+def _read_metadata(
+    reader: _Reader, count: int
+) -> tuple[dict[str, str], dict[str, tuple[int, ...]], int]:
+    metadata: dict[str, str] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
+    alignment = 32
+    for _ in range(count):
+        key = reader.text(65_535)
+        value = _read_value(reader)
+        if key.startswith(_SHAPE_KEY) and isinstance(value, list):
+            shapes[key.removeprefix(_SHAPE_KEY)] = _checked_shape(reader, key, value)
+        elif key == "general.alignment":
+            alignment = value if type(value) is int else 0
+        elif isinstance(value, str | int | float):
+            metadata[key] = str(value)
+    if not 1 <= alignment <= 65_536 or alignment & (alignment - 1):
+        raise reader.fail(f"alignment {alignment}, a power of two up to 65,536 was expected")
+    return metadata, shapes, alignment
+
+
+def _checked_shape(reader: _Reader, key: str, value: list[Any]) -> tuple[int, ...]:
+    if not 1 <= len(value) <= MAX_DIMS or any(
+        type(v) is not int or not 0 <= v < 2**48 for v in value
+    ):
+        raise reader.fail(f"{key[:80]!r} is not a shape")
+    return tuple(value)
+
+
+def _read_value(reader: _Reader) -> Any:
+    kind = reader.number("<I")
+    if kind in _SCALARS:
+        return reader.number(_SCALARS[kind])
+    if kind == _TEXT:
+        return reader.text()
+    if kind != _ARRAY:
+        raise reader.fail(f"value type {kind} is unknown")
+    item, count = reader.number("<I"), reader.number("<Q")
+    if count > MAX_ARRAY:
+        raise reader.fail(f"an array would have {count:,} elements ({MAX_ARRAY:,} are allowed)")
+    if item in _SCALARS:
+        width = struct.calcsize(_SCALARS[item])
+        if count > KEEP_ARRAY:
+            reader.skip(count * width)
+            return None
+        return [reader.number(_SCALARS[item]) for _ in range(count)]
+    if item != _TEXT:
+        raise reader.fail(f"an array of value type {item} is not known")
+    reader.skip_texts(count)
+    return None
+
+
+def _read_info(reader: _Reader) -> tuple[str, tuple[int, ...], int, int]:
+    name = reader.text(MAX_NAME)
+    if not name or not name.isprintable():
+        raise reader.fail(f"a tensor name is empty or not printable: {name[:80]!r}")
+    dims = reader.number("<I")
+    if dims > MAX_DIMS:
+        raise reader.fail(f"tensor {name!r} has {dims:,} dimensions ({MAX_DIMS} are allowed)")
+    sizes = [reader.number("<Q") for _ in range(dims)]
+    kind, offset = reader.number("<I"), reader.number("<Q")
+    return name, tuple(reversed(sizes)), kind, offset
+
+
+def _place(
+    reader: _Reader,
+    raw: list[tuple[str, tuple[int, ...], int, int]],
+    shapes: Mapping[str, tuple[int, ...]],
+    base: int,
+    alignment: int,
+    path: Path,
+) -> dict[str, TensorInfo]:
+    """Turn the entries into TensorInfos, each within the file and none over another."""
+    tensors: dict[str, TensorInfo] = {}
+    for name, shape, kind, offset in raw:
+        if name in tensors:
+            raise reader.fail(f"tensor {name!r} stands twice")
+        if kind not in GGML_TYPES:
+            raise reader.fail(f"tensor {name!r} has the unknown type {kind}")
+        dtype, block, width = GGML_TYPES[kind]
+        numel = math.prod(shape)
+        if numel % block or (shape and shape[-1] % block) or any(size >= 2**48 for size in shape):
+            raise reader.fail(f"tensor {name!r} of {dtype} has the impossible shape {list(shape)}")
+        if offset % alignment:
+            raise reader.fail(
+                f"tensor {name!r} starts at {offset:,}, not a multiple of {alignment}"
+            )
+        start, nbytes = base + offset, numel // block * width
+        if start + nbytes > reader.size:
+            missing = start + nbytes - reader.size
+            raise CorruptFile(
+                f"{quoted(path)} ends {missing:,} bytes early (tensor {name!r} needs "
+                f"{start + nbytes:,}, file has {reader.size:,}). {AGAIN}"
+            )
+        whole = shapes.get(name, shape)
+        if math.prod(whole) != numel:
+            raise reader.fail(f"tensor {name!r} is {list(shape)}, its original {list(whole)}")
+        tensors[name] = TensorInfo(name, dtype, whole, start, start + nbytes, path)
+    position, last = 0, ""
+    for info in sorted(tensors.values(), key=lambda i: (i.start, i.end)):
+        if info.start < position:
+            raise reader.fail(f"tensors {last!r} and {info.name!r} overlap")
+        position, last = info.end, info.name
+    return tensors

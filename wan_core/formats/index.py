@@ -1,0 +1,189 @@
+"""Which weights a component folder holds, and tensor tables of sharded indexes.
+
+An index is believed only where it agrees with the header of every shard it names: each tensor in
+exactly the shard the index says, no shard missing, no shard name that is more than a plain file
+name. Standard library only.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final, NoReturn
+
+from ..errors import CorruptFile, MissingFile, UnsafeFile
+from ..files import contained_path, quoted, some_of
+from .one_file import read_file
+from .small_json import read_json
+from .table import AGAIN, MAX_TENSORS, PICKLE_SUFFIXES, TensorInfo, TensorTable
+
+MAX_SHARDS: Final = 1024
+
+
+def find_weights(folder: str | os.PathLike[str]) -> Path:
+    """Return the file or index of weights that a component folder holds.
+
+    Knows the names of diffusers and transformers, with or without a variant tag
+    (``*.fp16.safetensors``). Raises MissingFile when there is none, UnsafeFile when there are
+    only pickles, CorruptFile when there are shards without their index.
+    """
+    root = Path(folder)
+    names = sorted(listing(root))
+    safe = [n for n in names if n.endswith(".safetensors")]
+    indexes = [n for n in names if ".safetensors.index" in n and n.endswith(".json")]
+    for stem in ("diffusion_pytorch_model", "model"):
+        for name in (f"{stem}.safetensors.index.json", f"{stem}.safetensors"):
+            if name in names:
+                return root / name
+    whole = [n for n in safe if not _SHARD.search(n)]
+    for group in (indexes, whole):
+        if len(group) == 1:
+            return root / group[0]
+        if group:
+            raise MissingFile(
+                f"{str(root)!r} holds {len(group)} sets of weights ({some_of(group)}) and none has "
+                "a standard name. Name the one you want, or keep only that one."
+            )
+    if safe:
+        raise CorruptFile(
+            f"{str(root)!r} holds {len(safe)} shards ({some_of(safe)}) but not their index "
+            "(*.safetensors.index.json). Download the index too."
+        )
+    ggufs = [n for n in names if n.lower().endswith(".gguf")]
+    if len(ggufs) == 1:
+        return root / ggufs[0]
+    _refuse_empty(root, names)
+
+
+_SHARD: Final = re.compile(r"-\d{5}-of-\d{5}\b")
+_PARTIAL: Final = (".incomplete", ".part", ".aria2", ".crdownload", ".tmp", ".download")
+
+
+def _refuse_empty(root: Path, names: Sequence[str]) -> NoReturn:
+    pickles = [n for n in names if n.lower().endswith(PICKLE_SUFFIXES)]
+    if pickles:
+        raise UnsafeFile(
+            f"{str(root)!r} holds its weights only as {some_of(pickles)}: a pickle, which can run "
+            "code when it is opened. Use a .safetensors version of this model, or convert it: "
+            "safetensors.torch.save_file(torch.load(file, weights_only=True), new_file)."
+        )
+    partial = [n for n in names if n.lower().endswith(_PARTIAL)]
+    if partial:
+        raise MissingFile(
+            f"{str(root)!r} holds only a download that has not finished ({some_of(partial)}). "
+            "Finish the download."
+        )
+    raise MissingFile(
+        f"{str(root)!r} holds no weights (looked for *.safetensors and its index, found "
+        f"{some_of(names) if names else 'nothing'}). Download this part of the model again."
+    )
+
+
+def read_index(path: Path) -> TensorTable:
+    """Read a sharded index and the header of every shard it names."""
+    index = read_json(path)
+    weight_map = index.get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CorruptFile(
+            f"{quoted(path)} has no weight_map from tensor to shard; it is no index of weights. "
+            f"{AGAIN}"
+        )
+    if len(weight_map) > MAX_TENSORS:
+        raise CorruptFile(
+            f"{quoted(path)} lists {len(weight_map):,} tensors, {MAX_TENSORS:,} allowed."
+        )
+    shards = _shard_paths(path, weight_map)
+    tensors: dict[str, TensorInfo] = {}
+    metadata: dict[str, str] = {}
+    header_bytes = 0
+    for name, shard in shards.items():
+        table = read_file(shard)
+        header_bytes += table.header_bytes
+        metadata.update(table.metadata)
+        _check_shard(path, name, table, weight_map, tensors)
+        tensors.update(table.tensors)
+    return TensorTable(
+        path, tuple(shards.values()), {name: tensors[name] for name in weight_map}, metadata,
+        "safetensors", header_bytes, _extra_shards(path, shards),
+    )  # fmt: skip
+
+
+def _shard_paths(path: Path, weight_map: Mapping[str, Any]) -> dict[str, Path]:
+    names = dict.fromkeys(weight_map.values() if _all_texts(weight_map) else ())
+    if not names:
+        raise CorruptFile(
+            f"The weight_map of {quoted(path)} names shards that are not texts. {AGAIN}"
+        )
+    if len(names) > MAX_SHARDS:
+        raise CorruptFile(
+            f"{quoted(path)} names {len(names):,} shards; {MAX_SHARDS:,} are allowed."
+        )
+    for name in names:
+        if "/" in name or not name.endswith(".safetensors"):
+            raise UnsafeFile(
+                f"{quoted(path)} names the shard {name[:120]!r}; a shard is a plain .safetensors "
+                "name beside its index. Get the model from a source you trust."
+            )
+    shards = {name: contained_path(path.parent, name, allow_links=True) for name in names}
+    missing = [name for name, shard in shards.items() if not shard.exists()]
+    if missing:
+        raise MissingFile(
+            f"{len(missing)} of {len(shards)} shards named by {quoted(path)} are missing: "
+            f"{some_of(missing)}. Download them into {str(path.parent)!r}."
+        )
+    return shards
+
+
+def _check_shard(
+    path: Path,
+    shard: str,
+    table: TensorTable,
+    weight_map: Mapping[str, str],
+    seen: Mapping[str, TensorInfo],
+) -> None:
+    promised = [name for name, where in weight_map.items() if where == shard]
+    absent = [name for name in promised if name not in table.tensors]
+    if absent:
+        raise CorruptFile(
+            f"{quoted(path)} says {shard!r} holds {absent[0]!r}, and it does not ({len(absent)} of "
+            f"{len(promised)} tensors are elsewhere or missing). Index and shards are of "
+            "different downloads: download all of them again."
+        )
+    for name in table.tensors:
+        if name in seen:
+            raise CorruptFile(
+                f"Tensor {name!r} is in two shards of {quoted(path)}: {seen[name].file.name!r} and "
+                f"{shard!r}. Download the model again."
+            )
+        if weight_map.get(name) != shard:
+            raise CorruptFile(
+                f"{shard!r} holds {name!r}, which {quoted(path)} "
+                + (f"places in {weight_map[name]!r}" if name in weight_map else "does not list")
+                + ". Index and shards are of different downloads: download all of them again."
+            )
+
+
+def _extra_shards(path: Path, shards: Mapping[str, Path]) -> tuple[str, ...]:
+    # a-00001-of-00003.safetensors -> a-?????-of-?????.safetensors: one set of shards per shape.
+    patterns = {_SHARD.sub("#", name) for name in shards}
+    extra = [
+        n for n in listing(path.parent)
+        if n not in shards and _SHARD.search(n) and _SHARD.sub("#", n) in patterns
+    ]  # fmt: skip
+    if not extra:
+        return ()
+    return (f"{path.parent} also holds {some_of(sorted(extra))}, which the index does not use.",)
+
+
+def _all_texts(weight_map: Mapping[str, Any]) -> bool:
+    return all(isinstance(value, str) for value in weight_map.values())
+
+
+def listing(folder: Path) -> list[str]:
+    """Return the names in a folder; MissingFile when it cannot be listed."""
+    try:
+        return os.listdir(folder)
+    except OSError as err:
+        raise MissingFile(f"{quoted(folder)} cannot be listed: {err.strerror}.") from err

@@ -1,0 +1,86 @@
+"""Tensor tables: names, dtypes, shapes and places of the tensors in a model file.
+
+Every reader in this package makes one of these. They read headers, never weights, with the standard
+library only. Every length in a file is checked against our own limits before anything is
+allocated, so memory and time are bounded whatever the file says.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+MAX_HEADER_BYTES: Final = 16 * 2**20
+MAX_TENSORS: Final = 65_536
+MAX_DIMS: Final = 8
+MAX_NAME: Final = 512
+PICKLE_SUFFIXES: Final = (".bin", ".pth", ".pt", ".ckpt", ".pkl")
+
+AGAIN: Final = "Download it again."
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """One tensor: ``start`` and ``end`` are absolute byte offsets in ``file``.
+
+    ``shape`` is in torch's order; ``dtype`` is the name the format uses (``BF16``, ``Q4_K``).
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
+    file: Path
+
+    @property
+    def nbytes(self) -> int:
+        """Return the bytes stored."""
+        return self.end - self.start
+
+    @property
+    def numel(self) -> int:
+        """Return the number of elements."""
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class TensorTable:
+    """All tensors of one file, or of all shards of one index, in file order."""
+
+    path: Path
+    """What was asked for: a file, an index or a folder."""
+    files: tuple[Path, ...]
+    tensors: Mapping[str, TensorInfo]
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    format: str = "safetensors"
+    """safetensors, gguf or pickle."""
+    header_bytes: int = 0
+    """Bytes of header read to make this table."""
+    notes: tuple[str, ...] = ()
+    """What is odd but harmless, in words."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors as stored."""
+        return sum(info.nbytes for info in self.tensors.values())
+
+    @property
+    def parameters(self) -> int:
+        """Elements of all tensors."""
+        return sum(info.numel for info in self.tensors.values())
+
+    @property
+    def dtypes(self) -> dict[str, int]:
+        """Bytes stored per dtype, largest first."""
+        total: dict[str, int] = {}
+        for info in self.tensors.values():
+            total[info.dtype] = total.get(info.dtype, 0) + info.nbytes
+        return dict(sorted(total.items(), key=lambda item: -item[1]))
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape of one tensor; KeyError when there is none of that name."""
+        return self.tensors[name].shape

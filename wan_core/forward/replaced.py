@@ -1,0 +1,106 @@
+"""Another forward on a module, for the threads that ask for it, and gone with the last of them.
+
+It is set on instances, no class is touched; a thread that did not ask gets what was there before.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import threading
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import nn
+
+from ..loading import Undo
+
+T = TypeVar("T")
+
+
+def digest_of(code: Iterable[Any]) -> str:
+    """Return a digest of the sources of functions and classes; "" if one is unreadable."""
+    digest = hashlib.sha256()
+    try:
+        for part in code:
+            digest.update(inspect.getsource(inspect.unwrap(part)).encode())
+    except (OSError, TypeError):
+        return ""
+    return digest.hexdigest()[:16]
+
+
+@dataclass
+class Installed(Generic[T]):
+    """What is on one module: each thread's options, the last of which count."""
+
+    options: dict[int, list[T]] = field(default_factory=dict)
+    undo: Undo = field(default_factory=Undo)
+
+    def mine(self) -> T | None:
+        """Return this thread's options, or None where the module's own forward must run."""
+        if torch.is_grad_enabled():
+            return None
+        stack = self.options.get(threading.get_ident())
+        return stack[-1] if stack else None
+
+    def set_forward(self, module: nn.Module, forward: Callable[..., Any]) -> None:
+        """Set ``forward(before, ...)`` on an instance, below accelerate's hook if one is on.
+
+        ``before`` is the forward it takes the place of.
+        """
+        slot = "_old_forward" if "_old_forward" in vars(module) else "forward"
+        present, before = slot in vars(module), getattr(module, slot)
+
+        def restore() -> None:
+            if present:
+                module.__dict__[slot] = before
+            else:
+                module.__dict__.pop(slot, None)
+
+        self.undo.push(restore)
+        module.__dict__[slot] = partial(forward, before)
+
+
+class ReplacedForward(Generic[T]):
+    """Puts a kind of forward on modules; ``put_on(module, installed)`` sets the forwards."""
+
+    def __init__(self, put_on: Callable[[Any, Installed[T]], object]) -> None:
+        self._put_on = put_on
+        self._on: weakref.WeakKeyDictionary[nn.Module, Installed[T]] = weakref.WeakKeyDictionary()
+        self._lock = threading.Lock()
+
+    def on(self, module: nn.Module) -> Installed[T] | None:
+        """Return what is known of a module, also when no thread asks for it any more."""
+        return self._on.get(module)
+
+    @contextmanager
+    def __call__(self, module: nn.Module, options: T) -> Iterator[None]:
+        """Have this thread's calls of ``module`` computed with ``options`` in the block."""
+        me = threading.get_ident()
+        with self._lock:
+            installed = self._on.setdefault(module, Installed())
+            if not installed.options:
+                self._first(module, installed)
+            installed.options.setdefault(me, []).append(options)
+        try:
+            yield
+        finally:
+            with self._lock:
+                installed.options[me].pop()
+                if not installed.options[me]:
+                    del installed.options[me]
+                if not installed.options:
+                    with installed.undo:
+                        pass
+
+    def _first(self, module: nn.Module, installed: Installed[T]) -> None:
+        try:
+            self._put_on(module, installed)
+        except BaseException as error:
+            installed.undo.__exit__(type(error), error, None)
+            raise

@@ -1,0 +1,269 @@
+"""Puts the lean forward on a transformer and takes it off again.
+
+The forward of each block, and of the model around them, is set on the instances (no class is
+touched) for the threads that asked for it; other threads get what was there before. Models that
+are not exactly the one ``lean.py`` was written after keep their own forward, with the reason.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..memory import LEAN_HEAD_GROUPS, LEAN_ROWS
+from .block import LeanOptions, Modulation, TimestepRuns, run_block
+from .replaced import Installed, ReplacedForward, digest_of
+from .timestep import Embedding, embed_timestep
+
+KNOWN_SOURCES = {"2d9f08edea184d1d"}
+"""Digests of the diffusers sources that ``lean.py`` computes the same as."""
+
+_MAX_RUNS = 8
+
+
+@functools.cache
+def source_digest() -> str:
+    """Return a digest of the diffusers functions the lean forward stands in for; "" if unreadable.
+
+    Comments and layout count, so that any change is noticed.
+    """
+    from diffusers.models import activations, attention, normalization
+    from diffusers.models.transformers import transformer_wan as wan
+
+    functions = (
+        wan.WanTransformer3DModel.forward,
+        wan.WanTransformerBlock.forward,
+        wan.WanAttention.forward,
+        wan.WanAttnProcessor.__call__,
+        wan._get_qkv_projections,
+        wan._get_added_kv_projections,
+        wan.WanTimeTextImageEmbedding.forward,
+        wan.WanRotaryPosEmbed.forward,
+        attention.FeedForward.forward,
+        activations.GELU.forward,
+        normalization.FP32LayerNorm.forward,
+    )
+    return digest_of(functions)
+
+
+def why_not(transformer: Any) -> str | None:
+    """Return why the lean forward cannot stand in for this model's own, or None if it can."""
+    from diffusers import WanTransformer3DModel, __version__
+
+    kind: Any = type(transformer)
+    if kind is not WanTransformer3DModel:
+        return f"{type(transformer).__name__} is not WanTransformer3DModel"
+    if source_digest() not in KNOWN_SOURCES:
+        return f"diffusers {__version__} computes the transformer in a way not known here"
+    if transformer.training:
+        return "the model is in training mode"
+    if _hooked(transformer):
+        return "a diffusers hook (cache, group offload) is attached to the model"
+    for index, block in enumerate(transformer.blocks):
+        reason = _why_not_block(block)
+        if reason is not None:
+            return f"block {index}: {reason}"
+    return None
+
+
+def _hooked(module: nn.Module) -> bool:
+    """Say whether a diffusers hook acts here; a pipeline that has run leaves an empty registry."""
+    registry: Any = getattr(module, "_diffusers_hook", None)
+    return registry is not None and bool(registry.hooks)
+
+
+def _why_not_block(block: Any) -> str | None:
+    from diffusers.models.attention import FeedForward
+    from diffusers.models.normalization import FP32LayerNorm
+    from diffusers.models.transformers import transformer_wan as wan
+
+    if type(block) is not wan.WanTransformerBlock:
+        return f"it is a {type(block).__name__}"
+    if _hooked(block):
+        return "a diffusers hook (cache, group offload) is attached"
+    if block._compiled_call_impl is not None:
+        return "it is compiled"
+    for attn in (block.attn1, block.attn2):
+        processor: Any = attn.processor
+        if type(processor) is not wan.WanAttnProcessor or processor._parallel_config is not None:
+            return f"its attention is computed by {type(processor).__name__}"
+        if getattr(attn, "fused_projections", False):
+            return "its projections are fused"
+        stored = attn.to_q.weight.dtype  # int8 and uint8 hold quantised weights
+        if stored.is_floating_point and attn.norm_q.weight.dtype != stored:
+            return "its attention norms have another dtype than its projections"
+    if type(block.norm1) is not FP32LayerNorm or type(block.norm3) is not FP32LayerNorm:
+        return "its norms are not FP32LayerNorm"
+    if type(block.ffn) is not FeedForward or len(block.ffn.net) != 3:
+        return "its feed-forward is not diffusers' own"
+    return None
+
+
+@contextmanager
+def lean_forward(
+    transformer: nn.Module,
+    *,
+    exact: bool = True,
+    rows: int = LEAN_ROWS,
+    head_groups: int = LEAN_HEAD_GROUPS,
+) -> Iterator[str | None]:
+    """Run ``transformer`` with the lean forward in this thread, inside the ``with`` block.
+
+    Yields None, or the reason why the model keeps its own forward. With ``exact`` the bits are
+    diffusers' own; without, rounding may differ (see ``lean.py``). It acts where gradients are
+    off, and blocks then write into their input. Enter it after offloading is attached.
+    """
+    reason = why_not(transformer)
+    if reason is not None:
+        yield reason
+        return
+    with _lean(transformer, LeanOptions(exact=exact, rows=rows, head_groups=head_groups)):
+        yield None
+
+
+def _put_on(transformer: Any, installed: Installed[LeanOptions]) -> None:
+    for block in transformer.blocks:
+        installed.set_forward(block, functools.partial(_block_forward, block, installed))
+    forward = functools.partial(_model_forward, transformer, installed)
+    installed.set_forward(transformer, forward)
+
+
+_lean = ReplacedForward(_put_on)
+
+
+def _block_forward(
+    block: Any,
+    installed: Installed[LeanOptions],
+    before: Any,
+    hidden_states: Tensor,
+    encoder_hidden_states: Tensor,
+    temb: Tensor | TimestepRuns,
+    rotary_emb: tuple[Tensor, Tensor],
+) -> Tensor:
+    options = installed.mine()
+    if options is None:
+        result: Tensor = before(hidden_states, encoder_hidden_states, temb, rotary_emb)
+        return result
+    return run_block(block, options, hidden_states, encoder_hidden_states, temb, rotary_emb)
+
+
+def _model_forward(
+    transformer: Any, installed: Installed[LeanOptions], before: Any, *a: Any, **k: Any
+) -> Any:
+    options = installed.mine()
+    call = _Call.accept(transformer, *a, **k) if options is not None else None
+    if options is None or call is None:
+        return before(*a, **k)
+    state = _State(transformer, options, call)
+    for block in transformer.blocks:
+        state.through(block)
+    return call.wrap(state.finish())
+
+
+@dataclass(frozen=True)
+class _Call:
+    """The arguments of one call of the model's forward."""
+
+    hidden_states: Tensor
+    timestep: Tensor
+    encoder_hidden_states: Tensor
+    encoder_hidden_states_image: Tensor | None = None
+    return_dict: bool = True
+
+    @classmethod
+    def accept(cls, transformer: Any, *args: Any, **kwargs: Any) -> _Call | None:
+        """Return the call, or None where only the model's own forward knows what to do."""
+        if kwargs.pop("attention_kwargs", None) is not None or len(args) > 5:
+            return None
+        return cls(*args, **kwargs)
+
+    def wrap(self, sample: Tensor) -> Any:
+        from diffusers.models.modeling_outputs import Transformer2DModelOutput
+
+        return Transformer2DModelOutput(sample=sample) if self.return_dict else (sample,)
+
+
+def _runs_of(timestep: Tensor) -> tuple[int, ...] | None:
+    """Return where runs of equal timesteps (B, L) begin; None if many or unlike in the batch."""
+    if timestep.shape[0] > 1 and not bool((timestep == timestep[:1]).all()):
+        return None
+    changes = (timestep[0, 1:] != timestep[0, :-1]).nonzero().flatten() + 1
+    starts = (0, *changes.tolist())
+    return starts if len(starts) <= _MAX_RUNS else None
+
+
+class _State:
+    """One call on its way through the blocks."""
+
+    def __init__(self, transformer: Any, options: LeanOptions, call: _Call) -> None:
+        self._model, self._options = transformer, options
+        self._grid = call.hidden_states.shape
+        self._temb, self._parts, self._context = self._conditions(call)
+        self._rotary = transformer.rope(call.hidden_states)
+        patched = transformer.patch_embedding(call.hidden_states)
+        self.hidden = patched.flatten(2).transpose(1, 2).contiguous()
+
+    def _conditions(self, call: _Call) -> tuple[Embedding, Embedding, Tensor]:
+        """Embed timestep, text and image; timesteps with one part, projected ones with six."""
+        embedder, text = self._model.condition_embedder, call.encoder_hidden_states
+        starts = _runs_of(call.timestep) if call.timestep.ndim == 2 else None
+        temb, parts = embed_timestep(embedder, call.timestep, text, starts, self._options.exact)
+        context = embedder.text_embedder(text)
+        if call.encoder_hidden_states_image is not None:
+            image = embedder.image_embedder(call.encoder_hidden_states_image)
+            context = torch.concat([image, context], dim=1)
+        return temb, parts, context
+
+    def through(self, block: nn.Module) -> None:
+        """Take the hidden state through one block."""
+        self.hidden = block(self.hidden, self._context, self._parts, self._rotary)
+
+    def finish(self) -> Tensor:
+        """Return the prediction (B, channels, frames, height, width)."""
+        model, hidden = self._model, self.hidden
+        table = model.scale_shift_table.to(hidden.device)
+        temb = self._temb
+        both: Embedding
+        if isinstance(temb, TimestepRuns):
+            both = TimestepRuns(temb.values.expand(-1, -1, 2, -1), temb.starts)
+        else:
+            both = temb.expand(*temb.shape[:-2], 2, -1)
+        modulation = Modulation(table, both, hidden.shape[1], self._options.rows, upcast=False)
+        out = model.proj_out(modulation.all_normed(model.norm_out, hidden, 0))
+        return self._unpatched(out)
+
+    def _unpatched(self, out: Tensor) -> Tensor:
+        batch, _, frames, height, width = self._grid
+        p_t, p_h, p_w = self._model.config.patch_size
+        counts = (frames // p_t, height // p_h, width // p_w)
+        out = out.reshape(batch, *counts, p_t, p_h, p_w, -1)
+        out = out.permute(0, 7, 1, 4, 2, 5, 3, 6)
+        return out.flatten(6, 7).flatten(4, 5).flatten(2, 3)
+
+
+def run_together(transformer: Any, calls: Sequence[Mapping[str, Any]]) -> list[Any]:
+    """Run several calls of the model's forward block by block, all through one block at a time.
+
+    Streamed weights then cross the bus once for all calls (conditional and unconditional). The
+    results are those of one call after the other, bit for bit. Where the lean forward is not on
+    in this thread, or a call needs the model's own forward, they are run one after the other.
+    """
+    installed = _lean.on(transformer)
+    options = installed.mine() if installed is not None else None
+    if hasattr(transformer, "_hf_hook"):  # sequential offload brings weights per whole call
+        options = None
+    accepted = [_Call.accept(transformer, **call) for call in calls] if options else []
+    known = [call for call in accepted if call is not None]
+    if options is None or len(known) < len(calls):
+        return [transformer(**call) for call in calls]
+    states = [_State(transformer, options, call) for call in known]
+    for block in transformer.blocks:
+        for state in states:
+            state.through(block)
+    return [call.wrap(state.finish()) for call, state in zip(known, states, strict=True)]

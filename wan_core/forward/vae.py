@@ -1,0 +1,133 @@
+"""Puts the lean decode on a VAE and takes it off again.
+
+The forward of the decoder is set on the instance (no class is touched) for the threads that asked
+for it; other threads get what was there before. Decoders that are not exactly the one
+``lean_decode`` was written after keep their own forward, with the reason.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .decoder import DecodeOptions, DecoderWalk
+from .host_cache import HostCache
+from .replaced import Installed, ReplacedForward, digest_of
+
+KNOWN_SOURCES = {"7ddcc402cfda3497"}
+"""Digests of the diffusers sources that ``lean_decode`` computes the same as."""
+
+_DTYPES = {torch.float32, torch.bfloat16, torch.float16}
+
+
+@functools.cache
+def source_digest() -> str:
+    """Return a digest of the diffusers code the lean decode stands in for; "" if unreadable."""
+    from diffusers.models.autoencoders import autoencoder_kl_wan as wan
+
+    code = (
+        wan.WanDecoder3d.forward,
+        wan.WanMidBlock.forward,
+        wan.WanUpBlock.forward,
+        wan.WanResidualUpBlock,
+        wan.WanResidualBlock,
+        wan.WanCausalConv3d,
+        wan.WanRMS_norm,
+        wan.WanResample,
+        wan.WanUpsample,
+        wan.DupUp3D,
+    )
+    return digest_of(code)
+
+
+def why_not(vae: Any) -> str | None:
+    """Return why the lean decode cannot stand in for this VAE's own, or None if it can."""
+    from diffusers import AutoencoderKLWan, __version__
+    from diffusers.models.autoencoders import autoencoder_kl_wan as wan
+
+    kind: Any = type(vae)
+    if kind is not AutoencoderKLWan:
+        return f"{type(vae).__name__} is not AutoencoderKLWan"
+    if source_digest() not in KNOWN_SOURCES:
+        return f"diffusers {__version__} computes the VAE's decoder in a way not known here"
+    if vae.decoder.training:
+        return "the VAE is in training mode"
+    known = {getattr(wan, name) for name in dir(wan) if name.startswith(("Wan", "DupUp"))}
+    known |= {nn.Conv2d, nn.SiLU, nn.Identity, nn.Dropout, nn.ModuleList, nn.Sequential}
+    for name, module in vae.decoder.named_modules():
+        reason = _why_not_module(module, known)
+        if reason is not None:
+            return f"decoder.{name}: {reason}".replace("decoder.:", "decoder:")
+    dtypes = {parameter.dtype for parameter in vae.decoder.parameters()}
+    if len(dtypes) > 1 or not dtypes <= _DTYPES:
+        return f"the decoder's parameters are {', '.join(sorted(map(str, dtypes)))}"
+    return None
+
+
+def _why_not_module(module: nn.Module, known: set[Any]) -> str | None:
+    if type(module) not in known:
+        return f"it is a {type(module).__name__}"
+    if module._compiled_call_impl is not None:
+        return "it is compiled"
+    # The lean decode reads weights without calling their modules, so that hooks would not run.
+    hooked = any(getattr(module, name, None) for name in ("_hf_hook", "_diffusers_hook"))
+    if hooked or module._forward_hooks or module._forward_pre_hooks:
+        return "a hook (offload by layers or groups) is attached"
+    if any(not parameter.is_floating_point() for parameter in module.parameters(recurse=False)):
+        return "its weights are quantised"
+    return None
+
+
+@contextmanager
+def lean_decoder(
+    vae: Any, *, bands: int | None = None, cache_on_host: bool | None = None, pin_bytes: int = 0
+) -> Iterator[str | None]:
+    """Decode with less memory in this thread, inside the ``with`` block.
+
+    Yields None, or the reason why the VAE keeps its own forward. Without ``bands`` the bits are
+    diffusers' own; with a number of bands of rows, rounding may differ. ``cache_on_host`` rests
+    the feature cache in RAM between uses, which changes no bit; None: where there are bands. Of
+    all page-locked memory ``pin_bytes`` may be had. It acts on calls with a feature cache where
+    gradients are off. Enter it after placement; a decode whose cache rests in RAM ends inside.
+    """
+    reason = why_not(vae)
+    if reason is not None:
+        yield reason
+        return
+    on_host = bands is not None if cache_on_host is None else cache_on_host
+    host = HostCache(pin_bytes) if on_host else None
+    try:
+        with _lean(vae.decoder, DecodeOptions(max(1, bands or 1), host)):
+            yield None
+    finally:
+        if host is not None:
+            host.close()
+
+
+def _put_on(decoder: Any, installed: Installed[DecodeOptions]) -> None:
+    installed.set_forward(decoder, functools.partial(_forward, decoder, installed))
+
+
+_lean = ReplacedForward(_put_on)
+
+
+def _forward(
+    decoder: Any,
+    installed: Installed[DecodeOptions],
+    before: Any,
+    x: Tensor,
+    feat_cache: list[Any] | None = None,
+    feat_idx: list[int] | None = None,
+    first_chunk: bool = False,
+) -> Tensor:
+    options = installed.mine()
+    index = [0] if feat_idx is None else feat_idx
+    if options is None or feat_cache is None:
+        result: Tensor = before(x, feat_cache=feat_cache, feat_idx=index, first_chunk=first_chunk)
+        return result
+    return DecoderWalk(options, feat_cache, index).through(decoder, x, first_chunk)

@@ -1,0 +1,446 @@
+"""A job as asked for -> a job with nothing left open, or one sentence saying what is wrong.
+
+Pure: reads the architecture's numbers, no file and no tensor values. Every mistake a person can
+make in a :class:`GenerationConfig` is found here, before anything is loaded.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from ..config import CODECS, RESUME, GenerationConfig
+from ..errors import InvalidRequest
+from ..models import ModelArchitecture, Variant
+from .noise import NOISES
+from .prompts import PromptPart, parse_prompts
+from .steps import SCHEDULERS
+from .windows import (
+    DEFAULT_WINDOW,
+    FRAMES_PER_LATENT,
+    FUSIONS,
+    SCHEDULES,
+    latent_frames,
+    latent_index,
+    round_up_frames,
+    video_range,
+)
+
+MAX_SIZE = 16384
+"""Pixels a side: rotary positions of Wan's transformer end at 1024 tokens of 16 pixels."""
+MAX_LATENT_FRAMES = 1024
+"""Latent frames the rotary positions reach; longer clips need windows."""
+MAX_SEED = 2**64 - 1
+MODES = ("windows", "continuation")
+PIXEL_FORMATS = ("yuv420p", "yuv422p", "yuv444p", "yuv420p10le", "yuv422p10le", "yuv444p10le")
+AUDIO_RATES = (
+    8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000, 64000, 88200, 96000
+)  # fmt: skip
+"""Samples a second that AAC, the sound of an mp4, can have."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """A job with nothing left open. Frames and sizes are pixels; ``num_frames`` is 4n+1."""
+
+    prompt: str
+    negative_prompt: str
+    wanted_frames: int
+    """Frames asked for; the first so many of ``num_frames`` are returned."""
+    num_frames: int
+    width: int
+    height: int
+    num_inference_steps: int
+    guidance_scale: float
+    guidance_scale_2: float
+    flow_shift: float
+    boundary: float | None
+    switch_step: int | None
+    scheduler: str
+    fps: float
+    seed: int
+    batch_size: int
+    start_step: int
+    end_step: int | None
+    window_frames: int | None
+    window_overlap: int
+    window_schedule: str
+    window_fusion: str
+    window_mode: str
+    window_anchor: bool
+    drift_correction: float
+    noise: str
+    prompts: tuple[PromptPart, ...]
+    resume: str | None
+    output_path: Path | None
+    codec: str
+    crf: int
+    pix_fmt: str
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def latent_frames(self) -> int:
+        """Frames of the latents, (num_frames - 1) / 4 + 1."""
+        return latent_frames(self.num_frames)
+
+    @property
+    def guided(self) -> bool:
+        """Whether either expert needs the negative prompt."""
+        return self.guidance_scale > 1.0 or self.guidance_scale_2 > 1.0
+
+
+def resolve(config: GenerationConfig, architecture: ModelArchitecture) -> Request:
+    """Fill in the variant's official values and check every field.
+
+    Raises InvalidRequest naming the field, the value found and the values allowed.
+    """
+    warnings: list[str] = []
+    _check_images(config, architecture)
+    _check_mode(config, architecture)
+    _check_audio(config)
+    frames = _integer(config.num_frames, "num_frames", 1, 4 * 1024 * 64)
+    num_frames = _made_frames(config, frames, warnings)
+    multiple = architecture.size_multiple
+    width = _size(config.width, "width", multiple, warnings)
+    height = _size(config.height, "height", multiple, warnings)
+    prompts = _prompts(config, num_frames, warnings)
+    request = Request(
+        prompt=_text(config.prompt, "prompt", config.prompt_embeds is not None or bool(prompts)),
+        prompts=prompts,
+        wanted_frames=frames,
+        num_frames=num_frames,
+        width=width,
+        height=height,
+        batch_size=_integer(config.batch_size, "batch_size", 1, 64),
+        **_sampling(config, architecture.variant, width, height),
+        **_windowing(config, num_frames),
+        **_output_fields(config),
+        warnings=tuple(warnings),
+    )
+    return replace(request, warnings=(*warnings, *_recipe_warnings(request, architecture)))
+
+
+def _made_frames(config: GenerationConfig, frames: int, warnings: list[str]) -> int:
+    """Return the 4n+1 frames that are made for those asked for."""
+    made = round_up_frames(frames)
+    if made != frames:
+        warnings.append(
+            f"num_frames {frames} is made as {made} (Wan makes 4n+1 frames); the first "
+            f"{frames} are returned."
+        )
+    if config.last_image is not None and made < 5:
+        raise InvalidRequest(
+            f"num_frames is {frames} with a last_image; 5 or more are needed.", field="num_frames"
+        )
+    return made
+
+
+def _sampling(
+    config: GenerationConfig, variant: Variant, width: int, height: int
+) -> dict[str, Any]:
+    """Check what the loop takes; None becomes the variant's official value."""
+    official = variant.defaults
+    negative = _or(config.negative_prompt, official.negative_prompt)
+    steps = _or(config.num_inference_steps, official.num_inference_steps)
+    scale = _or(config.guidance_scale, official.guidance_scale)
+    second = _or(config.guidance_scale_2, _second_scale(config, variant))
+    shift = _or(config.flow_shift, official.flow_shift_for(width, height))
+    boundary = _or(config.boundary, official.boundary)
+    switch, end, seed = config.switch_step, config.end_step, config.seed
+    return {
+        "negative_prompt": _text(negative, "negative_prompt", True),
+        "num_inference_steps": _integer(steps, "num_inference_steps", 1, 1000),
+        "guidance_scale": _real(scale, "guidance_scale", 0, 100),
+        "guidance_scale_2": _real(second, "guidance_scale_2", 0, 100),
+        "flow_shift": _real(shift, "flow_shift", 0.01, 100),
+        "boundary": None if boundary is None else _real(boundary, "boundary", 0, 1),
+        "switch_step": None if switch is None else _integer(switch, "switch_step", 0, 1000),
+        "scheduler": _choice(_or(config.scheduler, official.scheduler), "scheduler", SCHEDULERS),
+        "start_step": _integer(config.start_step, "start_step", 0, 1000),
+        "end_step": None if end is None else _integer(end, "end_step", 1, 10_000),
+        "fps": _real(_or(config.fps, official.fps), "fps", 0.1, 240),
+        "noise": _choice(config.noise, "noise", NOISES),
+        "seed": random.SystemRandom().getrandbits(32)
+        if seed is None
+        else _integer(seed, "seed", 0, MAX_SEED),
+    }
+
+
+def _windowing(config: GenerationConfig, num_frames: int) -> dict[str, Any]:
+    """Check how a long clip is cut."""
+    window = _window(config, num_frames)
+    if window is None and latent_frames(num_frames) > MAX_LATENT_FRAMES:
+        raise InvalidRequest(
+            f"num_frames is {config.num_frames}; the model's positions end at "
+            f"{4 * MAX_LATENT_FRAMES - 3}. Set max_chunk_size (81) to make it in windows.",
+            field="num_frames",
+        )
+    return {
+        "window_frames": window,
+        "window_overlap": _integer(config.window_overlap, "window_overlap", 0, 4096),
+        "window_schedule": _choice(config.window_schedule, "window_schedule", SCHEDULES),
+        "window_fusion": _choice(config.window_fusion, "window_fusion", FUSIONS),
+        "window_mode": _choice(config.window_mode, "window_mode", MODES),
+        "window_anchor": bool(config.window_anchor),
+        "drift_correction": _real(config.drift_correction, "drift_correction", 0, 1),
+    }
+
+
+def _output_fields(config: GenerationConfig) -> dict[str, Any]:
+    return {
+        "resume": _resume(config),
+        "output_path": _output(config),
+        "codec": _choice(config.codec, "codec", CODECS),
+        "crf": _integer(config.crf, "crf", 0, 51),
+        "pix_fmt": _choice(config.pix_fmt, "pix_fmt", PIXEL_FORMATS),
+    }
+
+
+def _recipe_warnings(request: Request, architecture: ModelArchitecture) -> Iterator[str]:
+    """Say where the job departs from what a distilled LoRA was trained for."""
+    for found in architecture.loras:
+        recipe = found.recipe if found.lora.strength else None
+        differences = recipe.differences(request) if recipe is not None else []
+        if recipe is not None and differences:
+            yield (
+                f"The LoRA {Path(found.lora.path).name} is {recipe.describe()} ({recipe.reason}). "
+                f"This job has {', '.join(differences)}."
+            )
+
+
+def _or(value: Any, default: Any) -> Any:
+    return default if value is None else value
+
+
+def _second_scale(config: GenerationConfig, variant: Variant) -> float:
+    """Scale of the low-noise expert where none was given.
+
+    The official one when neither was given; else the given one for both, as diffusers does.
+    """
+    official = variant.defaults.guidance_scale_2
+    if config.guidance_scale is not None or official is None:
+        return float(_or(config.guidance_scale, variant.defaults.guidance_scale))
+    return official
+
+
+def _integer(value: Any, field: str, low: int, high: int) -> int:
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    if isinstance(value, float) and math.isfinite(value) and value == int(value):
+        value, whole = int(value), True
+    if not whole or not low <= value <= high:
+        raise InvalidRequest(
+            f"{field} is {value!r}; a whole number from {low} to {high} is needed.", field=field
+        )
+    return int(value)
+
+
+def _real(value: Any, field: str, low: float, high: float) -> float:
+    real = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not real or not math.isfinite(value) or not low <= value <= high:
+        raise InvalidRequest(
+            f"{field} is {value!r}; a number from {low} to {high} is needed.", field=field
+        )
+    return float(value)
+
+
+def _choice(value: Any, field: str, allowed: tuple[str, ...]) -> str:
+    if value not in allowed:
+        raise InvalidRequest(
+            f"{field} is {value!r}; allowed are {', '.join(allowed)}.", field=field
+        )
+    return str(value)
+
+
+def _text(value: Any, field: str, may_be_missing: bool) -> str:
+    if value is None and may_be_missing:
+        return ""
+    if not isinstance(value, str):
+        raise InvalidRequest(
+            f"{field} is {value!r}; a text is needed (or {field}_embeds).", field=field
+        )
+    return value
+
+
+def _size(value: Any, field: str, multiple: int, warnings: list[str]) -> int:
+    size = _integer(value, field, 16, MAX_SIZE)
+    snapped = size // multiple * multiple
+    if snapped == 0:
+        raise InvalidRequest(
+            f"{field} is {size}; this model needs a multiple of {multiple}, at least {multiple}.",
+            field=field,
+        )
+    if snapped != size:
+        warnings.append(
+            f"{field} {size} is made {snapped}: this model needs multiples of {multiple}."
+        )
+    return snapped
+
+
+def _window(config: GenerationConfig, num_frames: int) -> int | None:
+    """Return the window in frames, or None for the whole clip at once."""
+    if config.max_chunk_size is None:
+        chunked = config.force_chunked_processing or config.window_mode == "continuation"
+        return min(DEFAULT_WINDOW, num_frames) if chunked else None
+    window = _integer(config.max_chunk_size, "max_chunk_size", 5, 4 * MAX_LATENT_FRAMES - 3)
+    if num_frames <= window and not config.force_chunked_processing:
+        return None
+    return window
+
+
+def _check_mode(config: GenerationConfig, architecture: ModelArchitecture) -> None:
+    if config.window_mode != "continuation":
+        if config.continue_from is not None:
+            raise InvalidRequest(
+                f"continue_from was given with window_mode {config.window_mode!r}; only "
+                "'continuation' goes on from latents.",
+                field="continue_from",
+            )
+        return
+    title = architecture.variant.title
+    if architecture.variant.image_input == "none":
+        raise InvalidRequest(
+            f"window_mode is 'continuation', but {title} cannot be given the frames to go on "
+            "from. Use window_mode 'windows', an image-to-video model, or the 5B.",
+            field="window_mode",
+        )
+    shape = tuple(getattr(config.continue_from, "shape", ()))
+    if config.continue_from is not None and (len(shape) != 5 or not shape[2]):
+        raise InvalidRequest(
+            f"continue_from has shape {shape}; latents are (batch, channels, frames, height, "
+            "width).",
+            field="continue_from",
+        )
+    if config.window_schedule != "static":
+        raise InvalidRequest(
+            f"window_schedule is {config.window_schedule!r} with window_mode 'continuation'; "
+            "segments come one after the other: 'static' is needed.",
+            field="window_schedule",
+        )
+    if config.start_step != 0 or config.end_step is not None:
+        raise InvalidRequest(
+            "start_step or end_step was given with window_mode 'continuation'; every segment "
+            "makes all steps. Leave them out.",
+            field="start_step",
+        )
+
+
+def _prompts(
+    config: GenerationConfig, num_frames: int, warnings: list[str]
+) -> tuple[PromptPart, ...]:
+    if config.prompts is None:
+        return ()
+    if config.prompt_embeds is not None:
+        raise InvalidRequest(
+            "prompts and prompt_embeds were both given; give one of them.", field="prompts"
+        )
+    parts = parse_prompts(_text(config.prompts, "prompts", False))
+    if config.prompt:
+        warnings.append("prompts was given, so prompt is not used.")
+    if late := [part.text for part in parts if part.start >= num_frames]:
+        warnings.append(f"prompts: {late[0]!r} begins after the clip's {num_frames} frames.")
+    if config.window_mode == "continuation":
+        warnings += _segment_notes(parts)
+    return parts
+
+
+def _segment_notes(parts: tuple[PromptPart, ...]) -> Iterator[str]:
+    """Say which texts begin earlier than asked, as segments begin with whole latent frames.
+
+    Raises InvalidRequest for a text that would get no latent frame of its own.
+    """
+    for line, (part, later) in enumerate(pairwise(parts), 1):
+        begins = video_range(latent_index(later.start)).start
+        if begins <= part.start:
+            raise InvalidRequest(
+                f"prompts line {line} lasts for {later.start - part.start} frames, which are no "
+                f"latent frame of its own; a segment needs {FRAMES_PER_LATENT} or more.",
+                field="prompts",
+            )
+        if begins != later.start:
+            yield (
+                f"prompts: line {line + 1} begins with frame {begins}, not {later.start}: segments "
+                "begin after 4n + 1 frames."
+            )
+
+
+def _check_audio(config: GenerationConfig) -> None:
+    if config.audio is None:
+        return
+    shape = tuple(getattr(config.audio[0], "shape", ()))
+    if len(shape) != 2 or shape[0] not in (1, 2) or not shape[1]:
+        raise InvalidRequest(
+            f"audio has shape {shape}; a waveform is (1 or 2 channels, samples).", field="audio"
+        )
+    if config.audio[1] not in AUDIO_RATES:
+        raise InvalidRequest(
+            f"audio has {config.audio[1]!r} samples a second; an mp4 takes "
+            f"{', '.join(map(str, AUDIO_RATES))}. Resample it.",
+            field="audio",
+        )
+
+
+def _check_images(config: GenerationConfig, architecture: ModelArchitecture) -> None:
+    variant = architecture.variant
+    if config.image is None and variant.image_input == "required":
+        given = "the picture the clip began with" if config.continue_from is not None else "one"
+        raise InvalidRequest(
+            f"image is missing; {variant.title} makes video from a picture. Give {given}, or load "
+            "a text-to-video model.",
+            field="image",
+        )
+    if config.image is not None and variant.image_input == "none":
+        raise InvalidRequest(
+            f"image was given, but {variant.title} takes text only. Load an image-to-video "
+            "model, or leave the image out.",
+            field="image",
+        )
+    if config.last_image is not None and config.image is None:
+        raise InvalidRequest("last_image was given without image; give both.", field="last_image")
+    if config.last_image is not None and not variant.last_image:
+        raise InvalidRequest(
+            f"last_image was given, but {variant.title} takes only a first image. Leave it out, "
+            "or load a first-and-last-frame model (Wan 2.1 FLF2V, Wan 2.2 I2V-A14B).",
+            field="last_image",
+        )
+
+
+def _resume(config: GenerationConfig) -> str | None:
+    if config.resume is None:
+        return None
+    if config.journal_folder is None and config.output_path is None:
+        raise InvalidRequest(
+            "resume is set, but there is no place for the journal. Set output_path or "
+            "journal_folder.",
+            field="resume",
+        )
+    return _choice(config.resume, "resume", RESUME)
+
+
+def _output(config: GenerationConfig) -> Path | None:
+    if config.output_path is None:
+        if not config.return_frames:
+            raise InvalidRequest(
+                "return_frames is False and output_path is None: nothing would come of the "
+                "render. Set one of them.",
+                field="output_path",
+            )
+        return None
+    path = Path(config.output_path)
+    if path.suffix.lower() != ".mp4":
+        raise InvalidRequest(f"output_path is {path}; a name ending in .mp4 is needed.",
+                             field="output_path")  # fmt: skip
+    try:
+        folder = path.is_dir()
+    except OSError as err:
+        raise InvalidRequest(
+            f"output_path {path} cannot be used ({err.strerror}). Choose another name.",
+            field="output_path",
+        ) from err
+    if folder:
+        raise InvalidRequest(f"output_path {path} is a folder; name a file.", field="output_path")
+    return path

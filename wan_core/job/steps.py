@@ -1,0 +1,119 @@
+"""The steps of a render: diffusers' schedulers made with the right shift, and who works when.
+
+Knows schedulers and timesteps, nothing of models. Flow matching throughout: sigma in [0, 1],
+timestep = 1000 sigma, x_t = (1 - sigma) x_0 + sigma noise (Lipman et al. 2023; the shift is
+sigma' = s sigma / (1 + (s - 1) sigma), Esser et al. 2024, eq. 23).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..errors import InvalidRequest
+
+SCHEDULERS = ("unipc", "euler", "dpm++2m")
+"""Names a job may ask for; UniPC is what Wan's authors and diffusers use."""
+
+_CLASS_NAMES = {
+    "unipc": "UniPCMultistepScheduler",
+    "euler": "FlowMatchEulerDiscreteScheduler",
+    "dpm++2m": "DPMSolverMultistepScheduler",
+}
+
+
+def make_scheduler(
+    name: str, flow_shift: float, saved_config: Mapping[str, Any] | None = None
+) -> Any:
+    """Make a fresh diffusers scheduler for one run.
+
+    ``saved_config`` is the model folder's ``scheduler_config.json``; its settings are kept where
+    it is of the class asked for, only the shift is replaced. Raises InvalidRequest for an
+    unknown name.
+    """
+    if name not in _CLASS_NAMES:
+        raise InvalidRequest(
+            f"scheduler is {name!r}; WanFit has {', '.join(SCHEDULERS)}.", field="scheduler"
+        )
+    import diffusers
+
+    cls = getattr(diffusers, _CLASS_NAMES[name])
+    saved = dict(saved_config or {})
+    same_class = saved.get("_class_name") == cls.__name__
+    config: dict[str, Any] = saved if same_class else {"num_train_timesteps": 1000}
+    if name == "euler":
+        config["shift"] = flow_shift
+    else:
+        config |= {
+            "prediction_type": "flow_prediction",
+            "use_flow_sigmas": True,
+            "flow_shift": flow_shift,
+        }
+    return cls.from_config(config)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepPlan:
+    """Which steps a run makes and which expert makes them."""
+
+    start: int
+    end: int
+    switch: int
+    """First step of the low-noise expert; equal to ``end`` where there is only one model."""
+    timesteps: tuple[float, ...]
+
+    @property
+    def high(self) -> range:
+        """Steps of the only or the high-noise expert."""
+        return range(self.start, max(self.start, min(self.switch, self.end)))
+
+    @property
+    def low(self) -> range:
+        """Steps of the low-noise expert; empty with one model."""
+        return range(max(self.start, min(self.switch, self.end)), self.end)
+
+    def describe(self) -> str:
+        """Say in words which steps each expert makes."""
+        if not self.low:
+            return f"steps {self.start + 1}-{self.end}"
+        if not self.high:
+            return f"steps {self.start + 1}-{self.end}, low-noise expert only"
+        return (
+            f"steps {self.start + 1}-{self.switch} high-noise, "
+            f"{self.switch + 1}-{self.end} low-noise (switch at timestep "
+            f"{self.timesteps[self.switch]:.0f})"
+        )
+
+
+def plan_steps(
+    timesteps: Sequence[float],
+    *,
+    experts: int,
+    boundary: float | None,
+    switch_step: int | None = None,
+    start_step: int = 0,
+    end_step: int | None = None,
+    num_train_timesteps: int = 1000,
+) -> StepPlan:
+    """Divide the steps between the experts, as diffusers does: high while t >= boundary * 1000.
+
+    ``switch_step`` overrides the boundary. Raises InvalidRequest where the step numbers do not
+    lie within the schedule.
+    """
+    count = len(timesteps)
+    end = count if end_step is None else min(end_step, count)
+    if not 0 <= start_step < end:
+        raise InvalidRequest(
+            f"start_step is {start_step} and end_step {end}, of {count} steps; "
+            "0 <= start_step < end_step <= steps is needed.",
+            field="start_step",
+        )
+    if experts == 1 or (boundary is None and switch_step is None):
+        switch = end
+    elif switch_step is not None:
+        switch = switch_step
+    else:
+        limit = float(boundary or 0.0) * num_train_timesteps
+        switch = next((i for i, t in enumerate(timesteps) if not t >= limit), count)
+    return StepPlan(start=start_step, end=end, switch=switch, timesteps=tuple(timesteps))

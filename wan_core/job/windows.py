@@ -1,0 +1,349 @@
+"""Frame windows of a long clip, their overlaps and the weights that fuse them: arithmetic only.
+
+A clip of T latent frames is denoised in windows of L latent frames that overlap by at least O.
+Everything here is integers and tuples of floats; tensors are cut and fused in ``denoise``.
+
+Between neighbouring windows the later one fades in along r(i) = k/(w+1), k = 1..w, over the w
+frames both of them see, and a window's weight is the fade-in before it less the fade-in after
+it. The weights telescope, so they sum to one, and two windows that disagree by d move the result
+by at most d/(w+1) from one frame to the next. One change from 1 to 0 in w+1 steps cannot be
+gentler, so this is the optimum; the usual linspace(0, 1, w) wastes its first and last frame.
+
+Blending makes neighbours agree only about what they share: two ends of a clip that began to make
+different things of it still meet somewhere, in one seam that shows. ``causal`` gives a frame wholly
+to the first window that sees it; the later one sees it being made and goes on from there, as in
+extending a video by replacement (Ho et al., Video Diffusion Models, 2022, section 3.1), but for all
+windows in the same step. An object keeps its place across windows, where shapes may drift.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
+from typing import Literal, cast, get_args
+
+from ..errors import InvalidRequest
+
+ScheduleName = Literal["static", "uniform", "looped"]
+FusionName = Literal["ramp", "pyramid", "flat", "causal"]
+
+SCHEDULES: tuple[str, ...] = get_args(ScheduleName)
+FUSIONS: tuple[str, ...] = get_args(FusionName)
+
+FRAMES_PER_LATENT = 4
+"""Video frames behind every latent frame but the first, which stands for one frame alone."""
+
+_Handover = tuple[int, int]  # frames to the next window's start, frames its fade-in lasts
+
+DEFAULT_WINDOW = 81
+DEFAULT_OVERLAP = 16
+_SHOWN_SEAMS = 12
+
+
+def latent_frames(num_frames: int) -> int:
+    """Latent frames of a clip of ``num_frames`` (>= 1) video frames: (n - 1) // 4 + 1."""
+    return (num_frames - 1) // FRAMES_PER_LATENT + 1
+
+
+def video_frames(latents: int) -> int:
+    """Video frames decoded from ``latents`` (>= 1) latent frames: 4 (n - 1) + 1."""
+    return FRAMES_PER_LATENT * (latents - 1) + 1
+
+
+def round_up_frames(num_frames: int) -> int:
+    """The smallest 4n + 1 that is not below ``num_frames`` (>= 1)."""
+    return video_frames(-(-(num_frames - 1) // FRAMES_PER_LATENT) + 1)
+
+
+def video_range(latent: int) -> range:
+    """The video frames that latent frame ``latent`` of a clip stands for."""
+    first = max(0, FRAMES_PER_LATENT * (latent - 1) + 1)
+    return range(first, FRAMES_PER_LATENT * latent + 1)
+
+
+def latent_index(frame: int) -> int:
+    """The latent frame that video frame ``frame`` of a clip belongs to."""
+    return -(-frame // FRAMES_PER_LATENT)
+
+
+def halving(step: int) -> float:
+    """Element ``step`` of the van der Corput sequence: 0, 1/2, 1/4, 3/4, 1/8 ... in [0, 1).
+
+    Any run of consecutive elements is spread evenly, so seams placed by it visit every place
+    equally often, whatever the number of steps.
+    """
+    value, part = 0.0, 0.5
+    while step:
+        step, bit = divmod(step, 2)
+        value += bit * part
+        part /= 2
+    return value
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """One window of one step: which latent frames it sees and how much each counts.
+
+    ``indices`` are absolute latent frames, consecutive modulo the clip; ``weights`` belongs to
+    them one by one and is not normalised.
+    """
+
+    index: int
+    indices: tuple[int, ...]
+    weights: tuple[float, ...]
+
+    @property
+    def start(self) -> int:
+        """Absolute index of the first latent frame."""
+        return self.indices[0]
+
+    @property
+    def slices(self) -> tuple[slice, ...]:
+        """The frames as one slice of the clip, or two where the window runs past its end."""
+        first, last = self.indices[0], self.indices[-1]
+        if last >= first:
+            return (slice(first, last + 1),)
+        return slice(first, first + len(self.indices) - last - 1), slice(0, last + 1)
+
+
+@dataclass(frozen=True)
+class WindowPlan:
+    """The windows of a whole run; made by ``plan_windows``, same number and length every step.
+
+    ``total``, ``window`` and ``overlap`` are latent frames; ``notes`` says what was rounded.
+    """
+
+    total: int
+    window: int
+    overlap: int
+    schedule: ScheduleName
+    fusion: FusionName
+    notes: tuple[str, ...] = field(default=(), compare=False)
+
+    @property
+    def stride(self) -> int:
+        """Latent frames from one window to the next where nothing was shifted."""
+        return self.window - self.overlap
+
+    @cached_property
+    def count(self) -> int:
+        """Windows per step."""
+        if self.window >= self.total:
+            return 1
+        if self.schedule == "looped":
+            return -(-self.total // self.stride)
+        travel = self.total - self.window
+        fewest = 1 + -(-travel // self.stride)
+        if self.schedule == "static":
+            return fewest
+        # Seams can only move by the slack. Less than a ramp of it would leave them where they
+        # are, so one more window buys room to move, unless every frame starts one already.
+        slack = (fewest - 1) * self.stride - travel
+        wanted = fewest if slack > self.overlap else fewest + 1
+        return min(wanted, travel + 1)
+
+    @property
+    def cost_factor(self) -> float:
+        """Latent frames predicted per step over latent frames in the clip; 1.0 is a plain run."""
+        return self.count * self.window / self.total
+
+    def starts(self, step: int = 0) -> tuple[int, ...]:
+        """Absolute first frame of every window in fusing order, not yet taken modulo the clip."""
+        if self.count == 1:
+            return (0,)
+        if self.schedule == "static":
+            last = self.total - self.window
+            return tuple(min(k * self.stride, last) for k in range(self.count))
+        return self._looped(step) if self.schedule == "looped" else self._uniform(step)
+
+    def _uniform(self, step: int) -> tuple[int, ...]:
+        # The first and last window stay at the ends; the ones between move as a block, which
+        # makes the first gap shorter by what the last is longer. No gap exceeds the stride.
+        last = self.total - self.window
+        slack = (self.count - 1) * self.stride - last
+        low, high = max(0, slack - self.stride + 1), min(slack, self.stride - 1)
+        shift = low + int(halving(step) * (high - low + 1))
+        inner = (k * self.stride - shift for k in range(1, self.count - 1))
+        return (0, *inner, last)
+
+    def _looped(self, step: int) -> tuple[int, ...]:
+        widest_gap = -(-self.total // self.count)
+        shift = int(halving(step) * widest_gap)
+        return tuple(shift + k * self.total // self.count for k in range(self.count))
+
+    def _handovers(self, starts: tuple[int, ...]) -> tuple[_Handover | None, ...]:
+        """How each window hands over to the next; None after the last one of an open clip."""
+        looped = self.schedule == "looped" and len(starts) > 1
+        followers = (*starts[1:], starts[0] + self.total) if looped else starts[1:]
+        gaps = [b - a for a, b in zip(starts, followers, strict=False)]
+        # Round a circle, ramps of unequal length can add up where three windows meet; of equal
+        # length they cannot. The gaps there differ by one frame at most, so little is lost.
+        even = looped and self.fusion != "causal"
+        ramps = [self.window - (max(gaps) if even else gap) for gap in gaps]
+        return (*zip(gaps, ramps, strict=True), *(() if looped else (None,)))
+
+    def windows(self, step: int = 0) -> tuple[Window, ...]:
+        """The windows of ``step``, in the order they must be fused in.
+
+        The order is fixed so that a fused frame is the same sum, bit for bit, in whatever order
+        the windows were predicted.
+        """
+        starts = self.starts(step)
+        if self.count == 1:
+            return (Window(0, tuple(range(self.total)), (1.0,) * self.total),)
+        handovers = self._handovers(starts)
+        return tuple(
+            Window(
+                index=k,
+                indices=_wrapped(start, self.window, self.total),
+                weights=_weights(self.window, handovers[k - 1], handovers[k], self.fusion),
+            )
+            for k, start in enumerate(starts)
+        )
+
+    def normalised(self, step: int = 0) -> tuple[tuple[float, ...], ...]:
+        """Weights per window and frame that sum to 1 over the windows of every clip frame."""
+        windows = self.windows(step)
+        totals = [0.0] * self.total
+        for window in windows:
+            for i, weight in zip(window.indices, window.weights, strict=True):
+                totals[i] += weight
+        return tuple(
+            tuple(w / totals[i] for i, w in zip(win.indices, win.weights, strict=True))
+            for win in windows
+        )
+
+    def blend_fractions(self, step: int = 0) -> tuple[tuple[float, ...], ...]:
+        """Weights for fusing one window at a time without a second buffer.
+
+        fused = lerp(fused, prediction, fraction), windows in order, equals the weighted mean;
+        windows that agree leave the frame exactly as it was, bit for bit. The fraction is 1.0
+        for the first window that sees a frame.
+        """
+        so_far = [0.0] * self.total
+        fractions = []
+        for window in self.windows(step):
+            row = []
+            for i, weight in zip(window.indices, window.weights, strict=True):
+                row.append(weight / (so_far[i] + weight) if so_far[i] else 1.0)
+                so_far[i] += weight
+            fractions.append(tuple(row))
+        return tuple(fractions)
+
+    def seams(self, step: int = 0) -> tuple[int, ...]:
+        """Latent frames where the later window takes over: the middle of each overlap.
+
+        Of ``causal`` fusion, the frame behind it.
+        """
+        starts = self.starts(step)
+        share = 1 if self.fusion == "causal" else 2
+        middles = (
+            start + handover[0] + handover[1] // share
+            for start, handover in zip(starts, self._handovers(starts), strict=True)
+            if handover is not None
+        )
+        return tuple(sorted(middle % self.total for middle in middles))
+
+    def describe(self) -> str:
+        """One line for a report: windows, frames, overlap, cost."""
+        if self.count == 1:
+            return f"1 window over all {video_frames(self.total)} frames (no chunking)"
+        return (
+            f"{self.count} windows of {video_frames(self.window)} frames ({self.window} latent), "
+            f"overlap {self.overlap * FRAMES_PER_LATENT} ({self.overlap} latent), "
+            f"{self.schedule}, {self.fusion}, {self.cost_factor:.2f}x the work of one pass; "
+            f"{self._where()}"
+        )
+
+    def _where(self) -> str:
+        if self.schedule != "static":
+            return "seams move from step to step"
+        frames = [video_range(seam).start for seam in self.seams()]
+        shown = ", ".join(str(frame) for frame in frames[:_SHOWN_SEAMS])
+        return f"seams around frames {shown}" + " …" * (len(frames) > _SHOWN_SEAMS)
+
+
+def _wrapped(start: int, length: int, total: int) -> tuple[int, ...]:
+    first = start % total
+    beyond = max(0, first + length - total)
+    return (*range(first, first + length - beyond), *range(beyond))
+
+
+@lru_cache(maxsize=1024)
+def _weights(
+    length: int, before: _Handover | None, after: _Handover | None, fusion: FusionName
+) -> tuple[float, ...]:
+    """Raw weights of a window: its fade-in less the fade-in of the window that follows it."""
+    if fusion == "flat":
+        return (1.0,) * length
+    if fusion == "pyramid":
+        return tuple(float(min(j + 1, length - j)) for j in range(length))
+    if fusion == "causal":
+        return tuple(float(before is None or j >= before[1]) for j in range(length))
+    own = [1.0] * length
+    if before is not None:
+        own = [min(1.0, (j + 1) / (before[1] + 1)) for j in range(length)]
+    if after is None:
+        return tuple(own)
+    gap, ramp = after
+    return tuple(up - min(1.0, max(0.0, (j - gap + 1) / (ramp + 1))) for j, up in enumerate(own))
+
+
+def plan_windows(
+    total_latent_frames: int,
+    window: int = DEFAULT_WINDOW,
+    overlap: int | None = None,
+    schedule: str = "static",
+    fusion: str = "ramp",
+) -> WindowPlan:
+    """Plan the windows of a clip of ``total_latent_frames``.
+
+    ``window`` and ``overlap`` are video frames. The window becomes the next 4n + 1, the overlap
+    the next multiple of 4; without an overlap it is 16, or half of a window shorter than 32. An
+    overlap no smaller than the window becomes half of it. All of this is said in ``notes``.
+    Schedules: ``static`` (same seams every step), ``uniform`` (seams move from step to step),
+    ``looped`` (the end flows into the beginning). Fusions: see above. Raises ``InvalidRequest``
+    with the field.
+    """
+    _require(total_latent_frames >= 1, "num_frames", total_latent_frames, "at least 1 latent frame")
+    _require(window >= 1, "window", window, "at least 1 frame")
+    _require(schedule in SCHEDULES, "schedule", schedule, "one of " + ", ".join(SCHEDULES))
+    _require(fusion in FUSIONS, "fusion", fusion, "one of " + ", ".join(FUSIONS))
+    notes: list[str] = []
+    length = latent_frames(round_up_frames(window))
+    if video_frames(length) != window:
+        notes.append(f"window {window} -> {video_frames(length)} frames (Wan makes 4n+1)")
+    if overlap is None:
+        shared = min(DEFAULT_OVERLAP // FRAMES_PER_LATENT, length // 2)
+    else:
+        _require(overlap >= 0, "overlap", overlap, "0 frames or more")
+        shared = -(-overlap // FRAMES_PER_LATENT)
+        if shared * FRAMES_PER_LATENT != overlap:
+            notes.append(
+                f"overlap {overlap} -> {shared * FRAMES_PER_LATENT} frames "
+                f"({shared} latent frames of {FRAMES_PER_LATENT})"
+            )
+    if length >= total_latent_frames:
+        if schedule == "looped":
+            notes.append("the window covers the clip, so its end does not flow into its beginning")
+        length, shared = total_latent_frames, 0
+    if shared >= length:
+        # The default overlap must not make a small window an error.
+        shared = length // 2
+        notes.append(
+            f"overlap {overlap} does not fit a window of {video_frames(length)} frames; "
+            f"{shared * FRAMES_PER_LATENT} is used"
+        )
+    return WindowPlan(
+        total_latent_frames,
+        length,
+        shared,
+        cast(ScheduleName, schedule),
+        cast(FusionName, fusion),
+        tuple(notes),
+    )
+
+
+def _require(condition: bool, name: str, value: object, allowed: str) -> None:
+    if not condition:
+        raise InvalidRequest(f"{name} is {value!r}; allowed: {allowed}.", field=name)

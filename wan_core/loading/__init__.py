@@ -1,0 +1,67 @@
+"""From bytes to modules: one part of a model, read strictly, shared and kept in a cache.
+
+In: a path and a dtype. Out: diffusers' and transformers' modules with exactly the file's weights,
+tokenizers, schedulers' configurations; where a module's memory is (``move``, page-locked slabs).
+Imports everything left of the plan. Names are resolved on first use, so that torch is not
+imported with the package.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ..lazy import lazy_names
+
+if TYPE_CHECKING:
+    from .cache import ComponentCache, ComponentKey, component_cache, component_key
+    from .component import load_component
+    from .download import fetch, plan_download
+    from .dtypes import cast_module, dtype_of, keep_in_fp32, stays_fp32
+    from .fp8_storage import store_fp8
+    from .moving import Undo, device_of, move, remember
+    from .page_lock import Slab, all_pinned_bytes, lock_within, pin_block, room_to_pin
+    from .reader import TensorReader
+    from .tokenizer import load_image_processor, load_scheduler_config, load_tokenizer
+
+__getattr__ = lazy_names(
+    __name__,
+    {
+        "cache": ("ComponentCache", "ComponentKey", "component_cache", "component_key"),
+        "component": ("load_component",),
+        "download": ("fetch", "plan_download"),
+        "dtypes": ("cast_module", "dtype_of", "keep_in_fp32", "stays_fp32"),
+        "fp8_storage": ("store_fp8",),
+        "moving": ("Undo", "device_of", "move", "remember"),
+        "page_lock": ("Slab", "all_pinned_bytes", "lock_within", "pin_block", "room_to_pin"),
+        "reader": ("TensorReader",),
+        "tokenizer": ("load_image_processor", "load_scheduler_config", "load_tokenizer"),
+    },
+)
+
+__all__ = [
+    "ComponentCache",
+    "ComponentKey",
+    "Slab",
+    "TensorReader",
+    "Undo",
+    "all_pinned_bytes",
+    "cast_module",
+    "component_cache",
+    "component_key",
+    "device_of",
+    "dtype_of",
+    "fetch",
+    "keep_in_fp32",
+    "load_component",
+    "load_image_processor",
+    "load_scheduler_config",
+    "load_tokenizer",
+    "lock_within",
+    "move",
+    "pin_block",
+    "plan_download",
+    "remember",
+    "room_to_pin",
+    "stays_fp32",
+    "store_fp8",
+]

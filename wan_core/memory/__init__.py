@@ -1,0 +1,59 @@
+"""What a job needs in bytes, stage by stage, and what this computer has.
+
+In: a ``ModelArchitecture``, a ``Workload`` and the plan's ``Choices``. Out: a ``MemoryEstimate``;
+``SystemResources`` for the machine; what earlier runs taught (``Calibrations``). Pure arithmetic:
+torch is looked at only to ask the device for its memory.
+"""
+
+from __future__ import annotations
+
+from .calibration import Calibrations, RunRecord, forward_name
+from .choices import STREAM_BUFFERS, Choices, Workload, latent_size, window_latents
+from .forward import text_encoder_peak, transformer_peak, window_tokens
+from .forward_lean import LEAN_HEAD_GROUPS, LEAN_ROWS, lean_peak
+from .machine import (
+    RAM_RESERVE,
+    SystemResources,
+    close_gaps,
+    pinned_budget_now,
+    ram,
+    system_resources,
+)
+from .stages import estimate, format_estimate, reserved_bytes
+from .vae import CHUNKS, decode_peak, encode_peak
+from .vae_lean import BANDS, lean_decode_bytes
+
+Job = Workload
+"""The old name of ``Workload``, kept for one release."""
+
+__all__ = [
+    "BANDS",
+    "CHUNKS",
+    "Calibrations",
+    "Choices",
+    "Job",
+    "LEAN_HEAD_GROUPS",
+    "LEAN_ROWS",
+    "RAM_RESERVE",
+    "RunRecord",
+    "STREAM_BUFFERS",
+    "SystemResources",
+    "Workload",
+    "close_gaps",
+    "decode_peak",
+    "encode_peak",
+    "estimate",
+    "format_estimate",
+    "forward_name",
+    "latent_size",
+    "lean_decode_bytes",
+    "lean_peak",
+    "pinned_budget_now",
+    "ram",
+    "reserved_bytes",
+    "system_resources",
+    "text_encoder_peak",
+    "transformer_peak",
+    "window_latents",
+    "window_tokens",
+]

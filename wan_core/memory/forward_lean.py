@@ -1,0 +1,261 @@
+"""Bytes alive during the lean forward, beside the weights: ``lean`` followed line by line.
+
+As ``activations`` does for diffusers' own forward. Work by rows is followed for the longest span
+of tokens only, since what one span needs is gone before the next.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from math import prod
+
+from ..models import IMAGE_TOKENS, TEXT_TOKENS, TransformerShape
+from .forward import (
+    FP32,
+    Blob,
+    Dims,
+    Tape,
+    forward_inputs,
+    text_embedding,
+    time_embedding,
+    window_tokens,
+)
+
+LEAN_ROWS = 4096
+LEAN_HEAD_GROUPS = 4
+"""More groups need hardly less (v is a quarter of a hidden state) and norm the input once more."""
+_REPEATED_TIMESTEPS = 16  # rows per distinct timestep, see ``lean_forward``
+
+
+class _Lean:
+    """The numbers of one lean forward."""
+
+    def __init__(self, tape: Tape, dims: Dims, span: int, groups: int) -> None:
+        self.tape, self.d, self.span, self.groups = tape, dims, span, groups
+        self.row_elements = dims.batch * span * dims.dim
+
+    def whole(self) -> Blob:
+        return self.tape.new(self.d.hidden, self.d.size)
+
+    def rows(self, size: int | None = None, elements: int | None = None) -> Blob:
+        count = self.row_elements if elements is None else elements
+        return self.tape.new(count, size or self.d.size)
+
+    def text(self) -> Blob:
+        return self.tape.new(self.d.batch * TEXT_TOKENS * self.d.dim, self.d.size)
+
+    def image(self) -> Blob:
+        return self.tape.new(self.d.batch * self.d.image_tokens * self.d.dim, self.d.size)
+
+    def lse(self, tokens: int, heads: int) -> Blob:
+        return self.tape.new(self.d.batch * heads * tokens, FP32)
+
+
+def _widened_rows(x: _Lean) -> Blob:
+    """``norm(rows.float())``; the widened rows die when the norm returns."""
+    wide = x.rows(FP32) if x.d.size != FP32 else None
+    normed = x.rows(FP32)
+    del wide
+    return normed
+
+
+def _normed(x: _Lean) -> Blob:
+    """``Modulation.normed``: in place but for the cast back."""
+    normed = _widened_rows(x)
+    return normed if x.d.size == FP32 else x.rows()
+
+
+def _all_normed(x: _Lean) -> Blob:
+    out = x.whole()
+    _widened_rows(x)
+    return out
+
+
+def _rotate(x: _Lean) -> None:
+    normed = x.rows()
+    half = x.row_elements // 2
+    left = x.rows(FP32, half)
+    x.rows(FP32, half)
+    x.tape.during(normed, left)
+
+
+def _add_gated(x: _Lean) -> None:
+    x.rows(FP32)
+
+
+def _attend_whole(x: _Lean) -> Blob:
+    lse = x.lse(x.d.tokens, x.d.heads)
+    out = x.whole()
+    x.tape.during(lse)
+    return out
+
+
+def _self_attention(x: _Lean) -> None:
+    normed = _all_normed(x)
+    query = x.whole()
+    _rotate(x)
+    key = x.whole()
+    _rotate(x)
+    value = x.whole()
+    del normed
+    out = _attend_whole(x)
+    del query, key, value
+    out = _project(x, out)
+    _add_gated(x)
+
+
+def _project(x: _Lean, out: Blob) -> Blob:
+    projected = x.whole()
+    del out
+    return projected
+
+
+def _context(x: _Lean) -> tuple[Blob, ...]:
+    image: tuple[Blob, ...] = ()
+    if x.d.image_tokens:
+        key = x.image()
+        image = (x.image(), x.image())
+        del key
+    key = x.text()
+    return (*image, x.text(), x.text())
+
+
+def _cross_attention(x: _Lean) -> None:
+    keys = _context(x)
+    normed = _all_normed(x)
+    query = x.whole()
+    del normed
+    x.rows()
+    image = _attend_whole(x) if x.d.image_tokens else None
+    out = _attend_whole(x)
+    del image
+    _project(x, out)
+    x.tape.during(*keys, query)
+
+
+def _feed_forward(x: _Lean) -> None:
+    normed = _all_normed(x)
+    inner = x.tape.new(x.d.batch * x.d.tokens * x.d.ffn, x.d.size)
+    del normed
+    out = x.whole()
+    del inner
+    _add_gated(x)
+    x.tape.during(out)
+
+
+def _self_attention_by_heads(x: _Lean, whole_values: bool) -> None:
+    d = x.d
+    query, key = x.whole(), x.whole()
+    normed = _normed(x)
+    for _ in range(2):
+        projected = x.rows()
+        _rotate(x)
+        del projected
+    del normed
+    heads = -(-d.heads // x.groups)
+    lanes = d.batch * d.tokens * heads * (d.dim // d.heads)
+    value = x.whole() if whole_values else x.tape.new(lanes, d.size)
+    normed = _normed(x)
+    x.rows() if whole_values else x.rows(elements=lanes * x.span // d.tokens)
+    del normed
+    lse = x.lse(d.tokens, heads)
+    out = x.tape.new(lanes, d.size)
+    del lse, value, out, key
+    projected = x.rows()
+    _add_gated(x)
+    x.tape.during(query, projected)
+
+
+def _rest_by_rows(x: _Lean) -> None:
+    d = x.d
+    keys = _context(x)
+    normed = _normed(x)
+    query = x.rows()
+    del normed
+    query = x.rows()
+    lse = x.lse(x.span, d.heads)
+    image = x.rows() if d.image_tokens else None
+    out = x.rows()
+    del lse, image
+    projected = x.rows()
+    del query, out, projected
+    normed = _normed(x)
+    inner = x.rows(elements=d.batch * x.span * d.ffn)
+    del normed
+    fed = x.rows()
+    _add_gated(x)
+    x.tape.during(*keys, inner, fed)
+
+
+def _longest_span(tokens: int, first: int, rows: int) -> int:
+    """Return the tokens of the longest span, in runs of ``first`` and the rest."""
+    runs = [tokens] if first == 0 else [first, tokens - first]
+    return max(-(-run // max(1, -(-run // rows))) for run in runs if run)
+
+
+def _embed_every_token(tape: Tape, shape: TransformerShape, d: Dims) -> None:
+    """``lean_timestep._all_tokens``: seven hidden states, of which one row per run is kept."""
+    rows = d.batch * d.tokens
+    sines = tape.new(rows * shape.freq_dim, FP32)
+    first = tape.new(d.hidden, FP32)
+    activated = tape.new(d.hidden, FP32)
+    del first
+    second = tape.new(d.hidden, FP32)
+    del activated, sines
+    temb = second if d.size == FP32 else tape.new(d.hidden, d.size)
+    del second
+    tape.new(6 * d.hidden, d.size)
+    tape.during(temb)
+
+
+@lru_cache(maxsize=512)
+def lean_peak(
+    shape: TransformerShape, *, batch: int, latent_frames: int, latent_height: int,
+    latent_width: int, size: int, per_token: bool = False, exact: bool = True, passes: int = 1,
+    rows: int = LEAN_ROWS, groups: int = LEAN_HEAD_GROUPS, embed_every_token: bool = False,
+    whole_values: bool = False,
+) -> int:  # fmt: skip
+    """Return the peak bytes of the lean forward, inputs included and weights not.
+
+    Arguments as for ``activations.transformer_peak``; ``per_token`` means two runs of timesteps
+    (the first frame's and the rest's). ``exact`` False is the rung that cuts matrix products.
+    ``passes`` calls go through the blocks together (guidance with streamed weights).
+    ``embed_every_token`` is what an exact forward with ``per_token`` does on a GPU.
+    ``whole_values``: the value projection is quantised or adapted and cannot be cut by heads.
+    """
+    tape = Tape()
+    tokens = window_tokens(shape, latent_frames, latent_height, latent_width)
+    frame = tokens * shape.patch_size[0] // latent_frames
+    images = 2 if shape.pos_embed_seq_len else 1
+    image_tokens = 0 if shape.image_dim is None else IMAGE_TOKENS * images
+    d = Dims(shape, batch, tokens, size, False, image_tokens)
+    span = _longest_span(tokens, frame if per_token else 0, rows)
+    lean = _Lean(tape, d, span, groups)
+    latent = (latent_frames, latent_height, latent_width)
+    held = [forward_inputs(tape, shape, d, latent, per_token=per_token)]
+    held += [(tape.new(batch * TEXT_TOKENS * shape.text_dim, size),) for _ in range(passes - 1)]
+    for _ in range(passes):
+        rope = tape.new(tokens * shape.head_dim, FP32), tape.new(tokens * shape.head_dim, FP32)
+        if per_token and exact and embed_every_token:
+            _embed_every_token(tape, shape, d)
+        runs = 2 * _REPEATED_TIMESTEPS if per_token else 1
+        times = time_embedding(tape, shape, d, rows=batch * runs)
+        held += [rope, times, text_embedding(tape, d)[:1]]
+        embedded = lean.whole()
+        held.append((lean.whole(),))
+        del embedded
+    for _ in range(min(shape.layers, 2)):
+        if exact:
+            _self_attention(lean)
+            _cross_attention(lean)
+            _feed_forward(lean)
+        else:
+            _self_attention_by_heads(lean, whole_values)
+            _rest_by_rows(lean)
+    normed = _all_normed(lean)
+    patch = prod(shape.patch_size) * shape.out_channels
+    out = tape.new(batch * tokens * patch, size)
+    del normed
+    tape.new(batch * tokens * patch, size)
+    tape.during(out, *(blob for group in held for blob in group))
+    return tape.peak

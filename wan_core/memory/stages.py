@@ -1,0 +1,393 @@
+"""What a job needs, in bytes, stage by stage: pure arithmetic on shapes and file headers.
+
+Weights are counted exactly (``sizes``), activations by following the models' own code
+(``activations``, ``vae_activations``). What code cannot tell (libraries' workspaces, the
+interpreter on a CPU) is added as constants named below. Standard library only; < 5 ms.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ..config import GIB, MIB, MemoryEstimate, StageEstimate
+from ..models import (
+    BYTES,
+    IMAGE_TOKENS,
+    TEXT_TOKENS,
+    ModelArchitecture,
+    assumed_parts,
+    block_bytes,
+    largest_leaf_bytes,
+    part_bytes,
+    parts_of,
+    rest_bytes,
+    stays_in_file,
+    text_block_bytes,
+)
+from .choices import STREAM_BUFFERS, Choices, Workload, latent_size, window_latents
+from .forward import text_encoder_peak, transformer_peak
+from .forward_lean import lean_peak
+from .vae import decode_peak, encode_peak
+from .vae_lean import BANDS, lean_decode_bytes
+
+if TYPE_CHECKING:
+    from .machine import SystemResources
+
+_LATENT_COPIES = 6
+"""float32 latents alive during a forward: the state, UniPC's history, the first prediction."""
+_STEP_COPIES = 12
+"""The same while UniPC takes its step, when the forward's activations are gone."""
+_DEVICE_WORKSPACE = 40 * MIB
+"""cuBLAS's workspace, 32 MiB on an H100 and 8 elsewhere, and small tables."""
+_ROOM = {"diffusers": 0.4, "lean": 0.35, "rows": 0.1, "vae": 0.3, "other": 0.2}
+"""Share of the activations that torch's default allocator needs beyond them because freed blocks
+leave gaps. Found on an H100 (torch 2.11) by capping it until a run got through, in
+benchmarks/allocator_room.py: 25 to 40 % for diffusers' forward, 30 % for the lean one, 4 to 10 %
+with products by rows, 20 to 30 % for the VAE. CUDA's own pool was not measured; it counts alike."""
+_ROOM_EXPANDABLE = {"diffusers": 0.025, "lean": 0.025, "rows": 0.025, "vae": 0.05, "other": 0.05}
+"""The same with expandable segments: 1 to 2 % for the forwards, 4 % for the VAE."""
+_MEASURED = {(9, 0)}
+"""Compute capabilities on which estimates were compared with runs: see benchmarks/results."""
+_PROCESS = 450 * MIB
+"""The interpreter with torch, diffusers and transformers, in RAM."""
+
+
+def estimate(
+    architecture: ModelArchitecture, workload: Workload, choices: Choices, system: SystemResources,
+    *, available: int | None = None,
+) -> MemoryEstimate:  # fmt: skip
+    """Return what ``workload`` needs when it is run as ``choices`` say.
+
+    ``available`` is what may be used on the device, in bytes; with it the estimate says whether
+    the job fits, the allocator's gaps included. On a CPU the device's memory is the RAM and the
+    finished frames count too.
+    """
+    ledger = _Ledger(architecture, workload, choices, system)
+    stages = ledger.stages()
+    reserved = max(reserved_bytes(stage, choices, system) for stage in stages)
+    gaps = reserved - max(stage.device_bytes for stage in stages)
+    peak = max(stages, key=lambda stage: stage.device_bytes)
+    output = ledger.frames_bytes
+    weights, overhead = peak.weights_bytes, peak.device_bytes - peak.weights_bytes
+    return MemoryEstimate(
+        base_model_mb=weights / MIB,
+        generation_overhead_mb=overhead / MIB,
+        output_tensors_mb=output / MIB,
+        total_estimated_mb=(weights + overhead + output) / MIB,
+        peak_usage_mb=peak.device_bytes / MIB,
+        confidence=_confidence(architecture, system, choices),
+        basis=_basis(system),
+        warnings=(*_warnings(architecture), *_gaps(peak.device_bytes, reserved, available, system)),
+        stages=stages,
+        host_ram_mb=max(stage.host_bytes for stage in stages) / MIB,
+        device=system.device,
+        fits=None if available is None else reserved <= available,
+        # Less the gaps, so that the peak can be compared with it.
+        available_mb=None if available is None else (available - gaps) / MIB,
+    )
+
+
+def reserved_bytes(stage: StageEstimate, choices: Choices, system: SystemResources) -> int:
+    """Return what the allocator holds on the device at the stage's peak, its gaps included."""
+    if system.device_kind == "cpu":
+        return stage.device_bytes
+    kind = "other"
+    if stage.name.startswith("denoise"):
+        kind = "rows" if choices.by_rows else "lean" if choices.lean else "diffusers"
+    elif stage.name in ("condition_encode", "decode"):
+        kind = "vae"
+    room = _ROOM_EXPANDABLE if system.allocator == "expandable" else _ROOM
+    return stage.device_bytes + int(room[kind] * stage.activation_bytes)
+
+
+def _gaps(
+    peak: int, reserved: int, available: int | None, system: SystemResources
+) -> tuple[str, ...]:
+    if available is None or not peak <= available < reserved:
+        return ()
+    text = (
+        f"{peak / GIB:.1f} GiB would be in use, but gaps between freed blocks make the allocator "
+        f"take up to {reserved / GIB:.1f} GiB."
+    )
+    if system.os == "Linux" and system.allocator != "expandable":
+        text += (
+            " PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True, set before the program starts, "
+            "avoids most of them."
+        )
+    return (text,)
+
+
+class _Ledger:
+    """Adds up the stages of one job."""
+
+    def __init__(
+        self,
+        architecture: ModelArchitecture,
+        workload: Workload,
+        choices: Choices,
+        system: SystemResources,
+    ) -> None:
+        self.arch, self.workload, self.choices = architecture, workload, choices
+        self.on_cpu = system.device_kind == "cpu"
+        known = system.calibration
+        self.learnt = 0.0 if self.on_cpu else known.extra_of(choices.lean, choices.by_rows)
+        self.parts = parts_of(architecture)
+        self.vae = architecture.vae or architecture.variant.vae
+        self.frames, self.height, self.width = latent_size(architecture, workload)
+        self.bytes = {name: self._part_bytes(name) for name in self.parts}
+
+    def _part_bytes(self, name: str) -> int:
+        fp8 = self.choices.fp8_storage and name.startswith("transformer")
+        return part_bytes(self.arch, name, self._dtype(name), fp8=fp8)
+
+    def _dtype(self, name: str) -> str:
+        return self.choices.dtypes.get(name) or self.choices.dtypes["transformer"]
+
+    @property
+    def frames_bytes(self) -> int:
+        workload = self.workload
+        if not workload.return_frames:
+            return 0
+        return workload.batch_size * workload.num_frames * workload.height * workload.width * 3 * 4
+
+    @property
+    def latent_bytes(self) -> int:
+        return (
+            self.workload.batch_size * self.vae.z_dim * self.frames * self.height * self.width * 4
+        )
+
+    def stages(self) -> tuple[StageEstimate, ...]:
+        """Return the stages in the order in which they run."""
+        workload, found = self.workload, []
+        if workload.encode_text:
+            found.append(self._stage("text_encode", "text_encoder", self._text()))
+        if workload.image and "image_encoder" in self.parts:
+            tokens = IMAGE_TOKENS * (2 if workload.last_image else 1)
+            size = BYTES[self._dtype("image_encoder")]
+            # The hidden states of all layers are returned; at one layer 5120-wide temporaries.
+            clip = tokens * size * (1280 * 36 + 5120 * 3)
+            found.append(self._stage("image_encode", "image_encoder", clip))
+        if workload.image:
+            found.append(self._stage("condition_encode", "vae", self._encode()))
+        experts = {"denoise": "transformer"}
+        if self.arch.two_experts:
+            experts = {"denoise_high": "transformer", "denoise_low": "transformer_2"}
+        for name, part in experts.items():
+            found.append(self._stage(name, part, self._denoise(part)))
+        decode, cache = self._decode()
+        found.append(self._stage("decode", "vae", decode, in_ram=self.frames_bytes + cache))
+        return (*found, self._output())
+
+    def _stage(self, name: str, part: str, activations: int, in_ram: int = 0) -> StageEstimate:
+        weights, note = self._weights_on_device(part)
+        learnt = int(activations * self.learnt)
+        loras = self.arch.lora_bytes(part, BYTES[self._dtype(part)])
+        host = self._host_weights(part) + self.latent_bytes + in_ram
+        extra = _DEVICE_WORKSPACE
+        if self.on_cpu:
+            host += loras
+            weights, extra = host, _PROCESS
+            note = "in RAM, with the interpreter and its libraries"
+        elif loras:
+            weights, note = weights + loras, f"{note}, with its LoRAs"
+        return StageEstimate(
+            name=name,
+            device_bytes=weights + activations + learnt + extra,
+            weights_bytes=weights,
+            activation_bytes=activations,
+            host_bytes=host + _PROCESS + (activations if self.on_cpu else 0),
+            note=note,
+        )
+
+    def _output(self) -> StageEstimate:
+        host = self._host_weights("vae") + self.latent_bytes + self.frames_bytes + _PROCESS
+        return StageEstimate(
+            name="output",
+            device_bytes=host if self.on_cpu else 0,
+            weights_bytes=0,
+            activation_bytes=0,
+            host_bytes=host,
+            note="finished frames, float32, in RAM" if self.frames_bytes else "written to the file",
+        )
+
+    def _weights_on_device(self, part: str) -> tuple[int, str]:
+        """Return the weights that are on the device while ``part`` works, and how."""
+        choices = self.choices
+        stay = [name for name in self.parts if self._stays(name)]
+        resident = sum(self.bytes[name] for name in stay)
+        if len(stay) == len(self.parts):
+            return resident, "all parts stay on the device"
+        beside = f", beside {len(stay)} parts that stay" if stay else ""
+        if part in stay:
+            return resident, "resident" + beside
+        how = choices.offload_of(part)
+        if how == "stream":
+            nbytes, note = self._streamed(part)
+        elif how == "group":
+            nbytes = rest_bytes(self.arch.transformer, self._dtype(part))
+            nbytes += STREAM_BUFFERS * block_bytes(self.arch.transformer, self._dtype(part))
+            note = "diffusers' group offload, one block at a time"
+        elif how == "sequential":
+            nbytes = largest_leaf_bytes(self.arch, part, self._dtype(part))
+            note = "one layer at a time"
+        else:
+            nbytes, note = self.bytes[part], f"only the {part.replace('_', ' ')}"
+        return resident + nbytes, note + beside
+
+    def _stays(self, part: str) -> bool:
+        return self.choices.offload_of(part) == "none"
+
+    def _streamed(self, part: str) -> tuple[int, str]:
+        shape, choices, dtype = self.arch.transformer, self.choices, self._dtype(part)
+        if part == "text_encoder":  # its embedding stays in RAM and looks up there
+            nbytes = STREAM_BUFFERS * text_block_bytes(self.arch, dtype)
+            return nbytes, "streamed block by block"
+        block = block_bytes(shape, dtype, fp8=choices.fp8_storage)
+        resident = min(choices.resident_blocks or 0, shape.layers)
+        moving = min(choices.stream_buffers, shape.layers - resident)
+        nbytes = rest_bytes(shape, dtype) + (resident + moving) * block
+        return nbytes, f"{resident} of {shape.layers} blocks resident, the rest streamed"
+
+    def _host_weights(self, part: str) -> int:
+        """Return what must be in RAM during a stage: unused parts may be let go and read again."""
+        fp8 = self.choices.fp8_storage and part.startswith("transformer")
+        # Diffusers' group offload page-locks a copy of everything.
+        copied = self.on_cpu or fp8 or self.choices.offload_of(part) == "group"
+        if not copied and stays_in_file(self.arch, part, self._dtype(part)):
+            return 0
+        if self.choices.offload != "none":
+            return self.bytes[part]
+        # Resident on a GPU, a part still passes through RAM when it is read.
+        return sum(self.bytes.values()) if self.on_cpu else self.bytes[part]
+
+    def _text(self) -> int:
+        size = BYTES[self._dtype("text_encoder")]
+        peak = text_encoder_peak(size, wide_softmax=not self.on_cpu)
+        texts = 2 if self.workload.guidance_high or self.workload.guidance_low else 1
+        return peak + texts * TEXT_TOKENS * self.arch.transformer.text_dim * 4
+
+    def _encode(self) -> int:
+        one_frame = self.arch.variant.expand_timesteps
+        return encode_peak(
+            self.vae,
+            batch=1,
+            num_frames=1 if one_frame else self.workload.num_frames,
+            height=self.workload.height,
+            width=self.workload.width,
+            size=BYTES[self._dtype("vae")],
+        )
+
+    def _decode(self) -> tuple[int, int]:
+        """Return the decode's activations, and the feature cache's bytes where it rests in RAM."""
+        choices = self.choices
+        numbers = {
+            "batch": self.workload.batch_size,
+            "latent_frames": self.frames,
+            "latent_height": self.height,
+            "latent_width": self.width,
+            "size": BYTES[self._dtype("vae")],
+        }
+        latents = 2 * self.latent_bytes
+        # Hooks that bring weights layer by layer leave no place for the lean decode.
+        if not choices.lean or choices.offload_of("vae") not in ("none", "model"):
+            return decode_peak(self.vae, **numbers) + latents, 0
+        bands = BANDS if choices.by_rows else 1
+        away = (choices.by_rows or choices.cache_in_ram) and not self.on_cpu
+        peak, cache = lean_decode_bytes(self.vae, bands=bands, cache_on_host=away, **numbers)
+        return peak + latents, cache if away else 0
+
+    def _denoise(self, part: str) -> int:
+        workload, shape = self.workload, self.arch.transformer
+        guided = workload.guidance_low if part == "transformer_2" else workload.guidance_high
+        size = BYTES[self._dtype(part)]
+        # Of a clip made in windows, the condition waits in RAM.
+        seen = window_latents(workload, self.choices, self.frames) / self.frames
+        more = max(0, shape.in_channels - self.vae.z_dim) / self.vae.z_dim
+        condition = int(more * seen * self.latent_bytes)
+        texts = (1 if guided else 0) * workload.batch_size * TEXT_TOKENS * shape.text_dim * size
+        cast = shape.dim * shape.ffn_dim * size if self.choices.fp8_storage else 0
+        forward = (
+            self._forward(part, size, guided=guided) + cast + _LATENT_COPIES * self.latent_bytes
+        )
+        return max(forward, _STEP_COPIES * self.latent_bytes) + condition + texts
+
+    def _forward(self, part: str, size: int, *, guided: bool) -> int:
+        choices = self.choices
+        numbers = {
+            "batch": self.workload.batch_size,
+            "latent_frames": window_latents(self.workload, choices, self.frames),
+            "latent_height": self.height,
+            "latent_width": self.width,
+            "size": size,
+        }
+        per_token = self.arch.variant.expand_timesteps and self.workload.image
+        if not choices.lean:
+            return transformer_peak(self.arch.transformer, per_token=per_token, **numbers)
+        # Both passes go through a streamed block together, so that it crosses the bus once.
+        passes = 2 if guided and choices.stream else 1
+        return lean_peak(
+            self.arch.transformer,
+            per_token=per_token,
+            exact=not choices.by_rows,
+            embed_every_token=not self.on_cpu,
+            passes=passes,
+            whole_values=choices.fp8_storage or bool(self.arch.loras_of(part)),
+            **numbers,
+        )
+
+
+def _confidence(
+    architecture: ModelArchitecture, system: SystemResources, choices: Choices
+) -> float:
+    """Rate the estimate: 0.8 by arithmetic, more where runs were measured, less where assumed."""
+    rating = 0.9 if system.compute_capability in _MEASURED else 0.8
+    if system.calibration.runs:
+        rating = 0.95
+    if system.device_kind == "cpu":
+        rating -= 0.15  # measured as the process's RAM, which no arithmetic covers
+    if assumed_parts(architecture):
+        rating -= 0.1
+    if not architecture.transformer.heads_known:
+        rating -= 0.2
+    if choices.offload == "sequential":
+        rating -= 0.05
+    return round(max(0.1, rating), 2)
+
+
+def _basis(system: SystemResources) -> str:
+    runs = system.calibration.runs
+    if runs:
+        return f"arithmetic and {runs} run{'s' * (runs > 1)} on this machine"
+    if system.compute_capability in _MEASURED:
+        return "arithmetic, compared with runs on such a card"
+    return "arithmetic"
+
+
+def _warnings(architecture: ModelArchitecture) -> tuple[str, ...]:
+    assumed = assumed_parts(architecture)
+    if not assumed:
+        return ()
+    names = ", ".join(name.replace("_", " ") for name in assumed)
+    return (f"No file was given for {names}; the variant's usual one is assumed.",)
+
+
+def format_estimate(estimate: MemoryEstimate) -> str:
+    """Lay an estimate out as text: one line per stage, the peak against what there is, reasons."""
+    lines = ["stage               on device    weights  activations    in RAM   (predicted)"]
+    for stage in estimate.stages:
+        on_device = (stage.device_bytes, stage.weights_bytes, stage.activation_bytes)
+        cells = [f"{value / GIB:8.2f} GiB" for value in (*on_device, stage.host_bytes)]
+        lines.append(f"{stage.name:<17}" + " ".join(cells) + (f"  {stage.note}" * bool(stage.note)))
+    lines.append(_verdict(estimate))
+    lines += [f"  because {reason}" for reason in estimate.reasons]
+    lines += [f"  warning: {text}" for text in estimate.warnings]
+    return "\n".join(lines)
+
+
+def _verdict(estimate: MemoryEstimate) -> str:
+    peak = f"peak {estimate.peak_usage_mb / 1024:.2f} GiB on {estimate.device}"
+    if estimate.available_mb is None or estimate.fits is None:
+        return f"{peak} (confidence {estimate.confidence:.0%}, by {estimate.basis})"
+    there = f"{estimate.available_mb / 1024:.2f} GiB can be used"
+    fits = "fits" if estimate.fits else "DOES NOT FIT"
+    return f"{peak}, {there}: {fits} (confidence {estimate.confidence:.0%}, by {estimate.basis})"

@@ -1,0 +1,227 @@
+"""Bytes alive during a lean decode, beside the VAE's weights: ``lean_decode`` without tensors.
+
+Follows ``lean_decode`` as ``vae_activations`` follows diffusers; the same law holds for names.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+from ..models import VaeShape
+from .forward import FP32, Tape
+from .vae import CHUNKS, Map, attention_block, convolved
+
+BANDS = 8
+"""Bands of rows of a plan that asks for them: one is then small beside the maps."""
+
+_HISTORY = 2
+
+
+class _Slot:
+    """A feature cache entry: its frames and bytes, and its map where that is on the device."""
+
+    __slots__ = ("frames", "kept", "nbytes")
+
+    def __init__(self, frames: int, kept: Map | None, nbytes: int) -> None:
+        self.frames, self.kept, self.nbytes = frames, kept, nbytes
+
+    @property
+    def on_host(self) -> bool:
+        return self.kept is None and self.nbytes > 0
+
+
+class _Walk:
+    """``DecoderWalk``, with the widths of ``shape`` in place of weights."""
+
+    def __init__(self, shape: VaeShape, bands: int, cache_on_host: bool) -> None:
+        self.shape, self.bands, self.on_host = shape, bands, cache_on_host
+        self.slots: list[_Slot | None] = []
+        self.index = 0
+
+    def through(self, x: Map) -> Map:
+        shape, self.index = self.shape, 0
+        widths = [shape.decoder_base_dim * m for m in (shape.dim_mult[-1], *shape.dim_mult[::-1])]
+        held = [x]
+        del x
+        held.append(self._convolve(held, widths[0]))
+        self._residual(held, widths[0])
+        held.append(attention_block(held.pop()))
+        self._residual(held, widths[0])
+        for level in range(len(widths) - 1):
+            self._level(held, widths[level + 1], level)
+        y = self._convolve(held, shape.out_channels, norm=True)
+        return y.like() if shape.patch_size is not None else y
+
+    def _level(self, held: list[Map], width: int, level: int) -> None:
+        shape, last = self.shape, level == len(self.shape.dim_mult) - 1
+        kept = held[0] if shape.is_residual and not last else None
+        for _ in range(shape.num_res_blocks + 1):
+            self._residual(held, width, writable=held[0] is not kept)
+        if last:
+            return
+        out = width if shape.is_residual else width // 2
+        self._upsample(held, out, time=shape.temporal_downsample[::-1][level])
+        if kept is not None:
+            kept.like(c=out, t=1)
+
+    def _residual(self, held: list[Map], width: int, *, writable: bool = True) -> None:
+        x = held.pop()
+        plain = x.c == width
+        if self.bands > 1:
+            result = (x if writable else x.like()) if plain else x.like(c=width)
+            y = self._by_bands(x, width, norm=True)
+            del x
+            self._by_bands(y, width, norm=True, into=result)
+            held.append(result)
+            return
+        shortcut = x if plain else _apply(x, width, kernel=1, margin=0)
+        first, second = self._next_slot(), self._next_slot()
+        padded, count = self._whole(x, first, writable=writable and not plain)
+        if not plain:
+            del x
+        y = _apply(padded, width)
+        if plain:
+            following = self._load(second, y)
+            self._keep(first, padded, count)
+            _normalize(y)
+        else:
+            self._keep(first, padded, count)
+            del padded
+            padded, following = self._whole(y, second, writable=True)
+        x = shortcut
+        del shortcut, y
+        y = _apply(padded, width)
+        del x
+        self._keep(second, padded, following)
+        held.append(y)
+
+    def _convolve(
+        self, held: list[Map], channels: int, *, norm: bool = False, margin: int = 1
+    ) -> Map:
+        x = held.pop()
+        if self.bands > 1:
+            return self._by_bands(x, channels, norm=norm, margin=margin)
+        slot = self._next_slot()
+        padded, count = self._whole(x, slot, norm=norm, writable=norm, margin=margin)
+        del x
+        y = _apply(padded, channels, margin=margin)
+        self._keep(slot, padded, count, margin)
+        return y
+
+    def _by_bands(
+        self, x: Map, channels: int, *, norm: bool = False, into: Map | None = None, margin: int = 1
+    ) -> Map:
+        slot, rows = self._next_slot(), self._rows(x.h)
+        held = self.slots[slot]
+        count = min(_HISTORY, x.t + (held.frames if held else 0))
+        out = x.like(c=channels) if into is None else into
+        kept = self._slot(x, count)
+        padded = x.like(t=x.t + _HISTORY, h=rows + 2 * margin, w=x.w + 2 * margin)
+        edges: tuple[Map, ...] = ()
+        if held is not None and held.on_host:
+            padded.like(t=_HISTORY, w=x.w)
+            edges = (x.like(t=_HISTORY, h=margin),) if margin else ()
+        if norm:
+            _normalize(padded)
+        if self.on_host:
+            x.like(t=_HISTORY, h=rows)
+        _apply(padded, channels, margin=margin)
+        x.tape.during(*edges)
+        self.slots[slot] = kept
+        return out
+
+    def _rows(self, height: int) -> int:
+        return -(-height // min(self.bands, height))
+
+    def _next_slot(self) -> int:
+        if self.index == len(self.slots):
+            self.slots.append(None)
+        self.index += 1
+        return self.index - 1
+
+    def _whole(
+        self, x: Map, slot: int, *, norm: bool = True, writable: bool, margin: int = 1
+    ) -> tuple[Map, int]:
+        padded = x.like(t=x.t + _HISTORY, h=x.h + 2 * margin, w=x.w + 2 * margin)
+        count = self._load(slot, x)
+        if norm:
+            active = x if writable else x.like()
+            _normalize(active)
+        return padded, count
+
+    def _load(self, slot: int, x: Map) -> int:
+        held, self.slots[slot] = self.slots[slot], None
+        if held is not None and held.on_host:
+            x.like(t=_HISTORY)  # on its way
+        return min(_HISTORY, x.t + (held.frames if held else 0))
+
+    def _keep(self, slot: int, padded: Map, count: int, margin: int = 1) -> None:
+        h, w = padded.h - 2 * margin, padded.w - 2 * margin
+        if self.on_host:
+            padded.like(t=_HISTORY, h=h, w=w)  # on its way
+        self.slots[slot] = self._slot(padded, count, h, w)
+
+    def _slot(self, x: Map, frames: int, h: int | None = None, w: int | None = None) -> _Slot:
+        if self.on_host:
+            nbytes = x.b * x.c * _HISTORY * (h or x.h) * (w or x.w) * x.size
+            return _Slot(_HISTORY, None, nbytes)
+        kept = x.like(t=frames, h=h, w=w)
+        return _Slot(frames, kept, kept.nbytes)
+
+    def _upsample(self, held: list[Map], channels: int, *, time: bool) -> None:
+        if time:
+            self._upsample_time(held)
+        x = held.pop()
+        if self.bands > 1:
+            rows = self._rows(x.h)
+            out = x.like(c=channels, h=2 * x.h, w=2 * x.w)
+            large = x.like(h=2 * rows + 2, w=2 * x.w + 2)
+            convolved(large, out.like(h=2 * rows))
+        else:
+            large = x.like(h=2 * x.h, w=2 * x.w)
+            del x
+            out = convolved(large, large.like(c=channels))
+        held.append(out)
+
+    def _upsample_time(self, held: list[Map]) -> None:
+        if self.index == len(self.slots):  # the clip's first frame; the mark counts as a frame
+            self.slots[self._next_slot()] = _Slot(1, None, 0)
+            return
+        both = self._convolve(held, 2 * held[0].c, margin=0)
+        held.append(both.like(c=both.c // 2, t=2 * both.t))
+
+
+def _apply(padded: Map, channels: int, *, kernel: int = 3, margin: int = 1) -> Map:
+    h, w = padded.h - 2 * margin, padded.w - 2 * margin
+    return convolved(padded, padded.like(c=channels, t=padded.t - kernel + 1, h=h, w=w))
+
+
+def _normalize(x: Map) -> None:
+    """Frame by frame, in place but for the norm and a float32 copy."""
+    wide = x if x.size == FP32 else x.like(t=1, size=FP32)
+    wide.like(c=1, t=1)
+
+
+@lru_cache(maxsize=256)
+def lean_decode_bytes(
+    shape: VaeShape, *, batch: int, latent_frames: int, latent_height: int, latent_width: int,
+    size: int, bands: int = 1, cache_on_host: bool = False, workspace: bool = True,
+) -> tuple[int, int]:  # fmt: skip
+    """Return (peak bytes, bytes of the feature cache) of the streamed lean decode.
+
+    Arguments as for ``decode_peak`` and ``lean_decoder``; a cache on the host is not in the peak.
+    """
+    tape = Tape(workspace)
+    latents = [
+        Map(tape, batch, shape.z_dim, latent_frames, latent_height, latent_width, size)
+        for _ in range(2)
+    ]
+    walk = _Walk(shape, bands, cache_on_host)
+    for _ in range(min(latent_frames, CHUNKS)):
+        chunk = walk.through(latents[0].like(t=1))
+        scaled = chunk.like()
+        scaled = scaled.like()
+        chunk = scaled.like(size=FP32)
+        del scaled, chunk
+    tape.during(*latents)
+    return tape.peak, sum(slot.nbytes for slot in walk.slots if slot is not None)

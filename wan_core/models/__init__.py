@@ -1,0 +1,71 @@
+"""What Wan is: its variants and their official settings, shapes, tensor names and sizes.
+
+In: the names and shapes of a tensor table. Out: shapes (``TransformerShape``, ``VaeShape``), names
+as diffusers' modules have them (``map_names``), the ``ModelArchitecture`` that detection fills in,
+and bytes per part. Data and arithmetic; imports the ground floor and ``formats``.
+"""
+
+from __future__ import annotations
+
+from .architecture import Component, FoundLora, ModelArchitecture
+from .names import Mapped, Source, map_names
+from .recipes import recipe_of
+from .shapes import count_blocks, read_transformer, read_vae, transformer_tensors
+from .sizes import (
+    BYTES,
+    MAP_FROM,
+    PARTS,
+    assumed_parts,
+    block_bytes,
+    block_parameters,
+    largest_leaf_bytes,
+    part_bytes,
+    parts_of,
+    rest_bytes,
+    stays_in_file,
+    text_block_bytes,
+)
+from .variants import (
+    IMAGE_TOKENS,
+    TEXT_TOKENS,
+    VAE_21,
+    VAE_22,
+    VARIANTS,
+    TransformerShape,
+    VaeShape,
+    Variant,
+)
+
+__all__ = [
+    "BYTES",
+    "Component",
+    "FoundLora",
+    "IMAGE_TOKENS",
+    "MAP_FROM",
+    "Mapped",
+    "ModelArchitecture",
+    "PARTS",
+    "Source",
+    "TEXT_TOKENS",
+    "TransformerShape",
+    "VAE_21",
+    "VAE_22",
+    "VARIANTS",
+    "VaeShape",
+    "Variant",
+    "assumed_parts",
+    "block_bytes",
+    "block_parameters",
+    "count_blocks",
+    "largest_leaf_bytes",
+    "map_names",
+    "part_bytes",
+    "parts_of",
+    "read_transformer",
+    "read_vae",
+    "recipe_of",
+    "rest_bytes",
+    "stays_in_file",
+    "text_block_bytes",
+    "transformer_tensors",
+]

@@ -1,0 +1,166 @@
+"""What detection returns: the parts of one model, its numbers, and the reason for each conclusion.
+
+Light, picklable data; standard library only. It holds paths and sizes, never weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from ..config import WanLoRA
+from .recipes import Recipe
+from .variants import TransformerShape, VaeShape, Variant
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Component:
+    """One part of a model on disk: where it is, what its header and its config say."""
+
+    kind: str
+    """transformer, vae, text_encoder, image_encoder, tokenizer, scheduler or image_processor."""
+    path: Path
+    """The folder, or the single file, that was named."""
+    files: tuple[Path, ...] = ()
+    """Files that hold its weights (all shards), in order."""
+    nbytes: int = 0
+    """Bytes of its tensors as stored."""
+    parameters: int = 0
+    """Number of stored elements, scales and tables included."""
+    dtypes: Mapping[str, int] = field(default_factory=dict)
+    """Bytes stored per dtype name, largest first."""
+    layout: str = "diffusers"
+    """Style of the tensor names: diffusers (also transformers'), original, comfyui."""
+    prefix: str = ""
+    """What stands before every tensor name of this part in the file."""
+    weight_kind: str = ""
+    """fp32, bf16, fp16, fp8, fp8_scaled, gguf … ; empty for a part without weights."""
+    format: str = ""
+    """safetensors, gguf, pickle, or empty for a part without weights."""
+    file_variant: str | None = None
+    """The tag in names like ``model.fp16.safetensors``."""
+    config: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FoundLora:
+    """A LoRA whose every tensor was found to belong to this model, by its header."""
+
+    lora: WanLoRA
+    parameters: int
+    rank: int
+    recipe: Recipe | None = None
+    """The settings it was distilled for, where its name or metadata say so."""
+
+    def works_on(self, component: str) -> bool:
+        """Whether it changes ``transformer`` (the only or high-noise one) or ``transformer_2``."""
+        expert = {"transformer": "high", "transformer_2": "low"}.get(component)
+        wanted = expert is not None and self.lora.expert in ("both", expert)
+        return wanted and self.lora.strength != 0
+
+    def describe(self) -> str:
+        """Say in one line which file it is, where it works and how strongly."""
+        where = "" if self.lora.expert == "both" else f", {self.lora.expert}-noise expert"
+        name = Path(self.lora.path).name
+        return f"LoRA {name}, strength {self.lora.strength:g}, rank {self.rank}{where}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelArchitecture:
+    """A detected Wan model: the variant, the actual numbers, the parts, and why.
+
+    ``transformer`` and ``vae`` hold what the files say; ``variant`` holds the published numbers.
+    Where structure leaves several variants, ``candidates`` names all of them, the chosen first.
+    """
+
+    variant: Variant
+    transformer: TransformerShape
+    vae: VaeShape | None
+    layout: str
+    weight_kind: str
+    components: Mapping[str, Component]
+    root: Path
+    custom_size: bool = False
+    """True: the family is certain, the size is none that was published."""
+    candidates: tuple[str, ...] = ()
+    reasons: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+    loras: tuple[FoundLora, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """Return the variant's name, e.g. ``wan2.2-i2v-a14b``."""
+        return self.variant.name
+
+    @property
+    def two_experts(self) -> bool:
+        """Whether both experts are present."""
+        return "transformer_2" in self.components
+
+    @property
+    def pipeline_class(self) -> str | None:
+        """Name of the diffusers pipeline this architecture runs in by default."""
+        return self.variant.pipeline_class
+
+    @property
+    def size_multiple(self) -> int:
+        """Width and height in pixels must be multiples of this, by the actual VAE if known."""
+        vae = self.vae or self.variant.vae
+        return vae.scale_factor_spatial * self.transformer.patch_size[1]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all weights as stored."""
+        return sum(part.nbytes for part in self.components.values())
+
+    def loras_of(self, component: str) -> tuple[WanLoRA, ...]:
+        """Return the LoRAs that change a component, in the order in which they were given."""
+        return tuple(found.lora for found in self.loras if found.works_on(component))
+
+    def lora_bytes(self, component: str, size: int) -> int:
+        """Return the bytes that a component's LoRAs take, at ``size`` bytes a number."""
+        return sum(found.parameters * size for found in self.loras if found.works_on(component))
+
+    def to_json_dict(self) -> dict[str, Any]:
+        """Return plain JSON types; ``variant`` is the variant's name at the top level."""
+        out: dict[str, Any] = {
+            "variant": self.variant.name,
+            "title": self.variant.title,
+            "supported": self.variant.supported,
+            "why_not": self.variant.why_not,
+            "candidates": list(self.candidates),
+            "custom_size": self.custom_size,
+            "layout": self.layout,
+            "weight_kind": self.weight_kind,
+            "pipeline_class": self.pipeline_class,
+            "experts": 2 if self.two_experts else 1,
+            "size_multiple": self.size_multiple,
+            "bytes": self.nbytes,
+            "path": str(self.root),
+            "transformer": {**asdict(self.transformer), "dim": self.transformer.dim},
+            "vae": asdict(self.vae) if self.vae else None,
+            "defaults": asdict(self.variant.defaults),
+            "components": {name: _plain(asdict(c)) for name, c in self.components.items()},
+            "loras": [found.describe() for found in self.loras],
+            "reasons": list(self.reasons),
+            "warnings": list(self.warnings),
+        }
+        plain = _plain(out)
+        assert isinstance(plain, dict)
+        return plain
+
+    def with_warnings(self, *texts: str) -> ModelArchitecture:
+        """Return a copy that also carries these warnings."""
+        return replace(self, warnings=(*self.warnings, *texts))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    return value

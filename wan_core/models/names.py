@@ -1,0 +1,396 @@
+"""From the tensor names of a file to the names of diffusers and transformers modules.
+
+Pure functions over names: no file is opened and torch is not imported. A weight may be a slice
+of a stored tensor (fused q, k, v) and may carry a scale (fp8); a :class:`Source` says so. A name
+that no rule knows is passed through unchanged, so that it is reported and not lost.
+
+Names: ``wan/modules/{model,vae2_1,vae2_2,t5,clip,animate}`` of github.com/Wan-Video/Wan2.1 and
+Wan2.2; umT5 also as in llama.cpp's GGUF files.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Final
+
+from ..errors import CorruptFile, ModelMismatch
+
+_SCALES: Final = (".scale_weight", ".weight_scale")
+_UNUSED: Final = (".scale_input", ".input_scale", ".comfy_quant")
+_SECOND_SCALE: Final = ".weight_scale_2"
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Where the values of one parameter are: ``part`` of ``parts`` equal row blocks of a tensor.
+
+    ``scale`` names the tensor that the stored values must be multiplied with.
+    """
+
+    name: str
+    part: int = 0
+    parts: int = 1
+    scale: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Mapped:
+    """``sources`` by the module's parameter name, and names in the file that hold no weight."""
+
+    sources: Mapping[str, Source]
+    ignored: tuple[str, ...] = ()
+
+
+def map_names(kind: str, names: Iterable[str], prefix: str = "") -> Mapped:
+    """Map the names in a file of ``kind`` to parameter names of the module, whatever the layout.
+
+    ``kind`` is transformer, vae, text_encoder or image_encoder; names that do not begin with
+    ``prefix`` belong to another part and are ignored. CLIP names come out without the
+    ``vision_model.`` that older transformers put before them. Raises ModelMismatch when two
+    stored tensors claim one parameter, CorruptFile when some scales of a scaled layer are absent.
+    """
+    own = {name[len(prefix) :]: name for name in names if name.startswith(prefix)}
+    weights, scales, ignored = split_scales(own)
+    rename, unused = _renamer(kind, weights)
+    sources: dict[str, Source] = {}
+    for name in weights:
+        if unused(name):
+            ignored.append(name)
+            continue
+        scale = own[scales[name]] if name in scales else None
+        for target, source in rename(name):
+            if target in sources:
+                raise ModelMismatch(
+                    f"{sources[target].name!r} and {own[name]!r} both stand for {target!r}. The "
+                    "file mixes two layouts; download it again."
+                )
+            sources[target] = replace(source, name=own[name], scale=scale)
+    return Mapped(sources, tuple(own[name] for name in ignored))
+
+
+def split_scales(names: Iterable[str]) -> tuple[list[str], dict[str, str], list[str]]:
+    """Split names into weights, the scale of each scaled weight, and names without weights.
+
+    Scales of activations (``scale_input``, ``input_scale``) are not part of a weight: they are
+    among the last. Raises CorruptFile when of equal layers only some have their scale.
+    """
+    present = list(names)
+    known = set(present)
+    weights: list[str] = []
+    scales: dict[str, str] = {}
+    ignored: list[str] = []
+    for name in present:
+        ending = next((s for s in _SCALES if name.endswith(s)), None)
+        target = name[: -len(ending)] + ".weight" if ending else ""
+        if target in known:
+            scales[target] = name
+        elif name.endswith((*_UNUSED, _SECOND_SCALE)) or name.split(".")[-1] == "scaled_fp8":
+            ignored.append(name)
+        else:
+            weights.append(name)
+    _check_scales(weights, scales)
+    return weights, scales, ignored
+
+
+def _check_scales(weights: Iterable[str], scales: Mapping[str, str]) -> None:
+    groups: dict[str, tuple[list[str], list[str]]] = {}
+    for name in weights if scales else ():
+        if name.endswith(".weight"):
+            have, lack = groups.setdefault(re.sub(r"\d+", "#", name), ([], []))
+            (have if name in scales else lack).append(name)
+    for have, lack in groups.values():
+        if have and lack:
+            raise CorruptFile(
+                f"{len(have)} of {len(have) + len(lack)} layers like {have[0]!r} have their scale, "
+                f"{lack[0]!r} has none; without it the weights are noise. Download the file again."
+            )
+
+
+_Rename = Callable[[str], list[tuple[str, Source]]]
+
+
+def _renamer(kind: str, names: list[str]) -> tuple[_Rename, Callable[[str], bool]]:
+    if kind == "transformer":
+        return _transformer_renamer(names), _is_not_transformer
+    if kind == "vae":
+        return _vae_renamer(names), _never
+    if kind == "text_encoder":
+        return _text_renamer(names)
+    if kind == "image_encoder":
+        return _image_renamer(names), _is_not_vision
+    raise ValueError(f"no tensor names are known for {kind!r}")
+
+
+def _never(_: str) -> bool:
+    return False
+
+
+def _same(name: str) -> list[tuple[str, Source]]:
+    return [(name, Source(name))]
+
+
+def _renamed(name: str, table: Mapping[str, str]) -> str:
+    """Replace the longest leading run of whole name parts that ``table`` knows."""
+    parts = name.split(".")
+    for end in range(len(parts), 0, -1):
+        new = table.get(".".join(parts[:end]))
+        if new is not None:
+            return ".".join([new, *parts[end:]])
+    return name
+
+
+# Transformer -------------------------------------------------------------------------------------
+
+_TRANSFORMER: Final = {
+    "text_embedding.0": "condition_embedder.text_embedder.linear_1",
+    "text_embedding.2": "condition_embedder.text_embedder.linear_2",
+    "time_embedding.0": "condition_embedder.time_embedder.linear_1",
+    "time_embedding.2": "condition_embedder.time_embedder.linear_2",
+    "time_projection.1": "condition_embedder.time_proj",
+    "img_emb.proj.0": "condition_embedder.image_embedder.norm1",
+    "img_emb.proj.1": "condition_embedder.image_embedder.ff.net.0.proj",
+    "img_emb.proj.3": "condition_embedder.image_embedder.ff.net.2",
+    "img_emb.proj.4": "condition_embedder.image_embedder.norm2",
+    "img_emb.emb_pos": "condition_embedder.image_embedder.pos_embed",
+    "head.head": "proj_out",
+    "head.modulation": "scale_shift_table",
+    "face_encoder.conv1_local.conv": "face_encoder.conv1_local",
+    "face_encoder.conv2.conv": "face_encoder.conv2",
+    "face_encoder.conv3.conv": "face_encoder.conv3",
+    "motion_encoder.enc.fc": "motion_encoder.motion_network",
+    "motion_encoder.dec.direction.weight": "motion_encoder.motion_synthesis_weight",
+}
+_ATTENTION: Final = {"q": "to_q", "k": "to_k", "v": "to_v", "o": "to_out.0"}
+_BLOCK: Final = {
+    # Called in the order norm1, norm3, norm2; diffusers numbers them so. Only this one has weights.
+    "norm3": "norm2",
+    "ffn.0": "ffn.net.0.proj",
+    "ffn.2": "ffn.net.2",
+    "modulation": "scale_shift_table",
+    "before_proj": "proj_in",
+    "after_proj": "proj_out",
+    "self_attn": "attn1",
+    "cross_attn": "attn2",
+    **{f"self_attn.{old}": f"attn1.{new}" for old, new in _ATTENTION.items()},
+    **{f"cross_attn.{old}": f"attn2.{new}" for old, new in _ATTENTION.items()},
+    "cross_attn.k_img": "attn2.add_k_proj",
+    "cross_attn.v_img": "attn2.add_v_proj",
+    "cross_attn.norm_k_img": "attn2.norm_added_k",
+}
+_FACE: Final = {"q_norm": "norm_q", "k_norm": "norm_k", "linear1_q": "to_q", "linear2": "to_out"}
+_IN_BLOCK: Final = re.compile(r"((?:vace_)?blocks\.\d+)\.(.+)")
+_IN_FACE: Final = re.compile(r"face_adapter\.fuser_blocks\.(\d+)\.(.+)")
+_IN_MOTION: Final = re.compile(r"motion_encoder\.enc\.net_app\.convs\.(\d+)\.(.+)")
+
+
+def _transformer_renamer(names: list[str]) -> _Rename:
+    if not {"head.modulation", "head.head.weight", "blocks.0.self_attn.q.weight"} & set(names):
+        return _same
+    return _original_transformer
+
+
+def _original_transformer(name: str) -> list[tuple[str, Source]]:
+    block = _IN_BLOCK.fullmatch(name)
+    if block:
+        return [(f"{block[1]}.{_renamed(block[2], _BLOCK)}", Source(name))]
+    face = _IN_FACE.fullmatch(name)
+    if face:
+        layer, _, rest = face[2].partition(".")
+        stem = f"face_adapter.{face[1]}"
+        if layer == "linear1_kv":
+            return [
+                (f"{stem}.{new}.{rest}", Source(name, part, 2))
+                for part, new in enumerate(("to_k", "to_v"))
+            ]
+        return [(f"{stem}.{_renamed(face[2], _FACE)}", Source(name))]
+    motion = _IN_MOTION.fullmatch(name)
+    if motion:
+        return [(_motion_name(int(motion[1]), motion[2]), Source(name))]
+    return [(_renamed(name, _TRANSFORMER), Source(name))]
+
+
+def _motion_name(index: int, rest: str) -> str:
+    if rest == "weight":
+        return "motion_encoder.conv_out.weight"
+    *layer, leaf = [part for part in rest.split(".") if not part.isdigit()]
+    leaf = "act_fn.bias" if leaf == "bias" else leaf
+    if index == 0:
+        return f"motion_encoder.conv_in.{leaf}"
+    where = "conv_skip" if layer == ["skip"] else ".".join(layer)
+    return f"motion_encoder.res_blocks.{index - 1}.{where}.{leaf}"
+
+
+def _is_not_transformer(name: str) -> bool:
+    # Blur kernels are constants of the code; norm_added_q was saved by old converters, unused.
+    return (name.endswith(".kernel") and "motion_encoder." in name) or ".norm_added_q." in name
+
+
+# VAE ---------------------------------------------------------------------------------------------
+
+_VAE: Final = {
+    "conv1": "quant_conv",
+    "conv2": "post_quant_conv",
+    **{
+        f"{half}.{old}": f"{half}.{new}"
+        for half in ("encoder", "decoder")
+        for old, new in {
+            "conv1": "conv_in",
+            "head.0": "norm_out",
+            "head.2": "conv_out",
+            "middle.0": "mid_block.resnets.0",
+            "middle.1": "mid_block.attentions.0",
+            "middle.2": "mid_block.resnets.1",
+        }.items()
+    },
+}
+_RESIDUAL: Final = {
+    "residual.0": "norm1",
+    "residual.2": "conv1",
+    "residual.3": "norm2",
+    "residual.6": "conv2",
+    "shortcut": "conv_shortcut",
+}
+_FLAT: Final = re.compile(r"(encoder\.downsamples|decoder\.upsamples)\.(\d+)\.(.+)")
+_NESTED: Final = re.compile(
+    r"(?:encoder\.downsamples|decoder\.upsamples)\.(\d+)\.(down|up)samples\.(\d+)\.(.+)"
+)
+
+
+def _vae_renamer(names: list[str]) -> _Rename:
+    if not {"encoder.conv1.weight", "decoder.conv1.weight"} & set(names):
+        return _same
+    # In the 2.1 decoder one flat list holds the blocks; an upsampler ends each but the last.
+    ends = sorted(
+        int(found[2])
+        for found in map(_FLAT.fullmatch, names)
+        if found and found[1] == "decoder.upsamples" and found[3] == "resample.1.weight"
+    )
+    return lambda name: [(_vae_name(name, ends), Source(name))]
+
+
+def _vae_name(name: str, ends: list[int]) -> str:
+    nested = _NESTED.fullmatch(name)
+    if nested:
+        block = f"{'encoder.down' if nested[2] == 'down' else 'decoder.up'}_blocks.{nested[1]}"
+        if nested[4].startswith(("resample.", "time_conv.")):
+            return f"{block}.{nested[2]}sampler.{nested[4]}"
+        return f"{block}.resnets.{nested[3]}.{_renamed(nested[4], _RESIDUAL)}"
+    flat = _FLAT.fullmatch(name)
+    if not flat:
+        new = _renamed(name, _VAE)
+        half, _, rest = new.partition(".resnets.")
+        return f"{half}.resnets.{rest[:2]}{_renamed(rest[2:], _RESIDUAL)}" if rest else new
+    index, rest = int(flat[2]), _renamed(flat[3], _RESIDUAL)
+    if flat[1].startswith("encoder"):
+        return f"encoder.down_blocks.{index}.{rest}"
+    block_index = sum(end < index for end in ends)
+    if index in ends:
+        return f"decoder.up_blocks.{block_index}.upsamplers.0.{rest}"
+    first = ends[block_index - 1] + 1 if block_index else 0
+    return f"decoder.up_blocks.{block_index}.resnets.{index - first}.{rest}"
+
+
+# Text encoder ------------------------------------------------------------------------------------
+
+_UMT5_TOP: Final = {
+    "token_embedding": "shared",
+    "token_embd": "shared",
+    "norm": "encoder.final_layer_norm",
+    "enc.output_norm": "encoder.final_layer_norm",
+}
+_UMT5_BLOCK: Final = {
+    "norm1": "layer.0.layer_norm",
+    "attn_norm": "layer.0.layer_norm",
+    "pos_embedding.embedding": "layer.0.SelfAttention.relative_attention_bias",
+    "attn_rel_b": "layer.0.SelfAttention.relative_attention_bias",
+    **{f"attn.{x}": f"layer.0.SelfAttention.{x}" for x in "qkvo"},
+    **{f"attn_{x}": f"layer.0.SelfAttention.{x}" for x in "qkvo"},
+    "norm2": "layer.1.layer_norm",
+    "ffn_norm": "layer.1.layer_norm",
+    # wi_0 is the branch that goes through the activation.
+    "ffn.gate.0": "layer.1.DenseReluDense.wi_0",
+    "ffn_gate": "layer.1.DenseReluDense.wi_0",
+    "ffn.fc1": "layer.1.DenseReluDense.wi_1",
+    "ffn_up": "layer.1.DenseReluDense.wi_1",
+    "ffn.fc2": "layer.1.DenseReluDense.wo",
+    "ffn_down": "layer.1.DenseReluDense.wo",
+}
+_UMT5_IN_BLOCK: Final = re.compile(r"(?:blocks|enc\.blk)\.(\d+)\.(.+)")
+
+
+def _text_renamer(names: list[str]) -> tuple[_Rename, Callable[[str], bool]]:
+    known = set(names)
+    twice = "encoder.embed_tokens.weight"
+    unused = {"spiece_model", "lm_head.weight", "logit_scale"}
+    if "shared.weight" in known:  # the embedding is stored once or twice, under either name
+        unused.add(twice)
+
+    def is_unused(name: str) -> bool:
+        # The decoder half of a full umT5 takes no part in encoding.
+        return name in unused or name.startswith(("decoder.", "dec."))
+
+    if known & {"token_embedding.weight", "token_embd.weight"}:
+        return (lambda name: [(_umt5_name(name), Source(name))]), is_unused
+    return (lambda name: [("shared.weight" if name == twice else name, Source(name))]), is_unused
+
+
+def _umt5_name(name: str) -> str:
+    block = _UMT5_IN_BLOCK.fullmatch(name)
+    if block:
+        return f"encoder.block.{block[1]}.{_renamed(block[2], _UMT5_BLOCK)}"
+    return _renamed(name, _UMT5_TOP)
+
+
+# Image encoder -----------------------------------------------------------------------------------
+
+_CLIP: Final = {
+    "cls_embedding": "embeddings.class_embedding",
+    "pos_embedding": "embeddings.position_embedding.weight",
+    "patch_embedding": "embeddings.patch_embedding",
+    "pre_norm": "pre_layrnorm",
+    "post_norm": "post_layernorm",
+}
+_CLIP_BLOCK: Final = {
+    "norm1": "layer_norm1",
+    "norm2": "layer_norm2",
+    "attn.proj": "self_attn.out_proj",
+    "mlp.0": "mlp.fc1",
+    "mlp.2": "mlp.fc2",
+}
+_FUSED: Final = {
+    "attn.to_qkv.weight": "weight",
+    "attn.to_qkv.bias": "bias",
+}
+_CLIP_IN_BLOCK: Final = re.compile(r"transformer\.(\d+)\.(.+)")
+_NOT_VISION: Final = (
+    "visual_projection.weight", "visual.head", "visual.proj", "head", "proj", "log_scale",
+    "logit_scale", "text_projection.weight", "embeddings.position_ids",
+    "vision_model.embeddings.position_ids",
+)  # fmt: skip
+
+
+def _image_renamer(names: list[str]) -> _Rename:
+    if any(_CLIP_IN_BLOCK.fullmatch(name.removeprefix("visual.")) for name in names):
+        return _original_clip
+    return lambda name: [(name.removeprefix("vision_model."), Source(name))]
+
+
+def _original_clip(name: str) -> list[tuple[str, Source]]:
+    bare = name.removeprefix("visual.")
+    block = _CLIP_IN_BLOCK.fullmatch(bare)
+    if not block:
+        return [(_renamed(bare, _CLIP), Source(name))]
+    stem = f"encoder.layers.{block[1]}"
+    leaf = _FUSED.get(block[2])
+    if leaf:
+        return [
+            (f"{stem}.self_attn.{which}_proj.{leaf}", Source(name, part, 3))
+            for part, which in enumerate("qkv")
+        ]
+    return [(f"{stem}.{_renamed(block[2], _CLIP_BLOCK)}", Source(name))]
+
+
+def _is_not_vision(name: str) -> bool:
+    return name in _NOT_VISION or name.startswith(("textual.", "text_model."))

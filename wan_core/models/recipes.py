@@ -1,0 +1,122 @@
+"""Settings that distilled LoRAs were trained for, recognised by name, offered and never imposed.
+
+A LoRA that distils Wan to four steps (lightx2v, Wan2.2-Lightning) works with its own schedule and
+without guidance; with a model's official settings it gives burnt or grey video. Pure data.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+if TYPE_CHECKING:
+    from ..config import GenerationConfig
+    from .variants import Defaults
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recipe:
+    """The settings a distilled LoRA was trained for. Scales of 1 switch guidance off."""
+
+    name: str
+    reason: str
+    """The words it was recognised by, and where they stand."""
+    num_inference_steps: int
+    guidance_scale: float
+    guidance_scale_2: float
+    flow_shift: float
+    scheduler: str
+    timesteps: tuple[int, ...]
+    """What the scheduler makes of these settings; what the LoRA was trained at."""
+
+    def apply(self, config: GenerationConfig) -> GenerationConfig:
+        """Return a copy of ``config`` with these settings in place of its own."""
+        return replace(config, **self._settings())
+
+    def differences(self, settings: Any) -> list[str]:
+        """Name the settings of a job in which it departs from the recipe, with its values."""
+        return [
+            f"{name} {getattr(settings, name):g}"
+            if isinstance(value, int | float)
+            else f"{name} {getattr(settings, name)}"
+            for name, value in self._settings().items()
+            if getattr(settings, name) != value
+        ]
+
+    def as_defaults(self, official: Defaults) -> Defaults:
+        """Return ``official`` with these settings: what None in a job then means."""
+        one_expert = official.guidance_scale_2 is None
+        settings = self._settings() | ({"guidance_scale_2": None} if one_expert else {})
+        return replace(official, **settings, flow_shift_480p=None)
+
+    def describe(self) -> str:
+        """Say in one sentence what to set."""
+        return (
+            f"distilled for {self.num_inference_steps} steps: set num_inference_steps "
+            f"{self.num_inference_steps}, guidance_scale and guidance_scale_2 "
+            f"{self.guidance_scale:g}, flow_shift {self.flow_shift:g}, scheduler {self.scheduler}"
+        )
+
+    def _settings(self) -> dict[str, Any]:
+        return {
+            "num_inference_steps": self.num_inference_steps,
+            "guidance_scale": self.guidance_scale,
+            "guidance_scale_2": self.guidance_scale_2,
+            "flow_shift": self.flow_shift,
+            "scheduler": self.scheduler,
+        }
+
+
+_MARKS: Final = frozenset(
+    (
+        "lightx2v",
+        "lightning",
+        "distill",
+        "distilled",
+        "stepdistill",
+        "cfgdistill",
+        "4steps",
+        "4step",
+    )  # fmt: skip
+)
+_COUNT: Final = re.compile(r"(\d+)steps?")
+_TEXTS: Final = (
+    "modelspec.title", "modelspec.description", "name", "title", "description", "ss_output_name",
+)  # fmt: skip
+
+
+def recipe_of(path: str | Path, metadata: Mapping[str, str] | None = None) -> Recipe | None:
+    """Recognise a LoRA distilled to four steps by whole words of its metadata or its name.
+
+    The folder's name counts too: published files are called ``high_noise_model.safetensors`` in
+    a folder that says what they are. None where nothing says so, or another number of steps.
+    """
+    file = Path(path)
+    texts = [(f"metadata {key}", (metadata or {}).get(key, "")) for key in _TEXTS]
+    texts += [("the file name", file.stem), ("the folder name", file.absolute().parent.name)]
+    for place, text in texts:
+        words = _words(text)
+        counts = {int(found[1]) for word in words if (found := _COUNT.fullmatch(word))}
+        marks = [word for word in words if word in _MARKS]
+        if counts - {4}:
+            return None
+        if marks:
+            return Recipe(
+                name="distilled-4", reason=f"{place} says {' '.join(marks)!r}",
+                num_inference_steps=4, guidance_scale=1.0, guidance_scale_2=1.0, flow_shift=5.0,
+                scheduler="unipc", timesteps=(999, 937, 833, 625),
+            )  # fmt: skip
+    return None
+
+
+def _words(text: str) -> list[str]:
+    """Split into lower-case words; a number and "steps" after it make one word."""
+    spaced = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", text)
+    words = [word.lower() for word in re.split(r"[^A-Za-z0-9]+", spaced) if word]
+    for index, word in enumerate(words[:-1]):
+        if word.isdecimal() and words[index + 1] in ("step", "steps"):
+            words[index : index + 2] = [f"{word}steps", ""]
+    return [word for word in words if word]

@@ -1,0 +1,298 @@
+"""Numbers of a Wan transformer or VAE read from its tensor shapes, and the tensors it must have.
+
+Works on names and shapes alone; reads no file. ``original`` means the names of the Wan-Video
+repositories, which ComfyUI and GGUF files keep; ``diffusers`` those of diffusers' classes.
+Sources of the names: ``wan/modules/model.py``, ``vae2_1.py``, ``vae2_2.py`` (Wan-Video/Wan2.2) and
+diffusers' ``transformer_wan.py``, ``transformer_wan_vace.py``, ``autoencoder_kl_wan.py``.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from typing import Final
+
+from ..errors import CorruptFile
+from .variants import (
+    LATENTS_MEAN_21,
+    LATENTS_MEAN_22,
+    LATENTS_STD_21,
+    LATENTS_STD_22,
+    TransformerShape,
+    VaeShape,
+)
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+HEAD_DIM: Final = 128
+"""Width of one attention head in every published Wan transformer."""
+
+_NAMES: Final[Mapping[str, Mapping[str, str]]] = {
+    "diffusers": {
+        "head": "proj_out.bias",
+        "ffn": "blocks.0.ffn.net.0.proj.bias",
+        "text": "condition_embedder.text_embedder.linear_1.weight",
+        "time": "condition_embedder.time_embedder.linear_1.weight",
+        "image": "condition_embedder.image_embedder.norm1.weight",
+        "positions": "condition_embedder.image_embedder.pos_embed",
+        "image_key": "blocks.0.attn2.add_k_proj.weight",
+    },
+    "original": {
+        "head": "head.head.bias",
+        "ffn": "blocks.0.ffn.0.bias",
+        "text": "text_embedding.0.weight",
+        "time": "time_embedding.0.weight",
+        "image": "img_emb.proj.0.weight",
+        "positions": "img_emb.emb_pos",
+        "image_key": "blocks.0.cross_attn.k_img.weight",
+    },
+}
+
+# diffusers name of a linear or norm layer: original name; the same inside every block.
+_BLOCK: Final = {
+    "attn1.to_q": "self_attn.q", "attn1.to_k": "self_attn.k", "attn1.to_v": "self_attn.v",
+    "attn1.to_out.0": "self_attn.o", "attn2.to_q": "cross_attn.q", "attn2.to_k": "cross_attn.k",
+    "attn2.to_v": "cross_attn.v", "attn2.to_out.0": "cross_attn.o", "norm2": "norm3",
+    "ffn.net.0.proj": "ffn.0", "ffn.net.2": "ffn.2",
+}  # fmt: skip
+_TOP: Final = {
+    "patch_embedding": "patch_embedding",
+    "condition_embedder.time_embedder.linear_1": "time_embedding.0",
+    "condition_embedder.time_embedder.linear_2": "time_embedding.2",
+    "condition_embedder.time_proj": "time_projection.1",
+    "condition_embedder.text_embedder.linear_1": "text_embedding.0",
+    "condition_embedder.text_embedder.linear_2": "text_embedding.2",
+    "condition_embedder.image_embedder.norm1": "img_emb.proj.0",
+    "condition_embedder.image_embedder.ff.net.0.proj": "img_emb.proj.1",
+    "condition_embedder.image_embedder.ff.net.2": "img_emb.proj.3",
+    "condition_embedder.image_embedder.norm2": "img_emb.proj.4",
+    "proj_out": "head.head",
+    "vace_patch_embedding": "vace_patch_embedding",
+}
+
+
+def read_transformer(shapes: Shapes, layout: str) -> TransformerShape:
+    """Return the numbers of a Wan transformer from its shapes, names without prefix.
+
+    Raises CorruptFile naming a tensor that is missing or has an impossible shape. How the width
+    divides into heads is not in the shapes: 128 per head where that divides, else unknown.
+    """
+    names = _NAMES[layout]
+    dim = _size(shapes, "patch_embedding.bias", 0)
+    patch = _size(shapes, names["head"], 0)
+    # By element count and not by axis: some GGUF writers flatten the 5-D weight.
+    patch_volume = 4
+    in_channels = math.prod(_shape(shapes, "patch_embedding.weight")) // (dim * patch_volume)
+    known = dim % HEAD_DIM == 0
+    positions = shapes.get(names["positions"])
+    image_key = names["image_key"]
+    vace = shapes.get("vace_patch_embedding.weight")
+    layers = count_blocks(shapes, "blocks.")
+    vace_blocks = count_blocks(shapes, "vace_blocks.") if vace else 0
+    return TransformerShape(
+        heads=dim // HEAD_DIM if known else 1,
+        head_dim=HEAD_DIM if known else dim,
+        heads_known=known,
+        ffn_dim=_size(shapes, names["ffn"], 0),
+        layers=layers,
+        in_channels=in_channels,
+        out_channels=patch // patch_volume,
+        text_dim=_size(shapes, names["text"], 1),
+        freq_dim=_size(shapes, names["time"], 1),
+        image_dim=_size(shapes, names["image"], 0) if names["image"] in shapes else None,
+        added_kv_dim=_size(shapes, image_key, 1) if image_key in shapes else None,
+        pos_embed_seq_len=positions[1] if positions and len(positions) == 3 else None,
+        vace_layers=tuple(i * layers // vace_blocks for i in range(vace_blocks)),
+        vace_in_channels=math.prod(vace) // (dim * patch_volume) if vace else None,
+    )
+
+
+def _shape(shapes: Shapes, name: str) -> tuple[int, ...]:
+    if name not in shapes:
+        raise CorruptFile(f"The tensor {name!r} is missing; the file is incomplete. Get it again.")
+    return shapes[name]
+
+
+def _size(shapes: Shapes, name: str, axis: int) -> int:
+    shape = _shape(shapes, name)
+    if len(shape) <= axis or shape[axis] < 1:
+        raise CorruptFile(f"The tensor {name!r} has the impossible shape {list(shape)}.")
+    return shape[axis]
+
+
+def count_blocks(names: Iterable[str], prefix: str) -> int:
+    """Return how many N there are in names of the form ``<prefix>N.…``; CorruptFile on a gap."""
+    cut = len(prefix)
+    numbers = {name[cut : name.find(".", cut)] for name in names if name.startswith(prefix)}
+    found = {int(number) for number in numbers if number.isdecimal() and len(number) <= 5}
+    missing = sorted(set(range(max(found, default=-1) + 1)) - found)
+    if missing:
+        raise CorruptFile(
+            f"{len(missing)} of {max(found) + 1} blocks are missing ({prefix}{missing[0]} is the "
+            "first); the file is incomplete. Get it again."
+        )
+    return len(found)
+
+
+def transformer_tensors(shape: TransformerShape, layout: str) -> dict[str, tuple[int, ...]]:
+    """Return name -> shape of every tensor a Wan (or VACE) transformer of these numbers has."""
+    dim, time = shape.dim, shape.freq_dim
+    volume = math.prod(shape.patch_size)
+    linear: dict[str, tuple[int, ...]] = {
+        "patch_embedding": (dim, shape.in_channels, *shape.patch_size),
+        "condition_embedder.time_embedder.linear_1": (dim, time),
+        "condition_embedder.time_embedder.linear_2": (dim, dim),
+        "condition_embedder.time_proj": (6 * dim, dim),
+        "condition_embedder.text_embedder.linear_1": (dim, shape.text_dim),
+        "condition_embedder.text_embedder.linear_2": (dim, dim),
+        "proj_out": (shape.out_channels * volume, dim),
+    }
+    if shape.image_dim is not None:
+        image = "condition_embedder.image_embedder."
+        linear[image + "norm1"] = (shape.image_dim,)
+        linear[image + "ff.net.0.proj"] = (shape.image_dim, shape.image_dim)
+        linear[image + "ff.net.2"] = (dim, shape.image_dim)
+        linear[image + "norm2"] = (dim,)
+    if shape.vace_in_channels is not None:
+        linear["vace_patch_embedding"] = (dim, shape.vace_in_channels, *shape.patch_size)
+    tensors: dict[str, tuple[int, ...]] = {}
+    original = layout == "original"
+    for name, size in linear.items():
+        base = _TOP[name] if original else name
+        tensors[base + ".weight"], tensors[base + ".bias"] = size, size[:1]
+    tensors["head.modulation" if original else "scale_shift_table"] = (1, 2, dim)
+    if shape.pos_embed_seq_len is not None and shape.image_dim is not None:
+        positions = _NAMES[layout]["positions"]
+        tensors[positions] = (1, shape.pos_embed_seq_len, shape.image_dim)
+    for index in range(shape.layers):
+        tensors.update(_block(f"blocks.{index}.", shape, original))
+    for index in range(len(shape.vace_layers)):
+        block = f"vace_blocks.{index}."
+        tensors.update(_block(block, shape, original))
+        projections = ["after_proj" if original else "proj_out"]
+        if index == 0:
+            projections.append("before_proj" if original else "proj_in")
+        for name in projections:
+            tensors[block + name + ".weight"] = (dim, dim)
+            tensors[block + name + ".bias"] = (dim,)
+    return tensors
+
+
+def _block(prefix: str, shape: TransformerShape, original: bool) -> dict[str, tuple[int, ...]]:
+    dim, ffn = shape.dim, shape.ffn_dim
+    sizes = {"ffn.net.0.proj": (ffn, dim), "ffn.net.2": (dim, ffn), "norm2": (dim,)}
+    out: dict[str, tuple[int, ...]] = {}
+    for name, old in _BLOCK.items():
+        size: tuple[int, ...] = sizes.get(name, (dim, dim))
+        base = prefix + (old if original else name)
+        out[base + ".weight"], out[base + ".bias"] = size, size[:1]
+    out[prefix + ("modulation" if original else "scale_shift_table")] = (1, 6, dim)
+    attentions = ("self_attn", "cross_attn") if original else ("attn1", "attn2")
+    for attention in attentions:
+        for norm in ("norm_q", "norm_k"):
+            out[f"{prefix}{attention}.{norm}.weight"] = (dim,)
+    if shape.added_kv_dim is not None:
+        cross = prefix + attentions[1] + "."
+        pair = ("k_img", "v_img") if original else ("add_k_proj", "add_v_proj")
+        for name in pair:
+            out[f"{cross}{name}.weight"] = (dim, shape.added_kv_dim)
+            out[f"{cross}{name}.bias"] = (dim,)
+        out[cross + ("norm_k_img" if original else "norm_added_k") + ".weight"] = (dim,)
+    return out
+
+
+_VAE_NAMES: Final[Mapping[str, Mapping[str, str]]] = {
+    "diffusers": {
+        "encoder_in": "encoder.conv_in.weight", "decoder_in": "decoder.conv_in.weight",
+        "latent": "post_quant_conv.weight", "out": "decoder.conv_out.bias",
+    },
+    "original": {
+        "encoder_in": "encoder.conv1.weight", "decoder_in": "decoder.conv1.weight",
+        "latent": "conv2.weight", "out": "decoder.head.2.bias",
+    },
+}  # fmt: skip
+
+
+# The shapes do not hold the statistics of the latents: they follow from which VAE it is.
+_STATISTICS: Final[Mapping[int, tuple[tuple[float, ...], tuple[float, ...]]]] = {
+    16: (LATENTS_MEAN_21, LATENTS_STD_21),
+    48: (LATENTS_MEAN_22, LATENTS_STD_22),
+}
+
+
+def read_vae(shapes: Shapes, layout: str) -> VaeShape:
+    """Return the numbers of a Wan VAE from its shapes, names without prefix; CorruptFile if bad.
+
+    The latents' statistics are the published ones for 16 and 48 channels, else empty: unknown.
+    """
+    names = _VAE_NAMES[layout]
+    base = _size(shapes, names["encoder_in"], 0)
+    z_dim = _size(shapes, names["latent"], 0)
+    levels = _vae_levels(shapes, layout)
+    if not levels:
+        raise CorruptFile("The VAE's encoder has no blocks; the file is incomplete. Get it again.")
+    mult = tuple(max(1, round(level.width / base)) for level in levels)
+    temporal = tuple(level.temporal for level in levels[:-1])
+    in_channels = _size(shapes, names["encoder_in"], 1)
+    residual = levels[0].nested
+    patch = 2 if residual and in_channels == 12 else None
+    return VaeShape(
+        z_dim=z_dim,
+        base_dim=base,
+        decoder_base_dim=max(1, round(_size(shapes, names["decoder_in"], 0) / mult[-1])),
+        dim_mult=mult,
+        num_res_blocks=max(level.blocks for level in levels),
+        temporal_downsample=temporal,
+        is_residual=residual,
+        in_channels=in_channels,
+        out_channels=_size(shapes, names["out"], 0),
+        patch_size=patch,
+        scale_factor_spatial=2 ** (len(levels) - 1) * (patch or 1),
+        scale_factor_temporal=2 ** sum(temporal),
+        latents_mean=_STATISTICS.get(z_dim, ((), ()))[0],
+        latents_std=_STATISTICS.get(z_dim, ((), ()))[1],
+    )
+
+
+class _Level:
+    """One resolution of the encoder: its width, residual blocks, and whether it halves time."""
+
+    def __init__(self, nested: bool) -> None:
+        self.width, self.blocks, self.temporal, self.nested = 0, 0, False, nested
+
+
+# A residual block's second convolution, whatever the layout calls it: group 1 level or index,
+# group 2 index inside a level where blocks are nested.
+_VAE_CONV: Final = {
+    "diffusers": r"encoder\.down_blocks\.(\d+)\.(?:resnets\.(\d+)\.)?conv2\.weight$",
+    "original": r"encoder\.downsamples\.(\d+)\.(?:downsamples\.(\d+)\.)?residual\.6\.weight$",
+}
+_VAE_SAMPLE: Final = {
+    "diffusers": r"encoder\.down_blocks\.(\d+)\.(?:downsampler\.)?(resample\.1|time_conv)\.weight",
+    "original": r"encoder\.downsamples\.(\d+)\.(?:downsamples\.\d+\.)?"
+    r"(resample\.1|time_conv)\.weight",
+}
+
+
+def _vae_levels(shapes: Shapes, layout: str) -> list[_Level]:
+    """Read the encoder's resolutions from nested (2.2) or flat (2.1) block names."""
+    convs = {m: shapes[m.string] for n in shapes if (m := re.match(_VAE_CONV[layout], n))}
+    samples = [m for n in shapes if (m := re.match(_VAE_SAMPLE[layout], n))]
+    if not convs:
+        return []
+    nested = any(match[2] is not None for match in convs)
+    ends = sorted({int(m[1]) for m in samples if m[2] != "time_conv"})
+    temporal = {int(m[1]) for m in samples if m[2] == "time_conv"}
+
+    def level_of(index: int) -> int:
+        return index if nested else sum(end < index for end in ends)
+
+    count = 1 + max(level_of(int(match[1])) for match in convs)
+    levels = [_Level(nested) for _ in range(min(count, 16))]
+    for match, shape in convs.items():
+        level = levels[min(level_of(int(match[1])), len(levels) - 1)]
+        level.width, level.blocks = shape[0] if shape else 0, level.blocks + 1
+    for index in temporal:
+        levels[min(level_of(index), len(levels) - 1)].temporal = True
+    return levels

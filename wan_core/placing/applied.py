@@ -1,0 +1,60 @@
+"""A plan put on one component for the length of a ``with`` block, and taken off again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any
+
+from ..forward import lean_decoder, lean_forward
+from ..loading import all_pinned_bytes
+from ..memory import BANDS, pinned_budget_now
+from .offload import place
+from .streaming import stream_blocks
+
+if TYPE_CHECKING:
+    from ..plan import OptimizationPlan
+
+
+@contextmanager
+def apply_plan(
+    module: Any, component: str, plan: OptimizationPlan, *, decoding: bool = True
+) -> Iterator[str | None]:
+    """Have one component compute as ``plan`` says; yields what could not be carried out, in words.
+
+    ``component`` is its name in the plan ("transformer_2", "vae" …). ``decoding=False`` is for a
+    VAE that only encodes. Bits and parameters are afterwards what they were.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(_placed(module, component, plan))
+        why_not = None
+        if plan.choices.lean and component.startswith("transformer"):
+            why_not = stack.enter_context(lean_forward(module, exact=not plan.choices.by_rows))
+        elif plan.choices.lean and component == "vae" and decoding:
+            bands = BANDS if plan.choices.by_rows else None
+            away = plan.choices.by_rows or plan.choices.cache_in_ram
+            decoder = lean_decoder(
+                module, bands=bands, cache_on_host=away, pin_bytes=pin_budget(plan) if away else 0
+            )
+            why_not = stack.enter_context(decoder)
+        yield f"More memory than predicted in {component}: {why_not}" if why_not else None
+
+
+def _placed(module: Any, component: str, plan: OptimizationPlan) -> AbstractContextManager[Any]:
+    """Return the placement of a component: whole, leaf by leaf, or block by block."""
+    mode = plan.choices.offload_of(component)
+    if mode != "stream":
+        return place(module, mode, plan.device)
+    resident, buffers = plan.blocks_and_buffers(component)
+    return stream_blocks(
+        module,
+        plan.device,
+        resident_blocks=resident,
+        buffers=buffers,
+        pin_bytes=pin_budget(plan),
+    )
+
+
+def pin_budget(plan: OptimizationPlan) -> int:
+    """Return the bytes of RAM that may be page-locked now, what is locked already included."""
+    return plan.pin_bytes(pinned_budget_now(all_pinned_bytes()))

@@ -1,0 +1,296 @@
+"""The ladder: the ways a job can be run, by how much they change, with what each needs and takes.
+
+Tiers come first: what changes no bit of the result, then what changes rounding only (the VAE in
+half precision, products cut by rows), then fp8 storage, then windows. Within a tier every
+placement is weighed, and the fastest that fits is taken.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from ..config import GIB, MIB, MemoryEstimate
+from ..memory import RAM_RESERVE, STREAM_BUFFERS, Choices, Workload, estimate, reserved_bytes
+from ..models import ModelArchitecture, block_bytes, parts_of
+from .config import OptimizationConfig
+from .timing import Timing, blocks_that_hide_the_bus, timing
+
+if TYPE_CHECKING:
+    from ..memory import SystemResources
+
+ABILITIES: frozenset[str] = frozenset({"lean", "rows", "stream", "fp8"})
+"""What the renderer can carry out beside placements: "lean", "rows", "stream", "fp8"."""
+_SPARE = 0.03
+"""Share of what is free on the device that is left alone, for others in the meantime."""
+_STAGES_OF = {
+    "text_encoder": ("text_encode",),
+    "image_encoder": ("image_encode",),
+    "vae": ("condition_encode", "decode"),
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """What may be used, in bytes; ``why`` names the caps that were set."""
+
+    device: int
+    ram: int
+    why: str = ""
+    stages: tuple[tuple[str, int], ...] = ()
+    """Stages that may use less than the device: memory ran out in them with more."""
+
+    def of_stage(self, name: str) -> int:
+        """Return what a stage may use on the device."""
+        return min(self.device, dict(self.stages).get(name, self.device))
+
+    @staticmethod
+    def of(system: SystemResources, requested: OptimizationConfig) -> Limits:
+        """Combine what is free, or can be made free, with what the user allows."""
+        ram = max(0, system.ram_available_bytes + system.ram_evictable_bytes - RAM_RESERVE)
+        on_cpu = system.device_kind == "cpu"
+        caps = []
+        if requested.ram_limit_gb is not None:
+            ram = min(ram, int(requested.ram_limit_gb * GIB))
+            caps.append(f"ram_limit_gb is {requested.ram_limit_gb:g}")
+        device = ram
+        if not on_cpu:
+            device = int((system.device_free_bytes + system.evictable_bytes) * (1 - _SPARE))
+        if requested.vram_limit_gb is not None:
+            device = min(device, int(requested.vram_limit_gb * GIB))
+            caps.append(f"vram_limit_gb is {requested.vram_limit_gb:g}")
+        return Limits(device=device, ram=ram, why=f" ({', '.join(caps)})" if caps else "")
+
+    def admit(self, found: MemoryEstimate) -> bool:
+        """Say whether an estimate keeps within both limits."""
+        within = all(stage.device_bytes <= self.of_stage(stage.name) for stage in found.stages)
+        return bool(found.fits) and within and found.host_ram_mb * MIB <= self.ram
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """One way to run a job, what it needs and what it takes; ``tier`` 0 changes no bit."""
+
+    tier: int
+    choices: Choices
+    estimate: MemoryEstimate
+    timing: Timing
+    reserved: int
+    """Bytes the allocator holds on the device at the peak, its gaps included."""
+    stage: str
+    """The stage of that peak."""
+
+
+def ladder(
+    architecture: ModelArchitecture, workload: Workload, system: SystemResources,
+    requested: OptimizationConfig, limits: Limits, abilities: Collection[str] = ABILITIES,
+) -> Iterator[list[Candidate]]:  # fmt: skip
+    """Yield the tiers, each a list of ways, the simplest first among equally fast ones."""
+    main, _ = main_dtype(architecture, workload, system, requested, limits)
+    for tier, start in enumerate(
+        _tiers(architecture, workload, system, requested, main, abilities)
+    ):
+        candidates = []
+        for choices in _placements(
+            architecture, workload, system, requested, limits, start, abilities
+        ):
+            found = estimate(architecture, workload, choices, system, available=limits.device)
+            took = timing(architecture, workload, choices, system)
+            peak = max((reserved_bytes(s, choices, system), s.name) for s in found.stages)
+            candidates.append(Candidate(tier, choices, found, took, *peak))
+        yield candidates
+
+
+def best(candidates: list[Candidate], limits: Limits) -> Candidate | None:
+    """Return the way with the fastest step that keeps within the limits, the first among equals.
+
+    Bringing parts to the device once a job is left out: it is seconds, and simpler is safer.
+    """
+    fitting = [candidate for candidate in candidates if limits.admit(candidate.estimate)]
+    return min(fitting, key=lambda candidate: candidate.timing.step, default=None)
+
+
+def _tiers(
+    architecture: ModelArchitecture, workload: Workload, system: SystemResources,
+    requested: OptimizationConfig, main: str, abilities: Collection[str],
+) -> Iterator[Choices]:  # fmt: skip
+    """Yield what each tier fixes; later ones change more of the result.
+
+    Within every window length and weight format stand first the ways that change rounding least.
+    """
+    own = architecture.variant.defaults.num_frames
+    windows = (None, *requested.fallback_windows(workload, own))
+    fp8 = requested.fp8_storage == "always"
+    larger = [(window, fp8) for window in windows]
+    if "fp8" in abilities and main != "fp32" and requested.fp8_storage == "auto":
+        # Windows of the model's own length are what it was trained on; shorter ones that the user
+        # allowed cost more than fp8.
+        in_fp8 = [(window, True) for window in windows]
+        own_first = requested.chunk_size is None
+        larger = (
+            [*larger, *in_fp8] if own_first else [larger[0], in_fp8[0], *larger[1:], *in_fp8[1:]]
+        )
+    for window, stored in larger:
+        for start in _roundings(architecture, workload, system, requested, main, abilities):
+            candidate = replace(start, fp8_storage=stored)
+            if window is not None:
+                overlap = requested.overlap_for(workload, window)
+                candidate = replace(candidate, window_frames=window, window_overlap=overlap)
+            yield candidate
+
+
+def _roundings(
+    architecture: ModelArchitecture, workload: Workload, system: SystemResources,
+    requested: OptimizationConfig, main: str, abilities: Collection[str],
+) -> Iterator[Choices]:  # fmt: skip
+    """Yield the ways that differ by rounding at most, the most exact first."""
+    exact = Choices(
+        dtypes=_dtypes(architecture, main, "fp32"), window_overlap=workload.window_overlap
+    )
+    if requested.forward == "lean_rows":
+        exact = replace(exact, lean=True, by_rows=True)
+    last = exact
+    yield exact
+    if main != "fp32" and not system.wasteful_half_conv3d:
+        last = replace(exact, dtypes=_dtypes(architecture, main, main))
+        yield last
+    if "rows" in abilities and requested.forward == "auto":
+        yield replace(last, lean=True, by_rows=True)
+
+
+def _placements(
+    architecture: ModelArchitecture, workload: Workload, system: SystemResources,
+    requested: OptimizationConfig, limits: Limits, start: Choices, abilities: Collection[str],
+) -> Iterator[Choices]:  # fmt: skip
+    """Yield every placement of one tier, the simplest first."""
+    asked, on_cpu = requested.placement, system.device_kind == "cpu"
+    streams = asked == "stream" or (asked == "auto" and "stream" in abilities and not on_cpu)
+    if asked == "group":
+        yield _in_groups(start)
+        return
+    leans = _leans(requested, start, abilities)
+    for lean in leans:
+        candidate = replace(start, lean=lean)
+        if asked in ("none", "model", "sequential"):
+            yield replace(candidate, offload=asked)
+        elif asked == "auto":
+            yield replace(candidate, offload="none")
+            yield from _one_at_a_time(architecture, workload, system, limits, candidate, streams)
+    if streams:
+        single = replace(start, offload="model", lean=leans[-1], stream=True)
+        streamed = _with_smaller_parts(architecture, workload, system, limits, single, streams)
+        yield _fill_with_blocks(architecture, workload, system, requested, limits, streamed)
+        if requested.resident_blocks is None and not on_cpu:
+            yield replace(streamed, resident_blocks=0, stream_buffers=1)
+
+
+def _leans(
+    requested: OptimizationConfig, start: Choices, abilities: Collection[str]
+) -> tuple[bool, ...]:
+    """Return which forwards to weigh: diffusers' own, the lean one, or both."""
+    if start.by_rows or requested.forward == "lean":
+        return (True,)
+    if requested.forward == "diffusers" or "lean" not in abilities:
+        return (False,)
+    return (False, True)
+
+
+def _in_groups(start: Choices) -> Choices:
+    """Return diffusers' group offload; its hooks leave no place for the lean forward."""
+    groups = dict.fromkeys(("transformer", "transformer_2"), "group")
+    return replace(start, offload="model", part_offload=groups, lean=False, by_rows=False)
+
+
+def _one_at_a_time(
+    architecture: ModelArchitecture, workload: Workload, system: SystemResources, limits: Limits,
+    candidate: Choices, streams: bool,
+) -> Iterator[Choices]:  # fmt: skip
+    """Yield whole parts one at a time, then the transformer layer by layer."""
+    single = replace(candidate, offload="model")
+    if system.device_kind == "cpu":  # a single layer is no less in RAM than the part it is of
+        yield single
+        return
+    smaller = _with_smaller_parts(architecture, workload, system, limits, single, streams)
+    yield smaller
+    if streams and not candidate.by_rows:  # streaming is faster; the last resort before fp8
+        return
+    others = {part: smaller.offload_of(part) for part in _STAGES_OF}
+    yield replace(smaller, offload="sequential", part_offload=others)
+
+
+def _with_smaller_parts(
+    architecture: ModelArchitecture, workload: Workload, system: SystemResources, limits: Limits,
+    choices: Choices, streams: bool,
+) -> Choices:  # fmt: skip
+    """Make smaller what does not fit as a whole, transformers aside.
+
+    These parts work briefly: going block by block, or layer by layer, costs them seconds a job.
+    """
+    whole = estimate(architecture, workload, choices, system)
+    needed = {stage.name: reserved_bytes(stage, choices, system) for stage in whole.stages}
+    large = [
+        part
+        for part, stages in _STAGES_OF.items()
+        if any(needed.get(stage, 0) > limits.of_stage(stage) for stage in stages)
+    ]
+    pieces = dict.fromkeys(large, "sequential")
+    if streams and "text_encoder" in pieces:
+        pieces["text_encoder"] = "stream"
+    # Of a VAE it is the feature cache that is large, not the weights.
+    in_ram = choices.lean and pieces.pop("vae", None) is not None
+    return replace(choices, part_offload=pieces, cache_in_ram=in_ram)
+
+
+def _fill_with_blocks(
+    architecture: ModelArchitecture, workload: Workload, system: SystemResources,
+    requested: OptimizationConfig, limits: Limits, choices: Choices,
+) -> Choices:  # fmt: skip
+    """Keep as many blocks on the device as fit, and no more than it takes to hide the bus."""
+    shape = architecture.transformer
+    if requested.resident_blocks is not None or system.device_kind == "cpu":
+        asked = requested.resident_blocks or 0
+        return replace(choices, resident_blocks=min(asked, shape.layers))
+    empty = estimate(architecture, workload, replace(choices, resident_blocks=0), system)
+    left = min(
+        limits.of_stage(stage.name) - reserved_bytes(stage, choices, system)
+        for stage in empty.stages
+        if stage.name.startswith("denoise")
+    )
+    block = block_bytes(shape, choices.dtypes["transformer"], fp8=choices.fp8_storage)
+    room = left // block
+    useful = blocks_that_hide_the_bus(architecture, workload, choices, system)
+    # Beyond the last, the two buffers would hold what is resident anyway.
+    count = min(room, useful, shape.layers - STREAM_BUFFERS)
+    return replace(choices, resident_blocks=max(0, count))
+
+
+def _dtypes(architecture: ModelArchitecture, main: str, vae: str) -> dict[str, str]:
+    dtypes = dict.fromkeys((*parts_of(architecture), "transformer_2"), main)
+    # umT5 overflows fp16: its values need bf16's range.
+    dtypes["text_encoder"] = "bf16" if main == "fp16" else main
+    return dtypes | {"vae": vae, "image_encoder": "fp32"}
+
+
+def main_dtype(
+    architecture: ModelArchitecture, workload: Workload, system: SystemResources,
+    requested: OptimizationConfig, limits: Limits,
+) -> tuple[str, str]:  # fmt: skip
+    """Return the transformer's dtype and the reason for it."""
+    stored = architecture.weight_kind if architecture.weight_kind in ("fp32", "fp16") else "bf16"
+    if requested.precision == "stored":
+        return stored, f"precision {stored}: as the file stores it"
+    if requested.precision != "auto":
+        return requested.precision, f"precision {requested.precision}: asked for"
+    if system.device_kind != "cpu":
+        if system.supports_bf16:
+            return "bf16", f"precision bf16: {system.device_name} computes in it natively"
+        return "fp16", f"precision fp16: {system.device_name} has no bf16 units"
+    wide = Choices(dtypes=_dtypes(architecture, "fp32", "fp32"), offload="model")
+    needed = estimate(architecture, workload, wide, system, available=limits.device)
+    if needed.fits or stored == "fp32":
+        return "fp32", "precision fp32: a CPU is faster and more exact in it"
+    return stored, (
+        f"precision {stored}, as the file stores it: fp32 would need "
+        f"{needed.peak_usage_mb / 1024:.1f} GiB of RAM"
+    )

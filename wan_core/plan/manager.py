@@ -1,0 +1,274 @@
+"""Decides how a job is run on this machine: a pure function of model, job, machine and wishes.
+
+A ladder of plans is gone through from the fastest to the smallest; the first that fits is taken,
+and every decision comes with its reason in words. Nothing is allocated and no weight is read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from dataclasses import replace
+from types import MappingProxyType
+from typing import TYPE_CHECKING
+
+from ..config import GIB, MIB, MemoryEstimate
+from ..errors import DoesNotFit
+from ..memory import Choices, Workload
+from ..models import ModelArchitecture
+from .config import OptimizationConfig
+from .fits import (
+    MOST_FRAMES,
+    frames_text,
+    largest_size,
+    largest_that_fits,
+    longest,
+    windows_that_fit,
+)
+from .ladder import ABILITIES, Candidate, Limits, best, ladder, main_dtype
+from .plan import OptimizationPlan
+from .reasons import reasons_for
+
+if TYPE_CHECKING:
+    from ..memory import SystemResources
+
+
+class Planner:
+    """Looks at the machine and recommends a plan.
+
+    ``abilities`` says what the plan may use beside placements, because it can be carried out:
+    "lean" and "rows" (the lean forward), "stream" (blocks), "fp8" (storage).
+    """
+
+    def __init__(self, abilities: Collection[str] = ABILITIES) -> None:
+        self.abilities = frozenset(abilities)
+
+    def analyze_system_resources(
+        self, device: str | None = None, *, evictable_bytes: int = 0, ram_evictable_bytes: int = 0
+    ) -> SystemResources:
+        """Return what this machine has; see ``hardware.system_resources``."""
+        from ..memory import system_resources
+
+        return system_resources(
+            device, evictable_bytes=evictable_bytes, ram_evictable_bytes=ram_evictable_bytes
+        )
+
+    def recommend_optimizations(
+        self,
+        architecture: ModelArchitecture,
+        workload: Workload,
+        system: SystemResources,
+        requested: OptimizationConfig | None = None,
+    ) -> OptimizationPlan:
+        """Return the fastest plan that fits and that ``requested`` allows.
+
+        A choice the user made is kept. Raises DoesNotFit with the bytes needed and available and
+        the largest clip that would fit; InvalidRequest where the device has less than
+        ``min_vram_mb``.
+        """
+        requested = requested or OptimizationConfig()
+        requested.check_device(system)
+        limits = Limits.of(system, requested)
+        weighed: list[Candidate] = []
+        for candidates in ladder(architecture, workload, system, requested, limits, self.abilities):
+            chosen = best(candidates, limits)
+            if chosen is not None:
+                return _plan(architecture, workload, system, requested, limits, chosen, candidates)
+            weighed += candidates
+        smallest = _smallest(weighed, limits)
+        if not _obeyed(smallest.estimate, system, requested):
+            raise self._does_not_fit(architecture, workload, system, requested, smallest, limits)
+        told = replace(smallest, estimate=_with_warning(smallest.estimate, limits))
+        return _plan(architecture, workload, system, requested, limits, told, [])
+
+    def estimate(
+        self,
+        architecture: ModelArchitecture,
+        workload: Workload,
+        system: SystemResources,
+        requested: OptimizationConfig | None = None,
+    ) -> MemoryEstimate:
+        """Return what the recommended plan needs; where none fits, the smallest one's needs.
+
+        Like ``recommend_optimizations``, but a job that does not fit is an estimate with
+        ``fits`` False and the explanation among its warnings.
+        """
+        try:
+            return self.recommend_optimizations(architecture, workload, system, requested).estimate
+        except DoesNotFit as error:
+            requested = requested or OptimizationConfig()
+            limits = Limits.of(system, requested)
+            tiers = ladder(architecture, workload, system, requested, limits, self.abilities)
+            least = _smallest(
+                [candidate for candidates in tiers for candidate in candidates], limits
+            ).estimate
+            return replace(least, fits=False, warnings=(*least.warnings, str(error)))
+
+    def smaller_plan(
+        self,
+        architecture: ModelArchitecture,
+        workload: Workload,
+        system: SystemResources,
+        requested: OptimizationConfig,
+        current: OptimizationPlan,
+        stage: str,
+    ) -> OptimizationPlan | None:
+        """Return the fastest plan whose ``stage`` needs less than ``current``'s, or None.
+
+        For a run that ran out of memory in ``stage`` and goes on from there: the transformers'
+        dtype and the windows stay, and a placement the user chose is given up rather than the
+        render. Reality was above the estimate, so a tenth less than the estimate is aimed at.
+        """
+        forward = "auto" if requested.forward in ("diffusers", "lean") else requested.forward
+        requested = replace(requested, offload="auto", resident_blocks=None, forward=forward)
+        limits = Limits.of(system, requested)
+        most = _stage_bytes(current.estimate, stage)
+        limits = replace(limits, stages=((stage, int(most * 0.9)),))
+        for candidates in ladder(architecture, workload, system, requested, limits, self.abilities):
+            less = [
+                candidate
+                for candidate in candidates
+                if _goes_on(candidate.choices, workload, current)
+                and _stage_bytes(candidate.estimate, stage) < most
+                and candidate.estimate.host_ram_mb * MIB <= limits.ram
+            ]
+            chosen = best(less, limits) or min(
+                less, key=lambda candidate: candidate.timing.step, default=None
+            )
+            if chosen is not None:
+                return _plan(architecture, workload, system, requested, limits, chosen, less)
+        return None
+
+    def what_fits(
+        self,
+        architecture: ModelArchitecture,
+        workload: Workload,
+        system: SystemResources,
+        requested: OptimizationConfig | None = None,
+    ) -> str:
+        """Name the longest clip of the job's size and the largest size of its length that fit.
+
+        Looks at up to 1,025 frames and at up to four times the width.
+        """
+        requested = requested or OptimizationConfig()
+        fits = self._fits(architecture, system, requested, Limits.of(system, requested))
+        long = longest(replace(workload, num_frames=MOST_FRAMES), fits)
+        multiple = architecture.size_multiple
+        wide = replace(workload, width=4 * workload.width + multiple, height=4 * workload.height)
+        size = largest_size(wide, multiple, fits)
+        found = (
+            [] if long is None else [f"{frames_text(long)} at {workload.width}x{workload.height}"]
+        )
+        if size is not None:
+            found.append(f"{frames_text(workload.num_frames)} at {size[0]}x{size[1]}")
+        return f"At most {' or '.join(found)}." if found else "No length or size fits."
+
+    def _fits(
+        self,
+        architecture: ModelArchitecture,
+        system: SystemResources,
+        requested: OptimizationConfig,
+        limits: Limits,
+    ) -> Callable[[Workload], bool]:
+        def fits(workload: Workload) -> bool:
+            tiers = ladder(architecture, workload, system, requested, limits, self.abilities)
+            return any(best(candidates, limits) is not None for candidates in tiers)
+
+        return fits
+
+    def _does_not_fit(
+        self, architecture: ModelArchitecture, workload: Workload, system: SystemResources,
+        requested: OptimizationConfig, smallest: Candidate, limits: Limits,
+    ) -> DoesNotFit:  # fmt: skip
+        fits = self._fits(architecture, system, requested, limits)
+        needed, there = smallest.reserved, limits.device
+        where = "RAM" if system.device_kind == "cpu" else system.device_name
+        if needed <= there:  # it is the RAM that is short
+            needed, there = int(smallest.estimate.host_ram_mb * MIB), limits.ram
+            where = "RAM"
+        title = architecture.variant.title
+        return DoesNotFit(
+            f"{frames_text(workload.num_frames)} of {workload.width}x{workload.height} with {title} need "
+            f"{needed / GIB:.1f} GiB (stage {smallest.stage}) in the smallest way there is, and "
+            f"{there / GIB:.1f} GiB of {where} can be used{limits.why}. "
+            + largest_that_fits(workload, architecture.size_multiple, fits)
+            + windows_that_fit(workload, fits),
+            needed_bytes=needed,
+            available_bytes=there,
+        )
+
+
+def _stage_bytes(found: MemoryEstimate, stage: str) -> int:
+    """Bytes a stage takes on the device; a stage the estimate does not name counts as the peak."""
+    named = {known.name: known.device_bytes for known in found.stages}
+    return named.get(stage, max(named.values(), default=0))
+
+
+def _goes_on(choices: Choices, workload: Workload, current: OptimizationPlan) -> bool:
+    """Say whether steps made as ``choices`` say belong to the video that ``current`` began."""
+    same = choices.dtypes["transformer"] == current.choices.dtypes["transformer"]
+    same = same and choices.fp8_storage == current.choices.fp8_storage
+    # What rounds otherwise is taken once, and kept: back and forth would equal neither way.
+    same = same and choices.by_rows >= current.choices.by_rows
+    same = same and (choices.dtypes["vae"] != "fp32" or current.choices.dtypes["vae"] == "fp32")
+    return (
+        same and (choices.window_frames or workload.window_frames) == current.choices.window_frames
+    )
+
+
+def _smallest(candidates: list[Candidate], limits: Limits) -> Candidate:
+    """Return the way that comes closest to fitting: first within the device, then the RAM."""
+    return min(
+        candidates,
+        key=lambda candidate: (
+            max(candidate.reserved, limits.device),
+            candidate.estimate.host_ram_mb,
+        ),
+    )
+
+
+def _obeyed(found: MemoryEstimate, system: SystemResources, requested: OptimizationConfig) -> bool:
+    """Say whether a placement that was asked for is tried although it seems not to fit.
+
+    An estimate can be wrong by less than what others hold on the device; beyond the device's
+    own size, or a cap, there is nothing to try.
+    """
+    if requested.placement == "auto" or requested.vram_limit_gb or requested.ram_limit_gb:
+        return False
+    return found.peak_usage_mb * MIB <= system.device_total_bytes
+
+
+def _with_warning(found: MemoryEstimate, limits: Limits) -> MemoryEstimate:
+    text = (
+        f"{found.peak_usage_mb / 1024:.1f} GiB are expected to be needed and "
+        f"{limits.device / GIB:.1f} GiB can be used; run all the same because the offload was "
+        "asked for. Choose offload 'auto' if memory runs out."
+    )
+    return replace(found, fits=False, warnings=(*found.warnings, text))
+
+
+def _plan(
+    architecture: ModelArchitecture, workload: Workload, system: SystemResources,
+    requested: OptimizationConfig, limits: Limits, candidate: Candidate, others: list[Candidate],
+) -> OptimizationPlan:  # fmt: skip
+    choices = candidate.choices
+    _, precision = main_dtype(architecture, workload, system, requested, limits)
+    why = reasons_for(architecture, workload, system, requested, limits, candidate, others)
+    reasons = (precision, *why)
+    windows = choices.window_frames or workload.window_frames
+    return OptimizationPlan(
+        device=system.device,
+        choices=replace(
+            choices,
+            dtypes=MappingProxyType(dict(choices.dtypes)),
+            part_offload=MappingProxyType(dict(choices.part_offload)),
+            window_frames=windows,
+        ),
+        estimate=replace(candidate.estimate, reasons=reasons),
+        reasons=reasons,
+        tier=candidate.tier,
+        step_seconds=candidate.timing.step,
+        seconds=candidate.timing.total,
+        compute_bound=candidate.timing.compute_bound,
+        paced=system.calibration.paced,
+        pin_limit=None if requested.ram_limit_gb is None else limits.ram,
+    )

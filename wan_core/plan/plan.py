@@ -1,0 +1,91 @@
+"""What was decided: a plan, with the estimate and the reasons that go with it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ..config import MemoryEstimate
+from ..memory import STREAM_BUFFERS, Choices
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OptimizationPlan:
+    """How a job is run. ``estimate`` is what it is expected to need when run like this."""
+
+    device: str
+    choices: Choices
+    """What the plan decides: precision, placement, forward, windows. Readable as the plan's own
+    attributes too: ``plan.lean`` is ``plan.choices.lean``."""
+    estimate: MemoryEstimate
+    reasons: tuple[str, ...] = ()
+    tier: int = 0
+    """0 changes no bit of the result; higher tiers change more (see ``reasons``)."""
+    step_seconds: float = 0.0
+    """Predicted from operations and bus, to compare plans with."""
+    seconds: float = 0.0
+    pin_limit: int | None = None
+    """Most bytes of RAM to page-lock, where the user limits the RAM."""
+    paced: bool = False
+    """Whether ``step_seconds`` follows the pace of earlier runs on this machine."""
+    compute_bound: bool = True
+    """Whether a step's transfers hide behind its compute."""
+
+    def __getattr__(self, name: str) -> Any:
+        # Only for names that the plan itself does not have. Private ones are not looked up: copy
+        # and pickle ask for some before ``choices`` is there.
+        if name == "choices" or name.startswith("_"):
+            raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
+        return getattr(self.choices, name)
+
+    def with_choices(self, **changes: Any) -> OptimizationPlan:
+        """Return this plan with some of its choices changed; the estimate stays what it was."""
+        return replace(self, choices=replace(self.choices, **changes))
+
+    def pin_bytes(self, budget: int) -> int:
+        """Return how much of the machine's budget for page-locked memory may be used."""
+        return budget if self.pin_limit is None else min(budget, self.pin_limit)
+
+    def blocks_and_buffers(self, part: str) -> tuple[int, int]:
+        """Return how many blocks of a streamed part stay on the device, and the buffers' number."""
+        if not part.startswith("transformer"):
+            return 0, STREAM_BUFFERS
+        return self.choices.resident_blocks or 0, self.choices.stream_buffers
+
+    @property
+    def precision(self) -> str:
+        """Return the dtype the transformer computes in."""
+        return self.choices.dtypes["transformer"]
+
+    @property
+    def applied(self) -> tuple[str, ...]:
+        """Return what was chosen, in short words for a report."""
+        choices = self.choices
+        words = [f"precision {self.precision}", f"vae {choices.dtypes['vae']}"]
+        words.append(f"offload {choices.offload}")
+        words += [f"{part} {how}" for part, how in choices.part_offload.items() if how != "model"]
+        if choices.stream:
+            words.append(f"{choices.resident_blocks} blocks resident, the rest streamed")
+            words += ["one at a time"] * (choices.stream_buffers == 1)
+        words += ["lean forward"] * choices.lean + ["products by rows"] * choices.by_rows
+        words += ["decode's cache in RAM"] * choices.cache_in_ram
+        words += ["fp8 storage"] * choices.fp8_storage
+        if choices.window_frames is not None:
+            words.append(
+                f"windows of {choices.window_frames} frames, {choices.window_overlap} shared"
+            )
+        return tuple(words)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values, ready for JSON: the choices beside the plan's own fields."""
+        choices = {name: getattr(self.choices, name) for name in self.choices.__slots__}
+        own = ("choices", "estimate", "reasons")
+        plain = {name: getattr(self, name) for name in self.__slots__ if name not in own}
+        return {
+            **choices,
+            **plain,
+            "dtypes": dict(self.choices.dtypes),
+            "part_offload": dict(self.choices.part_offload),
+            "reasons": list(self.reasons),
+            "estimate": self.estimate.to_dict(),
+        }

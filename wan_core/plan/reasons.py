@@ -1,0 +1,141 @@
+"""Why a plan is what it is, in words: one sentence for each decision."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ..config import GIB
+from ..memory import Choices, Workload
+from ..models import ModelArchitecture, block_bytes
+from .config import OptimizationConfig
+from .ladder import Candidate, Limits
+from .timing import reads_from_disk, stream_seconds
+
+if TYPE_CHECKING:
+    from ..memory import SystemResources
+
+_OFFLOAD_TEXT = {
+    "none": "offload none: every part stays on the device",
+    "model": "offload model: one part on the device at a time",
+    "sequential": "offload sequential: one layer of the transformer on the device at a time (slow)",
+    "group": "offload group: one block of the transformer at a time, by diffusers' hooks",
+    "stream": "blocks streamed: the other parts on the device one at a time",
+}
+_PIECES = {"sequential": "layer by layer", "stream": "block by block"}
+
+
+def reasons_for(
+    architecture: ModelArchitecture, workload: Workload, system: SystemResources,
+    requested: OptimizationConfig, limits: Limits, chosen: Candidate, others: list[Candidate],
+) -> tuple[str, ...]:  # fmt: skip
+    """Return a sentence per decision; ``others`` are the ways that were weighed in its tier."""
+    choices = chosen.choices
+    reasons = [_vae(choices, system), _placement(requested, limits, system, chosen, others)]
+    if choices.stream:
+        reasons.append(_streaming(architecture, workload, system, choices))
+    for part, how in choices.part_offload.items():
+        if how in _PIECES:
+            name = part.replace("_", " ")
+            reasons.append(f"{name} {_PIECES[how]}: it does not fit as a whole, and works briefly")
+    if choices.lean:
+        asked = "; asked for" if requested.forward == "lean" else ""
+        reasons.append(f"lean forward: fewer hidden states alive, equal bits{asked}")
+    if choices.by_rows:
+        asked = "; asked for" if requested.forward == "lean_rows" else ""
+        reasons.append(f"products cut by rows and heads: less memory; changes rounding only{asked}")
+    if choices.cache_in_ram:
+        reasons.append("decode's feature cache in RAM: it does not fit beside a frame; equal bits")
+    if choices.fp8_storage:
+        ram = f"nothing larger fits the card and {limits.ram / GIB:.1f} GiB of RAM"
+        asked = "asked for" if requested.fp8_storage == "always" else ram
+        reasons.append(
+            f"fp8 storage: half the bytes of the blocks; changes the result slightly; {asked}"
+        )
+    if choices.window_frames is not None:
+        allowed = (
+            "longer than the model's own length" if requested.chunk_size is None else "allowed"
+        )
+        reasons.append(
+            f"windows of {choices.window_frames} frames, {allowed}: the whole clip does not fit; "
+            "they change the result"
+        )
+    elif workload.window_frames is not None:
+        reasons.append(f"windows of {workload.window_frames} frames: asked for")
+    elif workload.num_frames > (own := architecture.variant.defaults.num_frames):
+        reasons.append(
+            f"no windows: all {workload.num_frames} frames fit at once. The model was trained on "
+            f"{own}; windows of that length may look better"
+        )
+    if system.device_kind != "cpu":
+        reasons.append(
+            f"about {_seconds(chosen.timing.step)} a step and {_seconds(chosen.timing.total)} for "
+            f"{workload.steps} steps ({_origin(system)})"
+        )
+    return (*reasons, *system.notes)
+
+
+def _origin(system: SystemResources) -> str:
+    if system.calibration.runs:
+        return "by the pace of earlier runs on this machine"
+    return "computed from operations and bus, not measured"
+
+
+def _vae(choices: Choices, system: SystemResources) -> str:
+    dtype = choices.dtypes["vae"]
+    if system.wasteful_half_conv3d:
+        return (
+            f"vae {dtype}: this torch and cuDNN take many times the memory in half precision "
+            "(pytorch issue 166643); a newer torch does not"
+        )
+    if dtype == "fp32":
+        return "vae fp32: as published, and there is room for it"
+    return f"vae {dtype}: no plan with fp32 fits; changes rounding only"
+
+
+def _placement(
+    requested: OptimizationConfig, limits: Limits, system: SystemResources, chosen: Candidate,
+    others: list[Candidate],
+) -> str:  # fmt: skip
+    choices = chosen.choices
+    text = _OFFLOAD_TEXT[choices.offload_of("transformer")]
+    if requested.placement != "auto":
+        return f"{text}; asked for"
+    usable = f"{limits.device / GIB:.1f} GiB of {system.device_name or system.device}{limits.why}"
+    faster: dict[str, float] = {}
+    for candidate in others:
+        if not limits.admit(candidate.estimate) and candidate.timing.step <= chosen.timing.step:
+            how = candidate.choices.offload_of("transformer")
+            name = "streaming" if how == "stream" else how
+            need = candidate.reserved / GIB
+            faster[name] = min(need, faster.get(name, need))
+    if not faster:
+        return f"{text}; it fits into {usable}"
+    needs = ", ".join(f"{name} would need {need:.1f} GiB" for name, need in faster.items())
+    return f"{text}; {usable} can be used and {needs}"
+
+
+def _streaming(
+    architecture: ModelArchitecture, workload: Workload, system: SystemResources, choices: Choices
+) -> str:
+    shape = architecture.transformer
+    dtype = choices.dtypes["transformer"]
+    block = block_bytes(shape, dtype, fp8=choices.fp8_storage)
+    moved = shape.layers - (choices.resident_blocks or 0)
+    seconds = stream_seconds(architecture, workload, choices, system, passes=1)
+    text = (
+        f"{choices.resident_blocks} of {shape.layers} blocks stay, {moved} of {block / GIB:.2f} "
+        f"GiB come over the bus ({seconds:.1f} s) "
+    )
+    if choices.stream_buffers == 1:
+        text += "one at a time: the next has no room beside the one that computes"
+    else:
+        text += "while others compute"
+    if reads_from_disk(architecture, choices, system):
+        text += "; RAM cannot hold them, so every step reads them from the file"
+    return text
+
+
+def _seconds(value: float) -> str:
+    if value >= 120:
+        return f"{value / 60:.0f} min"
+    return f"{value:.1f} s" if value < 10 else f"{value:.0f} s"

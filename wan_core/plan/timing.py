@@ -1,0 +1,202 @@
+"""How long a job takes, roughly: operations over a device's rate, bytes over the bus.
+
+Made to compare plans on one machine, where its errors cancel; as a forecast it is good to a
+factor of two until a run has been measured. Standard library only.
+
+Operations of a Wan forward: 2 per weight and token in the blocks, 4 L^2 d in self attention and
+4 L 512 d in cross attention. Rates: dense half-precision throughput per multiprocessor and clock
+(NVIDIA's architecture white papers) times the share that reported runs reach: one 14B forward at
+480x832x81 takes 4.60 s on an H100 (huggingface/diffusers issue 11605), two take 30.5 s on a 4090D
+(LightX2V's README).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from math import ceil
+from typing import TYPE_CHECKING
+
+from ..memory import Choices, Workload, latent_size, window_latents, window_tokens
+from ..models import (
+    TEXT_TOKENS,
+    ModelArchitecture,
+    block_bytes,
+    block_parameters,
+    part_bytes,
+    parts_of,
+)
+
+if TYPE_CHECKING:
+    from ..memory import SystemResources
+
+_RATES = {
+    (7, 5): (1024, 1.5e9, 0.40),
+    (8, 0): (2048, 1.41e9, 0.45),
+    (8, 6): (512, 1.7e9, 0.80),
+    (8, 9): (512, 2.5e9, 0.75),
+    (9, 0): (4096, 1.75e9, 0.39),
+    (10, 0): (8192, 1.9e9, 0.35),
+    (12, 0): (512, 2.4e9, 0.75),
+}
+"""Per compute capability: half-precision operations per multiprocessor and clock, clocks per
+second, and the share of both that a Wan forward reaches in eager PyTorch."""
+_OTHER_GPU = 3e13  # operations per second where the architecture is not known
+_CPU_CORE = 3e10
+_FP32_SHARE = 0.25
+"""Share of the half-precision rate in fp32, with the tensor cores' TF32 off."""
+_PAGEABLE = 0.4
+"""Share of the bus that copies from pageable memory reach."""
+_DISK = 1.5e9
+"""Bytes per second read from a file that RAM cannot hold."""
+_LAYER_LATENCY = 1e-3
+"""Seconds per layer that hooks and a synchronous copy cost in sequential offload."""
+_LAYERS_PER_BLOCK = 14
+_CAST_COST = 1.03
+_ROWS_COST = 1.04
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """Seconds: of one denoising step (the mean over the experts) and of the whole job."""
+
+    step: float
+    total: float
+    compute_bound: bool = True
+    """Whether transfers hide behind the compute of a step."""
+
+
+def forward_operations(
+    architecture: ModelArchitecture, workload: Workload, choices: Choices
+) -> float:
+    """Return the floating point operations of one pass of the transformer over all windows."""
+    shape = architecture.transformer
+    frames, height, width = latent_size(architecture, workload)
+    window = window_latents(workload, choices, frames)
+    tokens = window_tokens(shape, window, height, width)
+    weights = block_parameters(shape)[0] - 2 * shape.dim**2  # text keys and values aside
+    attention = 4.0 * tokens * tokens * shape.dim + 4.0 * tokens * TEXT_TOKENS * shape.dim
+    once = shape.layers * (2.0 * weights * tokens + attention) * workload.batch_size
+    return once * _windows(workload, choices, frames, window)
+
+
+def windows_per_step(architecture: ModelArchitecture, workload: Workload, choices: Choices) -> int:
+    """Return how many windows the denoiser goes through in one step: as often come the weights."""
+    frames, _, _ = latent_size(architecture, workload)
+    return _windows(workload, choices, frames, window_latents(workload, choices, frames))
+
+
+def _windows(workload: Workload, choices: Choices, frames: int, window: int) -> int:
+    if window >= frames:
+        return 1
+    overlap = choices.window_overlap if choices.window_frames else workload.window_overlap
+    stride = max(1, window - -(-overlap // 4))
+    return 1 + -(-(frames - window) // stride)
+
+
+def device_rate(system: SystemResources, dtype: str) -> float:
+    """Return the operations per second that eager PyTorch may reach."""
+    if system.device_kind == "cpu":
+        return _CPU_CORE * 4
+    rate = _OTHER_GPU
+    capability = system.compute_capability
+    if capability is not None and system.multiprocessors:
+        older = [known for known in _RATES if known <= capability]
+        per_clock, clock, share = _RATES[max(older, default=min(_RATES))]
+        rate = system.multiprocessors * per_clock * clock * share
+    return rate * (_FP32_SHARE if dtype == "fp32" else 1.0)
+
+
+def timing(
+    architecture: ModelArchitecture, workload: Workload, choices: Choices, system: SystemResources
+) -> Timing:
+    """Return what ``workload`` takes when it is run as ``choices`` say."""
+    dtype = choices.dtypes["transformer"]
+    compute = forward_operations(architecture, workload, choices) / device_rate(system, dtype)
+    compute *= _CAST_COST if choices.fp8_storage else 1.0
+    compute *= _ROWS_COST if choices.by_rows else 1.0
+    compute *= system.calibration.pace
+    second = workload.guidance_low if architecture.two_experts else workload.guidance_high
+    guided = (workload.guidance_high, second)
+    steps = [_step(architecture, workload, choices, system, compute, 2 if g else 1) for g in guided]
+    step = sum(steps) / len(steps)
+    bound = step <= compute * sum(2 if g else 1 for g in guided) / len(guided)
+    return Timing(step, step * workload.steps + _moves(architecture, choices, system), bound)
+
+
+def _step(
+    architecture: ModelArchitecture, workload: Workload, choices: Choices, system: SystemResources,
+    compute: float, passes: int,
+) -> float:  # fmt: skip
+    """One step: with streaming, what does not hide behind the other of bus and compute."""
+    how = choices.offload_of("transformer")
+    if how in ("stream", "group"):
+        arriving = stream_seconds(architecture, workload, choices, system, passes)
+        if choices.stream_buffers == 1:  # nothing hides
+            return passes * compute + arriving
+        return max(passes * compute, arriving)
+    if how != "sequential":
+        return passes * compute
+    bytes_moved = part_bytes(architecture, "transformer", choices.dtypes["transformer"])
+    copy = bytes_moved / _rate(architecture, choices, system, _PAGEABLE)
+    hooks = architecture.transformer.layers * _LAYERS_PER_BLOCK * _LAYER_LATENCY
+    return passes * (compute + windows_per_step(architecture, workload, choices) * (copy + hooks))
+
+
+def stream_seconds(
+    architecture: ModelArchitecture, workload: Workload, choices: Choices, system: SystemResources,
+    passes: int,
+) -> float:  # fmt: skip
+    """Return the seconds that streamed blocks take to arrive in one step of so many passes."""
+    shape, dtype = architecture.transformer, choices.dtypes["transformer"]
+    moved = shape.layers - min(choices.resident_blocks or 0, shape.layers)
+    block = block_bytes(shape, dtype, fp8=choices.fp8_storage)
+    # The lean forward takes both passes along; not so between diffusers' group hooks.
+    trips = 1 if choices.lean else passes
+    trips *= windows_per_step(architecture, workload, choices)
+    return trips * moved * block / _rate(architecture, choices, system)
+
+
+def _rate(
+    architecture: ModelArchitecture, choices: Choices, system: SystemResources, share: float = 1.0
+) -> float:
+    """Return the bytes per second at which weights arrive, by a share of the bus or from disk."""
+    bus = system.bus_bytes_per_second * share
+    return min(bus, _DISK) if reads_from_disk(architecture, choices, system) else bus
+
+
+def reads_from_disk(
+    architecture: ModelArchitecture, choices: Choices, system: SystemResources
+) -> bool:
+    """Say whether a transformer's weights are more than RAM holds, so that steps read the file."""
+    dtype = choices.dtypes["transformer"]
+    nbytes = part_bytes(architecture, "transformer", dtype, fp8=choices.fp8_storage)
+    return nbytes > system.ram_available_bytes + system.ram_evictable_bytes
+
+
+def blocks_that_hide_the_bus(
+    architecture: ModelArchitecture, workload: Workload, choices: Choices, system: SystemResources
+) -> int:
+    """Return how many resident blocks leave the bus idle half of a step, rates being uncertain."""
+    dtype = choices.dtypes["transformer"]
+    compute = forward_operations(architecture, workload, choices) / device_rate(system, dtype)
+    compute *= system.calibration.pace
+    passes = 1 + (
+        workload.guidance_high and (workload.guidance_low or not architecture.two_experts)
+    )
+    none = replace(choices, resident_blocks=0)
+    busy = stream_seconds(architecture, workload, none, system, passes)
+    layers = architecture.transformer.layers
+    return max(0, ceil(layers * (1 - passes * compute / (2 * busy))))
+
+
+def _moves(architecture: ModelArchitecture, choices: Choices, system: SystemResources) -> float:
+    """Seconds spent on bringing whole parts to the device once a job."""
+    total = 0.0
+    for part in parts_of(architecture):
+        offload = choices.offload_of(part)
+        if offload == "none":
+            continue
+        nbytes = part_bytes(architecture, part, choices.dtypes.get(part) or "bf16")
+        slow = 2 if offload == "sequential" else 1
+        total += slow * nbytes / (system.bus_bytes_per_second * _PAGEABLE)
+    return total

@@ -1,0 +1,45 @@
+"""A job carried out, from a path to an mp4: the public API of this library.
+
+In: a model path and a ``GenerationConfig``. Out: a ``VideoGenerationResult``. Stages, recovery from
+memory shortages, the crash journal, video files and the report. Names are resolved on first use.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ..lazy import lazy_names
+
+if TYPE_CHECKING:
+    from .audio import read_audio
+    from .diffusers_pipeline import PipelineManager
+    from .journal import Journal
+    from .loader import WanPipelineLoader
+    from .pipeline import WanPipelineWrapper
+    from .report import Timeline, format_report, versions
+    from .video import contact_sheet
+
+__getattr__ = lazy_names(
+    __name__,
+    {
+        "audio": ("read_audio",),
+        "diffusers_pipeline": ("PipelineManager",),
+        "journal": ("Journal",),
+        "loader": ("WanPipelineLoader",),
+        "pipeline": ("WanPipelineWrapper",),
+        "report": ("Timeline", "format_report", "versions"),
+        "video": ("contact_sheet",),
+    },
+)
+
+__all__ = [
+    "Journal",
+    "PipelineManager",
+    "Timeline",
+    "WanPipelineLoader",
+    "WanPipelineWrapper",
+    "contact_sheet",
+    "format_report",
+    "read_audio",
+    "versions",
+]

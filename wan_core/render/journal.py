@@ -1,0 +1,330 @@
+"""What is needed to continue a render in another process: latents, scheduler state, identity.
+
+A journal is a folder ``root/<key>``, where the key is the hash of everything that decides the
+result. It holds ``identity.json``, two alternating states ``a`` and ``b`` (whatever tears the one
+being written, the other is whole) and, once denoising is over, ``latents``. So it takes at most
+three states, one of them being written, and the latents; a state of a UniPC run is four times
+the latents.
+
+A journal never stops a render: what cannot be read is left with a warning and the render starts
+anew, what cannot be written turns the journal off with a warning. Only ``resume="must"`` raises.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+from ..config import RESUME
+from ..errors import BrokenState, InvalidRequest, JournalMismatch, OutputError
+from ..files import atomic_write
+from .identity import (
+    canonical_json,
+    field_count,
+    identity_differences,
+    identity_key,
+    listed,
+    plain_identity,
+)
+from .journal_files import (
+    DONE,
+    FORMAT,
+    IDENTITY,
+    LOCK,
+    SLOTS,
+    STATES,
+    JournalState,
+    journals,
+    prune,
+    read_identity,
+    read_state,
+    remove_own_files,
+    restore_scheduler,
+    scheduler_state,
+    state_sequence,
+    try_lock,
+    write_state,
+)
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["Journal", "JournalState", "restore_scheduler", "scheduler_state"]
+
+
+DENOISE, LATENTS, DECODE = "denoise", "latents", "decode"
+"""Stages: within the loop; denoising is over; so many units are decoded. A caller may have its
+own names for parts of the loop."""
+
+
+class Journal:
+    """The journal of one render; made by ``Journal.open``, ended by ``finish`` or ``close``.
+
+    ``warnings`` holds a sentence for everything that went wrong or was not used. ``enabled`` is
+    False once nothing is written any more. Use from one thread.
+    """
+
+    def __init__(
+        self, root: str | os.PathLike[str], identity: Mapping[str, object], max_share: float
+    ) -> None:
+        self.identity = plain_identity(identity)
+        self.key = identity_key(self.identity)
+        self.root = Path(root)
+        self.folder = self.root / self.key
+        self.max_share = max_share
+        self.enabled = True
+        self.resuming = False
+        self.warnings: list[str] = []
+        self.saves = 0
+        self.state_bytes = 0
+        self.seconds_spent = 0.0
+        self._seconds_last: float | None = None
+        self._opened = time.monotonic()
+        self._slot = 0
+        self._sequence = 0
+        self._must = False
+        self._lock: IO[bytes] | None = None
+
+    @classmethod
+    def open(
+        cls,
+        root: str | os.PathLike[str],
+        identity: Mapping[str, object],
+        resume: str = "auto",
+        *,
+        max_share: float = 0.01,
+    ) -> Journal:
+        """Open the journal of the render that ``identity`` describes, below ``root``.
+
+        ``root`` is a folder for journals alone. ``identity`` may hold what ``plain_identity``
+        takes. ``max_share`` is the part of the time ``due`` allows for saving; infinity saves
+        after every unit. ``resume``: ``auto`` continues if there is something to continue,
+        ``never`` starts anew, ``must`` raises JournalMismatch if there is nothing, naming what
+        differs from the nearest. Raises InvalidRequest for another ``resume``.
+        """
+        if resume not in RESUME:
+            raise InvalidRequest(
+                f"resume is {resume!r}; allowed: {', '.join(RESUME)}.", field="resume"
+            )
+        journal = cls(root, identity, max_share)
+        journal._must = resume == "must"
+        journal.resuming = resume != "never" and journal._has_state()
+        if journal._must and not journal.resuming:
+            raise JournalMismatch(journal._nothing_to_resume())
+        try:
+            journal._prepare(resume)
+        except (OSError, OutputError) as err:
+            journal._give_up(err)
+        return journal
+
+    # --- states ------------------------------------------------------------------------------
+
+    def load(self) -> JournalState | None:
+        """Return the newest whole state, or None to start anew; warns of every damaged file.
+
+        Raises JournalMismatch where ``resume="must"`` and no state is whole.
+        """
+        if not self.resuming:
+            return None
+        slots = self._slots_newest_first()
+        done = self._read_whole([self.folder / DONE])
+        found = self._read_whole(slots)
+        if done is None and found is not None and found[0].stage == DECODE:
+            # How far a decode came means nothing without the latents; an older state of the
+            # loop may still be there.
+            found = self._read_whole([path for path in slots if path != found[1]])
+            found = found if found is not None and found[0].stage != DECODE else None
+        if found is not None:
+            self._slot = 1 - SLOTS.index(found[1].name)
+        if done is not None:
+            state = JournalState(LATENTS, 0, {}, done[0].scalars)
+            if found is not None and found[0].stage == DECODE:
+                state = found[0]
+            latents = done[0].tensors["latents"]
+            return JournalState(state.stage, state.unit, state.tensors, state.scalars, latents)
+        if found is not None:
+            return found[0]
+        if self._must:
+            raise JournalMismatch(
+                f"No saved state in {str(self.folder)!r} can be used. {' '.join(self.warnings)} "
+                "Use resume='auto' to start anew."
+            )
+        self.warnings.append("No saved state can be used; the render starts anew.")
+        return None
+
+    def due(self) -> bool:
+        """Say whether saving now keeps within ``max_share`` of the time since the opening.
+
+        The first save is always due: it tells what saving costs here. The allowance grows with
+        the time, so a save that is too dear after every unit comes after every few.
+        """
+        if not self.enabled:
+            return False
+        if self._seconds_last is None:
+            return True
+        elapsed = time.monotonic() - self._opened
+        return self.seconds_spent + self._seconds_last <= self.max_share * elapsed
+
+    def save(
+        self,
+        unit: int,
+        tensors: Mapping[str, Tensor],
+        scalars: Mapping[str, Any] | None = None,
+        *,
+        stage: str = DENOISE,
+    ) -> bool:
+        """Keep a state after ``unit`` finished units of ``stage``; True if it is on the disk.
+
+        ``scalars`` is anything JSON holds. A disk that is full or read-only turns the journal
+        off, with a warning; the states before stay as they are.
+        """
+        state = JournalState(stage, unit, dict(tensors), dict(scalars or {}))
+        written = self._write(SLOTS[self._slot], state)
+        if written:
+            self._slot = 1 - self._slot
+        return written
+
+    def latents_done(self, latents: Tensor, scalars: Mapping[str, Any] | None = None) -> bool:
+        """Keep the finished latents: from now on only the decode would be repeated."""
+        return self._write(
+            DONE, JournalState(LATENTS, 0, {"latents": latents}, dict(scalars or {}))
+        )
+
+    def _write(self, name: str, state: JournalState) -> bool:
+        if not self.enabled:
+            return False
+        began = time.monotonic()
+        try:
+            size = write_state(self.folder / name, self.key, self._sequence + 1, state)
+        except (OSError, OutputError) as err:
+            self._give_up(err)
+            return False
+        self._sequence += 1
+        self.saves += 1
+        self.state_bytes = size
+        self._seconds_last = time.monotonic() - began
+        self.seconds_spent += self._seconds_last
+        return True
+
+    def _read_whole(self, paths: list[Path]) -> tuple[JournalState, Path] | None:
+        for path in paths:
+            try:
+                return read_state(path, self.key), path
+            except FileNotFoundError:
+                continue
+            except BrokenState as err:
+                self.warnings.append(f"The saved state {path.name!r} is not used: {err}.")
+        return None
+
+    def _slots_newest_first(self) -> list[Path]:
+        """The states there are; unreadable ones before the others, so that each is warned of."""
+        found = []
+        for name in SLOTS:
+            path = self.folder / name
+            if path.is_file():
+                sequence = state_sequence(path, self.key)
+                self._sequence = max(self._sequence, sequence or 0)
+                found.append((math.inf if sequence is None else sequence, path))
+        return [path for _, path in sorted(found, reverse=True)]
+
+    # --- end ---------------------------------------------------------------------------------
+
+    def finish(self) -> None:
+        """Remove the journal of a finished render; files that are not its own stay."""
+        self.enabled = self.resuming = False
+        if self._lock is None:
+            return
+        with contextlib.suppress(OSError):
+            remove_own_files(self.folder)
+            self.close()
+            (self.folder / LOCK).unlink(missing_ok=True)
+            self.folder.rmdir()
+            self.root.rmdir()
+
+    def close(self) -> None:
+        """Let go of the folder and leave its states for a later run."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def describe(self) -> str:
+        """One line for a report: states, size, seconds, share of the time, folder."""
+        elapsed = max(time.monotonic() - self._opened, 1e-9)
+        return (
+            f"{self.saves} states of {self.state_bytes / 1e6:.1f} MB saved in "
+            f"{self.seconds_spent:.2f} s ({self.seconds_spent / elapsed:.1%} of the time) "
+            f"in {str(self.folder)!r}"
+        )
+
+    def _give_up(self, err: BaseException) -> None:
+        self.enabled = False
+        self.warnings.append(
+            f"The render goes on but is not saved any more, a crash would lose it: {err}"
+        )
+
+    # --- folder ------------------------------------------------------------------------------
+
+    def _has_state(self) -> bool:
+        return any((self.folder / name).is_file() for name in STATES)
+
+    def _prepare(self, resume: str) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._lock = try_lock(self.folder / LOCK)
+        if self._lock is None:
+            reason = f"Another run is making this video with the journal {str(self.folder)!r}"
+            if self._must:
+                raise JournalMismatch(f"{reason}. Wait for it or stop it.")
+            self.enabled = self.resuming = False
+            self.warnings.append(f"{reason}; this run starts anew and keeps none.")
+            return
+        if resume == "never":
+            remove_own_files(self.folder)
+        elif self.resuming:
+            newest = self._slots_newest_first()
+            self._slot = 1 - SLOTS.index(newest[0].name) if newest else 0
+        elif related := self._related():
+            self.warnings.append(related)
+        for left_over in self.folder.glob(".wanfit-*"):
+            left_over.unlink(missing_ok=True)
+        record = {"format": FORMAT, "identity": self.identity}
+        atomic_write(self.folder / IDENTITY, canonical_json(record))
+        with contextlib.suppress(OSError):  # another run may be removing the same ones
+            prune(self.root, self.folder)
+
+    def _nearest(self) -> tuple[str, list[str]] | None:
+        """The other saved render that differs in the fewest fields, and in which."""
+        others = [
+            (folder.name, identity_differences(identity, self.identity))
+            for folder in journals(self.root)
+            if folder != self.folder
+            and any((folder / name).is_file() for name in STATES)
+            and (identity := read_identity(folder)) is not None
+        ]
+        return min(others, key=lambda other: len(other[1]), default=None)
+
+    def _nothing_to_resume(self) -> str:
+        text = f"There is no saved state of this render below {str(self.root)!r}."
+        if nearest := self._nearest():
+            text += f" The nearest, {nearest[0]}, differs in {listed(nearest[1])}."
+        return text + " Give the same inputs as before, or use resume='auto' to start anew."
+
+    def _related(self) -> str | None:
+        """A warning where another render shares most fields: likely one setting was changed."""
+        nearest = self._nearest()
+        if nearest is None or 2 * len(nearest[1]) > field_count(self.identity):
+            return None
+        return (
+            f"The saved render {nearest[0]} is not continued, this one starts anew: it differs in "
+            f"{listed(nearest[1])}."
+        )

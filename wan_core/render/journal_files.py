@@ -1,0 +1,343 @@
+"""What a journal writes: its folder, its lock, and states that are whole or not there at all.
+
+A state is a safetensors file whose metadata holds a JSON text with everything that is not a tensor
+and a checksum over all of it. A journal's folder holds three states, ``identity.json`` and a lock;
+only these are ever removed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+from ..errors import BrokenState, InvalidRequest, JournalMismatch
+from ..files import atomic_write
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+
+import sys
+from collections.abc import Iterator
+from typing import IO
+
+FORMAT = 1
+_SCHEDULER = "scheduler."
+_IN_TENSORS = {"tensor": True}
+_DTYPES = {
+    "float64": "F64",
+    "float32": "F32",
+    "float16": "F16",
+    "bfloat16": "BF16",
+    "int64": "I64",
+    "int32": "I32",
+    "int16": "I16",
+    "int8": "I8",
+    "uint8": "U8",
+    "bool": "BOOL",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class JournalState:
+    """The last whole state: ``unit`` is the number of units of ``stage`` that are finished.
+
+    ``latents`` is set once denoising is over; ``tensors`` and ``scalars`` are as saved, on the
+    CPU.
+    """
+
+    stage: str
+    unit: int
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    scalars: dict[str, Any] = field(default_factory=dict)
+    latents: Tensor | None = None
+
+
+def write_state(path: Path, key: str, sequence: int, state: JournalState) -> int:
+    """Write ``state`` so that ``path`` is whole or unchanged; return the bytes of its tensors.
+
+    Tensors are written from where they lie; only those on a device are copied. The disk takes
+    each of them while its checksum is made; the header, which holds the checksum, comes last.
+    Raises OutputError where the disk is full or not writable, InvalidRequest for a dtype that
+    safetensors files do not have.
+    """
+    head = {"format": FORMAT, "key": key, "sequence": sequence}
+    values = {"stage": state.stage, "unit": state.unit, "scalars": state.scalars}
+    text = json.dumps({**head, **values})
+    # Largest elements first keeps each tensor aligned in a file without holes.
+    ready = {name: t.detach().to("cpu").contiguous() for name, t in state.tensors.items()}
+    names = sorted(ready, key=lambda name: (-ready[name].element_size(), name))
+    header: dict[str, Any] = {}
+    end = 0
+    for name in names:
+        start, end = end, end + ready[name].numel() * ready[name].element_size()
+        header[name] = {
+            "dtype": _dtype_name(name, ready[name]),
+            "shape": list(ready[name].shape),
+            "data_offsets": [start, end],
+        }
+
+    def opening(checksum: int) -> bytes:
+        metadata = {"journal": text, "checksum": f"{checksum:010d}"}  # always of one length
+        found = json.dumps({"__metadata__": metadata, **header}).encode()
+        found += b" " * (-len(found) % 8)
+        return len(found).to_bytes(8, "little") + found
+
+    first = len(opening(0))
+
+    def write(file: BinaryIO) -> None:
+        checksum = zlib.crc32(text.encode())
+        for name in sorted(names):
+            file.seek(first + header[name]["data_offsets"][0])
+            file.write(_bytes_of(ready[name]))
+            _begin_to_store(file)
+            checksum = _add_to_checksum(checksum, name, ready[name])
+        file.seek(0)
+        file.write(opening(checksum))
+
+    # Not safetensors' own save_file: it writes to a temporary file of its own, readable by the
+    # user alone, that a killed process leaves behind under a name nobody looks for.
+    atomic_write(path, write, expected_bytes=first + end)
+    return end
+
+
+def read_state(path: Path, key: str) -> JournalState:
+    """Read the state of the render ``key``; its tensors are copies, so the file may be replaced.
+
+    Raises FileNotFoundError where there is none and BrokenState where it cannot be used.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            head = json.loads(metadata["journal"])
+            if head["format"] != FORMAT:
+                raise BrokenState(f"it has format {head['format']}, this version reads {FORMAT}")
+            if head["key"] != key:
+                raise BrokenState("it belongs to another render")
+            names = list(file.keys())
+            tensors = {name: file.get_tensor(name).clone() for name in names}
+        checksum = zlib.crc32(metadata["journal"].encode())
+        for name in sorted(tensors):
+            checksum = _add_to_checksum(checksum, name, tensors[name])
+        if int(metadata["checksum"]) != checksum:
+            raise BrokenState("its checksum is wrong")
+        return JournalState(head["stage"], head["unit"], tensors, head["scalars"])
+    except FileNotFoundError:
+        raise
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as err:
+        raise BrokenState(f"it is damaged or not a saved state ({err})") from err
+
+
+def state_sequence(path: Path, key: str) -> int | None:
+    """The number a state was written under, from its header; None if it is not one of ``key``."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            head = json.loads((file.metadata() or {})["journal"])
+            ours = head["format"] == FORMAT and head["key"] == key
+            return int(head["sequence"]) if ours else None
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError):
+        return None
+
+
+def scheduler_state(scheduler: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return all a diffusers scheduler remembers between steps, as tensors and plain values.
+
+    Everything in the object but its configuration is taken, so nothing a solver keeps (model
+    outputs, last sample, order, step index) can be missed. The names begin with "scheduler.", to
+    be saved beside the latents. Raises InvalidRequest for a scheduler that keeps other objects.
+    """
+    tensors: dict[str, Tensor] = {}
+    values: dict[str, Any] = {}
+    for name, value in vars(scheduler).items():
+        if name == "_internal_dict":
+            continue
+        if isinstance(value, list):
+            values[name] = [
+                _put(f"{name}.{i}", item, tensors, scheduler) for i, item in enumerate(value)
+            ]
+        else:
+            values[name] = _put(name, value, tensors, scheduler)
+    return tensors, {"scheduler": {"class": type(scheduler).__name__, "values": values}}
+
+
+def restore_scheduler(
+    scheduler: Any, state: JournalState, device: torch.device | str = "cpu"
+) -> None:
+    """Put a saved state into a new scheduler with its timesteps already set.
+
+    Tensors the scheduler does not have yet go to ``device``. Raises JournalMismatch where the
+    class or the sigmas are not those of the saved run.
+    """
+    saved = state.scalars.get("scheduler", {})
+    if saved.get("class") != type(scheduler).__name__:
+        raise JournalMismatch(
+            f"The saved run used the scheduler {saved.get('class')}, this one uses "
+            f"{type(scheduler).__name__}. Choose the same one, or start anew (resume='never')."
+        )
+    for name in ("sigmas", "timesteps"):
+        ours, theirs = getattr(scheduler, name).cpu(), state.tensors.get(_SCHEDULER + name)
+        if theirs is None or not (ours.shape == theirs.shape and bool((ours == theirs).all())):
+            raise JournalMismatch(
+                f"The scheduler's {name} are not those of the saved run: the number of steps or "
+                "the flow shift differs. Set them as before, or start anew (resume='never')."
+            )
+    for name, value in saved["values"].items():
+        # "this_order" appears with the first step; other new names would be methods overwritten.
+        if name not in vars(scheduler) and name != "this_order":
+            continue
+        if isinstance(value, list):
+            items = enumerate(value)
+            restored: Any = [_take(f"{name}.{i}", v, state.tensors, device) for i, v in items]
+        else:
+            present = getattr(scheduler, name, None)
+            place = getattr(present, "device", device)
+            restored = _take(name, value, state.tensors, place)
+        setattr(scheduler, name, restored)
+
+
+def _put(name: str, value: Any, tensors: dict[str, Tensor], scheduler: Any) -> Any:
+    import torch
+
+    if isinstance(value, torch.Tensor):
+        tensors[_SCHEDULER + name] = value
+        return _IN_TENSORS
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    raise InvalidRequest(
+        f"The {type(scheduler).__name__} keeps a {type(value).__name__} in {name}, which cannot be "
+        "saved. Use one of unipc, euler, dpm++2m, or turn the journal off.",
+        field="scheduler",
+    )
+
+
+def _take(name: str, value: Any, tensors: Mapping[str, Tensor], place: Any) -> Any:
+    if value == _IN_TENSORS:
+        return tensors[_SCHEDULER + name].to(place)
+    return value
+
+
+def _dtype_name(name: str, tensor: Tensor) -> str:
+    plain = str(tensor.dtype).removeprefix("torch.")
+    if plain not in _DTYPES:
+        raise InvalidRequest(
+            f"The tensor {name!r} has dtype {plain}, which cannot be saved; convert it to one of "
+            f"{', '.join(_DTYPES)}.",
+            field=name,
+        )
+    return _DTYPES[plain]
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    """The bytes of a contiguous tensor on the CPU, not a copy."""
+    import torch
+
+    return tensor.reshape(-1).view(torch.uint8).numpy().data
+
+
+def _add_to_checksum(total: int, name: str, tensor: Tensor) -> int:
+    total = zlib.crc32(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}".encode(), total)
+    return zlib.crc32(_bytes_of(tensor), total)
+
+
+def _begin_to_store(file: BinaryIO) -> None:
+    """Let the disk take what was written so far without waiting for it, where it can be asked."""
+    file.flush()
+    if hasattr(os, "posix_fadvise"):
+        # Linux begins to write dirty pages it is told are not needed; others do nothing.
+        with contextlib.suppress(OSError):
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+SLOTS = ("a.safetensors", "b.safetensors")
+DONE = "latents.safetensors"
+STATES = (*SLOTS, DONE)
+IDENTITY, LOCK = "identity.json", "lock"
+
+KEEP = 8
+"""Journals of other renders left in a folder; older ones are removed when one is opened."""
+
+_MAX_IDENTITY = 16 << 20
+
+
+def journals(root: Path) -> Iterator[Path]:
+    """The folders below ``root`` that are journals with something in them."""
+    try:
+        folders = sorted(root.iterdir())
+    except OSError:
+        return
+    for folder in folders:
+        named = len(folder.name) == 32 and not set(folder.name) - set("0123456789abcdef")
+        if named and not folder.is_symlink() and (folder / IDENTITY).is_file():
+            yield folder
+
+
+def read_identity(folder: Path) -> dict[str, Any] | None:
+    """The identity a journal was made for, None where it is damaged or of another format."""
+    try:
+        path = folder / IDENTITY
+        if path.stat().st_size > _MAX_IDENTITY:
+            return None
+        record = json.loads(path.read_bytes())
+        identity = record["identity"] if record["format"] == FORMAT else None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+    return identity if isinstance(identity, dict) else None
+
+
+def remove_own_files(folder: Path) -> None:
+    """Remove what a journal wrote into its folder, all but the lock; raises OSError."""
+    for name in (*STATES, IDENTITY):
+        (folder / name).unlink(missing_ok=True)
+    for left_over in folder.glob(".wanfit-*"):
+        left_over.unlink(missing_ok=True)
+
+
+def prune(root: Path, own: Path) -> None:
+    """Remove all but the ``KEEP`` newest journals of other renders, none that a run holds open."""
+    others = [(_touched(folder), folder) for folder in journals(root) if folder != own]
+    for _, folder in sorted(others, reverse=True)[KEEP:]:
+        lock = try_lock(folder / LOCK)
+        if lock is None:
+            continue
+        with lock:
+            remove_own_files(folder)
+        with contextlib.suppress(OSError):
+            (folder / LOCK).unlink()
+            folder.rmdir()
+
+
+def _touched(folder: Path) -> float:
+    paths = (folder / name for name in (*STATES, IDENTITY))
+    return max((path.stat().st_mtime for path in paths if path.is_file()), default=0.0)
+
+
+def try_lock(path: Path) -> IO[bytes] | None:
+    """Open and lock a file until it is closed or the process dies; None if another holds it."""
+    file = open(path, "ab")  # noqa: SIM115  (it stays open as long as the lock is held)
+    try:
+        if sys.platform == "win32":
+            import msvcrt
+
+            file.seek(0)
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        file.close()
+        return None
+    except OSError:
+        return file  # a file system without locks: go on, as before there were any
+    return file

@@ -1,0 +1,295 @@
+"""A job carried out: stages in order, one timeline, a result that says what happened.
+
+Left of the plan (``resolve``, ``recommend_optimizations``) nothing is loaded; ``render`` carries
+the plan out.
+"""
+
+from __future__ import annotations
+
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from statistics import median
+from typing import Any
+
+import torch
+
+from ..config import GenerationConfig, MemoryEstimate, VideoGenerationResult
+from ..errors import DoesNotFit, is_oom
+from ..job import FRAMES_PER_LATENT, Request, latent_frames, plan_windows, resolve, round_up_frames
+from ..loading import ComponentCache
+from ..memory import Calibrations, RunRecord, SystemResources, Workload, forward_name
+from ..models import ModelArchitecture
+from ..plan import OptimizationConfig, OptimizationPlan, Planner
+from .render import Render
+from .report import Timeline, device_bytes, format_report
+from .stages import Callbacks, StageRunner, first_line
+
+_LOCK_WAIT_SECONDS = 0.1
+
+
+class WanPipelineWrapper:
+    """One loaded pipeline: a description of files and wishes; weights live in the cache.
+
+    Made by ``WanPipelineLoader.load_wan_pipeline``. Safe to use from several threads; renders
+    that share a cache run one after the other.
+    """
+
+    def __init__(
+        self,
+        architecture: ModelArchitecture,
+        *,
+        optimization: OptimizationConfig,
+        cache: ComponentCache,
+        keep_components: bool = True,
+    ) -> None:
+        self.architecture = architecture
+        self.optimization = optimization
+        self._cache = cache
+        self._keep = keep_components
+        self._manager = Planner()
+        self._calibrations = Calibrations()
+        self.evictable_bytes = 0
+        """Bytes on the device that the host program (ComfyUI) would free for a run."""
+        self._stats: dict[str, Any] = {"runs": 0, "failed": 0, "seconds": 0.0, "last": None}
+
+    def plan(self, config: GenerationConfig) -> tuple[Request, OptimizationPlan]:
+        """Resolve a job and decide how to run it, from headers alone; loads nothing.
+
+        Raises InvalidRequest for a value that is not allowed and DoesNotFit where no plan fits.
+        """
+        request = resolve(config, self.architecture)
+        optimization = self._optimization_for(config)
+        plan = self._manager.recommend_optimizations(
+            self.architecture, _job(request, config), self._system(optimization), optimization
+        )
+        return request, plan
+
+    def estimate_memory_usage(self, config: GenerationConfig) -> MemoryEstimate:
+        """Say what a job is expected to need, stage by stage, without loading anything.
+
+        Raises InvalidRequest for a value that is not allowed. A job that does not fit is an
+        estimate with ``fits`` False, not an error.
+        """
+        request = resolve(config, self.architecture)
+        optimization = self._optimization_for(config)
+        estimate = self._manager.estimate(
+            self.architecture, _job(request, config), self._system(optimization), optimization
+        )
+        return replace(estimate, warnings=(*estimate.warnings, *request.warnings))
+
+    def what_fits(self, config: GenerationConfig) -> str:
+        """Name the longest clip and the largest size that would fit, in one sentence."""
+        request = resolve(config, self.architecture)
+        optimization = self._optimization_for(config)
+        return self._manager.what_fits(
+            self.architecture, _job(request, config), self._system(optimization), optimization
+        )
+
+    def _optimization_for(self, config: GenerationConfig) -> OptimizationConfig:
+        optimization = self.optimization
+        if config.precision_override is not None:
+            optimization = replace(optimization, precision=config.precision_override)
+        if not config.enable_optimizations:
+            optimization = replace(optimization, offload="none")
+        return optimization
+
+    def _system(self, optimization: OptimizationConfig) -> SystemResources:
+        """Look at the machine; what the cache could let go counts as available."""
+        system = self._manager.analyze_system_resources(optimization.device)
+        on_device, in_ram = self._cache.unused_bytes(system.device)
+        return replace(
+            system,
+            evictable_bytes=on_device + self.evictable_bytes,
+            ram_evictable_bytes=in_ram,
+            calibration=self._calibrations.of(self._calibration_key(system)),
+        )
+
+    def _calibration_key(self, system: SystemResources) -> str:
+        torch_version = f"torch {system.torch_version}"
+        return ", ".join(
+            (system.device_name, system.backend, torch_version, self.architecture.name)
+        )
+
+    def generate(self, config: GenerationConfig) -> VideoGenerationResult:
+        """Make the video. Expected failures are in the result; only an interrupt is raised.
+
+        ``result.frames`` is float32 (num_frames, height, width, 3), 0..1; ``result.latents``
+        are normalised (B, C, T, h, w). What a callback of ``config`` raises comes out unchanged.
+        """
+        result = VideoGenerationResult(success=False)
+        callbacks = Callbacks(config)
+        started = time.perf_counter()
+        error: Exception | None = None
+        try:
+            with _held(self._cache.render_lock, callbacks.check):
+                self._render(config, callbacks, result)
+        except Exception as err:
+            if err is callbacks.raised:
+                raise
+            error = err
+        result.generation_time = time.perf_counter() - started
+        self._finish(result, error)
+        callbacks.tell(result.warnings)
+        return result
+
+    def _render(
+        self, config: GenerationConfig, callbacks: Callbacks, result: VideoGenerationResult
+    ) -> None:
+        request, plan = self.plan(config)
+        render = self._make_render(config, request, plan, callbacks, result)
+        before = self._foreign_bytes(render.stages)
+        render.run()
+        self._learn(plan, render.stages, before)
+
+    def _foreign_bytes(self, stages: StageRunner) -> int:
+        """Return the bytes on a CUDA device that are neither this run's nor the cache's."""
+        if stages.device.type != "cuda":
+            return 0
+        ours, _ = self._cache.unused_bytes(str(stages.device))
+        return max(0, device_bytes(stages.device) - ours)
+
+    def _learn(self, plan: OptimizationPlan, stages: StageRunner, foreign_before: int = 0) -> None:
+        """Keep what a run on CUDA measured; a run that had to step down teaches none."""
+        system = self._manager.analyze_system_resources(plan.device)
+        # Elsewhere the peaks are the process's RAM, not the device's.
+        if system.device_kind != "cuda" or stages.steps_down:
+            return
+        key, steps = self._calibration_key(system), stages.timeline.step_seconds
+        known = self._calibrations.of(key)
+        pace = median(steps) / plan.step_seconds if steps and plan.compute_bound else None
+        record = RunRecord.of(
+            plan.estimate.stages,
+            stages.timeline.stages,
+            forward=forward_name(plan.choices.lean, plan.choices.by_rows),
+            learnt=known.extra_of(plan.choices.lean, plan.choices.by_rows),  # as memory adds it
+            base_bytes=min(foreign_before, self._foreign_bytes(stages)),
+            pace=None if pace is None else known.pace * pace,
+        )
+        if record is not None:
+            self._calibrations.add(key, record)
+
+    def _make_render(
+        self,
+        config: GenerationConfig,
+        request: Request,
+        plan: OptimizationPlan,
+        callbacks: Callbacks | None = None,
+        result: VideoGenerationResult | None = None,
+    ) -> Render:
+        optimization = self._optimization_for(config)
+
+        def smaller(current: OptimizationPlan, stage: str) -> OptimizationPlan | None:
+            return self._manager.smaller_plan(
+                self.architecture,
+                _job(request, config),
+                self._system(optimization),
+                optimization,
+                current,
+                stage,
+            )
+
+        predicted = {stage.name: stage.device_bytes for stage in plan.estimate.stages}
+        stages = StageRunner(
+            architecture=self.architecture,
+            cache=self._cache,
+            keep_components=self._keep,
+            plan=plan,
+            callbacks=callbacks or Callbacks(config),
+            result=result or VideoGenerationResult(success=False),
+            timeline=Timeline(torch.device(plan.device), predicted),
+            smaller_plan=smaller,
+            usual_step=plan.step_seconds if plan.paced else None,
+        )
+        return Render(stages=stages, config=config, request=request)
+
+    def _finish(self, result: VideoGenerationResult, error: Exception | None) -> None:
+        if error is None:
+            result.success = True
+        else:
+            result.error = _explained(error)
+            result.errors.append(str(result.error) or type(result.error).__name__)
+        self._stats["runs"] += 1
+        self._stats["failed"] += not result.success
+        self._stats["seconds"] += result.generation_time
+        self._stats["last"] = result.to_dict()
+
+    def get_generation_stats(self) -> dict[str, Any]:
+        """Return runs, failures, seconds in all, and the last result without its tensors."""
+        return dict(self._stats)
+
+    def preload(self) -> None:
+        """Read every component into the cache now; without a cache there is nothing to keep."""
+        config = GenerationConfig(prompt="", image=object(), num_frames=1, width=64, height=64)
+        if self.architecture.variant.image_input == "none":
+            config.image = None
+        request, plan = self.plan(config)
+        render = self._make_render(config, request, plan)
+        for name in self.architecture.components:
+            if name != "scheduler":
+                with render.stages.component(name):
+                    pass
+
+    def unload(self) -> None:
+        """Forget the components of this process's cache that this pipeline uses."""
+        files = {path for part in self.architecture.components.values() for path in part.files}
+        self._cache.drop({str(path.resolve()) for path in files})
+
+    def report(self, result: VideoGenerationResult) -> str:
+        """Lay a result of this pipeline out as text."""
+        return format_report(result)
+
+
+def _job(request: Request, config: GenerationConfig) -> Workload:
+    return Workload(
+        width=request.width,
+        height=request.height,
+        num_frames=request.num_frames,
+        batch_size=request.batch_size,
+        guidance_high=request.guidance_scale > 1.0,
+        guidance_low=request.guidance_scale_2 > 1.0,
+        window_frames=request.window_frames,
+        window_overlap=_used_overlap(request),
+        window_anchor=request.window_anchor and request.window_mode == "windows",
+        image=config.image is not None,
+        last_image=config.last_image is not None,
+        steps=request.num_inference_steps,
+        return_frames=config.return_frames,
+        encode_text=config.prompt_embeds is None,
+    )
+
+
+def _used_overlap(request: Request) -> int:
+    """Frames that windows of the asked-for length share, if not all of those asked for fit."""
+    if request.window_frames is None:
+        return request.window_overlap
+    endless = request.latent_frames + latent_frames(round_up_frames(request.window_frames))
+    windows = plan_windows(endless, request.window_frames, request.window_overlap)
+    return windows.overlap * FRAMES_PER_LATENT
+
+
+def _explained(error: Exception) -> Exception:
+    """Say what an error means, and let go of the tensors its traceback holds."""
+    oom = is_oom(error)
+    traceback.clear_frames(error.__traceback__)
+    if not oom or isinstance(error, DoesNotFit):
+        return error
+    explained = DoesNotFit(
+        f"Memory ran out during the run ({first_line(error)}). Make the clip shorter or smaller, "
+        "set max_chunk_size, or choose offload 'model' or 'sequential'."
+    )
+    explained.__cause__ = error.with_traceback(None)
+    return explained
+
+
+@contextmanager
+def _held(lock: Any, check: Callable[[], object]) -> Iterator[None]:
+    """Hold ``lock``; an interrupt is looked at while waiting for it."""
+    while not lock.acquire(timeout=_LOCK_WAIT_SECONDS):
+        check()
+    try:
+        yield
+    finally:
+        lock.release()

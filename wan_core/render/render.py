@@ -1,0 +1,463 @@
+"""One render: conditions, noise, steps, frames. The stages' means are in ``stages``.
+
+Nothing is decided here; the plan is carried out, and replaced only when memory runs out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..config import MIB, GenerationConfig
+from ..errors import InvalidRequest
+from ..files import check_target, sweep
+from ..forward import run_together
+from ..job import (
+    Request,
+    StepPlan,
+    WindowPlan,
+    draw_noise,
+    make_scheduler,
+    plan_steps,
+    plan_windows,
+)
+from ..loading import load_scheduler_config
+from ..sampling import (
+    ClipSegments,
+    Conditions,
+    DenoiseState,
+    Expert,
+    Signals,
+    StreamingDecoder,
+    check_given,
+    denoise_steps,
+    denormalize_latents,
+    hold_first_frame,
+    plan_segments,
+    to_frames,
+)
+from .conditions import ConditionMaker
+from .report import device_bytes, device_name, versions
+from .resume import RenderJournal, open_journal
+from .stages import StageRunner
+from .video import VideoWriter
+
+
+@dataclass(slots=True, kw_only=True)
+class Render:
+    """One job on its way; ``run`` fills in the result. Methods stand in the stages' order."""
+
+    stages: StageRunner
+    config: GenerationConfig
+    request: Request
+
+    def run(self) -> None:
+        """Carry the job out. Raises what goes wrong; the result then holds what was finished."""
+        stages, result = self.stages, self.stages.result
+        result.warnings += [*stages.architecture.warnings, *self.request.warnings]
+        result.stages = stages.timeline.stages
+        result.applied_optimizations = list(stages.plan.applied)
+        before = device_bytes(stages.device)
+        try:
+            self._make_way()
+            # Weights made under inference_mode could not be used outside it afterwards.
+            with torch.inference_mode(False), torch.no_grad(), ExitStack() as stack:
+                journal = open_journal(
+                    stack, self.config, self.request, stages.architecture, stages.plan
+                )
+                if journal is None:
+                    self._render(None)
+                    return
+                stages.plan = journal.continued(stages.plan)
+                result.applied_optimizations = list(stages.plan.applied)
+                try:
+                    self._warn(journal.warnings)
+                    self._render(journal)
+                finally:
+                    self._warn(journal.warnings)
+        finally:
+            result.peak_memory_mb = stages.timeline.peak_bytes / MIB
+            result.memory_used_mb = max(0, device_bytes(stages.device) - before) / MIB
+
+    def _make_way(self) -> None:
+        """Look at every target, and sweep its folder, before anything is loaded."""
+        for path in self._output_paths(self.request.batch_size):
+            check_target(path)
+            sweep(path.parent)
+
+    def _warn(self, warnings: Sequence[str]) -> None:
+        """Add the warnings that the result has not got yet; the job is told after the next step."""
+        result = self.stages.result
+        result.warnings += [text for text in warnings if text not in result.warnings]
+
+    def _render(self, journal: RenderJournal | None) -> None:
+        result = self.stages.result
+        self._describe()
+        self.stages.callbacks.tell(result.warnings)
+        latents = None if journal is None else journal.finished_latents
+        if latents is None:
+            latents = self._sample(journal)
+        else:
+            result.metadata["resumed"] = "the denoising was finished; only decoded"
+        # Safe before decoding: a failing decode must not cost the sampling.
+        result.latents = latents.to("cpu", torch.float32)
+        kept = result.latents
+        result.vae_latents = self.stages.attempt(
+            "decode", lambda: denormalize_latents(kept, self._vae_config())
+        )
+        if journal is not None:
+            journal.latents_done(result.latents, self.stages.plan)
+        if self.config.return_frames or self.request.output_path is not None:
+            self._decode(latents)
+        if journal is not None:
+            result.metadata["journal"] = journal.describe()
+            journal.finish()
+
+    def _describe(self) -> None:
+        request, stages = self.request, self.stages
+        settings = (
+            "seed", "width", "height", "fps", "num_inference_steps", "guidance_scale",
+            "guidance_scale_2", "flow_shift", "scheduler", "prompt", "negative_prompt",
+        )  # fmt: skip
+        if stages.plan.choices.window_frames is not None and request.window_frames is None:
+            stages.result.warnings.append(
+                f"Made in windows of {stages.plan.choices.window_frames} frames, which changes the "
+                "result: the clip does not fit as a whole."
+            )
+        on_card = stages.device.type == "cuda"
+        stages.result.metadata |= {
+            "model": stages.architecture.variant.title,
+            "variant": stages.architecture.name,
+            "loras": [found.describe() for found in stages.architecture.loras],
+            **{name: getattr(request, name) for name in settings},
+            "num_frames": request.wanted_frames,
+            "device": device_name(stages.device),
+            "plan": list(stages.plan.reasons),
+            "versions": versions(),
+            "memory_origin": "predicted from headers and shapes; measured "
+            + ("by the allocator" if on_card else "as the process's RAM"),
+        }
+
+    def _vae_config(self) -> dict[str, Any]:
+        vae = self.stages.architecture.vae or self.stages.architecture.variant.vae
+        return {"latents_mean": vae.latents_mean, "latents_std": vae.latents_std}
+
+    # -- sampling -----------------------------------------------------------------------------
+
+    def _sample(self, journal: RenderJournal | None) -> Tensor:
+        conditions = ConditionMaker(
+            stages=self.stages, config=self.config, request=self.request
+        ).make()
+        if self.request.window_mode == "continuation":
+            return self._sample_segments(conditions, journal)
+        scheduler, steps = self._scheduler()
+        windows = self._windows(self.request.latent_frames)
+        if (windows is None or windows.count == 1) and len(conditions.prompt_parts) > 1:
+            self.stages.result.warnings.append(
+                "prompts: the clip is denoised as a whole, so only the text of its middle is "
+                "used. Set max_chunk_size to make it in windows."
+            )
+        state = DenoiseState(latents=self._noise(windows), next_step=steps.start)
+        resumed = steps.start if journal is None else journal.restore(state, scheduler)
+        if resumed > steps.start or state.next_window:
+            part = f" and {state.next_window} windows of the next" if state.next_window else ""
+            self.stages.result.metadata["resumed"] = f"after step {resumed} of {steps.end}{part}"
+        signals = self._signals(state, steps, scheduler, journal)
+        self._denoise(state, conditions, scheduler, steps, signals)
+        return hold_first_frame(state.latents, conditions)
+
+    def _sample_segments(self, conditions: Conditions, journal: RenderJournal | None) -> Tensor:
+        """Make one segment after the other, each with all steps."""
+        request, stages, result = self.request, self.stages, self.stages.result
+        given = self.config.continue_from
+        known = 0 if given is None else given.shape[2]
+        plan = plan_segments(
+            request.latent_frames,
+            known,
+            stages.plan.choices.window_frames,
+            self._overlap,
+            [start for start, _ in conditions.prompt_parts],
+        )
+        segments = ClipSegments(
+            plan=plan,
+            noise=self._noise(plan.windows),
+            conditions=conditions,
+            given=given,
+            drift_correction=request.drift_correction,
+        )
+        result.metadata["windows"] = plan.describe(known)
+        result.warnings += plan.windows.notes
+        scheduler, steps = self._scheduler()
+        state = segments.begin(0, steps.start)
+        if journal is not None and (resumed := journal.restore(state, scheduler)) > steps.start:
+            segments.go_on(state)
+            result.metadata["resumed"] = (
+                f"segment {state.segment + 1} of {len(segments)}, "
+                f"after step {resumed} of {steps.end}"
+            )
+        while True:
+            stages.callbacks.call(self.config.chunk_callback, state.segment, len(segments))
+            told = segments.conditions_of(state.segment)
+            signals = self._signals(state, steps, scheduler, journal, len(segments))
+            self._denoise(state, told, scheduler, steps, signals)
+            segments.finish(state, told)
+            if state.segment + 1 == len(segments):
+                return segments.clip
+            scheduler, steps = self._scheduler()
+            state = segments.begin(state.segment + 1, steps.start)
+
+    def _scheduler(self) -> tuple[Any, StepPlan]:
+        request, architecture = self.request, self.stages.architecture
+        saved = architecture.components.get("scheduler")
+        config = load_scheduler_config(saved.path) if saved is not None else None
+        scheduler = make_scheduler(request.scheduler, request.flow_shift, config)
+        scheduler.set_timesteps(request.num_inference_steps, device=self.stages.device)
+        steps = plan_steps(
+            [float(t) for t in scheduler.timesteps],
+            experts=2 if architecture.two_experts else 1,
+            boundary=request.boundary,
+            switch_step=request.switch_step,
+            start_step=request.start_step,
+            end_step=request.end_step,
+        )
+        scheduler.set_begin_index(steps.start)
+        self.stages.result.metadata["steps"] = steps.describe()
+        return scheduler, steps
+
+    def _noise(self, windows: WindowPlan | None) -> Tensor:
+        """Draw the noise the job asks for, or take the latents it gives."""
+        request, architecture = self.request, self.stages.architecture
+        vae = architecture.vae or architecture.variant.vae
+        shape = (
+            request.batch_size,
+            vae.z_dim,
+            request.latent_frames,
+            request.height // vae.scale_factor_spatial,
+            request.width // vae.scale_factor_spatial,
+        )
+        check_given(self.config.continue_from, shape)
+        if self.config.latents is not None:
+            given = tuple(self.config.latents.shape)
+            if given != shape:
+                raise InvalidRequest(
+                    f"latents have shape {given}; this job needs {shape} (batch, channels, "
+                    "latent frames, height / scale, width / scale).",
+                    field="latents",
+                )
+            return self.config.latents.to(device=self.stages.device, dtype=torch.float32)
+        return draw_noise(request.noise, shape, request.seed, windows).to(self.stages.device)
+
+    @property
+    def _overlap(self) -> int:
+        """Frames windows share as asked for, so that what is rounded is said; else the plan's."""
+        request, plan = self.request, self.stages.plan
+        asked = request.window_frames == plan.choices.window_frames
+        return request.window_overlap if asked else plan.choices.window_overlap
+
+    def _windows(self, frames: int) -> WindowPlan | None:
+        """Plan the windows of ``frames`` latent frames: of the clip, or of one segment."""
+        request, plan = self.request, self.stages.plan
+        if plan.choices.window_frames is None:
+            return None
+        windows = plan_windows(
+            frames,
+            window=plan.choices.window_frames,
+            overlap=self._overlap,
+            schedule=request.window_schedule,
+            fusion=request.window_fusion,
+        )
+        result = self.stages.result
+        if request.window_mode == "windows":
+            result.metadata["windows"] = windows.describe()
+        result.warnings += [note for note in windows.notes if note not in result.warnings]
+        return windows
+
+    def _denoise(
+        self,
+        state: DenoiseState,
+        conditions: Conditions,
+        scheduler: Any,
+        steps: StepPlan,
+        signals: Signals,
+    ) -> None:
+        """Make every step that is not behind ``state`` yet, each with its expert."""
+        stages, request = self.stages, self.request
+        single = not stages.architecture.two_experts
+        passes = (
+            ("only" if single else "high", "transformer", steps.high, request.guidance_scale),
+            ("low", "transformer_2", steps.low, request.guidance_scale_2),
+        )
+        for name, component, wanted, scale in passes:
+            if state.next_step >= wanted.stop:
+                continue
+            stage = "denoise" if single else f"denoise_{name}"
+
+            def work(
+                name: str = name,
+                component: str = component,
+                wanted: range = wanted,
+                scale: float = scale,
+                stage: str = stage,
+            ) -> None:
+                with stages.use(stage, component) as model, self._next_ahead(component, steps):
+                    expert = Expert(
+                        name=name,
+                        model=model,
+                        dtype=stages.dtype(component),
+                        guidance_scale=scale,
+                        together=run_together if stages.plan.choices.stream else None,
+                    )
+                    denoise_steps(
+                        state,
+                        wanted,
+                        expert,
+                        scheduler,
+                        conditions,
+                        windows=self._windows(state.latents.shape[2]),
+                        anchor=request.window_anchor,
+                        signals=signals,
+                    )
+
+            stages.attempt(stage, work)
+
+    def _next_ahead(self, component: str, steps: StepPlan) -> AbstractContextManager[None]:
+        """Prepare the low-noise expert while the high-noise one works."""
+        if component == "transformer" and len(steps.low) and self.stages.has("transformer_2"):
+            return self.stages.pin_next("transformer_2")
+        return nullcontext()
+
+    def _signals(
+        self,
+        state: DenoiseState,
+        steps: StepPlan,
+        scheduler: Any,
+        journal: RenderJournal | None,
+        segments: int = 1,
+    ) -> Signals:
+        each = steps.end - steps.start
+        total, before = each * segments, each * state.segment - steps.start + 1
+        config, call = self.config, self.stages.callbacks.call
+        # In continuation mode it hears of segments.
+        chunk = config.chunk_callback if self.request.window_mode == "windows" else None
+
+        def step(index: int, latents: Tensor) -> None:
+            if journal is not None:
+                journal.step_done(state, scheduler, self.stages.plan)
+                self._warn(journal.warnings)
+            self.stages.callbacks.tell(self.stages.result.warnings)
+            call(config.progress_callback, before + index, total, latents)
+            self.stages.step_done(last=index + 1 in (steps.high.stop, steps.low.stop))
+
+        def preview(index: int, clean: Tensor) -> None:
+            call(config.preview_callback, before + index, total, clean)
+
+        def window_done(index: int, count: int) -> None:
+            if journal is not None:
+                journal.window_done(state, scheduler, self.stages.plan)
+
+        return Signals(
+            step=step,
+            preview=None if config.preview_callback is None else preview,
+            window=lambda index, count: call(chunk, index, count),
+            window_done=window_done,
+            check=self.stages.callbacks.check,
+        )
+
+    # -- decoding -----------------------------------------------------------------------------
+
+    def _decode(self, latents: Tensor) -> None:
+        """Decode frame group by frame group into the result's tensor, the mp4, or both."""
+        request, result = self.request, self.stages.result
+        wanted, batch = request.wanted_frames, request.batch_size
+        frames = None
+        if self.config.return_frames:
+            shape = (batch, wanted, request.height, request.width, 3)
+            frames = self.stages.attempt("decode", lambda: torch.empty(shape, dtype=torch.float32))
+        with ExitStack() as stack:
+            writers = [
+                stack.enter_context(self._writer(path)) for path in self._output_paths(batch)
+            ]
+            progress = _Decoding(latents, frames, writers, wanted)
+            self.stages.attempt("decode", lambda: self._decode_rest(progress))
+        if frames is not None:
+            result.frames = frames.flatten(0, 1)
+        result.output_path = request.output_path
+
+    def _decode_rest(self, progress: _Decoding) -> None:
+        """Decode what is left; after a failure the same call goes on from there."""
+        stages = self.stages
+        with stages.use("decode", "vae") as vae:
+            if progress.decoder is None:
+                # In the VAE's dtype, as diffusers' pipelines do it.
+                latents = progress.latents.to(stages.device, stages.dtype("vae"))
+                ready = denormalize_latents(latents, vae.config)
+                progress.decoder = StreamingDecoder(vae, ready)
+            else:
+                progress.decoder.vae = vae
+            try:
+                progress.hand_on()  # what an earlier attempt decoded and could not hand on
+                while not progress.decoder.done:
+                    progress.pending = progress.decoder.decode_next(check=stages.check_interrupt)
+                    progress.hand_on()
+                    stages.callbacks.call(
+                        self.config.decode_callback, progress.done, progress.wanted
+                    )
+            finally:
+                progress.decoder.close()
+
+    def _output_paths(self, batch: int) -> list[Path]:
+        """Name one mp4 per clip of the batch: name.mp4, name_2.mp4, ..."""
+        path = self.request.output_path
+        if path is None:
+            return []
+        more = range(2, batch + 1)
+        return [path, *(path.with_name(f"{path.stem}_{n}{path.suffix}") for n in more)]
+
+    def _writer(self, path: Path) -> VideoWriter:
+        return VideoWriter(
+            path,
+            fps=self.request.fps,
+            width=self.request.width,
+            height=self.request.height,
+            codec=self.request.codec,
+            crf=self.request.crf,
+            pix_fmt=self.request.pix_fmt,
+            metadata=self.config.output_metadata,
+            audio=self.config.audio,
+            num_frames=self.request.wanted_frames,
+        )
+
+
+@dataclass(slots=True)
+class _Decoding:
+    """How far a decode is, and where its frames go."""
+
+    latents: Tensor
+    frames: Tensor | None
+    writers: list[VideoWriter]
+    wanted: int
+    done: int = 0
+    decoder: StreamingDecoder | None = None
+    pending: Tensor | None = None
+    """A decoded chunk (B, 3, f, H, W) that has not been handed on yet."""
+
+    def hand_on(self) -> None:
+        """Hand the pending chunk on; frames beyond those wanted are dropped.
+
+        When memory runs out in it, it may be called again: no frame is written twice.
+        """
+        if self.pending is None:
+            return
+        pictures = to_frames(self.pending)[:, : self.wanted - self.done]
+        if self.frames is not None:
+            self.frames[:, self.done : self.done + pictures.shape[1]] = pictures
+        for index, writer in enumerate(self.writers):
+            writer.write(pictures[index, writer.frames_written - self.done :])
+        self.done += pictures.shape[1]
+        self.pending = None

@@ -1,0 +1,194 @@
+"""Times and bytes of a run, stage by stage, predicted beside measured; and their report as text."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from statistics import median
+from typing import Any
+
+import torch
+
+from ..config import GIB, StageReport, VideoGenerationResult
+
+_SAMPLE_SECONDS = 0.05
+
+
+class Timeline:
+    """The stages of one run in order, each with its seconds and its peak memory.
+
+    On CUDA the peak is the allocator's over the stage; elsewhere the resident set of the
+    process, sampled at stage borders and in :meth:`sample`.
+    """
+
+    def __init__(self, device: torch.device, predicted: Mapping[str, int] | None = None) -> None:
+        self.device = device
+        self.stages: list[StageReport] = []
+        self._predicted = dict(predicted or {})
+        self._peak = 0
+        self._next_sample = 0.0
+        self.step_seconds: list[float] = []
+        """Denoising steps, the first of each stage left out: it also warms up."""
+        self._step_ended: float | None = None
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[StageReport]:
+        """Time what happens inside; the entry is there also when it fails."""
+        report = StageReport(name=name, predicted_peak_bytes=self._predicted.get(name))
+        self.stages.append(report)
+        self._reset_peak()
+        self._step_ended = None
+        started = time.perf_counter()
+        try:
+            yield report
+        finally:
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
+            report.seconds = time.perf_counter() - started
+            report.measured_peak_bytes = self._read_peak()
+
+    def predict(self, predicted: Mapping[str, int]) -> None:
+        """Replace the predicted peaks of the stages to come: another plan is in force."""
+        self._predicted = dict(predicted)
+
+    def step_done(self) -> None:
+        """Note that a denoising step of the present stage has ended."""
+        now = time.perf_counter()
+        if self._step_ended is not None:
+            self.step_seconds.append(now - self._step_ended)
+        self._step_ended = now
+
+    def sample(self) -> None:
+        """Look at the memory in use, at most twenty times a second; cheap enough for a block."""
+        now = time.perf_counter()
+        if self.device.type != "cuda" and now >= self._next_sample:
+            self._next_sample = now + _SAMPLE_SECONDS
+            self._peak = max(self._peak, resident_bytes())
+
+    @property
+    def peak_bytes(self) -> int:
+        """The largest measured peak of all stages."""
+        return max((stage.measured_peak_bytes or 0 for stage in self.stages), default=0)
+
+    def _reset_peak(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+        self._peak = resident_bytes()
+
+    def _read_peak(self) -> int:
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device)
+        return max(self._peak, resident_bytes())
+
+
+_SLOW = 4.0
+"""Times the usual step from which a step counts as slowed down by spilled memory."""
+_FULL = 0.9
+
+
+def device_fill(device: torch.device) -> tuple[int, int]:
+    """Return (bytes the allocator has reserved, bytes of the device); (0, 0) but on CUDA."""
+    if device.type != "cuda":
+        return 0, 0
+    total = torch.cuda.get_device_properties(device).total_memory
+    return torch.cuda.memory_reserved(device), total
+
+
+def spilled(reserved: int, total: int, steps: Sequence[float], usual: float | None) -> str | None:
+    """Say why device memory seems to have spilled into RAM, or None.
+
+    Windows' driver does that instead of failing. It shows in more reserved than the device has,
+    or in a last step that took far longer than the ones before it (``usual`` where there are
+    fewer than two) while the device is full.
+    """
+    if not total:
+        return None
+    if reserved > total:
+        return f"{reserved / GIB:.1f} GiB are reserved on a device of {total / GIB:.1f}"
+    expected = median(steps[:-1]) if len(steps) > 2 else usual
+    if not steps or expected is None or reserved < _FULL * total:
+        return None
+    if steps[-1] <= _SLOW * expected:
+        return None
+    return f"a step took {steps[-1]:.1f} s instead of {expected:.1f} s on a full device"
+
+
+def resident_bytes() -> int:
+    """Return the memory this process has in RAM, in bytes."""
+    import psutil
+
+    return int(psutil.Process(os.getpid()).memory_info().rss)
+
+
+def device_bytes(device: torch.device) -> int:
+    """Return the bytes in use on the device now; on a CPU those of the process."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    return resident_bytes()
+
+
+def versions() -> dict[str, str]:
+    """Return the versions a measurement depends on."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    own = getattr(sys.modules[__name__.removesuffix(".render.report")], "__version__", "unknown")
+    found = {"wanfit": own, "python": platform.python_version(), "torch": torch.__version__}
+    for package in ("diffusers", "transformers"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "absent"
+    return found
+
+
+def device_name(device: torch.device) -> str:
+    """Name a device for people."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type} ({platform.machine()}, {torch.get_num_threads()} threads)"
+
+
+def format_report(result: VideoGenerationResult) -> str:
+    """Lay a finished run out as text: what was made, how, and what each stage took."""
+    meta = result.metadata
+    lines = [_headline(result)]
+    shown = ("model", "device", "steps", "windows", "resumed", "journal")
+    lines += [f"{key}: {meta[key]}" for key in shown if key in meta]
+    lines += [f"applied: {', '.join(result.applied_optimizations)}"] * bool(
+        result.applied_optimizations
+    )
+    if result.stages:
+        lines += ["", _stage_table(result.stages, str(meta.get("memory_origin", "")))]
+    lines += [f"warning: {text}" for text in result.warnings]
+    lines += [f"error: {text}" for text in result.errors]
+    return "\n".join(lines)
+
+
+def _headline(result: VideoGenerationResult) -> str:
+    meta: Mapping[str, Any] = result.metadata
+    size = f"{meta.get('width')}x{meta.get('height')}, {meta.get('num_frames')} frames"
+    if not result.success:
+        return f"failed after {result.generation_time:.1f} s"
+    seed = f", seed {meta.get('seed')}"
+    target = f" -> {result.output_path}" if result.output_path else ""
+    return f"{size}{seed}: {result.generation_time:.1f} s{target}"
+
+
+def _stage_table(stages: list[StageReport], origin: str) -> str:
+    rows = [f"{'stage':<22}{'seconds':>9}{'predicted':>12}{'measured':>12}"]
+    for stage in stages:
+        rows.append(
+            f"{stage.name:<22}{stage.seconds:>9.2f}{_gib(stage.predicted_peak_bytes):>12}"
+            f"{_gib(stage.measured_peak_bytes):>12}" + (f"  {stage.note}" if stage.note else "")
+        )
+    if origin:
+        rows.append(f"({origin})")
+    return "\n".join(rows)
+
+
+def _gib(count: int | None) -> str:
+    return "-" if count is None else f"{count / GIB:.2f} GiB"

@@ -1,0 +1,163 @@
+"""The journal of one render: opened with its identity, written after every unit, read to go on."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from torch import Tensor
+
+from ..config import GenerationConfig
+from ..job import Request
+from ..models import ModelArchitecture
+from ..plan import OptimizationPlan
+from ..sampling import DenoiseState
+from .identity import (
+    BY_ROWS,
+    choices_of,
+    identity_differences,
+    listed,
+    plain_identity,
+    render_identity,
+)
+from .journal import Journal, JournalState, restore_scheduler, scheduler_state
+
+FOLDER = ".wanfit"
+"""Name of the folder for journals, beside the output."""
+
+
+class RenderJournal:
+    """Keeps what a render needs to go on in another process; a render without one has None.
+
+    Every finished step is kept; within a step of several windows also finished windows, as often
+    as costs no more than 1 % of the time.
+    """
+
+    def __init__(self, journal: Journal) -> None:
+        self._journal = journal
+        self.saved: JournalState | None = journal.load()
+
+    @property
+    def warnings(self) -> list[str]:
+        """What went wrong with the journal so far."""
+        return self._journal.warnings
+
+    @property
+    def finished_latents(self) -> Tensor | None:
+        """Latents of a render whose denoising was over, (B, C, T, h, w) float32."""
+        return None if self.saved is None else self.saved.latents
+
+    def restore(self, state: DenoiseState, scheduler: Any) -> int:
+        """Move ``state`` and ``scheduler`` to where the saved render stopped; return that step.
+
+        Raises JournalMismatch where the schedule is another.
+        """
+        saved = self.saved
+        if saved is None or saved.latents is not None:
+            return state.next_step
+        device = state.latents.device
+        restore_scheduler(scheduler, saved, device)
+        state.latents = saved.tensors["latents"].to(device)
+        state.next_step = int(saved.scalars["next_step"])
+        state.next_window = int(saved.scalars["next_window"])
+        if "fused" in saved.tensors:
+            state.fused = saved.tensors["fused"].to(device)
+            state.fused_by = str(saved.scalars["fused_by"])
+        if "clip" in saved.tensors:
+            state.clip = saved.tensors["clip"].to(device)
+        state.segment = int(saved.scalars.get("segment", 0))
+        return state.next_step
+
+    def continued(self, plan: OptimizationPlan) -> OptimizationPlan:
+        """Return ``plan`` with the choices the saved state was made with, where they differ.
+
+        They differ only where memory ran out in the saved render, after which it went on with
+        a smaller plan. A warning names them.
+        """
+        saved = {} if self.saved is None else self.saved.scalars.get("choices", {})
+        fresh = plain_identity(choices_of(plan))
+        if not saved or saved == fresh:
+            return plan
+        self.warnings.append(
+            "The saved render had gone on with a smaller plan when memory ran out; this one keeps "
+            f"to it: {listed(identity_differences(saved, fresh))}."
+        )
+        by_rows = saved["forward"] == BY_ROWS
+        dtypes = MappingProxyType(dict(saved["precision"]))
+        lean = plan.choices.lean or by_rows
+        return plan.with_choices(dtypes=dtypes, by_rows=by_rows, lean=lean)
+
+    def step_done(self, state: DenoiseState, scheduler: Any, plan: OptimizationPlan) -> None:
+        """Keep the state after a finished step, and what it was made with."""
+        self._save(state, scheduler, plan)
+
+    def window_done(self, state: DenoiseState, scheduler: Any, plan: OptimizationPlan) -> None:
+        """Keep the state after a finished window, if that is cheap enough by now."""
+        if self._journal.due():
+            self._save(state, scheduler, plan)
+
+    def _save(self, state: DenoiseState, scheduler: Any, plan: OptimizationPlan) -> None:
+        tensors, scalars = scheduler_state(scheduler)
+        tensors["latents"] = state.latents
+        if state.fused is not None:
+            tensors["fused"] = state.fused
+        if state.clip is not None:
+            tensors["clip"] = state.clip
+        scalars |= {
+            "next_step": state.next_step,
+            "next_window": state.next_window,
+            "fused_by": state.fused_by,
+            "segment": state.segment,
+            "choices": choices_of(plan),
+        }
+        self._journal.save(state.next_step, tensors, scalars)
+
+    def latents_done(self, latents: Tensor, plan: OptimizationPlan) -> None:
+        """Keep the finished latents: from now on only the decode would be repeated."""
+        self._journal.latents_done(latents, {"choices": choices_of(plan)})
+
+    def finish(self) -> None:
+        """Remove the journal: the render is finished."""
+        self._journal.finish()
+
+    def close(self) -> None:
+        """Leave the journal for a later run; one without a saved state goes."""
+        if self._journal.saves or self._journal.resuming:
+            self._journal.close()
+        else:
+            self._journal.finish()
+
+    def describe(self) -> str:
+        """Say in one line what was kept and what it cost."""
+        return self._journal.describe()
+
+
+def open_journal(
+    stack: ExitStack,
+    config: GenerationConfig,
+    request: Request,
+    architecture: ModelArchitecture,
+    plan: OptimizationPlan,
+) -> RenderJournal | None:
+    """Open the journal the job asks for, closed by ``stack``; None where it asks for none.
+
+    Raises JournalMismatch for resume="must" without a render to go on with.
+    """
+    if request.resume is None:
+        return None
+    identity = render_identity(config, request, architecture, plan)
+    opened = Journal.open(journal_folder(config), identity, request.resume)
+    stack.callback(opened.close)
+    journal = RenderJournal(opened)
+    stack.callback(journal.close)
+    return journal
+
+
+def journal_folder(config: GenerationConfig) -> Path:
+    """Return the folder for journals: the one given, or ``.wanfit`` beside the output."""
+    if config.journal_folder is not None:
+        return Path(config.journal_folder)
+    assert config.output_path is not None  # resolve has seen to it
+    return Path(config.output_path).absolute().parent / FOLDER

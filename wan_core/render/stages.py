@@ -1,0 +1,267 @@
+"""What every stage of a render shares: components, their placement, the timeline, and the ladder.
+
+A stage asks for its components and gets them placed as the plan says; when memory runs out in it,
+the next smaller plan is taken and the stage goes on from where it stopped.
+"""
+
+from __future__ import annotations
+
+import gc
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+
+from ..config import GenerationConfig, VideoGenerationResult
+from ..errors import DoesNotFit, SpilledMemory, is_oom
+from ..loading import (
+    ComponentCache,
+    ComponentKey,
+    component_key,
+    dtype_of,
+    load_component,
+    load_image_processor,
+    load_tokenizer,
+    store_fp8,
+)
+from ..models import MAP_FROM, ModelArchitecture, stays_in_file
+from ..placing import apply_plan, block_hooks, pin_ahead, pin_budget
+from ..plan import OptimizationPlan
+from ..sampling import apply_loras
+from .report import Timeline, device_fill, spilled
+
+if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
+T = TypeVar("T")
+
+MAX_STEPS_DOWN = 64
+"""Smaller plans tried in one render; every one is strictly smaller than the one before."""
+
+
+class Callbacks:
+    """Calls the job's callbacks and remembers the exception one of them raised."""
+
+    def __init__(self, config: GenerationConfig) -> None:
+        self._config = config
+        self._told = 0
+        self.raised: BaseException | None = None
+
+    def call(self, function: Callable[..., object] | None, *args: object) -> None:
+        """Call ``function`` if there is one; what it raises is remembered and passes through."""
+        if function is None:
+            return
+        try:
+            function(*args)
+        except BaseException as err:
+            self.raised = err
+            raise
+
+    def check(self) -> None:
+        """Look for an interrupt."""
+        self.call(self._config.interrupt_check)
+
+    def tell(self, warnings: list[str]) -> None:
+        """Tell the job of the warnings it has not been told yet; the list only grows."""
+        while self._told < len(warnings):
+            self._told += 1
+            self.call(self._config.warning_callback, warnings[self._told - 1])
+
+
+@dataclass(slots=True, kw_only=True)
+class StageRunner:
+    """The means of one render. ``plan`` is replaced by a smaller one when memory runs out."""
+
+    architecture: ModelArchitecture
+    cache: ComponentCache
+    keep_components: bool
+    plan: OptimizationPlan
+    callbacks: Callbacks
+    result: VideoGenerationResult
+    timeline: Timeline
+    smaller_plan: Callable[[OptimizationPlan, str], OptimizationPlan | None]
+    """Given the plan and the stage that failed: the next plan whose stage needs less, if any."""
+    steps_down: int = 0
+    usual_step: float | None = None
+    """Seconds a step of the plan takes at the pace of earlier runs; None where that is unknown."""
+    bears_spilling: bool = False
+    """Set where there was nothing smaller to go on with."""
+
+    @property
+    def device(self) -> torch.device:
+        """The device the plan computes on."""
+        return torch.device(self.plan.device)
+
+    def dtype(self, component: str) -> torch.dtype:
+        """The dtype a component computes in."""
+        return dtype_of(self.plan.choices.dtypes[component])
+
+    def has(self, component: str) -> bool:
+        """Whether the model was loaded with this component."""
+        return component in self.architecture.components
+
+    def check_interrupt(self) -> None:
+        """Between blocks: look for an interrupt, and at the memory."""
+        self.callbacks.check()
+        self.timeline.sample()
+
+    def step_done(self, *, last: bool = False) -> None:
+        """After a denoising step: note its time. Raises SpilledMemory where memory has spilled.
+
+        Not after the ``last`` step of a stage: to go on smaller, there must be more to do.
+        """
+        self.timeline.step_done()
+        if last:
+            return
+        why = spilled(*device_fill(self.device), self.timeline.step_seconds, self.usual_step)
+        if why is not None and not self.bears_spilling:
+            raise SpilledMemory(f"device memory has spilled into RAM: {why}")
+
+    def key(self, name: str) -> ComponentKey:
+        """Identify a component as the plan wants it."""
+        options = ("fp8",) if self._in_fp8(name) else ()
+        return component_key(
+            self.architecture.components[name], self.plan.choices.dtypes.get(name, ""), options
+        )
+
+    def _in_fp8(self, name: str) -> bool:
+        return self.plan.choices.fp8_storage and name.startswith("transformer")
+
+    def component(self, name: str) -> AbstractContextManager[Any]:
+        """Borrow a component from the cache; it is read first if it is not there."""
+        part = self.architecture.components[name]
+
+        def build() -> Any:
+            if name == "tokenizer":
+                return load_tokenizer(part.path)
+            if name == "image_processor":
+                return load_image_processor(part.path)
+            self.callbacks.check()
+            with self.timeline.stage(f"load {name}") as report:
+                report.note = self.plan.choices.dtypes[name]
+                module = load_component(
+                    part.path,
+                    self.dtype(name),
+                    kind=part.kind.removesuffix("_2"),
+                    # A CPU's kernels round by alignment, which a file's tensors do not have.
+                    map_file=self.device.type != "cpu" and part.nbytes >= MAP_FROM,
+                )
+                if self._in_fp8(name):
+                    store_fp8(module)
+                    report.note = "fp8"
+                return module
+
+        return self.cache.borrow(self.key(name), part.nbytes, build, keep=self.keep_components)
+
+    @contextmanager
+    def use(self, stage: str, component: str) -> Iterator[Any]:
+        """Enter a stage with its component on the device, placed as the plan says."""
+        with ExitStack() as stack:
+            module = stack.enter_context(self.component(component))
+            stack.enter_context(self.timeline.stage(stage))
+            decoding = stage == "decode"
+            self._say_once(
+                stack.enter_context(apply_plan(module, component, self.plan, decoding=decoding))
+            )
+            if component.startswith("transformer"):
+                stack.enter_context(block_hooks(module, self.check_interrupt))
+            loras = self.architecture.loras_of(component)
+            if loras:
+                dtype = self.dtype(component)
+                stack.enter_context(apply_loras(module, loras, device=self.device, dtype=dtype))
+            yield module
+
+    @contextmanager
+    def pin_next(self, component: str) -> Iterator[None]:
+        """Page-lock the blocks of the component that streams next, while the present one works.
+
+        Only of weights that lie in RAM or in a mapped file already: reading them from disk here
+        would hold up the work, and an interrupt.
+        """
+        with ExitStack() as stack:
+            if self._ready_to_pin(component):
+                module = stack.enter_context(self.component(component))
+                resident, buffers = self.plan.blocks_and_buffers(component)
+                pinned = pin_ahead(
+                    module,
+                    resident_blocks=resident,
+                    buffers=buffers,
+                    pin_bytes=pin_budget(self.plan),
+                )
+                stack.enter_context(pinned)
+            yield
+
+    def _ready_to_pin(self, component: str) -> bool:
+        plan = self.plan
+        if plan.choices.offload_of(component) != "stream" or self.device.type != "cuda":
+            return False
+        loaded = any(key == self.key(component) for key, _ in self.cache.loaded())
+        mapped = stays_in_file(self.architecture, component, plan.choices.dtypes[component])
+        return loaded or (mapped and not plan.choices.fp8_storage and self.keep_components)
+
+    def _say_once(self, text: str | None) -> None:
+        if text and text not in self.result.warnings:
+            self.result.warnings.append(text)
+
+    def attempt(self, stage: str, action: Callable[[], T]) -> T:
+        """Run ``action``; when memory runs out, take a smaller plan and run it again.
+
+        ``action`` must go on from where it failed. Raises DoesNotFit when no smaller plan is
+        left; every other error passes.
+        """
+        while True:
+            try:
+                return action()
+            except Exception as err:
+                ours = err is not self.callbacks.raised and not isinstance(err, DoesNotFit)
+                if not ours or not is_oom(err):
+                    raise
+                failure, spilled_only = first_line(err), isinstance(err, SpilledMemory)
+                # Frames in the traceback hold the tensors that filled the memory.
+                traceback.clear_frames(err.__traceback__)
+            self._step_down(stage, failure, must=not spilled_only)
+
+    def _step_down(self, stage: str, failure: str, *, must: bool) -> None:
+        """Let go of memory and take the next smaller plan. Not called inside an except block.
+
+        Where there is none, raises DoesNotFit, or goes on unless a smaller plan is a must.
+        """
+        gc.collect()
+        self.cache.release_device()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        smaller = self.smaller_plan(self.plan, stage)
+        last = smaller is None or self.steps_down >= MAX_STEPS_DOWN
+        if last and not must:
+            self.bears_spilling = True
+            self._say_once(f"In stage {stage} {failure}; there is no smaller way to run this job.")
+            return
+        if smaller is None or last:
+            needed = {s.name: s.device_bytes for s in self.plan.estimate.stages}.get(stage)
+            raise DoesNotFit(
+                f"Memory ran out in stage {stage} ({failure}), and there is no smaller way to run "
+                "this job. Make the clip shorter or smaller, set max_chunk_size, or free memory.",
+                needed_bytes=needed,
+            )
+        self.steps_down += 1
+        change = ", ".join(word for word in smaller.applied if word not in self.plan.applied)
+        self.plan = smaller
+        self.timeline.predict({s.name: s.device_bytes for s in smaller.estimate.stages})
+        # A smaller plan's steps take longer: only among themselves do they show a spill.
+        self.timeline.step_seconds.clear()
+        if self.usual_step is not None:
+            self.usual_step = smaller.step_seconds
+        self.result.applied_optimizations = list(smaller.applied)
+        self.result.warnings.append(
+            f"Memory ran out in stage {stage} ({failure}); went on from there with "
+            f"{change or 'a smaller plan'}."
+        )
+        self.callbacks.tell(self.result.warnings)
+
+
+def first_line(error: BaseException) -> str:
+    """Return what an error says in one line of at most 200 characters."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]

@@ -1,0 +1,247 @@
+"""Frames in, an mp4 that appears whole or not at all (PyAV, ffmpeg's libraries)."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from fractions import Fraction
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import av
+import torch
+from av.video.reformatter import ColorRange, Colorspace
+from torch import Tensor
+
+from ..errors import InvalidRequest, OutputError
+from ..files import atomic_path
+
+_BT709 = 1  # ffmpeg's AVCOL_PRI_BT709, AVCOL_TRC_BT709 and AVCOL_SPC_BT709
+_LIMITED_RANGE = 1  # AVCOL_RANGE_MPEG
+_ENCODERS = {"h264": "libx264", "h265": "libx265"}
+_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+class VideoWriter:
+    """Context manager that writes frames of ``width`` x ``height`` pixels to an mp4 at ``path``.
+
+    The file is written beside ``path`` and takes its name when the block ends well; on any
+    error or interrupt it is removed, and an older file at ``path`` stays as it was.
+
+    ``codec`` is "h264", "h265" or the name of an encoder ffmpeg has. ``fps`` is frames per second,
+    ``crf`` the quality of x264 and x265 (0 lossless .. 51 worst).
+    ``metadata`` goes into the container under its own keys, where ComfyUI looks for ``prompt``
+    and ``workflow``. ``audio`` is (waveform (channels, samples) in -1..1, samples per second),
+    stored as AAC and cut to the length of the video. ``num_frames``, if known, lets the text of
+    a full disk say how much is needed. Raises InvalidRequest for a value the codec cannot take,
+    OutputError where the file cannot be written.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        fps: float,
+        width: int,
+        height: int,
+        codec: str = "h264",
+        crf: int = 18,
+        pix_fmt: str = "yuv420p",
+        metadata: Mapping[str, str] | None = None,
+        audio: tuple[Tensor, int] | None = None,
+        num_frames: int | None = None,
+    ) -> None:
+        _check_request(fps, width, height, pix_fmt, audio)
+        self.path = Path(path)
+        self.frames_written = 0
+        self._size = (height, width)
+        self._rate = Fraction(fps).limit_denominator(1001)
+        self._codec, self._crf, self._pix_fmt = _ENCODERS.get(codec, codec), crf, pix_fmt
+        self._metadata = dict(metadata or {})
+        self._audio = audio
+        self._num_frames = num_frames
+        self._samples_written = 0
+        self._stack = contextlib.ExitStack()
+
+    def __enter__(self) -> VideoWriter:
+        with contextlib.ExitStack() as stack:
+            self._temporary = stack.enter_context(atomic_path(self.path))
+            with self._explained():
+                self._container = self._open()
+                # Closed before the file is renamed or removed, whichever it comes to.
+                stack.callback(self._close)
+                self._add_streams()
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        try:
+            if error is None:
+                self._finish()
+        except BaseException as failed:
+            self._stack.__exit__(type(failed), failed, failed.__traceback__)
+            raise
+        self._stack.__exit__(kind, error, trace)
+
+    def write(self, frames: Tensor) -> None:
+        """Append frames (f, H, W, 3), floats 0..1 or uint8, on any device."""
+        if frames.ndim != 4 or tuple(frames.shape[1:]) != (*self._size, 3):
+            height, width = self._size
+            raise InvalidRequest(
+                f"frames have shape {tuple(frames.shape)}; this video takes (frames, {height}, "
+                f"{width}, 3).",
+                field="frames",
+            )
+        for picture in frames:  # one at a time: the conversion never doubles the clip
+            frame = av.VideoFrame.from_ndarray(_to_bytes(picture).numpy(), format="rgb24")
+            frame = frame.reformat(
+                format=self._pix_fmt,
+                dst_colorspace=Colorspace.ITU709,
+                dst_color_range=ColorRange.MPEG,
+            )
+            frame.pts, frame.time_base = self.frames_written, 1 / self._rate
+            with self._explained():
+                self._container.mux(self._video.encode(frame))
+                self.frames_written += 1
+                self._write_audio(Fraction(self.frames_written) / self._rate)
+
+    def _open(self) -> Any:
+        # use_metadata_tags keeps keys mp4 does not know; faststart lets a browser begin early.
+        flags = {"movflags": "use_metadata_tags+faststart"}
+        return av.open(str(self._temporary), "w", format="mp4", options=flags)
+
+    def _add_streams(self) -> None:
+        self._container.metadata.update(self._metadata)
+        options = _encoder_options(self._codec, self._crf)
+        stream = self._container.add_stream(self._codec, rate=self._rate, options=options)
+        stream.height, stream.width = self._size
+        stream.pix_fmt = self._pix_fmt
+        context = stream.codec_context
+        if self._codec == "libx265":
+            context.codec_tag = "hvc1"  # under its other name Apple's players do not know it
+        context.time_base = 1 / self._rate
+        # Said in the file, so that every player converts back with the matrix used here.
+        context.colorspace = context.color_primaries = context.color_trc = _BT709
+        context.color_range = _LIMITED_RANGE
+        self._video = stream
+        if self._audio is not None:
+            layout = "mono" if self._audio[0].shape[0] == 1 else "stereo"
+            self._sound = self._container.add_stream("aac", rate=self._audio[1], layout=layout)
+
+    def _write_audio(self, until: Fraction) -> None:
+        # Sound goes along with the pictures: the muxer would keep all of either waiting.
+        if self._audio is None:
+            return
+        waveform, rate = self._audio
+        start, end = self._samples_written, min(int(until * rate), waveform.shape[1])
+        if end <= start:
+            return
+        part = waveform[:, start:end].to(device="cpu", dtype=torch.float32).contiguous()
+        layout = self._sound.layout.name
+        frame = av.AudioFrame.from_ndarray(part.numpy(), format="fltp", layout=layout)
+        frame.sample_rate, frame.pts, frame.time_base = rate, start, Fraction(1, rate)
+        self._container.mux(self._sound.encode(frame))
+        self._samples_written = end
+
+    def _finish(self) -> None:
+        if not self.frames_written:
+            raise OutputError(f"No frame was written to {str(self.path)!r}; a video needs one.")
+        with self._explained():
+            self._container.mux(self._video.encode(None))
+            if self._audio is not None:
+                self._container.mux(self._sound.encode(None))
+            self._container.close()
+
+    def _close(self) -> None:
+        # Closed already after a good end. Else the file is about to be removed, and what close
+        # has to say (it writes the index, on a disk that may be full) must not hide the reason.
+        with contextlib.suppress(OSError, ValueError, av.FFmpegError):
+            self._container.close()
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, ValueError, av.FFmpegError) as err:
+            raise OutputError(self._why(err)) from err
+
+    def _why(self, err: Exception) -> str:
+        if getattr(err, "errno", None) not in _NO_ROOM:
+            height, width = self._size
+            return (
+                f"{str(self.path)!r} could not be written with codec {self._codec!r}, "
+                f"{self._pix_fmt}, {width}x{height} at {self._rate} fps: {err}. "
+                "Choose another codec or folder; codec 'h264' with yuv420p works everywhere."
+            )
+        so_far = self._temporary.stat().st_size
+        frames = max(self.frames_written, 1)
+        needed = so_far * max(self._num_frames or 0, frames + 1) // frames
+        free = shutil.disk_usage(self._temporary.parent).free + so_far
+        return (
+            f"There is no room for {str(self.path)!r}: about {needed:,} bytes are needed "
+            f"({frames} frames took {so_far:,}), {free:,} are free. Make room, or choose another "
+            "folder or a higher crf."
+        )
+
+
+def _encoder_options(encoder: str, crf: int) -> dict[str, str]:
+    if encoder == "libx264":
+        return {"crf": str(crf)}
+    if encoder != "libx265":
+        return {}
+    # It prints its settings unless told not to, and its crf 0 alone still throws bits away.
+    quiet = "log-level=error" + (":lossless=1" if crf == 0 else "")
+    return {"crf": str(crf), "x265-params": quiet}
+
+
+def _to_bytes(picture: Tensor) -> Tensor:
+    if picture.dtype != torch.uint8:
+        # In float32: bfloat16 would round the product before the rounding that is meant.
+        picture = (picture.float() * 255).round().clamp(0, 255).to(torch.uint8)
+    return picture.cpu().contiguous()
+
+
+def _check_request(
+    fps: float, width: int, height: int, pix_fmt: str, audio: tuple[Tensor, int] | None
+) -> None:
+    if not 0 < fps <= 1000:
+        raise InvalidRequest(f"fps is {fps}; it must be above 0 and at most 1000.", field="fps")
+    if not pix_fmt.startswith("yuv"):  # the colours are converted and tagged as BT.709
+        raise InvalidRequest(
+            f"pix_fmt is {pix_fmt!r}; it must be a yuv format such as 'yuv420p', 'yuv444p' or "
+            "'yuv420p10le'.",
+            field="pix_fmt",
+        )
+    even = 2 if "420" in pix_fmt else 1
+    for field, value in (("width", width), ("height", height)):
+        if value < 2 or value % even:
+            raise InvalidRequest(
+                f"{field} is {value}; {pix_fmt} takes multiples of {even} from 2 on.", field=field
+            )
+    if audio is not None and (audio[0].ndim != 2 or audio[0].shape[0] not in (1, 2)):
+        raise InvalidRequest(
+            f"audio has shape {tuple(audio[0].shape)}; it must be (1 or 2 channels, samples).",
+            field="audio",
+        )
+
+
+def contact_sheet(frames: Tensor, columns: int = 6, gap: int = 2) -> Any:
+    """Lay frames (F, H, W, 3), 0..1, out in rows of ``columns``; return the PIL image."""
+    from PIL import Image
+
+    count, height, width, channels = frames.shape
+    rows = -(-count // columns)
+    sheet = torch.ones(rows * (height + gap) - gap, columns * (width + gap) - gap, channels)
+    for index, frame in enumerate(frames.detach().float().cpu()):
+        top, left = index // columns * (height + gap), index % columns * (width + gap)
+        sheet[top : top + height, left : left + width] = frame
+    return Image.fromarray(_to_bytes(sheet).numpy())

@@ -1,0 +1,95 @@
+"""Latents made and changed: encoding, the denoising loop, segments, the VAE, LoRAs.
+
+In: modules that are placed already, conditions, noise. Out: latents, then pixels, equal to
+diffusers' pipelines bit for bit. Names are resolved on first use.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ..lazy import lazy_names
+
+if TYPE_CHECKING:
+    from .denoise import Conditions, DenoiseState, Expert, Signals, denoise_steps, hold_first_frame
+    from .encode import (
+        check_embeds,
+        encode_clip,
+        encode_condition,
+        encode_first_frame,
+        encode_text,
+        load_picture,
+        picture_size,
+        prepare_picture,
+        to_pil,
+    )
+    from .lora import apply_loras
+    from .segments import ClipSegments, check_given, plan_segments
+    from .vae import (
+        StreamingDecoder,
+        denormalize_latents,
+        encode_latents,
+        normalize_latents,
+        to_frames,
+    )
+
+__getattr__ = lazy_names(
+    __name__,
+    {
+        "denoise": (
+            "Conditions",
+            "DenoiseState",
+            "Expert",
+            "Signals",
+            "denoise_steps",
+            "hold_first_frame",
+        ),
+        "encode": (
+            "check_embeds",
+            "encode_clip",
+            "encode_condition",
+            "encode_first_frame",
+            "encode_text",
+            "load_picture",
+            "picture_size",
+            "prepare_picture",
+            "to_pil",
+        ),
+        "lora": ("apply_loras",),
+        "segments": ("ClipSegments", "check_given", "plan_segments"),
+        "vae": (
+            "StreamingDecoder",
+            "denormalize_latents",
+            "encode_latents",
+            "normalize_latents",
+            "to_frames",
+        ),
+    },
+)
+
+__all__ = [
+    "ClipSegments",
+    "Conditions",
+    "DenoiseState",
+    "Expert",
+    "Signals",
+    "StreamingDecoder",
+    "apply_loras",
+    "check_embeds",
+    "check_given",
+    "denoise_steps",
+    "denormalize_latents",
+    "encode_clip",
+    "encode_condition",
+    "encode_first_frame",
+    "encode_latents",
+    "encode_text",
+    "hold_first_frame",
+    "load_picture",
+    "normalize_latents",
+    "picture_size",
+    "plan_segments",
+    "prepare_picture",
+    "to_frames",
+    "to_pil",
+]

@@ -1,0 +1,195 @@
+"""Prompts and images in, conditions out: umT5, CLIP vision, and the start-frame latents.
+
+Each function equals the matching method of diffusers' ``WanPipeline`` /
+``WanImageToVideoPipeline`` bit for bit. The modules given are ready to be called on ``device``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..errors import InvalidRequest
+from ..models import TEXT_TOKENS
+from .vae import conditioning_chunks, encode_latents, normalize_latents
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+"""Tokens per prompt. Wan attends all of them, the padding as zero vectors; the image branch of
+the 2.1 models counts on exactly this number (``WanAttnProcessor`` in diffusers)."""
+
+
+def encode_text(text_encoder: Any, tokenizer: Any, prompt: str, device: torch.device) -> Tensor:
+    """Encode one prompt: (1, 512, text_dim) in the encoder's dtype, zero beyond its tokens.
+
+    The text is cleaned and cut to 512 tokens as in ``WanPipeline._get_t5_prompt_embeds``.
+    """
+    from diffusers.pipelines.wan import pipeline_wan
+
+    clean: Callable[[str], str] = pipeline_wan.prompt_clean
+    tokens = tokenizer(
+        [clean(prompt)],
+        padding="max_length",
+        max_length=TEXT_TOKENS,
+        truncation=True,
+        add_special_tokens=True,
+        return_attention_mask=True,
+        return_tensors="pt",
+    )
+    mask = tokens.attention_mask
+    hidden = text_encoder(tokens.input_ids.to(device), mask.to(device)).last_hidden_state
+    length = int(mask.gt(0).sum())
+    embeds: Tensor = torch.zeros_like(hidden)
+    embeds[:, :length] = hidden[:, :length]
+    return embeds
+
+
+def encode_clip(
+    image_encoder: Any, image_processor: Any, images: Sequence[Image.Image], device: torch.device
+) -> Tensor:
+    """Encode one or two pictures with CLIP: (n, 257, image_dim), the last layer but one."""
+    pixels = image_processor(images=list(images), return_tensors="pt").to(device)
+    output: Tensor = image_encoder(**pixels, output_hidden_states=True).hidden_states[-2]
+    return output
+
+
+def load_picture(image: Any, field: str) -> Image.Image | Tensor:
+    """Turn a path, PIL image, array or tensor into an RGB PIL image or a float tensor (H, W, 3).
+
+    Tensors and float arrays are taken as 0..1, integer arrays as 0..255. Raises InvalidRequest,
+    naming ``field``, for anything else.
+    """
+    import numpy as np
+    from PIL import Image, UnidentifiedImageError
+
+    if isinstance(image, Image.Image):
+        return image.convert("RGB")
+    if isinstance(image, str) or hasattr(image, "__fspath__"):
+        try:
+            with Image.open(image) as opened:
+                return opened.convert("RGB")
+        except (OSError, UnidentifiedImageError) as err:
+            raise InvalidRequest(
+                f"{field}: {image} cannot be read as a picture ({err}).", field=field
+            ) from err
+    if isinstance(image, np.ndarray):
+        if image.dtype.kind in "iu":
+            image = image.astype("float32") / 255.0
+        image = torch.from_numpy(image)
+    if isinstance(image, Tensor) and image.ndim == 4 and image.shape[0] == 1:
+        image = image[0]
+    if not isinstance(image, Tensor) or image.ndim != 3 or image.shape[-1] not in (3, 4):
+        shape = getattr(image, "shape", type(image).__name__)
+        raise InvalidRequest(
+            f"{field} is {shape}; a picture is a path, a PIL image, or one (height, width, 3) "
+            "array or tensor with values 0..1.",
+            field=field,
+        )
+    return image[..., :3].float().cpu()
+
+
+def to_pil(picture: Image.Image | Tensor) -> Image.Image:
+    """Return an 8-bit RGB PIL image."""
+    from PIL import Image
+
+    if isinstance(picture, Image.Image):
+        return picture
+    return Image.fromarray((picture.clamp(0, 1) * 255).round().to(torch.uint8).numpy())
+
+
+def picture_size(picture: Image.Image | Tensor) -> tuple[int, int]:
+    """Return (width, height) in pixels."""
+    if isinstance(picture, Tensor):
+        return picture.shape[1], picture.shape[0]
+    return picture.size
+
+
+def prepare_picture(picture: Image.Image | Tensor, width: int, height: int) -> Tensor:
+    """Resize to the job's size: (1, 3, height, width), float32, -1..1.
+
+    PIL images go through diffusers' ``VideoProcessor`` (Lanczos), as in its pipelines. A tensor
+    that has the size already keeps its full precision.
+    """
+    from diffusers.video_processor import VideoProcessor
+
+    if isinstance(picture, Tensor) and picture_size(picture) == (width, height):
+        return picture.permute(2, 0, 1).unsqueeze(0).clamp(0, 1) * 2.0 - 1.0
+    processor = VideoProcessor(vae_scale_factor=8)
+    prepared: Tensor = processor.preprocess(to_pil(picture), height=height, width=width)
+    return prepared.to(torch.float32)
+
+
+def condition_mask(num_frames: int, latent_height: int, latent_width: int, last: bool) -> Tensor:
+    """Return the (1, 4, T, h, w) mask of the image-to-video models: 1 where a frame is given.
+
+    Channel c of latent frame t stands for pixel frame 4 t + c - 3; the first pixel frame counts
+    four times (``WanImageToVideoPipeline.prepare_latents``).
+    """
+    latent_frames = (num_frames - 1) // 4 + 1
+    mask = torch.zeros(1, 4, latent_frames, latent_height, latent_width)
+    mask[:, :, 0] = 1
+    if last:
+        mask[:, 3, -1] = 1
+    return mask
+
+
+def encode_condition(
+    vae: Any,
+    image: Tensor,
+    *,
+    num_frames: int,
+    last_image: Tensor | None = None,
+    device: torch.device,
+    check: Callable[[], object],
+) -> Tensor:
+    """Return mask and latents (1, 4 + z, T, h, w), float32, for models with 36 input channels.
+
+    The clip [image, zeros ..., last_image] is encoded frame group by frame group and never held
+    whole. ``image`` is (1, 3, H, W), -1..1.
+    """
+    dtype = vae.dtype
+    image = image.to(device=device, dtype=dtype)
+    last = None if last_image is None else last_image.to(device=device, dtype=dtype)
+    latents = encode_latents(vae, conditioning_chunks(image, num_frames, last), check=check)
+    latents = normalize_latents(latents.to(torch.float32), vae.config)
+    mask = condition_mask(num_frames, latents.shape[3], latents.shape[4], last is not None)
+    return torch.cat([mask.to(latents.device), latents], dim=1)
+
+
+def encode_first_frame(
+    vae: Any, image: Tensor, *, device: torch.device, check: Callable[[], object]
+) -> Tensor:
+    """Return the latents (1, z, 1, h, w), float32, that the 5B holds fixed as frame 0."""
+    image = image.to(device=device, dtype=vae.dtype)
+    latents = encode_latents(vae, conditioning_chunks(image, 1, None), check=check)
+    return normalize_latents(latents.to(torch.float32), vae.config)
+
+
+def check_embeds(embeds: Tensor, name: str, text_dim: int, batch_size: int) -> Tensor:
+    """Check embeddings from outside and pad them with zeros to 512 tokens.
+
+    ComfyUI's conditioning may hold one batch row and fewer tokens. Raises InvalidRequest with
+    the width found and the width of the model.
+    """
+    if embeds.ndim != 3 or embeds.shape[2] != text_dim:
+        raise InvalidRequest(
+            f"{name} has shape {tuple(embeds.shape)}; this model takes (batch, tokens, "
+            f"{text_dim}). Was it made by another text encoder?",
+            field=name,
+        )
+    if embeds.shape[1] > TEXT_TOKENS:
+        raise InvalidRequest(
+            f"{name} has {embeds.shape[1]} tokens; Wan takes at most {TEXT_TOKENS}.", field=name
+        )
+    if embeds.shape[0] not in (1, batch_size):
+        raise InvalidRequest(
+            f"{name} has {embeds.shape[0]} rows; batch_size is {batch_size}.", field=name
+        )
+    if embeds.shape[1] < TEXT_TOKENS:
+        padding = embeds.new_zeros(embeds.shape[0], TEXT_TOKENS - embeds.shape[1], text_dim)
+        embeds = torch.cat([embeds, padding], dim=1)
+    return embeds

@@ -1,0 +1,340 @@
+"""LoRAs at run time: added to what a transformer's layers give, and taken off again exactly.
+
+No weight is changed, so weights in fp8 or GGUF blocks take LoRAs like any others and are, after
+the ``with`` block, the bits they were. A layer that gives W x gives W x + B (A x) with it (Hu et
+al. 2021, eq. 3), where B is multiplied with strength x alpha / rank once, in float32.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..config import WanLoRA
+from ..detect import Patch, read_patches
+from ..errors import ModelMismatch
+from ..files import quoted
+from ..formats import read_table
+from ..forward import TimestepRuns
+from ..loading import TensorReader, Undo, device_of, keep_in_fp32, stays_fp32
+from ..models import Source, TransformerShape
+
+
+@contextmanager
+def apply_loras(
+    transformer: nn.Module,
+    loras: Sequence[WanLoRA],
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> Iterator[None]:
+    """Have ``transformer`` compute with ``loras`` in this thread, inside the ``with`` block.
+
+    Their matrices are read to ``device`` (the transformer's) in ``dtype`` (its weights'; float32
+    for layers kept in it) and let go at the end. Threads that share the module do not see each
+    other's. Strength 0 changes no bit. Raises what ``read_patches`` raises before anything is
+    attached, CorruptFile for NaN.
+    """
+    device = torch.device(device or device_of(transformer))
+    dtype = dtype or _compute_dtype(transformer)
+    deltas: dict[str, _Delta] = {}
+    for lora in loras:
+        if lora.strength:
+            _read(transformer, lora, deltas, device, dtype)
+    with Undo() as undo:
+        for target, delta in deltas.items():
+            _attach(undo, transformer, target, delta)
+        yield
+
+
+def _compute_dtype(transformer: nn.Module) -> torch.dtype:
+    """Return the dtype of the first float matrix; quantised models are computed in bf16."""
+    for parameter in transformer.parameters():
+        if parameter.dim() > 1 and parameter.dtype in (torch.float16, torch.bfloat16):
+            return parameter.dtype
+    quantised = any(not p.dtype.is_floating_point for p in transformer.parameters())
+    return torch.bfloat16 if quantised else torch.float32
+
+
+@dataclass(slots=True)
+class _Delta:
+    """What all LoRAs together change at one module; ranks are laid side by side."""
+
+    dtype: torch.dtype
+    downs: list[Tensor] = field(default_factory=list)
+    ups: list[Tensor] = field(default_factory=list)
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+
+    def matrices(self) -> tuple[Tensor, Tensor] | None:
+        """Return down (ranks, in ...) and up (out, ranks), or None where there are none."""
+        if not self.downs:
+            return None
+        down, up = torch.cat(self.downs), torch.cat(self.ups, dim=1)
+        self.downs, self.ups = [], []
+        return down, up
+
+
+def shape_of(transformer: Any) -> TransformerShape:
+    """Return the numbers of a transformer that is loaded, from its configuration."""
+    config = transformer.config
+    return TransformerShape(
+        heads=config.num_attention_heads, head_dim=config.attention_head_dim,
+        ffn_dim=config.ffn_dim, layers=len(transformer.blocks), in_channels=config.in_channels,
+        out_channels=config.out_channels, text_dim=config.text_dim, freq_dim=config.freq_dim,
+        image_dim=config.image_dim, added_kv_dim=config.added_kv_proj_dim,
+        pos_embed_seq_len=config.pos_embed_seq_len, patch_size=tuple(config.patch_size),
+    )  # fmt: skip
+
+
+def _read(
+    transformer: nn.Module,
+    lora: WanLoRA,
+    deltas: dict[str, _Delta],
+    device: torch.device,
+    dtype: torch.dtype,
+) -> None:
+    """Read one LoRA and add it to what is collected for each module."""
+    path = Path(lora.path)
+    table = read_table(path)
+    found = read_patches(table, shape_of(transformer), Path(type(transformer).__name__))
+    kept = keep_in_fp32(transformer, dtype)
+    with TensorReader(table, device) as reader:
+        for patch in found.patches:
+            # A norm is computed in float32 whatever its weight is stored in.
+            fp32 = stays_fp32(patch.target + ".weight", kept) or not _has_matrix(
+                transformer, patch.target
+            )
+            delta = deltas.setdefault(patch.target, _Delta(torch.float32 if fp32 else dtype))
+            _Values(reader, patch, lora.strength, delta).collect(transformer)
+
+
+def _has_matrix(transformer: nn.Module, target: str) -> bool:
+    """Say whether a target is a linear or convolution layer, and not a norm or a table."""
+    return isinstance(_module(transformer, target), nn.Linear | nn.Conv3d)
+
+
+def _module(transformer: nn.Module, target: str) -> nn.Module:
+    """Return the module of a target; of a scale-shift table the module that owns it."""
+    name = target.removesuffix("scale_shift_table").removesuffix(".")
+    try:
+        return transformer.get_submodule(name)
+    except AttributeError as err:
+        raise ModelMismatch(
+            f"The transformer has no layer {target!r}, which its configuration calls for. Its "
+            "layers were replaced or fused; load it again before using LoRAs."
+        ) from err
+
+
+@dataclass(slots=True)
+class _Values:
+    """The tensors of one patch, read with what they are multiplied with."""
+
+    reader: TensorReader
+    patch: Patch
+    strength: float
+    delta: _Delta
+
+    def collect(self, transformer: nn.Module) -> None:
+        """Add this patch to the delta of its module."""
+        module, delta, tensors = (
+            _module(transformer, self.patch.target),
+            self.delta,
+            self.patch.tensors,
+        )
+        shape = tuple(getattr(module, "weight", torch.empty(0)).shape)
+        wide = module.in_channels if isinstance(module, nn.Conv3d) else 0
+        if "down" in tensors:
+            down = self._read("down").to(delta.dtype)
+            if isinstance(module, nn.Conv3d):
+                down = _widened(down.reshape(down.shape[0], -1, *shape[2:]), wide)
+            delta.downs.append(down.reshape(down.shape[0], -1) if not wide else down)
+            up = self._read("up").flatten(1) * (self.strength * self._scale())
+            delta.ups.append(up.to(delta.dtype))
+        if "diff" in tensors:
+            diff = self._read("diff") * self.strength
+            if isinstance(module, nn.Conv3d):
+                diff = _widened(diff.reshape(diff.shape[0], -1, *shape[2:]), wide)
+            elif isinstance(module, nn.Linear):
+                diff = diff.reshape(module.out_features, module.in_features)
+            delta.weight = _sum(delta.weight, diff.to(delta.dtype))
+        # A LoRA's own bias belongs to B (A x) and is scaled with it.
+        for role, scale in (("up_bias", self._scale), ("diff_bias", lambda: 1.0)):
+            if role in tensors:
+                bias = self._read(role).flatten() * (self.strength * scale())
+                delta.bias = _sum(delta.bias, bias.to(delta.dtype))
+
+    def _read(self, role: str) -> Tensor:
+        name = self.patch.tensors[role]
+        shape = self.reader.table.tensors[name].shape
+        return self.reader.read(Source(name), shape, torch.float32)
+
+    def _scale(self) -> float:
+        if "alpha" in self.patch.tensors:
+            return float(self._read("alpha").item()) / self.patch.rank
+        return 1.0 if self.patch.stated_scale is None else self.patch.stated_scale
+
+
+def _widened(values: Tensor, channels: int) -> Tensor:
+    """Append zeros for input channels that the model a LoRA was made for does not have."""
+    missing = channels - values.shape[1]
+    return F.pad(values, (0, 0) * (values.dim() - 2) + (0, missing)) if missing > 0 else values
+
+
+def _sum(present: Tensor | None, more: Tensor) -> Tensor:
+    if present is None:
+        return more
+    return present + more.reshape(present.shape)
+
+
+# Hooks -------------------------------------------------------------------------------------------
+
+
+def _attach(undo: Undo, transformer: nn.Module, target: str, delta: _Delta) -> None:
+    """Put one delta on its module; the steps that take it off are pushed on ``undo``."""
+    module = _module(transformer, target)
+    if target == "scale_shift_table":
+        _attach_output_table(undo, transformer, delta)
+    elif target.endswith("scale_shift_table"):
+        hook = _mine_before(lambda args: _with_table(args, delta))
+        undo.push(module.register_forward_pre_hook(hook).remove)
+    else:
+        change = _change_of(module, target, delta)
+        undo.push(module.register_forward_hook(_mine(change)).remove)
+
+
+def _mine(change: Callable[[Tensor, Tensor], Tensor]) -> Any:
+    """Make a forward hook that acts in the thread that attaches it, and in no other."""
+    me = threading.get_ident()
+
+    def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        return change(args[0], output) if threading.get_ident() == me else None
+
+    return after
+
+
+def _mine_before(change: Callable[[tuple[Any, ...]], tuple[Any, ...]]) -> Any:
+    me = threading.get_ident()
+
+    def before(module: nn.Module, args: tuple[Any, ...]) -> Any:
+        return change(args) if threading.get_ident() == me else None
+
+    return before
+
+
+def _change_of(module: nn.Module, target: str, delta: _Delta) -> Callable[[Tensor, Tensor], Tensor]:
+    if isinstance(module, nn.Linear):
+        return _linear(delta)
+    if isinstance(module, nn.Conv3d):
+        return _convolution(module, delta)
+    if isinstance(module, nn.LayerNorm | nn.RMSNorm):
+        return _norm(module, delta)
+    raise ModelMismatch(
+        f"Layer {target!r} of the transformer is a {type(module).__name__}; LoRAs go on linear, "
+        f"convolution and norm layers. Remove what wraps it ({quoted(Path(target))})."
+    )
+
+
+def _linear(delta: _Delta) -> Callable[[Tensor, Tensor], Tensor]:
+    pair, weight, bias, dtype = delta.matrices(), delta.weight, delta.bias, delta.dtype
+
+    def change(given: Tensor, output: Tensor) -> Tensor:
+        given = given.to(output.device, dtype)
+        if pair is not None:
+            output = _plus_product(output, F.linear(given, pair[0]), pair[1])
+        if weight is not None:
+            output = _plus_product(output, given, weight)
+        return output if bias is None else _plus(output, bias)
+
+    return change
+
+
+def _plus(output: Tensor, more: Tensor) -> Tensor:
+    more = more.to(output.dtype)
+    return output + more if torch.is_grad_enabled() else output.add_(more)
+
+
+def _plus_product(output: Tensor, given: Tensor, matrix: Tensor) -> Tensor:
+    """Return output + given @ matrix^T; without gradients in the output's own memory."""
+    if output.dtype != matrix.dtype:
+        return _plus(output, F.linear(given, matrix))
+    flat, rows = output.reshape(-1, output.shape[-1]), given.reshape(-1, given.shape[-1])
+    # A layer's output is its own tensor: nothing else looks at it yet.
+    add = torch.addmm if torch.is_grad_enabled() else torch.Tensor.addmm_
+    return add(flat, rows, matrix.t()).view(output.shape)
+
+
+def _convolution(module: nn.Conv3d, delta: _Delta) -> Callable[[Tensor, Tensor], Tensor]:
+    pair, weight, bias, dtype = delta.matrices(), delta.weight, delta.bias, delta.dtype
+
+    def convolved(given: Tensor, kernel: Tensor) -> Tensor:
+        return F.conv3d(given, kernel, None, module.stride, module.padding, module.dilation)
+
+    def change(given: Tensor, output: Tensor) -> Tensor:
+        given = given.to(output.device, dtype)
+        if pair is not None:
+            inner = F.conv3d(convolved(given, pair[0]), pair[1][:, :, None, None, None])
+            output = _plus(output, inner)
+        if weight is not None:
+            output = _plus(output, convolved(given, weight))
+        return output if bias is None else _plus(output, bias.view(-1, 1, 1, 1))
+
+    return change
+
+
+def _norm(module: nn.LayerNorm | nn.RMSNorm, delta: _Delta) -> Callable[[Tensor, Tensor], Tensor]:
+    """A norm is linear in its weight and bias: the difference of both is normed beside it."""
+    weight, bias, shape, eps = delta.weight, delta.bias, module.normalized_shape, module.eps
+
+    def change(given: Tensor, output: Tensor) -> Tensor:
+        values = given.to(output.device, torch.float32)
+        if isinstance(module, nn.RMSNorm):
+            used = torch.finfo(given.dtype).eps if eps is None else eps
+            normed = values * torch.rsqrt(values.pow(2).mean(-1, keepdim=True) + used)
+        else:
+            normed = F.layer_norm(values, shape, None, None, eps or 0.0)
+        more = normed * weight.flatten() if weight is not None else torch.zeros_like(normed)
+        return output + (more if bias is None else more + bias).to(output.dtype)
+
+    return change
+
+
+def _with_table(args: tuple[Any, ...], delta: _Delta) -> tuple[Any, ...]:
+    """Add a difference of a block's scale-shift table to the embedding that is added to it."""
+    embedding, table = args[2], delta.weight
+    assert table is not None
+    if isinstance(embedding, TimestepRuns):
+        changed: Any = TimestepRuns(embedding.values.float() + table, embedding.starts)
+    else:
+        changed = embedding.float() + table
+    return (*args[:2], changed, *args[3:])
+
+
+def _attach_output_table(undo: Undo, transformer: nn.Module, delta: _Delta) -> None:
+    """The last norm's shift and scale: its output is remembered, piece by piece, until proj_out."""
+    table = delta.weight
+    assert table is not None
+    shift, scale = table.reshape(2, -1)
+    pieces: list[Tensor] = []
+
+    def remember(given: Tensor, output: Tensor) -> Tensor:
+        pieces.append(output.float() * scale + shift)
+        return output
+
+    def add(args: tuple[Any, ...]) -> tuple[Any, ...]:
+        change = torch.cat(pieces, dim=1)
+        pieces.clear()
+        return (args[0] + change.to(args[0].dtype), *args[1:])
+
+    norm, out = transformer.get_submodule("norm_out"), transformer.get_submodule("proj_out")
+    undo.push(pieces.clear)
+    undo.push(norm.register_forward_hook(_mine(remember)).remove)
+    undo.push(out.register_forward_pre_hook(_mine_before(add)).remove)

@@ -1,0 +1,220 @@
+"""Segment after segment: each begins with the last latents of the one before.
+
+The latents are handed on as they are, without a trip through the VAE. Image-to-video models get
+them as given frames of their condition, the 5B as frames held at timestep 0. What both segments
+have of the overlap is blended with the ramp k/(w+1) of ``windows``. Where a clip has several texts
+a segment begins with each of them. Knows no model and no files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..errors import InvalidRequest
+from ..job import FRAMES_PER_LATENT, WindowPlan, latent_frames, plan_windows, video_frames
+from .denoise import Conditions, DenoiseState, hold_first_frame
+
+COLOUR_GRID = 4
+"""Cells a side a latent frame is averaged to: what is left is its colour and light."""
+MAX_COLOUR_SCALE = 2.0
+"""The spread of the colours is corrected by no more than this factor either way."""
+
+
+@dataclass(frozen=True, slots=True)
+class SegmentPlan:
+    """The latent frames of the clip that each segment makes, those it takes over included.
+
+    ``windows`` are those of a clip of one text; their length is that of the longest segment.
+    ``cuts`` are the latent frames that begin a segment because a text begins there.
+    """
+
+    ranges: tuple[range, ...]
+    windows: WindowPlan
+    cuts: tuple[int, ...] = ()
+
+    def describe(self, given: int) -> str:
+        """One line for a report: segments, frames, what they share; ``given`` latent frames."""
+        length, total = self.windows.window, self.ranges[-1].stop - self.ranges[0].start
+        size = f"{video_frames(length)} frames ({length} latent)"
+        if self.cuts:
+            size = f"at most {size}, one or more for each of {len(self.cuts) + 1} texts"
+        shared = f" after {given} given latent frames," if given else ""
+        return (
+            f"{len(self.ranges)} segments of {size},{shared} "
+            f"each begun with the last {self.windows.overlap} latent frames before it, "
+            f"{sum(map(len, self.ranges)) / total:.2f}x the work of one pass"
+        )
+
+
+@dataclass(slots=True, kw_only=True)
+class ClipSegments:
+    """The segments of one clip, made in order; ``clip`` (B, C, T, h, w) fills up from the left.
+
+    ``noise`` and ``conditions`` are those of the whole clip. ``given`` (B, C, n, h, w), normalised
+    latents the clip begins with, is kept as it is but for the overlap with what follows.
+    ``drift_correction`` (0..1) says how far ``match_colours`` is followed.
+    """
+
+    plan: SegmentPlan
+    noise: Tensor
+    conditions: Conditions
+    given: Tensor | None = None
+    drift_correction: float = 0.0
+    clip: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.clip = torch.zeros_like(self.noise)
+        if self.given is not None:
+            self.clip[:, :, : self.given.shape[2]] = self.given
+
+    def __len__(self) -> int:
+        return len(self.plan.ranges)
+
+    def frames(self, number: int) -> range:
+        """The latent frames of the clip that segment ``number`` makes, overlap included."""
+        return self.plan.ranges[number]
+
+    def known(self, number: int) -> int:
+        """How many frames segment ``number`` takes over from what is before it."""
+        if number:
+            return self.frames(number - 1).stop - self.frames(number).start
+        return 0 if self.given is None else self.given.shape[2] - self.frames(0).start
+
+    def begin(self, number: int, step: int) -> DenoiseState:
+        """The state in which segment ``number`` starts, at ``step`` of the schedule."""
+        frames = self.frames(number)
+        done = self.clip[:, :, : frames.start + self.known(number)]
+        return DenoiseState(
+            latents=self.noise[:, :, frames.start : frames.stop],
+            next_step=step,
+            segment=number,
+            clip=done if done.shape[2] else None,
+        )
+
+    def go_on(self, state: DenoiseState) -> None:
+        """Take over the finished latents of a state that was saved."""
+        if state.clip is not None:
+            self.clip[:, :, : state.clip.shape[2]] = state.clip
+
+    def conditions_of(self, number: int) -> Conditions:
+        """What the model is told in segment ``number``: the clip's conditions and known frames.
+
+        Its text is the one of the middle of its new frames.
+        """
+        frames, known = self.frames(number), self.known(number)
+        found = self.conditions.window(frames, frames.start + (known + len(frames)) // 2)
+        if not known:
+            return found
+        held = self.clip[:, :, frames.start : frames.start + known]
+        if found.concat is None:
+            return replace(found, first_frame=held.clone())
+        concat = found.concat.clone()
+        channels = held.shape[1]
+        concat[:, :-channels, :known] = 1
+        concat[:, -channels:, :known] = held
+        return replace(found, concat=concat)
+
+    def finish(self, state: DenoiseState, conditions: Conditions) -> None:
+        """Put a segment whose steps are made into the clip."""
+        number = state.segment
+        frames, known = self.frames(number), self.known(number)
+        made = hold_first_frame(state.latents, conditions)
+        if known and self.drift_correction:
+            # Frames before the second segment do not change any more: the same in every run.
+            first = max(1, self.frames(1).start) if number else known + frames.start
+            made = match_colours(made, self.clip[:, :, :first], self.drift_correction)
+        ramp = torch.arange(1, known + 1, device=made.device) / (known + 1)
+        before = self.clip[:, :, frames.start : frames.start + known]
+        before.lerp_(made[:, :, :known], ramp.view(1, 1, -1, 1, 1))
+        self.clip[:, :, frames.start + known : frames.stop] = made[:, :, known:]
+
+
+def plan_segments(
+    total: int, given: int, window: int | None, overlap: int, texts: Iterable[int] = ()
+) -> SegmentPlan:
+    """Plan segments for ``total`` latent frames of which the first ``given`` are there already.
+
+    ``window`` and ``overlap`` are video frames; None makes one segment of all. ``texts`` are the
+    latent frames at which texts begin: no segment makes new frames for two of them. The last one
+    of a text is shifted back, as the last window of a clip is, so that it is shorter than the
+    window only where the clip before it is. Raises InvalidRequest for an overlap below one latent
+    frame and for given latents that leave nothing to make.
+    """
+    if total <= given:
+        raise InvalidRequest(
+            f"continue_from has {given} latent frames and the whole clip {total}; there is nothing "
+            f"to make. Set num_frames, which counts the given ones, to {video_frames(given + 1)} "
+            "or more.",
+            field="continue_from",
+        )
+    shared = -(-overlap // FRAMES_PER_LATENT)
+    if window is not None:
+        # Of a clip longer than the window: one that is not shares nothing within itself.
+        shared = plan_windows(latent_frames(window) + 2, window, overlap).overlap
+    # As many frames are taken over from the given latents as from a segment.
+    taken = max(1, shared)
+    first = max(0, given - taken)
+    length = video_frames(total - first) if window is None else window
+    windows = plan_windows(total - first, length, overlap)
+    cuts = tuple(sorted({start for start in texts if given < start < total}))
+    ranges: list[range] = []
+    done = given
+    for end in (*cuts, total):
+        while done < end:
+            stop = min(max(first, done - taken) + windows.window, end)
+            ranges.append(range(max(first, stop - windows.window), stop))
+            done = stop
+    if len(ranges) > 1 and shared < 1:
+        raise InvalidRequest(
+            "window_overlap is 0; a segment goes on from the one before, so at least "
+            f"{FRAMES_PER_LATENT} frames must be shared.",
+            field="window_overlap",
+        )
+    return SegmentPlan(tuple(ranges), replace(windows, overlap=shared), cuts)
+
+
+def check_given(given: Tensor | None, shape: tuple[int, ...]) -> None:
+    """Raise InvalidRequest where the latents to go on from suit no clip of ``shape``."""
+    if given is None:
+        return
+    found = tuple(given.shape)
+    if len(found) != 5 or (*found[:2], *found[3:]) != (*shape[:2], *shape[3:]):
+        raise InvalidRequest(
+            f"continue_from has shape {found}; this job needs {shape} (batch, channels, latent "
+            "frames, height / scale, width / scale), with fewer frames.",
+            field="continue_from",
+        )
+
+
+def match_colours(latents: Tensor, reference: Tensor, strength: float) -> Tensor:
+    """Move the low spatial frequencies of ``latents`` to the statistics of ``reference``.
+
+    Both are (B, C, T, h, w). Per sample and channel, mean and spread over frames and cells of a
+    4x4 grid are matched; detail and movement within the cells stay. ``strength`` 1 matches fully.
+    """
+    low, target = _cells(latents), _cells(reference)
+    mean, spread = low.mean((2, 3, 4), keepdim=True), low.std((2, 3, 4), keepdim=True)
+    wanted = target.std((2, 3, 4), keepdim=True)
+    scale = (wanted / spread.clamp_min(1e-6)).clamp(1 / MAX_COLOUR_SCALE, MAX_COLOUR_SCALE)
+    if min(low[0, 0].numel(), target[0, 0].numel()) < 2:
+        scale = torch.ones_like(mean)  # a single cell has no spread
+    change = (low - mean) * scale + target.mean((2, 3, 4), keepdim=True) - low
+    height, width = latents.shape[3:]
+    # Smooth between the cells: squares of different colour would be edges.
+    flat = F.interpolate(
+        change.flatten(1, 2), size=(height, width), mode="bilinear", align_corners=False
+    )
+    return latents + strength * flat.view_as(latents)
+
+
+def _cells(latents: Tensor) -> Tensor:
+    """Average every frame to at most ``COLOUR_GRID`` cells a side."""
+    batch, channels, frames, height, width = latents.shape
+    size = (min(COLOUR_GRID, height), min(COLOUR_GRID, width))
+    pooled = F.adaptive_avg_pool2d(latents.flatten(1, 2), size)
+    return pooled.view(batch, channels, frames, *size)
