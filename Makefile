@@ -1,11 +1,12 @@
 # make demo   a small Wan, a prompt, output/demo.mp4     make test   the whole suite
-# make lint   ruff and mypy                              Everything installs into .venv, once.
+# make lint   ruff and mypy                              make wheel   built, installed, run
+# Everything installs into .venv, once.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint wheel clean
 
 demo: $(READY)
 	$(BIN)/python -m wan_core demo --output output/demo.mp4
@@ -17,6 +18,9 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+wheel: $(READY)
+	$(BIN)/python -m tools.check_wheel
 
 $(READY): requirements.txt requirements-dev.txt constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

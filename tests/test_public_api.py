@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import importlib
 import inspect
+import json
+import pickle
 import subprocess
 import sys
 
 import pytest
 
 import wan_core
+from wan_core.memory import Choices
+
+NUMBERS = (
+    "base_model_mb", "generation_overhead_mb", "output_tensors_mb", "total_estimated_mb",
+    "peak_usage_mb", "confidence",
+)  # fmt: skip
 
 
 def test_all_is_sorted_and_complete() -> None:
@@ -60,3 +70,40 @@ def test_importing_the_package_imports_neither_torch_nor_diffusers() -> None:
         "assert not heavy, heavy"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(
+    ("module", "names"),
+    {
+        "load": ["PipelineManager", "WanPipelineLoader"],
+        "generate": ["WanPipelineWrapper"],
+        "detect": ["ArchitectureDetector", "inspect_file"],
+        "plan": ["OptimizationConfig", "OptimizationManager", "OptimizationPlan"],
+        "memory": ["Choices", "Job", "estimate", "format_estimate"],
+        "config": ["GenerationConfig", "MemoryEstimate", "VideoGenerationResult", "WanLoRA"],
+        "errors": ["DoesNotFit", "WanError", "is_oom"],
+    }.items(),
+)
+def test_old_import_places_still_give_the_same_things(module: str, names: list[str]) -> None:
+    place = importlib.import_module(f"wan_core.{module}")
+    for name in names:
+        found = getattr(place, name)
+        assert getattr(wan_core, name, found) is found
+
+
+def test_a_plan_s_choices_can_be_read_and_saved_as_before() -> None:
+    choices = Choices(dtypes={"transformer": "bf16", "vae": "fp32"}, offload="model", lean=True)
+    plan = wan_core.OptimizationPlan(
+        device="cpu",
+        choices=choices,
+        estimate=wan_core.MemoryEstimate(**dict.fromkeys(NUMBERS, 0.0)),
+    )
+    assert plan.lean is plan.choices.lean is True
+    assert plan.offload_of("transformer") == "model"
+    assert {f.name for f in dataclasses.fields(choices)} <= set(
+        json.loads(json.dumps(plan.to_dict()))
+    )
+    assert copy.deepcopy(plan) == pickle.loads(pickle.dumps(plan)) == plan
+    assert plan.with_choices(lean=False).lean is False
+    with pytest.raises(AttributeError, match="nothing_like_it"):
+        _ = plan.nothing_like_it

@@ -33,7 +33,7 @@ def _weights():
         return 0
     return sum(
         tensor.numel() * tensor.element_size()
-        for _, module in _core("cache").component_cache().loaded()
+        for _, module in _core("loading.cache").component_cache().loaded()
         if isinstance(module, torch.nn.Module)
         for tensor in module.parameters()
     )
