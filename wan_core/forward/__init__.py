@@ -1,8 +1,9 @@
-"""How a model computes: the same bits as diffusers with fewer tensors alive.
+"""How a model computes: the same bits as diffusers, with fewer tensors alive at once.
 
-In: a module of ``loading``. Out: a context in which its forward is another one (``lean_forward``,
-``lean_decoder``), or the reason why it cannot be. Knows nothing of where weights are. Names are
-resolved on first use.
+In: a module built by ``loading``. Out: a context manager inside which the module runs the lean
+forward (``lean_forward`` for a transformer, ``lean_decoder`` for a VAE), or the reason why it
+cannot. Nothing here knows on which device weights are or how they get there. Names are resolved
+on first use, so that importing this package does not import torch.
 """
 
 from __future__ import annotations

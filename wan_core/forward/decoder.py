@@ -1,17 +1,19 @@
-"""A decode for Wan's VAE that keeps less alive, with equal bits.
+"""The lean decoder of Wan's VAE: less activation memory, the same bits.
 
-diffusers holds, for each convolution, its input, a copy joined with the cached frames and a padded
-copy of that, and up to four maps for each norm. Here frames are normalised straight into the one
-padded buffer that the convolution reads; names are let go before the convolution where they can
-be; sums, SiLU and the 2.2 VAE's shortcuts happen in place; a cache entry is made once its
-convolution's input is gone. Every convolution gets the input it gets from diffusers, so the bits
-are the same. What is left is mostly the feature cache: two frames for each convolution.
+For each convolution diffusers holds the input, a copy joined with the cached frames and a padded
+copy of that, and for each norm up to four feature maps. The lean decoder writes normalised frames
+straight into the one padded buffer that the convolution reads. It drops references before the
+convolution where it can, computes sums, SiLU and the shortcuts of the 2.2 VAE in place, and makes
+a cache entry only when the input of its convolution is gone. Every convolution reads the same
+input as in diffusers, so the result has the same bits. Most of the memory that remains is the
+feature cache: two frames for each convolution.
 
-A further rung, ``bands``, runs each convolution by bands of rows: the same arithmetic with one
-row more on either side, no blended seams, but rounding may differ on some devices. It also rests
-the feature cache in RAM, from where rows come back as they are needed.
+``bands`` > 1 goes further and runs each convolution on bands of rows. A band is read with one more
+row above and below, so the arithmetic is the same and no seams are blended, but rounding may
+differ on some devices. The feature cache can be kept in RAM meanwhile (``host_cache``), from where
+rows return when they are needed.
 
-Computation after diffusers' ``autoencoder_kl_wan.py`` (0.42).
+The computation follows diffusers' ``autoencoder_kl_wan.py`` (0.42).
 """
 
 from __future__ import annotations
@@ -26,25 +28,27 @@ from torch import Tensor, nn
 
 from .host_cache import HISTORY, HostCache, HostEntry, frames_known
 
-_REPEAT = "Rep"  # diffusers' mark of an upsampler that has seen the first frame only
+_REPEAT = "Rep"  # diffusers' marker: this upsampler has seen only the first frame
 _HALF = (torch.float16, torch.bfloat16)
-_EPSILON = 1e-12  # of torch.nn.functional.normalize
+_EPSILON = 1e-12  # the default of torch.nn.functional.normalize
 
 
 @dataclass(frozen=True, slots=True)
 class DecodeOptions:
-    """How a lean decode cuts its work: ``bands`` of rows (1: not at all), and where caches rest."""
+    """How a lean decode divides its work: into ``bands`` of rows; 1 does not divide it."""
 
     bands: int = 1
     host: HostCache | None = None
-    """Where the feature cache rests; None: on the device."""
+    """Where the feature cache is kept between uses; None: on the device."""
 
 
 class DecoderWalk:
-    """One call of the decoder on its way through the layers.
+    """One call of the decoder, layer by layer.
 
-    Maps are (B, C, T, H, W). A method that consumes its input takes it out of the list ``held``,
-    so that the caller's name does not keep it alive.
+    Feature maps are (B, C, T, H, W). ``slots`` is the feature cache with one entry per causal
+    convolution, ``index`` a list with the number of the next slot (diffusers' ``feat_cache`` and
+    ``feat_idx``). Maps are passed between methods in the list ``held``: a method that consumes its
+    input pops it from there, so that no variable of the caller keeps it alive.
     """
 
     def __init__(self, options: DecodeOptions, slots: list[Any], index: list[int]) -> None:
@@ -52,6 +56,7 @@ class DecoderWalk:
 
     def through(self, decoder: Any, x: Tensor, first: bool) -> Tensor:
         """Return the decoder's output for one latent frame."""
+        # From here on only the list refers to the map, see above.
         held = [x]
         del x
         held.append(self._convolve(decoder.conv_in, held))
@@ -66,6 +71,8 @@ class DecoderWalk:
 
     def _level(self, block: Any, held: list[Tensor], first: bool) -> None:
         shortcut = getattr(block, "avg_shortcut", None)  # 2.2 only
+        # The shortcut reads the level's input at the end. The input is shared, not copied as in
+        # diffusers, so the first residual block must not overwrite it.
         kept = held[0] if shortcut is not None else None
         for resnet in block.resnets:
             self._residual(resnet, held, writable=held[0] is not kept)
@@ -84,14 +91,18 @@ class DecoderWalk:
             return
         x = held.pop()
         shortcut = x if plain else _apply(block.conv_shortcut, x)
+        # Slots are numbered in the order in which diffusers' code reaches the convolutions.
         first, second = self._next_slot(), self._next_slot()
+        # Where the block adds x itself at the end, the norm must not overwrite it.
         padded, count = self._whole(block.conv1, x, first, block.norm1, writable and not plain)
         if not plain:
-            del x
+            del x  # the shortcut has been computed: nothing needs the input any more
         y = _apply(block.conv1, padded)
         if plain:
-            # Both convolutions share the buffer; what the second one's slot holds moves there
-            # before the first one's new entry is made.
+            # Equal widths: both convolutions can use one padded buffer. The order matters. The
+            # frames that the first slot will hold are taken out (copied where the next line would
+            # overwrite them), then the second slot's frames move into the buffer, which frees
+            # their memory, and only then the first slot's new entry is allocated.
             inside = _inside(block.conv1, padded)
             last = inside[:, :, -count:]
             last = last.clone() if y.shape[2] < HISTORY else last
@@ -100,6 +111,7 @@ class DecoderWalk:
             inside[:, :, HISTORY:].copy_(_activated(block.norm2, y, y))
             del last
         else:
+            # Another width needs another buffer: release this one before it is made.
             self._keep_last(first, block.conv1, padded, count)
             del padded
             padded, count = self._whole(block.conv2, y, second, block.norm2, writable=True)
@@ -122,6 +134,7 @@ class DecoderWalk:
                 result[..., rows, :] = _apply(block.conv_shortcut, x[..., rows, :])
         y = self._by_bands(block.conv1, x, block.norm1)
         del x
+        # The second convolution adds to the shortcut band by band; its own map is never whole.
         self._by_bands(block.conv2, y, block.norm2, add_to=result)
         held.append(result)
 
@@ -141,7 +154,7 @@ class DecoderWalk:
     def _by_bands(
         self, conv: Any, source: Tensor, norm: Any = None, add_to: Tensor | None = None
     ) -> Tensor:
-        """Convolve band by band; into a new map, or added to one that is there."""
+        """Convolve band by band; return a new map, or add the result to ``add_to``."""
         slot = self._next_slot()
         batch, _, frames, height, width = source.shape
         out = add_to
@@ -153,11 +166,14 @@ class DecoderWalk:
         for rows in self._bands(height):
             padded, inside, used = _buffer(conv, source, rows)
             _write_history(inside, previous, used)
-            if kept is previous:  # the band before took the place of rows this one looks at
+            # In RAM the new entry overwrites the old one in place, and the band before has
+            # already replaced the rows just above this band. Put their old values back.
+            if kept is previous:
                 edge = _mend_edge(inside[:, :, :HISTORY], edge, rows, used)
             for index in range(frames):
                 frame, at = slice(index, index + 1), slice(HISTORY + index, HISTORY + index + 1)
                 _activate(norm, source[:, :, frame, used], inside[:, :, at])
+            # This band's rows of the last frames go to the cache before the buffer is released.
             _put(kept, rows, _inside(conv, padded))
             del inside
             piece = _apply(conv, padded)
@@ -171,7 +187,10 @@ class DecoderWalk:
         return out
 
     def _entry(self, slot: int, source: Tensor) -> Tensor | HostEntry:
-        """Return what the bands' last frames are written to: on the host, what is read as well."""
+        """Return the cache entry that the bands write their last frames to.
+
+        In RAM it is the very entry that they read; on the device it is a new one.
+        """
         if self._options.host is not None:
             return self._options.host.entry(self._slots, slot, source)
         batch, channels, frames, height, width = source.shape
@@ -193,7 +212,10 @@ class DecoderWalk:
     def _whole(
         self, conv: Any, source: Tensor, slot: int, norm: Any, writable: bool
     ) -> tuple[Tensor, int]:
-        """Return the padded input of ``conv``, and how many of its frames the next cache takes."""
+        """Return the padded input of ``conv``, and how many of its frames its slot gets next.
+
+        ``writable`` allows the norm to overwrite ``source``.
+        """
         padded, inside, _ = _buffer(conv, source, slice(0, source.shape[3]))
         count = self._load(slot, inside)
         if norm is not None:
@@ -204,7 +226,7 @@ class DecoderWalk:
     def _load(self, slot: int, inside: Tensor) -> int:
         """Move a slot's frames to the front of a buffer; return how many the slot gets next."""
         previous = self._slots[slot]
-        self._slots[slot] = None
+        self._slots[slot] = None  # so that the frames are freed once they are in the buffer
         _write_history(inside, previous, slice(None))
         return min(HISTORY, inside.shape[2] - HISTORY + _known(previous))
 
@@ -214,6 +236,7 @@ class DecoderWalk:
     def _keep(self, slot: int, frames: Tensor) -> None:
         host = self._options.host
         if host is None:
+            # A copy of its own: a view would keep the whole padded buffer alive.
             kept = torch.empty(frames.shape, dtype=frames.dtype, device=frames.device)
             self._slots[slot] = kept.copy_(frames)
         else:
@@ -244,7 +267,7 @@ class DecoderWalk:
         held.append(out.transpose(1, 2))
 
     def _upsample_time(self, conv: Any, held: list[Tensor]) -> None:
-        """Twice the frames, but for the clip's first one."""
+        """Double the frames in time, except for the first frame of the clip."""
         slot = self._index[0]
         if self._slots[slot] is None:
             self._slots[slot] = _REPEAT
@@ -263,7 +286,7 @@ def _apply(conv: Any, padded: Tensor) -> Tensor:
 
 
 def _known(previous: Any) -> int:
-    """Frames a slot gives to the next cache: a mark stands for one frame of zeros."""
+    """Return how many frames a slot adds to its next entry; the marker counts as one of zeros."""
     return 1 if isinstance(previous, str) else frames_known(previous)
 
 
@@ -273,9 +296,10 @@ def _inside(conv: Any, padded: Tensor) -> Tensor:
 
 
 def _buffer(conv: Any, source: Tensor, rows: slice) -> tuple[Tensor, Tensor, slice]:
-    """Make the input of ``conv`` for some output rows, with zeros around and two frames in front.
+    """Allocate the input of ``conv`` for some output rows, zeroing the borders that pad it.
 
-    Returns the buffer, its part without the zeros, and the rows of the source that go there.
+    There is space for two frames of history in front. Returns the buffer, a view of it without
+    the borders, and the rows of the source that belong there.
     """
     batch, channels, frames, height, width = source.shape
     margin = conv._padding[0]
@@ -301,10 +325,13 @@ def _write_history(inside: Tensor, previous: Any, rows: slice) -> None:
 
 
 def _mend_edge(history: Tensor, edge: Tensor | None, rows: slice, used: slice) -> Tensor:
-    """Put ``edge``, rows above the band as they were, into its history; return the next edge."""
+    """Restore the rows above a band in its history; return those the next band will need.
+
+    ``edge`` holds these rows as they were before the band above overwrote them.
+    """
     if edge is not None:
         history[..., : edge.shape[3], :].copy_(edge)
-    below = used.stop - rows.stop  # as many rows of the next band lie above it
+    below = used.stop - rows.stop  # the margin: the next band looks as many rows upwards
     end = rows.stop - used.start
     return history[..., end - below : end, :].clone()
 
@@ -317,7 +344,7 @@ def _put(kept: Tensor | HostEntry, rows: slice, inside: Tensor) -> None:
 
 
 def _activate(norm: Any, x: Tensor, out: Tensor) -> None:
-    """Write ``silu(norm(x))`` to ``out``; without a norm, x itself."""
+    """Write ``silu(norm(x))`` to ``out``, or x itself if there is no norm."""
     if norm is None:
         out.copy_(x)
         return
@@ -326,9 +353,10 @@ def _activate(norm: Any, x: Tensor, out: Tensor) -> None:
 
 
 def _activated(norm: Any, x: Tensor, out: Tensor | None = None) -> Tensor:
-    """Return ``silu(norm(x))`` of a whole map, frame by frame but for SiLU.
+    """Return ``silu(norm(x))`` of a whole map: the norm frame by frame, SiLU at once.
 
-    CPUs compute SiLU by vectors, but its last few numbers one by one, with other rounding.
+    CPUs compute SiLU in vectors, but the last few numbers of a tensor one by one and with other
+    rounding. Frame by frame, such numbers would be elsewhere than in diffusers.
     """
     out = torch.empty_like(x) if out is None else out
     for index in range(x.shape[2]):
@@ -338,7 +366,7 @@ def _activated(norm: Any, x: Tensor, out: Tensor | None = None) -> Tensor:
 
 
 def _normalize(norm: Any, x: Tensor, out: Tensor) -> None:
-    """The operations of ``WanRMS_norm`` in their order, in ``out``, which may be x."""
+    """Apply the operations of ``WanRMS_norm``, in their order; ``out`` may be x."""
     wide = x.float() if x.dtype in _HALF else x
     length = wide.norm(2.0, dim=1, keepdim=True).clamp_min_(_EPSILON)
     if wide is x:
@@ -349,13 +377,16 @@ def _normalize(norm: Any, x: Tensor, out: Tensor) -> None:
 
 
 def _double(x: Tensor, out: Tensor) -> None:
-    """Write (B, C, T, H, W), each number as 2 x 2, to ``out`` (B, T, C, 2H, 2W)."""
+    """Upsample (B, C, T, H, W) to the nearest pixel, 2 x 2, into ``out`` (B, T, C, 2H, 2W)."""
     fine = out.view(*out.shape[:3], out.shape[3] // 2, 2, out.shape[4] // 2, 2)
     fine.copy_(x.transpose(1, 2)[:, :, :, :, None, :, None])
 
 
 def _doubled_band(x: Tensor, rows: slice) -> Tensor:
-    """Return the doubled ``rows`` of x, (B*T, C, 2 rows + 2, 2W + 2), with what lies around."""
+    """Return the upsampled ``rows`` of x with a margin of one pixel, (B*T, C, 2 rows + 2, 2W + 2).
+
+    The margin holds the neighbouring rows, and zeros outside the picture.
+    """
     batch, channels, frames, height, width = x.shape
     size = (2 * (rows.stop - rows.start) + 2, 2 * width + 2)
     out = x.new_empty(batch, frames, channels, *size)
@@ -370,7 +401,11 @@ def _doubled_band(x: Tensor, rows: slice) -> Tensor:
 
 
 def _add_duplicated(y: Tensor, x: Tensor, shortcut: Any, first: bool) -> None:
-    """Add ``DupUp3D(x)`` to y: number (a, i, j) of each cell is a channel of x, found by index."""
+    """Add ``DupUp3D(x)`` to y in place, without making the upsampled map.
+
+    DupUp3D turns channels into cells of (time, height, width); position (a, i, j) of a cell is one
+    channel of x, selected by its index.
+    """
     times, space = shortcut.factor_t, shortcut.factor_s
     outputs = torch.arange(shortcut.out_channels, device=x.device) * shortcut.factor
     skipped = times - 1 if first else 0

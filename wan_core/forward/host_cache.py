@@ -1,8 +1,9 @@
-"""The decode's feature cache at rest in RAM, and the copies between there and the device.
+"""The decoder's feature cache kept in RAM, and the copies between RAM and the device.
 
-Each convolution of the decoder looks back two frames: gigabytes that cross the bus twice for each
-latent frame. They lie in page-locked memory that serves the whole decode, rows first, so that a
-band of rows is one piece. Copies are queued on the stream that computes, in order; nothing waits.
+Each convolution of the decoder looks back two frames. Together these are gigabytes, which cross
+the bus twice for each latent frame. They are kept in page-locked memory that is reused for the
+whole decode, with rows as the first dimension, so that a band of rows is contiguous. Copies are
+queued on the stream that computes and run in order, so the host does not wait for them.
 """
 
 from __future__ import annotations
@@ -23,19 +24,23 @@ _HOST = torch.device("cpu")
 
 @dataclass(frozen=True, eq=False)
 class HostEntry:
-    """The last two frames one convolution has seen, (H, B, C, 2, W)."""
+    """The last two frames that one convolution has seen, (H, B, C, 2, W)."""
 
     memory: Tensor
 
     def read(self, rows: slice, out: Tensor) -> None:
-        """Bring some rows to ``out``, (B, C, 2, rows, W) on any device."""
+        """Copy some rows to ``out``, (B, C, 2, rows, W) on any device."""
         piece = self.memory[rows]
+        # Across the bus contiguous and in one piece; the dimensions are reordered on the device.
         there = torch.empty(piece.shape, dtype=piece.dtype, device=out.device)
         there.copy_(piece, non_blocking=out.is_cuda)
         out.copy_(there.permute(1, 2, 3, 0, 4))
 
     def write(self, rows: slice, frames: Tensor) -> None:
-        """Take some rows of ``frames``, (B, C, 1 or 2, rows, W); before a single one lies zero."""
+        """Store some rows of ``frames``, (B, C, 1 or 2, rows, W).
+
+        A single frame is stored with a frame of zeros before it.
+        """
         piece = self.memory[rows]
         there = torch.empty(piece.shape, dtype=piece.dtype, device=frames.device)
         missing = HISTORY - frames.shape[2]
@@ -46,7 +51,7 @@ class HostEntry:
 
 @dataclass(eq=False)
 class _Decode:
-    """The entries of one decode, by slot, and the list of slots it keeps them in."""
+    """The entries of one decode, by slot number, and the decoder's list of slots."""
 
     slots: list[Any]
     entries: dict[int, HostEntry] = field(default_factory=dict)
@@ -57,10 +62,10 @@ class _Decode:
 
 
 class HostCache:
-    """Memory for the entries of decodes; a slot's is used again for each latent frame.
+    """Memory for cache entries; that of a slot is used again for every latent frame.
 
-    All page-locked memory together keeps within ``pin_bytes``; what is beyond is pageable, and
-    slower.
+    Entries are page-locked as long as all page-locked memory of this process stays within
+    ``pin_bytes``. Entries beyond that are pageable, which makes copies slower.
     """
 
     def __init__(self, pin_bytes: int = 0) -> None:
@@ -70,10 +75,10 @@ class HostCache:
         self._device: torch.device | None = None
 
     def entry(self, slots: list[Any], slot: int, like: Tensor) -> HostEntry:
-        """Return the entry of ``slots[slot]`` for frames like (B, C, T, H, W).
+        """Return the entry of ``slots[slot]``, sized for frames like ``like`` (B, C, T, H, W).
 
-        It is the same one each time, while it fits. A decode that begins takes over the memory of
-        one that is over; two at a time have their own.
+        It is the same entry each time, as long as shape and dtype stay the same. A new decode
+        takes over the memory of a finished one; decodes that run at the same time have their own.
         """
         batch, channels, _, height, width = like.shape
         shape = (height, batch, channels, HISTORY, width)
@@ -82,7 +87,7 @@ class HostCache:
         if found is None or found.memory.shape != shape or found.memory.dtype != like.dtype:
             slab = Slab(torch.Size(shape).numel() * like.element_size(), _HOST)
             self._lock(slab, like.device)
-            self._slabs.append(slab)  # kept to the end: copies may be under way
+            self._slabs.append(slab)  # never freed before ``close``: copies may still be running
             found = entries[slot] = HostEntry(slab.memory.view(like.dtype).view(shape))
         return found
 
@@ -102,7 +107,7 @@ class HostCache:
             lock_within(slab, self._budget)
 
     def close(self) -> None:
-        """Wait for the copies under way and give the page locks back."""
+        """Wait for copies that are still running, and release the page locks."""
         if self._device is not None:
             torch.cuda.synchronize(self._device)
         for slab in self._slabs:
@@ -110,7 +115,7 @@ class HostCache:
 
 
 def frames_known(previous: Any) -> int:
-    """Return how many frames a slot holds."""
+    """Return how many frames a slot of the feature cache holds."""
     if isinstance(previous, HostEntry):
         return HISTORY
     return previous.shape[2] if isinstance(previous, Tensor) else 0

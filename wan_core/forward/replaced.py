@@ -1,6 +1,7 @@
-"""Another forward on a module, for the threads that ask for it, and gone with the last of them.
+"""Replaces the forward of a module for the threads that ask for it, until the last one is done.
 
-It is set on instances, no class is touched; a thread that did not ask gets what was there before.
+The replacement is set on instances; no class is changed. A thread that did not ask for it gets the
+forward that was there before.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ T = TypeVar("T")
 
 
 def digest_of(code: Iterable[Any]) -> str:
-    """Return a digest of the sources of functions and classes; "" if one is unreadable."""
+    """Return a digest of the sources of functions and classes; "" if one cannot be read."""
     digest = hashlib.sha256()
     try:
         for part in code:
@@ -36,7 +37,10 @@ def digest_of(code: Iterable[Any]) -> str:
 
 @dataclass
 class Installed(Generic[T]):
-    """What is on one module: each thread's options, the last of which count."""
+    """The replacement on one module: the options of each thread, and how to undo it.
+
+    Contexts may be nested; a thread's innermost options count.
+    """
 
     options: dict[int, list[T]] = field(default_factory=dict)
     undo: Undo = field(default_factory=Undo)
@@ -49,9 +53,10 @@ class Installed(Generic[T]):
         return stack[-1] if stack else None
 
     def set_forward(self, module: nn.Module, forward: Callable[..., Any]) -> None:
-        """Set ``forward(before, ...)`` on an instance, below accelerate's hook if one is on.
+        """Set ``forward(before, ...)`` on an instance; ``before`` is the forward it replaces.
 
-        ``before`` is the forward it takes the place of.
+        Where an accelerate hook is attached, the forward that the hook calls is replaced, so that
+        the hook still moves the weights first.
         """
         slot = "_old_forward" if "_old_forward" in vars(module) else "forward"
         present, before = slot in vars(module), getattr(module, slot)
@@ -67,7 +72,7 @@ class Installed(Generic[T]):
 
 
 class ReplacedForward(Generic[T]):
-    """Puts a kind of forward on modules; ``put_on(module, installed)`` sets the forwards."""
+    """One kind of replacement; ``put_on(module, installed)`` sets the forwards of a module."""
 
     def __init__(self, put_on: Callable[[Any, Installed[T]], object]) -> None:
         self._put_on = put_on
@@ -75,12 +80,12 @@ class ReplacedForward(Generic[T]):
         self._lock = threading.Lock()
 
     def on(self, module: nn.Module) -> Installed[T] | None:
-        """Return what is known of a module, also when no thread asks for it any more."""
+        """Return the record of a module, or None if its forward was never replaced."""
         return self._on.get(module)
 
     @contextmanager
     def __call__(self, module: nn.Module, options: T) -> Iterator[None]:
-        """Have this thread's calls of ``module`` computed with ``options`` in the block."""
+        """Compute this thread's calls of ``module`` with ``options`` inside the ``with`` block."""
         me = threading.get_ident()
         with self._lock:
             installed = self._on.setdefault(module, Installed())
@@ -94,6 +99,7 @@ class ReplacedForward(Generic[T]):
                 installed.options[me].pop()
                 if not installed.options[me]:
                     del installed.options[me]
+                # Only the last thread restores the module: others may be in the middle of a call.
                 if not installed.options:
                     with installed.undo:
                         pass

@@ -1,8 +1,9 @@
-"""Puts the lean forward on a transformer and takes it off again.
+"""Attaches the lean forward to a transformer and detaches it again.
 
-The forward of each block, and of the model around them, is set on the instances (no class is
-touched) for the threads that asked for it; other threads get what was there before. Models that
-are not exactly the one ``lean.py`` was written after keep their own forward, with the reason.
+The forward of each block and that of the model around them are replaced on the instances; no class
+is changed. The replacement acts only in threads that asked for it, other threads get the forward
+that was there before. A model that differs in any way from the one that ``forward/block.py``
+follows keeps its own forward, and the caller is told the reason.
 """
 
 from __future__ import annotations
@@ -22,16 +23,17 @@ from .replaced import Installed, ReplacedForward, digest_of
 from .timestep import Embedding, embed_timestep
 
 KNOWN_SOURCES = {"2d9f08edea184d1d"}
-"""Digests of the diffusers sources that ``lean.py`` computes the same as."""
+"""Digests of the diffusers sources for which the lean forward is known to give the same bits."""
 
 _MAX_RUNS = 8
+"""With more runs of equal timesteps the model is given one embedding per token instead."""
 
 
 @functools.cache
 def source_digest() -> str:
-    """Return a digest of the diffusers functions the lean forward stands in for; "" if unreadable.
+    """Return a digest of the diffusers functions that the lean forward replaces.
 
-    Comments and layout count, so that any change is noticed.
+    It is "" if a source cannot be read. Comments and layout count, so that any change is noticed.
     """
     from diffusers.models import activations, attention, normalization
     from diffusers.models.transformers import transformer_wan as wan
@@ -53,7 +55,7 @@ def source_digest() -> str:
 
 
 def why_not(transformer: Any) -> str | None:
-    """Return why the lean forward cannot stand in for this model's own, or None if it can."""
+    """Return why the lean forward cannot replace this model's own, or None if it can."""
     from diffusers import WanTransformer3DModel, __version__
 
     kind: Any = type(transformer)
@@ -73,7 +75,10 @@ def why_not(transformer: Any) -> str | None:
 
 
 def _hooked(module: nn.Module) -> bool:
-    """Say whether a diffusers hook acts here; a pipeline that has run leaves an empty registry."""
+    """Say whether a diffusers hook acts on this module.
+
+    A registry alone does not mean so: a pipeline that has run leaves an empty one behind.
+    """
     registry: Any = getattr(module, "_diffusers_hook", None)
     return registry is not None and bool(registry.hooks)
 
@@ -115,9 +120,10 @@ def lean_forward(
 ) -> Iterator[str | None]:
     """Run ``transformer`` with the lean forward in this thread, inside the ``with`` block.
 
-    Yields None, or the reason why the model keeps its own forward. With ``exact`` the bits are
-    diffusers' own; without, rounding may differ (see ``lean.py``). It acts where gradients are
-    off, and blocks then write into their input. Enter it after offloading is attached.
+    Yields None, or the reason why the model keeps its own forward. With ``exact`` the result
+    equals diffusers' bit for bit; without it, rounding may differ (see ``forward/block.py``). The
+    lean forward acts only where gradients are off; each block then overwrites its input. Enter
+    the context after offloading has been attached.
     """
     reason = why_not(transformer)
     if reason is not None:
@@ -156,11 +162,13 @@ def _block_forward(
 def _model_forward(
     transformer: Any, installed: Installed[LeanOptions], before: Any, *a: Any, **k: Any
 ) -> Any:
+    # Asked at every call: options belong to a thread, and gradients may be on this time.
     options = installed.mine()
     call = _Call.accept(transformer, *a, **k) if options is not None else None
     if options is None or call is None:
         return before(*a, **k)
     state = _State(transformer, options, call)
+    # Each block is called as a module, so that hooks which bring its weights still act.
     for block in transformer.blocks:
         state.through(block)
     return call.wrap(state.finish())
@@ -178,7 +186,7 @@ class _Call:
 
     @classmethod
     def accept(cls, transformer: Any, *args: Any, **kwargs: Any) -> _Call | None:
-        """Return the call, or None where only the model's own forward knows what to do."""
+        """Return the call, or None if its arguments need the model's own forward."""
         if kwargs.pop("attention_kwargs", None) is not None or len(args) > 5:
             return None
         return cls(*args, **kwargs)
@@ -190,7 +198,10 @@ class _Call:
 
 
 def _runs_of(timestep: Tensor) -> tuple[int, ...] | None:
-    """Return where runs of equal timesteps (B, L) begin; None if many or unlike in the batch."""
+    """Return at which tokens runs of equal timesteps (B, L) begin.
+
+    None if there are too many runs, or if samples of the batch have different timesteps.
+    """
     if timestep.shape[0] > 1 and not bool((timestep == timestep[:1]).all()):
         return None
     changes = (timestep[0, 1:] != timestep[0, :-1]).nonzero().flatten() + 1
@@ -199,7 +210,7 @@ def _runs_of(timestep: Tensor) -> tuple[int, ...] | None:
 
 
 class _State:
-    """One call on its way through the blocks."""
+    """One call of the model: its conditions, and its hidden states between two blocks."""
 
     def __init__(self, transformer: Any, options: LeanOptions, call: _Call) -> None:
         self._model, self._options = transformer, options
@@ -207,11 +218,18 @@ class _State:
         self._temb, self._parts, self._context = self._conditions(call)
         self._rotary = transformer.rope(call.hidden_states)
         patched = transformer.patch_embedding(call.hidden_states)
+        # A copy of its own, contiguous as in diffusers: the blocks will write into it.
         self.hidden = patched.flatten(2).transpose(1, 2).contiguous()
 
     def _conditions(self, call: _Call) -> tuple[Embedding, Embedding, Tensor]:
-        """Embed timestep, text and image; timesteps with one part, projected ones with six."""
+        """Embed timestep, text and image.
+
+        Returns the timestep embedding (one part, for the output norm), its projection (six parts,
+        for the blocks) and the context of cross attention.
+        """
         embedder, text = self._model.condition_embedder, call.encoder_hidden_states
+        # A timestep for each token has few distinct values; where their runs are known, one
+        # embedding per run is kept in place of six hidden states.
         starts = _runs_of(call.timestep) if call.timestep.ndim == 2 else None
         temb, parts = embed_timestep(embedder, call.timestep, text, starts, self._options.exact)
         context = embedder.text_embedder(text)
@@ -221,7 +239,7 @@ class _State:
         return temb, parts, context
 
     def through(self, block: nn.Module) -> None:
-        """Take the hidden state through one block."""
+        """Take the hidden states through one block."""
         self.hidden = block(self.hidden, self._context, self._parts, self._rotary)
 
     def finish(self) -> Tensor:
@@ -229,6 +247,7 @@ class _State:
         model, hidden = self._model, self.hidden
         table = model.scale_shift_table.to(hidden.device)
         temb = self._temb
+        # The table has two parts, shift and scale; both are added to the same embedding.
         both: Embedding
         if isinstance(temb, TimestepRuns):
             both = TimestepRuns(temb.values.expand(-1, -1, 2, -1), temb.starts)
@@ -248,21 +267,24 @@ class _State:
 
 
 def run_together(transformer: Any, calls: Sequence[Mapping[str, Any]]) -> list[Any]:
-    """Run several calls of the model's forward block by block, all through one block at a time.
+    """Run several calls of the model's forward side by side: each block takes all calls in turn.
 
-    Streamed weights then cross the bus once for all calls (conditional and unconditional). The
-    results are those of one call after the other, bit for bit. Where the lean forward is not on
-    in this thread, or a call needs the model's own forward, they are run one after the other.
+    Streamed weights then cross the bus once for all calls (the conditional and the unconditional
+    pass of guidance). The results equal those of separate calls bit for bit. Where the lean
+    forward is not active in this thread, or a call needs the model's own forward, the calls run
+    one after the other.
     """
     installed = _lean.on(transformer)
     options = installed.mine() if installed is not None else None
-    if hasattr(transformer, "_hf_hook"):  # sequential offload brings weights per whole call
+    # An accelerate hook on the model acts around a whole call of it, which does not happen here.
+    if hasattr(transformer, "_hf_hook"):
         options = None
     accepted = [_Call.accept(transformer, **call) for call in calls] if options else []
     known = [call for call in accepted if call is not None]
     if options is None or len(known) < len(calls):
         return [transformer(**call) for call in calls]
     states = [_State(transformer, options, call) for call in known]
+    # Blocks outside, calls inside: a block's weights are used for every call while they are here.
     for block in transformer.blocks:
         for state in states:
             state.through(block)

@@ -1,8 +1,9 @@
-"""Puts the lean decode on a VAE and takes it off again.
+"""Attaches the lean decoder to a VAE and detaches it again.
 
-The forward of the decoder is set on the instance (no class is touched) for the threads that asked
-for it; other threads get what was there before. Decoders that are not exactly the one
-``lean_decode`` was written after keep their own forward, with the reason.
+The decoder's forward is replaced on the instance; no class is changed. The replacement acts only in
+threads that asked for it, other threads get the forward that was there before. A decoder that
+differs in any way from the one that ``forward/decoder.py`` follows keeps its own forward, and the
+caller is told the reason.
 """
 
 from __future__ import annotations
@@ -20,14 +21,14 @@ from .host_cache import HostCache
 from .replaced import Installed, ReplacedForward, digest_of
 
 KNOWN_SOURCES = {"7ddcc402cfda3497"}
-"""Digests of the diffusers sources that ``lean_decode`` computes the same as."""
+"""Digests of the diffusers sources for which the lean decoder is known to give the same bits."""
 
 _DTYPES = {torch.float32, torch.bfloat16, torch.float16}
 
 
 @functools.cache
 def source_digest() -> str:
-    """Return a digest of the diffusers code the lean decode stands in for; "" if unreadable."""
+    """Return a digest of the diffusers code that the lean decoder replaces; "" if unreadable."""
     from diffusers.models.autoencoders import autoencoder_kl_wan as wan
 
     code = (
@@ -46,7 +47,7 @@ def source_digest() -> str:
 
 
 def why_not(vae: Any) -> str | None:
-    """Return why the lean decode cannot stand in for this VAE's own, or None if it can."""
+    """Return why the lean decoder cannot replace this VAE's own, or None if it can."""
     from diffusers import AutoencoderKLWan, __version__
     from diffusers.models.autoencoders import autoencoder_kl_wan as wan
 
@@ -74,7 +75,7 @@ def _why_not_module(module: nn.Module, known: set[Any]) -> str | None:
         return f"it is a {type(module).__name__}"
     if module._compiled_call_impl is not None:
         return "it is compiled"
-    # The lean decode reads weights without calling their modules, so that hooks would not run.
+    # The lean decoder reads weights without calling their modules, so hooks would not run.
     hooked = any(getattr(module, name, None) for name in ("_hf_hook", "_diffusers_hook"))
     if hooked or module._forward_hooks or module._forward_pre_hooks:
         return "a hook (offload by layers or groups) is attached"
@@ -89,11 +90,12 @@ def lean_decoder(
 ) -> Iterator[str | None]:
     """Decode with less memory in this thread, inside the ``with`` block.
 
-    Yields None, or the reason why the VAE keeps its own forward. Without ``bands`` the bits are
-    diffusers' own; with a number of bands of rows, rounding may differ. ``cache_on_host`` rests
-    the feature cache in RAM between uses, which changes no bit; None: where there are bands. Of
-    all page-locked memory ``pin_bytes`` may be had. It acts on calls with a feature cache where
-    gradients are off. Enter it after placement; a decode whose cache rests in RAM ends inside.
+    Yields None, or the reason why the VAE keeps its own forward. Without ``bands`` the result
+    equals diffusers' bit for bit; with ``bands`` (a number of bands of rows) rounding may differ.
+    ``cache_on_host`` keeps the feature cache in RAM between uses, which changes no bit; None does
+    so when there are bands. ``pin_bytes`` limits all page-locked memory of the process. The lean
+    decoder acts on calls that pass a feature cache, where gradients are off. Enter the context
+    after weights have been placed. A decode with its cache in RAM must end inside the context.
     """
     reason = why_not(vae)
     if reason is not None:

@@ -1,8 +1,8 @@
-"""What a job needs in bytes, stage by stage, and what this computer has.
+"""How many bytes each stage of a render needs, and what this computer has.
 
 In: a ``ModelArchitecture``, a ``Workload`` and the plan's ``Choices``. Out: a ``MemoryEstimate``;
-``SystemResources`` for the machine; what earlier runs taught (``Calibrations``). Pure arithmetic:
-torch is looked at only to ask the device for its memory.
+``SystemResources``, which describe the machine; ``Calibrations``, which keep what earlier runs
+measured. Estimates are pure arithmetic; torch is imported only to ask the device for its memory.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """What finished runs measured on this machine, kept per device and model for the next estimate.
 
-Arithmetic cannot see what libraries take for themselves, nor how fast a card is. After each run on
-an accelerator its peaks and step times are set beside the predicted ones and kept in one small JSON
-file. A file that is missing, broken or cannot be written costs the knowledge and nothing else.
+Arithmetic knows neither how much memory libraries allocate for themselves nor how fast a card is.
+After each run on an accelerator, its peaks and step times are compared with the predicted ones, and
+the result is kept in one small JSON file. If the file is missing, broken or cannot be written,
+estimates lose this knowledge and nothing else happens.
 """
 
 from __future__ import annotations
@@ -22,44 +23,50 @@ from ..errors import OutputError
 from ..files import atomic_write
 
 KEPT = 10
-"""Latest runs kept per device and model."""
+"""How many runs, the latest ones, are kept per device and model."""
 LARGE_BYTES = 2**30
-"""Activations from which a stage teaches ``extra``: beside smaller ones, what libraries take once
-and for all would look like a share of them."""
+"""A stage teaches ``extra`` only if its activations are at least this large. What libraries
+allocate once would otherwise look like a share of small activations."""
 _EXTRA = (-0.02, 0.25)
 _PACE = (0.1, 10.0)
-"""What a run can teach at most: beyond, something else was going on."""
+"""Bounds of what a run can teach, here and in ``_EXTRA``: a value beyond them has another cause,
+such as a second program on the card."""
 
 
 def forward_name(lean: bool, by_rows: bool) -> str:
-    """Name the forward of a plan: each has an arithmetic of its own, and errors of its own."""
+    """Name the forward that a plan uses.
+
+    Each forward is estimated by its own arithmetic, so each has its own error.
+    """
     return ("lean_rows" if by_rows else "lean") if lean else "diffusers"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Calibration:
-    """What was learnt of one model on one device; as made, it changes no estimate."""
+    """What was learnt about one model on one device. The default values change no estimate."""
 
     runs: int = 0
     extra: float = 0.0
-    """Bytes that measured peaks were above the arithmetic, as a share of the activations: the
-    median of the last runs."""
+    """By how many bytes measured peaks exceeded the arithmetic, as a share of the activations:
+    the median of the last runs."""
     extra_by_forward: tuple[tuple[str, float], ...] = ()
-    """The same of the runs with one forward, by its name; only those that were measured."""
+    """The same for each forward alone, as (name, extra); only forwards that were measured."""
     pace: float = 1.0
-    """Seconds that steps took over the computed ones, where compute was the bound: the median."""
+    """Measured over computed seconds of a step, where compute was the bottleneck: the median."""
     paced: bool = False
-    """Whether a run taught the pace."""
+    """Whether ``pace`` was measured."""
 
     def extra_of(self, lean: bool, by_rows: bool) -> float:
-        """Return ``extra`` of a plan's forward; that of all runs where it was never measured."""
+        """Return ``extra`` for a plan's forward, or that of all runs if it was never measured."""
         return dict(self.extra_by_forward).get(forward_name(lean, by_rows), self.extra)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunRecord:
-    """What one run taught; ``extra`` is None where every stage was small, ``pace`` where transfers
-    were the bound."""
+    """What one run taught.
+
+    ``extra`` is None if no stage was large enough, ``pace`` if transfers were the bottleneck.
+    """
 
     extra: float | None
     pace: float | None
@@ -75,10 +82,11 @@ class RunRecord:
         base_bytes: int = 0,
         pace: float | None,
     ) -> RunRecord | None:
-        """Compare a run with its estimate; None where it teaches nothing.
+        """Compare a run with its estimate; None if it teaches nothing.
 
-        ``learnt`` is the share that the estimate had added, ``base_bytes`` what others had on the
-        device meanwhile; ``pace`` is the measured time of a step over the bare arithmetic's.
+        ``learnt`` is the ``extra`` that the estimate already included. ``base_bytes`` is what else
+        was on the device during the run. ``pace`` is the measured time of a step divided by the
+        computed one, before any correction.
         """
         stages = {s.name: s for s in expected if s.activation_bytes >= LARGE_BYTES}
         shares = [
@@ -97,7 +105,7 @@ class RunRecord:
 
 
 def default_path() -> Path:
-    """Return the file in the user's cache folder, by the system's custom."""
+    """Return the path of the file, in the cache folder that is usual on this system."""
     home = Path.home()
     if platform.system() == "Windows":
         folder = Path(os.environ.get("LOCALAPPDATA") or home / "AppData" / "Local")
@@ -109,7 +117,7 @@ def default_path() -> Path:
 
 
 class Calibrations:
-    """The file of records. ``key`` names device, software and model."""
+    """The file of records, which are stored under a key that names device, software and model."""
 
     def __init__(self, path: Path | None = None) -> None:
         self._path = path
@@ -137,7 +145,7 @@ class Calibrations:
         )
 
     def add(self, key: str, record: RunRecord) -> None:
-        """Keep what a run taught, and of each key the latest ones."""
+        """Add what a run taught; of each key only the latest records are kept."""
         known = self._read()
         known[key] = [*known.get(key, []), record][-KEPT:]
         plain = {name: [asdict(record) for record in records] for name, records in known.items()}

@@ -1,4 +1,4 @@
-"""What memory and time depend on: the numbers of a job, and what a plan may choose. Data only."""
+"""What bytes and seconds depend on: a request's Workload and a plan's Choices. Data only."""
 
 from __future__ import annotations
 
@@ -8,25 +8,28 @@ from dataclasses import dataclass, field
 from ..models import ModelArchitecture
 
 STREAM_BUFFERS = 2
-"""Blocks on the device while streaming: one computes, one arrives."""
+"""Buffers for streamed blocks on the device: one block computes while the next one arrives."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Workload:
-    """The numbers of a job that memory depends on. Frames and sizes are pixels, frames 4n+1."""
+    """The numbers of a request that bytes and seconds depend on.
+
+    Width and height are in pixels. ``num_frames`` counts video frames and is 4n + 1.
+    """
 
     width: int
     height: int
     num_frames: int
     batch_size: int = 1
     guidance_high: bool = True
-    """Whether the only or the high-noise expert runs with guidance (two passes)."""
+    """Whether the high-noise expert, or the only one, runs with guidance (two passes)."""
     guidance_low: bool = True
     window_frames: int | None = None
-    """Length of a denoising window in video frames; None: the clip as a whole."""
+    """Length of a denoising window in video frames; None: the whole clip at once."""
     window_overlap: int = 16
     window_anchor: bool = False
-    """Whether a window sees one latent frame more than it makes."""
+    """Whether a window sees one latent frame before those that it makes."""
     image: bool = False
     last_image: bool = False
     steps: int = 50
@@ -35,39 +38,43 @@ class Workload:
 
     @property
     def latent_frames(self) -> int:
-        """Frames of the latents."""
+        """Number of latent frames in the clip."""
         return (self.num_frames - 1) // 4 + 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Choices:
-    """What a plan decides about memory; everything an estimate depends on beside the job."""
+    """What a plan decides: all that an estimate depends on beside model, machine and Workload."""
 
     dtypes: Mapping[str, str] = field(hash=False)
-    """Per part: "fp32", "bf16" or "fp16"."""
+    """Compute dtype by component: "fp32", "bf16" or "fp16"."""
     offload: str = "none"
-    """"none", "model" (one part on the device at a time) or "sequential" (one layer)."""
+    """"none", "model" (one component on the device at a time) or "sequential" (one layer)."""
     part_offload: Mapping[str, str] = field(default_factory=dict, hash=False)
-    """Parts that are placed otherwise than ``offload`` says."""
+    """Components that are placed in another way than ``offload`` says."""
     window_frames: int | None = None
     window_overlap: int = 16
     resident_blocks: int | None = None
     """Transformer blocks kept on the device when ``stream`` is set."""
     stream: bool = False
-    """Blocks that are not resident arrive one ahead of their turn."""
+    """Whether transformer blocks that are not resident are copied in, each while the block before
+    it computes."""
     stream_buffers: int = STREAM_BUFFERS
-    """Buffers on the device for them; with 1 a block arrives when the one before is done."""
+    """Buffers on the device for streamed blocks. With 1, a block is copied only when the one before
+    it is done."""
     lean: bool = False
-    """The forward with fewer hidden states alive; equal bits."""
+    """Whether the lean forward is used: fewer tensors alive, the same bits."""
     by_rows: bool = False
-    """The lean forward also cuts matrix products, by rows and heads; rounding may differ."""
+    """Whether the lean forward also splits matrix products, by rows and heads, and the lean decoder
+    works in bands of rows; rounding may differ."""
     cache_in_ram: bool = False
-    """The lean decode's feature cache rests in RAM between uses; equal bits, more bus."""
+    """Whether the lean decoder keeps its feature cache in RAM between uses: the same bits, more
+    transfers."""
     fp8_storage: bool = False
-    """Blocks' matrices are stored in fp8 and cast when they are used."""
+    """Whether the matrices of transformer blocks are stored in fp8 and cast when they are used."""
 
     def offload_of(self, part: str) -> str:
-        """Return how one part is placed: "none", "model", "sequential", "stream" or "group"."""
+        """Return how a component is placed: "none", "model", "sequential", "stream" or "group"."""
         if self.stream and part.startswith("transformer"):
             return "stream"
         return self.part_offload.get(part, self.offload)
@@ -81,6 +88,6 @@ def latent_size(architecture: ModelArchitecture, workload: Workload) -> tuple[in
 
 
 def window_latents(workload: Workload, choices: Choices, frames: int) -> int:
-    """Return the latent frames the denoiser sees at once, of ``frames`` in all."""
+    """Return how many latent frames the transformer sees at once, of ``frames`` in all."""
     window = choices.window_frames or workload.window_frames
     return frames if window is None else min(frames, (window + 2) // 4 + 1 + workload.window_anchor)

@@ -1,13 +1,15 @@
-"""Bytes alive while a Wan model runs, beside its weights: the models' own code, without tensors.
+"""The activation memory of Wan's transformer: diffusers' own code, replayed without tensors.
 
-Each function here follows one ``forward`` of diffusers 0.42 (``transformer_wan.py``,
-``autoencoder_kl_wan.py``) line by line, with objects that know nothing but their size. Python's
-reference counting decides when one dies, exactly as it does for the model's tensors, so also what
-is kept alive by a name that is bound again too late is counted. Peaks do not depend on the number
-of transformer blocks, and the VAE's caches are full after three chunks, so little is executed.
+Each function here follows one function of diffusers 0.42 (``transformer_wan.py``) line by line, but
+with blobs that have only a size in place of tensors. A blob is counted from its creation until
+Python drops the last reference, exactly as a tensor's memory is. A variable that keeps a tensor
+alive longer than needed is therefore counted as well. That is why variables, their order and every
+``del`` matter here: they stand for those in the original, and removing one that looks unused
+changes the estimate. The peak does not depend on the number of blocks, so two are enough.
 
-What no such run can see (workspaces of libraries, the allocator's rounding to large blocks, the
-context) is added by ``memory``. Standard library only.
+What such a replay cannot see (workspaces of libraries, gaps in the allocator, the CUDA context) is
+added by ``stages``. ``forward_lean``, ``vae`` and ``vae_lean`` use the same tape. Standard library
+only.
 """
 
 from __future__ import annotations
@@ -18,14 +20,15 @@ from math import prod
 from ..models import IMAGE_TOKENS, TEXT_TOKENS, TransformerShape
 
 _GRAIN = 512
-"""The CUDA caching allocator's smallest unit; every tensor is rounded up to it."""
+"""The smallest unit of the CUDA caching allocator; the size of a tensor is rounded up to it."""
 FP32 = 4
+"""Bytes of a float32 number."""
 
 
 class Tape:
-    """Counts the bytes of the blobs that are alive, now and at most.
+    """Counts the bytes of all blobs that are alive: ``live`` now, ``peak`` at most so far.
 
-    ``workspace`` says whether memory that libraries take for an operator is counted too.
+    ``workspace`` says whether memory that a library takes during an operator is counted, too.
     """
 
     __slots__ = ("live", "peak", "workspace")
@@ -39,11 +42,11 @@ class Tape:
         return Blob(self, elements, size)
 
     def during(self, *held: Blob) -> None:
-        """Do nothing; reads as "these are still bound here"."""
+        """Do nothing, but keep ``held`` alive until here, as the original's variables do."""
 
 
 class Blob:
-    """A tensor's size; counted on the tape from its birth until Python drops it."""
+    """Stands for a tensor; counted on the tape until Python drops the last reference to it."""
 
     __slots__ = ("elements", "nbytes", "size", "tape")
 
@@ -59,12 +62,16 @@ class Blob:
 
 
 def _out(x: Blob, *others: Blob, size: int | None = None) -> Blob:
-    """Return the result of an element-wise operator, of the widest input's dtype."""
+    """Return the result of an element-wise operator: the largest input's shape, the widest dtype.
+
+    ``size`` overrides the bytes per number.
+    """
     wide = max([x, *others], key=lambda blob: blob.elements)
     return Blob(x.tape, wide.elements, size or max(x.size, *(o.size for o in others), 0))
 
 
 def _to(x: Blob, size: int) -> Blob:
+    # Like ``Tensor.to``: without a change of dtype it is the same tensor and costs nothing.
     return x if x.size == size else Blob(x.tape, x.elements, size)
 
 
@@ -72,7 +79,7 @@ def _to(x: Blob, size: int) -> Blob:
 
 
 class Dims:
-    """The numbers one forward depends on: batch, tokens, width and bytes per number."""
+    """The numbers that one forward depends on; ``size`` is the bytes per number."""
 
     __slots__ = ("batch", "dim", "ffn", "heads", "image_tokens", "per_token", "size", "tokens")
 
@@ -111,7 +118,7 @@ def _modulated_norm(x: Blob, d: Dims, modulation: int) -> Blob:
 
 
 def _gated_residual(x: Blob, y: Blob, *, widen: bool) -> Blob:
-    """``(x.float() + y * gate).type_as(x)``; the feed-forward's ``y`` is widened first."""
+    """``(x.float() + y * gate).type_as(x)``; ``widen``: y becomes fp32 first (feed-forward)."""
     wide = _to(x, FP32)
     other = _to(y, FP32) if widen else y
     product = _out(other, size=FP32)
@@ -122,7 +129,7 @@ def _gated_residual(x: Blob, y: Blob, *, widen: bool) -> Blob:
 
 
 def _rotated(x: Blob) -> Blob:
-    """``apply_rotary_emb``: the tables are float32, so the halves are computed in it."""
+    """``apply_rotary_emb``; the tables are float32, so both halves are computed in float32."""
     out = _out(x)
     for _ in range(2):
         left = x.tape.new(x.elements // 2, FP32)
@@ -133,6 +140,7 @@ def _rotated(x: Blob) -> Blob:
 
 
 def _attend(query: Blob, d: Dims) -> Blob:
+    # Fused kernels also return the log-sum-exp of each query, for a backward pass.
     lse = query.tape.new(d.batch * d.heads * d.tokens, FP32)
     out = _out(query)
     query.tape.during(lse)
@@ -140,8 +148,8 @@ def _attend(query: Blob, d: Dims) -> Blob:
 
 
 def _self_attention(x: Blob, d: Dims) -> Blob:
-    query, key, value = _out(x), _out(x), _out(x)
-    query = _out(query)
+    query, key, value = _out(x), _out(x), _out(x)  # projections
+    query = _out(query)  # norms; the result exists before the variable lets go of its input
     key = _out(key)
     query = _rotated(query)
     key = _rotated(key)
@@ -181,12 +189,14 @@ def _feed_forward(x: Blob, d: Dims) -> Blob:
 
 
 def _block(x: Blob, d: Dims) -> Blob:
-    """One ``WanTransformerBlock.forward``; ``x`` stays bound in the model's own loop."""
+    """One ``WanTransformerBlock.forward``; the model's loop keeps ``x`` alive meanwhile."""
     modulation = d.hidden if d.per_token else d.batch * d.dim
     tape = x.tape
+    # The table plus ``temb.float()``; its six chunks are views that live to the end of the block.
     widened = None if d.size == FP32 else tape.new(6 * modulation, FP32)
     six = tape.new(6 * modulation, FP32)
     del widened
+    # ``normed`` and ``attended`` are rebound only when the next value exists, as in the original.
     normed = _modulated_norm(x, d, modulation)
     attended = _self_attention(normed, d)
     hidden = _gated_residual(x, attended, widen=False)
@@ -208,7 +218,7 @@ def _plain_norm(x: Blob, d: Dims) -> Blob:
 
 
 def time_embedding(tape: Tape, shape: TransformerShape, d: Dims, rows: int) -> tuple[Blob, Blob]:
-    """``temb`` and ``timestep_proj``, for so many timesteps: one per sample, or per token."""
+    """Return ``temb`` and ``timestep_proj`` for ``rows`` timesteps: one per sample or per token."""
     half = tape.new(rows * shape.freq_dim // 2, FP32)
     scaled = _out(half)
     del half
@@ -229,7 +239,7 @@ def time_embedding(tape: Tape, shape: TransformerShape, d: Dims, rows: int) -> t
 
 
 def text_embedding(tape: Tape, d: Dims) -> tuple[Blob, ...]:
-    """The text's and the image's embeddings, joined for cross attention."""
+    """Return the embeddings of text and image, joined for cross attention, and what stays alive."""
     first = tape.new(d.batch * TEXT_TOKENS * d.dim, d.size)
     activated = _out(first)
     del first
@@ -244,7 +254,7 @@ def text_embedding(tape: Tape, d: Dims) -> tuple[Blob, ...]:
 
 
 def window_tokens(shape: TransformerShape, frames: int, height: int, width: int) -> int:
-    """Return the tokens of so many latent frames of a latent size."""
+    """Return the number of tokens of so many latent frames of this latent size."""
     step_t, step_h, step_w = shape.patch_size
     return (frames // step_t) * (height // step_h) * (width // step_w)
 
@@ -252,7 +262,7 @@ def window_tokens(shape: TransformerShape, frames: int, height: int, width: int)
 def forward_inputs(
     tape: Tape, shape: TransformerShape, d: Dims, latent: tuple[int, int, int], *, per_token: bool
 ) -> tuple[Blob, ...]:
-    """The arguments of the model's forward: latents, timesteps, text and image embeddings."""
+    """Return the arguments of the model's forward: latents, timesteps, text and image tokens."""
     frames, height, width = latent
     inputs = [tape.new(d.batch * shape.in_channels * frames * height * width, d.size)]
     inputs.append(tape.new(d.batch * (d.tokens if per_token else 1), FP32))
@@ -267,10 +277,11 @@ def transformer_peak(
     shape: TransformerShape, *, batch: int, latent_frames: int, latent_height: int,
     latent_width: int, size: int, per_token: bool = False,
 ) -> int:  # fmt: skip
-    """Return the peak bytes of one forward, inputs included and weights not.
+    """Return the peak bytes of one forward, with its inputs but without weights.
 
     ``size`` is the bytes per number of the transformer's dtype (4 or 2); ``per_token`` means a
-    timestep for each token, as diffusers passes it for TI2V-5B. Sizes are those of the latents.
+    timestep for each token, as diffusers passes it for TI2V-5B. Frames, height and width are those
+    of the latents.
     """
     tape = Tape()
     tokens = window_tokens(shape, latent_frames, latent_height, latent_width)
@@ -285,6 +296,7 @@ def transformer_peak(
     del embedded
     temb, projection = time_embedding(tape, shape, d, batch * (tokens if per_token else 1))
     text = text_embedding(tape, d)
+    # All blocks are alike: what two of them reach is the peak of any number.
     for _ in range(min(shape.layers, 2)):
         hidden = _block(hidden, d)
     modulation = d.hidden if per_token else batch * d.dim
@@ -298,12 +310,13 @@ def transformer_peak(
 
 
 def text_encoder_peak(size: int, *, wide_softmax: bool = False) -> int:
-    """Return the peak bytes of umT5-xxl on one prompt of 512 tokens, weights not included.
+    """Return the peak bytes of umT5-xxl on one prompt of 512 tokens, without weights.
 
-    Independent of depth; attention sets it: scores (64 heads, 512 x 512), the position bias and
-    the softmax's result at once, beside six hidden states. With a position bias CUDA has no fused
-    kernel: scores and softmax are float32 then, beside two bias maps, a mask of bytes and fourteen
-    hidden states (``wide_softmax``; traced on an H100: 264.5 MiB in bf16).
+    The peak is reached in attention and does not depend on depth: the scores (64 heads, 512 x 512),
+    the position bias and the softmax's result are alive at once, beside six hidden states. On CUDA
+    (``wide_softmax``) there is no fused kernel with a position bias. Scores and softmax are float32
+    then, beside two bias maps, a mask of bytes and fourteen hidden states (in bf16 264.5 MiB,
+    traced on an H100).
     """
     scores, hidden = 64 * TEXT_TOKENS * TEXT_TOKENS, TEXT_TOKENS * 4096
     if wide_softmax:

@@ -1,7 +1,9 @@
-"""Bytes alive during the lean forward, beside the weights: ``lean`` followed line by line.
+"""The activation memory of the lean forward: ``forward/block.py`` replayed without tensors.
 
-As ``activations`` does for diffusers' own forward. Work by rows is followed for the longest span
-of tokens only, since what one span needs is gone before the next.
+It is done as in ``memory/forward.py`` for diffusers' own forward, and here too variables and every
+``del`` stand for those in the original. A call whose result is not kept stands for a temporary
+that is freed at once. Work by rows is replayed for the longest span of tokens only, because what
+one span needs is freed before the next one begins.
 """
 
 from __future__ import annotations
@@ -22,13 +24,18 @@ from .forward import (
 )
 
 LEAN_ROWS = 4096
+"""Tokens that the lean forward works on at once in elementwise operations."""
 LEAN_HEAD_GROUPS = 4
-"""More groups need hardly less (v is a quarter of a hidden state) and norm the input once more."""
-_REPEATED_TIMESTEPS = 16  # rows per distinct timestep, see ``lean_forward``
+"""Groups of heads when products are split. More would save little, as v is then a quarter of a
+hidden state already, and each group costs another pass of the norm over the input."""
+_REPEATED_TIMESTEPS = 16  # rows per distinct timestep, ``_REPEAT`` in ``forward/timestep.py``
 
 
 class _Lean:
-    """The numbers of one lean forward."""
+    """The numbers of one lean forward, and the kinds of tensors it makes.
+
+    ``span`` is the number of tokens in the longest span, ``groups`` the number of head groups.
+    """
 
     def __init__(self, tape: Tape, dims: Dims, span: int, groups: int) -> None:
         self.tape, self.d, self.span, self.groups = tape, dims, span, groups
@@ -52,7 +59,7 @@ class _Lean:
 
 
 def _widened_rows(x: _Lean) -> Blob:
-    """``norm(rows.float())``; the widened rows die when the norm returns."""
+    """``norm(rows.float())``; the widened rows are freed when the norm returns."""
     wide = x.rows(FP32) if x.d.size != FP32 else None
     normed = x.rows(FP32)
     del wide
@@ -60,7 +67,7 @@ def _widened_rows(x: _Lean) -> Blob:
 
 
 def _normed(x: _Lean) -> Blob:
-    """``Modulation.normed``: in place but for the cast back."""
+    """``Modulation.normed``: in place, except for the cast back."""
     normed = _widened_rows(x)
     return normed if x.d.size == FP32 else x.rows()
 
@@ -145,7 +152,7 @@ def _feed_forward(x: _Lean) -> None:
 
 def _self_attention_by_heads(x: _Lean, whole_values: bool) -> None:
     d = x.d
-    query, key = x.whole(), x.whole()
+    query, key = x.whole(), x.whole()  # filled span by span
     normed = _normed(x)
     for _ in range(2):
         projected = x.rows()
@@ -154,6 +161,7 @@ def _self_attention_by_heads(x: _Lean, whole_values: bool) -> None:
     del normed
     heads = -(-d.heads // x.groups)
     lanes = d.batch * d.tokens * heads * (d.dim // d.heads)
+    # One group of heads; the next one begins when this one's tensors are gone.
     value = x.whole() if whole_values else x.tape.new(lanes, d.size)
     normed = _normed(x)
     x.rows() if whole_values else x.rows(elements=lanes * x.span // d.tokens)
@@ -188,13 +196,13 @@ def _rest_by_rows(x: _Lean) -> None:
 
 
 def _longest_span(tokens: int, first: int, rows: int) -> int:
-    """Return the tokens of the longest span, in runs of ``first`` and the rest."""
+    """Return the length of the longest span when ``first`` tokens and the rest are two runs."""
     runs = [tokens] if first == 0 else [first, tokens - first]
     return max(-(-run // max(1, -(-run // rows))) for run in runs if run)
 
 
 def _embed_every_token(tape: Tape, shape: TransformerShape, d: Dims) -> None:
-    """``lean_timestep._all_tokens``: seven hidden states, of which one row per run is kept."""
+    """``_all_tokens`` in ``forward/timestep.py``: seven hidden states, then a row per run."""
     rows = d.batch * d.tokens
     sines = tape.new(rows * shape.freq_dim, FP32)
     first = tape.new(d.hidden, FP32)
@@ -215,13 +223,13 @@ def lean_peak(
     rows: int = LEAN_ROWS, groups: int = LEAN_HEAD_GROUPS, embed_every_token: bool = False,
     whole_values: bool = False,
 ) -> int:  # fmt: skip
-    """Return the peak bytes of the lean forward, inputs included and weights not.
+    """Return the peak bytes of the lean forward, with its inputs but without weights.
 
-    Arguments as for ``activations.transformer_peak``; ``per_token`` means two runs of timesteps
-    (the first frame's and the rest's). ``exact`` False is the rung that cuts matrix products.
-    ``passes`` calls go through the blocks together (guidance with streamed weights).
-    ``embed_every_token`` is what an exact forward with ``per_token`` does on a GPU.
-    ``whole_values``: the value projection is quantised or adapted and cannot be cut by heads.
+    Arguments as for ``transformer_peak``; ``per_token`` means two runs of timesteps (that of the
+    first frame and that of the rest). ``exact`` False splits matrix products. ``passes`` calls go
+    through the blocks together (guidance with streamed weights). ``embed_every_token`` is what an
+    exact forward with ``per_token`` does on a GPU. ``whole_values`` means that the value projection
+    is quantised or has a LoRA and cannot be split by heads.
     """
     tape = Tape()
     tokens = window_tokens(shape, latent_frames, latent_height, latent_width)
@@ -234,6 +242,7 @@ def lean_peak(
     latent = (latent_frames, latent_height, latent_width)
     held = [forward_inputs(tape, shape, d, latent, per_token=per_token)]
     held += [(tape.new(batch * TEXT_TOKENS * shape.text_dim, size),) for _ in range(passes - 1)]
+    # What each pass keeps from its first block to its last.
     for _ in range(passes):
         rope = tape.new(tokens * shape.head_dim, FP32), tape.new(tokens * shape.head_dim, FP32)
         if per_token and exact and embed_every_token:
@@ -244,6 +253,8 @@ def lean_peak(
         embedded = lean.whole()
         held.append((lean.whole(),))
         del embedded
+    # A block leaves nothing behind but the hidden states it overwrites, and one pass's temporaries
+    # are gone before the next pass takes the block.
     for _ in range(min(shape.layers, 2)):
         if exact:
             _self_attention(lean)

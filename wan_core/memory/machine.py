@@ -1,8 +1,8 @@
-"""What this machine has: the device and its free memory, RAM, bus, and what runs fast on it.
+"""What this machine has: its device and free memory, RAM, bus, and which dtypes it is fast with.
 
-No GPU is a normal case. torch is imported inside functions only; NVML and psutil are used where
-they are installed. Nothing is allocated on the device (asking CUDA for its free memory creates
-the context, a few hundred MB that a run needs anyway).
+Having no GPU is a normal case. torch is imported inside functions only; NVML and psutil are used if
+they are installed. No tensor is allocated on the device. Asking CUDA for its free memory does
+create the context, a few hundred MB that a run needs anyway.
 """
 
 from __future__ import annotations
@@ -22,25 +22,26 @@ from ..errors import InvalidRequest
 from .calibration import Calibration
 
 PINNED_SHARE_WINDOWS, PINNED_SHARE = 0.4, 0.5
+"""Share of the RAM that may be page-locked, on Windows and elsewhere."""
 _CGROUP_FILES = (
     ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
     ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
 )
-_CUDNN_MENDED = 91_500
+_CUDNN_MENDED = 91_500  # cuDNN 9.15, see ``SystemResources.wasteful_half_conv3d``
 RAM_RESERVE = GIB
 """Bytes of RAM that are left to the system and other programs. Assumed, not measured."""
-_NO_LIMIT = 2**60  # version 1 writes a number near 2**63 where there is none
+_NO_LIMIT = 2**60  # version 1 of control groups writes a number near 2**63 if there is no limit
 _Look = Callable[[str, Any, int, int], dict[str, Any]]
 _PCIE_GBYTES = {1: 0.25, 2: 0.5, 3: 0.985, 4: 1.969, 5: 3.938, 6: 7.563}  # per lane, one way
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SystemResources:
-    """A machine as the plan sees it. Bytes, unless the name says otherwise.
+    """A machine as the plan sees it. Sizes are in bytes.
 
-    On a CPU the device's memory is the RAM. ``device_free_bytes`` includes what torch's allocator
-    holds but nobody uses; ``evictable_bytes`` is what the caller can make free on the device
-    (ComfyUI's loaded models, our own cached components) and is reported apart.
+    On a CPU the device's memory is the RAM. ``device_free_bytes`` includes memory that torch's
+    allocator holds without any tensor in it. It does not include ``evictable_bytes``, which the
+    caller can free on the device (ComfyUI's loaded models, our own cached components).
     """
 
     device: str
@@ -50,17 +51,17 @@ class SystemResources:
     ram_total_bytes: int
     ram_available_bytes: int
     device_used_by_others_bytes: int = 0
-    """What other programs hold on the device, with this one's context of some hundred MiB."""
+    """What other programs hold on the device, and this one's context of some hundred MiB."""
     evictable_bytes: int = 0
     ram_evictable_bytes: int = 0
     """RAM that the caller can free: cached components that are not in use."""
     supports_bf16: bool = True
-    """Whether the device computes in it natively, not whether torch accepts it."""
+    """Whether the device computes in bf16 natively; torch accepts it everywhere."""
     supports_fp16: bool = True
     supports_fp8: bool = False
     wasteful_half_conv3d: bool = False
-    """Whether 3D convolutions in half precision take many times their memory: torch 2.9 with a
-    cuDNN older than 9.15 (pytorch issue 166643)."""
+    """Whether 3D convolutions in half precision need several times their memory, as in torch 2.9
+    with a cuDNN older than 9.15 (pytorch issue 166643)."""
     compute_capability: tuple[int, int] | None = None
     multiprocessors: int | None = None
     pcie_generation: int | None = None
@@ -73,10 +74,10 @@ class SystemResources:
     """"cuda", "rocm", "mps", "xpu" or "cpu"."""
     allocator: str = "default"
     """How torch allocates on the device: "default", "expandable" (segments) or "async" (CUDA's own
-    pool, ComfyUI's choice on many cards). It decides how much room gaps take."""
+    pool, ComfyUI's choice on many cards). How much memory is lost in gaps depends on it."""
     notes: tuple[str, ...] = ()
     calibration: Calibration = Calibration()
-    """What runs of the model in question taught on this machine."""
+    """What earlier runs of the same model on this machine have measured."""
 
     @property
     def device_kind(self) -> str:
@@ -85,7 +86,7 @@ class SystemResources:
 
     @property
     def bus_bytes_per_second(self) -> float:
-        """Return what the bus carries from pinned memory: 80 % of its nominal rate."""
+        """Return the rate of copies from page-locked memory: 80 % of the bus's nominal rate."""
         if self.device_kind == "cpu":
             return float("inf")
         lane = _PCIE_GBYTES.get(self.pcie_generation or 4, 1.969)
@@ -104,10 +105,10 @@ def system_resources(
     device: str | None = None, *, evictable_bytes: int = 0, ram_evictable_bytes: int = 0,
     folder: str | Path = ".",
 ) -> SystemResources:  # fmt: skip
-    """Look at the machine. ``device`` None takes the first GPU, or the CPU where there is none.
+    """Look at the machine. ``device`` None takes the first accelerator, or the CPU without one.
 
-    ``folder`` is where output goes; its disk's free space is reported. Raises InvalidRequest
-    naming the devices there are when ``device`` is not one of them.
+    ``folder`` is where output goes; the free space of its disk is reported. Raises InvalidRequest,
+    naming the devices that exist, if ``device`` is not one of them.
     """
     torch: Any = import_module("torch")
     name = _choose(device, torch)
@@ -151,7 +152,7 @@ def _choose(device: str | None, torch: Any) -> str:
 
 
 def _cpu(name: str, torch: Any, total: int, available: int) -> dict[str, Any]:
-    # bf16 without AMX or AVX512-BF16 is emulated: it runs, several times slower than fp32.
+    # Without AMX or AVX512-BF16, bf16 is emulated and several times slower than fp32.
     return {
         "device_name": platform.processor() or platform.machine(),
         "device_total_bytes": total,
@@ -164,6 +165,7 @@ def _cpu(name: str, torch: Any, total: int, available: int) -> dict[str, Any]:
 def _cuda(name: str, torch: Any, total: int, available: int) -> dict[str, Any]:
     properties = torch.cuda.get_device_properties(name)
     free, device_total = torch.cuda.mem_get_info(name)
+    # What torch has reserved but not allocated looks used to the driver and is free to a run.
     reserved = torch.cuda.memory_reserved(name)
     idle = reserved - torch.cuda.memory_allocated(name)
     rocm = torch.version.hip is not None
@@ -191,8 +193,8 @@ def _cuda(name: str, torch: Any, total: int, available: int) -> dict[str, Any]:
 def allocator(backend: str, environment: Mapping[str, str], system: str) -> str:
     """Return how torch allocates: "default", "expandable" or "async".
 
-    ``backend`` is torch's word for it; the rest it takes from the environment when it is imported.
-    Expandable segments exist on Linux only.
+    ``backend`` is what torch calls its allocator. Whether segments are expandable is read from
+    ``environment``, as torch does when it is imported; they exist on Linux only.
     """
     if backend == "cudaMallocAsync":
         return "async"
@@ -203,10 +205,12 @@ def allocator(backend: str, environment: Mapping[str, str], system: str) -> str:
 
 
 def close_gaps() -> None:
-    """Have torch's allocator use expandable segments in this process, unless told otherwise.
+    """Have torch's allocator use expandable segments, unless the environment says otherwise.
 
-    For a program of one's own, before torch is imported: it reads this then. It needs 2 % more
-    than what is alive instead of 30 %. Does nothing where torch is there already, and but on Linux.
+    With them the allocator takes about 2 % more than the tensors need, instead of 30 %. A program
+    calls this before it imports torch, which reads the setting at import. Outside Linux, or when
+    torch has been imported already, this does nothing. A library inside another program should not
+    call it: the setting is the whole process's.
     """
     told = any(name.endswith("_ALLOC_CONF") for name in os.environ)
     if platform.system() == "Linux" and not told and "torch" not in sys.modules:
@@ -214,7 +218,10 @@ def close_gaps() -> None:
 
 
 def wasteful_conv3d(torch_version: str, cudnn: int | None) -> bool:
-    """Say whether this pair computes half-precision 3D convolutions by vol2col (3 to 17 times)."""
+    """Say whether these versions compute half-precision 3D convolutions by vol2col.
+
+    That needs 3 to 17 times the memory.
+    """
     return torch_version.startswith("2.9.") and (cudnn or 0) < _CUDNN_MENDED
 
 
@@ -242,7 +249,7 @@ def _xpu(name: str, torch: Any, total: int, available: int) -> dict[str, Any]:
 
 
 def _pcie(uuid: str) -> tuple[int | None, int | None]:
-    """Return the bus generation and lanes NVML reports for a GPU, or None where it cannot."""
+    """Return PCIe generation and lanes of a GPU as NVML reports them, or None for both."""
     try:
         import pynvml
     except ImportError:
@@ -255,7 +262,7 @@ def _pcie(uuid: str) -> tuple[int | None, int | None]:
         handle = pynvml.nvmlDeviceGetHandleByUUID(
             uuid if uuid.startswith("GPU-") else f"GPU-{uuid}"
         )
-        # The current generation sinks while the card idles; the maximum is what a copy gets.
+        # The current generation drops while the card is idle; a copy gets the maximum.
         return (
             int(pynvml.nvmlDeviceGetMaxPcieLinkGeneration(handle)),
             int(pynvml.nvmlDeviceGetMaxPcieLinkWidth(handle)),
@@ -267,22 +274,23 @@ def _pcie(uuid: str) -> tuple[int | None, int | None]:
 
 
 def pinned_budget_now(pinned: int = 0) -> int:
-    """Return the bytes of RAM that may be pinned on this machine, at most what is available.
+    """Return how many bytes of RAM may be page-locked now, at most what is available.
 
-    ``pinned`` bytes are pinned already, and therefore not among what is available.
+    ``pinned`` bytes are page-locked already and thus missing from what is available. They belong
+    to the result.
     """
     total, available, _ = ram()
     return min(pinned_budget(total, platform.system()), available + pinned)
 
 
 def pinned_budget(ram_total: int, system: str) -> int:
-    """Return the bytes of RAM that may be pinned: 40 % on Windows, 50 % elsewhere."""
+    """Return how many bytes of RAM may be page-locked: 40 % on Windows, 50 % elsewhere."""
     share = PINNED_SHARE_WINDOWS if system == "Windows" else PINNED_SHARE
     return int(ram_total * share)
 
 
 def ram() -> tuple[int, int, tuple[str, ...]]:
-    """Return total and available bytes of RAM, a container's limit respected, and notes."""
+    """Return total and available bytes of RAM within a container's limit, and notes on it."""
     total, available = _host_ram()
     limit, used = container_limit()
     if limit is None or limit >= total:
@@ -305,7 +313,7 @@ def _host_ram() -> tuple[int, int]:
 def container_limit(root: Path = Path("/")) -> tuple[int | None, int]:
     """Return (limit, bytes in use) of this process's control group, version 2 or 1.
 
-    Cached file pages count as use in the group's figure, but can be dropped; they are taken off.
+    The group counts cached file pages as used. They can be dropped at any time and are subtracted.
     """
     for limit_file, used_file in _CGROUP_FILES:
         limit = _number(root / limit_file.lstrip("/"))

@@ -1,8 +1,9 @@
-"""What a job needs, in bytes, stage by stage: pure arithmetic on shapes and file headers.
+"""How many bytes each stage of a render needs: pure arithmetic on shapes and file headers.
 
-Weights are counted exactly (``sizes``), activations by following the models' own code
-(``activations``, ``vae_activations``). What code cannot tell (libraries' workspaces, the
-interpreter on a CPU) is added as constants named below. Standard library only; < 5 ms.
+Weights are counted exactly (``models.sizes``). Activations are counted by replaying the models' own
+code without tensors (``forward``, ``vae`` and their lean versions beside this module). What no code
+tells, such as workspaces of libraries or the interpreter, is added by the constants below. Standard
+library only; an estimate takes less than 5 ms.
 """
 
 from __future__ import annotations
@@ -34,33 +35,35 @@ if TYPE_CHECKING:
     from .machine import SystemResources
 
 _LATENT_COPIES = 6
-"""float32 latents alive during a forward: the state, UniPC's history, the first prediction."""
+"""Tensors of the latents' size, float32, that are alive during a forward: the state, UniPC's
+history and the first prediction."""
 _STEP_COPIES = 12
-"""The same while UniPC takes its step, when the forward's activations are gone."""
+"""The same while UniPC takes its step, when the activations of the forward are gone."""
 _DEVICE_WORKSPACE = 40 * MIB
-"""cuBLAS's workspace, 32 MiB on an H100 and 8 elsewhere, and small tables."""
+"""The workspace of cuBLAS (32 MiB on an H100, 8 MiB elsewhere) and small tables."""
 _ROOM = {"diffusers": 0.4, "lean": 0.35, "rows": 0.1, "vae": 0.3, "other": 0.2}
-"""Share of the activations that torch's default allocator needs beyond them because freed blocks
-leave gaps. Found on an H100 (torch 2.11) by capping it until a run got through, in
-benchmarks/allocator_room.py: 25 to 40 % for diffusers' forward, 30 % for the lean one, 4 to 10 %
-with products by rows, 20 to 30 % for the VAE. CUDA's own pool was not measured; it counts alike."""
+"""What torch's default allocator needs beyond the activations, as a share of them, because freed
+blocks leave gaps. Measured on an H100 (torch 2.11) with benchmarks/allocator_room.py, which looks
+for the smallest limit on the allocator with which a run succeeds: 25 to 40 % for diffusers'
+forward, 30 % for the lean one, 4 to 10 % with products by rows, 20 to 30 % for the VAE. CUDA's own
+pool ("async") was not measured; the same shares are assumed for it."""
 _ROOM_EXPANDABLE = {"diffusers": 0.025, "lean": 0.025, "rows": 0.025, "vae": 0.05, "other": 0.05}
 """The same with expandable segments: 1 to 2 % for the forwards, 4 % for the VAE."""
 _MEASURED = {(9, 0)}
-"""Compute capabilities on which estimates were compared with runs: see benchmarks/results."""
+"""Compute capabilities on which estimates were compared with runs, see benchmarks/results."""
 _PROCESS = 450 * MIB
-"""The interpreter with torch, diffusers and transformers, in RAM."""
+"""RAM of the interpreter with torch, diffusers and transformers."""
 
 
 def estimate(
     architecture: ModelArchitecture, workload: Workload, choices: Choices, system: SystemResources,
     *, available: int | None = None,
 ) -> MemoryEstimate:  # fmt: skip
-    """Return what ``workload`` needs when it is run as ``choices`` say.
+    """Return what ``workload`` needs when it is run with ``choices``.
 
-    ``available`` is what may be used on the device, in bytes; with it the estimate says whether
-    the job fits, the allocator's gaps included. On a CPU the device's memory is the RAM and the
-    finished frames count too.
+    ``available`` is how many bytes may be used on the device. If it is given, the estimate says
+    whether the workload fits, with the allocator's gaps. On a CPU the device's memory is the RAM,
+    and the finished frames count as well.
     """
     ledger = _Ledger(architecture, workload, choices, system)
     stages = ledger.stages()
@@ -82,13 +85,13 @@ def estimate(
         host_ram_mb=max(stage.host_bytes for stage in stages) / MIB,
         device=system.device,
         fits=None if available is None else reserved <= available,
-        # Less the gaps, so that the peak can be compared with it.
+        # The gaps are subtracted here, so that a reader can compare this with the peak.
         available_mb=None if available is None else (available - gaps) / MIB,
     )
 
 
 def reserved_bytes(stage: StageEstimate, choices: Choices, system: SystemResources) -> int:
-    """Return what the allocator holds on the device at the stage's peak, its gaps included."""
+    """Return what the allocator holds on the device at the peak of a stage, with its gaps."""
     if system.device_kind == "cpu":
         return stage.device_bytes
     kind = "other"
@@ -118,7 +121,7 @@ def _gaps(
 
 
 class _Ledger:
-    """Adds up the stages of one job."""
+    """Adds up the stages of one workload."""
 
     def __init__(
         self,
@@ -164,7 +167,8 @@ class _Ledger:
         if workload.image and "image_encoder" in self.parts:
             tokens = IMAGE_TOKENS * (2 if workload.last_image else 1)
             size = BYTES[self._dtype("image_encoder")]
-            # The hidden states of all layers are returned; at one layer 5120-wide temporaries.
+            # CLIP returns the hidden states (1280 wide) of all layers. One layer at a time has
+            # temporaries of width 5120.
             clip = tokens * size * (1280 * 36 + 5120 * 3)
             found.append(self._stage("image_encode", "image_encoder", clip))
         if workload.image:
@@ -211,7 +215,7 @@ class _Ledger:
         )
 
     def _weights_on_device(self, part: str) -> tuple[int, str]:
-        """Return the weights that are on the device while ``part`` works, and how."""
+        """Return the bytes of weights on the device while ``part`` computes, and a note on them."""
         choices = self.choices
         stay = [name for name in self.parts if self._stays(name)]
         resident = sum(self.bytes[name] for name in stay)
@@ -239,7 +243,7 @@ class _Ledger:
 
     def _streamed(self, part: str) -> tuple[int, str]:
         shape, choices, dtype = self.arch.transformer, self.choices, self._dtype(part)
-        if part == "text_encoder":  # its embedding stays in RAM and looks up there
+        if part == "text_encoder":  # its embedding table stays in RAM, tokens are looked up there
             nbytes = STREAM_BUFFERS * text_block_bytes(self.arch, dtype)
             return nbytes, "streamed block by block"
         block = block_bytes(shape, dtype, fp8=choices.fp8_storage)
@@ -249,15 +253,19 @@ class _Ledger:
         return nbytes, f"{resident} of {shape.layers} blocks resident, the rest streamed"
 
     def _host_weights(self, part: str) -> int:
-        """Return what must be in RAM during a stage: unused parts may be let go and read again."""
+        """Return the bytes of weights that must be in RAM during a stage.
+
+        Components that the stage does not use need not count: they can be freed and read again.
+        """
         fp8 = self.choices.fp8_storage and part.startswith("transformer")
-        # Diffusers' group offload page-locks a copy of everything.
+        # Used from the file's own mapped pages, weights need no RAM that the system cannot take
+        # back. These are copied instead; diffusers' group offload page-locks a copy of everything.
         copied = self.on_cpu or fp8 or self.choices.offload_of(part) == "group"
         if not copied and stays_in_file(self.arch, part, self._dtype(part)):
             return 0
         if self.choices.offload != "none":
             return self.bytes[part]
-        # Resident on a GPU, a part still passes through RAM when it is read.
+        # A component that is resident on a GPU still passes through RAM when it is read.
         return sum(self.bytes.values()) if self.on_cpu else self.bytes[part]
 
     def _text(self) -> int:
@@ -278,7 +286,7 @@ class _Ledger:
         )
 
     def _decode(self) -> tuple[int, int]:
-        """Return the decode's activations, and the feature cache's bytes where it rests in RAM."""
+        """Return the activations of the decode, and the bytes of its feature cache kept in RAM."""
         choices = self.choices
         numbers = {
             "batch": self.workload.batch_size,
@@ -288,7 +296,8 @@ class _Ledger:
             "size": BYTES[self._dtype("vae")],
         }
         latents = 2 * self.latent_bytes
-        # Hooks that bring weights layer by layer leave no place for the lean decode.
+        # The lean decoder does not call its layers as modules, so hooks that bring in weights layer
+        # by layer would not run: diffusers' own decoder is used with them.
         if not choices.lean or choices.offload_of("vae") not in ("none", "model"):
             return decode_peak(self.vae, **numbers) + latents, 0
         bands = BANDS if choices.by_rows else 1
@@ -300,7 +309,7 @@ class _Ledger:
         workload, shape = self.workload, self.arch.transformer
         guided = workload.guidance_low if part == "transformer_2" else workload.guidance_high
         size = BYTES[self._dtype(part)]
-        # Of a clip made in windows, the condition waits in RAM.
+        # Only the part of the condition that a window sees is on the device.
         seen = window_latents(workload, self.choices, self.frames) / self.frames
         more = max(0, shape.in_channels - self.vae.z_dim) / self.vae.z_dim
         condition = int(more * seen * self.latent_bytes)
@@ -309,6 +318,7 @@ class _Ledger:
         forward = (
             self._forward(part, size, guided=guided) + cast + _LATENT_COPIES * self.latent_bytes
         )
+        # The forward and the scheduler's step come one after the other; the larger one counts.
         return max(forward, _STEP_COPIES * self.latent_bytes) + condition + texts
 
     def _forward(self, part: str, size: int, *, guided: bool) -> int:
@@ -339,12 +349,15 @@ class _Ledger:
 def _confidence(
     architecture: ModelArchitecture, system: SystemResources, choices: Choices
 ) -> float:
-    """Rate the estimate: 0.8 by arithmetic, more where runs were measured, less where assumed."""
+    """Rate an estimate from 0 to 1.
+
+    Arithmetic alone is rated 0.8. Measured runs raise the rating, assumptions lower it.
+    """
     rating = 0.9 if system.compute_capability in _MEASURED else 0.8
     if system.calibration.runs:
         rating = 0.95
     if system.device_kind == "cpu":
-        rating -= 0.15  # measured as the process's RAM, which no arithmetic covers
+        rating -= 0.15  # there the whole process counts, which no arithmetic covers
     if assumed_parts(architecture):
         rating -= 0.1
     if not architecture.transformer.heads_known:
@@ -372,7 +385,7 @@ def _warnings(architecture: ModelArchitecture) -> tuple[str, ...]:
 
 
 def format_estimate(estimate: MemoryEstimate) -> str:
-    """Lay an estimate out as text: one line per stage, the peak against what there is, reasons."""
+    """Format an estimate as text: a line per stage, the peak and what is available, reasons."""
     lines = ["stage               on device    weights  activations    in RAM   (predicted)"]
     for stage in estimate.stages:
         on_device = (stage.device_bytes, stage.weights_bytes, stage.activation_bytes)

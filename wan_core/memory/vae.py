@@ -1,8 +1,9 @@
-"""Bytes alive while the VAE encodes or decodes as a stream, beside its weights.
+"""The activation memory of the VAE's streamed encode and decode, replayed without tensors.
 
-Follows ``autoencoder_kl_wan.py`` of diffusers 0.42 and the streaming of ``vae`` line by line, as
-``activations`` does for the transformer. Three chunks suffice: from the third on, every causal
-cache holds two frames and the peak repeats, so it does not grow with the length of the clip.
+It follows ``autoencoder_kl_wan.py`` of diffusers 0.42 and ``sampling/vae.py`` line by line, as
+``memory/forward.py`` does for the transformer and explains: variables and every ``del`` matter.
+Three chunks are enough: from the third on, each causal cache holds two frames and the peak repeats,
+so it does not grow with the length of the clip.
 """
 
 from __future__ import annotations
@@ -13,9 +14,9 @@ from functools import lru_cache, partial
 from ..models import VaeShape
 from .forward import FP32, Blob, Tape
 
-_REPEAT = "Rep"  # diffusers' mark of an upsampler that has seen the first frame only
+_REPEAT = "Rep"  # diffusers' marker: this upsampler has seen only the first frame
 CHUNKS = 3
-"""From the third on a chunk repeats the peak."""
+"""Chunks that are replayed; the third has the peak of all later ones."""
 
 
 class Map(Blob):
@@ -31,7 +32,7 @@ class Map(Blob):
         self, *, c: int | None = None, t: int | None = None, h: int | None = None,
         w: int | None = None, size: int | None = None,
     ) -> Map:  # fmt: skip
-        """Return a new map, of this one's shape and size where not said otherwise."""
+        """Return a new map with this one's shape and size, except for what is given."""
         return Map(
             self.tape, self.b, c or self.c, t or self.t, h or self.h, w or self.w,
             size or self.size,
@@ -61,7 +62,7 @@ def _conv(
     x: Map, channels: int, cache: Map | None = None, *, kernel: int = 3, spatial: int = 3,
     pad: int = 2, stride: int = 1,
 ) -> Map:  # fmt: skip
-    """``WanCausalConv3d``: join the cached frames, copy everything padded, convolve."""
+    """``WanCausalConv3d``: join input and cached frames, copy them padded, convolve."""
     y = x
     if cache is not None and pad > 0:
         y = x.like(t=cache.t + x.t)
@@ -71,9 +72,10 @@ def _conv(
 
 
 def convolved(x: Map, out: Map) -> Map:
-    """Return ``out``, a convolution of x in two or three dimensions.
+    """Return ``out``, and count the workspace of the convolution from x to it (in 2D or 3D).
 
-    cuDNN computes channels-last: it copies input and output (measured on an H100, 0.2 %).
+    cuDNN computes in channels-last layout, so it copies input and output (measured on an H100, to
+    0.2 %).
     """
     if x.tape.workspace:
         x.tape.new(x.elements + out.elements, x.size)
@@ -82,6 +84,7 @@ def convolved(x: Map, out: Map) -> Map:
 
 def _cached_conv(x: Map, channels: int, cache: _Cache) -> Map:
     previous = cache.get()
+    # The next cache is cloned before the convolution runs, and the old one is still alive then.
     kept = x.like(t=min(2, x.t))
     if kept.t < 2 and isinstance(previous, Map):
         kept = kept.like(t=2)
@@ -140,7 +143,7 @@ def _mid_block(x: Map, cache: _Cache) -> Map:
 
 
 def _time_up(x: Map, cache: _Cache) -> Map:
-    """The temporal half of "upsample3d": twice the frames, but for the clip's first one."""
+    """The temporal half of "upsample3d": twice the frames, except for the clip's first one."""
     previous = cache.get()
     if previous is None:
         cache.put(_REPEAT)
@@ -187,10 +190,10 @@ def _downsample(x: Map, cache: _Cache, *, time: bool) -> Map:
 
 
 def _duplicated(x: Map, channels: int, time: int, *, first: bool) -> Map:
-    """``DupUp3D``: each number repeated, then laid out as a larger map."""
+    """``DupUp3D``: repeat each number, then copy the numbers into a larger map."""
     y = x.like(c=channels * time * 4)
     y = y.like(c=channels, t=time * x.t, h=2 * x.h, w=2 * x.w)
-    del first  # the first frame's part is cut off as a view
+    del first  # changes nothing: the first chunk drops its surplus frames by a view
     return y
 
 
@@ -220,10 +223,10 @@ def _decode_level(
     x: Map, shape: VaeShape, widths: list[int], times: tuple[bool, ...], level: int,
     cache: _Cache, *, first: bool,
 ) -> Map:  # fmt: skip
-    """``WanUpBlock`` / ``WanResidualUpBlock``; the caller's name keeps ``x`` alive."""
+    """``WanUpBlock`` or ``WanResidualUpBlock``; the caller's variable keeps ``x`` alive."""
     last = level == len(widths) - 2
     width = widths[level + 1]
-    kept = x.like() if shape.is_residual else None
+    kept = x.like() if shape.is_residual else None  # ``x.clone()``, for the shortcut
     y = x
     for _ in range(shape.num_res_blocks + 1):
         y = _residual_block(y, width, cache)
@@ -255,7 +258,10 @@ def _encode_chunk(x: Map, shape: VaeShape, cache: _Cache) -> Map:
 
 @lru_cache(maxsize=16)
 def _encoder_layers(shape: VaeShape) -> tuple[_Layer, ...]:
-    """A flat list, so that nothing holds a level's input longer than the model does."""
+    """Return the encoder's layers as a flat list, as the model has them.
+
+    A nested call per level would keep its input alive longer than the model does.
+    """
     layers: list[_Layer] = []
     for level, multiple in enumerate(shape.dim_mult):
         width = shape.base_dim * multiple
@@ -297,9 +303,9 @@ def decode_peak(
 ) -> int:  # fmt: skip
     """Return the peak bytes of the streamed decode, without weights and without the video.
 
-    ``size`` is the bytes per number of the VAE's dtype. Frames leave the device as they come;
-    latents are held whole, as the decoder's convolution over all of them needs. ``workspace``
-    counts what convolutions take for themselves.
+    ``size`` is the bytes per number of the VAE's dtype. Decoded frames leave the device at once.
+    Latents are held whole, because the first convolution takes all of them. ``workspace`` says
+    whether the workspaces of convolutions are counted.
     """
     tape = Tape(workspace)
     latents = [
@@ -310,6 +316,7 @@ def decode_peak(
     for index in range(min(latent_frames, CHUNKS)):
         cache.index = 0
         chunk = _decode_chunk(latents[0].like(t=1), shape, cache, first=index == 0)
+        # The pixels are scaled to 0..1 and copied out as float32 while the chunk is still alive.
         scaled = chunk.like()
         scaled = scaled.like()
         chunk = scaled.like(size=FP32)
@@ -325,8 +332,9 @@ def encode_peak(
 ) -> int:  # fmt: skip
     """Return the peak bytes of the streamed encode of (num_frames, height, width) pixels.
 
-    One chunk of the video is on the device at a time; the encoded pieces stay there.
-    ``workspace`` counts what convolutions take for themselves.
+    One chunk of the video is on the device at a time; encoded chunks stay there. ``size`` is the
+    bytes per number of the VAE's dtype. ``workspace`` says whether the workspaces of convolutions
+    are counted.
     """
     tape = Tape(workspace)
     cache = _Cache()

@@ -1,6 +1,7 @@
-"""Bytes alive during a lean decode, beside the VAE's weights: ``lean_decode`` without tensors.
+"""The activation memory of the lean decoder: ``forward/decoder.py`` replayed without tensors.
 
-Follows ``lean_decode`` as ``vae_activations`` follows diffusers; the same law holds for names.
+It follows the lean decoder as ``memory/vae.py`` follows diffusers'. Variables and every ``del``
+stand for those in the original. A map that is made and not kept stands for a temporary.
 """
 
 from __future__ import annotations
@@ -12,13 +13,13 @@ from .forward import FP32, Tape
 from .vae import CHUNKS, Map, attention_block, convolved
 
 BANDS = 8
-"""Bands of rows of a plan that asks for them: one is then small beside the maps."""
+"""Bands of rows that a plan uses; with so many, one band is small beside the feature maps."""
 
 _HISTORY = 2
 
 
 class _Slot:
-    """A feature cache entry: its frames and bytes, and its map where that is on the device."""
+    """A feature cache entry: its frames and bytes, and its map if that is on the device."""
 
     __slots__ = ("frames", "kept", "nbytes")
 
@@ -31,7 +32,7 @@ class _Slot:
 
 
 class _Walk:
-    """``DecoderWalk``, with the widths of ``shape`` in place of weights."""
+    """``DecoderWalk``, with the channel counts of ``shape`` in place of weights."""
 
     def __init__(self, shape: VaeShape, bands: int, cache_on_host: bool) -> None:
         self.shape, self.bands, self.on_host = shape, bands, cache_on_host
@@ -62,7 +63,7 @@ class _Walk:
         out = width if shape.is_residual else width // 2
         self._upsample(held, out, time=shape.temporal_downsample[::-1][level])
         if kept is not None:
-            kept.like(c=out, t=1)
+            kept.like(c=out, t=1)  # ``_add_duplicated`` selects channels one frame at a time
 
     def _residual(self, held: list[Map], width: int, *, writable: bool = True) -> None:
         x = held.pop()
@@ -118,13 +119,15 @@ class _Walk:
         kept = self._slot(x, count)
         padded = x.like(t=x.t + _HISTORY, h=rows + 2 * margin, w=x.w + 2 * margin)
         edges: tuple[Map, ...] = ()
+        # A cache in RAM: the band's rows arrive in a buffer of their own, and the rows above it
+        # are set aside before they are overwritten (``_mend_edge``).
         if held is not None and held.on_host:
             padded.like(t=_HISTORY, w=x.w)
             edges = (x.like(t=_HISTORY, h=margin),) if margin else ()
         if norm:
             _normalize(padded)
         if self.on_host:
-            x.like(t=_HISTORY, h=rows)
+            x.like(t=_HISTORY, h=rows)  # on its way to RAM
         _apply(padded, channels, margin=margin)
         x.tape.during(*edges)
         self.slots[slot] = kept
@@ -152,13 +155,13 @@ class _Walk:
     def _load(self, slot: int, x: Map) -> int:
         held, self.slots[slot] = self.slots[slot], None
         if held is not None and held.on_host:
-            x.like(t=_HISTORY)  # on its way
+            x.like(t=_HISTORY)  # on its way from RAM
         return min(_HISTORY, x.t + (held.frames if held else 0))
 
     def _keep(self, slot: int, padded: Map, count: int, margin: int = 1) -> None:
         h, w = padded.h - 2 * margin, padded.w - 2 * margin
         if self.on_host:
-            padded.like(t=_HISTORY, h=h, w=w)  # on its way
+            padded.like(t=_HISTORY, h=h, w=w)  # on its way to RAM
         self.slots[slot] = self._slot(padded, count, h, w)
 
     def _slot(self, x: Map, frames: int, h: int | None = None, w: int | None = None) -> _Slot:
@@ -184,7 +187,7 @@ class _Walk:
         held.append(out)
 
     def _upsample_time(self, held: list[Map]) -> None:
-        if self.index == len(self.slots):  # the clip's first frame; the mark counts as a frame
+        if self.index == len(self.slots):  # the clip's first frame; its marker counts as a frame
             self.slots[self._next_slot()] = _Slot(1, None, 0)
             return
         both = self._convolve(held, 2 * held[0].c, margin=0)
@@ -197,7 +200,7 @@ def _apply(padded: Map, channels: int, *, kernel: int = 3, margin: int = 1) -> M
 
 
 def _normalize(x: Map) -> None:
-    """Frame by frame, in place but for the norm and a float32 copy."""
+    """Norm frame by frame, in place except for the vector lengths and a float32 copy."""
     wide = x if x.size == FP32 else x.like(t=1, size=FP32)
     wide.like(c=1, t=1)
 
@@ -209,7 +212,8 @@ def lean_decode_bytes(
 ) -> tuple[int, int]:  # fmt: skip
     """Return (peak bytes, bytes of the feature cache) of the streamed lean decode.
 
-    Arguments as for ``decode_peak`` and ``lean_decoder``; a cache on the host is not in the peak.
+    Arguments are as for ``decode_peak`` and ``lean_decoder``. With ``cache_on_host`` the feature
+    cache is in RAM and not part of the peak.
     """
     tape = Tape(workspace)
     latents = [

@@ -1,7 +1,8 @@
-"""Latents made and changed: encoding, the denoising loop, segments, the VAE, LoRAs.
+"""Everything that makes or changes latents: encoding, denoising, segments, the VAE, LoRAs.
 
-In: modules that are placed already, conditions, noise. Out: latents, then pixels, equal to
-diffusers' pipelines bit for bit. Names are resolved on first use.
+In: modules whose weights are placed and ready to be called, conditions, noise. Out: latents, then
+pixels, equal to those of diffusers' pipelines bit for bit. Names are resolved on first use, so
+that importing this package does not import torch.
 """
 
 from __future__ import annotations

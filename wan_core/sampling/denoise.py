@@ -1,8 +1,8 @@
 """The denoising loop: noise in, latents out, with diffusers' transformers and schedulers.
 
-Equal to diffusers' ``WanPipeline`` and ``WanImageToVideoPipeline`` bit for bit where the clip is
-seen whole. Knows nothing of files, devices or offloading: the model it is given is ready to be
-called. Latents are (B, C, T, h, w), float32, normalised.
+When the clip is denoised as a whole, the result equals diffusers' ``WanPipeline`` and
+``WanImageToVideoPipeline`` bit for bit. The loop knows nothing of files, devices or offloading: the
+model it is given is ready to be called. Latents are (B, C, T, h, w), float32, normalised.
 """
 
 from __future__ import annotations
@@ -25,30 +25,32 @@ def _nothing(*_: object) -> None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Signals:
-    """What the loop tells its caller. Whatever one of these raises leaves the loop unchanged."""
+    """Callbacks of the loop. What one of them raises is passed on to the loop's caller."""
 
     step: Callable[[int, Tensor], object] = _nothing
     """After step i, with the latents."""
     preview: Callable[[int, Tensor], object] | None = None
-    """After step i, with the predicted clean latents; costs one subtraction when set."""
+    """After step i, with the predicted clean latents. Setting it costs a tensor of their size."""
     window: Callable[[int, int], object] = _nothing
     """Before window i of n within a step."""
     window_done: Callable[[int, int], object] = _nothing
-    """After window i of n within a step; the state can be saved here."""
+    """After window i of n within a step. The state is consistent here and can be saved."""
     check: Callable[[], object] = _nothing
     """Before every model call."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Conditions:
-    """What the model is told besides the latents. All on the model's device, but for ``concat``
-    of a clip made in windows: it may wait in RAM, of which a window takes its part.
+    """What the model is given besides the latents.
 
-    ``concat`` (B, 20, T, h, w) is mask and latents of the image-to-video models;
-    ``first_frame`` (B, C, n, h, w) the latents the 5B holds fixed as frames 0 to n - 1;
-    ``image_embeds`` (B, 257, image_dim), or (2B, 257, image_dim) with a last image, is CLIP's.
-    ``prompt_parts`` is (first latent frame, embeddings) per part of a clip that has several
-    texts; a window takes the part its middle frame lies in, a run without windows none of them.
+    All tensors are on the model's device. Only ``concat`` may stay in RAM if the clip is made in
+    windows; each window then copies its own frames to the device.
+
+    ``concat`` (B, 20, T, h, w) holds mask and latents for the image-to-video models;
+    ``first_frame`` (B, C, n, h, w) holds the latents that the 5B keeps fixed as frames 0 to n - 1;
+    ``image_embeds`` is CLIP's, (B, 257, image_dim), or (2B, 257, image_dim) with a last image.
+    ``prompt_parts`` is for a clip with several prompts: one (first latent frame, embeddings) for
+    each. A window uses the prompt at its middle frame; without windows, ``prompt_embeds`` is used.
     """
 
     prompt_embeds: Tensor
@@ -59,9 +61,9 @@ class Conditions:
     prompt_parts: tuple[tuple[int, Tensor], ...] = ()
 
     def window(self, indices: Sequence[int], middle: int | None = None) -> Conditions:
-        """Return the conditions of the frames with these absolute indices.
+        """Return the conditions for the frames with these indices in the clip.
 
-        ``middle`` is the frame that decides which text is meant, if not the one in the middle.
+        ``middle`` is the frame that decides which prompt is used; None takes the middle one.
         """
         found = self
         if self.prompt_parts:
@@ -76,18 +78,18 @@ class Conditions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Expert:
-    """One transformer and how strongly it is guided. ``name`` is "only", "high" or "low"."""
+    """One transformer and its guidance scale. ``name`` is "only", "high" or "low"."""
 
     name: str
     model: Callable[..., Any]
     dtype: torch.dtype
     guidance_scale: float
     per_token_timesteps: bool = False
-    """True passes the 5B one timestep per token also where all are equal, as diffusers does;
-    False one per sample: the same within rounding, and half the memory."""
+    """Whether the 5B gets one timestep per token even when all of them are equal, as diffusers
+    passes it. One per sample gives the same within rounding, with half the memory."""
     together: Callable[[Any, Sequence[Mapping[str, Any]]], Sequence[Any]] | None = None
-    """Runs several calls of the model block by block (``lean_forward.run_together``), so that
-    streamed weights arrive once for both passes of guidance; None runs one after the other."""
+    """Runs several calls of the model block by block (``forward.run_together``), so that streamed
+    weights arrive once for both passes of guidance. None runs the passes one after the other."""
 
     @property
     def guided(self) -> bool:
@@ -96,17 +98,16 @@ class Expert:
 
 
 def hold_first_frame(latents: Tensor, conditions: Conditions) -> Tensor:
-    """Put the given first frames back into the latents, as the 5B's image-to-video asks."""
+    """Put the given first frames back into the latents, as image-to-video with the 5B requires."""
     if conditions.first_frame is None:
         return latents
     return _hold(latents, conditions.first_frame, range(latents.shape[2]))[0]
 
 
 def _hold(latents: Tensor, given: Tensor, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Put ``given``, the clip's first frames, among the latents of the frames ``indices``.
+    """Put ``given``, the first frames of the clip, into the latents of the frames ``indices``.
 
-    Returns them and a mask (1, 1, T, h, w), 0 in the frames put in. Multiplied by the mask, not
-    assigned, so that signed zeros and NaN behave as in diffusers.
+    Returns the new latents and a mask (1, 1, T, h, w), which is 0 in the frames that were put in.
     """
     count = given.shape[2]
     places = [place for place, index in enumerate(indices) if index < count]
@@ -116,6 +117,7 @@ def _hold(latents: Tensor, given: Tensor, indices: Sequence[int]) -> tuple[Tenso
     if count > 1:
         frames = torch.zeros_like(latents)
         frames[:, :, places] = given[:, :, [indices[place] for place in places]]
+    # Multiplied, not assigned: signed zeros and NaN then come out as in diffusers.
     return (1 - mask) * frames + mask * latents, mask
 
 
@@ -131,16 +133,19 @@ def _model_inputs(
     ``indices`` says which frames of the clip these latents are.
     """
     batch, given = latents.shape[0], conditions.first_frame
+    # Models with 36 input channels read mask and condition latents as further channels.
     if conditions.concat is not None:
         latents = torch.cat([latents, conditions.concat], dim=1)
         return latents.to(expert.dtype), timestep.expand(batch)
+    # The 5B is given frames in place of their latents; without any, per-token timesteps are all
+    # equal and one per sample says the same.
     if given is not None and min(indices) < given.shape[2]:
         latents, mask = _hold(latents, given, indices)
     elif expert.per_token_timesteps:
         mask = torch.ones((1, 1, *latents.shape[2:]), device=latents.device)
     else:
         return latents.to(expert.dtype), timestep.expand(batch)
-    # The 5B patches 2x2 latent pixels into a token; tokens of a given frame are at t = 0.
+    # The 5B patches 2x2 latent pixels into a token; tokens of a given frame get timestep 0.
     per_token = (mask[0][0][:, ::2, ::2] * timestep).flatten()
     return latents.to(expert.dtype), per_token.unsqueeze(0).expand(batch, -1)
 
@@ -154,12 +159,13 @@ def predict(
     indices: Sequence[int] | None = None,
     check: Callable[[], object] = _nothing,
 ) -> Tensor:
-    """Return the guided velocity (B, C, T, h, w) in the model's dtype.
+    """Return the velocity (B, C, T, h, w) after guidance, in the model's dtype.
 
-    ``indices`` are the frames of the clip that ``latents`` are; None: all from the first on.
+    ``indices`` are the frames of the clip that ``latents`` are; None means all, from the first on.
+    ``check`` runs before each call of the model, or once before calls that run together.
 
-    Guidance is v_u + s (v_c - v_u) (Ho and Salimans 2022), two passes one after the other; a
-    scale of 1 or less makes one pass.
+    Guidance is v_u + s (v_c - v_u) (Ho and Salimans 2022) and takes two passes; a guidance scale
+    of 1 or less takes one. Raises InvalidRequest if negative embeddings are needed but missing.
     """
     seen = range(latents.shape[2]) if indices is None else indices
     hidden_states, timesteps = _model_inputs(latents, timestep, expert, conditions, seen)
@@ -183,6 +189,7 @@ def predict(
             "no negative embeddings; pass negative_prompt_embeds or a guidance_scale of 1.",
             field="negative_prompt_embeds",
         )
+    # Two calls of batch B rather than one of 2B: half the activations, and what diffusers does.
     calls = [call(conditions.prompt_embeds), call(conditions.negative_prompt_embeds)]
     if expert.together is not None:
         (conditional,), (unconditional,) = expert.together(expert.model, calls)
@@ -196,11 +203,11 @@ def predict(
 
 @dataclass(slots=True, kw_only=True)
 class DenoiseState:
-    """Latents and how far they are; what a continued run starts from.
+    """Latents and how far they have been denoised: all that a continued run needs.
 
-    Within a step of several windows ``fused`` holds the mean of the first ``next_window`` of them.
-    A clip made segment by segment has one state per segment: ``segment`` counts the finished
-    ones, ``clip`` holds their latents.
+    Within a step of several windows, ``fused`` holds the blended prediction of the first
+    ``next_window`` windows. A clip made in segments has one state per segment: ``segment`` is the
+    number of finished segments and ``clip`` holds their latents.
     """
 
     latents: Tensor
@@ -208,11 +215,12 @@ class DenoiseState:
     next_window: int = 0
     fused: Tensor | None = None
     fused_by: str = ""
-    """The windows ``fused`` was made with; with others (a smaller plan) the step starts anew."""
+    """The windows that ``fused`` was made with. If they have changed since (after a new plan with
+    shorter windows), the step starts again."""
     segment: int = 0
     clip: Tensor | None = None
     finished: list[int] = field(default_factory=list)
-    """Steps made so far in this process, in order; a step appears once unless it was made twice."""
+    """Numbers of the steps that this process has finished, in order."""
 
 
 def predict_windows(
@@ -225,20 +233,22 @@ def predict_windows(
     *,
     anchor: bool = False,
 ) -> Tensor:
-    """Predict window by window and fuse in float32.
+    """Predict window by window and blend the predictions, in float32.
 
-    Each window comes with the share of its frames in the mean so far (``blend_fractions``), so a
-    frame on which all windows agree stays exactly what they say. They are blended in the order
-    given. When one fails, ``state`` holds the mean so far, and the next call goes on with it.
-    ``anchor`` shows a window that begins after frame 0 the frame before it as well, and throws
-    its prediction away: the model treats whatever it sees first as the start of a video.
+    Each window comes with the weight that its frames get against the mean of the windows before
+    (``WindowPlan.blend_fractions``). A frame on which all windows agree keeps exactly that value.
+    If a window fails, ``state`` holds the blend so far, and the next call continues from there.
+    With ``anchor`` a window that begins after frame 0 also sees the frame before it, whose
+    prediction is dropped: the model treats the first frame it sees as the start of a video.
     """
     latents = state.latents
+    # Kept in the state, not in a local variable: a window that fails does not cost those before.
     if state.fused is None:
         state.fused, state.next_window = torch.zeros_like(latents, dtype=torch.float32), 0
     for number in range(state.next_window, len(windows)):
         window, fractions = windows[number]
         signals.window(number, len(windows))
+        # 1. Predict: all windows of a step read the same latents, those before the step.
         seen = (window.start - 1, *window.indices) if anchor and window.start else window.indices
         velocity = predict(
             latents.index_select(2, torch.tensor(seen, device=latents.device)),
@@ -248,11 +258,14 @@ def predict_windows(
             indices=seen,
             check=signals.check,
         )[:, :, len(seen) - len(window.indices) :]
+        # 2. Blend: a running weighted mean, so that no second buffer for the weights is needed.
+        # ``lerp`` between equal values returns that value, where a weighted sum would round.
         index = torch.tensor(window.indices, device=latents.device)
         share = torch.tensor(fractions, dtype=torch.float32, device=latents.device)
         blended = torch.lerp(
             state.fused.index_select(2, index), velocity.float(), share.view(1, 1, -1, 1, 1)
         )
+        # 3. Only now does the window count as done.
         state.fused.index_copy_(2, index, blended)
         state.next_window = number + 1
         signals.window_done(number, len(windows))
@@ -270,34 +283,40 @@ def denoise_steps(
     anchor: bool = False,
     signals: Signals | None = None,
 ) -> DenoiseState:
-    """Make those of ``steps`` that are not behind ``state`` yet, with one expert.
+    """Run those of ``steps`` that ``state`` has not passed yet, with one expert.
 
-    ``state`` and ``scheduler`` move on together after every finished step; a step that raises
-    leaves both as they were before it, so that the call can be made again. ``scheduler`` is a
-    diffusers scheduler with its timesteps set; its begin index is set by the caller. Raises
-    NonFiniteLatents where the model's output is not finite.
+    ``state`` and ``scheduler`` advance together after every finished step. A step that raises
+    leaves both as they were before it (but for finished windows, which ``state`` keeps), so that
+    the call can be repeated. ``scheduler`` is a diffusers scheduler with its timesteps set; the
+    caller sets its begin index. Raises NonFiniteLatents if the latents are not finite after a step.
     """
     signals = signals or Signals()
     for i in range(max(steps.start, state.next_step), steps.stop):
+        # 1. Predict the velocity: of the whole clip at once, or window by window.
         timestep = scheduler.timesteps[i]
         if windows is None or windows.count == 1:
             velocity = predict(state.latents, timestep, expert, conditions, check=signals.check)
         else:
+            # Predictions blended with other windows cannot be continued with these.
             if state.fused_by != (name := repr(windows)):
                 state.fused, state.next_window, state.fused_by = None, 0, name
             parts = tuple(zip(windows.windows(i), windows.blend_fractions(i), strict=True))
             velocity = predict_windows(
                 state, timestep, expert, conditions, parts, signals, anchor=anchor
             )
+        # 2. Predict the clean latents for a preview: x0 = x - sigma v, with x before the step.
         sigma = float(scheduler.sigmas[i])
         clean = state.latents - sigma * velocity if signals.preview is not None else None
+        # 3. Step. A scheduler remembers earlier predictions and counts its steps, so after an
+        # error it must not be one step ahead of the latents.
         with _put_back_on_error(scheduler):
             latents = scheduler.step(velocity, timestep, state.latents, return_dict=False)[0]
-            # Looked at in here: this too may run out of memory, with the scheduler one step on.
+            # Checked inside the context: the check may run out of memory as well.
             if not torch.isfinite(latents).all():
                 raise NonFiniteLatents(
                     step=i, sigma=sigma, expert=expert.name, dtype=str(expert.dtype).split(".")[-1]
                 )
+        # 4. Commit. Callbacks come last, so that one that raises finds the step finished.
         state.latents, state.next_step = latents, i + 1
         state.fused, state.next_window = None, 0
         state.finished.append(i)
@@ -309,7 +328,7 @@ def denoise_steps(
 
 @contextmanager
 def _put_back_on_error(scheduler: Any) -> Iterator[None]:
-    """Where the block raises, give the scheduler the history back that it had before."""
+    """Restore the scheduler's history if the ``with`` block raises."""
     before = {k: list(v) if isinstance(v, list) else v for k, v in vars(scheduler).items()}
     try:
         yield

@@ -1,7 +1,7 @@
-"""Prompts and images in, conditions out: umT5, CLIP vision, and the start-frame latents.
+"""Prompts and images in, conditions out: umT5, CLIP vision, and the latents of given frames.
 
-Each function equals the matching method of diffusers' ``WanPipeline`` /
-``WanImageToVideoPipeline`` bit for bit. The modules given are ready to be called on ``device``.
+Each function equals the matching method of diffusers' ``WanPipeline`` or
+``WanImageToVideoPipeline`` bit for bit. The modules passed in are ready to be called on ``device``.
 """
 
 from __future__ import annotations
@@ -19,14 +19,11 @@ from .vae import conditioning_chunks, encode_latents, normalize_latents
 if TYPE_CHECKING:
     from PIL import Image
 
-"""Tokens per prompt. Wan attends all of them, the padding as zero vectors; the image branch of
-the 2.1 models counts on exactly this number (``WanAttnProcessor`` in diffusers)."""
-
 
 def encode_text(text_encoder: Any, tokenizer: Any, prompt: str, device: torch.device) -> Tensor:
     """Encode one prompt: (1, 512, text_dim) in the encoder's dtype, zero beyond its tokens.
 
-    The text is cleaned and cut to 512 tokens as in ``WanPipeline._get_t5_prompt_embeds``.
+    The prompt is cleaned and cut to 512 tokens as in ``WanPipeline._get_t5_prompt_embeds``.
     """
     from diffusers.pipelines.wan import pipeline_wan
 
@@ -42,6 +39,8 @@ def encode_text(text_encoder: Any, tokenizer: Any, prompt: str, device: torch.de
     )
     mask = tokens.attention_mask
     hidden = text_encoder(tokens.input_ids.to(device), mask.to(device)).last_hidden_state
+    # Cross attention has no mask: Wan attends to all 512 tokens, with the padding as zeros. The
+    # encoder's own output for padding is not zero.
     length = int(mask.gt(0).sum())
     embeds: Tensor = torch.zeros_like(hidden)
     embeds[:, :length] = hidden[:, :length]
@@ -51,7 +50,7 @@ def encode_text(text_encoder: Any, tokenizer: Any, prompt: str, device: torch.de
 def encode_clip(
     image_encoder: Any, image_processor: Any, images: Sequence[Image.Image], device: torch.device
 ) -> Tensor:
-    """Encode one or two pictures with CLIP: (n, 257, image_dim), the last layer but one."""
+    """Encode one or two pictures with CLIP: (n, 257, image_dim), of the second to last layer."""
     pixels = image_processor(images=list(images), return_tensors="pt").to(device)
     output: Tensor = image_encoder(**pixels, output_hidden_states=True).hidden_states[-2]
     return output
@@ -60,8 +59,8 @@ def encode_clip(
 def load_picture(image: Any, field: str) -> Image.Image | Tensor:
     """Turn a path, PIL image, array or tensor into an RGB PIL image or a float tensor (H, W, 3).
 
-    Tensors and float arrays are taken as 0..1, integer arrays as 0..255. Raises InvalidRequest,
-    naming ``field``, for anything else.
+    Tensors and float arrays hold values 0..1, integer arrays 0..255. Raises InvalidRequest, naming
+    ``field``, for anything else.
     """
     import numpy as np
     from PIL import Image, UnidentifiedImageError
@@ -109,10 +108,10 @@ def picture_size(picture: Image.Image | Tensor) -> tuple[int, int]:
 
 
 def prepare_picture(picture: Image.Image | Tensor, width: int, height: int) -> Tensor:
-    """Resize to the job's size: (1, 3, height, width), float32, -1..1.
+    """Resize a picture to the video's size: (1, 3, height, width), float32, -1..1.
 
     PIL images go through diffusers' ``VideoProcessor`` (Lanczos), as in its pipelines. A tensor
-    that has the size already keeps its full precision.
+    that has this size already keeps its full precision.
     """
     from diffusers.video_processor import VideoProcessor
 
@@ -126,8 +125,8 @@ def prepare_picture(picture: Image.Image | Tensor, width: int, height: int) -> T
 def condition_mask(num_frames: int, latent_height: int, latent_width: int, last: bool) -> Tensor:
     """Return the (1, 4, T, h, w) mask of the image-to-video models: 1 where a frame is given.
 
-    Channel c of latent frame t stands for pixel frame 4 t + c - 3; the first pixel frame counts
-    four times (``WanImageToVideoPipeline.prepare_latents``).
+    Channel c of latent frame t stands for video frame 4 t + c - 3. The first video frame fills all
+    four channels of latent frame 0 (``WanImageToVideoPipeline.prepare_latents``).
     """
     latent_frames = (num_frames - 1) // 4 + 1
     mask = torch.zeros(1, 4, latent_frames, latent_height, latent_width)
@@ -148,8 +147,8 @@ def encode_condition(
 ) -> Tensor:
     """Return mask and latents (1, 4 + z, T, h, w), float32, for models with 36 input channels.
 
-    The clip [image, zeros ..., last_image] is encoded frame group by frame group and never held
-    whole. ``image`` is (1, 3, H, W), -1..1.
+    The clip [image, zeros ..., last_image] is encoded in chunks of four frames and never held
+    whole. ``image`` and ``last_image`` are (1, 3, H, W), -1..1; ``check`` runs before each chunk.
     """
     dtype = vae.dtype
     image = image.to(device=device, dtype=dtype)
@@ -163,17 +162,17 @@ def encode_condition(
 def encode_first_frame(
     vae: Any, image: Tensor, *, device: torch.device, check: Callable[[], object]
 ) -> Tensor:
-    """Return the latents (1, z, 1, h, w), float32, that the 5B holds fixed as frame 0."""
+    """Return the latents (1, z, 1, h, w), float32, that the 5B keeps fixed as frame 0."""
     image = image.to(device=device, dtype=vae.dtype)
     latents = encode_latents(vae, conditioning_chunks(image, 1, None), check=check)
     return normalize_latents(latents.to(torch.float32), vae.config)
 
 
 def check_embeds(embeds: Tensor, name: str, text_dim: int, batch_size: int) -> Tensor:
-    """Check embeddings from outside and pad them with zeros to 512 tokens.
+    """Check prompt embeddings that the caller has made, and pad them with zeros to 512 tokens.
 
-    ComfyUI's conditioning may hold one batch row and fewer tokens. Raises InvalidRequest with
-    the width found and the width of the model.
+    ComfyUI's conditioning may have a single batch row and fewer tokens. Raises InvalidRequest,
+    naming ``name``, if batch, tokens or width do not suit the model.
     """
     if embeds.ndim != 3 or embeds.shape[2] != text_dim:
         raise InvalidRequest(
@@ -189,6 +188,8 @@ def check_embeds(embeds: Tensor, name: str, text_dim: int, batch_size: int) -> T
         raise InvalidRequest(
             f"{name} has {embeds.shape[0]} rows; batch_size is {batch_size}.", field=name
         )
+    # The image branch of the 2.1 models finds the text by counting 512 tokens from the end
+    # (``WanAttnProcessor`` in diffusers), so it must be exactly as many.
     if embeds.shape[1] < TEXT_TOKENS:
         padding = embeds.new_zeros(embeds.shape[0], TEXT_TOKENS - embeds.shape[1], text_dim)
         embeds = torch.cat([embeds, padding], dim=1)

@@ -1,8 +1,9 @@
-"""LoRAs at run time: added to what a transformer's layers give, and taken off again exactly.
+"""LoRAs at run time: added to the outputs of a transformer's layers, and removed without a trace.
 
-No weight is changed, so weights in fp8 or GGUF blocks take LoRAs like any others and are, after
-the ``with`` block, the bits they were. A layer that gives W x gives W x + B (A x) with it (Hu et
-al. 2021, eq. 3), where B is multiplied with strength x alpha / rank once, in float32.
+No weight is changed. LoRAs therefore work on weights in fp8 or GGUF blocks like on any others, and
+after the ``with`` block every weight has the bits it had before. A layer that computes W x computes
+W x + B (A x) with a LoRA (Hu et al. 2021, eq. 3). B is multiplied by strength x alpha / rank once,
+in float32.
 """
 
 from __future__ import annotations
@@ -36,12 +37,12 @@ def apply_loras(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
 ) -> Iterator[None]:
-    """Have ``transformer`` compute with ``loras`` in this thread, inside the ``with`` block.
+    """Compute with ``loras`` on ``transformer`` in this thread, inside the ``with`` block.
 
-    Their matrices are read to ``device`` (the transformer's) in ``dtype`` (its weights'; float32
-    for layers kept in it) and let go at the end. Threads that share the module do not see each
-    other's. Strength 0 changes no bit. Raises what ``read_patches`` raises before anything is
-    attached, CorruptFile for NaN.
+    Their matrices are read to ``device`` (by default the transformer's) in ``dtype`` (by default
+    that of its weights; float32 for layers that are kept in float32) and freed at the end. Threads
+    that share the module do not see each other's LoRAs. A strength of 0 changes no bit. Raises
+    before anything is attached: whatever ``read_patches`` raises, and CorruptFile for NaN.
     """
     device = torch.device(device or device_of(transformer))
     dtype = dtype or _compute_dtype(transformer)
@@ -56,7 +57,10 @@ def apply_loras(
 
 
 def _compute_dtype(transformer: nn.Module) -> torch.dtype:
-    """Return the dtype of the first float matrix; quantised models are computed in bf16."""
+    """Return the dtype of the first half-precision matrix.
+
+    Without one, quantised models compute in bf16 and all others in float32.
+    """
     for parameter in transformer.parameters():
         if parameter.dim() > 1 and parameter.dtype in (torch.float16, torch.bfloat16):
             return parameter.dtype
@@ -66,7 +70,11 @@ def _compute_dtype(transformer: nn.Module) -> torch.dtype:
 
 @dataclass(slots=True)
 class _Delta:
-    """What all LoRAs together change at one module; ranks are laid side by side."""
+    """What all LoRAs together change in one module.
+
+    Their low-rank matrices are concatenated along the rank, so that several LoRAs cost two matrix
+    products. ``weight`` and ``bias`` are differences of the whole weight and bias.
+    """
 
     dtype: torch.dtype
     downs: list[Tensor] = field(default_factory=list)
@@ -75,7 +83,7 @@ class _Delta:
     bias: Tensor | None = None
 
     def matrices(self) -> tuple[Tensor, Tensor] | None:
-        """Return down (ranks, in ...) and up (out, ranks), or None where there are none."""
+        """Return down (ranks, in ...) and up (out, ranks), or None if there are none."""
         if not self.downs:
             return None
         down, up = torch.cat(self.downs), torch.cat(self.ups, dim=1)
@@ -84,7 +92,7 @@ class _Delta:
 
 
 def shape_of(transformer: Any) -> TransformerShape:
-    """Return the numbers of a transformer that is loaded, from its configuration."""
+    """Return the shape of a loaded transformer, from its configuration."""
     config = transformer.config
     return TransformerShape(
         heads=config.num_attention_heads, head_dim=config.attention_head_dim,
@@ -102,14 +110,14 @@ def _read(
     device: torch.device,
     dtype: torch.dtype,
 ) -> None:
-    """Read one LoRA and add it to what is collected for each module."""
+    """Read one LoRA and add it to the deltas, which are keyed by target."""
     path = Path(lora.path)
     table = read_table(path)
     found = read_patches(table, shape_of(transformer), Path(type(transformer).__name__))
     kept = keep_in_fp32(transformer, dtype)
     with TensorReader(table, device) as reader:
         for patch in found.patches:
-            # A norm is computed in float32 whatever its weight is stored in.
+            # Norms compute in float32, whatever dtype their weight has.
             fp32 = stays_fp32(patch.target + ".weight", kept) or not _has_matrix(
                 transformer, patch.target
             )
@@ -118,12 +126,12 @@ def _read(
 
 
 def _has_matrix(transformer: nn.Module, target: str) -> bool:
-    """Say whether a target is a linear or convolution layer, and not a norm or a table."""
+    """Say whether a target is a linear or convolution layer, not a norm or scale-shift table."""
     return isinstance(_module(transformer, target), nn.Linear | nn.Conv3d)
 
 
 def _module(transformer: nn.Module, target: str) -> nn.Module:
-    """Return the module of a target; of a scale-shift table the module that owns it."""
+    """Return a target's module; for a scale-shift table, the module that owns it."""
     name = target.removesuffix("scale_shift_table").removesuffix(".")
     try:
         return transformer.get_submodule(name)
@@ -136,7 +144,7 @@ def _module(transformer: nn.Module, target: str) -> nn.Module:
 
 @dataclass(slots=True)
 class _Values:
-    """The tensors of one patch, read with what they are multiplied with."""
+    """The tensors of one patch, scaled as they are read."""
 
     reader: TensorReader
     patch: Patch
@@ -184,7 +192,10 @@ class _Values:
 
 
 def _widened(values: Tensor, channels: int) -> Tensor:
-    """Append zeros for input channels that the model a LoRA was made for does not have."""
+    """Append zeros for input channels that the LoRA does not have.
+
+    One trained on a text-to-video model knows none of the condition's channels.
+    """
     missing = channels - values.shape[1]
     return F.pad(values, (0, 0) * (values.dim() - 2) + (0, missing)) if missing > 0 else values
 
@@ -199,8 +210,9 @@ def _sum(present: Tensor | None, more: Tensor) -> Tensor:
 
 
 def _attach(undo: Undo, transformer: nn.Module, target: str, delta: _Delta) -> None:
-    """Put one delta on its module; the steps that take it off are pushed on ``undo``."""
+    """Attach one delta to its module; what detaches it is pushed on ``undo``."""
     module = _module(transformer, target)
+    # A table is a parameter, not a module with an output: its difference goes where it is used.
     if target == "scale_shift_table":
         _attach_output_table(undo, transformer, delta)
     elif target.endswith("scale_shift_table"):
@@ -212,7 +224,7 @@ def _attach(undo: Undo, transformer: nn.Module, target: str, delta: _Delta) -> N
 
 
 def _mine(change: Callable[[Tensor, Tensor], Tensor]) -> Any:
-    """Make a forward hook that acts in the thread that attaches it, and in no other."""
+    """Make a forward hook that acts only in the thread that attaches it."""
     me = threading.get_ident()
 
     def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
@@ -263,11 +275,11 @@ def _plus(output: Tensor, more: Tensor) -> Tensor:
 
 
 def _plus_product(output: Tensor, given: Tensor, matrix: Tensor) -> Tensor:
-    """Return output + given @ matrix^T; without gradients in the output's own memory."""
+    """Return output + given @ matrix^T; where gradients are off, in the output's own memory."""
     if output.dtype != matrix.dtype:
         return _plus(output, F.linear(given, matrix))
     flat, rows = output.reshape(-1, output.shape[-1]), given.reshape(-1, given.shape[-1])
-    # A layer's output is its own tensor: nothing else looks at it yet.
+    # In place is safe: the layer has just made this output, and nobody else has seen it yet.
     add = torch.addmm if torch.is_grad_enabled() else torch.Tensor.addmm_
     return add(flat, rows, matrix.t()).view(output.shape)
 
@@ -291,7 +303,11 @@ def _convolution(module: nn.Conv3d, delta: _Delta) -> Callable[[Tensor, Tensor],
 
 
 def _norm(module: nn.LayerNorm | nn.RMSNorm, delta: _Delta) -> Callable[[Tensor, Tensor], Tensor]:
-    """A norm is linear in its weight and bias: the difference of both is normed beside it."""
+    """Return the change of a norm's output.
+
+    A norm is linear in its weight and bias, so the change is the norm with both differences in
+    their place.
+    """
     weight, bias, shape, eps = delta.weight, delta.bias, module.normalized_shape, module.eps
 
     def change(given: Tensor, output: Tensor) -> Tensor:
@@ -308,7 +324,10 @@ def _norm(module: nn.LayerNorm | nn.RMSNorm, delta: _Delta) -> Callable[[Tensor,
 
 
 def _with_table(args: tuple[Any, ...], delta: _Delta) -> tuple[Any, ...]:
-    """Add a difference of a block's scale-shift table to the embedding that is added to it."""
+    """Add the change of a block's scale-shift table to the timestep embedding.
+
+    The block adds the two, so that its sum is the one with the changed table.
+    """
     embedding, table = args[2], delta.weight
     assert table is not None
     if isinstance(embedding, TimestepRuns):
@@ -319,10 +338,15 @@ def _with_table(args: tuple[Any, ...], delta: _Delta) -> tuple[Any, ...]:
 
 
 def _attach_output_table(undo: Undo, transformer: nn.Module, delta: _Delta) -> None:
-    """The last norm's shift and scale: its output is remembered, piece by piece, until proj_out."""
+    """Apply the change of the last scale-shift table, which the model's own forward reads.
+
+    The forward computes norm_out(x) * (1 + scale) + shift and passes it to proj_out. The change,
+    norm_out(x) * d_scale + d_shift, is computed after the norm and added before the projection.
+    """
     table = delta.weight
     assert table is not None
     shift, scale = table.reshape(2, -1)
+    # The lean forward calls the norm once for each span of tokens, so there may be several pieces.
     pieces: list[Tensor] = []
 
     def remember(given: Tensor, output: Tensor) -> Tensor:

@@ -1,9 +1,10 @@
-"""Segment after segment: each begins with the last latents of the one before.
+"""A clip made in segments: each segment starts from the last latents of the one before.
 
-The latents are handed on as they are, without a trip through the VAE. Image-to-video models get
-them as given frames of their condition, the 5B as frames held at timestep 0. What both segments
-have of the overlap is blended with the ramp k/(w+1) of ``windows``. Where a clip has several texts
-a segment begins with each of them. Knows no model and no files.
+These latents are handed over as they are, without decoding and encoding them again. Image-to-video
+models get them as given frames of their condition, the 5B as frames held at timestep 0. In the
+overlap both segments have a result; the two are blended with the ramp k/(w+1) that windows use,
+too. If a clip has several prompts, a segment begins with each of them. This module knows neither
+models nor files.
 """
 
 from __future__ import annotations
@@ -20,17 +21,18 @@ from ..job import FRAMES_PER_LATENT, WindowPlan, latent_frames, plan_windows, vi
 from .denoise import Conditions, DenoiseState, hold_first_frame
 
 COLOUR_GRID = 4
-"""Cells a side a latent frame is averaged to: what is left is its colour and light."""
+"""A latent frame is averaged to this many cells a side, which leaves only colour and light."""
 MAX_COLOUR_SCALE = 2.0
-"""The spread of the colours is corrected by no more than this factor either way."""
+"""The spread of the colours is changed by at most this factor, up or down."""
 
 
 @dataclass(frozen=True, slots=True)
 class SegmentPlan:
-    """The latent frames of the clip that each segment makes, those it takes over included.
+    """Which latent frames of the clip each segment covers.
 
-    ``windows`` are those of a clip of one text; their length is that of the longest segment.
-    ``cuts`` are the latent frames that begin a segment because a text begins there.
+    ``ranges`` includes the frames that a segment takes over from what is before it. ``windows``
+    are the windows the clip would have with a single prompt; their length is that of the longest
+    segment. ``cuts`` are the latent frames where a segment begins because a prompt begins there.
     """
 
     ranges: tuple[range, ...]
@@ -38,7 +40,7 @@ class SegmentPlan:
     cuts: tuple[int, ...] = ()
 
     def describe(self, given: int) -> str:
-        """One line for a report: segments, frames, what they share; ``given`` latent frames."""
+        """Describe the segments in one line; ``given`` latent frames are there already."""
         length, total = self.windows.window, self.ranges[-1].stop - self.ranges[0].start
         size = f"{video_frames(length)} frames ({length} latent)"
         if self.cuts:
@@ -53,11 +55,11 @@ class SegmentPlan:
 
 @dataclass(slots=True, kw_only=True)
 class ClipSegments:
-    """The segments of one clip, made in order; ``clip`` (B, C, T, h, w) fills up from the left.
+    """The segments of one clip, made in order; ``clip`` (B, C, T, h, w) fills up from frame 0.
 
-    ``noise`` and ``conditions`` are those of the whole clip. ``given`` (B, C, n, h, w), normalised
-    latents the clip begins with, is kept as it is but for the overlap with what follows.
-    ``drift_correction`` (0..1) says how far ``match_colours`` is followed.
+    ``noise`` and ``conditions`` are those of the whole clip. ``given`` (B, C, n, h, w) are
+    normalised latents that the clip begins with; they stay as they are, except where they overlap
+    the first segment. ``drift_correction`` (0..1) is the strength of ``match_colours``.
     """
 
     plan: SegmentPlan
@@ -76,17 +78,17 @@ class ClipSegments:
         return len(self.plan.ranges)
 
     def frames(self, number: int) -> range:
-        """The latent frames of the clip that segment ``number`` makes, overlap included."""
+        """Return the latent frames of the clip that segment ``number`` covers, with overlap."""
         return self.plan.ranges[number]
 
     def known(self, number: int) -> int:
-        """How many frames segment ``number`` takes over from what is before it."""
+        """Return how many frames segment ``number`` takes over from what is before it."""
         if number:
             return self.frames(number - 1).stop - self.frames(number).start
         return 0 if self.given is None else self.given.shape[2] - self.frames(0).start
 
     def begin(self, number: int, step: int) -> DenoiseState:
-        """The state in which segment ``number`` starts, at ``step`` of the schedule."""
+        """Return the state in which segment ``number`` starts, at ``step`` of the schedule."""
         frames = self.frames(number)
         done = self.clip[:, :, : frames.start + self.known(number)]
         return DenoiseState(
@@ -97,14 +99,14 @@ class ClipSegments:
         )
 
     def go_on(self, state: DenoiseState) -> None:
-        """Take over the finished latents of a state that was saved."""
+        """Put the finished latents of a saved state into the clip."""
         if state.clip is not None:
             self.clip[:, :, : state.clip.shape[2]] = state.clip
 
     def conditions_of(self, number: int) -> Conditions:
-        """What the model is told in segment ``number``: the clip's conditions and known frames.
+        """Return the conditions of segment ``number``: the clip's, with the frames it takes over.
 
-        Its text is the one of the middle of its new frames.
+        Its prompt is the one at the middle of its new frames.
         """
         frames, known = self.frames(number), self.known(number)
         found = self.conditions.window(frames, frames.start + (known + len(frames)) // 2)
@@ -113,6 +115,7 @@ class ClipSegments:
         held = self.clip[:, :, frames.start : frames.start + known]
         if found.concat is None:
             return replace(found, first_frame=held.clone())
+        # The condition is mask and latents: mark the known frames as given, and put them in.
         concat = found.concat.clone()
         channels = held.shape[1]
         concat[:, :-channels, :known] = 1
@@ -120,14 +123,18 @@ class ClipSegments:
         return replace(found, concat=concat)
 
     def finish(self, state: DenoiseState, conditions: Conditions) -> None:
-        """Put a segment whose steps are made into the clip."""
+        """Put a fully denoised segment into the clip."""
         number = state.segment
         frames, known = self.frames(number), self.known(number)
+        # 1. The 5B's latents in held frames are whatever the steps made of them: restore these.
         made = hold_first_frame(state.latents, conditions)
+        # 2. Match colours before blending, so that the overlap does not fade between two colours.
         if known and self.drift_correction:
-            # Frames before the second segment do not change any more: the same in every run.
+            # The reference of later segments ends where the second one begins. No blend changes
+            # these frames any more, so a resumed run corrects by the same reference.
             first = max(1, self.frames(1).start) if number else known + frames.start
             made = match_colours(made, self.clip[:, :, :first], self.drift_correction)
+        # 3. Blend the overlap, then append the new frames.
         ramp = torch.arange(1, known + 1, device=made.device) / (known + 1)
         before = self.clip[:, :, frames.start : frames.start + known]
         before.lerp_(made[:, :, :known], ramp.view(1, 1, -1, 1, 1))
@@ -137,13 +144,13 @@ class ClipSegments:
 def plan_segments(
     total: int, given: int, window: int | None, overlap: int, texts: Iterable[int] = ()
 ) -> SegmentPlan:
-    """Plan segments for ``total`` latent frames of which the first ``given`` are there already.
+    """Plan segments for ``total`` latent frames, of which the first ``given`` are there already.
 
-    ``window`` and ``overlap`` are video frames; None makes one segment of all. ``texts`` are the
-    latent frames at which texts begin: no segment makes new frames for two of them. The last one
-    of a text is shifted back, as the last window of a clip is, so that it is shorter than the
-    window only where the clip before it is. Raises InvalidRequest for an overlap below one latent
-    frame and for given latents that leave nothing to make.
+    ``window`` and ``overlap`` are video frames; a ``window`` of None makes a single segment.
+    ``texts`` are the latent frames at which prompts begin; no segment makes new frames for two
+    prompts. The last segment of a prompt is moved back to full length, like the last window of a
+    clip, and is shorter only if too few frames precede it. Raises InvalidRequest if several
+    segments share no latent frame, and if the given latents leave nothing to make.
     """
     if total <= given:
         raise InvalidRequest(
@@ -154,9 +161,10 @@ def plan_segments(
         )
     shared = -(-overlap // FRAMES_PER_LATENT)
     if window is not None:
-        # Of a clip longer than the window: one that is not shares nothing within itself.
+        # The overlap as windows round it. It is asked of a clip longer than the window, because
+        # a shorter one has a single window and thus no overlap.
         shared = plan_windows(latent_frames(window) + 2, window, overlap).overlap
-    # As many frames are taken over from the given latents as from a segment.
+    # From the given latents as many frames are taken over as from an earlier segment.
     taken = max(1, shared)
     first = max(0, given - taken)
     length = video_frames(total - first) if window is None else window
@@ -164,6 +172,8 @@ def plan_segments(
     cuts = tuple(sorted({start for start in texts if given < start < total}))
     ranges: list[range] = []
     done = given
+    # Up to each cut, and up to the end, as many segments as it takes. Each ends at most one window
+    # after the first frame that it takes over, and begins one window before its end.
     for end in (*cuts, total):
         while done < end:
             stop = min(max(first, done - taken) + windows.window, end)
@@ -179,7 +189,7 @@ def plan_segments(
 
 
 def check_given(given: Tensor | None, shape: tuple[int, ...]) -> None:
-    """Raise InvalidRequest where the latents to go on from suit no clip of ``shape``."""
+    """Raise InvalidRequest if the latents to continue from do not suit a clip of ``shape``."""
     if given is None:
         return
     found = tuple(given.shape)
@@ -192,10 +202,11 @@ def check_given(given: Tensor | None, shape: tuple[int, ...]) -> None:
 
 
 def match_colours(latents: Tensor, reference: Tensor, strength: float) -> Tensor:
-    """Move the low spatial frequencies of ``latents`` to the statistics of ``reference``.
+    """Match the low spatial frequencies of ``latents`` to the statistics of ``reference``.
 
-    Both are (B, C, T, h, w). Per sample and channel, mean and spread over frames and cells of a
-    4x4 grid are matched; detail and movement within the cells stay. ``strength`` 1 matches fully.
+    Both are (B, C, T, h, w). Frames are averaged to a grid of 4x4 cells. For each sample and
+    channel, mean and standard deviation over all frames and cells are matched; detail and movement
+    within a cell are kept. ``strength`` 1 matches fully, 0 changes nothing.
     """
     low, target = _cells(latents), _cells(reference)
     mean, spread = low.mean((2, 3, 4), keepdim=True), low.std((2, 3, 4), keepdim=True)
@@ -205,7 +216,7 @@ def match_colours(latents: Tensor, reference: Tensor, strength: float) -> Tensor
         scale = torch.ones_like(mean)  # a single cell has no spread
     change = (low - mean) * scale + target.mean((2, 3, 4), keepdim=True) - low
     height, width = latents.shape[3:]
-    # Smooth between the cells: squares of different colour would be edges.
+    # Interpolated between the cells: a constant change in each would draw the edges of the grid.
     flat = F.interpolate(
         change.flatten(1, 2), size=(height, width), mode="bilinear", align_corners=False
     )
@@ -213,7 +224,7 @@ def match_colours(latents: Tensor, reference: Tensor, strength: float) -> Tensor
 
 
 def _cells(latents: Tensor) -> Tensor:
-    """Average every frame to at most ``COLOUR_GRID`` cells a side."""
+    """Average each frame to at most ``COLOUR_GRID`` cells a side."""
     batch, channels, frames, height, width = latents.shape
     size = (min(COLOUR_GRID, height), min(COLOUR_GRID, width))
     pooled = F.adaptive_avg_pool2d(latents.flatten(1, 2), size)

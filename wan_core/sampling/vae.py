@@ -1,10 +1,10 @@
-"""Streamed VAE: latents in, frames out one latent frame at a time, and the way back.
+"""Streamed decode and encode with Wan's VAE, one latent frame at a time.
 
-Wan's VAE is causal in time: a latent frame needs only the feature cache its predecessors left.
-``AutoencoderKLWan`` (diffusers) walks the frames with that cache too, but holds the whole video
-and keeps the cache on the model. Here the cache belongs to the caller of each function, so that
-threads share one VAE, a failure leaves nothing behind, and memory does not grow with the clip.
-Every function gives the bits of ``vae.decode`` / ``vae.encode`` without tiling.
+Wan's VAE is causal in time: to decode a latent frame it needs only the feature cache that earlier
+frames have left. diffusers' ``AutoencoderKLWan`` uses this cache as well, but it collects the whole
+video and stores the cache on the model. Here each decode or encode owns its cache. Threads can
+therefore share one VAE, a failure leaves nothing behind on it, and memory does not grow with the
+length of the clip. Results equal ``vae.decode`` and ``vae.encode`` without tiling, bit for bit.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ from torch import Tensor
 from ..errors import InvalidRequest
 
 FRAMES_PER_CHUNK = 4
-"""Frames the encoder takes per call after the first frame (``AutoencoderKLWan._encode``)."""
+"""Frames per call of the encoder, after a first call with one (``AutoencoderKLWan._encode``)."""
 
 Check = Callable[[], object]
 
 
 class StreamingDecoder:
-    """Decodes ``latents`` one latent frame per call, and may be continued after a failure.
+    """Decodes ``latents`` one latent frame per call, and can continue after a failure.
 
     ``latents`` is (B, z, T, h, w) in VAE space (``denormalize_latents``), on any device. Each
-    chunk is (B, 3, f, H, W) in the VAE's dtype and device, within -1..1, f = 1 for the first
-    latent frame and 4 for the others. When ``decode_next`` raises, ``position`` has not moved
-    and it may be called again, on the same or another placement of the VAE: the feature cache is
-    freed at the failure and built again from the earlier latent frames, so that going on needs
-    no more memory than the decoder itself.
+    chunk is (B, 3, f, H, W) within -1..1, in the VAE's dtype and on its device, where f is 1 for
+    the first latent frame and 4 for the others. When ``decode_next`` raises, ``position`` has not
+    moved and the call can be repeated, also with the VAE's weights placed in another way. The
+    feature cache is freed at the failure and built again from the earlier latent frames, so that
+    going on needs no more memory than the decoder itself.
     """
 
     def __init__(self, vae: Any, latents: Tensor) -> None:
@@ -64,7 +64,10 @@ class StreamingDecoder:
         return self.position >= self._latents.shape[2]
 
     def decode_next(self, *, check: Check | None = None) -> Tensor:
-        """Decode the latent frame at ``position``; ``check`` runs before each latent frame."""
+        """Decode the latent frame at ``position``; ``check`` runs before each latent frame.
+
+        After a failure this also decodes all earlier latent frames again, to refill the cache.
+        """
         chunk = self._reach_position(check)
         self._commit(chunk)
         return chunk
@@ -72,7 +75,8 @@ class StreamingDecoder:
     def decode_into(self, out: Tensor, *, check: Check | None = None) -> Tensor:
         """Decode what is left into ``out`` (B, F, H, W, 3), values 0..1, and return ``out``.
 
-        Frames already decoded are expected to be in ``out``: after a failure, call it again.
+        After a failure, call it again with the same ``out``: frames decoded before are expected
+        there.
         """
         if tuple(out.shape) != self.output_shape:
             raise InvalidRequest(
@@ -83,12 +87,12 @@ class StreamingDecoder:
             chunk = self._reach_position(check)
             end = self.frames_done + chunk.shape[2]
             out[:, self.frames_done : end].copy_(_channels_last_unit(chunk))
-            self._commit(chunk)  # only now: the copy may run out of memory too
+            self._commit(chunk)  # only now: the copy may run out of memory as well
         self.close()
         return out
 
     def close(self) -> None:
-        """Free the feature cache and the projected latents; a later call starts them anew."""
+        """Free the feature cache and the projected latents; a later call makes them again."""
         if self._cache is not None:
             self._cache.clear()
         self._cache = None
@@ -99,6 +103,8 @@ class StreamingDecoder:
         self.frames_done += chunk.shape[2]
 
     def _reach_position(self, check: Check | None) -> Tensor:
+        # The cache must have seen exactly the latent frames before ``position``. It is ahead when
+        # a frame was decoded but never committed, and there is no way to take a frame back out.
         if self._cache is None or self._fed > self.position:
             self._cache, self._fed = _empty_cache(self.vae.decoder), 0
         while self._fed < self.position:
@@ -111,7 +117,8 @@ class StreamingDecoder:
         try:
             chunk = self._run(self._fed, cache)
         except BaseException:
-            # A traceback may hold this frame: empty the list, so that the tensors go at once.
+            # The traceback keeps this stack frame alive, and with it the list: empty it, so that
+            # the tensors are freed at once.
             cache.clear()
             self._cache = None
             raise
@@ -122,8 +129,8 @@ class StreamingDecoder:
     def _run(self, index: int, cache: list[Any]) -> Tensor:
         device = _bring_in(self.vae)
         if self._projected is None:
-            # Over all frames at once, as diffusers does: a convolution of another shape may
-            # round otherwise. Kept where the latents are, which may be the host.
+            # Over all frames at once, as diffusers does: a convolution of another shape may round
+            # differently. The result is kept on the latents' own device, which may be the CPU.
             latents = self._latents.to(device=device, dtype=self.vae.dtype)
             self._projected = self.vae.post_quant_conv(latents).to(self._latents.device)
         frame = self._projected[:, :, index : index + 1].to(device)
@@ -138,8 +145,8 @@ class StreamingDecoder:
 def decode_frames(vae: Any, latents: Tensor, *, check: Check | None = None) -> Iterator[Tensor]:
     """Yield the chunks (B, 3, f, H, W) of ``vae.decode(latents).sample``, within -1..1.
 
-    The feature cache is freed when the iterator ends, fails or is closed. For work that goes on
-    after a failure use ``StreamingDecoder``. ``check`` runs before each latent frame.
+    The feature cache is freed when the iterator ends, fails or is closed. Use ``StreamingDecoder``
+    to continue after a failure. ``check`` runs before each latent frame.
     """
     decoder = StreamingDecoder(vae, latents)
     try:
@@ -154,8 +161,8 @@ def decode_to_tensor(
 ) -> Tensor:
     """Decode (B, z, T, h, w) latents in VAE space to float32 frames (B, F, H, W, 3), 0..1.
 
-    Frames are copied to ``out`` (by default a new tensor on the CPU) as they are decoded. The
-    values are those of diffusers' ``VideoProcessor.postprocess_video(..., "np")``.
+    Frames are copied to ``out`` (by default a new tensor on the CPU) as they are decoded. Values
+    equal those of diffusers' ``VideoProcessor.postprocess_video(..., "np")``.
     """
     decoder = StreamingDecoder(vae, latents)
     try:
@@ -169,19 +176,21 @@ def decode_to_tensor(
 def to_frames(chunk: Tensor) -> Tensor:
     """Turn a decoded chunk (B, 3, f, H, W), -1..1, into float32 (B, f, H, W, 3), 0..1, on the CPU.
 
-    Scaled in the chunk's dtype before it becomes float32, as ``VideoProcessor`` does.
+    Values are scaled in the chunk's dtype and only then become float32, as in ``VideoProcessor``.
     """
     return _channels_last_unit(chunk).to(device="cpu", dtype=torch.float32)
 
 
 @torch.no_grad()
 def encode_latents(vae: Any, chunks: Iterable[Tensor], *, check: Check | None = None) -> Tensor:
-    """Encode a video given as chunks to the mode of its latents, (B, z, T, h, w), in VAE space.
+    """Encode a video, given in chunks, to the mode of its latents: (B, z, T, h, w) in VAE space.
 
-    ``chunks`` are (B, 3, 1, H, W) and then (B, 3, 4, H, W) each, values -1..1, any dtype and
-    device (see ``conditioning_chunks``); only one is held at a time. Equals
-    ``vae.encode(video).latent_dist.mode()``. ``check`` runs before each chunk.
+    The first chunk is (B, 3, 1, H, W), all others are (B, 3, 4, H, W), with values -1..1, in any
+    dtype and on any device (see ``conditioning_chunks``). Only one is held at a time. The result
+    equals ``vae.encode(video).latent_dist.mode()``. ``check`` runs before each chunk. Raises
+    InvalidRequest for a chunk of another shape, and if there is none.
     """
+    # The causal convolutions read the frames before a chunk from here; it outlives each chunk.
     cache = _empty_cache(vae.encoder)
     pieces: list[Tensor] = []
     for chunk in chunks:
@@ -200,6 +209,8 @@ def encode_latents(vae: Any, chunks: Iterable[Tensor], *, check: Check | None = 
         pieces.append(vae.encoder(chunk, feat_cache=cache, feat_idx=[0]))
     if not pieces:
         raise InvalidRequest("The video to encode has no frames; give at least one.", field="image")
+    # Over all frames at once, as diffusers does; latents are small. The second half of the
+    # channels is the log variance, which the mode does not need.
     mean: Tensor = vae.quant_conv(torch.cat(pieces, dim=2)).chunk(2, dim=1)[0]
     return mean
 
@@ -210,7 +221,8 @@ def conditioning_chunks(
     """Yield the chunks of the video [image, 0, ..., 0] or [image, 0, ..., 0, last_image].
 
     ``image`` and ``last_image`` are (B, 3, H, W), -1..1; ``num_frames`` is 4n + 1. This is the
-    conditioning video of ``WanImageToVideoPipeline.prepare_latents``, never held as a whole.
+    conditioning video of ``WanImageToVideoPipeline.prepare_latents``, which is never held whole
+    here. Raises InvalidRequest for another ``num_frames``, and for a last image that does not fit.
     """
     if num_frames < 1 or num_frames % FRAMES_PER_CHUNK != 1:
         raise InvalidRequest(
@@ -234,27 +246,27 @@ def conditioning_chunks(
 
 
 def normalize_latents(latents: Tensor, config: Mapping[str, Any]) -> Tensor:
-    """VAE space to the transformer's space, (x - mean) * (1 / std), in the latents' dtype.
+    """Turn latents in VAE space into the transformer's: (x - mean) * (1 / std), in their dtype.
 
-    ``config`` is the VAE's. Same operations in the same order as ``WanImageToVideoPipeline``.
+    ``config`` is the VAE's. The operations and their order are ``WanImageToVideoPipeline``'s.
     """
     mean, inverse_std = _statistics(latents, config)
     return (latents - mean) * inverse_std
 
 
 def denormalize_latents(latents: Tensor, config: Mapping[str, Any]) -> Tensor:
-    """The transformer's space to VAE space, x / (1 / std) + mean, in the latents' dtype.
+    """Turn the transformer's latents into VAE space: x / (1 / std) + mean, in their dtype.
 
-    ``config`` is the VAE's. diffusers' pipelines do this after casting the latents to the VAE's
-    dtype; do so too where the same bits are wanted.
+    ``config`` is the VAE's. diffusers' pipelines cast the latents to the VAE's dtype first; do the
+    same to get the same bits.
     """
     mean, inverse_std = _statistics(latents, config)
     return latents / inverse_std + mean
 
 
 def _statistics(latents: Tensor, config: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-    # The reciprocal is rounded in the latents' dtype, and multiplied or divided by: x * std
-    # would be nearer the truth and not what the pipelines compute.
+    # The pipelines multiply and divide by this reciprocal, rounded to the latents' dtype. Using
+    # std itself would be more accurate but give other bits.
     mean = torch.tensor(config["latents_mean"]).view(1, -1, 1, 1, 1).to(latents)
     std = torch.tensor(config["latents_std"]).view(1, -1, 1, 1, 1).to(latents)
     return mean, 1.0 / std
@@ -276,7 +288,10 @@ def _model_code() -> Any:
 
 
 def _bring_in(vae: Any) -> torch.device:
-    """Let an offload hook of the VAE act, which sits on ``decode``, and name the device to use."""
+    """Let the VAE's offload hook bring its weights in, and return the device to compute on.
+
+    diffusers runs this hook when ``decode`` or ``encode`` is called, which does not happen here.
+    """
     from diffusers.utils.torch_utils import get_module_execution_device
 
     hook = getattr(vae, "_hf_hook", None)
