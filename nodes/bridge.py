@@ -1,6 +1,6 @@
 """The one file that touches ComfyUI's own modules: folders, memory, progress, interrupt, video.
 
-The node API for sockets (``comfy_api.latest``: io, ui) is used by the node files themselves.
+The public node API (``comfy_api.latest``: io, ui) is used by the node files directly.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ log = logging.getLogger("wanfit")
 
 # -- folders ------------------------------------------------------------------------------------
 def model_roots() -> list[Path]:
-    """Return ComfyUI's folders for diffusers models, those of extra_model_paths.yaml included."""
+    """Return ComfyUI's folders for diffusers models, including those of extra_model_paths.yaml."""
     return [Path(root) for root in folder_paths.get_folder_paths("diffusers")]
 
 
@@ -51,10 +51,10 @@ _SUFFIXES = (".safetensors", ".sft", ".gguf")
 
 
 def model_files() -> dict[str, dict[str, Path]]:
-    """Return per part the single files in ComfyUI's folders for it, by the name to show.
+    """Return per component the single files in ComfyUI's folders for it, by the name to show.
 
-    Files whose opening could run code (.pth, .ckpt ...) are left out. GGUF files are looked for
-    here: ComfyUI itself does not list them.
+    Files that can run code when they are opened (.pth, .ckpt ...) are left out. The folders are
+    searched here and not by ComfyUI, because its own lists leave out GGUF files.
     """
     found: dict[str, dict[str, Path]] = {}
     for part, folder in _FOLDERS.items():
@@ -69,23 +69,23 @@ def model_files() -> dict[str, dict[str, Path]]:
 
 
 def part_folders() -> dict[str, str]:
-    """Return per part the folder its single files belong into."""
+    """Return per component the folder that its single files belong in."""
     found = {}
     for part, name in _FOLDERS.items():
         roots = folder_paths.get_folder_paths(name)
-        # ComfyUI searches old names (models/unet) first; the one of today's name is the place.
+        # ComfyUI lists folders with old names (models/unet) first; prefer the current name.
         found[part] = next((root for root in roots if Path(root).name == name), roots[0])
     return found
 
 
 def lora_names() -> list[str]:
-    """Return the LoRA files in ComfyUI's folders, by their name below models/loras."""
+    """Return the names of the LoRA files in ComfyUI's folders, relative to models/loras."""
     names = folder_paths.get_filename_list("loras")
     return [name for name in names if name.lower().endswith(".safetensors")]
 
 
 def lora_path(name: str) -> Path | None:
-    """Return the file of a LoRA by its name, or None where there is none of that name."""
+    """Return the path of the LoRA file of this name, or None if there is none."""
     found = folder_paths.get_full_path("loras", name)
     return None if found is None else Path(found)
 
@@ -98,17 +98,20 @@ def temp_video_path(width: int, height: int) -> Path:
 
 
 def journal_folder() -> Path:
-    """Return the folder for journals of long renders: below output, which outlives a restart."""
+    """Return the folder for journals, in ComfyUI's output folder: restarts do not empty it."""
     return Path(folder_paths.get_output_directory()) / ".wanfit"
 
 
 def no_picture() -> Any:
-    """Return what stands for an IMAGE that was not asked for; a node that wants it says why."""
+    """Return the placeholder for an IMAGE that was not asked for.
+
+    A node connected to it does not run, and ComfyUI shows this text as the reason.
+    """
     return ExecutionBlocker("WanChunkedSampler: return_images is off; use its video output.")
 
 
 def workflow_metadata(hidden: Any) -> dict[str, str]:
-    """Return prompt and workflow for the mp4's container, as ComfyUI's own SaveVideo stores them.
+    """Return prompt and workflow for the mp4's metadata, as ComfyUI's own SaveVideo stores them.
 
     Empty where ComfyUI was started with --disable-metadata.
     """
@@ -121,10 +124,10 @@ def workflow_metadata(hidden: Any) -> dict[str, str]:
 
 
 def video_from_file(path: Path) -> Any:
-    """Wrap an mp4 as ComfyUI's VIDEO; no frame is held in memory."""
+    """Wrap an mp4 as ComfyUI's VIDEO; its frames stay on disk."""
     try:
         from comfy_api.latest import InputImpl
-    except ImportError:  # the class moved between releases
+    except ImportError:  # older releases have the class elsewhere
         from comfy_api.input_impl import VideoFromFile
 
         return VideoFromFile(str(path))
@@ -140,20 +143,20 @@ def known(constructor: Callable[..., Any], **options: Any) -> dict[str, Any]:
 
 # -- interrupt, progress, previews --------------------------------------------------------------
 def check_interrupt() -> None:
-    """Raise ComfyUI's interrupt if the user asked for one; it must pass through untouched."""
+    """Raise ComfyUI's interrupt if the user asked for one; nothing may catch it on its way."""
     mm.throw_exception_if_processing_interrupted()
 
 
 def progress_bar(latent_channels: int) -> Callable[[float, float, torch.Tensor | None], None]:
-    """Return a callback (done, total, latents to show or None) that moves the node's bar.
+    """Return a callback (done, total, latents to show or None) that moves the node's progress bar.
 
-    The latents, normalised (B, C, T, h, w), feed whatever previewer ComfyUI is set to; most show
-    the first frame.
+    The latents are normalised (B, C, T, h, w) and go to the previewer that ComfyUI is set to; most
+    previewers show the first frame.
     """
     latent_format = (
         comfy.latent_formats.Wan22() if latent_channels == 48 else comfy.latent_formats.Wan21()
     )
-    # Through the module attribute: packs that animate previews replace this function.
+    # Looked up on the module at call time: node packs that animate previews replace this function.
     previewer = latent_preview.get_previewer(mm.get_torch_device(), latent_format)
     bar = comfy.utils.ProgressBar(1)
 
@@ -173,9 +176,10 @@ def device() -> torch.device:
 
 
 def wrapper(pipeline: WanPipeline) -> WanPipelineWrapper:
-    """Return wan_core's pipeline for a WAN_PIPELINE, to be run on ComfyUI's device.
+    """Return wan_core's pipeline for a WAN_PIPELINE, on ComfyUI's device.
 
-    It counts what ComfyUI would move off the device as free: it is asked to before a run.
+    Memory that ComfyUI's other models occupy counts as free, because ComfyUI moves them off the
+    device before a run (see ``room_for``).
     """
     options = {**pipeline.optimization_config(), "device": str(device())}
     found = pipeline.lease.wrapper(options, pipeline.loras, pipeline.use_recipe)
@@ -184,7 +188,7 @@ def wrapper(pipeline: WanPipeline) -> WanPipelineWrapper:
 
 
 def evictable_bytes() -> int:
-    """Return what ComfyUI would move off the device if asked: loaded models of other nodes."""
+    """Return the bytes of other nodes' models, which ComfyUI can move off the device."""
     here = device()
     return sum(
         int(patcher.loaded_size())
@@ -194,15 +198,16 @@ def evictable_bytes() -> int:
 
 
 class WanFitWeights(torch.nn.Module):
-    """Stands for one checkpoint's weights in ComfyUI's list of loaded models; holds none itself."""
+    """An empty module that stands for a checkpoint's weights in ComfyUI's list of loaded models."""
 
 
 class WeightsPatcher(ModelPatcher):  # type: ignore[misc]
     """Lets ComfyUI see and evict weights whose placement wan_core decides.
 
-    ComfyUI's model management calls these methods by name; each answers from the truth in the
-    component cache instead of from ModelPatcher's own bookkeeping. It holds the names of files,
-    never the lease: the lease holds it, and must die when the last WAN_PIPELINE does.
+    ComfyUI's model management calls these methods by name. Each answers from the component cache,
+    which knows what is loaded, and not from ModelPatcher's own bookkeeping. The patcher holds file
+    names and not the lease: the lease refers to the patcher, and a reference back would keep the
+    lease alive after the last WAN_PIPELINE is gone.
     """
 
     def __init__(self, files: frozenset[str], size: int) -> None:
@@ -220,7 +225,9 @@ class WeightsPatcher(ModelPatcher):  # type: ignore[misc]
         return self.load_device if self.loaded_size() > 0 else self.offload_device
 
     def partially_load(self, device_to: Any, extra_memory: float = 0, **_: Any) -> int:
-        return 0  # wan_core loads when a stage needs it; being registered is what counts here
+        # Nothing is loaded here: wan_core loads weights when a stage needs them. The call only has
+        # to register the patcher with ComfyUI.
+        return 0
 
     def partially_unload(self, device_to: Any, memory_to_free: float = 0, **_: Any) -> int:
         before = self.loaded_size()
@@ -228,29 +235,30 @@ class WeightsPatcher(ModelPatcher):  # type: ignore[misc]
         return before - self.loaded_size()
 
     def detach(self, unpatch_all: bool = True) -> Any:
-        # unpatch_all=False is ComfyUI re-registering a model it is about to use: keep the weights.
+        # With unpatch_all=False ComfyUI re-registers a model it is about to use: keep the weights.
         if unpatch_all and not self.in_use:
             before = self.loaded_size()
             unload(self._files, self.load_device)
             log.info("WanFit: %.1f MiB of weights unloaded for ComfyUI", before / MIB)
         return self.model
 
-    def __del__(self) -> None:  # ModelPatcher's would touch hooks this class never uses
+    def __del__(self) -> None:  # ModelPatcher's own would touch hooks that this class lacks
         return
 
 
 @contextmanager
 def room_for(pipeline: WanPipeline, estimate: MemoryEstimate) -> Iterator[None]:
-    """Register the pipeline's weights with ComfyUI and let it make room for them, for one run.
+    """Register the pipeline's weights with ComfyUI and let it free memory for them, for one run.
 
-    ComfyUI may evict them at any time outside the ``with``; inside, they are in use.
+    ComfyUI may evict the weights at any time outside the ``with`` block. Inside it they are in use,
+    and ``detach`` does nothing.
     """
     lease = pipeline.lease
     if lease.patcher is None:
         lease.patcher = WeightsPatcher(lease.files, pipeline.architecture.nbytes)
     patcher = lease.patcher
     weights = (estimate.peak_usage_mb - estimate.generation_overhead_mb) * MIB
-    # Weights converted on loading may be larger than their files.
+    # Not the size of the files: weights that are converted on loading may take more memory.
     patcher.size = max(1, int(weights), patcher.loaded_size())
     patcher.in_use = True
     try:

@@ -1,4 +1,4 @@
-"""WanEstimateMemory: what a job will need, said before it starts."""
+"""WanEstimateMemory: what a render will need, said before it starts."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _MIB_PER_GIB = 1024.0
 
 
 class WanEstimateMemory(io.ComfyNode):  # type: ignore[misc]
-    """Passes the pipeline through and says what a clip of this size needs; reads no weight."""
+    """Passes the pipeline through and says what a clip of this size needs; reads no weights."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -69,7 +69,7 @@ class WanEstimateMemory(io.ComfyNode):  # type: ignore[misc]
         needs_image = pipeline.architecture.variant.image_input == "required"
         config = GenerationConfig(
             prompt="",
-            # Only its presence counts here; no picture is read for an estimate.
+            # Only its presence counts: an estimate does not look at the picture.
             image="start_image" if needs_image else None,
             width=width,
             height=height,

@@ -1,4 +1,4 @@
-"""What ComfyUI asks the pack for: its list of nodes."""
+"""The extension that ComfyUI loads: the list of the pack's nodes."""
 
 from __future__ import annotations
 

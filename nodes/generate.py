@@ -43,7 +43,7 @@ def _report_output() -> io.Output:
 
 
 class WanGenerate(io.ComfyNode):  # type: ignore[misc]
-    """Makes a clip that the model denoises as a whole."""
+    """Makes a clip whose frames are all denoised together."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -66,7 +66,7 @@ class WanGenerate(io.ComfyNode):  # type: ignore[misc]
 
 
 class WanChunkedSampler(io.ComfyNode):  # type: ignore[misc]
-    """Makes a clip longer than the model sees at once, in overlapping windows."""
+    """Makes a clip longer than the model sees at once, in overlapping windows or in segments."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -222,7 +222,7 @@ def _blend_inputs() -> list[io.Input]:
 def _run(
     pipeline: WanPipeline, config: GenerationConfig, hidden: Any
 ) -> tuple[VideoGenerationResult, str]:
-    """Generate within ComfyUI: its memory, progress, previews, interrupt and metadata."""
+    """Generate with ComfyUI's memory management, progress, previews, interrupt and metadata."""
     from ..wan_core.errors import is_oom
     from ..wan_core.render import format_report
 
@@ -232,7 +232,8 @@ def _run(
     with said_in_words_of_the_nodes():
         wrapper = bridge.wrapper(pipeline)
         with bridge.room_for(pipeline, wrapper.estimate_memory_usage(config)):
-            wrapper.evictable_bytes = 0  # room was made; what ComfyUI still holds will stay
+            # ComfyUI has freed what it can by now; what it still holds is not free for the plan.
+            wrapper.evictable_bytes = 0
             show = bridge.progress_bar(pipeline.latent_channels)
             Progress(*wrapper.plan(config), config, show).listen()
             result = wrapper.generate(config)

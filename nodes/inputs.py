@@ -1,7 +1,8 @@
 """The inputs that WanGenerate and WanChunkedSampler share.
 
-Saved workflows store widgets by position: the order here is final, new ones go at the end.
-A value of 0 in "steps", the scales, the shift, the boundary and the rate means "official".
+Saved workflows store widgets by position, so the order here is final and new inputs go at the end.
+A 0 in steps, guidance_scale, guidance_scale_2, flow_shift, boundary and fps means "the model's
+official value".
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ Pipeline = io.Custom("WAN_PIPELINE")
 
 
 def pipeline_input() -> io.Input:
-    """Return the WAN_PIPELINE socket every node but the loader begins with."""
+    """Return the WAN_PIPELINE socket, the first input of every node but the loader."""
     return Pipeline.Input(
         "pipeline", tooltip="A Wan model from WanLoader, with or without WanOptimize between."
     )
@@ -53,13 +54,13 @@ def size_inputs(most_frames: int = MOST_FRAMES) -> list[io.Input]:
 
 
 def sampling_inputs(most_frames: int = MOST_FRAMES) -> list[io.Input]:
-    """Return everything a run needs after the pipeline, in the order workflows store."""
+    """Return the inputs of a sampler after the pipeline, in the order that workflows store."""
     sizes = size_inputs(most_frames)
     return [*_prompt_inputs(), *sizes, *_main_inputs(), *_expert_inputs(), *_sockets()]
 
 
 def video_inputs() -> list[io.Input]:
-    """Return what the mp4 shall be; the last inputs of a node that writes one."""
+    """Return the inputs about the mp4, which come last in a node that writes one."""
     hidden = bridge.known(io.Combo.Input, advanced=True)
     return [
         io.Combo.Input(

@@ -1,6 +1,7 @@
-"""Values of a node's inputs -> a job for wan_core. No ComfyUI here.
+"""Values of a node's inputs -> a GenerationConfig. Does not import ComfyUI.
 
-A value of 0 in "steps", the scales, the shift, the boundary and the rate means "official".
+A 0 in steps, guidance_scale, guidance_scale_2, flow_shift, boundary and fps means "the model's
+official value" and becomes None.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from ..wan_core.job import (
 )
 
 VIDEO: dict[str, Any] = {"codec": CODECS[0], "crf": 18, "pix_fmt": PIXEL_FORMATS[0]}
-"""What the inputs about the mp4 are where a prompt in API format does not name them."""
+"""Values of the mp4's inputs for a prompt in API format that leaves them out."""
 LONG_CLIP: dict[str, Any] = {
     "schedule": SCHEDULES[0],
     "mode": MODES[0],
@@ -33,7 +34,7 @@ LONG_CLIP: dict[str, Any] = {
     "fusion": FUSIONS[0],
     "drift_correction": 0.0,
 }
-"""What WanChunkedSampler's last inputs are where a prompt in API format does not name them."""
+"""Values of WanChunkedSampler's later inputs for a prompt in API format that leaves them out."""
 
 
 def require_choice(field: str, value: str, allowed: Sequence[str]) -> str:
@@ -46,7 +47,7 @@ def require_choice(field: str, value: str, allowed: Sequence[str]) -> str:
 
 
 def generation_config(values: Mapping[str, Any]) -> GenerationConfig:
-    """Turn the shared inputs into a job; raises InvalidRequest naming the input."""
+    """Turn the shared inputs into a GenerationConfig; raises InvalidRequest naming the input."""
     values = {**VIDEO, **values}
     require_choice("scheduler", values["scheduler"], SCHEDULERS)
     positive = _embeds("positive", values.get("positive"))
@@ -78,7 +79,10 @@ def generation_config(values: Mapping[str, Any]) -> GenerationConfig:
 
 
 def use_windows(config: GenerationConfig, frames: int, overlap: int) -> None:
-    """Have a job made in windows of ``frames`` that share ``overlap``, both in video frames."""
+    """Set windows of ``frames`` video frames, of which neighbours share ``overlap``.
+
+    Raises InvalidRequest if the overlap is not shorter than the window.
+    """
     if overlap >= frames:
         raise InvalidRequest(
             f"window_overlap is {overlap} and window_frames {frames}: the overlap must be shorter "
@@ -91,7 +95,7 @@ def use_windows(config: GenerationConfig, frames: int, overlap: int) -> None:
 
 
 def use_long_clip(config: GenerationConfig, values: Mapping[str, Any], vae: Any) -> None:
-    """Take over what only WanChunkedSampler asks; ``vae`` holds mean and std of the latents.
+    """Set what only WanChunkedSampler asks for; ``vae`` holds the mean and std of the latents.
 
     Raises InvalidRequest naming the input.
     """
@@ -114,7 +118,7 @@ def use_long_clip(config: GenerationConfig, values: Mapping[str, Any], vae: Any)
 
 
 def window_of(field: str, frames: int) -> int | None:
-    """Return a window of video ``frames`` in latent frames; 0 means none."""
+    """Return a window of video ``frames`` in latent frames; None for 0, which means no window."""
     if frames == 0:
         return None
     if frames < 5:
@@ -126,7 +130,7 @@ def window_of(field: str, frames: int) -> int | None:
 
 
 def _video_latents(field: str, samples: Any, channels: int) -> Any:
-    """Return the (batch, channels, frames, height, width) of a LATENT for this model."""
+    """Return a LATENT's samples if they are (batch, channels, frames, height, width)."""
     if samples.ndim != 5 or samples.shape[1] != channels:
         raise InvalidRequest(
             f"{field} has shape {tuple(samples.shape)}; this model's latents are (batch, "
@@ -137,7 +141,7 @@ def _video_latents(field: str, samples: Any, channels: int) -> Any:
 
 
 def _embeds(field: str, conditioning: Any) -> Any:
-    """Return the (1, tokens, width) embeddings of a CONDITIONING that holds just one text."""
+    """Return the embeddings (1, tokens, width) of a CONDITIONING that holds one text."""
     if conditioning is None:
         return None
     if len(conditioning) != 1:
@@ -163,7 +167,7 @@ def _one_image(field: str, image: Any) -> Any:
 
 
 def _one_sound(field: str, audio: Any) -> Any:
-    """Return (waveform (channels, samples), samples a second) of an AUDIO socket."""
+    """Return (waveform (channels, samples), sample rate in Hz) of an AUDIO socket."""
     if audio is None:
         return None
     waveform = audio["waveform"]

@@ -1,8 +1,8 @@
-"""How long weights live: as long as a WAN_PIPELINE of their files does.
+"""How long weights live: as long as a WAN_PIPELINE that uses their files.
 
-ComfyUI's output cache holds the WAN_PIPELINE. When it drops it (another model was chosen, /free
-asked for memory, RAM ran short), the lease dies and wan_core's cache lets go of the weights that
-no other living lease uses. No ComfyUI here.
+ComfyUI's output cache holds the WAN_PIPELINE. When the cache drops it (another model was chosen,
+/free asked for memory, RAM ran short), its lease is finalised, and wan_core's component cache drops
+the weights that no other lease uses. Does not import ComfyUI.
 """
 
 from __future__ import annotations
@@ -20,17 +20,18 @@ if TYPE_CHECKING:
     from ..wan_core.render import WanPipelineWrapper
 
 _leases: weakref.WeakValueDictionary[Any, WeightsLease] = weakref.WeakValueDictionary()
-_lock = threading.RLock()  # a lease may die, and its finaliser run, while this thread holds it
+# Re-entrant: a lease may be finalised, which takes the lock, while this thread already holds it.
+_lock = threading.RLock()
 
 
 class WeightsLease:
-    """Keeps the weights of one model loadable and loaded: one wrapper per set of options."""
+    """Keeps one model's weights in the component cache, with one wrapper per set of options."""
 
     def __init__(self, source: Path | WanModelFiles, files: frozenset[str]) -> None:
         self.files = files
-        """The weight files (absolute, links resolved): how the component cache knows them."""
+        """Paths of the weight files (absolute, links resolved), as the component cache has them."""
         self.patcher: Any = None
-        """What stands for these weights in ComfyUI's model management, once they were used."""
+        """Stands for these weights in ComfyUI's model management; None before their first use."""
         self._source = source
         self._wrappers: dict[tuple[Any, ...], WanPipelineWrapper] = {}
         weakref.finalize(self, _drop_unleased, files)
@@ -41,7 +42,7 @@ class WeightsLease:
         loras: tuple[WanLoRA, ...] = (),
         use_recipe: bool = False,
     ) -> WanPipelineWrapper:
-        """Return wan_core's pipeline for these options; nothing is loaded before it is used."""
+        """Return wan_core's pipeline for these options; weights are loaded when it generates."""
         from ..wan_core.render import WanPipelineLoader
 
         key = (tuple(sorted(optimization_config.items())), loras, use_recipe)
@@ -57,14 +58,14 @@ class WeightsLease:
 
 
 def lease_for(architecture: ModelArchitecture, source: WanModelFiles | None = None) -> WeightsLease:
-    """Return the living lease on the files of ``architecture``, or a new one.
+    """Return the lease on the files of ``architecture`` that exists already, or a new one.
 
-    ``source`` names the files where they do not lie in one folder.
+    ``source`` names the files if they do not lie in one folder.
     """
     files = frozenset(
         str(path.resolve()) for part in architecture.components.values() for path in part.files
     )
-    # Not by the files alone: two experts with their roles swapped are the same files.
+    # The files alone are no key: two experts with their roles swapped are the same set of files.
     key = (source or architecture.root, files)
     with _lock:
         lease = _leases.get(key)
@@ -74,7 +75,7 @@ def lease_for(architecture: ModelArchitecture, source: WanModelFiles | None = No
 
 
 def loaded_bytes(files: frozenset[str], device: torch.device | None = None) -> int:
-    """Return the bytes of weights of ``files`` that are loaded, on ``device`` or anywhere."""
+    """Return the bytes of weights of ``files`` in memory: on ``device``, or on all if None."""
     from ..wan_core.loading import component_cache
 
     return sum(
@@ -87,7 +88,11 @@ def loaded_bytes(files: frozenset[str], device: torch.device | None = None) -> i
 
 
 def unload(files: frozenset[str], device: torch.device) -> None:
-    """Take weights off ``device``: to the CPU's memory, or, where that is the device, away."""
+    """Free the memory of ``device``.
+
+    Weights on a GPU are moved to host memory: all components that are not in use, whichever files
+    they are from. On the CPU the components of ``files`` are dropped.
+    """
     from ..wan_core.loading import component_cache
 
     if device.type == "cpu":

@@ -1,4 +1,4 @@
-"""WanLoader and WanOptimize: which model, and how it shall be run."""
+"""WanLoader and WanOptimize: which model is run, and how."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 class WanLoader(io.ComfyNode):  # type: ignore[misc]
-    """Opens a diffusers folder, or the single files of a model, by their headers alone."""
+    """Recognises a diffusers folder or single files by their headers; loads no weights."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -59,9 +59,9 @@ class WanLoader(io.ComfyNode):  # type: ignore[misc]
 
     @classmethod
     def validate_inputs(cls, model: str | None = None, **parts: str | None) -> bool | str:
-        """Say before the run, and by the input's name, that a saved workflow's file is absent.
+        """Return True, or which input of a saved workflow names a file that does not exist.
 
-        None stands for an input that another node gives; it is not known yet.
+        None stands for an input that another node provides, whose value is not known yet.
         """
         files = bridge.model_files()
         try:
@@ -76,12 +76,12 @@ class WanLoader(io.ComfyNode):  # type: ignore[misc]
 
     @classmethod
     def fingerprint_inputs(cls, model: str, **parts: str) -> str:
-        """Return what changes when a file of the model does: path, sizes, times."""
+        """Return a hash that changes when a file of the model is changed or replaced."""
         try:
             source, _ = _source(model, parts)
             return fingerprint(source)
         except (WanError, OSError):
-            return f"absent: {model} {sorted(parts.items())}"  # execute names the reason
+            return f"absent: {model} {sorted(parts.items())}"  # execute raises the reason
 
     @classmethod
     def execute(cls, model: str, **parts: str) -> io.NodeOutput:
@@ -105,7 +105,7 @@ _AUTO, _NONE = "auto", "none"
 
 
 def _part_inputs(files: dict[str, dict[str, Path]]) -> list[io.Input]:
-    """One choice per part of a model made of single files; folders bring their own."""
+    """Return one choice per further component, for a model made of single files."""
     return [
         io.Combo.Input(
             name,
@@ -120,10 +120,10 @@ def _part_inputs(files: dict[str, dict[str, Path]]) -> list[io.Input]:
 
 
 def _source(model: str, chosen: dict[str, str]) -> tuple[Path | WanModelFiles, tuple[str, ...]]:
-    """Return the folder or the files a pipeline is made of, and what was found for "auto".
+    """Return the folder or the files of a model, and sentences on what "auto" found.
 
-    Raises InvalidRequest naming the input whose file is not there, MissingFile for a part that
-    nothing fits.
+    Raises InvalidRequest naming the input whose file does not exist, MissingFile for a component
+    that no file fits.
     """
     from ..wan_core.detect import find_companions, inspect_file
 
@@ -146,7 +146,7 @@ def _source(model: str, chosen: dict[str, str]) -> tuple[Path | WanModelFiles, t
 
 
 def _places() -> str:
-    """Say which of ComfyUI's folders each part's files belong into."""
+    """Say which of ComfyUI's folders the files of each component belong in."""
     places = bridge.part_folders()
     listed = "; ".join(f"{name}: {places[part]}" for name, (part, _) in _PARTS.items())
     return f"The folders are: {listed}. Press R after you put a file there."
@@ -164,7 +164,7 @@ def _file(field: str, name: str, files: dict[str, Path]) -> Path:
 
 
 class WanOptimize(io.ComfyNode):  # type: ignore[misc]
-    """Returns a new description with another precision or placement; changes none."""
+    """Returns a new WAN_PIPELINE with other options; the one it is given stays as it is."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -231,7 +231,7 @@ class WanOptimize(io.ComfyNode):  # type: ignore[misc]
 
 
 def _limit_inputs() -> list[io.Input]:
-    """Caps and what may be given up; 0 leaves them to the plan."""
+    """Return the memory limits and the window to fall back to; 0 leaves each to the plan."""
     return [
         io.Float.Input(
             "vram_limit_gb",
@@ -268,7 +268,7 @@ def _limit_inputs() -> list[io.Input]:
 
 
 def _expert_inputs() -> list[io.Input]:
-    """What the plan decides by itself unless it is told."""
+    """Return the choices that the plan makes by itself unless they are set here."""
     return [
         io.Int.Input(
             "resident_blocks",
@@ -301,13 +301,13 @@ def _expert_inputs() -> list[io.Input]:
 
 
 def _usual_plan(pipeline: WanPipeline) -> str:
-    """Say how a clip of the model's own size would be run, and why."""
+    """Say how a clip of the model's official size would be run, and why."""
     from ..wan_core.config import GenerationConfig
 
     variant = pipeline.architecture.variant
     config = GenerationConfig(
         prompt="",
-        # Only its presence counts here; no picture is read for a plan.
+        # Only its presence counts: a plan does not look at the picture.
         image="start_image" if variant.image_input == "required" else None,
         width=variant.defaults.width,
         height=variant.defaults.height,
@@ -322,7 +322,7 @@ def _usual_plan(pipeline: WanPipeline) -> str:
 
 
 def _describe(architecture: ModelArchitecture, found: tuple[str, ...] = ()) -> str:
-    """Say what was recognised and why, and what to watch."""
+    """Say what was recognised and why, and list the warnings."""
     size = sum(part.nbytes for part in architecture.components.values()) / GIB
     lines = [f"{architecture.variant.title}, {architecture.weight_kind}, {size:.2f} GiB on disk"]
     lines += [f"- {reason}" for reason in (*found, *architecture.reasons)]

@@ -1,4 +1,4 @@
-"""WanLoRA: a model with a LoRA on it, or with several, one node after the other."""
+"""WanLoRA: adds one LoRA to a model; several nodes in a row add several."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ NOTHING_FOUND = "(no LoRA found)"
 
 
 class WanLoRA(io.ComfyNode):  # type: ignore[misc]
-    """Returns a new description with a LoRA added; nothing is loaded here."""
+    """Returns a new WAN_PIPELINE with a LoRA added; its header is checked, nothing is loaded."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -67,12 +67,12 @@ class WanLoRA(io.ComfyNode):  # type: ignore[misc]
 
     @classmethod
     def validate_inputs(cls, lora: str) -> bool | str:
-        """Say before the run, and by the input's name, that a saved workflow's LoRA is absent."""
+        """Return True, or that the LoRA file that a saved workflow names does not exist."""
         return True if bridge.lora_path(lora) is not None else _absent(lora)
 
     @classmethod
     def fingerprint_inputs(cls, lora: str, **_: object) -> str:
-        """Return what changes when the file does."""
+        """Return a text that changes when the file is changed or replaced."""
         path = bridge.lora_path(lora)
         if path is None:
             return f"absent: {lora}"
@@ -100,7 +100,7 @@ def _absent(name: str) -> str:
 
 
 def describe(before: WanPipeline, after: WanPipeline) -> str:
-    """Say what was added, what to watch, and the settings a distilled LoRA needs."""
+    """Say what was added, the settings that a distilled LoRA needs, and the new warnings."""
     found = after.architecture.loras[-1]
     lines = [found.describe()]
     if found.recipe is not None:

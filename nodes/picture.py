@@ -1,4 +1,4 @@
-"""The estimate as a picture: a bar per stage against the line of what can be used."""
+"""The estimate as a picture: a bar per stage, and a line at the memory that can be used."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _TOO_MUCH, _LINE = (220, 80, 70), (240, 200, 80)
 
 
 def estimate_picture(estimate: MemoryEstimate) -> torch.Tensor:
-    """Draw an estimate; an IMAGE, float32 (1, height, width, 3), 0..1."""
+    """Draw an estimate; returns an IMAGE, float32 (1, height, width, 3), 0..1."""
     stages = estimate.stages
     image = Image.new("RGB", (_WIDTH, _TOP + _ROW * len(stages) + 30), _PAPER)
     draw, font = ImageDraw.Draw(image), ImageFont.load_default()
@@ -42,7 +42,8 @@ def estimate_picture(estimate: MemoryEstimate) -> torch.Tensor:
         draw.line((x, _TOP - 6, x, image.height - 30), _LINE, width=2)
         width = draw.textlength(text, font)
         draw.text((min(x - width / 2, _WIDTH - width - 6), _TOP - 20), text, _LINE, font)
-    for row, stage in enumerate(stages):  # last, and on paper, so that the line crosses no number
+    # Numbers come last, each on a patch of background, so that the line does not cross them.
+    for row, stage in enumerate(stages):
         place = (_LABEL + stage.device_bytes * scale + 6, _TOP + row * _ROW + 6)
         text = f"{stage.device_bytes / GIB:.2f}"
         box = draw.textbbox(place, text, font)

@@ -1,7 +1,7 @@
-"""What travels over a WAN_PIPELINE socket, where models are found, and the lease on their weights.
+"""What a WAN_PIPELINE socket carries, and where models are found. Does not import ComfyUI.
 
-No ComfyUI here. The description is light and immutable; wan_core loads weights on first use and
-keeps them in its component cache.
+A ``WanPipeline`` is small and immutable: a description of a model and a lease on its weights.
+wan_core loads the weights on first use and keeps them in its component cache.
 """
 
 from __future__ import annotations
@@ -22,26 +22,26 @@ if TYPE_CHECKING:
 
 INDEX = "model_index.json"
 NOTHING_FOUND = "(no model found)"
-_DEPTH = 2  # a folder, or organisation/name as model hubs write it
+_DEPTH = 2  # a model is a folder "name", or "organisation/name" as on model hubs
 _DEMO_FOLDER = Path(__file__).resolve().parent.parent / "wan_core" / "demo_model"
 _DEMOS = {"WanFit demo (text to video)": "t2v", "WanFit demo (image to video)": "i2v"}
 
 
 @dataclass(frozen=True, repr=False)
 class WanPipeline:
-    """A checkpoint and how it shall be run; never changed, only replaced by another."""
+    """A checkpoint and the options to run it with; immutable, methods return a new one."""
 
     name: str
     path: Path
     architecture: ModelArchitecture
     lease: WeightsLease = field(compare=False)
     options: tuple[tuple[str, Any], ...] = (("offload", "auto"), ("precision", "auto"))
-    """Names and values of ``OptimizationConfig`` that WanOptimize set."""
+    """Fields of ``OptimizationConfig`` that were set, with their values."""
     loras: tuple[WanLoRA, ...] = ()
     use_recipe: bool = False
-    """Whether the settings of a distilled LoRA stand for the official ones."""
+    """Whether the settings of a distilled LoRA replace the official ones as defaults."""
 
-    def __repr__(self) -> str:  # ComfyUI puts it into every error message
+    def __repr__(self) -> str:  # short, because ComfyUI puts it into every error message
         options = ", ".join(f"{name} {value}" for name, value in self.options)
         options += f", {len(self.loras)} LoRAs" if self.loras else ""
         return f"WanPipeline({self.name!r}, {self.architecture.name}, {options})"
@@ -51,7 +51,7 @@ class WanPipeline:
         return replace(self, options=tuple(sorted({**dict(self.options), **changes}.items())))
 
     def with_lora(self, lora: WanLoRA, use_recipe: bool) -> WanPipeline:
-        """Return a description with one LoRA more, checked against the model from its header.
+        """Return a description with one more LoRA, whose header is checked against the model.
 
         Raises InvalidRequest, ModelMismatch, UnsupportedModel or a ModelFileError.
         """
@@ -74,7 +74,10 @@ class WanPipeline:
         return self.architecture.transformer.out_channels
 
     def get_ram_usage(self) -> int:
-        """Return the bytes of weights this keeps in memory, for ComfyUI's cache under pressure."""
+        """Return the bytes of weights that this keeps in memory.
+
+        ComfyUI's cache calls it to decide what to drop when RAM runs short.
+        """
         return loaded_bytes(self.lease.files)
 
 
@@ -89,7 +92,7 @@ def list_models(roots: Iterable[Path]) -> list[str]:
 def find_model(name: str, roots: Sequence[Path], *, field: str = "model") -> Path:
     """Return the folder of the model called ``name``.
 
-    Raises InvalidRequest, naming ``field``, where the folder belongs and what there is.
+    Raises InvalidRequest that names ``field``, where the folder belongs and which models exist.
     """
     demo = _demo(name)
     if demo is not None:
@@ -109,7 +112,7 @@ def find_model(name: str, roots: Sequence[Path], *, field: str = "model") -> Pat
 
 
 def fingerprint(source: Path | WanModelFiles) -> str:
-    """Return a hash of the path, size and mtime of every config and weight file; none is read."""
+    """Return a hash of ``source`` and of the name, size and mtime of its files; none is read."""
     if isinstance(source, WanModelFiles):
         named = (getattr(source, name) for name in source.__slots__ if name != "loras")
         paths = sorted(Path(path) for path in named if path is not None)
@@ -132,7 +135,7 @@ def _demo(name: str) -> Path | None:
 def _model_folders(root: Path, depth: int = _DEPTH) -> Iterator[Path]:
     try:
         entries = sorted(os.scandir(root), key=lambda entry: entry.name)
-    except OSError:  # a folder in extra_model_paths.yaml that is not there (any more)
+    except OSError:  # extra_model_paths.yaml may name a folder that does not exist
         return
     for entry in entries:
         if entry.name.startswith(".") or not entry.is_dir():

@@ -1,4 +1,4 @@
-"""One bar for a whole run, and a preview of the part being made. No ComfyUI here."""
+"""One progress bar for a whole run, with a preview of the frames being made. No ComfyUI here."""
 
 from __future__ import annotations
 
@@ -15,14 +15,15 @@ if TYPE_CHECKING:
     from ..wan_core.plan import OptimizationPlan
 
 DECODE = 0.1
-"""Share of the bar, measured in all steps, that decoding takes."""
+"""Length of the bar for decoding, as a fraction of the length for all steps."""
 
 
 class Progress:
-    """Listens to a job and calls ``show`` (done, total, latents to show or None), in steps.
+    """Listens to a render and calls ``show`` (done, total, latents to show or None), in steps.
 
-    The latents begin with the frames being made: with the second half of the window, or with what
-    is new in the segment. They are moved to the CPU between steps, to take no room on the device.
+    The latents shown begin with the frames being made: the second half of the current window, or
+    the first new frame of the current segment. Between steps they are kept on the CPU, so that they
+    take no device memory.
     """
 
     def __init__(
@@ -36,7 +37,7 @@ class Progress:
         self._continued = request.window_mode == "continuation"
         self._windows = None
         self._new = [0]
-        """Per segment: its first frame that the one before has not made."""
+        """Per segment: the index of its first frame that is not taken from the segment before."""
         if self._continued:
             self._new = _new_frames(request, plan, config)
         elif plan.choices.window_frames is not None:
@@ -53,7 +54,7 @@ class Progress:
         self._clean: Tensor | None = None
 
     def listen(self) -> None:
-        """Have the job tell this object how far it is."""
+        """Set this object's methods as the callbacks of the GenerationConfig."""
         self._config.preview_callback = self._step
         self._config.chunk_callback = self._chunk
         self._config.decode_callback = self._decoded
@@ -61,7 +62,7 @@ class Progress:
     def _step(self, done: int, total: int, clean: Tensor) -> None:
         self._done, self._steps = done, total
         if self._continued:
-            # A plan that had to shrink may have other segments.
+            # A smaller plan, made after running out of memory, may have other segments.
             first = self._new[min(self._segment, len(self._new) - 1)]
             self._say(done, clean[:, :, min(first, clean.shape[2] - 1) :])
             return
@@ -83,7 +84,7 @@ class Progress:
         self._show(round(done, 2), round(self._steps * (1 + DECODE), 2), latents)
 
     def _shown(self, step: int, index: int) -> Sequence[int] | None:
-        """The frames of a window from its middle on; None for a clip that is seen whole."""
+        """Return the frames of a window from its middle on; None for a clip without windows."""
         if self._windows is None:
             return None
         windows = self._windows.windows(step)
@@ -96,7 +97,7 @@ def _frames(clean: Tensor, indices: Sequence[int] | None) -> Tensor:
 
 
 def _new_frames(request: Request, plan: OptimizationPlan, config: GenerationConfig) -> list[int]:
-    """The first frame of each segment that is not taken over, counted within the segment."""
+    """Return per segment the index, within it, of its first frame that is newly made."""
     from ..wan_core.sampling import plan_segments
 
     known = 0 if config.continue_from is None else int(config.continue_from.shape[2])

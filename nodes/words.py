@@ -1,4 +1,4 @@
-"""What wan_core says about fields of a job, in the names of a node's inputs. No ComfyUI here."""
+"""Messages about fields of a GenerationConfig, reworded for a node's inputs. No ComfyUI here."""
 
 from __future__ import annotations
 
@@ -21,9 +21,10 @@ INPUTS = {
     "window_anchor": "anchor",
     "return_frames": "return_images",
 }
-"""Fields of GenerationConfig -> inputs of the nodes, where the two differ."""
-_PLACES = {"window_frames": " of WanChunkedSampler"}  # read in other nodes too
-# "image" is a word of its own as well: only where it is said of the field.
+"""Fields of GenerationConfig -> inputs of the nodes, where their names differ."""
+# The message may be shown at another node, so it says which node has the input.
+_PLACES = {"window_frames": " of WanChunkedSampler"}
+# "image" is also an ordinary word, so it is replaced only where the text speaks of the field.
 _FIELD = re.compile(
     rf"\b(?:({'|'.join(name for name in INPUTS if name != 'image')})\b|(image)(?= is | was |[:;] ))"
 )
@@ -41,7 +42,7 @@ def in_words_of_the_nodes(text: str) -> str:
 
 @contextmanager
 def said_in_words_of_the_nodes() -> Iterator[None]:
-    """Have an expected error that leaves the block name inputs instead of fields."""
+    """Make a WanError that leaves the block name the nodes' inputs instead of fields."""
     try:
         yield
     except WanError as error:

@@ -1,6 +1,7 @@
 """WanFit's library: Wan 2.1/2.2 video on the card you have. Works without ComfyUI.
 
-Importing this package imports neither torch nor diffusers; the names below do so on first use.
+Importing this package imports neither torch nor diffusers. The names that need them import them on
+first use.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""The data that travels between the rooms: requests, results, estimates. No behaviour.
+"""The data that travels between the packages: what to make, results, estimates. No behaviour.
 
-Nothing here imports torch; tensors and images appear in annotations only. Fields that are
-None in a :class:`GenerationConfig` mean "the variant's official value" (``variants.py``).
+Nothing here imports torch; tensors and images appear in annotations only. A field that is None in
+a :class:`GenerationConfig` means "the variant's official value" (``models.variants``).
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ MIB, GIB = 2**20, 2**30
 CODECS = ("h264", "h265")
 """Codecs an mp4 can have."""
 EXPERTS = ("both", "high", "low")
-"""What a LoRA can work on: both transformers of an A14B, or one of them."""
+"""Which expert a LoRA changes: both transformers of an A14B, or one of them."""
 PRECISIONS = ("auto", "bf16", "fp16", "fp32")
-"""What a transformer can be asked to compute in; "auto" leaves it to the plan."""
+"""The dtypes a transformer can be asked to compute in; "auto" leaves it to the plan."""
 RESUME = ("auto", "never", "must")
-"""Whether a render goes on with a saved one: where there is one, never, or else it fails."""
+"""Whether a render continues a saved one: if there is one, never, or it fails without one."""
 
 
 @dataclass(frozen=True, slots=True)
 class WanLoRA:
-    """A LoRA file, the expert it works on ("both", "high" or "low"), and how strongly.
+    """A LoRA file, the expert it changes ("both", "high" or "low"), and its strength.
 
     A model with one transformer takes "both". Strength 0 leaves the LoRA out, below 0 inverts it.
     """
@@ -43,11 +43,11 @@ class WanLoRA:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WanModelFiles:
-    """The files a pipeline is made of, where they do not lie in one diffusers folder.
+    """The files of a model that does not lie in one diffusers folder.
 
-    Each is a file or a component folder. ``transformer`` is the only or the high-noise model,
-    ``transformer_2`` the low-noise one: the field decides the role, never the file's name.
-    ``loras`` lists ``WanLoRA`` or tuples (file, expert, strength).
+    Each is a file or a component folder. ``transformer`` is the only transformer or the high-noise
+    expert, ``transformer_2`` the low-noise expert: the field decides the role, never the file's
+    name. ``loras`` lists ``WanLoRA`` objects or tuples (file, expert, strength).
     """
 
     transformer: str | Path
@@ -61,11 +61,38 @@ class WanModelFiles:
 
 @dataclass(slots=True, kw_only=True)
 class GenerationConfig:
-    """One job: what to make. None means the official value of the model that is loaded.
+    r"""What the user asks for. None means the official value of the model that is loaded.
 
-    Sizes are pixels, ``num_frames`` counts pixel frames (Wan makes 4n+1; others are made longer
-    and trimmed), scales are classifier-free guidance weights (1 switches guidance off), ``seed``
-    draws the noise on the CPU so that it does not depend on the device.
+    Sizes are pixels. ``num_frames`` counts video frames: Wan makes 4n+1 of them, and for any other
+    number the clip is made longer and trimmed. Guidance scales are classifier-free guidance weights
+    (1 switches guidance off). ``seed`` draws the noise on the CPU, so that it does not depend on
+    the device.
+
+    Usage::
+
+        # Text to video, with the model's official steps, guidance scales and flow shift.
+        GenerationConfig(prompt="a red fox runs through snow", num_frames=81)
+
+        # Image to video: the clip begins with the picture, scaled to width x height.
+        GenerationConfig(prompt="the fox turns its head", image=picture, width=832, height=480)
+
+        # A long clip, denoised in overlapping windows and written to an mp4; no frames are kept.
+        GenerationConfig(
+            prompt="a train crosses a bridge", num_frames=401, max_chunk_size=81, window_overlap=16,
+            output_path="train.mp4", return_frames=False, resume="auto",
+        )
+
+        # Continuation: segments made one after the other, with a prompt for each part of the clip.
+        GenerationConfig(
+            prompts="81: a fox runs\n80: it stops and listens\nit lies down", num_frames=241,
+            image=picture, window_mode="continuation", max_chunk_size=81,
+        )
+
+        # Reproducible: a fixed seed, and the sampling settings spelled out instead of left official.
+        GenerationConfig(
+            prompt="a red fox runs through snow", seed=42, num_inference_steps=30,
+            guidance_scale=4.0, guidance_scale_2=3.0, flow_shift=12.0, scheduler="unipc",
+        )
     """
 
     prompt: str | None = None
@@ -75,73 +102,77 @@ class GenerationConfig:
     height: int = 480
     num_inference_steps: int | None = None
     guidance_scale: float | None = None
-    """Guidance of the only or the high-noise expert."""
+    """Guidance scale of the only or the high-noise expert."""
     guidance_scale_2: float | None = None
-    """Guidance of the low-noise expert."""
+    """Guidance scale of the low-noise expert."""
     flow_shift: float | None = None
     boundary: float | None = None
-    """Share of the training timesteps (0..1) at and above which the high-noise expert works."""
+    """Fraction of the 1000 training timesteps (0..1); the high-noise expert takes the steps at and
+    above it, the low-noise expert those below."""
     switch_step: int | None = None
-    """First step of the low-noise expert; overrides ``boundary``."""
+    """Index of the low-noise expert's first step; overrides ``boundary``."""
     scheduler: str | None = None
     """"unipc", "euler" or "dpm++2m"."""
     fps: float | None = None
     seed: int | None = 0
-    """None draws a fresh seed, which the result's metadata names."""
+    """None draws a random seed, which is recorded in the result's metadata."""
     batch_size: int = 1
     image: ImageInput | None = None
     last_image: ImageInput | None = None
     latents: torch.Tensor | None = None
-    """Normalised latents (B, C, T, h, w) to start from: noise at step 0, or the state of an
-    earlier run at ``start_step``."""
+    """Normalised latents (B, C, T, h, w) to start from: noise where ``start_step`` is 0, else the
+    partly denoised latents of an earlier run at that step."""
     prompt_embeds: torch.Tensor | None = None
-    """Text embeddings (B or 1, 512, text_dim), zero beyond the prompt's tokens."""
+    """Text embeddings (B or 1, 512, text_dim), zeros after the prompt's tokens."""
     negative_prompt_embeds: torch.Tensor | None = None
     start_step: int = 0
     end_step: int | None = None
     force_chunked_processing: bool = False
     max_chunk_size: int | None = None
-    """Longest run of frames the denoiser sees at once; longer clips are made in windows."""
+    """Most video frames the transformer denoises together; longer clips are made in windows."""
     window_overlap: int = 16
-    """Frames that neighbouring windows share."""
+    """Video frames that neighbouring windows share."""
     window_schedule: str = "static"
-    """"static", "uniform" or "looped" (``windows.py``)."""
+    """"static", "uniform" or "looped" (``job.windows``)."""
     window_fusion: str = "ramp"
-    """"ramp", "pyramid", "flat" or "causal" (``windows.py``)."""
+    """"ramp", "pyramid", "flat" or "causal" (``job.windows``)."""
     window_mode: str = "windows"
-    """"windows" denoises all windows together; "continuation" makes one segment after the other,
-    each begun with the last latents before it (image-to-video models and the 5B)."""
+    """"windows" takes every step for all windows of the clip; "continuation" denoises one segment
+    from start to end before the next, which begins with the last latents of the one before
+    (image-to-video models and TI2V-5B)."""
     window_anchor: bool = False
-    """Show later windows the latent frame before them as well, and throw its prediction away."""
+    """Later windows also see the latent frame before them; what they predict for it is not used."""
     continue_from: torch.Tensor | None = None
-    """Normalised latents (B, C, n, h, w) the clip begins with, in continuation mode;
-    ``num_frames`` counts them."""
+    """Normalised latents (B, C, n, h, w) that the clip begins with, in continuation mode only.
+    ``num_frames`` includes the frames they stand for."""
     drift_correction: float = 0.0
-    """0..1: how far the colours of later segments are moved to those of the first."""
+    """0..1: how far the colours of later segments are moved to those of the first, in continuation
+    mode."""
     noise: str = "clip"
-    """"clip", "frame" or "freenoise" (``noise.py``)."""
+    """"clip", "frame" or "freenoise" (``job.noise``)."""
     prompts: str | None = None
-    """Lines ``frames: text`` in place of ``prompt``. Windows take the text of their middle; in
-    continuation mode a segment begins with every text."""
+    """Lines ``frames: text`` in place of ``prompt``. A window uses the text that holds at its
+    middle; in continuation mode every text begins a new segment."""
     resume: str | None = None
-    """"auto" goes on with a saved render of this very job if there is one, "must" insists on it,
-    "never" starts anew; all three keep a journal while the render lasts. None keeps none."""
+    """"auto" continues a saved render of exactly this request if there is one, "must" fails without
+    one, "never" starts anew. All three keep a journal while the render lasts; None keeps none."""
     journal_folder: str | Path | None = None
-    """Folder for journals; None means ``.wanfit`` beside ``output_path``."""
+    """Folder for journals (saved states); None means ``.wanfit`` beside ``output_path``."""
     precision_override: str | None = None
     enable_optimizations: bool = True
     warning_callback: Callable[[str], object] | None = None
     """Called with every warning of the result, most of them as soon as they are known."""
     progress_callback: Callable[[int, int, torch.Tensor], object] | None = None
-    """Called after every step with (steps done, steps in all, normalised latents)."""
+    """Called after every step with (steps done, total steps, normalised latents)."""
     preview_callback: Callable[[int, int, torch.Tensor], object] | None = None
-    """Called after every step with (steps done, steps in all, predicted clean latents)."""
+    """Called after every step with (steps done, total steps, predicted clean latents)."""
     chunk_callback: Callable[[int, int], object] | None = None
-    """Called before every window of a step with (index, windows in the step)."""
+    """Called before every window of a step with (index of the window, windows in the step)."""
     decode_callback: Callable[[int, int], object] | None = None
-    """Called after every decoded part with (frames done, frames in all)."""
+    """Called after every decoded chunk with (frames done, total frames)."""
     interrupt_check: Callable[[], object] | None = None
-    """Called between transformer blocks and decoded chunks; what it raises stops the run."""
+    """Called between transformer blocks and decoded chunks; an exception it raises stops the
+    render."""
     output_path: str | Path | None = None
     """Where to write the mp4; None writes none."""
     output_metadata: Mapping[str, str] = field(default_factory=dict)
@@ -149,13 +180,15 @@ class GenerationConfig:
     codec: str = "h264"
     """Codec of the mp4: "h264" plays everywhere, "h265" is smaller and slower."""
     crf: int = 18
-    """Quality of the mp4: 0 keeps every bit, 51 is worst."""
+    """Constant rate factor of the mp4: 0 is the best quality, 51 the worst."""
     pix_fmt: str = "yuv420p"
-    """Pixels of the mp4; yuv420p plays everywhere."""
+    """Pixel format of the mp4; yuv420p plays everywhere."""
     audio: tuple[torch.Tensor, int] | None = None
-    """(waveform (1 or 2 channels, samples) in -1..1, samples a second) that goes into the mp4."""
+    """(waveform, sample rate in Hz) of the mp4's sound; the waveform is (1 or 2 channels, samples)
+    in -1..1."""
     return_frames: bool = True
-    """False leaves ``frames`` None: the video is only written, memory stays flat."""
+    """False leaves the result's ``frames`` None: frames are written to the mp4 as they are decoded,
+    so RAM does not grow with the length of the clip."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -164,7 +197,7 @@ class StageEstimate:
 
     name: str
     device_bytes: int
-    """Peak on the device while the stage runs: weights there plus activations."""
+    """Peak on the device while the stage runs: the weights held there plus activations."""
     weights_bytes: int
     activation_bytes: int
     host_bytes: int = 0
@@ -173,10 +206,11 @@ class StageEstimate:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryEstimate:
-    """What a job is expected to need. Megabytes are MiB (2**20 bytes); nothing here is measured.
+    """What a render is expected to need. Megabytes are MiB (2**20 bytes); nothing here is measured.
 
-    ``peak_usage_mb`` is the largest stage on the device, ``total_estimated_mb`` the sum of its
-    three named parts, ``confidence`` (0..1) says how far the figures rest on measured runs.
+    ``peak_usage_mb`` is the device memory of the largest stage. ``total_estimated_mb`` is the sum
+    of ``base_model_mb``, ``generation_overhead_mb`` and ``output_tensors_mb``. ``confidence``
+    (0..1) says how far the figures rest on measured runs.
     """
 
     base_model_mb: float
@@ -186,7 +220,7 @@ class MemoryEstimate:
     peak_usage_mb: float
     confidence: float
     basis: str = "arithmetic"
-    """What the figures rest on: arithmetic alone, or measured runs too."""
+    """What the figures rest on: arithmetic alone, or also runs that were measured."""
     warnings: tuple[str, ...] = ()
     stages: tuple[StageEstimate, ...] = ()
     host_ram_mb: float = 0.0
@@ -203,7 +237,7 @@ class MemoryEstimate:
 
 @dataclass(slots=True, kw_only=True)
 class StageReport:
-    """One stage as it went: seconds and peak bytes, predicted beside measured."""
+    """One stage as it ran: its seconds, and its peak device bytes as predicted and as measured."""
 
     name: str
     seconds: float = 0.0
@@ -214,11 +248,12 @@ class StageReport:
 
 @dataclass(slots=True, kw_only=True)
 class VideoGenerationResult:
-    """What came of a job.
+    """The outcome of one ``generate``: the video, or the errors that prevented it.
 
-    ``frames`` is float32 (num_frames, height, width, 3), 0..1, on the CPU; a batch is laid end to
-    end along the first axis. ``latents`` are normalised (B, C, T, h, w) on the CPU,
-    ``vae_latents`` the same times std plus mean, as ComfyUI's LATENT has them.
+    ``frames`` is float32 (num_frames, height, width, 3), 0..1, on the CPU; the samples of a batch
+    are concatenated along the first axis. ``latents`` are normalised (B, C, T, h, w) on the CPU.
+    ``vae_latents`` are the same times the latents' std plus their mean: the VAE's own scale, as in
+    ComfyUI's LATENT.
     """
 
     success: bool
@@ -238,7 +273,7 @@ class VideoGenerationResult:
     """The exception behind ``errors``, for :meth:`raise_for_error`."""
 
     def raise_for_error(self) -> VideoGenerationResult:
-        """Raise the exception that ended the job, or return self if it succeeded."""
+        """Raise the exception that ended the render, or return self if it succeeded."""
         if self.error is not None:
             raise self.error
         return self

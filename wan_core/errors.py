@@ -1,9 +1,9 @@
 """Every error WanFit raises on purpose, and the one place that recognises "out of memory".
 
     WanError
-    ├── InvalidRequest        a field of the job has a value that is not allowed
+    ├── InvalidRequest        a field of the request has a value that is not allowed
     ├── ModelFileError        a file of the model cannot be used as it is
-    │   ├── MissingFile       a file or folder that must be there is not
+    │   ├── MissingFile       a file or folder that is needed does not exist
     │   ├── CorruptFile       truncated, half downloaded, or not what its name says
     │   └── UnsafeFile        opening it would run code, or its name leaves its folder
     ├── UnsupportedModel      readable, but not a model WanFit can run; the text says what it is
@@ -12,15 +12,16 @@
     ├── DoesNotFit            no plan fits this machine, or memory ran out while carrying one out
     ├── NonFiniteLatents      the model produced NaN or infinity
     ├── DownloadError         a file that was asked for could not be fetched
-    ├── JournalMismatch       a saved render was asked for, and the one there is another render
+    ├── JournalMismatch       resume='must', and no saved state belongs to this render
     ├── OutputError           a result could not be written
     └── and, for the library's own use:
-        ├── SpilledMemory     device memory was moved to RAM (also a MemoryError)
-        ├── ModuleInUse       a module is placed otherwise just now (also a RuntimeError)
-        └── BrokenState       a saved state of a render cannot be used; never leaves the journal
+        ├── SpilledMemory     the driver moved device memory to RAM (also a MemoryError)
+        ├── ModuleInUse       a module's weights are already placed (also a RuntimeError)
+        └── BrokenState       a saved state is damaged or foreign; caught inside the journal
 
 A message has three parts: what was found (file or field, number), what is allowed, what to do.
-Interrupts (``KeyboardInterrupt``, ComfyUI's own) are never a ``WanError`` and pass untouched.
+Interrupts (``KeyboardInterrupt`` and ComfyUI's own) are never a ``WanError``; no handler for
+``WanError`` catches them.
 This module imports nothing but the standard library.
 """
 
@@ -32,7 +33,7 @@ class WanError(Exception):
 
 
 class InvalidRequest(WanError):
-    """A field of the job has a value that is not allowed; ``field`` names it."""
+    """A field of the request has a value that is not allowed; ``field`` names it."""
 
     def __init__(self, message: str, *, field: str | None = None) -> None:
         super().__init__(message)
@@ -44,7 +45,7 @@ class ModelFileError(WanError):
 
 
 class MissingFile(ModelFileError):
-    """A file or folder that must be there is not."""
+    """A file or folder that is needed does not exist."""
 
 
 class CorruptFile(ModelFileError):
@@ -98,23 +99,26 @@ class NonFiniteLatents(WanError):
 
 
 class DownloadError(WanError):
-    """A file that was asked for could not be fetched; what has arrived is kept."""
+    """A file that was asked for could not be fetched; the part already downloaded is kept."""
 
 
 class JournalMismatch(WanError):
-    """A saved render was asked for (resume='must'), and the one that is there is another."""
+    """A saved render must be continued (resume='must'), but no saved state belongs to it."""
 
 
 class SpilledMemory(WanError, MemoryError):
-    """The driver moved device memory to RAM instead of refusing it: a run would crawl on."""
+    """The driver moved device memory to RAM instead of refusing the allocation.
+
+    Treated like running out of memory, because the render would go on many times slower.
+    """
 
 
 class ModuleInUse(WanError, RuntimeError):
-    """A module is in a placement that excludes the one asked for."""
+    """A module's weights are placed in a way that excludes the placement asked for."""
 
 
 class BrokenState(WanError):
-    """A saved state of a render cannot be used; the text says why. Never leaves the journal."""
+    """A saved state of a render cannot be used; the text says why. Caught inside the journal."""
 
 
 class OutputError(WanError):
@@ -138,16 +142,16 @@ _OOM_TEXTS = (
 
 
 def is_oom(error: BaseException | None) -> bool:
-    """Say whether ``error``, or one it was raised from, means that memory ran out.
+    """Say whether ``error``, or an error in its chain of causes, means that memory ran out.
 
-    Recognised: ``torch.OutOfMemoryError``, ``MemoryError``, and the texts with which CUDA
-    (``AcceleratorError``), HIP, MPS and the CPU allocator report it; only the first of these
-    is an instance of ``torch.OutOfMemoryError``.
+    Recognised are ``torch.OutOfMemoryError`` and ``MemoryError`` by their class, and by their text
+    the other errors with which CUDA (``AcceleratorError``), HIP, MPS, XPU and the CPU allocator
+    report it.
     """
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
         seen.add(id(error))
-        # By name: importing torch here would make every planning module pay for it.
+        # Compared by class name: importing torch here would make every planning module load it.
         names = {cls.__name__ for cls in type(error).__mro__}
         if names & {"OutOfMemoryError", "MemoryError"}:
             return True

@@ -1,8 +1,9 @@
 """Contained paths, safe opening, atomic writes, file identity. Standard library only.
 
-``contained_path`` decides which names taken from a file may become paths; ``atomic_write`` is the
-only way an output appears, ``check_target`` says beforehand whether it can, ``sweep`` removes what
-a killed process left; ``file_identity`` says whether a file is still the one that was read.
+``contained_path`` decides which names taken from a file may become paths. ``atomic_write`` and
+``atomic_path`` are the only ways an output is written; ``check_target`` says beforehand whether it
+can be; ``sweep`` removes the temporary files of a killed process. ``file_identity`` lets a caller
+tell whether a file is still the one that was read.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ if sys.platform != "win32":
     import fcntl
 
 MAX_NAME: Final = 255
-"""Longest file name, in UTF-8 bytes, that common file systems take."""
+"""Longest file name, in UTF-8 bytes, that common file systems accept."""
 _DEVICES: Final = frozenset(
     ["CON", "PRN", "AUX", "NUL", "CONIN$", "CONOUT$"]
     + [f"{port}{digit}" for port in ("COM", "LPT") for digit in "0123456789¹²³"]
@@ -35,7 +36,7 @@ _DEVICES: Final = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class FileIdentity:
-    """Enough of a file's state to say that it has not been replaced."""
+    """Path, size and modification time: enough to notice that a file has been replaced."""
 
     path: str
     size: int
@@ -45,7 +46,7 @@ class FileIdentity:
 def file_identity(path: str | os.PathLike[str]) -> FileIdentity:
     """Return path (absolute, links resolved), size in bytes and mtime of a file or folder.
 
-    Raises MissingFile when there is nothing to look at.
+    Raises MissingFile when it does not exist or cannot be read.
     """
     try:
         status = os.stat(path)
@@ -56,8 +57,11 @@ def file_identity(path: str | os.PathLike[str]) -> FileIdentity:
 
 @contextlib.contextmanager
 def open_regular(path: Path) -> Iterator[tuple[BinaryIO, int]]:
-    """Open a regular file unbuffered; yields it and its size in bytes."""
-    # Looked at before opening: opening a FIFO would wait for its writer.
+    """Open a regular file unbuffered; yields it and its size in bytes.
+
+    Raises MissingFile or CorruptFile for anything that is not a readable regular file.
+    """
+    # The kind is checked before opening, because opening a FIFO blocks until something writes.
     if file_kind(path) != "file":
         raise CorruptFile(f"{quoted(path)} is a folder; a file was expected.")
     try:
@@ -69,7 +73,7 @@ def open_regular(path: Path) -> Iterator[tuple[BinaryIO, int]]:
 
 
 def file_kind(path: Path) -> str:
-    """Return "file" or "folder"; MissingFile when there is neither, CorruptFile for a device."""
+    """Return "file" or "folder"; raises MissingFile if neither exists, CorruptFile for a device."""
     try:
         mode = os.stat(path).st_mode
     except FileNotFoundError as err:
@@ -85,12 +89,12 @@ def file_kind(path: Path) -> str:
 
 
 def quoted(path: Path) -> str:
-    """Show a path in a message."""
+    """Return a path in quotes, for a message."""
     return repr(str(path))
 
 
 def some_of(names: Sequence[str], limit: int = 3) -> str:
-    """Show the first few of many names in a message."""
+    """Return the first ``limit`` of many names and the number of the others, for a message."""
     shown = ", ".join(names[:limit])
     return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"
 
@@ -98,8 +102,8 @@ def some_of(names: Sequence[str], limit: int = 3) -> str:
 def name_problem(name: object) -> str | None:
     """Say why ``name`` may not become a relative path on any system, or None if it may.
 
-    The rules of Posix and of Windows both hold everywhere, so that a checkpoint made on one
-    system cannot reach out of its folder on the other.
+    The rules of POSIX and of Windows are both applied on every system, so that a checkpoint made
+    on one system cannot name a path outside its folder on the other.
     """
     if not isinstance(name, str):
         return f"it is a {type(name).__name__}, not text"
@@ -133,8 +137,9 @@ def contained_path(
 ) -> Path:
     """Join ``name`` to ``root`` if it names something inside ``root``, else raise UnsafeFile.
 
-    ``allow_links`` lets a link inside ``root`` point elsewhere: right for reading model files,
-    which people link to other disks, wrong for writing. ``~`` and ``%2e`` are never expanded.
+    ``allow_links`` permits symbolic links inside ``root`` that lead out of it. Model files are read
+    with it, because people link them to other disks; nothing is written with it. ``~`` and ``%2e``
+    are never expanded.
     """
     problem = name_problem(name)
     if problem:
@@ -158,8 +163,8 @@ def contained_path(
 def atomic_path(path: str | os.PathLike[str], *, expected_bytes: int = 0) -> Iterator[Path]:
     """Yield a temporary path in the same folder that becomes ``path`` when the block succeeds.
 
-    The file is flushed to disk and renamed over ``path``; when the block raises, or the rename
-    fails, the temporary file is removed and an older file at ``path`` is untouched. Raises
+    The file is flushed to disk and renamed over ``path``. When the block raises, or the rename
+    fails, the temporary file is removed and an older file at ``path`` stays as it was. Raises
     OutputError when the folder cannot be written or has less than ``expected_bytes`` free.
     """
     target = Path(path)
@@ -178,27 +183,32 @@ def atomic_path(path: str | os.PathLike[str], *, expected_bytes: int = 0) -> Ite
 
 @contextlib.contextmanager
 def _temporary(target: Path) -> Iterator[Path]:
-    """Make an empty file beside ``target``, locked while the block lasts and then removed."""
+    """Make an empty file beside ``target`` that is locked during the block and then removed."""
     with contextlib.ExitStack() as stack:
         while True:
-            # The suffix is kept: encoders choose the container by it.
+            # The suffix is kept, because video encoders choose the container by it.
             path = target.parent / f"{_mark()}{secrets.token_hex(8)}{target.suffix[:16]}"
-            # Not tempfile: it makes files private; a result should have the rights of a new file.
+            # Not tempfile, which makes files readable by their owner only: a result should have
+            # the permissions of any new file.
             descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
             stack.callback(path.unlink, missing_ok=True)
-            if sys.platform == "win32":  # where a file that is open can be neither moved nor swept
+            if sys.platform == "win32":  # an open file can be neither renamed nor removed there
                 os.close(descriptor)
                 break
             stack.callback(os.close, descriptor)
-            with contextlib.suppress(OSError):  # a file system without locks: nobody sweeps there
+            with contextlib.suppress(OSError):  # without locks here, sweep fails too
                 fcntl.flock(descriptor, fcntl.LOCK_EX)
-            if _is_at(descriptor, path):  # else swept just before it was locked
+            # Another process may have swept the file between its creation and its lock.
+            if _is_at(descriptor, path):
                 break
         yield path
 
 
 def _mark() -> str:
-    """Begin the name of this machine's temporary files: another's locks may not be seen here."""
+    """Return the prefix of this machine's temporary files.
+
+    It names the machine, because on a shared disk the locks of another machine may not be visible.
+    """
     return f".wanfit-{zlib.crc32(platform.node().encode()):08x}-"
 
 
@@ -212,8 +222,9 @@ def _is_at(descriptor: int, path: Path) -> bool:
 def sweep(folder: Path) -> None:
     """Remove temporary files in ``folder`` whose process was killed.
 
-    One that is being written is locked until its process ends (on Windows: open), and stays; so
-    does one that another machine made, or whose file system has no locks. Never raises OSError.
+    A file that is still being written is kept: its process holds a lock on it (on Windows, holds it
+    open). Files made by another machine, or on a file system without locks, are kept too. Never
+    raises OSError.
     """
     with contextlib.suppress(OSError):
         for path in folder.glob(f"{_mark()}*"):
@@ -240,7 +251,7 @@ def atomic_write(
     *,
     expected_bytes: int = 0,
 ) -> None:
-    """Write ``data``, or what ``data(file)`` writes, so that ``path`` is whole or unchanged.
+    """Write ``data``, or what ``data(file)`` writes, so that ``path`` is complete or unchanged.
 
     Raises OutputError, with the file's name, when the disk is full or the path is not writable.
     """
@@ -260,8 +271,8 @@ def atomic_write(
 def check_target(path: str | os.PathLike[str]) -> None:
     """Make sure that ``path`` can be written, before the work whose result goes there.
 
-    Makes its folder, and in it a temporary file that is removed again. Raises OutputError with
-    the path, the reason and what to do.
+    Makes its folder, and makes and removes a temporary file in it. Raises OutputError with the
+    path, the reason and what to do.
     """
     target = Path(path)
     _check_folder(target, 0)
@@ -280,7 +291,7 @@ def _cannot_write(target: Path, err: BaseException, what: str | None = None) -> 
 def _check_folder(target: Path, expected_bytes: int) -> None:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        # Looks at the name too: one that is too long must not fail after an hour of work.
+        # This also rejects a name that is too long now, and not after an hour of rendering.
         if _exists(target) and target.is_dir():
             raise OutputError(f"{str(target)!r} is a folder; name a file to write.")
         free = shutil.disk_usage(target.parent).free

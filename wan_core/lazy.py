@@ -1,4 +1,4 @@
-"""Names of a package that import their module on first use, so that torch comes no sooner."""
+"""Names of a package whose module is imported on first use, so that torch is not loaded before."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 
 def lazy_names(package: str, modules: Mapping[str, Sequence[str]]) -> Callable[[str], Any]:
-    """Return a module ``__getattr__`` (PEP 562) for ``package``.
+    """Return a module-level ``__getattr__`` (PEP 562) for ``package``.
 
     ``modules`` maps each module, as a name relative to the package, to the names taken from it.
     """

@@ -1,8 +1,8 @@
 """What a file or folder is: tensor tables become a ``ModelArchitecture``, with reasons.
 
-In: a path or a ``WanModelFiles``. Out: the variant, every part with its file, what was inferred and
-why; LoRA files are read and checked here too. Only headers are read. Imports ``formats`` and
-``models``.
+In: a path or a ``WanModelFiles``. Out: the variant, every component with its file, what was
+inferred and why. LoRA files are read and checked here too. Only headers and configs are read.
+Imports ``formats`` and ``models``.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Parts put together into a ModelArchitecture: the shared last step of detection.
+"""Identified files put together into a ModelArchitecture: the last step of every detection.
 
-Refuses a part of the wrong kind, an incomplete transformer and weights that cannot be loaded right,
-then writes down variant, numbers, reasons and warnings.
+Refuses a file of the wrong kind, an incomplete transformer, and weights that cannot be loaded
+correctly. Then records the variant, the numbers, the reasons and the warnings.
 """
 
 from __future__ import annotations
@@ -25,9 +25,10 @@ _WANTED: Final = {
 
 
 def require_whole(part: IdentifiedFile, choice: Choice) -> None:
-    """Refuse a transformer that lacks tensors its numbers call for, or has ones too many.
+    """Refuse a transformer that lacks tensors its shape calls for, or has others besides.
 
-    Only for models with a diffusers class of plain Wan tensors; others are refused by name later.
+    Only families whose tensors are known are checked (plain Wan and VACE); the rest are refused
+    later, by the name of their variant.
     """
     if part.family not in ("t2v", "i2v", "flf2v", "vace"):
         return
@@ -49,7 +50,7 @@ def require_whole(part: IdentifiedFile, choice: Choice) -> None:
 def component(
     kind: str, path: Path, part: IdentifiedFile, config: Mapping[str, Any] | None = None
 ) -> Component:
-    """Describe an identified file as a component of a model."""
+    """Return the identified file as a component of a model."""
     table = part.table
     return Component(
         kind=kind, path=path, files=table.files, nbytes=table.nbytes, parameters=table.parameters,
@@ -68,7 +69,7 @@ def _tag(file: Path) -> str | None:
 
 
 def require_kind(part: IdentifiedFile, kind: str, path: Path) -> None:
-    """Refuse a file of another kind than the place it was put in, naming what it is."""
+    """Refuse a file whose kind is not the one its place needs, naming what it is."""
     if part.kind != kind:
         wanted = _WANTED[kind]
         why = f" ({part.reasons[0]})" if part.kind == "other" and part.reasons else ""
@@ -78,7 +79,7 @@ def require_kind(part: IdentifiedFile, kind: str, path: Path) -> None:
 
 
 def refuse_weights(part: IdentifiedFile) -> None:
-    """Refuse weights stored in a way that cannot be loaded right."""
+    """Refuse weights stored in a way that cannot be loaded correctly."""
     if part.weights.why_not:
         raise UnsupportedModel(f"{quoted(part.table.path)}: {part.weights.why_not}.")
 
@@ -94,7 +95,7 @@ def build(
     reasons: tuple[str, ...] = (),
     warnings: tuple[str, ...] = (),
 ) -> ModelArchitecture:
-    """Put the conclusions about the parts together."""
+    """Return the architecture, with the reasons and warnings of all its files, each once."""
     main = parts["transformer"]
     found = [reason for part in parts.values() for reason in part.reasons]
     odd = [text for part in parts.values() for text in (*part.warnings, *part.table.notes)]

@@ -1,9 +1,9 @@
-"""Finds the files that belong to a transformer among the files that are there.
+"""Finds the other files that a transformer needs among the files that are there.
 
 Decides from headers: the VAE of the same latent space, the text encoder of the right width, the
 image encoder where one is needed, the other expert of a pair. Every choice comes with its reason,
-and where several files would do, all are named. The roles of two experts are a proposal made from
-hints, and said to be one: structure cannot tell them apart.
+and where several files would do, all are named. The structure of two experts is the same, so which
+is the low-noise one is only a proposal made from names, and the reason says so.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _WANTED: Final = {
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """The completed files, and a sentence for each that was found rather than named."""
+    """The completed files, and a sentence for each file that was found, not named by the user."""
 
     files: WanModelFiles
     reasons: tuple[str, ...] = ()
@@ -47,9 +47,9 @@ def find_companions(
     """Fill the fields of ``files`` that are None from the files ``present`` for each field.
 
     ``present`` maps vae, text_encoder, image_encoder and transformer_2 to the paths to look at;
-    ``inspect`` reads one of them (``detect.inspect_file``). What is named already stays. A file
-    that cannot be read is passed over. Raises MissingFile, naming what was looked at, when the
-    model needs a part that none of the files is; WanError for a bad transformer.
+    ``inspect`` reads one of them (``detector.inspect_file``). Fields that are set already stay. A
+    file that cannot be read is skipped. Raises MissingFile, naming what was looked at, when none of
+    the files is a component that the model needs, and WanError for a bad transformer.
     """
     main = inspect(files.transformer)
     reasons: list[str] = []
@@ -70,7 +70,7 @@ def find_companions(
 
 
 def _tests(main: IdentifiedFile) -> dict[str, tuple[Callable[[IdentifiedFile], bool], str]]:
-    """Return, for each part that the transformer needs, the test a file must pass, in words too."""
+    """Return for each component the transformer needs a test of its file, and the test in words."""
     shape = main.transformer
     if shape is None:
         return {}
@@ -124,7 +124,7 @@ def _rank(part: IdentifiedFile) -> int:
 
 
 def _try(inspect: Inspect, path: str | Path) -> IdentifiedFile | None:
-    # A broken or foreign file beside the right one is no reason to stop.
+    # A broken file, or one of another model, must not prevent finding the right one beside it.
     try:
         return inspect(path)
     except WanError:
@@ -134,10 +134,10 @@ def _try(inspect: Inspect, path: str | Path) -> IdentifiedFile | None:
 def _partner(
     path: Path, main: IdentifiedFile, candidates: Sequence[str | Path], inspect: Inspect
 ) -> tuple[Path, str] | None:
-    """Return the low-noise file of the same set as a high-noise one, or None.
+    """Return the low-noise file that belongs to a high-noise one with its reason, or None.
 
-    Only a file whose name differs in nothing but the role's word is proposed, and only when the
-    given one is hinted to be the high-noise expert: the socket it stands in says so too.
+    A file is proposed only if its structure is the same, its name differs in nothing but the word
+    for the role, and the name or metadata of the given file says that it is the high-noise expert.
     """
     hint = role_hint(path.name, main.table.metadata)
     if hint is None or hint[0] != "high":
@@ -159,5 +159,5 @@ def _partner(
 
 
 def _plain(name: str) -> str:
-    """Return a file name without its words for the role and without regard to case."""
+    """Return a file name in lower case and without its words for the role."""
     return _ROLE_WORD.sub("", name).lower()

@@ -1,7 +1,7 @@
-"""config.json files of a diffusers folder, held against what the weights' headers say.
+"""config.json files of a model, compared with what the headers of its weights say.
 
-A config that disagrees with its weights is an error that names the field and both numbers: the
-weights would otherwise fail to load late, or load into a model that computes something else.
+A config that disagrees with its weights is an error that names the field and both numbers.
+Otherwise the weights would fail to load later, or load into a model that computes something else.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ..models import TransformerShape, VaeShape
 
 _BOTH: Final = "Config and weights are of different models: download both again."
 
-# config field: (attribute of TransformerShape, value diffusers takes when the field is absent)
+# config field -> (attribute of TransformerShape, diffusers' default when the field is absent)
 _TRANSFORMER: Final[Mapping[str, tuple[str, int | None]]] = {
     "ffn_dim": ("ffn_dim", 13824), "num_layers": ("layers", 40),
     "in_channels": ("in_channels", 16), "out_channels": ("out_channels", 16),
@@ -38,7 +38,7 @@ _VAE: Final[Mapping[str, tuple[str, Any]]] = {
 
 
 def component_config(folder: Path, name: str = "config.json") -> dict[str, Any]:
-    """Read a component's config; MissingFile when there is none."""
+    """Read a component's config; raises MissingFile when there is none."""
     path = folder / name
     if not path.is_file():
         raise MissingFile(f"{quoted(path)} is missing. Download this part of the model again.")
@@ -48,7 +48,7 @@ def component_config(folder: Path, name: str = "config.json") -> dict[str, Any]:
 def check_transformer(
     config: Mapping[str, Any], found: TransformerShape, path: Path
 ) -> TransformerShape:
-    """Return ``found`` with the config's division into heads; ModelMismatch where they disagree."""
+    """Return ``found`` with the config's heads; raises ModelMismatch if the two disagree."""
     if "num_heads" in config and "dim" in config:
         return _check_official(config, found, path)
     animate = config.get("_class_name") == "WanAnimateTransformer3DModel"
@@ -102,7 +102,7 @@ def _check_official(
 
 
 def check_vae(config: Mapping[str, Any], found: VaeShape, path: Path) -> VaeShape:
-    """Return ``found`` with the config's latent statistics; ModelMismatch where they disagree."""
+    """Return ``found`` with the config's latent mean and std; ModelMismatch if they disagree."""
     for key, (attribute, default) in _VAE.items():
         value = getattr(found, attribute)
         expected = list(value) if isinstance(value, tuple) else value
@@ -147,7 +147,7 @@ def _compare(key: str, config_value: Any, weights_value: Any, path: Path) -> Non
 
 
 def compare_width(key: str, config: Mapping[str, Any], found: int | None, path: Path) -> None:
-    """Require that a width in an encoder's config is that of its weights; else ModelMismatch."""
+    """Require that the width in an encoder's config is that of its weights, else ModelMismatch."""
     if key in config:
         _compare(key, config[key], found, path)
 

@@ -1,8 +1,9 @@
 """ArchitectureDetector: what a model is, from headers and configs alone.
 
-Milliseconds, no torch. Every mistake that a header can show is found here and named: which file,
-what was found, what was expected, what to do. ``identify`` says what one file is, ``folders`` reads
-folders, ``assemble`` puts single files together, ``pairing`` says whether parts belong together.
+Takes milliseconds and no torch. Every mistake that a header can show is found here and named: which
+file, what was found, what was expected, what to do. ``identified`` says what one file is,
+``folders`` reads folders, ``single_files`` puts single files together, and ``pairing`` says whether
+files belong together.
 """
 
 from __future__ import annotations
@@ -24,12 +25,12 @@ from .single_files import from_files, from_part
 
 
 class ArchitectureDetector:
-    """Says what a model is, from headers alone. Holds no state; safe to share between threads."""
+    """Says what a model is, from headers and configs. Stateless; safe to share between threads."""
 
     def detect_model_architecture(
         self, path: str | os.PathLike[str] | WanModelFiles
     ) -> ModelArchitecture:
-        """Detect a diffusers folder, an official release, one file, or the files of a pipeline.
+        """Detect a diffusers folder, an official release, one file, or files named one by one.
 
         Raises MissingFile, CorruptFile, UnsafeFile, ModelMismatch or UnsupportedModel, each with
         the file, what was found, what was expected and what to do. No weight is read.
@@ -67,7 +68,7 @@ def inspect_file(path: str | os.PathLike[str]) -> IdentifiedFile:
 
 
 def _refuse_shelf(root: Path) -> None:
-    """Name the models in a folder that is none itself but holds some."""
+    """Raise MissingFile for a folder that is not a model but holds models, naming them."""
     models = [
         name for name in sorted(listing(root)) if (root / name / "model_index.json").is_file()
     ]

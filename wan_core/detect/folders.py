@@ -1,6 +1,7 @@
 """Model folders: diffusers folders (model_index.json) and official releases.
 
-Each component's config is held against its weights' headers, and the components against each other.
+Each component's config is compared with the header of its weights, and the components with each
+other.
 """
 
 from __future__ import annotations
@@ -73,7 +74,7 @@ def _pair_folder(
     shapes: Mapping[str, TransformerShape],
     vae: VaeShape | None,
 ) -> ModelArchitecture:
-    """Check that the parts belong together and name the variant."""
+    """Check that the components belong together, choose the variant, build the architecture."""
     main = shapes["transformer"]
     experts = 2 if "transformer_2" in parts else 1
     if experts == 2:
@@ -135,7 +136,7 @@ def _folder_warnings(index: Mapping[str, Any], choice: Choice, boundary: Any) ->
 
 
 def _listed(index: Mapping[str, Any], root: Path) -> list[str]:
-    """Return the components model_index.json lists, after checking that it is a Wan pipeline's."""
+    """Return the components that model_index.json lists; refuses one of another pipeline."""
     name = index.get("_class_name")
     if not isinstance(name, str) or not name.startswith("Wan"):
         raise UnsupportedModel(
@@ -148,7 +149,7 @@ def _listed(index: Mapping[str, Any], root: Path) -> list[str]:
 
 
 def _check_present(root: Path, listed: list[str], index: Mapping[str, Any]) -> None:
-    """Require that every part that is listed, or that no Wan model can do without, is there."""
+    """Require the folder of every listed component and of those that every Wan model needs."""
     wanted = dict.fromkeys([*_REQUIRED, *(n for n in listed if n in (*_WEIGHTS, *_CONFIG_ONLY))])
     missing = [name for name in wanted if not (root / name).is_dir()]
     if missing:
@@ -184,7 +185,7 @@ _RELEASE_PARTS: Final = (
 
 
 def is_release(root: Path) -> bool:
-    """Whether a folder is laid out like the Wan-Video repositories' checkpoints."""
+    """Whether a folder is laid out like the checkpoints that Wan-Video publishes."""
     if (root / _HIGH).is_dir() or (root / _LOW).is_dir():
         return True
     return any(

@@ -1,8 +1,8 @@
-"""What one file of weights is: kind, names' layout and prefix, weight kind, numbers, and why.
+"""What one file of weights is: kind, layout and prefix of its names, weight kind, numbers, and why.
 
-Decides from tensor names, shapes and dtypes; the file's name is never asked. Only the few bytes of
-``comfy_quant`` notes are read besides the header. A file that is no part of Wan is named for what
-it is, so that the message can say "this is a LoRA" instead of "keys are missing".
+Decides from tensor names, shapes and dtypes, never from the file's name. Besides the header, only
+the few bytes of ``comfy_quant`` notes are read. A file that is not part of a Wan model is still
+named for what it is, so that a message can say "this is a LoRA" instead of "keys are missing".
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .unsupported import is_lora, lora_title, lora_width, unsupported_title
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class IdentifiedFile:
-    """One identified file of weights (or set of shards)."""
+    """A file of weights, or a set of shards, that detection has recognised."""
 
     kind: str
     """transformer, vae, text_encoder, image_encoder, lora, or other."""
@@ -32,23 +32,23 @@ class IdentifiedFile:
     prefix: str = ""
     weights: WeightKind = WeightKind("bf16")
     family: str = ""
-    """Of a transformer: t2v, i2v, flf2v, vace, animate, s2v, camera, control, humo, other."""
+    """For a transformer: t2v, i2v, flf2v, vace, animate, s2v, camera, control, humo or other."""
     transformer: TransformerShape | None = None
     vae: VaeShape | None = None
     width: int | None = None
     """Width of a text or image encoder, or of the model a LoRA is made for."""
     layers: int | None = None
     missing: tuple[str, ...] = ()
-    """Tensors that the numbers call for and the file lacks."""
+    """Tensors that a transformer of this shape has and the file lacks."""
     unexpected: tuple[str, ...] = ()
     """Tensors the file has and a plain Wan transformer does not."""
     extra_prefixes: tuple[str, ...] = ()
-    """First name parts of tensors that belong to other models in the same file."""
+    """First part of the names of tensors in the same file that belong to other models."""
     reasons: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
 
 
-# Markers that every Wan transformer has, per layout, names without prefix.
+# Tensors that every Wan transformer has, per layout; names without prefix.
 _MARKERS: Final[Mapping[str, tuple[str, ...]]] = {
     "original": (
         "patch_embedding.weight", "head.modulation", "time_projection.1.weight",
@@ -60,8 +60,8 @@ _MARKERS: Final[Mapping[str, tuple[str, ...]]] = {
     ),
 }  # fmt: skip
 
-# family: (one tensor that only it has, what it is). First match decides. The official layout's
-# names are from ComfyUI's model_detection.py and the repositories of the models themselves.
+# (family, a tensor that only it has, its name for messages). The first match decides. The names are
+# from ComfyUI's model_detection.py and the models' own repositories.
 _FAMILIES: Final = (
     ("vace", "vace_patch_embedding.weight", "VACE"),
     ("s2v", "casual_audio_encoder.encoder.final_linear.weight", "S2V (speech to video)"),
@@ -91,9 +91,11 @@ _VAE_MARKERS: Final = {
 
 
 def identify(table: TensorTable) -> IdentifiedFile:
-    """Say what the tensors of ``table`` are; never raises for a foreign model, CorruptFile if bad.
+    """Say what the tensors of ``table`` are.
 
-    The answer's ``kind`` is "other" for a model that is no part of Wan, with its name in ``title``.
+    A model that is not part of Wan raises nothing: its ``kind`` is "other" and its name is in
+    ``title``. Raises CorruptFile for a Wan file that is damaged, UnsupportedModel for weights of a
+    dtype that no weight can have.
     """
     names = table.tensors
     for finder in (_find_lora, _find_transformer, _find_vae, _find_text, _find_image):
@@ -115,7 +117,7 @@ def _find_lora(table: TensorTable, names: Mapping[str, TensorInfo]) -> Identifie
 
 
 def _near_miss(names: Mapping[str, Any]) -> tuple[str, ...]:
-    """Say how many of the tensors that every Wan transformer has were found, and which were not."""
+    """Say how many of the tensors that every Wan transformer has were found, and which lack."""
     best = max(
         _MARKERS.items(), key=lambda item: sum(any(n.endswith(m) for n in names) for m in item[1])
     )
@@ -128,14 +130,14 @@ def _near_miss(names: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _label(table: TensorTable) -> str:
-    """Return the file's name, with its folder where the name alone says nothing."""
+    """Return the file's name, with its folder where the name alone is generic."""
     name = table.path.name
     generic = name.startswith(("diffusion_pytorch_model", "model."))
     return f"{table.path.parent.name}/{name}" if generic else name
 
 
 def _prefixes(names: Mapping[str, Any], marker: str) -> list[str]:
-    """Return the prefixes under which ``marker`` stands, shortest first."""
+    """Return the prefixes under which the tensor ``marker`` occurs, shortest first."""
     found = {n[: -len(marker)] for n in names if n.endswith(marker)}
     return sorted((p for p in found if not p or p.endswith(".")), key=len)
 
@@ -189,7 +191,11 @@ def _others(table: TensorTable, others: set[str]) -> tuple[str, ...]:
 
 
 def _family(own: Mapping[str, Any], shape: TransformerShape) -> tuple[str, str, str]:
-    """Return the family, its name for messages, and the sentence that says why."""
+    """Return the family, its name for messages, and the sentence that says why.
+
+    A tensor that only one family has decides; without one, the extra input channels do. They hold
+    the mask (4 channels) and the encoded image (as many as the latents) of an image model.
+    """
     for family, marker, title in _FAMILIES:
         if marker in own:
             return family, title, f"it has {marker!r}: {title}"
@@ -214,7 +220,7 @@ def _check_shapes(
 ) -> None:
     for name, shape in expected.items():
         found = shapes.get(name)
-        # Same element count: GGUF writers may flatten what has more than four dimensions.
+        # Equal element counts suffice: GGUF writers may flatten a weight of five dimensions.
         if found is not None and found != shape and _volume(found) != _volume(shape):
             raise CorruptFile(
                 f"Tensor {name!r} of {str(path)!r} has shape {list(found)}; its other tensors "
@@ -250,7 +256,7 @@ def _find_vae(table: TensorTable, names: Mapping[str, TensorInfo]) -> Identified
     return None
 
 
-# embedding, query of the first block, position bias of the first and of the second block
+# (embedding, query of the first block, relative position bias of block {})
 _T5_NAMES: Final = {
     "diffusers": (
         "shared.weight", "encoder.block.0.layer.0.SelfAttention.q.weight",

@@ -1,7 +1,7 @@
-"""LoRAs put to a model: checked from their headers, described, and the recipe of a distilled one.
+"""LoRAs added to an architecture: checked from their headers, described, distilled ones recognised.
 
-Nothing is loaded. What a LoRA is made for is compared with the transformer's own numbers; the
-expert is what the user says, and a hint that says otherwise is a warning.
+Nothing is loaded. What a LoRA was made for is compared with the transformer's own numbers. The user
+says which expert it changes; a name or metadata that says otherwise leads to a warning.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def as_lora(given: Any) -> WanLoRA:
 
 
 def parse_lora(text: str) -> WanLoRA:
-    """Read ``FILE[:EXPERT[:STRENGTH]]``; expert or strength may be left out, colons in names stay.
+    """Read ``FILE[:EXPERT][:STRENGTH]``; a colon that is part of the file's name is kept.
 
     Raises InvalidRequest for a strength out of range.
     """
@@ -78,8 +78,9 @@ def with_loras(
 ) -> ModelArchitecture:
     """Return the architecture with these LoRAs added, each checked against its transformer.
 
-    ``use_recipe`` makes the settings of a distilled LoRA the model's defaults: what None in a job
-    means. Raises InvalidRequest, MissingFile, CorruptFile, ModelMismatch or UnsupportedModel.
+    ``use_recipe`` makes the settings of a distilled LoRA the model's defaults, which are what None
+    in a GenerationConfig means. Raises InvalidRequest, MissingFile, CorruptFile, ModelMismatch or
+    UnsupportedModel.
     """
     added, warnings = [], []
     for given in loras:
@@ -122,7 +123,7 @@ def _found(architecture: ModelArchitecture, lora: WanLoRA) -> tuple[FoundLora, l
 
 
 def check_file(path: Path, architecture: ModelArchitecture) -> LoraPatches:
-    """Read a LoRA's header against a model's transformer; raises as :func:`with_loras`."""
+    """Match a LoRA's header with a model's transformer; raises as :func:`with_loras`."""
     table = read_table(path)
     part = identify(table)
     model = architecture.components["transformer"].path

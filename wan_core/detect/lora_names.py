@@ -1,10 +1,10 @@
-"""From the header of a LoRA file to what it changes in a transformer, whatever its style.
+"""From the header of a LoRA file to the modules it changes in a transformer, whatever its style.
 
 Styles: diffusers and PEFT (``transformer.blocks.0.attn1.to_q.lora_A.weight``), ComfyUI, Kijai and
 lightx2v (``diffusion_model.blocks.0.self_attn.q.lora_down.weight``, with ``.diff``, ``.diff_b``
 and ``.diff_m``), the same without a prefix, and musubi-tuner (``lora_unet_blocks_0_self_attn_q``).
-Names and shapes are compared with the model's before a weight is read: what matches nothing is an
-error. Standard library only.
+Names and shapes are compared with the model's before a weight is read; a tensor that matches
+nothing in the model is an error. Standard library only.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from .lora_patches import Patch, PatchCheck
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoraPatches:
-    """A LoRA file read against one model: its patches, and what was found on the way."""
+    """A LoRA file matched with one model: its patches, and notes for the user."""
 
     table: TensorTable
     patches: tuple[Patch, ...]
@@ -35,7 +35,7 @@ class LoraPatches:
 
     @property
     def rank(self) -> int:
-        """The largest rank of its patches; 0 where it has only differences."""
+        """The largest rank of its patches; 0 if it holds only full differences (``diff``)."""
         return max((patch.rank for patch in self.patches), default=0)
 
 
@@ -74,10 +74,11 @@ _FLOATS: Final = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 def read_patches(table: TensorTable, shape: TransformerShape, model: Path) -> LoraPatches:
     """Match every tensor of a LoRA with a module of a transformer of this shape.
 
-    Patches of the CLIP image branch are left out, with a note, where the model has none; a text
-    model's patch of the input layer is widened with zeros for an image model. Raises
-    UnsupportedModel for another kind of adapter, ModelMismatch for tensors that match nothing or
-    have another size, CorruptFile for halves without their other half; each names file and tensor.
+    Patches of the CLIP image branch are left out, with a note, if the model has no such branch. A
+    text-to-video LoRA's patch of the input layer is accepted by an image model, where it applies to
+    the noise channels alone. Raises UnsupportedModel for another kind of adapter, ModelMismatch for
+    tensors that match nothing or have another size, CorruptFile for a down matrix without its up
+    matrix or the reverse; each message names file and tensor.
     """
     _refuse_kinds(table)
     index = _index(shape)
@@ -140,7 +141,7 @@ def _refuse_kinds(table: TensorTable) -> None:
 
 
 def _split(name: str) -> tuple[str, str]:
-    """Return the role of a tensor and the name before it; no role where no ending is known."""
+    """Return a tensor's role and the module's name before it; role "" for an unknown ending."""
     for role, pattern in _ROLES:
         found = pattern.fullmatch(name)
         if found:
@@ -150,7 +151,7 @@ def _split(name: str) -> tuple[str, str]:
 
 @lru_cache(maxsize=16)
 def _index(shape: TransformerShape) -> dict[str, str]:
-    """Map the name of every module and table, in every spelling, to its diffusers name."""
+    """Map every module and table, by its name in each style, to its diffusers name."""
     original = transformer_tensors(shape, "original")
     renamed = {
         source.name: name for name, source in map_names("transformer", original).sources.items()
@@ -172,6 +173,7 @@ def _target(index: Mapping[str, str], stem: str, name: str) -> str | None:
     """Return the diffusers name of what a tensor patches, or None where the model lacks it."""
     tables = (".modulation", ".scale_shift_table") if name.endswith(".diff_m") else ()
     bare = stem
+    # Prefixes are removed one at a time: some files stack several of them.
     while True:
         for candidate in (bare, *(bare + ending for ending in tables)):
             if candidate in index:
@@ -201,7 +203,9 @@ def _refuse_unknown(
 
 
 def _stated_scale(table: TensorTable) -> Callable[[str, int], float | None]:
-    """Return what alpha / rank is by the metadata of a file that diffusers or PEFT saved."""
+    """Return a function (target, rank) -> alpha / rank by the metadata that diffusers or PEFT
+    saved; it returns None where the metadata do not say.
+    """
     config = _adapter_config(table)
     if config.get("use_dora"):
         raise UnsupportedModel(

@@ -1,6 +1,6 @@
-"""Whether what a LoRA changes at one place of a transformer fits there, and what it is scaled by.
+"""Whether a LoRA's patch of one module fits the module, and the scale it is applied with.
 
-Shapes alone, from headers: no weight is read. Standard library only.
+Compares shapes from headers; no weight is read. Standard library only.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ PATCH_EMBEDDING: Final = "patch_embedding"
 
 @dataclass(slots=True)
 class Patch:
-    """What a LoRA changes at one module or table; the other fields name tensors of its file.
+    """What a LoRA changes at one module or table; ``tensors`` names the tensors of its file.
 
-    A module gives up @ down x alpha / rank + diff more to its weight, and up_bias and diff_bias
-    to its bias. Where ``target`` is a scale-shift table, ``diff`` is added to it.
+    ``up @ down * alpha / rank + diff`` is added to the module's weight, and ``up_bias`` and
+    ``diff_bias`` to its bias. Where ``target`` is a scale-shift table, ``diff`` is added to it.
     """
 
     target: str
     """The diffusers name of the module, or of the table."""
     rank: int = 0
     tensors: dict[str, str] = field(default_factory=dict)
-    """By role: down, up, up_bias, alpha, diff, diff_bias."""
+    """Names of tensors by role: down, up, up_bias, alpha, diff, diff_bias."""
     stated_scale: float | None = None
     """alpha / rank from the metadata, where no tensor holds alpha."""
 
@@ -48,7 +48,7 @@ class PatchCheck:
     model: Path
 
     def run(self) -> list[str]:
-        """Set the patch's rank; return notes."""
+        """Set the patch's rank and return notes; raises where the patch does not fit."""
         tensors, target, own = self.patch.tensors, self.patch.target, self.own
         if target in own:
             return self._check_table(own[target])
@@ -111,9 +111,10 @@ class PatchCheck:
         return shape
 
     def _narrow(self, role: str) -> bool:
-        """Say whether this patches a text model's input layer, and this is an image model.
+        """Say whether this is a text model's patch of an image model's input layer.
 
-        In both the first channels are the noisy latents; what an image model has more follows.
+        The first input channels of both are the noisy latents; an image model's mask and image
+        channels come after them.
         """
         if self.patch.target != PATCH_EMBEDDING or role not in self.patch.tensors:
             return False

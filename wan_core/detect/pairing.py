@@ -1,8 +1,8 @@
 """Whether files belong together: experts, VAE, text encoder, image encoder, LoRA.
 
-Every check compares numbers from headers and names both files and both numbers. High- and
-low-noise experts have the same structure: the socket a file was put in decides, and hints
-(metadata, GGUF name, file name as whole words) only warn.
+Every check compares numbers from headers and names both files and both numbers. The high- and the
+low-noise expert have the same structure, so the field that a file was given for decides its role.
+Hints (whole words of the metadata or the file's name) only lead to warnings.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _WORDS: Final[Mapping[str, Role]] = {
     "low": "low",
     "lownoise": "low",
 }
-# Words after which "high" or "low" speak of something else.
+# Words that give a "high" or "low" before them another meaning: LowVRAM, low_light, high_res.
 _OTHER: Final = frozenset(
     {"vram", "light", "res", "step", "steps", "denoise", "rank", "mem", "ram", "quality"}
 )
@@ -120,10 +120,10 @@ def check_lora(transformer: TransformerShape, lora: IdentifiedFile, transformer_
 
 
 def role_hint(name: str, metadata: Mapping[str, str] | None = None) -> tuple[Role, str] | None:
-    """Guess from metadata, then from the file's name, which expert a file is, and say from what.
+    """Guess from metadata, then from the file's name, which expert a file is.
 
-    Only whole words count and only one answer at a time: ``LowVRAM``, ``low_light`` and a name
-    with both words say nothing. Returns None when there is no hint.
+    Returns the role and where the hint was found, or None without a hint. Only whole words count:
+    ``LowVRAM`` and ``low_light`` are no hints, and neither is a name that holds both words.
     """
     for key in _HINT_KEYS:
         role = _role_of((metadata or {}).get(key, ""))

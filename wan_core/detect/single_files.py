@@ -1,4 +1,4 @@
-"""A model given as single files: each file's role, and whether the files belong together."""
+"""A model given as single files: the role of each, and whether they belong together."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from .variant_choice import Choice, choose_variant
 
 
 def from_part(part: IdentifiedFile, path: Path) -> ModelArchitecture:
-    """Describe a model of which only the transformer is given."""
+    """Return the architecture of a model of which only the transformer is given."""
     require_kind(part, "transformer", path)
     assert part.transformer is not None
     choice = choose_variant(part, part.transformer, None)
@@ -37,7 +37,7 @@ def from_part(part: IdentifiedFile, path: Path) -> ModelArchitecture:
 
 
 def _one_transformer(choice: Choice, part: IdentifiedFile) -> tuple[str, ...]:
-    """Return the warnings that belong to a transformer file without its pair."""
+    """Return warnings for a transformer without a second one that may be half of a pair."""
     hint = role_hint(part.table.path.name, part.table.metadata)
     guess = f" It is probably the {hint[0]}-noise one, from {hint[1]}." if hint else ""
     if choice.variant.experts == 2:
@@ -53,11 +53,11 @@ def _one_transformer(choice: Choice, part: IdentifiedFile) -> tuple[str, ...]:
 def from_files(
     files: WanModelFiles, inspect: Callable[[str | Path], IdentifiedFile]
 ) -> ModelArchitecture:
-    """Detect and pair the files of a pipeline named one by one.
+    """Detect a model whose files are named one by one.
 
-    ``inspect`` reads one file (``detect.inspect_file``). The field a file stands in decides its
-    role. Raises what ``inspect`` raises, ModelMismatch for files that do not belong together, and
-    UnsupportedModel for a file of the wrong kind.
+    ``inspect`` reads one file (``detector.inspect_file``). The field that a file was given for
+    decides its role. Raises what ``inspect`` raises, ModelMismatch for files that do not belong
+    together, and UnsupportedModel for a file of the wrong kind.
     """
     parts: dict[str, IdentifiedFile] = {}
     components: dict[str, Component] = {}
@@ -95,7 +95,7 @@ def from_files(
 
 
 def _tokenizer_of(text_encoder: str | Path | None, part: IdentifiedFile | None) -> Path | None:
-    """Return where a text encoder's tokenizer is: inside its file, or in the folder beside it."""
+    """Return where a text encoder's tokenizer is: in its own file, or in a folder beside it."""
     if text_encoder is None or part is None:
         return None
     path = Path(text_encoder)
@@ -108,7 +108,7 @@ def _tokenizer_of(text_encoder: str | Path | None, part: IdentifiedFile | None) 
 def _check_companions(
     root: Path, parts: Mapping[str, IdentifiedFile], main: TransformerShape
 ) -> VaeShape | None:
-    """Check VAE and encoders, as far as they are given, against the transformer."""
+    """Check the VAE and the encoders that are given against the transformer."""
     vae = parts.get("vae")
     text, image = parts.get("text_encoder"), parts.get("image_encoder")
     if vae is not None and vae.vae is not None:
@@ -126,7 +126,7 @@ def _check_companions(
 
 
 def _role_warnings(high: IdentifiedFile, low: IdentifiedFile) -> list[str]:
-    """Warn where a hint contradicts the place a file was put in."""
+    """Return a warning for each file whose name or metadata contradicts the role it was given."""
     out = []
     for part, role in ((high, "high"), (low, "low")):
         hint = role_hint(part.table.path.name, part.table.metadata)

@@ -1,7 +1,7 @@
-"""Names for files that are no part of Wan, and for LoRAs, from their tensor names alone.
+"""What a file that is not part of a Wan model is, and what a LoRA is for, from tensor names alone.
 
-Used only for messages: a user who picked the wrong file is told what it is. The marks are the
-names that ComfyUI's ``model_detection.py`` and the models' own code use.
+Used only for messages: a user who picked the wrong file is told what it is. The tensor names are
+those that ComfyUI's ``model_detection.py`` and the models' own code use.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Final
 from ..files import some_of
 from ..formats import TensorInfo, TensorTable
 
-# (what it is, texts that must all occur in its tensor names). First match decides.
+# (what it is, texts that must all occur in its tensor names). The first match decides.
 _FOREIGN: Final = (
     ("a VACE module without its base model", ("vace_blocks.0.", "vace_patch_embedding")),
     (
@@ -61,7 +61,7 @@ _LORA_ENDS: Final = (
 _DOWN_ENDS: Final = tuple(
     f".{end}.weight" for end in ("lora_A", "lora_down", "lora_A.default", "lora.down")
 )
-# A projection whose input width is the model's width, in every Wan LoRA style.
+# Projections whose input width is the model's width, as every style of Wan LoRA names them.
 _WAN_LORA: Final = re.compile(
     r"blocks[._]\d+[._](?:self_attn[._][qkvo]|cross_attn[._][qo]|attn1[._]to_[qkv]|attn2[._]to_q"
     r"|ffn[._](?:0|net[._]0[._]proj))(?:[._]|$)"
@@ -80,7 +80,7 @@ def is_lora(names: Iterable[str]) -> bool:
 
 
 def lora_width(names: Mapping[str, TensorInfo]) -> int | None:
-    """Return the width of the Wan model a LoRA is made for; None when it is not one for Wan."""
+    """Return the width of the Wan model that a LoRA is made for; None if it is not for Wan."""
     for name, info in names.items():
         if name.endswith(_DOWN_ENDS) and len(info.shape) >= 2 and _WAN_LORA.search(name):
             return info.shape[1]
@@ -100,7 +100,7 @@ def lora_title(names: Mapping[str, TensorInfo]) -> str:
 
 
 def unsupported_title(table: TensorTable) -> str:
-    """Return what a file that is no part of Wan is, in words."""
+    """Return in words what a file is that is not part of a Wan model."""
     text = "\n".join(table.tensors)
     for title, marks in _FOREIGN:
         if all(mark in text for mark in marks):

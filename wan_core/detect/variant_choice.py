@@ -1,8 +1,8 @@
-"""Which published variant a structure is: a decision on numbers alone, with its reason.
+"""Which published variant a transformer is: decided by its numbers alone, with the reason.
 
-Structure leaves some questions open (Wan 2.1 T2V-14B or one expert of 2.2; the 480P or the 720P
-image model): all answers are named, and the caller's knowledge of how many experts there are
-narrows them. Any size is taken; only the family must be certain.
+Numbers leave some questions open: Wan 2.1 T2V-14B has the structure of one expert of Wan 2.2
+T2V-A14B. All variants that fit are named, and a caller who knows how many experts there are narrows
+them down. Any size is accepted; only the family must be certain.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from .identified import IdentifiedFile
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """The chosen variant, everything else it could be, and why."""
+    """The chosen variant, the names of all that fit (the chosen one first), and the reason."""
 
     variant: Variant
     candidates: tuple[str, ...]
@@ -28,14 +28,14 @@ class Choice:
 def choose_variant(part: IdentifiedFile, shape: TransformerShape, experts: int | None) -> Choice:
     """Choose among the variants of a transformer's family.
 
-    ``shape`` holds its numbers as the config corrected them; ``experts`` is 1 or 2 where the whole
-    model is known, None for a single file. Raises UnsupportedModel, naming what the file is, when
-    the family has no variant in the table.
+    ``shape`` holds its numbers, with the heads that its config states; ``experts`` is 1 or 2 where
+    the whole model is known, None for a single file. Raises UnsupportedModel, naming what the file
+    is, when the table has no variant of its family.
     """
     names = _names(part.family, shape)
     pool = [VARIANTS[name] for name in names]
     if experts is not None:
-        # A model of one expert is never one of 2.2's pairs, unless the family has nothing else.
+        # A complete model with one expert is not a Wan 2.2 pair, unless its family has only pairs.
         pool = [v for v in pool if v.experts == experts] or pool
     if not pool:
         raise UnsupportedModel(
@@ -57,20 +57,20 @@ def choose_variant(part: IdentifiedFile, shape: TransformerShape, experts: int |
 
 
 def _same_size(published: TransformerShape, found: TransformerShape) -> bool:
-    # Heads are not in every layout, and where they are they follow the width.
+    # Heads are not compared: not every layout states them, and the width decides them.
     plain = replace(found, heads=published.heads, head_dim=published.head_dim, heads_known=True)
     return found.dim == published.dim and plain == published
 
 
 def _nearest(pool: list[Variant], shape: TransformerShape) -> list[Variant]:
-    """Return the variants nearest in width; the first named decides between equals."""
+    """Return the variants nearest in width, in the order of ``pool``."""
     best = min(abs(v.transformer.dim - shape.dim) for v in pool)
     near = [v for v in pool if abs(v.transformer.dim - shape.dim) == best]
     return near
 
 
 def _names(family: str, shape: TransformerShape) -> tuple[str, ...]:
-    """Return the names of a family's variants, the one to prefer first."""
+    """Return the names of a family's variants, the preferred one first."""
     demo = f"wanfit-demo-{family}"
     if demo in VARIANTS and _same_size(VARIANTS[demo].transformer, shape):
         return (demo,)  # known only by its exact numbers, never as the nearest size
@@ -82,7 +82,8 @@ def _names(family: str, shape: TransformerShape) -> tuple[str, ...]:
     if family == "i2v":
         if not images:
             return ("wan2.2-i2v-a14b",)
-        # A custom size is the main model; Fun InP only where the numbers are exactly its own.
+        # Fun InP is taken only where the numbers are exactly its own; any other size counts as the
+        # official image-to-video model.
         small = VARIANTS["wan2.1-fun-inp-1.3b"]
         exact = _same_size(small.transformer, shape)
         return ("wan2.1-fun-inp-1.3b",) if exact else ("wan2.1-i2v-14b",)

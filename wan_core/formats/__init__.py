@@ -1,9 +1,9 @@
-"""Model files read as tensor tables: what is in them, where it lies and how it is stored.
+"""Model files read as tensor tables: which tensors they hold, at which bytes, in which dtype.
 
 In: a path (.safetensors, .gguf, a torch .pth or .bin zip file, a sharded index, a folder). Out: a
-``TensorTable``, and the kind of its weights (fp8, int8, GGUF types). Bounded in memory and time
-whatever the file says; nothing in a file is run. Imports the ground floor and the standard
-library only.
+``TensorTable``, and how its weights are stored (full precision, fp8, GGUF types). Memory and time
+are bounded whatever a file claims, and nothing in a file is executed. Imports the standard library
+and the ground floor (``errors``, ``config``, ``files``) only.
 """
 
 from __future__ import annotations

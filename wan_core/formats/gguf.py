@@ -1,7 +1,8 @@
 """Tensor tables of GGUF files, read with bounds. Standard library only.
 
-The public ``gguf`` reader trusts counts and lengths in the file and can hang on 49 bytes; this one
-checks each of them against the file's size first and skips long arrays instead of keeping them.
+The reader of the ``gguf`` package trusts the counts and lengths in a file: 49 crafted bytes can
+make it hang. This one first checks each of them against the file's size, and skips long arrays (the
+vocabulary of a text encoder) instead of keeping them.
 Format: github.com/ggml-org/ggml, docs/gguf.md. Block sizes: ggml-common.h.
 """
 
@@ -23,7 +24,7 @@ MAX_ARRAY: Final = 4_000_000
 MAX_TEXT: Final = 2**20
 MAX_HEADER_BYTES: Final = 64 * 2**20
 KEEP_ARRAY: Final = 16
-"""Longer arrays are skipped: only shapes and names are of use here."""
+"""Arrays with more elements are skipped: of arrays, only tensor shapes are needed here."""
 MAX_DIMS: Final = 8
 
 # number: (name, elements per block, bytes per block)
@@ -50,7 +51,7 @@ _SHAPE_KEY: Final = "comfy.gguf.orig_shape."
 
 
 class _Reader:
-    """Reads forward through the header in chunks; every request is checked against what is left."""
+    """Reads the header forward in chunks; checks each read against the bytes that are left."""
 
     def __init__(self, file: BinaryIO, path: Path, size: int) -> None:
         self._file, self._path = file, path
@@ -103,8 +104,9 @@ class _Reader:
         return self.take(length).decode("utf-8", "replace")
 
     def skip_texts(self, count: int) -> None:
-        """Skip an array of texts; umT5's vocabulary has 256,384, so this loop must be quick."""
+        """Skip an array of texts; works on the buffer directly to be fast (umT5 has 256,384)."""
         for _ in range(count):
+            # The length may straddle the end of the buffer: refill, then step back to it.
             if self._at + 8 > len(self._buffer):
                 self.take(8)
                 self._at -= 8
@@ -121,7 +123,8 @@ class _Reader:
 def parse_gguf(file: BinaryIO, path: Path, size: int) -> TensorTable:
     """Read the header of an open GGUF file of ``size`` bytes; raises CorruptFile.
 
-    Shapes come in torch's order, 5-D shapes restored from ``comfy.gguf.orig_shape.*``.
+    Shapes are in torch's order. GGUF holds at most four dimensions, so the 5-D shape of a
+    convolution is restored from the metadata ``comfy.gguf.orig_shape.*``.
     """
     reader = _Reader(file, path, size)
     reader.skip(4)
@@ -137,6 +140,7 @@ def parse_gguf(file: BinaryIO, path: Path, size: int) -> TensorTable:
     metadata, shapes, alignment = _read_metadata(reader, key_count)
     raw = [_read_info(reader) for _ in range(tensor_count)]
     header_bytes = reader.position
+    # Offsets of tensors count from the end of the header, rounded up to the alignment.
     base = -(-header_bytes // alignment) * alignment
     tensors = _place(reader, raw, shapes, base, alignment, path)
     return TensorTable(path, (path,), tensors, metadata, "gguf", header_bytes)
@@ -202,6 +206,7 @@ def _read_info(reader: _Reader) -> tuple[str, tuple[int, ...], int, int]:
         raise reader.fail(f"tensor {name!r} has {dims:,} dimensions ({MAX_DIMS} are allowed)")
     sizes = [reader.number("<Q") for _ in range(dims)]
     kind, offset = reader.number("<I"), reader.number("<Q")
+    # GGUF lists the fastest-changing dimension first, torch lists it last.
     return name, tuple(reversed(sizes)), kind, offset
 
 
@@ -213,7 +218,7 @@ def _place(
     alignment: int,
     path: Path,
 ) -> dict[str, TensorInfo]:
-    """Turn the entries into TensorInfos, each within the file and none over another."""
+    """Turn the entries into TensorInfos; requires that each lies in the file and none overlap."""
     tensors: dict[str, TensorInfo] = {}
     for name, shape, kind, offset in raw:
         if name in tensors:

@@ -1,8 +1,8 @@
-"""Which weights a component folder holds, and tensor tables of sharded indexes.
+"""Which weights a component folder holds, and the tensor tables of sharded checkpoints.
 
-An index is believed only where it agrees with the header of every shard it names: each tensor in
-exactly the shard the index says, no shard missing, no shard name that is more than a plain file
-name. Standard library only.
+An index is accepted only if it agrees with the header of every shard it names: each tensor is in
+exactly the shard that the index says, no shard is missing, and every shard's name is a plain file
+name without a folder. Standard library only.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ def find_weights(folder: str | os.PathLike[str]) -> Path:
     """Return the file or index of weights that a component folder holds.
 
     Knows the names of diffusers and transformers, with or without a variant tag
-    (``*.fp16.safetensors``). Raises MissingFile when there is none, UnsafeFile when there are
-    only pickles, CorruptFile when there are shards without their index.
+    (``*.fp16.safetensors``). Raises MissingFile when there are no weights or several sets of them,
+    UnsafeFile when there are only pickles, CorruptFile when there are shards without their index.
     """
     root = Path(folder)
     names = sorted(listing(root))
@@ -166,7 +166,8 @@ def _check_shard(
 
 
 def _extra_shards(path: Path, shards: Mapping[str, Path]) -> tuple[str, ...]:
-    # a-00001-of-00003.safetensors -> a-?????-of-?????.safetensors: one set of shards per shape.
+    # Names that differ only in their shard numbers (a-00001-of-00003.safetensors) are one set: a
+    # file of this set that the index does not use is left over from another download.
     patterns = {_SHARD.sub("#", name) for name in shards}
     extra = [
         n for n in listing(path.parent)
@@ -182,7 +183,7 @@ def _all_texts(weight_map: Mapping[str, Any]) -> bool:
 
 
 def listing(folder: Path) -> list[str]:
-    """Return the names in a folder; MissingFile when it cannot be listed."""
+    """Return the names in a folder; raises MissingFile when it cannot be listed."""
     try:
         return os.listdir(folder)
     except OSError as err:

@@ -1,4 +1,4 @@
-"""Which format one open file has, told by its content and held against its suffix."""
+"""Which format one open file has: by its first bytes, which must agree with its suffix."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def read_file(path: Path) -> TensorTable:
 def parse_table(file: BinaryIO, path: Path, size: int) -> TensorTable:
     """Read the tensor table of one open file of ``size`` bytes; ``path`` is for messages.
 
-    The suffix says which format is expected, the content whether it is that. Raises as
-    ``read_table`` does.
+    The suffix says which format is expected; the first bytes say whether the file has it. Raises
+    as ``read_table`` does.
     """
     start = file.read(512)
     suffix = path.suffix.lower()
@@ -43,8 +43,9 @@ def parse_table(file: BinaryIO, path: Path, size: int) -> TensorTable:
 
 
 def _refuse_other_formats(start: bytes, path: Path, size: int) -> None:
-    """Raise a named error when the first bytes, or the suffix, are not safetensors'."""
-    # A header length can look like another format's magic: 640 is a pickle's 80 02.
+    """Raise an error that names the format when the first bytes, or the suffix, show another."""
+    # A safetensors file begins with its header's length, which can look like the magic number of
+    # another format: 640 is 80 02, the start of a pickle. The zeros and brace after it decide.
     kind = None if start[3:9] == b"\0\0\0\0\0{" else kind_of(start)
     named = path.suffix.lower() in PICKLE_SUFFIXES
     if kind == "a pickle" or (kind == "a zip archive" and b"data.pkl" in start):

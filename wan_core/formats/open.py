@@ -16,9 +16,10 @@ from .table import TensorInfo, TensorTable
 def read_table(path: str | os.PathLike[str]) -> TensorTable:
     """Read the tensor table of a .safetensors, .gguf or .pth file, an index, or a folder.
 
-    Raises MissingFile, CorruptFile (truncated, inconsistent, something else under this name) or
-    UnsafeFile (a pickle that is more than a list of tensors or was not named itself, a shard name
-    that leaves its folder). No weight is read and nothing in the file is run.
+    Raises MissingFile, CorruptFile (truncated, inconsistent, or another format under this suffix)
+    or UnsafeFile. UnsafeFile means a pickle that holds more than a list of tensors, a pickle that
+    was found in a folder instead of being named by the caller, or a shard name that leads out of
+    its folder. No weight is read and nothing in the file is executed.
     """
     source = Path(path)
     if file_kind(source) == "folder":
@@ -31,7 +32,7 @@ def read_table(path: str | os.PathLike[str]) -> TensorTable:
 def read_small(infos: Sequence[TensorInfo], limit: int = 128) -> list[bytes]:
     """Return the bytes of many small tensors, opening each file once.
 
-    A tensor of more than ``limit`` bytes raises CorruptFile, naming it.
+    Raises CorruptFile, naming the tensor, if one has more than ``limit`` bytes.
     """
     out: dict[str, bytes] = {}
     for path in dict.fromkeys(info.file for info in infos):

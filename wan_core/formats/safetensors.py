@@ -23,6 +23,10 @@ DTYPE_BITS: Final[Mapping[str, int]] = {
 
 
 def parse_safetensors(start: bytes, file: BinaryIO, path: Path, size: int) -> TensorTable:
+    """Read the header of an open file of ``size`` bytes that begins with ``start``.
+
+    Raises CorruptFile unless the header is valid and its tensors fill the file exactly.
+    """
     if size < 10:
         raise CorruptFile(
             f"{quoted(path)} is {size} bytes long; a safetensors file has at least 10. {AGAIN}"
@@ -90,7 +94,7 @@ def _entry(name: str, entry: Any, base: int, path: Path) -> TensorInfo:
 
 
 def _naturals(value: Any) -> TypeGuard[list[int]]:
-    # type() and not isinstance(): True is an int, and 1.0 no size.
+    # type() and not isinstance(): True is an instance of int but not a size.
     if type(value) is not list or len(value) > MAX_DIMS:
         return False
     return all(type(item) is int and 0 <= item < 2**48 for item in value)

@@ -1,4 +1,4 @@
-"""Small JSON objects, bounded before they are parsed; and what a file is that holds no JSON."""
+"""Small JSON objects, bounded before they are parsed; names what a file that is no JSON is."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .table import AGAIN, MAX_HEADER_BYTES, MAX_TENSORS
 
 
 def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Read a small JSON object from a file of at most 16 MiB; CorruptFile when it is none."""
+    """Read a JSON object from a file of at most 16 MiB; raises CorruptFile if it is not one."""
     source = Path(path)
     with open_regular(source) as (file, size):
         if size > MAX_HEADER_BYTES:
@@ -24,7 +24,11 @@ def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def load_json(data: bytes, path: Path, what: str) -> dict[str, Any]:
-    # Parsed JSON takes up to 30 times its text: bound what it can hold before it is parsed.
+    """Parse a JSON object; ``path`` and ``what`` ("header", "content") are for messages.
+
+    Raises CorruptFile for anything else, for a key that occurs twice and for NaN or infinity.
+    """
+    # Parsed JSON takes up to 30 times the memory of its text, so count the values first.
     if data.count(b",") > 16 * MAX_TENSORS or data.count(b"[") + data.count(b"{") > 4 * MAX_TENSORS:
         raise CorruptFile(f"The {what} of {quoted(path)} lists far too many values. {AGAIN}")
     try:
@@ -63,6 +67,7 @@ _KINDS: Final = (
 
 
 def kind_of(start: bytes) -> str | None:
+    """Say in words what a file with these first bytes is, or None if they are not known."""
     head = start.lstrip().lower()
     if start and not any(start):
         return "a file of zeros"

@@ -1,8 +1,8 @@
-"""Tensor tables: names, dtypes, shapes and places of the tensors in a model file.
+"""Tensor tables: names, dtypes, shapes and byte offsets of the tensors in a model file.
 
-Every reader in this package makes one of these. They read headers, never weights, with the standard
-library only. Every length in a file is checked against our own limits before anything is
-allocated, so memory and time are bounded whatever the file says.
+Every reader in this package makes one of these from a file's header, without reading weights and
+with the standard library only. Every length that a file claims is checked against the limits below
+before anything is allocated, so memory and time are bounded whatever the file says.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class TensorTable:
     header_bytes: int = 0
     """Bytes of header read to make this table."""
     notes: tuple[str, ...] = ()
-    """What is odd but harmless, in words."""
+    """Sentences about what is odd in the file but harmless."""
 
     @property
     def nbytes(self) -> int:

@@ -1,9 +1,10 @@
 """Tensor tables of PyTorch zip checkpoints (.pth, .pt, .bin, .ckpt), read without unpickling.
 
-The pickle inside only lists tensors; this walks its opcodes (``pickletools.genops`` parses, it
-runs nothing) with a machine that knows the few names a list of tensors needs and refuses every
-other. The weights themselves lie uncompressed in the archive and are read by offset like those of
-safetensors. Format: ``torch/serialization.py``, ``torch/_utils.py``; zip: PKWARE APPNOTE.
+Such a file is a zip archive: a pickle that lists the tensors, and their bytes, uncompressed. The
+pickle's opcodes are parsed by ``pickletools.genops``, which executes nothing, and interpreted by a
+small machine that knows only the few names that a list of tensors needs and refuses every other
+one. The weights are then read by their offset in the archive, like those of safetensors. Format:
+``torch/serialization.py``, ``torch/_utils.py``; zip: PKWARE APPNOTE.
 """
 
 from __future__ import annotations
@@ -34,14 +35,14 @@ _DTYPES: Final = {
     "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2",
 }  # fmt: skip
 MAX_STEPS: Final = 400_000
-"""Opcodes of one pickle; a list of 2,000 tensors takes about 60,000."""
+"""Most opcodes of one pickle; a list of 2,000 tensors takes about 60,000."""
 _NESTS: Final = ("state_dict", "model", "module", "params")
 _SAVE_AS: Final = "Use a .safetensors or .gguf version of this model."
 
 
 @dataclass(frozen=True, slots=True)
 class _Name:
-    """A global of the pickle that is known and harmless; never the object itself."""
+    """Stands for a known, harmless global of the pickle; the object itself is never imported."""
 
     module: str
     name: str
@@ -74,8 +75,8 @@ _KNOWN: Final = frozenset(
 def parse_pickle(file: BinaryIO, path: Path, size: int) -> TensorTable:
     """Read the tensor table of an open torch zip checkpoint of ``size`` bytes.
 
-    Raises UnsafeFile for a pickle that names anything but tensors, and for the old format without
-    a zip around it; CorruptFile for a damaged or truncated file. Nothing in the file is run.
+    Raises UnsafeFile for a pickle that names anything but tensors and for a TorchScript program,
+    CorruptFile for a damaged or truncated file. Nothing in the file is executed.
     """
     _check_directory(file, path, size)
     try:
@@ -101,7 +102,11 @@ def parse_pickle(file: BinaryIO, path: Path, size: int) -> TensorTable:
 
 
 def _check_directory(file: BinaryIO, path: Path, size: int) -> None:
-    """Bound the zip's directory before the zip reader allocates it."""
+    """Bound the size of the zip's directory, because ``zipfile`` reads it into memory at once.
+
+    The "end of central directory" record (PK 05 06) states it, at the end of the archive before a
+    comment of at most 65,535 bytes. Large archives state it in the zip64 record (PK 06 06) instead.
+    """
     file.seek(max(0, size - 66_000))
     tail = file.read(66_000)
     at = tail.rfind(b"PK\x05\x06")
@@ -118,7 +123,7 @@ def _check_directory(file: BinaryIO, path: Path, size: int) -> None:
 
 
 def _named_tensors(value: Any, path: Path) -> tuple[dict[str, _Tensor], tuple[str, ...]]:
-    """Return the tensors of a dict from name to tensor, one level down where that is usual."""
+    """Return the tensors by name, also where the dict is nested under a usual key, and notes."""
     for nest in _NESTS:
         if isinstance(value, dict) and isinstance(value.get(nest), dict):
             value = value[nest]
@@ -175,6 +180,7 @@ class _Places:
             head = self._file.read(30)
             if len(head) < 30 or head[:4] != b"PK\x03\x04":
                 raise self._fail(f"storage {key[:40]!r} does not begin where the directory says")
+            # The local header repeats the name and may have other extra fields than the directory.
             name, extra = struct.unpack_from("<HH", head, 26)
             start = member.header_offset + 30 + name + extra
             if start + member.file_size > self._size:
@@ -187,7 +193,7 @@ class _Places:
 
 
 def _contiguous(shape: Sequence[int], stride: Sequence[int]) -> tuple[int, ...]:
-    """Return the strides of a tensor stored in one piece; those of single sizes do not count."""
+    """Return the strides of a contiguous tensor; axes of size 1 keep the stride they have."""
     out, step = list(stride), 1
     for axis in reversed(range(min(len(shape), len(out)))):
         if shape[axis] != 1:
@@ -197,7 +203,7 @@ def _contiguous(shape: Sequence[int], stride: Sequence[int]) -> tuple[int, ...]:
 
 
 def _run(program: bytes, path: Path) -> Any:
-    """Walk the opcodes of a pickle and return what it would make, with stand-ins for tensors."""
+    """Interpret a pickle's opcodes; return the object it describes, with stand-ins for tensors."""
     machine = _Machine(path)
     try:
         for count, (opcode, argument, _) in enumerate(genops(program)):
@@ -222,7 +228,7 @@ def _run(program: bytes, path: Path) -> Any:
 
 
 class _Machine:
-    """A pickle machine without imports or calls: names and calls it does not know are refused."""
+    """A pickle interpreter that imports and calls nothing, and refuses every unknown name."""
 
     def __init__(self, path: Path) -> None:
         self.stack: list[Any] = []
@@ -296,7 +302,7 @@ class _Machine:
 
     def _fill(self, items: list[Any]) -> None:
         table = self.stack[-1]
-        # Only plain keys: the hash of a deeply nested tuple would overflow the C stack.
+        # Only texts and integers as keys: hashing a deeply nested tuple would overflow the C stack.
         if not isinstance(table, dict) or any(type(key) not in (str, int) for key in items[::2]):
             raise TypeError("an item is set with an odd key, or on something that is no dict")
         table.update(zip(items[::2], items[1::2], strict=True))
@@ -306,7 +312,7 @@ class _Machine:
             name, module = self.stack.pop(), self.stack.pop()
         else:
             module, name = str(argument).split(" ", 1)
-        # Checked to be text before it is hashed, for the reason given at _fill.
+        # Both must be text before the lookup hashes them, for the reason given in _fill.
         if type(module) is not str or type(name) is not str:
             raise TypeError("a name is no text")
         if (module, name) not in _KNOWN:
@@ -320,7 +326,7 @@ class _Machine:
         self.stack.append(_Storage(_STORAGES[storage.name], key))
 
     def build(self, _: Any) -> None:
-        # The state of an OrderedDict is torch's note of module versions: of no use here.
+        # The state of an OrderedDict is torch's record of module versions, which is not needed.
         self.stack.pop()
 
     def reduce(self, _: Any) -> None:

@@ -32,28 +32,30 @@ GGUF_TYPES: Final = frozenset(
 )  # fmt: skip
 """GGUF tensor types that diffusers 0.42 can dequantise (``quantizers/gguf/utils.py``)."""
 MAX_NOTES: Final = 2048
-"""``comfy_quant`` notes that are read, of at most 512 bytes each; in truth some 30."""
+"""Most ``comfy_quant`` notes that are read. Each may have 512 bytes; real ones have about 30."""
 _SCALED_FORMATS: Final = frozenset({"float8_e4m3fn", "float8_e5m2"})
 
 
 @dataclass(frozen=True, slots=True)
 class WeightKind:
-    """How weights are stored; ``why_not`` says why they cannot be loaded, empty when they can."""
+    """How weights are stored; ``why_not`` says why they cannot be loaded, or is empty."""
 
     name: str
     why_not: str = ""
     detail: str = ""
     packed: bool = False
-    """True: shapes of weights in the file are not those of the model."""
+    """True: several values share a byte, so the stored shapes are not those of the model."""
     warnings: tuple[str, ...] = ()
 
 
 def read_weight_kind(table: TensorTable, own: Mapping[str, TensorInfo]) -> WeightKind:
     """Return how the tensors ``own`` (names without prefix) of ``table`` are stored.
 
-    Raises UnsupportedModel or CorruptFile for a weight whose dtype no weight can have, and for
-    scaled fp8 without any scale. Reads at most 1 MiB of ``comfy_quant`` notes.
+    Raises UnsupportedModel for a weight of a dtype that no weight can have, CorruptFile for a file
+    marked as scaled fp8 that holds no scale. Reads at most 1 MiB of ``comfy_quant`` notes.
     """
+    # What a file declares comes first, then companion tensors, and dtypes alone come last: packed
+    # weights look like plain U8 or I8 tensors.
     if table.format == "gguf":
         return _gguf_kind(own)
     formats = _declared_formats(table, own)
@@ -112,7 +114,7 @@ def _has_scale(own: Mapping[str, Any], stem: str) -> bool:
 
 
 def _declared_formats(table: TensorTable, own: Mapping[str, TensorInfo]) -> set[str]:
-    """Return the formats that metadata and ``comfy_quant`` notes give to layers."""
+    """Return the formats that the metadata and the ``comfy_quant`` notes state for layers."""
     formats: set[str] = set()
     text = table.metadata.get("_quantization_metadata")
     if text:
@@ -135,7 +137,7 @@ def _json_object(data: str | bytes) -> dict[str, Any]:
 
 
 def _packed_kind(own: Mapping[str, TensorInfo]) -> str | None:
-    """Recognise packed kinds that carry no note, by their companion tensors."""
+    """Recognise packed formats without a ``comfy_quant`` note by their companion tensors."""
     for name, info in own.items():
         if name.endswith((".absmax", ".quant_state.bitsandbytes__nf4")):
             return "bitsandbytes nf4"

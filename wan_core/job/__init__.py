@@ -1,8 +1,8 @@
-"""A job with nothing left open: defaults filled in, every input checked, before anything runs.
+"""From a GenerationConfig to a Request: defaults filled in and every field checked before loading.
 
-In: a ``GenerationConfig`` and a ``ModelArchitecture``. Out: a ``Request`` and the arithmetic that
-the loop follows (windows, steps, prompt parts, noise). Imports ``models`` and what it stands on;
-torch and diffusers only inside the functions that make noise and schedulers.
+In: a ``GenerationConfig`` and a ``ModelArchitecture``. Out: a ``Request``, and the arithmetic that
+the denoising loop follows (windows, steps, prompt parts, noise). Imports ``models`` and the
+packages below it; torch and diffusers only inside the functions that make noise and schedulers.
 """
 
 from __future__ import annotations

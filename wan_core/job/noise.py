@@ -1,9 +1,9 @@
-"""The noise a clip begins with, drawn on the CPU so that it is the same for every device.
+"""The noise that a clip starts from, drawn on the CPU so that it is the same for every device.
 
-``clip`` is one draw for the whole clip, as diffusers' pipelines make it. ``frame`` draws every
-latent frame by its absolute index, so that a longer clip begins with the noise of a shorter one.
-``freenoise`` repeats the noise of the first window in another order, which keeps distant windows
-alike (FreeNoise, Qiu et al. 2023, arXiv 2310.15169, section 3.2).
+``clip`` is one draw for the whole clip, as in diffusers' pipelines. ``frame`` seeds every latent
+frame by its absolute index, so that a longer clip begins with the noise of a shorter one.
+``freenoise`` repeats the first window's noise in shuffled order, which keeps distant windows
+similar (FreeNoise, Qiu et al. 2023, arXiv 2310.15169, section 3.2).
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ Shape = tuple[int, int, int, int, int]
 def draw_noise(name: str, shape: Shape, seed: int, windows: WindowPlan | None = None) -> Tensor:
     """Draw float32 noise (B, C, T, h, w) on the CPU, standard normal in every frame.
 
-    ``name`` is one of ``NOISES``; ``windows`` says how long a window is and how far it moves,
-    which only ``freenoise`` looks at (without windows it is ``clip``).
+    ``name`` is one of ``NOISES``. ``windows`` gives the length and the stride of the windows, which
+    only ``freenoise`` uses; without windows it is the same as ``clip``.
     """
     import torch
 
@@ -46,7 +46,8 @@ def _by_frame(shape: Shape, seed: int) -> Tensor:
     generator = torch.Generator("cpu")
     for sample in range(batch):
         for frame in range(frames):
-            # A hash, not seed + index: neighbouring seeds would share all frames but one.
+            # Seeded by a hash, because with seed + index neighbouring seeds would share their
+            # frames, moved by one.
             text = f"wanfit noise {seed} {sample} {frame}".encode()
             generator.manual_seed(int.from_bytes(hashlib.sha256(text).digest()[:8], "little"))
             noise[sample, :, frame] = torch.randn((channels, height, width), generator=generator)
@@ -54,7 +55,7 @@ def _by_frame(shape: Shape, seed: int) -> Tensor:
 
 
 def _repeated(shape: Shape, windows: WindowPlan, generator: Generator) -> Tensor:
-    """The first window is drawn; every stride after it takes the frames a window back, shuffled."""
+    """Draw the first window; fill each stride after it with frames one window back, shuffled."""
     import torch
 
     batch, channels, frames, height, width = shape
@@ -63,7 +64,7 @@ def _repeated(shape: Shape, windows: WindowPlan, generator: Generator) -> Tensor
     first = (batch, channels, length, height, width)
     noise[:, :, :length] = torch.randn(first, generator=generator, dtype=torch.float32)
     for start in range(length, frames, stride):
-        # Whole strides are shuffled and then cut, so that a longer clip begins the same.
+        # A whole stride is shuffled and then cut, so that a longer clip begins with the same noise.
         order = start - length + torch.randperm(stride, generator=generator)
         wanted = min(stride, frames - start)
         noise[:, :, start : start + wanted] = noise[:, :, order[:wanted]]

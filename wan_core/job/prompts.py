@@ -1,4 +1,4 @@
-"""A text per part of a clip: lines with frame counts -> which text belongs to which frame."""
+"""A text for each part of a clip: lines with frame counts -> the text of every frame."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ _LINE = re.compile(r"\s*(\d{1,7})\s*:\s*(.*)")
 
 @dataclass(frozen=True, slots=True)
 class PromptPart:
-    """A text and the first video frame of the clip it belongs to; it lasts until the next part."""
+    """A text and the video frame from which it holds; it lasts until the next part begins."""
 
     start: int
     text: str
 
 
 def parse_prompts(text: str) -> tuple[PromptPart, ...]:
-    """Read lines ``frames: text``, in the clip's order; blank lines are passed over.
+    """Read lines ``frames: text`` in the order of the clip; blank lines are skipped.
 
-    ``81: a red fox runs`` lasts for 81 frames. The last part lasts until the clip ends, so its
-    count may be left out. Raises InvalidRequest, naming the line.
+    ``81: a red fox runs`` lasts for 81 video frames. The last part lasts until the clip ends, so
+    its count may be left out. Raises InvalidRequest, naming the line.
     """
     lines = [line for line in text.splitlines() if line.strip()]
     if not 1 <= len(lines) <= MAX_PARTS:

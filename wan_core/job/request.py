@@ -1,6 +1,6 @@
-"""A job as asked for -> a job with nothing left open, or one sentence saying what is wrong.
+"""GenerationConfig -> Request: every default filled in, or one sentence that says what is wrong.
 
-Pure: reads the architecture's numbers, no file and no tensor values. Every mistake a person can
+Reads the architecture's numbers, but no file and no tensor's values. Every mistake that a user can
 make in a :class:`GenerationConfig` is found here, before anything is loaded.
 """
 
@@ -32,26 +32,29 @@ from .windows import (
 )
 
 MAX_SIZE = 16384
-"""Pixels a side: rotary positions of Wan's transformer end at 1024 tokens of 16 pixels."""
+"""Most pixels per side: rotary positions of Wan's transformer end at 1024 tokens of 16 pixels."""
 MAX_LATENT_FRAMES = 1024
-"""Latent frames the rotary positions reach; longer clips need windows."""
+"""Most latent frames that the rotary positions cover; longer clips need windows."""
 MAX_SEED = 2**64 - 1
 MODES = ("windows", "continuation")
 PIXEL_FORMATS = ("yuv420p", "yuv422p", "yuv444p", "yuv420p10le", "yuv422p10le", "yuv444p10le")
 AUDIO_RATES = (
     8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000, 64000, 88200, 96000
 )  # fmt: skip
-"""Samples a second that AAC, the sound of an mp4, can have."""
+"""Sample rates in Hz of AAC, the sound of an mp4."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """A job with nothing left open. Frames and sizes are pixels; ``num_frames`` is 4n+1."""
+    """A GenerationConfig with every default filled in and every field checked.
+
+    Sizes are pixels and frames are video frames; ``num_frames`` is 4n+1.
+    """
 
     prompt: str
     negative_prompt: str
     wanted_frames: int
-    """Frames asked for; the first so many of ``num_frames`` are returned."""
+    """Frames that were asked for: the first of the ``num_frames`` that are made."""
     num_frames: int
     width: int
     height: int
@@ -90,7 +93,7 @@ class Request:
 
     @property
     def guided(self) -> bool:
-        """Whether either expert needs the negative prompt."""
+        """Whether either expert uses guidance, and so needs the negative prompt."""
         return self.guidance_scale > 1.0 or self.guidance_scale_2 > 1.0
 
 
@@ -126,7 +129,7 @@ def resolve(config: GenerationConfig, architecture: ModelArchitecture) -> Reques
 
 
 def _made_frames(config: GenerationConfig, frames: int, warnings: list[str]) -> int:
-    """Return the 4n+1 frames that are made for those asked for."""
+    """Return how many frames are made for those asked for: the next 4n+1."""
     made = round_up_frames(frames)
     if made != frames:
         warnings.append(
@@ -143,7 +146,7 @@ def _made_frames(config: GenerationConfig, frames: int, warnings: list[str]) -> 
 def _sampling(
     config: GenerationConfig, variant: Variant, width: int, height: int
 ) -> dict[str, Any]:
-    """Check what the loop takes; None becomes the variant's official value."""
+    """Check the fields of the denoising loop; None becomes the variant's official value."""
     official = variant.defaults
     negative = _or(config.negative_prompt, official.negative_prompt)
     steps = _or(config.num_inference_steps, official.num_inference_steps)
@@ -172,7 +175,7 @@ def _sampling(
 
 
 def _windowing(config: GenerationConfig, num_frames: int) -> dict[str, Any]:
-    """Check how a long clip is cut."""
+    """Check the fields that say how a long clip is divided into windows or segments."""
     window = _window(config, num_frames)
     if window is None and latent_frames(num_frames) > MAX_LATENT_FRAMES:
         raise InvalidRequest(
@@ -202,7 +205,7 @@ def _output_fields(config: GenerationConfig) -> dict[str, Any]:
 
 
 def _recipe_warnings(request: Request, architecture: ModelArchitecture) -> Iterator[str]:
-    """Say where the job departs from what a distilled LoRA was trained for."""
+    """Say where the request differs from the settings that a distilled LoRA was trained for."""
     for found in architecture.loras:
         recipe = found.recipe if found.lora.strength else None
         differences = recipe.differences(request) if recipe is not None else []
@@ -218,9 +221,10 @@ def _or(value: Any, default: Any) -> Any:
 
 
 def _second_scale(config: GenerationConfig, variant: Variant) -> float:
-    """Scale of the low-noise expert where none was given.
+    """Return the low-noise expert's guidance scale where none was given.
 
-    The official one when neither was given; else the given one for both, as diffusers does.
+    It is the official one if no scale was given for either expert. If only ``guidance_scale`` was
+    given, it applies to both experts, as in diffusers.
     """
     official = variant.defaults.guidance_scale_2
     if config.guidance_scale is not None or official is None:
@@ -282,7 +286,7 @@ def _size(value: Any, field: str, multiple: int, warnings: list[str]) -> int:
 
 
 def _window(config: GenerationConfig, num_frames: int) -> int | None:
-    """Return the window in frames, or None for the whole clip at once."""
+    """Return the window in video frames, or None to denoise the whole clip at once."""
     if config.max_chunk_size is None:
         chunked = config.force_chunked_processing or config.window_mode == "continuation"
         return min(DEFAULT_WINDOW, num_frames) if chunked else None
@@ -349,9 +353,9 @@ def _prompts(
 
 
 def _segment_notes(parts: tuple[PromptPart, ...]) -> Iterator[str]:
-    """Say which texts begin earlier than asked, as segments begin with whole latent frames.
+    """Say which texts begin earlier than asked, because segments begin with whole latent frames.
 
-    Raises InvalidRequest for a text that would get no latent frame of its own.
+    Raises InvalidRequest for a text too short to get a latent frame of its own.
     """
     for line, (part, later) in enumerate(pairwise(parts), 1):
         begins = video_range(latent_index(later.start)).start

@@ -1,8 +1,8 @@
-"""The steps of a render: diffusers' schedulers made with the right shift, and who works when.
+"""The steps of a render: diffusers' schedulers with the right flow shift, and each expert's steps.
 
-Knows schedulers and timesteps, nothing of models. Flow matching throughout: sigma in [0, 1],
-timestep = 1000 sigma, x_t = (1 - sigma) x_0 + sigma noise (Lipman et al. 2023; the shift is
-sigma' = s sigma / (1 + (s - 1) sigma), Esser et al. 2024, eq. 23).
+Only schedulers and timesteps; no models. All of it is flow matching: sigma in [0, 1], timestep =
+1000 sigma, x_t = (1 - sigma) x_0 + sigma noise (Lipman et al. 2023). The flow shift s maps sigma to
+s sigma / (1 + (s - 1) sigma) (Esser et al. 2024, eq. 23).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 from ..errors import InvalidRequest
 
 SCHEDULERS = ("unipc", "euler", "dpm++2m")
-"""Names a job may ask for; UniPC is what Wan's authors and diffusers use."""
+"""Names that can be asked for; UniPC is what Wan's authors and diffusers use."""
 
 _CLASS_NAMES = {
     "unipc": "UniPCMultistepScheduler",
@@ -26,11 +26,11 @@ _CLASS_NAMES = {
 def make_scheduler(
     name: str, flow_shift: float, saved_config: Mapping[str, Any] | None = None
 ) -> Any:
-    """Make a fresh diffusers scheduler for one run.
+    """Make a new diffusers scheduler for one run.
 
-    ``saved_config`` is the model folder's ``scheduler_config.json``; its settings are kept where
-    it is of the class asked for, only the shift is replaced. Raises InvalidRequest for an
-    unknown name.
+    ``saved_config`` is the model folder's ``scheduler_config.json``. If it is of the class asked
+    for, its settings are kept except for the flow shift and the prediction type; else it is not
+    used. Raises InvalidRequest for an unknown name.
     """
     if name not in _CLASS_NAMES:
         raise InvalidRequest(
@@ -55,12 +55,12 @@ def make_scheduler(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepPlan:
-    """Which steps a run makes and which expert makes them."""
+    """Which steps a run takes, and which expert takes them. Steps count from 0."""
 
     start: int
     end: int
     switch: int
-    """First step of the low-noise expert; equal to ``end`` where there is only one model."""
+    """First step of the low-noise expert; equal to ``end`` where there is only one expert."""
     timesteps: tuple[float, ...]
 
     @property
@@ -70,11 +70,11 @@ class StepPlan:
 
     @property
     def low(self) -> range:
-        """Steps of the low-noise expert; empty with one model."""
+        """Steps of the low-noise expert; empty where there is only one expert."""
         return range(max(self.start, min(self.switch, self.end)), self.end)
 
     def describe(self) -> str:
-        """Say in words which steps each expert makes."""
+        """Say in words which steps each expert takes, counted from 1."""
         if not self.low:
             return f"steps {self.start + 1}-{self.end}"
         if not self.high:
@@ -96,10 +96,11 @@ def plan_steps(
     end_step: int | None = None,
     num_train_timesteps: int = 1000,
 ) -> StepPlan:
-    """Divide the steps between the experts, as diffusers does: high while t >= boundary * 1000.
+    """Divide the steps between the experts as diffusers does.
 
-    ``switch_step`` overrides the boundary. Raises InvalidRequest where the step numbers do not
-    lie within the schedule.
+    The high-noise expert takes the steps while t >= boundary * num_train_timesteps;
+    ``switch_step`` overrides the boundary. Raises InvalidRequest if ``start_step`` and
+    ``end_step`` do not lie within the schedule.
     """
     count = len(timesteps)
     end = count if end_step is None else min(end_step, count)

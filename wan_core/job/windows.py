@@ -1,19 +1,23 @@
-"""Frame windows of a long clip, their overlaps and the weights that fuse them: arithmetic only.
+"""Windows of a long clip, their overlaps and the weights that fuse them: arithmetic only.
 
 A clip of T latent frames is denoised in windows of L latent frames that overlap by at least O.
-Everything here is integers and tuples of floats; tensors are cut and fused in ``denoise``.
+Everything here is integers and tuples of floats; ``sampling.denoise`` cuts and fuses the tensors.
 
-Between neighbouring windows the later one fades in along r(i) = k/(w+1), k = 1..w, over the w
-frames both of them see, and a window's weight is the fade-in before it less the fade-in after
-it. The weights telescope, so they sum to one, and two windows that disagree by d move the result
-by at most d/(w+1) from one frame to the next. One change from 1 to 0 in w+1 steps cannot be
-gentler, so this is the optimum; the usual linspace(0, 1, w) wastes its first and last frame.
+Fusion ``ramp``: over the w frames that two neighbouring windows share, the weight of the later
+window rises as k / (w + 1), k = 1..w. A window's weight is its own fade-in minus the fade-in of the
+window after it, so the weights of a frame form a telescoping sum of one. If two windows disagree by
+d, the fused result changes by at most d / (w + 1) from one frame to the next. This is the least
+possible, because the weight must go from 0 to 1 within w + 1 steps. The usual linspace(0, 1, w)
+gives the first and the last shared frame the weights 0 and 1, so it blends over fewer frames.
 
-Blending makes neighbours agree only about what they share: two ends of a clip that began to make
-different things of it still meet somewhere, in one seam that shows. ``causal`` gives a frame wholly
-to the first window that sees it; the later one sees it being made and goes on from there, as in
-extending a video by replacement (Ho et al., Video Diffusion Models, 2022, section 3.1), but for all
-windows in the same step. An object keeps its place across windows, where shapes may drift.
+Fusion ``pyramid`` weighs a frame by its distance to the window's edge, ``flat`` weighs all alike.
+
+Blending makes neighbouring windows agree only about the frames they share. If two parts of a clip
+start to show different things, there is still one visible seam somewhere between them. Fusion
+``causal`` gives a shared frame wholly to the earlier window: the later window sees the frame as the
+earlier one denoises it, and continues from there. This extends a video by replacement (Ho et al.,
+Video Diffusion Models, 2022, section 3.1), but for all windows within the same step. Objects keep
+their place from window to window, but their shapes may drift.
 """
 
 from __future__ import annotations
@@ -31,9 +35,9 @@ SCHEDULES: tuple[str, ...] = get_args(ScheduleName)
 FUSIONS: tuple[str, ...] = get_args(FusionName)
 
 FRAMES_PER_LATENT = 4
-"""Video frames behind every latent frame but the first, which stands for one frame alone."""
+"""Video frames per latent frame; the first latent frame stands for a single video frame."""
 
-_Handover = tuple[int, int]  # frames to the next window's start, frames its fade-in lasts
+_Handover = tuple[int, int]  # (frames until the next window starts, length of its fade-in)
 
 DEFAULT_WINDOW = 81
 DEFAULT_OVERLAP = 16
@@ -69,8 +73,8 @@ def latent_index(frame: int) -> int:
 def halving(step: int) -> float:
     """Element ``step`` of the van der Corput sequence: 0, 1/2, 1/4, 3/4, 1/8 ... in [0, 1).
 
-    Any run of consecutive elements is spread evenly, so seams placed by it visit every place
-    equally often, whatever the number of steps.
+    Any run of consecutive elements is spread evenly over [0, 1), so seams placed by it visit every
+    position about equally often, whatever the number of steps.
     """
     value, part = 0.0, 0.5
     while step:
@@ -82,10 +86,10 @@ def halving(step: int) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Window:
-    """One window of one step: which latent frames it sees and how much each counts.
+    """One window of one step: the latent frames it sees and the weight of each.
 
-    ``indices`` are absolute latent frames, consecutive modulo the clip; ``weights`` belongs to
-    them one by one and is not normalised.
+    ``indices`` are absolute latent frames, consecutive modulo the clip's length. ``weights`` has
+    one weight per index; they are not normalised.
     """
 
     index: int
@@ -99,7 +103,7 @@ class Window:
 
     @property
     def slices(self) -> tuple[slice, ...]:
-        """The frames as one slice of the clip, or two where the window runs past its end."""
+        """The frames as one slice of the clip, or as two if the window wraps past its end."""
         first, last = self.indices[0], self.indices[-1]
         if last >= first:
             return (slice(first, last + 1),)
@@ -108,7 +112,7 @@ class Window:
 
 @dataclass(frozen=True)
 class WindowPlan:
-    """The windows of a whole run; made by ``plan_windows``, same number and length every step.
+    """The windows of all steps; made by ``plan_windows``. Every step has as many, equally long.
 
     ``total``, ``window`` and ``overlap`` are latent frames; ``notes`` says what was rounded.
     """
@@ -122,7 +126,7 @@ class WindowPlan:
 
     @property
     def stride(self) -> int:
-        """Latent frames from one window to the next where nothing was shifted."""
+        """Latent frames from one window's start to the next one's, unless windows are shifted."""
         return self.window - self.overlap
 
     @cached_property
@@ -136,19 +140,20 @@ class WindowPlan:
         fewest = 1 + -(-travel // self.stride)
         if self.schedule == "static":
             return fewest
-        # Seams can only move by the slack. Less than a ramp of it would leave them where they
-        # are, so one more window buys room to move, unless every frame starts one already.
+        # Slack is what the windows cover beyond the clip, and seams can only move by it. If it is
+        # not more than one overlap, seams would hardly move, so one more window is added, unless
+        # every possible start is taken already.
         slack = (fewest - 1) * self.stride - travel
         wanted = fewest if slack > self.overlap else fewest + 1
         return min(wanted, travel + 1)
 
     @property
     def cost_factor(self) -> float:
-        """Latent frames predicted per step over latent frames in the clip; 1.0 is a plain run."""
+        """Latent frames predicted per step divided by those of the clip; 1.0 without windows."""
         return self.count * self.window / self.total
 
     def starts(self, step: int = 0) -> tuple[int, ...]:
-        """Absolute first frame of every window in fusing order, not yet taken modulo the clip."""
+        """First latent frame of every window in fusing order, not yet modulo the clip's length."""
         if self.count == 1:
             return (0,)
         if self.schedule == "static":
@@ -157,8 +162,9 @@ class WindowPlan:
         return self._looped(step) if self.schedule == "looped" else self._uniform(step)
 
     def _uniform(self, step: int) -> tuple[int, ...]:
-        # The first and last window stay at the ends; the ones between move as a block, which
-        # makes the first gap shorter by what the last is longer. No gap exceeds the stride.
+        # The first and the last window stay at the ends of the clip. Those between them move
+        # together: the first gap gets shorter by as much as the last gets longer. The bounds keep
+        # every gap between 1 and the stride, so that overlaps are never shorter than asked.
         last = self.total - self.window
         slack = (self.count - 1) * self.stride - last
         low, high = max(0, slack - self.stride + 1), min(slack, self.stride - 1)
@@ -176,17 +182,18 @@ class WindowPlan:
         looped = self.schedule == "looped" and len(starts) > 1
         followers = (*starts[1:], starts[0] + self.total) if looped else starts[1:]
         gaps = [b - a for a, b in zip(starts, followers, strict=False)]
-        # Round a circle, ramps of unequal length can add up where three windows meet; of equal
-        # length they cannot. The gaps there differ by one frame at most, so little is lost.
+        # In a loop, where three or more windows overlap, the changes of unequal fade-ins can add up
+        # to more than the bound in the module's docstring; those of equal fade-ins cannot. So all
+        # get the shortest length. Gaps differ by at most one frame, so little is lost.
         even = looped and self.fusion != "causal"
         ramps = [self.window - (max(gaps) if even else gap) for gap in gaps]
         return (*zip(gaps, ramps, strict=True), *(() if looped else (None,)))
 
     def windows(self, step: int = 0) -> tuple[Window, ...]:
-        """The windows of ``step``, in the order they must be fused in.
+        """The windows of ``step``, in the order in which they must be fused.
 
-        The order is fixed so that a fused frame is the same sum, bit for bit, in whatever order
-        the windows were predicted.
+        Floating-point sums depend on their order. With a fixed one, a fused frame is the same bit
+        for bit in whatever order the windows were predicted.
         """
         starts = self.starts(step)
         if self.count == 1:
@@ -202,7 +209,7 @@ class WindowPlan:
         )
 
     def normalised(self, step: int = 0) -> tuple[tuple[float, ...], ...]:
-        """Weights per window and frame that sum to 1 over the windows of every clip frame."""
+        """Weights per window and frame, scaled so that those of every clip frame sum to 1."""
         windows = self.windows(step)
         totals = [0.0] * self.total
         for window in windows:
@@ -214,11 +221,11 @@ class WindowPlan:
         )
 
     def blend_fractions(self, step: int = 0) -> tuple[tuple[float, ...], ...]:
-        """Weights for fusing one window at a time without a second buffer.
+        """Fractions for fusing one window at a time, as a running weighted mean in one buffer.
 
-        fused = lerp(fused, prediction, fraction), windows in order, equals the weighted mean;
-        windows that agree leave the frame exactly as it was, bit for bit. The fraction is 1.0
-        for the first window that sees a frame.
+        ``fused = lerp(fused, prediction, fraction)``, window by window in order, gives the weighted
+        mean. Where windows agree, the frame stays the same bit for bit. The fraction is 1.0 for the
+        first window that sees a frame.
         """
         so_far = [0.0] * self.total
         fractions = []
@@ -233,7 +240,7 @@ class WindowPlan:
     def seams(self, step: int = 0) -> tuple[int, ...]:
         """Latent frames where the later window takes over: the middle of each overlap.
 
-        Of ``causal`` fusion, the frame behind it.
+        With ``causal`` fusion it is the first frame after the overlap.
         """
         starts = self.starts(step)
         share = 1 if self.fusion == "causal" else 2
@@ -273,7 +280,8 @@ def _wrapped(start: int, length: int, total: int) -> tuple[int, ...]:
 def _weights(
     length: int, before: _Handover | None, after: _Handover | None, fusion: FusionName
 ) -> tuple[float, ...]:
-    """Raw weights of a window: its fade-in less the fade-in of the window that follows it."""
+    """Weights of a window before normalising; those of ``ramp`` are its own fade-in minus the
+    fade-in of the window that follows it."""
     if fusion == "flat":
         return (1.0,) * length
     if fusion == "pyramid":
@@ -298,12 +306,12 @@ def plan_windows(
 ) -> WindowPlan:
     """Plan the windows of a clip of ``total_latent_frames``.
 
-    ``window`` and ``overlap`` are video frames. The window becomes the next 4n + 1, the overlap
-    the next multiple of 4; without an overlap it is 16, or half of a window shorter than 32. An
-    overlap no smaller than the window becomes half of it. All of this is said in ``notes``.
-    Schedules: ``static`` (same seams every step), ``uniform`` (seams move from step to step),
-    ``looped`` (the end flows into the beginning). Fusions: see above. Raises ``InvalidRequest``
-    with the field.
+    ``window`` and ``overlap`` are video frames. The window is rounded up to 4n + 1, the overlap to
+    a multiple of 4. An overlap of None is 16 frames, or half of a window shorter than 32. An
+    overlap that is not shorter than the window becomes half of it. ``notes`` says what was changed.
+    Schedules: ``static`` (the same seams every step), ``uniform`` (seams move from step to step),
+    ``looped`` (the end of the clip flows into its beginning). Fusions: see the module's docstring.
+    Raises ``InvalidRequest`` with the field.
     """
     _require(total_latent_frames >= 1, "num_frames", total_latent_frames, "at least 1 latent frame")
     _require(window >= 1, "window", window, "at least 1 frame")
@@ -328,7 +336,7 @@ def plan_windows(
             notes.append("the window covers the clip, so its end does not flow into its beginning")
         length, shared = total_latent_frames, 0
     if shared >= length:
-        # The default overlap must not make a small window an error.
+        # Not an error: the default overlap must work with a small window too.
         shared = length // 2
         notes.append(
             f"overlap {overlap} does not fit a window of {video_frames(length)} frames; "

@@ -2,7 +2,7 @@
 
 In: the names and shapes of a tensor table. Out: shapes (``TransformerShape``, ``VaeShape``), names
 as diffusers' modules have them (``map_names``), the ``ModelArchitecture`` that detection fills in,
-and bytes per part. Data and arithmetic; imports the ground floor and ``formats``.
+and bytes per component. Only data and arithmetic; imports the ground floor and ``formats``.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""What detection returns: the parts of one model, its numbers, and the reason for each conclusion.
+"""What detection returns: a model's components, its numbers, and the reason for each conclusion.
 
-Light, picklable data; standard library only. It holds paths and sizes, never weights.
+Small, picklable data; standard library only. It holds paths and sizes, never weights.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from .variants import TransformerShape, VaeShape, Variant
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Component:
-    """One part of a model on disk: where it is, what its header and its config say."""
+    """One component of a model on disk: where it is, and what its header and config say."""
 
     kind: str
     """transformer, vae, text_encoder, image_encoder, tokenizer, scheduler or image_processor."""
@@ -32,13 +32,14 @@ class Component:
     dtypes: Mapping[str, int] = field(default_factory=dict)
     """Bytes stored per dtype name, largest first."""
     layout: str = "diffusers"
-    """Style of the tensor names: diffusers (also transformers'), original, comfyui."""
+    """Style of the tensor names: diffusers (also for names of the transformers library), original
+    (Wan's own repositories), comfyui (original under a prefix) or gguf (llama.cpp's umT5)."""
     prefix: str = ""
-    """What stands before every tensor name of this part in the file."""
+    """The text before every tensor name of this component in the file."""
     weight_kind: str = ""
-    """fp32, bf16, fp16, fp8, fp8_scaled, gguf … ; empty for a part without weights."""
+    """fp32, bf16, fp16, fp8, fp8_scaled, gguf …; empty for a component without weights."""
     format: str = ""
-    """safetensors, gguf, pickle, or empty for a part without weights."""
+    """safetensors, gguf, pickle, or empty for a component without weights."""
     file_variant: str | None = None
     """The tag in names like ``model.fp16.safetensors``."""
     config: Mapping[str, Any] = field(default_factory=dict)
@@ -46,22 +47,23 @@ class Component:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FoundLora:
-    """A LoRA whose every tensor was found to belong to this model, by its header."""
+    """A LoRA whose header was checked: every tensor that is used fits this model."""
 
     lora: WanLoRA
     parameters: int
     rank: int
     recipe: Recipe | None = None
-    """The settings it was distilled for, where its name or metadata say so."""
+    """The settings it was distilled for, if its name or metadata say so."""
 
     def works_on(self, component: str) -> bool:
-        """Whether it changes ``transformer`` (the only or high-noise one) or ``transformer_2``."""
+        """Whether it changes ``component``: ``transformer`` (the only or the high-noise one) or
+        ``transformer_2`` (the low-noise one)."""
         expert = {"transformer": "high", "transformer_2": "low"}.get(component)
         wanted = expert is not None and self.lora.expert in ("both", expert)
         return wanted and self.lora.strength != 0
 
     def describe(self) -> str:
-        """Say in one line which file it is, where it works and how strongly."""
+        """Say in one line which file it is, its strength and rank, and the expert it changes."""
         where = "" if self.lora.expert == "both" else f", {self.lora.expert}-noise expert"
         name = Path(self.lora.path).name
         return f"LoRA {name}, strength {self.lora.strength:g}, rank {self.rank}{where}"
@@ -69,10 +71,11 @@ class FoundLora:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelArchitecture:
-    """A detected Wan model: the variant, the actual numbers, the parts, and why.
+    """A detected Wan model: its variant, its actual numbers, its components, and the reasons.
 
-    ``transformer`` and ``vae`` hold what the files say; ``variant`` holds the published numbers.
-    Where structure leaves several variants, ``candidates`` names all of them, the chosen first.
+    ``transformer`` and ``vae`` hold the numbers read from the files, ``variant`` the published
+    ones. Where the structure fits several variants, ``candidates`` names all of them, the chosen
+    one first.
     """
 
     variant: Variant
@@ -83,7 +86,7 @@ class ModelArchitecture:
     components: Mapping[str, Component]
     root: Path
     custom_size: bool = False
-    """True: the family is certain, the size is none that was published."""
+    """True: the family is certain, but no published model has this size."""
     candidates: tuple[str, ...] = ()
     reasons: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
@@ -106,7 +109,7 @@ class ModelArchitecture:
 
     @property
     def size_multiple(self) -> int:
-        """Width and height in pixels must be multiples of this, by the actual VAE if known."""
+        """Width and height in pixels must be multiples of this (by the VAE's file, if given)."""
         vae = self.vae or self.variant.vae
         return vae.scale_factor_spatial * self.transformer.patch_size[1]
 
@@ -120,7 +123,7 @@ class ModelArchitecture:
         return tuple(found.lora for found in self.loras if found.works_on(component))
 
     def lora_bytes(self, component: str, size: int) -> int:
-        """Return the bytes that a component's LoRAs take, at ``size`` bytes a number."""
+        """Return the bytes that a component's LoRAs take, at ``size`` bytes per parameter."""
         return sum(found.parameters * size for found in self.loras if found.works_on(component))
 
     def to_json_dict(self) -> dict[str, Any]:

@@ -1,8 +1,8 @@
-"""From the tensor names of a file to the names of diffusers and transformers modules.
+"""From the tensor names of a file to parameter names of diffusers' and transformers' modules.
 
-Pure functions over names: no file is opened and torch is not imported. A weight may be a slice
-of a stored tensor (fused q, k, v) and may carry a scale (fp8); a :class:`Source` says so. A name
-that no rule knows is passed through unchanged, so that it is reported and not lost.
+Pure functions over names: no file is opened and torch is not imported. A parameter may be a slice
+of a stored tensor (fused q, k, v) and may have a scale (fp8); its :class:`Source` says so. A name
+that no rule knows is passed through unchanged, so that loading reports it instead of losing it.
 
 Names: ``wan/modules/{model,vae2_1,vae2_2,t5,clip,animate}`` of github.com/Wan-Video/Wan2.1 and
 Wan2.2; umT5 also as in llama.cpp's GGUF files.
@@ -24,9 +24,10 @@ _SECOND_SCALE: Final = ".weight_scale_2"
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """Where the values of one parameter are: ``part`` of ``parts`` equal row blocks of a tensor.
+    """Where the values of one parameter are stored: in the tensor ``name``.
 
-    ``scale`` names the tensor that the stored values must be multiplied with.
+    A fused tensor is divided into ``parts`` equal blocks of rows, of which the parameter is number
+    ``part``. ``scale`` names the tensor that the stored values must be multiplied by.
     """
 
     name: str
@@ -37,7 +38,7 @@ class Source:
 
 @dataclass(frozen=True, slots=True)
 class Mapped:
-    """``sources`` by the module's parameter name, and names in the file that hold no weight."""
+    """``sources`` by the module's parameter names; ``ignored`` are names that hold no weight."""
 
     sources: Mapping[str, Source]
     ignored: tuple[str, ...] = ()
@@ -46,10 +47,11 @@ class Mapped:
 def map_names(kind: str, names: Iterable[str], prefix: str = "") -> Mapped:
     """Map the names in a file of ``kind`` to parameter names of the module, whatever the layout.
 
-    ``kind`` is transformer, vae, text_encoder or image_encoder; names that do not begin with
-    ``prefix`` belong to another part and are ignored. CLIP names come out without the
-    ``vision_model.`` that older transformers put before them. Raises ModelMismatch when two
-    stored tensors claim one parameter, CorruptFile when some scales of a scaled layer are absent.
+    ``kind`` is transformer, vae, text_encoder or image_encoder. Names that do not begin with
+    ``prefix`` belong to another component and are left out. CLIP names are returned without the
+    ``vision_model.`` that older versions of transformers put before them. Raises ModelMismatch when
+    two stored tensors claim one parameter, CorruptFile when only some of the equal layers of a
+    scaled file have their scale.
     """
     own = {name[len(prefix) :]: name for name in names if name.startswith(prefix)}
     weights, scales, ignored = split_scales(own)
@@ -71,10 +73,10 @@ def map_names(kind: str, names: Iterable[str], prefix: str = "") -> Mapped:
 
 
 def split_scales(names: Iterable[str]) -> tuple[list[str], dict[str, str], list[str]]:
-    """Split names into weights, the scale of each scaled weight, and names without weights.
+    """Split names into weights, the scale of each scaled weight, and names that hold no weight.
 
-    Scales of activations (``scale_input``, ``input_scale``) are not part of a weight: they are
-    among the last. Raises CorruptFile when of equal layers only some have their scale.
+    Scales of activations (``scale_input``, ``input_scale``) are not part of a weight, so they are
+    in the third group. Raises CorruptFile when only some of equal layers have their scale.
     """
     present = list(names)
     known = set(present)
@@ -95,6 +97,8 @@ def split_scales(names: Iterable[str]) -> tuple[list[str], dict[str, str], list[
 
 
 def _check_scales(weights: Iterable[str], scales: Mapping[str, str]) -> None:
+    # Layers whose names differ only in numbers are the same layer of different blocks: either all
+    # of them are scaled or none is.
     groups: dict[str, tuple[list[str], list[str]]] = {}
     for name in weights if scales else ():
         if name.endswith(".weight"):
@@ -164,7 +168,8 @@ _TRANSFORMER: Final = {
 }
 _ATTENTION: Final = {"q": "to_q", "k": "to_k", "v": "to_v", "o": "to_out.0"}
 _BLOCK: Final = {
-    # Called in the order norm1, norm3, norm2; diffusers numbers them so. Only this one has weights.
+    # Wan's forward calls norm1, norm3, norm2 in this order, and diffusers numbers its norms by call
+    # order. Only this one has weights.
     "norm3": "norm2",
     "ffn.0": "ffn.net.0.proj",
     "ffn.2": "ffn.net.2",
@@ -223,7 +228,8 @@ def _motion_name(index: int, rest: str) -> str:
 
 
 def _is_not_transformer(name: str) -> bool:
-    # Blur kernels are constants of the code; norm_added_q was saved by old converters, unused.
+    # Blur kernels are constants in diffusers' code. Old converters saved a norm_added_q that no
+    # forward uses.
     return (name.endswith(".kernel") and "motion_encoder." in name) or ".norm_added_q." in name
 
 
@@ -261,7 +267,8 @@ _NESTED: Final = re.compile(
 def _vae_renamer(names: list[str]) -> _Rename:
     if not {"encoder.conv1.weight", "decoder.conv1.weight"} & set(names):
         return _same
-    # In the 2.1 decoder one flat list holds the blocks; an upsampler ends each but the last.
+    # The 2.1 decoder keeps the layers of all resolutions in one flat list. An upsampler is the last
+    # layer of each resolution but the last, so the upsamplers' indices divide the list.
     ends = sorted(
         int(found[2])
         for found in map(_FLAT.fullmatch, names)
@@ -324,11 +331,11 @@ def _text_renamer(names: list[str]) -> tuple[_Rename, Callable[[str], bool]]:
     known = set(names)
     twice = "encoder.embed_tokens.weight"
     unused = {"spiece_model", "lm_head.weight", "logit_scale"}
-    if "shared.weight" in known:  # the embedding is stored once or twice, under either name
+    if "shared.weight" in known:  # the embedding is stored under one of two names, or under both
         unused.add(twice)
 
     def is_unused(name: str) -> bool:
-        # The decoder half of a full umT5 takes no part in encoding.
+        # A file of the full umT5 also holds its decoder, which encoding does not use.
         return name in unused or name.startswith(("decoder.", "dec."))
 
     if known & {"token_embedding.weight", "token_embd.weight"}:

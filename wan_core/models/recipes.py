@@ -1,7 +1,7 @@
-"""Settings that distilled LoRAs were trained for, recognised by name, offered and never imposed.
+"""Settings that distilled LoRAs were trained for: recognised by name, used only when asked for.
 
-A LoRA that distils Wan to four steps (lightx2v, Wan2.2-Lightning) works with its own schedule and
-without guidance; with a model's official settings it gives burnt or grey video. Pure data.
+A LoRA that distils Wan to four steps (lightx2v, Wan2.2-Lightning) needs its own schedule and no
+guidance; with a model's official settings the video is oversaturated or grey. Pure data.
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ class Recipe:
 
     name: str
     reason: str
-    """The words it was recognised by, and where they stand."""
+    """The words it was recognised by, and where they were found."""
     num_inference_steps: int
     guidance_scale: float
     guidance_scale_2: float
     flow_shift: float
     scheduler: str
     timesteps: tuple[int, ...]
-    """What the scheduler makes of these settings; what the LoRA was trained at."""
+    """The timesteps the LoRA was trained at, which the scheduler derives from these settings."""
 
     def apply(self, config: GenerationConfig) -> GenerationConfig:
         """Return a copy of ``config`` with these settings in place of its own."""
         return replace(config, **self._settings())
 
     def differences(self, settings: Any) -> list[str]:
-        """Name the settings of a job in which it departs from the recipe, with its values."""
+        """Name the fields of ``settings`` (a Request) that differ from the recipe, with values."""
         return [
             f"{name} {getattr(settings, name):g}"
             if isinstance(value, int | float)
@@ -47,7 +47,7 @@ class Recipe:
         ]
 
     def as_defaults(self, official: Defaults) -> Defaults:
-        """Return ``official`` with these settings: what None in a job then means."""
+        """Return ``official`` with these settings: what None in a GenerationConfig then means."""
         one_expert = official.guidance_scale_2 is None
         settings = self._settings() | ({"guidance_scale_2": None} if one_expert else {})
         return replace(official, **settings, flow_shift_480p=None)
@@ -92,7 +92,8 @@ def recipe_of(path: str | Path, metadata: Mapping[str, str] | None = None) -> Re
     """Recognise a LoRA distilled to four steps by whole words of its metadata or its name.
 
     The folder's name counts too: published files are called ``high_noise_model.safetensors`` in
-    a folder that says what they are. None where nothing says so, or another number of steps.
+    a folder that says what they are. Returns None when nothing says so, or when another number of
+    steps is named.
     """
     file = Path(path)
     texts = [(f"metadata {key}", (metadata or {}).get(key, "")) for key in _TEXTS]
@@ -113,7 +114,7 @@ def recipe_of(path: str | Path, metadata: Mapping[str, str] | None = None) -> Re
 
 
 def _words(text: str) -> list[str]:
-    """Split into lower-case words; a number and "steps" after it make one word."""
+    """Split into lower-case words; a number followed by "steps" becomes one word, "4steps"."""
     spaced = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", text)
     words = [word.lower() for word in re.split(r"[^A-Za-z0-9]+", spaced) if word]
     for index, word in enumerate(words[:-1]):

@@ -1,7 +1,8 @@
 """Numbers of a Wan transformer or VAE read from its tensor shapes, and the tensors it must have.
 
-Works on names and shapes alone; reads no file. ``original`` means the names of the Wan-Video
-repositories, which ComfyUI and GGUF files keep; ``diffusers`` those of diffusers' classes.
+Works on names and shapes alone; reads no file. The layout ``original`` means the names of the
+Wan-Video repositories, which ComfyUI and GGUF files keep; ``diffusers`` means those of diffusers'
+classes.
 Sources of the names: ``wan/modules/model.py``, ``vae2_1.py``, ``vae2_2.py`` (Wan-Video/Wan2.2) and
 diffusers' ``transformer_wan.py``, ``transformer_wan_vace.py``, ``autoencoder_kl_wan.py``.
 """
@@ -49,7 +50,7 @@ _NAMES: Final[Mapping[str, Mapping[str, str]]] = {
     },
 }
 
-# diffusers name of a linear or norm layer: original name; the same inside every block.
+# diffusers name of a linear or norm layer -> its original name; _BLOCK holds those of every block.
 _BLOCK: Final = {
     "attn1.to_q": "self_attn.q", "attn1.to_k": "self_attn.k", "attn1.to_v": "self_attn.v",
     "attn1.to_out.0": "self_attn.o", "attn2.to_q": "cross_attn.q", "attn2.to_k": "cross_attn.k",
@@ -75,13 +76,14 @@ _TOP: Final = {
 def read_transformer(shapes: Shapes, layout: str) -> TransformerShape:
     """Return the numbers of a Wan transformer from its shapes, names without prefix.
 
-    Raises CorruptFile naming a tensor that is missing or has an impossible shape. How the width
-    divides into heads is not in the shapes: 128 per head where that divides, else unknown.
+    Raises CorruptFile naming a tensor that is missing or has an impossible shape. The shapes do not
+    say how the width divides into heads: heads of 128 are assumed if that divides the width, else
+    ``heads_known`` is False.
     """
     names = _NAMES[layout]
     dim = _size(shapes, "patch_embedding.bias", 0)
     patch = _size(shapes, names["head"], 0)
-    # By element count and not by axis: some GGUF writers flatten the 5-D weight.
+    # From the element count and not from an axis: some GGUF writers flatten the 5-D weight.
     patch_volume = 4
     in_channels = math.prod(_shape(shapes, "patch_embedding.weight")) // (dim * patch_volume)
     known = dim % HEAD_DIM == 0
@@ -122,7 +124,7 @@ def _size(shapes: Shapes, name: str, axis: int) -> int:
 
 
 def count_blocks(names: Iterable[str], prefix: str) -> int:
-    """Return how many N there are in names of the form ``<prefix>N.…``; CorruptFile on a gap."""
+    """Return how many blocks N the names ``<prefix>N.…`` have; raises CorruptFile if one lacks."""
     cut = len(prefix)
     numbers = {name[cut : name.find(".", cut)] for name in names if name.startswith(prefix)}
     found = {int(number) for number in numbers if number.isdecimal() and len(number) <= 5}
@@ -136,7 +138,7 @@ def count_blocks(names: Iterable[str], prefix: str) -> int:
 
 
 def transformer_tensors(shape: TransformerShape, layout: str) -> dict[str, tuple[int, ...]]:
-    """Return name -> shape of every tensor a Wan (or VACE) transformer of these numbers has."""
+    """Return name -> shape of every tensor that a Wan or VACE transformer of this shape has."""
     dim, time = shape.dim, shape.freq_dim
     volume = math.prod(shape.patch_size)
     linear: dict[str, tuple[int, ...]] = {
@@ -214,7 +216,7 @@ _VAE_NAMES: Final[Mapping[str, Mapping[str, str]]] = {
 }  # fmt: skip
 
 
-# The shapes do not hold the statistics of the latents: they follow from which VAE it is.
+# Latent channels -> mean and std of the latents. No tensor holds them: each VAE has its own.
 _STATISTICS: Final[Mapping[int, tuple[tuple[float, ...], tuple[float, ...]]]] = {
     16: (LATENTS_MEAN_21, LATENTS_STD_21),
     48: (LATENTS_MEAN_22, LATENTS_STD_22),
@@ -222,9 +224,10 @@ _STATISTICS: Final[Mapping[int, tuple[tuple[float, ...], tuple[float, ...]]]] = 
 
 
 def read_vae(shapes: Shapes, layout: str) -> VaeShape:
-    """Return the numbers of a Wan VAE from its shapes, names without prefix; CorruptFile if bad.
+    """Return the numbers of a Wan VAE from its shapes, names without prefix.
 
-    The latents' statistics are the published ones for 16 and 48 channels, else empty: unknown.
+    The latents' statistics are the published ones for 16 and 48 channels, and empty (unknown) for
+    any other number. Raises CorruptFile naming what is missing or impossible.
     """
     names = _VAE_NAMES[layout]
     base = _size(shapes, names["encoder_in"], 0)
@@ -256,14 +259,15 @@ def read_vae(shapes: Shapes, layout: str) -> VaeShape:
 
 
 class _Level:
-    """One resolution of the encoder: its width, residual blocks, and whether it halves time."""
+    """One resolution of the encoder: its width, its residual blocks, and whether its downsampler
+    also halves the number of frames."""
 
     def __init__(self, nested: bool) -> None:
         self.width, self.blocks, self.temporal, self.nested = 0, 0, False, nested
 
 
-# A residual block's second convolution, whatever the layout calls it: group 1 level or index,
-# group 2 index inside a level where blocks are nested.
+# A residual block's second convolution in each layout. Group 1 is the level (2.2, nested) or the
+# index in the flat list of layers (2.1); group 2 is the index inside the level, where nested.
 _VAE_CONV: Final = {
     "diffusers": r"encoder\.down_blocks\.(\d+)\.(?:resnets\.(\d+)\.)?conv2\.weight$",
     "original": r"encoder\.downsamples\.(\d+)\.(?:downsamples\.(\d+)\.)?residual\.6\.weight$",
@@ -276,7 +280,11 @@ _VAE_SAMPLE: Final = {
 
 
 def _vae_levels(shapes: Shapes, layout: str) -> list[_Level]:
-    """Read the encoder's resolutions from nested (2.2) or flat (2.1) block names."""
+    """Read the encoder's resolutions from nested (2.2) or flat (2.1) block names.
+
+    In a flat list the downsamplers separate the levels: a layer's level is the number of
+    downsamplers before it.
+    """
     convs = {m: shapes[m.string] for n in shapes if (m := re.match(_VAE_CONV[layout], n))}
     samples = [m for n in shapes if (m := re.match(_VAE_SAMPLE[layout], n))]
     if not convs:

@@ -1,8 +1,8 @@
-"""How many parameters each part of a Wan model has, and the bytes they take in a given dtype.
+"""How many parameters each component of a Wan model has, and the bytes they take in a dtype.
 
-Transformers are counted from their shape, which is exact and works for every storage format;
-other parts from their file's header, or from the published sizes where no file is given.
-Standard library only.
+Transformers are counted from their shape, which is exact for every storage format. Other components
+are counted from their file's header, or by the published sizes where no file is given. Standard
+library only.
 """
 
 from __future__ import annotations
@@ -15,18 +15,20 @@ from .variants import TransformerShape
 
 BYTES: Mapping[str, int] = {"fp32": 4, "bf16": 2, "fp16": 2, "fp8": 1}
 PARTS = ("transformer", "transformer_2", "text_encoder", "vae", "image_encoder")
-"""The parts that hold weights, by the name they have in a diffusers folder."""
+"""The components that hold weights, by the name they have in a diffusers folder."""
 
-# umT5-xxl encoder, Wan VAE 2.1 and 2.2, CLIP ViT-H/14 vision: counted on the real classes.
+# Parameters of the umT5-xxl encoder, the Wan VAEs 2.1 and 2.2 and the CLIP ViT-H/14 vision model,
+# counted on instances of the real classes.
 _TEXT_ENCODER = 5_680_910_336
 _VAE_21, _VAE_22 = 126_892_531, 704_688_668
 _IMAGE_ENCODER = 630_766_080
 _EMBEDDING = 256_384 * 4096
 MAP_FROM = 2 * 2**30
-"""Bytes from which a component stays mapped to its file where its dtype allows: it is read four
-times faster and its pages can leave RAM. Smaller ones are copied, their files may be replaced."""
+"""Components of at least so many bytes stay memory-mapped to their file if their dtype needs no
+conversion: they load four times faster, and the system can drop their pages from RAM. Smaller ones
+are copied, so that their files may be replaced meanwhile."""
 _UMT5 = {"d_model": 4096, "d_ff": 10_240, "num_heads": 64, "d_kv": 64}
-"""umT5-xxl's numbers, by their names in its config.json."""
+"""umT5-xxl's sizes, by their names in its config.json."""
 
 _PLAIN = ("fp32", "fp16", "bf16")
 _ATTENTION_SIDES = 4  # q, k, v, out
@@ -34,7 +36,7 @@ _ATTENTION_SIDES = 4  # q, k, v, out
 
 @lru_cache(maxsize=64)
 def block_parameters(shape: TransformerShape) -> tuple[int, int]:
-    """Return (all, kept in fp32) of one transformer block."""
+    """Return one transformer block's parameters: (all of them, those that stay in fp32)."""
     d, ffn = shape.dim, shape.ffn_dim
     attention = _ATTENTION_SIDES * (d * d + d) + 2 * d
     image = 2 * (shape.added_kv_dim * d + d) + d if shape.added_kv_dim else 0
@@ -45,7 +47,7 @@ def block_parameters(shape: TransformerShape) -> tuple[int, int]:
 
 @lru_cache(maxsize=64)
 def rest_parameters(shape: TransformerShape) -> tuple[int, int]:
-    """Return (all, kept in fp32) of what a transformer has outside its blocks."""
+    """Return the parameters outside the blocks: (all of them, those that stay in fp32)."""
     d = shape.dim
     patch = shape.patch_size[0] * shape.patch_size[1] * shape.patch_size[2]
     time = shape.freq_dim * d + d + d * d + d
@@ -68,13 +70,13 @@ def transformer_parameters(shape: TransformerShape) -> int:
 
 
 def block_bytes(shape: TransformerShape, dtype: str, *, fp8: bool = False) -> int:
-    """Return the bytes of one block; with ``fp8`` its matrices are stored in one byte each."""
+    """Return the bytes of one block; ``fp8`` stores its matrices in one byte per parameter."""
     total, kept = block_parameters(shape)
     return _mixed(total, kept, BYTES["fp8"] if fp8 else BYTES[dtype])
 
 
 def rest_bytes(shape: TransformerShape, dtype: str) -> int:
-    """Return the bytes of what is not in the blocks."""
+    """Return the bytes of a transformer's parameters outside its blocks."""
     return _mixed(*rest_parameters(shape), BYTES[dtype])
 
 
@@ -83,7 +85,7 @@ def _mixed(total: int, kept: int, size: int) -> int:
 
 
 def part_parameters(architecture: ModelArchitecture, name: str) -> int:
-    """Return the number of parameters of a part; the usual one's where its file is not given."""
+    """Return a component's number of parameters; the published number where it has no file."""
     part = architecture.components.get(name)
     if name in ("transformer", "transformer_2"):
         counted = transformer_parameters(architecture.transformer)
@@ -101,9 +103,9 @@ def part_parameters(architecture: ModelArchitecture, name: str) -> int:
 
 
 def part_bytes(architecture: ModelArchitecture, name: str, dtype: str, *, fp8: bool = False) -> int:
-    """Return the bytes of a part in memory, what stays in fp32 included.
+    """Return the bytes of a component in memory, including what stays in fp32.
 
-    ``fp8`` stores the transformer blocks' matrices in one byte per number.
+    ``fp8`` stores the transformer blocks' matrices in one byte per parameter.
     """
     total = part_parameters(architecture, name)
     if name not in ("transformer", "transformer_2"):
@@ -118,9 +120,10 @@ def part_bytes(architecture: ModelArchitecture, name: str, dtype: str, *, fp8: b
 
 
 def stays_in_file(architecture: ModelArchitecture, name: str, dtype: str) -> bool:
-    """Say whether a part's weights are used as they lie in the file, mapped into memory.
+    """Say whether a component's weights are used from its file, memory-mapped, without a copy.
 
-    The system may then drop their pages and read them again: RAM may be smaller than the part.
+    The system may then drop their pages and read them again, so RAM may be smaller than the
+    component.
     """
     part = architecture.components.get(name)
     if part is None or part.nbytes < MAP_FROM:
@@ -129,18 +132,18 @@ def stays_in_file(architecture: ModelArchitecture, name: str, dtype: str) -> boo
 
 
 def text_block_bytes(architecture: ModelArchitecture, dtype: str) -> int:
-    """Return the bytes of one block of the umT5 encoder, which streams like a transformer's."""
+    """Return the bytes of one block of the umT5 encoder, which is streamed like a transformer's."""
     part = architecture.components.get("text_encoder")
     config = part.config if part is not None else {}
     numbers = {name: int(config.get(name, usual)) for name, usual in _UMT5.items()}
     width, inner, heads, head = numbers.values()
-    # q, k, v, o; the gated feed-forward's three; two norms and the table of relative positions
+    # q, k, v, o; the gated feed-forward's three matrices; two norms; 32 relative position buckets
     block = 4 * width * heads * head + 3 * width * inner + 2 * width + 32 * heads
     return block * BYTES[dtype]
 
 
 def largest_leaf_bytes(architecture: ModelArchitecture, name: str, dtype: str) -> int:
-    """Return the bytes of the largest single layer of a part: what leaf-wise offload holds."""
+    """Return the bytes of a component's largest layer: what leaf-wise offload holds at once."""
     size = BYTES[dtype]
     if name in ("transformer", "transformer_2"):
         shape = architecture.transformer
@@ -159,7 +162,7 @@ def largest_leaf_bytes(architecture: ModelArchitecture, name: str, dtype: str) -
 
 
 def parts_of(architecture: ModelArchitecture) -> tuple[str, ...]:
-    """Return the parts a run of this model needs, assumed ones included, in order of use."""
+    """Return the components that a render needs, in order of use, also those without a file."""
     names = ["text_encoder"]
     if architecture.transformer.image_dim is not None:
         names.append("image_encoder")
@@ -170,5 +173,5 @@ def parts_of(architecture: ModelArchitecture) -> tuple[str, ...]:
 
 
 def assumed_parts(architecture: ModelArchitecture) -> tuple[str, ...]:
-    """Return the needed parts that no file was given for."""
+    """Return the needed components that no file was given for."""
     return tuple(name for name in parts_of(architecture) if name not in architecture.components)

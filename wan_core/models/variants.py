@@ -1,6 +1,6 @@
 """The table of Wan variants: shapes, size multiples, official defaults, latent statistics.
 
-Data only; standard library only; knows nothing of files.
+Only data; standard library only; no file is looked at.
 
 Sources. Shapes: ``wan/configs/*.py`` of github.com/Wan-Video/Wan2.1 and Wan2.2 and
 ``scripts/convert_wan_to_diffusers.py`` of diffusers. Defaults: ``wan/configs/*.py`` and
@@ -20,9 +20,9 @@ from typing import Any, Final, Literal
 ImageInput = Literal["none", "optional", "required"]
 
 TEXT_TOKENS: Final = 512
-"""Tokens umT5 encodes a text to; shorter ones are filled up with zeros."""
+"""Length of the text embeddings: shorter texts are padded with zeros to it."""
 IMAGE_TOKENS: Final = 257
-"""Tokens CLIP encodes a picture to: 16 x 16 patches and the class token."""
+"""Tokens that CLIP makes of an image: 16 x 16 patches and the class token."""
 
 NEGATIVE_PROMPT: Final = (
     "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，"
@@ -65,7 +65,7 @@ LATENTS_STD_22: Final = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TransformerShape:
-    """Numbers that fix a Wan transformer; they are read from the file, never assumed."""
+    """The numbers that define a Wan transformer. Detection reads them from the file."""
 
     heads: int
     head_dim: int = 128
@@ -76,25 +76,26 @@ class TransformerShape:
     text_dim: int = 4096
     freq_dim: int = 256
     image_dim: int | None = None
-    """Width of the CLIP image tokens; None: the model takes no image tokens."""
+    """Width of the CLIP image tokens; None if the model takes no image tokens."""
     added_kv_dim: int | None = None
     pos_embed_seq_len: int | None = None
-    """Length of the learned positions of two images' tokens (first/last-frame models: 514)."""
+    """Length of the learned position embedding for the tokens of two images: 514 in
+    first/last-frame models, None in others."""
     vace_layers: tuple[int, ...] = ()
     vace_in_channels: int | None = None
     patch_size: tuple[int, int, int] = (1, 2, 2)
     heads_known: bool = True
-    """False: the file's layout does not say how the width divides into heads."""
+    """False: it is not known how the width divides into heads; ``heads`` is then 1."""
 
     @property
     def dim(self) -> int:
-        """Width of the hidden state, heads x head_dim."""
+        """Width of the hidden states, heads x head_dim."""
         return self.heads * self.head_dim
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VaeShape:
-    """Numbers that fix a Wan VAE and its latent space."""
+    """The numbers that define a Wan VAE and its latent space."""
 
     z_dim: int
     base_dim: int
@@ -114,15 +115,15 @@ class VaeShape:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Defaults:
-    """Official sampling values of one variant; ``None`` in a request means these."""
+    """Official sampling values of one variant; ``None`` in a GenerationConfig means these."""
 
     num_inference_steps: int
     guidance_scale: float
     flow_shift: float
     guidance_scale_2: float | None = None
-    """Guidance of the low-noise expert; None where there is one expert."""
+    """Guidance scale of the low-noise expert; None where there is one expert."""
     boundary: float | None = None
-    """The high-noise expert works at timesteps >= boundary * 1000."""
+    """The high-noise expert takes the steps at timesteps >= boundary * 1000."""
     flow_shift_480p: float | None = None
     fps: int = 16
     num_frames: int = 81
@@ -140,7 +141,7 @@ class Defaults:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Variant:
-    """One published Wan model: what it takes, what it is made of, how it is meant to be run."""
+    """One published Wan model: its inputs, its structure and its official settings."""
 
     name: str
     title: str
@@ -151,9 +152,10 @@ class Variant:
     image_input: ImageInput = "none"
     last_image: bool = False
     expand_timesteps: bool = False
-    """True: timestep per token, so that a given first frame stays at t = 0 (TI2V-5B)."""
+    """True: every token has its own timestep, so that a given first frame stays at t = 0
+    (TI2V-5B)."""
     transformer_class: str | None = "WanTransformer3DModel"
-    """diffusers class of the transformer; None: diffusers has none."""
+    """diffusers' class for the transformer; None if diffusers has none."""
     pipeline_class: str | None = "WanPipeline"
     supported: bool = True
     why_not: str = ""
@@ -212,7 +214,8 @@ _D_5B: Final = Defaults(
 )  # fmt: skip
 
 
-# A variant that is recognised but not run: no pipeline, and by default no transformer class.
+# Fields that several variants share. _VACE, _NO_CLASS and _NO_PIPELINE are of variants that are
+# recognised and named, but not run.
 _VACE: Final[dict[str, Any]] = {
     "vae": VAE_21,
     "transformer_class": "WanVACETransformer3DModel",
