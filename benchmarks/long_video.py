@@ -27,6 +27,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from support.blending import normalised
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
@@ -202,7 +204,7 @@ def growth(rows: list[dict[str, Any]]) -> list[str]:
 def fused(clip: torch.Tensor, plan: WindowPlan, lean: float) -> torch.Tensor:
     """What windows make whose right answer is ``clip`` and that lean apart by ``lean`` each."""
     made = torch.zeros_like(clip)
-    for window, weights in zip(plan.windows(), plan.normalised(), strict=True):
+    for window, weights in zip(plan.windows(), normalised(plan), strict=True):
         index = list(window.indices)
         share = torch.tensor(weights).view(1, 1, -1, 1, 1)
         made[:, :, index] += share * (clip[:, :, index] + lean * window.index)

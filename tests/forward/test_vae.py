@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.decoding import decode_frames
 from support.dry_run import DryModel
 from support.machines import architecture, cpu, gpu
 from support.traced import TracedMemory
@@ -31,7 +32,7 @@ from wan_core.memory.vae_lean import BANDS, lean_decode_bytes
 from wan_core.models import sizes
 from wan_core.models.variants import VAE_21, VAE_22, VaeShape
 from wan_core.placing import applied as placement
-from wan_core.sampling.vae import StreamingDecoder, decode_frames, to_frames
+from wan_core.sampling.vae import StreamingDecoder, to_frames
 
 VERSIONS = pytest.mark.parametrize("version", ["2.1", "2.2"])
 FLOATS = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

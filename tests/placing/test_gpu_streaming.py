@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.decoding import decode_frames
 from support.lean_models import model_of
 from support.vae_models import make_latents, make_vae
 
@@ -16,7 +17,7 @@ from wan_core.forward.vae import lean_decoder
 from wan_core.loading.page_lock import pinned_bytes, unpin
 from wan_core.placing.offload import MODES, block_hooks, place
 from wan_core.placing.streaming import pin_ahead, stream_blocks
-from wan_core.sampling.vae import decode_frames, to_frames
+from wan_core.sampling.vae import to_frames
 
 pytestmark = [
     pytest.mark.gpu,

@@ -14,6 +14,8 @@ from typing import Any
 
 import pytest
 import torch
+from support.blending import normalised
+from support.decoding import decode_to_tensor
 from support.seams import MovingVideo, energy_at, in_ramps, linear_ramps
 from support.tiny_models import make_folder, make_transformer, make_vae
 from support.traced import TracedMemory
@@ -32,7 +34,7 @@ from wan_core.sampling.denoise import (
     predict,
     predict_windows,
 )
-from wan_core.sampling.vae import decode_to_tensor, denormalize_latents
+from wan_core.sampling.vae import denormalize_latents
 
 SCHEDULES = ("static", "uniform", "looped")
 STEPS = 6
@@ -610,7 +612,7 @@ def test_p15_a_real_5b_gets_the_times_of_its_tokens_anew_in_every_window(held: i
     latents, by_hand, seen = noise, made_scheduler("unipc"), iter(watching.seen)
     for step in range(2):
         t, velocity = by_hand.timesteps[step], torch.zeros_like(noise)
-        for window, weights in zip(windows.windows(step), windows.normalised(step), strict=True):
+        for window, weights in zip(windows.windows(step), normalised(windows, step), strict=True):
             index = list(window.indices)
             inside = [place for place, i in enumerate(index) if i < held]
             assert inside == {1: [[0], [], []], 4: [[0, 1, 2, 3], [0], []]}[held][window.index]
@@ -652,7 +654,7 @@ def test_p16_the_order_in_which_windows_are_predicted_changes_no_bit(schedule: s
     assert torch.equal(fused(lambda **_: (stored[next(replay)],)), expected)
     # The fused mean is the weighted one.
     mean = torch.zeros_like(noise)
-    for (window, _), weights in zip(parts, windows.normalised(3), strict=True):
+    for (window, _), weights in zip(parts, normalised(windows, 3), strict=True):
         share = torch.tensor(weights).view(1, 1, -1, 1, 1)
         mean[:, :, list(window.indices)] += share * stored[window.index]
     assert torch.allclose(mean, expected, atol=1e-6)

@@ -698,9 +698,10 @@ def test_a_recipe_is_offered_and_used_only_when_asked(folders: Any, tmp_path: Pa
     assert (used.num_inference_steps, used.flow_shift, used.guidance_scale) == (4, 5.0, 1.0)
     assert used.guidance_scale_2 == 1.0
     assert not used.warnings
-    recipe = offered.loras[0].recipe
-    assert recipe is not None
-    assert not resolve(recipe.apply(replace(job, num_inference_steps=9)), offered).warnings
+    recipe_settings = {
+        "num_inference_steps": 4, "flow_shift": 5.0, "guidance_scale": 1.0, "guidance_scale_2": 1.0,
+    }  # fmt: skip
+    assert not resolve(replace(job, **recipe_settings), offered).warnings
     # What a job says itself still counts, and is then warned of.
     own = resolve(replace(job, num_inference_steps=6), with_loras(plain, [path], use_recipe=True))
     assert own.num_inference_steps == 6

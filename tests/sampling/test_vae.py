@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers.video_processor import VideoProcessor
+from support.decoding import decode_frames, decode_to_tensor
 from support.traced import TracedMemory
 from support.vae_models import make_latents, make_vae
 from torch import Tensor
@@ -19,8 +20,6 @@ from wan_core.errors import InvalidRequest
 from wan_core.sampling.vae import (
     StreamingDecoder,
     conditioning_chunks,
-    decode_frames,
-    decode_to_tensor,
     denormalize_latents,
     encode_latents,
     normalize_latents,

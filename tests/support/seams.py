@@ -10,6 +10,7 @@ import torch
 from diffusers import AutoencoderKLWan
 from torch import Tensor
 
+from support.blending import normalised
 from tools import clips
 from wan_core.job.windows import Window, WindowPlan, video_frames
 
@@ -89,7 +90,7 @@ class MovingVideo:
     def ratios(self, plan: WindowPlan) -> Tensor:
         """How much more the decoded video changes, per latent frame, than without windows."""
         made = torch.zeros_like(self._whole)
-        for window, weights in zip(plan.windows(), plan.normalised(), strict=True):
+        for window, weights in zip(plan.windows(), normalised(plan), strict=True):
             index, share = list(window.indices), torch.tensor(weights).view(1, 1, -1, 1, 1)
             made[:, :, index] += share * (self._late if window.index else self._whole)[:, :, index]
         return self._change(made) / self._even

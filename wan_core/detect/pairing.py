@@ -13,7 +13,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Final, Literal
 
-from ..errors import ModelMismatch
+from ..errors import MissingFile, ModelMismatch
 from ..files import file_identity, quoted
 from ..models import TransformerShape, VaeShape
 from .identified import IdentifiedFile
@@ -91,8 +91,6 @@ def check_image_encoder(
     image_path: Path,
 ) -> None:
     """Require a CLIP image encoder of the right width where the transformer has an image branch."""
-    from ..errors import MissingFile
-
     if transformer.image_dim is None:
         return
     if image is None:

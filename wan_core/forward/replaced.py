@@ -10,7 +10,7 @@ import hashlib
 import inspect
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -33,6 +33,25 @@ def digest_of(code: Iterable[Any]) -> str:
     except (OSError, TypeError):
         return ""
     return digest.hexdigest()[:16]
+
+
+def unknown_code(
+    module: nn.Module, kind: type, within: nn.Module, digest: str, known: Collection[str], what: str
+) -> str | None:
+    """Return why a replacement was not written after this module's own code, or None if it was.
+
+    ``kind`` is the class it must be, exactly. ``digest`` is that of the installed sources, ``known``
+    those that compute the same; ``within`` is the submodule that is replaced.
+    """
+    if type(module) is not kind:
+        return f"{type(module).__name__} is not {kind.__name__}"
+    if digest not in known:
+        from diffusers import __version__
+
+        return f"diffusers {__version__} computes {what} in a way not known here"
+    if within.training:
+        return "the model is in training mode"
+    return None
 
 
 @dataclass

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ..memory import LEAN_HEAD_GROUPS, LEAN_ROWS
 from .block import LeanOptions, Modulation, TimestepRuns, run_block
-from .replaced import Installed, ReplacedForward, digest_of
+from .replaced import Installed, ReplacedForward, digest_of, unknown_code
 from .timestep import Embedding, embed_timestep
 
 KNOWN_SOURCES = {"2d9f08edea184d1d"}
@@ -56,15 +56,13 @@ def source_digest() -> str:
 
 def why_not(transformer: Any) -> str | None:
     """Return why the lean forward cannot replace this model's own, or None if it can."""
-    from diffusers import WanTransformer3DModel, __version__
+    from diffusers import WanTransformer3DModel
 
-    kind: Any = type(transformer)
-    if kind is not WanTransformer3DModel:
-        return f"{type(transformer).__name__} is not WanTransformer3DModel"
-    if source_digest() not in KNOWN_SOURCES:
-        return f"diffusers {__version__} computes the transformer in a way not known here"
-    if transformer.training:
-        return "the model is in training mode"
+    kind: Any = WanTransformer3DModel
+    what = "the transformer"
+    reason = unknown_code(transformer, kind, transformer, source_digest(), KNOWN_SOURCES, what)
+    if reason is not None:
+        return reason
     if _hooked(transformer):
         return "a diffusers hook (cache, group offload) is attached to the model"
     for index, block in enumerate(transformer.blocks):

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from .decoder import DecodeOptions, DecoderWalk
 from .host_cache import HostCache
-from .replaced import Installed, ReplacedForward, digest_of
+from .replaced import Installed, ReplacedForward, digest_of, unknown_code
 
 KNOWN_SOURCES = {"7ddcc402cfda3497"}
 """Digests of the diffusers sources for which the lean decoder is known to give the same bits."""
@@ -48,16 +48,14 @@ def source_digest() -> str:
 
 def why_not(vae: Any) -> str | None:
     """Return why the lean decoder cannot replace this VAE's own, or None if it can."""
-    from diffusers import AutoencoderKLWan, __version__
+    from diffusers import AutoencoderKLWan
     from diffusers.models.autoencoders import autoencoder_kl_wan as wan
 
-    kind: Any = type(vae)
-    if kind is not AutoencoderKLWan:
-        return f"{type(vae).__name__} is not AutoencoderKLWan"
-    if source_digest() not in KNOWN_SOURCES:
-        return f"diffusers {__version__} computes the VAE's decoder in a way not known here"
-    if vae.decoder.training:
-        return "the VAE is in training mode"
+    decoder = getattr(vae, "decoder", vae)
+    what = "the VAE's decoder"
+    reason = unknown_code(vae, AutoencoderKLWan, decoder, source_digest(), KNOWN_SOURCES, what)
+    if reason is not None:
+        return reason
     known = {getattr(wan, name) for name in dir(wan) if name.startswith(("Wan", "DupUp"))}
     known |= {nn.Conv2d, nn.SiLU, nn.Identity, nn.Dropout, nn.ModuleList, nn.Sequential}
     for name, module in vae.decoder.named_modules():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..errors import InvalidRequest
@@ -52,8 +51,3 @@ def parse_prompts(text: str) -> tuple[PromptPart, ...]:
         parts.append(PromptPart(start, words.strip()))
         start += count
     return tuple(parts)
-
-
-def part_at(parts: Sequence[PromptPart], frame: int) -> int:
-    """Return the index of the part that video frame ``frame`` belongs to."""
-    return max(i for i, part in enumerate(parts) if part.start <= frame or i == 0)

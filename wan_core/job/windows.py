@@ -101,14 +101,6 @@ class Window:
         """Absolute index of the first latent frame."""
         return self.indices[0]
 
-    @property
-    def slices(self) -> tuple[slice, ...]:
-        """The frames as one slice of the clip, or as two if the window wraps past its end."""
-        first, last = self.indices[0], self.indices[-1]
-        if last >= first:
-            return (slice(first, last + 1),)
-        return slice(first, first + len(self.indices) - last - 1), slice(0, last + 1)
-
 
 @dataclass(frozen=True)
 class WindowPlan:
@@ -206,18 +198,6 @@ class WindowPlan:
                 weights=_weights(self.window, handovers[k - 1], handovers[k], self.fusion),
             )
             for k, start in enumerate(starts)
-        )
-
-    def normalised(self, step: int = 0) -> tuple[tuple[float, ...], ...]:
-        """Weights per window and frame, scaled so that those of every clip frame sum to 1."""
-        windows = self.windows(step)
-        totals = [0.0] * self.total
-        for window in windows:
-            for i, weight in zip(window.indices, window.weights, strict=True):
-                totals[i] += weight
-        return tuple(
-            tuple(w / totals[i] for i, w in zip(win.indices, win.weights, strict=True))
-            for win in windows
         )
 
     def blend_fractions(self, step: int = 0) -> tuple[tuple[float, ...], ...]:

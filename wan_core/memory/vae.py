@@ -189,11 +189,10 @@ def _downsample(x: Map, cache: _Cache, *, time: bool) -> Map:
     return y
 
 
-def _duplicated(x: Map, channels: int, time: int, *, first: bool) -> Map:
+def _duplicated(x: Map, channels: int, time: int) -> Map:
     """``DupUp3D``: repeat each number, then copy the numbers into a larger map."""
     y = x.like(c=channels * time * 4)
     y = y.like(c=channels, t=time * x.t, h=2 * x.h, w=2 * x.w)
-    del first  # changes nothing: the first chunk drops its surplus frames by a view
     return y
 
 
@@ -237,7 +236,7 @@ def _decode_level(
     y = _upsample(y, out, cache, time=time)
     if kept is None:
         return y
-    shortcut = _duplicated(kept, width, 2 if time else 1, first=first)
+    shortcut = _duplicated(kept, width, 2 if time else 1)
     y = y.like()
     x.tape.during(kept, shortcut)
     return y

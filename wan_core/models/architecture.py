@@ -6,7 +6,7 @@ Small, picklable data; standard library only. It holds paths and sizes, never we
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -153,10 +153,6 @@ class ModelArchitecture:
         plain = _plain(out)
         assert isinstance(plain, dict)
         return plain
-
-    def with_warnings(self, *texts: str) -> ModelArchitecture:
-        """Return a copy that also carries these warnings."""
-        return replace(self, warnings=(*self.warnings, *texts))
 
 
 def _plain(value: Any) -> Any:

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
-    from ..config import GenerationConfig
     from .variants import Defaults
 
 
@@ -31,10 +30,6 @@ class Recipe:
     scheduler: str
     timesteps: tuple[int, ...]
     """The timesteps the LoRA was trained at, which the scheduler derives from these settings."""
-
-    def apply(self, config: GenerationConfig) -> GenerationConfig:
-        """Return a copy of ``config`` with these settings in place of its own."""
-        return replace(config, **self._settings())
 
     def differences(self, settings: Any) -> list[str]:
         """Name the fields of ``settings`` (a Request) that differ from the recipe, with values."""

@@ -84,9 +84,6 @@ class Expert:
     model: Callable[..., Any]
     dtype: torch.dtype
     guidance_scale: float
-    per_token_timesteps: bool = False
-    """Whether the 5B gets one timestep per token even when all of them are equal, as diffusers
-    passes it. One per sample gives the same within rounding, with half the memory."""
     together: Callable[[Any, Sequence[Mapping[str, Any]]], Sequence[Any]] | None = None
     """Runs several calls of the model block by block (``forward.run_together``), so that streamed
     weights arrive once for both passes of guidance. None runs the passes one after the other."""
@@ -137,14 +134,11 @@ def _model_inputs(
     if conditions.concat is not None:
         latents = torch.cat([latents, conditions.concat], dim=1)
         return latents.to(expert.dtype), timestep.expand(batch)
-    # The 5B is given frames in place of their latents; without any, per-token timesteps are all
-    # equal and one per sample says the same.
-    if given is not None and min(indices) < given.shape[2]:
-        latents, mask = _hold(latents, given, indices)
-    elif expert.per_token_timesteps:
-        mask = torch.ones((1, 1, *latents.shape[2:]), device=latents.device)
-    else:
+    # The 5B is given frames in place of their latents. Without any, all per-token timesteps would
+    # be equal: one per sample says the same within rounding, with half the memory.
+    if given is None or min(indices) >= given.shape[2]:
         return latents.to(expert.dtype), timestep.expand(batch)
+    latents, mask = _hold(latents, given, indices)
     # The 5B patches 2x2 latent pixels into a token; tokens of a given frame get timestep 0.
     per_token = (mask[0][0][:, ::2, ::2] * timestep).flatten()
     return latents.to(expert.dtype), per_token.unsqueeze(0).expand(batch, -1)

@@ -142,37 +142,6 @@ class StreamingDecoder:
         return chunk.clamp_(-1.0, 1.0)
 
 
-def decode_frames(vae: Any, latents: Tensor, *, check: Check | None = None) -> Iterator[Tensor]:
-    """Yield the chunks (B, 3, f, H, W) of ``vae.decode(latents).sample``, within -1..1.
-
-    The feature cache is freed when the iterator ends, fails or is closed. Use ``StreamingDecoder``
-    to continue after a failure. ``check`` runs before each latent frame.
-    """
-    decoder = StreamingDecoder(vae, latents)
-    try:
-        while not decoder.done:
-            yield decoder.decode_next(check=check)
-    finally:
-        decoder.close()
-
-
-def decode_to_tensor(
-    vae: Any, latents: Tensor, *, out: Tensor | None = None, check: Check | None = None
-) -> Tensor:
-    """Decode (B, z, T, h, w) latents in VAE space to float32 frames (B, F, H, W, 3), 0..1.
-
-    Frames are copied to ``out`` (by default a new tensor on the CPU) as they are decoded. Values
-    equal those of diffusers' ``VideoProcessor.postprocess_video(..., "np")``.
-    """
-    decoder = StreamingDecoder(vae, latents)
-    try:
-        if out is None:
-            out = torch.empty(decoder.output_shape, dtype=torch.float32, device="cpu")
-        return decoder.decode_into(out, check=check)
-    finally:
-        decoder.close()
-
-
 def to_frames(chunk: Tensor) -> Tensor:
     """Turn a decoded chunk (B, 3, f, H, W), -1..1, into float32 (B, f, H, W, 3), 0..1, on the CPU.
 

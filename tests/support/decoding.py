@@ -1,0 +1,40 @@
+"""A whole decode in one call, by the streaming decoder that a render drives itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from wan_core.sampling.vae import StreamingDecoder
+
+
+def decode_frames(
+    vae: Any, latents: Tensor, *, check: Callable[[], object] | None = None
+) -> Iterator[Tensor]:
+    """Yield the chunks (B, 3, f, H, W) of ``vae.decode(latents).sample``, within -1..1."""
+    decoder = StreamingDecoder(vae, latents)
+    try:
+        while not decoder.done:
+            yield decoder.decode_next(check=check)
+    finally:
+        decoder.close()
+
+
+def decode_to_tensor(
+    vae: Any,
+    latents: Tensor,
+    *,
+    out: Tensor | None = None,
+    check: Callable[[], object] | None = None,
+) -> Tensor:
+    """Decode (B, z, T, h, w) latents in VAE space to float32 frames (B, F, H, W, 3), 0..1."""
+    decoder = StreamingDecoder(vae, latents)
+    try:
+        if out is None:
+            out = torch.empty(decoder.output_shape, dtype=torch.float32, device="cpu")
+        return decoder.decode_into(out, check=check)
+    finally:
+        decoder.close()
