@@ -208,7 +208,7 @@ def _varint(data: bytes, at: int) -> tuple[int, int]:
     raise ValueError(f"a number at byte {at:,} does not end")
 
 
-# Other parts without weights ---------------------------------------------------------------------
+# Other components without weights ----------------------------------------------------------------
 
 
 def load_image_processor(path: str | os.PathLike[str] | None = None) -> Any:
