@@ -1,8 +1,9 @@
 """Command line: ``python -m wan_core inspect | estimate | generate | demo | download``.
 
-Exit code 0 on success, 1 with one line on an expected error, 2 for a wrong command line, 130 after
-Ctrl-C. ``--json`` prints one object with the fields of the API's result and nothing else; on an
-expected error one with ``success``, ``errors`` and ``warnings``, beside the line on stderr.
+The exit code is 0 on success, 1 for an expected error (one line on stderr), 2 for a wrong command
+line, and 130 after Ctrl-C. With ``--json`` stdout is a single object with the fields of the API's
+result. For an expected error it is one with ``success``, ``errors`` and ``warnings``, and the line
+on stderr is printed too.
 """
 
 from __future__ import annotations
@@ -169,7 +170,7 @@ def _is_release(path: Path) -> bool:
 
 
 def _describe_part(part: Any) -> tuple[str, dict[str, Any]]:
-    """Describe a file that is one part of a pipeline, or none at all."""
+    """Describe a file that holds one component other than a transformer, a LoRA, or neither."""
     size = f"{part.table.nbytes / MIB:,.0f} MiB {part.weights.name}, layout {part.layout}"
     lines = [f"{part.title}: {size}"]
     lines += [f"because {reason}" for reason in part.reasons]
@@ -233,7 +234,7 @@ def _estimate(arguments: argparse.Namespace) -> tuple[str, dict[str, Any]]:
 
     wrapper = _open(arguments)
     needs_image = wrapper.architecture.variant.image_input == "required"
-    # Only its presence counts here; no picture is read for an estimate.
+    # For an estimate only the presence of an image counts; no picture is read.
     job = _job(arguments, wrapper, prompt="", image="first.png" if needs_image else None)
     estimate, largest = wrapper.estimate_memory_usage(job), wrapper.what_fits(job)
     text = f"{format_estimate(estimate)}\n{largest}"
@@ -285,7 +286,7 @@ def _read_text(path: str | None) -> str | None:
 
 
 def _read_audio(arguments: argparse.Namespace, wrapper: Any) -> Any:
-    """Read as much of the sound as the clip is long."""
+    """Read as much of the sound as the clip takes."""
     if arguments.audio is None:
         return None
     from .render import read_audio
@@ -293,14 +294,14 @@ def _read_audio(arguments: argparse.Namespace, wrapper: Any) -> Any:
     defaults = wrapper.architecture.variant.defaults
     frames = defaults.num_frames if arguments.frames is None else max(arguments.frames, 1)
     fps = defaults.fps if arguments.fps is None else arguments.fps
-    # A rate that is not allowed is named by the job itself.
+    # An fps that is not allowed is refused later, with all other values.
     return read_audio(arguments.audio, seconds=frames / fps if fps > 0 else 0)
 
 
 def _generated(wrapper: Any, job: GenerationConfig, arguments: argparse.Namespace) -> Any:
-    """Generate with progress bars and warnings on stderr; an expected failure is raised.
+    """Generate, with progress bars and warnings on stderr; raise an expected failure.
 
-    With ``--json`` stderr stays empty, and warnings are collected in ``arguments``.
+    With ``--json`` neither is shown. Warnings are always collected in ``arguments.warnings``.
     """
     from tqdm import tqdm
 
@@ -333,7 +334,7 @@ def _generated(wrapper: Any, job: GenerationConfig, arguments: argparse.Namespac
 
 
 def _download(arguments: argparse.Namespace) -> tuple[str, dict[str, Any]]:
-    """Show what would be fetched and how large it is, ask, fetch, and say what it is."""
+    """Show what would be fetched and its size, ask, fetch it, and say what it is."""
     from .loading import fetch, plan_download
 
     plan = plan_download(arguments.variant, arguments.to, arguments.endpoint)

@@ -1,9 +1,9 @@
-"""From bytes to modules: one part of a model, read strictly, shared and kept in a cache.
+"""From bytes to modules: one component of a model, checked, read, and shared through a cache.
 
 In: a path and a dtype. Out: diffusers' and transformers' modules with exactly the file's weights,
-tokenizers, schedulers' configurations; where a module's memory is (``move``, page-locked slabs).
-Imports everything left of the plan. Names are resolved on first use, so that torch is not
-imported with the package.
+tokenizers, and schedulers' configurations. Also here, because loading decides it first: where a
+module's memory lies (``move``, page-locked slabs). Imports ``formats``, ``models``, ``detect`` and
+``memory``. Names are resolved on first use, so that torch is not imported with the package.
 """
 
 from __future__ import annotations

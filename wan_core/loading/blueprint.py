@@ -1,7 +1,7 @@
-"""Which module class a part of a model is, and the configuration it is built with.
+"""Which module class a component is built from, and with which configuration.
 
-A diffusers or transformers folder says both in its config.json; a single file says nothing, and
-both follow from the shapes of its tensors and our own table. Nothing is ever fetched.
+A diffusers or transformers folder says both in its config.json. A single file says neither: both
+are then derived from the shapes of its tensors (``models.shapes``). Nothing is ever fetched.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _CLASSES: Final[Mapping[str, str]] = {
     "UMT5EncoderModel": "text_encoder",
     "CLIPVisionModel": "image_encoder",
 }
-# What transformers' config.json calls the models whose weights hold the class on the right.
+# ``model_type`` in transformers' config.json, and the class that reads such weights.
 _MODEL_TYPES: Final = {
     "umt5": "UMT5EncoderModel",
     "clip_vision_model": "CLIPVisionModel",
@@ -40,7 +40,10 @@ _MAX_BLOCKS: Final = 512
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Blueprint:
-    """A class of diffusers or transformers, its configuration, and where that came from."""
+    """A class of diffusers or transformers, its configuration, and where both came from.
+
+    ``origin`` is for messages; ``from_file`` says whether it is a config.json.
+    """
 
     kind: str
     class_name: str
@@ -50,18 +53,23 @@ class Blueprint:
 
 
 def stated_blueprint(path: Path) -> Blueprint | None:
-    """Return what the config.json of a component folder says; None where there is none.
+    """Return what the config.json of a component's folder states; None where there is none.
 
-    Raises UnsupportedModel or CorruptFile for one that describes nothing WanFit loads.
+    Raises UnsupportedModel where it describes something that WanFit does not load, CorruptFile for
+    numbers that make no sense.
     """
     file = path / "config.json"
     return _from_config(file) if path.is_dir() and file.is_file() else None
 
 
 def found_blueprint(part: IdentifiedFile, mapped: Mapped) -> Blueprint:
-    """Return what the shapes of the tensors say; CorruptFile where they say too little."""
+    """Derive the blueprint from the shapes of the tensors.
+
+    Raises CorruptFile where a tensor that is needed for this is missing.
+    """
     shapes = {}
     for name, source in mapped.sources.items():
+        # One stored tensor may hold several of ours one above the other (fused q, k, v).
         rows, *rest = part.table.tensors[source.name].shape or (1,)
         shapes[name] = (rows // source.parts, *rest)
     build = {
@@ -78,7 +86,7 @@ def _from_config(file: Path) -> Blueprint | None:
     config = read_json(file)
     name = config.get("_class_name") or _MODEL_TYPES.get(str(config.get("model_type")))
     if name == "WanModel" or (name is None and "model_type" in config and "dim" in config):
-        return None  # the official release's own config: its weights say the same
+        return None  # the official release's own format; its tensors' shapes say the same
     if not isinstance(name, str) or name not in _CLASSES:
         what = name or config.get("model_type") or "model without a name"
         raise UnsupportedModel(
@@ -99,7 +107,7 @@ def _from_config(file: Path) -> Blueprint | None:
 
 
 def _check_numbers(config: Mapping[str, Any], file: Path) -> None:
-    """Refuse sizes that would make building the module itself take forever."""
+    """Refuse numbers with which building the module would take hours or all the memory."""
     for key, value in config.items():
         limit = _MAX_BLOCKS if key in ("num_layers", "num_hidden_layers") else _MAX_NUMBER
         if isinstance(value, int) and not -_MAX_NUMBER <= value <= limit:
@@ -165,7 +173,8 @@ def _transformer(shapes: Shapes) -> tuple[str, dict[str, Any]]:
 
 def _animate(shapes: Shapes, layers: int) -> dict[str, Any]:
     hidden = _size(shapes, "face_encoder.conv2.weight", 0)
-    # Each residual block halves the picture, down to 4 x 4; its width depends on its resolution.
+    # The motion encoder's residual blocks halve the picture until it is 4 x 4. The configuration
+    # lists channels by resolution, so the resolutions are counted back from the last one.
     widths = [_size(shapes, "motion_encoder.conv_in.weight", 0)]
     for index in range(count_blocks(shapes, "motion_encoder.res_blocks.")):
         widths.append(_size(shapes, f"motion_encoder.res_blocks.{index}.conv2.weight", 0))
@@ -212,7 +221,8 @@ def _image(shapes: Shapes) -> tuple[str, dict[str, Any]]:
     width = math.prod(shapes.get("embeddings.class_embedding", (0,)))
     patch = _size(shapes, "embeddings.patch_embedding.weight", 3)
     positions = math.prod(shapes.get("embeddings.position_embedding.weight", (0,)))
-    # The number of heads is in no shape: every published ViT of this family has 16, base has 12.
+    # No shape tells the number of heads. The published CLIP ViTs of width 768 have 12, the larger
+    # ones 16.
     heads = 12 if width == 768 else 16
     if not width or width % heads:
         raise UnsupportedModel(

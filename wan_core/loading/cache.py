@@ -1,8 +1,9 @@
-"""Loaded components, shared between everything in the process that asks for the same files.
+"""A cache of loaded components, shared by everything in the process that uses the same files.
 
-Two pipelines that name the same text encoder or VAE file get the same module. A component is
-known by path, size and modification time of its files, its dtype and its options; a file that
-changed on disk is read again. Components stay until ``clear`` or until room in RAM is needed.
+Two pipelines that name the same text encoder or VAE file get the same module. A component's key is
+made of its files' paths, sizes and modification times, its dtype and its options, so that a file
+that changed on disk is read again. Components stay until ``clear`` is called or their RAM is needed
+for another component.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ _TEXTS_KEPT = 32
 
 @dataclass(frozen=True, slots=True)
 class ComponentKey:
-    """What makes two requests for a component the same."""
+    """What two uses of a component must have in common to share one module."""
 
     kind: str
     files: tuple[FileIdentity, ...]
@@ -41,7 +42,7 @@ class _Entry:
 
 
 def component_key(component: Component, dtype: str, options: Hashable = ()) -> ComponentKey:
-    """Identify a component by its files on disk now, its dtype and its options."""
+    """Return the key of a component: its files as they are on disk now, dtype and options."""
     files: list[Path] = list(component.files)
     config = component.path / "config.json"
     if component.path.is_dir() and config.is_file():
@@ -51,7 +52,7 @@ def component_key(component: Component, dtype: str, options: Hashable = ()) -> C
 
 
 def _folder_identity(component: Component) -> FileIdentity:
-    """Identify a part without weights (tokenizer) by its newest file."""
+    """Identify a component without weights (a tokenizer) by its newest file."""
     inside = [path for path in component.path.rglob("*") if path.is_file()]
     newest = max(inside, key=lambda path: path.stat().st_mtime_ns, default=component.path)
     return file_identity(newest)
@@ -60,13 +61,14 @@ def _folder_identity(component: Component) -> FileIdentity:
 class ComponentCache:
     """Modules by key, least recently used first. Safe to use from several threads.
 
-    ``render_lock`` is held by a render from start to end: two at once would each take the memory
-    that the other's plan counts on.
+    A render holds ``render_lock`` from start to end. Two renders at the same time would each use
+    the memory that the plan of the other counts on.
     """
 
     def __init__(self) -> None:
         self.render_lock = threading.RLock()
-        # Taken after render_lock, never before it; held while a component is being read.
+        # Held while a component is being read, so that two threads do not read it twice. To avoid a
+        # deadlock, a thread that needs both locks takes render_lock first.
         self._lock = threading.RLock()
         self._entries: OrderedDict[ComponentKey, _Entry] = OrderedDict()
         self._texts: OrderedDict[Hashable, Any] = OrderedDict()
@@ -75,9 +77,10 @@ class ComponentCache:
     def borrow(
         self, key: ComponentKey, nbytes: int, build: Callable[[], Any], *, keep: bool = True
     ) -> Iterator[Any]:
-        """Yield the module of ``key``, building it if it is not there; in use, it is not evicted.
+        """Yield the module of ``key``; call ``build`` for it if it is not in the cache.
 
-        ``nbytes`` is about what it takes in RAM. ``keep=False`` drops it after use.
+        ``nbytes`` is about what it takes in RAM; other components are dropped to make space for
+        it. A module is not dropped while it is in use. ``keep=False`` drops it after use.
         """
         entry = self._take(key, nbytes, build)
         try:
@@ -101,15 +104,18 @@ class ComponentCache:
             return entry
 
     def _drop_stale(self, key: ComponentKey) -> None:
-        """Forget older versions of the same files: they can never be asked for again."""
+        """Drop modules read from earlier versions of the same files: no key can match them."""
         paths = {identity.path for identity in key.files}
         for old in [k for k in self._entries if k.kind == key.kind and k.files != key.files]:
             if paths & {identity.path for identity in old.files}:
                 del self._entries[old]
 
     def _make_room(self, nbytes: int) -> None:
+        """Drop unused components, least recently used first, until ``nbytes`` are available."""
         unused = [key for key, entry in self._entries.items() if entry.users == 0]
         for key in unused:
+            # Asked anew each time: what a component frees is less than its size where its weights
+            # are views of a mapped file.
             _, available, _ = ram()
             if available >= nbytes + RAM_RESERVE:
                 return
@@ -125,7 +131,7 @@ class ComponentCache:
             return self._texts[key]
 
     def put_text(self, key: Hashable, embeddings: Any) -> None:
-        """Store embeddings; the least recently used of more than 32 are forgotten."""
+        """Store the embeddings of a text; only the 32 most recently used are kept."""
         with self._lock:
             self._texts[key] = embeddings
             while len(self._texts) > _TEXTS_KEPT:
@@ -142,9 +148,10 @@ class ComponentCache:
             return sum(entry.nbytes for entry in self._entries.values())
 
     def unused_bytes(self, device: str) -> tuple[int, int]:
-        """Return the bytes that components not in use hold on ``device`` and in RAM.
+        """Return (bytes on ``device``, bytes in RAM) held by components that are not in use.
 
-        Views of a mapped file are not among those in RAM: the system calls them available already.
+        Weights that are views of a mapped file are left out: the system counts their pages as
+        available already.
         """
         from .reader import is_mapped
 
@@ -176,7 +183,7 @@ class ComponentCache:
         return moved
 
     def drop(self, paths: set[str]) -> None:
-        """Forget the components read from these files (absolute paths, links resolved)."""
+        """Drop the components read from these files (absolute paths, links resolved)."""
         with self._lock:
             gone = [k for k in self._entries if paths & {f.path for f in k.files}]
             for key in gone:
@@ -185,7 +192,7 @@ class ComponentCache:
             gc.collect()
 
     def clear(self) -> None:
-        """Forget every component and every stored text; those in use go when their user is done."""
+        """Drop every component and every stored text; modules in use live until they are done."""
         with self._lock:
             self._entries.clear()
             self._texts.clear()

@@ -1,8 +1,9 @@
-"""One part of a model, from its file or folder to a module: built without memory, then filled.
+"""Loads one component: from its file or folder to a diffusers or transformers module.
 
-Header, configuration and every name and shape are compared before a weight is read; then each
-tensor goes straight to the dtype and device asked for. The module equals, in every parameter and
-its dtype, what ``from_pretrained(folder, dtype=...)`` of diffusers or transformers returns.
+The module is first built on the meta device, without memory. Before any weight is read, its
+parameters are compared by name and shape with the tensors in the headers. Then each tensor is read
+straight to the dtype and device asked for. The module equals, in every parameter and its dtype,
+what ``from_pretrained(folder, dtype=...)`` of diffusers or transformers returns.
 """
 
 from __future__ import annotations
@@ -43,26 +44,32 @@ def load_component(
     keep_quantized: bool = False,
     map_file: bool = False,
 ) -> nn.Module:
-    """Return the one part a file or folder holds, as a diffusers or transformers module.
+    """Return the component that a file or folder holds, as a diffusers or transformers module.
 
-    Parameters are cast to ``dtype`` except those the class keeps in fp32; None keeps the file's
-    dtype (fp8 and GGUF weights then become bf16). ``kind`` (transformer, vae, text_encoder,
-    image_encoder) refuses another part. A .pth file is opened when it is named itself, never when
-    it lies in a folder that is named. ``keep_quantized`` leaves the weights of linear layers
-    in fp8 or GGUF blocks and takes them apart at each call, computing in ``dtype``. ``map_file``
-    leaves weights that need no conversion in the mapped file, which must then stay as it is.
-    Raises ModelFileError, ModelMismatch or UnsupportedModel, from headers where they can tell.
+    ``dtype`` is what parameters are cast to, except those the class keeps in fp32. None keeps each
+    tensor's stored dtype; fp8 and GGUF weights then become bf16. ``kind`` ("transformer", "vae",
+    "text_encoder" or "image_encoder") is the kind that is expected; another one is refused.
+
+    ``keep_quantized`` leaves the weights of linear layers as stored (fp8 or GGUF blocks) and
+    dequantises them at each call, computing in ``dtype``. ``map_file`` makes weights that need no
+    conversion views of the mapped file, which must then not change while the module is in use.
+
+    A .pth file is read when ``path`` names it, never when it only lies in the folder that ``path``
+    names. Raises ModelFileError, ModelMismatch or UnsupportedModel; where the headers show the
+    mistake, before any weight is read.
     """
     source = Path(path)
     table = read_table(source)
     part, stated = _identified(source, table, kind)
     mapped = map_names(part.kind, table.tensors, part.prefix)
     plan = stated or found_blueprint(part, mapped)
+    # Without memory, so that a wrong file is refused before gigabytes are allocated or read.
     module = build(plan)
     check = _Check(plan, table, mapped, module)
     check.run()
     with TensorReader(table, device, mapped=map_file) as reader:
         _Filling(module, table, reader, check.sources, dtype, plan.kind, keep_quantized).run()
+    # What no file holds comes last: until now these buffers are on the meta device.
     _restore_buffers(module, torch.device(device))
     _tie(module, table)
     return module.eval().requires_grad_(False)
@@ -71,10 +78,11 @@ def load_component(
 def _identified(
     path: Path, table: TensorTable, kind: str | None
 ) -> tuple[IdentifiedFile, Blueprint | None]:
-    """Say which part the weights are, and what a config.json beside them says of them."""
+    """Return what the weights are recognised as, and what a config.json beside them states."""
     part, stated = identify(table), stated_blueprint(path)
     if part.kind not in KINDS and stated is not None:
-        # Tensors are missing by which it is known; which ones, the comparison will say.
+        # The tensors by which it would be recognised are missing. Believe config.json for now: the
+        # comparison with its module then names the missing ones.
         part = replace(part, kind=stated.kind, title=f"a {stated.class_name}")
     if kind is not None and part.kind != kind:
         raise ModelMismatch(
@@ -98,7 +106,8 @@ def _identified(
 def build(plan: Blueprint) -> nn.Module:
     """Return the module of a blueprint with every parameter on the meta device (no memory).
 
-    Raises ModelMismatch when its class does not accept the configuration.
+    Raises ModelMismatch when its class does not accept the configuration, MissingDependency when
+    the class cannot be imported.
     """
     try:
         if plan.kind in ("transformer", "vae"):
@@ -115,7 +124,7 @@ def build(plan: Blueprint) -> nn.Module:
             "transformers >= 4.50."
         ) from err
     try:
-        # Thread-local, unlike accelerate's init_empty_weights, which patches nn.Module.
+        # Not accelerate's init_empty_weights: it patches nn.Module for all threads of the process.
         with torch.device("meta"):
             if plan.kind in ("transformer", "vae"):
                 module = made.from_config(dict(plan.config))
@@ -132,7 +141,10 @@ def build(plan: Blueprint) -> nn.Module:
 
 @dataclass
 class _Check:
-    """Compares what the module needs with what the headers offer; ``sources`` is the result."""
+    """Compares the tensors a module needs with those the headers offer.
+
+    ``sources`` is the result: for each name of the module's state dict, the stored tensor to read.
+    """
 
     plan: Blueprint
     table: TensorTable
@@ -148,8 +160,8 @@ class _Check:
         missing, misshapen = [], []
         for name, shape in wanted.items():
             if name in _TIED and _TIED[name] in wanted:
-                continue
-            # Older transformers put this before the names of a CLIP vision model.
+                continue  # the same tensor under a second name; files hold it once
+            # Older versions of transformers put this prefix before a CLIP vision model's names.
             source = offered.pop(name.removeprefix("vision_model."), None)
             if source is None:
                 missing.append(name)
@@ -170,8 +182,10 @@ class _Check:
         if stored == wanted:
             return True
         if self.table.format == "gguf" and len(wanted) > 4:
-            return math.prod(stored) == math.prod(wanted)  # GGUF has four dimensions at most
-        # Other code stores some vectors with axes of length 1 (class token, biases of a conv).
+            # GGUF has at most four dimensions: a 5-D convolution is stored in another shape.
+            return math.prod(stored) == math.prod(wanted)
+        # In single files of other programs some vectors have additional axes of length 1 (class
+        # token, biases of a convolution).
         return not self.plan.from_file and _squeezed(stored) == _squeezed(wanted)
 
     def _refuse(
@@ -216,7 +230,11 @@ def _squeezed(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 @dataclass
 class _Filling:
-    """Reads every source into its parameter, in the order in which they lie on the disk."""
+    """Reads every source into its parameter.
+
+    They are read in the order in which they lie in the files: a hard disk does not seek, and the
+    system's read-ahead works.
+    """
 
     module: nn.Module
     table: TensorTable
@@ -252,7 +270,11 @@ class _Filling:
         return self.reader.read(source, shape, target, scale=scale)
 
     def _keep(self, name: str, source: Source) -> bool:
-        """Fill a linear layer with its weight as stored; False where it must be taken apart."""
+        """Keep a linear layer's weight as stored; False where it must be dequantised now.
+
+        Kept are whole weights of plain linear layers that compute in ``dtype``. Layers that stay in
+        fp32 are small, and their class expects an ordinary weight.
+        """
         info = self.table.tensors[source.name]
         layer_name, _, leaf = name.rpartition(".")
         layer = self.module.get_submodule(layer_name)
@@ -262,7 +284,7 @@ class _Filling:
         if stays_fp32(name, keep_in_fp32(self.module, torch.bfloat16)):
             return False
         if target == torch.float32 and self.dtype != torch.float32:
-            return False  # umT5 keeps some layers in fp32 beside fp16
+            return False  # a layer that stays in fp32 beside fp16 only (umT5's ``wo``)
         if DTYPES.get(info.dtype) in FP8:
             stored = DTYPES[info.dtype]
             scaled = ScaledLinear(
@@ -276,7 +298,7 @@ class _Filling:
             new.weight = gguf_parameter(self.reader.raw(source.name), gguf_type(info))
         else:
             return False
-        # The bias may have been read before the weight.
+        # Files hold weight and bias in either order: the bias may have been read already.
         new.bias = layer.bias
         replace_linear(self.module, layer_name, new)
         return True
@@ -292,11 +314,12 @@ def _assign(module: nn.Module, name: str, tensor: torch.Tensor) -> None:
 
 
 def _tie(module: nn.Module, table: TensorTable) -> None:
-    """Let umT5's encoder use the shared embedding, which must not be all zero."""
+    """Make umT5's encoder use the shared token embedding; CorruptFile where that is all zero."""
     shared = getattr(module, "shared", None)
     if not isinstance(shared, nn.Embedding):
         return
     weight = shared.weight
+    # The first rows nearly always decide it, without a look at all 2 GB.
     if not (bool(weight[:1024].any()) or bool(weight.any())):
         raise CorruptFile(
             f"The token embedding of {quoted(table.path)} is all zero: every prompt would mean the "
@@ -307,7 +330,10 @@ def _tie(module: nn.Module, table: TensorTable) -> None:
 
 
 def _restore_buffers(module: nn.Module, device: torch.device) -> None:
-    """Compute the buffers that no file holds: rotary tables, position ids, blur kernels."""
+    """Compute the buffers that no file holds: rotary tables, position ids, blur kernels.
+
+    Raises UnsupportedModel for one that is not known, rather than leave it without values.
+    """
     for name, owner in module.named_modules():
         lost = [key for key, value in owner._buffers.items() if value is not None and value.is_meta]
         if not lost:
@@ -325,7 +351,7 @@ def _restore_buffers(module: nn.Module, device: torch.device) -> None:
 def _fresh_buffers(owner: Any) -> dict[str, torch.Tensor]:
     kind = type(owner).__name__
     if kind == "WanRotaryPosEmbed":
-        # The class itself, for real: its tables are computed in float64.
+        # By the class's own code, on the CPU: its tables are computed in float64.
         new = type(owner)(owner.attention_head_dim, owner.patch_size, owner.max_seq_len)
         return {"freqs_cos": new.freqs_cos, "freqs_sin": new.freqs_sin}
     if kind == "CLIPVisionEmbeddings":

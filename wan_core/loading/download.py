@@ -1,9 +1,9 @@
-"""Fetching an official model, only when asked: what there is, how large, then file by file.
+"""Downloads an official model, only when asked: first the list and sizes, then file by file.
 
-Through huggingface_hub, from its endpoint or the one in HF_ENDPOINT. Weights come as safetensors;
-pickles are never fetched. What has arrived stays: a file that was cut off goes on from its last
-byte, also after a restart. In the end every size and checksum is compared and the folder is
-recognised like any other model.
+Uses huggingface_hub, with its default endpoint or the one in HF_ENDPOINT. Weights are safetensors;
+pickles are never fetched. Bytes that have arrived are kept: an interrupted file is continued from
+its last byte, also after a restart. At the end every size and checksum is compared and the folder
+is recognised like any other model.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ REPOSITORIES: Final = {
 _WANTED: Final = re.compile(r".+\.safetensors|.+\.json|.+/(?:spiece\.model|merges\.txt|vocab\.txt)")
 _PIECE: Final = 2**24
 _SPARE: Final = 2**28
-"""Bytes left free on the disk."""
+"""Bytes that must stay free on the disk."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +63,7 @@ class RemoteFile:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Download:
-    """What would be fetched and where to; nothing is, before :func:`fetch`."""
+    """What would be fetched, and into which folder. :func:`fetch` fetches it."""
 
     variant: str
     repository: str
@@ -79,7 +79,7 @@ class Download:
 
     @property
     def present(self) -> int:
-        """Bytes of it that are on the disk already, unfinished files included."""
+        """Bytes that are on the disk already, those of unfinished files included."""
         return sum(min(file.size, self._there(file)) for file in self.files)
 
     def target(self, file: RemoteFile) -> Path:
@@ -87,7 +87,10 @@ class Download:
         return contained_path(self.folder, file.name)
 
     def partial(self, file: RemoteFile) -> Path:
-        """Return where a file lies until it is whole; another version has another place."""
+        """Return where a file lies until it is complete.
+
+        The name holds the file's identity, so that bytes of another version are not continued.
+        """
         target = self.target(file)
         return target.with_name(f"{target.name[:200]}.{file.identity[:12]}.part")
 
@@ -109,9 +112,10 @@ class Download:
 def plan_download(variant: str, folder: str | Path, endpoint: str | None = None) -> Download:
     """Ask the hub what a variant's repository holds; fetches no file.
 
-    ``folder`` receives a folder named like the repository. ``endpoint`` replaces the hub's address
-    (else HF_ENDPOINT). Raises InvalidRequest for an unknown variant or address, MissingDependency
-    without huggingface_hub, DownloadError where the hub does not answer as it should.
+    The model's folder is made inside ``folder``, named like the repository. ``endpoint`` replaces
+    the hub's address; None takes HF_ENDPOINT if it is set. Raises InvalidRequest for an unknown
+    variant or address, MissingDependency without huggingface_hub, DownloadError where the hub does
+    not answer as expected.
     """
     repository = _repository(variant)
     endpoint = endpoint or os.environ.get("HF_ENDPOINT") or None
@@ -168,9 +172,10 @@ def _remote(repository: str, sibling: Any) -> RemoteFile:
 def fetch(download: Download, notice: Callable[[str], object] | None = None) -> ModelArchitecture:
     """Fetch what is missing, check everything, and return what the folder was recognised as.
 
-    Calls ``notice`` with a line for each file; progress bars go to stderr. Raises DownloadError
-    when the connection fails (call again to go on), OutputError for a full disk, CorruptFile for a
-    file of another size or checksum, ModelMismatch when the folder holds another model.
+    Calls ``notice`` with a line of text for each file; progress bars go to stderr. Raises
+    DownloadError when the connection fails (call again to continue), OutputError for a full disk,
+    CorruptFile for a file whose size or checksum is wrong, ModelMismatch when the folder holds
+    another model.
     """
     _require_space(download)
     for number, file in enumerate(download.files, start=1):
@@ -197,7 +202,7 @@ def _require_space(download: Download) -> None:
 
 
 def _fetch_file(download: Download, file: RemoteFile, target: Path) -> None:
-    """Append what is missing to the unfinished file; make it the target once it is checked."""
+    """Append what is missing to the unfinished file, check it, and rename it to the target."""
     hub = _hub()
     partial = download.partial(file)
     url = hub.hf_hub_url(
@@ -208,7 +213,7 @@ def _fetch_file(download: Download, file: RemoteFile, target: Path) -> None:
         if partial.is_file() and partial.stat().st_size > file.size:
             partial.unlink()
         with open(partial, "ab") as out:
-            # Not hf_hub_download: it begins a file anew after a restart.
+            # Not hf_hub_download, which begins a file from its first byte after a restart.
             hub.file_download.http_get(url, out, resume_size=out.tell(), expected_size=file.size)
     if not _is_whole(partial, file):
         partial.unlink()
@@ -220,7 +225,7 @@ def _fetch_file(download: Download, file: RemoteFile, target: Path) -> None:
 
 
 def _is_whole(path: Path, file: RemoteFile) -> bool:
-    """Say whether a file is there with the size and checksum it must have."""
+    """Say whether a file exists with the right size and checksum."""
     if not path.is_file() or path.stat().st_size != file.size:
         return False
     if file.sha256 is None:
@@ -230,7 +235,7 @@ def _is_whole(path: Path, file: RemoteFile) -> bool:
 
 
 def _git_blob(path: Path, file: RemoteFile) -> str:
-    """Return the name git gives a file's content; small files have no other checksum."""
+    """Return git's blob hash of a file; for small files the hub states no other checksum."""
     with open(path, "rb") as stream:
         start = f"blob {file.size}\0".encode()
         return _digest(stream, hashlib.sha1(start, usedforsecurity=False))
@@ -274,10 +279,11 @@ def _hub() -> Any:
 
 @contextmanager
 def _named(repository: str, endpoint: str | None, file: str = "") -> Iterator[None]:
-    """Turn what the network, the hub or the disk raises into an error that says what to do."""
+    """Turn errors of the network, the hub or the disk into errors that say what to do."""
     from huggingface_hub.errors import HfHubHTTPError
 
-    # The library speaks through requests, httpx or httpx2, whose errors share no base.
+    # huggingface_hub uses requests, httpx or httpx2, depending on its version. Errors of requests
+    # are OSErrors; the others' share no base class.
     loaded = [sys.modules.get(name) for name in ("httpx", "httpx2")]
     network = [module.HTTPError for module in loaded if module is not None]
     try:
@@ -294,7 +300,7 @@ def _named(repository: str, endpoint: str | None, file: str = "") -> Iterator[No
 
 
 def _size(nbytes: int) -> str:
-    """Show bytes in the unit in which they are easy to read."""
+    """Format a number of bytes in a unit that is easy to read."""
     for unit, name in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
         if nbytes >= unit:
             return f"{nbytes / unit:.2f} {name}"

@@ -1,7 +1,8 @@
-"""Dtypes: their names, which one a card runs well, and which parameters stay in fp32.
+"""Dtypes: their names, which one a device computes well in, and which parameters stay in fp32.
 
-Wan's time embedder, scale-shift tables and norms are kept in fp32 (``_keep_in_fp32_modules`` of
-the classes); in bf16 each of them shifts the result by 1e-4 to 1e-3 of its range.
+Wan's time embedder, scale-shift tables and norms stay in fp32, as the classes ask for in
+``_keep_in_fp32_modules``. Each of them in bf16 would change the result by 1e-4 to 1e-3 of its
+range.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ _ALIASES = {
     "float": "fp32",
 }
 
-# Where fp32 stays whatever the transformer computes in: small, and bf16 shows in the picture.
+# Components that compute in fp32 whatever the transformer's dtype is: they are small, and half
+# precision would be visible in the picture.
 _FP32_COMPONENTS = frozenset({"vae", "image_encoder"})
 
 
@@ -57,11 +59,11 @@ def name_of(dtype: torch.dtype) -> str:
 def resolve_dtype(
     precision: str, device: torch.device | str, stored: torch.dtype | None = None
 ) -> tuple[torch.dtype, str]:
-    """Return the dtype to compute in and the reason for it, for "auto" or a dtype's name.
+    """Return the dtype to compute in, and the reason, for ``precision`` "auto" or a dtype's name.
 
-    ``stored`` is the dtype of most of the checkpoint's weights. "auto" takes bf16 where the
-    hardware has it (CUDA compute capability 8.0 and above, ROCm, MPS on macOS 14) and fp16 on
-    older cards; on a CPU fp32, unless the checkpoint is half precision, then bf16.
+    ``stored`` is the dtype of most of the checkpoint's weights. "auto" means bf16 where the device
+    supports it (CUDA compute capability 8.0 and above, ROCm, MPS from macOS 14 on) and fp16 on
+    older cards. On a CPU it means fp32, or bf16 if the checkpoint is in half precision.
     """
     if precision.lower() != "auto":
         dtype = dtype_of(precision)
@@ -88,10 +90,10 @@ def _resolve_cuda(device: torch.device) -> tuple[torch.dtype, str]:
 
 
 def component_dtype(component: str, dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype of one pipeline component when the transformers compute in ``dtype``.
+    """Return the dtype of a component when the transformers compute in ``dtype``.
 
-    The VAE and the image encoder stay in fp32, as the published pipelines run them; the text
-    encoder follows in bf16 even where the transformer is fp16, because umT5 overflows fp16.
+    The VAE and the image encoder stay in fp32, as in the published pipelines. The text encoder has
+    the transformers' dtype, except that it takes bf16 in place of fp16, which umT5 overflows.
     """
     if component in _FP32_COMPONENTS:
         return torch.float32
@@ -101,10 +103,11 @@ def component_dtype(component: str, dtype: torch.dtype) -> torch.dtype:
 
 
 def keep_in_fp32(module: nn.Module, dtype: torch.dtype) -> tuple[str, ...]:
-    """Return the name parts whose parameters stay in fp32 when ``module`` is cast to ``dtype``.
+    """Return the module names whose parameters stay in fp32 when ``module`` is cast to ``dtype``.
 
-    diffusers' classes mean bf16 and fp16; transformers' plain list means fp16 only and its strict
-    list both, as their ``from_pretrained`` do. Empty for fp32.
+    Follows ``from_pretrained`` of either library. In diffusers ``_keep_in_fp32_modules`` applies to
+    bf16 and fp16. In transformers it applies to fp16 only, and
+    ``_keep_in_fp32_modules_strict`` to both. Empty when ``dtype`` is fp32.
     """
     if dtype not in (torch.float16, torch.bfloat16):
         return ()
@@ -118,15 +121,15 @@ def keep_in_fp32(module: nn.Module, dtype: torch.dtype) -> tuple[str, ...]:
 
 
 def stays_fp32(parameter_name: str, kept: tuple[str, ...]) -> bool:
-    """Say whether a parameter (dotted name) is one of those :func:`keep_in_fp32` lists."""
+    """Say whether a parameter (dotted name) belongs to a module named in ``kept``."""
     return not set(kept).isdisjoint(parameter_name.split("."))
 
 
 def cast_module(module: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """Cast the floating parameters of ``module`` to ``dtype`` in place, and return it.
+    """Cast the floating-point parameters of ``module`` to ``dtype`` in place, and return it.
 
-    Parameters that stay in fp32 become fp32, as ``from_pretrained(dtype=...)`` does and
-    ``module.to(dtype)`` does not. Buffers that are not saved (rotary tables) keep their dtype.
+    Like ``from_pretrained(dtype=...)`` and unlike ``module.to(dtype)``, this leaves in fp32 what
+    :func:`keep_in_fp32` lists. Non-persistent buffers (rotary tables) keep their dtype.
     """
     kept = keep_in_fp32(module, dtype)
 

@@ -1,4 +1,4 @@
-"""Stores a transformer's block matrices in fp8: half of bf16's bytes, in memory and on the bus."""
+"""Stores the matrices of a transformer's blocks in fp8, which takes half the bytes of bf16."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from .quantized import ScaledLinear, replace_linear
 def store_fp8(transformer: Any, stored: torch.dtype = torch.float8_e4m3fn) -> int:
     """Store the matrices of a transformer's blocks in fp8, in place; return the bytes saved.
 
-    Each linear layer in ``blocks`` becomes a ScaledLinear: its weight divided by one number
-    (largest magnitude over the format's largest) and rounded to fp8, multiplied back at each
-    call. This changes the result: it is a choice that is named. Biases, norms, tables and what is
-    outside the blocks stay; layers that are quantised already are left alone.
+    Each linear layer in ``blocks`` becomes a ScaledLinear. Its weight is divided by one scale (the
+    weight's largest magnitude over the largest value of the format), rounded to fp8, and multiplied
+    with the scale again at each call. This changes the result, which is why a plan that does it
+    says so. Biases, norms, tables and everything outside the blocks stay as they are, and so do
+    layers that are quantised already.
     """
     saved = 0
     largest = torch.finfo(stored).max
@@ -29,7 +30,8 @@ def store_fp8(transformer: Any, stored: torch.dtype = torch.float8_e4m3fn) -> in
             small = ScaledLinear(
                 layer.in_features, layer.out_features, bias=layer.bias is not None, stored=stored
             )
-            # By rows: a copy of the whole matrix in fp32 would be four times what is made.
+            # A thousand rows at a time: a copy of the whole matrix in fp32 would take four times
+            # the bytes of the result.
             values = torch.empty_like(weight, dtype=stored)
             for target, rows in zip(
                 torch.split(values, 1024), torch.split(weight, 1024), strict=True

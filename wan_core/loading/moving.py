@@ -1,7 +1,7 @@
-"""Moves a module's tensors between devices, and puts back exactly what was there before.
+"""Moves a module's tensors between devices, and restores exactly the tensors it had before.
 
-What is done to a module is recorded as steps that undo it; they run in reverse, all of them, also
-when one fails.
+Each change to a module is recorded as a step that undoes it. The steps run in reverse order, all of
+them, also when one fails.
 """
 
 from __future__ import annotations
@@ -14,18 +14,19 @@ from torch import nn
 
 
 class Undo:
-    """A stack of steps that take something off again: run in reverse, all of them, always.
+    """A stack of steps that undo changes; all of them run, in reverse order, whatever happens.
 
-    Used as a context manager. The error of the body wins over errors of the steps, which are
-    added to it as notes; without one, the first step's error is raised and the others are its
-    notes. An interrupt that arrives during a step is raised after the last step.
+    Used as a context manager. An error of the body is raised as it is, and errors of the steps are
+    added to it as notes. If only steps failed, the first error is raised with the others as notes.
+    An interrupt (an exception that is no ``Exception``) goes before all errors, and is raised after
+    the last step.
     """
 
     def __init__(self) -> None:
         self._steps: list[Callable[[], object]] = []
 
     def push(self, step: Callable[[], object]) -> None:
-        """Add a step; it runs before all steps added earlier."""
+        """Add a step. It runs before all steps that were added earlier."""
         self._steps.append(step)
 
     def run(self) -> list[BaseException]:
@@ -62,9 +63,9 @@ class Undo:
 
 
 def move(module: nn.Module, device: torch.device | str) -> None:
-    """Move parameters and buffers to ``device``; all of them or, on an error, none.
+    """Move all parameters and buffers to ``device``; on an error all stay where they were.
 
-    Parameters stay the same objects, non-persistent buffers come along.
+    Parameters stay the same objects. Non-persistent buffers are moved too.
     """
     undo = Undo()
     remember(undo, module)
@@ -85,14 +86,14 @@ def _sent(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
 
 
 def device_of(module: nn.Module) -> torch.device:
-    """Return where the module's first tensor is; the CPU where it has none."""
+    """Return the device of the module's first tensor, or the CPU if it has none."""
     for tensor in (*module.parameters(), *module.buffers()):
         return tensor.device
     return torch.device("cpu")
 
 
 def remember(undo: Undo, module: nn.Module) -> None:
-    """Push a step that gives the module back its very parameters, tensors and buffers."""
+    """Push a step that restores the module's present parameters, their tensors, and its buffers."""
     slots = [(owner, dict(owner._parameters), dict(owner._buffers)) for owner in module.modules()]
     tensors = [(parameter, parameter.data) for parameter in module.parameters()]
 

@@ -1,7 +1,8 @@
-"""Page-locked host memory: what the device can read by itself, at the bus's full speed.
+"""Page-locked (pinned) host memory, which the device reads by itself at the bus's full speed.
 
-Weights are locked in slabs, one per block; other memory (the decode's cache) is locked for a while.
-One budget covers all of it, because locked memory cannot be swapped out.
+Weights are locked in slabs, one per block, and stay locked for later renders. Other memory (the
+feature cache of a decode) is locked only while it is used. One budget covers both, because locked
+memory cannot be swapped out and is lost to the rest of the system.
 """
 
 from __future__ import annotations
@@ -19,13 +20,15 @@ _log = logging.getLogger(__name__)
 
 
 class Slab:
-    """Host memory for one use, page-locked between ``lock`` and ``unlock`` or its end.
+    """One piece of host memory that can be page-locked; unlocked when the slab is collected.
 
-    torch's pinned allocator rounds up to a power of two (1 GiB for a 14B block of 703 MB);
-    registering ordinary memory locks what is used and no more.
+    torch's allocator of pinned memory rounds up to a power of two (1 GiB for a 14B block of
+    703 MB). Registering ordinary memory with CUDA locks as much as is used and no more.
+    ``users`` counts those who copy from the slab now; while there are any it is not unlocked.
     """
 
     def __init__(self, nbytes: int, device: torch.device | None = None) -> None:
+        # Parameters become views of this memory, which outlives a caller's inference mode.
         with torch.inference_mode(False):
             self.memory = torch.empty(nbytes, dtype=torch.uint8, device=device)
         self.users = 0
@@ -39,12 +42,15 @@ class Slab:
     def lock(self) -> bool:
         """Page-lock the memory; False where the system refuses."""
         if not self.pinned and _register(self.memory):
+            # CUDA must be told before the memory is freed. A finalizer runs before the slab lets go
+            # of its tensor, also where nobody called ``unlock``.
             self._release = weakref.finalize(self, _unregister, self.memory.data_ptr())
+            # At the interpreter's exit CUDA may be gone already; the process's end unlocks all.
             self._release.atexit = False
         return self.pinned
 
     def unlock(self) -> None:
-        """Give the page lock back; the contents stay."""
+        """Unlock the memory; its contents stay."""
         if self._release is not None:
             self._release()
             self._release = None
@@ -67,12 +73,12 @@ def _unregister(address: int) -> None:
 _slabs: weakref.WeakKeyDictionary[nn.Module, Slab] = weakref.WeakKeyDictionary()
 """Slabs that live as long as the block whose parameters are views of them."""
 _loose: weakref.WeakSet[Slab] = weakref.WeakSet()
-"""Slabs of other use, page-locked by :func:`lock_within`."""
+"""Slabs that hold no weights, page-locked by :func:`lock_within`."""
 _slabs_lock = threading.Lock()
 
 
 class Block(Protocol):
-    """The tensors of one block, in the host's memory and as they lie in a slab."""
+    """The tensors of one block: ``home`` on the host, and as views of a slab of ``nbytes``."""
 
     nbytes: int
     home: list[Tensor]
@@ -90,16 +96,21 @@ class Block(Protocol):
 def pin_block(module: nn.Module, block: Block) -> Slab | None:
     """Move a block's host tensors into a page-locked slab of its own; None where that fails.
 
-    The parameters stay the same objects with the same values; the memory they lay in is free.
-    The slab is kept for the next time and goes with the module; :func:`unpin` unlocks it.
+    The parameters stay the same objects with the same values, and the memory they were in before is
+    freed. The slab lives as long as the module, so that the next render finds it; :func:`unpin`
+    unlocks it.
     """
     with _slabs_lock:
         slab = _slabs.get(module)
+        # Usually the block is still in the slab of the render before. It is not where a LoRA or a
+        # cast has given the parameters other tensors since.
         if slab is not None and _lies_in(block, slab):
             return slab if slab.lock() else None
         slab = Slab(block.nbytes)
+        # Lock before the copy: where the system refuses, nothing has been changed yet.
         if not slab.lock():
             return None
+        # The parameters become views of the slab, so that the weights are in RAM only once.
         block.gather(slab.memory)
         block.home = block.views(slab.memory)
         block.use(block.home)
@@ -108,6 +119,7 @@ def pin_block(module: nn.Module, block: Block) -> Slab | None:
 
 
 def _lies_in(block: Block, slab: Slab) -> bool:
+    """Say whether every tensor of the block is where it belongs in the slab."""
     if slab.memory.numel() < block.nbytes:
         return False
     views = block.views(slab.memory)
@@ -115,10 +127,10 @@ def _lies_in(block: Block, slab: Slab) -> bool:
 
 
 def room_to_pin(modules: nn.ModuleList, wanted: int, budget: int) -> int:
-    """Return how much ``modules`` may page-lock when the whole process may ``budget`` bytes.
+    """Return how many bytes ``modules`` may page-lock if the whole process may lock ``budget``.
 
-    Slabs of other modules that nobody streams from are unlocked while less than ``wanted`` is
-    left.
+    Where less than ``wanted`` is left, slabs of other modules that nobody streams from are
+    unlocked until there is enough. What ``modules`` have locked already counts as theirs.
     """
     mine = set(modules)
     with _slabs_lock:
@@ -134,7 +146,7 @@ def room_to_pin(modules: nn.ModuleList, wanted: int, budget: int) -> int:
 
 
 def lock_within(slab: Slab, budget: int) -> bool:
-    """Page-lock a slab that holds no weights if all page-locked memory stays within ``budget``."""
+    """Page-lock a slab that holds no weights; False where that would exceed ``budget`` in all."""
     nbytes = slab.memory.numel()
     if room_to_pin(nn.ModuleList(), nbytes, budget) < nbytes or not slab.lock():
         return False
@@ -151,7 +163,7 @@ def pinned_bytes(module: nn.Module) -> int:
 
 
 def all_pinned_bytes() -> int:
-    """Return how many bytes of page-locked memory there are."""
+    """Return how many bytes the process has page-locked for weights and by ``lock_within``."""
     with _slabs_lock:
         held = sum(slab.memory.numel() for slab in _slabs.values() if slab.pinned)
         return held + _loose_bytes()
@@ -162,7 +174,7 @@ def _loose_bytes() -> int:
 
 
 def unpin(module: nn.Module) -> None:
-    """Unlock the page-locked memory of blocks nobody streams; the weights stay where they are."""
+    """Unlock the memory of the module's blocks that nobody streams; the weights stay in it."""
     with _slabs_lock:
         for owner in module.modules():
             slab = _slabs.get(owner)

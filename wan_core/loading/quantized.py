@@ -1,7 +1,7 @@
 """Linear layers that keep their weights as stored: fp8 with a scale, and GGUF blocks.
 
-The weight is taken apart at each call, into a copy that lives as long as the call; the numbers
-are those that loading the layer dequantised would have given.
+The weight is dequantised at each call, into a copy that lives as long as the call. Its values are
+those that dequantising the weight on loading would have given.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from .reader import FP8
 
 
 class ScaledLinear(nn.Linear):
-    """A linear layer whose weight stays fp8 and is multiplied with its scale at each call.
+    """A linear layer whose weight stays in fp8 and is multiplied with its scale at each call.
 
-    The bits are held as int8: ``module.to(dtype)`` leaves them alone, and code that asks for the
-    weight's dtype before casting its input to it (umT5, Wan's time embedder) does the same as for
-    other quantised weights. ``weight_scale`` is float32, one number or one per row.
+    The fp8 bits are held as int8, for two reasons: ``module.to(dtype)`` leaves integers alone, and
+    code that casts its input to the weight's dtype (umT5, Wan's time embedder) makes an exception
+    for int8 weights. ``weight_scale`` is float32, one number or one per row.
     """
 
     def __init__(
@@ -35,17 +35,18 @@ class ScaledLinear(nn.Linear):
         self.weight_scale: torch.Tensor = torch.ones(())
 
     def set_weight(self, values: torch.Tensor, scale: torch.Tensor | None) -> None:
-        """Take fp8 ``values`` (out, in) and their float32 ``scale``; None means 1."""
+        """Set the weight: fp8 ``values`` (out, in) and their ``scale`` (float32; None means 1)."""
         self.weight = nn.Parameter(values.view(torch.int8), requires_grad=False)
-        # Not a buffer: a cast of the module must not round it, and one number stays on the CPU.
+        # Not a buffer: casting the module must not round it, and a single number stays on the CPU,
+        # where ``item`` does not wait for the device.
         self.weight_scale = torch.ones(()) if scale is None else scale.to(torch.float32)
 
     def dequantized(self, dtype: torch.dtype) -> torch.Tensor:
-        """Return the weight in ``dtype``: float32(stored) x scale, rounded once."""
+        """Return the weight in ``dtype``: stored value x scale in float32, rounded once."""
         values = self.weight.view(self.stored)
         if self.weight_scale.dim() == 0:
-            # A number is multiplied in float32 whatever the dtype of the tensor, so fp8 -> bf16
-            # or fp16 (both exact) saves the float32 copy and changes no bit.
+            # torch multiplies a tensor with a Python number in float32 and rounds once. Casting fp8
+            # to bf16 or fp16 is exact, so this saves the float32 copy and changes no bit.
             return values.to(dtype) * self.weight_scale.item()
         rows = self.weight_scale.to(values.device).view(-1, 1)
         return values.to(torch.float32).mul_(rows).to(dtype)
@@ -61,13 +62,13 @@ class ScaledLinear(nn.Linear):
 
 
 def replace_linear(root: nn.Module, name: str, new: nn.Module) -> None:
-    """Put ``new`` where ``root`` has the layer called ``name`` (dotted)."""
+    """Replace the layer called ``name`` (dotted) of ``root`` by ``new``."""
     parent, _, leaf = name.rpartition(".")
     setattr(root.get_submodule(parent), leaf, new)
 
 
 def gguf_linear(layer: nn.Linear, dtype: torch.dtype) -> nn.Module:
-    """Return diffusers' GGUF layer of the same size, without memory, computing in ``dtype``."""
+    """Return diffusers' GGUF layer of the same size, on the meta device, computing in ``dtype``."""
     from diffusers.quantizers.gguf.utils import GGUFLinear
 
     with torch.device("meta"):
@@ -77,7 +78,7 @@ def gguf_linear(layer: nn.Linear, dtype: torch.dtype) -> nn.Module:
 
 
 def gguf_parameter(blocks: torch.Tensor, kind: Any) -> nn.Parameter:
-    """Wrap raw blocks, uint8 (rows, bytes of a row), as diffusers' GGUF parameter."""
+    """Wrap GGUF blocks, uint8 (rows, bytes of a row), as diffusers' GGUF parameter."""
     from diffusers.quantizers.gguf import utils
 
     make: Callable[..., nn.Parameter] = utils.GGUFParameter

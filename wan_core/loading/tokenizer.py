@@ -1,9 +1,9 @@
-"""Tokenizer, image processor and scheduler settings: the parts of a model that have no weights.
+"""Tokenizer, image processor and scheduler settings: the components that have no weights.
 
-umT5's tokenizer comes from a folder, or is built from the SentencePiece model that repackaged
-text encoders carry as the tensor ``spiece_model``; the ids are the same. The SentencePiece file
-is read here, with bounds, because the packages that convert it need protobuf, which ComfyUI lacks.
-Format: ``sentencepiece_model.proto`` of github.com/google/sentencepiece.
+umT5's tokenizer comes from a folder, or is built from the SentencePiece model that repackaged text
+encoders carry as the tensor ``spiece_model``. Both give the same token ids. The SentencePiece model
+is parsed here, with bounds, because the packages that convert it need protobuf, which ComfyUI does
+not install. Format: ``sentencepiece_model.proto`` of github.com/google/sentencepiece.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from ..formats import read_json, read_table
 from ..models import TEXT_TOKENS
 
 MAX_MODEL_BYTES: Final = 64 * 2**20
-"""umT5's SentencePiece model has 4.5 MB."""
+"""Largest SentencePiece model that is read; umT5's has 4.5 MB."""
 _EXTRA_IDS: Final = 300
-"""Sentinels ``<extra_id_N>`` that umT5 puts after its 256,000 pieces (its tokenizer_config)."""
+"""Number of tokens ``<extra_id_N>`` after umT5's 256,000 pieces (from its tokenizer_config)."""
 _UNIGRAM: Final = 1
 _BROKEN: Final = "Download the file again."
 
@@ -32,8 +32,9 @@ _BROKEN: Final = "Download the file again."
 def load_tokenizer(path: str | os.PathLike[str]) -> Any:
     """Return umT5's tokenizer from its folder, a ``spiece.model``, or a text encoder file.
 
-    A text encoder file must carry ``spiece_model``. Raises MissingFile when there is none,
-    CorruptFile when it cannot be read, UnsupportedModel for another kind of SentencePiece model.
+    A text encoder file must hold the tensor ``spiece_model``. Raises MissingFile when there is no
+    tokenizer, CorruptFile when it cannot be read, UnsupportedModel for another kind of
+    SentencePiece model.
     """
     source = Path(path)
     if source.is_dir():
@@ -90,8 +91,8 @@ def _embedded(path: Path) -> bytes:
 def build_tokenizer(data: bytes, where: str) -> Any:
     """Build the tokenizer from a SentencePiece model; ``where`` names it in messages.
 
-    The steps are those of T5's published ``tokenizer.json``: normalise, split at whitespace,
-    pieces by the unigram model, ``</s>`` at the end.
+    It does the same as T5's published ``tokenizer.json``: normalise, split at whitespace, divide
+    into pieces by the unigram model, append ``</s>``.
     """
     model = parse_sentencepiece(data, where)
     transformers = _transformers()
@@ -135,7 +136,7 @@ def build_tokenizer(data: bytes, where: str) -> Any:
 
 @dataclass(frozen=True, slots=True)
 class SentencePieceModel:
-    """Pieces with their scores (log probabilities), the unknown piece's id, and the normaliser."""
+    """Pieces with their scores (log probabilities), the id of ``<unk>``, and the normaliser."""
 
     pieces: tuple[tuple[str, float], ...]
     unknown: int
@@ -143,10 +144,14 @@ class SentencePieceModel:
 
 
 def parse_sentencepiece(data: bytes, where: str) -> SentencePieceModel:
-    """Read a SentencePiece unigram model; CorruptFile if damaged, UnsupportedModel if BPE."""
+    """Parse a SentencePiece unigram model; ``where`` names it in messages.
+
+    Raises CorruptFile if it is damaged, UnsupportedModel if it is of another kind (BPE).
+    """
     pieces: list[tuple[str, float]] = []
     unknown, kind, charsmap = 0, _UNIGRAM, b""
     try:
+        # Field numbers of ModelProto: 1 pieces, 2 trainer_spec, 3 normalizer_spec.
         for field, value in _fields(data):
             if field == 1 and isinstance(value, bytes):
                 piece = dict(_fields(value))
@@ -169,11 +174,11 @@ def parse_sentencepiece(data: bytes, where: str) -> SentencePieceModel:
 
 
 def _fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
-    """Yield (field number, value) of a protocol-buffer message: bytes, or an int for a varint."""
+    """Yield (field number, value) of a protocol buffer message: an int for a varint, else bytes."""
     at = 0
     while at < len(data):
         tag, at = _varint(data, at)
-        wire = tag & 7
+        wire = tag & 7  # wire type: 0 varint, 1 eight bytes, 2 with a length, 5 four bytes
         if wire == 0:
             number, at = _varint(data, at)
             yield tag >> 3, number
@@ -203,14 +208,14 @@ def _varint(data: bytes, at: int) -> tuple[int, int]:
     raise ValueError(f"a number at byte {at:,} does not end")
 
 
-# Other parts without weights ---------------------------------------------------------------------
+# Other components without weights ----------------------------------------------------------------
 
 
 def load_image_processor(path: str | os.PathLike[str] | None = None) -> Any:
-    """Return the CLIP image processor of a folder, or ViT-H's (224 pixels, bicubic) for None.
+    """Return the CLIP image processor of a folder; for None that of ViT-H (224 pixels, bicubic).
 
-    It is the class that diffusers' image-to-video pipeline uses: with torchvision where that is
-    installed, else with Pillow.
+    It is the class that diffusers' image-to-video pipeline uses, which needs torchvision. Without
+    torchvision it is its counterpart that uses Pillow.
     """
     transformers = _transformers()
     processor = transformers.CLIPImageProcessor if find_spec("torchvision") else _pillow_processor()
@@ -222,7 +227,7 @@ def load_image_processor(path: str | os.PathLike[str] | None = None) -> Any:
             f"{quoted(folder / 'preprocessor_config.json')} is missing. Download the image "
             "processor of the model again."
         )
-    read_json(folder / "preprocessor_config.json")  # a damaged file is named as such
+    read_json(folder / "preprocessor_config.json")  # for its own error if the file is damaged
     return processor.from_pretrained(str(folder), local_files_only=True)
 
 

@@ -1,7 +1,9 @@
-"""Where weights are while a module computes: moved, or streamed block by block, and put back.
+"""Where a module's weights are while it computes: moved as a whole, or streamed block by block.
 
-In: a module and a plan. Out: a context in which it computes as the plan says (``apply_plan``).
-Whatever is attached is detached, in reverse, also after an error. Names are resolved on first use.
+In: a module and an ``OptimizationPlan``. Out: a context in which the module computes as the plan
+says (``apply_plan``). Whatever is attached to the module is detached at the end of the context, in
+reverse order, also after an error. Imports ``plan``, ``loading`` and ``forward``. Names are
+resolved on first use, so that torch is not imported with the package.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A plan put on one component for the length of a ``with`` block, and taken off again."""
+"""Applies a plan to one component for the length of a ``with`` block, then undoes it."""
 
 from __future__ import annotations
 
@@ -20,18 +20,24 @@ if TYPE_CHECKING:
 def apply_plan(
     module: Any, component: str, plan: OptimizationPlan, *, decoding: bool = True
 ) -> Iterator[str | None]:
-    """Have one component compute as ``plan`` says; yields what could not be carried out, in words.
+    """Have one component compute as ``plan`` says, inside the ``with`` block.
 
     ``component`` is its name in the plan ("transformer_2", "vae" …). ``decoding=False`` is for a
-    VAE that only encodes. Bits and parameters are afterwards what they were.
+    VAE that only encodes: the lean decoder is then not attached. Yields None, or a sentence saying
+    what could not be carried out. Afterwards the module's parameters are the same objects with the
+    same values as before.
     """
     with ExitStack() as stack:
+        # Weights first: the lean forwards below are attached to a module that is in its place, and
+        # they are taken off again before the weights leave.
         stack.enter_context(_placed(module, component, plan))
         why_not = None
         if plan.choices.lean and component.startswith("transformer"):
             why_not = stack.enter_context(lean_forward(module, exact=not plan.choices.by_rows))
         elif plan.choices.lean and component == "vae" and decoding:
             bands = BANDS if plan.choices.by_rows else None
+            # Where the decoder's feature cache rests in RAM, page-locking it is what keeps its
+            # trips over the bus short, so it shares the budget of the streamed weights.
             away = plan.choices.by_rows or plan.choices.cache_in_ram
             decoder = lean_decoder(
                 module, bands=bands, cache_on_host=away, pin_bytes=pin_budget(plan) if away else 0
@@ -41,7 +47,7 @@ def apply_plan(
 
 
 def _placed(module: Any, component: str, plan: OptimizationPlan) -> AbstractContextManager[Any]:
-    """Return the placement of a component: whole, leaf by leaf, or block by block."""
+    """Return the context that places a component: whole, leaf by leaf, or block by block."""
     mode = plan.choices.offload_of(component)
     if mode != "stream":
         return place(module, mode, plan.device)
@@ -56,5 +62,5 @@ def _placed(module: Any, component: str, plan: OptimizationPlan) -> AbstractCont
 
 
 def pin_budget(plan: OptimizationPlan) -> int:
-    """Return the bytes of RAM that may be page-locked now, what is locked already included."""
+    """Return how many bytes of RAM this process may page-lock, including what it has locked."""
     return plan.pin_bytes(pinned_budget_now(all_pinned_bytes()))

@@ -1,4 +1,8 @@
-"""Which streamed block is in which device buffer, as blocks take their turns: pure arithmetic."""
+"""Which streamed block lies in which device buffer at which time: pure arithmetic.
+
+Knows neither tensors nor devices, so that every sequence of calls can be tested on its own.
+``streaming`` asks before each block's forward and a ``Transport`` carries the answer out.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +13,7 @@ from ..errors import InvalidRequest
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """Bring ``block`` into ``buffer``."""
+    """An instruction to copy the weights of ``block`` into device buffer ``buffer``."""
 
     block: int
     buffer: int
@@ -17,9 +21,10 @@ class Load:
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """What happens before a block computes: buffers given up, loads begun, the buffer to use.
+    """What to do before a block's forward, in this order.
 
-    ``use`` is None for a resident block.
+    ``free``: buffers whose contents are no longer needed. ``loads``: copies to begin. ``use``: the
+    buffer that holds the block itself, or None for a resident block.
     """
 
     free: tuple[int, ...] = ()
@@ -28,15 +33,17 @@ class Turn:
 
 
 def spread(blocks: int, resident: int) -> tuple[int, ...]:
-    """Return which of ``blocks`` stay on the device when ``resident`` do, evenly spread."""
+    """Return the indices of ``resident`` out of ``blocks`` blocks, spread as evenly as possible."""
     return tuple(i for i in range(blocks) if (i + 1) * resident // blocks > i * resident // blocks)
 
 
 class BufferSchedule:
-    """Decides which streamed block is in which buffer, as the blocks take their turns.
+    """Decides which streamed block is in which buffer as the blocks compute one after the other.
 
-    Loads go in the order of the blocks and around the end, as far ahead as there are buffers. A
-    block that is not there at its turn (the first step, or one after an interrupt) is loaded then.
+    Blocks are loaded in the order in which they compute. After the last block comes the first one
+    again, for the next forward. Loads run as many blocks ahead as there are buffers. A block that
+    is in no buffer when it is called (the forward before it was interrupted, or there is only one
+    buffer) is loaded at that moment.
     """
 
     def __init__(self, blocks: int, resident: int, buffers: int) -> None:
@@ -55,21 +62,27 @@ class BufferSchedule:
         self._current: int | None = None
 
     def start(self) -> tuple[Load, ...]:
-        """Return the loads to begin with."""
+        """Return the loads that fill the buffers before the first forward."""
         return self._fill(0, list(range(self.buffers)))
 
     def turn(self, block: int) -> Turn:
-        """Return what to do before ``block`` computes. A block may take several turns in a row."""
+        """Return what to do before ``block`` computes; the same block may come several times."""
         if block == self._current:
             return Turn(use=self._held.get(block))
         free: tuple[int, ...] = ()
         loads: tuple[Load, ...] = ()
         last, self._current = self._current, block
-        if block in self._rank and block not in self._held:  # out of order: begin anew from here
+        if block in self._rank and block not in self._held:
+            # Called out of order, as after an interrupt: what was loaded ahead is of no use, so
+            # loading begins anew at this block.
             free = tuple(sorted(self._held.values()))
             self._held.clear()
             loads = self._fill(self._rank[block], list(range(self.buffers)))
         elif last in self._held and len(self.streamed) > self.buffers:
+            # The block before this one has been queued, so its buffer is the one to load into next.
+            # It cannot be given up earlier: the block may be called again (the second guidance
+            # pass), and only the call of another block shows that it is done. Where every streamed
+            # block has a buffer of its own, nothing is ever replaced.
             assert last is not None
             buffer = self._held.pop(last)
             free = (buffer,)
@@ -77,7 +90,7 @@ class BufferSchedule:
         return Turn(free, loads, self._held.get(block))
 
     def _fill(self, rank: int, buffers: list[int]) -> tuple[Load, ...]:
-        """Load the next streamed blocks from ``rank`` on that are not held into free buffers."""
+        """Assign ``buffers`` to the next streamed blocks from ``rank`` on that are in none yet."""
         loads = []
         for step in range(len(self.streamed)):
             if not buffers:

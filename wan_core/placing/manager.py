@@ -1,4 +1,4 @@
-"""The planner, together with what puts its plans on modules: the public ``OptimizationManager``."""
+"""The public ``OptimizationManager``: the planner, and a method that applies its plans."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from .applied import apply_plan
 
 
 class OptimizationManager(Planner):
-    """Looks at the machine, recommends a plan, and puts it on a module of your own.
+    """Looks at the machine, recommends a plan, and applies it to a module of your own.
 
-    All but ``apply_memory_optimizations`` is ``plan.Planner``, which never imports torch.
+    Everything but ``apply_memory_optimizations`` comes from ``plan.Planner``, which never imports
+    torch.
     """
 
     def apply_memory_optimizations(
@@ -21,11 +22,13 @@ class OptimizationManager(Planner):
     ) -> AbstractContextManager[str | None]:
         """Have a diffusers or transformers module of your own compute as ``plan`` says.
 
-        For a ``with`` block; ``WanPipelineWrapper.generate`` does this for each stage.
-        ``component`` is the module's name in the plan ("transformer_2", "text_encoder", "vae").
-        Yields None, or what could not be carried out. The dtype is the module's own, and
-        ``fp8_storage`` and windows are not put on: the first belongs to loading, the second to the
-        loop. Raises InvalidRequest for a component that the plan does not name.
+        Returns a context manager, which ``WanPipelineWrapper.generate`` enters for each stage. It
+        yields None, or a sentence saying what could not be carried out. ``component`` is the
+        module's name in the plan ("transformer_2", "text_encoder", "vae").
+
+        The module keeps its own dtype. ``fp8_storage`` and windows are not applied: storage is
+        decided when the weights are loaded, and windows belong to the denoising loop. Raises
+        InvalidRequest for a component that the plan does not name.
         """
         if component not in plan.choices.dtypes:
             raise InvalidRequest(

@@ -1,13 +1,15 @@
-"""Carries out placement: what is attached to a module here is always detached again.
+"""Placement of a whole module, and the bookkeeping of who uses a module in which placement.
 
-Four means, chosen by the plan or the user: ``none`` (moved to the device and left there), ``model``
-(on the device for one stage), ``sequential`` (leaf by leaf, through accelerate's hooks) and
-``group`` (block by block, through diffusers' hooks; ``streaming`` does this better for Wan). None
-changes a bit of a parameter: weights are read-only, so leaving a device puts the host's tensors
-back instead of copying the device's.
+There are four modes, chosen by the plan or the user: ``none`` (moved to the device and left there),
+``model`` (on the device for one stage), ``sequential`` (leaf by leaf, through accelerate's hooks)
+and ``group`` (block by block, through diffusers' hooks; ``streaming`` is faster for Wan). Whatever
+a mode attaches to a module is detached again. No mode changes a bit of a parameter: weights are
+only read, so a module that leaves the device gets its old host tensors back, and nothing is copied
+from the device.
 
-One module may serve two threads. Threads that ask for the same placement share it; others wait
-until the module is free, because a module can only be in one place.
+One module may serve several threads. Threads that ask for the same placement share it where the
+placement allows that; a thread that asks for another one waits, because a module can only be in
+one place at a time.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ _WAIT_SECONDS = 0.2  # how often a waiting thread wakes, so that an interrupt re
 
 @dataclass
 class _Residence:
-    """Where one module is now, and for whom."""
+    """Where one module is now, and which threads use it there."""
 
     changed: threading.Condition = field(default_factory=threading.Condition)
     placement: str = ""
@@ -53,14 +55,16 @@ def _residence_of(module: nn.Module) -> _Residence:
 def place(module: nn.Module, mode: str, device: torch.device | str) -> Iterator[nn.Module]:
     """Have ``module`` compute on ``device`` inside the ``with`` block, placed as ``mode`` says.
 
-    "none" moves it to the device and leaves it there; "model" moves it there and puts it back on
-    the host, also where an earlier "none" had left it on the device; "sequential" leaves it on the
-    host and brings each leaf's weights for that leaf's forward; "group" does so for each block,
-    ahead of its turn on CUDA. Parameters stay the same objects with the same values; hooks are
-    gone afterwards, after an error or an interrupt too. A thread that asks for another placement
-    than the one in use waits for it to end. Raises InvalidRequest for an unknown mode,
-    MissingDependency when accelerate is absent, ModuleInUse when this thread holds the module in another
-    placement.
+    - "none" moves it to the device and leaves it there.
+    - "model" moves it to the device and afterwards to the host, also where an earlier "none" had
+      left it on the device.
+    - "sequential" leaves it on the host and copies each leaf's weights for that leaf's forward.
+    - "group" does the same for each block; on CUDA the copy runs ahead of the forward.
+
+    Parameters stay the same objects with the same values. Hooks are removed at the end, also after
+    an error or an interrupt. A thread that asks for another placement than the one in use waits
+    until that one ends. Raises InvalidRequest for an unknown mode, MissingDependency when
+    accelerate is absent, ModuleInUse when this thread holds the module in another placement.
     """
     if mode not in MODES:
         raise InvalidRequest(
@@ -68,7 +72,8 @@ def place(module: nn.Module, mode: str, device: torch.device | str) -> Iterator[
         )
     target = torch.device(device)
     attach = partial(_attach, module, mode, target)
-    # Hooks hold one leaf's or block's weights at a time: two threads would take each other's.
+    # The hooks of the other two modes keep one leaf or block on the device at a time. With two
+    # threads in the same module, one would remove the weights that the other computes with.
     with occupy(module, f"{mode} on {target}", attach, shared=mode in ("none", "model")):
         yield module
 
@@ -81,12 +86,14 @@ def occupy(
     shared: bool,
     wait: bool = True,
 ) -> Iterator[None]:
-    """Keep ``module`` in a placement, put on by ``attach`` and taken off by the steps it pushes.
+    """Keep ``module`` in a placement for the length of the ``with`` block.
 
-    Threads that ask for the same placement share it where it is ``shared``; a thread that asks
-    for another waits for the users of the present one. Raises ModuleInUse when that would be the thread
-    itself, or when it shall not ``wait``. An error of ``attach`` is raised with everything taken
-    off again.
+    ``attach`` makes the placement and pushes onto the ``Undo`` the steps that take it back. It is
+    called for the first user only; threads that ask for the same ``placement`` join when it is
+    ``shared``, and the last one to leave runs the steps. A thread that asks for another placement
+    waits until the present one has no users. Raises ModuleInUse when this thread is one of those
+    users, as it would wait for itself, or when ``wait`` is False. When ``attach`` raises, what it
+    had attached is taken off before the error goes on.
     """
     residence = _residence_of(module)
     me = threading.get_ident()
@@ -119,6 +126,7 @@ def _await_turn(
                 f"{' by this thread' if me in residence.users else ''}; leave that placement "
                 f"before asking for {placement!r}."
             )
+        # With a time limit: a wait without one cannot be interrupted on every system.
         residence.changed.wait(_WAIT_SECONDS)
 
 
@@ -134,9 +142,10 @@ def _leave(residence: _Residence, me: int, error: BaseException | None) -> None:
 
 
 def _attach(module: nn.Module, mode: str, device: torch.device, undo: Undo) -> None:
-    """Put the module where ``mode`` wants it."""
+    """Place the module as ``mode`` says, and push the steps that undo it."""
     if mode != "none" and device_of(module).type != "cpu":
-        move(module, "cpu")  # left there by an earlier "none"; the host is what it returns to
+        # An earlier "none" left it on the device. These modes end on the host, so it starts there.
+        move(module, "cpu")
     if mode in ("sequential", "group"):
         (_attach_sequential if mode == "sequential" else _attach_group)(undo, module, device)
         return
@@ -155,17 +164,19 @@ def _attach_sequential(undo: Undo, module: nn.Module, device: torch.device) -> N
             "offload 'sequential' needs the package accelerate, which cannot be imported "
             f"({error}). Install it, or choose offload 'model'."
         ) from error
+    # Steps run in reverse: first the hooks are removed, then what they left behind in the modules'
+    # dictionaries, and in the end the tensors are put back.
     remember(undo, module)
     for owner in module.modules():
         undo.push(_forward_restorer(owner))
     for owner in module.modules():
-        # One step per module: a hook that fails to detach must not keep the others attached.
+        # One step per module, so that one hook that fails to detach does not keep the others.
         undo.push(partial(remove_hook_from_module, owner))
     cpu_offload(module, execution_device=device, offload_buffers=bool(module._parameters))
 
 
 def _attach_group(undo: Undo, module: nn.Module, device: torch.device) -> None:
-    """Group offload as diffusers does it: by blocks where there are, else by leaves."""
+    """Group offload as diffusers does it: by blocks if the module has blocks, else by leaves."""
     from diffusers.hooks.group_offloading import apply_group_offloading
 
     remember(undo, module)
@@ -183,7 +194,7 @@ def _attach_group(undo: Undo, module: nn.Module, device: torch.device) -> None:
 
 
 def _forward_restorer(owner: nn.Module) -> Callable[[], None]:
-    """Make the step that drops what hooks wrote into one module's instance dictionary."""
+    """Return a step that removes what hooks wrote into one module's instance dictionary."""
     names = ("forward", "_old_forward", "_hf_hook", "_diffusers_hook")
     before = {name: owner.__dict__[name] for name in names if name in owner.__dict__}
 
@@ -197,10 +208,11 @@ def _forward_restorer(owner: nn.Module) -> Callable[[], None]:
 
 @contextmanager
 def block_hooks(transformer: nn.Module, on_block: Callable[[], object]) -> Iterator[None]:
-    """Call ``on_block`` before each transformer block this thread runs, to look for interrupts.
+    """Call ``on_block`` before each transformer block that this thread runs.
 
-    What ``on_block`` raises leaves the forward unchanged. Blocks are the module list ``blocks``;
-    hooks of other threads that render through the same module are not called here, nor ours there.
+    Used to look for interrupts: an exception from ``on_block`` ends the forward and reaches its
+    caller as it is. The blocks are those of the module list ``blocks``. Other threads may render
+    through the same module: each is called back for its own forwards only.
     """
     me = threading.get_ident()
 

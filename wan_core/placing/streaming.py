@@ -1,10 +1,13 @@
-"""Blocks that are not on the device arrive one ahead of their turn, with the resident run's bits.
+"""Streaming: blocks that do not fit on the device are copied there just before they compute.
 
-K blocks stay on the device, spread evenly, so that their compute hides the others' transfers; the
-others take turns in two (or more) fixed device buffers. While one block computes, the next copy
-runs; after the last block the first one of the next step is already on its way. Weights are only
-read, so nothing is copied back. ``turns`` decides which block goes where and knows neither tensors
-nor devices; a ``Transport`` carries it out.
+Some blocks stay on the device (resident), spread evenly over the model, so that their compute hides
+the transfers of the others. The others (streamed) share two or more fixed device buffers: while one
+block computes, the next is copied into another buffer. After the last block the first one of the
+next forward is already on its way. The result is bit for bit that of a module which is on the
+device as a whole. Weights are only read, so nothing is copied back.
+
+``buffers`` decides which block goes into which buffer; a ``Transport`` does the copying; the hooks
+here connect both to the blocks' forwards.
 """
 
 from __future__ import annotations
@@ -29,7 +32,7 @@ from .transport import Block, CudaTransport, DirectTransport, Transport
 
 @dataclass
 class Streaming:
-    """What a streamed module does, for reports: its blocks, and how often one was loaded."""
+    """What a streamed module does, for reports: which blocks are where, and what was loaded."""
 
     resident: tuple[int, ...]
     streamed: tuple[int, ...]
@@ -40,7 +43,7 @@ class Streaming:
     events: Callable[[str, int, int], object] | None = field(default=None, repr=False)
 
     def tell(self, what: str, block: int, buffer: int) -> None:
-        """Pass an event ("load", "use", "free") on to whoever watches."""
+        """Pass an event ("load", "use" or "free") on to ``events``."""
         if self.events is not None:
             self.events(what, block, buffer)
 
@@ -55,16 +58,19 @@ def stream_blocks(
     pin_bytes: int = 0,
     events: Callable[[str, int, int], object] | None = None,
 ) -> Iterator[Streaming]:
-    """Have ``module`` compute on ``device`` with ``resident_blocks`` of its blocks there.
+    """Have ``module`` compute on ``device`` while only some of its blocks are there.
 
-    ``module`` is a Wan transformer (``blocks``) or a T5 encoder (``encoder.block``), on the host;
-    what is not in a block moves to the device, token embeddings stay on the host and look up
-    there. Streamed blocks move into page-locked memory and stay there for the next time, as far
-    as ``pin_bytes``, what the whole process may lock, allows (``transport.unpin`` unlocks them).
-    Afterwards every parameter is the object it was, with its values, on the host; nothing stays
-    attached, after errors and interrupts too. The module serves one thread at a time.
-    ``events(what, block, buffer)`` is told loads, uses and frees.
-    Raises InvalidRequest for numbers out of range.
+    ``module`` is a Wan transformer (``blocks``) or a T5 encoder (``encoder.block``).
+    ``resident_blocks`` of its blocks are kept on the device; the others pass through ``buffers``
+    device buffers, each as large as the largest of them. What is in no block moves to the device,
+    except token embeddings, which stay on the host and are looked up there.
+
+    Streamed blocks are moved into page-locked host memory as far as ``pin_bytes`` allows, which is
+    the limit for the whole process. They stay there for the next time; ``loading.page_lock.unpin``
+    unlocks them. Afterwards every parameter is the same object with the same values, on the host,
+    and nothing stays attached, also after errors and interrupts. Only one thread can use the module
+    meanwhile. ``events(what, block, buffer)`` is called for each load, use and free. Raises
+    InvalidRequest for numbers out of range.
     """
     made: list[Streaming] = []
     numbers = (resident_blocks, buffers, pin_bytes)
@@ -77,16 +83,18 @@ def stream_blocks(
 def pin_ahead(
     module: nn.Module, *, resident_blocks: int = 0, buffers: int = 2, pin_bytes: int = 0
 ) -> Iterator[None]:
-    """Page-lock the blocks that ``module`` will stream, in a thread, while the block runs.
+    """Page-lock the blocks that ``module`` will stream, in a thread, during the ``with`` block.
 
-    For the low-noise expert while the high-noise one computes: packing and locking 28 GB takes
-    ten seconds, which :func:`stream_blocks` with the same numbers then finds done. What is not
-    done at the end is left; nobody else may use the module meanwhile, and who asks waits.
+    Meant for the low-noise expert while the high-noise one computes: gathering and locking 28 GB
+    takes ten seconds, and :func:`stream_blocks` with the same numbers then finds it done. The
+    thread stops at the end of the ``with`` block, however far it is. Meanwhile nobody else can use
+    the module; whoever asks for it waits.
     """
     stop = threading.Event()
 
     def work() -> None:
-        # Where somebody uses the module already, there is nothing to do ahead of it.
+        # Never wait for the module: whoever uses it now has placed it already, and locking ahead of
+        # them would come too late.
         with (
             suppress(ModuleInUse),
             torch.no_grad(),
@@ -130,16 +138,24 @@ def _attach(
     modules = blocks_of(module)
     resident, buffers, pin_bytes = numbers
     schedule = BufferSchedule(len(modules), resident, buffers)
+    # Everything to the host first, so that each block's home, to which its parameters return, is
+    # host memory.
     move(module, "cpu")
     blocks = [Block(block) for block in modules]
     slabs = _pin(modules, blocks, schedule, pin_bytes if device.type == "cuda" else 0)
+    # Counted as in use before anything else can ask for page-locked memory: a slab that is read
+    # from must not be unlocked for another module.
     _in_use(slabs.values(), 1)
     undo.push(partial(_in_use, slabs.values(), -1))
+    # Only after pinning, which gives the parameters new host memory: it is this memory, not the
+    # old one, that they get back in the end.
     remember(undo, module)
     _place_rest(undo, module, set(modules), device)
     for index in schedule.resident:
         move(modules[index], device)
     nbytes = max((blocks[i].nbytes for i in schedule.streamed), default=0)
+    # The caller may be in inference mode. Tensors made there cannot be written to outside it, and
+    # these buffers are written to from other threads and in later forwards.
     with torch.inference_mode(False):
         memory = [
             torch.empty(nbytes, dtype=torch.uint8, device=device) for _ in range(schedule.buffers)
@@ -147,6 +163,7 @@ def _attach(
     transport: Transport = DirectTransport(blocks, memory)
     if device.type == "cuda":
         transport = CudaTransport(blocks, memory, slabs, device, schedule.streamed)
+    # Undone before the tensors are put back: copies under way still read the host's slabs.
     undo.push(transport.close)
     state = Streaming(
         schedule.resident, schedule.streamed, tuple(slabs), nbytes * len(memory), events=events
@@ -154,12 +171,13 @@ def _attach(
     runner = _Runner(schedule, transport, blocks, memory, state)
     for index, block in enumerate(modules):
         undo.push(block.register_forward_pre_hook(partial(runner.before, index)).remove)
+    # Begin now: the first blocks arrive while the caller prepares its inputs.
     runner.load(schedule.start())
     made.append(state)
 
 
 class _Runner:
-    """Carries out a schedule as the blocks' forwards are called."""
+    """Carries out a schedule: the hook before each block's forward ends up here."""
 
     def __init__(
         self,
@@ -171,7 +189,8 @@ class _Runner:
     ) -> None:
         self._schedule, self._transport, self._state = schedule, transport, state
         self._blocks = blocks
-        # Views are made once: a turn only sets them.
+        # Views are made once, for every block in every buffer: making them at each forward would
+        # keep the thread that launches kernels busy.
         self._views = {
             (block, buffer): blocks[block].views(slab)
             for block in schedule.streamed
@@ -180,7 +199,7 @@ class _Runner:
         self._using: int | None = None
 
     def load(self, loads: tuple[Load, ...]) -> None:
-        """Begin loads."""
+        """Begin these loads; the copies may still be under way on return."""
         for load in loads:
             self._state.tell("load", load.block, load.buffer)
             self._transport.load(load.block, load.buffer)
@@ -188,17 +207,22 @@ class _Runner:
             self._state.loaded_bytes += self._blocks[load.block].nbytes
 
     def before(self, index: int, block: nn.Module, args: object) -> None:
-        """Have block ``index`` in place; called before its forward."""
-        if index == self._using:
+        """Point block ``index`` at its weights on the device; called before its forward."""
+        if index == self._using:  # the same block again, for another guidance pass
             return
         if self._using is not None:
-            # Off the buffer, whose contents are about to change.
+            # The block before goes back to its host tensors: its buffer is about to be
+            # overwritten, and a parameter must never show another block's values.
             self._blocks[self._using].use(self._blocks[self._using].home)
             self._using = None
         turn = self._schedule.turn(index)
+        # Free before load: the copy must wait for the kernels that read the buffer, and ``free``
+        # marks the end of what has been queued so far.
         for buffer in turn.free:
             self._state.tell("free", index, buffer)
             self._transport.free(buffer)
+        # Load before ready: the next block's copy is on its way before this block's kernels are
+        # launched, so that the two overlap.
         self.load(turn.loads)
         if turn.use is not None:
             self._transport.ready(index, turn.use)
@@ -214,8 +238,13 @@ def _pin(
     budget: int,
     stop: threading.Event | None = None,
 ) -> dict[int, Slab]:
-    """Page-lock as many streamed blocks as the budget holds, spread evenly."""
+    """Page-lock as many streamed blocks as the budget allows, and return their slabs by index.
+
+    They are spread evenly: slower copies from pageable memory then alternate with fast ones, and
+    the compute in between hides more of them.
+    """
     slabs: dict[int, Slab] = {}
+    # Counted as if every block were as large as the largest; they hardly differ.
     largest = max((blocks[i].nbytes for i in schedule.streamed), default=1)
     if budget >= largest:
         budget = room_to_pin(modules, largest * len(schedule.streamed), budget)
@@ -241,8 +270,8 @@ def _place_rest(
 ) -> None:
     """Move what is outside the blocks to the device, except token embeddings.
 
-    Those look up on the host and send what they found: umT5's is 2 GB, of which a prompt needs
-    half a thousand rows.
+    An embedding is looked up on the host, and only the rows found are sent: umT5's table is 2 GB,
+    of which a prompt needs 512 rows.
     """
     if isinstance(module, nn.Embedding):
         undo.push(module.register_forward_pre_hook(_to_host).remove)

@@ -1,10 +1,10 @@
-"""Brings a block's weights to the device: host slabs, device buffers, and the copies between.
+"""Copies a block's weights to the device: host slabs, device buffers, and the copies between.
 
-A block's tensors lie one behind the other in a *slab*, so that one copy carries the block. Within
-the pinning budget a slab lies in page-locked host memory and the module's parameters are views of
-it; beyond it the parameters stay where they are (pageable memory or a mapped file), and a worker
-thread gathers them in one of two page-locked slabs just before they are sent. When a block is sent
-is not decided here but in ``streaming.py``.
+A block's tensors lie one behind the other in a *slab*, so that a single copy carries the whole
+block. Within the budget for page-locked memory, a block has a page-locked slab of its own and the
+module's parameters are views of it. Beyond that budget the parameters stay where they are
+(pageable memory or a mapped file); a worker thread gathers them into one of two page-locked
+*bounce* slabs just before they are sent. Which block is sent when is decided in ``buffers``.
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ from torch import Tensor, nn
 
 from ..loading import Slab
 
-_ALIGN = 256  # bytes; what the CUDA allocator gives and vector loads of every kernel accept
+# Bytes. What cudaMalloc guarantees, so that a tensor in a slab is as good as any other for kernels
+# that load whole vectors, and the same kernel is chosen for it.
+_ALIGN = 256
 _cuda: Any = torch.cuda  # parts of it carry no types
 
 
@@ -34,12 +36,17 @@ class Place:
     def view(self, slab: Tensor) -> Tensor:
         """Return the tensor in ``slab`` (uint8), with its own shape, strides and dtype."""
         flat = slab[self.offset :]
+        # ``view(dtype)`` wants a whole number of elements, which the slab's end may not leave.
         flat = flat[: flat.numel() // self.dtype.itemsize * self.dtype.itemsize].view(self.dtype)
         return flat.as_strided(self.shape, self.stride, flat.storage_offset())
 
 
 class Block:
-    """The parameters and buffers of one block, where they live on the host, and their layout."""
+    """The parameters and buffers of one block: their host tensors and their layout in a slab.
+
+    ``home`` are the host tensors, parameters first; ``places`` says where each lies in a slab of
+    ``nbytes``.
+    """
 
     def __init__(self, module: nn.Module) -> None:
         self.parameters = list(dict.fromkeys(module.parameters()))
@@ -55,7 +62,9 @@ class Block:
         for tensor in self.home:
             span = 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
             stride, nbytes = tensor.stride(), span * tensor.element_size()
-            if tensor.numel() == 0 or span != tensor.numel():  # with gaps: stored without
+            # A dense tensor keeps its strides, a transposed one too, because the choice of kernel
+            # depends on them. Only a tensor with gaps is stored as a contiguous one.
+            if tensor.numel() == 0 or span != tensor.numel():
                 stride = torch.empty(tensor.shape, device="meta").stride()
                 nbytes = tensor.numel() * tensor.element_size()
             self.places.append(Place(offset, tensor.shape, stride, tensor.dtype))
@@ -68,7 +77,7 @@ class Block:
         return [p.data for p in self.parameters] + [b for b in buffers if b is not None]
 
     def use(self, tensors: list[Tensor]) -> None:
-        """Let the block compute with these tensors; parameters stay the same objects."""
+        """Have the block compute with ``tensors``; its parameters stay the same objects."""
         for parameter, tensor in zip(self.parameters, tensors, strict=False):
             parameter.data = tensor
         for (owner, name), tensor in zip(
@@ -87,23 +96,27 @@ class Block:
 
 
 class Transport(Protocol):
-    """Carries blocks into buffers. ``load`` may return before the block has arrived."""
+    """Copies blocks into device buffers.
+
+    The order of calls for a buffer is load, ready, (forward), free, load … ``load`` may return
+    before the block has arrived.
+    """
 
     def load(self, block: int, buffer: int) -> None:
-        """Start to bring a block into a buffer, after its last user as told by ``free``."""
+        """Begin to copy a block into a buffer, once its last reader (see ``free``) is done."""
 
     def ready(self, block: int, buffer: int) -> None:
-        """Let what is computed from now on see the block in the buffer."""
+        """Make all work that is queued from now on wait until the block is in the buffer."""
 
     def free(self, buffer: int) -> None:
-        """Say that what was queued so far is the last that reads the buffer."""
+        """Mark the work queued so far as the last that reads the buffer's present contents."""
 
     def close(self) -> None:
-        """Wait for copies under way; afterwards no buffer and no slab is in use."""
+        """Wait for copies under way; afterwards no buffer and no slab is read or written."""
 
 
 class DirectTransport:
-    """Copies at once, tensor by tensor: for the CPU and devices without streams."""
+    """Copies each block at once, tensor by tensor: for the CPU and devices without streams."""
 
     def __init__(self, blocks: list[Block], buffers: list[Tensor]) -> None:
         self._blocks, self._buffers = blocks, buffers
@@ -122,11 +135,12 @@ class DirectTransport:
 
 
 class CudaTransport:
-    """Copies on a stream of its own, ordered by events: the device is never waited for as a whole.
+    """Copies on a CUDA stream of its own, beside the stream that computes.
 
-    ``slabs`` holds the page-locked slab of each block that has one. Blocks without are gathered
-    by a worker thread, in order, so that page faults and the copy into page-locked memory do not
-    keep the thread that launches kernels.
+    Events order the two streams, so that the host never waits for the whole device. ``slabs`` maps
+    the index of each page-locked block to its slab. The other blocks of ``streamed`` are gathered
+    by one worker thread, in order: page faults and the copy into page-locked memory must not hold
+    up the thread that launches kernels.
     """
 
     def __init__(
@@ -141,8 +155,8 @@ class CudaTransport:
         self._device = device
         with torch.cuda.device(device):
             self._stream = _cuda.Stream()
-        # Buffers come from the allocator of the present stream: its pending work on the memory
-        # must end before the first copy writes into it.
+        # The buffers' memory was allocated on the current stream, where kernels queued earlier may
+        # still use it for something else. The first copy must not overtake them.
         self._stream.wait_stream(torch.cuda.current_stream(device))
         self._arrived = [_cuda.Event() for _ in buffers]
         self._freed: list[torch.cuda.Event | None] = [None] * len(buffers)
@@ -157,6 +171,8 @@ class CudaTransport:
                 slab.lock()
 
     def load(self, block: int, buffer: int) -> None:
+        # A load abandoned after an interrupt may still wait in the worker. It must be queued before
+        # this one, or it would overwrite what this one brings.
         self._settle(buffer)
         slab = self._slabs.get(block)
         if slab is not None:
@@ -166,6 +182,7 @@ class CudaTransport:
             self._pending[buffer] = self._worker.submit(self._gather_and_send, block, buffer)
 
     def _settle(self, buffer: int) -> None:
+        """Wait until the worker has queued the buffer's copy; raise what the worker raised."""
         pending = self._pending.pop(buffer, None)
         if pending is not None:
             pending.result()
@@ -174,14 +191,18 @@ class CudaTransport:
         freed = self._freed[buffer]
         with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
             if freed is not None:
+                # The kernels that still read the block in this buffer come first.
                 self._stream.wait_event(freed)
             self._buffers[buffer][:nbytes].copy_(source[:nbytes], non_blocking=True)
             self._arrived[buffer].record(self._stream)
 
     def _gather_and_send(self, block: int, buffer: int) -> None:
+        # Two bounce slabs in turn: one is filled while the device still copies from the other.
         slab, sent = self._bounce.pop(0)
         try:
-            sent.synchronize()  # the copy that read this slab last
+            # The copy that read this slab last must have ended before it is overwritten. Only the
+            # worker waits here.
+            sent.synchronize()
             with torch.no_grad():
                 self._blocks[block].gather(slab.memory)
                 self._send(slab.memory, self._blocks[block].nbytes, buffer)
@@ -190,10 +211,13 @@ class CudaTransport:
             self._bounce.append((slab, sent))
 
     def ready(self, block: int, buffer: int) -> None:
+        # First the host: the event must have been recorded. Then the stream that computes, which
+        # waits on the device while the host goes on to launch kernels.
         self._settle(buffer)
         torch.cuda.current_stream(self._device).wait_event(self._arrived[buffer])
 
     def free(self, buffer: int) -> None:
+        # A new event each time: the worker may not yet have waited for the last one.
         event = _cuda.Event()
         event.record(torch.cuda.current_stream(self._device))
         self._freed[buffer] = event

@@ -1,8 +1,9 @@
-"""The fastest way that fits, and why.
+"""Decides how a model runs on this machine: the fastest choices that fit, and the reasons.
 
-In: model, ``Workload``, ``SystemResources`` and the user's ``OptimizationConfig``. Out: an
-``OptimizationPlan`` with its estimate, its predicted seconds and a reason for each decision, or
-``DoesNotFit``. Pure: it allocates nothing and never imports torch.
+In: a ``ModelArchitecture``, a ``Workload``, ``SystemResources`` and the user's
+``OptimizationConfig``. Out: an ``OptimizationPlan`` with its estimate, its predicted seconds and a
+reason for each decision; ``DoesNotFit`` where nothing fits. It is pure arithmetic, allocates
+nothing and never imports torch. Imports ``models`` and ``memory``.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ from .config import FORWARDS, FP8, OFFLOADS, OptimizationConfig
 from .manager import Planner
 from .plan import OptimizationPlan
 
-# Its old place: what puts a plan on a module stands below the planner.
+# Kept importable from here, where it used to be. It needs torch, so it is defined in ``placing``,
+# which imports this package.
 __getattr__ = lazy_names("wan_core", {"placing": ("OptimizationManager",)})
 
 __all__ = [

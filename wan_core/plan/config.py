@@ -1,4 +1,4 @@
-"""What a user asks of the plan: checked values with names, nothing decided yet."""
+"""``OptimizationConfig``: what the user asks of the plan, checked; nothing is decided here."""
 
 from __future__ import annotations
 
@@ -17,42 +17,63 @@ OFFLOADS = ("auto", "none", "model", "sequential", "stream", "group")
 FORWARDS = ("auto", "diffusers", "lean", "lean_rows")
 FP8 = ("auto", "never", "always")
 SHORTER_WINDOWS = (49, 33, 17)
-"""Frames of the windows to fall back to where those of the model's own length do not fit."""
+"""Video frames of the windows to try where windows of the model's own length do not fit."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OptimizationConfig:
-    """Wishes for a plan; what is "auto" or None is decided from model, job and machine.
+    """What the user asks of a plan. The plan decides whatever is left at "auto" or None.
 
-    Raises InvalidRequest, naming field, value and what is allowed, when made with a bad value.
+    Raises InvalidRequest for a bad value, naming the field, the value and what is allowed.
+
+    Usage::
+
+        # Leave everything to the plan: the fastest way that fits this machine.
+        OptimizationConfig()
+
+        # Use at most 10 GiB of the GPU, to leave memory for other programs.
+        OptimizationConfig(vram_limit_gb=10)
+
+        # Use at most 24 GiB of RAM.
+        OptimizationConfig(ram_limit_gb=24)
+
+        # Stream the transformer's blocks, with 20 of them resident on the GPU.
+        OptimizationConfig(offload="stream", resident_blocks=20)
+
+        # Go lower in memory: products cut by rows (rounding may change), and weights in fp8 (which
+        # changes the video).
+        OptimizationConfig(forward="lean_rows", fp8_storage="always")
     """
 
     precision: str = "auto"
-    """What the transformer computes in: "auto", "bf16", "fp16", "fp32", "stored" (the file's)."""
+    """The dtype the transformer computes in: "auto", "bf16", "fp16", "fp32" or "stored" (the one of
+    the file)."""
     offload: str = "auto"
-    """"none" (all on the device), "model" (one part at a time), "sequential" (one layer),
-    "stream" (the transformer block by block, ahead of time), "group" (so by diffusers' hooks)."""
+    """Which weights are on the device: "auto", "none" (all of them), "model" (one component at a
+    time), "sequential" (one layer at a time), "stream" (the transformer's blocks, each copied while
+    the one before computes), or "group" (one block at a time, by diffusers' hooks)."""
     resident_blocks: int | None = None
-    """Transformer blocks that stay on the device while the others are streamed; None: computed.
-    Asks for streaming."""
+    """Transformer blocks that stay on the device while the others are streamed. A number asks for
+    "stream"; None leaves it to the plan."""
     forward: str = "auto"
-    """The transformer's and the decoder's code: "diffusers" (its own), "lean" (less memory, equal
-    bits), "lean_rows" (still less; rounding may differ)."""
+    """The code that computes the transformer and the decoder: "auto", "diffusers" (its own), "lean"
+    (the same bits with fewer tensors alive) or "lean_rows" (fewer still; rounding may differ)."""
     fp8_storage: str = "auto"
-    """Store the transformer's matrices in fp8, which changes the result: "auto" (where nothing
-    larger fits), "never", "always"."""
+    """Whether to store the matrices of the transformer's blocks in fp8, which changes the result:
+    "auto" (only where nothing fits without), "never" or "always"."""
     device: str | None = None
-    """"cuda:0", "cpu", "mps" …; None takes the first GPU, or the CPU."""
+    """"cuda:0", "cpu", "mps" …; None takes the first GPU, or the CPU if there is none."""
     vram_limit_gb: float | None = None
-    """Most GiB of the device the plan may use; CUDA's own context, up to 1 GiB, comes on top."""
+    """GiB of device memory the plan may use. CUDA's context, up to 1 GiB, is not counted."""
     ram_limit_gb: float | None = None
-    """Most GiB of RAM the plan may use."""
+    """GiB of RAM the plan may use."""
     chunk_size: int | None = None
-    """Latent frames (4 video frames each) of the windows the plan may fall back to when the clip
-    does not fit as a whole; they change the result. None: windows of the model's own length, or
-    shorter, for clips that are longer than that. 0: never."""
+    """Length, in latent frames (4 video frames each), of the windows the plan may fall back to when
+    the clip does not fit as a whole. Windows change the result. None allows them only for clips
+    longer than the model's own length: windows of that length, or shorter where those do not fit.
+    0 never allows them."""
     min_vram_mb: float | None = None
-    """Refuse a GPU that has less memory than this, in MiB. Does not apply to a CPU."""
+    """Refuse a GPU with less memory than this, in MiB. Does not apply to a CPU."""
 
     def __post_init__(self) -> None:
         _choice("precision", self.precision, PRECISIONS_AND_STORED)
@@ -85,7 +106,7 @@ class OptimizationConfig:
 
     @property
     def placement(self) -> str:
-        """The offload asked for: a number of resident blocks asks for "stream"."""
+        """The offload that is asked for; a number of resident blocks means "stream"."""
         return "stream" if self.resident_blocks is not None else self.offload
 
     @staticmethod
@@ -107,7 +128,7 @@ class OptimizationConfig:
         return asdict(self)
 
     def check_device(self, system: SystemResources) -> None:
-        """Raise InvalidRequest where the device has less memory than ``min_vram_mb``."""
+        """Raise InvalidRequest if the device has less memory than ``min_vram_mb``."""
         if self.min_vram_mb is None or system.device_kind == "cpu":
             return
         there = system.device_total_bytes / MIB
@@ -119,9 +140,9 @@ class OptimizationConfig:
             )
 
     def fallback_windows(self, workload: Workload, own_frames: int) -> tuple[int, ...]:
-        """Return the video frames of the windows to fall back to, the longest first.
+        """Return the lengths of the windows to fall back to, in video frames, the longest first.
 
-        ``own_frames`` is the length of the clips the model was trained on.
+        ``own_frames`` is the length of the clips that the model was trained on.
         """
         if self.chunk_size == 0:
             return ()
@@ -134,7 +155,7 @@ class OptimizationConfig:
         return (own_frames, *(frames for frames in SHORTER_WINDOWS if frames < own_frames))
 
     def overlap_for(self, workload: Workload, window: int) -> int:
-        """Return the frames that fallback windows share: the job's, at most half a window."""
+        """Return the frames that fallback windows share: the workload's, at most half a window."""
         return min(workload.window_overlap, max(1, (window - 1) // 8) * 4)
 
 

@@ -1,4 +1,4 @@
-"""How long or how large a clip fits, found by halving: a smaller job never needs more."""
+"""The longest or largest clip that fits, by bisection: a smaller workload never needs more."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ from ..memory import Workload
 from .config import SHORTER_WINDOWS
 
 MOST_FRAMES = 1025
-"""Longest clip ``what_fits`` looks at."""
+"""Longest clip that ``what_fits`` tries."""
 
 
 def largest_that_fits(workload: Workload, multiple: int, fits: Callable[[Workload], bool]) -> str:
-    """Name the longest clip of this size and the largest size of this length that fit.
+    """Name the longest clip of this size, and the largest size of this length, that fit.
 
-    ``fits(job)`` must be monotone: a shorter or smaller job never needs more.
+    ``multiple`` is what width and height must be divisible by. ``fits`` must be monotone: a shorter
+    or smaller workload fits whenever a larger one does.
     """
     frames, size = longest(workload, fits), largest_size(workload, multiple, fits)
     found = (
@@ -29,7 +30,7 @@ def largest_that_fits(workload: Workload, multiple: int, fits: Callable[[Workloa
 
 
 def longest(workload: Workload, fits: Callable[[Workload], bool]) -> int | None:
-    """Return the most frames, 4n+1 and at most the job's, that fit at its size; None: not one."""
+    """Return the most frames (4n+1, at most the workload's) that fit at its size, or None."""
     if not fits(replace(workload, num_frames=1)):
         return None
     low, high = 0, (workload.num_frames - 1) // 4  # latent frames after the first
@@ -45,7 +46,7 @@ def longest(workload: Workload, fits: Callable[[Workload], bool]) -> int | None:
 def largest_size(
     workload: Workload, multiple: int, fits: Callable[[Workload], bool]
 ) -> tuple[int, int] | None:
-    """Return the largest (width, height) below the job's, in its proportions, that fits."""
+    """Return the largest (width, height) below the workload's, in its proportions, that fits."""
     sizes = [
         (
             width,

@@ -1,8 +1,11 @@
-"""The ladder: the ways a job can be run, by how much they change, with what each needs and takes.
+"""The ladder: candidates in tiers, from those that change nothing to those that change most.
 
-Tiers come first: what changes no bit of the result, then what changes rounding only (the VAE in
-half precision, products cut by rows), then fp8 storage, then windows. Within a tier every
-placement is weighed, and the fastest that fits is taken.
+The first tier changes no bit of the result. The next ones change rounding only (the VAE in half
+precision, then products cut by rows). After them come those that change the video: windows and fp8
+storage, in an order that depends on whether the user allowed windows (see ``_tiers``). Within a
+tier, every placement is a candidate with its estimate and its time. The planner goes down the
+tiers and takes the fastest candidate of the first tier in which any fits. So speed decides within a
+tier only: a faster candidate never wins over one that changes less.
 """
 
 from __future__ import annotations
@@ -21,9 +24,9 @@ if TYPE_CHECKING:
     from ..memory import SystemResources
 
 ABILITIES: frozenset[str] = frozenset({"lean", "rows", "stream", "fp8"})
-"""What the renderer can carry out beside placements: "lean", "rows", "stream", "fp8"."""
+"""What a plan may use besides placements: the names of what the renderer can carry out."""
 _SPARE = 0.03
-"""Share of what is free on the device that is left alone, for others in the meantime."""
+"""Share of the free device memory that is left to other programs, whose use may grow."""
 _STAGES_OF = {
     "text_encoder": ("text_encode",),
     "image_encoder": ("image_encode",),
@@ -33,13 +36,13 @@ _STAGES_OF = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """What may be used, in bytes; ``why`` names the caps that were set."""
+    """The memory that may be used, in bytes; ``why`` names the limits that the user set."""
 
     device: int
     ram: int
     why: str = ""
     stages: tuple[tuple[str, int], ...] = ()
-    """Stages that may use less than the device: memory ran out in them with more."""
+    """(stage, bytes) of stages in which memory ran out, and which may use no more than this."""
 
     def of_stage(self, name: str) -> int:
         """Return what a stage may use on the device."""
@@ -47,7 +50,7 @@ class Limits:
 
     @staticmethod
     def of(system: SystemResources, requested: OptimizationConfig) -> Limits:
-        """Combine what is free, or can be made free, with what the user allows."""
+        """Combine what is free, or can be freed, with the limits that the user set."""
         ram = max(0, system.ram_available_bytes + system.ram_evictable_bytes - RAM_RESERVE)
         on_cpu = system.device_kind == "cpu"
         caps = []
@@ -63,30 +66,30 @@ class Limits:
         return Limits(device=device, ram=ram, why=f" ({', '.join(caps)})" if caps else "")
 
     def admit(self, found: MemoryEstimate) -> bool:
-        """Say whether an estimate keeps within both limits."""
+        """Say whether an estimate stays within the limits of device and RAM."""
         within = all(stage.device_bytes <= self.of_stage(stage.name) for stage in found.stages)
         return bool(found.fits) and within and found.host_ram_mb * MIB <= self.ram
 
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """One way to run a job, what it needs and what it takes; ``tier`` 0 changes no bit."""
+    """Choices with their estimate and their time; ``tier`` 0 changes no bit of the result."""
 
     tier: int
     choices: Choices
     estimate: MemoryEstimate
     timing: Timing
     reserved: int
-    """Bytes the allocator holds on the device at the peak, its gaps included."""
+    """Bytes the allocator holds on the device at the peak, including its unused gaps."""
     stage: str
-    """The stage of that peak."""
+    """The stage in which that peak occurs."""
 
 
 def ladder(
     architecture: ModelArchitecture, workload: Workload, system: SystemResources,
     requested: OptimizationConfig, limits: Limits, abilities: Collection[str] = ABILITIES,
 ) -> Iterator[list[Candidate]]:  # fmt: skip
-    """Yield the tiers, each a list of ways, the simplest first among equally fast ones."""
+    """Yield the tiers, each a list of candidates. Of two equally fast ones the simpler is first."""
     main, _ = main_dtype(architecture, workload, system, requested, limits)
     for tier, start in enumerate(
         _tiers(architecture, workload, system, requested, main, abilities)
@@ -103,9 +106,10 @@ def ladder(
 
 
 def best(candidates: list[Candidate], limits: Limits) -> Candidate | None:
-    """Return the way with the fastest step that keeps within the limits, the first among equals.
+    """Return the candidate with the fastest step among those that fit; the first of equal ones.
 
-    Bringing parts to the device once a job is left out: it is seconds, and simpler is safer.
+    The time to move whole components to the device is left out. It is seconds for a whole run, and
+    should not outweigh that a simpler placement is safer.
     """
     fitting = [candidate for candidate in candidates if limits.admit(candidate.estimate)]
     return min(fitting, key=lambda candidate: candidate.timing.step, default=None)
@@ -115,17 +119,20 @@ def _tiers(
     architecture: ModelArchitecture, workload: Workload, system: SystemResources,
     requested: OptimizationConfig, main: str, abilities: Collection[str],
 ) -> Iterator[Choices]:  # fmt: skip
-    """Yield what each tier fixes; later ones change more of the result.
+    """Yield the choices that each tier fixes; later tiers change more of the result.
 
-    Within every window length and weight format stand first the ways that change rounding least.
+    The outer order is by windows and fp8 storage, which change the video. For each pair of those,
+    the choices that change rounding least come first.
     """
     own = architecture.variant.defaults.num_frames
     windows = (None, *requested.fallback_windows(workload, own))
     fp8 = requested.fp8_storage == "always"
     larger = [(window, fp8) for window in windows]
     if "fp8" in abilities and main != "fp32" and requested.fp8_storage == "auto":
-        # Windows of the model's own length are what it was trained on; shorter ones that the user
-        # allowed cost more than fp8.
+        # Windows that nobody asked for exist only for clips longer than the model's own length. A
+        # window of that length is what the model was trained on, so all windows come before fp8. A
+        # window length that the user allowed (chunk_size) may be shorter than that, which changes
+        # the video more than fp8 does: the whole clip in fp8 is tried first.
         in_fp8 = [(window, True) for window in windows]
         own_first = requested.chunk_size is None
         larger = (
@@ -144,7 +151,7 @@ def _roundings(
     architecture: ModelArchitecture, workload: Workload, system: SystemResources,
     requested: OptimizationConfig, main: str, abilities: Collection[str],
 ) -> Iterator[Choices]:  # fmt: skip
-    """Yield the ways that differ by rounding at most, the most exact first."""
+    """Yield the choices that differ in rounding at most, the most exact first."""
     exact = Choices(
         dtypes=_dtypes(architecture, main, "fp32"), window_overlap=workload.window_overlap
     )
@@ -152,9 +159,12 @@ def _roundings(
         exact = replace(exact, lean=True, by_rows=True)
     last = exact
     yield exact
+    # The decode often needs the most memory, and the VAE in half precision nearly halves it. Not
+    # where this torch and cuDNN take many times the memory for convolutions in half precision.
     if main != "fp32" and not system.wasteful_half_conv3d:
         last = replace(exact, dtypes=_dtypes(architecture, main, main))
         yield last
+    # Only then rows: besides rounding, they cost time.
     if "rows" in abilities and requested.forward == "auto":
         yield replace(last, lean=True, by_rows=True)
 
@@ -163,7 +173,7 @@ def _placements(
     architecture: ModelArchitecture, workload: Workload, system: SystemResources,
     requested: OptimizationConfig, limits: Limits, start: Choices, abilities: Collection[str],
 ) -> Iterator[Choices]:  # fmt: skip
-    """Yield every placement of one tier, the simplest first."""
+    """Yield every placement for the choices that a tier fixes, the simplest first."""
     asked, on_cpu = requested.placement, system.device_kind == "cpu"
     streams = asked == "stream" or (asked == "auto" and "stream" in abilities and not on_cpu)
     if asked == "group":
@@ -182,13 +192,14 @@ def _placements(
         streamed = _with_smaller_parts(architecture, workload, system, limits, single, streams)
         yield _fill_with_blocks(architecture, workload, system, requested, limits, streamed)
         if requested.resident_blocks is None and not on_cpu:
+            # The least there is: one buffer, so that no copy hides behind compute.
             yield replace(streamed, resident_blocks=0, stream_buffers=1)
 
 
 def _leans(
     requested: OptimizationConfig, start: Choices, abilities: Collection[str]
 ) -> tuple[bool, ...]:
-    """Return which forwards to weigh: diffusers' own, the lean one, or both."""
+    """Return which forwards to try: diffusers' own (False), the lean one (True), or both."""
     if start.by_rows or requested.forward == "lean":
         return (True,)
     if requested.forward == "diffusers" or "lean" not in abilities:
@@ -197,7 +208,7 @@ def _leans(
 
 
 def _in_groups(start: Choices) -> Choices:
-    """Return diffusers' group offload; its hooks leave no place for the lean forward."""
+    """Return diffusers' group offload, whose hooks the lean forward cannot work with."""
     groups = dict.fromkeys(("transformer", "transformer_2"), "group")
     return replace(start, offload="model", part_offload=groups, lean=False, by_rows=False)
 
@@ -206,14 +217,15 @@ def _one_at_a_time(
     architecture: ModelArchitecture, workload: Workload, system: SystemResources, limits: Limits,
     candidate: Choices, streams: bool,
 ) -> Iterator[Choices]:  # fmt: skip
-    """Yield whole parts one at a time, then the transformer layer by layer."""
+    """Yield whole components one at a time, then the transformer layer by layer."""
     single = replace(candidate, offload="model")
-    if system.device_kind == "cpu":  # a single layer is no less in RAM than the part it is of
+    if system.device_kind == "cpu":  # the weights are in RAM anyway: smaller pieces save nothing
         yield single
         return
     smaller = _with_smaller_parts(architecture, workload, system, limits, single, streams)
     yield smaller
-    if streams and not candidate.by_rows:  # streaming is faster; the last resort before fp8
+    # Layer by layer is slow. Where streaming is possible it is kept for the last resort before fp8.
+    if streams and not candidate.by_rows:
         return
     others = {part: smaller.offload_of(part) for part in _STAGES_OF}
     yield replace(smaller, offload="sequential", part_offload=others)
@@ -223,9 +235,9 @@ def _with_smaller_parts(
     architecture: ModelArchitecture, workload: Workload, system: SystemResources, limits: Limits,
     choices: Choices, streams: bool,
 ) -> Choices:  # fmt: skip
-    """Make smaller what does not fit as a whole, transformers aside.
+    """Split up the components, other than transformers, that do not fit as a whole.
 
-    These parts work briefly: going block by block, or layer by layer, costs them seconds a job.
+    These components run once: block by block, or layer by layer, costs them seconds in a whole run.
     """
     whole = estimate(architecture, workload, choices, system)
     needed = {stage.name: reserved_bytes(stage, choices, system) for stage in whole.stages}
@@ -237,7 +249,8 @@ def _with_smaller_parts(
     pieces = dict.fromkeys(large, "sequential")
     if streams and "text_encoder" in pieces:
         pieces["text_encoder"] = "stream"
-    # Of a VAE it is the feature cache that is large, not the weights.
+    # What is large of a VAE is not the weights but the decoder's feature cache. The lean decoder
+    # can keep that in RAM, which takes the place of going layer by layer.
     in_ram = choices.lean and pieces.pop("vae", None) is not None
     return replace(choices, part_offload=pieces, cache_in_ram=in_ram)
 
@@ -246,11 +259,12 @@ def _fill_with_blocks(
     architecture: ModelArchitecture, workload: Workload, system: SystemResources,
     requested: OptimizationConfig, limits: Limits, choices: Choices,
 ) -> Choices:  # fmt: skip
-    """Keep as many blocks on the device as fit, and no more than it takes to hide the bus."""
+    """Keep as many blocks resident as fit, but no more than are needed to hide the transfers."""
     shape = architecture.transformer
     if requested.resident_blocks is not None or system.device_kind == "cpu":
         asked = requested.resident_blocks or 0
         return replace(choices, resident_blocks=min(asked, shape.layers))
+    # What a denoising stage leaves free without any resident block is what they can take.
     empty = estimate(architecture, workload, replace(choices, resident_blocks=0), system)
     left = min(
         limits.of_stage(stage.name) - reserved_bytes(stage, choices, system)
@@ -260,7 +274,7 @@ def _fill_with_blocks(
     block = block_bytes(shape, choices.dtypes["transformer"], fp8=choices.fp8_storage)
     room = left // block
     useful = blocks_that_hide_the_bus(architecture, workload, choices, system)
-    # Beyond the last, the two buffers would hold what is resident anyway.
+    # At least as many are streamed as there are buffers: with fewer, a buffer would stay empty.
     count = min(room, useful, shape.layers - STREAM_BUFFERS)
     return replace(choices, resident_blocks=max(0, count))
 

@@ -1,7 +1,8 @@
-"""Decides how a job is run on this machine: a pure function of model, job, machine and wishes.
+"""The planner: chooses a candidate from the ladder and says why.
 
-A ladder of plans is gone through from the fastest to the smallest; the first that fits is taken,
-and every decision comes with its reason in words. Nothing is allocated and no weight is read.
+A plan is a pure function of the model, the workload, the machine and what the user asked for. The
+ladder is gone down tier by tier; the fastest candidate of the first tier in which any fits is
+taken. Every decision comes with its reason in words. Nothing is allocated and no weight is read.
 """
 
 from __future__ import annotations
@@ -35,8 +36,9 @@ if TYPE_CHECKING:
 class Planner:
     """Looks at the machine and recommends a plan.
 
-    ``abilities`` says what the plan may use beside placements, because it can be carried out:
-    "lean" and "rows" (the lean forward), "stream" (blocks), "fp8" (storage).
+    ``abilities`` names what plans may use besides placements: "lean" (the lean forward), "rows"
+    (products cut by rows in it), "stream" (blocks) and "fp8" (storage). It is all of them unless
+    whoever carries out the plan cannot do some.
     """
 
     def __init__(self, abilities: Collection[str] = ABILITIES) -> None:
@@ -45,7 +47,7 @@ class Planner:
     def analyze_system_resources(
         self, device: str | None = None, *, evictable_bytes: int = 0, ram_evictable_bytes: int = 0
     ) -> SystemResources:
-        """Return what this machine has; see ``hardware.system_resources``."""
+        """Return what this machine has; see ``memory.system_resources``."""
         from ..memory import system_resources
 
         return system_resources(
@@ -61,9 +63,10 @@ class Planner:
     ) -> OptimizationPlan:
         """Return the fastest plan that fits and that ``requested`` allows.
 
-        A choice the user made is kept. Raises DoesNotFit with the bytes needed and available and
-        the largest clip that would fit; InvalidRequest where the device has less than
-        ``min_vram_mb``.
+        What the user asked for is kept. A placement that was asked for is even tried where the
+        estimate says that it does not quite fit; the plan's estimate then carries a warning. Raises
+        DoesNotFit with the bytes needed and available and the largest clip that would fit, and
+        InvalidRequest if the device has less memory than ``min_vram_mb``.
         """
         requested = requested or OptimizationConfig()
         requested.check_device(system)
@@ -74,6 +77,7 @@ class Planner:
             if chosen is not None:
                 return _plan(architecture, workload, system, requested, limits, chosen, candidates)
             weighed += candidates
+        # No tier has a candidate that fits.
         smallest = _smallest(weighed, limits)
         if not _obeyed(smallest.estimate, system, requested):
             raise self._does_not_fit(architecture, workload, system, requested, smallest, limits)
@@ -87,10 +91,10 @@ class Planner:
         system: SystemResources,
         requested: OptimizationConfig | None = None,
     ) -> MemoryEstimate:
-        """Return what the recommended plan needs; where none fits, the smallest one's needs.
+        """Return the estimate of the recommended plan, or of the smallest one if none fits.
 
-        Like ``recommend_optimizations``, but a job that does not fit is an estimate with
-        ``fits`` False and the explanation among its warnings.
+        Like ``recommend_optimizations``, but instead of raising DoesNotFit it returns an estimate
+        with ``fits`` False and the explanation among its warnings.
         """
         try:
             return self.recommend_optimizations(architecture, workload, system, requested).estimate
@@ -112,11 +116,12 @@ class Planner:
         current: OptimizationPlan,
         stage: str,
     ) -> OptimizationPlan | None:
-        """Return the fastest plan whose ``stage`` needs less than ``current``'s, or None.
+        """Return the fastest plan whose ``stage`` needs less than that of ``current``, or None.
 
-        For a run that ran out of memory in ``stage`` and goes on from there: the transformers'
-        dtype and the windows stay, and a placement the user chose is given up rather than the
-        render. Reality was above the estimate, so a tenth less than the estimate is aimed at.
+        For a render that ran out of memory in ``stage`` and goes on from there. The transformers'
+        dtype and the windows stay as they are. A placement that the user asked for is given up,
+        because otherwise the render would be lost. As more was needed than estimated, the new
+        plan's estimate should be a tenth below the old one.
         """
         forward = "auto" if requested.forward in ("diffusers", "lean") else requested.forward
         requested = replace(requested, offload="auto", resident_blocks=None, forward=forward)
@@ -131,6 +136,7 @@ class Planner:
                 and _stage_bytes(candidate.estimate, stage) < most
                 and candidate.estimate.host_ram_mb * MIB <= limits.ram
             ]
+            # Better a plan that is only a little smaller than none: it may be enough.
             chosen = best(less, limits) or min(
                 less, key=lambda candidate: candidate.timing.step, default=None
             )
@@ -145,9 +151,9 @@ class Planner:
         system: SystemResources,
         requested: OptimizationConfig | None = None,
     ) -> str:
-        """Name the longest clip of the job's size and the largest size of its length that fit.
+        """Name the longest clip of the workload's size and the largest size of its length that fit.
 
-        Looks at up to 1,025 frames and at up to four times the width.
+        Up to 1,025 frames and up to four times the width are tried.
         """
         requested = requested or OptimizationConfig()
         fits = self._fits(architecture, system, requested, Limits.of(system, requested))
@@ -187,9 +193,9 @@ class Planner:
             where = "RAM"
         title = architecture.variant.title
         return DoesNotFit(
-            f"{frames_text(workload.num_frames)} of {workload.width}x{workload.height} with {title} need "
-            f"{needed / GIB:.1f} GiB (stage {smallest.stage}) in the smallest way there is, and "
-            f"{there / GIB:.1f} GiB of {where} can be used{limits.why}. "
+            f"{frames_text(workload.num_frames)} of {workload.width}x{workload.height} with "
+            f"{title} need {needed / GIB:.1f} GiB (stage {smallest.stage}) in the smallest way "
+            f"there is, and {there / GIB:.1f} GiB of {where} can be used{limits.why}. "
             + largest_that_fits(workload, architecture.size_multiple, fits)
             + windows_that_fit(workload, fits),
             needed_bytes=needed,
@@ -198,16 +204,17 @@ class Planner:
 
 
 def _stage_bytes(found: MemoryEstimate, stage: str) -> int:
-    """Bytes a stage takes on the device; a stage the estimate does not name counts as the peak."""
+    """Return the device bytes of a stage, or the peak if the estimate does not name the stage."""
     named = {known.name: known.device_bytes for known in found.stages}
     return named.get(stage, max(named.values(), default=0))
 
 
 def _goes_on(choices: Choices, workload: Workload, current: OptimizationPlan) -> bool:
-    """Say whether steps made as ``choices`` say belong to the video that ``current`` began."""
+    """Say whether ``choices`` can continue the render that was begun with ``current``."""
     same = choices.dtypes["transformer"] == current.choices.dtypes["transformer"]
     same = same and choices.fp8_storage == current.choices.fp8_storage
-    # What rounds otherwise is taken once, and kept: back and forth would equal neither way.
+    # Choices that round differently may be taken up but not given up again. Going back and forth
+    # would give a result that no uninterrupted render can give.
     same = same and choices.by_rows >= current.choices.by_rows
     same = same and (choices.dtypes["vae"] != "fp32" or current.choices.dtypes["vae"] == "fp32")
     return (
@@ -216,7 +223,7 @@ def _goes_on(choices: Choices, workload: Workload, current: OptimizationPlan) ->
 
 
 def _smallest(candidates: list[Candidate], limits: Limits) -> Candidate:
-    """Return the way that comes closest to fitting: first within the device, then the RAM."""
+    """Return the candidate that comes closest to fitting: first on the device, then in RAM."""
     return min(
         candidates,
         key=lambda candidate: (
@@ -227,10 +234,10 @@ def _smallest(candidates: list[Candidate], limits: Limits) -> Candidate:
 
 
 def _obeyed(found: MemoryEstimate, system: SystemResources, requested: OptimizationConfig) -> bool:
-    """Say whether a placement that was asked for is tried although it seems not to fit.
+    """Say whether to try a placement that the user asked for although it seems not to fit.
 
-    An estimate can be wrong by less than what others hold on the device; beyond the device's
-    own size, or a cap, there is nothing to try.
+    The estimate may be too high, or other programs may free memory meanwhile. But what is above the
+    size of the device, or above a limit that the user set, cannot succeed.
     """
     if requested.placement == "auto" or requested.vram_limit_gb or requested.ram_limit_gb:
         return False

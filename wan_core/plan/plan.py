@@ -1,4 +1,4 @@
-"""What was decided: a plan, with the estimate and the reasons that go with it."""
+"""``OptimizationPlan``: the chosen ``Choices`` with their estimate and the reasons for them."""
 
 from __future__ import annotations
 
@@ -11,43 +11,44 @@ from ..memory import STREAM_BUFFERS, Choices
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OptimizationPlan:
-    """How a job is run. ``estimate`` is what it is expected to need when run like this."""
+    """How a workload is run, and (``estimate``) the memory that is expected to need."""
 
     device: str
     choices: Choices
-    """What the plan decides: precision, placement, forward, windows. Readable as the plan's own
-    attributes too: ``plan.lean`` is ``plan.choices.lean``."""
+    """What the plan decides: precision, placement, forward, windows. Each can also be read as an
+    attribute of the plan: ``plan.lean`` is ``plan.choices.lean``."""
     estimate: MemoryEstimate
     reasons: tuple[str, ...] = ()
     tier: int = 0
     """0 changes no bit of the result; higher tiers change more (see ``reasons``)."""
     step_seconds: float = 0.0
-    """Predicted from operations and bus, to compare plans with."""
+    """Predicted seconds of a denoising step. Good enough to compare plans with each other."""
     seconds: float = 0.0
+    """Predicted seconds of all steps, and of moving components to the device."""
     pin_limit: int | None = None
-    """Most bytes of RAM to page-lock, where the user limits the RAM."""
+    """Bytes of RAM that may be page-locked at most, where the user limits the RAM."""
     paced: bool = False
-    """Whether ``step_seconds`` follows the pace of earlier runs on this machine."""
+    """Whether ``step_seconds`` is corrected by the pace of earlier runs on this machine."""
     compute_bound: bool = True
     """Whether a step's transfers hide behind its compute."""
 
     def __getattr__(self, name: str) -> Any:
-        # Only for names that the plan itself does not have. Private ones are not looked up: copy
-        # and pickle ask for some before ``choices`` is there.
+        # Called only for names that the plan itself does not have. Private names are not looked up
+        # in ``choices``: copy and pickle ask for some before ``choices`` is set.
         if name == "choices" or name.startswith("_"):
             raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
         return getattr(self.choices, name)
 
     def with_choices(self, **changes: Any) -> OptimizationPlan:
-        """Return this plan with some of its choices changed; the estimate stays what it was."""
+        """Return this plan with some of its choices changed. The estimate is not made anew."""
         return replace(self, choices=replace(self.choices, **changes))
 
     def pin_bytes(self, budget: int) -> int:
-        """Return how much of the machine's budget for page-locked memory may be used."""
+        """Return how many bytes of the machine's ``budget`` for page-locked memory may be used."""
         return budget if self.pin_limit is None else min(budget, self.pin_limit)
 
     def blocks_and_buffers(self, part: str) -> tuple[int, int]:
-        """Return how many blocks of a streamed part stay on the device, and the buffers' number."""
+        """Return (resident blocks, device buffers) of a component that is streamed."""
         if not part.startswith("transformer"):
             return 0, STREAM_BUFFERS
         return self.choices.resident_blocks or 0, self.choices.stream_buffers
@@ -59,7 +60,7 @@ class OptimizationPlan:
 
     @property
     def applied(self) -> tuple[str, ...]:
-        """Return what was chosen, in short words for a report."""
+        """Return the choices in a few words each, for a report."""
         choices = self.choices
         words = [f"precision {self.precision}", f"vae {choices.dtypes['vae']}"]
         words.append(f"offload {choices.offload}")
@@ -77,7 +78,7 @@ class OptimizationPlan:
         return tuple(words)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain values, ready for JSON: the choices beside the plan's own fields."""
+        """Return plain values for JSON: the choices and the plan's own fields, side by side."""
         choices = {name: getattr(self.choices, name) for name in self.choices.__slots__}
         own = ("choices", "estimate", "reasons")
         plain = {name: getattr(self, name) for name in self.__slots__ if name not in own}

@@ -1,4 +1,4 @@
-"""Why a plan is what it is, in words: one sentence for each decision."""
+"""The reasons for a plan in words: one sentence for each decision."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def reasons_for(
     architecture: ModelArchitecture, workload: Workload, system: SystemResources,
     requested: OptimizationConfig, limits: Limits, chosen: Candidate, others: list[Candidate],
 ) -> tuple[str, ...]:  # fmt: skip
-    """Return a sentence per decision; ``others`` are the ways that were weighed in its tier."""
+    """Return a sentence per decision; ``others`` are all candidates of the chosen one's tier."""
     choices = chosen.choices
     reasons = [_vae(choices, system), _placement(requested, limits, system, chosen, others)]
     if choices.stream:

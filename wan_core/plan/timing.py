@@ -1,13 +1,13 @@
-"""How long a job takes, roughly: operations over a device's rate, bytes over the bus.
+"""How long a workload takes, roughly: operations over the device's rate, bytes over the bus's.
 
-Made to compare plans on one machine, where its errors cancel; as a forecast it is good to a
-factor of two until a run has been measured. Standard library only.
+It is made to compare choices on one machine, where its errors cancel. As a forecast it is good to a
+factor of two, until a run on the machine has been measured. Standard library only.
 
-Operations of a Wan forward: 2 per weight and token in the blocks, 4 L^2 d in self attention and
-4 L 512 d in cross attention. Rates: dense half-precision throughput per multiprocessor and clock
-(NVIDIA's architecture white papers) times the share that reported runs reach: one 14B forward at
-480x832x81 takes 4.60 s on an H100 (huggingface/diffusers issue 11605), two take 30.5 s on a 4090D
-(LightX2V's README).
+Operations of a Wan forward with L tokens of width d, per block: 2 per weight and token, 4 L^2 d in
+self-attention and 4 L 512 d in cross-attention. Rates: dense half-precision throughput per
+multiprocessor and clock (NVIDIA's architecture white papers) times the share that reported runs
+reach. One 14B forward at 480x832x81 takes 4.60 s on an H100 (huggingface/diffusers issue 11605),
+two take 30.5 s on a 4090D (LightX2V's README).
 """
 
 from __future__ import annotations
@@ -41,46 +41,48 @@ _RATES = {
 """Per compute capability: half-precision operations per multiprocessor and clock, clocks per
 second, and the share of both that a Wan forward reaches in eager PyTorch."""
 _OTHER_GPU = 3e13  # operations per second where the architecture is not known
-_CPU_CORE = 3e10
+_CPU_CORE = 3e10  # operations per second of one CPU core, of which four are assumed
 _FP32_SHARE = 0.25
-"""Share of the half-precision rate in fp32, with the tensor cores' TF32 off."""
+"""Share of the half-precision rate that fp32 reaches, with TF32 off."""
 _PAGEABLE = 0.4
 """Share of the bus that copies from pageable memory reach."""
 _DISK = 1.5e9
-"""Bytes per second read from a file that RAM cannot hold."""
+"""Bytes per second when weights are read from a file because RAM cannot hold them."""
 _LAYER_LATENCY = 1e-3
-"""Seconds per layer that hooks and a synchronous copy cost in sequential offload."""
+"""Seconds per layer that the hooks and the synchronous copy of sequential offload cost."""
 _LAYERS_PER_BLOCK = 14
 _CAST_COST = 1.03
+"""Factor on the compute for casting weights stored in fp8 at each call."""
 _ROWS_COST = 1.04
+"""Factor on the compute for products cut by rows."""
 
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """Seconds: of one denoising step (the mean over the experts) and of the whole job."""
+    """Seconds of one denoising step (the mean over the experts) and of the whole run."""
 
     step: float
     total: float
     compute_bound: bool = True
-    """Whether transfers hide behind the compute of a step."""
+    """Whether the transfers of a step hide behind its compute."""
 
 
 def forward_operations(
     architecture: ModelArchitecture, workload: Workload, choices: Choices
 ) -> float:
-    """Return the floating point operations of one pass of the transformer over all windows."""
+    """Return the floating-point operations of one pass of the transformer over all windows."""
     shape = architecture.transformer
     frames, height, width = latent_size(architecture, workload)
     window = window_latents(workload, choices, frames)
     tokens = window_tokens(shape, window, height, width)
-    weights = block_parameters(shape)[0] - 2 * shape.dim**2  # text keys and values aside
+    weights = block_parameters(shape)[0] - 2 * shape.dim**2  # without the text's keys and values
     attention = 4.0 * tokens * tokens * shape.dim + 4.0 * tokens * TEXT_TOKENS * shape.dim
     once = shape.layers * (2.0 * weights * tokens + attention) * workload.batch_size
     return once * _windows(workload, choices, frames, window)
 
 
 def windows_per_step(architecture: ModelArchitecture, workload: Workload, choices: Choices) -> int:
-    """Return how many windows the denoiser goes through in one step: as often come the weights."""
+    """Return the windows of one step; streamed weights are transferred anew for each of them."""
     frames, _, _ = latent_size(architecture, workload)
     return _windows(workload, choices, frames, window_latents(workload, choices, frames))
 
@@ -94,7 +96,7 @@ def _windows(workload: Workload, choices: Choices, frames: int, window: int) -> 
 
 
 def device_rate(system: SystemResources, dtype: str) -> float:
-    """Return the operations per second that eager PyTorch may reach."""
+    """Return the operations per second that eager PyTorch is expected to reach."""
     if system.device_kind == "cpu":
         return _CPU_CORE * 4
     rate = _OTHER_GPU
@@ -109,7 +111,7 @@ def device_rate(system: SystemResources, dtype: str) -> float:
 def timing(
     architecture: ModelArchitecture, workload: Workload, choices: Choices, system: SystemResources
 ) -> Timing:
-    """Return what ``workload`` takes when it is run as ``choices`` say."""
+    """Return the predicted time of ``workload`` when it is run as ``choices`` say."""
     dtype = choices.dtypes["transformer"]
     compute = forward_operations(architecture, workload, choices) / device_rate(system, dtype)
     compute *= _CAST_COST if choices.fp8_storage else 1.0
@@ -127,11 +129,11 @@ def _step(
     architecture: ModelArchitecture, workload: Workload, choices: Choices, system: SystemResources,
     compute: float, passes: int,
 ) -> float:  # fmt: skip
-    """One step: with streaming, what does not hide behind the other of bus and compute."""
+    """Return the seconds of one step; with streaming, the longer of compute and transfers."""
     how = choices.offload_of("transformer")
     if how in ("stream", "group"):
         arriving = stream_seconds(architecture, workload, choices, system, passes)
-        if choices.stream_buffers == 1:  # nothing hides
+        if choices.stream_buffers == 1:  # a block is copied only when the one before is done
             return passes * compute + arriving
         return max(passes * compute, arriving)
     if how != "sequential":
@@ -146,11 +148,12 @@ def stream_seconds(
     architecture: ModelArchitecture, workload: Workload, choices: Choices, system: SystemResources,
     passes: int,
 ) -> float:  # fmt: skip
-    """Return the seconds that streamed blocks take to arrive in one step of so many passes."""
+    """Return the seconds that the transfers of streamed blocks take in a step of ``passes``."""
     shape, dtype = architecture.transformer, choices.dtypes["transformer"]
     moved = shape.layers - min(choices.resident_blocks or 0, shape.layers)
     block = block_bytes(shape, dtype, fp8=choices.fp8_storage)
-    # The lean forward takes both passes along; not so between diffusers' group hooks.
+    # With the lean forward each block computes both guidance passes when it has arrived. With
+    # diffusers' group offload every pass brings all blocks again.
     trips = 1 if choices.lean else passes
     trips *= windows_per_step(architecture, workload, choices)
     return trips * moved * block / _rate(architecture, choices, system)
@@ -159,7 +162,7 @@ def stream_seconds(
 def _rate(
     architecture: ModelArchitecture, choices: Choices, system: SystemResources, share: float = 1.0
 ) -> float:
-    """Return the bytes per second at which weights arrive, by a share of the bus or from disk."""
+    """Return the bytes per second at which weights arrive: a share of the bus, or the disk's."""
     bus = system.bus_bytes_per_second * share
     return min(bus, _DISK) if reads_from_disk(architecture, choices, system) else bus
 
@@ -167,7 +170,7 @@ def _rate(
 def reads_from_disk(
     architecture: ModelArchitecture, choices: Choices, system: SystemResources
 ) -> bool:
-    """Say whether a transformer's weights are more than RAM holds, so that steps read the file."""
+    """Say whether RAM cannot hold a transformer's weights, so that every step reads the file."""
     dtype = choices.dtypes["transformer"]
     nbytes = part_bytes(architecture, "transformer", dtype, fp8=choices.fp8_storage)
     return nbytes > system.ram_available_bytes + system.ram_evictable_bytes
@@ -176,7 +179,10 @@ def reads_from_disk(
 def blocks_that_hide_the_bus(
     architecture: ModelArchitecture, workload: Workload, choices: Choices, system: SystemResources
 ) -> int:
-    """Return how many resident blocks leave the bus idle half of a step, rates being uncertain."""
+    """Return how many resident blocks it takes for the transfers to hide behind the compute.
+
+    The transfers may then take half of the compute's time: both rates are uncertain.
+    """
     dtype = choices.dtypes["transformer"]
     compute = forward_operations(architecture, workload, choices) / device_rate(system, dtype)
     compute *= system.calibration.pace
@@ -190,7 +196,7 @@ def blocks_that_hide_the_bus(
 
 
 def _moves(architecture: ModelArchitecture, choices: Choices, system: SystemResources) -> float:
-    """Seconds spent on bringing whole parts to the device once a job."""
+    """Return the seconds that moving whole components to the device takes in a run."""
     total = 0.0
     for part in parts_of(architecture):
         offload = choices.offload_of(part)

@@ -1,7 +1,8 @@
-"""A job carried out, from a path to an mp4: the public API of this library.
+"""Carries out a generation, from a model's path to an mp4: the public API of this library.
 
-In: a model path and a ``GenerationConfig``. Out: a ``VideoGenerationResult``. Stages, recovery from
-memory shortages, the crash journal, video files and the report. Names are resolved on first use.
+In: a model path and a ``GenerationConfig``. Out: a ``VideoGenerationResult``. Here are the stages
+of a render, recovery when memory runs out, the journal that survives a crash, video files and the
+report. Imports all other packages. Names are resolved on first use.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Sound from a file, as ``VideoWriter`` takes it (PyAV, ffmpeg's libraries)."""
+"""Reads sound from a file for ``VideoWriter``, with PyAV (ffmpeg's libraries)."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ _FALLBACK_RATE = 48000
 
 
 def read_audio(path: str | os.PathLike[str], seconds: float | None = None) -> tuple[Tensor, int]:
-    """Read the first sound track of a file: (waveform (1 or 2, samples), samples a second).
+    """Read a file's first sound track: (waveform (1 or 2 channels, samples), samples per second).
 
-    Reads no more than ``seconds``. More than two channels are mixed down, a rate that an mp4
-    cannot hold becomes 48,000. Raises InvalidRequest where there is no sound to read.
+    Reads no more than ``seconds``. More than two channels are mixed down to two. A sample rate that
+    an mp4 cannot hold is converted to 48,000. Raises InvalidRequest if there is no sound to read.
     """
     pieces: list[Tensor] = []
     samples = 0

@@ -1,4 +1,4 @@
-"""The first stages of a render: texts and pictures become what the transformer is told."""
+"""The first stages of a render: encodes texts and pictures into the transformer's conditions."""
 
 from __future__ import annotations
 
@@ -29,14 +29,15 @@ from .stages import StageRunner
 
 @dataclass(slots=True, kw_only=True)
 class ConditionMaker:
-    """Makes the conditions of one job, each text and picture once."""
+    """Makes the conditions of one render; every text and every picture is encoded once."""
 
     stages: StageRunner
     config: GenerationConfig
     request: Request
 
     def make(self) -> Conditions:
-        """Encode texts, then pictures; everything ends up on the plan's device.
+        """Encode texts, then pictures. All results are on the plan's device, except the image
+        condition of a clip that is made in windows.
 
         Raises InvalidRequest for embeddings or pictures that do not suit the model.
         """
@@ -60,7 +61,8 @@ class ConditionMaker:
             negative_prompt_embeds=None
             if negative is None
             else self._to_model(rows(negative, batch)),
-            # CLIP rows go pairwise (first, last) per sample: the whole block is repeated.
+            # With a last image there are two CLIP rows per sample, (first, last), so that for a
+            # batch the pair is repeated as a whole.
             image_embeds=None
             if image_embeds is None
             else self._to_model(image_embeds.repeat(batch, 1, 1)),
@@ -69,7 +71,10 @@ class ConditionMaker:
         )
 
     def _kept(self, concat: Tensor) -> Tensor:
-        """Leave the condition of a clip made in windows in RAM: it has more bytes than latents."""
+        """Keep ``concat`` in RAM if the clip is made in windows, each of which needs a slice of it.
+
+        For the whole clip it has more bytes than the latents.
+        """
         window = self.stages.plan.choices.window_frames
         in_windows = window is not None and latent_frames(window) < self.request.latent_frames
         return concat.cpu() if in_windows else concat
@@ -80,9 +85,10 @@ class ConditionMaker:
     # -- texts --------------------------------------------------------------------------------
 
     def _texts(self) -> tuple[list[Tensor], Tensor | None]:
-        """Return positive and negative embeddings, on the CPU where they were encoded here.
+        """Return (positive embeddings, negative embeddings or None).
 
-        There are as many positive ones as the clip has texts, in its order.
+        There is one positive tensor for each prompt of the clip, in their order. What is encoded
+        here is on the CPU; embeddings that the user gave stay where they are.
         """
         config, request = self.config, self.request
         given = {"prompt": config.prompt_embeds, "negative_prompt": config.negative_prompt_embeds}
@@ -105,7 +111,10 @@ class ConditionMaker:
         return encoded or [found["prompt"]], found.get("negative_prompt")
 
     def encode_texts(self, texts: list[str]) -> list[Tensor]:
-        """Return the embeddings of texts, (1, 512, text_dim) each, encoding those not cached."""
+        """Return the embeddings of ``texts``, (1, 512, text_dim) each, from the cache if possible.
+
+        Raises InvalidRequest if the model was loaded without text encoder or tokenizer.
+        """
         stages = self.stages
         if not stages.has("text_encoder") or not stages.has("tokenizer"):
             raise InvalidRequest(
@@ -117,6 +126,7 @@ class ConditionMaker:
         cached = {t: stages.cache.get_text((encoder_key, tokenizer_key, t)) for t in texts}
         found: dict[str, Tensor] = {t: embeds for t, embeds in cached.items() if embeds is not None}
         missing = [text for text in cached if text not in found]
+        # The encoder (11 GB) is not even read when every text is cached.
         if missing:
             with (
                 stages.component("tokenizer") as tokenizer,
@@ -132,7 +142,7 @@ class ConditionMaker:
     # -- pictures -----------------------------------------------------------------------------
 
     def _pictures(self) -> dict[str, Any]:
-        """Read the job's pictures, and warn of one whose proportions will change."""
+        """Read the pictures, and warn of those whose proportions will change."""
         request = self.request
         found: dict[str, Any] = {}
         for field in ("image", "last_image"):
@@ -149,7 +159,7 @@ class ConditionMaker:
         return found
 
     def _clip(self, pictures: dict[str, Any]) -> Tensor | None:
-        """Return CLIP embeddings for the models that have an image branch."""
+        """Return CLIP embeddings, or None for a model without an image branch."""
         stages = self.stages
         if stages.architecture.transformer.image_dim is None:
             return None
@@ -164,7 +174,11 @@ class ConditionMaker:
             return encode_clip(encoder, processor, images, stages.device)
 
     def _start_latents(self, pictures: dict[str, Any]) -> tuple[Tensor | None, Tensor | None]:
-        """Return (concat, first_frame): the form in which this family takes its start image."""
+        """Return (concat, first_frame), one of which is None.
+
+        The 5B takes its start image as the first latent frame, which is held fixed. The other
+        models take mask and latents, concatenated to the noise.
+        """
         stages, request = self.stages, self.request
         ready = {
             field: prepare_picture(picture, request.width, request.height)
@@ -188,5 +202,5 @@ class ConditionMaker:
 
 
 def rows(tensor: Tensor, batch: int) -> Tensor:
-    """Repeat a single row for every sample of the batch."""
+    """Repeat a tensor of one row for every sample of the batch."""
     return tensor if tensor.shape[0] == batch else tensor.repeat(batch, *[1] * (tensor.ndim - 1))

@@ -1,4 +1,4 @@
-"""A diffusers pipeline built from any model that can be opened, for those who want one."""
+"""Builds a diffusers pipeline from any model that WanFit can open."""
 
 from __future__ import annotations
 
@@ -15,16 +15,17 @@ _PIPELINES = ("WanPipeline", "WanImageToVideoPipeline")
 
 
 class PipelineManager:
-    """Says which diffusers pipeline an architecture belongs to, and builds it where asked.
+    """Says which diffusers pipeline class an architecture belongs to, and builds it.
 
-    WanFit's own loop needs no diffusers pipeline; this is for those who want one.
+    WanFit's own denoising loop does not use diffusers' pipelines; this is for code that does.
     """
 
     def select_pipeline_class(self, architecture: ModelArchitecture, *, image: bool = False) -> str:
-        """Return the name of the diffusers pipeline class, from structure, not from the folder.
+        """Return the name of the diffusers pipeline class that runs this architecture.
 
-        ``image=True`` asks for image-to-video where the model does both (TI2V-5B). Raises
-        UnsupportedModel where diffusers has none, InvalidRequest for an image with a text model.
+        It follows from the model's structure, not from what its folder states. ``image=True`` asks
+        for image-to-video where the model does both (TI2V-5B). Raises UnsupportedModel where
+        diffusers has no pipeline, InvalidRequest for an image with a text-to-video model.
         """
         variant = architecture.variant
         if not variant.supported or variant.pipeline_class is None:
@@ -36,9 +37,9 @@ class PipelineManager:
         return "WanPipeline"
 
     def validate_pipeline_args(self, pipeline_class: str, arguments: Mapping[str, Any]) -> None:
-        """Check names of components and settings against a pipeline's constructor.
+        """Check the names of ``arguments`` against the pipeline's constructor.
 
-        Raises InvalidRequest naming the class or the argument that is not known.
+        Raises InvalidRequest, naming the pipeline class or the argument that is unknown.
         """
         import inspect
 
@@ -68,8 +69,8 @@ class PipelineManager:
     ) -> Any:
         """Build a diffusers pipeline from a model, with WanFit's loader.
 
-        ``dtype`` ("bf16", "fp16", "fp32") applies to every component; None keeps the files'.
-        ``arguments`` replace components or settings. The pipeline is on the CPU.
+        ``dtype`` ("bf16", "fp16", "fp32") applies to every component; None keeps those of the
+        files. ``arguments`` replace components or settings. The pipeline is on the CPU.
         """
         import diffusers
 

@@ -1,6 +1,7 @@
-"""What decides a render, as plain data: its hash, and the differences between two of them.
+"""The identity of a render: everything that decides its latents, as plain data with a hash.
 
-Two runs with the same identity make the same video, so one may continue what the other left.
+Two renders with the same identity make the same latents, so one may continue what the other left.
+For two that differ, this module names the differences.
 """
 
 from __future__ import annotations
@@ -29,22 +30,22 @@ _LISTED = 6
 
 
 def plain_identity(identity: Mapping[str, object]) -> dict[str, Any]:
-    """Turn ``identity`` into what JSON holds, the same for equal content.
+    """Turn ``identity`` into data that JSON can hold, the same data for equal content.
 
-    Text, numbers, paths, enums, mappings, sequences, sets and dataclasses are taken as they are;
-    tensors, arrays, images and bytes by a hash of their content. Raises InvalidRequest, naming
-    the field, for anything else: its text could differ between two equal runs.
+    Text, numbers, paths, enums, mappings, sequences, sets and dataclasses are converted by value.
+    Tensors, arrays, images and bytes become a hash of their content. Raises InvalidRequest, naming
+    the field, for anything else: its ``repr`` could differ between two equal renders.
     """
     return {str(name): _plain(value, str(name)) for name, value in identity.items()}
 
 
 def canonical_json(value: object) -> bytes:
-    """JSON with sorted keys and no blanks: equal data, equal bytes."""
+    """Return JSON with sorted keys and without blanks, so that equal data gives equal bytes."""
     return json.dumps(value, sort_keys=True, separators=(",", ":")).encode("ascii")
 
 
 def identity_key(plain: Mapping[str, Any]) -> str:
-    """The first 128 bits of the SHA-256 of ``plain``'s canonical JSON, as 32 hex digits."""
+    """Return the first 128 bits of the SHA-256 of ``plain``'s canonical JSON: 32 hex digits."""
     return hashlib.sha256(canonical_json(plain)).hexdigest()[:32]
 
 
@@ -60,12 +61,12 @@ def identity_differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> li
 
 
 def field_count(plain: Mapping[str, Any]) -> int:
-    """How many fields ``identity_differences`` compares."""
+    """Return how many fields ``identity_differences`` compares."""
     return sum(1 for _ in _leaves(plain))
 
 
 def listed(differences: list[str]) -> str:
-    """The differences as one line, the first few of them in full."""
+    """Return the differences as one line: the first few in full, then the number of the others."""
     more = len(differences) - _LISTED
     return "; ".join(differences[:_LISTED]) + (f"; and {more} more" if more > 0 else "")
 
@@ -92,7 +93,10 @@ def _plain(value: object, name: str) -> Any:
 
 
 def _content(value: Any, name: str) -> str:
-    """Hash of a tensor, array, image or bytes, with what gives the bytes their meaning."""
+    """Return a hash of a tensor, array, image or bytes, as text.
+
+    Dtype and shape, or mode and size, stand beside it: the same bytes may mean different values.
+    """
     kind = type(value).__module__.split(".")[0]
     if isinstance(value, bytes):
         return f"bytes sha256:{hashlib.sha256(value).hexdigest()}"
@@ -117,7 +121,7 @@ def _content(value: Any, name: str) -> str:
 
 
 def _leaves(value: object, name: str = "") -> Iterator[tuple[str, str]]:
-    """Every field below ``value`` by its dotted name, as JSON text."""
+    """Yield (dotted name, JSON text) of every field below ``value``."""
     items: Iterator[tuple[object, object]]
     if isinstance(value, Mapping) and value:
         items = iter(value.items())
@@ -131,7 +135,7 @@ def _leaves(value: object, name: str = "") -> Iterator[tuple[str, str]]:
 
 
 def _shown(values: Mapping[str, str], name: str, others: Mapping[str, str]) -> str:
-    """A value short enough for a message; of long text the part where it begins to differ."""
+    """Return a value short enough for a message: of a long one, where it begins to differ."""
     text, other = values.get(name), others.get(name, "")
     if text is None:
         return "nothing"
@@ -145,7 +149,8 @@ def _shown(values: Mapping[str, str], name: str, others: Mapping[str, str]) -> s
 
 
 BY_ROWS = "lean_rows"
-"""The forward that rounds otherwise than the rest, which are "exact"."""
+"""The forward that may round differently. The others give equal bits and are named "exact"."""
+# Fields of a Request that do not affect the latents.
 _NOT_IN_LATENTS = (
     "output_path", "warnings", "resume", "wanted_frames", "fps", "codec", "crf", "pix_fmt",
 )  # fmt: skip
@@ -157,12 +162,13 @@ def render_identity(
     architecture: ModelArchitecture,
     plan: OptimizationPlan,
 ) -> dict[str, Any]:
-    """Name everything that decides a render's latents; two equal ones may continue each other.
+    """Return everything that decides a render's latents.
 
-    Where the mp4 goes, and how parts are placed on the device, changes no bit and is left out.
-    What the plan chose and rounds otherwise is in: a render made with other choices starts anew
-    and says which they are, so that they can be asked for. ``plan`` is the one a render begins
-    with; what it went down to when memory ran out is kept in its states (``continued``).
+    Where the mp4 goes and how components are placed changes no bit, and is left out. The plan's
+    choices that affect the result are in: a render made with other choices starts anew, and a
+    warning names them, so that the user can ask for them. ``plan`` is the plan that a render begins
+    with. The smaller plan it went on with when memory ran out is stored in the journal's states
+    instead (see ``RenderJournal.continued``).
     """
     fields = {name: getattr(request, name) for name in request.__slots__}
     for name in _NOT_IN_LATENTS:
@@ -197,7 +203,7 @@ def render_identity(
 
 
 def choices_of(plan: OptimizationPlan) -> dict[str, Any]:
-    """Return what a plan chose that changes numbers, by the names it is asked for with."""
+    """Return the plan's choices that affect the result, named as in ``OptimizationConfig``."""
     return {
         "precision": dict(plan.choices.dtypes),
         "forward": BY_ROWS if plan.choices.by_rows else "exact",
@@ -206,7 +212,7 @@ def choices_of(plan: OptimizationPlan) -> dict[str, Any]:
 
 
 def _picture(value: Any) -> Any:
-    """A picture named by its path is known by its bytes: the file may be replaced."""
+    """Return the bytes of a picture that is given by its path: the file may be replaced."""
     if isinstance(value, str) or hasattr(value, "__fspath__"):
         path = Path(value)
         return path.read_bytes() if path.is_file() else str(path)

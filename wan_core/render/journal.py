@@ -1,13 +1,19 @@
-"""What is needed to continue a render in another process: latents, scheduler state, identity.
+"""The journal: what is needed to continue a render in another process after a crash.
 
-A journal is a folder ``root/<key>``, where the key is the hash of everything that decides the
-result. It holds ``identity.json``, two alternating states ``a`` and ``b`` (whatever tears the one
-being written, the other is whole) and, once denoising is over, ``latents``. So it takes at most
-three states, one of them being written, and the latents; a state of a UniPC run is four times
-the latents.
+A journal is a folder ``root/<key>``. The key is the hash of the render's identity, that is of
+everything that decides its result. The folder holds
 
-A journal never stops a render: what cannot be read is left with a warning and the render starts
-anew, what cannot be written turns the journal off with a warning. Only ``resume="must"`` raises.
+- ``identity.json``, to name the differences from other renders;
+- two states ``a`` and ``b``, written alternately. A state is the latents and the scheduler's memory
+  after some finished steps. A crash can damage only the one being written; the other is complete.
+- ``latents``, once denoising is over.
+
+So it takes the space of at most three states (one of them being written) and the latents. A state
+of a UniPC run is four times as large as the latents.
+
+A journal never stops a render. States that cannot be read are ignored with a warning, and the
+render starts anew. If one cannot be written, the journal is turned off with a warning. Only
+``resume="must"`` raises.
 """
 
 from __future__ import annotations
@@ -58,15 +64,15 @@ __all__ = ["Journal", "JournalState", "restore_scheduler", "scheduler_state"]
 
 
 DENOISE, LATENTS, DECODE = "denoise", "latents", "decode"
-"""Stages: within the loop; denoising is over; so many units are decoded. A caller may have its
-own names for parts of the loop."""
+"""Stages of a state: in the denoising loop, after it, and in the decode. A caller may use its own
+names for parts of the loop."""
 
 
 class Journal:
     """The journal of one render; made by ``Journal.open``, ended by ``finish`` or ``close``.
 
     ``warnings`` holds a sentence for everything that went wrong or was not used. ``enabled`` is
-    False once nothing is written any more. Use from one thread.
+    False once the journal has been turned off. For use from one thread.
     """
 
     def __init__(
@@ -101,16 +107,22 @@ class Journal:
     ) -> Journal:
         """Open the journal of the render that ``identity`` describes, below ``root``.
 
-        ``root`` is a folder for journals alone. ``identity`` may hold what ``plain_identity``
-        takes. ``max_share`` is the part of the time ``due`` allows for saving; infinity saves
-        after every unit. ``resume``: ``auto`` continues if there is something to continue,
-        ``never`` starts anew, ``must`` raises JournalMismatch if there is nothing, naming what
-        differs from the nearest. Raises InvalidRequest for another ``resume``.
+        ``root`` is a folder that holds nothing but journals. ``identity`` may hold whatever
+        ``plain_identity`` accepts. ``max_share`` is the share of the time that ``due`` allows for
+        saving; with infinity it is always due. ``resume`` is one of
+
+        - "auto": continue if there is a saved state, else start anew;
+        - "never": start anew;
+        - "must": continue, or raise JournalMismatch, which names what differs from the most similar
+          saved render.
+
+        Raises InvalidRequest for any other ``resume``.
         """
         if resume not in RESUME:
             raise InvalidRequest(
                 f"resume is {resume!r}; allowed: {', '.join(RESUME)}.", field="resume"
             )
+        # Looked for before the folder is prepared: "must" without a state leaves nothing behind.
         journal = cls(root, identity, max_share)
         journal._must = resume == "must"
         journal.resuming = resume != "never" and journal._has_state()
@@ -125,9 +137,9 @@ class Journal:
     # --- states ------------------------------------------------------------------------------
 
     def load(self) -> JournalState | None:
-        """Return the newest whole state, or None to start anew; warns of every damaged file.
+        """Return the newest complete state, or None to start anew; warn of every damaged file.
 
-        Raises JournalMismatch where ``resume="must"`` and no state is whole.
+        Raises JournalMismatch if ``resume="must"`` and no state is complete.
         """
         if not self.resuming:
             return None
@@ -135,11 +147,13 @@ class Journal:
         done = self._read_whole([self.folder / DONE])
         found = self._read_whole(slots)
         if done is None and found is not None and found[0].stage == DECODE:
-            # How far a decode came means nothing without the latents; an older state of the
-            # loop may still be there.
+            # A decode cannot be continued without the latents. The other state may be older and
+            # from the denoising loop, which can be continued.
             found = self._read_whole([path for path in slots if path != found[1]])
             found = found if found is not None and found[0].stage != DECODE else None
         if found is not None:
+            # Overwrite the other one first: the state that is continued must stay until the next
+            # is complete.
             self._slot = 1 - SLOTS.index(found[1].name)
         if done is not None:
             state = JournalState(LATENTS, 0, {}, done[0].scalars)
@@ -158,10 +172,10 @@ class Journal:
         return None
 
     def due(self) -> bool:
-        """Say whether saving now keeps within ``max_share`` of the time since the opening.
+        """Say whether saving now would stay within ``max_share`` of the time since opening.
 
-        The first save is always due: it tells what saving costs here. The allowance grows with
-        the time, so a save that is too dear after every unit comes after every few.
+        The first save is always due, because it shows how long saving takes here. The allowance
+        grows with time: where saving after every unit takes too long, it happens after every few.
         """
         if not self.enabled:
             return False
@@ -178,19 +192,19 @@ class Journal:
         *,
         stage: str = DENOISE,
     ) -> bool:
-        """Keep a state after ``unit`` finished units of ``stage``; True if it is on the disk.
+        """Save a state after ``unit`` finished units of ``stage``; return True if it was written.
 
-        ``scalars`` is anything JSON holds. A disk that is full or read-only turns the journal
-        off, with a warning; the states before stay as they are.
+        ``scalars`` may hold anything that JSON can. A disk that is full or read-only turns the
+        journal off with a warning, and leaves the earlier states as they are.
         """
         state = JournalState(stage, unit, dict(tensors), dict(scalars or {}))
         written = self._write(SLOTS[self._slot], state)
-        if written:
+        if written:  # only now may the state before be overwritten
             self._slot = 1 - self._slot
         return written
 
     def latents_done(self, latents: Tensor, scalars: Mapping[str, Any] | None = None) -> bool:
-        """Keep the finished latents: from now on only the decode would be repeated."""
+        """Save the finished latents. From now on only the decode would have to be repeated."""
         return self._write(
             DONE, JournalState(LATENTS, 0, {"latents": latents}, dict(scalars or {}))
         )
@@ -222,7 +236,11 @@ class Journal:
         return None
 
     def _slots_newest_first(self) -> list[Path]:
-        """The states there are; unreadable ones before the others, so that each is warned of."""
+        """Return the states on the disk, the newest first.
+
+        Unreadable ones come before all others: whoever reads them in this order meets each of them
+        and can warn of it before a complete state ends the search.
+        """
         found = []
         for name in SLOTS:
             path = self.folder / name
@@ -235,11 +253,13 @@ class Journal:
     # --- end ---------------------------------------------------------------------------------
 
     def finish(self) -> None:
-        """Remove the journal of a finished render; files that are not its own stay."""
+        """Remove the journal of a finished render, but no file that is not its own."""
         self.enabled = self.resuming = False
         if self._lock is None:
             return
         with contextlib.suppress(OSError):
+            # The lock goes last, so that no other process takes the folder up half removed. It has
+            # to be closed first, because Windows does not delete open files.
             remove_own_files(self.folder)
             self.close()
             (self.folder / LOCK).unlink(missing_ok=True)
@@ -247,7 +267,7 @@ class Journal:
             self.root.rmdir()
 
     def close(self) -> None:
-        """Let go of the folder and leave its states for a later run."""
+        """Unlock the folder and leave its states for a later run."""
         if self._lock is not None:
             self._lock.close()
             self._lock = None
@@ -259,7 +279,7 @@ class Journal:
         self.close()
 
     def describe(self) -> str:
-        """One line for a report: states, size, seconds, share of the time, folder."""
+        """Return a line for a report: states, size, seconds, share of the time, folder."""
         elapsed = max(time.monotonic() - self._opened, 1e-9)
         return (
             f"{self.saves} states of {self.state_bytes / 1e6:.1f} MB saved in "
@@ -279,7 +299,9 @@ class Journal:
         return any((self.folder / name).is_file() for name in STATES)
 
     def _prepare(self, resume: str) -> None:
+        """Create and lock the folder, tidy it, and write the identity; raises OSError."""
         self.folder.mkdir(parents=True, exist_ok=True)
+        # Before anything is removed or written: another process may be at the same render.
         self._lock = try_lock(self.folder / LOCK)
         if self._lock is None:
             reason = f"Another run is making this video with the journal {str(self.folder)!r}"
@@ -303,7 +325,7 @@ class Journal:
             prune(self.root, self.folder)
 
     def _nearest(self) -> tuple[str, list[str]] | None:
-        """The other saved render that differs in the fewest fields, and in which."""
+        """Return the key of the most similar other saved render, and the differences from it."""
         others = [
             (folder.name, identity_differences(identity, self.identity))
             for folder in journals(self.root)
@@ -320,7 +342,10 @@ class Journal:
         return text + " Give the same inputs as before, or use resume='auto' to start anew."
 
     def _related(self) -> str | None:
-        """A warning where another render shares most fields: likely one setting was changed."""
+        """Return a warning if another saved render has at least half of the fields in common.
+
+        The user has probably changed a setting and expects the render to continue.
+        """
         nearest = self._nearest()
         if nearest is None or 2 * len(nearest[1]) > field_count(self.identity):
             return None

@@ -1,8 +1,8 @@
-"""What a journal writes: its folder, its lock, and states that are whole or not there at all.
+"""The files of a journal: states that are complete or absent, its lock, and its folder.
 
-A state is a safetensors file whose metadata holds a JSON text with everything that is not a tensor
-and a checksum over all of it. A journal's folder holds three states, ``identity.json`` and a lock;
-only these are ever removed.
+A state is a safetensors file. Its metadata holds everything that is not a tensor as a JSON text,
+and a checksum of text and tensors. A journal's folder holds up to three states, ``identity.json``
+and a lock; no other file is ever removed from it.
 """
 
 from __future__ import annotations
@@ -47,10 +47,10 @@ _DTYPES = {
 
 @dataclass(frozen=True, slots=True)
 class JournalState:
-    """The last whole state: ``unit`` is the number of units of ``stage`` that are finished.
+    """A saved state: ``unit`` units of ``stage`` are finished.
 
-    ``latents`` is set once denoising is over; ``tensors`` and ``scalars`` are as saved, on the
-    CPU.
+    ``tensors`` (on the CPU) and ``scalars`` are as they were saved. ``latents`` is set once
+    denoising is over.
     """
 
     stage: str
@@ -61,17 +61,18 @@ class JournalState:
 
 
 def write_state(path: Path, key: str, sequence: int, state: JournalState) -> int:
-    """Write ``state`` so that ``path`` is whole or unchanged; return the bytes of its tensors.
+    """Write ``state`` so that ``path`` is complete or unchanged; return the bytes of its tensors.
 
-    Tensors are written from where they lie; only those on a device are copied. The disk takes
-    each of them while its checksum is made; the header, which holds the checksum, comes last.
-    Raises OutputError where the disk is full or not writable, InvalidRequest for a dtype that
-    safetensors files do not have.
+    Tensors on the CPU are written without a copy. The disk stores one tensor while the checksum of
+    it is computed, so the header, which holds the checksum, is written last. Raises OutputError
+    where the disk is full or not writable, InvalidRequest for a dtype that safetensors does not
+    have.
     """
     head = {"format": FORMAT, "key": key, "sequence": sequence}
     values = {"stage": state.stage, "unit": state.unit, "scalars": state.scalars}
     text = json.dumps({**head, **values})
-    # Largest elements first keeps each tensor aligned in a file without holes.
+    # safetensors files have no gaps between tensors. With the widest dtypes first, each tensor
+    # still begins at a multiple of its element size.
     ready = {name: t.detach().to("cpu").contiguous() for name, t in state.tensors.items()}
     names = sorted(ready, key=lambda name: (-ready[name].element_size(), name))
     header: dict[str, Any] = {}
@@ -85,7 +86,8 @@ def write_state(path: Path, key: str, sequence: int, state: JournalState) -> int
         }
 
     def opening(checksum: int) -> bytes:
-        metadata = {"journal": text, "checksum": f"{checksum:010d}"}  # always of one length
+        # Ten digits always, so that the header's length is known before the checksum is.
+        metadata = {"journal": text, "checksum": f"{checksum:010d}"}
         found = json.dumps({"__metadata__": metadata, **header}).encode()
         found += b" " * (-len(found) % 8)
         return len(found).to_bytes(8, "little") + found
@@ -102,16 +104,17 @@ def write_state(path: Path, key: str, sequence: int, state: JournalState) -> int
         file.seek(0)
         file.write(opening(checksum))
 
-    # Not safetensors' own save_file: it writes to a temporary file of its own, readable by the
-    # user alone, that a killed process leaves behind under a name nobody looks for.
+    # Not safetensors' save_file. It writes to a temporary file of its own, readable by the user
+    # alone, which stays behind when the process is killed, under a name that nobody would look for.
     atomic_write(path, write, expected_bytes=first + end)
     return end
 
 
 def read_state(path: Path, key: str) -> JournalState:
-    """Read the state of the render ``key``; its tensors are copies, so the file may be replaced.
+    """Read a state of the render with this ``key``.
 
-    Raises FileNotFoundError where there is none and BrokenState where it cannot be used.
+    Its tensors are copies, so that the file can be replaced while they are in use. Raises
+    FileNotFoundError if there is no file, BrokenState if it cannot be used.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -138,7 +141,7 @@ def read_state(path: Path, key: str) -> JournalState:
 
 
 def state_sequence(path: Path, key: str) -> int | None:
-    """The number a state was written under, from its header; None if it is not one of ``key``."""
+    """Return a state's running number from its header; None if it is not one of this ``key``."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -151,11 +154,12 @@ def state_sequence(path: Path, key: str) -> int | None:
 
 
 def scheduler_state(scheduler: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return all a diffusers scheduler remembers between steps, as tensors and plain values.
+    """Return everything a diffusers scheduler remembers between steps, as (tensors, plain values).
 
-    Everything in the object but its configuration is taken, so nothing a solver keeps (model
-    outputs, last sample, order, step index) can be missed. The names begin with "scheduler.", to
-    be saved beside the latents. Raises InvalidRequest for a scheduler that keeps other objects.
+    All attributes but the configuration are taken, so that nothing a solver keeps (model outputs,
+    last sample, order, step index) can be missed. The tensors' names begin with "scheduler.", so
+    that they can be saved together with the latents. Raises InvalidRequest for a scheduler that
+    keeps other objects.
     """
     tensors: dict[str, Tensor] = {}
     values: dict[str, Any] = {}
@@ -174,10 +178,10 @@ def scheduler_state(scheduler: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
 def restore_scheduler(
     scheduler: Any, state: JournalState, device: torch.device | str = "cpu"
 ) -> None:
-    """Put a saved state into a new scheduler with its timesteps already set.
+    """Put a saved state into a new scheduler whose timesteps have been set.
 
-    Tensors the scheduler does not have yet go to ``device``. Raises JournalMismatch where the
-    class or the sigmas are not those of the saved run.
+    Tensors that the scheduler does not have yet go to ``device``. Raises JournalMismatch if class,
+    sigmas or timesteps are not those of the saved run.
     """
     saved = state.scalars.get("scheduler", {})
     if saved.get("class") != type(scheduler).__name__:
@@ -193,7 +197,8 @@ def restore_scheduler(
                 "the flow shift differs. Set them as before, or start anew (resume='never')."
             )
     for name, value in saved["values"].items():
-        # "this_order" appears with the first step; other new names would be methods overwritten.
+        # Only attributes that the scheduler has: a name from the file must not replace a method.
+        # "this_order" is the exception, as it is set at the first step.
         if name not in vars(scheduler) and name != "this_order":
             continue
         if isinstance(value, list):
@@ -239,7 +244,7 @@ def _dtype_name(name: str, tensor: Tensor) -> str:
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:
-    """The bytes of a contiguous tensor on the CPU, not a copy."""
+    """Return the bytes of a contiguous CPU tensor without copying them."""
     import torch
 
     return tensor.reshape(-1).view(torch.uint8).numpy().data
@@ -251,10 +256,11 @@ def _add_to_checksum(total: int, name: str, tensor: Tensor) -> int:
 
 
 def _begin_to_store(file: BinaryIO) -> None:
-    """Let the disk take what was written so far without waiting for it, where it can be asked."""
+    """Ask the system to begin writing to the disk, without waiting for it."""
     file.flush()
     if hasattr(os, "posix_fadvise"):
-        # Linux begins to write dirty pages it is told are not needed; others do nothing.
+        # Linux then begins to write the dirty pages; other systems do nothing. The final fsync has
+        # less to wait for.
         with contextlib.suppress(OSError):
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
@@ -265,25 +271,26 @@ STATES = (*SLOTS, DONE)
 IDENTITY, LOCK = "identity.json", "lock"
 
 KEEP = 8
-"""Journals of other renders left in a folder; older ones are removed when one is opened."""
+"""Journals of other renders that are kept; older ones are removed when a journal is opened."""
 
 _MAX_IDENTITY = 16 << 20
 
 
 def journals(root: Path) -> Iterator[Path]:
-    """The folders below ``root`` that are journals with something in them."""
+    """Yield the folders below ``root`` that are journals."""
     try:
         folders = sorted(root.iterdir())
     except OSError:
         return
     for folder in folders:
+        # Named by a key and with an identity. Anything else is not ours, and is never removed.
         named = len(folder.name) == 32 and not set(folder.name) - set("0123456789abcdef")
         if named and not folder.is_symlink() and (folder / IDENTITY).is_file():
             yield folder
 
 
 def read_identity(folder: Path) -> dict[str, Any] | None:
-    """The identity a journal was made for, None where it is damaged or of another format."""
+    """Return the identity a journal was made for; None if it is damaged or of another format."""
     try:
         path = folder / IDENTITY
         if path.stat().st_size > _MAX_IDENTITY:
@@ -296,7 +303,7 @@ def read_identity(folder: Path) -> dict[str, Any] | None:
 
 
 def remove_own_files(folder: Path) -> None:
-    """Remove what a journal wrote into its folder, all but the lock; raises OSError."""
+    """Remove what a journal wrote into its folder, except the lock; raises OSError."""
     for name in (*STATES, IDENTITY):
         (folder / name).unlink(missing_ok=True)
     for left_over in folder.glob(".wanfit-*"):
@@ -304,7 +311,7 @@ def remove_own_files(folder: Path) -> None:
 
 
 def prune(root: Path, own: Path) -> None:
-    """Remove all but the ``KEEP`` newest journals of other renders, none that a run holds open."""
+    """Remove all but the ``KEEP`` newest journals of other renders; those in use stay."""
     others = [(_touched(folder), folder) for folder in journals(root) if folder != own]
     for _, folder in sorted(others, reverse=True)[KEEP:]:
         lock = try_lock(folder / LOCK)
@@ -323,7 +330,10 @@ def _touched(folder: Path) -> float:
 
 
 def try_lock(path: Path) -> IO[bytes] | None:
-    """Open and lock a file until it is closed or the process dies; None if another holds it."""
+    """Open a file and lock it; return None if another process holds the lock.
+
+    The lock ends when the file is closed or the process dies, so a crash leaves none behind.
+    """
     file = open(path, "ab")  # noqa: SIM115  (it stays open as long as the lock is held)
     try:
         if sys.platform == "win32":
@@ -339,5 +349,5 @@ def try_lock(path: Path) -> IO[bytes] | None:
         file.close()
         return None
     except OSError:
-        return file  # a file system without locks: go on, as before there were any
+        return file  # the file system has no locks: go on without
     return file

@@ -1,6 +1,6 @@
-"""Opening a model: a path in, a pipeline ready to generate out, nothing read but headers.
+"""Opens a model: from a path to a pipeline that is ready to generate, reading headers only.
 
-Weights are read by the first stage that needs them, through the process's component cache.
+Weights are read by the first stage that needs them, through a cache that the process shares.
 """
 
 from __future__ import annotations
@@ -22,9 +22,11 @@ if TYPE_CHECKING:
 
 
 class WanPipelineLoader:
-    """Opens Wan models. Several loaders share components; ``enable_caching=False`` does not.
+    """Opens Wan models.
 
-    ``optimization_config_path`` is a JSON file with the keys of ``OptimizationConfig``.
+    All loaders of a process share one cache of components. A loader with ``enable_caching=False``
+    has a cache of its own and keeps a component only while it is in use.
+    ``optimization_config_path`` is a JSON file with keys of ``OptimizationConfig``.
     """
 
     def __init__(
@@ -47,15 +49,18 @@ class WanPipelineLoader:
     ) -> WanPipelineWrapper:
         """Open a model from its headers; weights are read when they are first needed.
 
-        ``model_path`` is a diffusers folder, a file, or a ``WanModelFiles``. Keys of
+        ``model_path`` is a diffusers folder, a file, or a ``WanModelFiles``. The keys of
         ``optimization_config`` and ``pipeline_kwargs`` are those of ``OptimizationConfig``.
-        ``loras`` lists ``WanLoRA``, paths or (path, expert, strength), checked from their headers;
-        ``use_recipe`` makes the settings of a distilled one (4 steps, no guidance) the defaults.
-        ``apply_optimizations=False`` runs everything resident and in the files' precision.
-        WanFit never runs code from a model; ``trust_remote_code=True`` is refused rather than
-        ignored. Raises a ModelFileError, UnsupportedModel, ModelMismatch or InvalidRequest.
+        ``apply_optimizations=False`` keeps everything on the device, in the precision of the files.
+
+        ``loras`` lists ``WanLoRA``, paths, or (path, expert, strength); they are checked from their
+        headers. With ``use_recipe`` the settings that a distilled LoRA was trained for (4 steps, no
+        guidance) become the defaults.
+
+        WanFit never runs code from a model: ``trust_remote_code=True`` is refused rather than
+        ignored. Raises ModelFileError, UnsupportedModel, ModelMismatch or InvalidRequest.
         """
-        # Here, not above: generate carries out what load describes, and imports this package.
+        # Imported here because it imports torch; opening a model should not wait for that.
         from .pipeline import WanPipelineWrapper
 
         if trust_remote_code:
@@ -89,9 +94,9 @@ class WanPipelineLoader:
         return OptimizationConfig.from_mapping({**self._optimization, **(given or {}), **more})
 
     def preload_pipeline(self, model_path: str | Path | WanModelFiles, **kwargs: Any) -> bool:
-        """Read every component of a model into the cache; True if all of them are there.
+        """Read every component of a model into the cache; return True if that succeeded.
 
-        Does nothing and returns False where caching is off or the model cannot be opened.
+        Returns False if caching is off or the model cannot be opened or read.
         """
         if not self._caching:
             return False
@@ -112,7 +117,7 @@ class WanPipelineLoader:
         }
 
     def clear_cache(self) -> None:
-        """Free every cached component and text; renders under way keep theirs until they end."""
+        """Drop every cached component and text. Renders under way keep theirs until they end."""
         self._cache.clear()
 
 

@@ -1,7 +1,6 @@
-"""A job carried out: stages in order, one timeline, a result that says what happened.
+"""``WanPipelineWrapper``: plans a generation, has ``Render`` carry it out, and returns the result.
 
-Left of the plan (``resolve``, ``recommend_optimizations``) nothing is loaded; ``render`` carries
-the plan out.
+Until the plan is made (``resolve``, ``recommend_optimizations``) nothing is loaded.
 """
 
 from __future__ import annotations
@@ -31,10 +30,11 @@ _LOCK_WAIT_SECONDS = 0.1
 
 
 class WanPipelineWrapper:
-    """One loaded pipeline: a description of files and wishes; weights live in the cache.
+    """A model that has been opened, and what the user asks of plans for it.
 
-    Made by ``WanPipelineLoader.load_wan_pipeline``. Safe to use from several threads; renders
-    that share a cache run one after the other.
+    Made by ``WanPipelineLoader.load_wan_pipeline``. It holds no weights; those are in the cache of
+    components. Safe to use from several threads; renders that share a cache run one after the
+    other.
     """
 
     def __init__(
@@ -52,13 +52,14 @@ class WanPipelineWrapper:
         self._manager = Planner()
         self._calibrations = Calibrations()
         self.evictable_bytes = 0
-        """Bytes on the device that the host program (ComfyUI) would free for a run."""
+        """Device bytes that the host program (ComfyUI) would free for a render."""
         self._stats: dict[str, Any] = {"runs": 0, "failed": 0, "seconds": 0.0, "last": None}
 
     def plan(self, config: GenerationConfig) -> tuple[Request, OptimizationPlan]:
-        """Resolve a job and decide how to run it, from headers alone; loads nothing.
+        """Resolve ``config`` into a Request and decide how to run it, from headers alone.
 
-        Raises InvalidRequest for a value that is not allowed and DoesNotFit where no plan fits.
+        Nothing is loaded. Raises InvalidRequest for a value that is not allowed, DoesNotFit if no
+        plan fits.
         """
         request = resolve(config, self.architecture)
         optimization = self._optimization_for(config)
@@ -68,10 +69,10 @@ class WanPipelineWrapper:
         return request, plan
 
     def estimate_memory_usage(self, config: GenerationConfig) -> MemoryEstimate:
-        """Say what a job is expected to need, stage by stage, without loading anything.
+        """Return the memory a generation is expected to need, stage by stage; loads nothing.
 
-        Raises InvalidRequest for a value that is not allowed. A job that does not fit is an
-        estimate with ``fits`` False, not an error.
+        Raises InvalidRequest for a value that is not allowed. If it does not fit, the estimate has
+        ``fits`` False; that is not an error.
         """
         request = resolve(config, self.architecture)
         optimization = self._optimization_for(config)
@@ -81,7 +82,7 @@ class WanPipelineWrapper:
         return replace(estimate, warnings=(*estimate.warnings, *request.warnings))
 
     def what_fits(self, config: GenerationConfig) -> str:
-        """Name the longest clip and the largest size that would fit, in one sentence."""
+        """Name, in one sentence, the longest clip and the largest size that would fit."""
         request = resolve(config, self.architecture)
         optimization = self._optimization_for(config)
         return self._manager.what_fits(
@@ -97,7 +98,7 @@ class WanPipelineWrapper:
         return optimization
 
     def _system(self, optimization: OptimizationConfig) -> SystemResources:
-        """Look at the machine; what the cache could let go counts as available."""
+        """Look at the machine; the memory of unused components counts as available."""
         system = self._manager.analyze_system_resources(optimization.device)
         on_device, in_ram = self._cache.unused_bytes(system.device)
         return replace(
@@ -114,10 +115,11 @@ class WanPipelineWrapper:
         )
 
     def generate(self, config: GenerationConfig) -> VideoGenerationResult:
-        """Make the video. Expected failures are in the result; only an interrupt is raised.
+        """Make the video. Failures are reported in the result and not raised.
 
-        ``result.frames`` is float32 (num_frames, height, width, 3), 0..1; ``result.latents``
-        are normalised (B, C, T, h, w). What a callback of ``config`` raises comes out unchanged.
+        Only exceptions from a callback of ``config``, such as an interrupt, are raised, unchanged.
+        ``result.frames`` is float32 (num_frames, height, width, 3) in 0..1; ``result.latents`` is
+        normalised, (B, C, T, h, w).
         """
         result = VideoGenerationResult(success=False)
         callbacks = Callbacks(config)
@@ -145,26 +147,34 @@ class WanPipelineWrapper:
         self._learn(plan, render.stages, before)
 
     def _foreign_bytes(self, stages: StageRunner) -> int:
-        """Return the bytes on a CUDA device that are neither this run's nor the cache's."""
+        """Return the bytes that torch has in use on a CUDA device for others than the cache.
+
+        To be called outside a render: before or after it, these are the bytes of other users of
+        torch in this process.
+        """
         if stages.device.type != "cuda":
             return 0
         ours, _ = self._cache.unused_bytes(str(stages.device))
         return max(0, device_bytes(stages.device) - ours)
 
     def _learn(self, plan: OptimizationPlan, stages: StageRunner, foreign_before: int = 0) -> None:
-        """Keep what a run on CUDA measured; a run that had to step down teaches none."""
+        """Store what a run on CUDA measured, to correct later predictions.
+
+        A run that stepped down is left out, because its measurements belong to several plans.
+        """
         system = self._manager.analyze_system_resources(plan.device)
-        # Elsewhere the peaks are the process's RAM, not the device's.
+        # On other devices the measured peaks are the RAM of the process.
         if system.device_kind != "cuda" or stages.steps_down:
             return
         key, steps = self._calibration_key(system), stages.timeline.step_seconds
         known = self._calibrations.of(key)
+        # Where the transfers take longer than the compute, steps do not show the compute's pace.
         pace = median(steps) / plan.step_seconds if steps and plan.compute_bound else None
         record = RunRecord.of(
             plan.estimate.stages,
             stages.timeline.stages,
             forward=forward_name(plan.choices.lean, plan.choices.by_rows),
-            learnt=known.extra_of(plan.choices.lean, plan.choices.by_rows),  # as memory adds it
+            learnt=known.extra_of(plan.choices.lean, plan.choices.by_rows),  # as estimates add it
             base_bytes=min(foreign_before, self._foreign_bytes(stages)),
             pace=None if pace is None else known.pace * pace,
         )
@@ -217,11 +227,12 @@ class WanPipelineWrapper:
         self._stats["last"] = result.to_dict()
 
     def get_generation_stats(self) -> dict[str, Any]:
-        """Return runs, failures, seconds in all, and the last result without its tensors."""
+        """Return the number of runs and failures, all seconds, and the last result, no tensors."""
         return dict(self._stats)
 
     def preload(self) -> None:
-        """Read every component into the cache now; without a cache there is nothing to keep."""
+        """Read every component into the cache now. Without caching this has no lasting effect."""
+        # The smallest request that every variant accepts; only its plan's dtypes are used.
         config = GenerationConfig(prompt="", image=object(), num_frames=1, width=64, height=64)
         if self.architecture.variant.image_input == "none":
             config.image = None
@@ -233,12 +244,12 @@ class WanPipelineWrapper:
                     pass
 
     def unload(self) -> None:
-        """Forget the components of this process's cache that this pipeline uses."""
+        """Drop the components of this pipeline from the cache."""
         files = {path for part in self.architecture.components.values() for path in part.files}
         self._cache.drop({str(path.resolve()) for path in files})
 
     def report(self, result: VideoGenerationResult) -> str:
-        """Lay a result of this pipeline out as text."""
+        """Format a result of this pipeline as text."""
         return format_report(result)
 
 
@@ -262,7 +273,10 @@ def _job(request: Request, config: GenerationConfig) -> Workload:
 
 
 def _used_overlap(request: Request) -> int:
-    """Frames that windows of the asked-for length share, if not all of those asked for fit."""
+    """Return the frames that windows really share, which may be fewer than were asked for.
+
+    Planned for a clip so long that windows of the full length occur.
+    """
     if request.window_frames is None:
         return request.window_overlap
     endless = request.latent_frames + latent_frames(round_up_frames(request.window_frames))
@@ -271,7 +285,7 @@ def _used_overlap(request: Request) -> int:
 
 
 def _explained(error: Exception) -> Exception:
-    """Say what an error means, and let go of the tensors its traceback holds."""
+    """Turn a shortage of memory into DoesNotFit, and free the tensors that a traceback holds."""
     oom = is_oom(error)
     traceback.clear_frames(error.__traceback__)
     if not oom or isinstance(error, DoesNotFit):
@@ -286,7 +300,7 @@ def _explained(error: Exception) -> Exception:
 
 @contextmanager
 def _held(lock: Any, check: Callable[[], object]) -> Iterator[None]:
-    """Hold ``lock``; an interrupt is looked at while waiting for it."""
+    """Hold ``lock`` for the ``with`` block; while waiting for it, look for interrupts."""
     while not lock.acquire(timeout=_LOCK_WAIT_SECONDS):
         check()
     try:

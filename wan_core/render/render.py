@@ -1,6 +1,7 @@
-"""One render: conditions, noise, steps, frames. The stages' means are in ``stages``.
+"""One render: conditions, noise, denoising steps, frames.
 
-Nothing is decided here; the plan is carried out, and replaced only when memory runs out.
+It carries out the plan and decides nothing itself. What all stages share, and what happens when
+memory runs out, is in ``stages``.
 """
 
 from __future__ import annotations
@@ -51,14 +52,14 @@ from .video import VideoWriter
 
 @dataclass(slots=True, kw_only=True)
 class Render:
-    """One job on its way; ``run`` fills in the result. Methods stand in the stages' order."""
+    """One render; ``run`` fills in the result. The methods are in the order of the stages."""
 
     stages: StageRunner
     config: GenerationConfig
     request: Request
 
     def run(self) -> None:
-        """Carry the job out. Raises what goes wrong; the result then holds what was finished."""
+        """Make the video. Raises what goes wrong; the result then holds what was finished."""
         stages, result = self.stages, self.stages.result
         result.warnings += [*stages.architecture.warnings, *self.request.warnings]
         result.stages = stages.timeline.stages
@@ -66,7 +67,7 @@ class Render:
         before = device_bytes(stages.device)
         try:
             self._make_way()
-            # Weights made under inference_mode could not be used outside it afterwards.
+            # Weights made in inference mode could not be used by a later render outside it.
             with torch.inference_mode(False), torch.no_grad(), ExitStack() as stack:
                 journal = open_journal(
                     stack, self.config, self.request, stages.architecture, stages.plan
@@ -74,6 +75,7 @@ class Render:
                 if journal is None:
                     self._render(None)
                     return
+                # Before anything is computed: the rest must round as the saved part did.
                 stages.plan = journal.continued(stages.plan)
                 result.applied_optimizations = list(stages.plan.applied)
                 try:
@@ -86,13 +88,19 @@ class Render:
             result.memory_used_mb = max(0, device_bytes(stages.device) - before) / MIB
 
     def _make_way(self) -> None:
-        """Look at every target, and sweep its folder, before anything is loaded."""
+        """Check every output path, and remove what a killed process left in its folder.
+
+        Before anything is loaded: a mistake here must not show only after the last step.
+        """
         for path in self._output_paths(self.request.batch_size):
             check_target(path)
             sweep(path.parent)
 
     def _warn(self, warnings: Sequence[str]) -> None:
-        """Add the warnings that the result has not got yet; the job is told after the next step."""
+        """Add warnings that the result does not hold yet.
+
+        ``warning_callback`` is called with them after the next step.
+        """
         result = self.stages.result
         result.warnings += [text for text in warnings if text not in result.warnings]
 
@@ -105,7 +113,7 @@ class Render:
             latents = self._sample(journal)
         else:
             result.metadata["resumed"] = "the denoising was finished; only decoded"
-        # Safe before decoding: a failing decode must not cost the sampling.
+        # Kept before decoding: if the decode fails, the denoising is not lost.
         result.latents = latents.to("cpu", torch.float32)
         kept = result.latents
         result.vae_latents = self.stages.attempt(
@@ -173,7 +181,7 @@ class Render:
         return hold_first_frame(state.latents, conditions)
 
     def _sample_segments(self, conditions: Conditions, journal: RenderJournal | None) -> Tensor:
-        """Make one segment after the other, each with all steps."""
+        """Make one segment after the other, each with all denoising steps."""
         request, stages, result = self.request, self.stages, self.stages.result
         given = self.config.continue_from
         known = 0 if given is None else given.shape[2]
@@ -207,6 +215,7 @@ class Render:
             signals = self._signals(state, steps, scheduler, journal, len(segments))
             self._denoise(state, told, scheduler, steps, signals)
             segments.finish(state, told)
+            # Each segment has a new scheduler, because the solver remembers the last one's steps.
             if state.segment + 1 == len(segments):
                 return segments.clip
             scheduler, steps = self._scheduler()
@@ -231,7 +240,10 @@ class Render:
         return scheduler, steps
 
     def _noise(self, windows: WindowPlan | None) -> Tensor:
-        """Draw the noise the job asks for, or take the latents it gives."""
+        """Draw the initial noise, or take the latents that the user gave.
+
+        Raises InvalidRequest if their shape, or that of ``continue_from``, is not the request's.
+        """
         request, architecture = self.request, self.stages.architecture
         vae = architecture.vae or architecture.variant.vae
         shape = (
@@ -255,13 +267,16 @@ class Render:
 
     @property
     def _overlap(self) -> int:
-        """Frames windows share as asked for, so that what is rounded is said; else the plan's."""
+        """The overlap of windows in frames: as asked for if the windows are, else the plan's.
+
+        Given the value that was asked for, ``plan_windows`` can say that it had to be rounded.
+        """
         request, plan = self.request, self.stages.plan
         asked = request.window_frames == plan.choices.window_frames
         return request.window_overlap if asked else plan.choices.window_overlap
 
     def _windows(self, frames: int) -> WindowPlan | None:
-        """Plan the windows of ``frames`` latent frames: of the clip, or of one segment."""
+        """Plan the windows over ``frames`` latent frames, those of the clip or of one segment."""
         request, plan = self.request, self.stages.plan
         if plan.choices.window_frames is None:
             return None
@@ -286,7 +301,10 @@ class Render:
         steps: StepPlan,
         signals: Signals,
     ) -> None:
-        """Make every step that is not behind ``state`` yet, each with its expert."""
+        """Make all steps that ``state`` has not made yet, each with its expert.
+
+        An expert makes all its steps before the next is loaded: only one needs the device.
+        """
         stages, request = self.stages, self.request
         single = not stages.architecture.two_experts
         passes = (
@@ -298,6 +316,8 @@ class Render:
                 continue
             stage = "denoise" if single else f"denoise_{name}"
 
+            # Called again after a step down; ``denoise_steps`` goes on from ``state``. The defaults
+            # bind the loop's variables to this pass.
             def work(
                 name: str = name,
                 component: str = component,
@@ -327,7 +347,7 @@ class Render:
             stages.attempt(stage, work)
 
     def _next_ahead(self, component: str, steps: StepPlan) -> AbstractContextManager[None]:
-        """Prepare the low-noise expert while the high-noise one works."""
+        """Page-lock the low-noise expert's blocks while the high-noise one computes."""
         if component == "transformer" and len(steps.low) and self.stages.has("transformer_2"):
             return self.stages.pin_next("transformer_2")
         return nullcontext()
@@ -340,13 +360,16 @@ class Render:
         journal: RenderJournal | None,
         segments: int = 1,
     ) -> Signals:
+        """Return the signals of the denoising loop: journal, callbacks, and the timeline."""
         each = steps.end - steps.start
         total, before = each * segments, each * state.segment - steps.start + 1
         config, call = self.config, self.stages.callbacks.call
-        # In continuation mode it hears of segments.
+        # In continuation mode ``chunk_callback`` is called for segments, not for windows.
         chunk = config.chunk_callback if self.request.window_mode == "windows" else None
 
         def step(index: int, latents: Tensor) -> None:
+            # The journal first: what a callback may raise, an interrupt above all, must not lose
+            # the step. A spill is looked for last, as it ends the attempt.
             if journal is not None:
                 journal.step_done(state, scheduler, self.stages.plan)
                 self._warn(journal.warnings)
@@ -372,9 +395,10 @@ class Render:
     # -- decoding -----------------------------------------------------------------------------
 
     def _decode(self, latents: Tensor) -> None:
-        """Decode frame group by frame group into the result's tensor, the mp4, or both."""
+        """Decode a few frames at a time into the result's tensor, the mp4, or both."""
         request, result = self.request, self.stages.result
         wanted, batch = request.wanted_frames, request.batch_size
+        # Allocated before decoding, so that it fails now if RAM is short, not after the last frame.
         frames = None
         if self.config.return_frames:
             shape = (batch, wanted, request.height, request.width, 3)
@@ -390,18 +414,18 @@ class Render:
         result.output_path = request.output_path
 
     def _decode_rest(self, progress: _Decoding) -> None:
-        """Decode what is left; after a failure the same call goes on from there."""
+        """Decode the frames that are left. After a failure the same call goes on from there."""
         stages = self.stages
         with stages.use("decode", "vae") as vae:
             if progress.decoder is None:
-                # In the VAE's dtype, as diffusers' pipelines do it.
+                # Cast before denormalising, as diffusers' pipelines do: the order affects rounding.
                 latents = progress.latents.to(stages.device, stages.dtype("vae"))
                 ready = denormalize_latents(latents, vae.config)
                 progress.decoder = StreamingDecoder(vae, ready)
-            else:
+            else:  # the VAE may have been loaded anew, in the smaller plan's dtype
                 progress.decoder.vae = vae
             try:
-                progress.hand_on()  # what an earlier attempt decoded and could not hand on
+                progress.hand_on()  # frames that an earlier attempt decoded before it failed
                 while not progress.decoder.done:
                     progress.pending = progress.decoder.decode_next(check=stages.check_interrupt)
                     progress.hand_on()
@@ -412,7 +436,7 @@ class Render:
                 progress.decoder.close()
 
     def _output_paths(self, batch: int) -> list[Path]:
-        """Name one mp4 per clip of the batch: name.mp4, name_2.mp4, ..."""
+        """Return one path per clip of the batch: name.mp4, name_2.mp4, ..."""
         path = self.request.output_path
         if path is None:
             return []
@@ -436,7 +460,7 @@ class Render:
 
 @dataclass(slots=True)
 class _Decoding:
-    """How far a decode is, and where its frames go."""
+    """How far a decode has come, and where its frames go."""
 
     latents: Tensor
     frames: Tensor | None
@@ -445,18 +469,19 @@ class _Decoding:
     done: int = 0
     decoder: StreamingDecoder | None = None
     pending: Tensor | None = None
-    """A decoded chunk (B, 3, f, H, W) that has not been handed on yet."""
+    """Decoded frames (B, 3, f, H, W) that have not been handed on yet."""
 
     def hand_on(self) -> None:
-        """Hand the pending chunk on; frames beyond those wanted are dropped.
+        """Hand on the pending frames; those beyond ``wanted`` are dropped.
 
-        When memory runs out in it, it may be called again: no frame is written twice.
+        If memory runs out here it can be called again: no frame is written twice.
         """
         if self.pending is None:
             return
         pictures = to_frames(self.pending)[:, : self.wanted - self.done]
         if self.frames is not None:
             self.frames[:, self.done : self.done + pictures.shape[1]] = pictures
+        # A writer may be ahead of ``done`` after a failure: it gets only the frames it lacks.
         for index, writer in enumerate(self.writers):
             writer.write(pictures[index, writer.frames_written - self.done :])
         self.done += pictures.shape[1]

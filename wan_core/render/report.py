@@ -1,4 +1,4 @@
-"""Times and bytes of a run, stage by stage, predicted beside measured; and their report as text."""
+"""Measures a run's time and memory stage by stage, and formats a report of it as text."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ _SAMPLE_SECONDS = 0.05
 
 
 class Timeline:
-    """The stages of one run in order, each with its seconds and its peak memory.
+    """The stages of one run in their order, each with its seconds and its peak memory.
 
-    On CUDA the peak is the allocator's over the stage; elsewhere the resident set of the
-    process, sampled at stage borders and in :meth:`sample`.
+    On CUDA the peak is that of torch's allocator during the stage. Elsewhere it is the resident set
+    of the process, looked at when the stage begins and ends and in :meth:`sample`.
     """
 
     def __init__(self, device: torch.device, predicted: Mapping[str, int] | None = None) -> None:
@@ -32,12 +32,12 @@ class Timeline:
         self._peak = 0
         self._next_sample = 0.0
         self.step_seconds: list[float] = []
-        """Denoising steps, the first of each stage left out: it also warms up."""
+        """Seconds of the denoising steps, without the first of each stage: it includes warm-up."""
         self._step_ended: float | None = None
 
     @contextmanager
     def stage(self, name: str) -> Iterator[StageReport]:
-        """Time what happens inside; the entry is there also when it fails."""
+        """Measure what happens inside the ``with`` block; it is reported also when it fails."""
         report = StageReport(name=name, predicted_peak_bytes=self._predicted.get(name))
         self.stages.append(report)
         self._reset_peak()
@@ -46,24 +46,25 @@ class Timeline:
         try:
             yield report
         finally:
+            # Kernels are queued: without waiting, their time would be counted in the next stage.
             if self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)
             report.seconds = time.perf_counter() - started
             report.measured_peak_bytes = self._read_peak()
 
     def predict(self, predicted: Mapping[str, int]) -> None:
-        """Replace the predicted peaks of the stages to come: another plan is in force."""
+        """Replace the predicted peaks for the stages to come, after a change of the plan."""
         self._predicted = dict(predicted)
 
     def step_done(self) -> None:
-        """Note that a denoising step of the present stage has ended."""
+        """Note that a denoising step of the current stage has ended."""
         now = time.perf_counter()
         if self._step_ended is not None:
             self.step_seconds.append(now - self._step_ended)
         self._step_ended = now
 
     def sample(self) -> None:
-        """Look at the memory in use, at most twenty times a second; cheap enough for a block."""
+        """Look at the memory in use, at most twenty times a second, so that every block may ask."""
         now = time.perf_counter()
         if self.device.type != "cuda" and now >= self._next_sample:
             self._next_sample = now + _SAMPLE_SECONDS
@@ -86,12 +87,13 @@ class Timeline:
 
 
 _SLOW = 4.0
-"""Times the usual step from which a step counts as slowed down by spilled memory."""
+"""A step that takes more than this many times the usual step counts as slowed down by a spill."""
 _FULL = 0.9
+"""Share of the device that must be reserved for a slow step to count as caused by a spill."""
 
 
 def device_fill(device: torch.device) -> tuple[int, int]:
-    """Return (bytes the allocator has reserved, bytes of the device); (0, 0) but on CUDA."""
+    """Return (bytes the allocator has reserved, bytes of the device); (0, 0) if it is not CUDA."""
     if device.type != "cuda":
         return 0, 0
     total = torch.cuda.get_device_properties(device).total_memory
@@ -99,11 +101,11 @@ def device_fill(device: torch.device) -> tuple[int, int]:
 
 
 def spilled(reserved: int, total: int, steps: Sequence[float], usual: float | None) -> str | None:
-    """Say why device memory seems to have spilled into RAM, or None.
+    """Say why device memory seems to have spilled into RAM, or return None.
 
-    Windows' driver does that instead of failing. It shows in more reserved than the device has,
-    or in a last step that took far longer than the ones before it (``usual`` where there are
-    fewer than two) while the device is full.
+    NVIDIA's driver for Windows does that instead of reporting that memory is out. It shows in one
+    of two ways: more is reserved than the device has, or the device is full and the last of
+    ``steps`` took far longer than those before it (than ``usual`` if fewer than two came before).
     """
     if not total:
         return None
@@ -118,21 +120,21 @@ def spilled(reserved: int, total: int, steps: Sequence[float], usual: float | No
 
 
 def resident_bytes() -> int:
-    """Return the memory this process has in RAM, in bytes."""
+    """Return the bytes of this process in RAM (its resident set)."""
     import psutil
 
     return int(psutil.Process(os.getpid()).memory_info().rss)
 
 
 def device_bytes(device: torch.device) -> int:
-    """Return the bytes in use on the device now; on a CPU those of the process."""
+    """Return the bytes in use on the device now; without CUDA those of the process in RAM."""
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device)
     return resident_bytes()
 
 
 def versions() -> dict[str, str]:
-    """Return the versions a measurement depends on."""
+    """Return the versions of the packages that results and measurements depend on."""
     from importlib.metadata import PackageNotFoundError, version
 
     own = getattr(sys.modules[__name__.removesuffix(".render.report")], "__version__", "unknown")
@@ -146,14 +148,14 @@ def versions() -> dict[str, str]:
 
 
 def device_name(device: torch.device) -> str:
-    """Name a device for people."""
+    """Return a name of the device that a person recognises."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{device.type} ({platform.machine()}, {torch.get_num_threads()} threads)"
 
 
 def format_report(result: VideoGenerationResult) -> str:
-    """Lay a finished run out as text: what was made, how, and what each stage took."""
+    """Format a finished run as text: what was made, how, and what each stage took."""
     meta = result.metadata
     lines = [_headline(result)]
     shown = ("model", "device", "steps", "windows", "resumed", "journal")

@@ -1,4 +1,8 @@
-"""The journal of one render: opened with its identity, written after every unit, read to go on."""
+"""Connects a render with its journal: what is saved after each step, and how it is restored.
+
+``journal`` stores states without knowing what is in them. Here they are made from a
+``DenoiseState``, the scheduler and the plan's choices.
+"""
 
 from __future__ import annotations
 
@@ -25,14 +29,15 @@ from .identity import (
 from .journal import Journal, JournalState, restore_scheduler, scheduler_state
 
 FOLDER = ".wanfit"
-"""Name of the folder for journals, beside the output."""
+"""Name of the folder for journals, next to the output."""
 
 
 class RenderJournal:
-    """Keeps what a render needs to go on in another process; a render without one has None.
+    """Saves what a render needs to be continued in another process.
 
-    Every finished step is kept; within a step of several windows also finished windows, as often
-    as costs no more than 1 % of the time.
+    The state is saved after every step. Within a step of several windows it is saved after a window
+    too, as often as this takes no more than 1 % of the time. A render without a journal has None in
+    the place of this.
     """
 
     def __init__(self, journal: Journal) -> None:
@@ -41,23 +46,26 @@ class RenderJournal:
 
     @property
     def warnings(self) -> list[str]:
-        """What went wrong with the journal so far."""
+        """Sentences about what went wrong with the journal so far."""
         return self._journal.warnings
 
     @property
     def finished_latents(self) -> Tensor | None:
-        """Latents of a render whose denoising was over, (B, C, T, h, w) float32."""
+        """The saved latents, (B, C, T, h, w) float32, if denoising was over; else None."""
         return None if self.saved is None else self.saved.latents
 
     def restore(self, state: DenoiseState, scheduler: Any) -> int:
-        """Move ``state`` and ``scheduler`` to where the saved render stopped; return that step.
+        """Bring ``state`` and ``scheduler`` to where the saved render stopped.
 
-        Raises JournalMismatch where the schedule is another.
+        Returns the next step to make. Raises JournalMismatch if the saved render used another
+        scheduler or other sigmas.
         """
         saved = self.saved
         if saved is None or saved.latents is not None:
             return state.next_step
         device = state.latents.device
+        # First, because it may raise, and ``state`` is then still that of a new render. The latents
+        # alone are not enough: a multistep solver needs its earlier model outputs too.
         restore_scheduler(scheduler, saved, device)
         state.latents = saved.tensors["latents"].to(device)
         state.next_step = int(saved.scalars["next_step"])
@@ -71,10 +79,10 @@ class RenderJournal:
         return state.next_step
 
     def continued(self, plan: OptimizationPlan) -> OptimizationPlan:
-        """Return ``plan`` with the choices the saved state was made with, where they differ.
+        """Return ``plan`` with those choices that the saved state was made with.
 
-        They differ only where memory ran out in the saved render, after which it went on with
-        a smaller plan. A warning names them.
+        They differ from the plan's only if memory ran out in the saved render and it went on with a
+        smaller plan. A warning then names them.
         """
         saved = {} if self.saved is None else self.saved.scalars.get("choices", {})
         fresh = plain_identity(choices_of(plan))
@@ -90,11 +98,11 @@ class RenderJournal:
         return plan.with_choices(dtypes=dtypes, by_rows=by_rows, lean=lean)
 
     def step_done(self, state: DenoiseState, scheduler: Any, plan: OptimizationPlan) -> None:
-        """Keep the state after a finished step, and what it was made with."""
+        """Save the state after a finished step, and the choices it was made with."""
         self._save(state, scheduler, plan)
 
     def window_done(self, state: DenoiseState, scheduler: Any, plan: OptimizationPlan) -> None:
-        """Keep the state after a finished window, if that is cheap enough by now."""
+        """Save the state after a finished window, if enough time has passed since the last save."""
         if self._journal.due():
             self._save(state, scheduler, plan)
 
@@ -115,7 +123,7 @@ class RenderJournal:
         self._journal.save(state.next_step, tensors, scalars)
 
     def latents_done(self, latents: Tensor, plan: OptimizationPlan) -> None:
-        """Keep the finished latents: from now on only the decode would be repeated."""
+        """Save the finished latents. From now on only the decode would have to be repeated."""
         self._journal.latents_done(latents, {"choices": choices_of(plan)})
 
     def finish(self) -> None:
@@ -123,14 +131,14 @@ class RenderJournal:
         self._journal.finish()
 
     def close(self) -> None:
-        """Leave the journal for a later run; one without a saved state goes."""
+        """Leave the journal for a later run, or remove it if it holds no saved state."""
         if self._journal.saves or self._journal.resuming:
             self._journal.close()
         else:
             self._journal.finish()
 
     def describe(self) -> str:
-        """Say in one line what was kept and what it cost."""
+        """Say in one line what was saved and how long that took."""
         return self._journal.describe()
 
 
@@ -141,9 +149,9 @@ def open_journal(
     architecture: ModelArchitecture,
     plan: OptimizationPlan,
 ) -> RenderJournal | None:
-    """Open the journal the job asks for, closed by ``stack``; None where it asks for none.
+    """Open the journal that the request asks for; ``stack`` closes it. None if it asks for none.
 
-    Raises JournalMismatch for resume="must" without a render to go on with.
+    Raises JournalMismatch for resume="must" if there is no render to continue.
     """
     if request.resume is None:
         return None
@@ -156,8 +164,8 @@ def open_journal(
 
 
 def journal_folder(config: GenerationConfig) -> Path:
-    """Return the folder for journals: the one given, or ``.wanfit`` beside the output."""
+    """Return the folder for journals: the one given, or ``.wanfit`` next to the output."""
     if config.journal_folder is not None:
         return Path(config.journal_folder)
-    assert config.output_path is not None  # resolve has seen to it
+    assert config.output_path is not None  # ``resolve`` refuses a journal without either
     return Path(config.output_path).absolute().parent / FOLDER

@@ -1,7 +1,7 @@
-"""What every stage of a render shares: components, their placement, the timeline, and the ladder.
+"""What all stages of a render share: components in their place, measurement, and stepping down.
 
-A stage asks for its components and gets them placed as the plan says; when memory runs out in it,
-the next smaller plan is taken and the stage goes on from where it stopped.
+A stage asks for a component and gets it placed as the plan says. When memory runs out in a stage,
+the render *steps down*: it takes a smaller plan, and the stage goes on from where it stopped.
 """
 
 from __future__ import annotations
@@ -39,11 +39,15 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 MAX_STEPS_DOWN = 64
-"""Smaller plans tried in one render; every one is strictly smaller than the one before."""
+"""Most smaller plans that one render tries; each is strictly smaller than the one before."""
 
 
 class Callbacks:
-    """Calls the job's callbacks and remembers the exception one of them raised."""
+    """Calls the user's callbacks, and remembers an exception that one of them raised.
+
+    That is how it can be told from our own errors: an interrupt, and even a shortage of memory in a
+    callback, is passed on and never answered with a smaller plan.
+    """
 
     def __init__(self, config: GenerationConfig) -> None:
         self._config = config
@@ -51,7 +55,7 @@ class Callbacks:
         self.raised: BaseException | None = None
 
     def call(self, function: Callable[..., object] | None, *args: object) -> None:
-        """Call ``function`` if there is one; what it raises is remembered and passes through."""
+        """Call ``function`` if there is one; an exception is remembered and raised."""
         if function is None:
             return
         try:
@@ -61,11 +65,11 @@ class Callbacks:
             raise
 
     def check(self) -> None:
-        """Look for an interrupt."""
+        """Give the user's ``interrupt_check`` the opportunity to raise."""
         self.call(self._config.interrupt_check)
 
     def tell(self, warnings: list[str]) -> None:
-        """Tell the job of the warnings it has not been told yet; the list only grows."""
+        """Pass on the warnings that have not been passed on yet; the list must only grow."""
         while self._told < len(warnings):
             self._told += 1
             self.call(self._config.warning_callback, warnings[self._told - 1])
@@ -73,7 +77,10 @@ class Callbacks:
 
 @dataclass(slots=True, kw_only=True)
 class StageRunner:
-    """The means of one render. ``plan`` is replaced by a smaller one when memory runs out."""
+    """Carries out the stages of one render.
+
+    ``plan`` is replaced by a smaller one when memory runs out, so always read it from here.
+    """
 
     architecture: ModelArchitecture
     cache: ComponentCache
@@ -83,35 +90,35 @@ class StageRunner:
     result: VideoGenerationResult
     timeline: Timeline
     smaller_plan: Callable[[OptimizationPlan, str], OptimizationPlan | None]
-    """Given the plan and the stage that failed: the next plan whose stage needs less, if any."""
+    """Takes the plan and the stage that failed; returns a plan that needs less there, or None."""
     steps_down: int = 0
     usual_step: float | None = None
-    """Seconds a step of the plan takes at the pace of earlier runs; None where that is unknown."""
+    """Expected seconds of a step by the pace of earlier runs; None if there are none."""
     bears_spilling: bool = False
-    """Set where there was nothing smaller to go on with."""
+    """Set when memory has spilled and there is no smaller plan: slow is better than not at all."""
 
     @property
     def device(self) -> torch.device:
-        """The device the plan computes on."""
+        """The device that the plan computes on."""
         return torch.device(self.plan.device)
 
     def dtype(self, component: str) -> torch.dtype:
-        """The dtype a component computes in."""
+        """Return the dtype that a component computes in."""
         return dtype_of(self.plan.choices.dtypes[component])
 
     def has(self, component: str) -> bool:
-        """Whether the model was loaded with this component."""
+        """Say whether the model has this component."""
         return component in self.architecture.components
 
     def check_interrupt(self) -> None:
-        """Between blocks: look for an interrupt, and at the memory."""
+        """Look for an interrupt, and sample the memory in use; called between blocks."""
         self.callbacks.check()
         self.timeline.sample()
 
     def step_done(self, *, last: bool = False) -> None:
-        """After a denoising step: note its time. Raises SpilledMemory where memory has spilled.
+        """Note the time of a denoising step. Raises SpilledMemory if memory has spilled into RAM.
 
-        Not after the ``last`` step of a stage: to go on smaller, there must be more to do.
+        It does not raise after the ``last`` step of a stage: a smaller plan would come too late.
         """
         self.timeline.step_done()
         if last:
@@ -121,7 +128,7 @@ class StageRunner:
             raise SpilledMemory(f"device memory has spilled into RAM: {why}")
 
     def key(self, name: str) -> ComponentKey:
-        """Identify a component as the plan wants it."""
+        """Return the cache key of a component as the plan wants it."""
         options = ("fp8",) if self._in_fp8(name) else ()
         return component_key(
             self.architecture.components[name], self.plan.choices.dtypes.get(name, ""), options
@@ -131,7 +138,7 @@ class StageRunner:
         return self.plan.choices.fp8_storage and name.startswith("transformer")
 
     def component(self, name: str) -> AbstractContextManager[Any]:
-        """Borrow a component from the cache; it is read first if it is not there."""
+        """Borrow a component from the cache, which reads it if it is not there."""
         part = self.architecture.components[name]
 
         def build() -> Any:
@@ -146,7 +153,8 @@ class StageRunner:
                     part.path,
                     self.dtype(name),
                     kind=part.kind.removesuffix("_2"),
-                    # A CPU's kernels round by alignment, which a file's tensors do not have.
+                    # Not on a CPU: there the rounding of some kernels depends on how their input
+                    # is aligned, and a file's tensors need not be aligned.
                     map_file=self.device.type != "cpu" and part.nbytes >= MAP_FROM,
                 )
                 if self._in_fp8(name):
@@ -158,7 +166,12 @@ class StageRunner:
 
     @contextmanager
     def use(self, stage: str, component: str) -> Iterator[Any]:
-        """Enter a stage with its component on the device, placed as the plan says."""
+        """Enter a stage, with its component placed as the plan says.
+
+        The order of entering: loading counts as a stage of its own, so the component comes before
+        the stage. Hooks and LoRAs come after the placement, and are taken off before the weights
+        leave the device.
+        """
         with ExitStack() as stack:
             module = stack.enter_context(self.component(component))
             stack.enter_context(self.timeline.stage(stage))
@@ -176,10 +189,10 @@ class StageRunner:
 
     @contextmanager
     def pin_next(self, component: str) -> Iterator[None]:
-        """Page-lock the blocks of the component that streams next, while the present one works.
+        """Page-lock the blocks of the component that is streamed next, while this one computes.
 
-        Only of weights that lie in RAM or in a mapped file already: reading them from disk here
-        would hold up the work, and an interrupt.
+        This is done only if its weights are in the cache, or can be mapped without being read.
+        Reading a file here would hold up the render, and interrupts with it.
         """
         with ExitStack() as stack:
             if self._ready_to_pin(component):
@@ -207,10 +220,10 @@ class StageRunner:
             self.result.warnings.append(text)
 
     def attempt(self, stage: str, action: Callable[[], T]) -> T:
-        """Run ``action``; when memory runs out, take a smaller plan and run it again.
+        """Run ``action``; if memory runs out in it, step down to a smaller plan and run it again.
 
-        ``action`` must go on from where it failed. Raises DoesNotFit when no smaller plan is
-        left; every other error passes.
+        ``action`` must go on from where it failed. Raises DoesNotFit if there is no smaller plan;
+        all other errors pass.
         """
         while True:
             try:
@@ -220,15 +233,20 @@ class StageRunner:
                 if not ours or not is_oom(err):
                     raise
                 failure, spilled_only = first_line(err), isinstance(err, SpilledMemory)
-                # Frames in the traceback hold the tensors that filled the memory.
+                # The frames of the traceback hold the tensors that filled the memory.
                 traceback.clear_frames(err.__traceback__)
+            # Outside the except block: within it, the exception that is being handled would keep
+            # the frames, and with them the memory, alive.
             self._step_down(stage, failure, must=not spilled_only)
 
     def _step_down(self, stage: str, failure: str, *, must: bool) -> None:
-        """Let go of memory and take the next smaller plan. Not called inside an except block.
+        """Free memory and take a smaller plan. Must not be called inside an except block.
 
-        Where there is none, raises DoesNotFit, or goes on unless a smaller plan is a must.
+        If there is no smaller plan it raises DoesNotFit, or, without ``must``, lets the render go
+        on with the same plan.
         """
+        # Free first, in this order: only what Python has dropped can be freed, and only what
+        # torch's allocator has given back counts as free when the smaller plan is made.
         gc.collect()
         self.cache.release_device()
         if self.device.type == "cuda":
@@ -250,7 +268,8 @@ class StageRunner:
         change = ", ".join(word for word in smaller.applied if word not in self.plan.applied)
         self.plan = smaller
         self.timeline.predict({s.name: s.device_bytes for s in smaller.estimate.stages})
-        # A smaller plan's steps take longer: only among themselves do they show a spill.
+        # Steps of a smaller plan take longer. Compared with those before, they would look like a
+        # spill.
         self.timeline.step_seconds.clear()
         if self.usual_step is not None:
             self.usual_step = smaller.step_seconds
@@ -263,5 +282,5 @@ class StageRunner:
 
 
 def first_line(error: BaseException) -> str:
-    """Return what an error says in one line of at most 200 characters."""
+    """Return the first line of an error's text, at most 200 characters of it."""
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200]

@@ -1,4 +1,4 @@
-"""Frames in, an mp4 that appears whole or not at all (PyAV, ffmpeg's libraries)."""
+"""Writes frames to an mp4 that appears complete or not at all, with PyAV (ffmpeg's libraries)."""
 
 from __future__ import annotations
 
@@ -29,16 +29,17 @@ _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 class VideoWriter:
     """Context manager that writes frames of ``width`` x ``height`` pixels to an mp4 at ``path``.
 
-    The file is written beside ``path`` and takes its name when the block ends well; on any
-    error or interrupt it is removed, and an older file at ``path`` stays as it was.
+    A temporary file in the same folder is written, and renamed to ``path`` when the ``with`` block
+    ends without an error. On any error or interrupt it is removed, and an older file at ``path``
+    stays as it was.
 
-    ``codec`` is "h264", "h265" or the name of an encoder ffmpeg has. ``fps`` is frames per second,
-    ``crf`` the quality of x264 and x265 (0 lossless .. 51 worst).
-    ``metadata`` goes into the container under its own keys, where ComfyUI looks for ``prompt``
-    and ``workflow``. ``audio`` is (waveform (channels, samples) in -1..1, samples per second),
-    stored as AAC and cut to the length of the video. ``num_frames``, if known, lets the text of
-    a full disk say how much is needed. Raises InvalidRequest for a value the codec cannot take,
-    OutputError where the file cannot be written.
+    ``codec`` is "h264", "h265" or the name of one of ffmpeg's encoders. ``fps`` is frames per
+    second, ``crf`` the quality of x264 and x265 (0 lossless .. 51 worst). ``metadata`` is stored in
+    the container under its own keys; ComfyUI looks there for ``prompt`` and ``workflow``.
+    ``audio`` is (waveform (channels, samples) in -1..1, samples per second), stored as AAC and cut
+    to the length of the video. ``num_frames``, if known, lets the error about a full disk say
+    how much is needed. Raises InvalidRequest for a value that the codec cannot take, OutputError if
+    the file cannot be written.
     """
 
     def __init__(
@@ -72,7 +73,8 @@ class VideoWriter:
             self._temporary = stack.enter_context(atomic_path(self.path))
             with self._explained():
                 self._container = self._open()
-                # Closed before the file is renamed or removed, whichever it comes to.
+                # Runs before the temporary file is renamed or removed: Windows can do neither with
+                # an open file.
                 stack.callback(self._close)
                 self._add_streams()
             self._stack = stack.pop_all()
@@ -115,7 +117,8 @@ class VideoWriter:
                 self._write_audio(Fraction(self.frames_written) / self._rate)
 
     def _open(self) -> Any:
-        # use_metadata_tags keeps keys mp4 does not know; faststart lets a browser begin early.
+        # use_metadata_tags keeps keys that mp4 does not define. faststart puts the index first, so
+        # that a browser can play before it has the whole file.
         flags = {"movflags": "use_metadata_tags+faststart"}
         return av.open(str(self._temporary), "w", format="mp4", options=flags)
 
@@ -127,9 +130,9 @@ class VideoWriter:
         stream.pix_fmt = self._pix_fmt
         context = stream.codec_context
         if self._codec == "libx265":
-            context.codec_tag = "hvc1"  # under its other name Apple's players do not know it
+            context.codec_tag = "hvc1"  # Apple's players do not play the default tag, hev1
         context.time_base = 1 / self._rate
-        # Said in the file, so that every player converts back with the matrix used here.
+        # Stored in the file, so that players convert back with the same matrix.
         context.colorspace = context.color_primaries = context.color_trc = _BT709
         context.color_range = _LIMITED_RANGE
         self._video = stream
@@ -138,7 +141,8 @@ class VideoWriter:
             self._sound = self._container.add_stream("aac", rate=self._audio[1], layout=layout)
 
     def _write_audio(self, until: Fraction) -> None:
-        # Sound goes along with the pictures: the muxer would keep all of either waiting.
+        # Sound is written along with the frames, because the muxer buffers whichever of the two is
+        # ahead until the other has caught up.
         if self._audio is None:
             return
         waveform, rate = self._audio
@@ -162,8 +166,9 @@ class VideoWriter:
             self._container.close()
 
     def _close(self) -> None:
-        # Closed already after a good end. Else the file is about to be removed, and what close
-        # has to say (it writes the index, on a disk that may be full) must not hide the reason.
+        # After a good end the container is closed already. Otherwise the file is about to be
+        # removed, and an error of close (it writes the index, on a disk that may be full) must not
+        # hide the first one.
         with contextlib.suppress(OSError, ValueError, av.FFmpegError):
             self._container.close()
 
@@ -198,14 +203,14 @@ def _encoder_options(encoder: str, crf: int) -> dict[str, str]:
         return {"crf": str(crf)}
     if encoder != "libx265":
         return {}
-    # It prints its settings unless told not to, and its crf 0 alone still throws bits away.
+    # x265 prints its settings unless told not to, and its crf 0 is lossless only with this option.
     quiet = "log-level=error" + (":lossless=1" if crf == 0 else "")
     return {"crf": str(crf), "x265-params": quiet}
 
 
 def _to_bytes(picture: Tensor) -> Tensor:
     if picture.dtype != torch.uint8:
-        # In float32: bfloat16 would round the product before the rounding that is meant.
+        # In float32, because bfloat16 would round the product before ``round`` does.
         picture = (picture.float() * 255).round().clamp(0, 255).to(torch.uint8)
     return picture.cpu().contiguous()
 
@@ -235,7 +240,7 @@ def _check_request(
 
 
 def contact_sheet(frames: Tensor, columns: int = 6, gap: int = 2) -> Any:
-    """Lay frames (F, H, W, 3), 0..1, out in rows of ``columns``; return the PIL image."""
+    """Return a PIL image of the frames (F, H, W, 3), 0..1, in rows of ``columns``."""
     from PIL import Image
 
     count, height, width, channels = frames.shape
