@@ -23,10 +23,12 @@ from typing import Any
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+from support.casting import cast_module
 
 from wan_core.forward import lean_forward
-from wan_core.loading import cast_module
 from wan_core.memory import decode_peak, encode_peak, lean_peak, text_encoder_peak, transformer_peak
 from wan_core.models import VAE_21, VAE_22, VARIANTS
 from wan_core.sampling import StreamingDecoder, encode_latents, to_frames

@@ -59,12 +59,13 @@ if __name__ == "__main__":
 
 import torch
 from random_model import Shapes, write_model
+from support.casting import cast_module
 from support.machines import architecture, gpu
 from support.true_models import DTYPES, autoencoder, transformer
 
 from wan_core import GenerationConfig, WanPipelineLoader
 from wan_core.forward import lean_decoder, lean_forward
-from wan_core.loading import cast_module, component_cache
+from wan_core.loading import component_cache
 from wan_core.memory import (
     BANDS,
     LEAN_HEAD_GROUPS,

@@ -3,8 +3,8 @@
     python benchmarks/long_video.py [--lengths 81 401 1001 2001] [--steps 3]
 
 Every length is made twice in a child process of its own, on the CPU, with a small model of the real
-classes: once to count the bytes of all tensors (``tests/support/traced.py``), once for the RSS of the
-process; then all lengths turn by turn in one process for the times. Linux only (/proc). Writes
+classes: once to count the bytes of all tensors (``tests/support/traced.py``), once for the RSS of
+the process; then all lengths turn by turn in one process for the times. Linux only (/proc). Writes
 ``results/long_video.md``.
 """
 

@@ -2,8 +2,8 @@
 
     python benchmarks/traced_peak.py [--quick] [--output FILE.md]
 
-Memory: true shapes with fake tensors (``tests/support/dry_run.py``). Every operator runs, nothing is
-computed, each storage counts from its birth until Python drops it; weights are left out, and what
+Memory: true shapes with fake tensors (``tests/support/dry_run.py``). Every operator runs, nothing
+is computed, each storage counts from its birth until Python drops it; weights are left out, and what
 libraries take inside one operator is not seen. Transformers are run with two blocks; one case is
 repeated with all forty, which shows that the peak does not depend on their number. Decoders are
 run for as many latent frames as it takes until the peak repeats.
@@ -35,6 +35,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import torch
+from support.casting import cast_module
 from support.dry_run import DryModel
 from support.true_models import DTYPES, KEEP_FP32, autoencoder, transformer
 
@@ -42,7 +43,6 @@ from wan_core.forward import host_cache as decode_cache
 from wan_core.forward import lean_decoder
 from wan_core.forward import timestep as lean_timestep
 from wan_core.forward import transformer as lean_forward
-from wan_core.loading import cast_module
 from wan_core.memory import BANDS, CHUNKS, decode_peak, lean_decode_bytes
 from wan_core.models import VAE_21, VAE_22, VARIANTS, TransformerShape, VaeShape
 from wan_core.render import versions

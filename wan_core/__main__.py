@@ -198,7 +198,7 @@ def _open(arguments: argparse.Namespace) -> Any:
     from .detect import parse_lora
     from .render import WanPipelineLoader
 
-    wishes = {
+    options = {
         "precision": arguments.precision,
         "offload": arguments.offload,
         "resident_blocks": arguments.resident_blocks,
@@ -207,7 +207,7 @@ def _open(arguments: argparse.Namespace) -> Any:
         "device": arguments.device,
         "vram_limit_gb": arguments.vram_limit_gb,
     }
-    given = {name: value for name, value in wishes.items() if value is not None}
+    given = {name: value for name, value in options.items() if value is not None}
     return WanPipelineLoader().load_wan_pipeline(
         arguments.path,
         optimization_config=given,

@@ -88,7 +88,7 @@ class GenerationConfig:
             image=picture, window_mode="continuation", max_chunk_size=81,
         )
 
-        # Reproducible: a fixed seed, and the sampling settings spelled out instead of left official.
+        # Reproducible: a fixed seed, and the sampling settings spelled out instead of official.
         GenerationConfig(
             prompt="a red fox runs through snow", seed=42, num_inference_steps=30,
             guidance_scale=4.0, guidance_scale_2=3.0, flow_shift=12.0, scheduler="unipc",

@@ -7,20 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from support.casting import cast_module
 from support.lean_models import inputs_of, model_of
 from support.placed_models import text_encoder, transformer, vae
 
 from wan_core.errors import InvalidRequest
 from wan_core.forward.transformer import lean_forward
-from wan_core.loading.dtypes import (
-    DTYPES,
-    cast_module,
-    component_dtype,
-    dtype_of,
-    keep_in_fp32,
-    name_of,
-    resolve_dtype,
-)
+from wan_core.loading.dtypes import DTYPES, dtype_of, keep_in_fp32
 from wan_core.loading.fp8_storage import store_fp8
 from wan_core.loading.quantized import ScaledLinear
 from wan_core.models.sizes import block_bytes
@@ -57,50 +50,10 @@ def test_what_stays_fp32() -> None:
 def test_names() -> None:
     for name, dtype in DTYPES.items():
         assert dtype_of(name) == dtype
-        assert name_of(dtype) == name
         assert dtype_of(str(dtype)) == dtype
-    assert name_of(torch.float8_e4m3fn) == "fp8_e4m3fn"
     with pytest.raises(InvalidRequest, match="int4.*bf16, fp16, fp32") as caught:
         dtype_of("int4")
     assert caught.value.field == "precision"
-
-
-@pytest.mark.parametrize(
-    ("precision", "stored", "expected"),
-    [
-        ("auto", torch.float32, torch.float32),
-        ("auto", None, torch.float32),
-        ("auto", torch.bfloat16, torch.bfloat16),
-        ("auto", torch.float8_e4m3fn, torch.bfloat16),
-        ("fp16", torch.float32, torch.float16),
-        ("BF16", torch.float32, torch.bfloat16),
-    ],
-)
-def test_resolution_on_a_cpu(
-    precision: str, stored: torch.dtype | None, expected: torch.dtype
-) -> None:
-    dtype, reason = resolve_dtype(precision, "cpu", stored)
-    assert dtype == expected
-    assert name_of(dtype) in reason
-
-
-@pytest.mark.parametrize(
-    ("capability", "expected"),
-    [((7, 5), torch.float16), ((8, 0), torch.bfloat16), ((12, 0), torch.bfloat16)],
-)
-def test_resolution_on_a_card(
-    capability: tuple[int, int], expected: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    monkeypatch.setattr(torch.version, "hip", None)
-    assert resolve_dtype("auto", "cuda")[0] == expected
-
-
-def test_components() -> None:
-    assert component_dtype("transformer", torch.float16) == torch.float16
-    assert component_dtype("text_encoder", torch.float16) == torch.bfloat16
-    assert component_dtype("text_encoder", torch.float32) == torch.float32
-    assert component_dtype("vae", torch.bfloat16) == torch.float32
 
 
 @pytest.mark.parametrize("stored", [torch.float8_e4m3fn, torch.float8_e5m2])

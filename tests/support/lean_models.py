@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from support.casting import cast_module
 from support.tiny_models import IMAGE_DIM, TEXT_DIM, make_transformer
-from wan_core.loading.dtypes import cast_module
 
 GRID = (5, 6, 10)  # latent frames, height, width: 75 tokens
 TOKENS = 75

@@ -40,8 +40,8 @@ def unknown_code(
 ) -> str | None:
     """Return why a replacement was not written after this module's own code, or None if it was.
 
-    ``kind`` is the class it must be, exactly. ``digest`` is that of the installed sources, ``known``
-    those that compute the same; ``within`` is the submodule that is replaced.
+    ``kind`` is the class it must be, exactly. ``digest`` is that of the installed sources and
+    ``known`` those that compute the same; ``within`` is the submodule that is replaced.
     """
     if type(module) is not kind:
         return f"{type(module).__name__} is not {kind.__name__}"

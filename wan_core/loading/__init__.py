@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from .cache import ComponentCache, ComponentKey, component_cache, component_key
     from .component import load_component
     from .download import fetch, plan_download
-    from .dtypes import cast_module, dtype_of, keep_in_fp32, stays_fp32
+    from .dtypes import dtype_of, keep_in_fp32, stays_fp32
     from .fp8_storage import store_fp8
     from .moving import Undo, device_of, move, remember
     from .page_lock import Slab, all_pinned_bytes, lock_within, pin_block, room_to_pin
@@ -29,7 +29,6 @@ __getattr__ = lazy_names(
         "cache": ("ComponentCache", "ComponentKey", "component_cache", "component_key"),
         "component": ("load_component",),
         "download": ("fetch", "plan_download"),
-        "dtypes": ("cast_module", "dtype_of", "keep_in_fp32", "stays_fp32"),
         "fp8_storage": ("store_fp8",),
         "moving": ("Undo", "device_of", "move", "remember"),
         "page_lock": ("Slab", "all_pinned_bytes", "lock_within", "pin_block", "room_to_pin"),
@@ -45,7 +44,6 @@ __all__ = [
     "TensorReader",
     "Undo",
     "all_pinned_bytes",
-    "cast_module",
     "component_cache",
     "component_key",
     "device_of",
