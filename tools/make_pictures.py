@@ -1,7 +1,8 @@
 """Makes the pictures of the README, the help pages and the example workflows, in a real ComfyUI.
 
 Run from the repository's root: ``python tools/make_pictures.py``. Needs what
-tests/nodes/test_comfyui.py needs: a ComfyUI checkout and a Chromium. Model and videos are those of the demo model.
+tests/nodes/test_comfyui.py needs: a ComfyUI checkout and a Chromium.
+Model and videos are those of the demo model.
 """
 
 from __future__ import annotations

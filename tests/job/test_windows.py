@@ -415,5 +415,8 @@ def blend_matches(plan: WindowPlan, step: int, rng: random.Random) -> None:
 
 
 def test_planning_needs_no_torch() -> None:
-    code = "import sys, wan_core.job.windows as w; w.plan_windows(41)\nsys.exit('torch' in sys.modules)"
+    code = (
+        "import sys, wan_core.job.windows as w; w.plan_windows(41)\n"
+        "sys.exit('torch' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

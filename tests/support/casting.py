@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from wan_core.loading import keep_in_fp32, stays_fp32
+from wan_core.loading.dtypes import keep_in_fp32, stays_fp32
 
 
 def cast_module(module: nn.Module, dtype: torch.dtype) -> nn.Module:
