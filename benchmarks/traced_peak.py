@@ -4,8 +4,8 @@
 
 Memory: true shapes with fake tensors (``tests/support/dry_run.py``). Every operator runs, nothing
 is computed, each storage counts from its birth until Python drops it; weights are left out, and
-what libraries take inside one operator is not seen. Transformers are run with two blocks; one case is
-repeated with all forty, which shows that the peak does not depend on their number. Decoders are
+what libraries take inside one operator is not seen. Transformers are run with two blocks; one case
+is repeated with all forty, which shows that the peak does not depend on their number. Decoders are
 run for as many latent frames as it takes until the peak repeats.
 
 Time: real tensors on one thread of the CPU, small sizes, diffusers and WanFit taking turns; the

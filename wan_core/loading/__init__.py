@@ -29,6 +29,7 @@ __getattr__ = lazy_names(
         "cache": ("ComponentCache", "ComponentKey", "component_cache", "component_key"),
         "component": ("load_component",),
         "download": ("fetch", "plan_download"),
+        "dtypes": ("dtype_of", "keep_in_fp32", "stays_fp32"),
         "fp8_storage": ("store_fp8",),
         "moving": ("Undo", "device_of", "move", "remember"),
         "page_lock": ("Slab", "all_pinned_bytes", "lock_within", "pin_block", "room_to_pin"),
