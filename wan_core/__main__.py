@@ -233,9 +233,7 @@ def _estimate(arguments: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     from .memory import format_estimate
 
     wrapper = _open(arguments)
-    needs_image = wrapper.architecture.variant.image_input == "required"
-    # For an estimate only the presence of an image counts; no picture is read.
-    job = _job(arguments, wrapper, prompt="", image="first.png" if needs_image else None)
+    job = _job(arguments, wrapper, prompt="")
     estimate, largest = wrapper.estimate_memory_usage(job), wrapper.what_fits(job)
     text = f"{format_estimate(estimate)}\n{largest}"
     return text, estimate.to_dict() | {"what_fits": largest}

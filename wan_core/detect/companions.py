@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
@@ -42,19 +42,23 @@ class Found:
 
 
 def find_companions(
-    files: WanModelFiles, present: Mapping[str, Sequence[str | Path]], inspect: Inspect
+    files: WanModelFiles,
+    present: Mapping[str, Sequence[str | Path]],
+    inspect: Inspect,
+    without: Collection[str] = (),
 ) -> Found:
     """Fill the fields of ``files`` that are None from the files ``present`` for each field.
 
     ``present`` maps vae, text_encoder, image_encoder and transformer_2 to the paths to look at;
-    ``inspect`` reads one of them (``detector.inspect_file``). Fields that are set already stay. A
+    ``inspect`` reads one of them (``detector.inspect_file``). Fields that are set already stay, and
+    ``without`` names those that shall stay empty: a job that needs one of them will say so. A
     file that cannot be read is skipped. Raises MissingFile, naming what was looked at, when none of
     the files is a component that the model needs, and WanError for a bad transformer.
     """
     main = inspect(files.transformer)
     reasons: list[str] = []
     for name, fits in _tests(main).items():
-        if getattr(files, name) is not None:
+        if getattr(files, name) is not None or name in without:
             continue
         candidates = present.get(name, ())
         path, reason = _choose(name, fits, candidates, inspect)
