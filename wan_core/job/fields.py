@@ -1,19 +1,18 @@
 """Checks of single values: each returns the value in its plain form, or raises InvalidRequest.
 
-Numbers may come from any library (``numpy.random`` seeds, scales of ``linspace``, tensors with one
-value): what counts is that they are numbers. A message names the field, the value and what is
-allowed.
+Numbers may come from any library (``config.plain_number``). A message names the field, the value
+and what is allowed.
 """
 
 from __future__ import annotations
 
 import math
-import operator
 import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from ..config import is_bool, plain_number
 from ..errors import InvalidRequest
 
 _SHOWN = 80
@@ -21,7 +20,7 @@ _SHOWN = 80
 
 def whole(value: Any, field: str, low: int, high: int) -> int:
     """Return ``value`` as an int; 4.0 is one too. A bool is not."""
-    number = _number(value)
+    number = plain_number(value)
     if isinstance(number, float) and math.isfinite(number) and number == int(number):
         number = int(number)
     if not isinstance(number, int) or not low <= number <= high:
@@ -34,7 +33,7 @@ def whole(value: Any, field: str, low: int, high: int) -> int:
 
 def real(value: Any, field: str, low: float, high: float) -> float:
     """Return ``value`` as a finite float."""
-    number = _number(value)
+    number = plain_number(value)
     # Compared before it is converted: a large int is no float.
     if number is None or not low <= number <= high:
         raise InvalidRequest(
@@ -55,7 +54,7 @@ def choice(value: Any, field: str, allowed: Iterable[str]) -> str:
 
 def flag(value: Any, field: str) -> bool:
     """Return ``value`` as a bool; of numbers only 0 and 1 are taken, of texts none."""
-    if isinstance(value, bool) or _is_bool_scalar(value) or _number(value) in (0, 1):
+    if is_bool(value) or plain_number(value) in (0, 1):
         return bool(value)
     raise InvalidRequest(f"{field} is {shown(value)}; True or False is needed.", field=field)
 
@@ -81,9 +80,9 @@ def text(value: Any, field: str, may_be_missing: bool = False) -> str:
 def path(value: Any, field: str) -> Path:
     """Return ``value`` as a path in which ``~`` is the user's home folder."""
     try:
-        found = Path(value).expanduser()
+        found = Path(os.path.expanduser(Path(value)))
         os.fsencode(found)
-    except (TypeError, RuntimeError, UnicodeEncodeError) as err:
+    except (TypeError, UnicodeEncodeError) as err:
         raise InvalidRequest(
             f"{field} is {shown(value)}; the path of a file is needed ({err}).", field=field
         ) from err
@@ -110,30 +109,3 @@ def shown(value: Any) -> str:
     except ValueError:  # an int of more digits than Python prints
         return f"a {type(value).__name__} with too many digits to show"
     return said if len(said) <= _SHOWN else said[: _SHOWN - 3] + "..."
-
-
-def _number(value: Any) -> int | float | None:
-    """Return a scalar of any library as a Python number; None for what is no finite number."""
-    if isinstance(value, bool | str | bytes | bytearray) or _is_bool_scalar(value):
-        return None
-    if getattr(value, "ndim", 0):
-        return None
-    if isinstance(value, int):
-        return int(value)
-    try:
-        return operator.index(value)
-    except (TypeError, RuntimeError):  # no integer; RuntimeError: a tensor without data
-        pass
-    if not hasattr(value, "__float__"):
-        return None
-    try:
-        number = float(value)
-    except (TypeError, ValueError, OverflowError, RuntimeError):  # a signalling NaN of Decimal ...
-        return None
-    return number if math.isfinite(number) else None
-
-
-def _is_bool_scalar(value: Any) -> bool:
-    """Whether this is a bool of numpy or torch; torch takes its own for an integer."""
-    kind = str(getattr(value, "dtype", ""))
-    return kind in ("bool", "torch.bool") and not getattr(value, "ndim", 0)
