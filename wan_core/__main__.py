@@ -48,8 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _say(text: str, stream: TextIO | None = None) -> None:
     """Print a text as far as the stream can: by now the work is done, and must not end in an error.
 
-    A console of another code page shows what it does not have as \\u escapes. A reader that has gone
-    (``| head``) has seen enough.
+    A console of another code page shows what it does not have as \\u escapes. A reader that has
+    gone (``| head``) has seen enough.
     """
     stream = sys.stdout if stream is None else stream
     if stream is None:  # a program without a console
@@ -63,7 +63,7 @@ def _say(text: str, stream: TextIO | None = None) -> None:
 
 
 def _as_json(values: dict[str, Any]) -> str:
-    """Return JSON that stdout can show; its own escapes stand for what the console does not have."""
+    """Return JSON that stdout can show, with JSON's escapes for what the console does not have."""
     text = json.dumps(values, indent=2, ensure_ascii=False, default=str)
     try:
         text.encode(getattr(sys.stdout, "encoding", None) or "utf-8")

@@ -27,6 +27,7 @@ from .parts import check_files, check_parts, files_of, texts_to_encode
 from .pictures import load_picture, picture_size, to_pil
 from .request import (
     MAX_LATENT_FRAMES,
+    MAX_SIZE,
     MODES,
     MOST_FRAMES,
     Request,
@@ -57,6 +58,7 @@ __all__ = [
     "FUSIONS",
     "Inputs",
     "MAX_LATENT_FRAMES",
+    "MAX_SIZE",
     "MODES",
     "MOST_FRAMES",
     "NOISES",
