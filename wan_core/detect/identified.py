@@ -8,7 +8,7 @@ named for what it is, so that a message can say "this is a LoRA" instead of "key
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -147,6 +147,30 @@ def _strip(names: Mapping[str, TensorInfo], prefix: str) -> dict[str, TensorInfo
     return {n[cut:]: info for n, info in names.items() if n.startswith(prefix)}
 
 
+def _weights(table: TensorTable, own: Mapping[str, TensorInfo]) -> WeightKind:
+    """Return how the weights are stored; ``why_not`` also names scales that loading cannot apply.
+
+    Their shapes are in the header, so nobody has to wait for the text encoder to be told.
+    """
+    kind = read_weight_kind(table, own)
+    if kind.why_not:
+        return kind
+    for name, info in own.items():
+        ending = next((end for end in (".scale_weight", ".weight_scale") if name.endswith(end)), "")
+        weight = own.get(f"{name.removesuffix(ending)}.weight") if ending else None
+        if weight is None:
+            continue
+        rows = weight.shape[0] if weight.shape else 1
+        if info.numel not in (1, rows):
+            why = (
+                f"the scale {name!r} has shape {list(info.shape)}, as of blocks within the matrix; "
+                f"one number, or one for each of its {rows:,} rows, can be used. Take an "
+                "fp8_scaled, bf16 or GGUF version"
+            )
+            return replace(kind, why_not=why)
+    return kind
+
+
 def _find_transformer(table: TensorTable, names: Mapping[str, TensorInfo]) -> IdentifiedFile | None:
     for layout, markers in _MARKERS.items():
         for prefix in _prefixes(names, markers[1]):
@@ -157,7 +181,7 @@ def _find_transformer(table: TensorTable, names: Mapping[str, TensorInfo]) -> Id
 
 def _transformer(table: TensorTable, layout: str, prefix: str) -> IdentifiedFile:
     own = _strip(table.tensors, prefix)
-    weights = read_weight_kind(table, own)
+    weights = _weights(table, own)
     shapes = {n: info.shape for n, info in own.items() if not n.endswith(QUANT_SUFFIXES)}
     shape = read_transformer(shapes, layout)
     family, title, what = _family(own, shape)
@@ -247,7 +271,7 @@ def _find_vae(table: TensorTable, names: Mapping[str, TensorInfo]) -> Identified
             version = "2.2" if vae.is_residual else "2.1"
             return IdentifiedFile(
                 kind="vae", title=f"a Wan {version} VAE ({vae.z_dim} channels)", table=table,
-                layout=layout, prefix=prefix, vae=vae, weights=read_weight_kind(table, own),
+                layout=layout, prefix=prefix, vae=vae, weights=_weights(table, own),
                 reasons=(
                     f"{_label(table)}: VAE with {vae.z_dim} latent channels, "
                     + ("nested residual blocks: 2.2" if vae.is_residual else "flat blocks: 2.1"),
@@ -293,7 +317,7 @@ def _find_text(table: TensorTable, names: Mapping[str, TensorInfo]) -> Identifie
                 kind="text_encoder" if umt5 else "other",
                 title=f"a {name} text encoder (width {width}, {layers} blocks)", table=table,
                 layout=layout, prefix=prefix, width=width, layers=layers,
-                weights=read_weight_kind(table, own),
+                weights=_weights(table, own),
                 reasons=(
                     f"{_label(table)}: {name}, width {width}, {layers} blocks, vocabulary "
                     f"{vocabulary:,}",
@@ -318,7 +342,7 @@ def _find_image(table: TensorTable, names: Mapping[str, TensorInfo]) -> Identifi
             return IdentifiedFile(
                 kind="image_encoder", title=f"a CLIP image encoder (width {width})", table=table,
                 layout=layout, prefix=prefix, width=width,
-                weights=read_weight_kind(table, own),
+                weights=_weights(table, own),
                 reasons=(f"{_label(table)}: CLIP vision model of width {width}",),
             )  # fmt: skip
     return None
