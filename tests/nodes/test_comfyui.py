@@ -388,12 +388,16 @@ def test_free_releases_the_weights(server: ComfyServer) -> None:
 
 
 def test_choosing_another_model_releases_the_first(server: ComfyServer) -> None:
-    server.run(graph(seed=31))
+    # Texts that no other run has encoded: with those known, the text encoder is not read.
+    server.run(graph(seed=31, prompt="one red cat"))
     first = server.state()["weight_bytes"]
-    server.run(graph(model="org/tiny-a14b", seed=31))
+    server.run(graph(model="org/tiny-a14b", seed=31, prompt="two red cats"))
+    # After /free ComfyUI's old output cache, a circle, may still hold the first model's pipeline:
+    # ComfyUI collects at most every ten seconds.
+    server.post("/wanfit_probe/collect")
     both = server.state()["weight_bytes"]
     server.free()
-    server.run(graph(model="org/tiny-a14b", seed=31, name="alone"))
+    server.run(graph(model="org/tiny-a14b", seed=31, prompt="three red cats", name="alone"))
     assert first > 0
     assert both == server.state()["weight_bytes"]
 
@@ -481,6 +485,8 @@ def test_single_files_equal_the_same_weights_as_a_folder(server: ComfyServer) ->
 
 
 def test_swapped_experts_are_run_as_chosen_and_warned_of(server: ComfyServer) -> None:
+    # Newer versions do not report what a node showed when its outputs come from the cache.
+    server.free()
     outputs = server.run(with_files(graph(name="right", seed=5)))
     assert "swapped" not in outputs["1"]["text"][0]
     swapped = with_files(graph(name="swapped", seed=5), low_noise_model=single_files.HIGH)

@@ -54,6 +54,15 @@ async def state(request):
     )
 
 
+@routes.post("/wanfit_probe/collect")
+async def collect(request):
+    """Collect garbage, which ComfyUI does every ten seconds at most; also what was frozen above."""
+    gc.unfreeze()
+    found = gc.collect()
+    gc.freeze()
+    return web.json_response({"collected": found})
+
+
 @routes.post("/wanfit_probe/free_memory")
 async def free_memory(request):
     """What ComfyUI does when another model needs more than is free."""
