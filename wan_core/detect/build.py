@@ -12,7 +12,7 @@ from typing import Any, Final
 
 from ..errors import CorruptFile, UnsupportedModel
 from ..files import quoted, some_of
-from ..models import Component, ModelArchitecture, TransformerShape, VaeShape
+from ..models import Component, ModelArchitecture, TransformerShape, VaeShape, stored_sizes
 from .identified import IdentifiedFile
 from .variant_choice import Choice
 
@@ -56,6 +56,8 @@ def component(
         kind=kind, path=path, files=table.files, nbytes=table.nbytes, parameters=table.parameters,
         dtypes=table.dtypes, layout=part.layout, prefix=part.prefix,
         weight_kind=part.weights.name, format=table.format, file_variant=_tag(table.files[0]),
+        stored_as=part.weights.title,
+        stored=stored_sizes(kind.removesuffix("_2"), table, part.weights, part.prefix),
         config=dict(config or {}),
     )  # fmt: skip
 

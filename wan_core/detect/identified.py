@@ -14,7 +14,14 @@ from typing import Any, Final
 
 from ..errors import CorruptFile
 from ..files import some_of
-from ..formats import QUANT_SUFFIXES, TensorInfo, TensorTable, WeightKind, read_weight_kind
+from ..formats import (
+    QUANT_SUFFIXES,
+    TensorInfo,
+    TensorTable,
+    WeightKind,
+    logical_shape,
+    read_weight_kind,
+)
 from ..models import TransformerShape, VaeShape, read_transformer, read_vae, transformer_tensors
 from .unsupported import is_lora, lora_title, lora_width, unsupported_title
 
@@ -158,7 +165,11 @@ def _find_transformer(table: TensorTable, names: Mapping[str, TensorInfo]) -> Id
 def _transformer(table: TensorTable, layout: str, prefix: str) -> IdentifiedFile:
     own = _strip(table.tensors, prefix)
     weights = read_weight_kind(table, own)
-    shapes = {n: info.shape for n, info in own.items() if not n.endswith(QUANT_SUFFIXES)}
+    shapes = {
+        n: logical_shape(n, info, weights)
+        for n, info in own.items()
+        if not n.endswith(QUANT_SUFFIXES)
+    }
     shape = read_transformer(shapes, layout)
     family, title, what = _family(own, shape)
     expected = transformer_tensors(shape, layout)
