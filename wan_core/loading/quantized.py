@@ -6,6 +6,9 @@ given. The bytes travel as they are: through RAM, page-locked slabs, the bus and
 
 from __future__ import annotations
 
+import functools
+import logging
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,11 +16,18 @@ import torch.nn.functional as functional
 from torch import Tensor, nn
 
 from ..formats import Storage
-from .dequantize import Scales, dequantize
-from .kernels import dequantize_on_device
+from .dequantize import Scales, dequantize, numbers_that_may_be_wild
 
 _FP8_NAMES = {torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2"}
 _ROWS = 1024  # converted to fp8 at once
+_SMALLEST = {
+    "Q8_0": 34, "Q4_0": 18, "Q4_1": 20, "Q5_0": 22, "Q5_1": 24, "Q4_K": 144, "Q5_K": 176,
+    "Q6_K": 210,
+}  # fmt: skip
+"""Bytes of a block, of the GGUF types that have a kernel."""
+_log = logging.getLogger(__name__)
+_tried: dict[tuple[object, ...], bool] = {}
+"""Which kernels gave the reference's numbers, by kind, device and dtype."""
 
 
 class _Stored:
@@ -51,8 +61,10 @@ class _Stored:
         if self.stored.kind == "float":
             cast: Tensor = bits.to(dtype)
             return cast
-        fast = dequantize_on_device(bits, scales, self.stored, dtype)
-        return dequantize(bits, scales, self.stored, dtype) if fast is None else fast
+        if bits.is_cuda and _kernel_works(self.stored, bits.device, dtype):
+            fast: Tensor = _kernels().run(bits, scales, self.stored, dtype)
+            return fast
+        return dequantize(bits, scales, self.stored, dtype)
 
     def _scales(self) -> Scales:
         if self.weight_scales is None:
@@ -60,6 +72,56 @@ class _Stored:
         bits = self.weight_scales.data
         kind = torch.uint8 if self.stored.per == "block" else torch.float32
         return Scales(bits.view(kind), self.whole_scale)
+
+
+@functools.cache
+def _kernels() -> Any:
+    """Return the module of Triton kernels, or None where it cannot be imported."""
+    try:
+        from . import kernels
+    except Exception as err:  # noqa: BLE001 - a broken Triton fails in many ways, and is an extra
+        _log.info("Quantised weights are taken apart without Triton (%s), more slowly.", err)
+        return None
+    return kernels
+
+
+def _kernel_works(stored: Storage, device: torch.device, dtype: torch.dtype) -> bool:
+    """Say whether a kernel gives the reference's numbers on this device; tried once a kind."""
+    kernels = _kernels()
+    if kernels is None or not kernels.has_kernel(stored):
+        return False
+    kind = (stored.kind, stored.dtype, stored.per, stored.group)
+    key = (*kind, device, dtype)
+    if key not in _tried:
+        _tried[key] = _agrees(kernels, stored, device, dtype)
+        if not _tried[key]:
+            _log.warning(
+                "%s is taken apart without Triton: its kernel failed a test.", stored.title
+            )
+    return _tried[key]
+
+
+def _agrees(kernels: Any, stored: Storage, device: torch.device, dtype: torch.dtype) -> bool:
+    """Compare a kernel with the reference code on some random bytes."""
+    rows, width = 64, 2 * max(stored.group, _SMALLEST.get(stored.dtype, 256))
+    generator = torch.Generator().manual_seed(0)
+    bits = torch.randint(0, 256, (rows, width), dtype=torch.uint8, generator=generator)
+    # NaN and infinity do not equal themselves; no file that was loaded holds them.
+    for values in numbers_that_may_be_wild(bits, replace(stored, shape=(rows, width))):
+        if not bool(torch.isfinite(values.float()).all()):
+            bits &= 0x3F
+    bits = bits.to(device).view(torch.int8)
+    each = torch.rand(rows, generator=generator).to(device) if stored.per == "row" else None
+    scales = Scales(each, 0.37 if stored.per == "tensor" else 1.0)
+    expected = dequantize(bits, scales, stored, dtype)
+    try:
+        found = kernels.run(bits, scales, stored, dtype)
+    except Exception as err:  # noqa: BLE001 - compiling needs a C compiler, a known card, ...
+        _log.info("A Triton kernel did not run: %s", err)
+        return False
+    if stored.group:  # summed exactly, where the reference rounds on the way
+        return bool(torch.allclose(found.float(), expected.float(), rtol=2e-2, atol=1e-3))
+    return torch.equal(found, expected)
 
 
 class StoredLinear(_Stored, nn.Linear):
