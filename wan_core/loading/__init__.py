@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from .download import fetch, plan_download
     from .dtypes import dtype_of, keep_in_fp32, stays_fp32
     from .moving import Undo, device_of, move, remember
-    from .page_lock import Slab, all_pinned_bytes, lock_within, pin_block, room_to_pin
+    from .page_lock import Slab, all_pinned_bytes, lock_within, pin_block, room_to_pin, unpin
     from .reader import TensorReader
     from .tokenizer import load_image_processor, load_scheduler_config, load_tokenizer
 
@@ -30,7 +30,14 @@ __getattr__ = lazy_names(
         "download": ("fetch", "plan_download"),
         "dtypes": ("dtype_of", "keep_in_fp32", "stays_fp32"),
         "moving": ("Undo", "device_of", "move", "remember"),
-        "page_lock": ("Slab", "all_pinned_bytes", "lock_within", "pin_block", "room_to_pin"),
+        "page_lock": (
+            "Slab",
+            "all_pinned_bytes",
+            "lock_within",
+            "pin_block",
+            "room_to_pin",
+            "unpin",
+        ),
         "reader": ("TensorReader",),
         "tokenizer": ("load_image_processor", "load_scheduler_config", "load_tokenizer"),
     },
@@ -60,4 +67,5 @@ __all__ = [
     "remember",
     "room_to_pin",
     "stays_fp32",
+    "unpin",
 ]

@@ -18,7 +18,7 @@ import torch
 from ..config import GenerationConfig, MemoryEstimate, VideoGenerationResult
 from ..errors import DoesNotFit, is_oom
 from ..job import FRAMES_PER_LATENT, Request, latent_frames, plan_windows, resolve, round_up_frames
-from ..loading import ComponentCache
+from ..loading import ComponentCache, unpin
 from ..memory import Calibrations, RunRecord, SystemResources, Workload, forward_name
 from ..models import ModelArchitecture
 from ..plan import OptimizationConfig, OptimizationPlan, Planner
@@ -143,7 +143,11 @@ class WanPipelineWrapper:
         request, plan = self.plan(config)
         render = self._make_render(config, request, plan, callbacks, result)
         before = self._foreign_bytes(render.stages)
-        render.run()
+        try:
+            render.run()
+        finally:
+            # Page-locked memory cannot be swapped out, and other programs need it between renders.
+            unpin()
         self._learn(plan, render.stages, before)
 
     def _foreign_bytes(self, stages: StageRunner) -> int:

@@ -198,7 +198,11 @@ class StageRunner:
             stack.enter_context(self.timeline.stage(stage))
             decoding = stage == "decode"
             self._say_once(
-                stack.enter_context(apply_plan(module, component, self.plan, decoding=decoding))
+                stack.enter_context(
+                    apply_plan(
+                        module, component, self.plan, decoding=decoding, check=self.check_interrupt
+                    )
+                )
             )
             if component.startswith("transformer"):
                 stack.enter_context(block_hooks(module, self.check_interrupt))
