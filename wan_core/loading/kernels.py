@@ -34,7 +34,7 @@ def has_kernel(stored: Storage) -> bool:
     """Say whether a kind of storage has a kernel here."""
     if stored.kind == "gguf":
         return stored.dtype in _GGUF_KINDS
-    return stored.kind in ("fp8", "int8") and stored.group in (0, 64, 256)
+    return stored.group in (0, 64, 256)
 
 
 def run(values: Tensor, scales: Scales, stored: Storage, dtype: torch.dtype) -> Tensor:
@@ -45,6 +45,8 @@ def run(values: Tensor, scales: Scales, stored: Storage, dtype: torch.dtype) -> 
             return _gguf(bits, stored, dtype)
         if stored.group:
             return _rotated(bits, scales, stored, dtype)
+        if stored.per == "block":
+            return _by_blocks(bits, scales, stored, dtype)
         return _flat(bits, scales, stored, dtype)
 
 
@@ -69,9 +71,7 @@ def _flat_kernel(
     inside = at < total
     code = tl.load(bits + at, mask=inside, other=0)
     if KIND == 0:
-        # The bits of e4m3 in the place of float16's are 2**8 too small, subnormals included.
-        wide = ((code & 0x80).to(tl.uint16) << 8) | ((code & 0x7F).to(tl.uint16) << 7)
-        value = wide.to(tl.float16, bitcast=True).to(tl.float32) * 256.0
+        value = _e4m3(code)
     elif KIND == 1:
         value = (code.to(tl.uint16) << 8).to(tl.float16, bitcast=True).to(tl.float32)
     else:
@@ -83,17 +83,59 @@ def _flat_kernel(
     tl.store(out + at, value.to(out.dtype.element_ty), mask=inside)
 
 
+def _by_blocks(bits: Tensor, scales: Scales, stored: Storage, dtype: torch.dtype) -> Tensor:
+    assert scales.each is not None
+    four_bits = stored.kind == "nvfp4"
+    rows, columns = bits.shape[0], bits.shape[1] * (2 if four_bits else 1)
+    out = torch.empty(rows, columns, dtype=dtype, device=bits.device)
+    grid = (triton.cdiv(rows * columns, _TILE),)
+    _blocks_kernel[grid](
+        bits, scales.each.view(torch.uint8), out, rows * columns, scales.whole,
+        FOUR_BITS=four_bits, TILE=_TILE,
+    )  # fmt: skip
+    return out
+
+
+@triton.jit
+def _e4m3(code):
+    """Return the numbers that bytes of e4m3 stand for."""
+    # Their bits in the place of float16's are 2**8 too small, subnormals included.
+    wide = ((code & 0x80).to(tl.uint16) << 8) | ((code & 0x7F).to(tl.uint16) << 7)
+    return wide.to(tl.float16, bitcast=True).to(tl.float32) * 256.0
+
+
+@triton.jit
+def _blocks_kernel(bits, each, out, total, whole, FOUR_BITS: tl.constexpr, TILE: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
+    inside = at < total
+    if FOUR_BITS:  # nvfp4: of two in a byte the even column is the high one
+        code = tl.load(bits + at // 2, mask=inside, other=0).to(tl.int32)
+        code = tl.where(at % 2 == 0, code >> 4, code & 15)
+        exponent = (code >> 1) & 3
+        digit = (code & 1).to(tl.float32) * 0.5
+        power = tl.where(exponent == 3, 4.0, tl.where(exponent == 2, 2.0, 1.0))
+        value = tl.where(exponent == 0, digit, (1.0 + digit) * power)
+        value = tl.where(code >= 8, -value, value)
+        factor = _e4m3(tl.load(each + at // 16, mask=inside, other=0)) * whole
+    else:  # mxfp8: the scale is the exponent of a float32
+        value = _e4m3(tl.load(bits + at, mask=inside, other=0))
+        exponent = tl.load(each + at // 32, mask=inside, other=0).to(tl.int32)
+        factor = (exponent << 23).to(tl.float32, bitcast=True)
+    tl.store(out + at, (value * factor).to(out.dtype.element_ty), mask=inside)
+
+
 def _rotated(bits: Tensor, scales: Scales, stored: Storage, dtype: torch.dtype) -> Tensor:
     rows, columns = bits.shape
     group = stored.group
     out = torch.empty(rows, columns, dtype=dtype, device=bits.device)
     signs = _signs(group, bits.device)
     each: Any = bits if scales.each is None else scales.each
-    block = 64
+    block = 128
     grid = (triton.cdiv(rows, block), columns // group)
     _rotated_kernel[grid](
         bits, each, signs, out, rows, columns, scales.whole, float(group) ** -0.5,
-        PER_ROW=scales.each is not None, GROUP=group, BLOCK=block, WIDTH=64,
+        PER_ROW=scales.each is not None, GROUP=group, BLOCK=block, WIDTH=min(group, 128),
+        num_warps=8,
     )  # fmt: skip
     return out
 

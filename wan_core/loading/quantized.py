@@ -111,8 +111,13 @@ def _agrees(kernels: Any, stored: Storage, device: torch.device, dtype: torch.dt
         if not bool(torch.isfinite(values.float()).all()):
             bits &= 0x3F
     bits = bits.to(device).view(torch.int8)
-    each = torch.rand(rows, generator=generator).to(device) if stored.per == "row" else None
-    scales = Scales(each, 0.37 if stored.per == "tensor" else 1.0)
+    each: Tensor | None = None
+    if stored.per == "row":
+        each = torch.rand(rows, generator=generator).to(device)
+    elif stored.per == "block":  # exponents and e4m3 numbers that are neither NaN nor huge
+        blocks = width // (8 if stored.kind == "nvfp4" else 32)
+        each = torch.randint(60, 120, (rows, blocks), dtype=torch.uint8).to(device)
+    scales = Scales(each, 1.0 if stored.per == "row" else 0.37)
     expected = dequantize(bits, scales, stored, dtype)
     try:
         found = kernels.run(bits, scales, stored, dtype)
