@@ -1,13 +1,15 @@
 """Model files read as tensor tables: which tensors they hold, at which bytes, in which dtype.
 
 In: a path (.safetensors, .gguf, a torch .pth or .bin zip file, a sharded index, a folder). Out: a
-``TensorTable``, and how its weights are stored (full precision, fp8, GGUF types). Memory and time
-are bounded whatever a file claims, and nothing in a file is executed. Imports the standard library
-and the ground floor (``errors``, ``config``, ``files``) only.
+``TensorTable``, how its weights are stored (full precision, fp8, GGUF types), and the tokenizer
+that a GGUF text encoder carries. Memory and time are bounded whatever a file claims, and nothing in
+a file is executed. Imports the standard library and the ground floor (``errors``, ``config``,
+``files``) only.
 """
 
 from __future__ import annotations
 
+from .gguf_tokenizer import GgufTokenizer, has_gguf_tokenizer, read_gguf_tokenizer
 from .index import listing
 from .open import read_table
 from .small_json import read_json
@@ -16,11 +18,14 @@ from .weight_kind import GGUF_TYPES, QUANT_SUFFIXES, WeightKind, read_weight_kin
 
 __all__ = [
     "GGUF_TYPES",
+    "GgufTokenizer",
     "QUANT_SUFFIXES",
     "TensorInfo",
     "TensorTable",
     "WeightKind",
+    "has_gguf_tokenizer",
     "listing",
+    "read_gguf_tokenizer",
     "read_json",
     "read_table",
     "read_weight_kind",
