@@ -94,6 +94,53 @@ def test_what_is_named_stays(models: Path) -> None:
     assert chosen["vae"] == "another_2.1_vae" and not any(r.startswith("VAE") for r in reasons)
 
 
+def text_encoders(folder: Path) -> dict[str, Path]:
+    """Encoders of the same width: with a tokenizer in their file, without, or with a broken one."""
+    shapes = layouts.umt5(layers=2)
+    names = {"token_embd.weight": (256384, 4096), "enc.blk.0.attn_q.weight": (4096, 4096)}
+    names |= {f"enc.blk.{block}.attn_rel_b.weight": (32, 64) for block in range(2)}
+    key = "tokenizer.ggml."
+    words = [f"word{number}" for number in range(40)]
+    arrays = {f"{key}model": "t5", f"{key}tokens": words, f"{key}scores": [-1.0] * 40}
+    broken = arrays | {f"{key}scores": [-1.0] * 39}
+    bare = layouts.stored(shapes, "bf16")
+    whole = layouts.stored(shapes, "bf16")
+    whole.tensors["spiece_model"] = ("U8", (4_548_313,))
+    folder.mkdir()
+    return {
+        "bare": layouts.write_sparse(folder / "a-bf16.safetensors", bare),
+        "whole": layouts.write_sparse(folder / "b-bf16.safetensors", whole),
+        "gguf": layouts.write_sparse_gguf(folder / "c.gguf", names, 12, 256, 144, arrays),
+        "bare gguf": layouts.write_sparse_gguf(folder / "d.gguf", names, 12, 256, 144),
+        "broken gguf": layouts.write_sparse_gguf(folder / "e.gguf", names, 12, 256, 144, broken),
+    }
+
+
+@pytest.mark.parametrize(
+    ("there", "chosen"),
+    [
+        (("bare", "whole", "gguf"), "whole"),
+        (("bare", "whole", "bare gguf"), "whole"),
+        (("bare", "bare gguf", "gguf"), "gguf"),
+        (("bare", "broken gguf", "whole"), "whole"),
+        (("bare", "bare gguf"), "bare"),
+        (("broken gguf", "bare"), "bare"),
+    ],
+)
+def test_an_encoder_that_carries_its_tokenizer_comes_first(
+    models: Path, tmp_path: Path, there: tuple[str, ...], chosen: str
+) -> None:
+    encoders = text_encoders(tmp_path / "text_encoders")
+    main = models / "diffusion_models" / "wan2.2_ti2v_5B_fp16.safetensors"
+    files = present(models) | {"text_encoder": [encoders[name] for name in there]}
+    found = find_companions(WanModelFiles(transformer=main), files, inspect_file)
+    assert found.files.text_encoder == encoders[chosen]
+    # With a tokenizer named, precision alone decides.
+    named = WanModelFiles(transformer=main, tokenizer=tmp_path)
+    found = find_companions(named, files, inspect_file)
+    assert found.files.text_encoder == encoders["bare" if "bare" in there else chosen]
+
+
 def test_nothing_fits(models: Path) -> None:
     path = models / "diffusion_models" / "wan2.2_ti2v_5B_fp16.safetensors"
     vaes = [models / "vae" / "wan_2.1_vae.safetensors"]

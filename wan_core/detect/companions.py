@@ -20,6 +20,7 @@ from ..errors import MissingFile, WanError
 from ..files import some_of
 from .identified import IdentifiedFile
 from .pairing import role_hint
+from .single_files import find_tokenizer
 
 Inspect = Callable[[str | Path], IdentifiedFile]
 
@@ -57,7 +58,8 @@ def find_companions(
         if getattr(files, name) is not None:
             continue
         candidates = present.get(name, ())
-        path, reason = _choose(name, fits, candidates, inspect)
+        needs_tokenizer = name == "text_encoder" and files.tokenizer is None
+        path, reason = _choose(name, fits, candidates, inspect, needs_tokenizer)
         change: dict[str, Any] = {name: path}
         files = replace(files, **change)
         reasons.append(reason)
@@ -97,14 +99,19 @@ def _choose(
     test: tuple[Callable[[IdentifiedFile], bool], str],
     candidates: Sequence[str | Path],
     inspect: Inspect,
+    needs_tokenizer: bool,
 ) -> tuple[Path, str]:
-    """Return the best file that passes the test and the sentence that says why it was taken."""
+    """Return the best file that passes the test and the sentence that says why it was taken.
+
+    With ``needs_tokenizer``, a file without one comes after all that have one.
+    """
     fits, words = test
     good = []
     for candidate in candidates:
         part = _try(inspect, candidate)
         if part is not None and not part.weights.why_not and fits(part):
-            good.append((_rank(part), Path(candidate), part))
+            lacks = needs_tokenizer and not _has_tokenizer(part, Path(candidate))
+            good.append(((lacks, _rank(part)), Path(candidate), part))
     if not good:
         looked = some_of([os.path.basename(path) for path in candidates]) or "no files there"
         raise MissingFile(
@@ -121,6 +128,14 @@ def _choose(
 def _rank(part: IdentifiedFile) -> int:
     kind = part.weights.name
     return _KINDS.index(kind) if kind in _KINDS else len(_KINDS)
+
+
+def _has_tokenizer(part: IdentifiedFile, path: Path) -> bool:
+    # A damaged one is as good as none here; the file that is chosen in the end is checked again.
+    try:
+        return find_tokenizer(part, path) is not None
+    except WanError:
+        return False
 
 
 def _try(inspect: Inspect, path: str | Path) -> IdentifiedFile | None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from ..config import WanModelFiles
 from ..errors import UnsupportedModel
 from ..files import quoted
+from ..formats import has_gguf_tokenizer
 from ..models import Component, ModelArchitecture, TransformerShape, VaeShape
 from .build import build, component, refuse_weights, require_kind, require_whole
 from .identified import IdentifiedFile
@@ -69,13 +70,13 @@ def from_files(
         require_kind(part, name.removesuffix("_2"), Path(given))
         refuse_weights(part)
         parts[name], components[name] = part, component(name, Path(given), part)
-    tokenizer = files.tokenizer or _tokenizer_of(files.text_encoder, parts.get("text_encoder"))
+    tokenizer, said = _tokenizer(files, parts.get("text_encoder"))
     if tokenizer is not None:
-        components["tokenizer"] = Component(kind="tokenizer", path=Path(tokenizer))
+        components["tokenizer"] = Component(kind="tokenizer", path=tokenizer)
     main = parts["transformer"].transformer
     assert main is not None
     low = parts.get("transformer_2")
-    warnings: list[str] = []
+    warnings = [said] if tokenizer is None and said else []
     if low is not None:
         assert low.transformer is not None
         check_experts(parts["transformer"], low, main, low.transformer)
@@ -88,19 +89,45 @@ def from_files(
     vae = _check_companions(root, parts, main)
     if low is None:
         warnings += _one_transformer(choice, parts["transformer"])
+    reasons = ["each file's role is the one it was given"]
+    reasons += [said] if tokenizer is not None and said else []
     return build(
         root, parts, choice, components, main, vae, warnings=tuple(warnings),
-        reasons=("each file's role is the one it was given",),
+        reasons=tuple(reasons),
     )  # fmt: skip
 
 
-def _tokenizer_of(text_encoder: str | Path | None, part: IdentifiedFile | None) -> Path | None:
-    """Return where a text encoder's tokenizer is: in its own file, or in a folder beside it."""
-    if text_encoder is None or part is None:
-        return None
-    path = Path(text_encoder)
-    if "spiece_model" in part.table.tensors:
-        return path
+def _tokenizer(files: WanModelFiles, text: IdentifiedFile | None) -> tuple[Path | None, str]:
+    """Return where the tokenizer is and a sentence about it: why, or what to do if it lacks."""
+    if files.tokenizer is not None:
+        return Path(files.tokenizer), ""
+    if files.text_encoder is None or text is None:
+        return None, ""
+    path = find_tokenizer(text, Path(files.text_encoder))
+    if path is None:
+        holds = "tokenizer.ggml.tokens" if text.table.format == "gguf" else "spiece_model"
+        return None, (
+            f"{quoted(text.table.path)} carries no tokenizer (no {holds!r}), and no prompt can be "
+            "encoded without. Name a tokenizer folder or a spiece.model of umT5 as the tokenizer, "
+            "or choose a text encoder file that carries one."
+        )
+    if path in text.table.files:
+        return path, f"{path.name} carries the tokenizer too"
+    return path, f"the tokenizer is in {quoted(path)}, beside the text encoder"
+
+
+def find_tokenizer(text: IdentifiedFile, path: Path) -> Path | None:
+    """Return where a text encoder's tokenizer is: in its own file, or in a folder beside it.
+
+    ``path`` is the file or folder that was named. A GGUF file carries the tokenizer in its
+    metadata, a safetensors file as a tensor. Raises CorruptFile or UnsupportedModel for metadata
+    that cannot be used.
+    """
+    spiece = text.table.tensors.get("spiece_model")
+    if spiece is not None:
+        return spiece.file
+    if has_gguf_tokenizer(text.table):
+        return text.table.files[0]
     beside = (path if path.is_dir() else path.parent).parent / "tokenizer"
     return beside if beside.is_dir() else None
 

@@ -1,13 +1,15 @@
 """Tokenizer, image processor and scheduler settings: the components that have no weights.
 
 umT5's tokenizer comes from a folder, or is built from the SentencePiece model that repackaged text
-encoders carry as the tensor ``spiece_model``. Both give the same token ids. The SentencePiece model
-is parsed here, with bounds, because the packages that convert it need protobuf, which ComfyUI does
-not install. Format: ``sentencepiece_model.proto`` of github.com/google/sentencepiece.
+encoders carry: as the tensor ``spiece_model``, or in the metadata of a GGUF file. All give the same
+token ids. The SentencePiece model is parsed here, with bounds, because the packages that convert it
+need protobuf, which ComfyUI does not install. Format: ``sentencepiece_model.proto`` of
+github.com/google/sentencepiece.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import struct
 from collections.abc import Iterator
@@ -18,7 +20,7 @@ from typing import Any, Final
 
 from ..errors import CorruptFile, MissingDependency, MissingFile, UnsupportedModel
 from ..files import open_regular, quoted
-from ..formats import read_json, read_table
+from ..formats import charsmap_problem, read_gguf_tokenizer, read_json, read_table
 from ..models import TEXT_TOKENS
 
 MAX_MODEL_BYTES: Final = 64 * 2**20
@@ -32,14 +34,18 @@ _BROKEN: Final = "Download the file again."
 def load_tokenizer(path: str | os.PathLike[str]) -> Any:
     """Return umT5's tokenizer from its folder, a ``spiece.model``, or a text encoder file.
 
-    A text encoder file must hold the tensor ``spiece_model``. Raises MissingFile when there is no
-    tokenizer, CorruptFile when it cannot be read, UnsupportedModel for another kind of
-    SentencePiece model.
+    A text encoder file must hold the tensor ``spiece_model``, or be a GGUF file with a tokenizer in
+    its metadata. Raises MissingFile when there is no tokenizer, CorruptFile when it cannot be read,
+    UnsupportedModel for another kind of tokenizer.
     """
     source = Path(path)
     if source.is_dir():
         return _from_folder(source)
-    if source.suffix.lower() in (".safetensors", ".sft", ".gguf"):
+    if source.suffix.lower() == ".gguf":
+        found = read_gguf_tokenizer(source)
+        model = SentencePieceModel(found.pieces, found.unknown, found.charsmap)
+        return _build(model, quoted(source))
+    if source.suffix.lower() in (".safetensors", ".sft"):
         return build_tokenizer(_embedded(source), quoted(source))
     if source.name == "tokenizer.json":
         return _from_folder(source.parent)
@@ -94,7 +100,12 @@ def build_tokenizer(data: bytes, where: str) -> Any:
     It does the same as T5's published ``tokenizer.json``: normalise, split at whitespace, divide
     into pieces by the unigram model, append ``</s>``.
     """
-    model = parse_sentencepiece(data, where)
+    return _build(parse_sentencepiece(data, where), where)
+
+
+def _build(model: SentencePieceModel, where: str) -> Any:
+    """Build the tokenizer of a SentencePiece model."""
+    _check(model, where)
     transformers = _transformers()
     import tokenizers
     from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
@@ -129,6 +140,19 @@ def build_tokenizer(data: bytes, where: str) -> Any:
         additional_special_tokens=extra[::-1], model_max_length=TEXT_TOKENS,
         model_input_names=["input_ids", "attention_mask"], clean_up_tokenization_spaces=False,
     )  # fmt: skip
+
+
+def _check(model: SentencePieceModel, where: str) -> None:
+    """Refuse what the tokenizers package takes, to answer wrongly or to panic at a text."""
+    names = {piece for piece, _ in model.pieces}
+    if "" in names or len(names) < len(model.pieces):
+        problem: str | None = "a piece is empty, or stands twice"
+    elif not all(math.isfinite(score) for _, score in model.pieces):
+        problem = "a score is not a finite number"
+    else:
+        problem = charsmap_problem(model.charsmap)
+    if problem:
+        raise CorruptFile(f"The tokenizer in {where} is damaged: {problem}. {_BROKEN}")
 
 
 # SentencePiece -----------------------------------------------------------------------------------
