@@ -86,7 +86,7 @@ SMALLEST = [
     (P480, 4, f"0 + stream, {BLOCKS}, lean, rows"),
     (P480, 3, f"sequential, {BLOCKS}, lean, rows"),
     (P720, 8.6, f"0 + stream, {BLOCKS}, {CACHE}, lean"),
-    (P720, 7.5, f"0 + stream, {BLOCKS}, lean, rows"),
+    (P720, 7.5, f"2 + stream, {BLOCKS}, lean, rows"),
     (P720, 6, f"0 + stream, {BLOCKS}, lean, rows"),
 ]
 
@@ -106,17 +106,17 @@ STREAMED = [
     (T2V, P480, 80, "none", "fp32"),
     (T2V, P480, 48, "model", "fp32"),
     (T2V, P480, 32, "model, lean", "fp32"),  # 1.9 GiB less activations: fits where it did not
-    (T2V, P480, 24, "0 + stream, lean", "fp32"),  # a step hides the bus at this length
-    (T2V, P480, 12, "0 + stream, lean", "fp32"),
-    (T2V, P480, 8, f"0 + stream, {BLOCKS}, {CACHE}, lean", "fp32"),
-    (T2V, P480, 6, f"0 + stream, {BLOCKS}, {CACHE}, lean", "fp32"),
-    (T2V, STILL, 24, "29 + stream, lean", "fp32"),  # bus-bound: as many as keep it half idle
-    (T2V, STILL, 16, "20 + stream, lean", "fp32"),  # ... or as many as there is room for
+    (T2V, P480, 24, "28 + stream, lean", "fp32"),  # rates are assumed: as many as fit
+    (T2V, P480, 12, "10 + stream, lean", "fp32"),
+    (T2V, P480, 8, f"4 + stream, {BLOCKS}, {CACHE}, lean", "fp32"),
+    (T2V, P480, 6, f"1 + stream, {BLOCKS}, {CACHE}, lean", "fp32"),
+    (T2V, STILL, 24, "32 + stream, lean", "fp32"),
+    (T2V, STILL, 16, "20 + stream, lean", "fp32"),
     (T2V, STILL, 8, f"8 + stream, {BLOCKS}, lean", "fp32"),
     (I2V, P720, 36, "model, lean", "fp32"),
-    (I2V, P720, 32, "0 + stream, lean", "fp32"),
-    (I2V, P720, 28, "0 + stream, lean", "fp32"),
-    (I2V, P720, 16, "0 + stream, lean", "bf16"),
+    (I2V, P720, 32, "35 + stream, lean", "fp32"),
+    (I2V, P720, 28, "29 + stream, lean", "fp32"),
+    (I2V, P720, 16, "11 + stream, lean", "bf16"),
     (TI2V, FIVE, 13.5, f"model, {CACHE}, lean", "fp32"),
     (SMALL, P480, 8, f"model, {BLOCKS}, {CACHE}, lean", "fp32"),
     (T2V, P480, 5, f"0 + stream, {BLOCKS}, lean", "bf16"),

@@ -186,21 +186,34 @@ class Planner:
         requested: OptimizationConfig, smallest: Candidate, limits: Limits,
     ) -> DoesNotFit:  # fmt: skip
         fits = self._fits(architecture, system, requested, limits)
-        needed, there = smallest.reserved, limits.device
+        needed, there, stage = smallest.reserved, limits.device, smallest.stage
         where = "RAM" if system.device_kind == "cpu" else system.device_name
-        if needed <= there:  # it is the RAM that is short
-            needed, there = int(smallest.estimate.host_ram_mb * MIB), limits.ram
-            where = "RAM"
+        ram_is_short = needed <= there
+        if ram_is_short:
+            most = max(smallest.estimate.stages, key=lambda found: found.host_bytes)
+            needed, there, where, stage = most.host_bytes, limits.ram, "RAM", most.name
         title = architecture.variant.title
+        cure = "" if not ram_is_short else _ram_cure(architecture, stage, needed - there)
         return DoesNotFit(
             f"{frames_text(workload.num_frames)} of {workload.width}x{workload.height} with "
-            f"{title} need {needed / GIB:.1f} GiB (stage {smallest.stage}) in the smallest way "
+            f"{title} need {needed / GIB:.1f} GiB (stage {stage}) in the smallest way "
             f"there is, and {there / GIB:.1f} GiB of {where} can be used{limits.why}. "
-            + largest_that_fits(workload, architecture.size_multiple, fits)
+            + (cure or largest_that_fits(workload, architecture.size_multiple, fits))
             + windows_that_fit(workload, fits),
             needed_bytes=needed,
             available_bytes=there,
         )
+
+
+def _ram_cure(architecture: ModelArchitecture, stage: str, short: int) -> str:
+    """Return what helps where a stage's weights are more than the RAM: another file, or room."""
+    part = {"text_encode": "text_encoder", "denoise_low": "transformer_2"}.get(stage, "transformer")
+    component = architecture.components.get(part)
+    more = f"{short / GIB:.1f} GiB more of free RAM would do: close other programs"
+    if component is None or component.stored is None or component.stored.quantised:
+        return f"{more}."
+    other = "umT5 in fp8 (umt5_xxl_fp8_e4m3fn_scaled)" if part == "text_encoder" else "fp8 or GGUF"
+    return f"{more}, or take the {part.replace('_', ' ')} in {other}."
 
 
 def _stage_bytes(found: MemoryEstimate, stage: str) -> int:
@@ -275,6 +288,7 @@ def _plan(
         tier=candidate.tier,
         step_seconds=candidate.timing.step,
         seconds=candidate.timing.total,
+        cold_seconds=candidate.timing.cold,
         compute_bound=candidate.timing.compute_bound,
         paced=system.calibration.paced,
         pin_limit=None if requested.ram_limit_gb is None else limits.ram,
