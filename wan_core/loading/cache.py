@@ -201,6 +201,16 @@ class ComponentCache:
                     moved += 1
         return moved
 
+    def drop_unused(self) -> int:
+        """Forget every component that is not in use; return how many there were."""
+        with self._lock:
+            unused = [key for key, entry in self._entries.items() if entry.users == 0]
+            for key in unused:
+                del self._entries[key]
+        if unused:
+            gc.collect()
+        return len(unused)
+
     def drop(self, paths: set[str]) -> None:
         """Drop the components read from these files (absolute paths, links resolved)."""
         with self._lock:
