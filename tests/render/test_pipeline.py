@@ -535,3 +535,32 @@ def test_a_report_names_the_stages(folder: Any) -> None:
     assert all(predicted[name] for name in names), predicted
     text = wrapper.report(result)
     assert "denoise_high" in text and "predicted" in text and "measured" in text
+
+
+def test_a_diffusers_that_is_not_known_is_not_planned_with(
+    folder: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The plan asks what can stand in, from files, and what it then says is what is run."""
+    from wan_core.forward import sources
+    from wan_core.memory.choices import Choices
+    from wan_core.memory.stages import estimate
+    from wan_core.render import pipeline as module
+
+    wanted = GenerationConfig(prompt="a red cat", **SIZE)
+    assert "lean forward" in open_wan(folder("wan2.1-t2v"), forward="lean").plan(wanted)[1].applied
+    reason = "diffusers 9.9.9 computes WanAttention.forward in a way not known here"
+    monkeypatch.setattr(sources, "_version", lambda: "9.9.9")
+    unknown = {"models.transformers.transformer_wan": {"WanAttention.forward": ("0",)}}
+    monkeypatch.setattr(sources, "TRANSFORMER", unknown)
+    for forward in ("auto", "lean", "lean_rows"):
+        wrapper = open_wan(folder("wan2.1-t2v"), forward=forward)
+        _, plan = wrapper.plan(wanted)
+        assert any(reason in told for told in plan.reasons)
+        assert not plan.lean and not plan.by_rows
+        choices: Choices = plan.choices
+        system = wrapper._system(wrapper.optimization)
+        job = module._job(wrapper.plan(wanted)[0], wanted)
+        again = estimate(wrapper.architecture, job, choices, system)
+        assert plan.estimate.peak_usage_mb == again.peak_usage_mb
+        result = wrapper.generate(wanted).raise_for_error()
+        assert not any("More memory than predicted" in told for told in result.warnings)
