@@ -169,10 +169,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if into.is_relative_to(ROOT):
         parser.error(f"--into {into} is inside the checkout; the tests would find it there")
     with ThreadPoolExecutor(max_workers=2) as pool:
-        results = list(pool.map(lambda one: run_tests(one, into, quick=given.quick), chosen))
-    for _, report in results:
-        print(report, flush=True)
-    return 0 if results and all(good for good, _ in results) else 1
+        good = []
+        for success, report in pool.map(lambda e: run_tests(e, into, quick=given.quick), chosen):
+            print(report, flush=True)
+            good.append(success)
+    return 0 if good and all(good) else 1
 
 
 if __name__ == "__main__":

@@ -15,13 +15,14 @@ from __future__ import annotations
 import ast
 import functools
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from hashlib import sha256
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from types import FunctionType, ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 Table = Mapping[str, Mapping[str, tuple[str, ...]]]
 """Module below diffusers -> name in it -> digests that are known."""
@@ -72,12 +73,18 @@ DECODER: Table = {
 """What the lean decoder replaces and relies on; of classes everything counts."""
 
 
-class Definition(NamedTuple):
+@dataclass(frozen=True)
+class Definition:
     """A function, class or constant as a source file has it."""
 
-    digest: str
+    node: ast.AST
     line: int
     """Its first line, that of the first decorator if there is one."""
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """See ``computation_digest``. Made when asked for: a file defines much that is not."""
+        return computation_digest(self.node)
 
 
 def why_no_lean() -> str | None:
@@ -163,11 +170,11 @@ def _named(tree: ast.Module | ast.ClassDef, prefix: str) -> Iterator[tuple[str, 
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
             name = prefix + node.name
             line = min([node.lineno, *(part.lineno for part in node.decorator_list)])
-            yield name, Definition(computation_digest(node), line)
+            yield name, Definition(node, line)
             if isinstance(node, ast.ClassDef):
                 yield from _named(node, f"{name}.")
         elif isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
-            yield prefix + node.targets[0].id, Definition(computation_digest(node), node.lineno)
+            yield prefix + node.targets[0].id, Definition(node, node.lineno)
 
 
 _NO_COMPUTATION = {"annotation", "returns", "type_comment", "type_params", "ctx", "kind", "simple"}

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from ..config import GenerationConfig, MemoryEstimate, VideoGenerationResult
-from ..errors import DoesNotFit, is_oom
+from ..errors import DoesNotFit, MissingDependency, is_oom
 from ..forward import why_no_lean
 from ..job import FRAMES_PER_LATENT, Request, latent_frames, plan_windows, resolve, round_up_frames
 from ..loading import ComponentCache
@@ -147,6 +147,7 @@ class WanPipelineWrapper:
         self, config: GenerationConfig, callbacks: Callbacks, result: VideoGenerationResult
     ) -> None:
         request, plan = self.plan(config)
+        _check_diffusers()
         render = self._make_render(config, request, plan, callbacks, result)
         before = self._foreign_bytes(render.stages)
         render.run()
@@ -257,6 +258,21 @@ class WanPipelineWrapper:
     def report(self, result: VideoGenerationResult) -> str:
         """Format a result of this pipeline as text."""
         return format_report(result)
+
+
+def _check_diffusers() -> None:
+    """Raise MissingDependency if diffusers cannot be imported, before any weight is read.
+
+    Planning does without it. An import may also fail because another package is too new for it.
+    """
+    try:
+        from diffusers import AutoencoderKLWan, WanTransformer3DModel  # noqa: F401
+        from diffusers.pipelines.wan import pipeline_wan  # noqa: F401
+    except (ImportError, AttributeError, RuntimeError) as err:
+        raise MissingDependency(
+            f"diffusers cannot be imported ({first_line(err)}). Install diffusers 0.35 or newer "
+            "and a transformers that it works with: pip install -U diffusers transformers."
+        ) from err
 
 
 def _job(request: Request, config: GenerationConfig) -> Workload:
