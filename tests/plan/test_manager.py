@@ -618,3 +618,37 @@ def test_on_any_machine(
         assert better.tier <= plan.tier
         # Within a tier more memory is never slower; a lower tier keeps more of the result.
         assert better.tier < plan.tier or better.step_seconds <= plan.step_seconds
+
+
+# ------------------------------------------------------------------- what cannot be carried out
+
+
+@pytest.mark.parametrize("forward", ["auto", "diffusers", "lean", "lean_rows"])
+@pytest.mark.parametrize("offload", ["auto", "model", "stream"])
+@pytest.mark.parametrize("name", [T2V, TI2V])
+def test_no_lean_forward_is_promised_where_there_is_none(
+    name: str, offload: str, forward: str
+) -> None:
+    """Not asked for, not as the last resort, not after memory ran out, not in an estimate."""
+    manager, job = OptimizationManager(("stream", "fp8")), replace(P720, num_frames=49)
+    requested = OptimizationConfig(forward=forward, offload=offload)
+    found, plans = architecture(name), []
+    for gib in (6, 8, 12, 24, 80):
+        system = replace(gpu(gib), notes=("no lean forward: a reason",))
+        asked = (found, job, system, requested)
+        plain = replace(requested, forward="diffusers")
+        estimate = manager.estimate(*asked)
+        assert estimate == manager.estimate(found, job, system, plain)
+        assert manager.what_fits(*asked) == manager.what_fits(found, job, system, plain)
+        if not estimate.fits:
+            try:
+                plans.append(manager.recommend_optimizations(*asked))
+            except DoesNotFit as error:
+                assert "No lean forward: a reason." in str(error)
+            continue
+        plans.append(manager.recommend_optimizations(*asked))
+        assert "no lean forward: a reason" in plans[-1].reasons
+        smaller = manager.smaller_plan(*asked, plans[-1], "denoise")
+        plans += [] if smaller is None else [smaller]
+    assert len(plans) > 2
+    assert not any(plan.lean or plan.by_rows or plan.cache_in_ram for plan in plans)

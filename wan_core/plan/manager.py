@@ -44,6 +44,13 @@ class Planner:
     def __init__(self, abilities: Collection[str] = ABILITIES) -> None:
         self.abilities = frozenset(abilities)
 
+    def _possible(self, requested: OptimizationConfig | None) -> OptimizationConfig:
+        """Return what is asked for, without a forward that cannot be carried out."""
+        requested = requested or OptimizationConfig()
+        if "lean" not in self.abilities and requested.forward in ("lean", "lean_rows"):
+            return replace(requested, forward="diffusers")
+        return requested
+
     def analyze_system_resources(
         self, device: str | None = None, *, evictable_bytes: int = 0, ram_evictable_bytes: int = 0
     ) -> SystemResources:
@@ -68,7 +75,7 @@ class Planner:
         DoesNotFit with the bytes needed and available and the largest clip that would fit, and
         InvalidRequest if the device has less memory than ``min_vram_mb``.
         """
-        requested = requested or OptimizationConfig()
+        requested = self._possible(requested)
         requested.check_device(system)
         limits = Limits.of(system, requested)
         weighed: list[Candidate] = []
@@ -99,7 +106,7 @@ class Planner:
         try:
             return self.recommend_optimizations(architecture, workload, system, requested).estimate
         except DoesNotFit as error:
-            requested = requested or OptimizationConfig()
+            requested = self._possible(requested)
             limits = Limits.of(system, requested)
             tiers = ladder(architecture, workload, system, requested, limits, self.abilities)
             least = _smallest(
@@ -123,6 +130,7 @@ class Planner:
         because otherwise the render would be lost. As more was needed than estimated, the new
         plan's estimate should be a tenth below the old one.
         """
+        requested = self._possible(requested)
         forward = "auto" if requested.forward in ("diffusers", "lean") else requested.forward
         requested = replace(requested, offload="auto", resident_blocks=None, forward=forward)
         limits = Limits.of(system, requested)
@@ -155,7 +163,7 @@ class Planner:
 
         Up to 1,025 frames and up to four times the width are tried.
         """
-        requested = requested or OptimizationConfig()
+        requested = self._possible(requested)
         fits = self._fits(architecture, system, requested, Limits.of(system, requested))
         long = longest(replace(workload, num_frames=MOST_FRAMES), fits)
         multiple = architecture.size_multiple
@@ -199,7 +207,8 @@ class Planner:
             f"{title} need {needed / GIB:.1f} GiB (stage {stage}) in the smallest way "
             f"there is, and {there / GIB:.1f} GiB of {where} can be used{limits.why}. "
             + (cure or largest_that_fits(workload, architecture.size_multiple, fits))
-            + windows_that_fit(workload, fits),
+            + windows_that_fit(workload, fits)
+            + "".join(f" {note[:1].upper()}{note[1:]}." for note in system.notes),
             needed_bytes=needed,
             available_bytes=there,
         )
