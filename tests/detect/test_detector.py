@@ -283,8 +283,11 @@ def test_scaled_fp8_without_scales(tmp_path: Path) -> None:
         detect(layouts.write_sparse(path, layouts.Stored(none)))
     one = dict(file.tensors)
     del one["blocks.0.ffn.0.scale_weight"]
-    found = detect(layouts.write_sparse(path, layouts.Stored(one)))
-    assert "1 of 300 fp8 weights have no scale" in found.warnings[0]
+    with pytest.raises(CorruptFile, match=r"29 of 30 fp8 weights like .*blocks\.0\.ffn\.0\.weight"):
+        detect(layouts.write_sparse(path, layouts.Stored(one)))
+    bare = {n: t for n, t in file.tensors.items() if not n.endswith("ffn.0.scale_weight")}
+    found = detect(layouts.write_sparse(path, layouts.Stored(bare)))  # none of a kind: taken as is
+    assert "30 of 300 fp8 weights have no scale" in found.warnings[0]
 
 
 def test_width_that_does_not_tell_its_heads(tmp_path: Path) -> None:

@@ -47,6 +47,7 @@ def dry_vae(shape: VaeShape, dtype: str) -> DryModel:
 )
 def test_transformer_bytes_equal_the_real_class(name: str) -> None:
     shape = VARIANTS[name].transformer
+    found = architecture(name, bare=True)
     with torch.device("meta"):
         model = transformer(shape, layers=3)
     counts = {
@@ -58,7 +59,8 @@ def test_transformer_bytes_equal_the_real_class(name: str) -> None:
         if dtype == "fp8":
             continue
         real = sum(n * (4 if kept else size) for n, kept in counts.values())
-        ours = 3 * sizes.block_bytes(shape, dtype) + sizes.rest_bytes(shape, dtype)
+        block = sizes.block_bytes(found, "transformer", dtype)
+        ours = 3 * block + sizes.rest_bytes(found, "transformer", dtype)
         assert ours == real
 
 

@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 import torch
-from gguf import GGMLQuantizationType
 from safetensors.torch import load_file, save_file
 from support.as_pack import load_pack, open_model, part
 from support.lean_models import inputs_of, model_of
+from support.stored_files import gguf_blocks
 from support.tiny_models import components, make_folder, pipeline
 from torch import Tensor, nn
 
@@ -25,10 +25,12 @@ from wan_core.config import WanLoRA, WanModelFiles
 from wan_core.detect.detector import ArchitectureDetector
 from wan_core.detect.lora_files import parse_lora, with_loras
 from wan_core.errors import CorruptFile, InvalidRequest, ModelMismatch, UnsupportedModel
+from wan_core.formats import Storage
 from wan_core.forward.transformer import lean_forward
 from wan_core.job.request import resolve
 from wan_core.job.steps import make_scheduler
-from wan_core.loading.quantized import ScaledLinear, gguf_linear, gguf_parameter, replace_linear
+from wan_core.loading.dequantize import Scales
+from wan_core.loading.quantized import StoredLinear, replace_layer
 from wan_core.models.recipes import recipe_of
 from wan_core.placing.offload import place
 from wan_core.placing.streaming import stream_blocks
@@ -293,23 +295,17 @@ def quantize(model: Any, kind: str) -> dict[str, Tensor]:
     for name, layer in list(model.named_modules()):
         if type(layer) is not nn.Linear or not name.startswith("blocks."):
             continue
+        new = StoredLinear(layer.in_features, layer.out_features, bias=True)
+        shape = (layer.out_features, layer.in_features)
         if kind == "fp8":
-            new: Any = ScaledLinear(
-                layer.in_features, layer.out_features, bias=True, stored=torch.float8_e4m3fn
-            )
-            new.set_weight(layer.weight.to(torch.float8_e4m3fn), torch.tensor(0.5))
-            values[name] = new.dequantized(torch.float32)
+            how = Storage("fp8", "F8_E4M3", shape, per="tensor")
+            new.set_stored(layer.weight.to(torch.float8_e4m3fn), Scales(None, 0.5), how)
         else:
-            from diffusers.quantizers.gguf.utils import dequantize_gguf_tensor
-            from gguf.quants import quantize as pack
-
-            data = pack(layer.weight.float().numpy(), GGMLQuantizationType.Q8_0)
-            new = gguf_linear(layer, torch.float32)
-            new.weight = gguf_parameter(torch.from_numpy(data), GGMLQuantizationType.Q8_0)
-            # diffusers' own arithmetic, which the layer uses, rounds unlike the gguf package's.
-            values[name] = dequantize_gguf_tensor(new.weight).float()
+            data = torch.from_numpy(gguf_blocks(layer.weight, "Q8_0"))
+            new.set_stored(data, Scales(), Storage("gguf", "Q8_0", shape))
+        values[name] = new.dequantized(torch.float32)
         new.bias = layer.bias
-        replace_linear(model, name, new)
+        replace_layer(model, name, new)
     return values
 
 

@@ -19,6 +19,7 @@ from ..models import (
     TransformerShape,
     VaeShape,
     recipe_of,
+    stored_sizes,
 )
 from .identified import IdentifiedFile
 from .variant_choice import Choice
@@ -72,6 +73,8 @@ def component(
         kind=kind, path=path, files=table.files, nbytes=own.nbytes, parameters=own.parameters,
         dtypes=own.dtypes, layout=part.layout, prefix=part.prefix,
         weight_kind=part.weights.name, format=table.format, file_variant=_tag(table.files[0]),
+        stored_as=part.weights.title,
+        stored=stored_sizes(kind.removesuffix("_2"), table, part.weights, part.prefix),
         vocabulary=part.vocabulary, config=dict(config or {}),
     )  # fmt: skip
 

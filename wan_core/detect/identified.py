@@ -16,7 +16,13 @@ from typing import Any, Final
 
 from ..errors import CorruptFile
 from ..files import some_of
-from ..formats import QUANT_SUFFIXES, TensorInfo, TensorTable, WeightKind, read_weight_kind
+from ..formats import (
+    TensorTable,
+    WeightKind,
+    logical_shape,
+    read_weight_kind,
+    split_companions,
+)
 from ..models import (
     KINDS,
     LAYOUTS,
@@ -112,11 +118,7 @@ def identify(table: TensorTable, kind: str | None = None) -> IdentifiedFile:
             found[one] = match
     if not found:
         return _lora(table) if is_lora(names) else _unsupported(table)
-    prefixes = {one: prefix for one, (_, prefix) in found.items()}
-    parts = []
-    for one, (layout, prefix) in found.items():
-        others = tuple(p for o, p in prefixes.items() if o != one and p.startswith(prefix) and p)
-        parts.append(_PARTS[one](_Own(table, one, layout, prefix, others)))
+    parts = [_PARTS[one](_Own(table, *layout)) for one, layout in found.items()]
     first, *more = parts
     warnings = (*first.warnings, *_strange(table, first, parts))
     whole = replace(first, beside=tuple(more), warnings=warnings)
@@ -153,30 +155,24 @@ def _lora(table: TensorTable) -> IdentifiedFile:
 class _Own:
     """The tensors of one component in a file: under its prefix, without leftovers."""
 
-    def __init__(
-        self, table: TensorTable, kind: str, layout: Layout, prefix: str, others: tuple[str, ...]
-    ) -> None:
+    def __init__(self, table: TensorTable, layout: Layout, prefix: str) -> None:
         self.table, self.layout, self.prefix = table, layout.name, prefix
-        names = {
-            name: stored
-            for name, stored in own_names(table.tensors, prefix).items()
-            if not others or not (prefix + name).startswith(others)
-        }
-        self.leftovers: dict[str, Leftover] = find_leftovers(kind, names)
-        self.tensors: dict[str, TensorInfo] = {
-            name: table.tensors[stored]
-            for name, stored in names.items()
-            if name not in self.leftovers
-        }
+        names = own_names(table.tensors, prefix)
+        self.leftovers: dict[str, Leftover] = find_leftovers(layout.kind, names)
+        stored = {name: names[name] for name in names if name not in self.leftovers}
+        self.tensors = {name: table.tensors[stored[name]] for name in stored}
+        # By the names that loading looks them up with: those in the file, without the prefix.
+        self.weights = read_weight_kind(
+            table, {name[len(prefix) :]: table.tensors[name] for name in stored.values()}
+        )
         self.shapes = {
-            n: info.shape
-            for n, info in self.tensors.items()
-            if not n.endswith(QUANT_SUFFIXES) and n != "scaled_fp8"
+            name: logical_shape(stored[name][len(prefix) :], self.tensors[name], self.weights)
+            for name in split_companions(stored)[0]
         }
 
     def numbers(self) -> dict[str, Any]:
         """Return the fields that every component has."""
-        weights = _weights(self.table, self.tensors)
+        weights = self.weights
         return {
             "table": self.table, "own": replace(self.table, tensors=self.tensors),
             "layout": self.layout, "prefix": self.prefix,
@@ -193,15 +189,6 @@ class _Own:
                 f"({some_of(names, 2)}); they are not used."
             )
         return tuple(out)
-
-
-def _weights(table: TensorTable, own: Mapping[str, TensorInfo]) -> WeightKind:
-    if any(name.endswith("._data") for name in own):
-        # Each weight is a pair "weight._data", "weight._scale" of optimum-quanto.
-        name = "quanto int8"
-        why = f"weights stored as {name} are not supported; use bf16, fp16, fp8 or GGUF"
-        return WeightKind(name, why, name, packed=True)
-    return read_weight_kind(table, own)
 
 
 def _near_miss(names: Iterable[str]) -> tuple[str, ...]:
@@ -228,8 +215,9 @@ def _strange(
     """Name what else is in the file, beyond its components and what is known to be harmless."""
     if first.kind != "transformer":
         return ()  # an encoder is often saved with the rest of its model
-    prefixes = tuple(part.prefix for part in parts)
-    rest = [n for n in table.tensors if not n.startswith(prefixes)] if all(prefixes) else []
+    claimed = {info.name for part in parts for info in part.own.tensors.values()}
+    prefixes = tuple(part.prefix for part in parts if part.prefix)
+    rest = [n for n in table.tensors if n not in claimed and not n.startswith(prefixes)]
     known = find_leftovers("transformer", rest)
     strange = {
         n.split(".")[0]
@@ -243,7 +231,6 @@ def _strange(
 
 def _transformer(file: _Own) -> IdentifiedFile:
     table, shapes, layout, prefix = file.table, file.shapes, file.layout, file.prefix
-    numbers = file.numbers()
     shape = read_transformer(shapes, layout)
     tag = next((n for n in file.leftovers if n.startswith(TAG) and "flf2v" in n.lower()), None)
     if tag is not None and shape.image_dim is not None and shape.pos_embed_seq_len is None:
@@ -253,10 +240,10 @@ def _transformer(file: _Own) -> IdentifiedFile:
     if tag is not None:
         what += f"; it is tagged {tag.removeprefix(TAG)!r}"
     expected = transformer_tensors(shape, layout)
-    if not numbers["weights"].packed:
+    if not file.weights.packed:
         _check_shapes(table.path, shapes, expected)
     return IdentifiedFile(
-        **{**numbers, "layout": "comfyui" if prefix and layout == "original" else layout},
+        **{**file.numbers(), "layout": "comfyui" if prefix and layout == "original" else layout},
         kind="transformer", title=f"a Wan {title} transformer", family=family, transformer=shape,
         width=shape.dim, layers=shape.layers,
         missing=tuple(n for n in expected if n not in shapes),

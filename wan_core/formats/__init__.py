@@ -11,17 +11,28 @@ from __future__ import annotations
 from .index import listing
 from .open import read_table
 from .small_json import read_json
+from .storage import (
+    GGUF_TYPES,
+    QUANT_SUFFIXES,
+    Storage,
+    WeightKind,
+    logical_shape,
+    read_weight_kind,
+    split_companions,
+)
 from .table import TensorInfo, TensorTable
-from .weight_kind import GGUF_TYPES, QUANT_SUFFIXES, WeightKind, read_weight_kind
 
 __all__ = [
     "GGUF_TYPES",
     "QUANT_SUFFIXES",
+    "Storage",
     "TensorInfo",
     "TensorTable",
     "WeightKind",
     "listing",
+    "logical_shape",
     "read_json",
     "read_table",
     "read_weight_kind",
+    "split_companions",
 ]

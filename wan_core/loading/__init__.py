@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from .component import load_component
     from .download import fetch, plan_download
     from .dtypes import dtype_of, keep_in_fp32, stays_fp32
-    from .fp8_storage import store_fp8
     from .moving import Undo, device_of, move, remember
     from .page_lock import Slab, all_pinned_bytes, lock_within, pin_block, room_to_pin
     from .reader import TensorReader
@@ -35,7 +34,6 @@ __getattr__ = lazy_names(
         "component": ("load_component",),
         "download": ("fetch", "plan_download"),
         "dtypes": ("dtype_of", "keep_in_fp32", "stays_fp32"),
-        "fp8_storage": ("store_fp8",),
         "moving": ("Undo", "device_of", "move", "remember"),
         "page_lock": ("Slab", "all_pinned_bytes", "lock_within", "pin_block", "room_to_pin"),
         "reader": ("TensorReader",),
@@ -73,5 +71,4 @@ __all__ = [
     "remember",
     "room_to_pin",
     "stays_fp32",
-    "store_fp8",
 ]

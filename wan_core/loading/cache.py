@@ -67,10 +67,11 @@ class ComponentCache:
 
     def __init__(self) -> None:
         self.render_lock = threading.RLock()
-        # Held while a component is being read, so that two threads do not read it twice. To avoid a
-        # deadlock, a thread that needs both locks takes render_lock first.
+        # Never held while a component is read: that takes minutes, and others ask what is loaded
+        # meanwhile. To avoid a deadlock, a thread that needs both locks takes render_lock first.
         self._lock = threading.RLock()
         self._entries: OrderedDict[ComponentKey, _Entry] = OrderedDict()
+        self._building: dict[ComponentKey, threading.Event] = {}
         self._texts: OrderedDict[Hashable, Any] = OrderedDict()
 
     @contextmanager
@@ -92,16 +93,30 @@ class ComponentCache:
                     del self._entries[key]
 
     def _take(self, key: ComponentKey, nbytes: int, build: Callable[[], Any]) -> _Entry:
-        with self._lock:
-            entry = self._entries.get(key)
-            if entry is None:
-                self._drop_stale(key)
-                self._make_room(nbytes)
-                entry = _Entry(build(), nbytes)
+        while True:
+            with self._lock:
+                entry = self._entries.get(key)
+                if entry is not None:
+                    self._entries.move_to_end(key)
+                    entry.users += 1
+                    return entry
+                other = self._building.get(key)
+                if other is None:
+                    done = self._building[key] = threading.Event()
+                    self._drop_stale(key)
+                    break
+            # Another thread reads it. If that fails, the next turn reads it here.
+            other.wait()
+        try:
+            self._make_room(nbytes)
+            entry = _Entry(build(), nbytes, users=1)
+            with self._lock:
                 self._entries[key] = entry
-            self._entries.move_to_end(key)
-            entry.users += 1
             return entry
+        finally:
+            with self._lock:
+                del self._building[key]
+            done.set()
 
     def _drop_stale(self, key: ComponentKey) -> None:
         """Drop modules read from earlier versions of the same files: no key can match them."""
@@ -112,14 +127,18 @@ class ComponentCache:
 
     def _make_room(self, nbytes: int) -> None:
         """Drop unused components, least recently used first, until ``nbytes`` are available."""
-        unused = [key for key, entry in self._entries.items() if entry.users == 0]
-        for key in unused:
+        while True:
             # Asked anew each time: what a component frees is less than its size where its weights
             # are views of a mapped file.
             _, available, _ = ram()
             if available >= nbytes + RAM_RESERVE:
                 return
-            del self._entries[key]
+            with self._lock:
+                unused = (key for key, entry in self._entries.items() if entry.users == 0)
+                key = next(unused, None)
+                if key is None:
+                    return
+                del self._entries[key]
             gc.collect()
 
     def get_text(self, key: Hashable) -> Any | None:
@@ -153,7 +172,7 @@ class ComponentCache:
         Weights that are views of a mapped file are left out: the system counts their pages as
         available already.
         """
-        from .reader import is_mapped
+        from .mapped import is_mapped
 
         on_device = in_ram = 0
         with self._lock:

@@ -280,7 +280,17 @@ def pinned_budget_now(pinned: int = 0) -> int:
     to the result.
     """
     total, available, _ = ram()
-    return min(pinned_budget(total, platform.system()), available + pinned)
+    spare = max(0, available + pinned - unpinned_reserve(total))
+    return min(pinned_budget(total, platform.system()), spare)
+
+
+def unpinned_reserve(ram_total: int) -> int:
+    """Return the bytes of RAM that are never page-locked: an eighth, of 2 GiB to 4 GiB.
+
+    Locked memory cannot be swapped out; without a reserve, other programs would be. Chosen for
+    desktops, not measured.
+    """
+    return max(2 * GIB, min(4 * GIB, ram_total // 8))
 
 
 def pinned_budget(ram_total: int, system: str) -> int:

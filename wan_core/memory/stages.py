@@ -18,12 +18,13 @@ from ..models import (
     ModelArchitecture,
     assumed_parts,
     block_bytes,
+    converted_bytes,
     largest_leaf_bytes,
     part_bytes,
     parts_of,
     rest_bytes,
     stays_in_file,
-    text_block_bytes,
+    unpacked_bytes,
 )
 from .choices import STREAM_BUFFERS, Choices, Workload, latent_size, window_latents
 from .forward import text_encoder_peak, transformer_peak
@@ -140,8 +141,10 @@ class _Ledger:
         self.bytes = {name: self._part_bytes(name) for name in self.parts}
 
     def _part_bytes(self, name: str) -> int:
-        fp8 = self.choices.fp8_storage and name.startswith("transformer")
-        return part_bytes(self.arch, name, self._dtype(name), fp8=fp8)
+        return part_bytes(self.arch, name, self._dtype(name), fp8=self._in_fp8(name))
+
+    def _in_fp8(self, name: str) -> bool:
+        return self.choices.fp8_storage and name.startswith("transformer")
 
     def _dtype(self, name: str) -> str:
         return self.choices.dtypes.get(name) or self.choices.dtypes["transformer"]
@@ -228,8 +231,8 @@ class _Ledger:
         if how == "stream":
             nbytes, note = self._streamed(part)
         elif how == "group":
-            nbytes = rest_bytes(self.arch.transformer, self._dtype(part))
-            nbytes += STREAM_BUFFERS * block_bytes(self.arch.transformer, self._dtype(part))
+            nbytes = rest_bytes(self.arch, part, self._dtype(part))
+            nbytes += STREAM_BUFFERS * block_bytes(self.arch, part, self._dtype(part))
             note = "diffusers' group offload, one block at a time"
         elif how == "sequential":
             nbytes = largest_leaf_bytes(self.arch, part, self._dtype(part))
@@ -244,12 +247,12 @@ class _Ledger:
     def _streamed(self, part: str) -> tuple[int, str]:
         shape, choices, dtype = self.arch.transformer, self.choices, self._dtype(part)
         if part == "text_encoder":  # its embedding table stays in RAM, tokens are looked up there
-            nbytes = STREAM_BUFFERS * text_block_bytes(self.arch, dtype)
+            nbytes = STREAM_BUFFERS * block_bytes(self.arch, part, dtype)
             return nbytes, "streamed block by block"
-        block = block_bytes(shape, dtype, fp8=choices.fp8_storage)
+        block = block_bytes(self.arch, part, dtype, fp8=choices.fp8_storage)
         resident = min(choices.resident_blocks or 0, shape.layers)
         moving = min(choices.stream_buffers, shape.layers - resident)
-        nbytes = rest_bytes(shape, dtype) + (resident + moving) * block
+        nbytes = rest_bytes(self.arch, part, dtype) + (resident + moving) * block
         return nbytes, f"{resident} of {shape.layers} blocks resident, the rest streamed"
 
     def _host_weights(self, part: str) -> int:
@@ -257,20 +260,31 @@ class _Ledger:
 
         Components that the stage does not use need not count: they can be freed and read again.
         """
-        fp8 = self.choices.fp8_storage and part.startswith("transformer")
-        # Used from the file's own mapped pages, weights need no RAM that the system cannot take
-        # back. These are copied instead; diffusers' group offload page-locks a copy of everything.
-        copied = self.on_cpu or fp8 or self.choices.offload_of(part) == "group"
-        if not copied and stays_in_file(self.arch, part, self._dtype(part)):
-            return 0
-        if self.choices.offload != "none":
-            return self.bytes[part]
-        # A component that is resident on a GPU still passes through RAM when it is read.
-        return sum(self.bytes.values()) if self.on_cpu else self.bytes[part]
+        together = self.on_cpu and self.choices.offload == "none"
+        return sum(self._ram_bytes(name) for name in (self.parts if together else (part,)))
+
+    def _ram_bytes(self, part: str) -> int:
+        dtype = self._dtype(part)
+        if self._mapped(part):
+            return converted_bytes(self.arch, part, dtype)
+        return self.bytes[part]
+
+    def _mapped(self, part: str) -> bool:
+        """Whether a component stays in its mapped file, whose pages the system may drop."""
+        # Diffusers' group offload page-locks a copy of everything.
+        if self._in_fp8(part) or self.choices.offload_of(part) == "group":
+            return False
+        return stays_in_file(self.arch, part, self._dtype(part), on_cpu=self.on_cpu)
+
+    def _unpacked(self, part: str) -> int:
+        """Return the matrix that is taken apart for the time of one product."""
+        dtype = self._dtype(part)
+        return unpacked_bytes(self.arch, part, dtype, fp8=self._in_fp8(part))
 
     def _text(self) -> int:
         size = BYTES[self._dtype("text_encoder")]
         peak = text_encoder_peak(size, wide_softmax=not self.on_cpu)
+        peak += self._unpacked("text_encoder")
         texts = 2 if self.workload.guidance_high or self.workload.guidance_low else 1
         return peak + texts * TEXT_TOKENS * self.arch.transformer.text_dim * 4
 
@@ -314,7 +328,7 @@ class _Ledger:
         more = max(0, shape.in_channels - self.vae.z_dim) / self.vae.z_dim
         condition = int(more * seen * self.latent_bytes)
         texts = (1 if guided else 0) * workload.batch_size * TEXT_TOKENS * shape.text_dim * size
-        cast = shape.dim * shape.ffn_dim * size if self.choices.fp8_storage else 0
+        cast = self._unpacked(part)
         forward = (
             self._forward(part, size, guided=guided) + cast + _LATENT_COPIES * self.latent_bytes
         )
@@ -341,7 +355,7 @@ class _Ledger:
             exact=not choices.by_rows,
             embed_every_token=not self.on_cpu,
             passes=passes,
-            whole_values=choices.fp8_storage or bool(self.arch.loras_of(part)),
+            whole_values=bool(self._unpacked(part)) or bool(self.arch.loras_of(part)),
             **numbers,
         )
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from ..config import WanLoRA
 from .recipes import Recipe
+from .stored import StoredSizes
 from .variants import TransformerShape, VaeShape, Variant
 
 
@@ -40,6 +41,10 @@ class Component:
     """fp32, bf16, fp16, fp8, fp8_scaled, gguf …; empty for a component without weights."""
     format: str = ""
     """safetensors, gguf, pickle, or empty for a component without weights."""
+    stored_as: str = ""
+    """The same in words: "fp8 scaled per row", "GGUF Q4_K"."""
+    stored: StoredSizes | None = None
+    """What its weights take in memory, of a transformer or text encoder; None for others."""
     file_variant: str | None = None
     """The tag in names like ``model.fp16.safetensors``."""
     vocabulary: int | None = None
@@ -164,7 +169,7 @@ class ModelArchitecture:
             "transformer": {**asdict(self.transformer), "dim": self.transformer.dim},
             "vae": asdict(self.vae) if self.vae else None,
             "defaults": asdict(self.variant.defaults),
-            "components": {name: _plain(asdict(c)) for name, c in self.components.items()},
+            "components": {name: _plain(_described(c)) for name, c in self.components.items()},
             "loras": [found.describe() for found in self.loras],
             "recipe": self.recipe.describe() if self.recipe else None,
             "incomplete": self.incomplete,
@@ -174,6 +179,13 @@ class ModelArchitecture:
         plain = _plain(out)
         assert isinstance(plain, dict)
         return plain
+
+
+def _described(component: Component) -> dict[str, Any]:
+    """Return a component's fields for JSON; its sizes in memory as one sum, not block by block."""
+    fields = asdict(component)
+    stored = component.stored
+    return fields | {"stored": None if stored is None else asdict(stored.whole)}
 
 
 def _plain(value: Any) -> Any:

@@ -13,6 +13,11 @@ from typing import Final
 
 WRAPPER: Final = "_orig_mod."
 """What ``torch.compile`` puts into the names of a compiled module, at its begin or inside."""
+APART: Final = (
+    "vae.", "first_stage_model.", "text_encoders.", "cond_stage_model.", "conditioner.",
+    "clip_vision.", "model_ema.", "model_sampling.",
+)  # fmt: skip
+"""Prefixes under which an all-in-one checkpoint keeps what is not its transformer."""
 TOKENIZER: Final = "spiece_model"
 """The tensor in which repackaged text encoders carry their SentencePiece model."""
 
@@ -108,15 +113,23 @@ def likely_layout(kind: str, names: Iterable[str]) -> str:
 def own_names(names: Iterable[str], prefix: str) -> dict[str, str]:
     """Map the names under ``prefix``, without it, to the names in the file.
 
-    What ``torch.compile`` puts into names is left out of the former.
+    What ``torch.compile`` puts into names is left out of the former. Where the component's names
+    have no prefix, those under a prefix of ``APART`` are not its own.
     """
     cut = len(prefix)
-    return {p[cut:]: stored for p, stored in plain_names(names).items() if p.startswith(prefix)}
+    return {
+        plain[cut:]: stored
+        for plain, stored in plain_names(names).items()
+        if plain.startswith(prefix) and (prefix or not plain.startswith(APART))
+    }
 
 
 def plain_names(names: Iterable[str]) -> Mapping[str, str]:
-    """Map names without what ``torch.compile`` puts into them to the names in the file."""
-    return {name.replace(WRAPPER, "") if WRAPPER in name else name: name for name in names}
+    """Map names without what ``torch.compile`` puts into them to the names in the file.
+
+    At the beginning of a name it stays: there it is a prefix like any other.
+    """
+    return {name[:1] + name[1:].replace(WRAPPER, ""): name for name in names}
 
 
 def tokenizer_tensor(names: Iterable[str]) -> str | None:

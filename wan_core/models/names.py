@@ -1,7 +1,7 @@
 """From the tensor names of a file to parameter names of diffusers' and transformers' modules.
 
 Pure functions over names: no file is opened and torch is not imported. A parameter may be a slice
-of a stored tensor (fused q, k, v) and may have a scale (fp8); its :class:`Source` says so. A name
+of a stored tensor (fused q, k, v); its :class:`Source` says so. A name
 that no rule knows is passed through unchanged, so that loading reports it instead of losing it.
 
 Names: ``wan/modules/{model,vae2_1,vae2_2,t5,clip,animate}`` of github.com/Wan-Video/Wan2.1 and
@@ -15,13 +15,10 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Final
 
-from ..errors import CorruptFile, ModelMismatch
+from ..errors import ModelMismatch
+from ..formats import split_companions
 from .layouts import likely_layout, own_names
 from .leftovers import find_leftovers
-
-_SCALES: Final = (".scale_weight", ".weight_scale")
-_UNUSED: Final = (".scale_input", ".input_scale", ".comfy_quant")
-_SECOND_SCALE: Final = ".weight_scale_2"
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,13 +26,12 @@ class Source:
     """Where the values of one parameter are stored: in the tensor ``name``.
 
     A fused tensor is divided into ``parts`` equal blocks of rows, of which the parameter is number
-    ``part``. ``scale`` names the tensor that the stored values must be multiplied by.
+    ``part``. How the tensor is stored, ``formats.Storage`` says.
     """
 
     name: str
     part: int = 0
     parts: int = 1
-    scale: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,65 +48,23 @@ def map_names(kind: str, names: Iterable[str], prefix: str = "") -> Mapped:
     ``kind`` is transformer, vae, text_encoder or image_encoder. Names that do not begin with
     ``prefix`` belong to another component and are left out; what ``leftovers`` lists is ignored.
     CLIP names are returned without the ``vision_model.`` that older versions of transformers put
-    before them. Raises ModelMismatch when two stored tensors claim one parameter, CorruptFile when
-    only some of the equal layers of a scaled file have their scale.
+    before them. Raises ModelMismatch when two stored tensors claim one parameter.
     """
     own = own_names(names, prefix)
     leftovers = find_leftovers(kind, own)
-    weights, scales, ignored = split_scales(name for name in own if name not in leftovers)
+    weights, ignored = split_companions(name for name in own if name not in leftovers)
     ignored += leftovers
     rename = _renamer(kind, weights)
     sources: dict[str, Source] = {}
     for name in weights:
-        scale = own[scales[name]] if name in scales else None
         for target, source in rename(name):
             if target in sources:
                 raise ModelMismatch(
                     f"{sources[target].name!r} and {own[name]!r} both stand for {target!r}. The "
                     "file mixes two layouts; download it again."
                 )
-            sources[target] = replace(source, name=own[name], scale=scale)
+            sources[target] = replace(source, name=own[name])
     return Mapped(sources, tuple(own[name] for name in ignored))
-
-
-def split_scales(names: Iterable[str]) -> tuple[list[str], dict[str, str], list[str]]:
-    """Split names into weights, the scale of each scaled weight, and names that hold no weight.
-
-    Scales of activations (``scale_input``, ``input_scale``) are not part of a weight, so they are
-    in the third group. Raises CorruptFile when only some of equal layers have their scale.
-    """
-    present = list(names)
-    known = set(present)
-    weights: list[str] = []
-    scales: dict[str, str] = {}
-    ignored: list[str] = []
-    for name in present:
-        ending = next((s for s in _SCALES if name.endswith(s)), None)
-        target = name[: -len(ending)] + ".weight" if ending else ""
-        if target in known:
-            scales[target] = name
-        elif name.endswith((*_UNUSED, _SECOND_SCALE)) or name.split(".")[-1] == "scaled_fp8":
-            ignored.append(name)
-        else:
-            weights.append(name)
-    _check_scales(weights, scales)
-    return weights, scales, ignored
-
-
-def _check_scales(weights: Iterable[str], scales: Mapping[str, str]) -> None:
-    # Layers whose names differ only in numbers are the same layer of different blocks: either all
-    # of them are scaled or none is.
-    groups: dict[str, tuple[list[str], list[str]]] = {}
-    for name in weights if scales else ():
-        if name.endswith(".weight"):
-            have, lack = groups.setdefault(re.sub(r"\d+", "#", name), ([], []))
-            (have if name in scales else lack).append(name)
-    for have, lack in groups.values():
-        if have and lack:
-            raise CorruptFile(
-                f"{len(have)} of {len(have) + len(lack)} layers like {have[0]!r} have their scale, "
-                f"{lack[0]!r} has none; without it the weights are noise. Download the file again."
-            )
 
 
 _Rename = Callable[[str], list[tuple[str, Source]]]

@@ -119,7 +119,7 @@ def _streaming(
 ) -> str:
     shape = architecture.transformer
     dtype = choices.dtypes["transformer"]
-    block = block_bytes(shape, dtype, fp8=choices.fp8_storage)
+    block = block_bytes(architecture, "transformer", dtype, fp8=choices.fp8_storage)
     moved = shape.layers - (choices.resident_blocks or 0)
     seconds = stream_seconds(architecture, workload, choices, system, passes=1)
     text = (

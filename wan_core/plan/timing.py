@@ -151,7 +151,7 @@ def stream_seconds(
     """Return the seconds that the transfers of streamed blocks take in a step of ``passes``."""
     shape, dtype = architecture.transformer, choices.dtypes["transformer"]
     moved = shape.layers - min(choices.resident_blocks or 0, shape.layers)
-    block = block_bytes(shape, dtype, fp8=choices.fp8_storage)
+    block = block_bytes(architecture, "transformer", dtype, fp8=choices.fp8_storage)
     # With the lean forward each block computes both guidance passes when it has arrived. With
     # diffusers' group offload every pass brings all blocks again.
     trips = 1 if choices.lean else passes

@@ -25,9 +25,8 @@ from ..loading import (
     load_component,
     load_image_processor,
     load_tokenizer,
-    store_fp8,
 )
-from ..models import MAP_FROM, ModelArchitecture, stays_in_file
+from ..models import ModelArchitecture, ram_bytes, stays_in_file
 from ..placing import apply_plan, block_hooks, pin_ahead, pin_budget
 from ..plan import OptimizationPlan
 from ..sampling import apply_loras
@@ -135,7 +134,10 @@ class StageRunner:
         )
 
     def _in_fp8(self, name: str) -> bool:
-        return self.plan.choices.fp8_storage and name.startswith("transformer")
+        if not self.plan.choices.fp8_storage or not name.startswith("transformer"):
+            return False
+        stored = self.architecture.components[name].stored
+        return stored is None or not stored.quantised
 
     def component(self, name: str) -> AbstractContextManager[Any]:
         """Borrow a component from the cache, which reads it if it is not there."""
@@ -153,16 +155,35 @@ class StageRunner:
                     part.path,
                     self.dtype(name),
                     kind=part.kind.removesuffix("_2"),
-                    # Not on a CPU: there the rounding of some kernels depends on how their input
-                    # is aligned, and a file's tensors need not be aligned.
-                    map_file=self.device.type != "cpu" and part.nbytes >= MAP_FROM,
+                    keep_quantized=True,
+                    map_file=self._mapped(name),
+                    fp8_storage=self._in_fp8(name),
+                    interrupt_check=self.check_interrupt,
                 )
-                if self._in_fp8(name):
-                    store_fp8(module)
-                    report.note = "fp8"
+                if part.stored is not None and part.stored.quantised:
+                    report.note = f"{part.stored_as}, computed in {report.note}"
+                elif self._in_fp8(name):
+                    report.note = f"stored in fp8, computed in {report.note}"
                 return module
 
-        return self.cache.borrow(self.key(name), part.nbytes, build, keep=self.keep_components)
+        return self.cache.borrow(
+            self.key(name), self._ram_bytes(name), build, keep=self.keep_components
+        )
+
+    def _mapped(self, name: str) -> bool:
+        """Whether a component's weights are views of its file rather than copies in RAM."""
+        dtype = self.plan.choices.dtypes.get(name, "bf16")
+        on_cpu = self.device.type == "cpu"
+        return stays_in_file(self.architecture, name, dtype, on_cpu=on_cpu)
+
+    def _ram_bytes(self, name: str) -> int:
+        """Return what a component takes from the RAM, as the cache makes room for it."""
+        part = self.architecture.components[name]
+        if not part.files:
+            return 0
+        dtype = self.plan.choices.dtypes.get(name, "bf16")
+        on_cpu, fp8 = self.device.type == "cpu", self._in_fp8(name)
+        return ram_bytes(self.architecture, name, dtype, fp8=fp8, on_cpu=on_cpu)
 
     @contextmanager
     def use(self, stage: str, component: str) -> Iterator[Any]:
