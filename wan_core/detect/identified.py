@@ -24,14 +24,13 @@ from ..formats import (
     split_companions,
 )
 from ..models import (
-    KINDS,
     LAYOUTS,
     TAG,
     Layout,
     Leftover,
     TransformerShape,
     VaeShape,
-    find_layout,
+    find_layouts,
     find_leftovers,
     is_lora,
     own_names,
@@ -111,11 +110,9 @@ def identify(table: TensorTable, kind: str | None = None) -> IdentifiedFile:
     dtype that no weight can have.
     """
     names = table.tensors
-    found: dict[str, tuple[Layout, str]] = {}
-    for one in KINDS:
-        match = find_layout(one, names)
-        if match is not None and _plausible(table, *match):
-            found[one] = match
+    found = {
+        one: layout for one, layout in find_layouts(names).items() if _plausible(table, *layout)
+    }
     if not found:
         return _lora(table) if is_lora(names) else _unsupported(table)
     parts = [_PARTS[one](_Own(table, *layout)) for one, layout in found.items()]

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from .architecture import Component, FoundLora, ModelArchitecture
 from .labels import Role, differ_in_h_and_l, role_of, without_role, words_of
-from .layouts import KINDS, LAYOUTS, Layout, find_layout, own_names, tokenizer_tensor
+from .layouts import LAYOUTS, Layout, find_layouts, own_names, tokenizer_tensor
 from .leftovers import TAG, Leftover, find_leftovers
 from .lora_keys import (
     flat_stem,
@@ -60,7 +60,6 @@ __all__ = [
     "Component",
     "FoundLora",
     "IMAGE_TOKENS",
-    "KINDS",
     "LAYOUTS",
     "Layout",
     "Leftover",
@@ -89,7 +88,7 @@ __all__ = [
     "count_blocks",
     "differ_in_h_and_l",
     "experts_of",
-    "find_layout",
+    "find_layouts",
     "find_leftovers",
     "flat_stem",
     "foreign_part",

@@ -36,11 +36,13 @@ class Layout:
 
     def lacking(self, names: Iterable[str]) -> list[str]:
         """Return the marks that are not among ``names``, under whatever prefix."""
-        known = list(names)
-        absent = [
-            mark for mark in self.marks if not any(_ends(n, o) for o in _some(mark) for n in known)
+        known = set(names)
+        absent = [mark for mark in self.marks if known.isdisjoint(_some(mark))]
+        return [
+            _some(mark)[0]
+            for mark in absent
+            if not any(_ends(name, one) for one in _some(mark) for name in known)
         ]
-        return [_some(mark)[0] for mark in absent]
 
     def count(self, names: Iterable[str]) -> int:
         """Return how many of the marks are among ``names``, under whatever prefix."""
@@ -85,20 +87,21 @@ LAYOUTS: Final = (
     )),
 )  # fmt: skip
 """Every layout of every kind. The first mark of each is the name that prefixes are found by."""
-KINDS: Final = tuple(dict.fromkeys(layout.kind for layout in LAYOUTS))
 
 
-def find_layout(kind: str, names: Iterable[str]) -> tuple[Layout, str] | None:
-    """Return the layout of a component of this kind among ``names``, and the prefix of its names.
+def find_layouts(names: Iterable[str]) -> dict[str, tuple[Layout, str]]:
+    """Return the components among ``names``: by kind, the layout and the prefix of its names.
 
-    All its marks must be there under one prefix. The shortest prefix is taken where several do.
+    All marks must be there under one prefix. The shortest prefix is taken where several do.
     """
     plain = plain_names(names)
-    for layout in (one for one in LAYOUTS if one.kind == kind):
-        for prefix in _prefixes(plain, layout.marks[0]):
+    found: dict[str, tuple[Layout, str]] = {}
+    for layout in LAYOUTS:
+        for prefix in _prefixes(plain, layout.marks[0]) if layout.kind not in found else ():
             if all(any(prefix + one in plain for one in _some(mark)) for mark in layout.marks):
-                return layout, prefix
-    return None
+                found[layout.kind] = layout, prefix
+                break
+    return found
 
 
 def likely_layout(kind: str, names: Iterable[str]) -> str:
@@ -107,7 +110,8 @@ def likely_layout(kind: str, names: Iterable[str]) -> str:
     if not found:
         raise ValueError(f"no tensor names are known for {kind!r}")
     known = list(names)
-    return max(found, key=lambda layout: layout.count(known)).name
+    whole = next((layout for layout in found if not layout.lacking(known)), None)
+    return (whole or max(found, key=lambda layout: layout.count(known))).name
 
 
 def own_names(names: Iterable[str], prefix: str) -> dict[str, str]:
@@ -129,7 +133,10 @@ def plain_names(names: Iterable[str]) -> Mapping[str, str]:
 
     At the beginning of a name it stays: there it is a prefix like any other.
     """
-    return {name[:1] + name[1:].replace(WRAPPER, ""): name for name in names}
+    return {
+        name[:1] + name[1:].replace(WRAPPER, "") if WRAPPER in name else name: name
+        for name in names
+    }
 
 
 def tokenizer_tensor(names: Iterable[str]) -> str | None:

@@ -67,17 +67,24 @@ LEFTOVERS: Final = (
 LORA: Final = Leftover("a LoRA's tensor", "", ("transformer",), said=True)
 """What :func:`find_leftovers` gives for the tensors of a LoRA, which ``lora_keys`` recognises."""
 
-_PATTERNS: Final = tuple((one, re.compile(one.pattern)) for one in LEFTOVERS)
+# Per kind, one expression for all: a file has thousands of names.
+_PATTERNS: Final = {
+    kind: re.compile(
+        "|".join(f"(?P<n{i}>{one.pattern})" for i, one in enumerate(LEFTOVERS) if kind in one.kinds)
+    )
+    for kind in _ALL
+}
 
 
 def find_leftovers(kind: str, names: Iterable[str]) -> dict[str, Leftover]:
     """Return what is left over among the names of a component of this kind, without prefix."""
     known = list(names)
-    patterns = [(one, pattern) for one, pattern in _PATTERNS if kind in one.kinds]
+    pattern = _PATTERNS[kind]
     found: dict[str, Leftover] = {}
     modules: set[str] | None = None
     for name in known:
-        match = next((one for one, pattern in patterns if pattern.fullmatch(name)), None)
+        listed = pattern.fullmatch(name)
+        match = LEFTOVERS[int(str(listed.lastgroup)[1:])] if listed else None
         if match is None and kind in LORA.kinds and (key := read_lora_key(name)) is not None:
             # An alpha or a GLoRA matrix alone says too little: it must scale a module of the file.
             modules = modules or {flat_stem(n.rpartition(".")[0]) for n in known}

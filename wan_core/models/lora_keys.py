@@ -61,6 +61,10 @@ _ROLES: Final = tuple(
     (role, re.compile("(.+?)(?:" + "|".join(endings) + ")")) for role, endings in ENDINGS.items()
 )
 _ADAPTERS: Final = tuple((kind, re.compile(f"(.+?)(?:{end})")) for kind, end in ADAPTERS.items())
+# Any ending at all: most names have none, and then nothing else is tried.
+_ANY: Final = re.compile(
+    "(?:" + "|".join((*ADAPTERS.values(), *(e for some in ENDINGS.values() for e in some))) + r")\Z"
+)
 _PREFIXES: Final = tuple(re.sub(r"[._]+", "_", prefix) + "_" for prefix in PREFIXES)
 # Projections whose input width is the model's width, as every style of Wan LoRA names them.
 _WAN_LINEAR: Final = re.compile(
@@ -99,6 +103,8 @@ class LoraKey:
 
 def read_lora_key(name: str) -> LoraKey | None:
     """Take a tensor's name apart; None for a name that no kind of adapter has."""
+    if _ANY.search(name) is None:
+        return None
     for kind, pattern in _ADAPTERS:
         found = pattern.fullmatch(name)
         if found:
