@@ -462,14 +462,17 @@ REFUSED = {
     "unknown": (
         PAIR | {"diffusion_model.blocks.0.self_attn.zz.lora_up.weight": torch.zeros(24, 2)},
         ModelMismatch, r"1 of 3 tensors .* match nothing .*self_attn\.zz\.lora_up"),
-    "text encoder": (
-        PAIR | {"lora_te1_text_model_encoder_layers_0_mlp_fc1.lora_down.weight":
-                torch.zeros(2, 24)}, ModelMismatch, "match nothing .*lora_te1"),
+    "text encoder alone": (
+        {"lora_te1_text_model_encoder_layers_0_mlp_fc1.lora_down.weight": torch.zeros(2, 24)},
+        ModelMismatch, "Nothing in the LoRA"),
     "both experts": (
         {"transformer.blocks.0.attn1.to_q.lora_A.weight": torch.zeros(2, 24),
          "transformer.blocks.0.attn1.to_q.lora_B.weight": torch.zeros(24, 2),
          "transformer_2.blocks.0.attn1.to_q.lora_A.weight": torch.zeros(2, 24)},
         ModelMismatch, "both experts"),
+    "both experts, by number": (
+        {k.replace("diffusion_model.", f"diffusion_model.transformer_{n}."): v.clone()
+         for k, v in PAIR.items() for n in (1, 2)}, ModelMismatch, "both experts"),
     "half": ({f"{KEY}.lora_down.weight": torch.zeros(2, 24)}, CorruptFile, "without its 'up'"),
     "alpha alone": (PAIR | {"blocks.0.ffn.0.alpha": torch.tensor(1.0)}, CorruptFile,
                     "without the matrices"),
@@ -481,9 +484,15 @@ REFUSED = {
     "two in one": (
         PAIR | {k.replace("diffusion_model.", ""): v.clone() for k, v in PAIR.items()},
         CorruptFile, "several LoRAs in one file"),
-    "input channels": (
-        PAIR | {f"{PATCH}.diff": torch.zeros(24, 36, 1, 2, 2)}, ModelMismatch,
-        "another number of input channels than 16"),
+    "input channels alone": (
+        {f"{PATCH}.diff": torch.zeros(24, 36, 1, 2, 2)}, ModelMismatch, "Nothing in the LoRA"),
+    "input kernel": (
+        PAIR | {f"{PATCH}.diff": torch.zeros(23, 16, 1, 2, 2)}, ModelMismatch, "needs .24, 16"),
+    "two alphas": (PAIR | {f"{KEY}.alpha": torch.ones(2)}, CorruptFile, r"alpha.* shape \[2\]"),
+    "alpha of no number": (
+        PAIR | {f"{KEY}.alpha": torch.ones(0)}, CorruptFile, r"alpha.* shape \[0\]"),
+    "an alpha for each rank": (
+        PAIR | {f"{KEY}.alpha": torch.ones(2, 1)}, CorruptFile, "alpha is a single number"),
     "a model": ({}, ModelMismatch, "is a Wan .* transformer, not a LoRA"),
 }  # fmt: skip
 
@@ -562,7 +571,16 @@ NAMES = {
     "Wan2.2-Lightning_T2V-A14B-4steps-lora_HIGH_fp16": True,
     "wan_4_steps": True,
     "StepDistill": True,
+    "LightX2V_4Step_high": True,
+    "Wan21_I2V_cfg_step_distill": True,
+    "wan2.2_lightning_seko": True,
+    "lightx2v_trained_2000steps": True,
     "wan_8steps_distill": False,
+    # Effects and styles: one word that also means something else is not enough.
+    "thunder_lightning_effect_wan": False,
+    "Lenovo_lightning_photo_style": False,
+    "lightning_storm_wan22_high": False,
+    "distill_of_roses": False,
     "enlightning_strikes": False,
     "my_style_lora": False,
     "14steps": False,

@@ -142,9 +142,8 @@ def _recipe(
     Of two experts both must be distilled; a folder's name speaks for all its files.
     """
     files = [parts[name].table for name in ("transformer", "transformer_2") if name in parts]
-    found = [
-        recipe_of(table.path, table.metadata) or recipe_of(root / "transformer") for table in files
-    ]
+    folder = recipe_of(root / "transformer") if root.is_dir() else None
+    found = [recipe_of(table.path, table.metadata) or folder for table in files]
     said = [
         f"{table.path.name} is {one.describe()} ({one.reason})"
         for table, one in zip(files, found, strict=True)

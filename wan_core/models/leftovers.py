@@ -87,7 +87,11 @@ def find_leftovers(kind: str, names: Iterable[str]) -> dict[str, Leftover]:
         match = LEFTOVERS[int(str(listed.lastgroup)[1:])] if listed else None
         if match is None and kind in LORA.kinds and (key := read_lora_key(name)) is not None:
             # An alpha or a GLoRA matrix alone says too little: it must scale a module of the file.
-            modules = modules or {flat_stem(n.rpartition(".")[0]) for n in known}
+            modules = modules or {
+                flat_stem(n.removesuffix(".weight"))
+                for n in known
+                if n.endswith(".weight") and read_lora_key(n) is None
+            }
             ours = key.marks or any(bare in modules for bare in spellings(key.stem))
             match = LORA if ours else None
         if match is not None:
