@@ -69,9 +69,9 @@ class _Offer:
     part: IdentifiedFile
     unusable: str = ""
     """Why it cannot be used at all; empty where it can."""
-    doubts: tuple[str, ...] = ("", "", "", "")
+    doubts: tuple[str, ...] = ()
     """Why another file is better if there is one, the gravest first: no tokenizer, incomplete, of
-    another family, not the published numbers. Empty where nothing speaks against it."""
+    another family, not the published numbers, no name. Empty where nothing speaks against it."""
     inside: bool = False
     """Whether it is part of the transformer's own file."""
 
@@ -175,17 +175,17 @@ def _matches(part: IdentifiedFile, shape: TransformerShape) -> bool:
 
 
 def _offer(path: Path, part: IdentifiedFile, has_tokenizer: bool, inside: bool) -> _Offer:
-    unusable, tokenizer, family, size = part.weights.why_not, "", "", ""
+    unusable, tokenizer, family, size, name = part.weights.why_not, "", "", "", ""
     if part.vae is not None:
         problem = vae_problem(part.vae)
         unusable = unusable or (f"it {problem}" if problem else "")
-        family = "" if inside else _family_doubt(path)
+        family, name = ("", "") if inside else _name_doubts(path)
         if replace(part.vae, latents_mean=(), latents_std=()) not in _OFFICIAL_VAES:
             size = "it is not of the published size"
     if part.kind == "text_encoder" and not has_tokenizer and not _carries_tokenizer(part, path):
         tokenizer = "it carries no tokenizer, and none lies beside it"
     missing = f"it lacks {len(part.missing)} tensors" if part.missing else ""
-    return _Offer(path, part, unusable, (tokenizer, missing, family, size), inside)
+    return _Offer(path, part, unusable, (tokenizer, missing, family, size, name), inside)
 
 
 def _carries_tokenizer(part: IdentifiedFile, path: Path) -> bool:
@@ -196,13 +196,14 @@ def _carries_tokenizer(part: IdentifiedFile, path: Path) -> bool:
         return False
 
 
-def _family_doubt(path: Path) -> str:
-    """Say what in a VAE's name speaks for another model than Wan; empty where nothing does."""
+def _name_doubts(path: Path) -> tuple[str, str]:
+    """Say what in a VAE's name speaks for another model, and whether it does not speak for Wan."""
     words = words_of(path.stem)
     other = next((word for word in words if _OTHER_VAE.fullmatch(word)), None)
     if other is not None:
-        return f"its name says {other!r}"
-    return "" if any(_WAN.fullmatch(word) for word in words) else "its name does not say Wan"
+        return f"its name says {other!r}", ""
+    said = any(_WAN.fullmatch(word) for word in words)
+    return "", "" if said else "its name does not say Wan"
 
 
 def _nothing(
