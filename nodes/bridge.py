@@ -25,7 +25,7 @@ from comfy_execution.graph_utils import ExecutionBlocker
 
 from ..wan_core.config import MIB
 from .lease import loaded_bytes, unload
-from .pipeline import WanPipeline, portable
+from .pipeline import WanPipeline, is_offered, portable
 
 if TYPE_CHECKING:
     from ..wan_core.config import MemoryEstimate
@@ -62,7 +62,7 @@ def model_files() -> dict[str, dict[str, Path]]:
         for root in map(Path, folder_paths.get_folder_paths(folder)):
             # Linked folders are followed, as in ComfyUI's own lists.
             for name in sorted(folder_paths.recursive_search(str(root), [".git"])[0]):
-                if _is_offered(name, _SUFFIXES) and (root / name).is_file():
+                if is_offered(name, _SUFFIXES) and (root / name).is_file():
                     names.setdefault(Path(name).as_posix(), root / name)
         found[part] = names
     return found
@@ -81,13 +81,7 @@ def part_folders() -> dict[str, str]:
 def lora_names() -> list[str]:
     """Return the names of the LoRA files in ComfyUI's folders, relative to models/loras."""
     names = folder_paths.get_filename_list("loras")
-    return [name for name in names if _is_offered(name, (".safetensors",))]
-
-
-def _is_offered(name: str, suffixes: tuple[str, ...]) -> bool:
-    """Whether a file is one to choose from: macOS puts a "._name" beside files on some disks."""
-    hidden = Path(portable(name)).name.startswith(".")
-    return name.lower().endswith(suffixes) and not hidden
+    return [name for name in names if is_offered(name, (".safetensors",))]
 
 
 def lora_path(name: str) -> Path | None:

@@ -151,6 +151,12 @@ def portable(name: str) -> str:
     return name.replace("\\", "/")
 
 
+def is_offered(name: str, suffixes: tuple[str, ...]) -> bool:
+    """Whether a file is one to choose from: macOS puts a "._name" beside files on some disks."""
+    hidden = portable(name).rpartition("/")[2].startswith(".")
+    return name.lower().endswith(suffixes) and not hidden
+
+
 def named_file(files: Mapping[str, Path], name: str) -> Path | None:
     """Return the file of this name, however the system that saved the workflow writes it."""
     return files.get(name) or files.get(portable(name))
