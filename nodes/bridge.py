@@ -25,7 +25,7 @@ from comfy_execution.graph_utils import ExecutionBlocker
 
 from ..wan_core.config import MIB
 from .lease import loaded_bytes, unload
-from .pipeline import WanPipeline
+from .pipeline import WanPipeline, is_offered, portable
 
 if TYPE_CHECKING:
     from ..wan_core.config import MemoryEstimate
@@ -62,7 +62,7 @@ def model_files() -> dict[str, dict[str, Path]]:
         for root in map(Path, folder_paths.get_folder_paths(folder)):
             # Linked folders are followed, as in ComfyUI's own lists.
             for name in sorted(folder_paths.recursive_search(str(root), [".git"])[0]):
-                if name.lower().endswith(_SUFFIXES) and (root / name).is_file():
+                if is_offered(name, _SUFFIXES) and (root / name).is_file():
                     names.setdefault(Path(name).as_posix(), root / name)
         found[part] = names
     return found
@@ -81,13 +81,13 @@ def part_folders() -> dict[str, str]:
 def lora_names() -> list[str]:
     """Return the names of the LoRA files in ComfyUI's folders, relative to models/loras."""
     names = folder_paths.get_filename_list("loras")
-    return [name for name in names if name.lower().endswith(".safetensors")]
+    return [name for name in names if is_offered(name, (".safetensors",))]
 
 
 def lora_path(name: str) -> Path | None:
     """Return the path of the LoRA file of this name, or None if there is none."""
-    found = folder_paths.get_full_path("loras", name)
-    return None if found is None else Path(found)
+    found = [folder_paths.get_full_path("loras", one) for one in (name, portable(name))]
+    return next((Path(path) for path in found if path is not None), None)
 
 
 def temp_video_path(width: int, height: int) -> Path:

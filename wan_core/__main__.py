@@ -17,6 +17,7 @@ from typing import Any
 
 from .config import CODECS, MIB, GenerationConfig
 from .errors import InvalidRequest, WanError
+from .files import decode_text
 from .job import FUSIONS
 from .memory import close_gaps
 from .plan import FORWARDS, FP8, OFFLOADS
@@ -280,7 +281,7 @@ def _read_text(path: str | None) -> str | None:
     if path is None:
         return None
     try:
-        return Path(path).read_text(encoding="utf-8")
+        return decode_text(Path(path).read_bytes())
     except (OSError, UnicodeDecodeError) as err:
         raise InvalidRequest(f"prompts: {path} cannot be read ({err}).", field="prompts") from err
 

@@ -319,16 +319,6 @@ def test_answers_are_plain_data(tmp_path: Path) -> None:
     assert any("Structure leaves" in text for text in out["warnings"])
 
 
-def test_all_in_one_checkpoints(tmp_path: Path) -> None:
-    """The transformer is found beside a VAE and text encoder, and the rest is mentioned."""
-    file = layouts.relabel(layouts.stored(layouts.FILES["t2v-1.3b"][0], "fp16"), "comfyui")
-    for name, shape in layouts.vae_21().items():
-        file.tensors["first_stage_model." + name] = ("F16", shape)
-    found = detect(layouts.write_sparse(tmp_path / "x.safetensors", file))
-    assert found.name == "wan2.1-t2v-1.3b"
-    assert "also holds first_stage_model" in found.warnings[0]
-
-
 def test_a_umt5_gguf_with_its_vocabulary_is_quick(tmp_path: Path) -> None:
     names = {"token_embd.weight": (256384, 4096)}
     for block in range(24):

@@ -16,9 +16,10 @@ from safetensors.torch import save_file
 from support import bad_files, gguf_umt5
 from support.tiny_models import make_image_encoder, make_tokenizer
 
-from wan_core.errors import CorruptFile, MissingFile, UnsupportedModel, WanError
+from wan_core.errors import CorruptFile, MissingFile, ModelMismatch, UnsupportedModel, WanError
 from wan_core.loading.tokenizer import (
     build_tokenizer,
+    check_tokenizer,
     load_image_processor,
     load_scheduler_config,
     load_tokenizer,
@@ -108,6 +109,36 @@ def test_from_a_saved_folder(tmp_path: Path) -> None:
     wanted = transformers.AutoTokenizer.from_pretrained(tmp_path)(TEXTS[:1]).input_ids
     assert load_tokenizer(tmp_path)(TEXTS[:1]).input_ids == wanted
     assert load_tokenizer(tmp_path / "tokenizer.json")(TEXTS[:1]).input_ids == wanted
+
+
+@pytest.mark.parametrize("more", [0, 84, 1024])
+def test_a_tokenizer_of_the_encoder_is_accepted(spiece: bytes, more: int) -> None:
+    """Embeddings are filled up to a round number of rows; umT5's by 84."""
+    tokenizer = build_tokenizer(spiece, "spiece.model")
+    check_tokenizer(tokenizer, len(tokenizer) + more, Path("t"), Path("e"))
+
+
+@pytest.mark.parametrize("more", [-1, -100, 1025, 224_000])
+def test_a_tokenizer_of_another_encoder_is_refused_by_both_numbers(
+    spiece: bytes, more: int
+) -> None:
+    """One token too many would fail at a rare word; a T5's on umT5 would mean something else."""
+    tokenizer = build_tokenizer(spiece, "spiece.model")
+    rows = len(tokenizer) + more
+    with pytest.raises(ModelMismatch, match=f"'t' has {len(tokenizer):,} tokens.*'e' .*{rows:,}:"):
+        check_tokenizer(tokenizer, rows, Path("t"), Path("e"))
+
+
+def test_a_tokenizer_in_an_all_in_one_file(tmp_path: Path, spiece: bytes) -> None:
+    data = torch.frombuffer(bytearray(spiece), dtype=torch.uint8)
+    wanted = build_tokenizer(spiece, "spiece.model")("a red circle").input_ids
+    for name in ("text_encoders.spiece_model", "text_encoders.umt5xxl.spiece_model"):
+        path = tmp_path / "aio.safetensors"
+        save_file({"model.x": torch.ones(2), name: data}, path)
+        assert load_tokenizer(path)("a red circle").input_ids == wanted
+    save_file({"not_a_spiece_model": data}, path)
+    with pytest.raises(MissingFile, match="carries no tokenizer"):
+        load_tokenizer(path)
 
 
 def test_what_is_no_tokenizer_is_named(tmp_path: Path, spiece: bytes) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import CODECS, RESUME, GenerationConfig
-from ..errors import InvalidRequest
+from ..errors import InvalidRequest, MissingFile
 from ..models import ModelArchitecture, Variant
 from .noise import NOISES
 from .prompts import PromptPart, parse_prompts
@@ -100,8 +100,11 @@ class Request:
 def resolve(config: GenerationConfig, architecture: ModelArchitecture) -> Request:
     """Fill in the variant's official values and check every field.
 
-    Raises InvalidRequest naming the field, the value found and the values allowed.
+    Raises InvalidRequest naming the field, the value found and the values allowed, and MissingFile
+    where a part of the model must be named first.
     """
+    if architecture.incomplete:
+        raise MissingFile(architecture.incomplete)
     warnings: list[str] = []
     _check_images(config, architecture)
     _check_mode(config, architecture)
@@ -205,14 +208,13 @@ def _output_fields(config: GenerationConfig) -> dict[str, Any]:
 
 
 def _recipe_warnings(request: Request, architecture: ModelArchitecture) -> Iterator[str]:
-    """Say where the request differs from the settings that a distilled LoRA was trained for."""
-    for found in architecture.loras:
-        recipe = found.recipe if found.lora.strength else None
-        differences = recipe.differences(request) if recipe is not None else []
-        if recipe is not None and differences:
+    """Say where the request differs from the settings that a distilled file was trained for."""
+    for what, recipe in architecture.recipes():
+        differences = recipe.differences(request)
+        if differences:
             yield (
-                f"The LoRA {Path(found.lora.path).name} is {recipe.describe()} ({recipe.reason}). "
-                f"This job has {', '.join(differences)}."
+                f"{what} is {recipe.describe()} ({recipe.reason}). This job has "
+                f"{', '.join(differences)}."
             )
 
 

@@ -20,7 +20,12 @@ if TYPE_CHECKING:
     from .moving import Undo, device_of, move, remember
     from .page_lock import Slab, all_pinned_bytes, lock_within, pin_block, room_to_pin, unpin
     from .reader import TensorReader
-    from .tokenizer import load_image_processor, load_scheduler_config, load_tokenizer
+    from .tokenizer import (
+        check_tokenizer,
+        load_image_processor,
+        load_scheduler_config,
+        load_tokenizer,
+    )
 
 __getattr__ = lazy_names(
     __name__,
@@ -39,8 +44,13 @@ __getattr__ = lazy_names(
             "unpin",
         ),
         "reader": ("TensorReader",),
-        "tokenizer": ("load_image_processor", "load_scheduler_config", "load_tokenizer"),
-    },
+        "tokenizer": (
+            "check_tokenizer",
+            "load_image_processor",
+            "load_scheduler_config",
+            "load_tokenizer",
+        ),
+    },  # fmt: skip
 )
 
 __all__ = [
@@ -50,6 +60,7 @@ __all__ = [
     "TensorReader",
     "Undo",
     "all_pinned_bytes",
+    "check_tokenizer",
     "component_cache",
     "component_key",
     "device_of",

@@ -18,15 +18,24 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Final
 
-from ..errors import CorruptFile, MissingDependency, MissingFile, UnsupportedModel
+from ..errors import (
+    CorruptFile,
+    MissingDependency,
+    MissingFile,
+    ModelMismatch,
+    UnsupportedModel,
+)
 from ..files import open_regular, quoted
 from ..formats import charsmap_problem, read_gguf_tokenizer, read_json, read_table
-from ..models import TEXT_TOKENS
+from ..models import TEXT_TOKENS, tokenizer_tensor
 
 MAX_MODEL_BYTES: Final = 64 * 2**20
 """Largest SentencePiece model that is read; umT5's has 4.5 MB."""
 _EXTRA_IDS: Final = 300
 """Number of tokens ``<extra_id_N>`` after umT5's 256,000 pieces (from its tokenizer_config)."""
+MOST_UNUSED: Final = 1024
+"""Most rows of an encoder's embedding without a token: they are filled up to a round number (84 of
+umT5's). More mean that the tokenizer is another model's."""
 _UNIGRAM: Final = 1
 _BROKEN: Final = "Download the file again."
 
@@ -55,6 +64,21 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Any:
         return build_tokenizer(file.read(size), quoted(source))
 
 
+def check_tokenizer(tokenizer: Any, vocabulary: int, path: Path, encoder: Path) -> None:
+    """Refuse a tokenizer whose tokens are not those of an encoder with ``vocabulary`` embeddings.
+
+    With too many tokens the encoder fails on the first rare word; with far too few every word means
+    something else. ``path`` and ``encoder`` name the two in the message.
+    """
+    tokens = len(tokenizer)
+    if not vocabulary - MOST_UNUSED <= tokens <= vocabulary:
+        raise ModelMismatch(
+            f"The tokenizer {quoted(path)} has {tokens:,} tokens, the text encoder "
+            f"{quoted(encoder)} has embeddings for {vocabulary:,}: they are of different models. "
+            "Use the tokenizer of this text encoder."
+        )
+
+
 def _from_folder(folder: Path) -> Any:
     if (folder / "tokenizer.json").is_file():
         transformers = _transformers()
@@ -76,9 +100,10 @@ def _from_folder(folder: Path) -> Any:
 
 
 def _embedded(path: Path) -> bytes:
-    """Return the bytes of the tensor ``spiece_model``."""
+    """Return the bytes of the tensor ``spiece_model``, in an all-in-one file under a prefix."""
     table = read_table(path)
-    info = table.tensors.get("spiece_model")
+    name = tokenizer_tensor(table.tensors)
+    info = None if name is None else table.tensors[name]
     if info is None:
         raise MissingFile(
             f"{quoted(path)} carries no tokenizer (no tensor 'spiece_model'). Name a tokenizer "

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor
 from ..config import GenerationConfig
 from ..errors import InvalidRequest
 from ..job import Request, latent_frames, latent_index
-from ..loading import load_image_processor
+from ..loading import check_tokenizer, load_image_processor
 from ..sampling import (
     Conditions,
     check_embeds,
@@ -129,7 +130,7 @@ class ConditionMaker:
         # The encoder (11 GB) is not even read when every text is cached.
         if missing:
             with (
-                stages.component("tokenizer") as tokenizer,
+                self._checked_tokenizer() as tokenizer,
                 stages.use("text_encode", "text_encoder") as encoder,
             ):
                 for text in missing:
@@ -138,6 +139,17 @@ class ConditionMaker:
                     stages.cache.put_text((encoder_key, tokenizer_key, text), embeds)
                     found[text] = embeds
         return [found[text] for text in texts]
+
+    @contextmanager
+    def _checked_tokenizer(self) -> Iterator[Any]:
+        """Borrow the tokenizer; refuses another encoder's, before the encoder itself is read."""
+        parts = self.stages.architecture.components
+        vocabulary = parts["text_encoder"].vocabulary
+        with self.stages.component("tokenizer") as tokenizer:
+            if vocabulary is not None:
+                paths = parts["tokenizer"].path, parts["text_encoder"].path
+                check_tokenizer(tokenizer, vocabulary, *paths)
+            yield tokenizer
 
     # -- pictures -----------------------------------------------------------------------------
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from ..config import WanModelFiles
 from ..detect import ArchitectureDetector, with_loras
 from ..errors import InvalidRequest, MissingFile, UnsupportedModel, WanError
+from ..files import decode_text
 from ..loading import ComponentCache, component_cache
 from ..plan import OptimizationConfig, Planner
 
@@ -125,8 +126,8 @@ def _read_optimization(path: str | Path | None) -> dict[str, Any]:
     if path is None:
         return {}
     try:
-        text = Path(path).read_text(encoding="utf-8")
-    except OSError as err:
+        text = decode_text(Path(path).read_bytes())
+    except (OSError, UnicodeDecodeError) as err:
         raise MissingFile(f"optimization_config_path {path} cannot be read: {err}.") from err
     try:
         mapping = json.loads(text)
