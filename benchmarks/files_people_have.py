@@ -317,19 +317,25 @@ class Part:
     work: Callable[[], object]
 
 
-def parts_of(bench: FileBench, kinds: tuple[str, ...], disk: Path | None) -> list[Part]:
-    """Return the parts in the order in which they run: by kind."""
+def parts_of(
+    bench: FileBench, kinds: tuple[str, ...], disk: tuple[Path, float] | None
+) -> list[Part]:
+    """Return the parts in the order in which they run: by kind.
+
+    ``disk`` is where a cold load can be measured, and the seconds that takes.
+    """
     out = []
     for kind in kinds:
         out.append(Part(f"{kind}, layers", *LAYERS[kind], partial(layers, bench, kind)))
         if kind == kinds[0] and disk is not None:
-            out.append(Part(f"{kind}, cold load", 50, 6, partial(cold_load, bench, kind, disk)))
+            work = partial(cold_load, bench, kind, disk[0])
+            out.append(Part(f"{kind}, cold load", disk[1], 6, work))
         cases = [case for case in RUNS if case.kind == kind]
         if bench.tiny:  # without a device caps differ in nothing
             cases = list({(case.low, case.ram is None): case for case in cases}.values())
         for case in cases:
-            work = run_here if case.ram is None else run_capped
-            out.append(Part(case.name, case.needs, case.worth, partial(work, bench, case)))
+            run = run_here if case.ram is None else run_capped
+            out.append(Part(case.name, case.needs, case.worth, partial(run, bench, case)))
     return out
 
 
@@ -349,32 +355,38 @@ def keep_others(bench: FileBench, kinds: tuple[str, ...]) -> None:
     bench.found["notes"] += notes + [f"Kept from {old['machine']['date']}: {k}" for k in others]
 
 
-def room_for_files(wanted: Path | None, tiny: bool) -> tuple[Path | None, str]:
-    """Choose where the files go, and say why."""
+Rates = tuple[float, float]
+"""Bytes per second that a disk writes, and reads when cold."""
+
+
+def room_for_files(wanted: Path | None, tiny: bool) -> tuple[Path | None, str, Rates | None]:
+    """Choose where the files go, and say why; with the disk's rates where it was looked at."""
     if wanted is not None or tiny:
-        return wanted, "as asked" if wanted else "small files"
+        return wanted, f"files in {wanted}, as asked" if wanted else "small files", None
     disk, memory = Path(tempfile.gettempdir()), Path("/dev/shm")
     free = {path: shutil.disk_usage(path).free for path in (disk, memory) if path.is_dir()}
-    rates = "not looked at"
+    rates, told = None, "was not looked at"
     if free.get(disk, 0) > NEEDED and not in_memory(disk / "x"):
-        write, read = disk_rates(disk)
-        rates = f"writes {write / 1e9:.2f} GB/s and reads {read / 1e9:.2f} GB/s cold"
-        if write > DISK_FROM or free.get(memory, 0) < NEEDED:
-            return disk, f"files on the disk, which {rates}"
+        rates = disk_rates(disk)
+        told = f"writes {rates[0] / 1e9:.2f} GB/s and reads {rates[1] / 1e9:.2f} GB/s cold"
+        if rates[0] > DISK_FROM or free.get(memory, 0) < NEEDED:
+            return disk, f"files on the disk, which {told}", rates
     if free.get(memory, 0) > NEEDED:
-        return memory, f"files in /dev/shm; the disk {rates}"
+        return memory, f"files in /dev/shm; the disk {told}", rates
     raise SystemExit(f"40 GB are needed; free are {free}. Give --folder.")
 
 
-def run_all(bench: FileBench, kinds: tuple[str, ...]) -> None:
+def run_all(bench: FileBench, kinds: tuple[str, ...], rates: Rates | None) -> None:
     bench.say(str(bench.found["machine"]))
     begun = time.perf_counter()
     nbytes = bench.model.write_rest()
     bench.say(f"encoder and VAE: {nbytes / 1e9:.1f} GB in {time.perf_counter() - begun:.0f} s")
-    disk = Path(tempfile.gettempdir())
-    wanted = max(sizes(bench.model.shapes, kinds[:1]).values())
-    useful = not in_memory(disk / "x") and shutil.disk_usage(disk).free > wanted + 2e9
-    parts = parts_of(bench, kinds, disk if useful else None)
+    disk, needs = Path(tempfile.gettempdir()), 0.0
+    nbytes = sizes(bench.model.shapes, kinds[:1])[kinds[0]]
+    if not in_memory(disk / "x") and shutil.disk_usage(disk).free > nbytes + 2e9:
+        write, read = rates or (DISK_FROM, DISK_FROM)
+        needs = 15 + nbytes * (1 / write + 2 / read)
+    parts = parts_of(bench, kinds, (disk, needs) if needs else None)
     for index, part in enumerate(parts):
         later = sum(p.needs for p in parts[index + 1 :] if p.worth > part.worth)
         bench.part(part.name, part.needs, part.work, kept=later)
@@ -399,14 +411,14 @@ def main(given: list[str] | None = None) -> int:
         stack.enter_context(patch.dict(os.environ, XDG_CACHE_HOME=cache))
         if arguments.child is not None:
             return child(arguments.child, arguments.folder, arguments.tiny)
-        room, why = room_for_files(arguments.folder, arguments.tiny)
+        room, why, rates = room_for_files(arguments.folder, arguments.tiny)
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=room))) / "model"
         device = "cpu" if arguments.tiny else "cuda:0"
         bench = FileBench(device, folder, arguments.output, arguments.budget, arguments.tiny)
         stack.callback(bench.watch.close)
         bench.note(why)
         keep_others(bench, kinds)
-        run_all(bench, kinds)
+        run_all(bench, kinds, rates)
     print(report(bench.found))
     return 0
 
