@@ -230,9 +230,12 @@ class WeightsPatcher(ModelPatcher):  # type: ignore[misc]
         return 0
 
     def partially_unload(self, device_to: Any, memory_to_free: float = 0, **_: Any) -> int:
-        before = self.loaded_size()
-        self.detach()
-        return before - self.loaded_size()
+        # As much as is asked for and no more: what stays need not come back over the bus.
+        if self.in_use:
+            return 0
+        freed = unload(self._files, self.load_device, int(memory_to_free))
+        log.info("WanFit: %.1f MiB of weights unloaded for ComfyUI", freed / MIB)
+        return freed
 
     def detach(self, unpatch_all: bool = True) -> Any:
         # With unpatch_all=False ComfyUI re-registers a model it is about to use: keep the weights.

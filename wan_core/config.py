@@ -201,7 +201,10 @@ class StageEstimate:
     weights_bytes: int
     activation_bytes: int
     host_bytes: int = 0
+    """RAM that nothing else can have while the stage runs."""
     note: str = ""
+    mapped_bytes: int = 0
+    """Weights read from the mapped file: RAM that the system takes back when it needs it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,8 +11,9 @@ from support.dry_run import DryModel
 from support.machines import architecture, gpu
 from support.true_models import DTYPES, KEEP_FP32, autoencoder, transformer
 
-from wan_core.config import StageEstimate
+from wan_core.config import MIB, StageEstimate
 from wan_core.forward import transformer as lean_forward
+from wan_core.forward.sources import norms_widen
 from wan_core.job.steps import make_scheduler
 from wan_core.memory import stages as memory
 from wan_core.memory.forward import text_encoder_peak, transformer_peak
@@ -54,7 +55,8 @@ def test_transformer_bytes_equal_the_real_class(name: str) -> None:
         key: (p.numel(), not set(KEEP_FP32).isdisjoint(key.split(".")))
         for key, p in model.named_parameters()
     }
-    assert set(KEEP_FP32) == set(model._keep_in_fp32_modules)
+    # Since diffusers 0.40 the rotary tables are among them, which are no parameters.
+    assert set(KEEP_FP32) - {"rope"} == set(model._keep_in_fp32_modules) - {"rope"}
     for dtype, size in sizes.BYTES.items():
         if dtype == "fp8":
             continue
@@ -267,11 +269,15 @@ def test_vae_agrees_with_the_dry_run(
         shape, batch=batch, latent_frames=job.latent_frames, latent_height=height // scale,
         latent_width=width // scale, size=size, workspace=False,
     )  # fmt: skip
-    assert ours == pytest.approx(decode_dry(shape, job, dtype), rel=0.001)
+    found = [(ours, decode_dry(shape, job, dtype))]
     ours = encode_peak(
         shape, batch=1, num_frames=frames, height=height, width=width, size=size, workspace=False
     )
-    assert ours == pytest.approx(encode_dry(shape, job, dtype), rel=0.001)
+    found.append((ours, encode_dry(shape, job, dtype)))
+    # Before diffusers 0.38 the norms of half precision needed less.
+    above = 0.001 if dtype == "fp32" or norms_widen() else 0.1
+    for ours, real in found:
+        assert -0.001 <= ours / real - 1 <= above
 
 
 LEAN = [
@@ -401,6 +407,7 @@ def test_transformer_is_exact_to_the_byte_and_independent_of_depth() -> None:
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
 def test_text_encoder_agrees_with_the_dry_run(dtype: str) -> None:
+    import transformers
     from transformers import UMT5Config, UMT5EncoderModel
 
     config = UMT5Config(
@@ -411,7 +418,10 @@ def test_text_encoder_agrees_with_the_dry_run(dtype: str) -> None:
     live = DryModel(lambda: UMT5EncoderModel(config), DTYPES[dtype]).peak(
         lambda model: model(torch.ones_like(tokens), torch.ones_like(tokens)).last_hidden_state
     )
-    assert text_encoder_peak(DTYPES[dtype].itemsize) == pytest.approx(live, rel=0.02)
+    # transformers 4 computes the softmax in float32 here, too; on CUDA that is counted.
+    more = 0 if int(transformers.__version__.split(".")[0]) >= 5 else 100 * MIB
+    ours = text_encoder_peak(DTYPES[dtype].itemsize)
+    assert 0.98 * live - more <= ours <= 1.02 * live
 
 
 def test_unipc_holds_as_many_latents_as_are_counted() -> None:

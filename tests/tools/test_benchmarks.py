@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -207,3 +208,16 @@ def test_traced_peak_of_small_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [row.way for row in rows[:2]] == ["diffusers", "lean"]
     assert rows[0].ratio == 1 and rows[1].ratio < 0.7
     assert traced_peak.table(rows, "MiB", 2**20, 0)[3].endswith("| 0.70 | met |")
+
+
+def test_the_page_of_machines_is_what_the_planner_says(tmp_path: Path) -> None:
+    """None of the common models is refused on a common computer, and the page is up to date."""
+    sys.path[:0] = [str(BENCHMARKS)]
+    try:
+        import machines_table
+    finally:
+        sys.path.remove(str(BENCHMARKS))
+    page = machines_table.table(tmp_path)
+    assert "refused" not in page
+    assert page == (BENCHMARKS.parent / "docs" / "machines.md").read_text(encoding="utf-8")
+    assert page.count("\n| A14B") == 8 * 5 * 2 and page.count("\n| 5B") == 8

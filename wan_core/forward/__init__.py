@@ -2,8 +2,9 @@
 
 In: a module built by ``loading``. Out: a context manager inside which the module runs the lean
 forward (``lean_forward`` for a transformer, ``lean_decoder`` for a VAE), or the reason why it
-cannot. Nothing here knows on which device weights are or how they get there. Names are resolved
-on first use, so that importing this package does not import torch.
+cannot; ``why_no_lean`` gives the reason that lies in the installed diffusers, before there is a
+module. Nothing here knows on which device weights are or how they get there. Names are resolved on
+first use, so that importing this package does not import torch.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from ..lazy import lazy_names
 
 if TYPE_CHECKING:
     from .block import TimestepRuns
+    from .sources import why_no_lean
     from .transformer import lean_forward, run_together
     from .vae import lean_decoder
 
@@ -21,6 +23,7 @@ __getattr__ = lazy_names(
     __name__,
     {
         "block": ("TimestepRuns",),
+        "sources": ("why_no_lean",),
         "transformer": ("lean_forward", "run_together"),
         "vae": ("lean_decoder",),
     },
@@ -31,4 +34,5 @@ __all__ = [
     "lean_decoder",
     "lean_forward",
     "run_together",
+    "why_no_lean",
 ]

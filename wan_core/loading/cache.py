@@ -12,6 +12,7 @@ import gc
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -188,18 +189,42 @@ class ComponentCache:
                         in_ram += tensor.nbytes
         return (0, on_device) if device == "cpu" else (on_device, in_ram)
 
-    def release_device(self) -> int:
-        """Move every component that is not in use to the CPU; return how many were moved."""
+    def release_device(
+        self, nbytes: int | None = None, paths: AbstractSet[str] | None = None
+    ) -> int:
+        """Move components that are not in use to the CPU; return the bytes that became free.
+
+        With ``nbytes``, no more than about so many: the least recently used component first, and
+        of the last one only blocks. ``paths`` (absolute, links resolved) limits it to components
+        read from these files.
+        """
         from .moving import move
 
-        moved = 0
+        freed = 0
         with self._lock:
-            for entry in self._entries.values():
-                tensor = next(iter(getattr(entry.module, "parameters", tuple)()), None)
-                if entry.users == 0 and tensor is not None and tensor.device.type != "cpu":
-                    move(entry.module, "cpu")
-                    moved += 1
-        return moved
+            for key, entry in self._entries.items():
+                if entry.users or not hasattr(entry.module, "parameters"):
+                    continue
+                if paths is not None and not paths & {file.path for file in key.files}:
+                    continue
+                for piece in _pieces_of(entry.module):
+                    if nbytes is not None and freed >= nbytes:
+                        return freed
+                    held = _device_bytes(piece)
+                    if held:
+                        move(piece, "cpu")
+                        freed += held
+        return freed
+
+    def drop_unused(self) -> int:
+        """Forget every component that is not in use; return how many there were."""
+        with self._lock:
+            unused = [key for key, entry in self._entries.items() if entry.users == 0]
+            for key in unused:
+                del self._entries[key]
+        if unused:
+            gc.collect()
+        return len(unused)
 
     def drop(self, paths: set[str]) -> None:
         """Drop the components read from these files (absolute paths, links resolved)."""
@@ -216,6 +241,19 @@ class ComponentCache:
             self._entries.clear()
             self._texts.clear()
         gc.collect()
+
+
+def _pieces_of(module: Any) -> list[Any]:
+    """Return the blocks of a module from the last to the first, then the module for its rest."""
+    blocks = getattr(module, "blocks", None)
+    if blocks is None:
+        blocks = getattr(getattr(module, "encoder", None), "block", None)
+    return [*reversed(list(blocks or ())), module]
+
+
+def _device_bytes(module: Any) -> int:
+    """Return the bytes of a module's parameters that are not in RAM."""
+    return sum(p.nbytes for p in module.parameters() if p.device.type != "cpu")
 
 
 _PROCESS_CACHE = ComponentCache()

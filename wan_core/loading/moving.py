@@ -14,13 +14,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
+from .mapped import is_mapped
 from .page_lock import Slab
 
 _RING_FROM = 256 * 2**20  # bytes; below, setting the ring up takes longer than it saves
 _PIECE = 32 * 2**20
 _SLOTS = 4
 _CHECK_SECONDS = 0.05
+_homes: Any = WeakTensorKeyDictionary()
+"""For parameters on a device: their tensor in the mapped file they came from."""
 
 
 class Undo:
@@ -82,10 +86,15 @@ def move(
     """
     undo = Undo()
     remember(undo, module)
+    target = torch.device(device)
     try:
         parameters = list(module.parameters())
-        moved = _sent_all([parameter.data for parameter in parameters], device, check)
-        for parameter, data in zip(parameters, moved, strict=True):
+        # Weights are only read: those that came from a mapped file need no copy to come home.
+        present = [_home_of(p) if target.type == "cpu" else p.data for p in parameters]
+        moved = _sent_all(present, device, check)
+        for parameter, before, data in zip(parameters, present, moved, strict=True):
+            if target.type != "cpu" and is_mapped(before):
+                _homes[parameter] = before
             parameter.data = data
         for owner in module.modules():
             for name, buffer in owner._buffers.items():
@@ -94,6 +103,14 @@ def move(
     except BaseException as error:
         undo.__exit__(type(error), error, None)
         raise
+
+
+def _home_of(parameter: nn.Parameter) -> Tensor:
+    """Return the mapped tensor that a parameter on a device came from, or its present one."""
+    home: Tensor | None = _homes.get(parameter)
+    data = parameter.data
+    same = home is not None and (home.dtype, home.shape) == (data.dtype, data.shape)
+    return home if home is not None and same else data
 
 
 def _sent(tensor: Tensor, device: torch.device | str) -> Tensor:

@@ -204,6 +204,7 @@ class _Ledger:
             activation_bytes=activations,
             host_bytes=host + _PROCESS + (activations if self.on_cpu else 0),
             note=note,
+            mapped_bytes=self.bytes[part] - self._ram_bytes(part) if self._mapped(part) else 0,
         )
 
     def _output(self) -> StageEstimate:
@@ -405,6 +406,12 @@ def format_estimate(estimate: MemoryEstimate) -> str:
         on_device = (stage.device_bytes, stage.weights_bytes, stage.activation_bytes)
         cells = [f"{value / GIB:8.2f} GiB" for value in (*on_device, stage.host_bytes)]
         lines.append(f"{stage.name:<17}" + " ".join(cells) + (f"  {stage.note}" * bool(stage.note)))
+    mapped = max((stage.mapped_bytes for stage in estimate.stages), default=0)
+    if mapped:
+        lines.append(
+            f"beside that, up to {mapped / GIB:.2f} GiB of weights are read from their files as "
+            "they lie there: the more RAM is free, the less often from disk"
+        )
     lines.append(_verdict(estimate))
     lines += [f"  because {reason}" for reason in estimate.reasons]
     lines += [f"  warning: {text}" for text in estimate.warnings]

@@ -282,7 +282,12 @@ def _fill_with_blocks(
         for expert in experts_of(architecture)
     )
     room = left // block
-    useful = blocks_that_hide_the_bus(architecture, workload, choices, system)
+    # A rate that was measured here says how many it takes to hide the bus. One that was assumed
+    # may be wrong by a factor, and memory that stays idle helps nobody: as many as fit, unless
+    # somebody asked for streaming.
+    useful = shape.layers
+    if system.calibration.paced or requested.placement == "stream":
+        useful = blocks_that_hide_the_bus(architecture, workload, choices, system)
     # At least as many are streamed as there are buffers: with fewer, a buffer would stay empty.
     count = min(room, useful, shape.layers - STREAM_BUFFERS)
     return replace(choices, resident_blocks=max(0, count))
@@ -306,6 +311,9 @@ def main_dtype(
     if requested.precision != "auto":
         return requested.precision, f"precision {requested.precision}: asked for"
     if system.device_kind != "cpu":
+        if stored == "fp16" and system.supports_fp16:
+            # As ComfyUI runs such files; a copy in bf16 would round the weights a second time.
+            return "fp16", "precision fp16: as the file stores it"
         if system.supports_bf16:
             return "bf16", f"precision bf16: {system.device_name} computes in it natively"
         return "fp16", f"precision fp16: {system.device_name} has no bf16 units"

@@ -16,12 +16,13 @@ from typing import Any
 import torch
 
 from ..config import GenerationConfig, MemoryEstimate, VideoGenerationResult
-from ..errors import DoesNotFit, is_oom
+from ..errors import DoesNotFit, MissingDependency, is_oom
+from ..forward import why_no_lean
 from ..job import FRAMES_PER_LATENT, Request, latent_frames, plan_windows, resolve, round_up_frames
 from ..loading import ComponentCache, unpin
 from ..memory import Calibrations, RunRecord, SystemResources, Workload, forward_name
 from ..models import ModelArchitecture
-from ..plan import OptimizationConfig, OptimizationPlan, Planner
+from ..plan import ABILITIES, OptimizationConfig, OptimizationPlan, Planner
 from .render import Render
 from .report import Timeline, device_bytes, format_report
 from .stages import Callbacks, StageRunner, first_line
@@ -49,7 +50,11 @@ class WanPipelineWrapper:
         self.optimization = optimization
         self._cache = cache
         self._keep = keep_components
-        self._manager = Planner()
+        no_lean = why_no_lean()
+        self._manager = Planner(ABILITIES if no_lean is None else ABILITIES - {"lean", "rows"})
+        self._notes: tuple[str, ...] = ()
+        if no_lean is not None:
+            self._notes = (f"no lean forward or decoder, which need less memory: {no_lean}",)
         self._calibrations = Calibrations()
         self.evictable_bytes = 0
         """Device bytes that the host program (ComfyUI) would free for a render."""
@@ -103,6 +108,7 @@ class WanPipelineWrapper:
         on_device, in_ram = self._cache.unused_bytes(system.device)
         return replace(
             system,
+            notes=system.notes + self._notes,
             evictable_bytes=on_device + self.evictable_bytes,
             ram_evictable_bytes=in_ram,
             calibration=self._calibrations.of(self._calibration_key(system)),
@@ -141,6 +147,7 @@ class WanPipelineWrapper:
         self, config: GenerationConfig, callbacks: Callbacks, result: VideoGenerationResult
     ) -> None:
         request, plan = self.plan(config)
+        _check_diffusers()
         render = self._make_render(config, request, plan, callbacks, result)
         before = self._foreign_bytes(render.stages)
         try:
@@ -255,6 +262,21 @@ class WanPipelineWrapper:
     def report(self, result: VideoGenerationResult) -> str:
         """Format a result of this pipeline as text."""
         return format_report(result)
+
+
+def _check_diffusers() -> None:
+    """Raise MissingDependency if diffusers cannot be imported, before any weight is read.
+
+    Planning does without it. An import may also fail because another package is too new for it.
+    """
+    try:
+        from diffusers import AutoencoderKLWan, WanTransformer3DModel  # noqa: F401
+        from diffusers.pipelines.wan import pipeline_wan  # noqa: F401
+    except (ImportError, AttributeError, RuntimeError) as err:
+        raise MissingDependency(
+            f"diffusers cannot be imported ({first_line(err)}). Install diffusers 0.35 or newer "
+            "and a transformers that it works with: pip install -U diffusers transformers."
+        ) from err
 
 
 def _job(request: Request, config: GenerationConfig) -> Workload:

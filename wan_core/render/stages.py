@@ -10,13 +10,13 @@ import gc
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
 from ..config import GenerationConfig, VideoGenerationResult
-from ..errors import DoesNotFit, SpilledMemory, is_oom
+from ..errors import DoesNotFit, SpilledMemory, is_host_oom, is_oom
 from ..loading import (
     ComponentCache,
     ComponentKey,
@@ -25,6 +25,7 @@ from ..loading import (
     load_component,
     load_image_processor,
     load_tokenizer,
+    unpin,
 )
 from ..models import ModelArchitecture, ram_bytes, stays_in_file
 from ..placing import apply_plan, block_hooks, pin_ahead, pin_budget
@@ -91,6 +92,8 @@ class StageRunner:
     smaller_plan: Callable[[OptimizationPlan, str], OptimizationPlan | None]
     """Takes the plan and the stage that failed; returns a plan that needs less there, or None."""
     steps_down: int = 0
+    host_rungs: int = 0
+    """How often RAM was freed because it ran out."""
     usual_step: float | None = None
     """Expected seconds of a step by the pace of earlier runs; None if there are none."""
     bears_spilling: bool = False
@@ -258,11 +261,40 @@ class StageRunner:
                 if not ours or not is_oom(err):
                     raise
                 failure, spilled_only = first_line(err), isinstance(err, SpilledMemory)
+                on_host = self.device.type != "cpu" and is_host_oom(err)
                 # The frames of the traceback hold the tensors that filled the memory.
                 traceback.clear_frames(err.__traceback__)
             # Outside the except block: within it, the exception that is being handled would keep
             # the frames, and with them the memory, alive.
-            self._step_down(stage, failure, must=not spilled_only)
+            if on_host:
+                self._relieve_host(stage, failure)
+            else:
+                self._step_down(stage, failure, must=not spilled_only)
+
+    def _relieve_host(self, stage: str, failure: str) -> None:
+        """Free RAM for another try; a smaller plan for the device would free none.
+
+        First page locks are given up, then every component that is not in use: the other expert
+        and the encoder can be read again. Raises DoesNotFit where both were done already.
+        """
+        gc.collect()
+        self.host_rungs += 1
+        if self.host_rungs == 1:
+            unpin()
+            self.plan = replace(self.plan, pin_limit=0)
+            what = "page-locked memory was given back"
+        elif self.host_rungs == 2:
+            dropped = self.cache.drop_unused()
+            what = f"{dropped} components that were not in use were dropped from RAM"
+        else:
+            needed = {s.name: s.host_bytes for s in self.plan.estimate.stages}.get(stage)
+            raise DoesNotFit(
+                f"RAM ran out in stage {stage} ({failure}), not the device's memory. Close other "
+                "programs, or take this model and its text encoder in fp8 or GGUF.",
+                needed_bytes=needed,
+            )
+        self._say_once(f"RAM ran out in stage {stage} ({failure}); {what}, and the run went on.")
+        self.callbacks.tell(self.result.warnings)
 
     def _step_down(self, stage: str, failure: str, *, must: bool) -> None:
         """Free memory and take a smaller plan. Must not be called inside an except block.
