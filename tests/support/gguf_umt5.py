@@ -19,6 +19,7 @@ import torch
 
 from support import bad_files
 from support import reference_layouts as layouts
+from support.stored_files import gguf_meaning
 
 SENTENCES = (
     "a beautiful sunset over mountains red circle moves right the cat walks on water slowly",
@@ -114,7 +115,7 @@ def write_encoder(
         if quantized and value.ndim == 2 and "rel_b" not in name:
             data = gguf.quants.quantize(values, kind)
             writer.add_tensor(name, data, raw_dtype=kind)
-            truth[name] = torch.from_numpy(gguf.quants.dequantize(data, kind))
+            truth[name] = gguf_meaning(data, kind.name, torch.float32)
         else:
             writer.add_tensor(name, np.ascontiguousarray(values))
             truth[name] = torch.from_numpy(values.copy())
