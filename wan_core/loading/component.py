@@ -44,6 +44,7 @@ def load_component(
     kind: str | None = None,
     keep_quantized: bool = False,
     map_file: bool = False,
+    align: bool = False,
     fp8_storage: bool = False,
     interrupt_check: Callable[[], object] = lambda: None,
 ) -> nn.Module:
@@ -57,8 +58,9 @@ def load_component(
     dequantises them at each call, computing in ``dtype``. ``map_file`` makes weights that need no
     conversion views of the mapped file, which must then not change while the module is in use.
 
-    ``fp8_storage`` stores the matrices of a transformer's blocks in fp8 where the file has not,
-    each as soon as it is read; this changes the result. ``interrupt_check`` is called for every
+    ``align`` maps plain numbers only where the file has them aligned, for modules that compute on
+    the CPU. ``fp8_storage`` stores the matrices of a transformer's blocks in fp8 where the file has
+    not, each as soon as it is read; this changes the result. ``interrupt_check`` is called for every
     few megabytes that are read.
 
     A .pth file is read when ``path`` names it, never when it only lies in the folder that ``path``
@@ -74,7 +76,7 @@ def load_component(
     module = build(plan)
     check = _Check(plan, table, mapped, module, part)
     check.run()
-    with TensorReader(table, device, mapped=map_file, check=interrupt_check) as reader:
+    with TensorReader(table, device, mapped=map_file, align=align, check=interrupt_check) as reader:
         keeping = _Keeping(keep_quantized, fp8_storage)
         _Filling(module, table, reader, check.sources, dtype, part, keeping).run()
     # What no file holds comes last: until now these buffers are on the meta device.

@@ -155,18 +155,18 @@ def room_to_pin(modules: nn.ModuleList, wanted: int, budget: int) -> int:
     """Return how many bytes ``modules`` may page-lock if the whole process may lock ``budget``.
 
     Where less than ``wanted`` is left, slabs of other modules that nobody streams from are
-    unlocked until there is enough. What ``modules`` have locked already counts as theirs.
+    given back until there is enough. What ``modules`` have locked already counts as theirs.
     """
     mine = set(modules)
     with _slabs_lock:
-        others = [slab for owner, slab in _slabs.items() if owner not in mine and slab.pinned]
-        held = sum(slab.memory.numel() for slab in others) + _loose_bytes()
-        for slab in others:
+        others = [(o, slab) for o, slab in _slabs.items() if o not in mine and slab.pinned]
+        held = sum(slab.memory.numel() for _, slab in others) + _loose_bytes()
+        for owner, slab in others:
             if held + wanted <= budget:
                 break
             if slab.users == 0:
-                slab.unlock()
                 held -= slab.memory.numel()
+                _give_back(owner)
     return max(0, budget - held)
 
 
@@ -207,12 +207,16 @@ def unpin(module: nn.Module | None = None) -> None:
     with _slabs_lock:
         owners = list(_slabs) if module is None else [m for m in module.modules() if m in _slabs]
         for owner in owners:
-            slab = _slabs[owner]
-            if slab.users:
-                continue
-            slab.unlock()
-            if slab.mapped_home is not None and slab.block is not None:
-                if _lies_in(slab.block, slab):
-                    slab.block.home = slab.mapped_home
-                    slab.block.use(slab.mapped_home)
-                del _slabs[owner]
+            if not _slabs[owner].users:
+                _give_back(owner)
+
+
+def _give_back(owner: nn.Module) -> None:
+    """Unlock a block's slab; free it where the weights have their file to go back to."""
+    slab = _slabs[owner]
+    slab.unlock()
+    if slab.mapped_home is not None and slab.block is not None:
+        if _lies_in(slab.block, slab):
+            slab.block.home = slab.mapped_home
+            slab.block.use(slab.mapped_home)
+        del _slabs[owner]

@@ -38,6 +38,7 @@ DTYPES: Final[Mapping[str, torch.dtype]] = {
 
 FP8: Final = frozenset({torch.float8_e4m3fn, torch.float8_e5m2})
 _PIECE: Final = 16 * 2**20
+_ALIGNED: Final = 64  # bytes; how torch allocates on a CPU
 _READERS: Final = min(4, os.cpu_count() or 1)
 """Bytes read, and converted, at a time."""
 _CHECKED: Final = 2**20
@@ -53,16 +54,19 @@ class TensorReader:
 
     def __init__(
         self, table: TensorTable, device: torch.device | str = "cpu", *, mapped: bool = False,
-        check: Callable[[], object] = lambda: None,
+        align: bool = False, check: Callable[[], object] = lambda: None,
     ) -> None:  # fmt: skip
         """``mapped`` makes tensors that stay as stored, on the CPU, views of the mapped file.
 
-        ``check`` is called for each piece of 16 MiB at most; what it raises ends the reading.
+        With ``align`` only where they lie as torch allocates: the rounding of some kernels of a CPU
+        depends on it. ``check`` is called for each piece of 16 MiB at most; what it raises ends the
+        reading.
         """
         self.table = table
         self.device = torch.device(device)
         self._check = check
         self.mapped = mapped
+        self.align = align
         self._maps: dict[Path, MappedFile] | None = {} if mapped else None
         self._files: dict[Path, io.FileIO] = {}
         self._stack = ExitStack()
@@ -89,7 +93,8 @@ class TensorReader:
         target = dtype if dtype is not None and stored.is_floating_point else stored
         numel, start = info.numel // source.parts, self._start_of(source)
         straight = target == stored and self.device.type == "cpu"
-        if straight and self._maps is not None and start % stored.itemsize == 0 and numel:
+        aligned = start % (_ALIGNED if self.align else stored.itemsize) == 0
+        if straight and self._maps is not None and aligned and numel:
             view = self._view(info, start, numel, stored)
             self._check_finite(info, view, None)
             return view.view(shape)

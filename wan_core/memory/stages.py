@@ -19,16 +19,19 @@ from ..models import (
     assumed_parts,
     block_bytes,
     converted_bytes,
+    experts_of,
     largest_leaf_bytes,
     part_bytes,
     parts_of,
     rest_bytes,
     stays_in_file,
+    stored_of,
     unpacked_bytes,
 )
 from .choices import STREAM_BUFFERS, Choices, Workload, latent_size, window_latents
 from .forward import text_encoder_peak, transformer_peak
 from .forward_lean import lean_peak
+from .machine import unpinned_reserve
 from .vae import decode_peak, encode_peak
 from .vae_lean import BANDS, lean_decode_bytes
 
@@ -132,6 +135,7 @@ class _Ledger:
         system: SystemResources,
     ) -> None:
         self.arch, self.workload, self.choices = architecture, workload, choices
+        self.system = system
         self.on_cpu = system.device_kind == "cpu"
         known = system.calibration
         self.learnt = 0.0 if self.on_cpu else known.extra_of(choices.lean, choices.by_rows)
@@ -204,8 +208,26 @@ class _Ledger:
             activation_bytes=activations,
             host_bytes=host + _PROCESS + (activations if self.on_cpu else 0),
             note=note,
+            locked_bytes=self._locked(part, host),
             mapped_bytes=self.bytes[part] - self._ram_bytes(part) if self._mapped(part) else 0,
         )
+
+    def _locked(self, part: str, host: int) -> int:
+        """Return what is page-locked for streamed blocks, the next expert's included."""
+        system, choices = self.system, self.choices
+        if self.on_cpu or choices.offload_of(part) != "stream":
+            return 0
+        names = experts_of(self.arch) if part.startswith("transformer") else (part,)
+        wanted = 0
+        for name in names:
+            block = block_bytes(self.arch, name, self._dtype(name), fp8=self._in_fp8(name))
+            resident = 0 if name == "text_encoder" else choices.resident_blocks or 0
+            stored = stored_of(self.arch, name)
+            layers = self.arch.transformer.layers if stored is None else len(stored.blocks)
+            wanted += max(0, layers - resident) * block
+        spare = system.ram_available_bytes + system.ram_evictable_bytes - host
+        spare -= unpinned_reserve(system.ram_total_bytes)
+        return max(0, min(wanted, system.pinned_budget_bytes, spare))
 
     def _output(self) -> StageEstimate:
         host = self._host_weights("vae") + self.latent_bytes + self.frames_bytes + _PROCESS
@@ -412,6 +434,9 @@ def format_estimate(estimate: MemoryEstimate) -> str:
             f"beside that, up to {mapped / GIB:.2f} GiB of weights are read from their files as "
             "they lie there: the more RAM is free, the less often from disk"
         )
+    locked = max((stage.locked_bytes for stage in estimate.stages), default=0)
+    if locked:
+        lines.append(f"and up to {locked / GIB:.2f} GiB of them are page-locked while they stream")
     lines.append(_verdict(estimate))
     lines += [f"  because {reason}" for reason in estimate.reasons]
     lines += [f"  warning: {text}" for text in estimate.warnings]

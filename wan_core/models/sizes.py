@@ -186,9 +186,10 @@ def converted_bytes(architecture: ModelArchitecture, name: str, dtype: str) -> i
     if stored is None:
         return 0
     whole = stored.whole
+    half = 0 if BYTES[dtype] == 2 else whole.half * BYTES[dtype]
     if stored.quantised:
-        return whole.plain * BYTES[dtype] + whole.wide * 4
-    return whole.wide * 4
+        return whole.plain * BYTES[dtype] + whole.wide * 4 + half
+    return whole.wide * 4 + half
 
 
 def ram_bytes(

@@ -34,13 +34,18 @@ class StoredSize:
     """Numbers that take the dtype that is computed in."""
     wide: int = 0
     """Numbers that stay in fp32."""
+    half: int = 0
+    """Numbers of matrices stored in 16 bits, which stay so where 16 bits are computed in."""
 
     def nbytes(self, size: int) -> int:
         """Return the bytes, with ``size`` of them for a number of the computing dtype."""
-        return self.kept + self.plain * size + self.wide * 4
+        return self.kept + (self.plain + self.half) * size + self.wide * 4
 
     def __add__(self, other: StoredSize) -> StoredSize:
-        return StoredSize(self.kept + other.kept, self.plain + other.plain, self.wide + other.wide)
+        return StoredSize(
+            self.kept + other.kept, self.plain + other.plain, self.wide + other.wide,
+            self.half + other.half,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,4 +134,9 @@ def _size_of(
         scales = scales if stored.per == "block" else 4 * scales if stored.per == "row" else 0
         return StoredSize(kept=(info.nbytes + scales) // parts)
     numbers = info.numel // parts
-    return StoredSize(wide=numbers) if stays_wide(kind, target) else StoredSize(plain=numbers)
+    if stays_wide(kind, target):
+        return StoredSize(wide=numbers)
+    matrix = stored is None and len(info.shape) == 2 and target.endswith(".weight")
+    if matrix and info.dtype in _HALF:
+        return StoredSize(half=numbers)
+    return StoredSize(plain=numbers)

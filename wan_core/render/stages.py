@@ -160,6 +160,7 @@ class StageRunner:
                     kind=part.kind.removesuffix("_2"),
                     keep_quantized=True,
                     map_file=self._mapped(name),
+                    align=self.device.type == "cpu",
                     fp8_storage=self._in_fp8(name),
                     interrupt_check=self.check_interrupt,
                 )
@@ -213,7 +214,12 @@ class StageRunner:
             if loras:
                 dtype = self.dtype(component)
                 stack.enter_context(apply_loras(module, loras, device=self.device, dtype=dtype))
-            yield module
+            try:
+                yield module
+            finally:
+                # The copies are memory that the next stage may need more.
+                if component.startswith("transformer"):
+                    stack.callback(unpin, module)
 
     @contextmanager
     def pin_next(self, component: str) -> Iterator[None]:
