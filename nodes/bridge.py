@@ -47,6 +47,8 @@ _FOLDERS = {
     "vae": "vae",
     "image_encoder": "clip_vision",
 }
+_ALL_IN_ONE = "checkpoints"
+"""Where files lie that hold a transformer with its VAE and text encoder, among other models."""
 _SUFFIXES = (".safetensors", ".sft", ".gguf")
 
 
@@ -59,7 +61,10 @@ def model_files() -> dict[str, dict[str, Path]]:
     found: dict[str, dict[str, Path]] = {}
     for part, folder in _FOLDERS.items():
         names: dict[str, Path] = {}
-        for root in map(Path, folder_paths.get_folder_paths(folder)):
+        roots = list(folder_paths.get_folder_paths(folder))
+        if part.startswith("transformer"):
+            roots += folder_paths.get_folder_paths(_ALL_IN_ONE)
+        for root in map(Path, roots):
             # Linked folders are followed, as in ComfyUI's own lists.
             for name in sorted(folder_paths.recursive_search(str(root), [".git"])[0]):
                 if is_offered(name, _SUFFIXES) and (root / name).is_file():

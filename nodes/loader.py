@@ -45,7 +45,8 @@ class WanLoader(io.ComfyNode):  # type: ignore[misc]
                     "model",
                     options=[*models, *files["transformer"]] or [NOTHING_FOUND],
                     tooltip="A folder below models/diffusers that holds model_index.json, or a "
-                    "file of models/diffusion_models (the only or the high-noise model).",
+                    "file of models/diffusion_models (the only or the high-noise model) or of "
+                    "models/checkpoints (all in one).",
                 ),
                 *_part_inputs(files),
             ],

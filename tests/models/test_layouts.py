@@ -111,7 +111,9 @@ def test_a_compiled_module_s_names(tmp_path: Path, made: Any, kind: str) -> None
         assert inside != state, layout
 
 
-def write_gguf(path: Path, state: State, *, flat: bool = False, trimmed: bool = False) -> Path:
+def write_gguf(
+    path: Path, state: State, *, flat: bool = False, trimmed: bool = False, half: bool = False
+) -> Path:
     """Write a GGUF of plain floats; ``flat`` leaves at most four axes, ``trimmed`` no leading 1."""
     writer = gguf.GGUFWriter(str(path), "wan")
     for name, value in state.items():
@@ -120,7 +122,8 @@ def write_gguf(path: Path, state: State, *, flat: bool = False, trimmed: bool = 
             shape = (shape[0] * shape[1], *shape[2:])
         while trimmed and len(shape) > 2 and shape[0] == 1:
             shape = shape[1:]
-        writer.add_tensor(name, value.detach().float().reshape(shape).numpy())
+        numbers = value.detach().reshape(shape)
+        writer.add_tensor(name, (numbers.half() if half else numbers.float()).numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -128,15 +131,22 @@ def write_gguf(path: Path, state: State, *, flat: bool = False, trimmed: bool = 
     return path
 
 
+@pytest.mark.parametrize("half", [False, True])
 @pytest.mark.parametrize("form", ["whole", "flat", "trimmed", "flat and trimmed"])
 @pytest.mark.parametrize("kind", PREFIXES)
-def test_every_component_as_gguf(tmp_path: Path, made: Any, kind: str, form: str) -> None:
+def test_every_component_as_gguf(
+    tmp_path: Path, made: Any, kind: str, form: str, half: bool
+) -> None:
     """GGUF files keep five axes, or merge the first two, or leave out leading ones."""
     module, states = made[kind]
     for state in states.values():
         path = tmp_path / "part.gguf"
-        write_gguf(path, state, flat="flat" in form, trimmed="trimmed" in form)
-        check(path, kind, module)
+        write_gguf(path, state, flat="flat" in form, trimmed="trimmed" in form, half=half)
+        assert inspect_file(path).kind == kind
+        wanted = references.state_of(module)
+        if half:
+            wanted = {name: value.half().float() for name, value in wanted.items()}
+        assert_equal(load_component(path, torch.float32, kind=kind), wanted)
 
 
 def test_positions_without_their_leading_axis(tmp_path: Path) -> None:

@@ -90,6 +90,9 @@ def link_files(models: Path, elsewhere: Path) -> None:
     for name in ("quantised.gguf", "unsafe.pth"):
         (elsewhere / name).touch()
     (models / "diffusion_models" / "linked").symlink_to(elsewhere)
+    checkpoint = models / "checkpoints" / "aio" / "rapid.safetensors"
+    checkpoint.parent.mkdir(parents=True)
+    checkpoint.touch()
 
 
 # -- the pack as ComfyUI sees it ----------------------------------------------------------------
@@ -472,6 +475,8 @@ def test_lists_files_of_linked_folders_and_none_that_could_run_code(server: Comf
     }
     models = set(listed["model"])
     assert {"tiny-a14b", single_files.HIGH, single_files.LOW, "linked/quantised.gguf"} <= models
+    assert "aio/rapid.safetensors" in models  # of models/checkpoints
+    assert "aio/rapid.safetensors" not in listed["vae"]
     assert "linked/unsafe.pth" not in models
     assert listed["vae"] == ["auto", "none", single_files.VAE]
     assert listed["text_encoder"] == ["auto", "none", single_files.TEXT]
