@@ -33,8 +33,7 @@ from queue import Queue
 
 ROOT = Path(__file__).resolve().parents[1]
 REPORT, REASONS = "benchmarks/mutation.md", "benchmarks/mutation_reasons.json"
-COPIED = ("wan_core", "tests", "tools", "benchmarks", "nodes", "pyproject.toml", "__init__.py")
-"""What the tests of one module need of the repository."""
+NOT_COPIED = (".git", ".venv", "output", "__pycache__", "*.pyc", ".*_cache", ".hypothesis")
 PACKAGES = ("plan", "memory", "loading", "placing")
 
 MIRRORS: dict[str, tuple[str, ...]] = {
@@ -230,13 +229,7 @@ class Copies:
         self.seconds: dict[tuple[str, ...], float] = {}
         for job in range(jobs):
             place = folder / f"copy{job}"
-            place.mkdir()
-            skipped = shutil.ignore_patterns("__pycache__", "*.pyc", "results")
-            for name in COPIED:
-                if (ROOT / name).is_dir():
-                    shutil.copytree(ROOT / name, place / name, ignore=skipped)
-                elif (ROOT / name).exists():
-                    shutil.copy(ROOT / name, place / name)
+            shutil.copytree(ROOT, place, ignore=shutil.ignore_patterns(*NOT_COPIED))
             self._free.put(place)
 
     def measure(self, tests: Sequence[str]) -> None:

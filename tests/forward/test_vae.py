@@ -24,6 +24,7 @@ from wan_core.forward import host_cache as decode_cache
 from wan_core.forward import vae as lean_vae
 from wan_core.forward.decoder import DecodeOptions, DecoderWalk
 from wan_core.forward.host_cache import HostCache, HostEntry
+from wan_core.forward.sources import norms_widen
 from wan_core.forward.vae import lean_decoder
 from wan_core.memory.machine import SystemResources
 from wan_core.memory.stages import GIB, Choices, Workload, estimate
@@ -268,7 +269,9 @@ def test_arithmetic_agrees_with_the_dry_run(
     ours, _ = lean_decode_bytes(
         shape, size=kind.itemsize, workspace=False, bands=bands, cache_on_host=on_host, **numbers
     )
-    assert ours == pytest.approx(dry(shape, dtype).peak(run), rel=0.01)
+    # Before diffusers 0.38 the norms of half precision needed less.
+    above = 0.01 if dtype == "fp32" or norms_widen() else 0.1
+    assert -0.01 <= ours / dry(shape, dtype).peak(run) - 1 <= above
 
 
 @pytest.mark.parametrize("size", [2, 4])
