@@ -81,7 +81,7 @@ def test_every_module_has_tests() -> None:
     assert set(MIRRORS) <= set(known)
     for module in known:
         files = files_of(module)
-        assert files and all((mutate.ROOT / path).is_file() for path in files)
+        assert files and all((mutate.ROOT / path.partition("::")[0]).is_file() for path in files)
     assert files_of("memory/machine") == ["tests/memory/test_machine.py"]
 
 
@@ -160,3 +160,10 @@ def test_tests_that_fail_anyway_tell_nothing(small: Path) -> None:
     (small / "tests/memory/test_thing.py").write_text("def test(): assert 0")
     with pytest.raises(SystemExit, match="fail without any mutant"):
         mutate.main(["--modules", "memory/thing"])
+
+
+def test_none_is_begun_after_the_time_is_up(
+    small: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert mutate.main(["--modules", "memory/thing", "--minutes", "-1"]) == 0
+    assert "| all | 0 | 0 | 0 | 0 | - |" in capsys.readouterr().out
