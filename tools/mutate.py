@@ -41,6 +41,10 @@ PACKAGES = ("plan", "memory", "loading", "placing")
 MIRRORS: dict[str, tuple[str, ...]] = {
     "memory/choices": ("memory/test_stages", "memory/test_forward"),
     "memory/forward_lean": ("memory/test_forward",),
+    "memory/stages": (
+        "memory/test_stages",
+        "forward/test_vae::test_the_estimate_of_a_decode_follows_the_plan",
+    ),
     "memory/vae": ("memory/test_forward", "memory/test_stages"),
     "memory/vae_lean": (
         "forward/test_vae::test_goals",
@@ -53,8 +57,8 @@ MIRRORS: dict[str, tuple[str, ...]] = {
     "plan/plan": ("plan/test_manager",),
     "plan/reasons": ("plan/test_manager",),
 }
-"""Tests of modules that have no test file of their own name: files, or tests in them. For others
-without one, all tests of the package run."""
+"""Tests of modules that are not tested in a file of their own name alone: files, or tests in them.
+For others that have no such file, all tests of the package run."""
 
 _COMPARE: dict[type[ast.cmpop], type[ast.cmpop]] = {
     ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq,
@@ -85,6 +89,8 @@ class Mutant:
     number: int
     operator: str
     line: int
+    text: str
+    """The line of the source."""
     before: str
     after: str
     source: str
@@ -93,7 +99,7 @@ class Mutant:
     @property
     def key(self) -> str:
         """What it is called where reasons are given; line numbers would not last."""
-        return f"{self.module}: {self.before} -> {self.after}"
+        return f"{self.module}: {self.text}: {self.before} -> {self.after}"
 
 
 # -------------------------------------------------------------------------------- mutants
@@ -178,15 +184,17 @@ def count_of(module: str) -> int:
 
 def mutant_of(module: str, number: int) -> Mutant:
     """Return a mutant of a module ("memory/machine") by its number."""
-    tree = ast.parse(_source(module))
+    source = _source(module)
+    tree = ast.parse(source)
     site = list(sites(tree))[number]
-    before = _in_context(site.node)
+    line, before = getattr(site.node, "lineno", 1), _in_context(site.node)
     site.change()
     return Mutant(
         module=module,
         number=number,
         operator=site.operator,
-        line=getattr(site.node, "lineno", 0),
+        line=line,
+        text=source.splitlines()[line - 1].strip(),
         before=before,
         after=_in_context(site.node),
         source=ast.unparse(ast.fix_missing_locations(tree)),
@@ -319,8 +327,8 @@ def report(results: Sequence[tuple[Mutant, str]], command: str, reasons: dict[st
         if end == "survived":
             why = reasons.get(mutant.key, "*a test is missing*")
             lines.append(
-                f"- `{mutant.module}.py:{mutant.line}` {mutant.operator}: `{mutant.before}` → "
-                f"`{mutant.after}`. {why}"
+                f"- `{mutant.module}.py:{mutant.line}`, `{mutant.text}`: `{mutant.before}` → "
+                f"`{mutant.after}` ({mutant.operator}). {why}"
             )
     return "\n".join(lines) + "\n"
 

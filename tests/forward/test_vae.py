@@ -274,6 +274,28 @@ def test_arithmetic_agrees_with_the_dry_run(
     assert -0.01 <= ours / dry(shape, dtype).peak(run) - 1 <= above
 
 
+@pytest.mark.parametrize("shape", [VAE_21, VAE_22], ids=["2.1", "2.2"])
+def test_a_picture_keeps_one_frame_of_each_convolution(shape: VaeShape) -> None:
+    """The cache after one latent frame, against that of a real decode."""
+    numbers: dict[str, Any] = {"latent_height": 30, "latent_width": 52, "size": 2}
+    kept = []
+
+    def run(vae: Any) -> None:
+        with lean_decoder(vae):
+            decoder = StreamingDecoder(
+                vae, torch.empty(1, shape.z_dim, 1, 30, 52, dtype=torch.bfloat16)
+            )
+            decoder.decode_next()
+            entries = decoder._cache or []
+            kept.extend(e.numel() * 2 for e in entries if isinstance(e, Tensor))
+
+    live = dry(shape, "bf16").peak(run)
+    peak, cache = lean_decode_bytes(shape, batch=1, latent_frames=1, workspace=False, **numbers)
+    above = 0.01 if norms_widen() else 0.1
+    assert -0.01 <= peak / live - 1 <= above
+    assert cache == pytest.approx(sum(kept), rel=0.01)
+
+
 @pytest.mark.parametrize("size", [2, 4])
 @pytest.mark.parametrize(
     ("shape", "height", "width"), [(VAE_21, 60, 104), (VAE_21, 90, 160), (VAE_22, 44, 80)]

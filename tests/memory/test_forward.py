@@ -422,6 +422,11 @@ def test_text_encoder_agrees_with_the_dry_run(dtype: str) -> None:
     assert 0.98 * live - more <= ours <= 1.02 * live
 
 
+def test_text_encoder_on_a_gpu_as_traced_on_an_h100() -> None:
+    """Without a fused kernel, scores, softmax and bias maps are alive at once."""
+    assert text_encoder_peak(2, wide_softmax=True) == pytest.approx(264.5 * MIB, rel=0.003)
+
+
 def test_unipc_holds_as_many_latents_as_are_counted() -> None:
     scheduler = make_scheduler("unipc", 5.0)
     scheduler.set_timesteps(6)

@@ -44,6 +44,16 @@ def figures(name: str, job: Workload, **choices: object) -> dict[str, float]:
     return {entry.name: round(entry.device_bytes / GIB, 2) for entry in found.stages}
 
 
+def test_a_streamed_text_encoder_holds_two_blocks() -> None:
+    """One computes while the next arrives; the embedding table stays in RAM."""
+    dtypes = dict.fromkeys(sizes.PARTS, "bf16")
+    made = Choices(dtypes=dtypes, offload="model", part_offload={"text_encoder": "stream"})
+    found = architecture("wan2.2-t2v-a14b")
+    job = Workload(width=832, height=480, num_frames=81)
+    encoding = stage(estimate(found, job, made, GPU).stages, "text_encode")
+    assert encoding.weights_bytes == 2 * sizes.text_block_bytes(found, "bf16") > 0.5 * GIB
+
+
 def test_known_figures() -> None:
     """Weights 26.7 GiB (14B, bf16) plus 11.1 hidden states; the VAE without the whole video."""
     small = Workload(width=832, height=480, num_frames=81)

@@ -130,7 +130,7 @@ def test_killed_survived_and_endless(
 
     original = mutate._pytest
     monkeypatch.setattr(mutate, "_pytest", limited)
-    key = "memory/thing: a > b -> a >= b"
+    key = "memory/thing: return a if a > b else b: a > b -> a >= b"
     (small / "benchmarks/mutation_reasons.json").write_text(f'{{"{key}": "Equal is equal."}}')
     arguments = ["--modules", "memory/thing", "--jobs", "2", "--write"]
     assert mutate.main(arguments) == 0
@@ -150,7 +150,7 @@ def test_killed_survived_and_endless(
     }
     page = (small / "benchmarks/mutation.md").read_text()
     assert "| memory | 6 | 3 | 2 | 3 | 50% |" in page
-    assert "`a > b` → `a >= b`. Equal is equal." in page
+    assert "`return a if a > b else b`: `a > b` → `a >= b` (compare). Equal is equal." in page
     assert page.count("*a test is missing*") == 3  # the explanation, and two survivors
     assert "python -m tools.mutate --modules memory/thing --jobs 2 --write" in page
     assert (small / "wan_core/memory/thing.py").read_text() == MODULE, "only copies are changed"
