@@ -18,12 +18,14 @@ from __future__ import annotations
 import argparse
 import ast
 import json
+import math
 import os
 import random
 import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -33,23 +35,30 @@ from queue import Queue
 
 ROOT = Path(__file__).resolve().parents[1]
 REPORT, REASONS = "benchmarks/mutation.md", "benchmarks/mutation_reasons.json"
-COPIED = ("wan_core", "tests", "tools", "benchmarks", "nodes", "pyproject.toml", "__init__.py")
-"""What the tests of one module need of the repository."""
+NOT_COPIED = (".git", ".venv", "output", "__pycache__", "*.pyc", ".*_cache", ".hypothesis")
 PACKAGES = ("plan", "memory", "loading", "placing")
 
 MIRRORS: dict[str, tuple[str, ...]] = {
     "memory/choices": ("memory/test_stages", "memory/test_forward"),
     "memory/forward_lean": ("memory/test_forward",),
+    "memory/stages": (
+        "memory/test_stages",
+        "forward/test_vae::test_the_estimate_of_a_decode_follows_the_plan",
+    ),
     "memory/vae": ("memory/test_forward", "memory/test_stages"),
-    "memory/vae_lean": ("forward/test_vae",),
+    "memory/vae_lean": (
+        "forward/test_vae::test_goals",
+        "forward/test_vae::test_arithmetic_agrees_with_the_dry_run",
+        "forward/test_vae::test_the_estimate_of_a_decode_follows_the_plan",
+    ),
     "plan/config": ("plan/test_manager",),
     "plan/fits": ("plan/test_manager",),
     "plan/ladder": ("plan/test_manager",),
     "plan/plan": ("plan/test_manager",),
     "plan/reasons": ("plan/test_manager",),
 }
-"""Tests of modules that have no test file of their own name. For others without one, all tests of
-the package run."""
+"""Tests of modules that are not tested in a file of their own name alone: files, or tests in them.
+For others that have no such file, all tests of the package run."""
 
 _COMPARE: dict[type[ast.cmpop], type[ast.cmpop]] = {
     ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq,
@@ -80,6 +89,8 @@ class Mutant:
     number: int
     operator: str
     line: int
+    text: str
+    """The line of the source."""
     before: str
     after: str
     source: str
@@ -88,7 +99,7 @@ class Mutant:
     @property
     def key(self) -> str:
         """What it is called where reasons are given; line numbers would not last."""
-        return f"{self.module}: {self.before} -> {self.after}"
+        return f"{self.module}: {self.text}: {self.before} -> {self.after}"
 
 
 # -------------------------------------------------------------------------------- mutants
@@ -173,15 +184,17 @@ def count_of(module: str) -> int:
 
 def mutant_of(module: str, number: int) -> Mutant:
     """Return a mutant of a module ("memory/machine") by its number."""
-    tree = ast.parse(_source(module))
+    source = _source(module)
+    tree = ast.parse(source)
     site = list(sites(tree))[number]
-    before = _in_context(site.node)
+    line, before = getattr(site.node, "lineno", 1), _in_context(site.node)
     site.change()
     return Mutant(
         module=module,
         number=number,
         operator=site.operator,
-        line=getattr(site.node, "lineno", 0),
+        line=line,
+        text=source.splitlines()[line - 1].strip(),
         before=before,
         after=_in_context(site.node),
         source=ast.unparse(ast.fix_missing_locations(tree)),
@@ -203,10 +216,15 @@ def modules_of(package: str) -> list[str]:
 
 
 def tests_of(module: str) -> list[str]:
-    """Return the test files that mirror a module."""
+    """Return the test files, or tests in them, that mirror a module."""
     package, _, name = module.partition("/")
     names = MIRRORS.get(module, (f"{package}/test_{name}",))
-    files = [f"tests/{one}.py" for one in names if (ROOT / f"tests/{one}.py").is_file()]
+    named = [one.partition("::") for one in names]
+    files = [
+        f"tests/{file}.py{mark}{test}"
+        for file, mark, test in named
+        if (ROOT / f"tests/{file}.py").is_file()
+    ]
     folder = ROOT / "tests" / package
     return files or [f"tests/{package}/{path.name}" for path in sorted(folder.glob("test_*.py"))]
 
@@ -227,37 +245,37 @@ class Copies:
 
     def __init__(self, folder: Path, jobs: int) -> None:
         self._free: Queue[Path] = Queue()
-        self.seconds: dict[tuple[str, ...], float] = {}
+        self._seconds: dict[tuple[str, ...], float] = {}
+        self._measuring = threading.Lock()
         for job in range(jobs):
             place = folder / f"copy{job}"
-            place.mkdir()
-            skipped = shutil.ignore_patterns("__pycache__", "*.pyc", "results")
-            for name in COPIED:
-                if (ROOT / name).is_dir():
-                    shutil.copytree(ROOT / name, place / name, ignore=skipped)
-                elif (ROOT / name).exists():
-                    shutil.copy(ROOT / name, place / name)
+            shutil.copytree(ROOT, place, ignore=shutil.ignore_patterns(*NOT_COPIED))
             self._free.put(place)
 
-    def measure(self, tests: Sequence[str]) -> None:
-        """Run tests without a mutant; ends the program if they fail."""
-        place = self._free.get()
-        started = time.monotonic()
-        code, output = _pytest(place, tests, 3600)
-        if code != 0:
-            sys.exit(f"{' '.join(tests)} fail without any mutant:\n{output[-3000:]}")
-        self.seconds[tuple(tests)] = time.monotonic() - started
-        self._free.put(place)
+    def _usual_seconds(self, place: Path, tests: tuple[str, ...]) -> float:
+        """Return what tests take without a mutant; ends the program if they fail."""
+        with self._measuring:
+            if tests not in self._seconds:
+                started = time.monotonic()
+                code, output = _pytest(place, tests, 3600)
+                if code != 0:
+                    sys.exit(f"{' '.join(tests)} fail without any mutant:\n{output[-3000:]}")
+                self._seconds[tests] = time.monotonic() - started
+                print(f"{' '.join(tests)}: {self._seconds[tests]:.0f} s", flush=True)
+            return self._seconds[tests]
 
-    def try_one(self, mutant: Mutant) -> str:
-        """Return what became of a mutant: "killed", "timeout" or "survived"."""
-        tests = tests_of(mutant.module)
+    def try_one(self, mutant: Mutant, until: float) -> str:
+        """Return a mutant's end: "killed", "timeout", "survived", or "not run" after ``until``."""
+        tests = tuple(tests_of(mutant.module))
         place = self._free.get()
         path = place / "wan_core" / f"{mutant.module}.py"
         before = path.read_bytes()
         try:
+            if time.monotonic() > until:
+                return "not run"
+            usual = self._usual_seconds(place, tests)
             path.write_text(mutant.source, encoding="utf-8")
-            code, _ = _pytest(place, tests, 60 + 4 * self.seconds[tuple(tests)])
+            code, _ = _pytest(place, tests, 60 + 4 * usual)
         except subprocess.TimeoutExpired:
             return "timeout"
         finally:
@@ -296,7 +314,7 @@ def report(results: Sequence[tuple[Mutant, str]], command: str, reasons: dict[st
     for package in [*packages, "all"]:
         ends = [end for mutant, end in results if package in ("all", *mutant.module.split("/")[:1])]
         late, lived = ends.count("timeout"), ends.count("survived")
-        share = f"{(len(ends) - lived) / len(ends):.0%}"
+        share = f"{(len(ends) - lived) / len(ends):.0%}" if ends else "-"
         lines.append(
             f"| {package} | {len(ends)} | {len(ends) - lived} | {late} | {lived} | {share} |"
         )
@@ -309,8 +327,8 @@ def report(results: Sequence[tuple[Mutant, str]], command: str, reasons: dict[st
         if end == "survived":
             why = reasons.get(mutant.key, "*a test is missing*")
             lines.append(
-                f"- `{mutant.module}.py:{mutant.line}` {mutant.operator}: `{mutant.before}` → "
-                f"`{mutant.after}`. {why}"
+                f"- `{mutant.module}.py:{mutant.line}`, `{mutant.text}`: `{mutant.before}` → "
+                f"`{mutant.after}` ({mutant.operator}). {why}"
             )
     return "\n".join(lines) + "\n"
 
@@ -323,6 +341,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--count", type=int, help="how many, drawn by --seed; all without it")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--jobs", type=int, default=1, help="how many at a time")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="begin none after these")
     parser.add_argument("--write", action="store_true", help=f"write {REPORT}")
     given = parser.parse_args(arguments)
     modules = [*given.modules, *(m for package in given.packages for m in modules_of(package))]
@@ -331,15 +350,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     chosen = choose(modules, given.count, given.seed)
     with tempfile.TemporaryDirectory() as folder:
         copies = Copies(Path(folder), given.jobs)
-        for tests in sorted({tuple(tests_of(mutant.module)) for mutant in chosen}):
-            copies.measure(tests)
-            print(f"{' '.join(tests)}: {copies.seconds[tests]:.0f} s", flush=True)
+        until = time.monotonic() + 60 * given.minutes
+        # In random order, so that those for which there is time are a sample of all.
+        random.Random(given.seed).shuffle(chosen)
         with ThreadPoolExecutor(max_workers=given.jobs) as pool:
             results = []
-            for mutant, end in zip(chosen, pool.map(copies.try_one, chosen), strict=True):
-                results.append((mutant, end))
-                where = f"{mutant.module}.py:{mutant.line}"
-                print(f"{end:8} {where} {mutant.before} -> {mutant.after}", flush=True)
+            for mutant, end in zip(
+                chosen, pool.map(lambda one: copies.try_one(one, until), chosen), strict=True
+            ):
+                if end != "not run":
+                    results.append((mutant, end))
+                    where = f"{mutant.module}.py:{mutant.line}"
+                    print(f"{end:8} {where} {mutant.before} -> {mutant.after}", flush=True)
+    results.sort(key=lambda result: (result[0].module, result[0].number))
     words = " ".join(sys.argv[1:] if arguments is None else arguments)
     known = ROOT / REASONS
     reasons = json.loads(known.read_text(encoding="utf-8")) if known.is_file() else {}

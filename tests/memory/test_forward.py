@@ -424,6 +424,20 @@ def test_text_encoder_agrees_with_the_dry_run(dtype: str) -> None:
     assert 0.98 * live - more <= ours <= 1.02 * live
 
 
+def test_two_pictures_are_twice_the_tokens_of_one() -> None:
+    """Seen where the video is so small that pictures are most of the context."""
+    one = VARIANTS["wan2.1-i2v-14b"].transformer
+    two = replace(one, pos_embed_seq_len=514)
+    small = {"batch": 1, "latent_frames": 1, "latent_height": 4, "latent_width": 4, "size": 2}
+    more = transformer_peak(two, **small) - transformer_peak(one, **small)
+    assert more >= 257 * one.dim * 2
+
+
+def test_text_encoder_on_a_gpu_as_traced_on_an_h100() -> None:
+    """Without a fused kernel, scores, softmax and bias maps are alive at once."""
+    assert text_encoder_peak(2, wide_softmax=True) == pytest.approx(264.5 * MIB, rel=0.003)
+
+
 def test_unipc_holds_as_many_latents_as_are_counted() -> None:
     scheduler = make_scheduler("unipc", 5.0)
     scheduler.set_timesteps(6)

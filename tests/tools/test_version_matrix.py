@@ -37,16 +37,15 @@ def test_what_it_runs_is_there(named: str) -> None:
 
 
 def test_what_it_leaves_out_is_there_and_has_a_reason() -> None:
-    texts = [
-        path.read_text(encoding="utf-8")
-        for part in FULL
-        for path in [ROOT / part.partition("::")[0]]
-        if path.is_file()
+    places = [ROOT / part.partition("::")[0] for part in FULL]
+    files = [
+        path for place in places for path in ([place] if place.is_file() else place.glob("*.py"))
     ]
+    texts = [path.read_text(encoding="utf-8") for path in files]
     for environment, words in LEFT_OUT.items():
         assert environment in {one.name for one in environments()}
         for word, why in words:
-            assert any(f'"{word}"' in text for text in texts) and len(why) > 20
+            assert any(word in text for text in texts) and len(why) > 20
 
 
 def test_makefile_and_ci_run_it() -> None:
