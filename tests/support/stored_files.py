@@ -6,6 +6,7 @@ and share no code with the library: they are what its dequantising is held again
 
 from __future__ import annotations
 
+import functools
 import json
 import struct
 from collections.abc import Callable, Mapping
@@ -33,6 +34,7 @@ class Packed:
     options: dict[str, object] = field(default_factory=dict)
 
 
+@functools.cache
 def hadamard(group: int) -> Tensor:
     """Entry (i, j) is (-1)**n / sqrt(group), n the base-4 digit pairs that add up to 3."""
     signs = [[_sign(i, j, group) for j in range(group)] for i in range(group)]
@@ -53,10 +55,9 @@ def swizzled(plain: Tensor) -> Tensor:
     rows, blocks = plain.shape
     wide = -(-blocks // 4)
     out = torch.zeros(-(-rows // 128) * 128 * wide * 4, dtype=torch.uint8)
-    for r in range(rows):
-        for c in range(blocks):
-            at = ((r // 128) * wide + c // 4) * 512 + (r % 32) * 16 + ((r % 128) // 32) * 4 + c % 4
-            out[at] = plain[r, c]
+    r, c = torch.arange(rows)[:, None], torch.arange(blocks)[None]
+    at = ((r // 128) * wide + c // 4) * 512 + (r % 32) * 16 + ((r % 128) // 32) * 4 + c % 4
+    out[at] = plain
     return out.view(-(-rows // 128) * 128, wide * 4)
 
 
@@ -119,13 +120,9 @@ def nvfp4(weight: Tensor) -> Packed:
     packed = (code[:, ::2] << 4) | code[:, 1::2]
 
     def meaning(dtype: torch.dtype) -> Tensor:
-        out = torch.empty(rows, columns)
+        value = steps[(code & 7).int()] * torch.where(code > 7, -1.0, 1.0)
         factor = scales.float() * second
-        for r in range(rows):
-            for c in range(columns):
-                value = _CODES[int(code[r, c]) & 7] * (-1 if int(code[r, c]) & 8 else 1)
-                out[r, c] = torch.tensor(value) * factor[r, c // 16]
-        return out.to(dtype)
+        return (value * factor.repeat_interleave(16, 1)).to(dtype)
 
     tensors = {
         "weight": packed,

@@ -19,6 +19,8 @@ from typing import Any, Final
 
 from ..errors import CorruptFile, UnsupportedModel
 from ..files import quoted, some_of
+from .foreign import FOREIGN
+from .gguf import GGML_TYPES
 from .open import read_small
 from .table import TensorInfo, TensorTable
 
@@ -26,28 +28,17 @@ SCALE: Final = (".scale_weight", ".weight_scale")
 """What the stored values are multiplied with: the old spelling and the new one."""
 SECOND_SCALE: Final = ".weight_scale_2"
 NOTE: Final = ".comfy_quant"
+METADATA: Final = "_quantization_metadata"
+"""Where a header's metadata has what notes say, for all layers."""
 _UNUSED: Final = (".scale_input", ".input_scale")
 """Scales of activations: hints for native products, never part of a weight."""
-_FOREIGN: Final = {
-    ".pre_quant_scale": "nvfp4 with scales for its input (AWQ)",
-    ".weight_global_scale": "LightX2V's or compressed-tensors' nvfp4",
-    ".input_global_scale": "LightX2V's nvfp4", ".input_absmax": "LightX2V's nvfp4",
-    ".weight_packed": "compressed-tensors' packed weights",
-    ".weight_s_rel": "W4A8", ".weight_s_channel": "W4A8", ".weight_codebook": "W4A8",
-    ".absmax": "bitsandbytes nf4", ".quant_map": "bitsandbytes nf4",
-    ".nested_absmax": "bitsandbytes nf4", ".nested_quant_map": "bitsandbytes nf4",
-    ".quant_state.bitsandbytes__nf4": "bitsandbytes nf4",
-    ".qzeros": "GPTQ/AWQ int4", ".g_idx": "GPTQ/AWQ int4",
-    ".wscales": "nunchaku SVDQuant int4",
-    ".weight._data": "quanto", ".weight._scale": "quanto",
-}  # fmt: skip
-"""Companions of formats that are known by name and cannot be read."""
-QUANT_SUFFIXES: Final = (*SCALE, SECOND_SCALE, NOTE, *_UNUSED, *_FOREIGN)
+QUANT_SUFFIXES: Final = (*SCALE, SECOND_SCALE, NOTE, *_UNUSED, *FOREIGN)
 """Endings of tensors that describe how another tensor is stored."""
 MARKER: Final = "scaled_fp8"
 _IN_BLOCK: Final = re.compile(r"\b((?:blocks?|layers|blk)\.)\d+")
 """The number of a block in a name: layers that differ by it alone are equal."""
 
+_BLOCKS: Final = {name: numbers for name, numbers, _ in GGML_TYPES.values()}
 _FLOATS: Final = {"F32": "fp32", "BF16": "bf16", "F16": "fp16"}
 _FP8: Final = {"F8_E4M3": "fp8", "F8_E5M2": "fp8_e5m2"}
 _NOTE_DTYPES: Final = {"float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2"}
@@ -79,6 +70,8 @@ class Storage:
     """What has a scale of its own: "tensor", "row", "block" or "" (nothing)."""
     group: int = 0
     """Columns that were rotated together (convrot), 0 where the weight is not rotated."""
+    by_rows: bool = True
+    """Whether rows can be taken apart alone; False where a GGUF block runs across rows."""
 
     @property
     def title(self) -> str:
@@ -139,13 +132,14 @@ def read_weight_kind(table: TensorTable, own: Mapping[str, TensorInfo]) -> Weigh
     """
     if table.format == "gguf":
         return _gguf_kind(own)
-    foreign = next((kind for n in own for s, kind in _FOREIGN.items() if n.endswith(s)), None)
-    if foreign:
-        return _refused(foreign)
+    for name in own:
+        foreign = next((kind for end, kind in FOREIGN.items() if name.endswith(end)), None)
+        if foreign:
+            return _refused(foreign, f"it has {name!r}")
     reader = _Reader(table, own)
-    unknown = reader.unknown_format()
+    layer, unknown = reader.unknown_format()
     if unknown:
-        return _refused(unknown)
+        return _refused(unknown, f"{layer!r} is said to be")
     names, _ = split_companions(own)
     weights = {name: s for name in names if (s := reader.storage_of(name)) is not None}
     reader.check_siblings(weights)
@@ -153,24 +147,31 @@ def read_weight_kind(table: TensorTable, own: Mapping[str, TensorInfo]) -> Weigh
     return _summary(own, weights, reader.warnings(weights))
 
 
-def _refused(name: str) -> WeightKind:
+def _refused(name: str, seen: str) -> WeightKind:
     why = (
-        f"weights stored as {name} are not supported; use bf16, fp16, fp8, int8, GGUF, or nvfp4 "
-        "or mxfp8 in ComfyUI's layout"
+        f"weights stored as {name} are not supported ({seen}); use bf16, fp16, fp8, int8, GGUF, or "
+        "nvfp4 or mxfp8 in ComfyUI's layout"
     )
     return WeightKind(name, why, name, title=name)
 
 
 def _gguf_kind(own: Mapping[str, TensorInfo]) -> WeightKind:
     sizes = _bytes_by_dtype(own)
-    bad = [dtype for dtype in sizes if dtype not in GGUF_TYPES]
-    why = f"GGUF type {some_of(bad)} cannot be dequantised by diffusers" if bad else ""
+    bad = {i.dtype: name for name, i in reversed(own.items()) if i.dtype not in GGUF_TYPES}
+    why = (
+        f"GGUF type {some_of(list(bad))} cannot be dequantised by diffusers (tensor "
+        f"{some_of(list(bad.values()))}); get a file with {', '.join(sorted(GGUF_TYPES))}"
+        if bad else ""
+    )  # fmt: skip
     most = next(iter(sizes), "")
     weights = {
-        name: Storage("gguf", info.dtype, info.shape)
+        name: Storage(
+            "gguf", info.dtype, info.shape,
+            by_rows=math.prod(info.shape[1:]) % _BLOCKS[info.dtype] == 0,
+        )
         for name, info in own.items()
         if info.dtype not in _FLOATS
-    }
+    }  # fmt: skip
     return WeightKind("gguf", why, most, weights=weights, title=f"GGUF {most}")
 
 
@@ -214,13 +215,28 @@ class _Reader:
         self._where = quoted(table.path)
         self._marked = MARKER in own
         self._unmatched: list[str] = []
-        self._notes = self._from_metadata() | self._from_tensors()
+        notes, stated = self._from_tensors(), self._from_metadata()
+        for layer, note in notes.items():
+            other = stated.get(layer, note)["format"]
+            if other != note["format"]:
+                raise CorruptFile(
+                    f"{self._where} says of {layer!r} that it is {note['format']}, and in its "
+                    f"metadata that it is {other}. The file is mixed; download it again."
+                )
+        self._notes = stated | notes
 
     def _from_tensors(self) -> dict[str, dict[str, Any]]:
-        named = [(n, i) for n, i in self._own.items() if n.endswith(NOTE)][:MAX_NOTES]
+        named = [(n, i) for n, i in self._own.items() if n.endswith(NOTE)]
+        if len(named) > MAX_NOTES:
+            raise CorruptFile(
+                f"{self._where} has {len(named):,} notes (comfy_quant) on how layers are stored; "
+                f"{MAX_NOTES:,} are allowed. The file is damaged; download it again."
+            )
         texts = read_small([info for _, info in named], limit=512)
-        notes = {n.removesuffix(NOTE): _note(t) for (n, _), t in zip(named, texts, strict=True)}
-        for layer in notes:
+        notes: dict[str, dict[str, Any]] = {}
+        for (name, _), text in zip(named, texts, strict=True):
+            layer = name.removesuffix(NOTE)
+            notes[layer] = self._checked(layer, _json_object(text))
             if f"{layer}.weight" not in self._own:
                 raise CorruptFile(
                     f"{self._where} has a note on how {layer!r} is stored, and no weight of that "
@@ -228,28 +244,44 @@ class _Reader:
                 )
         return notes
 
+    def _checked(self, layer: str, note: object) -> dict[str, Any]:
+        """Return a note's options, whether they stand at its top or below "params"."""
+        if isinstance(note, dict) and isinstance(note.get("format"), str):
+            below = note.get("params")
+            return {**(below if isinstance(below, dict) else {}), **note}
+        raise CorruptFile(
+            f"The note on how {layer!r} of {self._where} is stored is damaged: a JSON object with "
+            'a text "format" is expected. Download the file again.'
+        )
+
     def _from_metadata(self) -> dict[str, dict[str, Any]]:
         """Read the layers of the header's metadata, whatever prefix they were written with."""
-        text = self._table.metadata.get("_quantization_metadata")
-        layers = _json_object(text).get("layers") if text else None
-        if not isinstance(layers, dict):
+        text = self._table.metadata.get(METADATA)
+        if text is None:
             return {}
+        whole = _json_object(text)
+        layers = {} if whole is None else whole.get("layers", {})
+        if whole is None or not isinstance(layers, dict):
+            raise CorruptFile(
+                f"{METADATA} in the header of {self._where} is damaged: a JSON object with an "
+                'object "layers" is expected. Download the file again.'
+            )
         found: dict[str, dict[str, Any]] = {}
         for name, note in layers.items():
             words = str(name).split(".")
             tails = (".".join(words[i:]) for i in range(len(words)))
             layer = next((t for t in tails if f"{t}.weight" in self._own), None)
             if layer is not None:
-                found[layer] = _options(note)
+                found[layer] = self._checked(layer, note)
             elif f"{name}.weight" not in self._table.tensors:
                 self._unmatched.append(str(name))
         return found
 
-    def unknown_format(self) -> str:
-        """Return a format that notes name and nobody here can read, or ""."""
+    def unknown_format(self) -> tuple[str, str]:
+        """Return a layer and its format that nobody here can read, or two empty texts."""
         known = {*_NOTE_DTYPES, "nvfp4", "mxfp8", "int8_tensorwise"}
-        formats = {str(note.get("format")) for note in self._notes.values()}
-        return next(iter(sorted(formats - known)), "")
+        formats = ((layer, str(note["format"])) for layer, note in self._notes.items())
+        return next((pair for pair in formats if pair[1] not in known), ("", ""))
 
     def storage_of(self, name: str) -> Storage | None:
         """Say how one weight is stored; None for plain floating point and for companions."""
@@ -283,7 +315,17 @@ class _Reader:
         if info.dtype in _FP8:
             return "fp8"
         if info.dtype == "I8" and scale:
+            if self._notes or self._unmatched:
+                raise UnsupportedModel(
+                    f"Weight {name!r} of {self._where} is int8, and neither notes nor metadata say "
+                    "whether it is rotated, as they do of others. Get another version of the file."
+                )
             return "int8_tensorwise"  # LightX2V's: rows, never rotated
+        if info.dtype in _FLOATS and scale:
+            raise CorruptFile(
+                f"Weight {name!r} of {self._where} is stored as {info.dtype} and has a scale; only "
+                "fp8, int8 and packed weights have one. The file is mixed; download it again."
+            )
         return "float"
 
     def _fp8(self, name: str, info: TensorInfo, scale: str, note: dict[str, Any] | None) -> Storage:
@@ -292,9 +334,8 @@ class _Reader:
             self._contradicts(name, info, str(note and note["format"]))
         if note is not None and not scale:
             raise CorruptFile(
-                f"Weight {name!r} of {self._where} is said to be scaled fp8, and its scale "
-                f"({name}_scale) is not in the file; without it the video is noise. Get the whole "
-                "file, or one in bf16."
+                f"Weight {name!r} of {self._where} is said to be scaled fp8, and its scale is not "
+                "in the file; without it the video is noise. Get the whole file, or one in bf16."
             )
         per = self._per(name, info.shape, scale) if scale else ""
         return Storage("fp8", dtype, info.shape, scale, per=per)
@@ -304,15 +345,15 @@ class _Reader:
             self._contradicts(name, info, "int8")
         if not scale:
             raise CorruptFile(
-                f"Weight {name!r} of {self._where} is int8 and its scale ({name}_scale) is not in "
-                "the file; without it the video is noise. Get the whole file, or one in bf16."
+                f"Weight {name!r} of {self._where} is int8 and its scale is not in the file; "
+                "without it the video is noise. Get the whole file, or one in bf16."
             )
         per = self._per(name, info.shape, scale)
         group = 0
         if note.get("convrot"):
             group = note.get("convrot_groupsize", 256)
             powers = (4, 16, 64, 256, 1024, 4096)
-            if group not in powers or info.shape[1] % group:
+            if type(group) is not int or group not in powers or info.shape[1] % group:
                 raise UnsupportedModel(
                     f"Weight {name!r} of {self._where} is rotated in groups of {group!r} columns; "
                     f"a power of 4 that divides its {info.shape[1]} columns is allowed. Get "
@@ -336,10 +377,21 @@ class _Reader:
                 f"Weight {name!r} of {self._where} is {form} and {some_of(absent)} is not in the "
                 "file; without it the video is noise. Get the whole file."
             )
-        blocks = -(-columns // per_scale)
+        if columns % per_scale:
+            raise UnsupportedModel(
+                f"Weight {name!r} of {self._where} is {form} and has {columns} columns; a multiple "
+                f"of {per_scale} is allowed. Get another version of the file."
+            )
+        blocks = columns // per_scale
         wanted = -(-rows // 128) * 128 * (-(-blocks // 4) * 4)
-        if self._own[scale].numel != wanted:
-            self._odd_scale(scale, f"{wanted:,} numbers, one per {per_scale} columns, padded")
+        allowed = ("F8_E4M3", "U8") if form == "nvfp4" else ("F8_E8M0", "U8")
+        if self._own[scale].numel != wanted or self._own[scale].dtype not in allowed:
+            self._odd_scale(
+                scale, f"{wanted:,} bytes ({' or '.join(allowed)}), one per {per_scale} columns"
+            )
+        single = self._own.get(second)
+        if form == "nvfp4" and (single is None or single.numel != 1 or single.dtype not in _FLOATS):
+            self._odd_scale(second, "one number, F32, F16 or BF16")
         return Storage(
             form, info.dtype, (rows, columns), scale, second if form == "nvfp4" else "", "block"
         )
@@ -398,8 +450,14 @@ class _Reader:
             )
 
     def check_dtypes(self, weights: Mapping[str, Storage]) -> None:
-        """Refuse a weight of a dtype that no weight can have."""
+        """Refuse a weight of a dtype that no weight can have, and scales without a weight."""
         for name, info in self._own.items():
+            for ending in (*SCALE, SECOND_SCALE):
+                if name.endswith(ending) and f"{name.removesuffix(ending)}.weight" not in self._own:
+                    raise CorruptFile(
+                        f"{self._where} has the scale {name!r}, and no weight that it belongs to. "
+                        "The file is incomplete or mixed; download it again."
+                    )
             if name in weights or info.dtype in _FLOATS or name.endswith(QUANT_SUFFIXES):
                 continue
             if name.rpartition(".")[2] in (MARKER, "spiece_model"):
@@ -432,21 +490,9 @@ class _Reader:
         return tuple(out)
 
 
-def _note(data: bytes) -> dict[str, Any]:
-    return _options(_json_object(data))
-
-
-def _options(note: Any) -> dict[str, Any]:
-    """Return a note's options, whether they stand at its top or below "params"."""
-    if not isinstance(note, dict):
-        return {}
-    below = note.get("params")
-    return {**(below if isinstance(below, dict) else {}), **note}
-
-
-def _json_object(data: str | bytes) -> dict[str, Any]:
+def _json_object(data: str | bytes) -> dict[str, Any] | None:
     try:
         value = json.loads(data)
     except (ValueError, RecursionError):
-        return {}
-    return value if isinstance(value, dict) else {}
+        return None
+    return value if isinstance(value, dict) else None

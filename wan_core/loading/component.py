@@ -60,8 +60,8 @@ def load_component(
 
     ``align`` maps plain numbers only where the file has them aligned, for modules that compute on
     the CPU. ``fp8_storage`` stores the matrices of a transformer's blocks in fp8 where the file has
-    not, each as soon as it is read; this changes the result. ``interrupt_check`` is called for every
-    few megabytes that are read.
+    not, each as soon as it is read; this changes the result. ``interrupt_check`` is called for
+    every few megabytes that are read.
 
     A .pth file is read when ``path`` names it, never when it only lies in the folder that ``path``
     names. Raises ModelFileError, ModelMismatch or UnsupportedModel; where the headers show the
@@ -89,7 +89,7 @@ def _identified(
     path: Path, table: TensorTable, kind: str | None
 ) -> tuple[IdentifiedFile, Blueprint | None]:
     """Return what the weights are recognised as, and what a config.json beside them states."""
-    part, stated = identify(table), stated_blueprint(path)
+    part, stated = identify(table, kind), stated_blueprint(path)
     if part.kind not in KINDS and stated is not None:
         # The tensors by which it would be recognised are missing. Believe config.json for now: the
         # comparison with its module then names the missing ones.

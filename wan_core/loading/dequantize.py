@@ -24,6 +24,8 @@ from ..formats import Storage
 _FP8 = {
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "U8": torch.float8_e4m3fn,
 }  # fmt: skip
+_AT_ONCE = 4 * 2**20
+"""Numbers taken apart at a time."""
 _FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 """What the low three bits of an nvfp4 code stand for; the fourth is the sign."""
 
@@ -48,8 +50,20 @@ def dequantize(values: Tensor, scales: Scales, stored: Storage, dtype: torch.dty
     """Return a weight (rows, columns), or some of its rows, in ``dtype``.
 
     ``values`` are its bytes, (rows, bytes of a row). Rows are independent of each other: some rows
-    and their scales give those rows of the whole.
+    and their scales give those rows of the whole. That is how large weights are done, a few rows at
+    a time: what lies between bytes and numbers takes several times the memory of either.
     """
+    step = max(1, _AT_ONCE // max(1, stored.shape[-1])) if len(stored.shape) == 2 else len(values)
+    if len(values) <= step or not stored.by_rows:
+        return _dequantize(values, scales, stored, dtype)
+    out = torch.empty(len(values), stored.shape[-1], dtype=dtype, device=values.device)
+    for begin in range(0, len(values), step):
+        rows = slice(begin, begin + step)
+        out[rows] = _dequantize(values[rows], scales.of_rows(rows), stored, dtype)
+    return out
+
+
+def _dequantize(values: Tensor, scales: Scales, stored: Storage, dtype: torch.dtype) -> Tensor:
     if stored.kind == "gguf":
         return _gguf(values, stored.dtype).to(dtype)
     if stored.kind == "nvfp4":
@@ -63,7 +77,8 @@ def dequantize(values: Tensor, scales: Scales, stored: Storage, dtype: torch.dty
     if scales.each is None and not stored.group:
         # A number is multiplied in float32 whatever the dtype of the tensor, and int8 and fp8 are
         # exact in 16 bits: this saves the float32 copy and changes no bit.
-        return numbers.to(dtype) if scales.whole == 1 else numbers.to(dtype) * scales.whole
+        plain = numbers.to(dtype)
+        return plain if scales.whole == 1 else plain.mul_(scales.whole)
     rows = scales.whole if scales.each is None else scales.each.view(-1, 1)
     wide = numbers.float().mul_(rows)
     return (_unrotated(wide, stored.group) if stored.group else wide).to(dtype)

@@ -116,7 +116,7 @@ class TensorReader:
         """
         info = self.table.tensors[source.name]
         nbytes, start = info.nbytes // source.parts, self._start_of(source)
-        rows = (stored.shape[0] if stored.shape else 1) // source.parts
+        rows = stored.shape[0] // source.parts if stored.shape and stored.by_rows else 1
         if self._maps is not None and self.device.type == "cpu":
             found = self._view(info, start, nbytes, torch.int8).view(rows, -1)
         else:

@@ -77,7 +77,7 @@ def stays_stored(kind: str, target: str, stored: Storage | None) -> bool:
     ``kind`` is that of the component. Matrices only: what is not a matrix is small, and what the
     class keeps in fp32 is computed in fp32.
     """
-    if stored is None or kind not in _BLOCKS or len(stored.shape) != 2:
+    if stored is None or kind not in _BLOCKS or len(stored.shape) != 2 or not stored.by_rows:
         return False
     return target.endswith(".weight") and not stays_wide(kind, target)
 
