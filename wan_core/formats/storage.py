@@ -157,7 +157,7 @@ def _refused(name: str, seen: str) -> WeightKind:
 
 def _gguf_kind(own: Mapping[str, TensorInfo]) -> WeightKind:
     sizes = _bytes_by_dtype(own)
-    bad = {i.dtype: name for name, i in reversed(own.items()) if i.dtype not in GGUF_TYPES}
+    bad = {i.dtype: name for name, i in reversed(list(own.items())) if i.dtype not in GGUF_TYPES}
     why = (
         f"GGUF type {some_of(list(bad))} cannot be dequantised by diffusers (tensor "
         f"{some_of(list(bad.values()))}); get a file with {', '.join(sorted(GGUF_TYPES))}"
