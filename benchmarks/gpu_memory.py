@@ -159,9 +159,17 @@ class Bench:
         self.found["notes"].append(text)
         self.say(text)
 
-    def part(self, name: str, needs: float, work: Callable[[], object]) -> None:
-        """Run a part if there is time for it; keep what was found until then, come what may."""
-        left = self.budget - (time.perf_counter() - self.begun)
+    @property
+    def left(self) -> float:
+        """Seconds of the budget that are left."""
+        return self.budget - (time.perf_counter() - self.begun)
+
+    def part(self, name: str, needs: float, work: Callable[[], object], kept: float = 0.0) -> None:
+        """Run a part if there is time for it; keep what was found until then, come what may.
+
+        ``kept`` are seconds that parts of more worth will need later.
+        """
+        left = self.left - kept
         if left < needs and not self.tiny:
             self.note(f"{name}: skipped, needs about {needs:.0f} s of which {left:.0f} are left")
             return
@@ -177,6 +185,10 @@ class Bench:
             if self.tiny:
                 raise failed
         self.clean()
+        self.write()
+
+    def write(self) -> None:
+        """Write what was found so far."""
         write_results(self.found, self.output)
 
     def clean(self) -> None:
@@ -457,7 +469,7 @@ def decodes(bench: Bench, dtype: str) -> None:
 
 
 def gpu_tests(bench: Bench) -> None:
-    left = max(30.0, bench.budget - (time.perf_counter() - bench.begun))
+    left = max(30.0, bench.left)
     command = [
         sys.executable,
         "-m",
@@ -604,9 +616,14 @@ def report(found: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def short_name(device: str) -> str:
+    """Return a device's name as results carry it: "h100", "cpu"."""
+    word = re.search(r"\b[A-Z]*\d+\w*", device)
+    return word.group().lower() if word else "cpu"
+
+
 def write_results(found: dict[str, Any], output: Path) -> None:
-    word = re.search(r"\b[A-Z]*\d+\w*", found["machine"]["device"])
-    name = f"gpu_memory_{word.group().lower() if word else 'cpu'}"
+    name = f"gpu_memory_{short_name(found['machine']['device'])}"
     output.mkdir(parents=True, exist_ok=True)
     (output / f"{name}.json").write_text(json.dumps(found, indent=1) + "\n")
     (output / f"{name}.md").write_text(report(found))

@@ -25,7 +25,7 @@ from comfy_execution.graph_utils import ExecutionBlocker
 
 from ..wan_core.config import MIB
 from .lease import loaded_bytes, unload
-from .pipeline import WanPipeline
+from .pipeline import WanPipeline, is_offered, portable
 
 if TYPE_CHECKING:
     from ..wan_core.config import MemoryEstimate
@@ -47,6 +47,8 @@ _FOLDERS = {
     "vae": "vae",
     "image_encoder": "clip_vision",
 }
+_ALL_IN_ONE = "checkpoints"
+"""Where files lie that hold a transformer with its VAE and text encoder, among other models."""
 _SUFFIXES = (".safetensors", ".sft", ".gguf")
 
 
@@ -59,10 +61,13 @@ def model_files() -> dict[str, dict[str, Path]]:
     found: dict[str, dict[str, Path]] = {}
     for part, folder in _FOLDERS.items():
         names: dict[str, Path] = {}
-        for root in map(Path, folder_paths.get_folder_paths(folder)):
+        roots = list(folder_paths.get_folder_paths(folder))
+        if part.startswith("transformer"):
+            roots += folder_paths.get_folder_paths(_ALL_IN_ONE)
+        for root in map(Path, roots):
             # Linked folders are followed, as in ComfyUI's own lists.
             for name in sorted(folder_paths.recursive_search(str(root), [".git"])[0]):
-                if name.lower().endswith(_SUFFIXES) and (root / name).is_file():
+                if is_offered(name, _SUFFIXES) and (root / name).is_file():
                     names.setdefault(Path(name).as_posix(), root / name)
         found[part] = names
     return found
@@ -81,13 +86,13 @@ def part_folders() -> dict[str, str]:
 def lora_names() -> list[str]:
     """Return the names of the LoRA files in ComfyUI's folders, relative to models/loras."""
     names = folder_paths.get_filename_list("loras")
-    return [name for name in names if name.lower().endswith(".safetensors")]
+    return [name for name in names if is_offered(name, (".safetensors",))]
 
 
 def lora_path(name: str) -> Path | None:
     """Return the path of the LoRA file of this name, or None if there is none."""
-    found = folder_paths.get_full_path("loras", name)
-    return None if found is None else Path(found)
+    found = [folder_paths.get_full_path("loras", one) for one in (name, portable(name))]
+    return next((Path(path) for path in found if path is not None), None)
 
 
 def temp_video_path(width: int, height: int) -> Path:
@@ -230,9 +235,12 @@ class WeightsPatcher(ModelPatcher):  # type: ignore[misc]
         return 0
 
     def partially_unload(self, device_to: Any, memory_to_free: float = 0, **_: Any) -> int:
-        before = self.loaded_size()
-        self.detach()
-        return before - self.loaded_size()
+        # As much as is asked for and no more: what stays need not come back over the bus.
+        if self.in_use:
+            return 0
+        freed = unload(self._files, self.load_device, int(memory_to_free))
+        log.info("WanFit: %.1f MiB of weights unloaded for ComfyUI", freed / MIB)
+        return freed
 
     def detach(self, unpatch_all: bool = True) -> Any:
         # With unpatch_all=False ComfyUI re-registers a model it is about to use: keep the weights.

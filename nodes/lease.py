@@ -103,18 +103,19 @@ def loaded_bytes(files: frozenset[str], device: torch.device | None = None) -> i
     )
 
 
-def unload(files: frozenset[str], device: torch.device) -> None:
-    """Free the memory of ``device``.
+def unload(files: frozenset[str], device: torch.device, nbytes: int | None = None) -> int:
+    """Free the memory that weights of ``files`` hold on ``device``; return the bytes.
 
-    Weights on a GPU are moved to host memory: all components that are not in use, whichever files
-    they are from. On the CPU the components of ``files`` are dropped.
+    Weights on a GPU are moved to host memory, of ``nbytes`` no more than about so many, as far as
+    they are not in use. On the CPU the components are dropped.
     """
     from ..wan_core.loading import component_cache
 
     if device.type == "cpu":
+        before = loaded_bytes(files)
         component_cache().drop(set(files))
-    else:
-        component_cache().release_device()
+        return before - loaded_bytes(files)
+    return component_cache().release_device(nbytes, files)
 
 
 def _drop_unleased(files: frozenset[str]) -> None:

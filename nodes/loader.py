@@ -20,6 +20,7 @@ from .pipeline import (
     find_model,
     fingerprint,
     list_models,
+    named_file,
 )
 from .words import in_words_of_the_nodes
 
@@ -44,7 +45,8 @@ class WanLoader(io.ComfyNode):  # type: ignore[misc]
                     "model",
                     options=[*models, *files["transformer"]] or [NOTHING_FOUND],
                     tooltip="A folder below models/diffusers that holds model_index.json, or a "
-                    "file of models/diffusion_models (the only or the high-noise model).",
+                    "file of models/diffusion_models (the only or the high-noise model) or of "
+                    "models/checkpoints (all in one).",
                 ),
                 *_part_inputs(files),
             ],
@@ -65,7 +67,7 @@ class WanLoader(io.ComfyNode):  # type: ignore[misc]
         """
         files = bridge.model_files()
         try:
-            if model is not None and model not in files["transformer"]:
+            if model is not None and named_file(files["transformer"], model) is None:
                 find_model(model, bridge.model_roots())
             for name, value in parts.items():
                 if value not in (None, _AUTO, _NONE):
@@ -89,6 +91,8 @@ class WanLoader(io.ComfyNode):  # type: ignore[misc]
 
         source, found = _source(model, parts)
         architecture = ArchitectureDetector().detect_model_architecture(source)
+        if architecture.incomplete:
+            raise MissingFile(architecture.incomplete)
         named = source if isinstance(source, WanModelFiles) else None
         path = Path(source.transformer) if named else architecture.root
         pipeline = WanPipeline(model, path, architecture, lease_for(architecture, named))
@@ -133,11 +137,12 @@ def _source(model: str, chosen: dict[str, str]) -> tuple[Path | WanModelFiles, t
     from ..wan_core.detect import find_companions, inspect_file
 
     files = bridge.model_files()
-    if model not in files["transformer"]:
+    transformer = named_file(files["transformer"], model)
+    if transformer is None:
         return find_model(model, bridge.model_roots()), ()
-    named: dict[str, Path] = {"transformer": files["transformer"][model]}
+    named: dict[str, Path] = {"transformer": transformer}
     present: dict[str, list[Path]] = {}
-    left_out: dict[str, str] = {}
+    left_out: list[str] = []
     for name, (part, _) in _PARTS.items():
         value = chosen.get(name, _AUTO)
         if value == _AUTO:
@@ -145,12 +150,12 @@ def _source(model: str, chosen: dict[str, str]) -> tuple[Path | WanModelFiles, t
         elif value != _NONE:
             named[part] = _file(name, value, files[part])
         elif part in _WITHOUT:
-            left_out[part] = f"{name}: none, as chosen; {_WITHOUT[part]}"
+            left_out.append(f"{name}: none, as chosen; {_WITHOUT[part]}")
     try:
-        found = find_companions(WanModelFiles(**named), present, inspect_file, left_out)
+        found = find_companions(WanModelFiles(**named), present, inspect_file)
     except MissingFile as error:
         raise MissingFile(f"{error} {_places()}") from error
-    return found.files, (*found.reasons, *left_out.values())
+    return found.files, (*found.reasons, *left_out)
 
 
 def _places() -> str:
@@ -161,14 +166,15 @@ def _places() -> str:
 
 
 def _file(field: str, name: str, files: dict[str, Path]) -> Path:
-    if name not in files:
+    found = named_file(files, name)
+    if found is None:
         there = ", ".join(files) or "none"
         raise InvalidRequest(
             f"{field}: there is no file {name!r}. Put it into the folder for it and press R, or "
             f"choose another. Found: {there}.",
             field=field,
         )
-    return files[name]
+    return found
 
 
 class WanOptimize(io.ComfyNode):  # type: ignore[misc]

@@ -12,7 +12,7 @@ from ..wan_core.errors import InvalidRequest
 from . import bridge
 from .inputs import Pipeline, pipeline_input
 from .job import require_choice
-from .pipeline import WanPipeline
+from .pipeline import WanPipeline, fingerprint
 
 NOTHING_FOUND = "(no LoRA found)"
 
@@ -76,8 +76,8 @@ class WanLoRA(io.ComfyNode):  # type: ignore[misc]
         path = bridge.lora_path(lora)
         if path is None:
             return f"absent: {lora}"
-        status = path.stat()
-        return f"{path} {status.st_size} {status.st_mtime_ns}"
+        # PEFT keeps the scale of a LoRA in a file of its own.
+        return f"{fingerprint(path)} {fingerprint(path.with_name('adapter_config.json'))}"
 
     @classmethod
     def execute(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -97,10 +97,11 @@ def find_model(name: str, roots: Sequence[Path], *, field: str = "model") -> Pat
     demo = _demo(name)
     if demo is not None:
         return demo
-    for root in roots:
-        for folder in _model_folders(root):
-            if folder.relative_to(root).as_posix() == name:
-                return folder
+    for wanted in dict.fromkeys((name, portable(name))):
+        for root in roots:
+            for folder in _model_folders(root):
+                if folder.relative_to(root).as_posix() == wanted:
+                    return folder
     places = ", ".join(str(root) for root in roots) or "models/diffusers"
     there = ", ".join(repr(known) for known in list_models(roots)) or "none"
     raise InvalidRequest(
@@ -112,19 +113,53 @@ def find_model(name: str, roots: Sequence[Path], *, field: str = "model") -> Pat
 
 
 def fingerprint(source: Path | WanModelFiles) -> str:
-    """Return a hash of ``source`` and of the name, size and mtime of its files; none is read."""
+    """Return a hash of ``source`` and of the path, size and mtime of its files; none is read.
+
+    Links to folders are followed: a component may lie on another disk.
+    """
     if isinstance(source, WanModelFiles):
         named = (getattr(source, name) for name in source.__slots__ if name != "loras")
-        paths = sorted(Path(path) for path in named if path is not None)
+        roots = [Path(path) for path in named if path is not None]
     else:
-        kinds = {".json", ".safetensors", ".gguf", ".model"}
-        paths = sorted(path for path in source.rglob("*") if path.suffix in kinds)
+        roots = [source]
     digest = hashlib.sha256(str(source).encode())
-    for path in paths:
+    for path in (path for root in roots for path in _files_of(root)):
         if path.is_file():
             stat = path.stat()
-            digest.update(f"{path.name}\0{stat.st_size}\0{stat.st_mtime_ns}\0".encode())
+            digest.update(f"{path}\0{stat.st_size}\0{stat.st_mtime_ns}\0".encode())
     return digest.hexdigest()
+
+
+def _files_of(root: Path) -> Iterator[Path]:
+    """Yield a file, or all files in a folder in a fixed order; hidden ones are left out."""
+    if not root.is_dir():
+        yield root
+        return
+    seen: set[str] = set()
+    for folder, folders, names in os.walk(root, followlinks=True):
+        # A link may lead back to a folder above it.
+        if (real := os.path.realpath(folder)) in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        yield from (Path(folder, name) for name in sorted(names) if not name.startswith("."))
+
+
+def portable(name: str) -> str:
+    """Return a file's name with forward slashes: workflows saved on Windows have backslashes."""
+    return name.replace("\\", "/")
+
+
+def is_offered(name: str, suffixes: tuple[str, ...]) -> bool:
+    """Whether a file is one to choose from: macOS puts a "._name" beside files on some disks."""
+    hidden = portable(name).rpartition("/")[2].startswith(".")
+    return name.lower().endswith(suffixes) and not hidden
+
+
+def named_file(files: Mapping[str, Path], name: str) -> Path | None:
+    """Return the file of this name, however the system that saved the workflow writes it."""
+    return files.get(name) or files.get(portable(name))
 
 
 def _demo(name: str) -> Path | None:

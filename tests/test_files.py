@@ -18,6 +18,7 @@ from wan_core.files import (
     atomic_write,
     check_target,
     contained_path,
+    decode_text,
     file_identity,
     name_problem,
     sweep,
@@ -234,3 +235,22 @@ def test_a_file_swept_before_it_could_be_locked_is_made_anew(
         sweep(tmp_path)
         assert names(tmp_path) == [temporary.name]
     assert names(tmp_path) == ["x.mp4"]
+
+
+MARKS = {
+    "UTF-8": (b"\xef\xbb\xbf", "utf-8"), "UTF-16 LE": (b"\xff\xfe", "utf-16-le"),
+    "UTF-16 BE": (b"\xfe\xff", "utf-16-be"), "none": (b"", "utf-8"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mark", MARKS)
+@pytest.mark.parametrize("text", ["", "5: a red circle\r\n4: 日本語", "{}", "é"])
+def test_text_as_editors_save_it(mark: str, text: str) -> None:
+    start, encoding = MARKS[mark]
+    assert decode_text(start + text.encode(encoding)) == text
+
+
+def test_text_that_is_none() -> None:
+    for data in (b"\xff", b"\x80abc", b"\xff\xfe\0"):
+        with pytest.raises(UnicodeDecodeError):
+            decode_text(data)

@@ -106,6 +106,30 @@ def test_image_to_video_from_files(image_model: Path, tmp_path: Path, capsys: An
     assert code == 1 and "image" in err and "bad.png" in err
 
 
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_prompts_of_an_editor_with_a_byte_order_mark(
+    model: Path, tmp_path: Path, capsys: Any, encoding: str
+) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_bytes("5: a red circle\r\n4: a blue square\r\n".encode(encoding))
+    command = generate(model, tmp_path / "o.mp4", "--prompts", prompts)
+    code, _, err = run(capsys, *command)
+    assert code == 0, err
+    prompts.write_bytes(b"\x80\xff")
+    code, _, err = run(capsys, *command)
+    assert code == 1 and "prompts: " in err and "cannot be read" in err
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_options_of_an_editor_with_a_byte_order_mark(tmp_path: Path, encoding: str) -> None:
+    from wan_core import WanPipelineLoader
+
+    options = tmp_path / "options.json"
+    options.write_bytes('{"precision": "fp16"}'.encode(encoding))
+    loader = WanPipelineLoader(optimization_config_path=options)
+    assert loader.get_system_info()["optimization_config"] == {"precision": "fp16"}
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

@@ -18,6 +18,7 @@ from typing import Any, TextIO
 
 from .config import CODECS, MIB, GenerationConfig
 from .errors import InvalidRequest, WanError
+from .files import decode_text
 from .job import FUSIONS
 from .memory import close_gaps
 from .plan import FORWARDS, FP8, OFFLOADS
@@ -306,7 +307,7 @@ def _read_text(path: str | None) -> str | None:
     if path is None:
         return None
     try:
-        return Path(os.path.expanduser(path)).read_text(encoding="utf-8-sig")
+        return decode_text(Path(os.path.expanduser(path)).read_bytes())
     except (OSError, UnicodeDecodeError) as err:
         raise InvalidRequest(f"prompts: {path} cannot be read ({err}).", field="prompts") from err
 

@@ -238,7 +238,13 @@ class StageEstimate:
     weights_bytes: int
     activation_bytes: int
     host_bytes: int = 0
+    """RAM that nothing else can have while the stage runs."""
     note: str = ""
+    locked_bytes: int = 0
+    """RAM that is page-locked for speed while blocks are streamed, as far as there is room: the
+    copies of weights that ``mapped_bytes`` counts too."""
+    mapped_bytes: int = 0
+    """Weights read from the mapped file: RAM that the system takes back when it needs it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

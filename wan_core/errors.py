@@ -141,6 +141,26 @@ _OOM_TEXTS = (
 )
 
 
+# Of these, the ones that mean the computer's own memory.
+_HOST_TEXTS = ("defaultcpuallocator", "unable to allocate")
+
+
+def is_host_oom(error: BaseException | None) -> bool:
+    """Say whether an error that ``is_oom`` recognises means RAM, not the memory of a device."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        if isinstance(error, SpilledMemory):
+            return False
+        if isinstance(error, MemoryError):
+            return True
+        text = str(error).lower()
+        if isinstance(error, RuntimeError) and any(mark in text for mark in _HOST_TEXTS):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
 def is_oom(error: BaseException | None) -> bool:
     """Say whether ``error``, or an error in its chain of causes, means that memory ran out.
 

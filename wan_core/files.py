@@ -1,4 +1,4 @@
-"""Contained paths, safe opening, atomic writes, file identity. Standard library only.
+"""Contained paths, safe opening, text, atomic writes, file identity. Standard library only.
 
 ``contained_path`` decides which names taken from a file may become paths. ``atomic_write`` and
 ``atomic_path`` are the only ways an output is written; ``check_target`` says beforehand whether it
@@ -8,6 +8,7 @@ tell whether a file is still the one that was read.
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import os
 import platform
@@ -70,6 +71,16 @@ def open_regular(path: Path) -> Iterator[tuple[BinaryIO, int]]:
         raise MissingFile(f"{quoted(path)} cannot be opened: {err.strerror}.") from err
     with file:
         yield cast(BinaryIO, file), os.fstat(file.fileno()).st_size
+
+
+def decode_text(data: bytes) -> str:
+    """Return text as editors save it: UTF-8, with or without a byte order mark, or UTF-16 with one.
+
+    Windows' Notepad and PowerShell write such marks. Raises UnicodeDecodeError for anything else.
+    """
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return data.decode("utf-16")
+    return data.decode("utf-8-sig")
 
 
 def file_kind(path: Path) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import bad_files
+from support import bad_files, tiny_models
 from support import wan_layouts as layouts
 
 from wan_core.config import WanModelFiles
@@ -32,7 +32,6 @@ def sparse(path: Path, shapes: layouts.Shapes) -> Path:
 
 @pytest.fixture(scope="session")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    tiny_models = pytest.importorskip("tiny_models")
     root = tmp_path_factory.mktemp("folders")
     for family in tiny_models.FAMILIES:
         tiny_models.make_folder(root / family, family)
@@ -235,7 +234,6 @@ def test_shard_faults_in_a_folder(folder: Any) -> None:
 
 
 def test_another_text_width(folder: Any) -> None:
-    tiny_models = pytest.importorskip("tiny_models")
     path = folder("wan2.1-t2v")
     model = tiny_models.make_transformer("wan2.1-t2v", text_dim=48)
     shutil.rmtree(path / "transformer")

@@ -14,7 +14,7 @@ import pytest
 from support import bad_files
 
 from wan_core.errors import CorruptFile, MissingFile, ModelFileError, UnsafeFile
-from wan_core.formats.index import find_weights
+from wan_core.formats.index import find_weights, listing
 from wan_core.formats.one_file import parse_table
 from wan_core.formats.open import read_small, read_table
 from wan_core.formats.small_json import read_json
@@ -387,6 +387,34 @@ def test_read_json_is_bounded(tmp_path: Path) -> None:
         file.truncate(MAX_HEADER_BYTES + 1)
     with pytest.raises(CorruptFile, match="at most"):
         read_json(path)
+
+
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf", b"\xff\xfe", b"\xfe\xff"])
+def test_json_with_a_byte_order_mark(tmp_path: Path, mark: bytes) -> None:
+    """As Windows' Notepad and PowerShell save it; a mark inside, or without JSON, is none."""
+    path = tmp_path / "config.json"
+    encoding = {b"\xff\xfe": "utf-16-le", b"\xfe\xff": "utf-16-be"}.get(mark, "utf-8")
+    path.write_bytes(mark + '{"dim": 4, "ü": "\\u00fc"}\r\n'.encode(encoding))
+    assert read_json(path) == {"dim": 4, "ü": "ü"}
+    for bad in (mark + b"x", mark + mark + b"{}" if mark else b"[", mark + b"\xff\xff\xff"):
+        path.write_bytes(bad)
+        with pytest.raises(CorruptFile, match=r"config\.json"):
+            read_json(path)
+
+
+def test_hidden_names_are_not_listed(tmp_path: Path) -> None:
+    for name in ("a.safetensors", "._a.safetensors", ".DS_Store"):
+        (tmp_path / name).touch()
+    assert listing(tmp_path) == ["a.safetensors"]
+
+
+def test_weights_of_adapters_are_found_by_their_name(tmp_path: Path) -> None:
+    for name in ("adapter_model", "pytorch_lora_weights"):
+        folder = tmp_path / name
+        folder.mkdir()
+        for file in (f"{name}.safetensors", "optimizer.safetensors"):
+            (folder / file).write_bytes(bad_files.safetensors())
+        assert find_weights(folder) == folder / f"{name}.safetensors"
 
 
 def test_reads_only_the_header_of_a_sparse_28_gb_file(tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from wan_core.forward import host_cache as decode_cache
 from wan_core.forward import vae as lean_vae
 from wan_core.forward.decoder import DecodeOptions, DecoderWalk
 from wan_core.forward.host_cache import HostCache, HostEntry
+from wan_core.forward.sources import norms_widen
 from wan_core.forward.vae import lean_decoder
 from wan_core.memory.machine import SystemResources
 from wan_core.memory.stages import GIB, Choices, Workload, estimate
@@ -222,7 +223,7 @@ def test_it_comes_off_after_an_error_and_serves_only_the_thread_that_asked() -> 
     assert vars(vae.decoder) == before
 
 
-def test_unknown_models_keep_their_own_decode(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unknown_models_keep_their_own_decode() -> None:
     vae = make_vae("2.1")
     hook = vae.decoder.conv_in.register_forward_hook(lambda *_: None)
     with lean_decoder(vae) as reason:
@@ -232,8 +233,6 @@ def test_unknown_models_keep_their_own_decode(monkeypatch: pytest.MonkeyPatch) -
     assert lean_vae.why_not(vae) is None
     vae.decoder.norm_out.gamma.data = vae.decoder.norm_out.gamma.data.double()
     assert "torch.float32, torch.float64" in str(lean_vae.why_not(vae))
-    monkeypatch.setattr(lean_vae, "source_digest", lambda: "another")
-    assert "not known here" in str(lean_vae.why_not(make_vae("2.1")))
 
 
 @cache
@@ -270,7 +269,31 @@ def test_arithmetic_agrees_with_the_dry_run(
     ours, _ = lean_decode_bytes(
         shape, size=kind.itemsize, workspace=False, bands=bands, cache_on_host=on_host, **numbers
     )
-    assert ours == pytest.approx(dry(shape, dtype).peak(run), rel=0.01)
+    # Before diffusers 0.38 the norms of half precision needed less.
+    above = 0.01 if dtype == "fp32" or norms_widen() else 0.1
+    assert -0.01 <= ours / dry(shape, dtype).peak(run) - 1 <= above
+
+
+@pytest.mark.parametrize("shape", [VAE_21, VAE_22], ids=["2.1", "2.2"])
+def test_a_picture_keeps_one_frame_of_each_convolution(shape: VaeShape) -> None:
+    """The cache after one latent frame, against that of a real decode."""
+    numbers: dict[str, Any] = {"latent_height": 30, "latent_width": 52, "size": 2}
+    kept = []
+
+    def run(vae: Any) -> None:
+        with lean_decoder(vae):
+            decoder = StreamingDecoder(
+                vae, torch.empty(1, shape.z_dim, 1, 30, 52, dtype=torch.bfloat16)
+            )
+            decoder.decode_next()
+            entries = decoder._cache or []
+            kept.extend(e.numel() * 2 for e in entries if isinstance(e, Tensor))
+
+    live = dry(shape, "bf16").peak(run)
+    peak, cache = lean_decode_bytes(shape, batch=1, latent_frames=1, workspace=False, **numbers)
+    above = 0.01 if norms_widen() else 0.1
+    assert -0.01 <= peak / live - 1 <= above
+    assert cache == pytest.approx(sum(kept), rel=0.01)
 
 
 @pytest.mark.parametrize("size", [2, 4])

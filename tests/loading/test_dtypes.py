@@ -7,15 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from support.casting import cast_module
+from support.casting import cast_module, store_fp8
 from support.lean_models import inputs_of, model_of
 from support.placed_models import text_encoder, transformer, vae
 
 from wan_core.errors import InvalidRequest
 from wan_core.forward.transformer import lean_forward
 from wan_core.loading.dtypes import DTYPES, dtype_of, keep_in_fp32
-from wan_core.loading.fp8_storage import store_fp8
-from wan_core.loading.quantized import ScaledLinear
+from wan_core.loading.quantized import StoredLinear
 from wan_core.models.sizes import block_bytes
 from wan_core.placing.streaming import stream_blocks
 
@@ -64,15 +63,15 @@ def test_fp8_storage(stored: torch.dtype) -> None:
     with torch.no_grad():
         expected = model(**call)[0]
         saved = store_fp8(model, stored)
-        matrices = [m for m in model.modules() if isinstance(m, ScaledLinear)]
+        matrices = [m for m in model.modules() if isinstance(m, StoredLinear)]
         assert len(matrices) == 2 * (4 + 4 + 2 + 2)
         assert saved == sum(m.weight.numel() for m in matrices)
         step = 2.0 ** -(3 if stored == torch.float8_e4m3fn else 2)  # half an ulp is half of it
         for name, module in model.named_modules():
-            if isinstance(module, ScaledLinear):
+            if isinstance(module, StoredLinear):
                 before, after = weights[f"{name}.weight"], module.dequantized(torch.float32)
                 error = (after - before).abs()
-                assert (error <= step / 2 * before.abs() + module.weight_scale / 2).all(), name
+                assert (error <= step / 2 * before.abs() + module.whole_scale / 2).all(), name
                 assert after.abs().amax() == pytest.approx(float(before.abs().amax()), rel=1e-2)
         for name, parameter in model.named_parameters():
             if parameter.dtype != torch.int8:
@@ -86,17 +85,18 @@ def test_fp8_storage(stored: torch.dtype) -> None:
 
 
 def test_fp8_storage_is_what_the_plan_counts() -> None:
-    from wan_core.models.variants import VARIANTS
+    from support.machines import architecture
+
     from wan_core.placing.transport import Block
 
-    shape = VARIANTS["wan2.1-t2v-1.3b"].transformer
+    found = architecture("wan2.1-t2v-1.3b")
     model = transformer(
         torch.float32, num_attention_heads=12, attention_head_dim=128, ffn_dim=8960, num_layers=1
     )
     cast_module(model, torch.bfloat16)
     plain = Block(model.blocks[0]).nbytes
-    assert plain == pytest.approx(block_bytes(shape, "bf16"), rel=1e-3)
+    assert plain == pytest.approx(block_bytes(found, "transformer", "bf16"), rel=1e-3)
     store_fp8(model)
     assert Block(model.blocks[0]).nbytes == pytest.approx(
-        block_bytes(shape, "bf16", fp8=True), rel=3e-3
+        block_bytes(found, "transformer", "bf16", fp8=True), rel=3e-3
     )

@@ -1,4 +1,4 @@
-"""GGUF files: the same weights as the gguf package and diffusers' own loader take from them."""
+"""GGUF files: the same weights as diffusers' own loader takes from them."""
 
 from __future__ import annotations
 
@@ -11,32 +11,15 @@ import numpy as np
 import pytest
 import torch
 from support import reference_layouts as layouts
+from support.stored_files import GGUF_KINDS, gguf_blocks, gguf_meaning
 from support.tiny_models import make_transformer
 
 from wan_core.errors import ModelMismatch, UnsupportedModel
+from wan_core.loading import dequantize as dequantize_module
 from wan_core.loading.component import load_component
-from wan_core.loading.reader import import_gguf
 
 QuantType = gguf.GGMLQuantizationType
-# Where each block keeps its float16 scales; random bytes there would be NaN now and then.
-SCALES = {
-    "Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,),
-    "IQ4_NL": (0,), "IQ4_XS": (0,),
-}  # fmt: skip
-TYPES = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", *SCALES)
-
-
-def blocks(weight: torch.Tensor, kind: str) -> np.ndarray:
-    """Bytes of ``weight`` in a quantisation; of K and IQ kinds, random blocks of the right size."""
-    quant = QuantType[kind]
-    if kind not in SCALES:
-        return gguf.quants.quantize(weight.numpy(), quant)
-    per_block, size = gguf.GGML_QUANT_SIZES[quant]
-    rows, columns = weight.shape
-    data = np.random.default_rng(0).integers(0, 256, (rows, columns // per_block, size), np.uint8)
-    for at in SCALES[kind]:
-        data[:, :, at : at + 2] = np.array([0.01], np.float16).view(np.uint8)
-    return data.reshape(rows, -1)
+TYPES = GGUF_KINDS
 
 
 def write_gguf(
@@ -48,9 +31,9 @@ def write_gguf(
     truth: layouts.State = {}
     for name, value in state.items():
         if name in quantized:
-            data = blocks(value.float(), kind)
+            data = gguf_blocks(value, kind)
             writer.add_tensor(name, data, raw_dtype=QuantType[kind])
-            truth[name] = torch.from_numpy(gguf.quants.dequantize(data, QuantType[kind]))
+            truth[name] = gguf_meaning(data, kind, torch.float32)
             continue
         half = value.ndim > 1
         stored = value.to(torch.float16) if half else value.float()
@@ -94,7 +77,7 @@ def write_model(
 
 
 @pytest.mark.parametrize("kind", TYPES)
-def test_dequantised_weights_are_the_gguf_packages(
+def test_dequantised_weights_are_diffusers_own(
     tmp_path: Path, model: torch.nn.Module, kind: str
 ) -> None:
     truth = write_model(tmp_path / "m.gguf", model, kind)
@@ -125,10 +108,12 @@ def test_kept_blocks_equal_diffusers_own_loader(
     for (name, mine), (other, value) in zip(
         sorted(ours.named_parameters()), sorted(theirs.named_parameters()), strict=True
     ):
-        assert name == other and mine.dtype == value.dtype, name
-        assert getattr(mine, "quant_type", None) == getattr(value, "quant_type", None)
-        assert torch.equal(torch.Tensor(mine.as_subclass(torch.Tensor)),
-                           torch.Tensor(value.as_subclass(torch.Tensor))), name  # fmt: skip
+        assert name == other, name
+        theirs_bytes = torch.Tensor(value.as_subclass(torch.Tensor))
+        if hasattr(value, "quant_type"):
+            assert torch.equal(mine.data, theirs_bytes.view(torch.int8)), name
+        else:
+            assert mine.dtype == value.dtype and torch.equal(mine.data, theirs_bytes), name
     generator = torch.manual_seed(0)
     inputs = {
         "hidden_states": torch.randn(1, 16, 2, 4, 4, generator=generator).bfloat16(),
@@ -185,14 +170,19 @@ def test_a_type_that_cannot_be_taken_apart_is_refused(
         load_component(tmp_path / "m.gguf")
 
 
-def test_import_says_what_is_missing(monkeypatch: Any) -> None:
+def test_import_says_what_is_missing(
+    tmp_path: Path, model: torch.nn.Module, monkeypatch: Any
+) -> None:
     import sys
 
     from wan_core.errors import MissingDependency
 
+    write_model(tmp_path / "m.gguf", model, "Q8_0")
+    dequantize_module._gguf_functions.cache_clear()
     monkeypatch.setitem(sys.modules, "gguf", None)
+    monkeypatch.delitem(sys.modules, "diffusers.quantizers.gguf.utils", raising=False)
     with pytest.raises(MissingDependency, match="pip install gguf"):
-        import_gguf()
+        load_component(tmp_path / "m.gguf")
 
 
 def test_config_of_a_gguf_is_read_from_its_shapes(tmp_path: Path, model: torch.nn.Module) -> None:

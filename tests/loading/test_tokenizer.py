@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import random
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,13 @@ import sentencepiece
 import torch
 import transformers
 from safetensors.torch import save_file
+from support import bad_files, gguf_umt5
 from support.tiny_models import make_image_encoder, make_tokenizer
 
-from wan_core.errors import CorruptFile, MissingFile, UnsupportedModel, WanError
+from wan_core.errors import CorruptFile, MissingFile, ModelMismatch, UnsupportedModel, WanError
 from wan_core.loading.tokenizer import (
     build_tokenizer,
+    check_tokenizer,
     load_image_processor,
     load_scheduler_config,
     load_tokenizer,
@@ -108,6 +111,36 @@ def test_from_a_saved_folder(tmp_path: Path) -> None:
     assert load_tokenizer(tmp_path / "tokenizer.json")(TEXTS[:1]).input_ids == wanted
 
 
+@pytest.mark.parametrize("more", [0, 84, 1024])
+def test_a_tokenizer_of_the_encoder_is_accepted(spiece: bytes, more: int) -> None:
+    """Embeddings are filled up to a round number of rows; umT5's by 84."""
+    tokenizer = build_tokenizer(spiece, "spiece.model")
+    check_tokenizer(tokenizer, len(tokenizer) + more, Path("t"), Path("e"))
+
+
+@pytest.mark.parametrize("more", [-1, -100, 1025, 224_000])
+def test_a_tokenizer_of_another_encoder_is_refused_by_both_numbers(
+    spiece: bytes, more: int
+) -> None:
+    """One token too many would fail at a rare word; a T5's on umT5 would mean something else."""
+    tokenizer = build_tokenizer(spiece, "spiece.model")
+    rows = len(tokenizer) + more
+    with pytest.raises(ModelMismatch, match=f"'t' has {len(tokenizer):,} tokens.*'e' .*{rows:,}:"):
+        check_tokenizer(tokenizer, rows, Path("t"), Path("e"))
+
+
+def test_a_tokenizer_in_an_all_in_one_file(tmp_path: Path, spiece: bytes) -> None:
+    data = torch.frombuffer(bytearray(spiece), dtype=torch.uint8)
+    wanted = build_tokenizer(spiece, "spiece.model")("a red circle").input_ids
+    for name in ("text_encoders.spiece_model", "text_encoders.umt5xxl.spiece_model"):
+        path = tmp_path / "aio.safetensors"
+        save_file({"model.x": torch.ones(2), name: data}, path)
+        assert load_tokenizer(path)("a red circle").input_ids == wanted
+    save_file({"not_a_spiece_model": data}, path)
+    with pytest.raises(MissingFile, match="carries no tokenizer"):
+        load_tokenizer(path)
+
+
 def test_what_is_no_tokenizer_is_named(tmp_path: Path, spiece: bytes) -> None:
     with pytest.raises(MissingFile, match="neither tokenizer.json nor spiece.model"):
         load_tokenizer(tmp_path)
@@ -151,6 +184,118 @@ def test_damaged_models_give_only_named_errors(spiece: bytes) -> None:
     assert refused > 100
     with pytest.raises(CorruptFile):
         build_tokenizer(b"", "empty")
+
+
+# GGUF --------------------------------------------------------------------------------------------
+
+ODD = [
+    *TEXTS, " ", "   \t\n ", "　全角　空白　", "全角ＡＢＣ１２３！？（）", "ｶﾞｷﾞｸﾞ ガギグ", "Ａ\u0301",
+    "Cafe\u0301 nai\u0308ve A\u030angstro\u0308m", "q\u0301\u0323", "한글 \u1112\u1161\u11ab",
+    "👩‍👩‍👧‍👦 🏳️‍🌈 👍🏽 🇯🇵", "一只红色的猫在雪地里奔跑，电影质感。", "色調艷麗，過曝，靜態",
+    " leading", "trailing ", "  both   and\u00a0\u2003\u200b\ufeffmore  ", "a\u0000b", "\u202eabc",
+    "<extra_id_0> <extra_id_299> <extra_id_300>", "＜extra_id_0＞", "[PAD899] [PAD0]",
+    "<0x41> <0xF0>", "<pad></s><unk>", "▁ ▁▁a", "ﷺ ﬃ Ⅻ ㍿ ½ ㎏ …",
+    "x" * 20_000, "猫" * 5000, "a red cat " * 2000,
+]  # fmt: skip
+
+
+def random_texts(count: int) -> list[str]:
+    """Texts of characters that normalisation, division and unknown characters are about."""
+    generator = random.Random(5)
+    ranges = (
+        (0x300, 0x330), (0xFF01, 0xFFEF), (0x4E00, 0x4E40), (0x1F600, 0x1F640), (0xC0, 0x180),
+        (0x2160, 0x2180),
+    )  # fmt: skip
+    pool = [*"abcdefgh .,!", *WORDS, "\u200d", "\ufe0f", "\u3000", "\t", "\n", "\u00a0", "\u2028"]
+    pool += [chr(code) for start, end in ranges for code in range(start, end)]
+    return ["".join(generator.choices(pool, k=generator.randrange(40))) for _ in range(count)]
+
+
+@pytest.mark.parametrize("rule", ["nmt_nfkc", "nmt_nfkc_cf", "identity"])
+@pytest.mark.parametrize("byte_fallback", [True, False])
+def test_a_gguf_file_gives_the_ids_of_the_safetensors_file(
+    tmp_path: Path, rule: str, byte_fallback: bool
+) -> None:
+    model = gguf_umt5.spiece_model(rule, byte_fallback=byte_fallback)
+    data = torch.frombuffer(bytearray(model), dtype=torch.uint8)
+    save_file({"shared.weight": torch.ones(3), "spiece_model": data}, tmp_path / "umt5.safetensors")
+    wanted = load_tokenizer(tmp_path / "umt5.safetensors")
+    texts = ODD + random_texts(400)
+    ids = wanted(texts).input_ids
+    pieces = len(sentencepiece.SentencePieceProcessor(model_proto=model))
+    published = {f"<extra_id_{i}>": pieces + 299 - i for i in range(300)}
+    for rows, added in ((pieces, None), (pieces + 1, None), (900, None), (900, published)):
+        ours = load_tokenizer(gguf_umt5.write_tokenizer(tmp_path / "x.gguf", model, rows, added))
+        assert type(ours) is type(wanted) and len(ours) == len(wanted)
+        for text, mine, other in zip(texts, ours(texts).input_ids, ids, strict=True):
+            assert mine == other, (rows, text)
+        assert ours.get_vocab() == wanted.get_vocab()
+        assert ours.decode(ids[0]) == wanted.decode(ids[0])
+        options = {"padding": "max_length", "max_length": 512, "truncation": True}
+        assert ours(texts, **options) == wanted(texts, **options)
+        assert ours.special_tokens_map == wanted.special_tokens_map
+        assert ours.all_special_ids == wanted.all_special_ids
+
+
+def test_the_texts_tell_normalised_from_not_and_padded_from_not(tmp_path: Path) -> None:
+    """Without the table, and with the padding left in, some of the texts give other ids."""
+    model = gguf_umt5.spiece_model()
+    wanted = build_tokenizer(model, "x")
+    key = "tokenizer.ggml."
+    values = gguf_umt5.good_values(model, 900)
+    del values[f"{key}precompiled_charsmap"]
+    (tmp_path / "x.gguf").write_bytes(gguf_umt5.by_hand(values, rows=900))
+    bare = load_tokenizer(tmp_path / "x.gguf")
+    values = gguf_umt5.good_values(model, 900)
+    names = [b"padding%d" % i if n.startswith(b"[PAD") else n
+             for i, n in enumerate(gguf_umt5.arrays(model, 900)[0])]  # fmt: skip
+    values |= {
+        f"{key}tokens": gguf_umt5.array_value(8, names),
+        f"{key}token_type": gguf_umt5.array_value(5, [1] * 900),
+    }
+    (tmp_path / "y.gguf").write_bytes(gguf_umt5.by_hand(values, rows=900))
+    padded = load_tokenizer(tmp_path / "y.gguf")
+    for other in (bare, padded):
+        assert sum(other(text).input_ids != wanted(text).input_ids for text in ODD) > 1
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"scores": (6, [float("nan")] * 900)}, "not a finite number"),
+        ({"scores": (6, [float("-inf")] * 900)}, "not a finite number"),
+        ({"tokens": (8, [b"<unk>"] * 900)}, "empty, or stands twice"),
+        ({"tokens": (8, [b"<unk>", b"", *(b"%d" % i for i in range(898))])}, "empty, or stands"),
+        ({"precompiled_charsmap": (0, b"\xff" * 900)}, "normalisation rules"),
+        ({"precompiled_charsmap": (0, struct.pack("<I", 4) + bytes(5))}, "leads beyond all 1"),
+    ],
+)  # fmt: skip
+def test_contents_that_cannot_be_a_tokenizer(
+    tmp_path: Path, spiece: bytes, change: dict[str, tuple[int, Any]], words: str
+) -> None:
+    values = gguf_umt5.good_values(spiece, 900)
+    for name, (kind, items) in change.items():
+        values[f"tokenizer.ggml.{name}"] = gguf_umt5.array_value(kind, items)
+    path = tmp_path / "umt5.gguf"
+    path.write_bytes(gguf_umt5.by_hand(values, rows=900))
+    with pytest.raises(CorruptFile, match=f"umt5.gguf' is damaged: .*{words}"):
+        load_tokenizer(path)
+
+
+def test_a_gguf_file_without_or_with_another_tokenizer(tmp_path: Path, spiece: bytes) -> None:
+    path = tmp_path / "umt5.gguf"
+    path.write_bytes(bad_files.GOOD_GGUF)
+    with pytest.raises(MissingFile, match=r"umt5.gguf' carries no tokenizer .* spiece.model"):
+        load_tokenizer(path)
+    values = gguf_umt5.good_values(spiece, 900)
+    tokens = [name.replace(b"</s>", b"<eos>") for name in gguf_umt5.arrays(spiece, 900)[0]]
+    values["tokenizer.ggml.tokens"] = gguf_umt5.array_value(8, tokens)
+    path.write_bytes(gguf_umt5.by_hand(values, rows=900))
+    with pytest.raises(UnsupportedModel, match="has no <pad>, </s> and <unk>"):
+        load_tokenizer(path)
+
+
+# Other components --------------------------------------------------------------------------------
 
 
 def test_image_processor(tmp_path: Path) -> None:

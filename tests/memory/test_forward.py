@@ -11,8 +11,9 @@ from support.dry_run import DryModel
 from support.machines import architecture, gpu
 from support.true_models import DTYPES, KEEP_FP32, autoencoder, transformer
 
-from wan_core.config import StageEstimate
+from wan_core.config import MIB, StageEstimate
 from wan_core.forward import transformer as lean_forward
+from wan_core.forward.sources import norms_widen
 from wan_core.job.steps import make_scheduler
 from wan_core.memory import stages as memory
 from wan_core.memory.forward import text_encoder_peak, transformer_peak
@@ -47,18 +48,21 @@ def dry_vae(shape: VaeShape, dtype: str) -> DryModel:
 )
 def test_transformer_bytes_equal_the_real_class(name: str) -> None:
     shape = VARIANTS[name].transformer
+    found = architecture(name, bare=True)
     with torch.device("meta"):
         model = transformer(shape, layers=3)
     counts = {
         key: (p.numel(), not set(KEEP_FP32).isdisjoint(key.split(".")))
         for key, p in model.named_parameters()
     }
-    assert set(KEEP_FP32) == set(model._keep_in_fp32_modules)
+    # Since diffusers 0.40 the rotary tables are among them, which are no parameters.
+    assert set(KEEP_FP32) - {"rope"} == set(model._keep_in_fp32_modules) - {"rope"}
     for dtype, size in sizes.BYTES.items():
         if dtype == "fp8":
             continue
         real = sum(n * (4 if kept else size) for n, kept in counts.values())
-        ours = 3 * sizes.block_bytes(shape, dtype) + sizes.rest_bytes(shape, dtype)
+        block = sizes.block_bytes(found, "transformer", dtype)
+        ours = 3 * block + sizes.rest_bytes(found, "transformer", dtype)
         assert ours == real
 
 
@@ -265,11 +269,15 @@ def test_vae_agrees_with_the_dry_run(
         shape, batch=batch, latent_frames=job.latent_frames, latent_height=height // scale,
         latent_width=width // scale, size=size, workspace=False,
     )  # fmt: skip
-    assert ours == pytest.approx(decode_dry(shape, job, dtype), rel=0.001)
+    found = [(ours, decode_dry(shape, job, dtype))]
     ours = encode_peak(
         shape, batch=1, num_frames=frames, height=height, width=width, size=size, workspace=False
     )
-    assert ours == pytest.approx(encode_dry(shape, job, dtype), rel=0.001)
+    found.append((ours, encode_dry(shape, job, dtype)))
+    # Before diffusers 0.38 the norms of half precision needed less.
+    above = 0.001 if dtype == "fp32" or norms_widen() else 0.1
+    for ours, real in found:
+        assert -0.001 <= ours / real - 1 <= above
 
 
 LEAN = [
@@ -399,6 +407,7 @@ def test_transformer_is_exact_to_the_byte_and_independent_of_depth() -> None:
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
 def test_text_encoder_agrees_with_the_dry_run(dtype: str) -> None:
+    import transformers
     from transformers import UMT5Config, UMT5EncoderModel
 
     config = UMT5Config(
@@ -409,7 +418,24 @@ def test_text_encoder_agrees_with_the_dry_run(dtype: str) -> None:
     live = DryModel(lambda: UMT5EncoderModel(config), DTYPES[dtype]).peak(
         lambda model: model(torch.ones_like(tokens), torch.ones_like(tokens)).last_hidden_state
     )
-    assert text_encoder_peak(DTYPES[dtype].itemsize) == pytest.approx(live, rel=0.02)
+    # transformers 4 computes the softmax in float32 here, too; on CUDA that is counted.
+    more = 0 if int(transformers.__version__.split(".")[0]) >= 5 else 100 * MIB
+    ours = text_encoder_peak(DTYPES[dtype].itemsize)
+    assert 0.98 * live - more <= ours <= 1.02 * live
+
+
+def test_two_pictures_are_twice_the_tokens_of_one() -> None:
+    """Seen where the video is so small that pictures are most of the context."""
+    one = VARIANTS["wan2.1-i2v-14b"].transformer
+    two = replace(one, pos_embed_seq_len=514)
+    small = {"batch": 1, "latent_frames": 1, "latent_height": 4, "latent_width": 4, "size": 2}
+    more = transformer_peak(two, **small) - transformer_peak(one, **small)
+    assert more >= 257 * one.dim * 2
+
+
+def test_text_encoder_on_a_gpu_as_traced_on_an_h100() -> None:
+    """Without a fused kernel, scores, softmax and bias maps are alive at once."""
+    assert text_encoder_peak(2, wide_softmax=True) == pytest.approx(264.5 * MIB, rel=0.003)
 
 
 def test_unipc_holds_as_many_latents_as_are_counted() -> None:

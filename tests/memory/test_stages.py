@@ -44,6 +44,45 @@ def figures(name: str, job: Workload, **choices: object) -> dict[str, float]:
     return {entry.name: round(entry.device_bytes / GIB, 2) for entry in found.stages}
 
 
+def test_a_streamed_text_encoder_holds_two_blocks() -> None:
+    """One computes while the next arrives; the embedding table stays in RAM."""
+    dtypes = dict.fromkeys(sizes.PARTS, "bf16")
+    made = Choices(dtypes=dtypes, offload="model", part_offload={"text_encoder": "stream"})
+    found = architecture("wan2.2-t2v-a14b")
+    job = Workload(width=832, height=480, num_frames=81)
+    encoding = stage(estimate(found, job, made, GPU).stages, "text_encode")
+    assert encoding.weights_bytes == 2 * sizes.text_block_bytes(found, "bf16") > 0.5 * GIB
+
+
+@pytest.mark.parametrize(
+    ("allocator", "name", "choices", "share"),
+    [
+        ("default", "denoise", {}, 0.4),
+        ("default", "denoise_low", {"lean": True}, 0.35),
+        ("default", "denoise", {"lean": True, "by_rows": True}, 0.1),
+        ("default", "decode", {}, 0.3),
+        ("async", "condition_encode", {}, 0.3),
+        ("default", "text_encode", {}, 0.2),
+        ("expandable", "denoise", {}, 0.025),
+        ("expandable", "denoise_high", {"lean": True}, 0.025),
+        ("expandable", "denoise", {"lean": True, "by_rows": True}, 0.025),
+        ("expandable", "decode", {}, 0.05),
+        ("expandable", "image_encode", {}, 0.05),
+    ],
+)
+def test_gaps_of_each_allocator(
+    allocator: str, name: str, choices: dict[str, Any], share: float
+) -> None:
+    """What benchmarks/results/allocator_room.md measured, and somewhat more."""
+    found = StageEstimate(
+        name=name, device_bytes=10 * GIB, weights_bytes=9 * GIB, activation_bytes=GIB,
+        host_bytes=0, note="",
+    )  # fmt: skip
+    made = Choices(dtypes={}, **choices)
+    assert reserved_bytes(found, made, gpu(24, allocator=allocator)) == 10 * GIB + int(share * GIB)
+    assert reserved_bytes(found, made, CPU) == 10 * GIB
+
+
 def test_known_figures() -> None:
     """Weights 26.7 GiB (14B, bf16) plus 11.1 hidden states; the VAE without the whole video."""
     small = Workload(width=832, height=480, num_frames=81)

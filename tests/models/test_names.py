@@ -13,10 +13,10 @@ from support import reference_layouts as layouts
 from support.layout_models import assert_equal, clip, umt5, vae
 from support.tiny_models import make_transformer
 
-from wan_core.errors import CorruptFile, ModelMismatch, UnsupportedModel, WanError
+from wan_core.errors import ModelMismatch, UnsupportedModel, WanError
 from wan_core.loading.component import load_component
-from wan_core.loading.quantized import ScaledLinear
-from wan_core.models.names import Source, map_names, split_scales
+from wan_core.loading.quantized import StoredLinear
+from wan_core.models.names import Source, map_names
 
 PREFIXES = ("", "model.diffusion_model.", "diffusion_model.")
 BIG: dict[str, Any] = {"attention_head_dim": 128, "ffn_dim": 320}
@@ -297,7 +297,7 @@ def test_kept_fp8_computes_what_dequantised_does(
     path = write(tmp_path / "m.safetensors", layouts.original_transformer(stored), metadata)
     whole = load_component(path, dtype)
     kept = load_component(path, dtype, keep_quantized=True)
-    assert sum(isinstance(layer, ScaledLinear) for layer in kept.modules()) == len(linear) - 2
+    assert sum(isinstance(layer, StoredLinear) for layer in kept.modules()) == len(linear) - 2
     generator = torch.manual_seed(0)
     inputs = {
         "hidden_states": torch.randn(1, 36, 2, 4, 4, generator=generator).to(dtype),
@@ -351,15 +351,7 @@ def test_scaled_fp8_text_encoder(tmp_path: Path, keep: bool) -> None:
     assert torch.equal(ours(ids).last_hidden_state, wanted)
 
 
-def test_a_scale_that_is_missing_for_one_of_many_is_an_error() -> None:
-    names = [f"blocks.{i}.ffn.0.{leaf}" for i in range(3) for leaf in ("weight", "scale_weight")]
-    weights, scales, ignored = split_scales([*names, "scaled_fp8", "head.head.weight"])
-    assert len(scales) == 3 and ignored == ["scaled_fp8"] and "head.head.weight" in weights
-    with pytest.raises(CorruptFile, match=r"2 of 3 layers.*blocks\.1\.ffn\.0\.weight"):
-        split_scales([n for n in names if n != "blocks.1.ffn.0.scale_weight"])
-
-
-@pytest.mark.parametrize("stored", ["int8", "nvfp4", "mxfp8", "comfy"])
+@pytest.mark.parametrize("stored", ["nvfp4", "mxfp8", "comfy"])
 def test_other_quantisations_are_refused_by_name(
     tmp_path: Path, transformers: dict[str, torch.nn.Module], stored: str
 ) -> None:
@@ -367,10 +359,7 @@ def test_other_quantisations_are_refused_by_name(
     state = layouts.original_transformer(layouts.state_of(model))
     layer = "blocks.0.ffn.0"
     weight = state[f"{layer}.weight"]
-    if stored == "int8":
-        state[f"{layer}.weight"] = weight.to(torch.int8)
-        state[f"{layer}.weight_scale"] = torch.ones(weight.shape[0], 1)
-    elif stored == "nvfp4":
+    if stored == "nvfp4":
         state[f"{layer}.weight"] = torch.zeros(320, weight.shape[1] // 2, dtype=torch.uint8)
         state[f"{layer}.weight_scale"] = torch.ones(320, 16).to(torch.float8_e4m3fn)
         state[f"{layer}.weight_scale_2"] = torch.ones(())

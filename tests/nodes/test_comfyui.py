@@ -90,6 +90,9 @@ def link_files(models: Path, elsewhere: Path) -> None:
     for name in ("quantised.gguf", "unsafe.pth"):
         (elsewhere / name).touch()
     (models / "diffusion_models" / "linked").symlink_to(elsewhere)
+    checkpoint = models / "checkpoints" / "aio" / "rapid.safetensors"
+    checkpoint.parent.mkdir(parents=True)
+    checkpoint.touch()
 
 
 # -- the pack as ComfyUI sees it ----------------------------------------------------------------
@@ -285,6 +288,24 @@ def test_a_lora_changes_the_video_and_strength_zero_does_not(server: ComfyServer
     assert not torch.equal(frames_of(server, "without"), frames_of(server, "lora1"))
 
 
+def test_a_lora_of_a_workflow_saved_on_windows(server: ComfyServer) -> None:
+    """Its name has a backslash; macOS's files beside the real ones are not listed."""
+    loras = server.base / "models" / "loras" / "sub"
+    loras.mkdir(parents=True, exist_ok=True)
+    name = "diffusion_model.blocks.0.self_attn.q"
+    pair = {"lora_A": torch.zeros(2, 24), "lora_B": torch.zeros(24, 2)}
+    save_file({f"{name}.{k}.weight": v for k, v in pair.items()}, loras / "style.safetensors")
+    (loras / "._style.safetensors").write_bytes(bytes(100))
+    chosen = {"lora": r"sub\style.safetensors", "expert": "both", "use_recipe": False}
+    prompt = graph(name="windows", seed=62)
+    prompt["2"] = {"class_type": "WanLoRA", "inputs": {
+        "pipeline": ["1", 0], "strength": 1.0, **chosen}}  # fmt: skip
+    prompt["3"]["inputs"]["pipeline"] = ["2", 0]
+    assert "style.safetensors" in server.run(prompt)["2"]["text"][0]
+    listed = server.get("/object_info/WanLoRA")["WanLoRA"]["input"]["required"]["lora"]
+    assert not [one for one in listed[1].get("options", listed[0]) if "._" in one]
+
+
 def test_conditioning_in_place_of_the_prompt(server: ComfyServer) -> None:
     from wan_core.sampling.encode import encode_text
 
@@ -458,6 +479,8 @@ def test_lists_files_of_linked_folders_and_none_that_could_run_code(server: Comf
     }
     models = set(listed["model"])
     assert {"tiny-a14b", single_files.HIGH, single_files.LOW, "linked/quantised.gguf"} <= models
+    assert "aio/rapid.safetensors" in models  # of models/checkpoints
+    assert "aio/rapid.safetensors" not in listed["vae"]
     assert "linked/unsafe.pth" not in models
     assert listed["vae"] == ["auto", "none", single_files.VAE]
     assert listed["text_encoder"] == ["auto", "none", single_files.TEXT]

@@ -66,6 +66,66 @@ def test_fingerprint_of_files_changes_with_a_file_or_a_role(pack: ModuleType, mo
     assert fingerprint(files) != before
 
 
+def test_a_change_behind_a_linked_folder_is_seen(pack: ModuleType, tmp_path: Path) -> None:
+    """Components may lie on another disk, as links to folders; a link may even lead back."""
+    fingerprint = part(pack, "nodes.pipeline").fingerprint
+    disk, model = tmp_path / "disk" / "transformer", tmp_path / "model"
+    disk.mkdir(parents=True)
+    model.mkdir()
+    weights = disk / "diffusion_pytorch_model.sft"
+    weights.write_bytes(b"1")
+    (model / "transformer").symlink_to(disk)
+    (disk / "back").symlink_to(model)
+    (model / "gone.safetensors").symlink_to(tmp_path / "nowhere")
+    seen = [fingerprint(model)]
+    weights.write_bytes(b"12")
+    seen.append(fingerprint(model))
+    (model / "vae").mkdir()
+    (model / "vae" / "config.json").write_text("{}")
+    seen.append(fingerprint(model))
+    # The same files under the name of another component are another model.
+    (model / "vae").rename(model / "vae_old")
+    seen.append(fingerprint(model))
+    (model / "._vae_old").write_bytes(b"macOS")
+    assert len(set(seen)) == 4 and fingerprint(model) == seen[-1]
+
+
+def test_parts_that_are_folders_count_with_their_files(pack: ModuleType, tmp_path: Path) -> None:
+    fingerprint = part(pack, "nodes.pipeline").fingerprint
+    (tmp_path / "transformer").mkdir()
+    (tmp_path / "transformer" / "model.safetensors").write_bytes(b"1")
+    files = part(pack, "wan_core.config").WanModelFiles(transformer=tmp_path / "transformer")
+    before = fingerprint(files)
+    (tmp_path / "transformer" / "config.json").write_text("{}")
+    assert fingerprint(files) != before
+
+
+def test_names_of_workflows_saved_on_another_system(pack: ModuleType, tmp_path: Path) -> None:
+    """Windows writes backslashes; a name that really has one comes first."""
+    pipeline = part(pack, "nodes.pipeline")
+    files = {
+        "sub/wan.safetensors": Path("a"),
+        r"odd\name.gguf": Path("b"),
+        "odd/name.gguf": Path("c"),
+    }
+    assert pipeline.named_file(files, r"sub\wan.safetensors") == Path("a")
+    assert pipeline.named_file(files, "sub/wan.safetensors") == Path("a")
+    assert pipeline.named_file(files, r"odd\name.gguf") == Path("b")
+    assert pipeline.named_file(files, r"sub\gone.safetensors") is None
+    (tmp_path / "org" / "wan").mkdir(parents=True)
+    (tmp_path / "org" / "wan" / "model_index.json").write_text("{}")
+    assert pipeline.find_model(r"org\wan", [tmp_path]) == tmp_path / "org" / "wan"
+
+
+def test_files_that_are_offered(pack: ModuleType) -> None:
+    is_offered = part(pack, "nodes.pipeline").is_offered
+    names = {
+        "a.safetensors": True, "sub/A.GGUF": True, "._a.safetensors": False, "a.pth": False,
+        "sub/._a.gguf": False, r"sub\._a.gguf": False, ".hidden/a.gguf": True, "a.gguf.part": False,
+    }  # fmt: skip
+    assert {n: is_offered(n, (".safetensors", ".gguf")) for n in names} == names
+
+
 # -- limits -------------------------------------------------------------------------------------
 def test_a_fallback_window_is_given_in_video_frames(pack: ModuleType) -> None:
     window_of = part(pack, "nodes.job").window_of

@@ -112,4 +112,7 @@ def test_windows_cost_their_overlap() -> None:
 def test_on_a_cpu_nothing_travels() -> None:
     job = replace(JOB, num_frames=5)
     found = timing(T2V, job, replace(BF16, offload="model"), cpu(64))
-    assert found.total == pytest.approx(found.step * job.steps)
+    still = timing(T2V, replace(job, steps=0), replace(BF16, offload="model"), cpu(64))
+    assert found.total == pytest.approx(found.step * job.steps + still.total)
+    longer = replace(job, num_frames=9, steps=0)
+    assert timing(T2V, longer, replace(BF16, offload="model"), cpu(64)).total > still.total

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -14,7 +16,12 @@ from support.tiny_models import FAMILIES, components, make_folder, pipeline
 from support.traced import TracedMemory
 
 from wan_core import GenerationConfig, WanPipelineLoader
-from wan_core.errors import DoesNotFit, InvalidRequest, NonFiniteLatents
+from wan_core.errors import (
+    DoesNotFit,
+    InvalidRequest,
+    MissingDependency,
+    NonFiniteLatents,
+)
 from wan_core.job.steps import SCHEDULERS, make_scheduler
 
 SIZE = {"width": 64, "height": 32, "num_frames": 9, "num_inference_steps": 4}
@@ -535,3 +542,62 @@ def test_a_report_names_the_stages(folder: Any) -> None:
     assert all(predicted[name] for name in names), predicted
     text = wrapper.report(result)
     assert "denoise_high" in text and "predicted" in text and "measured" in text
+
+
+def test_a_diffusers_that_is_not_known_is_not_planned_with(
+    folder: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The plan asks what can stand in, from files, and what it then says is what is run."""
+    from wan_core.forward import sources
+    from wan_core.memory.choices import Choices
+    from wan_core.memory.stages import estimate
+    from wan_core.render import pipeline as module
+
+    wanted = GenerationConfig(prompt="a red cat", **SIZE)
+    assert "lean forward" in open_wan(folder("wan2.1-t2v"), forward="lean").plan(wanted)[1].applied
+    reason = "diffusers 9.9.9 computes WanAttention.forward in a way not known here"
+    monkeypatch.setattr(sources, "_version", lambda: "9.9.9")
+    unknown = {"models.transformers.transformer_wan": {"WanAttention.forward": ("0",)}}
+    monkeypatch.setattr(sources, "TRANSFORMER", unknown)
+    for forward in ("auto", "lean", "lean_rows"):
+        wrapper = open_wan(folder("wan2.1-t2v"), forward=forward)
+        _, plan = wrapper.plan(wanted)
+        assert any(reason in told for told in plan.reasons)
+        assert not plan.lean and not plan.by_rows
+        choices: Choices = plan.choices
+        system = wrapper._system(wrapper.optimization)
+        job = module._job(wrapper.plan(wanted)[0], wanted)
+        again = estimate(wrapper.architecture, job, choices, system)
+        assert plan.estimate.peak_usage_mb == again.peak_usage_mb
+        result = wrapper.generate(wanted).raise_for_error()
+        assert not any("More memory than predicted" in told for told in result.warnings)
+
+
+@pytest.mark.parametrize("how", ["missing", "too old for transformers"])
+def test_a_diffusers_that_cannot_be_imported_is_said_first(
+    folder: Any, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After the plan, which needs none, and before a weight is read."""
+    from wan_core.render.stages import StageRunner
+
+    if how == "missing":
+        monkeypatch.setitem(sys.modules, "diffusers", None)
+    else:  # as diffusers' own lazy modules raise it
+        broken: Any = ModuleType("diffusers")
+
+        def fails(name: str) -> None:
+            raise RuntimeError(f"Failed to import diffusers for {name} because of ...")
+
+        broken.__getattr__ = fails
+        monkeypatch.setitem(sys.modules, "diffusers", broken)
+    read: list[str] = []
+    monkeypatch.setattr(StageRunner, "component", lambda self, name: read.append(name))
+    wrapper, config = open_wan(folder("wan2.1-t2v")), GenerationConfig(prompt="a cat", **SIZE)
+    _, plan = wrapper.plan(config)
+    assert not plan.lean
+    assert "diffusers is not installed" in " ".join(plan.reasons)
+    result = wrapper.generate(config)
+    assert isinstance(result.error, MissingDependency)
+    assert "diffusers cannot be imported" in str(result.error)
+    assert "pip install -U diffusers" in str(result.error)
+    assert read == []

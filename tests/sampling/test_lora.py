@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 import torch
-from gguf import GGMLQuantizationType
 from safetensors.torch import load_file, save_file
 from support.as_pack import load_pack, open_model, part
 from support.lean_models import inputs_of, model_of
+from support.stored_files import gguf_blocks
 from support.tiny_models import components, make_folder, pipeline
 from torch import Tensor, nn
 
@@ -25,10 +25,12 @@ from wan_core.config import WanLoRA, WanModelFiles
 from wan_core.detect.detector import ArchitectureDetector
 from wan_core.detect.lora_files import parse_lora, with_loras
 from wan_core.errors import CorruptFile, InvalidRequest, ModelMismatch, UnsupportedModel
+from wan_core.formats import Storage
 from wan_core.forward.transformer import lean_forward
 from wan_core.job.request import resolve
 from wan_core.job.steps import make_scheduler
-from wan_core.loading.quantized import ScaledLinear, gguf_linear, gguf_parameter, replace_linear
+from wan_core.loading.dequantize import Scales
+from wan_core.loading.quantized import StoredLinear, replace_layer
 from wan_core.models.recipes import recipe_of
 from wan_core.placing.offload import place
 from wan_core.placing.streaming import stream_blocks
@@ -293,23 +295,17 @@ def quantize(model: Any, kind: str) -> dict[str, Tensor]:
     for name, layer in list(model.named_modules()):
         if type(layer) is not nn.Linear or not name.startswith("blocks."):
             continue
+        new = StoredLinear(layer.in_features, layer.out_features, bias=True)
+        shape = (layer.out_features, layer.in_features)
         if kind == "fp8":
-            new: Any = ScaledLinear(
-                layer.in_features, layer.out_features, bias=True, stored=torch.float8_e4m3fn
-            )
-            new.set_weight(layer.weight.to(torch.float8_e4m3fn), torch.tensor(0.5))
-            values[name] = new.dequantized(torch.float32)
+            how = Storage("fp8", "F8_E4M3", shape, per="tensor")
+            new.set_stored(layer.weight.to(torch.float8_e4m3fn), Scales(None, 0.5), how)
         else:
-            from diffusers.quantizers.gguf.utils import dequantize_gguf_tensor
-            from gguf.quants import quantize as pack
-
-            data = pack(layer.weight.float().numpy(), GGMLQuantizationType.Q8_0)
-            new = gguf_linear(layer, torch.float32)
-            new.weight = gguf_parameter(torch.from_numpy(data), GGMLQuantizationType.Q8_0)
-            # diffusers' own arithmetic, which the layer uses, rounds unlike the gguf package's.
-            values[name] = dequantize_gguf_tensor(new.weight).float()
+            data = torch.from_numpy(gguf_blocks(layer.weight, "Q8_0"))
+            new.set_stored(data, Scales(), Storage("gguf", "Q8_0", shape))
+        values[name] = new.dequantized(torch.float32)
         new.bias = layer.bias
-        replace_linear(model, name, new)
+        replace_layer(model, name, new)
     return values
 
 
@@ -466,14 +462,17 @@ REFUSED = {
     "unknown": (
         PAIR | {"diffusion_model.blocks.0.self_attn.zz.lora_up.weight": torch.zeros(24, 2)},
         ModelMismatch, r"1 of 3 tensors .* match nothing .*self_attn\.zz\.lora_up"),
-    "text encoder": (
-        PAIR | {"lora_te1_text_model_encoder_layers_0_mlp_fc1.lora_down.weight":
-                torch.zeros(2, 24)}, ModelMismatch, "match nothing .*lora_te1"),
+    "text encoder alone": (
+        {"lora_te1_text_model_encoder_layers_0_mlp_fc1.lora_down.weight": torch.zeros(2, 24)},
+        ModelMismatch, "Nothing in the LoRA"),
     "both experts": (
         {"transformer.blocks.0.attn1.to_q.lora_A.weight": torch.zeros(2, 24),
          "transformer.blocks.0.attn1.to_q.lora_B.weight": torch.zeros(24, 2),
          "transformer_2.blocks.0.attn1.to_q.lora_A.weight": torch.zeros(2, 24)},
         ModelMismatch, "both experts"),
+    "both experts, by number": (
+        {k.replace("diffusion_model.", f"diffusion_model.transformer_{n}."): v.clone()
+         for k, v in PAIR.items() for n in (1, 2)}, ModelMismatch, "both experts"),
     "half": ({f"{KEY}.lora_down.weight": torch.zeros(2, 24)}, CorruptFile, "without its 'up'"),
     "alpha alone": (PAIR | {"blocks.0.ffn.0.alpha": torch.tensor(1.0)}, CorruptFile,
                     "without the matrices"),
@@ -485,9 +484,15 @@ REFUSED = {
     "two in one": (
         PAIR | {k.replace("diffusion_model.", ""): v.clone() for k, v in PAIR.items()},
         CorruptFile, "several LoRAs in one file"),
-    "input channels": (
-        PAIR | {f"{PATCH}.diff": torch.zeros(24, 36, 1, 2, 2)}, ModelMismatch,
-        "another number of input channels than 16"),
+    "input channels alone": (
+        {f"{PATCH}.diff": torch.zeros(24, 36, 1, 2, 2)}, ModelMismatch, "Nothing in the LoRA"),
+    "input kernel": (
+        PAIR | {f"{PATCH}.diff": torch.zeros(23, 16, 1, 2, 2)}, ModelMismatch, "needs .24, 16"),
+    "two alphas": (PAIR | {f"{KEY}.alpha": torch.ones(2)}, CorruptFile, r"alpha.* shape \[2\]"),
+    "alpha of no number": (
+        PAIR | {f"{KEY}.alpha": torch.ones(0)}, CorruptFile, r"alpha.* shape \[0\]"),
+    "an alpha for each rank": (
+        PAIR | {f"{KEY}.alpha": torch.ones(2, 1)}, CorruptFile, "alpha is a single number"),
     "a model": ({}, ModelMismatch, "is a Wan .* transformer, not a LoRA"),
 }  # fmt: skip
 
@@ -530,6 +535,47 @@ def test_wrong_requests_name_the_field(folders: Any, lora: Any, field: str) -> N
     assert caught.value.field == field
 
 
+@pytest.mark.parametrize("given", ["folder", "file"])
+def test_a_peft_folder_is_applied_with_its_scale(tmp_path: Path, given: str) -> None:
+    """lora_alpha of adapter_config.json does what the same number as tensors does."""
+    model = model_of("wan2.1-t2v", torch.float32)
+    call = inputs_of(model, torch.float32)
+    plain, _ = make_lora(model, "peft")
+    with_alpha = dict(plain)
+    for name in plain:
+        if "lora_A" in name:
+            with_alpha[name.partition(".lora_A")[0] + ".alpha"] = torch.tensor(12.0)
+    path = saved(tmp_path / "alpha.safetensors", with_alpha)
+    with apply_loras(model, [WanLoRA(path)]):
+        wanted = output(model, call)
+    folder = tmp_path / "peft"
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 3, "lora_alpha": 12}')
+    path = saved(folder / "adapter_model.safetensors", plain)
+    with apply_loras(model, [WanLoRA(folder if given == "folder" else path)]):
+        assert torch.equal(output(model, call), wanted)
+    (folder / "adapter_config.json").unlink()
+    with apply_loras(model, [WanLoRA(path)]):
+        assert not torch.equal(output(model, call), wanted)
+
+
+def test_a_lora_with_foreign_parts_does_what_the_rest_of_it_does(
+    folders: Any, tmp_path: Path
+) -> None:
+    model = model_of("wan2.1-t2v", torch.float32)
+    call = inputs_of(model, torch.float32)
+    tensors, _ = make_lora(model, "kijai", only="blocks.")
+    more = {
+        f"{PATCH}.diff": torch.ones(24, 36, 1, 2, 2),
+        "lora_te_x.lora_down.weight": torch.ones(2, 24),
+        "diffusion_model.img_emb.emb_pos.diff": torch.ones(1, 514, 16),
+    }  # fmt: skip
+    with apply_loras(model, [WanLoRA(saved(tmp_path / "plain.safetensors", tensors))]):
+        wanted = output(model, call)
+    with apply_loras(model, [WanLoRA(saved(tmp_path / "more.safetensors", tensors | more))]):
+        assert torch.equal(output(model, call), wanted)
+
+
 def test_a_text_lora_on_an_image_model(folders: Any, tmp_path: Path) -> None:
     """Its patch of the input layer goes to the first 16 channels, the noise, and this is said."""
     text = model_of("wan2.1-t2v", torch.float32)
@@ -566,7 +612,16 @@ NAMES = {
     "Wan2.2-Lightning_T2V-A14B-4steps-lora_HIGH_fp16": True,
     "wan_4_steps": True,
     "StepDistill": True,
+    "LightX2V_4Step_high": True,
+    "Wan21_I2V_cfg_step_distill": True,
+    "wan2.2_lightning_seko": True,
+    "lightx2v_trained_2000steps": True,
     "wan_8steps_distill": False,
+    # Effects and styles: one word that also means something else is not enough.
+    "thunder_lightning_effect_wan": False,
+    "Lenovo_lightning_photo_style": False,
+    "lightning_storm_wan22_high": False,
+    "distill_of_roses": False,
     "enlightning_strikes": False,
     "my_style_lora": False,
     "14steps": False,
@@ -733,6 +788,39 @@ def test_a_saved_render_with_another_lora_is_another_render(folders: Any, tmp_pa
         identities.append(json.dumps(identity["loras"], default=str))
     assert len(set(identities)) == 3
     assert identities[0] == identities[3]
+
+
+def test_a_saved_render_knows_the_scale_of_a_peft_folder(folders: Any, tmp_path: Path) -> None:
+    """Another adapter_config.json beside the same weights is another render."""
+    from wan_core.render.identity import render_identity
+
+    folder = folders("wan2.1-t2v")
+    saved(tmp_path / "adapter_model.safetensors", PAIR)
+    identities = []
+    for alpha in (None, 2, 16):
+        if alpha is not None:
+            (tmp_path / "adapter_config.json").write_text(json.dumps({"lora_alpha": alpha}))
+        wrapper = WanPipelineLoader().load_wan_pipeline(
+            folder, optimization_config={"device": "cpu"}, loras=[tmp_path]
+        )
+        request, plan = wrapper.plan(JOB)
+        identity = render_identity(JOB, request, wrapper.architecture, plan)
+        identities.append(json.dumps(identity["loras"], default=str))
+    assert len(set(identities)) == 3
+
+
+def test_a_distilled_checkpoint_offers_its_recipe_too(folders: Any, tmp_path: Path) -> None:
+    import shutil
+
+    folder = tmp_path / "Wan2.2-T2V-A14B-lightx2v-4steps"
+    shutil.copytree(folders("wan2.2-t2v-a14b"), folder)
+    plain = ArchitectureDetector().detect_model_architecture(folder)
+    job = GenerationConfig(prompt="", width=64, height=32, num_frames=5)
+    (warning,) = resolve(job, plain).warnings
+    assert warning.startswith(f"The checkpoint {folder.name} is distilled for 4 steps")
+    assert "This job has num_inference_steps 40" in warning
+    used = resolve(job, with_loras(plain, [], use_recipe=True))
+    assert (used.num_inference_steps, used.guidance_scale) == (4, 1.0) and not used.warnings
 
 
 def test_the_estimate_counts_what_a_lora_takes(folders: Any, tmp_path: Path) -> None:

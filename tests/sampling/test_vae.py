@@ -6,6 +6,7 @@ import gc
 import threading
 import weakref
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -534,3 +535,28 @@ def test_traced_memory_counts_storages_once_and_until_they_die() -> None:
         assert traced.peak_bytes == 4000
         del second
     assert traced.live_bytes == 0
+
+
+@pytest.mark.parametrize("way", ["whole", "hooked", "hooked inside", "in groups"])
+def test_the_device_to_compute_on_with_every_diffusers(
+    way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """diffusers has a function for it since 0.41; before, its answer is found without."""
+    from diffusers.hooks import group_offloading
+    from diffusers.utils import torch_utils
+
+    from wan_core.sampling import vae as module
+
+    vae = make_vae("2.1")
+    if way.startswith("hooked"):
+        owner = vae if way == "hooked" else vae.decoder.conv_in
+        owner._hf_hook = SimpleNamespace(execution_device="meta")
+    elif way == "in groups":
+        there = SimpleNamespace(config=SimpleNamespace(onload_device=torch.device("meta")))
+        monkeypatch.setattr(
+            group_offloading, "_get_top_level_group_offload_hook", lambda module: there
+        )
+    expected = torch.device("cpu" if way == "whole" else "meta")
+    assert torch.device(module._execution_device(vae)) == expected
+    monkeypatch.delattr(torch_utils, "get_module_execution_device", raising=False)
+    assert torch.device(module._execution_device(vae)) == expected

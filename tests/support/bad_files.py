@@ -168,7 +168,7 @@ def gguf_text(text: str) -> bytes:
 
 
 def gguf_value(value: Any) -> bytes:
-    """A typed metadata value: text, int (u32), float, or a list of ints or texts."""
+    """A typed metadata value: text, int (u32), float, or a list of ints, floats or texts."""
     if isinstance(value, str):
         return struct.pack("<I", 8) + gguf_text(value)
     if isinstance(value, float):
@@ -176,6 +176,8 @@ def gguf_value(value: Any) -> bytes:
     if isinstance(value, list):
         if value and isinstance(value[0], str):
             return struct.pack("<IIQ", 9, 8, len(value)) + b"".join(map(gguf_text, value))
+        if value and isinstance(value[0], float):
+            return struct.pack("<IIQ", 9, 6, len(value)) + struct.pack(f"<{len(value)}f", *value)
         return struct.pack("<IIQ", 9, 5, len(value)) + struct.pack(f"<{len(value)}i", *value)
     return struct.pack("<II", 4, value)
 

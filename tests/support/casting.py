@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
 from wan_core.loading.dtypes import keep_in_fp32, stays_fp32
+from wan_core.loading.quantized import fp8_layer, replace_layer
 
 
 def cast_module(module: nn.Module, dtype: torch.dtype) -> nn.Module:
@@ -29,3 +32,14 @@ def cast_module(module: nn.Module, dtype: torch.dtype) -> nn.Module:
             if buffer is not None and buffer.is_floating_point() and name in saved:
                 owner._buffers[local] = buffer.to(wanted(name))
     return module
+
+
+def store_fp8(transformer: Any, stored: torch.dtype = torch.float8_e4m3fn) -> int:
+    """Store the matrices of a model's blocks in fp8, in place; return the bytes saved."""
+    saved = 0
+    for block in transformer.blocks:
+        for name, layer in list(block.named_modules()):
+            if type(layer) is nn.Linear:
+                replace_layer(block, name, fp8_layer(layer, layer.weight.data, stored))
+                saved += layer.weight.nbytes - layer.weight.numel()
+    return saved

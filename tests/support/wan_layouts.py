@@ -173,6 +173,9 @@ def stored(shapes: Shapes, kind: str) -> Stored:
         for suffix, dtype, size in form(shape):
             out.tensors[layer + suffix] = (dtype, size)
         layers[layer] = {"format": _FORMATS[kind.split()[0]]}
+        if kind.startswith("int8_convrot"):
+            group = 256 if shape[1] % 256 == 0 else 4
+            layers[layer] |= {"convrot": True, "convrot_groupsize": group}
         if kind == "fp8_scaled old":
             out.tensors[layer + ".scale_weight"] = ("F32", (1,))
             out.tensors[layer + ".scale_input"] = ("F32", (1,))
@@ -191,16 +194,21 @@ def _fp8(shape: tuple[int, ...]) -> list[tuple[str, str, tuple[int, ...]]]:
     return [(".weight", "F8_E4M3", shape)]
 
 
+def _tiled(shape: tuple[int, ...], size: int) -> tuple[int, int]:
+    """The shape of block scales, padded to tiles of 128 rows and 4 blocks."""
+    return -(-shape[0] // 128) * 128, -(-(shape[1] // size) // 4) * 4
+
+
 _STORE = {
     "fp8": _fp8, "fp8_scaled": _fp8,
     "fp8_e5m2": lambda shape: [(".weight", "F8_E5M2", shape)],
     "int8_convrot": lambda s: [(".weight", "I8", s), (".weight_scale", "F32", (s[0], 1))],
     "nvfp4": lambda s: [(".weight", "U8", (s[0], s[1] // 2)), (".weight_scale_2", "F32", ()),
-                        (".weight_scale", "F8_E4M3", (s[0], s[1] // 16))],
-    "mxfp8": lambda s: [(".weight", "F8_E4M3", s), (".weight_scale", "U8", (s[0], s[1] // 32))],
+                        (".weight_scale", "F8_E4M3", _tiled(s, 16))],
+    "mxfp8": lambda s: [(".weight", "F8_E4M3", s), (".weight_scale", "U8", _tiled(s, 32))],
 }  # fmt: skip
 _FORMATS = {"fp8": "float8_e4m3fn", "fp8_scaled": "float8_e4m3fn", "fp8_e5m2": "float8_e5m2",
-            "int8_convrot": "int8_convrot", "nvfp4": "nvfp4", "mxfp8": "mxfp8"}  # fmt: skip
+            "int8_convrot": "int8_tensorwise", "nvfp4": "nvfp4", "mxfp8": "mxfp8"}  # fmt: skip
 
 # how it is stored: what detection calls it (None: refused, and the word that says why)
 KINDS: dict[str, tuple[str, str | None]] = {
@@ -208,8 +216,8 @@ KINDS: dict[str, tuple[str, str | None]] = {
     "fp8": ("fp8", None), "fp8_e5m2": ("fp8_e5m2", None),
     "fp8_scaled old": ("fp8_scaled", None), "fp8_scaled new": ("fp8_scaled", None),
     "fp8_scaled metadata": ("fp8_scaled", None),
-    "int8_convrot new": ("", "int8_convrot"), "nvfp4 new": ("", "nvfp4"),
-    "mxfp8 metadata": ("", "mxfp8"), "nvfp4": ("", "nvfp4"), "int8_convrot": ("", "int8"),
+    "int8_convrot new": ("int8_convrot", None), "nvfp4 new": ("nvfp4", None),
+    "mxfp8 metadata": ("mxfp8", None), "nvfp4": ("", "nvfp4"), "int8_convrot": ("int8", None),
     "mxfp8": ("", "mxfp8"),
 }  # fmt: skip
 PREFIXES = {"original": "", "comfyui": "model.diffusion_model.", "bare": "diffusion_model.",
@@ -223,7 +231,12 @@ def relabel(file: Stored, layout: str) -> Stored:
         new = to_diffusers(old) if layout == "diffusers" else old
         return PREFIXES[layout] + new
 
-    return Stored({name(n): t for n, t in file.tensors.items()}, file.metadata,
+    metadata = dict(file.metadata)
+    if "_quantization_metadata" in metadata:
+        layers = json.loads(metadata["_quantization_metadata"])["layers"]
+        layers = {name(layer + ".weight").removesuffix(".weight"): n for layer, n in layers.items()}
+        metadata["_quantization_metadata"] = json.dumps({"layers": layers})
+    return Stored({name(n): t for n, t in file.tensors.items()}, metadata,
                   {name(n): note for n, note in file.notes.items()})  # fmt: skip
 
 

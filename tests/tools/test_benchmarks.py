@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,113 @@ def test_gpu_memory_caps_the_allocator(
     assert told == [0.05, 1.0]
 
 
+@pytest.fixture
+def stored_model(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import stored_model
+
+    return stored_model
+
+
+def test_files_people_have_with_small_models(
+    stored_model: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    import files_people_have as program
+
+    kinds = ("fp8_scaled", "Q4_K")
+    wanted = [run for run in program.RUNS if run.kind in kinds and run.cap in (8, 24)]
+    monkeypatch.setattr(program, "RUNS", [run for run in wanted if run.ram != 32])
+    kept = ["--tiny", "--output", str(tmp_path), "--kinds"]
+    assert program.main([*kept, "fp8_scaled"]) == 0
+    assert program.main([*kept, "Q4_K"]) == 0
+    found = json.loads((tmp_path / "files_people_have_cpu.json").read_text())
+    assert [row["kind"] for row in found["layers"]] == list(kinds), "the first kind was kept"
+    assert not [note for note in found["notes"] if "Error" in note or "skipped" in note]
+    for row in found["layers"]:
+        assert row["equal"] and row["streamed_equal"] and row["ratio"] > 0
+        assert 0 < row["share"] < 2 and row["dequantise_seconds"] > 0
+    runs = {run["case"]: run for run in found["runs"]}
+    capped = runs["fp8_scaled, 8 GiB, RAM 16 GiB"]
+    assert "control group" in capped["ram_by"]
+    for run in runs.values():
+        assert run["success"] and len(run["steps"]) == (2 if run["low"] else 1)
+        names = [stage["name"] for stage in run["stages"]]
+        assert ("decode" in names) == run["decode"]
+        assert ("denoise_low" in names) == run["low"]
+        assert all(stage["host"] > 0 for stage in run["stages"])
+        same = [r for r in runs.values() if r["kind"] == run["kind"]]
+        assert {r["latents"][0] for r in same} == {run["latents"][0]}
+    text = (tmp_path / "files_people_have_cpu.md").read_text()
+    assert "| fp8_scaled: latents of 3 runs under caps | equal | equal |" in text
+    assert "| RAM: P95 of the stages' error | " in text
+
+
+@pytest.mark.parametrize("kind", ["fp8_scaled", "Q4_K", "int8_convrot", "bf16", "Q8_0"])
+def test_stored_models_are_weights_of_ordinary_size(
+    stored_model: Any, kind: str, tmp_path: Path
+) -> None:
+    from stored_layers import TINY_SHAPES
+
+    from wan_core.loading import load_component
+
+    model = stored_model.StoredModel(tmp_path, TINY_SHAPES, 2**14)
+    model.transformer("bf16" if kind != "bf16" else "Q4_K")
+    model.transformer(kind)  # over the first one
+    assert model.nbytes == model.path("high").stat().st_size == model.path("low").stat().st_size
+    loaded = load_component(model.path("high"), torch.float32, kind="transformer")
+    blocks = [dict(block.named_parameters()) for block in loaded.blocks]
+    for name, weight in blocks[0].items():
+        assert torch.equal(weight, blocks[1][name])
+        if weight.ndim == 2:
+            assert weight.std() == pytest.approx(0.02, rel=0.05), name
+            assert abs(weight.mean()) < 1e-3 and weight.abs().max() < 0.2
+    model.part_experts()
+    assert model.path("high").stat().st_ino != model.path("low").stat().st_ino
+    assert model.path("high").read_bytes() == model.path("low").read_bytes()
+
+
+def test_stored_models_are_laid_out_as_published(stored_model: Any) -> None:
+    from random_model import Shapes
+
+    entries = stored_model.transformer_entries("fp8_scaled", Shapes())
+    header, places = stored_model.safetensors_header(entries)
+    assert len(places) == 1908
+    assert len(header) + sum(entry.nbytes for entry in entries) == 14_293_923_632
+    text = stored_model.text_entries(Shapes(), stored_model.PIECES)
+    header, _ = stored_model.safetensors_header(text)
+    whole = len(header) + sum(entry.nbytes for entry in text)
+    assert whole == pytest.approx(6_735_906_897, rel=1e-4)  # but for its tokenizer
+
+
+def test_host_watch_counts_what_the_system_cannot_take_back(
+    stored_model: Any, tmp_path: Path
+) -> None:
+    import host_memory
+
+    path, size = tmp_path / "file", 64 * 2**20
+    path.write_bytes(bytes(size))
+    watch = host_memory.HostWatch()
+    try:
+        before = watch.look()
+        mapped = torch.from_file(str(path), shared=True, size=size, dtype=torch.uint8)
+        assert int(mapped.max()) == 0
+        assert watch.peak(before.at).counted - before.counted < size / 4
+        own = torch.ones(size, dtype=torch.uint8)
+        own.add_(1)
+        del own
+        assert size * 0.9 < watch.peak(before.at).counted - before.counted < size * 1.5
+    finally:
+        watch.close()
+
+
+def test_parts_of_more_worth_keep_their_seconds(gpu_memory: Any, tmp_path: Path) -> None:
+    bench = gpu_memory.Bench("cpu", tmp_path, tmp_path, budget=100, tiny=False)
+    bench.part("little", 30, lambda: bench.note("done"), kept=80)
+    assert "skipped, needs about 30 s" in bench.found["notes"][0]
+    bench.part("more", 30, lambda: bench.note("done"), kept=60)
+    assert bench.found["notes"][1] == "done"
+
+
 def test_traced_peak_of_small_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     import traced_peak
@@ -100,3 +208,16 @@ def test_traced_peak_of_small_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [row.way for row in rows[:2]] == ["diffusers", "lean"]
     assert rows[0].ratio == 1 and rows[1].ratio < 0.7
     assert traced_peak.table(rows, "MiB", 2**20, 0)[3].endswith("| 0.70 | met |")
+
+
+def test_the_page_of_machines_is_what_the_planner_says(tmp_path: Path) -> None:
+    """None of the common models is refused on a common computer, and the page is up to date."""
+    sys.path[:0] = [str(BENCHMARKS)]
+    try:
+        import machines_table
+    finally:
+        sys.path.remove(str(BENCHMARKS))
+    page = machines_table.table(tmp_path)
+    assert "refused" not in page
+    assert page == (BENCHMARKS.parent / "docs" / "machines.md").read_text(encoding="utf-8")
+    assert page.count("\n| A14B") == 8 * 5 * 2 and page.count("\n| 5B") == 8

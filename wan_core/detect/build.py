@@ -12,10 +12,21 @@ from typing import Any, Final
 
 from ..errors import CorruptFile, UnsupportedModel
 from ..files import quoted, some_of
-from ..models import Component, ModelArchitecture, TransformerShape, VaeShape
+from ..models import (
+    Component,
+    ModelArchitecture,
+    Recipe,
+    TransformerShape,
+    VaeShape,
+    recipe_of,
+    stored_sizes,
+)
 from .identified import IdentifiedFile
 from .variant_choice import Choice
 
+_POSITIONS: Final = (
+    ("img_emb.emb_pos",), ("condition_embedder.image_embedder.pos_embed",),
+)  # fmt: skip
 _WANTED: Final = {
     "transformer": "a Wan transformer",
     "vae": "a Wan VAE",
@@ -32,7 +43,13 @@ def require_whole(part: IdentifiedFile, choice: Choice) -> None:
     """
     if part.family not in ("t2v", "i2v", "flf2v", "vace"):
         return
-    total = len(part.table.tensors)
+    total = len(part.own.tensors)
+    if part.missing in _POSITIONS:
+        raise CorruptFile(
+            f"{quoted(part.table.path)} says that it is a first-and-last-frame model, but lacks "
+            f"{part.missing[0]}, by which such a model tells its two pictures apart. Use another "
+            "file of this model."
+        )
     if part.missing:
         raise CorruptFile(
             f"{quoted(part.table.path)} lacks {len(part.missing)} of the tensors a "
@@ -51,12 +68,14 @@ def component(
     kind: str, path: Path, part: IdentifiedFile, config: Mapping[str, Any] | None = None
 ) -> Component:
     """Return the identified file as a component of a model."""
-    table = part.table
+    table, own = part.table, part.own
     return Component(
-        kind=kind, path=path, files=table.files, nbytes=table.nbytes, parameters=table.parameters,
-        dtypes=table.dtypes, layout=part.layout, prefix=part.prefix,
+        kind=kind, path=path, files=table.files, nbytes=own.nbytes, parameters=own.parameters,
+        dtypes=own.dtypes, layout=part.layout, prefix=part.prefix,
         weight_kind=part.weights.name, format=table.format, file_variant=_tag(table.files[0]),
-        config=dict(config or {}),
+        stored_as=part.weights.title,
+        stored=stored_sizes(kind.removesuffix("_2"), table, part.weights, part.prefix),
+        vocabulary=part.vocabulary, config=dict(config or {}),
     )  # fmt: skip
 
 
@@ -94,6 +113,7 @@ def build(
     *,
     reasons: tuple[str, ...] = (),
     warnings: tuple[str, ...] = (),
+    incomplete: str = "",
 ) -> ModelArchitecture:
     """Return the architecture, with the reasons and warnings of all its files, each once."""
     main = parts["transformer"]
@@ -104,10 +124,30 @@ def build(
             f"The file does not say how its width {transformer.dim} divides into heads; it can be "
             "described but not loaded without its config.json."
         )
+    recipe, said = _recipe(root, parts)
     return ModelArchitecture(
         variant=choice.variant, transformer=transformer, vae=vae, layout=main.layout,
         weight_kind=main.weights.name, components=components, root=root,
-        custom_size=choice.custom_size, candidates=choice.candidates,
-        reasons=tuple(dict.fromkeys((*found, choice.reason, *reasons))),
+        custom_size=choice.custom_size, candidates=choice.candidates, incomplete=incomplete,
+        recipe=recipe, reasons=tuple(dict.fromkeys((*found, choice.reason, *reasons, *said))),
         warnings=tuple(dict.fromkeys((*odd, *warnings))),
     )  # fmt: skip
+
+
+def _recipe(
+    root: Path, parts: Mapping[str, IdentifiedFile]
+) -> tuple[Recipe | None, tuple[str, ...]]:
+    """Return the settings that the checkpoint was distilled for, and the sentence that says so.
+
+    Of two experts both must be distilled; a folder's name speaks for all its files.
+    """
+    files = [parts[name].table for name in ("transformer", "transformer_2") if name in parts]
+    folder = recipe_of(root / "transformer") if root.is_dir() else None
+    found = [recipe_of(table.path, table.metadata) or folder for table in files]
+    said = [
+        f"{table.path.name} is {one.describe()} ({one.reason})"
+        for table, one in zip(files, found, strict=True)
+        if one is not None
+    ]
+    recipe = found[0] if all(one is not None for one in found) else None
+    return recipe, tuple(said if recipe is None else said[:1])

@@ -1,29 +1,39 @@
 """Finds the other files that a transformer needs among the files that are there.
 
 Decides from headers: the VAE of the same latent space, the text encoder of the right width, the
-image encoder where one is needed, the other expert of a pair. Every choice comes with its reason,
-and where several files would do, all are named. The structure of two experts is the same, so which
-is the low-noise one is only a proposal made from names, and the reason says so.
+image encoder where one is needed, the other expert of a pair. Of several files the fittest is
+taken: first those that can be used, of the model's own family and complete; then the most precise;
+then by name. Every choice comes with its reason, and with what would do too or was passed over. The
+structure of two experts is the same, so which is the low-noise one is only a proposal made from
+names, and the reason says so.
 """
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
 from ..config import WanModelFiles
 from ..errors import MissingFile, WanError
-from ..files import some_of
+from ..files import file_identity, some_of
+from ..models import (
+    VAE_21,
+    VAE_22,
+    TransformerShape,
+    differ_in_h_and_l,
+    without_role,
+    words_of,
+)
 from .identified import IdentifiedFile
-from .pairing import role_hint
+from .pairing import role_hint, vae_problem
+from .single_files import find_tokenizer
 
 Inspect = Callable[[str | Path], IdentifiedFile]
 
-_ROLE_WORD: Final = re.compile(r"(?<![A-Za-z])(high|low)(?=[^a-z]|noise|$)", re.IGNORECASE)
 # Full precision first: a VAE or encoder costs little, and a rounded one costs quality.
 _KINDS: Final = ("fp32", "bf16", "fp16", "fp8_scaled", "gguf", "fp8", "fp8_e5m2")
 _WANTED: Final = {
@@ -31,6 +41,16 @@ _WANTED: Final = {
     "text_encoder": "umT5 text encoder",
     "image_encoder": "CLIP image encoder",
 }
+# The VAEs of other models, and variants of Wan's for other purposes, have the same structure: only
+# their names tell them apart.
+_OTHER_VAE: Final = re.compile(
+    r"qwen\w*|anima|flux\w*|krea\w*|hunyuan\w*|cosmos\w*|ltxv?\w*|mochi\w*|sd\d*|sdxl|chroma\w*"
+    r"|alpha|rgba?|upscal\w*|lite|light\w*|tiny|tae\w*"
+)
+_WAN: Final = re.compile(r"wan\w*")
+_OFFICIAL_VAES: Final = frozenset(
+    replace(vae, latents_mean=(), latents_std=()) for vae in (VAE_21, VAE_22)
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,27 +61,54 @@ class Found:
     reasons: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class _Offer:
+    """A file that holds the component that is wanted, and what speaks against it."""
+
+    path: Path
+    part: IdentifiedFile
+    unusable: str = ""
+    """Why it cannot be used at all; empty where it can."""
+    doubts: tuple[str, ...] = ()
+    """Why another file is better if there is one, the gravest first: no tokenizer, incomplete, of
+    another family, not the published numbers, no name. Empty where nothing speaks against it."""
+    inside: bool = False
+    """Whether it is part of the transformer's own file."""
+
+    @property
+    def grade(self) -> tuple[bool, ...]:
+        """What speaks against it, for comparison: the best is all False."""
+        return tuple(bool(doubt) for doubt in self.doubts)
+
+    def rank(self) -> tuple[object, ...]:
+        """Return what offers are sorted by, the best first."""
+        kind = self.part.weights.name
+        precision = _KINDS.index(kind) if kind in _KINDS else len(_KINDS)
+        return (self.grade, not self.inside, precision, self.path.name.lower())
+
+    def against(self) -> str:
+        """Say what speaks against it."""
+        return self.unusable or " and ".join(doubt for doubt in self.doubts if doubt)
+
+
 def find_companions(
-    files: WanModelFiles,
-    present: Mapping[str, Sequence[str | Path]],
-    inspect: Inspect,
-    without: Collection[str] = (),
+    files: WanModelFiles, present: Mapping[str, Sequence[str | Path]], inspect: Inspect
 ) -> Found:
     """Fill the fields of ``files`` that are None from the files ``present`` for each field.
 
     ``present`` maps vae, text_encoder, image_encoder and transformer_2 to the paths to look at;
     ``inspect`` reads one of them (``detector.inspect_file``). Fields that are set already stay, and
-    ``without`` names those that shall stay empty: a job that needs one of them will say so. A
-    file that cannot be read is skipped. Raises MissingFile, naming what was looked at, when none of
-    the files is a component that the model needs, and WanError for a bad transformer.
+    so does a field that ``present`` does not have. What lies in the transformer's own file comes
+    first. A file that cannot be read is skipped. Raises MissingFile, naming what was looked at and
+    why it cannot be used, when none of the files is a component that the model needs, and WanError
+    for a bad transformer.
     """
     main = inspect(files.transformer)
     reasons: list[str] = []
-    for name, fits in _tests(main).items():
-        if getattr(files, name) is not None or name in without:
+    for name in _needed(main):
+        if getattr(files, name) is not None or name not in present:
             continue
-        candidates = present.get(name, ())
-        path, reason = _choose(name, fits, candidates, inspect)
+        path, reason = _choose(name, main, files, present[name], inspect)
         change: dict[str, Any] = {name: path}
         files = replace(files, **change)
         reasons.append(reason)
@@ -73,58 +120,112 @@ def find_companions(
     return Found(files, tuple(reasons))
 
 
-def _tests(main: IdentifiedFile) -> dict[str, tuple[Callable[[IdentifiedFile], bool], str]]:
-    """Return for each component the transformer needs a test of its file, and the test in words."""
-    shape = main.transformer
-    if shape is None:
-        return {}
-    tests: dict[str, tuple[Callable[[IdentifiedFile], bool], str]] = {
-        "vae": (
-            lambda part: part.vae is not None and part.vae.z_dim == shape.out_channels,
-            f"with {shape.out_channels} latent channels",
-        ),
-        "text_encoder": (
-            lambda part: part.kind == "text_encoder" and part.width == shape.text_dim,
-            f"of width {shape.text_dim}",
-        ),
-    }
-    if shape.image_dim is not None:
-        tests["image_encoder"] = (
-            lambda part: part.kind == "image_encoder" and part.width == shape.image_dim,
-            f"of width {shape.image_dim}",
-        )
-    return tests
+def _needed(main: IdentifiedFile) -> tuple[str, ...]:
+    if main.transformer is None:
+        return ()
+    image = ("image_encoder",) if main.transformer.image_dim is not None else ()
+    return ("vae", "text_encoder", *image)
 
 
 def _choose(
     name: str,
-    test: tuple[Callable[[IdentifiedFile], bool], str],
+    main: IdentifiedFile,
+    files: WanModelFiles,
     candidates: Sequence[str | Path],
     inspect: Inspect,
 ) -> tuple[Path, str]:
-    """Return the best file that passes the test and the sentence that says why it was taken."""
-    fits, words = test
-    good = []
-    for candidate in candidates:
-        part = _try(inspect, candidate)
-        if part is not None and not part.weights.why_not and fits(part):
-            good.append((_rank(part), Path(candidate), part))
+    """Return the fittest file and the sentence that says why it was taken."""
+    shape = main.transformer
+    assert shape is not None
+    own = Path(files.transformer)
+    offers = []
+    for path, found in [(own, main), *((Path(path), _try(inspect, path)) for path in candidates)]:
+        part = None if found is None else found.of_kind(name)
+        if part is not None and _matches(part, shape):
+            offers.append(_offer(path, part, files.tokenizer is not None, found is main))
+    good = sorted((one for one in offers if not one.unusable), key=_Offer.rank)
     if not good:
-        looked = some_of([os.path.basename(path) for path in candidates]) or "no files there"
-        raise MissingFile(
-            f"No {_WANTED[name]} {words} was found (looked at {looked}). Put one into the folder "
-            "for it, or choose the file."
+        raise MissingFile(_nothing(name, shape, candidates, offers))
+    best, *others = good
+    place = " itself" if best.inside else ""
+    sentence = (
+        f"{_WANTED[name]}: {best.path.name}{place}, {best.part.title} ({best.part.weights.name})"
+    )
+    if best.against():
+        sentence += f", although {best.against()}"
+    equal = [one.path.name for one in others if one.grade == best.grade]
+    if equal:
+        sentence += f"; {some_of(equal)} would do too"
+    passed = [
+        f"{one.path.name} ({one.against()})"
+        for one in offers
+        if one.unusable or one.grade != best.grade
+    ]
+    if passed:
+        sentence += f"; passed over: {some_of(passed)}"
+    return best.path, sentence
+
+
+def _matches(part: IdentifiedFile, shape: TransformerShape) -> bool:
+    """Whether a component has the numbers that a transformer of this shape works with."""
+    if part.vae is not None:
+        return part.vae.z_dim == shape.out_channels
+    wanted = shape.text_dim if part.kind == "text_encoder" else shape.image_dim
+    return part.width == wanted
+
+
+def _offer(path: Path, part: IdentifiedFile, has_tokenizer: bool, inside: bool) -> _Offer:
+    unusable, tokenizer, family, size, name = part.weights.why_not, "", "", "", ""
+    if part.vae is not None:
+        problem = vae_problem(part.vae)
+        unusable = unusable or (f"it {problem}" if problem else "")
+        family, name = ("", "") if inside else _name_doubts(path)
+        if replace(part.vae, latents_mean=(), latents_std=()) not in _OFFICIAL_VAES:
+            size = "it is not of the published size"
+    if part.kind == "text_encoder" and not has_tokenizer and not _carries_tokenizer(part, path):
+        tokenizer = "it carries no tokenizer, and none lies beside it"
+    missing = f"it lacks {len(part.missing)} tensors" if part.missing else ""
+    return _Offer(path, part, unusable, (tokenizer, missing, family, size, name), inside)
+
+
+def _carries_tokenizer(part: IdentifiedFile, path: Path) -> bool:
+    # A damaged one is as good as none here; the file that is chosen in the end is checked again.
+    try:
+        return find_tokenizer(part, path) is not None
+    except WanError:
+        return False
+
+
+def _name_doubts(path: Path) -> tuple[str, str]:
+    """Say what in a VAE's name speaks for another model, and whether it does not speak for Wan."""
+    words = words_of(path.stem)
+    other = next((word for word in words if _OTHER_VAE.fullmatch(word)), None)
+    if other is not None:
+        return f"its name says {other!r}", ""
+    said = any(_WAN.fullmatch(word) for word in words)
+    return "", "" if said else "its name does not say Wan"
+
+
+def _nothing(
+    name: str, shape: TransformerShape, candidates: Sequence[str | Path], offers: Iterable[_Offer]
+) -> str:
+    """Return the message for a component that no file is, or that no file can be used for."""
+    words = {
+        "vae": f"with {shape.out_channels} latent channels",
+        "text_encoder": f"of width {shape.text_dim}",
+        "image_encoder": f"of width {shape.image_dim}",
+    }[name]
+    refused = [f"{one.path.name}: {one.unusable}" for one in offers]
+    if refused:
+        return (
+            f"No {_WANTED[name]} {words} that can be used was found ({some_of(refused)}). Put "
+            "another one into the folder for it, or choose the file."
         )
-    good.sort(key=lambda item: (item[0], item[1].name))
-    path, part = good[0][1], good[0][2]
-    others = [item[1].name for item in good[1:]]
-    also = f"; {some_of(others)} would do too" if others else ""
-    return path, f"{_WANTED[name]}: {path.name}, {part.title} ({part.weights.name}){also}"
-
-
-def _rank(part: IdentifiedFile) -> int:
-    kind = part.weights.name
-    return _KINDS.index(kind) if kind in _KINDS else len(_KINDS)
+    looked = some_of([os.path.basename(path) for path in candidates]) or "no files there"
+    return (
+        f"No {_WANTED[name]} {words} was found (looked at {looked}). Put one into the folder "
+        "for it, or choose the file."
+    )
 
 
 def _try(inspect: Inspect, path: str | Path) -> IdentifiedFile | None:
@@ -142,26 +243,39 @@ def _partner(
 
     A file is proposed only if its structure is the same, its name differs in nothing but the word
     for the role, and the name or metadata of the given file says that it is the high-noise expert.
+    A file in the same folder and of the same format comes first.
     """
     hint = role_hint(path.name, main.table.metadata)
-    if hint is None or hint[0] != "high":
-        return None
-    for candidate in candidates:
-        other = Path(candidate)
-        if _plain(other.name) != _plain(path.name) or other.name == path.name:
+    offers = []
+    for other in map(Path, candidates):
+        letters = differ_in_h_and_l(path.stem, other.stem)
+        named = hint is not None and hint[0] == "high" and _same_but_role(path, other)
+        if not (letters or named) or _same_file(path, other):
             continue
-        part = _try(inspect, other)
+        found = _try(inspect, other)
+        part = None if found is None else found.of_kind("transformer")
         if part is None or part.transformer != main.transformer or part.family != main.family:
             continue
         other_hint = role_hint(other.name, part.table.metadata)
-        if other_hint is not None and other_hint[0] == "low":
-            return other, (
-                f"low-noise model: {other.name}, a proposal: it has the structure and the name of "
-                f"{path.name} but for the word high or low"
-            )
-    return None
+        if part.weights.why_not or part.missing or part.unexpected:
+            continue
+        if letters or (other_hint is not None and other_hint[0] == "low"):
+            offers.append((other.parent != path.parent, other.suffix != path.suffix, str(other)))
+    if not offers:
+        return None
+    best = Path(min(offers)[2])
+    return best, (
+        f"low-noise model: {best.name}, a proposal: it has the structure and the name of "
+        f"{path.name} but for the word high or low"
+    )
 
 
-def _plain(name: str) -> str:
-    """Return a file name in lower case and without its words for the role."""
-    return _ROLE_WORD.sub("", name).lower()
+def _same_but_role(path: Path, other: Path) -> bool:
+    return without_role(other.stem) == without_role(path.stem) and other.name != path.name
+
+
+def _same_file(path: Path, other: Path) -> bool:
+    try:
+        return file_identity(path).path == file_identity(other).path
+    except MissingFile:
+        return False

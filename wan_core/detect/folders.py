@@ -232,6 +232,7 @@ def from_release(root: Path) -> ModelArchitecture:
         check_text_encoder(
             main, parts["text_encoder"], places["transformer"], components["text_encoder"].path
         )
+    check_image_encoder(main, parts.get("image_encoder"), places["transformer"], root)
     return build(
         root, parts, choice, components, main, vae,
         reasons=("the folder is laid out like an official release",),

@@ -2,21 +2,43 @@
 
 Decides from tensor names, shapes and dtypes, never from the file's name. Besides the header, only
 the few bytes of ``comfy_quant`` notes are read. A file that is not part of a Wan model is still
-named for what it is, so that a message can say "this is a LoRA" instead of "keys are missing".
+named for what it is, so that a message can say "this is a LoRA" instead of "keys are missing". A
+file that holds several components of a model is named for the first of them and lists the others.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
 from ..errors import CorruptFile
 from ..files import some_of
-from ..formats import QUANT_SUFFIXES, TensorInfo, TensorTable, WeightKind, read_weight_kind
-from ..models import TransformerShape, VaeShape, read_transformer, read_vae, transformer_tensors
-from .unsupported import is_lora, lora_title, lora_width, unsupported_title
+from ..formats import (
+    TensorTable,
+    WeightKind,
+    logical_shape,
+    read_weight_kind,
+    split_companions,
+)
+from ..models import (
+    LAYOUTS,
+    TAG,
+    Layout,
+    Leftover,
+    TransformerShape,
+    VaeShape,
+    find_layouts,
+    find_leftovers,
+    is_lora,
+    own_names,
+    read_transformer,
+    read_vae,
+    transformer_tensors,
+)
+from .unsupported import lora_title, lora_width, unsupported_title
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,6 +50,9 @@ class IdentifiedFile:
     title: str
     """What it is, in words, for messages: "a Wan transformer", "a LoRA for FLUX"."""
     table: TensorTable
+    """All tensors of the file."""
+    own: TensorTable
+    """The tensors of this component, by their names without prefix; no leftovers."""
     layout: str = "original"
     prefix: str = ""
     weights: WeightKind = WeightKind("bf16")
@@ -38,27 +63,22 @@ class IdentifiedFile:
     width: int | None = None
     """Width of a text or image encoder, or of the model a LoRA is made for."""
     layers: int | None = None
+    vocabulary: int | None = None
+    """Rows of a text encoder's embedding."""
     missing: tuple[str, ...] = ()
-    """Tensors that a transformer of this shape has and the file lacks."""
+    """Tensors that a transformer of this shape, or the other blocks of an encoder, have and the
+    file lacks."""
     unexpected: tuple[str, ...] = ()
     """Tensors the file has and a plain Wan transformer does not."""
-    extra_prefixes: tuple[str, ...] = ()
-    """First part of the names of tensors in the same file that belong to other models."""
+    beside: tuple[IdentifiedFile, ...] = ()
+    """Other components of a model in the same file, as all-in-one checkpoints have them."""
     reasons: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
 
+    def of_kind(self, kind: str) -> IdentifiedFile | None:
+        """Return the component of this kind that the file holds, or None."""
+        return next((part for part in (self, *self.beside) if part.kind == kind), None)
 
-# Tensors that every Wan transformer has, per layout; names without prefix.
-_MARKERS: Final[Mapping[str, tuple[str, ...]]] = {
-    "original": (
-        "patch_embedding.weight", "head.modulation", "time_projection.1.weight",
-        "text_embedding.0.weight", "blocks.0.modulation",
-    ),
-    "diffusers": (
-        "patch_embedding.weight", "scale_shift_table", "condition_embedder.time_proj.weight",
-        "condition_embedder.text_embedder.linear_1.weight", "blocks.0.scale_shift_table",
-    ),
-}  # fmt: skip
 
 # (family, a tensor that only it has, its name for messages). The first match decides. The names are
 # from ComfyUI's model_detection.py and the models' own repositories.
@@ -81,51 +101,101 @@ _FAMILIES: Final = (
     ("other", "blocks.0.cross_attn.processor.k_proj.weight", "FantasyTalking"),
 )
 
-_VAE_MARKERS: Final = {
-    "original": ("decoder.middle.0.residual.0.gamma", "encoder.conv1.weight", "conv2.weight"),
-    "diffusers": (
-        "decoder.mid_block.resnets.0.norm1.gamma", "encoder.conv_in.weight",
-        "post_quant_conv.weight",
-    ),
-}  # fmt: skip
 
-
-def identify(table: TensorTable) -> IdentifiedFile:
-    """Say what the tensors of ``table`` are.
+def identify(table: TensorTable, kind: str | None = None) -> IdentifiedFile:
+    """Say what the tensors of ``table`` are; of an all-in-one file, what the one of ``kind`` is.
 
     A model that is not part of Wan raises nothing: its ``kind`` is "other" and its name is in
     ``title``. Raises CorruptFile for a Wan file that is damaged, UnsupportedModel for weights of a
     dtype that no weight can have.
     """
     names = table.tensors
-    for finder in (_find_lora, _find_transformer, _find_vae, _find_text, _find_image):
-        part = finder(table, names)
-        if part is not None:
-            return part
-    return IdentifiedFile(
-        kind="other", title=unsupported_title(table), table=table, reasons=_near_miss(names)
-    )
+    found = {
+        one: layout for one, layout in find_layouts(names).items() if _plausible(table, *layout)
+    }
+    if not found:
+        return _lora(table) if is_lora(names) else _unsupported(table)
+    parts = [_PARTS[one](_Own(table, *layout)) for one, layout in found.items()]
+    first, *more = parts
+    warnings = (*first.warnings, *_strange(table, first, parts))
+    whole = replace(first, beside=tuple(more), warnings=warnings)
+    return (whole.of_kind(kind) if kind else None) or whole
 
 
-def _find_lora(table: TensorTable, names: Mapping[str, TensorInfo]) -> IdentifiedFile | None:
-    if not is_lora(names):
-        return None
+def _plausible(table: TensorTable, layout: Layout, prefix: str) -> bool:
+    """Whether the numbers of axes are those of the component; other models share some names."""
+    names = own_names(table.tensors, prefix)
+    if layout.kind == "vae":
+        first = table.tensors[names[layout.marks[1]]] if isinstance(layout.marks[1], str) else None
+        # GGUF writers may flatten a weight of five dimensions.
+        return first is not None and (len(first.shape) == 5 or table.format == "gguf")
+    if layout.kind == "text_encoder":
+        return all(len(table.tensors[names[n]].shape) == 2 for n in _T5_EMBEDDING if n in names)
+    return True
+
+
+def _unsupported(table: TensorTable) -> IdentifiedFile:
     return IdentifiedFile(
-        kind="lora", title=lora_title(names), table=table, width=lora_width(names),
+        kind="other", title=unsupported_title(table), table=table, own=table,
+        reasons=_near_miss(table.tensors),
+    )  # fmt: skip
+
+
+def _lora(table: TensorTable) -> IdentifiedFile:
+    names = table.tensors
+    return IdentifiedFile(
+        kind="lora", title=lora_title(names), table=table, own=table, width=lora_width(names),
         reasons=(f"{_label(table)}: its tensors are low-rank patches of another model",),
     )  # fmt: skip
 
 
-def _near_miss(names: Mapping[str, Any]) -> tuple[str, ...]:
+class _Own:
+    """The tensors of one component in a file: under its prefix, without leftovers."""
+
+    def __init__(self, table: TensorTable, layout: Layout, prefix: str) -> None:
+        self.table, self.layout, self.prefix = table, layout.name, prefix
+        names = own_names(table.tensors, prefix)
+        self.leftovers: dict[str, Leftover] = find_leftovers(layout.kind, names)
+        stored = {name: names[name] for name in names if name not in self.leftovers}
+        self.tensors = {name: table.tensors[stored[name]] for name in stored}
+        # By the names that loading looks them up with: those in the file, without the prefix.
+        self.weights = read_weight_kind(
+            table, {name[len(prefix) :]: table.tensors[name] for name in stored.values()}
+        )
+        self.shapes = {
+            name: logical_shape(stored[name][len(prefix) :], self.tensors[name], self.weights)
+            for name in split_companions(stored)[0]
+        }
+
+    def numbers(self) -> dict[str, Any]:
+        """Return the fields that every component has."""
+        weights = self.weights
+        return {
+            "table": self.table, "own": replace(self.table, tensors=self.tensors),
+            "layout": self.layout, "prefix": self.prefix,
+            "weights": weights, "warnings": (*weights.warnings, *self.said()),
+        }  # fmt: skip
+
+    def said(self) -> tuple[str, ...]:
+        """Return a sentence for each kind of leftover that a user should know of."""
+        out = []
+        for what in dict.fromkeys(one.what for one in self.leftovers.values() if one.said):
+            names = [name for name, one in self.leftovers.items() if one.what == what]
+            out.append(
+                f"{_label(self.table)} also holds {len(names)} tensors that are {what} "
+                f"({some_of(names, 2)}); they are not used."
+            )
+        return tuple(out)
+
+
+def _near_miss(names: Iterable[str]) -> tuple[str, ...]:
     """Say how many of the tensors that every Wan transformer has were found, and which lack."""
-    best = max(
-        _MARKERS.items(), key=lambda item: sum(any(n.endswith(m) for n in names) for m in item[1])
-    )
-    lacking = [m for m in best[1] if not any(n.endswith(m) for n in names)]
-    found = len(best[1]) - len(lacking)
+    known = list(names)
+    best = max((one for one in LAYOUTS if one.kind == "transformer"), key=lambda x: x.count(known))
+    lacking = best.lacking(known)
     return (
-        f"{found} of {len(best[1])} tensors that every Wan transformer has were found; missing: "
-        f"{some_of(lacking, 5)}",
+        f"{len(best.marks) - len(lacking)} of {len(best.marks)} tensors that every Wan transformer "
+        f"has were found; missing: {some_of(lacking, 5)}",
     )
 
 
@@ -136,82 +206,57 @@ def _label(table: TensorTable) -> str:
     return f"{table.path.parent.name}/{name}" if generic else name
 
 
-def _prefixes(names: Mapping[str, Any], marker: str) -> list[str]:
-    """Return the prefixes under which the tensor ``marker`` occurs, shortest first."""
-    found = {n[: -len(marker)] for n in names if n.endswith(marker)}
-    return sorted((p for p in found if not p or p.endswith(".")), key=len)
+def _strange(
+    table: TensorTable, first: IdentifiedFile, parts: Iterable[IdentifiedFile]
+) -> tuple[str, ...]:
+    """Name what else is in the file, beyond its components and what is known to be harmless."""
+    if first.kind != "transformer":
+        return ()  # an encoder is often saved with the rest of its model
+    claimed = {info.name for part in parts for info in part.own.tensors.values()}
+    prefixes = tuple(part.prefix for part in parts if part.prefix)
+    rest = [n for n in table.tensors if n not in claimed and not n.startswith(prefixes)]
+    known = find_leftovers("transformer", rest)
+    strange = {
+        n.split(".")[0]
+        for n in rest
+        if n not in known and n.split(".")[-1] not in ("scaled_fp8", "spiece_model", "logit_scale")
+    }
+    if not strange:
+        return ()
+    return (f"{_label(table)} also holds {some_of(sorted(strange))}, which is not used.",)
 
 
-def _strip(names: Mapping[str, TensorInfo], prefix: str) -> dict[str, TensorInfo]:
-    cut = len(prefix)
-    return {n[cut:]: info for n, info in names.items() if n.startswith(prefix)}
-
-
-def _weights(table: TensorTable, own: Mapping[str, TensorInfo]) -> WeightKind:
-    """Return how the weights are stored; ``why_not`` also names scales that loading cannot apply.
-
-    Their shapes are in the header, so nobody has to wait for the text encoder to be told.
-    """
-    kind = read_weight_kind(table, own)
-    if kind.why_not:
-        return kind
-    for name, info in own.items():
-        ending = next((end for end in (".scale_weight", ".weight_scale") if name.endswith(end)), "")
-        weight = own.get(f"{name.removesuffix(ending)}.weight") if ending else None
-        if weight is None:
-            continue
-        rows = weight.shape[0] if weight.shape else 1
-        if info.numel not in (1, rows):
-            why = (
-                f"the scale {name!r} has shape {list(info.shape)}, as of blocks within the matrix; "
-                f"one number, or one for each of its {rows:,} rows, can be used. Take an "
-                "fp8_scaled, bf16 or GGUF version"
-            )
-            return replace(kind, why_not=why)
-    return kind
-
-
-def _find_transformer(table: TensorTable, names: Mapping[str, TensorInfo]) -> IdentifiedFile | None:
-    for layout, markers in _MARKERS.items():
-        for prefix in _prefixes(names, markers[1]):
-            if all(prefix + marker in names for marker in markers):
-                return _transformer(table, layout, prefix)
-    return None
-
-
-def _transformer(table: TensorTable, layout: str, prefix: str) -> IdentifiedFile:
-    own = _strip(table.tensors, prefix)
-    weights = _weights(table, own)
-    shapes = {n: info.shape for n, info in own.items() if not n.endswith(QUANT_SUFFIXES)}
+def _transformer(file: _Own) -> IdentifiedFile:
+    table, shapes, layout, prefix = file.table, file.shapes, file.layout, file.prefix
     shape = read_transformer(shapes, layout)
-    family, title, what = _family(own, shape)
+    tag = next((n for n in file.leftovers if n.startswith(TAG) and "flf2v" in n.lower()), None)
+    if tag is not None and shape.image_dim is not None and shape.pos_embed_seq_len is None:
+        # The table of positions is then among the missing tensors.
+        shape = replace(shape, pos_embed_seq_len=_FLF2V_POSITIONS)
+    family, title, what = _family(file.tensors, shape)
+    if tag is not None:
+        what += f"; it is tagged {tag.removeprefix(TAG)!r}"
     expected = transformer_tensors(shape, layout)
-    missing = tuple(n for n in expected if n not in shapes)
-    unexpected = tuple(n for n in shapes if n not in expected and n != "scaled_fp8")
-    reasons = [
-        f"{_label(table)}: {len(own):,} tensors with {layout} names"
-        + (f" under {prefix!r}" if prefix else ""),
-        f"width {shape.dim}, {shape.layers} blocks, FFN {shape.ffn_dim}, channels "
-        f"{shape.in_channels} in and {shape.out_channels} out",
-        what,
-    ]
-    others = {n.split(".")[0] for n in table.tensors if not n.startswith(prefix)}
-    if not weights.packed:
+    if not file.weights.packed:
         _check_shapes(table.path, shapes, expected)
     return IdentifiedFile(
-        kind="transformer", title=f"a Wan {title} transformer", table=table, prefix=prefix,
-        layout="comfyui" if prefix and layout == "original" else layout, weights=weights,
-        family=family, transformer=shape, width=shape.dim, layers=shape.layers, missing=missing,
-        unexpected=unexpected, extra_prefixes=tuple(sorted(others)), reasons=tuple(reasons),
-        warnings=(*weights.warnings, *_others(table, others)),
+        **{**file.numbers(), "layout": "comfyui" if prefix and layout == "original" else layout},
+        kind="transformer", title=f"a Wan {title} transformer", family=family, transformer=shape,
+        width=shape.dim, layers=shape.layers,
+        missing=tuple(n for n in expected if n not in shapes),
+        unexpected=tuple(n for n in shapes if n not in expected),
+        reasons=(
+            f"{_label(table)}: {len(file.tensors):,} tensors with {layout} names"
+            + (f" under {prefix!r}" if prefix else ""),
+            f"width {shape.dim}, {shape.layers} blocks, FFN {shape.ffn_dim}, channels "
+            f"{shape.in_channels} in and {shape.out_channels} out",
+            what,
+        ),
     )  # fmt: skip
 
 
-def _others(table: TensorTable, others: set[str]) -> tuple[str, ...]:
-    strange = sorted(others - {"scaled_fp8"})
-    if not strange:
-        return ()
-    return (f"{_label(table)} also holds {some_of(strange)}; only its transformer is looked at.",)
+_FLF2V_POSITIONS: Final = 514
+"""Image tokens of two pictures, with a class token each."""
 
 
 def _family(own: Mapping[str, Any], shape: TransformerShape) -> tuple[str, str, str]:
@@ -259,90 +304,80 @@ def _volume(shape: tuple[int, ...]) -> int:
     return total
 
 
-def _find_vae(table: TensorTable, names: Mapping[str, TensorInfo]) -> IdentifiedFile | None:
-    for layout, markers in _VAE_MARKERS.items():
-        for prefix in _prefixes(names, markers[0]):
-            own = _strip(names, prefix)
-            if any(marker not in own for marker in markers):
-                continue
-            if len(own[markers[1]].shape) != 5:
-                continue
-            vae = read_vae({n: i.shape for n, i in own.items()}, layout)
-            version = "2.2" if vae.is_residual else "2.1"
-            return IdentifiedFile(
-                kind="vae", title=f"a Wan {version} VAE ({vae.z_dim} channels)", table=table,
-                layout=layout, prefix=prefix, vae=vae, weights=_weights(table, own),
-                reasons=(
-                    f"{_label(table)}: VAE with {vae.z_dim} latent channels, "
-                    + ("nested residual blocks: 2.2" if vae.is_residual else "flat blocks: 2.1"),
-                ),
-            )  # fmt: skip
-    return None
+def _vae(file: _Own) -> IdentifiedFile:
+    vae = read_vae(file.shapes, file.layout)
+    version = "2.2" if vae.is_residual else "2.1"
+    return IdentifiedFile(
+        **file.numbers(), kind="vae", title=f"a Wan {version} VAE ({vae.z_dim} channels)", vae=vae,
+        reasons=(
+            f"{_label(file.table)}: VAE with {vae.z_dim} latent channels, "
+            + ("nested residual blocks: 2.2" if vae.is_residual else "flat blocks: 2.1"),
+        ),
+    )  # fmt: skip
 
 
-# (embedding, query of the first block, relative position bias of block {})
-_T5_NAMES: Final = {
-    "diffusers": (
-        "shared.weight", "encoder.block.0.layer.0.SelfAttention.q.weight",
-        "encoder.block.{}.layer.0.SelfAttention.relative_attention_bias.weight",
-    ),
-    "original": (
-        "token_embedding.weight", "blocks.0.attn.q.weight",
-        "blocks.{}.pos_embedding.embedding.weight",
-    ),
-    "gguf": ("token_embd.weight", "enc.blk.0.attn_q.weight", "enc.blk.{}.attn_rel_b.weight"),
-}  # fmt: skip
+# Name of a block's tensors, and the relative position bias that umT5 has in every block.
 _T5_BLOCKS: Final = {
-    "diffusers": "encoder.block.{}.",
-    "original": "blocks.{}.",
-    "gguf": "enc.blk.{}.",
+    "diffusers": ("encoder.block.", "layer.0.SelfAttention.relative_attention_bias.weight"),
+    "original": ("blocks.", "pos_embedding.embedding.weight"),
+    "gguf": ("enc.blk.", "attn_rel_b.weight"),
 }
+_T5_EMBEDDING: Final = (
+    "shared.weight", "encoder.embed_tokens.weight", "token_embedding.weight", "token_embd.weight",
+)  # fmt: skip
 
 
-def _find_text(table: TensorTable, names: Mapping[str, TensorInfo]) -> IdentifiedFile | None:
-    for layout, (embedding, query, bias) in _T5_NAMES.items():
-        for prefix in _prefixes(names, query):
-            own = _strip(names, prefix)
-            token = own.get(embedding) or own.get("encoder.embed_tokens.weight")
-            if token is None or len(token.shape) != 2 or bias.format(0) not in own:
-                continue
-            layers = 0
-            while any(n.startswith(_T5_BLOCKS[layout].format(layers)) for n in own):
-                layers += 1
-            # umT5 has a position bias in every block, T5 only in its first.
-            umt5 = layers < 2 or bias.format(1) in own
-            vocabulary, width = token.shape
-            name = "umT5" if umt5 else "T5"
-            return IdentifiedFile(
-                kind="text_encoder" if umt5 else "other",
-                title=f"a {name} text encoder (width {width}, {layers} blocks)", table=table,
-                layout=layout, prefix=prefix, width=width, layers=layers,
-                weights=_weights(table, own),
-                reasons=(
-                    f"{_label(table)}: {name}, width {width}, {layers} blocks, vocabulary "
-                    f"{vocabulary:,}",
-                ),
-            )  # fmt: skip
-    return None
+def _text(file: _Own) -> IdentifiedFile:
+    stem, bias = _T5_BLOCKS[file.layout]
+    layers, missing = _blocks(file.shapes, stem)
+    # umT5 has a position bias in every block, T5 only in its first.
+    umt5 = layers < 2 or f"{stem}1.{bias}" in file.shapes
+    embedding = next(file.shapes[name] for name in _T5_EMBEDDING if name in file.shapes)
+    vocabulary, width = embedding if len(embedding) == 2 else (0, 0)
+    name = "umT5" if umt5 else "T5"
+    return IdentifiedFile(
+        **file.numbers(), kind="text_encoder" if umt5 else "other", width=width, layers=layers,
+        title=f"a {name} text encoder (width {width}, {layers} blocks)", vocabulary=vocabulary,
+        missing=missing if umt5 else (),
+        reasons=(
+            f"{_label(file.table)}: {name}, width {width}, {layers} blocks, vocabulary "
+            f"{vocabulary:,}",
+        ),
+    )  # fmt: skip
 
 
-_CLIP_NAMES: Final = {
-    "diffusers": ("embeddings.class_embedding", "encoder.layers.0."),
-    "original": ("visual.cls_embedding", "visual.transformer.0."),
-}
+def _blocks(names: Iterable[str], stem: str) -> tuple[int, tuple[str, ...]]:
+    """Return how many equal blocks there are, and the tensors that only some of them have."""
+    inside: dict[int, set[str]] = {}
+    pattern = re.compile(re.escape(stem) + r"(\d{1,4})\.(.+)")
+    for found in map(pattern.fullmatch, names):
+        if found:
+            inside.setdefault(int(found[1]), set()).add(found[2])
+    every = set().union(*inside.values()) if inside else set()
+    count = max(inside, default=-1) + 1
+    lacking = [
+        f"{stem}{index}.{leaf}"
+        for index in range(count)
+        for leaf in every - inside.get(index, set())
+    ]
+    return count, tuple(sorted(lacking))
 
 
-def _find_image(table: TensorTable, names: Mapping[str, TensorInfo]) -> IdentifiedFile | None:
-    for layout, (marker, block) in _CLIP_NAMES.items():
-        for prefix in _prefixes(names, marker):
-            if not any(n.startswith(prefix + block) for n in names):
-                continue
-            own = _strip(names, prefix)
-            width = own[marker].shape[-1] if own[marker].shape else 0
-            return IdentifiedFile(
-                kind="image_encoder", title=f"a CLIP image encoder (width {width})", table=table,
-                layout=layout, prefix=prefix, width=width,
-                weights=_weights(table, own),
-                reasons=(f"{_label(table)}: CLIP vision model of width {width}",),
-            )  # fmt: skip
-    return None
+_CLIP_BLOCKS: Final = {"diffusers": "encoder.layers.", "original": "transformer."}
+_CLIP_CLASS: Final = {"diffusers": "embeddings.class_embedding", "original": "cls_embedding"}
+
+
+def _image(file: _Own) -> IdentifiedFile:
+    shape = file.shapes[_CLIP_CLASS[file.layout]]
+    width = shape[-1] if shape else 0
+    layers, missing = _blocks(file.shapes, _CLIP_BLOCKS[file.layout])
+    return IdentifiedFile(
+        **file.numbers(), kind="image_encoder", width=width, layers=layers, missing=missing,
+        title=f"a CLIP image encoder (width {width})",
+        reasons=(f"{_label(file.table)}: CLIP vision model of width {width}",),
+    )  # fmt: skip
+
+
+_PARTS: Final = {
+    "transformer": _transformer, "vae": _vae, "text_encoder": _text, "image_encoder": _image,
+}  # fmt: skip

@@ -18,7 +18,7 @@ from ..files import quoted
 from ..formats import read_table
 from ..models import FoundLora, ModelArchitecture, recipe_of
 from .identified import identify
-from .lora_names import LoraPatches, read_patches
+from .lora_names import LoraPatches, adapter_config_of, read_patches
 from .pairing import check_lora, role_hint
 
 MAX_STRENGTH = 100.0
@@ -77,9 +77,9 @@ def with_loras(
 ) -> ModelArchitecture:
     """Return the architecture with these LoRAs added, each checked against its transformer.
 
-    ``use_recipe`` makes the settings of a distilled LoRA the model's defaults, which are what None
-    in a GenerationConfig means. Raises InvalidRequest, MissingFile, CorruptFile, ModelMismatch or
-    UnsupportedModel.
+    ``use_recipe`` makes the settings of a distilled LoRA, or else of a distilled checkpoint, the
+    model's defaults, which are what None in a GenerationConfig means. Raises InvalidRequest,
+    MissingFile, CorruptFile, ModelMismatch or UnsupportedModel.
     """
     added, warnings = [], []
     for given in loras:
@@ -118,7 +118,11 @@ def _found(architecture: ModelArchitecture, lora: WanLoRA) -> tuple[FoundLora, l
         for name in patch.tensors.values()
     )
     recipe = recipe_of(path, metadata)
-    return FoundLora(lora=lora, parameters=used, rank=patches.rank, recipe=recipe), notes
+    config = adapter_config_of(patches.table.files[0])
+    files = (*patches.table.files, *([config] if config is not None else []))
+    return FoundLora(
+        lora=lora, parameters=used, rank=patches.rank, recipe=recipe, files=files
+    ), notes
 
 
 def check_file(path: Path, architecture: ModelArchitecture) -> LoraPatches:
@@ -134,17 +138,20 @@ def check_file(path: Path, architecture: ModelArchitecture) -> LoraPatches:
 
 
 def _with_recipe(architecture: ModelArchitecture) -> ModelArchitecture:
-    found = next((one for one in architecture.loras if one.recipe is not None), None)
-    if found is None or found.recipe is None:
-        names = ", ".join(Path(one.lora.path).name for one in architecture.loras) or "no LoRA"
+    known = [(Path(one.lora.path).name, one.recipe) for one in architecture.loras]
+    known.append((architecture.root.name, architecture.recipe))
+    found = next(((name, recipe) for name, recipe in known if recipe is not None), None)
+    if found is None:
+        names = ", ".join(name for name, _ in known)
         raise InvalidRequest(
-            f"use_recipe is set, but no recipe is known for {names}. Recognised are LoRAs "
-            "distilled to four steps (lightx2v, Lightning). Leave use_recipe off and set steps "
-            "and scales yourself.",
+            f"use_recipe is set, but no recipe is known for {names}. Recognised are LoRAs and "
+            "checkpoints distilled to four steps (lightx2v, Lightning). Leave use_recipe off and "
+            "set steps and scales yourself.",
             field="use_recipe",
         )
-    recipe, variant = found.recipe, architecture.variant
-    reason = f"settings of {Path(found.lora.path).name}, {recipe.describe()} ({recipe.reason})"
+    name, recipe = found
+    variant = architecture.variant
+    reason = f"settings of {name}, {recipe.describe()} ({recipe.reason})"
     return replace(
         architecture,
         variant=replace(variant, defaults=recipe.as_defaults(variant.defaults)),

@@ -2,9 +2,9 @@
 
 Styles: diffusers and PEFT (``transformer.blocks.0.attn1.to_q.lora_A.weight``), ComfyUI, Kijai and
 lightx2v (``diffusion_model.blocks.0.self_attn.q.lora_down.weight``, with ``.diff``, ``.diff_b``
-and ``.diff_m``), the same without a prefix, and musubi-tuner (``lora_unet_blocks_0_self_attn_q``).
-Names and shapes are compared with the model's before a weight is read; a tensor that matches
-nothing in the model is an error. Standard library only.
+and ``.diff_m``), the same without a prefix, and musubi-tuner (``lora_unet_blocks_0_self_attn_q``);
+``models.lora_keys`` is the table of them. Names and shapes are compared with the model's before a
+weight is read; a tensor that matches nothing in the model is an error. Standard library only.
 """
 
 from __future__ import annotations
@@ -20,8 +20,17 @@ from typing import Any, Final
 
 from ..errors import CorruptFile, ModelMismatch, UnsupportedModel
 from ..files import quoted, some_of
-from ..formats import TensorTable
-from ..models import TransformerShape, map_names, transformer_tensors
+from ..formats import TensorTable, listing, read_json
+from ..models import (
+    TransformerShape,
+    flat_stem,
+    foreign_part,
+    map_names,
+    names_both_experts,
+    read_lora_key,
+    spellings,
+    transformer_tensors,
+)
 from .lora_patches import Patch, PatchCheck
 
 
@@ -39,85 +48,67 @@ class LoraPatches:
         return max((patch.rank for patch in self.patches), default=0)
 
 
-_ROLES: Final = tuple(
-    (role, re.compile(rf"(.+?)(?:{pattern})"))
-    for role, pattern in (
-        ("down", r"\.lora_(?:A|down)(?:\.[^.]+)?\.weight|[._]lora\.down\.weight|\.lora_(?:A|down)"),
-        ("up", r"\.lora_(?:B|up)(?:\.[^.]+)?\.weight|[._]lora\.up\.weight|\.lora_(?:B|up)"),
-        ("up_bias", r"\.lora_(?:B|up)(?:\.[^.]+)?\.bias"),
-        ("alpha", r"\.alpha"),
-        ("diff", r"\.diff|\.w_norm|\.diff_m"),
-        ("diff_bias", r"\.diff_b|\.b_norm"),
-    )
-)
-_REFUSED: Final = (
-    ("DoRA", re.compile(r"\.dora_scale$|\.lora_magnitude_vector")),
-    ("LoKr", re.compile(r"\.lokr_\w+$")),
-    ("LoHa", re.compile(r"\.hada_\w+$")),
-    ("OFT", re.compile(r"\.oft_\w+")),
-    ("GLoRA", re.compile(r"\.[ab][12]\.weight$")),
-    ("LoCon with a middle matrix", re.compile(r"\.lora_mid\.weight$")),
-    ("weights to be replaced", re.compile(r"\.(?:set_weight|reshape_weight)$")),
-)
-_PREFIXES: Final = (
-    "base_model.model.", "model.diffusion_model.", "diffusion_model.", "transformer.", "model.",
-    "unet.", "dit.", "lora_unet_", "lora_transformer_",
-)  # fmt: skip
-_IMAGE_BRANCH: Final = re.compile(
-    r"(?:^|[._])(?:k_img|v_img|norm_k_img|img_emb|add_k_proj|add_v_proj|norm_added_k"
-    r"|image_embedder)(?:[._]|$)"
-)
 _BLOCK: Final = re.compile(r"blocks[._](\d+)(?:[._]|$)")
 _FLOATS: Final = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
+ADAPTER_CONFIG: Final = "adapter_config.json"
+"""The file in which PEFT saves the scale of a LoRA, beside its weights."""
+_ADAPTER_FILES: Final = "adapter_model"
+_PEFT_LORA: Final = "LORA"
+# A key of PEFT's alpha_pattern: a module's name or the end of one, with dots that may be escaped.
+_PATTERN_KEY: Final = re.compile(r"\^?[\w.\\-]+\$?")
 
 
 def read_patches(table: TensorTable, shape: TransformerShape, model: Path) -> LoraPatches:
     """Match every tensor of a LoRA with a module of a transformer of this shape.
 
-    Patches of the CLIP image branch are left out, with a note, if the model has no such branch. A
-    text-to-video LoRA's patch of the input layer is accepted by an image model, where it applies to
-    the noise channels alone. Raises UnsupportedModel for another kind of adapter, ModelMismatch for
-    tensors that match nothing or have another size, CorruptFile for a down matrix without its up
-    matrix or the reverse; each message names file and tensor.
+    Patches of parts that the model does not have (the CLIP image branch, learned positions, a text
+    encoder, an input layer of other channels) are left out, with a note. A text-to-video LoRA's
+    patch of the input layer is accepted by an image model, where it applies to the noise channels
+    alone. Raises UnsupportedModel for another kind of adapter, ModelMismatch for tensors that match
+    nothing or have another size, CorruptFile for a down matrix without its up matrix or the
+    reverse; each message names file and tensor.
     """
     _refuse_kinds(table)
     index = _index(shape)
     patches: dict[str, Patch] = {}
+    stems: dict[str, str] = {}
     unknown: list[str] = []
-    image: list[str] = []
+    foreign: dict[str, list[str]] = {}
     for name in table.tensors:
-        role, stem = _split(name)
-        target = _target(index, stem, name) if role else None
-        if target is None:
-            branch = shape.image_dim is None and _IMAGE_BRANCH.search(stem)
-            (image if role and branch else unknown).append(name)
+        key = read_lora_key(name)
+        target = _target(index, key.stem, name) if key is not None else None
+        if key is None or target is None:
+            part = foreign_part(key.stem, shape) if key is not None else None
+            (unknown if part is None else foreign.setdefault(part, [])).append(name)
             continue
         tensors = patches.setdefault(target, Patch(target)).tensors
-        if role in tensors:
+        stems.setdefault(target, key.stem)
+        if key.role in tensors:
             raise CorruptFile(
-                f"{quoted(table.path)} holds {tensors[role]!r} and {name!r}, both for {target!r}: "
-                "several LoRAs in one file. Save each as a file of its own."
+                f"{quoted(table.path)} holds {tensors[key.role]!r} and {name!r}, both for "
+                f"{target!r}: several LoRAs in one file. Save each as a file of its own."
             )
-        tensors[role] = name
+        tensors[key.role] = name
     if unknown:
         _refuse_unknown(table, unknown, shape, model)
-    notes = []
-    if image:
-        notes.append(
-            f"{table.path.name}: {len(image)} of {len(table.tensors)} tensors belong to the CLIP "
-            f"image branch, which this model does not have ({some_of(image, 2)}); left out."
-        )
-    if not patches:
-        raise ModelMismatch(
-            f"Nothing in the LoRA {quoted(table.path)} belongs to the transformer {quoted(model)}. "
-            "Choose a LoRA for this model."
-        )
+    notes = [
+        f"{table.path.name}: {len(names)} of {len(table.tensors)} tensors belong to {part} "
+        f"({some_of(names, 2)}); left out."
+        for part, names in foreign.items()
+    ]
     scale = _stated_scale(table)
     own = transformer_tensors(shape, "diffusers")
     for patch in patches.values():
         notes += PatchCheck(table, patch, shape, own, model).run()
-        patch.stated_scale = scale(patch.target, patch.rank) if patch.rank else None
-    return LoraPatches(table=table, patches=tuple(patches.values()), notes=tuple(notes))
+        if patch.rank:
+            patch.stated_scale = scale(stems[patch.target], patch)
+    used = tuple(patch for patch in patches.values() if patch.tensors)
+    if not used:
+        raise ModelMismatch(
+            f"Nothing in the LoRA {quoted(table.path)} belongs to the transformer {quoted(model)}. "
+            "Choose a LoRA for this model."
+        )
+    return LoraPatches(table=table, patches=used, notes=tuple(notes))
 
 
 def _refuse_kinds(table: TensorTable) -> None:
@@ -127,11 +118,11 @@ def _refuse_kinds(table: TensorTable) -> None:
             ".safetensors. Convert it, or get that version."
         )
     for name, info in table.tensors.items():
-        kind = next((kind for kind, pattern in _REFUSED if pattern.search(name)), None)
-        if kind is not None:
+        key = read_lora_key(name)
+        if key is not None and key.adapter:
             raise UnsupportedModel(
-                f"{quoted(table.path)} is an adapter of the kind {kind} ({name!r}), which WanFit "
-                "cannot apply exactly. Plain LoRAs (lora_A/B or lora_down/up) can be used."
+                f"{quoted(table.path)} is an adapter of the kind {key.adapter} ({name!r}), which "
+                "WanFit cannot apply exactly. Plain LoRAs (lora_A/B or lora_down/up) can be used."
             )
         if info.dtype not in _FLOATS and not name.endswith(".alpha"):
             raise UnsupportedModel(
@@ -140,18 +131,9 @@ def _refuse_kinds(table: TensorTable) -> None:
             )
 
 
-def _split(name: str) -> tuple[str, str]:
-    """Return a tensor's role and the module's name before it; role "" for an unknown ending."""
-    for role, pattern in _ROLES:
-        found = pattern.fullmatch(name)
-        if found:
-            return role, found[1]
-    return "", name
-
-
 @lru_cache(maxsize=16)
 def _index(shape: TransformerShape) -> dict[str, str]:
-    """Map every module and table, by its name in each style, to its diffusers name."""
+    """Map every module and table, by its flat name in each style, to its diffusers name."""
     original = transformer_tensors(shape, "original")
     renamed = {
         source.name: name for name, source in map_names("transformer", original).sources.items()
@@ -159,9 +141,7 @@ def _index(shape: TransformerShape) -> dict[str, str]:
     renamed |= {name: name for name in transformer_tensors(shape, "diffusers")}
     index: dict[str, str] = {}
     for stored, name in renamed.items():
-        target = _module(name)
-        for spelling in (_module(stored), _module(stored).replace(".", "_")):
-            index[spelling] = target
+        index[_module(stored).replace(".", "_")] = _module(name)
     return index
 
 
@@ -171,17 +151,12 @@ def _module(name: str) -> str:
 
 def _target(index: Mapping[str, str], stem: str, name: str) -> str | None:
     """Return the diffusers name of what a tensor patches, or None where the model lacks it."""
-    tables = (".modulation", ".scale_shift_table") if name.endswith(".diff_m") else ()
-    bare = stem
-    # Prefixes are removed one at a time: some files stack several of them.
-    while True:
-        for candidate in (bare, *(bare + ending for ending in tables)):
-            if candidate in index:
-                return index[candidate]
-        prefix = next((prefix for prefix in _PREFIXES if bare.startswith(prefix)), None)
-        if prefix is None:
-            return None
-        bare = bare[len(prefix) :].lstrip("_")
+    tables = ("_modulation", "_scale_shift_table") if name.endswith(".diff_m") else ()
+    for bare in spellings(stem):
+        for spelling in (bare, *(bare + ending for ending in tables)):
+            if spelling in index:
+                return index[spelling]
+    return None
 
 
 def _refuse_unknown(
@@ -195,46 +170,88 @@ def _refuse_unknown(
             f"{quoted(model)} has {shape.layers}. Choose a LoRA for this model."
         )
     hint = "Choose a LoRA for this model."
-    if any(name.startswith("transformer_2.") for name in unknown):
-        hint = "It holds patches for both experts; save 'transformer_2.' as a file of its own."
+    if names_both_experts(unknown):
+        hint = (
+            "It holds patches for both experts; save those of 'transformer_1.' and of "
+            "'transformer_2.' as files of their own, one for each expert."
+        )
     raise ModelMismatch(
         f"{count} match nothing in the transformer {quoted(model)}: {some_of(unknown)}. {hint}"
     )
 
 
-def _stated_scale(table: TensorTable) -> Callable[[str, int], float | None]:
-    """Return a function (target, rank) -> alpha / rank by the metadata that diffusers or PEFT
-    saved; it returns None where the metadata do not say.
+def _stated_scale(table: TensorTable) -> Callable[[str, Patch], float | None]:
+    """Return a function (stem, patch) -> alpha / rank by what diffusers or PEFT saved beside the
+    tensors; it returns None where nothing is said. A tensor that holds alpha comes before it.
     """
     config = _adapter_config(table)
-    if config.get("use_dora"):
+    kind = "DoRA" if config.get("use_dora") else str(config.get("peft_type") or _PEFT_LORA)
+    if kind.upper() != _PEFT_LORA:
         raise UnsupportedModel(
-            f"{quoted(table.path)} is an adapter of the kind DoRA (its metadata say use_dora), "
+            f"{quoted(table.path)} is an adapter of the kind {kind} (its configuration says so), "
             "which WanFit cannot apply exactly. Plain LoRAs can be used."
         )
+    pattern = config.get("alpha_pattern")
+    patterns = _checked_pattern(table, pattern) if isinstance(pattern, dict) else {}
 
-    def scale(target: str, rank: int) -> float | None:
-        pattern = config.get("alpha_pattern") or {}
+    def scale(stem: str, patch: Patch) -> float | None:
         alpha = config.get("lora_alpha")
-        for part, value in pattern.items() if isinstance(pattern, dict) else ():
-            if target == part or target.endswith("." + part):
+        names = (*spellings(stem), flat_stem(patch.target))
+        for part, value in patterns.items():
+            # As PEFT does: the key is a module's whole name, or the end of it after a dot.
+            if any(name == part or name.endswith("_" + part) for name in names):
                 alpha = value
+                break
         if isinstance(alpha, bool) or not isinstance(alpha, int | float):
             return None
-        return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+        return alpha / (math.sqrt(patch.rank) if config.get("use_rslora") else patch.rank)
 
     return scale
 
 
+def _checked_pattern(table: TensorTable, pattern: dict[Any, Any]) -> dict[str, Any]:
+    """Return an ``alpha_pattern`` with flat names; raises UnsupportedModel for other patterns.
+
+    PEFT takes its keys for regular expressions. They come from outside, so only plain names are
+    read; trainers write no others.
+    """
+    for key in pattern:
+        if not isinstance(key, str) or not _PATTERN_KEY.fullmatch(key):
+            raise UnsupportedModel(
+                f"alpha_pattern of the LoRA {quoted(table.path)} holds {str(key)[:60]!r}; only "
+                "names of modules are read there. Save the LoRA with alpha as tensors."
+            )
+    return {flat_stem(re.sub(r"[\\^$]", "", key)): value for key, value in pattern.items()}
+
+
 def _adapter_config(table: TensorTable) -> dict[str, Any]:
+    """Return PEFT's configuration: from the metadata, or from adapter_config.json beside the file.
+
+    A folder of many LoRAs may hold the configuration of one of them, so the file counts only for
+    PEFT's own file names, or where one LoRA lies alone in its folder.
+    """
     text = table.metadata.get("lora_adapter_metadata", "")
+    file = adapter_config_of(table.files[0])
     try:
         stated = json.loads(text) if text else {}
-    except ValueError as err:
+    except (ValueError, RecursionError) as err:
         raise CorruptFile(
             f"The metadata lora_adapter_metadata of {quoted(table.path)} is not JSON ({err}); it "
             "holds the scale of the LoRA. Download the file again."
         ) from err
+    if not stated and file is not None:
+        stated = read_json(file)
     if not isinstance(stated, dict):
         return {}
     return {str(key).removeprefix("transformer."): value for key, value in stated.items()}
+
+
+def adapter_config_of(lora: Path) -> Path | None:
+    """Return the adapter_config.json that belongs to a LoRA file, or None."""
+    folder = lora if lora.is_dir() else lora.parent
+    file = folder / ADAPTER_CONFIG
+    if not file.is_file():
+        return None
+    named = lora.is_dir() or lora.name.startswith(_ADAPTER_FILES)
+    alone = named or sum(name.endswith(".safetensors") for name in listing(folder)) == 1
+    return file if alone else None

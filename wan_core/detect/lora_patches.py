@@ -48,11 +48,19 @@ class PatchCheck:
     model: Path
 
     def run(self) -> list[str]:
-        """Set the patch's rank and return notes; raises where the patch does not fit."""
+        """Set the patch's rank and return notes; raises where the patch does not fit.
+
+        A patch of an input layer of other channels is emptied: the patch of a model for another
+        task, whose other layers are the same.
+        """
         tensors, target, own = self.patch.tensors, self.patch.target, self.own
         if target in own:
             return self._check_table(own[target])
         self.weight = own[target + ".weight"]
+        self._check_alpha()
+        foreign = self._drop_other_channels()
+        if foreign:
+            return foreign
         if "down" in tensors or "up" in tensors or "up_bias" in tensors:
             self._check_pair()
         elif "alpha" in tensors and len(tensors) == 1:
@@ -81,6 +89,46 @@ class PatchCheck:
                 self._refuse(role, "a table, which takes only a difference")
         self._fits("diff", shape)
         return []
+
+    def _check_alpha(self) -> None:
+        name = self.patch.tensors.get("alpha")
+        info = self.table.tensors[name] if name is not None else None
+        if info is not None and info.numel != 1:
+            raise CorruptFile(
+                f"{name!r} of the LoRA {quoted(self.table.path)} has shape {list(info.shape)}; "
+                "alpha is a single number. Download it again, or get another version."
+            )
+
+    def _drop_other_channels(self) -> list[str]:
+        """Empty a patch of the input layer that is made for other input channels; say so."""
+        found = [role for role in ("down", "diff") if self._other_channels(role)]
+        if not found:
+            return []
+        tensors = self.patch.tensors
+        channels = self._channels(found[0])
+        dropped = [role for role in ("down", "up", "up_bias", "alpha", "diff") if role in tensors]
+        for role in dropped:
+            del tensors[role]
+        self.patch.rank = 0
+        return [
+            f"{self.table.path.name}: its patch of the input layer is made for {channels} input "
+            f"channels, this model has {self.shape.in_channels}; left out."
+        ]
+
+    def _channels(self, role: str) -> int:
+        """Return the input channels of a patch of the input layer, 0 where it is none."""
+        if self.patch.target != PATCH_EMBEDDING or role not in self.patch.tensors:
+            return 0
+        given, kernel = self.table.tensors[self.patch.tensors[role]].shape, self.shape.patch_size
+        rows = given[0] if given else 0
+        fits = role != "diff" or rows == self.weight[0]
+        if not fits or math.prod(given) % max(1, rows * math.prod(kernel)):
+            return 0
+        return math.prod(given) // max(1, rows * math.prod(kernel))
+
+    def _other_channels(self, role: str) -> bool:
+        channels = self._channels(role)
+        return channels not in (0, self.shape.in_channels) and not self._narrow(role)
 
     def _check_pair(self) -> None:
         tensors = self.patch.tensors
@@ -141,12 +189,8 @@ class PatchCheck:
     def _refuse(self, role: str, needed: str) -> None:
         name = self.patch.tensors[role]
         given = list(self.table.tensors[name].shape)
-        what = ""
-        if self.patch.target == PATCH_EMBEDDING and len(given) > 1:
-            channels = self.shape.in_channels
-            what = f" It is made for another number of input channels than {channels}."
         raise ModelMismatch(
             f"Tensor {name!r} of the LoRA {quoted(self.table.path)} is {given}; "
-            f"{self.patch.target!r} of the transformer {quoted(self.model)} needs {needed}.{what} "
+            f"{self.patch.target!r} of the transformer {quoted(self.model)} needs {needed}. "
             "Choose a LoRA for this model."
         )

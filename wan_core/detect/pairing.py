@@ -7,29 +7,17 @@ Hints (whole words of the metadata or the file's name) only lead to warnings.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
-from typing import Final, Literal
+from typing import Final
 
-from ..errors import MissingFile, ModelMismatch
+from ..errors import MissingFile, ModelMismatch, UnsupportedModel
 from ..files import file_identity, quoted
-from ..models import TransformerShape, VaeShape
+from ..models import Role, TransformerShape, VaeShape, role_of
 from .identified import IdentifiedFile
 
-Role = Literal["high", "low"]
 _HINT_KEYS: Final = ("model_type", "general.name", "modelspec.title", "name")
-_WORDS: Final[Mapping[str, Role]] = {
-    "high": "high",
-    "highnoise": "high",
-    "low": "low",
-    "lownoise": "low",
-}
-# Words that give a "high" or "low" before them another meaning: LowVRAM, low_light, high_res.
-_OTHER: Final = frozenset(
-    {"vram", "light", "res", "step", "steps", "denoise", "rank", "mem", "ram", "quality"}
-)
 
 
 def check_experts(
@@ -62,7 +50,10 @@ def check_experts(
 def check_vae_pair(
     transformer: TransformerShape, vae: VaeShape, transformer_path: Path, vae_path: Path
 ) -> None:
-    """Refuse a VAE of another latent space than the transformer's."""
+    """Refuse a VAE of another latent space than the transformer's, or one that gives no frames."""
+    problem = vae_problem(vae)
+    if problem:
+        raise UnsupportedModel(f"{quoted(vae_path)} {problem}. Use the plain Wan VAE.")
     if vae.z_dim != transformer.out_channels:
         need = "2.2" if transformer.out_channels == 48 else "2.1"
         raise ModelMismatch(
@@ -70,6 +61,20 @@ def check_vae_pair(
             f"{quoted(transformer_path)} works on {transformer.out_channels}. Use the Wan {need} "
             "VAE with this model."
         )
+
+
+def vae_problem(vae: VaeShape) -> str:
+    """Say why frames cannot come out of a VAE of these numbers; empty where they can.
+
+    What goes in and comes out are the 3 colours of a pixel, or of a square of pixels.
+    """
+    colours = 3 * (vae.patch_size or 1) ** 2
+    if vae.out_channels == colours and vae.in_channels == colours:
+        return ""
+    return (
+        f"takes {vae.in_channels} channels and its decoder makes {vae.out_channels}, where frames "
+        f"have {colours}: it is made for something else (upscaling, transparency)"
+    )
 
 
 def check_text_encoder(
@@ -120,27 +125,11 @@ def check_lora(transformer: TransformerShape, lora: IdentifiedFile, transformer_
 def role_hint(name: str, metadata: Mapping[str, str] | None = None) -> tuple[Role, str] | None:
     """Guess from metadata, then from the file's name, which expert a file is.
 
-    Returns the role and where the hint was found, or None without a hint. Only whole words count:
-    ``LowVRAM`` and ``low_light`` are no hints, and neither is a name that holds both words.
+    Returns the role and where the hint was found, or None without a hint (``models.role_of``).
     """
     for key in _HINT_KEYS:
-        role = _role_of((metadata or {}).get(key, ""))
+        role = role_of((metadata or {}).get(key, ""))
         if role:
             return role, f"metadata {key} {(metadata or {})[key][:60]!r}"
-    role = _role_of(Path(name).stem)
+    role = role_of(Path(name).stem)
     return (role, f"the file name {Path(name).name!r}") if role else None
-
-
-def _role_of(text: str) -> Role | None:
-    # A capital after a small letter starts a word: HighNoise, LowVRAM.
-    spaced = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", text)
-    words = [w for w in re.split(r"[^A-Za-z0-9]+", spaced) if w]
-    lowered = [w.lower() for w in words]
-    if any(w == "5b" for w in lowered):
-        return None
-    found: set[Role] = set()
-    for index, word in enumerate(lowered):
-        following = lowered[index + 1] if index + 1 < len(lowered) else ""
-        if word in _WORDS and following not in _OTHER:
-            found.add(_WORDS[word])
-    return found.pop() if len(found) == 1 else None

@@ -1,14 +1,26 @@
-"""A model given as single files: the role of each, and whether they belong together."""
+"""A model given as single files: the role of each, and whether they belong together.
+
+An all-in-one checkpoint is a single file too: every component that it holds is used.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Final
 
 from ..config import WanModelFiles
 from ..errors import UnsupportedModel
 from ..files import quoted
-from ..models import Component, ModelArchitecture, TransformerShape, VaeShape
+from ..formats import has_gguf_tokenizer
+from ..models import (
+    Component,
+    ModelArchitecture,
+    TransformerShape,
+    VaeShape,
+    tokenizer_tensor,
+    words_of,
+)
 from .build import build, component, refuse_weights, require_kind, require_whole
 from .identified import IdentifiedFile
 from .pairing import (
@@ -20,20 +32,99 @@ from .pairing import (
 )
 from .variant_choice import Choice, choose_variant
 
+_PARTS: Final = ("transformer", "transformer_2", "vae", "text_encoder", "image_encoder")
+# Words by which publishers say that both experts were merged into one transformer.
+_MERGED: Final = frozenset({"aio", "allinone", "rapid", "merge", "merged"})
+
 
 def from_part(part: IdentifiedFile, path: Path) -> ModelArchitecture:
-    """Return the architecture of a model of which only the transformer is given."""
+    """Return the architecture of a model of which one file is given, with all that it holds."""
     require_kind(part, "transformer", path)
-    assert part.transformer is not None
-    choice = choose_variant(part, part.transformer, None)
-    require_whole(part, choice)
-    refuse_weights(part)
     parts = {"transformer": part}
-    components = {"transformer": component("transformer", path, part)}
+    return _put_together(path, parts, {"transformer": path}, None, ())
+
+
+def from_files(
+    files: WanModelFiles, inspect: Callable[[str | Path], IdentifiedFile]
+) -> ModelArchitecture:
+    """Detect a model whose files are named one by one.
+
+    ``inspect`` reads one file (``detector.inspect_file``). The field that a file was given for
+    decides its role. What is not given is taken from an all-in-one file that holds it. Raises what
+    ``inspect`` raises, ModelMismatch for files that do not belong together, and UnsupportedModel
+    for a file of the wrong kind.
+    """
+    parts: dict[str, IdentifiedFile] = {}
+    paths: dict[str, Path] = {}
+    for name in _PARTS:
+        given = getattr(files, name)
+        if given is None:
+            continue
+        kind = name.removesuffix("_2")
+        found = inspect(given)
+        part = found.of_kind(kind) or found
+        require_kind(part, kind, Path(given))
+        parts[name], paths[name] = part, Path(given)
+    tokenizer = None if files.tokenizer is None else Path(files.tokenizer)
+    reasons = ("each file's role is the one it was given",)
+    return _put_together(Path(files.transformer), parts, paths, tokenizer, reasons)
+
+
+def _put_together(
+    root: Path,
+    parts: dict[str, IdentifiedFile],
+    paths: dict[str, Path],
+    tokenizer: Path | None,
+    reasons: tuple[str, ...],
+) -> ModelArchitecture:
+    """Add what the transformers' own files hold, check that all belongs together, and build."""
+    more = (*reasons, *_add_inside(parts, paths))
+    for part in parts.values():
+        refuse_weights(part)
+    main = parts["transformer"].transformer
+    assert main is not None
+    low = parts.get("transformer_2")
+    warnings: list[str] = []
+    if low is not None:
+        assert low.transformer is not None
+        check_experts(parts["transformer"], low, main, low.transformer)
+        warnings += _role_warnings(parts["transformer"], low)
+    choice = choose_variant(parts["transformer"], main, 2 if low is not None else None)
+    for name in ("transformer", "transformer_2"):
+        if name in parts:
+            require_whole(parts[name], choice)
+    vae = _check_companions(root, parts, main)
+    warnings += _unused(parts, main)
+    if low is None:
+        warnings += _one_transformer(choice, parts["transformer"])
+    components = {name: component(name, paths[name], part) for name, part in parts.items()}
+    tokenizer, said = _tokenizer(tokenizer, parts.get("text_encoder"), paths.get("text_encoder"))
+    if tokenizer is not None:
+        components["tokenizer"] = Component(kind="tokenizer", path=tokenizer)
+        more += (said,) if said else ()
+    elif said:
+        warnings.append(said)
     return build(
-        path, parts, choice, components, part.transformer, None,
-        warnings=_one_transformer(choice, part),
+        root, parts, choice, components, main, vae, reasons=more, warnings=tuple(warnings),
+        incomplete="" if low is not None else _half(choice, parts["transformer"]),
     )  # fmt: skip
+
+
+def _add_inside(parts: dict[str, IdentifiedFile], paths: dict[str, Path]) -> list[str]:
+    """Add the components that lie in the transformers' files and were not given; say which."""
+    out = []
+    for name in ("transformer", "transformer_2"):
+        for part in parts[name].beside if name in parts else ():
+            if part.kind not in parts and _fits(part, parts["transformer"]):
+                parts[part.kind], paths[part.kind] = part, paths[name]
+                out.append(f"{part.title} is taken from {paths[name].name} itself")
+    return out
+
+
+def _fits(part: IdentifiedFile, main: IdentifiedFile) -> bool:
+    """Whether a component in a transformer's file is one that the transformer needs."""
+    shape = main.transformer
+    return part.kind != "image_encoder" or (shape is not None and shape.image_dim is not None)
 
 
 def _one_transformer(choice: Choice, part: IdentifiedFile) -> tuple[str, ...]:
@@ -41,6 +132,11 @@ def _one_transformer(choice: Choice, part: IdentifiedFile) -> tuple[str, ...]:
     hint = role_hint(part.table.path.name, part.table.metadata)
     guess = f" It is probably the {hint[0]}-noise one, from {hint[1]}." if hint else ""
     if choice.variant.experts == 2:
+        if _is_merged(part):
+            return (
+                f"This file is taken as both experts of {choice.variant.name} merged into one "
+                "transformer, as all-in-one checkpoints are.",
+            )
         return (f"This is one of two experts; structure does not say which.{guess}",)
     if len(choice.candidates) > 1:
         return (
@@ -50,59 +146,79 @@ def _one_transformer(choice: Choice, part: IdentifiedFile) -> tuple[str, ...]:
     return ()
 
 
-def from_files(
-    files: WanModelFiles, inspect: Callable[[str | Path], IdentifiedFile]
-) -> ModelArchitecture:
-    """Detect a model whose files are named one by one.
+def _half(choice: Choice, part: IdentifiedFile) -> str:
+    """Say what a transformer without a second one lacks before it can run, or return nothing."""
+    if choice.variant.experts != 2 or _is_merged(part):
+        return ""
+    hint = role_hint(part.table.path.name, part.table.metadata)
+    which = f"the {hint[0]}-noise one by {hint[1]}" if hint else "its structure does not say which"
+    return (
+        f"{quoted(part.table.path)} is one of the two experts of {choice.variant.name} ({which}), "
+        "and makes no clean video alone. Name the other one too: the low-noise file is the "
+        "transformer_2 of WanModelFiles, the low_noise_model of WanLoader."
+    )
 
-    ``inspect`` reads one file (``detector.inspect_file``). The field that a file was given for
-    decides its role. Raises what ``inspect`` raises, ModelMismatch for files that do not belong
-    together, and UnsupportedModel for a file of the wrong kind.
+
+def _is_merged(part: IdentifiedFile) -> bool:
+    """Whether one transformer with the structure of an expert stands for both.
+
+    So it is in all-in-one checkpoints, which carry their VAE and text encoder, and in the files
+    made of them, which say so. A file that names its role is half of a pair whatever it carries.
     """
-    parts: dict[str, IdentifiedFile] = {}
-    components: dict[str, Component] = {}
-    for name in ("transformer", "transformer_2", "vae", "text_encoder", "image_encoder"):
-        given = getattr(files, name)
-        if given is None:
-            continue
-        part = inspect(given)
-        require_kind(part, name.removesuffix("_2"), Path(given))
-        refuse_weights(part)
-        parts[name], components[name] = part, component(name, Path(given), part)
-    tokenizer = files.tokenizer or _tokenizer_of(files.text_encoder, parts.get("text_encoder"))
-    if tokenizer is not None:
-        components["tokenizer"] = Component(kind="tokenizer", path=Path(tokenizer))
-    main = parts["transformer"].transformer
-    assert main is not None
-    low = parts.get("transformer_2")
-    warnings: list[str] = []
-    if low is not None:
-        assert low.transformer is not None
-        check_experts(parts["transformer"], low, main, low.transformer)
-        warnings += _role_warnings(parts["transformer"], low)
-    root = Path(files.transformer)
-    choice = choose_variant(parts["transformer"], main, 2 if low is not None else None)
-    for name in ("transformer", "transformer_2"):
-        if name in parts:
-            require_whole(parts[name], choice)
-    vae = _check_companions(root, parts, main)
-    if low is None:
-        warnings += _one_transformer(choice, parts["transformer"])
-    return build(
-        root, parts, choice, components, main, vae, warnings=tuple(warnings),
-        reasons=("each file's role is the one it was given",),
-    )  # fmt: skip
+    if role_hint(part.table.path.name, part.table.metadata) is not None:
+        return False
+    words = words_of(part.table.path.stem)
+    said = not _MERGED.isdisjoint(words) or "all in one" in " ".join(words)
+    return said or {"vae", "text_encoder"} <= {other.kind for other in part.beside}
 
 
-def _tokenizer_of(text_encoder: str | Path | None, part: IdentifiedFile | None) -> Path | None:
-    """Return where a text encoder's tokenizer is: in its own file, or in a folder beside it."""
-    if text_encoder is None or part is None:
-        return None
-    path = Path(text_encoder)
-    if "spiece_model" in part.table.tensors:
-        return path
+def _tokenizer(
+    given: Path | None, text: IdentifiedFile | None, path: Path | None
+) -> tuple[Path | None, str]:
+    """Return where the tokenizer is and a sentence about it: why, or what to do if it lacks.
+
+    ``given`` is the tokenizer that was named, ``path`` the text encoder's file or folder.
+    """
+    if given is not None or text is None or path is None:
+        return given, ""
+    found = find_tokenizer(text, path)
+    if found is None:
+        holds = "tokenizer.ggml.tokens" if text.table.format == "gguf" else "spiece_model"
+        return None, (
+            f"{quoted(text.table.path)} carries no tokenizer (no {holds!r}), and no prompt "
+            "can be encoded without. Name a tokenizer folder or a spiece.model of umT5 as the "
+            "tokenizer, or choose a text encoder file that carries one."
+        )
+    if found in text.table.files:
+        return found, f"{found.name} carries the tokenizer too"
+    return found, f"the tokenizer is in {quoted(found)}, beside the text encoder"
+
+
+def find_tokenizer(text: IdentifiedFile, path: Path) -> Path | None:
+    """Return where a text encoder's tokenizer is: in its own file, or in a folder beside it.
+
+    ``path`` is the file or folder that was named. A GGUF file carries the tokenizer in its
+    metadata, a safetensors file as a tensor. Raises CorruptFile or UnsupportedModel for metadata
+    that cannot be used.
+    """
+    spiece = tokenizer_tensor(text.table.tensors)
+    if spiece is not None:
+        return text.table.tensors[spiece].file
+    if has_gguf_tokenizer(text.table):
+        return text.table.files[0]
     beside = (path if path.is_dir() else path.parent).parent / "tokenizer"
     return beside if beside.is_dir() else None
+
+
+def _unused(parts: Mapping[str, IdentifiedFile], main: TransformerShape) -> list[str]:
+    """Return a warning for an image encoder that the model has no use for."""
+    image = parts.get("image_encoder")
+    if image is None or main.image_dim is not None:
+        return []
+    return [
+        f"{quoted(image.table.path)} is not used: this model takes no CLIP image tokens (only Wan "
+        "2.1 image-to-video models do)."
+    ]
 
 
 def _check_companions(

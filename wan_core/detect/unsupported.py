@@ -6,12 +6,12 @@ those that ComfyUI's ``model_detection.py`` and the models' own code use.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Final
 
 from ..files import some_of
 from ..formats import TensorInfo, TensorTable
+from ..models import is_wan_linear, read_lora_key
 
 # (what it is, texts that must all occur in its tensor names). The first match decides.
 _FOREIGN: Final = (
@@ -53,19 +53,6 @@ _FOREIGN: Final = (
     ("an upscaler (ESRGAN)", ("body.0.rdb1.conv1",)),
 )
 
-_LORA_ENDS: Final = (
-    ".lora_A.weight", ".lora_B.weight", ".lora_down.weight", ".lora_up.weight",
-    ".lora_A.default.weight", ".lora.down.weight", ".lora.up.weight", ".lokr_w1", ".lokr_w2",
-    ".hada_w1_a", ".diff", ".diff_b", ".dora_scale",
-)  # fmt: skip
-_DOWN_ENDS: Final = tuple(
-    f".{end}.weight" for end in ("lora_A", "lora_down", "lora_A.default", "lora.down")
-)
-# Projections whose input width is the model's width, as every style of Wan LoRA names them.
-_WAN_LORA: Final = re.compile(
-    r"blocks[._]\d+[._](?:self_attn[._][qkvo]|cross_attn[._][qo]|attn1[._]to_[qkv]|attn2[._]to_q"
-    r"|ffn[._](?:0|net[._]0[._]proj))(?:[._]|$)"
-)
 _LORA_BASES: Final = (
     ("FLUX", ("double_blocks", "single_transformer_blocks", "single_blocks")),
     ("Stable Diffusion", ("lora_unet_down_blocks", "lora_unet_input_blocks", "unet.down_blocks")),
@@ -74,29 +61,31 @@ _LORA_BASES: Final = (
 )
 
 
-def is_lora(names: Iterable[str]) -> bool:
-    """Whether any tensor name is that of a low-rank or difference patch."""
-    return any(name.endswith(_LORA_ENDS) for name in names)
-
-
 def lora_width(names: Mapping[str, TensorInfo]) -> int | None:
     """Return the width of the Wan model that a LoRA is made for; None if it is not for Wan."""
     for name, info in names.items():
-        if name.endswith(_DOWN_ENDS) and len(info.shape) >= 2 and _WAN_LORA.search(name):
+        key = read_lora_key(name)
+        down = key is not None and key.role == "down" and is_wan_linear(key.stem)
+        if down and len(info.shape) >= 2:
             return info.shape[1]
     return None
 
 
 def lora_title(names: Mapping[str, TensorInfo]) -> str:
-    """Return "a LoRA for …" in words."""
+    """Return "a LoRA for …" in words; another kind of adapter by its own name."""
+    keys = [key for key in map(read_lora_key, names) if key is not None]
+    kind = next((key.adapter for key in keys if key.adapter), "LoRA")
+    what = "a LoRA" if kind == "LoRA" else f"an adapter of the kind {kind}"
     width = lora_width(names)
     if width is not None:
-        return f"a LoRA for Wan (width {width})"
+        return f"{what} for Wan (width {width})"
+    if any(is_wan_linear(key.stem) for key in keys):
+        return f"{what} for Wan"
     text = "\n".join(names)
     for base, marks in _LORA_BASES:
         if any(mark in text for mark in marks):
-            return f"a LoRA for {base}"
-    return "a LoRA"
+            return f"{what} for {base}"
+    return what
 
 
 def unsupported_title(table: TensorTable) -> str:

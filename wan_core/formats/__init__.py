@@ -1,27 +1,45 @@
 """Model files read as tensor tables: which tensors they hold, at which bytes, in which dtype.
 
 In: a path (.safetensors, .gguf, a torch .pth or .bin zip file, a sharded index, a folder). Out: a
-``TensorTable``, and how its weights are stored (full precision, fp8, GGUF types). Memory and time
-are bounded whatever a file claims, and nothing in a file is executed. Imports the standard library
-and the ground floor (``errors``, ``config``, ``files``) only.
+``TensorTable``, how its weights are stored (full precision, fp8, GGUF types), and the tokenizer
+that a GGUF text encoder carries. Memory and time are bounded whatever a file claims, and nothing in
+a file is executed. Imports the standard library and the ground floor (``errors``, ``config``,
+``files``) only.
 """
 
 from __future__ import annotations
 
+from .charsmap import charsmap_problem
+from .gguf_tokenizer import GgufTokenizer, has_gguf_tokenizer, read_gguf_tokenizer
 from .index import listing
 from .open import read_table
 from .small_json import read_json
+from .storage import (
+    GGUF_TYPES,
+    QUANT_SUFFIXES,
+    Storage,
+    WeightKind,
+    logical_shape,
+    read_weight_kind,
+    split_companions,
+)
 from .table import TensorInfo, TensorTable
-from .weight_kind import GGUF_TYPES, QUANT_SUFFIXES, WeightKind, read_weight_kind
 
 __all__ = [
     "GGUF_TYPES",
+    "GgufTokenizer",
     "QUANT_SUFFIXES",
+    "Storage",
     "TensorInfo",
     "TensorTable",
     "WeightKind",
+    "charsmap_problem",
+    "has_gguf_tokenizer",
     "listing",
+    "logical_shape",
+    "read_gguf_tokenizer",
     "read_json",
     "read_table",
     "read_weight_kind",
+    "split_companions",
 ]

@@ -2,7 +2,8 @@
 
 The reader of the ``gguf`` package trusts the counts and lengths in a file: 49 crafted bytes can
 make it hang. This one first checks each of them against the file's size, and skips long arrays (the
-vocabulary of a text encoder) instead of keeping them.
+vocabulary of a text encoder) instead of keeping them: of a tokenizer's, it notes the places, from
+which ``gguf_tokenizer`` reads them when they are wanted.
 Format: github.com/ggml-org/ggml, docs/gguf.md. Block sizes: ggml-common.h.
 """
 
@@ -16,7 +17,7 @@ from typing import Any, BinaryIO, Final
 
 from ..errors import CorruptFile
 from ..files import quoted
-from .table import AGAIN, MAX_NAME, MAX_TENSORS, TensorInfo, TensorTable
+from .table import AGAIN, MAX_NAME, MAX_TENSORS, ArrayInfo, TensorInfo, TensorTable
 
 MAX_KEYS: Final = 4096
 MAX_ARRAY: Final = 4_000_000
@@ -39,15 +40,17 @@ GGML_TYPES: Final[Mapping[int, tuple[str, int, int]]] = {
     26: ("I32", 1, 4), 27: ("I64", 1, 8), 28: ("F64", 1, 8), 29: ("IQ1_M", 256, 56),
     30: ("BF16", 1, 2), 34: ("TQ1_0", 256, 54), 35: ("TQ2_0", 256, 66), 39: ("MXFP4", 32, 17),
 }  # fmt: skip
-# metadata value type: struct code; 8 is text, 9 an array
-_SCALARS: Final[Mapping[int, str]] = {
-    0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?",
-    10: "<Q", 11: "<q", 12: "<d",
+# metadata value type: (name, struct code); 8 is text, 9 an array
+_SCALARS: Final[Mapping[int, tuple[str, str]]] = {
+    0: ("u8", "<B"), 1: ("i8", "<b"), 2: ("u16", "<H"), 3: ("i16", "<h"), 4: ("u32", "<I"),
+    5: ("i32", "<i"), 6: ("f32", "<f"), 7: ("bool", "<?"), 10: ("u64", "<Q"), 11: ("i64", "<q"),
+    12: ("f64", "<d"),
 }  # fmt: skip
 _TEXT: Final = 8
 _ARRAY: Final = 9
 _LENGTH: Final = struct.Struct("<Q")
 _SHAPE_KEY: Final = "comfy.gguf.orig_shape."
+_TOKENIZER_KEY: Final = "tokenizer."
 
 
 class _Reader:
@@ -137,24 +140,30 @@ def parse_gguf(file: BinaryIO, path: Path, size: int) -> TensorTable:
             f"it announces {tensor_count:,} tensors and {key_count:,} keys (1 to {MAX_TENSORS:,} "
             f"and {MAX_KEYS:,} are allowed)"
         )
-    metadata, shapes, alignment = _read_metadata(reader, key_count)
+    metadata, shapes, arrays, alignment = _read_metadata(reader, key_count)
     raw = [_read_info(reader) for _ in range(tensor_count)]
     header_bytes = reader.position
     # Offsets of tensors count from the end of the header, rounded up to the alignment.
     base = -(-header_bytes // alignment) * alignment
     tensors = _place(reader, raw, shapes, base, alignment, path)
-    return TensorTable(path, (path,), tensors, metadata, "gguf", header_bytes)
+    return TensorTable(
+        path, (path,), tensors, metadata, "gguf", header_bytes, arrays=arrays
+    )  # fmt: skip
 
 
 def _read_metadata(
     reader: _Reader, count: int
-) -> tuple[dict[str, str], dict[str, tuple[int, ...]], int]:
+) -> tuple[dict[str, str], dict[str, tuple[int, ...]], dict[str, ArrayInfo], int]:
+    """Return the texts and numbers, the tensors' original shapes, the arrays, the alignment."""
     metadata: dict[str, str] = {}
     shapes: dict[str, tuple[int, ...]] = {}
+    arrays: dict[str, ArrayInfo] = {}
     alignment = 32
     for _ in range(count):
         key = reader.text(65_535)
-        value = _read_value(reader)
+        value, array = _read_value(reader)
+        if array is not None and key.startswith(_TOKENIZER_KEY):
+            arrays[key] = array
         if key.startswith(_SHAPE_KEY) and isinstance(value, list):
             shapes[key.removeprefix(_SHAPE_KEY)] = _checked_shape(reader, key, value)
         elif key == "general.alignment":
@@ -163,7 +172,7 @@ def _read_metadata(
             metadata[key] = str(value)
     if not 1 <= alignment <= 65_536 or alignment & (alignment - 1):
         raise reader.fail(f"alignment {alignment}, a power of two up to 65,536 was expected")
-    return metadata, shapes, alignment
+    return metadata, shapes, arrays, alignment
 
 
 def _checked_shape(reader: _Reader, key: str, value: list[Any]) -> tuple[int, ...]:
@@ -174,27 +183,31 @@ def _checked_shape(reader: _Reader, key: str, value: list[Any]) -> tuple[int, ..
     return tuple(value)
 
 
-def _read_value(reader: _Reader) -> Any:
+def _read_value(reader: _Reader) -> tuple[Any, ArrayInfo | None]:
+    """Return a value, None for a long array or one of texts, and the place if it is an array."""
     kind = reader.number("<I")
     if kind in _SCALARS:
-        return reader.number(_SCALARS[kind])
+        return reader.number(_SCALARS[kind][1]), None
     if kind == _TEXT:
-        return reader.text()
+        return reader.text(), None
     if kind != _ARRAY:
         raise reader.fail(f"value type {kind} is unknown")
     item, count = reader.number("<I"), reader.number("<Q")
     if count > MAX_ARRAY:
         raise reader.fail(f"an array would have {count:,} elements ({MAX_ARRAY:,} are allowed)")
+    start, values = reader.position, None
     if item in _SCALARS:
-        width = struct.calcsize(_SCALARS[item])
+        name, code = _SCALARS[item]
         if count > KEEP_ARRAY:
-            reader.skip(count * width)
-            return None
-        return [reader.number(_SCALARS[item]) for _ in range(count)]
-    if item != _TEXT:
+            reader.skip(count * struct.calcsize(code))
+        else:
+            values = [reader.number(code) for _ in range(count)]
+    elif item == _TEXT:
+        name = "text"
+        reader.skip_texts(count)
+    else:
         raise reader.fail(f"an array of value type {item} is not known")
-    reader.skip_texts(count)
-    return None
+    return values, ArrayInfo(name, count, start, reader.position)
 
 
 def _read_info(reader: _Reader) -> tuple[str, tuple[int, ...], int, int]:

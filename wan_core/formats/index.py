@@ -25,20 +25,22 @@ MAX_SHARDS: Final = 1024
 def find_weights(folder: str | os.PathLike[str]) -> Path:
     """Return the file or index of weights that a component folder holds.
 
-    Knows the names of diffusers and transformers, with or without a variant tag
+    Knows the names of diffusers, transformers and PEFT, with or without a variant tag
     (``*.fp16.safetensors``). Raises MissingFile when there are no weights or several sets of them,
     UnsafeFile when there are only pickles, CorruptFile when there are shards without their index.
     """
     root = Path(folder)
     names = sorted(listing(root))
-    safe = [n for n in names if n.endswith(".safetensors")]
+    safe = [n for n in names if n.lower().endswith(SAFE_SUFFIXES)]
     indexes = [n for n in names if ".safetensors.index" in n and n.endswith(".json")]
-    for stem in ("diffusion_pytorch_model", "model"):
+    ggufs = [n for n in names if n.lower().endswith(".gguf")]
+    for stem in _STANDARD:
         for name in (f"{stem}.safetensors.index.json", f"{stem}.safetensors"):
             if name in names:
                 return root / name
     whole = [n for n in safe if not _SHARD.search(n)]
-    for group in (indexes, whole):
+    # Shards without their index come before GGUF files: the download is not whole.
+    for group in (indexes, whole, ggufs if not safe else []):
         if len(group) == 1:
             return root / group[0]
         if group:
@@ -51,12 +53,13 @@ def find_weights(folder: str | os.PathLike[str]) -> Path:
             f"{str(root)!r} holds {len(safe)} shards ({some_of(safe)}) but not their index "
             "(*.safetensors.index.json). Download the index too."
         )
-    ggufs = [n for n in names if n.lower().endswith(".gguf")]
-    if len(ggufs) == 1:
-        return root / ggufs[0]
     _refuse_empty(root, names)
 
 
+SAFE_SUFFIXES: Final = (".safetensors", ".sft")
+_STANDARD: Final = (
+    "diffusion_pytorch_model", "model", "adapter_model", "pytorch_lora_weights",
+)  # fmt: skip
 _SHARD: Final = re.compile(r"-\d{5}-of-\d{5}\b")
 _PARTIAL: Final = (".incomplete", ".part", ".aria2", ".crdownload", ".tmp", ".download")
 
@@ -76,8 +79,8 @@ def _refuse_empty(root: Path, names: Sequence[str]) -> NoReturn:
             "Finish the download."
         )
     raise MissingFile(
-        f"{str(root)!r} holds no weights (looked for *.safetensors and its index, found "
-        f"{some_of(names) if names else 'nothing'}). Download this part of the model again."
+        f"{str(root)!r} holds no weights (looked for *.safetensors with its index and for *.gguf, "
+        f"found {some_of(names) if names else 'nothing'}). Download this part of the model again."
     )
 
 
@@ -183,8 +186,11 @@ def _all_texts(weight_map: Mapping[str, Any]) -> bool:
 
 
 def listing(folder: Path) -> list[str]:
-    """Return the names in a folder; raises MissingFile when it cannot be listed."""
+    """Return the names in a folder that are not hidden; MissingFile when it cannot be listed.
+
+    macOS writes a hidden ``._name`` beside every file on disks that are not its own.
+    """
     try:
-        return os.listdir(folder)
+        return [name for name in os.listdir(folder) if not name.startswith(".")]
     except OSError as err:
         raise MissingFile(f"{quoted(folder)} cannot be listed: {err.strerror}.") from err

@@ -41,7 +41,7 @@ def read_small(infos: Sequence[TensorInfo], limit: int = 128) -> list[bytes]:
                 if info.nbytes > limit:
                     raise CorruptFile(
                         f"Tensor {info.name!r} of {quoted(path)} is {info.nbytes:,} bytes; at most "
-                        f"{limit:,} were expected."
+                        f"{limit:,} were expected. The file is damaged; download it again."
                     )
                 file.seek(info.start)
                 out[info.name] = file.read(info.nbytes)

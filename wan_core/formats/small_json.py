@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from pathlib import Path
 from typing import Any, Final
 
 from ..errors import CorruptFile
-from ..files import open_regular, quoted
+from ..files import decode_text, open_regular, quoted
 from .table import AGAIN, MAX_HEADER_BYTES, MAX_TENSORS
 
 
 def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Read a JSON object from a file of at most 16 MiB; raises CorruptFile if it is not one."""
+    """Read a JSON object from a file of at most 16 MiB; raises CorruptFile if it is not one.
+
+    Editors of Windows put a byte order mark before it, which is allowed.
+    """
     source = Path(path)
     with open_regular(source) as (file, size):
         if size > MAX_HEADER_BYTES:
             raise CorruptFile(
                 f"{quoted(source)} is {size:,} bytes; at most {MAX_HEADER_BYTES:,} are read."
             )
-        return load_json(file.read(MAX_HEADER_BYTES), source, "content")
+        data = file.read(MAX_HEADER_BYTES)
+    with contextlib.suppress(UnicodeDecodeError):  # load_json says what it is instead
+        data = decode_text(data).encode("utf-8")
+    return load_json(data, source, "content")
 
 
 def load_json(data: bytes, path: Path, what: str) -> dict[str, Any]:

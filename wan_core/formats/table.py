@@ -48,6 +48,25 @@ class TensorInfo:
 
 
 @dataclass(frozen=True, slots=True)
+class ArrayInfo:
+    """An array in a file's metadata: ``count`` elements in the bytes ``start`` to ``end``.
+
+    ``kind`` is the name of the elements' type (``f32``, ``i32``, ``text``). Of each text eight
+    bytes give the length.
+    """
+
+    kind: str
+    count: int
+    start: int
+    end: int
+
+    @property
+    def nbytes(self) -> int:
+        """Return the bytes stored."""
+        return self.end - self.start
+
+
+@dataclass(frozen=True, slots=True)
 class TensorTable:
     """All tensors of one file, or of all shards of one index, in file order."""
 
@@ -62,6 +81,8 @@ class TensorTable:
     """Bytes of header read to make this table."""
     notes: tuple[str, ...] = ()
     """Sentences about what is odd in the file but harmless."""
+    arrays: Mapping[str, ArrayInfo] = field(default_factory=dict)
+    """Where a GGUF file keeps the arrays of its tokenizer; they are not read with the table."""
 
     @property
     def nbytes(self) -> int:

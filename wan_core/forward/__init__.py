@@ -2,7 +2,8 @@
 
 In: a module built by ``loading``. Out: a context manager inside which the module runs the lean
 forward (``lean_forward`` for a transformer, ``lean_decoder`` for a VAE), or the reason why it
-cannot; and ``undisturbed``, inside which nothing that the caller has set for torch counts. Nothing
+cannot; ``why_no_lean`` gives the reason that lies in the installed diffusers, before there is a
+module. And ``undisturbed``, inside which nothing that the caller has set for torch counts. Nothing
 here knows on which device weights are or how they get there. Names are resolved on first use, so
 that importing this package does not import torch.
 """
@@ -15,6 +16,7 @@ from ..lazy import lazy_names
 
 if TYPE_CHECKING:
     from .block import TimestepRuns
+    from .sources import why_no_lean
     from .surroundings import undisturbed
     from .transformer import lean_forward, run_together
     from .vae import lean_decoder
@@ -23,6 +25,7 @@ __getattr__ = lazy_names(
     __name__,
     {
         "block": ("TimestepRuns",),
+        "sources": ("why_no_lean",),
         "surroundings": ("undisturbed",),
         "transformer": ("lean_forward", "run_together"),
         "vae": ("lean_decoder",),
@@ -35,4 +38,5 @@ __all__ = [
     "lean_forward",
     "run_together",
     "undisturbed",
+    "why_no_lean",
 ]

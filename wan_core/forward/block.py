@@ -14,7 +14,7 @@ No matrix product is split, so the result equals diffusers' bit for bit.
 ``exact=False`` goes further and splits matrix products too: self attention by groups of heads
 (v exists for one group at a time, and the output overwrites q), cross attention and feed-forward
 by rows of tokens. That holds 3.6 hidden states, but rounding may differ on some devices. The
-computation follows diffusers' ``transformer_wan.py`` (0.42).
+computation follows diffusers' ``transformer_wan.py`` (0.35 to 0.42, see ``sources``).
 """
 
 from __future__ import annotations
@@ -173,7 +173,6 @@ def _attend(attn: Any, query: Tensor, key: Tensor, value: Tensor, heads: int) ->
         dropout_p=0.0,
         is_causal=False,
         backend=attn.processor._attention_backend,
-        parallel_config=None,
     )
     return out.flatten(2, 3).type_as(query)
 

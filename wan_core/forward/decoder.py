@@ -13,7 +13,7 @@ row above and below, so the arithmetic is the same and no seams are blended, but
 differ on some devices. The feature cache can be kept in RAM meanwhile (``host_cache``), from where
 rows return when they are needed.
 
-The computation follows diffusers' ``autoencoder_kl_wan.py`` (0.42).
+The computation follows diffusers' ``autoencoder_kl_wan.py`` (0.35 to 0.42, see ``sources``).
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .host_cache import HISTORY, HostCache, HostEntry, frames_known
+from .sources import norms_widen
 
 _REPEAT = "Rep"  # diffusers' marker: this upsampler has seen only the first frame
 _HALF = (torch.float16, torch.bfloat16)
@@ -367,7 +368,7 @@ def _activated(norm: Any, x: Tensor, out: Tensor | None = None) -> Tensor:
 
 def _normalize(norm: Any, x: Tensor, out: Tensor) -> None:
     """Apply the operations of ``WanRMS_norm``, in their order; ``out`` may be x."""
-    wide = x.float() if x.dtype in _HALF else x
+    wide = x.float() if x.dtype in _HALF and norms_widen() else x
     length = wide.norm(2.0, dim=1, keepdim=True).clamp_min_(_EPSILON)
     if wide is x:
         torch.div(x, length, out=out)

@@ -6,11 +6,9 @@ forward that was there before.
 
 from __future__ import annotations
 
-import hashlib
-import inspect
 import threading
 import weakref
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -20,35 +18,22 @@ import torch
 from torch import nn
 
 from ..loading import Undo
+from .sources import Table, why_not
 
 T = TypeVar("T")
 
 
-def digest_of(code: Iterable[Any]) -> str:
-    """Return a digest of the sources of functions and classes; "" if one cannot be read."""
-    digest = hashlib.sha256()
-    try:
-        for part in code:
-            digest.update(inspect.getsource(inspect.unwrap(part)).encode())
-    except (OSError, TypeError):
-        return ""
-    return digest.hexdigest()[:16]
-
-
-def unknown_code(
-    module: nn.Module, kind: type, within: nn.Module, digest: str, known: Collection[str], what: str
-) -> str | None:
+def unknown_code(module: nn.Module, kind: type, within: nn.Module, table: Table) -> str | None:
     """Return why a replacement was not written after this module's own code, or None if it was.
 
-    ``kind`` is the class it must be, exactly. ``digest`` is that of the installed sources and
-    ``known`` those that compute the same; ``within`` is the submodule that is replaced.
+    ``kind`` is the class it must be, exactly. ``table`` names the code that is replaced, and
+    ``within`` is the submodule to which that code belongs.
     """
     if type(module) is not kind:
         return f"{type(module).__name__} is not {kind.__name__}"
-    if digest not in known:
-        from diffusers import __version__
-
-        return f"diffusers {__version__} computes {what} in a way not known here"
+    reason = why_not(table)
+    if reason is not None:
+        return reason
     if within.training:
         return "the model is in training mode"
     return None

@@ -19,39 +19,12 @@ from torch import Tensor, nn
 
 from ..memory import LEAN_HEAD_GROUPS, LEAN_ROWS
 from .block import LeanOptions, Modulation, TimestepRuns, run_block
-from .replaced import Installed, ReplacedForward, digest_of, unknown_code
+from .replaced import Installed, ReplacedForward, unknown_code
+from .sources import TRANSFORMER
 from .timestep import Embedding, embed_timestep
-
-KNOWN_SOURCES = {"2d9f08edea184d1d"}
-"""Digests of the diffusers sources for which the lean forward is known to give the same bits."""
 
 _MAX_RUNS = 8
 """With more runs of equal timesteps the model is given one embedding per token instead."""
-
-
-@functools.cache
-def source_digest() -> str:
-    """Return a digest of the diffusers functions that the lean forward replaces.
-
-    It is "" if a source cannot be read. Comments and layout count, so that any change is noticed.
-    """
-    from diffusers.models import activations, attention, normalization
-    from diffusers.models.transformers import transformer_wan as wan
-
-    functions = (
-        wan.WanTransformer3DModel.forward,
-        wan.WanTransformerBlock.forward,
-        wan.WanAttention.forward,
-        wan.WanAttnProcessor.__call__,
-        wan._get_qkv_projections,
-        wan._get_added_kv_projections,
-        wan.WanTimeTextImageEmbedding.forward,
-        wan.WanRotaryPosEmbed.forward,
-        attention.FeedForward.forward,
-        activations.GELU.forward,
-        normalization.FP32LayerNorm.forward,
-    )
-    return digest_of(functions)
 
 
 def why_not(transformer: Any) -> str | None:
@@ -59,8 +32,7 @@ def why_not(transformer: Any) -> str | None:
     from diffusers import WanTransformer3DModel
 
     kind: Any = WanTransformer3DModel
-    what = "the transformer"
-    reason = unknown_code(transformer, kind, transformer, source_digest(), KNOWN_SOURCES, what)
+    reason = unknown_code(transformer, kind, transformer, TRANSFORMER)
     if reason is not None:
         return reason
     if _hooked(transformer):
@@ -94,7 +66,9 @@ def _why_not_block(block: Any) -> str | None:
         return "it is compiled"
     for attn in (block.attn1, block.attn2):
         processor: Any = attn.processor
-        if type(processor) is not wan.WanAttnProcessor or processor._parallel_config is not None:
+        # diffusers 0.35 cannot split tokens over devices and has no such attribute.
+        parallel = getattr(processor, "_parallel_config", None)
+        if type(processor) is not wan.WanAttnProcessor or parallel is not None:
             return f"its attention is computed by {type(processor).__name__}"
         if getattr(attn, "fused_projections", False):
             return "its projections are fused"

@@ -18,32 +18,10 @@ from torch import Tensor, nn
 
 from .decoder import DecodeOptions, DecoderWalk
 from .host_cache import HostCache
-from .replaced import Installed, ReplacedForward, digest_of, unknown_code
-
-KNOWN_SOURCES = {"7ddcc402cfda3497"}
-"""Digests of the diffusers sources for which the lean decoder is known to give the same bits."""
+from .replaced import Installed, ReplacedForward, unknown_code
+from .sources import DECODER
 
 _DTYPES = {torch.float32, torch.bfloat16, torch.float16}
-
-
-@functools.cache
-def source_digest() -> str:
-    """Return a digest of the diffusers code that the lean decoder replaces; "" if unreadable."""
-    from diffusers.models.autoencoders import autoencoder_kl_wan as wan
-
-    code = (
-        wan.WanDecoder3d.forward,
-        wan.WanMidBlock.forward,
-        wan.WanUpBlock.forward,
-        wan.WanResidualUpBlock,
-        wan.WanResidualBlock,
-        wan.WanCausalConv3d,
-        wan.WanRMS_norm,
-        wan.WanResample,
-        wan.WanUpsample,
-        wan.DupUp3D,
-    )
-    return digest_of(code)
 
 
 def why_not(vae: Any) -> str | None:
@@ -52,8 +30,7 @@ def why_not(vae: Any) -> str | None:
     from diffusers.models.autoencoders import autoencoder_kl_wan as wan
 
     decoder = getattr(vae, "decoder", vae)
-    what = "the VAE's decoder"
-    reason = unknown_code(vae, AutoencoderKLWan, decoder, source_digest(), KNOWN_SOURCES, what)
+    reason = unknown_code(vae, AutoencoderKLWan, decoder, DECODER)
     if reason is not None:
         return reason
     known = {getattr(wan, name) for name in dir(wan) if name.startswith(("Wan", "DupUp"))}

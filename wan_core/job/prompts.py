@@ -25,7 +25,8 @@ def parse_prompts(text: str) -> tuple[PromptPart, ...]:
     ``81: a red fox runs`` lasts for 81 video frames. The last part lasts until the clip ends, so
     its count may be left out. Raises InvalidRequest, naming the line.
     """
-    lines = [line for line in text.splitlines() if line.strip()]
+    # A text read from a file may begin with a byte order mark.
+    lines = [line for line in text.removeprefix("\ufeff").splitlines() if line.strip()]
     if not 1 <= len(lines) <= MAX_PARTS:
         raise InvalidRequest(
             f"prompts has {len(lines)} lines; 1 to {MAX_PARTS} like '81: a red fox' are needed.",

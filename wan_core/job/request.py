@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import GenerationConfig
-from ..errors import InvalidRequest
+from ..errors import InvalidRequest, MissingFile
 from ..models import IMAGE_TOKENS, ModelArchitecture, Variant
 from .fields import choice, flag, function, real, text, whole
 from .noise import NOISES
@@ -104,8 +104,11 @@ def resolve(
 
     ``window`` is the length in video frames of windows that are asked for without a length
     (``force_chunked_processing`` without ``max_chunk_size``); None means 81. Raises InvalidRequest
-    naming the field, the value found and the values allowed.
+    naming the field, the value found and the values allowed, and MissingFile where a part of the
+    model must be named first.
     """
+    if architecture.incomplete:
+        raise MissingFile(architecture.incomplete)
     warnings: list[str] = []
     _check_images(config, architecture)
     _check_mode(config, architecture)
@@ -208,14 +211,13 @@ def _windowing(config: GenerationConfig, num_frames: int, length: int | None) ->
 
 
 def _recipe_warnings(request: Request, architecture: ModelArchitecture) -> Iterator[str]:
-    """Say where the request differs from the settings that a distilled LoRA was trained for."""
-    for found in architecture.loras:
-        recipe = found.recipe if found.lora.strength else None
-        differences = recipe.differences(request) if recipe is not None else []
-        if recipe is not None and differences:
+    """Say where the request differs from the settings that a distilled file was trained for."""
+    for what, recipe in architecture.recipes():
+        differences = recipe.differences(request)
+        if differences:
             yield (
-                f"The LoRA {Path(found.lora.path).name} is {recipe.describe()} ({recipe.reason}). "
-                f"This job has {', '.join(differences)}."
+                f"{what} is {recipe.describe()} ({recipe.reason}). This job has "
+                f"{', '.join(differences)}."
             )
 
 

@@ -17,11 +17,15 @@ if TYPE_CHECKING:
     from .component import load_component
     from .download import fetch, plan_download
     from .dtypes import dtype_of, keep_in_fp32, stays_fp32
-    from .fp8_storage import store_fp8
     from .moving import Undo, device_of, move, remember
-    from .page_lock import Slab, all_pinned_bytes, lock_within, pin_block, room_to_pin
+    from .page_lock import Slab, all_pinned_bytes, lock_within, pin_block, room_to_pin, unpin
     from .reader import TensorReader
-    from .tokenizer import load_image_processor, load_scheduler_config, load_tokenizer
+    from .tokenizer import (
+        check_tokenizer,
+        load_image_processor,
+        load_scheduler_config,
+        load_tokenizer,
+    )
 
 __getattr__ = lazy_names(
     __name__,
@@ -30,12 +34,23 @@ __getattr__ = lazy_names(
         "component": ("load_component",),
         "download": ("fetch", "plan_download"),
         "dtypes": ("dtype_of", "keep_in_fp32", "stays_fp32"),
-        "fp8_storage": ("store_fp8",),
         "moving": ("Undo", "device_of", "move", "remember"),
-        "page_lock": ("Slab", "all_pinned_bytes", "lock_within", "pin_block", "room_to_pin"),
+        "page_lock": (
+            "Slab",
+            "all_pinned_bytes",
+            "lock_within",
+            "pin_block",
+            "room_to_pin",
+            "unpin",
+        ),
         "reader": ("TensorReader",),
-        "tokenizer": ("load_image_processor", "load_scheduler_config", "load_tokenizer"),
-    },
+        "tokenizer": (
+            "check_tokenizer",
+            "load_image_processor",
+            "load_scheduler_config",
+            "load_tokenizer",
+        ),
+    },  # fmt: skip
 )
 
 __all__ = [
@@ -45,6 +60,7 @@ __all__ = [
     "TensorReader",
     "Undo",
     "all_pinned_bytes",
+    "check_tokenizer",
     "component_cache",
     "component_key",
     "device_of",
@@ -62,5 +78,5 @@ __all__ = [
     "remember",
     "room_to_pin",
     "stays_fp32",
-    "store_fp8",
+    "unpin",
 ]

@@ -12,6 +12,7 @@ import gc
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,10 +68,11 @@ class ComponentCache:
 
     def __init__(self) -> None:
         self.render_lock = threading.RLock()
-        # Held while a component is being read, so that two threads do not read it twice. To avoid a
-        # deadlock, a thread that needs both locks takes render_lock first.
+        # Never held while a component is read: that takes minutes, and others ask what is loaded
+        # meanwhile. To avoid a deadlock, a thread that needs both locks takes render_lock first.
         self._lock = threading.RLock()
         self._entries: OrderedDict[ComponentKey, _Entry] = OrderedDict()
+        self._building: dict[ComponentKey, threading.Event] = {}
         self._texts: OrderedDict[Hashable, Any] = OrderedDict()
 
     @contextmanager
@@ -92,16 +94,30 @@ class ComponentCache:
                     del self._entries[key]
 
     def _take(self, key: ComponentKey, nbytes: int, build: Callable[[], Any]) -> _Entry:
-        with self._lock:
-            entry = self._entries.get(key)
-            if entry is None:
-                self._drop_stale(key)
-                self._make_room(nbytes)
-                entry = _Entry(build(), nbytes)
+        while True:
+            with self._lock:
+                entry = self._entries.get(key)
+                if entry is not None:
+                    self._entries.move_to_end(key)
+                    entry.users += 1
+                    return entry
+                other = self._building.get(key)
+                if other is None:
+                    done = self._building[key] = threading.Event()
+                    self._drop_stale(key)
+                    break
+            # Another thread reads it. If that fails, the next turn reads it here.
+            other.wait()
+        try:
+            self._make_room(nbytes)
+            entry = _Entry(build(), nbytes, users=1)
+            with self._lock:
                 self._entries[key] = entry
-            self._entries.move_to_end(key)
-            entry.users += 1
             return entry
+        finally:
+            with self._lock:
+                del self._building[key]
+            done.set()
 
     def _drop_stale(self, key: ComponentKey) -> None:
         """Drop modules read from earlier versions of the same files: no key can match them."""
@@ -112,14 +128,18 @@ class ComponentCache:
 
     def _make_room(self, nbytes: int) -> None:
         """Drop unused components, least recently used first, until ``nbytes`` are available."""
-        unused = [key for key, entry in self._entries.items() if entry.users == 0]
-        for key in unused:
+        while True:
             # Asked anew each time: what a component frees is less than its size where its weights
             # are views of a mapped file.
             _, available, _ = ram()
             if available >= nbytes + RAM_RESERVE:
                 return
-            del self._entries[key]
+            with self._lock:
+                unused = (key for key, entry in self._entries.items() if entry.users == 0)
+                key = next(unused, None)
+                if key is None:
+                    return
+                del self._entries[key]
             gc.collect()
 
     def get_text(self, key: Hashable) -> Any | None:
@@ -153,7 +173,7 @@ class ComponentCache:
         Weights that are views of a mapped file are left out: the system counts their pages as
         available already.
         """
-        from .reader import is_mapped
+        from .mapped import is_mapped
 
         on_device = in_ram = 0
         with self._lock:
@@ -169,18 +189,42 @@ class ComponentCache:
                         in_ram += tensor.nbytes
         return (0, on_device) if device == "cpu" else (on_device, in_ram)
 
-    def release_device(self) -> int:
-        """Move every component that is not in use to the CPU; return how many were moved."""
+    def release_device(
+        self, nbytes: int | None = None, paths: AbstractSet[str] | None = None
+    ) -> int:
+        """Move components that are not in use to the CPU; return the bytes that became free.
+
+        With ``nbytes``, no more than about so many: the least recently used component first, and
+        of the last one only blocks. ``paths`` (absolute, links resolved) limits it to components
+        read from these files.
+        """
         from .moving import move
 
-        moved = 0
+        freed = 0
         with self._lock:
-            for entry in self._entries.values():
-                tensor = next(iter(getattr(entry.module, "parameters", tuple)()), None)
-                if entry.users == 0 and tensor is not None and tensor.device.type != "cpu":
-                    move(entry.module, "cpu")
-                    moved += 1
-        return moved
+            for key, entry in self._entries.items():
+                if entry.users or not hasattr(entry.module, "parameters"):
+                    continue
+                if paths is not None and not paths & {file.path for file in key.files}:
+                    continue
+                for piece in _pieces_of(entry.module):
+                    if nbytes is not None and freed >= nbytes:
+                        return freed
+                    held = _device_bytes(piece)
+                    if held:
+                        move(piece, "cpu")
+                        freed += held
+        return freed
+
+    def drop_unused(self) -> int:
+        """Forget every component that is not in use; return how many there were."""
+        with self._lock:
+            unused = [key for key, entry in self._entries.items() if entry.users == 0]
+            for key in unused:
+                del self._entries[key]
+        if unused:
+            gc.collect()
+        return len(unused)
 
     def drop(self, paths: set[str]) -> None:
         """Drop the components read from these files (absolute paths, links resolved)."""
@@ -197,6 +241,19 @@ class ComponentCache:
             self._entries.clear()
             self._texts.clear()
         gc.collect()
+
+
+def _pieces_of(module: Any) -> list[Any]:
+    """Return the blocks of a module from the last to the first, then the module for its rest."""
+    blocks = getattr(module, "blocks", None)
+    if blocks is None:
+        blocks = getattr(getattr(module, "encoder", None), "block", None)
+    return [*reversed(list(blocks or ())), module]
+
+
+def _device_bytes(module: Any) -> int:
+    """Return the bytes of a module's parameters that are not in RAM."""
+    return sum(p.nbytes for p in module.parameters() if p.device.type != "cpu")
 
 
 _PROCESS_CACHE = ComponentCache()

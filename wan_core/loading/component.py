@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,12 +21,13 @@ from torch import nn
 from ..detect import IdentifiedFile, identify
 from ..errors import CorruptFile, MissingDependency, ModelMismatch, UnsupportedModel
 from ..files import quoted, some_of
-from ..formats import TensorInfo, TensorTable, read_table
-from ..models import Mapped, Source, map_names
+from ..formats import Storage, TensorInfo, TensorTable, logical_shape, read_table
+from ..models import Mapped, Source, cast_at_use, map_names, stays_stored
 from .blueprint import Blueprint, found_blueprint, stated_blueprint
+from .dequantize import Scales
 from .dtypes import keep_in_fp32, stays_fp32
-from .quantized import ScaledLinear, gguf_linear, gguf_parameter, replace_linear
-from .reader import DTYPES, FP8, TensorReader, gguf_type
+from .quantized import StoredEmbedding, StoredLinear, fp8_layer, replace_layer
+from .reader import DTYPES, FP8, TensorReader
 from .tokenizer import load_image_processor, load_scheduler_config, load_tokenizer
 
 __all__ = ["load_component", "load_image_processor", "load_scheduler_config", "load_tokenizer"]
@@ -43,6 +44,9 @@ def load_component(
     kind: str | None = None,
     keep_quantized: bool = False,
     map_file: bool = False,
+    align: bool = False,
+    fp8_storage: bool = False,
+    interrupt_check: Callable[[], object] = lambda: None,
 ) -> nn.Module:
     """Return the component that a file or folder holds, as a diffusers or transformers module.
 
@@ -53,6 +57,11 @@ def load_component(
     ``keep_quantized`` leaves the weights of linear layers as stored (fp8 or GGUF blocks) and
     dequantises them at each call, computing in ``dtype``. ``map_file`` makes weights that need no
     conversion views of the mapped file, which must then not change while the module is in use.
+
+    ``align`` maps plain numbers only where the file has them aligned, for modules that compute on
+    the CPU. ``fp8_storage`` stores the matrices of a transformer's blocks in fp8 where the file has
+    not, each as soon as it is read; this changes the result. ``interrupt_check`` is called for
+    every few megabytes that are read.
 
     A .pth file is read when ``path`` names it, never when it only lies in the folder that ``path``
     names. Raises ModelFileError, ModelMismatch or UnsupportedModel; where the headers show the
@@ -65,10 +74,11 @@ def load_component(
     plan = stated or found_blueprint(part, mapped)
     # Without memory, so that a wrong file is refused before gigabytes are allocated or read.
     module = build(plan)
-    check = _Check(plan, table, mapped, module)
+    check = _Check(plan, table, mapped, module, part)
     check.run()
-    with TensorReader(table, device, mapped=map_file) as reader:
-        _Filling(module, table, reader, check.sources, dtype, plan.kind, keep_quantized).run()
+    with TensorReader(table, device, mapped=map_file, align=align, check=interrupt_check) as reader:
+        keeping = _Keeping(keep_quantized, fp8_storage)
+        _Filling(module, table, reader, check.sources, dtype, part, keeping).run()
     # What no file holds comes last: until now these buffers are on the meta device.
     _restore_buffers(module, torch.device(device))
     _tie(module, table)
@@ -79,7 +89,7 @@ def _identified(
     path: Path, table: TensorTable, kind: str | None
 ) -> tuple[IdentifiedFile, Blueprint | None]:
     """Return what the weights are recognised as, and what a config.json beside them states."""
-    part, stated = identify(table), stated_blueprint(path)
+    part, stated = identify(table, kind), stated_blueprint(path)
     if part.kind not in KINDS and stated is not None:
         # The tensors by which it would be recognised are missing. Believe config.json for now: the
         # comparison with its module then names the missing ones.
@@ -150,6 +160,7 @@ class _Check:
     table: TensorTable
     mapped: Mapped
     module: nn.Module
+    part: IdentifiedFile
 
     def __post_init__(self) -> None:
         self.sources: dict[str, Source] = {}
@@ -166,16 +177,19 @@ class _Check:
             if source is None:
                 missing.append(name)
             elif not self._fits(source, shape):
-                info = self.table.tensors[source.name]
-                misshapen.append(f"{source.name!r} is {list(info.shape)}, not {list(shape)}")
+                found = list(self._shape_of(source))
+                misshapen.append(f"{source.name!r} is {found}, not {list(shape)}")
             else:
                 self.sources[name] = source
         if missing or misshapen or offered:
             self._refuse(len(wanted), missing, misshapen, [s.name for s in offered.values()])
-        self._check_dtypes()
+
+    def _shape_of(self, source: Source) -> tuple[int, ...]:
+        name = source.name.removeprefix(self.part.prefix)
+        return logical_shape(name, self.table.tensors[source.name], self.part.weights)
 
     def _fits(self, source: Source, wanted: tuple[int, ...]) -> bool:
-        shape = self.table.tensors[source.name].shape
+        shape = self._shape_of(source)
         if source.parts > 1 and (not shape or shape[0] % source.parts):
             return False
         stored = (shape[0] // source.parts, *shape[1:]) if source.parts > 1 else shape
@@ -210,22 +224,17 @@ class _Check:
             f"{where} as {self.plan.origin} describes it: {'; '.join(found)}. {advice}"
         )
 
-    def _check_dtypes(self) -> None:
-        for source in self.sources.values():
-            info = self.table.tensors[source.name]
-            stored = DTYPES.get(info.dtype)
-            if stored is None:
-                gguf_type(info)
-            elif not stored.is_floating_point:
-                raise UnsupportedModel(
-                    f"Weight {info.name!r} of {quoted(info.file)} is stored as {info.dtype}: an "
-                    "integer quantisation that WanFit does not read. Get the fp16, bf16, "
-                    "fp8_scaled or GGUF version."
-                )
-
 
 def _squeezed(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(size for size in shape if size != 1)
+
+
+@dataclass(frozen=True)
+class _Keeping:
+    """Which weights do not become plain numbers of the computing dtype."""
+
+    quantized: bool
+    fp8: bool
 
 
 @dataclass
@@ -241,15 +250,18 @@ class _Filling:
     reader: TensorReader
     sources: Mapping[str, Source]
     dtype: torch.dtype | None
-    kind: str
-    keep_quantized: bool
+    part: IdentifiedFile
+    keeping: _Keeping
 
     def run(self) -> None:
         shapes = {name: tuple(t.shape) for name, t in self.module.state_dict().items()}
+        # In the order of the file, so that a disk reads forward.
         for name in sorted(self.sources, key=self._position):
             source = self.sources[name]
-            if not (self.keep_quantized and self._keep(name, source)):
-                tensor = self._read(name, source, shapes[name])
+            if self.keeping.quantized and self._keep(name, source):
+                continue
+            tensor = self._read(name, source, shapes[name])
+            if not (self.keeping.fp8 and self._store_fp8(name, tensor)):
                 _assign(self.module, name, tensor)
 
     def _position(self, name: str) -> tuple[str, int, int]:
@@ -257,51 +269,67 @@ class _Filling:
         info = self.table.tensors[source.name]
         return str(info.file), info.start, source.part
 
+    def _stored(self, source: Source) -> Storage | None:
+        return self.part.weights.weights.get(source.name.removeprefix(self.part.prefix))
+
     def _target(self, name: str, info: TensorInfo) -> torch.dtype:
         dtype = self.dtype
         if dtype is None:
             stored = DTYPES.get(info.dtype, torch.bfloat16)
-            dtype = torch.bfloat16 if stored in FP8 else stored
+            plain = stored.is_floating_point and stored not in FP8
+            dtype = stored if plain else torch.bfloat16
         return torch.float32 if stays_fp32(name, keep_in_fp32(self.module, dtype)) else dtype
 
     def _read(self, name: str, source: Source, shape: tuple[int, ...]) -> torch.Tensor:
-        target = self._target(name, self.table.tensors[source.name])
-        scale = self.reader.scale(source, shape[0] if shape else 1)
-        return self.reader.read(source, shape, target, scale=scale)
+        target, stored = self._target(name, self.table.tensors[source.name]), self._stored(source)
+        if stored is None:
+            return self.reader.read(source, shape, target)
+        return self.reader.unpack(source, stored, self.part.prefix, shape, target)
 
     def _keep(self, name: str, source: Source) -> bool:
-        """Keep a linear layer's weight as stored; False where it must be dequantised now.
-
-        Kept are whole weights of plain linear layers that compute in ``dtype``. Layers that stay in
-        fp32 are small, and their class expects an ordinary weight.
-        """
-        info = self.table.tensors[source.name]
-        layer_name, _, leaf = name.rpartition(".")
-        layer = self.module.get_submodule(layer_name)
+        """Fill a layer with its weight as stored; False where it is read as plain numbers."""
+        info, stored = self.table.tensors[source.name], self._stored(source)
         target = self._target(name, info)
-        if leaf != "weight" or type(layer) is not nn.Linear or source.parts > 1:
-            return False
-        if stays_fp32(name, keep_in_fp32(self.module, torch.bfloat16)):
+        if stored is None and self._cast_at_use(info, target):
+            stored = Storage("float", info.dtype, info.shape)
+        layer_name = name.rpartition(".")[0]
+        layer = self.module.get_submodule(layer_name)
+        if not stays_stored(self.part.kind, name, stored) or source.parts > 1:
             return False
         if target == torch.float32 and self.dtype != torch.float32:
-            return False  # a layer that stays in fp32 beside fp16 only (umT5's ``wo``)
-        if DTYPES.get(info.dtype) in FP8:
-            stored = DTYPES[info.dtype]
-            scaled = ScaledLinear(
-                layer.in_features, layer.out_features, bias=layer.bias is not None, stored=stored
+            return False  # umT5 keeps some layers in fp32 beside fp16
+        assert stored is not None
+        if type(layer) is nn.Linear:
+            new: StoredLinear | StoredEmbedding = StoredLinear(
+                layer.in_features, layer.out_features, bias=layer.bias is not None
             )
-            values = self.reader.read(source, tuple(info.shape))
-            scaled.set_weight(values, self.reader.scale(source, layer.out_features))
-            new: nn.Module = scaled
-        elif info.dtype not in DTYPES and self.kind == "transformer":
-            new = gguf_linear(layer, target)
-            new.weight = gguf_parameter(self.reader.raw(source.name), gguf_type(info))
+            new.bias = layer.bias  # it may have been read before the weight
+        elif type(layer) is nn.Embedding:
+            new = StoredEmbedding(layer.num_embeddings, layer.embedding_dim, target)
         else:
             return False
-        # Files hold weight and bias in either order: the bias may have been read already.
-        new.bias = layer.bias
-        replace_linear(self.module, layer_name, new)
+        if stored.kind == "float":
+            new.set_stored(self.reader.read(source, info.shape), Scales(), stored)
+        else:
+            scales = self.reader.scales(source, stored, self.part.prefix)
+            new.set_stored(self.reader.bits(source, stored), scales, stored)
+        replace_layer(self.module, layer_name, new)
         return True
+
+    def _store_fp8(self, name: str, weight: torch.Tensor) -> bool:
+        """Store a matrix of a block in fp8, before the next one is read; False for all others."""
+        layer_name, _, leaf = name.rpartition(".")
+        layer = self.module.get_submodule(layer_name)
+        if type(layer) is not nn.Linear or leaf != "weight" or not name.startswith("blocks."):
+            return False
+        replace_layer(self.module, layer_name, fp8_layer(layer, weight))
+        return True
+
+    def _cast_at_use(self, info: TensorInfo, target: torch.dtype) -> bool:
+        """Whether a half-precision matrix stays as it is for the other half precision."""
+        names = {torch.float16: "F16", torch.bfloat16: "BF16"}
+        on_cpu = self.reader.device.type == "cpu" and not self.reader.mapped
+        return not (on_cpu or self.keeping.fp8) and cast_at_use(info.dtype, names.get(target, ""))
 
 
 def _assign(module: nn.Module, name: str, tensor: torch.Tensor) -> None:
@@ -314,19 +342,21 @@ def _assign(module: nn.Module, name: str, tensor: torch.Tensor) -> None:
 
 
 def _tie(module: nn.Module, table: TensorTable) -> None:
-    """Make umT5's encoder use the shared token embedding; CorruptFile where that is all zero."""
+    """Let umT5's encoder use the shared embedding, which must not be all zero."""
     shared = getattr(module, "shared", None)
     if not isinstance(shared, nn.Embedding):
         return
     weight = shared.weight
-    # The first rows nearly always decide it, without a look at all 2 GB.
     if not (bool(weight[:1024].any()) or bool(weight.any())):
         raise CorruptFile(
             f"The token embedding of {quoted(table.path)} is all zero: every prompt would mean the "
             "same. Download the text encoder again."
         )
     for name in _TIED:
-        module.get_submodule(name.rpartition(".")[0]).weight = weight
+        if isinstance(shared, StoredEmbedding):
+            replace_layer(module, name.rpartition(".")[0], shared)
+        else:
+            module.get_submodule(name.rpartition(".")[0]).weight = weight
 
 
 def _restore_buffers(module: nn.Module, device: torch.device) -> None:

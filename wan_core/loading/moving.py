@@ -6,11 +6,25 @@ them, also when one fails.
 
 from __future__ import annotations
 
+import queue
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, wait
 from types import TracebackType
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from .mapped import is_mapped
+from .page_lock import Slab
+
+_RING_FROM = 256 * 2**20  # bytes; below, setting the ring up takes longer than it saves
+_PIECE = 32 * 2**20
+_SLOTS = 4
+_CHECK_SECONDS = 0.05
+_homes: Any = WeakTensorKeyDictionary()
+"""For parameters on a device: their tensor in the mapped file they came from."""
 
 
 class Undo:
@@ -62,16 +76,26 @@ class Undo:
             raise main
 
 
-def move(module: nn.Module, device: torch.device | str) -> None:
+def move(
+    module: nn.Module, device: torch.device | str, check: Callable[[], object] = lambda: None
+) -> None:
     """Move all parameters and buffers to ``device``; on an error all stay where they were.
 
-    Parameters stay the same objects. Non-persistent buffers are moved too.
+    Parameters stay the same objects. Non-persistent buffers are moved too. ``check`` is called for
+    every few megabytes on the way to a CUDA device; what it raises stops the move.
     """
     undo = Undo()
     remember(undo, module)
+    target = torch.device(device)
     try:
-        for parameter in module.parameters():
-            parameter.data = _sent(parameter.data, device)
+        parameters = list(module.parameters())
+        # Weights are only read: those that came from a mapped file need no copy to come home.
+        present = [_home_of(p) if target.type == "cpu" else p.data for p in parameters]
+        moved = _sent_all(present, device, check)
+        for parameter, before, data in zip(parameters, present, moved, strict=True):
+            if target.type != "cpu" and is_mapped(before):
+                _homes[parameter] = before
+            parameter.data = data
         for owner in module.modules():
             for name, buffer in owner._buffers.items():
                 if buffer is not None:
@@ -81,8 +105,95 @@ def move(module: nn.Module, device: torch.device | str) -> None:
         raise
 
 
-def _sent(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
+def _home_of(parameter: nn.Parameter) -> Tensor:
+    """Return the mapped tensor that a parameter on a device came from, or its present one."""
+    home: Tensor | None = _homes.get(parameter)
+    data = parameter.data
+    same = home is not None and (home.dtype, home.shape) == (data.dtype, data.shape)
+    return home if home is not None and same else data
+
+
+def _sent(tensor: Tensor, device: torch.device | str) -> Tensor:
     return tensor.to(device)
+
+
+def _sent_all(
+    tensors: list[Tensor], device: torch.device | str, check: Callable[[], object]
+) -> list[Tensor]:
+    """Return the tensors on ``device``; many bytes go to CUDA through page-locked pieces."""
+    target = torch.device(device)
+    on_host = [t for t in tensors if t.device.type == "cpu" and t.is_contiguous()]
+    if target.type != "cuda" or sum(t.nbytes for t in on_host) < _RING_FROM:
+        return [_sent(tensor, device) for tensor in tensors]
+    through = {id(tensor) for tensor in on_host}
+    out = [
+        torch.empty_like(t, device=target) if id(t) in through else _sent(t, device)
+        for t in tensors
+    ]
+    pieces = [
+        (_bytes_of(source)[start : start + _PIECE], _bytes_of(there)[start : start + _PIECE])
+        for source, there in zip(tensors, out, strict=True)
+        if id(source) in through
+        for start in range(0, source.nbytes, _PIECE)
+    ]
+    _Ring(target).carry(pieces, check)
+    return out
+
+
+def _bytes_of(tensor: Tensor) -> Tensor:
+    return tensor.view(-1).view(torch.uint8) if tensor.dim() else tensor.view(1).view(torch.uint8)
+
+
+class _Ring:
+    """A few page-locked pieces of memory, filled by threads and emptied by the device.
+
+    Pageable memory crosses the bus at a fraction of its speed, and a mapped file is read as it is
+    touched: while one piece is on its way, the next ones are read.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream: Any = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        # What is sent was allocated by the present stream: its pending work must end first.
+        self._stream.wait_stream(torch.cuda.current_stream(device))
+        self._free: queue.SimpleQueue[tuple[Slab, Any]] = queue.SimpleQueue()
+        self._slabs = [Slab(_PIECE, torch.device("cpu")) for _ in range(_SLOTS)]
+        for slab in self._slabs:
+            slab.lock()
+            self._free.put((slab, None))
+
+    def carry(self, pieces: list[tuple[Tensor, Tensor]], check: Callable[[], object]) -> None:
+        """Copy each source (host) to its target (device); returns when all are ordered."""
+        try:
+            with ThreadPoolExecutor(_SLOTS, thread_name_prefix="wanfit-send") as pool:
+                waiting = [pool.submit(self._send, *piece) for piece in pieces]
+                try:
+                    for one in waiting:
+                        while not one.done():
+                            check()
+                            wait([one], timeout=_CHECK_SECONDS)
+                        one.result()
+                finally:
+                    for one in waiting:
+                        one.cancel()
+        finally:
+            self._stream.synchronize()
+            for slab in self._slabs:
+                slab.unlock()
+        torch.cuda.current_stream(self._device).wait_stream(self._stream)
+
+    def _send(self, source: Tensor, target: Tensor) -> None:
+        slab, sent = self._free.get()
+        try:
+            if sent is not None:
+                sent.synchronize()  # the copy that read this piece last
+            with torch.no_grad():
+                slab.memory[: len(source)].copy_(source)
+                with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
+                    target.copy_(slab.memory[: len(source)], non_blocking=True)
+                    sent = self._stream.record_event()
+        finally:
+            self._free.put((slab, sent))
 
 
 def device_of(module: nn.Module) -> torch.device:

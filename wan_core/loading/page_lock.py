@@ -15,6 +15,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from .mapped import is_mapped
+
 _cuda: Any = torch.cuda  # parts of it carry no types
 _log = logging.getLogger(__name__)
 
@@ -32,6 +34,8 @@ class Slab:
         with torch.inference_mode(False):
             self.memory = torch.empty(nbytes, dtype=torch.uint8, device=device)
         self.users = 0
+        self.mapped_home: list[Tensor] | None = None
+        self.block: Block | None = None
         self._release: Any = None
 
     @property
@@ -56,14 +60,32 @@ class Slab:
             self._release = None
 
 
+_refused = False
+"""Whether the system refused a page lock in this process: it is then not asked again."""
+
+
 def _register(memory: Tensor) -> bool:
+    global _refused
+    if _refused:
+        return False
     status = int(_cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.numel(), 0))
     if status != 0:
+        _refused = True
+        _discard_error()
         _log.warning(
-            "Page-locking %.0f MB failed (CUDA error %d): copies go through pageable memory.",
-            memory.numel() / 1e6, status,
+            "Page-locking %.0f MB failed (CUDA error %d). Copies go through pageable memory, and "
+            "nothing more is locked in this process.", memory.numel() / 1e6, status,
         )  # fmt: skip
     return status == 0
+
+
+def _discard_error() -> None:
+    """Take the error of a refused lock off CUDA's queue, where the next kernel would raise it."""
+    try:
+        torch.ones(1, device="cuda").add_(1)
+        torch.cuda.synchronize()
+    except RuntimeError as err:
+        _log.debug("Discarded: %s", err)
 
 
 def _unregister(address: int) -> None:
@@ -107,6 +129,8 @@ def pin_block(module: nn.Module, block: Block) -> Slab | None:
         if slab is not None and _lies_in(block, slab):
             return slab if slab.lock() else None
         slab = Slab(block.nbytes)
+        if any(is_mapped(tensor) for tensor in block.home):
+            slab.mapped_home = list(block.home)
         # Lock before the copy: where the system refuses, nothing has been changed yet.
         if not slab.lock():
             return None
@@ -114,6 +138,7 @@ def pin_block(module: nn.Module, block: Block) -> Slab | None:
         block.gather(slab.memory)
         block.home = block.views(slab.memory)
         block.use(block.home)
+        slab.block = block
         _slabs[module] = slab
         return slab
 
@@ -130,18 +155,18 @@ def room_to_pin(modules: nn.ModuleList, wanted: int, budget: int) -> int:
     """Return how many bytes ``modules`` may page-lock if the whole process may lock ``budget``.
 
     Where less than ``wanted`` is left, slabs of other modules that nobody streams from are
-    unlocked until there is enough. What ``modules`` have locked already counts as theirs.
+    given back until there is enough. What ``modules`` have locked already counts as theirs.
     """
     mine = set(modules)
     with _slabs_lock:
-        others = [slab for owner, slab in _slabs.items() if owner not in mine and slab.pinned]
-        held = sum(slab.memory.numel() for slab in others) + _loose_bytes()
-        for slab in others:
+        others = [(o, slab) for o, slab in _slabs.items() if o not in mine and slab.pinned]
+        held = sum(slab.memory.numel() for _, slab in others) + _loose_bytes()
+        for owner, slab in others:
             if held + wanted <= budget:
                 break
             if slab.users == 0:
-                slab.unlock()
                 held -= slab.memory.numel()
+                _give_back(owner)
     return max(0, budget - held)
 
 
@@ -173,10 +198,25 @@ def _loose_bytes() -> int:
     return sum(slab.memory.numel() for slab in _loose if slab.pinned)
 
 
-def unpin(module: nn.Module) -> None:
-    """Unlock the memory of the module's blocks that nobody streams; the weights stay in it."""
+def unpin(module: nn.Module | None = None) -> None:
+    """Give back the page-locked memory of blocks that nobody streams; of all where None.
+
+    Weights that came from a mapped file are views of that file again, and their copy is freed;
+    others stay where they are, unlocked.
+    """
     with _slabs_lock:
-        for owner in module.modules():
-            slab = _slabs.get(owner)
-            if slab is not None and slab.users == 0:
-                slab.unlock()
+        owners = list(_slabs) if module is None else [m for m in module.modules() if m in _slabs]
+        for owner in owners:
+            if not _slabs[owner].users:
+                _give_back(owner)
+
+
+def _give_back(owner: nn.Module) -> None:
+    """Unlock a block's slab; free it where the weights have their file to go back to."""
+    slab = _slabs[owner]
+    slab.unlock()
+    if slab.mapped_home is not None and slab.block is not None:
+        if _lies_in(slab.block, slab):
+            slab.block.home = slab.mapped_home
+            slab.block.use(slab.mapped_home)
+        del _slabs[owner]

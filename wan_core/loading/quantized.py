@@ -1,86 +1,195 @@
-"""Linear layers that keep their weights as stored: fp8 with a scale, and GGUF blocks.
+"""Layers whose weights stay as their file stores them and are taken apart at each use.
 
-The weight is dequantised at each call, into a copy that lives as long as the call. Its values are
-those that dequantising the weight on loading would have given.
+The numbers are those of ``dequantize``, the same as loading the layer dequantised would have
+given. The bytes travel as they are: through RAM, page-locked slabs, the bus and device memory.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+import logging
+from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.nn.functional as functional
-from torch import nn
+from torch import Tensor, nn
 
-from .reader import FP8
+from ..formats import Storage
+from .dequantize import Scales, dequantize, numbers_that_may_be_wild
+
+_FP8_NAMES = {torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2"}
+_ROWS = 1024  # converted to fp8 at once
+_SMALLEST = {
+    "Q8_0": 34, "Q4_0": 18, "Q4_1": 20, "Q5_0": 22, "Q5_1": 24, "Q4_K": 144, "Q5_K": 176,
+    "Q6_K": 210,
+}  # fmt: skip
+"""Bytes of a block, of the GGUF types that have a kernel."""
+_log = logging.getLogger(__name__)
+_tried: dict[tuple[object, ...], bool] = {}
+"""Which kernels gave the reference's numbers, by kind, device and dtype."""
 
 
-class ScaledLinear(nn.Linear):
-    """A linear layer whose weight stays in fp8 and is multiplied with its scale at each call.
+class _Stored:
+    """The bytes of one weight, shared by the layers below.
 
-    The fp8 bits are held as int8, for two reasons: ``module.to(dtype)`` leaves integers alone, and
-    code that casts its input to the weight's dtype (umT5, Wan's time embedder) makes an exception
-    for int8 weights. ``weight_scale`` is float32, one number or one per row.
+    ``weight`` holds them as int8 (rows, bytes of a row): ``module.to(dtype)`` leaves integers
+    alone, and code that asks for the weight's dtype before it casts its input (umT5, Wan's time
+    embedder) knows int8 as "quantised". Scales of rows or blocks are a second parameter, for the
+    same reason as bits, so that they move and stream with the weight; one number stays a number.
     """
 
-    def __init__(
-        self, in_features: int, out_features: int, *, bias: bool, stored: torch.dtype
-    ) -> None:
-        if stored not in FP8:
-            raise ValueError(f"{stored} is not an fp8 dtype")
+    weight: Any
+    weight_scales: nn.Parameter | None
+    stored: Storage
+    whole_scale: float
+
+    def set_stored(self, values: Tensor, scales: Scales, stored: Storage) -> None:
+        """Take the bytes of a weight, (rows, bytes of a row), and its scales."""
+        self.stored, self.whole_scale = stored, scales.whole
+        bits = values if stored.kind == "float" else values.view(torch.int8)
+        self.weight = nn.Parameter(bits, requires_grad=False)
+        self.weight_scales = None
+        if scales.each is not None:
+            self.weight_scales = nn.Parameter(scales.each.view(torch.int8), requires_grad=False)
+
+    def dequantized(self, dtype: torch.dtype, rows: Tensor | slice | None = None) -> Tensor:
+        """Return the weight in ``dtype``, or only some of its rows (a slice, or their numbers)."""
+        bits, scales = self.weight.data, self._scales()
+        if rows is not None:
+            bits, scales = bits[rows], scales.of_rows(rows)
+        if self.stored.kind == "float":
+            cast: Tensor = bits.to(dtype)
+            return cast
+        if bits.is_cuda and _kernel_works(self.stored, bits.device, dtype):
+            fast: Tensor = _kernels().run(bits, scales, self.stored, dtype)
+            return fast
+        return dequantize(bits, scales, self.stored, dtype)
+
+    def _scales(self) -> Scales:
+        if self.weight_scales is None:
+            return Scales(None, self.whole_scale)
+        bits = self.weight_scales.data
+        kind = torch.uint8 if self.stored.per == "block" else torch.float32
+        return Scales(bits.view(kind), self.whole_scale)
+
+
+@functools.cache
+def _kernels() -> Any:
+    """Return the module of Triton kernels, or None where it cannot be imported."""
+    try:
+        from . import kernels
+    except Exception as err:  # noqa: BLE001 - a broken Triton fails in many ways, and is an extra
+        _log.info("Quantised weights are taken apart without Triton (%s), more slowly.", err)
+        return None
+    return kernels
+
+
+def _kernel_works(stored: Storage, device: torch.device, dtype: torch.dtype) -> bool:
+    """Say whether a kernel gives the reference's numbers on this device; tried once a kind."""
+    kernels = _kernels()
+    if kernels is None or not kernels.has_kernel(stored):
+        return False
+    kind = (stored.kind, stored.dtype, stored.per, stored.group)
+    key = (*kind, device, dtype)
+    if key not in _tried:
+        _tried[key] = _agrees(kernels, stored, device, dtype)
+        if not _tried[key]:
+            _log.warning(
+                "%s is taken apart without Triton: its kernel failed a test.", stored.title
+            )
+    return _tried[key]
+
+
+def _agrees(kernels: Any, stored: Storage, device: torch.device, dtype: torch.dtype) -> bool:
+    """Compare a kernel with the reference code on some random bytes."""
+    rows, width = 64, 2 * max(stored.group, _SMALLEST.get(stored.dtype, 256))
+    generator = torch.Generator().manual_seed(0)
+    bits = torch.randint(0, 256, (rows, width), dtype=torch.uint8, generator=generator)
+    # NaN and infinity do not equal themselves; no file that was loaded holds them.
+    for values in numbers_that_may_be_wild(bits, replace(stored, shape=(rows, width))):
+        if not bool(torch.isfinite(values.float()).all()):
+            bits &= 0x3F
+    bits = bits.to(device).view(torch.int8)
+    each: Tensor | None = None
+    if stored.per == "row":
+        each = torch.rand(rows, generator=generator).to(device)
+    elif stored.per == "block":  # exponents and e4m3 numbers that are neither NaN nor huge
+        blocks = width // (8 if stored.kind == "nvfp4" else 32)
+        each = torch.randint(60, 120, (rows, blocks), dtype=torch.uint8).to(device)
+    scales = Scales(each, 1.0 if stored.per == "row" else 0.37)
+    expected = dequantize(bits, scales, stored, dtype)
+    try:
+        found = kernels.run(bits, scales, stored, dtype)
+    except Exception as err:  # noqa: BLE001 - compiling needs a C compiler, a known card, ...
+        _log.info("A Triton kernel did not run: %s", err)
+        return False
+    if stored.group:  # summed exactly, where the reference rounds on the way
+        return bool(torch.allclose(found.float(), expected.float(), rtol=2e-2, atol=1e-3))
+    return torch.equal(found, expected)
+
+
+class StoredLinear(_Stored, nn.Linear):
+    """A linear layer whose weight stays as it is stored until the moment of the product."""
+
+    def __init__(self, in_features: int, out_features: int, *, bias: bool) -> None:
         with torch.device("meta"):
             super().__init__(in_features, out_features, bias=bias)
-        self.stored = stored
-        self.weight_scale: torch.Tensor = torch.ones(())
+        self.weight_scales: nn.Parameter | None = None
 
-    def set_weight(self, values: torch.Tensor, scale: torch.Tensor | None) -> None:
-        """Set the weight: fp8 ``values`` (out, in) and their ``scale`` (float32; None means 1)."""
-        self.weight = nn.Parameter(values.view(torch.int8), requires_grad=False)
-        # Not a buffer: casting the module must not round it, and a single number stays on the CPU,
-        # where ``item`` does not wait for the device.
-        self.weight_scale = torch.ones(()) if scale is None else scale.to(torch.float32)
-
-    def dequantized(self, dtype: torch.dtype) -> torch.Tensor:
-        """Return the weight in ``dtype``: stored value x scale in float32, rounded once."""
-        values = self.weight.view(self.stored)
-        if self.weight_scale.dim() == 0:
-            # torch multiplies a tensor with a Python number in float32 and rounds once. Casting fp8
-            # to bf16 or fp16 is exact, so this saves the float32 copy and changes no bit.
-            return values.to(dtype) * self.weight_scale.item()
-        rows = self.weight_scale.to(values.device).view(-1, 1)
-        return values.to(torch.float32).mul_(rows).to(dtype)
-
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """Apply the layer to ``input`` (..., in_features), in the input's dtype."""
         bias = None if self.bias is None else self.bias.to(input.dtype)
         return functional.linear(input, self.dequantized(input.dtype), bias)
 
     def extra_repr(self) -> str:
-        """Name the stored dtype beside the sizes."""
-        return f"{super().extra_repr()}, stored={self.stored}"
+        """Name how the weight is stored beside the sizes."""
+        return f"{super().extra_repr()}, {self.stored.title}"
 
 
-def replace_linear(root: nn.Module, name: str, new: nn.Module) -> None:
-    """Replace the layer called ``name`` (dotted) of ``root`` by ``new``."""
+class StoredEmbedding(_Stored, nn.Embedding):
+    """A table of which only the rows that are looked up are taken apart, in ``computed``."""
+
+    def __init__(self, rows: int, width: int, computed: torch.dtype) -> None:
+        with torch.device("meta"):
+            super().__init__(rows, width)
+        self.weight_scales: nn.Parameter | None = None
+        self.computed = computed
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return the rows of ``input`` (any shape of numbers), (..., width)."""
+        found = self.dequantized(self.computed, input.reshape(-1))
+        return found.view(*input.shape, self.embedding_dim)
+
+
+def replace_layer(root: nn.Module, name: str, new: nn.Module) -> None:
+    """Put ``new`` where ``root`` has the layer called ``name`` (dotted)."""
     parent, _, leaf = name.rpartition(".")
     setattr(root.get_submodule(parent), leaf, new)
 
 
-def gguf_linear(layer: nn.Linear, dtype: torch.dtype) -> nn.Module:
-    """Return diffusers' GGUF layer of the same size, on the meta device, computing in ``dtype``."""
-    from diffusers.quantizers.gguf.utils import GGUFLinear
-
-    with torch.device("meta"):
-        return GGUFLinear(
-            layer.in_features, layer.out_features, layer.bias is not None, compute_dtype=dtype
-        )
+def is_stored(module: Any) -> bool:
+    """Say whether a layer takes its weight apart at each use."""
+    return isinstance(module, _Stored)
 
 
-def gguf_parameter(blocks: torch.Tensor, kind: Any) -> nn.Parameter:
-    """Wrap GGUF blocks, uint8 (rows, bytes of a row), as diffusers' GGUF parameter."""
-    from diffusers.quantizers.gguf import utils
+def fp8_layer(
+    layer: nn.Linear, weight: Tensor, stored: torch.dtype = torch.float8_e4m3fn
+) -> StoredLinear:
+    """Return ``layer`` with ``weight`` (out, in) stored in fp8; its bias is taken over.
 
-    make: Callable[..., nn.Parameter] = utils.GGUFParameter
-    parameter = make(blocks, requires_grad=False, quant_type=kind)
-    return parameter
+    The weight is divided by one scale (its largest magnitude over the largest value of the format),
+    rounded to fp8, and multiplied with the scale again at each use. This changes the result: it is
+    for files that are not quantised, where nothing else fits.
+    """
+    largest = torch.finfo(stored).max
+    scale = weight.abs().amax().float().clamp(min=1e-30) / largest
+    # By rows: a copy of the whole matrix in fp32 would be four times what is made.
+    values = torch.empty(weight.shape, dtype=stored, device=weight.device)
+    for target, rows in zip(torch.split(values, _ROWS), torch.split(weight, _ROWS), strict=True):
+        target.copy_((rows.float() / scale).clamp_(-largest, largest))
+    made = StoredLinear(layer.in_features, layer.out_features, bias=layer.bias is not None)
+    how = Storage("fp8", _FP8_NAMES[stored], tuple(weight.shape), per="tensor")
+    made.set_stored(values, Scales(None, float(scale)), how)
+    made.bias = layer.bias
+    return made.train(layer.training)

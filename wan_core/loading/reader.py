@@ -10,10 +10,10 @@ change meanwhile.
 from __future__ import annotations
 
 import io
-import mmap
+import math
 import os
-import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Final
@@ -21,10 +21,12 @@ from typing import Any, Final
 import numpy as np
 import torch
 
-from ..errors import CorruptFile, MissingDependency, MissingFile, UnsupportedModel
+from ..errors import CorruptFile, MissingFile, UnsupportedModel
 from ..files import quoted
-from ..formats import GGUF_TYPES, TensorInfo, TensorTable
+from ..formats import Storage, TensorInfo, TensorTable
 from ..models import Source
+from .dequantize import Scales, dequantize, numbers_that_may_be_wild, ordered_scales
+from .mapped import MappedFile, map_file
 
 DTYPES: Final[Mapping[str, torch.dtype]] = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -36,11 +38,11 @@ DTYPES: Final[Mapping[str, torch.dtype]] = {
 
 FP8: Final = frozenset({torch.float8_e4m3fn, torch.float8_e5m2})
 _PIECE: Final = 16 * 2**20
+_ALIGNED: Final = 64  # bytes; how torch allocates on a CPU
+_READERS: Final = min(4, os.cpu_count() or 1)
 """Bytes read, and converted, at a time."""
 _CHECKED: Final = 2**20
 """Bytes checked for NaN at a time: few enough to stay in the processor's cache meanwhile."""
-_mapped: weakref.WeakKeyDictionary[mmap.mmap, range] = weakref.WeakKeyDictionary()
-"""Address ranges of the mapped files that are still the memory of some tensor."""
 
 
 class TensorReader:
@@ -51,12 +53,21 @@ class TensorReader:
     """
 
     def __init__(
-        self, table: TensorTable, device: torch.device | str = "cpu", *, mapped: bool = False
-    ) -> None:
-        """``mapped`` makes tensors that stay as stored, on the CPU, views of the mapped file."""
+        self, table: TensorTable, device: torch.device | str = "cpu", *, mapped: bool = False,
+        align: bool = False, check: Callable[[], object] = lambda: None,
+    ) -> None:  # fmt: skip
+        """``mapped`` makes tensors that stay as stored, on the CPU, views of the mapped file.
+
+        With ``align`` only where they lie as torch allocates: the rounding of some kernels of a CPU
+        depends on it. ``check`` is called for each piece of 16 MiB at most; what it raises ends the
+        reading.
+        """
         self.table = table
         self.device = torch.device(device)
-        self._maps: dict[Path, mmap.mmap] | None = {} if mapped else None
+        self._check = check
+        self.mapped = mapped
+        self.align = align
+        self._maps: dict[Path, MappedFile] | None = {} if mapped else None
         self._files: dict[Path, io.FileIO] = {}
         self._stack = ExitStack()
         self._buffer: torch.Tensor | None = None
@@ -70,131 +81,133 @@ class TensorReader:
         self._stack.close()
 
     def read(
-        self,
-        source: Source,
-        shape: tuple[int, ...],
-        dtype: torch.dtype | None = None,
-        *,
-        scale: torch.Tensor | None = None,
+        self, source: Source, shape: tuple[int, ...], dtype: torch.dtype | None = None
     ) -> torch.Tensor:
         """Return the values of ``source`` in ``shape`` on the device, in ``dtype`` or as stored.
 
-        ``dtype`` does not apply to integers; GGUF blocks are dequantised to it, or to bf16 for
-        None. ``scale`` (float32, one number or one for each row) is multiplied in before the cast.
+        For weights that are stored as plain numbers; ``unpack`` is for the others. ``dtype`` does
+        not apply to integers.
         """
         info = self.table.tensors[source.name]
-        if info.dtype not in DTYPES:
-            return self._dequantize(source, info, shape, dtype or torch.bfloat16)
         stored = DTYPES[info.dtype]
         target = dtype if dtype is not None and stored.is_floating_point else stored
-        numel = info.numel // source.parts
-        # A source may be one of several equal parts of a stored tensor (q, k or v of a fused one).
-        start = info.start + source.part * (info.nbytes // source.parts)
-        straight = target == stored and scale is None and self.device.type == "cpu"
-        # A view must begin at a multiple of its element size; single files do not always align.
-        if straight and self._maps is not None and start % stored.itemsize == 0 and numel:
-            return self._view(self._maps, info, start, numel, stored).view(shape)
+        numel, start = info.numel // source.parts, self._start_of(source)
+        straight = target == stored and self.device.type == "cpu"
+        aligned = start % (_ALIGNED if self.align else stored.itemsize) == 0
+        if straight and self._maps is not None and aligned and numel:
+            view = self._view(info, start, numel, stored)
+            self._check_finite(info, view, None)
+            return view.view(shape)
         out = torch.empty(numel, dtype=target, device=self.device)
         if straight:
             self._read_straight(info, start, out)
         else:
-            columns = max(1, numel // shape[0]) if shape else 1
-            self._read_converted(info, start, out, stored, columns, scale)
+            self._read_converted(info, start, out, stored)
         if self.device.type != "cpu":
             # Once for the whole tensor: each check makes the host wait for the device. On the CPU
             # every piece has been checked already, while it was in the processor's cache.
             self._check_finite(info, out, None)
         return out.view(shape)
 
-    def raw(self, name: str) -> torch.Tensor:
-        """Return a tensor's bytes as stored: uint8 (rows, bytes of a row), on the device."""
-        info = self.table.tensors[name]
-        out = torch.empty(info.nbytes, dtype=torch.uint8, device=self.device)
-        if self.device.type == "cpu":
-            self._fill(info, info.start, out)
-        else:
-            self._read_converted(info, info.start, out, torch.uint8, 1, None)
-        return out.view(info.shape[0] if len(info.shape) > 1 else 1, -1)
+    def bits(self, source: Source, stored: Storage) -> torch.Tensor:
+        """Return the bytes of a quantised weight as they lie in the file: int8 (rows, bytes).
 
-    def scale(self, source: Source, rows: int) -> torch.Tensor | None:
-        """Return the scale of ``source``, if any: float32, CPU, one number or ``rows`` of them."""
-        if source.scale is None:
-            return None
-        info = self.table.tensors[source.scale]
+        They are checked for NaN and infinity, as far as the kind of storage can have them.
+        """
+        info = self.table.tensors[source.name]
+        nbytes, start = info.nbytes // source.parts, self._start_of(source)
+        rows = stored.shape[0] // source.parts if stored.shape and stored.by_rows else 1
+        if self._maps is not None and self.device.type == "cpu":
+            found = self._view(info, start, nbytes, torch.int8).view(rows, -1)
+        else:
+            flat = torch.empty(nbytes, dtype=torch.int8, device=self.device)
+            self._read_straight(info, start, flat)
+            found = flat.view(rows, -1)
+        for values in numbers_that_may_be_wild(found, stored):
+            self._check_finite(info, values, None)
+        return found
+
+    def scales(self, source: Source, stored: Storage, prefix: str) -> Scales:
+        """Return what a weight is multiplied with, in the order of its rows, on the device.
+
+        ``prefix`` is that of the component: a Storage names its scales without it.
+        """
+        if not stored.scale:
+            return Scales()
+        ordered = ordered_scales(self._small(prefix + stored.scale), stored)
+        whole = float(self._small(prefix + stored.second_scale)) if stored.second_scale else 1.0
+        if stored.per == "tensor":
+            return Scales(None, float(ordered))
+        rows = ordered.shape[0] // source.parts
+        own = ordered[source.part * rows : (source.part + 1) * rows]
+        return Scales(own.to(self.device), whole)
+
+    def unpack(
+        self, source: Source, stored: Storage, prefix: str, shape: tuple[int, ...],
+        dtype: torch.dtype,
+    ) -> torch.Tensor:  # fmt: skip
+        """Return a quantised weight in ``dtype``, taken apart while it is loaded."""
+        info = self.table.tensors[source.name]
+        bits, scales = self.bits(source, stored), self.scales(source, stored, prefix)
+        out = torch.empty(len(bits), math.prod(shape) // len(bits), dtype=dtype, device=self.device)
+        # By rows: each kind would otherwise pass through a float32 copy of the whole weight.
+        step = max(1, _PIECE // max(1, bits.shape[1]))
+        for begin in range(0, len(bits), step):
+            rows = slice(begin, begin + step)
+            values = dequantize(bits[rows], scales.of_rows(rows), stored, dtype)
+            self._check_finite(info, values, None)
+            out[rows].copy_(values)
+            self._check()
+        return out.view(shape)
+
+    def _start_of(self, source: Source) -> int:
+        info = self.table.tensors[source.name]
+        return info.start + source.part * (info.nbytes // source.parts)
+
+    def _small(self, name: str) -> torch.Tensor:
+        """Read a tensor of scales: as numbers, or as bytes where they stand for blocks."""
+        info = self.table.tensors[name]
+        raw = torch.empty(info.nbytes, dtype=torch.uint8)
+        self._fill(info, info.start, raw)
         if info.dtype not in ("F32", "F16", "BF16"):
-            raise UnsupportedModel(
-                f"Scale {info.name!r} of {quoted(info.file)} is stored as {info.dtype}; only fp8 "
-                "weights with floating-point scales can be used. Get an fp8_scaled or bf16 version."
-            )
-        values = torch.empty(info.numel, dtype=DTYPES[info.dtype])
-        self._fill(info, info.start, values.view(torch.uint8))
-        scale = values.to(torch.float32)
-        self._check_finite(info, scale, None)
-        if scale.numel() == 1:
-            return scale.reshape(())
-        if scale.numel() != rows * source.parts:
-            raise UnsupportedModel(
-                f"Scale {info.name!r} of {quoted(info.file)} has shape {list(info.shape)}; one "
-                f"number, or one for each of {rows * source.parts} rows, can be used. Get another "
-                "version of the model."
-            )
-        return scale.reshape(source.parts, rows)[source.part]
+            return raw
+        values = raw.view(DTYPES[info.dtype])
+        self._check_finite(info, values, None)
+        return values
 
     # Reading -------------------------------------------------------------------------------------
 
-    def _view(
-        self,
-        maps: dict[Path, mmap.mmap],
-        info: TensorInfo,
-        start: int,
-        numel: int,
-        stored: torch.dtype,
-    ) -> torch.Tensor:
-        if info.file not in maps:
-            made = maps[info.file] = _map_file(self._open(info.file))
-            # Known by its addresses, so that ``is_mapped`` can tell such tensors from others.
-            first = torch.frombuffer(made, dtype=torch.uint8).data_ptr()
-            _mapped[made] = range(first, first + len(made))
-        if start + numel * stored.itemsize > len(maps[info.file]):
+    def _view(self, info: TensorInfo, start: int, numel: int, stored: torch.dtype) -> torch.Tensor:
+        assert self._maps is not None
+        made = self._maps.get(info.file)
+        if made is None:
+            made = self._maps[info.file] = map_file(self._open(info.file))
+        if start + numel * stored.itemsize > len(made):
             raise CorruptFile(f"{quoted(info.file)} became shorter after its header was read.")
-        view = torch.frombuffer(maps[info.file], dtype=stored, count=numel, offset=start)
-        self._check_finite(info, view, None)
-        return view
+        return made.view(start, numel, stored)
 
     def _read_straight(self, info: TensorInfo, start: int, out: torch.Tensor) -> None:
         size = out.element_size()
         step = _PIECE // size
         for begin in range(0, out.numel(), step):
             piece = out[begin : begin + step]
-            self._fill(info, start + begin * size, piece.view(torch.uint8))
-            self._check_finite(info, piece, None)
+            staged = piece if piece.device.type == "cpu" else self._staging(piece.nbytes)
+            self._fill(info, start + begin * size, staged.view(torch.uint8))
+            if staged is not piece:
+                piece.copy_(staged.view(out.dtype))
+            elif piece.is_floating_point():
+                self._check_finite(info, piece, None)
 
     def _read_converted(
-        self,
-        info: TensorInfo,
-        start: int,
-        out: torch.Tensor,
-        stored: torch.dtype,
-        columns: int,
-        scale: torch.Tensor | None,
+        self, info: TensorInfo, start: int, out: torch.Tensor, stored: torch.dtype
     ) -> None:
         size = stored.itemsize
-        # A piece is a whole number of rows, so that the scales of its rows can be cut out.
-        step = max(1, _PIECE // size // columns) * columns
-        per_row = scale is not None and scale.dim() > 0
+        step = _PIECE // size
         for begin in range(0, out.numel(), step):
             piece = out[begin : begin + step]
             staged = self._staging(piece.numel() * size)
             self._fill(info, start + begin * size, staged)
-            # The stored dtype crosses the bus, not the wider one it becomes. This copy is done when
-            # the call returns, so the staging buffer is free for the next piece.
-            values = staged.view(stored).to(self.device)
-            if scale is not None:
-                end = begin + piece.numel()
-                own = scale[begin // columns : end // columns] if per_row else scale
-                scaled = values.to(torch.float32).view(-1, columns)
-                values = scaled.mul_(own.to(self.device).view(-1, 1)).view(-1)
-            piece.copy_(values)
+            piece.copy_(staged.view(stored))
             if self.device.type == "cpu":
                 self._check_finite(info, piece, staged.view(stored))
 
@@ -207,6 +220,7 @@ class TensorReader:
 
     def _fill(self, info: TensorInfo, offset: int, out: torch.Tensor) -> None:
         """Fill ``out`` (uint8, contiguous, CPU) from the file, or raise CorruptFile."""
+        self._check()
         buffer: Any = out.numpy()  # numpy's stubs do not say that an array is a buffer
         view = memoryview(buffer)
         done = 0
@@ -248,7 +262,7 @@ class TensorReader:
         ``stored`` are the same values as the file holds them, if known: where those are finite, the
         cast has overflowed, and UnsupportedModel is raised instead.
         """
-        if not values.is_floating_point() or is_finite(values):
+        if not values.is_floating_point() or is_finite(values, self._check):
             return
         if stored is not None and is_finite(stored):
             name = str(values.dtype).removeprefix("torch.")
@@ -261,28 +275,6 @@ class TensorReader:
             "damaged; download it again."
         )
 
-    # GGUF ----------------------------------------------------------------------------------------
-
-    def _dequantize(
-        self, source: Source, info: TensorInfo, shape: tuple[int, ...], dtype: torch.dtype
-    ) -> torch.Tensor:
-        """Return a GGUF-quantised tensor as ``dtype``, dequantised by the gguf package."""
-        gguf, kind = import_gguf(), gguf_type(info)
-        rows = info.shape[0] if len(info.shape) > 1 else 1
-        row_bytes = info.nbytes // rows
-        first = source.part * rows // source.parts
-        count = rows // source.parts
-        out = torch.empty(count, info.numel // rows, dtype=dtype, device=self.device)
-        # Some rows at a time: dequantising makes float32, several times the bytes of the result.
-        step = max(1, _PIECE // row_bytes)
-        for begin in range(0, count, step):
-            staged = torch.empty(min(step, count - begin), row_bytes, dtype=torch.uint8)
-            self._fill(info, info.start + (first + begin) * row_bytes, staged.view(-1))
-            values = torch.from_numpy(gguf.quants.dequantize(staged.numpy(), kind))
-            self._check_finite(info, values, None)
-            out[begin : begin + step].copy_(values)
-        return out.view(shape)
-
 
 # For each dtype: the unsigned integer of its size, and a limit. Once the sign is shifted out, bits
 # at or above the limit are NaN or infinity: the exponent is all ones. e4m3fn has no infinity; its
@@ -294,11 +286,11 @@ _LIMITS: Final[Mapping[torch.dtype, tuple[Any, int]]] = {
 }  # fmt: skip
 
 
-def is_finite(values: torch.Tensor) -> bool:
+def is_finite(values: torch.Tensor, check: Callable[[], object] = lambda: None) -> bool:
     """Say whether no value is NaN or infinite, for any floating-point dtype.
 
-    On the CPU the bits are compared, in one thread: ``torch.isfinite`` takes 30 times as long as
-    reading the values, and its threads wait for each other where the cores are busy.
+    On the CPU the bits are compared: ``torch.isfinite`` takes 30 times as long as reading the
+    values. ``check`` is called now and then; what it raises passes through.
     """
     if values.device.type != "cpu":
         if values.dtype in FP8:
@@ -308,51 +300,31 @@ def is_finite(values: torch.Tensor) -> bool:
         return bool(torch.isfinite(values.sum())) or bool(torch.isfinite(values).all())
     unsigned, limit = _LIMITS[values.dtype]
     bits = values.reshape(-1).view(torch.uint8).numpy().view(unsigned)
+    step = _PIECE // bits.itemsize
+    pieces = [bits[begin : begin + step] for begin in range(0, bits.size, step)]
+    if len(pieces) < 2:
+        return all(_none_beyond(piece, limit) for piece in pieces)
+    # Reading a mapped file waits for the disk: several pieces at once keep it busy. numpy lets go
+    # of the interpreter's lock while it compares.
+    with ThreadPoolExecutor(_READERS, thread_name_prefix="wanfit-read") as pool:
+        waiting = [pool.submit(_none_beyond, piece, limit) for piece in pieces]
+        try:
+            for one in waiting:
+                check()
+                if not one.result():
+                    return False
+        finally:
+            for one in waiting:
+                one.cancel()
+    return True
+
+
+def _none_beyond(bits: Any, limit: int) -> bool:
     step = _CHECKED // bits.itemsize
-    doubled = np.empty(min(step, bits.size), unsigned)
+    doubled = np.empty(min(step, bits.size), bits.dtype)
     for begin in range(0, bits.size, step):
         part = bits[begin : begin + step]
         # Adding a number to itself shifts its sign bit out.
         if np.add(part, part, out=doubled[: part.size]).max() >= limit:
             return False
     return True
-
-
-def is_mapped(tensor: torch.Tensor) -> bool:
-    """Say whether a tensor is a view of a mapped file, whose pages count as available RAM."""
-    return tensor.device.type == "cpu" and any(
-        tensor.data_ptr() in addresses for addresses in list(_mapped.values())
-    )
-
-
-def _map_file(file: io.FileIO) -> mmap.mmap:
-    """Map a file so that writing to its tensors changes this process's pages, never the file."""
-    if not hasattr(mmap, "MAP_PRIVATE"):
-        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-    # A private mapping reserves swap for pages that may be written to. Without NORESERVE a file
-    # larger than RAM could not be mapped.
-    flags = mmap.MAP_PRIVATE | getattr(mmap, "MAP_NORESERVE", 0)
-    return mmap.mmap(file.fileno(), 0, flags=flags, prot=mmap.PROT_READ | mmap.PROT_WRITE)
-
-
-def gguf_type(info: TensorInfo) -> Any:
-    """Return the gguf package's type of a quantised tensor; UnsupportedModel if unreadable."""
-    if info.dtype not in GGUF_TYPES:
-        raise UnsupportedModel(
-            f"Tensor {info.name!r} of {quoted(info.file)} is stored as {info.dtype}, which cannot "
-            f"be read. Readable are {', '.join(sorted(GGUF_TYPES))} and fp8. Get the model in one "
-            "of these."
-        )
-    return import_gguf().GGMLQuantizationType[info.dtype]
-
-
-def import_gguf() -> Any:
-    """Return the gguf package; MissingDependency when it is absent or broken."""
-    try:
-        import gguf
-        import gguf.quants
-    except ImportError as err:
-        raise MissingDependency(
-            f"GGUF files need the package 'gguf' ({err}). Install it: pip install gguf."
-        ) from err
-    return gguf

@@ -1,13 +1,15 @@
 """Tokenizer, image processor and scheduler settings: the components that have no weights.
 
 umT5's tokenizer comes from a folder, or is built from the SentencePiece model that repackaged text
-encoders carry as the tensor ``spiece_model``. Both give the same token ids. The SentencePiece model
-is parsed here, with bounds, because the packages that convert it need protobuf, which ComfyUI does
-not install. Format: ``sentencepiece_model.proto`` of github.com/google/sentencepiece.
+encoders carry: as the tensor ``spiece_model``, or in the metadata of a GGUF file. All give the same
+token ids. The SentencePiece model is parsed here, with bounds, because the packages that convert it
+need protobuf, which ComfyUI does not install. Format: ``sentencepiece_model.proto`` of
+github.com/google/sentencepiece.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import struct
 from collections.abc import Iterator
@@ -16,15 +18,24 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Final
 
-from ..errors import CorruptFile, MissingDependency, MissingFile, UnsupportedModel
+from ..errors import (
+    CorruptFile,
+    MissingDependency,
+    MissingFile,
+    ModelMismatch,
+    UnsupportedModel,
+)
 from ..files import open_regular, quoted
-from ..formats import read_json, read_table
-from ..models import TEXT_TOKENS
+from ..formats import charsmap_problem, read_gguf_tokenizer, read_json, read_table
+from ..models import TEXT_TOKENS, tokenizer_tensor
 
 MAX_MODEL_BYTES: Final = 64 * 2**20
 """Largest SentencePiece model that is read; umT5's has 4.5 MB."""
 _EXTRA_IDS: Final = 300
 """Number of tokens ``<extra_id_N>`` after umT5's 256,000 pieces (from its tokenizer_config)."""
+MOST_UNUSED: Final = 1024
+"""Most rows of an encoder's embedding without a token: they are filled up to a round number (84 of
+umT5's). More mean that the tokenizer is another model's."""
 _UNIGRAM: Final = 1
 _BROKEN: Final = "Download the file again."
 
@@ -32,14 +43,18 @@ _BROKEN: Final = "Download the file again."
 def load_tokenizer(path: str | os.PathLike[str]) -> Any:
     """Return umT5's tokenizer from its folder, a ``spiece.model``, or a text encoder file.
 
-    A text encoder file must hold the tensor ``spiece_model``. Raises MissingFile when there is no
-    tokenizer, CorruptFile when it cannot be read, UnsupportedModel for another kind of
-    SentencePiece model.
+    A text encoder file must hold the tensor ``spiece_model``, or be a GGUF file with a tokenizer in
+    its metadata. Raises MissingFile when there is no tokenizer, CorruptFile when it cannot be read,
+    UnsupportedModel for another kind of tokenizer.
     """
     source = Path(path)
     if source.is_dir():
         return _from_folder(source)
-    if source.suffix.lower() in (".safetensors", ".sft", ".gguf"):
+    if source.suffix.lower() == ".gguf":
+        found = read_gguf_tokenizer(source)
+        model = SentencePieceModel(found.pieces, found.unknown, found.charsmap)
+        return _build(model, quoted(source))
+    if source.suffix.lower() in (".safetensors", ".sft"):
         return build_tokenizer(_embedded(source), quoted(source))
     if source.name == "tokenizer.json":
         return _from_folder(source.parent)
@@ -47,6 +62,21 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Any:
         if size > MAX_MODEL_BYTES:
             raise CorruptFile(f"{quoted(source)} has {size:,} bytes; no tokenizer has. {_BROKEN}")
         return build_tokenizer(file.read(size), quoted(source))
+
+
+def check_tokenizer(tokenizer: Any, vocabulary: int, path: Path, encoder: Path) -> None:
+    """Refuse a tokenizer whose tokens are not those of an encoder with ``vocabulary`` embeddings.
+
+    With too many tokens the encoder fails on the first rare word; with far too few every word means
+    something else. ``path`` and ``encoder`` name the two in the message.
+    """
+    tokens = len(tokenizer)
+    if not vocabulary - MOST_UNUSED <= tokens <= vocabulary:
+        raise ModelMismatch(
+            f"The tokenizer {quoted(path)} has {tokens:,} tokens, the text encoder "
+            f"{quoted(encoder)} has embeddings for {vocabulary:,}: they are of different models. "
+            "Use the tokenizer of this text encoder."
+        )
 
 
 def _from_folder(folder: Path) -> Any:
@@ -70,9 +100,10 @@ def _from_folder(folder: Path) -> Any:
 
 
 def _embedded(path: Path) -> bytes:
-    """Return the bytes of the tensor ``spiece_model``."""
+    """Return the bytes of the tensor ``spiece_model``, in an all-in-one file under a prefix."""
     table = read_table(path)
-    info = table.tensors.get("spiece_model")
+    name = tokenizer_tensor(table.tensors)
+    info = None if name is None else table.tensors[name]
     if info is None:
         raise MissingFile(
             f"{quoted(path)} carries no tokenizer (no tensor 'spiece_model'). Name a tokenizer "
@@ -94,7 +125,12 @@ def build_tokenizer(data: bytes, where: str) -> Any:
     It does the same as T5's published ``tokenizer.json``: normalise, split at whitespace, divide
     into pieces by the unigram model, append ``</s>``.
     """
-    model = parse_sentencepiece(data, where)
+    return _build(parse_sentencepiece(data, where), where)
+
+
+def _build(model: SentencePieceModel, where: str) -> Any:
+    """Build the tokenizer of a SentencePiece model."""
+    _check(model, where)
     transformers = _transformers()
     import tokenizers
     from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
@@ -129,6 +165,19 @@ def build_tokenizer(data: bytes, where: str) -> Any:
         additional_special_tokens=extra[::-1], model_max_length=TEXT_TOKENS,
         model_input_names=["input_ids", "attention_mask"], clean_up_tokenization_spaces=False,
     )  # fmt: skip
+
+
+def _check(model: SentencePieceModel, where: str) -> None:
+    """Refuse what the tokenizers package takes, to answer wrongly or to panic at a text."""
+    names = {piece for piece, _ in model.pieces}
+    if "" in names or len(names) < len(model.pieces):
+        problem: str | None = "a piece is empty, or stands twice"
+    elif not all(math.isfinite(score) for _, score in model.pieces):
+        problem = "a score is not a finite number"
+    else:
+        problem = charsmap_problem(model.charsmap)
+    if problem:
+        raise CorruptFile(f"The tokenizer in {where} is damaged: {problem}. {_BROKEN}")
 
 
 # SentencePiece -----------------------------------------------------------------------------------

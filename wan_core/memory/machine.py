@@ -9,29 +9,48 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import shutil
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from importlib import import_module
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ..config import GIB
-from ..errors import InvalidRequest
+from ..errors import InvalidRequest, MissingDependency
 from .calibration import Calibration
 
 PINNED_SHARE_WINDOWS, PINNED_SHARE = 0.4, 0.5
 """Share of the RAM that may be page-locked, on Windows and elsewhere."""
-_CGROUP_FILES = (
-    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+_CGROUPS = (
+    ("", "memory.max", "memory.current", "", ""),
+    ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "memory", "total_"),
 )
+"""Of control groups of version 2 and 1: the folder they are in, the files with limit and use, the
+name of the controller in /proc/self/cgroup, and what comes before the names of sums over the groups
+below in memory.stat. Version 2 sums up without saying so."""
 _CUDNN_MENDED = 91_500  # cuDNN 9.15, see ``SystemResources.wasteful_half_conv3d``
+_ROCM = (
+    "nothing here was measured on an AMD GPU. Where torch has no fused attention for it, a forward "
+    "needs far more than is estimated"
+)
+_ONE_MEMORY = (
+    "this GPU has no memory of its own: what is estimated for the device and for RAM must fit into "
+    "the RAM together"
+)
 RAM_RESERVE = GIB
 """Bytes of RAM that are left to the system and other programs. Assumed, not measured."""
 _NO_LIMIT = 2**60  # version 1 of control groups writes a number near 2**63 if there is no limit
-_Look = Callable[[str, Any, int, int], dict[str, Any]]
+_REFUSED = {
+    "mps": "Apple's GPUs are not supported. Nothing here was ever run on one, and torch's "
+    "attention there keeps all scores at once (80 GiB with a 14B model at 832x480 and 81 frames; "
+    "pytorch issue 149261) or has returned wrong results (pytorch issue 190791)",
+    "xpu": "Intel's GPUs are not supported. Nothing here was ever run on one: neither what torch "
+    "says of their memory nor the transfers of streamed weights is known to hold there",
+}
+"""Kinds of accelerators that torch knows and that are not used, with the reason."""
 _PCIE_GBYTES = {1: 0.25, 2: 0.5, 3: 0.985, 4: 1.969, 5: 3.938, 6: 7.563}  # per lane, one way
 
 
@@ -52,6 +71,8 @@ class SystemResources:
     ram_available_bytes: int
     device_used_by_others_bytes: int = 0
     """What other programs hold on the device, and this one's context of some hundred MiB."""
+    shares_ram: bool = False
+    """Whether a GPU has no memory of its own: what it takes is missing from the RAM."""
     evictable_bytes: int = 0
     ram_evictable_bytes: int = 0
     """RAM that the caller can free: cached components that are not in use."""
@@ -71,7 +92,7 @@ class SystemResources:
     os: str = ""
     torch_version: str = ""
     backend: str = "cpu"
-    """"cuda", "rocm", "mps", "xpu" or "cpu"."""
+    """"cuda", "rocm" or "cpu"."""
     allocator: str = "default"
     """How torch allocates on the device: "default", "expandable" (segments) or "async" (CUDA's own
     pool, ComfyUI's choice on many cards). How much memory is lost in gaps depends on it."""
@@ -81,7 +102,7 @@ class SystemResources:
 
     @property
     def device_kind(self) -> str:
-        """Return the device's type without its index: "cuda", "mps", "cpu"."""
+        """Return the device's type without its index: "cuda" or "cpu"."""
         return self.device.partition(":")[0]
 
     @property
@@ -105,15 +126,15 @@ def system_resources(
     device: str | None = None, *, evictable_bytes: int = 0, ram_evictable_bytes: int = 0,
     folder: str | Path = ".",
 ) -> SystemResources:  # fmt: skip
-    """Look at the machine. ``device`` None takes the first accelerator, or the CPU without one.
+    """Look at the machine. ``device`` None takes the first CUDA or ROCm GPU, else the CPU.
 
     ``folder`` is where output goes; the free space of its disk is reported. Raises InvalidRequest,
-    naming the devices that exist, if ``device`` is not one of them.
+    naming the devices that exist, if ``device`` is not one of them, or is of a kind that is not
+    supported.
     """
     torch: Any = import_module("torch")
-    name = _choose(device, torch)
-    total, available, notes = ram()
-    kind = name.partition(":")[0]
+    name, notes = _choose(device, torch)
+    total, available, ram_notes = ram()
     found: dict[str, Any] = {
         "device": name,
         "ram_total_bytes": total,
@@ -124,34 +145,50 @@ def system_resources(
         "disk_free_bytes": _disk_free(Path(folder)),
         "os": platform.system(),
         "torch_version": torch.__version__,
-        "notes": notes,
     }
-    describe: dict[str, _Look] = {"cuda": _cuda, "mps": _mps, "xpu": _xpu}
-    look = describe.get(kind, _cpu)
-    found |= look(name, torch, total, available)
-    return SystemResources(**found)
+    if name == "cpu":
+        found |= _cpu(total, available)
+    else:
+        described, more = _cuda(name, torch, available)
+        found |= described
+        notes = (*notes, *more)
+    return SystemResources(**found, notes=(*notes, *ram_notes))
 
 
-def _choose(device: str | None, torch: Any) -> str:
-    accelerators = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
-    if torch.backends.mps.is_available():
-        accelerators.append("mps")
-    if hasattr(torch, "xpu") and torch.xpu.is_available():
-        accelerators += [f"xpu:{i}" for i in range(torch.xpu.device_count())]
-    known = [*accelerators, "cpu"]
+def _choose(device: str | None, torch: Any) -> tuple[str, tuple[str, ...]]:
+    """Return the device's full name, and notes on accelerators that are left aside."""
+    known = [*(f"cuda:{i}" for i in range(torch.cuda.device_count())), "cpu"]
     if device is None:
-        return known[0]
-    wanted = {"cuda": "cuda:0", "xpu": "xpu:0", "mps:0": "mps", "cpu:0": "cpu"}.get(device, device)
+        aside = [_REFUSED[kind] for kind in _others(torch)] if known == ["cpu"] else []
+        return known[0], tuple(f"the CPU computes: {why}" for why in aside)
+    why = _REFUSED.get(device.partition(":")[0])
+    if why is not None:
+        raise InvalidRequest(
+            f"device is {device!r}. {why}. This machine has {', '.join(known)}. Choose one of them "
+            "(in ComfyUI, start it with --cpu).",
+            field="device",
+        )
+    wanted = {"cuda": "cuda:0", "cpu:0": "cpu"}.get(device, device)
     if wanted not in known:
         raise InvalidRequest(
             f"device is {device!r}; this machine has {', '.join(known)}. Choose one of them, or "
             "leave it empty for the first.",
             field="device",
         )
-    return wanted
+    return wanted, ()
 
 
-def _cpu(name: str, torch: Any, total: int, available: int) -> dict[str, Any]:
+def _others(torch: Any) -> list[str]:
+    """Return the kinds of accelerators that this machine has and that are not used."""
+    xpu = getattr(torch, "xpu", None)
+    there = {
+        "mps": torch.backends.mps.is_available(),
+        "xpu": xpu is not None and xpu.is_available(),
+    }
+    return [kind for kind in _REFUSED if there[kind]]
+
+
+def _cpu(total: int, available: int) -> dict[str, Any]:
     # Without AMX or AVX512-BF16, bf16 is emulated and several times slower than fp32.
     return {
         "device_name": platform.processor() or platform.machine(),
@@ -162,7 +199,8 @@ def _cpu(name: str, torch: Any, total: int, available: int) -> dict[str, Any]:
     }
 
 
-def _cuda(name: str, torch: Any, total: int, available: int) -> dict[str, Any]:
+def _cuda(name: str, torch: Any, available: int) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """Return what is known of a CUDA or ROCm GPU, and notes; ``available`` is that of the RAM."""
     properties = torch.cuda.get_device_properties(name)
     free, device_total = torch.cuda.mem_get_info(name)
     # What torch has reserved but not allocated looks used to the driver and is free to a run.
@@ -171,10 +209,16 @@ def _cuda(name: str, torch: Any, total: int, available: int) -> dict[str, Any]:
     rocm = torch.version.hip is not None
     capability = (properties.major, properties.minor)
     generation, width = (None, None) if rocm else _pcie(str(properties.uuid))
+    free_to_us = free + max(idle, 0)
+    notes = (_ROCM,) if rocm else ()
+    shares_ram = bool(getattr(properties, "is_integrated", False))
+    if shares_ram:
+        free_to_us, notes = min(free_to_us, available), (*notes, _ONE_MEMORY)
     return {
         "device_name": properties.name,
         "device_total_bytes": device_total,
-        "device_free_bytes": free + max(idle, 0),
+        "device_free_bytes": free_to_us,
+        "shares_ram": shares_ram,
         "device_used_by_others_bytes": max(0, device_total - free - reserved),
         "supports_bf16": rocm or capability >= (8, 0),
         "supports_fp16": True,
@@ -186,22 +230,46 @@ def _cuda(name: str, torch: Any, total: int, available: int) -> dict[str, Any]:
         "pcie_generation": generation,
         "pcie_width": width,
         "backend": "rocm" if rocm else "cuda",
-        "allocator": allocator(torch.cuda.get_allocator_backend(), os.environ, platform.system()),
-    }
+        "allocator": allocator(
+            torch.cuda.get_allocator_backend(), os.environ, platform.system(),
+            torch_version=torch.__version__, hip=torch.version.hip,
+        ),
+    }, notes  # fmt: skip
 
 
-def allocator(backend: str, environment: Mapping[str, str], system: str) -> str:
+def allocator(
+    backend: str, environment: Mapping[str, str], system: str, *, torch_version: str,
+    hip: str | None = None,
+) -> str:  # fmt: skip
     """Return how torch allocates: "default", "expandable" or "async".
 
-    ``backend`` is what torch calls its allocator. Whether segments are expandable is read from
-    ``environment``, as torch does when it is imported; they exist on Linux only.
+    ``backend`` is what torch calls its allocator, ``hip`` its version of ROCm's HIP, None for CUDA.
+    Whether segments are expandable is read from ``environment``, as torch does when it is imported
+    (c10/cuda/CUDAAllocatorConfig.h and c10/core/AllocatorConfig.cpp of 2.9 to 2.13). They exist on
+    Linux only; on ROCm since torch 2.12 with HIP 7.
     """
-    if backend == "cudaMallocAsync":
+    if backend in ("cudaMallocAsync", "hipMallocAsync"):
         return "async"
-    names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
-    told = next((environment[name] for name in names if name in environment), "")
-    words = told.replace(" ", "").lower().split(",")
-    return "expandable" if system == "Linux" and "expandable_segments:true" in words else "default"
+    release = _release(torch_version)
+    words = _settings(environment, release, hip).replace(" ", "").lower().split(",")
+    exist = system == "Linux" and (hip is None or (release >= (2, 12) and _release(hip) >= (7, 0)))
+    return "expandable" if exist and "expandable_segments:true" in words else "default"
+
+
+def _settings(environment: Mapping[str, str], release: tuple[int, int], hip: str | None) -> str:
+    """Return the settings from which a torch of this release takes expandable segments."""
+    names: tuple[str, ...] = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
+    if release >= (2, 10):  # before, the name without a device says nothing of these segments
+        names = ("PYTORCH_ALLOC_CONF", *names)
+    elif hip is None:
+        names = names[:1]
+    return next((environment[name] for name in names if name in environment), "")
+
+
+def _release(text: str) -> tuple[int, int]:
+    """Return the first two numbers of a version; (0, 0) if they cannot be read."""
+    found = re.match(r"(\d+)\.(\d+)", text)
+    return (int(found[1]), int(found[2])) if found else (0, 0)
 
 
 def close_gaps() -> None:
@@ -223,29 +291,6 @@ def wasteful_conv3d(torch_version: str, cudnn: int | None) -> bool:
     That needs 3 to 17 times the memory.
     """
     return torch_version.startswith("2.9.") and (cudnn or 0) < _CUDNN_MENDED
-
-
-def _mps(name: str, torch: Any, total: int, available: int) -> dict[str, Any]:
-    limit = int(torch.mps.recommended_max_memory())
-    used = int(torch.mps.driver_allocated_memory())
-    return {
-        "device_name": platform.processor() or "Apple GPU",
-        "device_total_bytes": limit,
-        "device_free_bytes": max(0, min(limit - used, available)),
-        "supports_bf16": bool(torch.backends.mps.is_macos_or_newer(14, 0)),
-        "backend": "mps",
-    }
-
-
-def _xpu(name: str, torch: Any, total: int, available: int) -> dict[str, Any]:
-    properties = torch.xpu.get_device_properties(name)
-    used = torch.xpu.memory_reserved(name)
-    return {
-        "device_name": properties.name,
-        "device_total_bytes": properties.total_memory,
-        "device_free_bytes": properties.total_memory - used,
-        "backend": "xpu",
-    }
 
 
 def _pcie(uuid: str) -> tuple[int | None, int | None]:
@@ -280,7 +325,17 @@ def pinned_budget_now(pinned: int = 0) -> int:
     to the result.
     """
     total, available, _ = ram()
-    return min(pinned_budget(total, platform.system()), available + pinned)
+    spare = max(0, available + pinned - unpinned_reserve(total))
+    return min(pinned_budget(total, platform.system()), spare)
+
+
+def unpinned_reserve(ram_total: int) -> int:
+    """Return the bytes of RAM that are never page-locked: an eighth, of 2 GiB to 4 GiB.
+
+    Locked memory cannot be swapped out; without a reserve, other programs would be. Chosen for
+    desktops, not measured.
+    """
+    return max(2 * GIB, min(4 * GIB, ram_total // 8))
 
 
 def pinned_budget(ram_total: int, system: str) -> int:
@@ -304,6 +359,11 @@ def _host_ram() -> tuple[int, int]:
     try:
         import psutil
     except ImportError:
+        if platform.system() != "Linux":
+            raise MissingDependency(
+                "psutil is not installed, without which the RAM of this system is not known. "
+                "Install it: pip install psutil."
+            ) from None
         page = os.sysconf("SC_PAGE_SIZE")
         return page * os.sysconf("SC_PHYS_PAGES"), page * os.sysconf("SC_AVPHYS_PAGES")
     memory = psutil.virtual_memory()
@@ -311,38 +371,54 @@ def _host_ram() -> tuple[int, int]:
 
 
 def container_limit(root: Path = Path("/")) -> tuple[int | None, int]:
-    """Return (limit, bytes in use) of this process's control group, version 2 or 1.
+    """Return (limit, bytes in use) of the control group that leaves this process the least RAM.
 
-    The group counts cached file pages as used. They can be dropped at any time and are subtracted.
+    A process is in one group (of version 2 or 1) and in all groups around that one. Each may have a
+    limit. A group counts cached file pages as used. They can be dropped at any time and are
+    subtracted.
     """
-    for limit_file, used_file in _CGROUP_FILES:
-        limit = _number(root / limit_file.lstrip("/"))
-        if limit is None or limit >= _NO_LIMIT:
-            continue
-        used = _number(root / used_file.lstrip("/")) or 0
-        stat = (root / used_file.lstrip("/")).with_name("memory.stat")
-        return limit, max(0, used - _stat(stat, "inactive_file") - _stat(stat, "active_file"))
-    return None, 0
+    found = []
+    for place, limit_file, used_file, controller, sums in _CGROUPS:
+        for folder in _groups(root, place, controller):
+            limit = _number(folder / limit_file)
+            if limit is None or limit >= _NO_LIMIT:
+                continue
+            stat = _numbers(folder / "memory.stat")
+            cached = stat.get(f"{sums}inactive_file", 0) + stat.get(f"{sums}active_file", 0)
+            found.append((limit, max(0, (_number(folder / used_file) or 0) - cached)))
+    return min(found, key=lambda group: group[0] - group[1], default=(None, 0))
+
+
+def _groups(root: Path, place: str, controller: str) -> list[Path]:
+    """Return the folders of this process's group and of those around it, the mounted one last.
+
+    A container usually sees its own group as the mounted one, even if the path says otherwise.
+    """
+    mounted = root / "sys/fs/cgroup" / place
+    for line in _lines(root / "proc/self/cgroup"):
+        _, controllers, path = line.split(":", 2)
+        if controller in controllers.split(","):
+            inner = PurePosixPath(path.strip("/"))
+            return [mounted.joinpath(part) for part in (inner, *inner.parents)]
+    return [mounted]
 
 
 def _number(path: Path) -> int | None:
-    try:
-        text = path.read_text("ascii").strip()
-    except OSError:
-        return None
+    text = "".join(_lines(path)).strip()
     return int(text) if text.isdigit() else None
 
 
-def _stat(path: Path, field: str) -> int:
+def _numbers(path: Path) -> dict[str, int]:
+    """Return the numbers of a file with a name and a number in each line."""
+    pairs = (line.partition(" ") for line in _lines(path))
+    return {name: int(value) for name, _, value in pairs if value.isdigit()}
+
+
+def _lines(path: Path) -> list[str]:
     try:
-        lines = path.read_text("ascii").splitlines()
+        return path.read_text("ascii", errors="replace").splitlines()
     except OSError:
-        return 0
-    for line in lines:
-        name, _, value = line.partition(" ")
-        if name in (field, f"total_{field}") and value.isdigit():
-            return int(value)
-    return 0
+        return []
 
 
 def _disk_free(folder: Path) -> int:

@@ -18,16 +18,20 @@ from ..models import (
     ModelArchitecture,
     assumed_parts,
     block_bytes,
+    converted_bytes,
+    experts_of,
     largest_leaf_bytes,
     part_bytes,
     parts_of,
     rest_bytes,
     stays_in_file,
-    text_block_bytes,
+    stored_of,
+    unpacked_bytes,
 )
 from .choices import STREAM_BUFFERS, Choices, Workload, latent_size, window_latents
 from .forward import text_encoder_peak, transformer_peak
 from .forward_lean import lean_peak
+from .machine import unpinned_reserve
 from .vae import decode_peak, encode_peak
 from .vae_lean import BANDS, lean_decode_bytes
 
@@ -131,6 +135,7 @@ class _Ledger:
         system: SystemResources,
     ) -> None:
         self.arch, self.workload, self.choices = architecture, workload, choices
+        self.system = system
         self.on_cpu = system.device_kind == "cpu"
         known = system.calibration
         self.learnt = 0.0 if self.on_cpu else known.extra_of(choices.lean, choices.by_rows)
@@ -140,8 +145,10 @@ class _Ledger:
         self.bytes = {name: self._part_bytes(name) for name in self.parts}
 
     def _part_bytes(self, name: str) -> int:
-        fp8 = self.choices.fp8_storage and name.startswith("transformer")
-        return part_bytes(self.arch, name, self._dtype(name), fp8=fp8)
+        return part_bytes(self.arch, name, self._dtype(name), fp8=self._in_fp8(name))
+
+    def _in_fp8(self, name: str) -> bool:
+        return self.choices.fp8_storage and name.startswith("transformer")
 
     def _dtype(self, name: str) -> str:
         return self.choices.dtypes.get(name) or self.choices.dtypes["transformer"]
@@ -201,7 +208,26 @@ class _Ledger:
             activation_bytes=activations,
             host_bytes=host + _PROCESS + (activations if self.on_cpu else 0),
             note=note,
+            locked_bytes=self._locked(part, host),
+            mapped_bytes=self.bytes[part] - self._ram_bytes(part) if self._mapped(part) else 0,
         )
+
+    def _locked(self, part: str, host: int) -> int:
+        """Return what is page-locked for streamed blocks, the next expert's included."""
+        system, choices = self.system, self.choices
+        if self.on_cpu or choices.offload_of(part) != "stream":
+            return 0
+        names = experts_of(self.arch) if part.startswith("transformer") else (part,)
+        wanted = 0
+        for name in names:
+            block = block_bytes(self.arch, name, self._dtype(name), fp8=self._in_fp8(name))
+            resident = 0 if name == "text_encoder" else choices.resident_blocks or 0
+            stored = stored_of(self.arch, name)
+            layers = self.arch.transformer.layers if stored is None else len(stored.blocks)
+            wanted += max(0, layers - resident) * block
+        spare = system.ram_available_bytes + system.ram_evictable_bytes - host
+        spare -= unpinned_reserve(system.ram_total_bytes)
+        return max(0, min(wanted, system.pinned_budget_bytes, spare))
 
     def _output(self) -> StageEstimate:
         host = self._host_weights("vae") + self.latent_bytes + self.frames_bytes + _PROCESS
@@ -228,8 +254,8 @@ class _Ledger:
         if how == "stream":
             nbytes, note = self._streamed(part)
         elif how == "group":
-            nbytes = rest_bytes(self.arch.transformer, self._dtype(part))
-            nbytes += STREAM_BUFFERS * block_bytes(self.arch.transformer, self._dtype(part))
+            nbytes = rest_bytes(self.arch, part, self._dtype(part))
+            nbytes += STREAM_BUFFERS * block_bytes(self.arch, part, self._dtype(part))
             note = "diffusers' group offload, one block at a time"
         elif how == "sequential":
             nbytes = largest_leaf_bytes(self.arch, part, self._dtype(part))
@@ -244,12 +270,12 @@ class _Ledger:
     def _streamed(self, part: str) -> tuple[int, str]:
         shape, choices, dtype = self.arch.transformer, self.choices, self._dtype(part)
         if part == "text_encoder":  # its embedding table stays in RAM, tokens are looked up there
-            nbytes = STREAM_BUFFERS * text_block_bytes(self.arch, dtype)
+            nbytes = STREAM_BUFFERS * block_bytes(self.arch, part, dtype)
             return nbytes, "streamed block by block"
-        block = block_bytes(shape, dtype, fp8=choices.fp8_storage)
+        block = block_bytes(self.arch, part, dtype, fp8=choices.fp8_storage)
         resident = min(choices.resident_blocks or 0, shape.layers)
         moving = min(choices.stream_buffers, shape.layers - resident)
-        nbytes = rest_bytes(shape, dtype) + (resident + moving) * block
+        nbytes = rest_bytes(self.arch, part, dtype) + (resident + moving) * block
         return nbytes, f"{resident} of {shape.layers} blocks resident, the rest streamed"
 
     def _host_weights(self, part: str) -> int:
@@ -257,20 +283,31 @@ class _Ledger:
 
         Components that the stage does not use need not count: they can be freed and read again.
         """
-        fp8 = self.choices.fp8_storage and part.startswith("transformer")
-        # Used from the file's own mapped pages, weights need no RAM that the system cannot take
-        # back. These are copied instead; diffusers' group offload page-locks a copy of everything.
-        copied = self.on_cpu or fp8 or self.choices.offload_of(part) == "group"
-        if not copied and stays_in_file(self.arch, part, self._dtype(part)):
-            return 0
-        if self.choices.offload != "none":
-            return self.bytes[part]
-        # A component that is resident on a GPU still passes through RAM when it is read.
-        return sum(self.bytes.values()) if self.on_cpu else self.bytes[part]
+        together = self.on_cpu and self.choices.offload == "none"
+        return sum(self._ram_bytes(name) for name in (self.parts if together else (part,)))
+
+    def _ram_bytes(self, part: str) -> int:
+        dtype = self._dtype(part)
+        if self._mapped(part):
+            return converted_bytes(self.arch, part, dtype)
+        return self.bytes[part]
+
+    def _mapped(self, part: str) -> bool:
+        """Whether a component stays in its mapped file, whose pages the system may drop."""
+        # Diffusers' group offload page-locks a copy of everything.
+        if self._in_fp8(part) or self.choices.offload_of(part) == "group":
+            return False
+        return stays_in_file(self.arch, part, self._dtype(part), on_cpu=self.on_cpu)
+
+    def _unpacked(self, part: str) -> int:
+        """Return the matrix that is taken apart for the time of one product."""
+        dtype = self._dtype(part)
+        return unpacked_bytes(self.arch, part, dtype, fp8=self._in_fp8(part))
 
     def _text(self) -> int:
         size = BYTES[self._dtype("text_encoder")]
         peak = text_encoder_peak(size, wide_softmax=not self.on_cpu)
+        peak += self._unpacked("text_encoder")
         texts = 2 if self.workload.guidance_high or self.workload.guidance_low else 1
         return peak + texts * TEXT_TOKENS * self.arch.transformer.text_dim * 4
 
@@ -314,7 +351,7 @@ class _Ledger:
         more = max(0, shape.in_channels - self.vae.z_dim) / self.vae.z_dim
         condition = int(more * seen * self.latent_bytes)
         texts = (1 if guided else 0) * workload.batch_size * TEXT_TOKENS * shape.text_dim * size
-        cast = shape.dim * shape.ffn_dim * size if self.choices.fp8_storage else 0
+        cast = self._unpacked(part)
         forward = (
             self._forward(part, size, guided=guided) + cast + _LATENT_COPIES * self.latent_bytes
         )
@@ -341,7 +378,7 @@ class _Ledger:
             exact=not choices.by_rows,
             embed_every_token=not self.on_cpu,
             passes=passes,
-            whole_values=choices.fp8_storage or bool(self.arch.loras_of(part)),
+            whole_values=bool(self._unpacked(part)) or bool(self.arch.loras_of(part)),
             **numbers,
         )
 
@@ -391,6 +428,15 @@ def format_estimate(estimate: MemoryEstimate) -> str:
         on_device = (stage.device_bytes, stage.weights_bytes, stage.activation_bytes)
         cells = [f"{value / GIB:8.2f} GiB" for value in (*on_device, stage.host_bytes)]
         lines.append(f"{stage.name:<17}" + " ".join(cells) + (f"  {stage.note}" * bool(stage.note)))
+    mapped = max((stage.mapped_bytes for stage in estimate.stages), default=0)
+    if mapped:
+        lines.append(
+            f"beside that, up to {mapped / GIB:.2f} GiB of weights are read from their files as "
+            "they lie there: the more RAM is free, the less often from disk"
+        )
+    locked = max((stage.locked_bytes for stage in estimate.stages), default=0)
+    if locked:
+        lines.append(f"and up to {locked / GIB:.2f} GiB of them are page-locked while they stream")
     lines.append(_verdict(estimate))
     lines += [f"  because {reason}" for reason in estimate.reasons]
     lines += [f"  warning: {text}" for text in estimate.warnings]

@@ -82,9 +82,12 @@ class _Walk:
             del x
         y = _apply(padded, width)
         if plain:
+            # Frames that the second convolution's history would overwrite are set aside.
+            aside = y.like(t=count) if y.t < _HISTORY else None
             following = self._load(second, y)
             self._keep(first, padded, count)
             _normalize(y)
+            del aside
         else:
             self._keep(first, padded, count)
             del padded

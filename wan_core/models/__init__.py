@@ -2,14 +2,28 @@
 
 In: the names and shapes of a tensor table. Out: shapes (``TransformerShape``, ``VaeShape``), names
 as diffusers' modules have them (``map_names``), the ``ModelArchitecture`` that detection fills in,
-and bytes per component. Only data and arithmetic; imports the ground floor and ``formats``.
+and bytes per component. Also the tables that naming and reading share: layouts of components, what
+may be left over in a file, how LoRAs and experts are called. Only data and arithmetic; imports the
+ground floor and ``formats``.
 """
 
 from __future__ import annotations
 
 from .architecture import Component, FoundLora, ModelArchitecture
+from .labels import Role, differ_in_h_and_l, role_of, without_role, words_of
+from .layouts import LAYOUTS, Layout, find_layouts, own_names, tokenizer_tensor
+from .leftovers import TAG, Leftover, find_leftovers
+from .lora_keys import (
+    flat_stem,
+    foreign_part,
+    is_lora,
+    is_wan_linear,
+    names_both_experts,
+    read_lora_key,
+    spellings,
+)
 from .names import Mapped, Source, map_names
-from .recipes import recipe_of
+from .recipes import Recipe, recipe_of
 from .shapes import count_blocks, read_transformer, read_vae, transformer_tensors
 from .sizes import (
     BYTES,
@@ -18,13 +32,18 @@ from .sizes import (
     assumed_parts,
     block_bytes,
     block_parameters,
+    converted_bytes,
+    experts_of,
     largest_leaf_bytes,
     part_bytes,
     parts_of,
+    ram_bytes,
     rest_bytes,
     stays_in_file,
-    text_block_bytes,
+    stored_of,
+    unpacked_bytes,
 )
+from .stored import StoredSize, StoredSizes, cast_at_use, stays_stored, stored_sizes
 from .variants import (
     IMAGE_TOKENS,
     TEXT_TOKENS,
@@ -41,11 +60,19 @@ __all__ = [
     "Component",
     "FoundLora",
     "IMAGE_TOKENS",
+    "LAYOUTS",
+    "Layout",
+    "Leftover",
     "MAP_FROM",
     "Mapped",
     "ModelArchitecture",
     "PARTS",
+    "Recipe",
+    "Role",
     "Source",
+    "StoredSize",
+    "StoredSizes",
+    "TAG",
     "TEXT_TOKENS",
     "TransformerShape",
     "VAE_21",
@@ -56,16 +83,38 @@ __all__ = [
     "assumed_parts",
     "block_bytes",
     "block_parameters",
+    "cast_at_use",
+    "converted_bytes",
     "count_blocks",
+    "differ_in_h_and_l",
+    "experts_of",
+    "find_layouts",
+    "find_leftovers",
+    "flat_stem",
+    "foreign_part",
+    "is_lora",
+    "is_wan_linear",
     "largest_leaf_bytes",
     "map_names",
+    "names_both_experts",
+    "own_names",
     "part_bytes",
     "parts_of",
+    "ram_bytes",
+    "read_lora_key",
     "read_transformer",
     "read_vae",
     "recipe_of",
     "rest_bytes",
+    "role_of",
+    "spellings",
     "stays_in_file",
-    "text_block_bytes",
+    "stays_stored",
+    "stored_of",
+    "stored_sizes",
+    "tokenizer_tensor",
     "transformer_tensors",
+    "unpacked_bytes",
+    "without_role",
+    "words_of",
 ]

@@ -12,6 +12,7 @@ from typing import Any
 
 from ..config import WanLoRA
 from .recipes import Recipe
+from .stored import StoredSizes
 from .variants import TransformerShape, VaeShape, Variant
 
 
@@ -40,8 +41,14 @@ class Component:
     """fp32, bf16, fp16, fp8, fp8_scaled, gguf …; empty for a component without weights."""
     format: str = ""
     """safetensors, gguf, pickle, or empty for a component without weights."""
+    stored_as: str = ""
+    """The same in words: "fp8 scaled per row", "GGUF Q4_K"."""
+    stored: StoredSizes | None = None
+    """What its weights take in memory, of a transformer or text encoder; None for others."""
     file_variant: str | None = None
     """The tag in names like ``model.fp16.safetensors``."""
+    vocabulary: int | None = None
+    """For a text encoder: the number of tokens it has embeddings for."""
     config: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -54,6 +61,8 @@ class FoundLora:
     rank: int
     recipe: Recipe | None = None
     """The settings it was distilled for, if its name or metadata say so."""
+    files: tuple[Path, ...] = ()
+    """Its file or shards, and the adapter_config.json that states its scale."""
 
     def works_on(self, component: str) -> bool:
         """Whether it changes ``component``: ``transformer`` (the only or the high-noise one) or
@@ -91,6 +100,10 @@ class ModelArchitecture:
     reasons: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
     loras: tuple[FoundLora, ...] = ()
+    recipe: Recipe | None = None
+    """The settings the checkpoint itself was distilled for, if its names say so."""
+    incomplete: str = ""
+    """What must be added before it can run, as a sentence; empty where nothing must."""
 
     @property
     def name(self) -> str:
@@ -122,6 +135,17 @@ class ModelArchitecture:
         """Return the LoRAs that change a component, in the order in which they were given."""
         return tuple(found.lora for found in self.loras if found.works_on(component))
 
+    def recipes(self) -> tuple[tuple[str, Recipe], ...]:
+        """Return every distilled file in use, in words, with the settings it was trained for."""
+        own = f"The checkpoint {self.root.name}"
+        checkpoint = [(own, self.recipe)] if self.recipe is not None else []
+        loras = [
+            (f"The LoRA {Path(found.lora.path).name}", found.recipe)
+            for found in self.loras
+            if found.recipe is not None and found.lora.strength
+        ]
+        return (*checkpoint, *loras)
+
     def lora_bytes(self, component: str, size: int) -> int:
         """Return the bytes that a component's LoRAs take, at ``size`` bytes per parameter."""
         return sum(found.parameters * size for found in self.loras if found.works_on(component))
@@ -145,14 +169,23 @@ class ModelArchitecture:
             "transformer": {**asdict(self.transformer), "dim": self.transformer.dim},
             "vae": asdict(self.vae) if self.vae else None,
             "defaults": asdict(self.variant.defaults),
-            "components": {name: _plain(asdict(c)) for name, c in self.components.items()},
+            "components": {name: _plain(_described(c)) for name, c in self.components.items()},
             "loras": [found.describe() for found in self.loras],
+            "recipe": self.recipe.describe() if self.recipe else None,
+            "incomplete": self.incomplete,
             "reasons": list(self.reasons),
             "warnings": list(self.warnings),
         }
         plain = _plain(out)
         assert isinstance(plain, dict)
         return plain
+
+
+def _described(component: Component) -> dict[str, Any]:
+    """Return a component's fields for JSON; its sizes in memory as one sum, not block by block."""
+    fields = asdict(component)
+    stored = component.stored
+    return fields | {"stored": None if stored is None else asdict(stored.whole)}
 
 
 def _plain(value: Any) -> Any:

@@ -1,7 +1,7 @@
 """From the tensor names of a file to parameter names of diffusers' and transformers' modules.
 
 Pure functions over names: no file is opened and torch is not imported. A parameter may be a slice
-of a stored tensor (fused q, k, v) and may have a scale (fp8); its :class:`Source` says so. A name
+of a stored tensor (fused q, k, v); its :class:`Source` says so. A name
 that no rule knows is passed through unchanged, so that loading reports it instead of losing it.
 
 Names: ``wan/modules/{model,vae2_1,vae2_2,t5,clip,animate}`` of github.com/Wan-Video/Wan2.1 and
@@ -15,11 +15,10 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Final
 
-from ..errors import CorruptFile, ModelMismatch
-
-_SCALES: Final = (".scale_weight", ".weight_scale")
-_UNUSED: Final = (".scale_input", ".input_scale", ".comfy_quant")
-_SECOND_SCALE: Final = ".weight_scale_2"
+from ..errors import ModelMismatch
+from ..formats import split_companions
+from .layouts import likely_layout, own_names
+from .leftovers import find_leftovers
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,13 +26,12 @@ class Source:
     """Where the values of one parameter are stored: in the tensor ``name``.
 
     A fused tensor is divided into ``parts`` equal blocks of rows, of which the parameter is number
-    ``part``. ``scale`` names the tensor that the stored values must be multiplied by.
+    ``part``. How the tensor is stored, ``formats.Storage`` says.
     """
 
     name: str
     part: int = 0
     parts: int = 1
-    scale: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,87 +46,39 @@ def map_names(kind: str, names: Iterable[str], prefix: str = "") -> Mapped:
     """Map the names in a file of ``kind`` to parameter names of the module, whatever the layout.
 
     ``kind`` is transformer, vae, text_encoder or image_encoder. Names that do not begin with
-    ``prefix`` belong to another component and are left out. CLIP names are returned without the
-    ``vision_model.`` that older versions of transformers put before them. Raises ModelMismatch when
-    two stored tensors claim one parameter, CorruptFile when only some of the equal layers of a
-    scaled file have their scale.
+    ``prefix`` belong to another component and are left out; what ``leftovers`` lists is ignored.
+    CLIP names are returned without the ``vision_model.`` that older versions of transformers put
+    before them. Raises ModelMismatch when two stored tensors claim one parameter.
     """
-    own = {name[len(prefix) :]: name for name in names if name.startswith(prefix)}
-    weights, scales, ignored = split_scales(own)
-    rename, unused = _renamer(kind, weights)
+    own = own_names(names, prefix)
+    leftovers = find_leftovers(kind, own)
+    weights, ignored = split_companions(name for name in own if name not in leftovers)
+    ignored += leftovers
+    rename = _renamer(kind, weights)
     sources: dict[str, Source] = {}
     for name in weights:
-        if unused(name):
-            ignored.append(name)
-            continue
-        scale = own[scales[name]] if name in scales else None
         for target, source in rename(name):
             if target in sources:
                 raise ModelMismatch(
                     f"{sources[target].name!r} and {own[name]!r} both stand for {target!r}. The "
                     "file mixes two layouts; download it again."
                 )
-            sources[target] = replace(source, name=own[name], scale=scale)
+            sources[target] = replace(source, name=own[name])
     return Mapped(sources, tuple(own[name] for name in ignored))
-
-
-def split_scales(names: Iterable[str]) -> tuple[list[str], dict[str, str], list[str]]:
-    """Split names into weights, the scale of each scaled weight, and names that hold no weight.
-
-    Scales of activations (``scale_input``, ``input_scale``) are not part of a weight, so they are
-    in the third group. Raises CorruptFile when only some of equal layers have their scale.
-    """
-    present = list(names)
-    known = set(present)
-    weights: list[str] = []
-    scales: dict[str, str] = {}
-    ignored: list[str] = []
-    for name in present:
-        ending = next((s for s in _SCALES if name.endswith(s)), None)
-        target = name[: -len(ending)] + ".weight" if ending else ""
-        if target in known:
-            scales[target] = name
-        elif name.endswith((*_UNUSED, _SECOND_SCALE)) or name.split(".")[-1] == "scaled_fp8":
-            ignored.append(name)
-        else:
-            weights.append(name)
-    _check_scales(weights, scales)
-    return weights, scales, ignored
-
-
-def _check_scales(weights: Iterable[str], scales: Mapping[str, str]) -> None:
-    # Layers whose names differ only in numbers are the same layer of different blocks: either all
-    # of them are scaled or none is.
-    groups: dict[str, tuple[list[str], list[str]]] = {}
-    for name in weights if scales else ():
-        if name.endswith(".weight"):
-            have, lack = groups.setdefault(re.sub(r"\d+", "#", name), ([], []))
-            (have if name in scales else lack).append(name)
-    for have, lack in groups.values():
-        if have and lack:
-            raise CorruptFile(
-                f"{len(have)} of {len(have) + len(lack)} layers like {have[0]!r} have their scale, "
-                f"{lack[0]!r} has none; without it the weights are noise. Download the file again."
-            )
 
 
 _Rename = Callable[[str], list[tuple[str, Source]]]
 
 
-def _renamer(kind: str, names: list[str]) -> tuple[_Rename, Callable[[str], bool]]:
+def _renamer(kind: str, names: list[str]) -> _Rename:
+    layout = likely_layout(kind, names)
     if kind == "transformer":
-        return _transformer_renamer(names), _is_not_transformer
+        return _same if layout == "diffusers" else _original_transformer
     if kind == "vae":
-        return _vae_renamer(names), _never
+        return _same if layout == "diffusers" else _vae_renamer(names)
     if kind == "text_encoder":
-        return _text_renamer(names)
-    if kind == "image_encoder":
-        return _image_renamer(names), _is_not_vision
-    raise ValueError(f"no tensor names are known for {kind!r}")
-
-
-def _never(_: str) -> bool:
-    return False
+        return _text_renamer(names, layout)
+    return _same_vision if layout == "diffusers" else _original_clip
 
 
 def _same(name: str) -> list[tuple[str, Source]]:
@@ -190,12 +140,6 @@ _IN_FACE: Final = re.compile(r"face_adapter\.fuser_blocks\.(\d+)\.(.+)")
 _IN_MOTION: Final = re.compile(r"motion_encoder\.enc\.net_app\.convs\.(\d+)\.(.+)")
 
 
-def _transformer_renamer(names: list[str]) -> _Rename:
-    if not {"head.modulation", "head.head.weight", "blocks.0.self_attn.q.weight"} & set(names):
-        return _same
-    return _original_transformer
-
-
 def _original_transformer(name: str) -> list[tuple[str, Source]]:
     block = _IN_BLOCK.fullmatch(name)
     if block:
@@ -225,12 +169,6 @@ def _motion_name(index: int, rest: str) -> str:
         return f"motion_encoder.conv_in.{leaf}"
     where = "conv_skip" if layer == ["skip"] else ".".join(layer)
     return f"motion_encoder.res_blocks.{index - 1}.{where}.{leaf}"
-
-
-def _is_not_transformer(name: str) -> bool:
-    # Blur kernels are constants in diffusers' code. Old converters saved a norm_added_q that no
-    # forward uses.
-    return (name.endswith(".kernel") and "motion_encoder." in name) or ".norm_added_q." in name
 
 
 # VAE ---------------------------------------------------------------------------------------------
@@ -265,8 +203,6 @@ _NESTED: Final = re.compile(
 
 
 def _vae_renamer(names: list[str]) -> _Rename:
-    if not {"encoder.conv1.weight", "decoder.conv1.weight"} & set(names):
-        return _same
     # The 2.1 decoder keeps the layers of all resolutions in one flat list. An upsampler is the last
     # layer of each resolution but the last, so the upsamplers' indices divide the list.
     ends = sorted(
@@ -327,20 +263,14 @@ _UMT5_BLOCK: Final = {
 _UMT5_IN_BLOCK: Final = re.compile(r"(?:blocks|enc\.blk)\.(\d+)\.(.+)")
 
 
-def _text_renamer(names: list[str]) -> tuple[_Rename, Callable[[str], bool]]:
-    known = set(names)
-    twice = "encoder.embed_tokens.weight"
-    unused = {"spiece_model", "lm_head.weight", "logit_scale"}
-    if "shared.weight" in known:  # the embedding is stored under one of two names, or under both
-        unused.add(twice)
-
-    def is_unused(name: str) -> bool:
-        # A file of the full umT5 also holds its decoder, which encoding does not use.
-        return name in unused or name.startswith(("decoder.", "dec."))
-
-    if known & {"token_embedding.weight", "token_embd.weight"}:
-        return (lambda name: [(_umt5_name(name), Source(name))]), is_unused
-    return (lambda name: [("shared.weight" if name == twice else name, Source(name))]), is_unused
+def _text_renamer(names: list[str], layout: str) -> _Rename:
+    if layout != "diffusers":
+        return lambda name: [(_umt5_name(name), Source(name))]
+    # The embedding is stored under one of two names, or under both.
+    other, known = "encoder.embed_tokens.weight", set(names)
+    if "shared.weight" in known:
+        return lambda name: [] if name == other else _same(name)
+    return lambda name: [("shared.weight" if name == other else name, Source(name))]
 
 
 def _umt5_name(name: str) -> str:
@@ -371,17 +301,10 @@ _FUSED: Final = {
     "attn.to_qkv.bias": "bias",
 }
 _CLIP_IN_BLOCK: Final = re.compile(r"transformer\.(\d+)\.(.+)")
-_NOT_VISION: Final = (
-    "visual_projection.weight", "visual.head", "visual.proj", "head", "proj", "log_scale",
-    "logit_scale", "text_projection.weight", "embeddings.position_ids",
-    "vision_model.embeddings.position_ids",
-)  # fmt: skip
 
 
-def _image_renamer(names: list[str]) -> _Rename:
-    if any(_CLIP_IN_BLOCK.fullmatch(name.removeprefix("visual.")) for name in names):
-        return _original_clip
-    return lambda name: [(name.removeprefix("vision_model."), Source(name))]
+def _same_vision(name: str) -> list[tuple[str, Source]]:
+    return [(name.removeprefix("vision_model."), Source(name))]
 
 
 def _original_clip(name: str) -> list[tuple[str, Source]]:
@@ -397,7 +320,3 @@ def _original_clip(name: str) -> list[tuple[str, Source]]:
             for part, which in enumerate("qkv")
         ]
     return [(f"{stem}.{_renamed(block[2], _CLIP_BLOCK)}", Source(name))]
-
-
-def _is_not_vision(name: str) -> bool:
-    return name in _NOT_VISION or name.startswith(("textual.", "text_model."))

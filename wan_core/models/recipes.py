@@ -1,7 +1,8 @@
-"""Settings that distilled LoRAs were trained for: recognised by name, used only when asked for.
+"""Settings that distilled files were trained for: recognised by name, used only when asked for.
 
-A LoRA that distils Wan to four steps (lightx2v, Wan2.2-Lightning) needs its own schedule and no
-guidance; with a model's official settings the video is oversaturated or grey. Pure data.
+A LoRA that distils Wan to four steps (lightx2v, Wan2.2-Lightning), and a checkpoint into which one
+was merged, need their own schedule and no guidance; with a model's official settings the video is
+oversaturated or grey. Pure data.
 """
 
 from __future__ import annotations
@@ -12,13 +13,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from .labels import words_of
+
 if TYPE_CHECKING:
     from .variants import Defaults
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
-    """The settings a distilled LoRA was trained for. Scales of 1 switch guidance off."""
+    """The settings a distilled file was trained for. Scales of 1 switch guidance off."""
 
     name: str
     reason: str
@@ -29,7 +32,7 @@ class Recipe:
     flow_shift: float
     scheduler: str
     timesteps: tuple[int, ...]
-    """The timesteps the LoRA was trained at, which the scheduler derives from these settings."""
+    """The timesteps it was trained at, which the scheduler derives from these settings."""
 
     def differences(self, settings: Any) -> list[str]:
         """Name the fields of ``settings`` (a Request) that differ from the recipe, with values."""
@@ -65,30 +68,26 @@ class Recipe:
         }
 
 
-_MARKS: Final = frozenset(
-    (
-        "lightx2v",
-        "lightning",
-        "distill",
-        "distilled",
-        "stepdistill",
-        "cfgdistill",
-        "4steps",
-        "4step",
-    )  # fmt: skip
-)
+# Words that say by themselves that a file is distilled to a few steps, and words that do so only
+# beside another mark: "lightning" and "distill" are in the names of effects and styles too.
+_STRONG: Final = frozenset({"lightx2v", "stepdistill", "cfgdistill", "4steps", "4step"})
+_WEAK: Final = frozenset({"lightning", "distill", "distilled", "seko"})
+_DISTILLED: Final = frozenset({"distill", "distilled", "distillation"})
 _COUNT: Final = re.compile(r"(\d+)steps?")
+_MOST: Final = 50
+"""A larger number of steps is one of training, not of sampling."""
 _TEXTS: Final = (
     "modelspec.title", "modelspec.description", "name", "title", "description", "ss_output_name",
+    "general.name",
 )  # fmt: skip
 
 
 def recipe_of(path: str | Path, metadata: Mapping[str, str] | None = None) -> Recipe | None:
-    """Recognise a LoRA distilled to four steps by whole words of its metadata or its name.
+    """Recognise a LoRA or a checkpoint distilled to four steps by the words of its names.
 
-    The folder's name counts too: published files are called ``high_noise_model.safetensors`` in
-    a folder that says what they are. Returns None when nothing says so, or when another number of
-    steps is named.
+    Looked at are the metadata, the file's name and the folder's: published files are called
+    ``high_noise_model.safetensors`` in a folder that says what they are. Returns None when nothing
+    says so, or when another number of steps is named.
     """
     file = Path(path)
     texts = [(f"metadata {key}", (metadata or {}).get(key, "")) for key in _TEXTS]
@@ -96,9 +95,9 @@ def recipe_of(path: str | Path, metadata: Mapping[str, str] | None = None) -> Re
     for place, text in texts:
         words = _words(text)
         counts = {int(found[1]) for word in words if (found := _COUNT.fullmatch(word))}
-        marks = [word for word in words if word in _MARKS]
-        if counts - {4}:
+        if any(count != 4 and count <= _MOST for count in counts):
             return None
+        marks = _marks(words)
         if marks:
             return Recipe(
                 name="distilled-4", reason=f"{place} says {' '.join(marks)!r}",
@@ -108,10 +107,23 @@ def recipe_of(path: str | Path, metadata: Mapping[str, str] | None = None) -> Re
     return None
 
 
+def _marks(words: list[str]) -> list[str]:
+    """Return the words by which a text says "distilled to four steps"; none if it does not."""
+    found = [word for word in words if word in _STRONG or word in _WEAK]
+    # "cfg_step_distill", "StepDistill": what was distilled stands right before the word.
+    said = any(
+        _DISTILLED.intersection(words[index + 1 : index + 3])
+        for index, word in enumerate(words)
+        if word in ("step", "steps", "cfg")
+    )
+    enough = said or not _STRONG.isdisjoint(found) or len(set(found)) > 1
+    return found if enough else []
+
+
 def _words(text: str) -> list[str]:
     """Split into lower-case words; a number followed by "steps" becomes one word, "4steps"."""
-    spaced = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", text)
-    words = [word.lower() for word in re.split(r"[^A-Za-z0-9]+", spaced) if word]
+    # Camel case divides LightX2V, which is one word.
+    words = words_of(re.sub(r"light[-_ ]?x2v", "lightx2v", text, flags=re.IGNORECASE))
     for index, word in enumerate(words[:-1]):
         if word.isdecimal() and words[index + 1] in ("step", "steps"):
             words[index : index + 2] = [f"{word}steps", ""]

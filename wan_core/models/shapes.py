@@ -87,7 +87,7 @@ def read_transformer(shapes: Shapes, layout: str) -> TransformerShape:
     patch_volume = 4
     in_channels = math.prod(_shape(shapes, "patch_embedding.weight")) // (dim * patch_volume)
     known = dim % HEAD_DIM == 0
-    positions = shapes.get(names["positions"])
+    positions = shapes.get(names["positions"], ())
     image_key = names["image_key"]
     vace = shapes.get("vace_patch_embedding.weight")
     layers = count_blocks(shapes, "blocks.")
@@ -104,7 +104,8 @@ def read_transformer(shapes: Shapes, layout: str) -> TransformerShape:
         freq_dim=_size(shapes, names["time"], 1),
         image_dim=_size(shapes, names["image"], 0) if names["image"] in shapes else None,
         added_kv_dim=_size(shapes, image_key, 1) if image_key in shapes else None,
-        pos_embed_seq_len=positions[1] if positions and len(positions) == 3 else None,
+        # (1, tokens, width); some GGUF writers leave out the leading 1.
+        pos_embed_seq_len=positions[-2] if len(positions) in (2, 3) else None,
         vace_layers=tuple(i * layers // vace_blocks for i in range(vace_blocks)),
         vace_in_channels=math.prod(vace) // (dim * patch_volume) if vace else None,
     )
@@ -121,6 +122,12 @@ def _size(shapes: Shapes, name: str, axis: int) -> int:
     if len(shape) <= axis or shape[axis] < 1:
         raise CorruptFile(f"The tensor {name!r} has the impossible shape {list(shape)}.")
     return shape[axis]
+
+
+def _rows(shapes: Shapes, name: str) -> int:
+    """Return the output channels of a convolution: those of its bias, which no writer reshapes."""
+    bias = name.removesuffix("weight") + "bias"
+    return _size(shapes, bias if bias in shapes else name, 0)
 
 
 def count_blocks(names: Iterable[str], prefix: str) -> int:
@@ -230,20 +237,21 @@ def read_vae(shapes: Shapes, layout: str) -> VaeShape:
     any other number. Raises CorruptFile naming what is missing or impossible.
     """
     names = _VAE_NAMES[layout]
-    base = _size(shapes, names["encoder_in"], 0)
-    z_dim = _size(shapes, names["latent"], 0)
+    base = _rows(shapes, names["encoder_in"])
+    z_dim = _rows(shapes, names["latent"])
     levels = _vae_levels(shapes, layout)
     if not levels:
         raise CorruptFile("The VAE's encoder has no blocks; the file is incomplete. Get it again.")
     mult = tuple(max(1, round(level.width / base)) for level in levels)
     temporal = tuple(level.temporal for level in levels[:-1])
-    in_channels = _size(shapes, names["encoder_in"], 1)
+    kernel = 27  # 3 x 3 x 3, from the element count: some GGUF writers flatten the 5-D weight
+    in_channels = math.prod(_shape(shapes, names["encoder_in"])) // (base * kernel)
     residual = levels[0].nested
     patch = 2 if residual and in_channels == 12 else None
     return VaeShape(
         z_dim=z_dim,
         base_dim=base,
-        decoder_base_dim=max(1, round(_size(shapes, names["decoder_in"], 0) / mult[-1])),
+        decoder_base_dim=max(1, round(_rows(shapes, names["decoder_in"]) / mult[-1])),
         dim_mult=mult,
         num_res_blocks=max(level.blocks for level in levels),
         temporal_downsample=temporal,
@@ -285,7 +293,7 @@ def _vae_levels(shapes: Shapes, layout: str) -> list[_Level]:
     In a flat list the downsamplers separate the levels: a layer's level is the number of
     downsamplers before it.
     """
-    convs = {m: shapes[m.string] for n in shapes if (m := re.match(_VAE_CONV[layout], n))}
+    convs = {m: _rows(shapes, n) for n in shapes if (m := re.match(_VAE_CONV[layout], n))}
     samples = [m for n in shapes if (m := re.match(_VAE_SAMPLE[layout], n))]
     if not convs:
         return []
@@ -298,9 +306,9 @@ def _vae_levels(shapes: Shapes, layout: str) -> list[_Level]:
 
     count = 1 + max(level_of(int(match[1])) for match in convs)
     levels = [_Level(nested) for _ in range(min(count, 16))]
-    for match, shape in convs.items():
+    for match, rows in convs.items():
         level = levels[min(level_of(int(match[1])), len(levels) - 1)]
-        level.width, level.blocks = shape[0] if shape else 0, level.blocks + 1
+        level.width, level.blocks = rows, level.blocks + 1
     for index in temporal:
         levels[min(level_of(index), len(levels) - 1)].temporal = True
     return levels

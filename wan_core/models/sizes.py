@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from functools import lru_cache
 
 from .architecture import ModelArchitecture
+from .stored import StoredSizes, cast_at_use
 from .variants import TransformerShape
 
 BYTES: Mapping[str, int] = {"fp32": 4, "bf16": 2, "fp16": 2, "fp8": 1}
@@ -31,6 +32,9 @@ _UMT5 = {"d_model": 4096, "d_ff": 10_240, "num_heads": 64, "d_kv": 64}
 """umT5-xxl's sizes, by their names in its config.json."""
 
 _PLAIN = ("fp32", "fp16", "bf16")
+_HEADER = {"fp32": "F32", "fp16": "F16", "bf16": "BF16"}
+_STREAMED = ("transformer", "text_encoder")
+"""Components whose matrices may stay as stored, and whose blocks can be streamed."""
 _ATTENTION_SIDES = 4  # q, k, v, out
 
 
@@ -69,15 +73,49 @@ def transformer_parameters(shape: TransformerShape) -> int:
     return shape.layers * block_parameters(shape)[0] + rest_parameters(shape)[0]
 
 
-def block_bytes(shape: TransformerShape, dtype: str, *, fp8: bool = False) -> int:
-    """Return the bytes of one block; ``fp8`` stores its matrices in one byte per parameter."""
-    total, kept = block_parameters(shape)
+def stored_of(architecture: ModelArchitecture, name: str) -> StoredSizes | None:
+    """Return the sizes read from a component's header; None where no file was given."""
+    part = architecture.components.get(name)
+    return None if part is None else part.stored
+
+
+def block_bytes(
+    architecture: ModelArchitecture, name: str, dtype: str, *, fp8: bool = False
+) -> int:
+    """Return the bytes of a component's largest block as it lies in memory.
+
+    ``fp8`` stores the matrices of a transformer's blocks in one byte per number, where the file
+    has not stored them so already.
+    """
+    stored = stored_of(architecture, name)
+    if stored is not None and stored.blocks and (stored.quantised or not fp8):
+        return max(block.nbytes(BYTES[dtype]) for block in stored.blocks)
+    if name == "text_encoder":
+        return _text_block_bytes(architecture, dtype)
+    total, kept = block_parameters(architecture.transformer)
     return _mixed(total, kept, BYTES["fp8"] if fp8 else BYTES[dtype])
 
 
-def rest_bytes(shape: TransformerShape, dtype: str) -> int:
-    """Return the bytes of a transformer's parameters outside its blocks."""
-    return _mixed(*rest_parameters(shape), BYTES[dtype])
+def rest_bytes(architecture: ModelArchitecture, name: str, dtype: str) -> int:
+    """Return the bytes of what is on the device beside a transformer's blocks."""
+    stored = stored_of(architecture, name)
+    if stored is not None:
+        return stored.rest.nbytes(BYTES[dtype])
+    return _mixed(*rest_parameters(architecture.transformer), BYTES[dtype])
+
+
+def unpacked_bytes(architecture: ModelArchitecture, name: str, dtype: str, *, fp8: bool) -> int:
+    """Return the bytes of the largest matrix that is taken apart for the time of one product."""
+    stored = stored_of(architecture, name)
+    if stored is not None and stored.quantised:
+        return stored.largest * BYTES[dtype]
+    part = architecture.components.get(name)
+    cast = part is not None and cast_at_use(_HEADER.get(part.weight_kind, ""), _HEADER[dtype])
+    if not (cast or (fp8 and name != "text_encoder")):
+        return 0
+    if name == "text_encoder":
+        return _UMT5["d_model"] * _UMT5["d_ff"] * BYTES[dtype]
+    return architecture.transformer.dim * architecture.transformer.ffn_dim * BYTES[dtype]
 
 
 def _mixed(total: int, kept: int, size: int) -> int:
@@ -103,10 +141,14 @@ def part_parameters(architecture: ModelArchitecture, name: str) -> int:
 
 
 def part_bytes(architecture: ModelArchitecture, name: str, dtype: str, *, fp8: bool = False) -> int:
-    """Return the bytes of a component in memory, including what stays in fp32.
+    """Return the bytes of a component in memory, as stored where it stays so, fp32 included.
 
-    ``fp8`` stores the transformer blocks' matrices in one byte per parameter.
+    ``fp8`` stores the matrices of a transformer's blocks in one byte per number, where the file
+    has not stored them so already.
     """
+    stored = stored_of(architecture, name)
+    if stored is not None and (stored.quantised or not fp8):
+        return stored.whole.nbytes(BYTES[dtype])
     total = part_parameters(architecture, name)
     if name not in ("transformer", "transformer_2"):
         return total * BYTES[dtype]
@@ -114,30 +156,62 @@ def part_bytes(architecture: ModelArchitecture, name: str, dtype: str, *, fp8: b
     kept = shape.layers * block_parameters(shape)[1] + rest_parameters(shape)[1]
     nbytes = _mixed(total, kept, BYTES[dtype])
     if fp8:
-        saved = block_bytes(shape, dtype) - block_bytes(shape, dtype, fp8=True)
-        nbytes -= shape.layers * saved
+        whole = block_bytes(architecture, name, dtype)
+        nbytes -= shape.layers * (whole - block_bytes(architecture, name, dtype, fp8=True))
     return nbytes
 
 
-def stays_in_file(architecture: ModelArchitecture, name: str, dtype: str) -> bool:
-    """Say whether a component's weights are used from its file, memory-mapped, without a copy.
+def stays_in_file(
+    architecture: ModelArchitecture, name: str, dtype: str, *, on_cpu: bool = False
+) -> bool:
+    """Say whether a component's weights are used as they lie in the file, mapped into memory.
 
-    The system may then drop their pages and read them again, so RAM may be smaller than the
-    component.
+    The system may then drop their pages and read them again: RAM may be smaller than the part.
+    On a CPU only what is taken apart at each use may be mapped: its kernels round by alignment,
+    which a file does not keep.
     """
     part = architecture.components.get(name)
-    if part is None or part.nbytes < MAP_FROM:
+    if part is None or part.nbytes < MAP_FROM or part.kind.removesuffix("_2") not in _STREAMED:
         return False
-    return part.format == "safetensors" and part.weight_kind == dtype
+    if part.stored is not None and part.stored.quantised:
+        return True
+    stored = _HEADER.get(part.weight_kind, "")
+    same = stored == _HEADER[dtype] or cast_at_use(stored, _HEADER[dtype])
+    return same and not on_cpu
 
 
-def text_block_bytes(architecture: ModelArchitecture, dtype: str) -> int:
-    """Return the bytes of one block of the umT5 encoder, which is streamed like a transformer's."""
+def converted_bytes(architecture: ModelArchitecture, name: str, dtype: str) -> int:
+    """Return the bytes of a mapped component that are converted, and so lie in RAM all the same."""
+    stored = stored_of(architecture, name)
+    if stored is None:
+        return 0
+    whole = stored.whole
+    half = 0 if BYTES[dtype] == 2 else whole.half * BYTES[dtype]
+    if stored.quantised:
+        return whole.plain * BYTES[dtype] + whole.wide * 4 + half
+    return whole.wide * 4 + half
+
+
+def ram_bytes(
+    architecture: ModelArchitecture, name: str, dtype: str, *, fp8: bool = False,
+    on_cpu: bool = False,
+) -> int:  # fmt: skip
+    """Return the bytes of RAM that a loaded component takes from others.
+
+    The pages of a mapped file do not count: the system takes them back when it needs memory.
+    """
+    if not fp8 and stays_in_file(architecture, name, dtype, on_cpu=on_cpu):
+        return converted_bytes(architecture, name, dtype)
+    return part_bytes(architecture, name, dtype, fp8=fp8)
+
+
+def _text_block_bytes(architecture: ModelArchitecture, dtype: str) -> int:
+    """Return the bytes of one block of the umT5 encoder, which streams like a transformer's."""
     part = architecture.components.get("text_encoder")
     config = part.config if part is not None else {}
     numbers = {name: int(config.get(name, usual)) for name, usual in _UMT5.items()}
     width, inner, heads, head = numbers.values()
-    # q, k, v, o; the gated feed-forward's three matrices; two norms; 32 relative position buckets
+    # q, k, v, o; the gated feed-forward's three; two norms and the table of relative positions
     block = 4 * width * heads * head + 3 * width * inner + 2 * width + 32 * heads
     return block * BYTES[dtype]
 
@@ -145,6 +219,11 @@ def text_block_bytes(architecture: ModelArchitecture, dtype: str) -> int:
 def largest_leaf_bytes(architecture: ModelArchitecture, name: str, dtype: str) -> int:
     """Return the bytes of a component's largest layer: what leaf-wise offload holds at once."""
     size = BYTES[dtype]
+    stored = stored_of(architecture, name)
+    if stored is not None and stored.quantised:
+        # The bytes arrive as stored and are taken apart beside them.
+        block = block_bytes(architecture, name, dtype)
+        return min(block, stored.largest * size)
     if name in ("transformer", "transformer_2"):
         shape = architecture.transformer
         return max(shape.dim * shape.ffn_dim, 6 * shape.dim**2) * size
@@ -170,6 +249,11 @@ def parts_of(architecture: ModelArchitecture) -> tuple[str, ...]:
     if architecture.two_experts:
         names.append("transformer_2")
     return (*names, "vae")
+
+
+def experts_of(architecture: ModelArchitecture) -> tuple[str, ...]:
+    """Return the model's transformers, the high-noise one first."""
+    return ("transformer", "transformer_2") if architecture.two_experts else ("transformer",)
 
 
 def assumed_parts(architecture: ModelArchitecture) -> tuple[str, ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,12 @@ if TYPE_CHECKING:
 
 @contextmanager
 def apply_plan(
-    module: Any, component: str, plan: OptimizationPlan, *, decoding: bool = True
+    module: Any,
+    component: str,
+    plan: OptimizationPlan,
+    *,
+    decoding: bool = True,
+    check: Callable[[], object] = lambda: None,
 ) -> Iterator[str | None]:
     """Have one component compute as ``plan`` says, inside the ``with`` block.
 
@@ -30,7 +35,7 @@ def apply_plan(
     with ExitStack() as stack:
         # Weights first: the lean forwards below are attached to a module that is in its place, and
         # they are taken off again before the weights leave.
-        stack.enter_context(_placed(module, component, plan))
+        stack.enter_context(_placed(module, component, plan, check))
         why_not = None
         if plan.choices.lean and component.startswith("transformer"):
             why_not = stack.enter_context(lean_forward(module, exact=not plan.choices.by_rows))
@@ -46,11 +51,13 @@ def apply_plan(
         yield f"More memory than predicted in {component}: {why_not}" if why_not else None
 
 
-def _placed(module: Any, component: str, plan: OptimizationPlan) -> AbstractContextManager[Any]:
+def _placed(
+    module: Any, component: str, plan: OptimizationPlan, check: Callable[[], object]
+) -> AbstractContextManager[Any]:
     """Return the context that places a component: whole, leaf by leaf, or block by block."""
     mode = plan.choices.offload_of(component)
     if mode != "stream":
-        return place(module, mode, plan.device)
+        return place(module, mode, plan.device, check)
     resident, buffers = plan.blocks_and_buffers(component)
     return stream_blocks(
         module,

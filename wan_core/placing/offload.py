@@ -52,7 +52,10 @@ def _residence_of(module: nn.Module) -> _Residence:
 
 
 @contextmanager
-def place(module: nn.Module, mode: str, device: torch.device | str) -> Iterator[nn.Module]:
+def place(
+    module: nn.Module, mode: str, device: torch.device | str,
+    check: Callable[[], object] = lambda: None,
+) -> Iterator[nn.Module]:  # fmt: skip
     """Have ``module`` compute on ``device`` inside the ``with`` block, placed as ``mode`` says.
 
     - "none" moves it to the device and leaves it there.
@@ -71,7 +74,7 @@ def place(module: nn.Module, mode: str, device: torch.device | str) -> Iterator[
             f"offload is {mode!r}; allowed here are {', '.join(MODES)}.", field="offload"
         )
     target = torch.device(device)
-    attach = partial(_attach, module, mode, target)
+    attach = partial(_attach, module, mode, target, check)
     # The hooks of the other two modes keep one leaf or block on the device at a time. With two
     # threads in the same module, one would remove the weights that the other computes with.
     with occupy(module, f"{mode} on {target}", attach, shared=mode in ("none", "model")):
@@ -141,7 +144,9 @@ def _leave(residence: _Residence, me: int, error: BaseException | None) -> None:
             residence.changed.notify_all()
 
 
-def _attach(module: nn.Module, mode: str, device: torch.device, undo: Undo) -> None:
+def _attach(
+    module: nn.Module, mode: str, device: torch.device, check: Callable[[], object], undo: Undo
+) -> None:
     """Place the module as ``mode`` says, and push the steps that undo it."""
     if mode != "none" and device_of(module).type != "cpu":
         # An earlier "none" left it on the device. These modes end on the host, so it starts there.
@@ -151,7 +156,7 @@ def _attach(module: nn.Module, mode: str, device: torch.device, undo: Undo) -> N
         return
     if mode == "model":
         remember(undo, module)
-    move(module, device)
+    move(module, device, check)
 
 
 def _attach_sequential(undo: Undo, module: nn.Module, device: torch.device) -> None:

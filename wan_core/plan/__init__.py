@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from ..lazy import lazy_names
 from .config import FORWARDS, FP8, OFFLOADS, OptimizationConfig
+from .ladder import ABILITIES
 from .manager import Planner
 from .plan import OptimizationPlan
 
@@ -18,6 +19,7 @@ from .plan import OptimizationPlan
 __getattr__ = lazy_names("wan_core", {"placing": ("OptimizationManager",)})
 
 __all__ = [
+    "ABILITIES",
     "FORWARDS",
     "FP8",
     "OFFLOADS",

@@ -62,7 +62,8 @@ class OptimizationConfig:
     """Whether to store the matrices of the transformer's blocks in fp8, which changes the result:
     "auto" (only where nothing fits without), "never" or "always"."""
     device: str | None = None
-    """"cuda:0", "cpu", "mps" …; None takes the first GPU, or the CPU if there is none."""
+    """"cuda:0", "cpu" …; None takes the first GPU, or the CPU if there is none. GPUs of Apple and
+    Intel are not supported."""
     vram_limit_gb: float | None = None
     """GiB of device memory the plan may use. CUDA's context, up to 1 GiB, is not counted."""
     ram_limit_gb: float | None = None

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from ..config import GIB, MIB, MemoryEstimate
 from ..memory import RAM_RESERVE, STREAM_BUFFERS, Choices, Workload, estimate, reserved_bytes
-from ..models import ModelArchitecture, block_bytes, parts_of
+from ..models import ModelArchitecture, block_bytes, experts_of, parts_of, stored_of
 from .config import OptimizationConfig
 from .timing import Timing, blocks_that_hide_the_bus, timing
 
@@ -128,7 +128,8 @@ def _tiers(
     windows = (None, *requested.fallback_windows(workload, own))
     fp8 = requested.fp8_storage == "always"
     larger = [(window, fp8) for window in windows]
-    if "fp8" in abilities and main != "fp32" and requested.fp8_storage == "auto":
+    plain = not any(_is_quantised(architecture, expert) for expert in experts_of(architecture))
+    if "fp8" in abilities and plain and main != "fp32" and requested.fp8_storage == "auto":
         # Windows that nobody asked for exist only for clips longer than the model's own length. A
         # window of that length is what the model was trained on, so all windows come before fp8. A
         # window length that the user allowed (chunk_size) may be shorter than that, which changes
@@ -145,6 +146,11 @@ def _tiers(
                 overlap = requested.overlap_for(workload, window)
                 candidate = replace(candidate, window_frames=window, window_overlap=overlap)
             yield candidate
+
+
+def _is_quantised(architecture: ModelArchitecture, expert: str) -> bool:
+    stored = stored_of(architecture, expert)
+    return stored is not None and stored.quantised
 
 
 def _roundings(
@@ -271,9 +277,17 @@ def _fill_with_blocks(
         for stage in empty.stages
         if stage.name.startswith("denoise")
     )
-    block = block_bytes(shape, choices.dtypes["transformer"], fp8=choices.fp8_storage)
+    block = max(
+        block_bytes(architecture, expert, choices.dtypes["transformer"], fp8=choices.fp8_storage)
+        for expert in experts_of(architecture)
+    )
     room = left // block
-    useful = blocks_that_hide_the_bus(architecture, workload, choices, system)
+    # A rate that was measured here says how many it takes to hide the bus. One that was assumed
+    # may be wrong by a factor, and memory that stays idle helps nobody: as many as fit, unless
+    # somebody asked for streaming.
+    useful = shape.layers
+    if system.calibration.paced or requested.placement == "stream":
+        useful = blocks_that_hide_the_bus(architecture, workload, choices, system)
     # At least as many are streamed as there are buffers: with fewer, a buffer would stay empty.
     count = min(room, useful, shape.layers - STREAM_BUFFERS)
     return replace(choices, resident_blocks=max(0, count))
@@ -297,6 +311,9 @@ def main_dtype(
     if requested.precision != "auto":
         return requested.precision, f"precision {requested.precision}: asked for"
     if system.device_kind != "cpu":
+        if stored == "fp16" and system.supports_fp16:
+            # As ComfyUI runs such files; a copy in bf16 would round the weights a second time.
+            return "fp16", "precision fp16: as the file stores it"
         if system.supports_bf16:
             return "bf16", f"precision bf16: {system.device_name} computes in it natively"
         return "fp16", f"precision fp16: {system.device_name} has no bf16 units"

@@ -37,6 +37,13 @@ class Planner:
     def __init__(self, abilities: Collection[str] = ABILITIES) -> None:
         self.abilities = frozenset(abilities)
 
+    def _possible(self, requested: OptimizationConfig | None) -> OptimizationConfig:
+        """Return what is asked for, without a forward that cannot be carried out."""
+        requested = requested or OptimizationConfig()
+        if "lean" not in self.abilities and requested.forward in ("lean", "lean_rows"):
+            return replace(requested, forward="diffusers")
+        return requested
+
     def analyze_system_resources(
         self, device: str | None = None, *, evictable_bytes: int = 0, ram_evictable_bytes: int = 0
     ) -> SystemResources:
@@ -61,7 +68,7 @@ class Planner:
         DoesNotFit with the bytes needed and available and the largest clip that would fit, and
         InvalidRequest if the device has less memory than ``min_vram_mb``.
         """
-        requested = requested or OptimizationConfig()
+        requested = self._possible(requested)
         requested.check_device(system)
         limits = Limits.of(system, requested)
         weighed: list[Candidate] = []
@@ -92,7 +99,7 @@ class Planner:
         try:
             return self.recommend_optimizations(architecture, workload, system, requested).estimate
         except DoesNotFit as error:
-            requested = requested or OptimizationConfig()
+            requested = self._possible(requested)
             limits = Limits.of(system, requested)
             tiers = ladder(architecture, workload, system, requested, limits, self.abilities)
             least = _smallest(
@@ -116,6 +123,7 @@ class Planner:
         because otherwise the render would be lost. As more was needed than estimated, the new
         plan's estimate should be a tenth below the old one.
         """
+        requested = self._possible(requested)
         forward = "auto" if requested.forward in ("diffusers", "lean") else requested.forward
         requested = replace(requested, offload="auto", resident_blocks=None, forward=forward)
         limits = Limits.of(system, requested)
@@ -148,7 +156,7 @@ class Planner:
 
         Everything that a job may ask for is tried.
         """
-        requested = requested or OptimizationConfig()
+        requested = self._possible(requested)
         fits = self._fits(architecture, system, requested, Limits.of(system, requested))
 
         def windows(job: Workload) -> int | None:
@@ -175,21 +183,35 @@ class Planner:
         requested: OptimizationConfig, smallest: Candidate, limits: Limits,
     ) -> DoesNotFit:  # fmt: skip
         fits = self._fits(architecture, system, requested, limits)
-        needed, there = smallest.reserved, limits.device
+        needed, there, stage = smallest.reserved, limits.device, smallest.stage
         where = "RAM" if system.device_kind == "cpu" else system.device_name
-        if needed <= there:  # it is the RAM that is short
-            needed, there = int(smallest.estimate.host_ram_mb * MIB), limits.ram
-            where = "RAM"
+        ram_is_short = needed <= there
+        if ram_is_short:
+            most = max(smallest.estimate.stages, key=lambda found: found.host_bytes)
+            needed, there, where, stage = most.host_bytes, limits.ram, "RAM", most.name
         title = architecture.variant.title
+        cure = "" if not ram_is_short else _ram_cure(architecture, stage, needed - there)
         return DoesNotFit(
             f"{frames_text(workload.num_frames)} of {workload.width}x{workload.height} with "
-            f"{title} need {needed / GIB:.1f} GiB (stage {smallest.stage}) in the smallest way "
+            f"{title} need {needed / GIB:.1f} GiB (stage {stage}) in the smallest way "
             f"there is, and {there / GIB:.1f} GiB of {where} can be used{limits.why}. "
-            + largest_that_fits(workload, architecture.size_multiple, fits)
-            + windows_that_fit(workload, fits),
+            + (cure or largest_that_fits(workload, architecture.size_multiple, fits))
+            + windows_that_fit(workload, fits)
+            + "".join(f" {note[:1].upper()}{note[1:]}." for note in system.notes),
             needed_bytes=needed,
             available_bytes=there,
         )
+
+
+def _ram_cure(architecture: ModelArchitecture, stage: str, short: int) -> str:
+    """Return what helps where a stage's weights are more than the RAM: another file, or room."""
+    part = {"text_encode": "text_encoder", "denoise_low": "transformer_2"}.get(stage, "transformer")
+    component = architecture.components.get(part)
+    more = f"{short / GIB:.1f} GiB more of free RAM would do: close other programs"
+    if component is None or component.stored is None or component.stored.quantised:
+        return f"{more}."
+    other = "umT5 in fp8 (umt5_xxl_fp8_e4m3fn_scaled)" if part == "text_encoder" else "fp8 or GGUF"
+    return f"{more}, or take the {part.replace('_', ' ')} in {other}."
 
 
 def _stage_bytes(found: MemoryEstimate, stage: str) -> int:
@@ -264,6 +286,7 @@ def _plan(
         tier=candidate.tier,
         step_seconds=candidate.timing.step,
         seconds=candidate.timing.total,
+        cold_seconds=candidate.timing.cold,
         compute_bound=candidate.timing.compute_bound,
         paced=system.calibration.paced,
         pin_limit=None if requested.ram_limit_gb is None else limits.ram,

@@ -24,6 +24,9 @@ class OptimizationPlan:
     step_seconds: float = 0.0
     """Predicted seconds of a denoising step. Good enough to compare plans with each other."""
     seconds: float = 0.0
+    """Predicted for the whole job, with the files in the system's cache."""
+    cold_seconds: float = 0.0
+    """The same where every file is read from the disk first."""
     """Predicted seconds of all steps, and of moving components to the device."""
     pin_limit: int | None = None
     """Bytes of RAM that may be page-locked at most, where the user limits the RAM."""

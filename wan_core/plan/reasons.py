@@ -31,6 +31,10 @@ def reasons_for(
     """Return a sentence per decision; ``others`` are all candidates of the chosen one's tier."""
     choices = chosen.choices
     reasons = [_vae(choices, system), _placement(requested, limits, system, chosen, others)]
+    component = architecture.components.get("transformer")
+    if component is not None and component.stored is not None and component.stored.quantised:
+        dtype = choices.dtypes["transformer"]
+        reasons.append(f"weights stay {component.stored_as}, computed in {dtype}")
     if choices.stream:
         reasons.append(_streaming(architecture, workload, system, choices))
     for part, how in choices.part_offload.items():
@@ -68,8 +72,9 @@ def reasons_for(
         )
     if system.device_kind != "cpu":
         reasons.append(
-            f"about {_seconds(chosen.timing.step)} a step and {_seconds(chosen.timing.total)} for "
-            f"{workload.steps} steps ({_origin(system)})"
+            f"about {_seconds(chosen.timing.step)} a step, {_seconds(chosen.timing.total)} for "
+            f"{workload.steps} steps with text and decode, {_seconds(chosen.timing.cold)} if the "
+            f"files are read from disk first ({_origin(system)})"
         )
     return (*reasons, *system.notes)
 
@@ -119,7 +124,7 @@ def _streaming(
 ) -> str:
     shape = architecture.transformer
     dtype = choices.dtypes["transformer"]
-    block = block_bytes(shape, dtype, fp8=choices.fp8_storage)
+    block = block_bytes(architecture, "transformer", dtype, fp8=choices.fp8_storage)
     moved = shape.layers - (choices.resident_blocks or 0)
     seconds = stream_seconds(architecture, workload, choices, system, passes=1)
     text = (

@@ -24,6 +24,7 @@ from ..models import (
     block_parameters,
     part_bytes,
     parts_of,
+    stored_of,
 )
 
 if TYPE_CHECKING:
@@ -44,14 +45,24 @@ _OTHER_GPU = 3e13  # operations per second where the architecture is not known
 _CPU_CORE = 3e10  # operations per second of one CPU core, of which four are assumed
 _FP32_SHARE = 0.25
 """Share of the half-precision rate that fp32 reaches, with TF32 off."""
-_PAGEABLE = 0.4
-"""Share of the bus that copies from pageable memory reach."""
+_PAGEABLE = 0.5
+"""Share of the bus that copies from pageable memory reach through page-locked pieces: 26.8 of the
+50 GB/s that count for PCIe 5 x16, on an H200 (``benchmarks/results/dequantise_h200.json``)."""
 _DISK = 1.5e9
 """Bytes per second when weights are read from a file because RAM cannot hold them."""
 _LAYER_LATENCY = 1e-3
 """Seconds per layer that the hooks and the synchronous copy of sequential offload cost."""
 _LAYERS_PER_BLOCK = 14
-_CAST_COST = 1.03
+_CAST_COST = 1.02
+"""What taking quantised matrices apart adds to a step: 16 ms (fp8) to 25 ms (Q6_K) a pass of the
+14B on an H200 of 1.6 s (``benchmarks/results/dequantise_h200.json``); the reference code without
+Triton takes four to fifteen times as long."""
+_PIXEL_OPERATIONS = 1.7e7
+"""What the decode of a pixel counts for at the rate of a forward in the VAE's dtype: 5.9 s for 81
+frames of 832x480 on an H100, VAE 2.1 in fp32. An effective figure, and the same for VAE 2.2, which
+nobody has measured apart."""
+_TEXT_SECONDS = 1.0
+"""Seconds for the texts. Assumed, not measured."""
 """Factor on the compute for casting weights stored in fp8 at each call."""
 _ROWS_COST = 1.04
 """Factor on the compute for products cut by rows."""
@@ -63,6 +74,10 @@ class Timing:
 
     step: float
     total: float
+    """The whole job with the components in RAM or in the system's file cache: texts, steps, moves
+    to the device and decode."""
+    cold: float = 0.0
+    """The same with every file read from the disk first."""
     compute_bound: bool = True
     """Whether the transfers of a step hide behind its compute."""
 
@@ -114,7 +129,7 @@ def timing(
     """Return the predicted time of ``workload`` when it is run as ``choices`` say."""
     dtype = choices.dtypes["transformer"]
     compute = forward_operations(architecture, workload, choices) / device_rate(system, dtype)
-    compute *= _CAST_COST if choices.fp8_storage else 1.0
+    compute *= _CAST_COST if _taken_apart(architecture, choices) else 1.0
     compute *= _ROWS_COST if choices.by_rows else 1.0
     compute *= system.calibration.pace
     second = workload.guidance_low if architecture.two_experts else workload.guidance_high
@@ -122,7 +137,9 @@ def timing(
     steps = [_step(architecture, workload, choices, system, compute, 2 if g else 1) for g in guided]
     step = sum(steps) / len(steps)
     bound = step <= compute * sum(2 if g else 1 for g in guided) / len(guided)
-    return Timing(step, step * workload.steps + _moves(architecture, choices, system), bound)
+    warm = step * workload.steps + _moves(architecture, choices, system)
+    warm += _decode(workload, choices, system) + _TEXT_SECONDS
+    return Timing(step, warm, warm + _reads(architecture), bound)
 
 
 def _step(
@@ -144,6 +161,12 @@ def _step(
     return passes * (compute + windows_per_step(architecture, workload, choices) * (copy + hooks))
 
 
+def _taken_apart(architecture: ModelArchitecture, choices: Choices) -> bool:
+    """Whether the transformer's matrices are dequantised at each use."""
+    stored = stored_of(architecture, "transformer")
+    return choices.fp8_storage or (stored is not None and stored.quantised)
+
+
 def stream_seconds(
     architecture: ModelArchitecture, workload: Workload, choices: Choices, system: SystemResources,
     passes: int,
@@ -151,7 +174,7 @@ def stream_seconds(
     """Return the seconds that the transfers of streamed blocks take in a step of ``passes``."""
     shape, dtype = architecture.transformer, choices.dtypes["transformer"]
     moved = shape.layers - min(choices.resident_blocks or 0, shape.layers)
-    block = block_bytes(shape, dtype, fp8=choices.fp8_storage)
+    block = block_bytes(architecture, "transformer", dtype, fp8=choices.fp8_storage)
     # With the lean forward each block computes both guidance passes when it has arrived. With
     # diffusers' group offload every pass brings all blocks again.
     trips = 1 if choices.lean else passes
@@ -193,6 +216,18 @@ def blocks_that_hide_the_bus(
     busy = stream_seconds(architecture, workload, none, system, passes)
     layers = architecture.transformer.layers
     return max(0, ceil(layers * (1 - passes * compute / (2 * busy))))
+
+
+def _reads(architecture: ModelArchitecture) -> float:
+    """Seconds that reading every file once takes, from a disk of the assumed speed."""
+    return sum(part.nbytes for part in architecture.components.values()) / _DISK
+
+
+def _decode(workload: Workload, choices: Choices, system: SystemResources) -> float:
+    """Seconds of the decode, by its pixels and the device's rate."""
+    pixels = workload.width * workload.height * workload.num_frames * workload.batch_size
+    dtype = choices.dtypes.get("vae", "fp32")
+    return pixels * _PIXEL_OPERATIONS / device_rate(system, dtype)
 
 
 def _moves(architecture: ModelArchitecture, choices: Choices, system: SystemResources) -> float:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
-from contextlib import ExitStack
+from collections.abc import Hashable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
 from ..job import Inputs, Request, latent_frames, latent_index, seen_by_clip, to_pil
-from ..loading import load_image_processor
+from ..loading import check_tokenizer, load_image_processor
 from ..models import TEXT_TOKENS
 from ..sampling import (
     Conditions,
@@ -113,7 +113,7 @@ class ConditionMaker:
                 found[text] = cached
         # The encoder (11 GB) is not even read when every text is cached.
         if missing:
-            with stages.component("tokenizer") as tokenizer:
+            with self._checked_tokenizer() as tokenizer:
                 # Kept like the embeddings: a text that comes from the cache is cut just the same.
                 for text in missing:
                     beyond = text_beyond(tokenizer, text)
@@ -138,6 +138,17 @@ class ConditionMaker:
                 )
                 if said not in self.stages.result.warnings:
                     self.stages.result.warnings.append(said)
+
+    @contextmanager
+    def _checked_tokenizer(self) -> Iterator[Any]:
+        """Borrow the tokenizer; refuses another encoder's, before the encoder itself is read."""
+        parts = self.stages.architecture.components
+        vocabulary = parts["text_encoder"].vocabulary
+        with self.stages.component("tokenizer") as tokenizer:
+            if vocabulary is not None:
+                paths = parts["tokenizer"].path, parts["text_encoder"].path
+                check_tokenizer(tokenizer, vocabulary, *paths)
+            yield tokenizer
 
     # -- pictures -----------------------------------------------------------------------------
 

@@ -189,7 +189,11 @@ def render_identity(
         "variant": architecture.name,
         "files": files,
         "loras": [
-            [file_identity(found.lora.path), found.lora.expert, float(found.lora.strength)]
+            [
+                *map(file_identity, found.files or (found.lora.path,)),
+                found.lora.expert,
+                float(found.lora.strength),
+            ]
             for found in architecture.loras
             if found.lora.strength
         ],

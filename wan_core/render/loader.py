@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from ..config import WanLoRA, WanModelFiles
 from ..detect import ArchitectureDetector, with_loras
 from ..errors import InvalidRequest, MissingFile, UnsupportedModel, WanError
+from ..files import decode_text
 from ..loading import ComponentCache, component_cache
 from ..plan import OptimizationConfig, Planner
 
@@ -146,8 +147,7 @@ def _read_optimization(path: str | Path | None) -> dict[str, Any]:
     if path is None:
         return {}
     try:
-        # Editors on Windows put a byte order mark first.
-        text = Path(os.path.expanduser(path)).read_text(encoding="utf-8-sig")
+        text = decode_text(Path(os.path.expanduser(path)).read_bytes())
     except OSError as err:
         raise MissingFile(f"optimization_config_path {path} cannot be read: {err}.") from err
     except UnicodeDecodeError as err:

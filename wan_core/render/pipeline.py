@@ -16,8 +16,8 @@ from typing import Any
 import torch
 
 from ..config import GenerationConfig, MemoryEstimate, VideoGenerationResult
-from ..errors import DoesNotFit, is_oom
-from ..forward import undisturbed
+from ..errors import DoesNotFit, MissingDependency, is_oom
+from ..forward import undisturbed, why_no_lean
 from ..job import (
     FRAMES_PER_LATENT,
     Inputs,
@@ -34,10 +34,10 @@ from ..job import (
     texts_to_encode,
     video_frames,
 )
-from ..loading import ComponentCache
+from ..loading import ComponentCache, unpin
 from ..memory import Calibrations, RunRecord, SystemResources, Workload, forward_name
 from ..models import ModelArchitecture
-from ..plan import OptimizationConfig, OptimizationPlan, Planner
+from ..plan import ABILITIES, OptimizationConfig, OptimizationPlan, Planner
 from .render import Render
 from .report import Timeline, device_bytes, format_report
 from .stages import Callbacks, StageRunner, first_line
@@ -65,7 +65,11 @@ class WanPipelineWrapper:
         self.optimization = optimization
         self._cache = cache
         self._keep = keep_components
-        self._manager = Planner()
+        no_lean = why_no_lean()
+        self._manager = Planner(ABILITIES if no_lean is None else ABILITIES - {"lean", "rows"})
+        self._notes: tuple[str, ...] = ()
+        if no_lean is not None:
+            self._notes = (f"no lean forward or decoder, which need less memory: {no_lean}",)
         self._calibrations = Calibrations()
         self.evictable_bytes = 0
         """Device bytes that the host program (ComfyUI) would free for a render."""
@@ -139,7 +143,9 @@ class WanPipelineWrapper:
         request = self._resolve(config)
         check_files(self._files)
         check_parts(config, request, self.architecture)
-        return request, check_inputs(config, request, self.architecture)
+        inputs = check_inputs(config, request, self.architecture)
+        _check_diffusers()
+        return request, inputs
 
     def _plan(self, request: Request, config: GenerationConfig) -> OptimizationPlan:
         optimization = self._optimization_for(config)
@@ -164,6 +170,7 @@ class WanPipelineWrapper:
         on_device, in_ram = self._cache.unused_bytes(system.device)
         return replace(
             system,
+            notes=system.notes + self._notes,
             evictable_bytes=on_device + self.evictable_bytes,
             ram_evictable_bytes=in_ram,
             calibration=self._calibrations.of(self._calibration_key(system)),
@@ -205,7 +212,11 @@ class WanPipelineWrapper:
         plan = self._plan(request, config)
         render = self._make_render(config, request, plan, callbacks, result, inputs)
         before = self._foreign_bytes(render.stages)
-        render.run()
+        try:
+            render.run()
+        finally:
+            # Page-locked memory cannot be swapped out, and other programs need it between renders.
+            unpin()
         self._learn(plan, render.stages, before)
 
     def _foreign_bytes(self, stages: StageRunner) -> int:
@@ -317,6 +328,21 @@ class WanPipelineWrapper:
     def report(self, result: VideoGenerationResult) -> str:
         """Format a result of this pipeline as text."""
         return format_report(result)
+
+
+def _check_diffusers() -> None:
+    """Raise MissingDependency if diffusers cannot be imported, before any weight is read.
+
+    Planning does without it. An import may also fail because another package is too new for it.
+    """
+    try:
+        from diffusers import AutoencoderKLWan, WanTransformer3DModel  # noqa: F401
+        from diffusers.pipelines.wan import pipeline_wan  # noqa: F401
+    except (ImportError, AttributeError, RuntimeError) as err:
+        raise MissingDependency(
+            f"diffusers cannot be imported ({first_line(err)}). Install diffusers 0.35 or newer "
+            "and a transformers that it works with: pip install -U diffusers transformers."
+        ) from err
 
 
 def _job(request: Request, config: GenerationConfig, model: ModelArchitecture) -> Workload:

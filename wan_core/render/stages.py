@@ -10,13 +10,13 @@ import gc
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
 from ..config import GenerationConfig, VideoGenerationResult
-from ..errors import DoesNotFit, SpilledMemory, is_oom
+from ..errors import DoesNotFit, SpilledMemory, is_host_oom, is_oom
 from ..loading import (
     ComponentCache,
     ComponentKey,
@@ -25,9 +25,9 @@ from ..loading import (
     load_component,
     load_image_processor,
     load_tokenizer,
-    store_fp8,
+    unpin,
 )
-from ..models import MAP_FROM, ModelArchitecture, stays_in_file
+from ..models import ModelArchitecture, ram_bytes, stays_in_file
 from ..placing import apply_plan, block_hooks, pin_ahead, pin_budget
 from ..plan import OptimizationPlan
 from ..sampling import apply_loras
@@ -92,6 +92,8 @@ class StageRunner:
     smaller_plan: Callable[[OptimizationPlan, str], OptimizationPlan | None]
     """Takes the plan and the stage that failed; returns a plan that needs less there, or None."""
     steps_down: int = 0
+    host_rungs: int = 0
+    """How often RAM was freed because it ran out."""
     usual_step: float | None = None
     """Expected seconds of a step by the pace of earlier runs; None if there are none."""
     bears_spilling: bool = False
@@ -135,7 +137,10 @@ class StageRunner:
         )
 
     def _in_fp8(self, name: str) -> bool:
-        return self.plan.choices.fp8_storage and name.startswith("transformer")
+        if not self.plan.choices.fp8_storage or not name.startswith("transformer"):
+            return False
+        stored = self.architecture.components[name].stored
+        return stored is None or not stored.quantised
 
     def component(self, name: str) -> AbstractContextManager[Any]:
         """Borrow a component from the cache, which reads it if it is not there."""
@@ -153,16 +158,36 @@ class StageRunner:
                     part.path,
                     self.dtype(name),
                     kind=part.kind.removesuffix("_2"),
-                    # Not on a CPU: there the rounding of some kernels depends on how their input
-                    # is aligned, and a file's tensors need not be aligned.
-                    map_file=self.device.type != "cpu" and part.nbytes >= MAP_FROM,
+                    keep_quantized=True,
+                    map_file=self._mapped(name),
+                    align=self.device.type == "cpu",
+                    fp8_storage=self._in_fp8(name),
+                    interrupt_check=self.check_interrupt,
                 )
-                if self._in_fp8(name):
-                    store_fp8(module)
-                    report.note = "fp8"
+                if part.stored is not None and part.stored.quantised:
+                    report.note = f"{part.stored_as}, computed in {report.note}"
+                elif self._in_fp8(name):
+                    report.note = f"stored in fp8, computed in {report.note}"
                 return module
 
-        return self.cache.borrow(self.key(name), part.nbytes, build, keep=self.keep_components)
+        return self.cache.borrow(
+            self.key(name), self._ram_bytes(name), build, keep=self.keep_components
+        )
+
+    def _mapped(self, name: str) -> bool:
+        """Whether a component's weights are views of its file rather than copies in RAM."""
+        dtype = self.plan.choices.dtypes.get(name, "bf16")
+        on_cpu = self.device.type == "cpu"
+        return stays_in_file(self.architecture, name, dtype, on_cpu=on_cpu)
+
+    def _ram_bytes(self, name: str) -> int:
+        """Return what a component takes from the RAM, as the cache makes room for it."""
+        part = self.architecture.components[name]
+        if not part.files:
+            return 0
+        dtype = self.plan.choices.dtypes.get(name, "bf16")
+        on_cpu, fp8 = self.device.type == "cpu", self._in_fp8(name)
+        return ram_bytes(self.architecture, name, dtype, fp8=fp8, on_cpu=on_cpu)
 
     @contextmanager
     def use(self, stage: str, component: str) -> Iterator[Any]:
@@ -177,7 +202,11 @@ class StageRunner:
             stack.enter_context(self.timeline.stage(stage))
             decoding = stage == "decode"
             self._say_once(
-                stack.enter_context(apply_plan(module, component, self.plan, decoding=decoding))
+                stack.enter_context(
+                    apply_plan(
+                        module, component, self.plan, decoding=decoding, check=self.check_interrupt
+                    )
+                )
             )
             if component.startswith("transformer"):
                 stack.enter_context(block_hooks(module, self.check_interrupt))
@@ -185,7 +214,12 @@ class StageRunner:
             if loras:
                 dtype = self.dtype(component)
                 stack.enter_context(apply_loras(module, loras, device=self.device, dtype=dtype))
-            yield module
+            try:
+                yield module
+            finally:
+                # The copies are memory that the next stage may need more.
+                if component.startswith("transformer"):
+                    stack.callback(unpin, module)
 
     @contextmanager
     def pin_next(self, component: str) -> Iterator[None]:
@@ -233,11 +267,40 @@ class StageRunner:
                 if not ours or not is_oom(err):
                     raise
                 failure, spilled_only = first_line(err), isinstance(err, SpilledMemory)
+                on_host = self.device.type != "cpu" and is_host_oom(err)
                 # The frames of the traceback hold the tensors that filled the memory.
                 traceback.clear_frames(err.__traceback__)
             # Outside the except block: within it, the exception that is being handled would keep
             # the frames, and with them the memory, alive.
-            self._step_down(stage, failure, must=not spilled_only)
+            if on_host:
+                self._relieve_host(stage, failure)
+            else:
+                self._step_down(stage, failure, must=not spilled_only)
+
+    def _relieve_host(self, stage: str, failure: str) -> None:
+        """Free RAM for another try; a smaller plan for the device would free none.
+
+        First page locks are given up, then every component that is not in use: the other expert
+        and the encoder can be read again. Raises DoesNotFit where both were done already.
+        """
+        gc.collect()
+        self.host_rungs += 1
+        if self.host_rungs == 1:
+            unpin()
+            self.plan = replace(self.plan, pin_limit=0)
+            what = "page-locked memory was given back"
+        elif self.host_rungs == 2:
+            dropped = self.cache.drop_unused()
+            what = f"{dropped} components that were not in use were dropped from RAM"
+        else:
+            needed = {s.name: s.host_bytes for s in self.plan.estimate.stages}.get(stage)
+            raise DoesNotFit(
+                f"RAM ran out in stage {stage} ({failure}), not the device's memory. Close other "
+                "programs, or take this model and its text encoder in fp8 or GGUF.",
+                needed_bytes=needed,
+            )
+        self._say_once(f"RAM ran out in stage {stage} ({failure}); {what}, and the run went on.")
+        self.callbacks.tell(self.result.warnings)
 
     def _step_down(self, stage: str, failure: str, *, must: bool) -> None:
         """Free memory and take a smaller plan. Must not be called inside an except block.

@@ -261,9 +261,26 @@ def _bring_in(vae: Any) -> torch.device:
 
     diffusers runs this hook when ``decode`` or ``encode`` is called, which does not happen here.
     """
-    from diffusers.utils.torch_utils import get_module_execution_device
-
     hook = getattr(vae, "_hf_hook", None)
     if hook is not None:
         hook.pre_forward(vae)
-    return get_module_execution_device(vae)
+    return torch.device(_execution_device(vae))
+
+
+def _execution_device(module: Any) -> Any:
+    """Return the device that a module computes on, which with offloading is not its weights'."""
+    from diffusers.hooks import group_offloading
+    from diffusers.utils import torch_utils
+
+    if hasattr(torch_utils, "get_module_execution_device"):
+        return torch_utils.get_module_execution_device(module)
+    # diffusers before 0.41 has no such function; this is what it does.
+    try:
+        return group_offloading._get_group_onload_device(module)
+    except ValueError:  # no group offloading here
+        pass
+    for part in module.modules():
+        device = getattr(getattr(part, "_hf_hook", None), "execution_device", None)
+        if device is not None:
+            return device
+    return module.device

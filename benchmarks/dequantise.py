@@ -1,0 +1,161 @@
+"""Dequantising on the GPU at hand: bits against the reference, and time against one bf16 forward.
+
+    python benchmarks/dequantise.py [--output FILE.json]
+
+For each kind of storage one matrix of a 14B's feed-forward (13824 x 5120) is taken apart by the
+kernel and by the reference code: whether the bits are equal, milliseconds (median of 20) and the
+bytes per second that are read and written. From the milliseconds follows what a whole pass of the
+14B costs. Then a module of 4 GiB goes to the device by torch's own copy and through the ring.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+import torch
+from torch import Tensor
+
+from wan_core.formats import Storage
+from wan_core.loading import kernels
+from wan_core.loading.dequantize import Scales, dequantize
+from wan_core.loading.moving import move
+
+ROWS, COLUMNS = 13824, 5120
+WEIGHTS_14B = 14.2e9
+GGUF = {
+    "Q8_0": (32, 34), "Q4_0": (32, 18), "Q4_1": (32, 20), "Q5_0": (32, 22), "Q5_1": (32, 24),
+    "Q4_K": (256, 144), "Q5_K": (256, 176), "Q6_K": (256, 210), "Q3_K": (256, 110),
+}  # fmt: skip
+
+
+def cases() -> list[tuple[str, Storage, int]]:
+    """Name, storage and bytes of a row of each kind."""
+    shape = (ROWS, COLUMNS)
+    out = [
+        ("fp8, per tensor", Storage("fp8", "F8_E4M3", shape, "s", per="tensor"), COLUMNS),
+        ("fp8, per row", Storage("fp8", "F8_E4M3", shape, "s", per="row"), COLUMNS),
+        ("fp8 e5m2, per tensor", Storage("fp8", "F8_E5M2", shape, "s", per="tensor"), COLUMNS),
+        ("int8, per row", Storage("int8", "I8", shape, "s", per="row"), COLUMNS),
+        ("int8 rotated", Storage("int8", "I8", shape, "s", per="row", group=256), COLUMNS),
+        ("mxfp8", Storage("mxfp8", "F8_E4M3", shape, "s", per="block"), COLUMNS),
+        ("nvfp4", Storage("nvfp4", "U8", shape, "s", "t", "block"), COLUMNS // 2),
+    ]
+    for kind, (size, nbytes) in GGUF.items():
+        out.append((f"GGUF {kind}", Storage("gguf", kind, shape), COLUMNS // size * nbytes))
+    return out
+
+
+def milliseconds(run: Callable[[], object]) -> float:
+    """Return the median time of a run on the device."""
+    for _ in range(3):
+        run()
+    torch.cuda.synchronize()
+    times = []
+    for _ in range(20):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        run()
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end))
+    return statistics.median(times)
+
+
+def scales_of(stored: Storage) -> Scales:
+    """Random scales of the right form."""
+    if stored.per == "row":
+        return Scales(torch.rand(ROWS, device="cuda") * 0.01)
+    if stored.per == "block":
+        blocks = COLUMNS // (16 if stored.kind == "nvfp4" else 32)
+        each = torch.randint(60, 120, (ROWS, blocks), dtype=torch.uint8, device="cuda")
+        return Scales(each, 1e-3 if stored.kind == "nvfp4" else 1.0)
+    return Scales(None, 0.0123)
+
+
+def measure(name: str, stored: Storage, width: int) -> dict[str, Any]:
+    """Compare and time one kind."""
+    bits = torch.randint(0, 256, (ROWS, width), dtype=torch.uint8, device="cuda") & 0x37
+    bits = bits.view(torch.int8)
+    scales = scales_of(stored)
+    found: dict[str, Any] = {"kind": name, "has_kernel": kernels.has_kernel(stored)}
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        expected = dequantize(bits, scales, stored, dtype)
+        if kernels.has_kernel(stored):
+            got = kernels.run(bits, scales, stored, dtype)
+            found[f"equal {dtype}"] = torch.equal(got, expected)
+            found[f"differing {dtype}"] = float((got != expected).float().mean())
+        del expected
+    if kernels.has_kernel(stored):
+        ms = milliseconds(lambda: kernels.run(bits, scales, stored, torch.bfloat16))
+        found["kernel_ms"] = ms
+        found["kernel_gb_s"] = (ROWS * width + 2 * ROWS * COLUMNS) / ms / 1e6
+        found["pass_14b_ms"] = ms * WEIGHTS_14B / (ROWS * COLUMNS)
+    reference = milliseconds(lambda: dequantize(bits, scales, stored, torch.bfloat16))
+    found["reference_ms"] = reference
+    found["reference_pass_14b_ms"] = reference * WEIGHTS_14B / (ROWS * COLUMNS)
+    return found
+
+
+class Holder(torch.nn.Module):
+    """Tensors as parameters, to be moved."""
+
+    def __init__(self, tensors: list[Tensor]) -> None:
+        super().__init__()
+        self.all = torch.nn.ParameterList(
+            torch.nn.Parameter(t, requires_grad=False) for t in tensors
+        )
+
+
+def transfer() -> dict[str, Any]:
+    """Bring 4 GiB to the device by torch's own copy, and through the ring."""
+    tensors = [torch.randint(0, 100, (64 * 2**20,), dtype=torch.int8) for _ in range(64)]
+    found: dict[str, Any] = {"gib": 4}
+    for name, run in (
+        ("plain", lambda: [t.cuda() for t in tensors]),
+        ("ring", lambda: move(Holder(tensors), "cuda")),
+    ):
+        times = []
+        for _ in range(4):
+            torch.cuda.synchronize()
+            begun = time.perf_counter()
+            run()
+            torch.cuda.synchronize()
+            times.append(time.perf_counter() - begun)
+            torch.cuda.empty_cache()
+        found[f"{name}_gb_s"] = 4 * 2**30 / statistics.median(times[1:]) / 1e9
+    model = Holder(tensors)
+    move(model, "cuda")
+    found["equal"] = all(
+        torch.equal(p.data.cpu(), t) for p, t in zip(model.all, tensors, strict=True)
+    )
+    return found
+
+
+def main() -> None:
+    """Measure, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path)
+    output = parser.parse_args().output
+    result: dict[str, Any] = {
+        "device": torch.cuda.get_device_name(), "torch": torch.__version__,
+        "kinds": [measure(*case) for case in cases()], "transfer": transfer(),
+    }  # fmt: skip
+    for row in result["kinds"]:
+        print(json.dumps(row))
+    print(json.dumps(result["transfer"]))
+    if output:
+        output.write_text(json.dumps(result, indent=1))
+
+
+if __name__ == "__main__":
+    main()

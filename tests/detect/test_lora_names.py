@@ -1,0 +1,327 @@
+"""LoRA files: whatever detection calls a LoRA the reader reads, its scale and parts included.
+
+The table is ``models.lora_keys``; detection and the reader both ask it. Each test walks it.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support import published
+from support import wan_layouts as layouts
+
+from wan_core.config import WanLoRA
+from wan_core.detect.detector import ArchitectureDetector, inspect_file
+from wan_core.detect.lora_files import with_loras
+from wan_core.detect.lora_names import LoraPatches, read_patches
+from wan_core.errors import CorruptFile, ModelMismatch, UnsupportedModel
+from wan_core.formats import read_table
+from wan_core.models import ModelArchitecture, TransformerShape
+from wan_core.models.lora_keys import ADAPTERS, ENDINGS, PREFIXES, SEPARATORS, read_lora_key
+
+DIM, RANK = 256, 4
+# A module, its diffusers name, its shape, as Wan's own code names them.
+MODULES = {
+    "blocks.0.self_attn.q": ("blocks.0.attn1.to_q", (DIM, DIM)),
+    "blocks.1.cross_attn.o": ("blocks.1.attn2.to_out.0", (DIM, DIM)),
+    "blocks.1.ffn.0": ("blocks.1.ffn.net.0.proj", (512, DIM)),
+    "time_projection.1": ("condition_embedder.time_proj", (6 * DIM, DIM)),
+    "head.head": ("proj_out", (64, DIM)),
+}
+# A spelling of each pattern of ENDINGS and ADAPTERS, written by hand from the trainers' code.
+SPELT = {
+    r"\.lora_(?:A|down)(?:\.[^.]+)?\.weight": (
+        ".lora_A.weight", ".lora_down.weight", ".lora_A.default.weight",
+        ".lora_A.default_0.weight", ".lora_A.my-style.weight"),
+    r"[._]lora\.down\.weight": (".lora.down.weight", "_lora.down.weight"),
+    r"\.lora_linear_layer\.down\.weight": (".lora_linear_layer.down.weight",),
+    r"\.lora_(?:A|down)": (".lora_A", ".lora_down"),
+}  # fmt: skip
+ADAPTER_NAMES = {
+    "DoRA": (".dora_scale", ".lora_magnitude_vector", ".lora_magnitude_vector.default.weight"),
+    "LoKr": (".lokr_w1", ".lokr_w1_a", ".lokr_w2_b", ".lokr_t2"),
+    "LoHa": (".hada_w1_a", ".hada_t1"),
+    "OFT": (".oft_blocks", ".oft_diag", ".oft_R.default.weight", ".boft_R"),
+    "GLoRA": (".a1.weight", ".b2.weight"),
+    "LoCon with a middle matrix": (".lora_mid.weight",),
+    "weights to be replaced": (".set_weight", ".reshape_weight"),
+    "IA3": (".ia3_l", ".ia3_l.default", ".on_input"),
+    "VeRA": (".vera_lambda_b", ".vera_lambda_d.default"),
+    "embedding LoRA": (".lora_embedding_A", ".lora_embedding_B.default"),
+    "FourierFT": (".fourierft_spectrum.default",),
+    "Bone": (".bone_block", ".miss_block.default"),
+    "HRA": (".hra_u.default",),
+}
+TRAINERS = {
+    "musubi, dots inside": ("lora_unet_blocks_0.self_attn.q", ".lora_down.weight"),
+    "DiffSynth": ("pipe.dit.blocks.0.self_attn.q", ".lora_A.default.weight"),
+    "VideoX-Fun": ("lora_unet__blocks_0_self_attn_q", ".lora_down.weight"),
+    "ai-toolkit": ("transformer$$blocks$$0$$attn1$$to_q", ".lora_A.weight"),
+    "lycoris": ("lycoris_blocks_0_self_attn_q", ".lora_down.weight"),
+    "PEFT of a pipeline": ("base_model.model.transformer.blocks.0.attn1.to_q", ".lora_A.weight"),
+    "a compiled model": ("_orig_mod.blocks.0._orig_mod.self_attn.q", ".lora_A.weight"),
+}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> ModelArchitecture:
+    path = tmp_path_factory.mktemp("model") / "wan.safetensors"
+    shapes = layouts.transformer(DIM, 512, 2, 16)
+    layouts.write_sparse(path, layouts.stored(shapes, "bf16"))
+    return ArchitectureDetector().detect_model_architecture(path)
+
+
+def write(path: Path, tensors: dict[str, tuple[int, ...]], metadata: Any = None) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = layouts.Stored({n: ("F32", s) for n, s in tensors.items()}, metadata or {})
+    return layouts.write_sparse(path, file)
+
+
+def pair(stem: str, down: str = ".lora_A.weight", shape: tuple[int, int] = (DIM, DIM)) -> Any:
+    up = down.replace("lora_A", "lora_B").replace("down", "up")
+    return {stem + down: (RANK, shape[1]), stem + up: (shape[0], RANK)}
+
+
+def read(path: Path, shape: TransformerShape) -> LoraPatches:
+    return read_patches(read_table(path), shape, Path("model"))
+
+
+# The table, walked ---------------------------------------------------------------------------
+
+
+def spellings() -> Iterator[tuple[str, str]]:
+    for prefix in ("", *PREFIXES):
+        for separator in SEPARATORS:
+            yield prefix, separator
+
+
+@pytest.mark.parametrize(("prefix", "separator"), spellings())
+def test_what_is_called_a_lora_is_read(
+    tmp_path: Path, model: ModelArchitecture, prefix: str, separator: str
+) -> None:
+    """Every prefix, with every separator: recognised, its width known, every module found."""
+    tensors: dict[str, tuple[int, ...]] = {}
+    for name, (_, shape) in MODULES.items():
+        stem = f"{prefix}.{name}".lstrip(".").replace(".", separator)
+        tensors |= pair(stem, shape=shape)
+    path = write(tmp_path / "lora.safetensors", tensors)
+    part = inspect_file(path)
+    assert (part.kind, part.width) == ("lora", DIM), part.title
+    found = read(path, model.transformer)
+    assert {patch.target for patch in found.patches} == {new for new, _ in MODULES.values()}
+    assert found.rank == RANK and not found.notes
+
+
+@pytest.mark.parametrize("down", [name for some in SPELT.values() for name in some])
+def test_every_ending_is_known_to_both(tmp_path: Path, model: ModelArchitecture, down: str) -> None:
+    path = write(tmp_path / "lora.safetensors", pair("diffusion_model.blocks.0.self_attn.q", down))
+    assert (inspect_file(path).kind, inspect_file(path).width) == ("lora", DIM)
+    (patch,) = read(path, model.transformer).patches
+    assert set(patch.tensors) == {"down", "up"}
+
+
+def test_no_ending_is_left_out() -> None:
+    """Each pattern of the table has a spelling above, or is written out in another test."""
+    assert set(SPELT) == set(ENDINGS["down"])
+    for down, up in zip(ENDINGS["down"], ENDINGS["up"], strict=True):
+        assert up == down.replace("A|", "B|").replace("down", "up")
+    for pattern, names in SPELT.items():
+        for name in names:
+            assert re.fullmatch(f"(.+?)(?:{pattern})", "blocks.0.ffn.0" + name), name
+    assert set(ADAPTER_NAMES) == set(ADAPTERS)
+
+
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_what_trainers_write(tmp_path: Path, model: ModelArchitecture, trainer: str) -> None:
+    path = write(tmp_path / "lora.safetensors", pair(*TRAINERS[trainer]))
+    assert inspect_file(path).width == DIM
+    assert [p.target for p in read(path, model.transformer).patches] == ["blocks.0.attn1.to_q"]
+
+
+@pytest.mark.parametrize("kind", ADAPTERS)
+@pytest.mark.parametrize("prefix", ["diffusion_model.", "", "lora_unet_"])
+def test_other_adapters_are_called_by_their_name(
+    tmp_path: Path, model: ModelArchitecture, kind: str, prefix: str
+) -> None:
+    """Alone in a file, and beside the matrices of a LoRA: named by detection and by the reader."""
+    stem = f"{prefix}blocks.0.self_attn.q"
+    for ending in ADAPTER_NAMES[kind]:
+        for more in ({}, pair(stem)):
+            path = write(tmp_path / "lora.safetensors", more | {stem + ending: (RANK, RANK)})
+            part = inspect_file(path)
+            assert part.kind == "lora" and f"adapter of the kind {kind}" in part.title
+            with pytest.raises(UnsupportedModel, match=f"adapter of the kind {kind} "):
+                with_loras(model, [WanLoRA(path)])
+
+
+def test_a_model_s_own_names_are_no_lora() -> None:
+    for shapes, _ in layouts.FILES.values():
+        names = [*shapes, *map(layouts.to_diffusers, shapes)]
+        assert not [name for name in names if read_lora_key(name)]
+
+
+# Parts that are not there --------------------------------------------------------------------
+
+
+def test_a_published_lora_fits_its_model(tmp_path: Path) -> None:
+    """Wan2.2-Lightning to the byte, on the model it was made for: 400 layers, alpha as I64."""
+    shapes = layouts.FILES["t2v-14b"][0]
+    path = tmp_path / "wan.safetensors"
+    layouts.write_sparse(path, layouts.stored(shapes, "bf16"))
+    found = ArchitectureDetector().detect_model_architecture(path)
+    lora = layouts.write_sparse(tmp_path / "high_noise_model.safetensors", published.lightning())
+    assert inspect_file(lora).title == "a LoRA for Wan (width 5120)"
+    patches = read(lora, found.transformer)
+    assert len(patches.patches) == 400 and patches.rank == 64 and not patches.notes
+
+
+Q = "diffusion_model.blocks.0.self_attn.q"
+FOREIGN = {
+    "input layer, whole": (
+        {"diffusion_model.patch_embedding.diff": (DIM, 36, 1, 2, 2)}, "36 input channels"),
+    "input layer, low rank": (
+        {"diffusion_model.patch_embedding.lora_down.weight": (RANK, 36, 1, 2, 2),
+         "diffusion_model.patch_embedding.lora_up.weight": (DIM, RANK, 1, 1, 1),
+         "diffusion_model.patch_embedding.alpha": ()}, "36 input channels"),
+    "input layer, flat": (
+        {"lora_unet_patch_embedding.lora_down.weight": (RANK, 144),
+         "lora_unet_patch_embedding.lora_up.weight": (DIM, RANK)}, "36 input channels"),
+    "image branch": (pair("diffusion_model.blocks.0.cross_attn.k_img"), "CLIP image branch"),
+    "positions": ({"diffusion_model.img_emb.emb_pos.diff": (1, 514, 1280)}, "CLIP image branch"),
+    "text encoder, kohya": (pair("lora_te_encoder_block_0_layer_0_SelfAttention_q"), "a text enc"),
+    "text encoder, first": (pair("lora_te1_text_model_encoder_layers_0_mlp_fc1"), "a text encoder"),
+    "text encoder, diffusers": (pair("text_encoder.encoder.block.0.q"), "a text encoder"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", FOREIGN)
+def test_one_foreign_part_does_not_refuse_the_rest(
+    tmp_path: Path, model: ModelArchitecture, case: str
+) -> None:
+    extra, words = FOREIGN[case]
+    plain = with_loras(model, [write(tmp_path / "plain.safetensors", pair(Q))])
+    path = write(tmp_path / "lora.safetensors", pair(Q) | extra)
+    found = with_loras(model, [path])
+    (note,) = (text for text in found.warnings if text not in model.warnings)
+    assert words in note and "left out" in note and path.name in note
+    # What is left out takes no memory.
+    assert found.lora_bytes("transformer", 2) == plain.lora_bytes("transformer", 2)
+    with pytest.raises(ModelMismatch, match="Nothing in the LoRA"):
+        with_loras(model, [write(tmp_path / "only.safetensors", extra)])
+
+
+def test_positions_are_left_out_of_an_image_model(tmp_path: Path) -> None:
+    path = tmp_path / "i2v.safetensors"
+    shapes = layouts.transformer(DIM, 512, 2, 36, image=True)
+    layouts.write_sparse(path, layouts.stored(shapes, "bf16"))
+    image = ArchitectureDetector().detect_model_architecture(path)
+    extra = {"diffusion_model.img_emb.emb_pos.diff": (1, 514, 1280)}
+    found = with_loras(image, [write(tmp_path / "lora.safetensors", pair(Q) | extra)])
+    assert any("learned positions" in text and "left out" in text for text in found.warnings)
+
+
+def test_a_bias_of_a_foreign_input_layer_stays(tmp_path: Path, model: ModelArchitecture) -> None:
+    extra = {"diffusion_model.patch_embedding.diff": (DIM, 36, 1, 2, 2),
+             "diffusion_model.patch_embedding.diff_b": (DIM,)}  # fmt: skip
+    found = read(write(tmp_path / "lora.safetensors", pair(Q) | extra), model.transformer)
+    assert {p.target: set(p.tensors) for p in found.patches} == {
+        "blocks.0.attn1.to_q": {"down", "up"}, "patch_embedding": {"diff_bias"},
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("prefix", ["", "transformer.", "diffusion_model.", "base_model.model."])
+def test_patches_for_both_experts_are_told(
+    tmp_path: Path, model: ModelArchitecture, prefix: str
+) -> None:
+    tensors = pair(f"{prefix}transformer_1.blocks.0.attn1.to_q")
+    tensors |= pair(f"{prefix}transformer_2.blocks.0.attn1.to_q")
+    path = write(tmp_path / "lora.safetensors", tensors)
+    with pytest.raises(ModelMismatch, match="patches for both experts; save"):
+        with_loras(model, [path])
+
+
+# Scales ----------------------------------------------------------------------------------------
+
+
+def scale_of(path: Path, model: ModelArchitecture) -> float | None:
+    (patch,) = read(path, model.transformer).patches
+    return patch.stated_scale
+
+
+PEFT_STEM = "base_model.model.blocks.0.self_attn.q"
+CONFIGS: dict[str, tuple[dict[str, Any], float]] = {
+    "alpha": ({"lora_alpha": 32}, 8.0),
+    "alpha and a pattern for another module": (
+        {"lora_alpha": 8, "alpha_pattern": {"blocks.1.self_attn.q": 64}}, 2.0),
+    "a pattern for the module": ({"lora_alpha": 8, "alpha_pattern": {"self_attn.q": 64}}, 16.0),
+    "an exact pattern": ({"lora_alpha": 8, "alpha_pattern": {"blocks.0.self_attn.q": 4}}, 1.0),
+    "a pattern with escaped dots": (
+        {"lora_alpha": 8, "alpha_pattern": {r"^blocks\.0\.self_attn\.q$": 4}}, 1.0),
+    "a pattern by diffusers' name": (
+        {"lora_alpha": 8, "alpha_pattern": {"blocks.0.attn1.to_q": 4}}, 1.0),
+    "the end of another word is none": ({"lora_alpha": 8, "alpha_pattern": {"q": 4, "n.q": 9}}, 1),
+    "the root of the rank": ({"lora_alpha": 32, "use_rslora": True}, 16.0),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CONFIGS)
+@pytest.mark.parametrize("place", ["folder", "file", "alone", "metadata"])
+def test_peft_states_the_scale(
+    tmp_path: Path, model: ModelArchitecture, case: str, place: str
+) -> None:
+    """adapter_config.json counts however the LoRA is given; diffusers' metadata mean the same."""
+    config, scale = CONFIGS[case]
+    name = "style.safetensors" if place == "alone" else "adapter_model.safetensors"
+    text = json.dumps({"peft_type": "LORA", "r": RANK} | config)
+    path = tmp_path / "lora" / name
+    if place == "metadata":
+        marked = {f"transformer.{k}": v for k, v in config.items()}
+        write(path, pair(PEFT_STEM), {"lora_adapter_metadata": json.dumps(marked)})
+    else:
+        write(path, pair(PEFT_STEM))
+        (path.parent / "adapter_config.json").write_text(text)
+    assert scale_of(path.parent if place == "folder" else path, model) == scale
+    assert with_loras(model, [path.parent if place == "folder" else path]).loras[0].rank == RANK
+
+
+def test_a_configuration_counts_for_its_own_file_only(
+    tmp_path: Path, model: ModelArchitecture
+) -> None:
+    """In a folder of many LoRAs it is PEFT's file that it belongs to."""
+    (tmp_path / "adapter_config.json").write_text('{"lora_alpha": 32}')
+    first = write(tmp_path / "adapter_model.safetensors", pair(PEFT_STEM))
+    other = write(tmp_path / "style.safetensors", pair(PEFT_STEM))
+    assert scale_of(first, model) == 8.0 and scale_of(other, model) is None
+
+
+def test_what_a_configuration_says_is_part_of_the_lora(
+    tmp_path: Path, model: ModelArchitecture
+) -> None:
+    path = write(tmp_path / "adapter_model.safetensors", pair(PEFT_STEM))
+    config = tmp_path / "adapter_config.json"
+    config.write_text('{"lora_alpha": 32}')
+    assert with_loras(model, [tmp_path]).loras[0].files == (path, config)
+    config.write_bytes(b"\xef\xbb\xbf" + b'{"lora_alpha": 16}')  # as Windows' Notepad saves it
+    assert scale_of(tmp_path, model) == 4.0
+
+
+@pytest.mark.parametrize(
+    ("config", "error", "words"),
+    [({"use_dora": True}, UnsupportedModel, "kind DoRA"),
+     ({"peft_type": "LOHA"}, UnsupportedModel, "kind LOHA"),
+     ({"alpha_pattern": {"(a+)+$": 3}}, UnsupportedModel, r"alpha_pattern .*\(a\+\)\+"),
+     ("[", CorruptFile, "not valid JSON")],
+)  # fmt: skip
+def test_configurations_that_cannot_be_followed(
+    tmp_path: Path, model: ModelArchitecture, config: Any, error: type[Exception], words: str
+) -> None:
+    write(tmp_path / "adapter_model.safetensors", pair(PEFT_STEM))
+    text = config if isinstance(config, str) else json.dumps(config)
+    (tmp_path / "adapter_config.json").write_text(text)
+    with pytest.raises(error, match=words):
+        with_loras(model, [tmp_path])

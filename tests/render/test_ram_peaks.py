@@ -1,0 +1,107 @@
+"""RAM as the system counts it, in a process of its own: never far above what the plan said.
+
+The files have the true shapes of a 14B transformer's blocks, few of them, and zeros for weights
+(holes take no disk). Anonymous memory is looked at all the time, while loading and while computing.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support import single_files
+from support import wan_layouts as layouts
+
+ROOT = Path(__file__).parents[2]
+GIB = 2**30
+MAP_FROM = 2 * GIB
+GROWTH = 50 * 2**20
+GGUF = {"Q8_0": (8, 32, 34), "Q4_K": (12, 256, 144)}
+# kind: blocks with which its file is larger than what stays mapped, and not by much
+KINDS = {"bf16": 3, "fp16": 3, "fp8_scaled new": 6, "int8_convrot new": 6, "Q8_0": 5, "Q4_K": 10}
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="anonymous memory is Linux's")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tmp_path_factory.mktemp("ram")
+    single_files.write(made)
+    return made
+
+
+def write(folder: Path, kind: str, blocks: int) -> Path:
+    shapes = layouts.transformer(5120, 13824, blocks, 16)
+    shapes["text_embedding.0.weight"] = (5120, 32)  # for the small encoder
+    if kind in GGUF:
+        return layouts.write_sparse_gguf(folder / f"{kind}.gguf", shapes, *GGUF[kind])
+    path = folder / f"{kind.replace(' ', '_')}.safetensors"
+    return layouts.write_sparse(path, layouts.stored(shapes, kind))
+
+
+def measured(
+    folder: Path, path: Path, map_from: int = MAP_FROM, **optimization: Any
+) -> dict[str, Any]:
+    """Generate twice from the file, in a process of its own."""
+    command = [sys.executable, "-m", "support.ram_peaks", str(folder), str(path),
+               json.dumps(optimization), str(map_from)]  # fmt: skip
+    found = os.environ.get("PYTHONPATH", "")
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), str(ROOT / "tests"), found])),
+        "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "2",
+    }  # fmt: skip
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return dict(json.loads(done.stdout.splitlines()[-1]))
+
+
+def check(told: dict[str, Any]) -> None:
+    """Each stage, loading included, at most 1.15 times the plan's; twice is not more than once."""
+    host, planned, peaks = told["host"], told["planned"], told["measured"]
+    table = {name: (peaks[name] >> 20, planned.get(name, host) >> 20) for name in peaks}
+    assert host == max(planned.values())
+    for name in ("denoise", "load transformer", "decode", "text_encode"):
+        # A part is loaded for the stage that uses it, and must not need more for that.
+        limit = planned[name.replace("load transformer", "denoise")]
+        assert peaks[name] <= 1.15 * limit, f"{name}: MiB measured and planned {table}"
+    assert max(peaks.values()) <= 1.15 * host, f"MiB measured and planned {table}"
+    # A plan that counts far too much would refuse what fits.
+    assert peaks["denoise"] >= 0.6 * planned["denoise"], f"MiB measured and planned {table}"
+    once, twice = told["after"]
+    assert twice - once <= GROWTH, f"{(twice - once) >> 20} MiB more after the second render"
+
+
+@pytest.mark.parametrize("kind", ["fp8_scaled new"])
+def test_one_true_block_stays_within_the_plan(folder: Path, kind: str) -> None:
+    """Mapped as a large file is: the size from which files stay mapped is lowered."""
+    path = write(folder, kind, 1)
+    check(measured(folder, path, map_from=path.stat().st_size // 2, precision="bf16"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("placement", ["auto", "stream"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_large_file_stays_within_the_plan(folder: Path, kind: str, placement: str) -> None:
+    path = write(folder, kind, KINDS[kind])
+    size = path.stat().st_size
+    assert MAP_FROM < size < 2.8 * GIB, f"{size / GIB:.2f} GiB"
+    check(measured(folder, path, offload=placement))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["bf16", "fp16", "fp32"])
+@pytest.mark.parametrize("kind", ["fp8_scaled new", "Q8_0"])
+def test_whatever_is_computed_in(folder: Path, kind: str, precision: str) -> None:
+    path = write(folder, kind, KINDS[kind])
+    told = measured(folder, path, precision=precision)
+    check(told)
+    # What stays mapped takes nothing from others: far less than the file.
+    assert told["measured"]["load transformer"] < math.ceil(0.75 * path.stat().st_size)

@@ -1,0 +1,301 @@
+"""The product from files as people have them: the bits of the same files dequantised at load.
+
+Both experts of a small A14B, every kind of storage. What a file means is written down as a bf16
+file by code that is not the library's, and generated from.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from support import reference_layouts as layouts
+from support import single_files
+from support import stored_files as files
+from support.tiny_models import make_transformer
+from torch import Tensor
+
+from wan_core import GenerationConfig, WanLoRA, WanModelFiles, WanPipelineLoader
+from wan_core.loading.mapped import is_mapped
+
+JOB = {"prompt": "a red cat", "width": 32, "height": 32, "num_frames": 5, "seed": 1,
+       "num_inference_steps": 2, "switch_step": 1, "guidance_scale": 3.0,
+       "guidance_scale_2": 1.0}  # fmt: skip
+WINDOWS = {"num_frames": 25, "max_chunk_size": 17, "window_overlap": 8}
+KINDS = (*files.KINDS, *files.GGUF_KINDS)
+RESIDENT, STREAMED = {"offload": "none"}, {"offload": "stream", "resident_blocks": 0}
+WAYS: tuple[dict[str, Any], ...] = (
+    {"offload": "none", "forward": "lean"}, {"offload": "none", "forward": "lean_rows"},
+    {"offload": "model", "forward": "diffusers"}, {"offload": "sequential"},
+    {"offload": "stream", "forward": "diffusers"},
+    {"offload": "stream", "resident_blocks": 1, "forward": "lean"},
+    {"offload": "stream", "forward": "lean_rows"},
+)  # fmt: skip
+Meaning = Callable[[torch.dtype], Tensor]
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The encoder and the VAE, and what is written for a kind beside them."""
+    folder = tmp_path_factory.mktemp("stored")
+    single_files.write(folder)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def mapped(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Files of any size stay mapped, as large ones do; and nothing is left for the next test."""
+    monkeypatch.setattr("wan_core.models.sizes.MAP_FROM", 1)
+    yield
+    WanPipelineLoader().clear_cache()
+
+
+def states() -> Iterator[layouts.State]:
+    """The two experts' tensors under their official names, in bf16."""
+    for seed in (11, 12):
+        torch.manual_seed(seed)
+        model = make_transformer("wan2.2-t2v-a14b", attention_head_dim=128, ffn_dim=512)
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter, std=0.05)
+        state = {name: value.to(torch.bfloat16) for name, value in layouts.state_of(model).items()}
+        yield layouts.original_transformer(state)
+
+
+def experts(folder: Path, kind: str) -> tuple[list[Path], list[Path]]:
+    """Write both experts as ``kind``, and what those files mean in bf16; once for each kind."""
+    stored, meant = [], []
+    for role, state in zip(("high_noise", "low_noise"), states(), strict=True):
+        end = "gguf" if kind in files.GGUF_KINDS else "safetensors"
+        path, plain = folder / f"{role}_{kind}.{end}", folder / f"{role}_{kind}_meant.safetensors"
+        stored.append(path)
+        meant.append(plain)
+        if path.exists():
+            continue
+        # All matrices of the blocks but one: files mix what is quantised and what is not.
+        chosen = {n for n, v in state.items() if n.startswith("blocks.") and v.ndim == 2}
+        chosen = {n for n in chosen if n.endswith(".weight")} - {"blocks.1.cross_attn.v.weight"}
+        write = write_gguf if end == "gguf" else write_safetensors
+        meanings = write(path, state, chosen, kind)
+        assert set(meanings) == chosen
+        save_file({**state, **{n: m(torch.bfloat16) for n, m in meanings.items()}}, plain)
+    return stored, meant
+
+
+def write_safetensors(
+    path: Path, state: layouts.State, chosen: set[str], kind: str
+) -> dict[str, Meaning]:
+    style = "old" if kind == "fp8_scaled_e5m2" else "notes"
+    tensors, metadata, meanings = files.pack(state, chosen, kind, style)
+    files.write(path, tensors, metadata)
+    return meanings
+
+
+def write_gguf(path: Path, state: layouts.State, chosen: set[str], kind: str) -> dict[str, Meaning]:
+    writer = gguf.GGUFWriter(path, "wan")
+    meanings: dict[str, Meaning] = {}
+    for index, (name, value) in enumerate(state.items()):
+        if name in chosen:
+            data = files.gguf_blocks(value, kind, seed=index)
+            writer.add_tensor(name, data, raw_dtype=gguf.GGMLQuantizationType[kind])
+            meanings[name] = lambda dtype, data=data: files.gguf_meaning(data, kind, dtype)
+        else:
+            writer.add_tensor(name, np.ascontiguousarray(value.float().numpy()))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return meanings
+
+
+def opened(
+    home: Path, pair: list[Path], loras: Any = (), encoder: Path | None = None, **wishes: Any
+) -> Any:
+    given = WanModelFiles(
+        transformer=pair[0], transformer_2=pair[1], vae=home / "vae" / single_files.VAE,
+        text_encoder=encoder or home / "text_encoders" / single_files.TEXT,
+    )  # fmt: skip
+    wishes = {"device": "cpu", "precision": "bf16", "offload": "none"} | wishes
+    return WanPipelineLoader().load_wan_pipeline(given, loras=loras, optimization_config=wishes)
+
+
+def latents(wrapper: Any, **job: Any) -> Tensor:
+    result = wrapper.generate(GenerationConfig(**(JOB | job))).raise_for_error()
+    assert result.latents is not None and bool(torch.isfinite(result.latents).all())
+    return result.latents
+
+
+def layers_of(wrapper: Any) -> list[Any]:
+    """The layers of all loaded components whose weights are as stored."""
+    found = sorted(wrapper._cache.loaded(), key=lambda entry: str(entry[0]))
+    loaded = [module for _, module in found if hasattr(module, "modules")]
+    return [layer for module in loaded for layer in module.modules() if hasattr(layer, "stored")]
+
+
+def hashes(wrapper: Any, pair: list[Path]) -> tuple[list[str], list[str]]:
+    """Of the files, and of every byte that layers hold as stored."""
+    layers = [
+        hashlib.sha256(value.data.numpy().tobytes()).hexdigest()
+        for layer in layers_of(wrapper)
+        for value in layer.parameters(recurse=False)
+        if value.dtype == torch.int8
+    ]
+    return [hashlib.sha256(path.read_bytes()).hexdigest() for path in pair], layers
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_gives_the_bits_of_what_it_means(home: Path, plain: Tensor, kind: str) -> None:
+    stored, meant = experts(home, kind)
+    expected = latents(opened(home, meant))
+    for wishes in (RESIDENT, STREAMED):
+        wrapper = opened(home, stored, **wishes)
+        assert torch.equal(latents(wrapper), expected), wishes
+        layers = layers_of(wrapper)
+        assert len(layers) == 2 * 19  # none was dequantised while it was loaded
+        assert all(layer.weight.dtype == torch.int8 for layer in layers)
+        assert all(is_mapped(layer.weight) for layer in layers)
+    assert not torch.equal(expected, plain)  # how it is stored matters to the result
+
+
+@pytest.fixture(scope="module")
+def plain(home: Path) -> Tensor:
+    """What the experts make in bf16."""
+    pair = [home / "high.safetensors", home / "low.safetensors"]
+    for path, state in zip(pair, states(), strict=True):
+        save_file(state, path)
+    return latents(opened(home, pair))
+
+
+@pytest.mark.parametrize("kind", ["fp8_rows", "int8_convrot", "nvfp4", "Q4_K"])
+def test_placements_and_forwards_change_no_bit(home: Path, kind: str) -> None:
+    stored, meant = experts(home, kind)
+    expected = latents(opened(home, meant))
+    by_rows = latents(opened(home, meant, forward="lean_rows"))
+    for wishes in WAYS:
+        result = (wrapper := opened(home, stored, **wishes)).generate(GenerationConfig(**JOB))
+        wanted = by_rows if wishes.get("forward") == "lean_rows" else expected
+        assert torch.equal(result.raise_for_error().latents, wanted), wishes
+        assert len(layers_of(wrapper)) == 2 * 19
+        resident = f"{wishes.get('resident_blocks', 0)} blocks resident, the rest streamed"
+        said = resident if wishes["offload"] == "stream" else f"offload {wishes['offload']}"
+        assert said in result.applied_optimizations, "the plan did not do what was asked for"
+
+
+@pytest.fixture(scope="module")
+def lora(home: Path) -> Path:
+    g, tensors = torch.Generator().manual_seed(5), {}
+    for name, value in next(states()).items():
+        if name.startswith("blocks.") and name.endswith(".weight") and value.ndim == 2:
+            layer = f"diffusion_model.{name.removesuffix('.weight')}"
+            tensors[f"{layer}.lora_A.weight"] = torch.randn(4, value.shape[1], generator=g) / 10
+            tensors[f"{layer}.lora_B.weight"] = torch.randn(value.shape[0], 4, generator=g) / 10
+    path = home / "lora.safetensors"
+    save_file(tensors, path)
+    return path
+
+
+@pytest.mark.parametrize("kind", ["fp8_scaled", "int8_convrot", "mxfp8", "Q8_0"])
+def test_a_lora_and_windows_on_top(home: Path, lora: Path, kind: str) -> None:
+    stored, meant = experts(home, kind)
+    loras = [WanLoRA(lora, strength=0.7)]
+    expected = latents(opened(home, meant, loras), **WINDOWS)
+    assert not torch.equal(expected, latents(opened(home, meant), **WINDOWS))
+    for wishes in (RESIDENT, STREAMED | {"forward": "lean"}):
+        assert torch.equal(latents(opened(home, stored, loras, **wishes), **WINDOWS), expected)
+
+
+class Stopped(BaseException):
+    """Stands for an interrupt."""
+
+
+def stopping(after: int) -> Callable[..., None]:
+    left = after
+
+    def callback(*_: Any) -> None:
+        nonlocal left
+        left -= 1
+        if left == 0:
+            raise Stopped
+
+    return callback
+
+
+@pytest.mark.parametrize(
+    ("kind", "wishes"),
+    [("fp8_scaled", RESIDENT), ("Q4_K", RESIDENT), ("int8_convrot", STREAMED), ("nvfp4", STREAMED)],
+)
+def test_no_stored_byte_changes_and_a_render_goes_on(
+    home: Path, tmp_path: Path, lora: Path, kind: str, wishes: dict[str, Any]
+) -> None:
+    """After success, an error, an interrupt in a step and one while loading."""
+    stored, _ = experts(home, kind)
+    wrapper = opened(home, stored, [WanLoRA(lora)], **wishes)
+    with pytest.raises(Stopped):  # in a component's loading or right after it
+        latents(wrapper, interrupt_check=stopping(3))
+    whole = latents(wrapper, **WINDOWS)
+    before = hashes(wrapper, stored)
+    assert len(before[1]) >= 2 * 19
+    kept = {"resume": "auto", "journal_folder": tmp_path / "journal"}
+    with pytest.raises(Stopped):
+        latents(wrapper, **WINDOWS, **kept, progress_callback=stopping(1))
+    assert hashes(wrapper, stored) == before
+    assert torch.equal(latents(wrapper, **WINDOWS, **kept), whole)
+    with pytest.raises(Stopped):  # between two blocks
+        latents(wrapper, **WINDOWS, interrupt_check=stopping(8))
+    assert hashes(wrapper, stored) == before
+    failing = next(module for _, module in wrapper._cache.loaded() if hasattr(module, "blocks"))
+    handle = failing.blocks[1].attn1.to_q.register_forward_pre_hook(broken)
+    result = wrapper.generate(GenerationConfig(**JOB))
+    handle.remove()
+    assert isinstance(result.error, RuntimeError) and "a broken layer" in str(result.error)
+    assert hashes(wrapper, stored) == before
+    assert torch.equal(latents(wrapper, **WINDOWS), whole)
+    assert hashes(wrapper, stored) == before
+
+
+def broken(*_: Any) -> None:
+    raise RuntimeError("a broken layer")
+
+
+# The text encoder --------------------------------------------------------------------------------
+
+
+def encoder(home: Path, kind: str, style: str = "notes") -> tuple[Path, Path]:
+    """The small umT5 as ``kind``, with its tokenizer, and what that means in bf16."""
+    path = home / f"umt5_{kind}_{style}.safetensors"
+    meant = home / f"umt5_{kind}_{style}_meant.safetensors"
+    if not path.exists():
+        state = {
+            name: value.to(torch.bfloat16) if value.is_floating_point() else value
+            for name, value in load_file(home / "text_encoders" / single_files.TEXT).items()
+        }
+        assert "spiece_model" in state
+        chosen = {n for n, v in state.items() if v.ndim == 2 and n.endswith(".weight")}
+        chosen = {n for n in chosen if "relative_attention_bias" not in n and n != "shared.weight"}
+        tensors, metadata, meanings = files.pack(state, chosen, kind, style)
+        files.write(path, tensors, metadata)
+        save_file({**state, **{n: m(torch.bfloat16) for n, m in meanings.items()}}, meant)
+    return path, meant
+
+
+@pytest.mark.parametrize(
+    ("kind", "style"),
+    [("fp8_scaled", "old"), ("fp8_rows", "notes"), ("int8_rows", "metadata"), ("mxfp8", "notes")],
+)
+def test_the_text_encoder_as_stored(home: Path, kind: str, style: str) -> None:
+    path, meant = encoder(home, kind, style)
+    pair, _ = experts(home, "fp8_scaled")
+    job = {"prompt": f"a green dog, {kind} {style}"}
+    expected = latents(opened(home, pair, encoder=meant), **job)
+    for wishes in (RESIDENT, STREAMED):
+        WanPipelineLoader().clear_cache()  # embeddings of a text are kept, too
+        wrapper = opened(home, pair, encoder=path, **wishes)
+        assert torch.equal(latents(wrapper, **job), expected), wishes
+        text = next(m for _, m in wrapper._cache.loaded() if hasattr(m, "shared"))
+        assert sum(hasattr(layer, "stored") for layer in text.modules()) == 14
