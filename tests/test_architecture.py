@@ -298,8 +298,8 @@ def test_others_import_faces_only(folder: str) -> None:
 
 BANNED = (
     "trust_remote_code=True", "eval(", "exec(", "subprocess", "os.system", "import pickle",
-    "importlib.reload", "set_default_dtype", "set_default_device", "weights_only=False",
-    "allow_tf32", "enable_flash_sdp", "set_attention_backend",
+    "importlib.reload", "torch.load(", "set_default_dtype", "set_default_device",
+    "weights_only=False", "allow_tf32", "enable_flash_sdp", "set_attention_backend",
 )  # fmt: skip
 
 

@@ -283,6 +283,50 @@ def test_steps_are_usual_only_where_a_run_taught_the_pace(tmp_path: Path) -> Non
         assert found.usual_step == (plan.step_seconds if known else None)
 
 
+def test_a_longer_segment_is_no_spill() -> None:
+    """Steps are compared with those on as many frames; a plan predicts those on the most."""
+    timeline = Timeline(torch.device("cpu"))
+    for frames, seconds in ((3, [1.0, 1.1, 1.0]), (21, [5.2, 5.3]), (3, [1.0])):
+        timeline.work_on(frames)
+        for second in seconds:
+            timeline.step_seconds.append(second)
+            assert spilled(FULL, TOTAL, timeline.step_seconds, None) is None
+    assert timeline.full_steps == [5.2, 5.3]
+    timeline.work_on(21)
+    timeline.step_seconds.append(30.0)
+    assert "instead of 5.2 s" in str(spilled(FULL, TOTAL, timeline.step_seconds, None))
+    timeline.predict({})
+    for frames in (3, 21):
+        timeline.work_on(frames)
+        assert timeline.step_seconds == []
+
+
+def test_every_segment_is_timed_by_itself(tmp_path: Path) -> None:
+    wrapper = open_tiny(make_folder(tmp_path / "model", "wan2.2-ti2v-5b"))
+    config = GenerationConfig(
+        prompts="9: a cat\n28: a dog\na fox", width=32, height=32, num_frames=57, seed=1,
+        num_inference_steps=4, guidance_scale=1.0, max_chunk_size=33, window_overlap=4,
+        window_mode="continuation",
+    )  # fmt: skip
+    seen: dict[int, int] = {}
+    work_on = Timeline.work_on
+
+    def noted(self: Timeline, frames: int) -> None:
+        seen[frames] = seen.get(frames, 0) + 1
+        work_on(self, frames)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Timeline, "work_on", noted)
+        request, plan = wrapper.plan(config)
+        render = wrapper._make_render(config, request, plan)
+        render.run()
+    timeline = render.stages.timeline
+    assert len(seen) > 1, seen
+    assert {n: len(steps) for n, steps in timeline._steps.items() if n} == {
+        frames: 3 * count for frames, count in seen.items()
+    }
+
+
 def test_the_first_step_of_a_stage_is_not_timed() -> None:
     timeline = Timeline(torch.device("cpu"))
     for name in ("denoise_high", "denoise_low"):

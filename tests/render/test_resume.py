@@ -270,14 +270,16 @@ def test_a_render_that_went_down_to_a_smaller_plan_goes_on_with_it(
     assert torch.equal(rest.frames, whole.frames)
 
 
-def test_what_the_journal_said_is_there_when_the_render_fails(folder: Any, tmp_path: Path) -> None:
+def test_what_the_journal_said_is_there_when_the_render_fails(
+    folder: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> None:
+        raise InvalidRequest("what only shows while it runs")
+
+    monkeypatch.setattr("wan_core.render.render.draw_noise", fail)
     blocked = tmp_path / "file"
     blocked.write_text("not a folder")
-    job = SHORT | {
-        "resume": "auto",
-        "journal_folder": blocked,
-        "latents": torch.zeros(1, 2, 3, 4, 5),
-    }
+    job = SHORT | {"resume": "auto", "journal_folder": blocked}
     told: list[str] = []
     result = open_wan(folder("wan2.1-t2v")).generate(
         GenerationConfig(**job, warning_callback=told.append)

@@ -237,3 +237,93 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match="file"):
         write(tmp_path / "file" / "out.mp4", patches(1))
+
+
+# Contents that x264's macroblock tree decided differently from run to run.
+def moving(frames: int, width: int, height: int, kind: str) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(1)
+    wide = torch.rand(1, 3, max(2, height // 8), max(2, width // 8), generator=generator)
+    picture = torch.nn.functional.interpolate(wide, (height, width + 2 * frames), mode="bilinear")
+    clip = torch.stack([picture[0, :, :, i : i + width] for i in range(frames)])
+    if kind == "fading":
+        clip = clip * torch.linspace(0, 1, frames).view(-1, 1, 1, 1)
+    if kind == "noise":
+        clip = torch.rand(frames, 3, height, width, generator=generator)
+        clip = torch.nn.functional.avg_pool2d(clip, 3, 1, 1)
+    return clip.permute(0, 2, 3, 1)
+
+
+@pytest.mark.parametrize("kind", ["moving", "fading", "noise"])
+@pytest.mark.parametrize(
+    ("codec", "size", "frames"),
+    [("h264", (320, 192), 17), ("h264", (96, 128), 17), ("h264", (208, 144), 9),
+     ("h264", (64, 208), 9), ("h264", (64, 64), 33), ("h265", (96, 128), 9),
+     ("h265", (192, 112), 9)],
+)  # fmt: skip
+def test_equal_runs_give_equal_files(
+    tmp_path: Path, codec: str, size: tuple[int, int], frames: int, kind: str
+) -> None:
+    clip = moving(frames, *size, kind)
+    for pix_fmt in ("yuv420p", "yuv444p"):
+        files = set()
+        for _ in range(4):
+            write(tmp_path / "out.mp4", clip, width=size[0], height=size[1], codec=codec,
+                  pix_fmt=pix_fmt, crf=18, metadata={"prompt": "{}"},
+                  audio=(torch.sin(torch.arange(16000) / 30)[None], 16000))  # fmt: skip
+            files.add((tmp_path / "out.mp4").read_bytes())
+        assert len(files) == 1
+
+
+@pytest.mark.parametrize("codec", ["h264", "h265"])
+@pytest.mark.parametrize("frames", [1, 2, 3, 4])
+def test_the_shortest_clips_are_written_every_time(tmp_path: Path, codec: str, frames: int) -> None:
+    """x265 leaves the decoding times of one or two frames unset; the muxer took what lay there."""
+    files = set()
+    for _ in range(12):
+        write(tmp_path / "out.mp4", moving(frames, 192, 208, "noise"), width=192, height=208,
+              codec=codec, crf=18)  # fmt: skip
+        files.add((tmp_path / "out.mp4").read_bytes())
+        assert len(read(tmp_path / "out.mp4")[0]) == frames
+    assert len(files) == 1
+
+
+NARROW = """
+import sys, torch
+from wan_core.render.video import VideoWriter
+for side in ((48, 48), (48, 128), (32, 48), (128, 48), (32, 32)):
+    for pix_fmt in ("yuv420p", "yuv420p10le", "yuv444p"):
+        with VideoWriter(sys.argv[1], fps=16, width=side[0], height=side[1], codec="h265",
+                         pix_fmt=pix_fmt) as writer:
+            writer.write(torch.rand(9, side[1], side[0], 3))
+"""
+
+
+def test_narrow_pictures_do_not_break_the_process(tmp_path: Path) -> None:
+    """x265's vector code wrote beyond its buffers for pictures of 48 pixels."""
+    done = subprocess.run(
+        [sys.executable, "-c", NARROW, str(tmp_path / "out.mp4")],
+        capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-500:]
+
+
+def test_a_folder_that_vanishes_is_not_blamed_on_the_codec(tmp_path: Path) -> None:
+    with (
+        pytest.raises(OutputError) as raised,
+        VideoWriter(tmp_path / "out.mp4", fps=16, width=WIDTH, height=HEIGHT) as writer,
+    ):
+        writer.write(patches(1))
+
+        class Gone:
+            def __init__(self, inner: object) -> None:
+                self._inner = inner
+
+            def mux(self, packets: object) -> None:
+                raise OSError(errno.EIO, "Input/output error")
+
+            def close(self) -> None:
+                return None
+
+        writer._container = Gone(writer._container)
+        writer.write(patches(1))
+    assert "Input/output error" in str(raised.value) and "codec" not in str(raised.value)

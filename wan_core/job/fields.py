@@ -16,6 +16,7 @@ from ..config import is_bool, plain_number
 from ..errors import InvalidRequest
 
 _SHOWN = 80
+_NAME = 240
 
 
 def whole(value: Any, field: str, low: int, high: int) -> int:
@@ -97,6 +98,12 @@ def function(value: Any, field: str) -> None:
     """Check that ``value`` can be called, or is None."""
     if value is not None and not callable(value):
         raise InvalidRequest(f"{field} is {shown(value)}; a function is needed.", field=field)
+
+
+def shown_path(found: Path) -> str:
+    """Return a path as a message shows it: of a long one, the beginning and the end."""
+    said = str(found)
+    return said if len(said) <= _NAME + 20 else f"{said[:20]}...{said[-_NAME:]}"
 
 
 def shown(value: Any) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 
 from ..config import CODECS, RESUME, GenerationConfig
 from ..errors import InvalidRequest
-from .fields import choice, flag, path, shown, text, whole
+from .fields import choice, flag, path, shown, shown_path, text, whole
 
 PIXEL_FORMATS = ("yuv420p", "yuv422p", "yuv444p", "yuv420p10le", "yuv422p10le", "yuv444p10le")
 AUDIO_RATES = (
@@ -106,16 +106,20 @@ def _output(config: GenerationConfig) -> Path | None:
         return None
     found = path(config.output_path, "output_path")
     if found.suffix.lower() != ".mp4":
-        raise InvalidRequest(f"output_path is {found}; a name ending in .mp4 is needed.",
-                             field="output_path")  # fmt: skip
+        raise InvalidRequest(
+            f"output_path is {shown_path(found)}; a name ending in .mp4 is needed.",
+            field="output_path",
+        )
     try:
         folder = found.is_dir()
     except (OSError, ValueError) as err:
         raise InvalidRequest(
-            f"output_path {found} cannot be used ({getattr(err, 'strerror', None) or err}). Choose "
-            "another name.",
+            f"output_path {shown_path(found)} cannot be used "
+            f"({getattr(err, 'strerror', None) or err}). Choose another name.",
             field="output_path",
         ) from err
     if folder:
-        raise InvalidRequest(f"output_path {found} is a folder; name a file.", field="output_path")
+        raise InvalidRequest(
+            f"output_path {shown_path(found)} is a folder; name a file.", field="output_path"
+        )
     return found

@@ -69,7 +69,8 @@ def texts_to_encode(config: GenerationConfig, request: Request) -> tuple[str, ..
 def files_of(architecture: ModelArchitecture) -> dict[Path, FileIdentity]:
     """Return the files of a model, LoRAs included, as they are on disk now."""
     paths = [path for part in architecture.components.values() for path in part.files]
-    paths += [Path(found.lora.path) for found in architecture.loras]
+    for found in architecture.loras:
+        paths += found.files or (Path(found.lora.path),)
     return {path: file_identity(path) for path in paths}
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from ..errors import InvalidRequest
 from .fields import path as path_of
-from .fields import shown
+from .fields import shown, shown_path
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -35,7 +35,6 @@ _BAD_TAGS: Final = (
 )  # fmt: skip
 _BEYOND: Final = 0.5
 """How far floats may lie outside 0..1: resizing overshoots by less, other scales by more."""
-_NAME: Final = 240
 _WANTED: Final = (
     "a picture is a path, a PIL image, or one (height, width, 3) array or tensor with values 0..1"
 )
@@ -92,8 +91,7 @@ def _from_file(image: Any, field: str) -> Image.Image:
             field=field,
         )
     place = path_of(image, field)
-    # A long name is cut in the middle: what it ends with says most.
-    named = str(place) if len(str(place)) <= _NAME else f"{str(place)[:20]}...{str(place)[-_NAME:]}"
+    named = shown_path(place)
     try:
         opened = Image.open(place)
     except UnidentifiedImageError as err:

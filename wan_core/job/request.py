@@ -302,7 +302,8 @@ def _check_functions(config: GenerationConfig) -> None:
 
 
 def _check_mode(config: GenerationConfig, architecture: ModelArchitecture) -> None:
-    if config.window_mode != "continuation":
+    schedule = choice(config.window_schedule, "window_schedule", SCHEDULES)
+    if choice(config.window_mode, "window_mode", MODES) != "continuation":
         if config.continue_from is not None:
             raise InvalidRequest(
                 f"continue_from was given with window_mode {config.window_mode!r}; only "
@@ -324,7 +325,7 @@ def _check_mode(config: GenerationConfig, architecture: ModelArchitecture) -> No
             "width).",
             field="continue_from",
         )
-    if config.window_schedule != "static":
+    if schedule != "static":
         raise InvalidRequest(
             f"window_schedule is {config.window_schedule!r} with window_mode 'continuation'; "
             "segments come one after the other: 'static' is needed.",

@@ -26,6 +26,8 @@ _LIMITED_RANGE = 1  # AVCOL_RANGE_MPEG
 _IN_ORDER = 2
 """Frames of a clip that is shorter than x265's reordering, which then leaves their decoding times
 unset: the muxer meets whatever number lies there, and sometimes refuses it."""
+_NO_DISK = {errno.EIO, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENODEV,
+            errno.ESTALE, errno.EBADF}  # fmt: skip
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
@@ -188,7 +190,11 @@ class VideoWriter:
             raise OutputError(self._why(err)) from err
 
     def _why(self, err: Exception) -> str:
-        if getattr(err, "errno", None) not in _NO_ROOM:
+        number = getattr(err, "errno", None)
+        if number in _NO_DISK:
+            why = getattr(err, "strerror", None) or err
+            return f"{str(self.path)!r} could not be written: {why}. Choose another folder."
+        if number not in _NO_ROOM:
             height, width = self._size
             return (
                 f"{str(self.path)!r} could not be written with codec {self._codec!r}, "
