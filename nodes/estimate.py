@@ -66,15 +66,7 @@ class WanEstimateMemory(io.ComfyNode):  # type: ignore[misc]
     ) -> io.NodeOutput:
         from ..wan_core.memory import format_estimate
 
-        needs_image = pipeline.architecture.variant.image_input == "required"
-        config = GenerationConfig(
-            prompt="",
-            # Only its presence counts: an estimate does not look at the picture.
-            image="start_image" if needs_image else None,
-            width=width,
-            height=height,
-            num_frames=num_frames,
-        )
+        config = GenerationConfig(prompt="", width=width, height=height, num_frames=num_frames)
         if window_frames:
             use_windows(config, window_frames, window_overlap)
         with said_in_words_of_the_nodes():

@@ -231,6 +231,8 @@ def _run(
     config.output_metadata = bridge.workflow_metadata(hidden)
     with said_in_words_of_the_nodes():
         wrapper = bridge.wrapper(pipeline)
+        # Before other nodes' models are moved off the card: a mistake must not cost them that.
+        wrapper.check(config)
         with bridge.room_for(pipeline, wrapper.estimate_memory_usage(config)):
             # ComfyUI has freed what it can by now; what it still holds is not free for the plan.
             wrapper.evictable_bytes = 0

@@ -60,7 +60,7 @@ def sampling_inputs(most_frames: int = MOST_FRAMES) -> list[io.Input]:
 
 
 def video_inputs() -> list[io.Input]:
-    """Return the inputs about the mp4, which come last in a node that writes one."""
+    """Return the inputs about the mp4, and those that came after them, in their final order."""
     hidden = bridge.known(io.Combo.Input, advanced=True)
     return [
         io.Combo.Input(
@@ -94,6 +94,14 @@ def video_inputs() -> list[io.Input]:
             optional=True,
             tooltip="Sound that goes into the VIDEO, cut to its length.",
         ),
+        io.Boolean.Input(
+            "official_negative",
+            default=True,
+            optional=True,
+            tooltip="What an empty negative_prompt means. On: the official negative prompt of Wan. "
+            "Off: none.",
+            **bridge.known(io.Boolean.Input, advanced=True),
+        ),
     ]
 
 
@@ -110,7 +118,8 @@ def _prompt_inputs() -> list[io.Input]:
             "negative_prompt",
             multiline=True,
             default="",
-            tooltip="What it should not show. Only read while a guidance scale is above 1.",
+            tooltip="What it should not show; empty: see official_negative. Only read while a "
+            "guidance scale is above 1.",
         ),
     ]
 

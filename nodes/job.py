@@ -21,8 +21,13 @@ from ..wan_core.job import (
     latent_frames,
 )
 
-VIDEO: dict[str, Any] = {"codec": CODECS[0], "crf": 18, "pix_fmt": PIXEL_FORMATS[0]}
-"""Values of the mp4's inputs for a prompt in API format that leaves them out."""
+LATER: dict[str, Any] = {
+    "codec": CODECS[0],
+    "crf": 18,
+    "pix_fmt": PIXEL_FORMATS[0],
+    "official_negative": True,
+}
+"""Values of the samplers' later inputs for a prompt in API format that leaves them out."""
 LONG_CLIP: dict[str, Any] = {
     "schedule": SCHEDULES[0],
     "mode": MODES[0],
@@ -48,13 +53,13 @@ def require_choice(field: str, value: str, allowed: Sequence[str]) -> str:
 
 def generation_config(values: Mapping[str, Any]) -> GenerationConfig:
     """Turn the shared inputs into a GenerationConfig; raises InvalidRequest naming the input."""
-    values = {**VIDEO, **values}
+    values = {**LATER, **values}
     require_choice("scheduler", values["scheduler"], SCHEDULERS)
     positive = _embeds("positive", values.get("positive"))
     negative = _embeds("negative", values.get("negative"))
     return GenerationConfig(
         prompt=values["prompt"] if positive is None else None,
-        negative_prompt=values["negative_prompt"] or None if negative is None else None,
+        negative_prompt=None if negative is not None else _negative(values),
         num_frames=values["num_frames"],
         width=values["width"],
         height=values["height"],
@@ -76,6 +81,12 @@ def generation_config(values: Mapping[str, Any]) -> GenerationConfig:
         pix_fmt=require_choice("pix_fmt", values["pix_fmt"], PIXEL_FORMATS),
         audio=_one_sound("audio", values.get("audio")),
     )
+
+
+def _negative(values: Mapping[str, Any]) -> str | None:
+    """Return the negative prompt; None, for an empty one, asks for the official one."""
+    text = str(values["negative_prompt"])
+    return None if not text and values["official_negative"] else text
 
 
 def use_windows(config: GenerationConfig, frames: int, overlap: int) -> None:

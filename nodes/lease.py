@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 import weakref
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     import torch
 
     from ..wan_core.config import WanLoRA, WanModelFiles
+    from ..wan_core.files import FileIdentity
     from ..wan_core.models import ModelArchitecture
     from ..wan_core.render import WanPipelineWrapper
 
@@ -27,12 +29,18 @@ _lock = threading.RLock()
 class WeightsLease:
     """Keeps one model's weights in the component cache, with one wrapper per set of options."""
 
-    def __init__(self, source: Path | WanModelFiles, files: frozenset[str]) -> None:
+    def __init__(
+        self,
+        source: Path | WanModelFiles,
+        files: frozenset[str],
+        known: Mapping[Path, FileIdentity],
+    ) -> None:
         self.files = files
         """Paths of the weight files (absolute, links resolved), as the component cache has them."""
         self.patcher: Any = None
         """Stands for these weights in ComfyUI's model management; None before their first use."""
         self._source = source
+        self._known = known
         self._wrappers: dict[tuple[Any, ...], WanPipelineWrapper] = {}
         weakref.finalize(self, _drop_unleased, files)
 
@@ -42,9 +50,15 @@ class WeightsLease:
         loras: tuple[WanLoRA, ...] = (),
         use_recipe: bool = False,
     ) -> WanPipelineWrapper:
-        """Return wan_core's pipeline for these options; weights are loaded when it generates."""
+        """Return wan_core's pipeline for these options; weights are loaded when it generates.
+
+        Raises ModelMismatch if a file was replaced since the lease was made: the WAN_PIPELINE that
+        holds it describes another model.
+        """
+        from ..wan_core.job import check_files
         from ..wan_core.render import WanPipelineLoader
 
+        check_files(self._known)
         key = (tuple(sorted(optimization_config.items())), loras, use_recipe)
         with _lock:
             if key not in self._wrappers:
@@ -62,15 +76,17 @@ def lease_for(architecture: ModelArchitecture, source: WanModelFiles | None = No
 
     ``source`` names the files if they do not lie in one folder.
     """
-    files = frozenset(
-        str(path.resolve()) for part in architecture.components.values() for path in part.files
-    )
-    # The files alone are no key: two experts with their roles swapped are the same set of files.
-    key = (source or architecture.root, files)
+    from ..wan_core.job import files_of
+
+    known = files_of(architecture)
+    files = frozenset(identity.path for identity in known.values())
+    # The files alone are no key: two experts with their roles swapped are the same set of files,
+    # and so is a file of another model that has taken the name of an older one.
+    key = (source or architecture.root, frozenset(known.values()))
     with _lock:
         lease = _leases.get(key)
         if lease is None:
-            lease = _leases[key] = WeightsLease(source or architecture.root, files)
+            lease = _leases[key] = WeightsLease(source or architecture.root, files, known)
         return lease
 
 

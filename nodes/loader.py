@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from comfy_api.latest import io, ui
 
 from ..wan_core.config import GIB, PRECISIONS, WanModelFiles
-from ..wan_core.errors import DoesNotFit, InvalidRequest, MissingFile, WanError
+from ..wan_core.errors import InvalidRequest, MissingFile, WanError
 from ..wan_core.plan import FORWARDS, FP8, OFFLOADS
 from . import bridge
 from .inputs import Pipeline, pipeline_input
@@ -106,6 +106,11 @@ _PARTS = {
     "image_encoder": ("image_encoder", "CLIP vision, for Wan 2.1 image-to-video models only."),
 }
 _AUTO, _NONE = "auto", "none"
+_WITHOUT = {
+    "text_encoder": "a sampler then needs 'positive', and 'negative' with guidance",
+    "vae": "a sampler will ask for one",
+    "image_encoder": "an image-to-video model of Wan 2.1 will ask for one",
+}
 
 
 def _part_inputs(files: dict[str, dict[str, Path]]) -> list[io.Input]:
@@ -137,17 +142,20 @@ def _source(model: str, chosen: dict[str, str]) -> tuple[Path | WanModelFiles, t
         return find_model(model, bridge.model_roots()), ()
     named: dict[str, Path] = {"transformer": transformer}
     present: dict[str, list[Path]] = {}
+    left_out: dict[str, str] = {}
     for name, (part, _) in _PARTS.items():
         value = chosen.get(name, _AUTO)
         if value == _AUTO:
             present[part] = list(files[part].values())
         elif value != _NONE:
             named[part] = _file(name, value, files[part])
+        elif part in _WITHOUT:
+            left_out[part] = f"{name}: none, as chosen; {_WITHOUT[part]}"
     try:
-        found = find_companions(WanModelFiles(**named), present, inspect_file)
+        found = find_companions(WanModelFiles(**named), present, inspect_file, left_out)
     except MissingFile as error:
         raise MissingFile(f"{error} {_places()}") from error
-    return found.files, found.reasons
+    return found.files, (*found.reasons, *left_out.values())
 
 
 def _places() -> str:
@@ -310,21 +318,14 @@ def _usual_plan(pipeline: WanPipeline) -> str:
     """Say how a clip of the model's official size would be run, and why."""
     from ..wan_core.config import GenerationConfig
 
-    variant = pipeline.architecture.variant
-    config = GenerationConfig(
-        prompt="",
-        # Only its presence counts: a plan does not look at the picture.
-        image="start_image" if variant.image_input == "required" else None,
-        width=variant.defaults.width,
-        height=variant.defaults.height,
-        num_frames=variant.defaults.num_frames,
-    )
-    try:
-        request, plan = bridge.wrapper(pipeline).plan(config)
-    except DoesNotFit as error:
-        return in_words_of_the_nodes(str(error))
-    size = f"{request.width}x{request.height}, {request.num_frames} frames"
-    return "\n".join([f"For {size}:", *(f"- {reason}" for reason in plan.reasons)])
+    usual = pipeline.architecture.variant.defaults
+    width, height, frames = usual.width, usual.height, usual.num_frames
+    config = GenerationConfig(prompt="", width=width, height=height, num_frames=frames)
+    estimate = bridge.wrapper(pipeline).estimate_memory_usage(config)
+    # Without a plan there are no reasons, but a warning that says why nothing fits.
+    lines = [f"- {text}" for text in estimate.reasons] or list(estimate.warnings)
+    text = "\n".join([f"For {width}x{height}, {frames} frames:", *lines])
+    return in_words_of_the_nodes(text)
 
 
 def _describe(architecture: ModelArchitecture, found: tuple[str, ...] = ()) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from ..wan_core.job import latent_index, plan_windows
+from ..wan_core.job import latent_index, plan_segments, plan_windows
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -98,8 +98,6 @@ def _frames(clean: Tensor, indices: Sequence[int] | None) -> Tensor:
 
 def _new_frames(request: Request, plan: OptimizationPlan, config: GenerationConfig) -> list[int]:
     """Return per segment the index, within it, of its first frame that is newly made."""
-    from ..wan_core.sampling import plan_segments
-
     known = 0 if config.continue_from is None else int(config.continue_from.shape[2])
     texts = [latent_index(part.start) for part in request.prompts]
     ranges = plan_segments(

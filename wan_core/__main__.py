@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from .config import CODECS, MIB, GenerationConfig
 from .errors import InvalidRequest, WanError
@@ -33,16 +34,43 @@ def main(argv: Sequence[str] | None = None) -> int:
     except WanError as err:
         if arguments.json:
             failed = {"success": False, "errors": [str(err)], "warnings": arguments.warnings}
-            print(json.dumps(failed, indent=2, ensure_ascii=False))
-        print(f"error: {err}", file=sys.stderr)
+            _say(_as_json(failed))
+        _say(f"error: {err}", sys.stderr)
         return 1
     except KeyboardInterrupt:
         goes_on = arguments.run is _download or getattr(arguments, "resume", "never") != "never"
         more = " Run the same command again to go on." if goes_on else ""
         print(f"interrupted; nothing half written is left.{more}", file=sys.stderr)
         return 130
-    print(json.dumps(values, indent=2, ensure_ascii=False, default=str) if arguments.json else text)
+    _say(_as_json(values) if arguments.json else text)
     return 0
+
+
+def _say(text: str, stream: TextIO | None = None) -> None:
+    """Print a text as far as the stream can: by now the work is done, and must not end in an error.
+
+    A console of another code page shows what it does not have as \\u escapes. A reader that has
+    gone (``| head``) has seen enough.
+    """
+    stream = sys.stdout if stream is None else stream
+    if stream is None:  # a program without a console
+        return
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    try:
+        print(text.encode(encoding, "backslashreplace").decode(encoding), file=stream, flush=True)
+    except BrokenPipeError:
+        # Python flushes the stream once more at its end, and would complain again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def _as_json(values: dict[str, Any]) -> str:
+    """Return JSON that stdout can show, with JSON's escapes for what the console does not have."""
+    text = json.dumps(values, indent=2, ensure_ascii=False, default=str)
+    try:
+        text.encode(getattr(sys.stdout, "encoding", None) or "utf-8")
+    except UnicodeEncodeError:
+        return json.dumps(values, indent=2, default=str)
+    return text
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -146,7 +174,7 @@ def _add_job(command: argparse.ArgumentParser) -> None:
 def _inspect(arguments: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     from .detect import ArchitectureDetector, inspect_file
 
-    path = Path(arguments.path)
+    path = Path(os.path.expanduser(arguments.path))
     if path.exists() and not (path / "model_index.json").is_file() and not _is_release(path):
         part = inspect_file(path)
         if part.kind != "transformer":
@@ -234,9 +262,7 @@ def _estimate(arguments: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     from .memory import format_estimate
 
     wrapper = _open(arguments)
-    needs_image = wrapper.architecture.variant.image_input == "required"
-    # For an estimate only the presence of an image counts; no picture is read.
-    job = _job(arguments, wrapper, prompt="", image="first.png" if needs_image else None)
+    job = _job(arguments, wrapper, prompt="")
     estimate, largest = wrapper.estimate_memory_usage(job), wrapper.what_fits(job)
     text = f"{format_estimate(estimate)}\n{largest}"
     return text, estimate.to_dict() | {"what_fits": largest}
@@ -281,7 +307,7 @@ def _read_text(path: str | None) -> str | None:
     if path is None:
         return None
     try:
-        return decode_text(Path(path).read_bytes())
+        return decode_text(Path(os.path.expanduser(path)).read_bytes())
     except (OSError, UnicodeDecodeError) as err:
         raise InvalidRequest(f"prompts: {path} cannot be read ({err}).", field="prompts") from err
 
@@ -366,7 +392,7 @@ def _demo(arguments: argparse.Namespace) -> tuple[str, dict[str, Any]]:
         output_path=arguments.output,
     )
     result = _generated(wrapper, job, arguments)
-    sheet = Path(arguments.output).with_suffix(".png")
+    sheet = result.output_path.with_suffix(".png")
     with atomic_path(sheet) as temporary:
         contact_sheet(result.frames).save(temporary, format="PNG")
     report = f"{wrapper.report(result)}\nframes side by side: {sheet}"

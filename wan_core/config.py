@@ -1,4 +1,4 @@
-"""The data that travels between the packages: what to make, results, estimates. No behaviour.
+"""The data that travels between the packages: what to make, results, estimates. Little behaviour.
 
 Nothing here imports torch; tensors and images appear in annotations only. A field that is None in
 a :class:`GenerationConfig` means "the variant's official value" (``models.variants``).
@@ -6,6 +6,8 @@ a :class:`GenerationConfig` means "the variant's official value" (``models.varia
 
 from __future__ import annotations
 
+import math
+import operator
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -15,7 +17,8 @@ if TYPE_CHECKING:
     import torch
 
     ImageInput = Any
-    """PIL image, numpy array (H, W, 3), or tensor (H, W, 3) / (1, H, W, 3) with values 0..1."""
+    """The path of a picture, a PIL image, or a numpy array or tensor (H, W, 3), (H, W) or
+    (1, H, W, 3): floats 0..1, or whole numbers in the range of their type."""
 
 MIB, GIB = 2**20, 2**30
 
@@ -27,6 +30,38 @@ PRECISIONS = ("auto", "bf16", "fp16", "fp32")
 """The dtypes a transformer can be asked to compute in; "auto" leaves it to the plan."""
 RESUME = ("auto", "never", "must")
 """Whether a render continues a saved one: if there is one, never, or it fails without one."""
+
+
+def plain_number(value: Any) -> int | float | None:
+    """Return a number of any library as an int or a float; None for what is no finite number.
+
+    Seeds come from ``numpy.random``, scales from ``linspace``, and a tensor may hold one value. A
+    bool is no number, and neither is a text.
+    """
+    if isinstance(value, str | bytes | bytearray) or is_bool(value):
+        return None
+    if getattr(value, "ndim", 0):
+        return None
+    if isinstance(value, int):
+        return int(value)
+    try:
+        return operator.index(value)
+    except (TypeError, RuntimeError):  # no integer; RuntimeError: a tensor without data
+        pass
+    if not hasattr(value, "__float__"):
+        return None
+    try:
+        number = float(value)
+    except (TypeError, ValueError, OverflowError, RuntimeError):  # a signalling NaN of Decimal ...
+        return None
+    return number if math.isfinite(number) else None
+
+
+def is_bool(value: Any) -> bool:
+    """Whether this is a bool of Python, numpy or torch; torch takes its own for an integer."""
+    kind = str(getattr(value, "dtype", ""))
+    scalar = kind in ("bool", "torch.bool") and not getattr(value, "ndim", 0)
+    return isinstance(value, bool) or scalar
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,13 +156,15 @@ class GenerationConfig:
     last_image: ImageInput | None = None
     latents: torch.Tensor | None = None
     """Normalised latents (B, C, T, h, w) to start from: noise where ``start_step`` is 0, else the
-    partly denoised latents of an earlier run at that step."""
+    partly denoised latents of an earlier run at that step, which cannot be left out."""
     prompt_embeds: torch.Tensor | None = None
     """Text embeddings (B or 1, 512, text_dim), zeros after the prompt's tokens."""
     negative_prompt_embeds: torch.Tensor | None = None
     start_step: int = 0
     end_step: int | None = None
     force_chunked_processing: bool = False
+    """Make the clip in windows also where it would fit as a whole: of ``max_chunk_size`` frames, or
+    else of ``OptimizationConfig.chunk_size`` latent frames, or else of 81 frames."""
     max_chunk_size: int | None = None
     """Most video frames the transformer denoises together; longer clips are made in windows."""
     window_overlap: int = 16

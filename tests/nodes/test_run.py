@@ -111,7 +111,7 @@ def test_the_preview_shows_what_is_new_in_a_segment(pack: ModuleType, models: Pa
         config.preview_callback(2 * segment + 1, 8, numbered(5))
         assert first_shown(shown) == new
     assert shown[-1][0] == 7 and shown[-1][1] == pytest.approx(8.8)
-    given = torch.zeros(1, 48, 4, 4, 4)
+    given = torch.zeros(1, 48, 4, 2, 2)
     config = clip_config(pack, mode="continuation", num_frames=33)
     config.continue_from = given
     shown = listened(pack, wrapper, config)

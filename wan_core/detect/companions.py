@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
@@ -92,21 +92,25 @@ class _Offer:
 
 
 def find_companions(
-    files: WanModelFiles, present: Mapping[str, Sequence[str | Path]], inspect: Inspect
+    files: WanModelFiles,
+    present: Mapping[str, Sequence[str | Path]],
+    inspect: Inspect,
+    without: Collection[str] = (),
 ) -> Found:
     """Fill the fields of ``files`` that are None from the files ``present`` for each field.
 
     ``present`` maps vae, text_encoder, image_encoder and transformer_2 to the paths to look at;
     ``inspect`` reads one of them (``detector.inspect_file``). Fields that are set already stay, and
-    so does a field that ``present`` does not have. What lies in the transformer's own file comes
-    first. A file that cannot be read is skipped. Raises MissingFile, naming what was looked at and
-    why it cannot be used, when none of the files is a component that the model needs, and WanError
-    for a bad transformer.
+    so does a field that ``present`` does not have; ``without`` names more that shall stay empty: a
+    job that needs one of them will say so. What lies in the transformer's own file comes first. A
+    file that cannot be read is skipped. Raises MissingFile, naming what was looked at and why it
+    cannot be used, when none of the files is a component that the model needs, and WanError for a
+    bad transformer.
     """
     main = inspect(files.transformer)
     reasons: list[str] = []
     for name in _needed(main):
-        if getattr(files, name) is not None or name not in present:
+        if getattr(files, name) is not None or name not in present or name in without:
             continue
         path, reason = _choose(name, main, files, present[name], inspect)
         change: dict[str, Any] = {name: path}

@@ -6,14 +6,13 @@ says which expert it changes; a name or metadata that says otherwise leads to a 
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..config import EXPERTS, WanLoRA
+from ..config import EXPERTS, WanLoRA, plain_number
 from ..errors import InvalidRequest, ModelMismatch
 from ..files import quoted
 from ..formats import read_table
@@ -48,14 +47,14 @@ def as_lora(given: Any) -> WanLoRA:
             f"{', '.join(EXPERTS)}.",
             field="expert",
         )
-    number = isinstance(lora.strength, int | float) and not isinstance(lora.strength, bool)
-    if not number or not math.isfinite(lora.strength) or abs(lora.strength) > MAX_STRENGTH:
+    strength = plain_number(lora.strength)
+    if strength is None or abs(strength) > MAX_STRENGTH:
         raise InvalidRequest(
             f"strength of the LoRA {quoted(Path(lora.path))} is {lora.strength!r}; a number from "
             f"{-MAX_STRENGTH:g} to {MAX_STRENGTH:g} is needed.",
             field="strength",
         )
-    return lora
+    return replace(lora, strength=strength)
 
 
 def parse_lora(text: str) -> WanLoRA:

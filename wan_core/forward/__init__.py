@@ -3,8 +3,9 @@
 In: a module built by ``loading``. Out: a context manager inside which the module runs the lean
 forward (``lean_forward`` for a transformer, ``lean_decoder`` for a VAE), or the reason why it
 cannot; ``why_no_lean`` gives the reason that lies in the installed diffusers, before there is a
-module. Nothing here knows on which device weights are or how they get there. Names are resolved on
-first use, so that importing this package does not import torch.
+module; and ``undisturbed``, inside which nothing that the caller has set for torch counts. Nothing
+here knows on which device weights are or how they get there. Names are resolved on first use, so
+that importing this package does not import torch.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from ..lazy import lazy_names
 if TYPE_CHECKING:
     from .block import TimestepRuns
     from .sources import why_no_lean
+    from .surroundings import undisturbed
     from .transformer import lean_forward, run_together
     from .vae import lean_decoder
 
@@ -24,6 +26,7 @@ __getattr__ = lazy_names(
     {
         "block": ("TimestepRuns",),
         "sources": ("why_no_lean",),
+        "surroundings": ("undisturbed",),
         "transformer": ("lean_forward", "run_together"),
         "vae": ("lean_decoder",),
     },
@@ -34,5 +37,6 @@ __all__ = [
     "lean_decoder",
     "lean_forward",
     "run_together",
+    "undisturbed",
     "why_no_lean",
 ]

@@ -1,15 +1,43 @@
 """From a GenerationConfig to a Request: defaults filled in and every field checked before loading.
 
-In: a ``GenerationConfig`` and a ``ModelArchitecture``. Out: a ``Request``, and the arithmetic that
-the denoising loop follows (windows, steps, prompt parts, noise). Imports ``models`` and the
-packages below it; torch and diffusers only inside the functions that make noise and schedulers.
+In: a ``GenerationConfig`` and a ``ModelArchitecture``. Out: a ``Request`` (``resolve``), its
+``Inputs`` read and checked (``check_inputs``), whether the model has what the job needs
+(``check_parts``, ``check_files``) and its result can be written (``check_outputs``), and the
+arithmetic that the denoising loop follows
+(windows, segments, steps, prompt parts, noise). Whatever can be known of a job from its values,
+from headers and from what it is given is checked here, before the first weight is read. Imports
+``models`` and the packages below it; torch, diffusers, Pillow and PyAV only inside functions.
 """
 
 from __future__ import annotations
 
+from .effects import window_settings_without_effect
+from .fields import real, whole
+from .inputs import (
+    ENCODERS,
+    Inputs,
+    check_inputs,
+    check_outputs,
+    encoder_options,
+    output_paths,
+)
 from .noise import NOISES, draw_noise
-from .request import AUDIO_RATES, MAX_LATENT_FRAMES, MODES, PIXEL_FORMATS, Request, resolve
+from .output import AUDIO_RATES, PIXEL_FORMATS
+from .parts import check_files, check_parts, files_of, texts_to_encode
+from .pictures import load_picture, picture_size, to_pil
+from .request import (
+    MAX_LATENT_FRAMES,
+    MAX_SIZE,
+    MODES,
+    MOST_FRAMES,
+    Request,
+    pictures_needed,
+    resolve,
+    seen_by_clip,
+)
+from .segments import SegmentPlan, plan_segments
 from .steps import SCHEDULERS, StepPlan, make_scheduler, plan_steps
+from .tensors import latent_shape
 from .windows import (
     FRAMES_PER_LATENT,
     FUSIONS,
@@ -25,25 +53,48 @@ from .windows import (
 
 __all__ = [
     "AUDIO_RATES",
+    "ENCODERS",
     "FRAMES_PER_LATENT",
     "FUSIONS",
+    "Inputs",
     "MAX_LATENT_FRAMES",
+    "MAX_SIZE",
     "MODES",
+    "MOST_FRAMES",
     "NOISES",
     "PIXEL_FORMATS",
     "Request",
     "SCHEDULERS",
     "SCHEDULES",
+    "SegmentPlan",
     "StepPlan",
     "Window",
     "WindowPlan",
+    "check_files",
+    "check_inputs",
+    "check_outputs",
+    "check_parts",
     "draw_noise",
+    "encoder_options",
+    "files_of",
     "latent_frames",
     "latent_index",
+    "latent_shape",
+    "load_picture",
     "make_scheduler",
+    "output_paths",
+    "picture_size",
+    "pictures_needed",
+    "plan_segments",
     "plan_steps",
     "plan_windows",
+    "real",
     "resolve",
     "round_up_frames",
+    "seen_by_clip",
+    "texts_to_encode",
+    "to_pil",
     "video_frames",
+    "whole",
+    "window_settings_without_effect",
 ]

@@ -6,7 +6,6 @@ make in a :class:`GenerationConfig` is found here, before anything is loaded.
 
 from __future__ import annotations
 
-import math
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -14,11 +13,14 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from ..config import CODECS, RESUME, GenerationConfig
+from ..config import GenerationConfig
 from ..errors import InvalidRequest, MissingFile
-from ..models import ModelArchitecture, Variant
+from ..models import IMAGE_TOKENS, ModelArchitecture, Variant
+from .fields import choice, flag, function, real, text, whole
 from .noise import NOISES
+from .output import audio_rate, check_metadata, output_fields
 from .prompts import PromptPart, parse_prompts
+from .segments import plan_segments
 from .steps import SCHEDULERS
 from .windows import (
     DEFAULT_WINDOW,
@@ -35,13 +37,10 @@ MAX_SIZE = 16384
 """Most pixels per side: rotary positions of Wan's transformer end at 1024 tokens of 16 pixels."""
 MAX_LATENT_FRAMES = 1024
 """Most latent frames that the rotary positions cover; longer clips need windows."""
+MOST_FRAMES = 4 * 1024 * 64
+"""Most video frames of a clip in windows."""
 MAX_SEED = 2**64 - 1
 MODES = ("windows", "continuation")
-PIXEL_FORMATS = ("yuv420p", "yuv422p", "yuv444p", "yuv420p10le", "yuv422p10le", "yuv444p10le")
-AUDIO_RATES = (
-    8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000, 64000, 88200, 96000
-)  # fmt: skip
-"""Sample rates in Hz of AAC, the sound of an mp4."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,6 +79,7 @@ class Request:
     noise: str
     prompts: tuple[PromptPart, ...]
     resume: str | None
+    journal_folder: Path | None
     output_path: Path | None
     codec: str
     crf: int
@@ -97,38 +97,47 @@ class Request:
         return self.guidance_scale > 1.0 or self.guidance_scale_2 > 1.0
 
 
-def resolve(config: GenerationConfig, architecture: ModelArchitecture) -> Request:
-    """Fill in the variant's official values and check every field.
+def resolve(
+    config: GenerationConfig, architecture: ModelArchitecture, *, window: int | None = None
+) -> Request:
+    """Fill in the variant's official values and check every field; no file is looked at.
 
-    Raises InvalidRequest naming the field, the value found and the values allowed, and MissingFile
-    where a part of the model must be named first.
+    ``window`` is the length in video frames of windows that are asked for without a length
+    (``force_chunked_processing`` without ``max_chunk_size``); None means 81. Raises InvalidRequest
+    naming the field, the value found and the values allowed.
     """
     if architecture.incomplete:
         raise MissingFile(architecture.incomplete)
     warnings: list[str] = []
     _check_images(config, architecture)
     _check_mode(config, architecture)
-    _check_audio(config)
-    frames = _integer(config.num_frames, "num_frames", 1, 4 * 1024 * 64)
+    _check_functions(config)
+    check_metadata(config.output_metadata)
+    if config.audio is not None:
+        audio_rate(config.audio)
+    frames = whole(config.num_frames, "num_frames", 1, MOST_FRAMES)
     num_frames = _made_frames(config, frames, warnings)
     multiple = architecture.size_multiple
     width = _size(config.width, "width", multiple, warnings)
     height = _size(config.height, "height", multiple, warnings)
     prompts = _prompts(config, num_frames, warnings)
     request = Request(
-        prompt=_text(config.prompt, "prompt", config.prompt_embeds is not None or bool(prompts)),
+        prompt=text(config.prompt, "prompt", config.prompt_embeds is not None or bool(prompts)),
         prompts=prompts,
         wanted_frames=frames,
         num_frames=num_frames,
         width=width,
         height=height,
-        batch_size=_integer(config.batch_size, "batch_size", 1, 64),
-        **_sampling(config, architecture.variant, width, height),
-        **_windowing(config, num_frames),
-        **_output_fields(config),
-        warnings=tuple(warnings),
+        batch_size=whole(config.batch_size, "batch_size", 1, 64),
+        **_sampling(config, architecture, width, height),
+        **_windowing(config, num_frames, window),
+        **output_fields(config),
     )
-    return replace(request, warnings=(*warnings, *_recipe_warnings(request, architecture)))
+    _check_steps(config, request)
+    if request.window_mode == "continuation":
+        _check_segments(config, request)
+    more = (*warnings, *_recipe_warnings(request, architecture))
+    return replace(request, warnings=more)
 
 
 def _made_frames(config: GenerationConfig, frames: int, warnings: list[str]) -> int:
@@ -147,39 +156,42 @@ def _made_frames(config: GenerationConfig, frames: int, warnings: list[str]) -> 
 
 
 def _sampling(
-    config: GenerationConfig, variant: Variant, width: int, height: int
+    config: GenerationConfig, architecture: ModelArchitecture, width: int, height: int
 ) -> dict[str, Any]:
     """Check the fields of the denoising loop; None becomes the variant's official value."""
-    official = variant.defaults
+    official = architecture.variant.defaults
     negative = _or(config.negative_prompt, official.negative_prompt)
     steps = _or(config.num_inference_steps, official.num_inference_steps)
-    scale = _or(config.guidance_scale, official.guidance_scale)
-    second = _or(config.guidance_scale_2, _second_scale(config, variant))
+    scale = real(_or(config.guidance_scale, official.guidance_scale), "guidance_scale", 0, 100)
+    second = _or(config.guidance_scale_2, _second_scale(config, architecture.variant, scale))
+    second = real(second, "guidance_scale_2", 0, 100)
     shift = _or(config.flow_shift, official.flow_shift_for(width, height))
     boundary = _or(config.boundary, official.boundary)
     switch, end, seed = config.switch_step, config.end_step, config.seed
     return {
-        "negative_prompt": _text(negative, "negative_prompt", True),
-        "num_inference_steps": _integer(steps, "num_inference_steps", 1, 1000),
-        "guidance_scale": _real(scale, "guidance_scale", 0, 100),
-        "guidance_scale_2": _real(second, "guidance_scale_2", 0, 100),
-        "flow_shift": _real(shift, "flow_shift", 0.01, 100),
-        "boundary": None if boundary is None else _real(boundary, "boundary", 0, 1),
-        "switch_step": None if switch is None else _integer(switch, "switch_step", 0, 1000),
-        "scheduler": _choice(_or(config.scheduler, official.scheduler), "scheduler", SCHEDULERS),
-        "start_step": _integer(config.start_step, "start_step", 0, 1000),
-        "end_step": None if end is None else _integer(end, "end_step", 1, 10_000),
-        "fps": _real(_or(config.fps, official.fps), "fps", 0.1, 240),
-        "noise": _choice(config.noise, "noise", NOISES),
+        "negative_prompt": text(negative, "negative_prompt", True),
+        "num_inference_steps": whole(steps, "num_inference_steps", 1, 1000),
+        "guidance_scale": scale,
+        # A single transformer has a single scale: the other decides nothing, not even whether a
+        # negative prompt is encoded.
+        "guidance_scale_2": second if architecture.two_experts else scale,
+        "flow_shift": real(shift, "flow_shift", 0.01, 100),
+        "boundary": None if boundary is None else real(boundary, "boundary", 0, 1),
+        "switch_step": None if switch is None else whole(switch, "switch_step", 0, 1000),
+        "scheduler": choice(_or(config.scheduler, official.scheduler), "scheduler", SCHEDULERS),
+        "start_step": whole(config.start_step, "start_step", 0, 1000),
+        "end_step": None if end is None else whole(end, "end_step", 1, 10_000),
+        "fps": real(_or(config.fps, official.fps), "fps", 0.1, 240),
+        "noise": choice(config.noise, "noise", NOISES),
         "seed": random.SystemRandom().getrandbits(32)
         if seed is None
-        else _integer(seed, "seed", 0, MAX_SEED),
+        else whole(seed, "seed", 0, MAX_SEED),
     }
 
 
-def _windowing(config: GenerationConfig, num_frames: int) -> dict[str, Any]:
+def _windowing(config: GenerationConfig, num_frames: int, length: int | None) -> dict[str, Any]:
     """Check the fields that say how a long clip is divided into windows or segments."""
-    window = _window(config, num_frames)
+    window = _window(config, num_frames, length)
     if window is None and latent_frames(num_frames) > MAX_LATENT_FRAMES:
         raise InvalidRequest(
             f"num_frames is {config.num_frames}; the model's positions end at "
@@ -188,22 +200,12 @@ def _windowing(config: GenerationConfig, num_frames: int) -> dict[str, Any]:
         )
     return {
         "window_frames": window,
-        "window_overlap": _integer(config.window_overlap, "window_overlap", 0, 4096),
-        "window_schedule": _choice(config.window_schedule, "window_schedule", SCHEDULES),
-        "window_fusion": _choice(config.window_fusion, "window_fusion", FUSIONS),
-        "window_mode": _choice(config.window_mode, "window_mode", MODES),
-        "window_anchor": bool(config.window_anchor),
-        "drift_correction": _real(config.drift_correction, "drift_correction", 0, 1),
-    }
-
-
-def _output_fields(config: GenerationConfig) -> dict[str, Any]:
-    return {
-        "resume": _resume(config),
-        "output_path": _output(config),
-        "codec": _choice(config.codec, "codec", CODECS),
-        "crf": _integer(config.crf, "crf", 0, 51),
-        "pix_fmt": _choice(config.pix_fmt, "pix_fmt", PIXEL_FORMATS),
+        "window_overlap": whole(config.window_overlap, "window_overlap", 0, 4096),
+        "window_schedule": choice(config.window_schedule, "window_schedule", SCHEDULES),
+        "window_fusion": choice(config.window_fusion, "window_fusion", FUSIONS),
+        "window_mode": choice(config.window_mode, "window_mode", MODES),
+        "window_anchor": flag(config.window_anchor, "window_anchor"),
+        "drift_correction": real(config.drift_correction, "drift_correction", 0, 1),
     }
 
 
@@ -222,58 +224,18 @@ def _or(value: Any, default: Any) -> Any:
     return default if value is None else value
 
 
-def _second_scale(config: GenerationConfig, variant: Variant) -> float:
+def _second_scale(config: GenerationConfig, variant: Variant, scale: float) -> float:
     """Return the low-noise expert's guidance scale where none was given.
 
     It is the official one if no scale was given for either expert. If only ``guidance_scale`` was
     given, it applies to both experts, as in diffusers.
     """
     official = variant.defaults.guidance_scale_2
-    if config.guidance_scale is not None or official is None:
-        return float(_or(config.guidance_scale, variant.defaults.guidance_scale))
-    return official
-
-
-def _integer(value: Any, field: str, low: int, high: int) -> int:
-    whole = isinstance(value, int) and not isinstance(value, bool)
-    if isinstance(value, float) and math.isfinite(value) and value == int(value):
-        value, whole = int(value), True
-    if not whole or not low <= value <= high:
-        raise InvalidRequest(
-            f"{field} is {value!r}; a whole number from {low} to {high} is needed.", field=field
-        )
-    return int(value)
-
-
-def _real(value: Any, field: str, low: float, high: float) -> float:
-    real = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not real or not math.isfinite(value) or not low <= value <= high:
-        raise InvalidRequest(
-            f"{field} is {value!r}; a number from {low} to {high} is needed.", field=field
-        )
-    return float(value)
-
-
-def _choice(value: Any, field: str, allowed: tuple[str, ...]) -> str:
-    if value not in allowed:
-        raise InvalidRequest(
-            f"{field} is {value!r}; allowed are {', '.join(allowed)}.", field=field
-        )
-    return str(value)
-
-
-def _text(value: Any, field: str, may_be_missing: bool) -> str:
-    if value is None and may_be_missing:
-        return ""
-    if not isinstance(value, str):
-        raise InvalidRequest(
-            f"{field} is {value!r}; a text is needed (or {field}_embeds).", field=field
-        )
-    return value
+    return scale if config.guidance_scale is not None or official is None else official
 
 
 def _size(value: Any, field: str, multiple: int, warnings: list[str]) -> int:
-    size = _integer(value, field, 16, MAX_SIZE)
+    size = whole(value, field, 16, MAX_SIZE)
     snapped = size // multiple * multiple
     if snapped == 0:
         raise InvalidRequest(
@@ -287,15 +249,55 @@ def _size(value: Any, field: str, multiple: int, warnings: list[str]) -> int:
     return snapped
 
 
-def _window(config: GenerationConfig, num_frames: int) -> int | None:
+def _window(config: GenerationConfig, num_frames: int, length: int | None) -> int | None:
     """Return the window in video frames, or None to denoise the whole clip at once."""
+    forced = flag(config.force_chunked_processing, "force_chunked_processing")
     if config.max_chunk_size is None:
-        chunked = config.force_chunked_processing or config.window_mode == "continuation"
-        return min(DEFAULT_WINDOW, num_frames) if chunked else None
-    window = _integer(config.max_chunk_size, "max_chunk_size", 5, 4 * MAX_LATENT_FRAMES - 3)
-    if num_frames <= window and not config.force_chunked_processing:
+        if forced:
+            return min(length or DEFAULT_WINDOW, num_frames)
+        return min(DEFAULT_WINDOW, num_frames) if config.window_mode == "continuation" else None
+    window = whole(config.max_chunk_size, "max_chunk_size", 5, 4 * MAX_LATENT_FRAMES - 3)
+    if num_frames <= window and not forced:
         return None
     return window
+
+
+def _check_steps(config: GenerationConfig, request: Request) -> None:
+    """Check that the steps to make lie within the schedule, and that they have a beginning.
+
+    ``plan_steps`` checks them against the schedule itself, of which only the length is known here.
+    """
+    count, start = request.num_inference_steps, request.start_step
+    end = count if request.end_step is None else min(request.end_step, count)
+    if start >= end:
+        raise InvalidRequest(
+            f"start_step is {start} and end_step {end}, of {count} steps; "
+            "0 <= start_step < end_step <= steps is needed.",
+            field="start_step",
+        )
+    if start and config.latents is None:
+        raise InvalidRequest(
+            f"start_step is {start} without latents: noise would be taken for a clip that {start} "
+            "steps have been made of. Give the latents of the run that made them, or start at 0.",
+            field="start_step",
+        )
+
+
+def _check_segments(config: GenerationConfig, request: Request) -> None:
+    """Plan the segments once: what cannot be planned must show before anything is encoded."""
+    given = 0 if config.continue_from is None else int(config.continue_from.shape[2])
+    starts = [latent_index(part.start) for part in request.prompts]
+    plan_segments(
+        request.latent_frames, given, request.window_frames, request.window_overlap, starts
+    )
+
+
+def _check_functions(config: GenerationConfig) -> None:
+    for name in (
+        "warning_callback", "progress_callback", "preview_callback", "chunk_callback",
+        "decode_callback", "interrupt_check",
+    ):  # fmt: skip
+        function(getattr(config, name), name)
 
 
 def _check_mode(config: GenerationConfig, architecture: ModelArchitecture) -> None:
@@ -344,7 +346,7 @@ def _prompts(
         raise InvalidRequest(
             "prompts and prompt_embeds were both given; give one of them.", field="prompts"
         )
-    parts = parse_prompts(_text(config.prompts, "prompts", False))
+    parts = parse_prompts(text(config.prompts, "prompts", False))
     if config.prompt:
         warnings.append("prompts was given, so prompt is not used.")
     if late := [part.text for part in parts if part.start >= num_frames]:
@@ -374,20 +376,24 @@ def _segment_notes(parts: tuple[PromptPart, ...]) -> Iterator[str]:
             )
 
 
-def _check_audio(config: GenerationConfig) -> None:
-    if config.audio is None:
-        return
-    shape = tuple(getattr(config.audio[0], "shape", ()))
-    if len(shape) != 2 or shape[0] not in (1, 2) or not shape[1]:
-        raise InvalidRequest(
-            f"audio has shape {shape}; a waveform is (1 or 2 channels, samples).", field="audio"
-        )
-    if config.audio[1] not in AUDIO_RATES:
-        raise InvalidRequest(
-            f"audio has {config.audio[1]!r} samples a second; an mp4 takes "
-            f"{', '.join(map(str, AUDIO_RATES))}. Resample it.",
-            field="audio",
-        )
+def pictures_needed(architecture: ModelArchitecture) -> tuple[str, ...]:
+    """Return which of "image" and "last_image" a model cannot do without."""
+    if architecture.variant.image_input != "required":
+        return ()
+    return ("image", "last_image") if seen_by_clip(architecture) == 2 else ("image",)
+
+
+def seen_by_clip(architecture: ModelArchitecture) -> int:
+    """Return how many pictures the image branch takes tokens of: 0, 1 or 2.
+
+    First-and-last-frame models have a learned position for the tokens of two pictures, and cannot
+    place those of one. The others see the first picture; a last one reaches them through the
+    latents only, as in VideoX-Fun's inpainting models.
+    """
+    shape = architecture.transformer
+    if shape.image_dim is None:
+        return 0
+    return max(1, (shape.pos_embed_seq_len or 0) // IMAGE_TOKENS)
 
 
 def _check_images(config: GenerationConfig, architecture: ModelArchitecture) -> None:
@@ -405,48 +411,19 @@ def _check_images(config: GenerationConfig, architecture: ModelArchitecture) -> 
             "model, or leave the image out.",
             field="image",
         )
-    if config.last_image is not None and config.image is None:
+    if config.last_image is None:
+        if "last_image" in pictures_needed(architecture):
+            raise InvalidRequest(
+                f"last_image is missing; {variant.title} makes the video between two pictures. "
+                "Give the last one too, or load an image-to-video model.",
+                field="last_image",
+            )
+        return
+    if config.image is None:
         raise InvalidRequest("last_image was given without image; give both.", field="last_image")
-    if config.last_image is not None and not variant.last_image:
+    if not variant.last_image:
         raise InvalidRequest(
             f"last_image was given, but {variant.title} takes only a first image. Leave it out, "
             "or load a first-and-last-frame model (Wan 2.1 FLF2V, Wan 2.2 I2V-A14B).",
             field="last_image",
         )
-
-
-def _resume(config: GenerationConfig) -> str | None:
-    if config.resume is None:
-        return None
-    if config.journal_folder is None and config.output_path is None:
-        raise InvalidRequest(
-            "resume is set, but there is no place for the journal. Set output_path or "
-            "journal_folder.",
-            field="resume",
-        )
-    return _choice(config.resume, "resume", RESUME)
-
-
-def _output(config: GenerationConfig) -> Path | None:
-    if config.output_path is None:
-        if not config.return_frames:
-            raise InvalidRequest(
-                "return_frames is False and output_path is None: nothing would come of the "
-                "render. Set one of them.",
-                field="output_path",
-            )
-        return None
-    path = Path(config.output_path)
-    if path.suffix.lower() != ".mp4":
-        raise InvalidRequest(f"output_path is {path}; a name ending in .mp4 is needed.",
-                             field="output_path")  # fmt: skip
-    try:
-        folder = path.is_dir()
-    except OSError as err:
-        raise InvalidRequest(
-            f"output_path {path} cannot be used ({err.strerror}). Choose another name.",
-            field="output_path",
-        ) from err
-    if folder:
-        raise InvalidRequest(f"output_path {path} is a folder; name a file.", field="output_path")
-    return path

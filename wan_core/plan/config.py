@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any
 
-from ..config import MIB, PRECISIONS
+from ..config import MIB, PRECISIONS, plain_number
 from ..errors import InvalidRequest
 
 if TYPE_CHECKING:
@@ -72,7 +72,8 @@ class OptimizationConfig:
     """Length, in latent frames (4 video frames each), of the windows the plan may fall back to when
     the clip does not fit as a whole. Windows change the result. None allows them only for clips
     longer than the model's own length: windows of that length, or shorter where those do not fit.
-    0 never allows them."""
+    0 never allows them. It is also the length of the windows that ``force_chunked_processing`` asks
+    for where the job has no ``max_chunk_size``."""
     min_vram_mb: float | None = None
     """Refuse a GPU with less memory than this, in MiB. Does not apply to a CPU."""
 
@@ -84,20 +85,23 @@ class OptimizationConfig:
         self._check_blocks()
         if self.device is not None and not (isinstance(self.device, str) and self.device):
             raise _bad("device", self.device, 'a name like "cuda:0" or "cpu", or None')
+        # Kept as plain numbers: they are printed, compared and written as JSON.
         for name in ("vram_limit_gb", "ram_limit_gb", "min_vram_mb"):
-            _positive(name, getattr(self, name))
-        size = self.chunk_size
-        whole = isinstance(size, int) and not isinstance(size, bool)
-        if size is not None and not (whole and (size == 0 or size >= 2)):
+            object.__setattr__(self, name, _positive(name, getattr(self, name)))
+        size = plain_number(self.chunk_size)
+        if self.chunk_size is not None and not (isinstance(size, int) and (size == 0 or size >= 2)):
             allowed = "a whole number of latent frames, 2 or more; 0 (never); or None"
-            raise _bad("chunk_size", size, allowed)
+            raise _bad("chunk_size", self.chunk_size, allowed)
+        object.__setattr__(self, "chunk_size", size)
 
     def _check_blocks(self) -> None:
-        count = self.resident_blocks
-        if count is None:
+        if self.resident_blocks is None:
             return
-        if isinstance(count, bool) or not isinstance(count, int) or count < 0:
-            raise _bad("resident_blocks", count, "a whole number of blocks, 0 or more, or None")
+        count = plain_number(self.resident_blocks)
+        if not isinstance(count, int) or count < 0:
+            allowed = "a whole number of blocks, 0 or more, or None"
+            raise _bad("resident_blocks", self.resident_blocks, allowed)
+        object.__setattr__(self, "resident_blocks", count)
         if self.offload not in ("auto", "stream"):
             raise InvalidRequest(
                 f"resident_blocks is {count} and offload {self.offload!r}; blocks stay beside "
@@ -165,11 +169,11 @@ def _choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
         raise _bad(name, value, f"one of {', '.join(allowed)}")
 
 
-def _positive(name: str, value: object) -> None:
-    if value is None:
-        return
-    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+def _positive(name: str, value: object) -> int | float | None:
+    number = plain_number(value)
+    if value is not None and (number is None or number <= 0):
         raise _bad(name, value, "a number above 0, or None")
+    return number
 
 
 def _bad(name: str, value: object, allowed: str) -> InvalidRequest:

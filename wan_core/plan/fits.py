@@ -5,11 +5,42 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
+from ..job import MAX_LATENT_FRAMES, MAX_SIZE, MOST_FRAMES, video_frames
 from ..memory import Workload
 from .config import SHORTER_WINDOWS
 
-MOST_FRAMES = 1025
-"""Longest clip that ``what_fits`` tries."""
+
+def most_that_fits(
+    workload: Workload,
+    multiple: int,
+    fits: Callable[[Workload], bool],
+    windows: Callable[[Workload], int | None],
+) -> str:
+    """Name the longest clip of this size and the largest size of this length that fit at all.
+
+    What is tried ends where a job ends, so that a number is a limit of the machine or is said to be
+    one of WanFit. ``windows`` returns the windows that a workload would be made in.
+    """
+    whole = workload.window_frames is None
+    most = video_frames(MAX_LATENT_FRAMES) if whole else video_frames(MOST_FRAMES // 4)
+    found = []
+    long = longest(replace(workload, num_frames=most), fits)
+    if long is not None:
+        text = f"{frames_text(long)} at {workload.width}x{workload.height}"
+        made_in = windows(replace(workload, num_frames=long))
+        if made_in is not None and whole and made_in < long:
+            text += f", made in windows of {made_in}"
+        end = "no clip is longer without max_chunk_size" if whole else "no clip is longer"
+        found.append(f"{text} ({end})" if long == most else text)
+    # One step beyond the largest size: ``largest_size`` begins below the one it is given.
+    width = MAX_SIZE * workload.width // max(workload.width, workload.height) // multiple * multiple
+    height = max(multiple, round(width * workload.height / workload.width))
+    beyond = replace(workload, width=width + multiple, height=height + multiple)
+    size = largest_size(beyond, multiple, fits, proportions=(workload.width, workload.height))
+    if size is not None:
+        text = f"{frames_text(workload.num_frames)} at {size[0]}x{size[1]}"
+        found.append(f"{text} (no video is larger)" if size[0] == width else text)
+    return f"At most {' or '.join(found)}." if found else "No length or size fits."
 
 
 def largest_that_fits(workload: Workload, multiple: int, fits: Callable[[Workload], bool]) -> str:
@@ -44,13 +75,20 @@ def longest(workload: Workload, fits: Callable[[Workload], bool]) -> int | None:
 
 
 def largest_size(
-    workload: Workload, multiple: int, fits: Callable[[Workload], bool]
+    workload: Workload,
+    multiple: int,
+    fits: Callable[[Workload], bool],
+    proportions: tuple[int, int] | None = None,
 ) -> tuple[int, int] | None:
-    """Return the largest (width, height) below the workload's, in its proportions, that fits."""
+    """Return the largest (width, height) below the workload's that fits.
+
+    All have the workload's proportions, or those given, as (width, height).
+    """
+    wide, tall = proportions or (workload.width, workload.height)
     sizes = [
         (
             width,
-            max(multiple, round(width * workload.height / workload.width / multiple) * multiple),
+            max(multiple, round(width * tall / wide / multiple) * multiple),
         )
         for width in range(workload.width - multiple, multiple - 1, -multiple)
     ]

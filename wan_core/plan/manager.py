@@ -17,14 +17,7 @@ from ..errors import DoesNotFit
 from ..memory import Choices, Workload
 from ..models import ModelArchitecture
 from .config import OptimizationConfig
-from .fits import (
-    MOST_FRAMES,
-    frames_text,
-    largest_size,
-    largest_that_fits,
-    longest,
-    windows_that_fit,
-)
+from .fits import frames_text, largest_that_fits, most_that_fits, windows_that_fit
 from .ladder import ABILITIES, Candidate, Limits, best, ladder, main_dtype
 from .plan import OptimizationPlan
 from .reasons import reasons_for
@@ -161,20 +154,16 @@ class Planner:
     ) -> str:
         """Name the longest clip of the workload's size and the largest size of its length that fit.
 
-        Up to 1,025 frames and up to four times the width are tried.
+        Everything that a job may ask for is tried.
         """
         requested = self._possible(requested)
         fits = self._fits(architecture, system, requested, Limits.of(system, requested))
-        long = longest(replace(workload, num_frames=MOST_FRAMES), fits)
-        multiple = architecture.size_multiple
-        wide = replace(workload, width=4 * workload.width + multiple, height=4 * workload.height)
-        size = largest_size(wide, multiple, fits)
-        found = (
-            [] if long is None else [f"{frames_text(long)} at {workload.width}x{workload.height}"]
-        )
-        if size is not None:
-            found.append(f"{frames_text(workload.num_frames)} at {size[0]}x{size[1]}")
-        return f"At most {' or '.join(found)}." if found else "No length or size fits."
+
+        def windows(job: Workload) -> int | None:
+            plan = self.recommend_optimizations(architecture, job, system, requested)
+            return plan.choices.window_frames
+
+        return most_that_fits(workload, architecture.size_multiple, fits, windows)
 
     def _fits(
         self,

@@ -25,7 +25,10 @@ def read_audio(path: str | os.PathLike[str], seconds: float | None = None) -> tu
     pieces: list[Tensor] = []
     samples = 0
     try:
-        with av.open(os.fspath(path)) as container:
+        # As a file whatever it is called, and with nothing but files behind it: ffmpeg would follow
+        # an address, and those in a playlist.
+        named = f"file:{os.path.expanduser(os.fspath(path))}"
+        with av.open(named, options={"protocol_whitelist": "file"}) as container:
             if not container.streams.audio:
                 raise InvalidRequest(f"audio: {str(path)!r} has no sound track.", field="audio")
             stream = container.streams.audio[0]

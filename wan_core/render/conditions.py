@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
-from ..config import GenerationConfig
-from ..errors import InvalidRequest
-from ..job import Request, latent_frames, latent_index
+from ..job import Inputs, Request, latent_frames, latent_index, seen_by_clip, to_pil
 from ..loading import check_tokenizer, load_image_processor
+from ..models import TEXT_TOKENS
 from ..sampling import (
     Conditions,
-    check_embeds,
     encode_clip,
     encode_condition,
     encode_first_frame,
     encode_text,
-    load_picture,
-    picture_size,
     prepare_picture,
-    to_pil,
+    text_beyond,
 )
 from .stages import StageRunner
 
@@ -33,14 +29,12 @@ class ConditionMaker:
     """Makes the conditions of one render; every text and every picture is encoded once."""
 
     stages: StageRunner
-    config: GenerationConfig
     request: Request
+    inputs: Inputs
 
     def make(self) -> Conditions:
         """Encode texts, then pictures. All results are on the plan's device, except the image
         condition of a clip that is made in windows.
-
-        Raises InvalidRequest for embeddings or pictures that do not suit the model.
         """
         batch = self.request.batch_size
         prompts, negative = self.stages.attempt("text_encode", self._texts)
@@ -49,7 +43,7 @@ class ConditionMaker:
         text = Conditions(
             prompt_embeds=ready[0], prompt_parts=tuple(zip(starts, ready, strict=False))
         )
-        pictures = self._pictures()
+        pictures = self.inputs.pictures
         image_embeds = concat = first_frame = None
         if pictures:
             image_embeds = self.stages.attempt("image_encode", lambda: self._clip(pictures))
@@ -91,54 +85,59 @@ class ConditionMaker:
         There is one positive tensor for each prompt of the clip, in their order. What is encoded
         here is on the CPU; embeddings that the user gave stay where they are.
         """
-        config, request = self.config, self.request
-        given = {"prompt": config.prompt_embeds, "negative_prompt": config.negative_prompt_embeds}
-        width = self.stages.architecture.transformer.text_dim
-        found: dict[str, Tensor] = {}
-        missing: list[str] = []
-        for name in ("prompt", "negative_prompt") if request.guided else ("prompt",):
-            value = given[name]
-            if value is None:
-                missing.append(name)
-            else:
-                found[name] = check_embeds(value, f"{name}_embeds", width, request.batch_size)
+        request, given, missing = self.request, self.inputs.embeds, self.inputs.texts
         parts = [part.text for part in request.prompts] or [request.prompt]
-        texts = [request.negative_prompt] if "negative_prompt" in missing else []
-        if "prompt" in missing:
-            texts = [*parts, *texts]
-        encoded = self.encode_texts(texts) if texts else []
+        field = "prompts" if request.prompts else "prompt"
+        texts = [(field, text) for text in parts if "prompt" in missing]
         if "negative_prompt" in missing:
-            found["negative_prompt"] = encoded.pop()
-        return encoded or [found["prompt"]], found.get("negative_prompt")
+            texts.append(("negative_prompt", request.negative_prompt))
+        encoded = self.encode_texts(texts) if texts else []
+        negative = encoded.pop() if "negative_prompt" in missing else given.get("negative_prompt")
+        return encoded or [given["prompt"]], negative
 
-    def encode_texts(self, texts: list[str]) -> list[Tensor]:
+    def encode_texts(self, texts: list[tuple[str, str]]) -> list[Tensor]:
         """Return the embeddings of ``texts``, (1, 512, text_dim) each, from the cache if possible.
 
-        Raises InvalidRequest if the model was loaded without text encoder or tokenizer.
+        Each text comes with the field that it was given in, which a warning names if Wan does not
+        see all of it.
         """
         stages = self.stages
-        if not stages.has("text_encoder") or not stages.has("tokenizer"):
-            raise InvalidRequest(
-                "prompt needs a text encoder with its tokenizer, and this model was loaded "
-                "without. Add the umT5 file, or pass prompt_embeds.",
-                field="prompt",
-            )
         encoder_key, tokenizer_key = stages.key("text_encoder"), stages.key("tokenizer")
-        cached = {t: stages.cache.get_text((encoder_key, tokenizer_key, t)) for t in texts}
-        found: dict[str, Tensor] = {t: embeds for t, embeds in cached.items() if embeds is not None}
-        missing = [text for text in cached if text not in found]
+        found: dict[str, Tensor] = {}
+        missing: list[str] = []
+        for text in dict.fromkeys(text for _, text in texts):
+            cached = stages.cache.get_text((encoder_key, tokenizer_key, text))
+            if cached is None:
+                missing.append(text)
+            else:
+                found[text] = cached
         # The encoder (11 GB) is not even read when every text is cached.
         if missing:
-            with (
-                self._checked_tokenizer() as tokenizer,
-                stages.use("text_encode", "text_encoder") as encoder,
-            ):
+            with self._checked_tokenizer() as tokenizer:
+                # Kept like the embeddings: a text that comes from the cache is cut just the same.
                 for text in missing:
-                    stages.check_interrupt()
-                    embeds = encode_text(encoder, tokenizer, text, stages.device).cpu()
-                    stages.cache.put_text((encoder_key, tokenizer_key, text), embeds)
-                    found[text] = embeds
-        return [found[text] for text in texts]
+                    beyond = text_beyond(tokenizer, text)
+                    if beyond is not None:
+                        stages.cache.put_text((tokenizer_key, text, "beyond"), beyond)
+                with stages.use("text_encode", "text_encoder") as encoder:
+                    for text in missing:
+                        stages.check_interrupt()
+                        embeds = encode_text(encoder, tokenizer, text, stages.device).cpu()
+                        stages.cache.put_text((encoder_key, tokenizer_key, text), embeds)
+                        found[text] = embeds
+        self._say_what_is_cut(texts, tokenizer_key)
+        return [found[text] for _, text in texts]
+
+    def _say_what_is_cut(self, texts: list[tuple[str, str]], tokenizer_key: Hashable) -> None:
+        for field, text in texts:
+            beyond = self.stages.cache.get_text((tokenizer_key, text, "beyond"))
+            if beyond is not None:
+                said = (
+                    f"{field} is cut: Wan reads {TEXT_TOKENS} tokens of a text, and what comes "
+                    f"from {beyond} on is not seen. Shorten it."
+                )
+                if said not in self.stages.result.warnings:
+                    self.stages.result.warnings.append(said)
 
     @contextmanager
     def _checked_tokenizer(self) -> Iterator[Any]:
@@ -153,27 +152,11 @@ class ConditionMaker:
 
     # -- pictures -----------------------------------------------------------------------------
 
-    def _pictures(self) -> dict[str, Any]:
-        """Read the pictures, and warn of those whose proportions will change."""
-        request = self.request
-        found: dict[str, Any] = {}
-        for field in ("image", "last_image"):
-            value = getattr(self.config, field)
-            if value is None:
-                continue
-            found[field] = picture = load_picture(value, field)
-            width, height = picture_size(picture)
-            if abs(width * request.height / (height * request.width) - 1) > 0.02:
-                self.stages.result.warnings.append(
-                    f"{field} is {width}x{height} and is stretched to "
-                    f"{request.width}x{request.height}; crop it to keep its proportions."
-                )
-        return found
-
-    def _clip(self, pictures: dict[str, Any]) -> Tensor | None:
+    def _clip(self, pictures: Mapping[str, Any]) -> Tensor | None:
         """Return CLIP embeddings, or None for a model without an image branch."""
         stages = self.stages
-        if stages.architecture.transformer.image_dim is None:
+        seen = seen_by_clip(stages.architecture)
+        if not seen:
             return None
         with ExitStack() as stack:
             if stages.has("image_processor"):
@@ -182,10 +165,10 @@ class ConditionMaker:
                 processor = load_image_processor(None)
             encoder = stack.enter_context(stages.use("image_encode", "image_encoder"))
             stages.check_interrupt()
-            images = [to_pil(picture) for picture in pictures.values()]
+            images = [to_pil(picture) for picture in list(pictures.values())[:seen]]
             return encode_clip(encoder, processor, images, stages.device)
 
-    def _start_latents(self, pictures: dict[str, Any]) -> tuple[Tensor | None, Tensor | None]:
+    def _start_latents(self, pictures: Mapping[str, Any]) -> tuple[Tensor | None, Tensor | None]:
         """Return (concat, first_frame), one of which is None.
 
         The 5B takes its start image as the first latent frame, which is held fixed. The other

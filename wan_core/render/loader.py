@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..config import WanModelFiles
+from ..config import WanLoRA, WanModelFiles
 from ..detect import ArchitectureDetector, with_loras
 from ..errors import InvalidRequest, MissingFile, UnsupportedModel, WanError
 from ..files import decode_text
@@ -70,7 +71,8 @@ class WanPipelineLoader:
                 "Wan. Leave it False.",
                 field="trust_remote_code",
             )
-        architecture = ArchitectureDetector().detect_model_architecture(model_path)
+        loras = [_at_home(given) for given in loras]
+        architecture = ArchitectureDetector().detect_model_architecture(_at_home(model_path))
         if not architecture.variant.supported:
             raise UnsupportedModel(
                 f"{architecture.root} is {architecture.variant.title}, which WanFit cannot run: "
@@ -122,13 +124,37 @@ class WanPipelineLoader:
         self._cache.clear()
 
 
+def _at_home(given: Any) -> Any:
+    """Return a path, or the files of a model or LoRA, with ``~`` as the user's home folder.
+
+    A shell does that for its own users only.
+    """
+    if isinstance(given, str | Path):
+        return Path(os.path.expanduser(given)) if str(given).startswith("~") else given
+    if isinstance(given, list | tuple) and given:
+        return (_at_home(given[0]), *given[1:])
+    if isinstance(given, WanModelFiles):
+        loras = tuple(_at_home(lora) for lora in given.loras)
+        names = [field.name for field in dataclasses.fields(given) if field.name != "loras"]
+        paths = {name: _at_home(getattr(given, name)) for name in names}
+        return dataclasses.replace(given, **paths, loras=loras)
+    if isinstance(given, WanLoRA):
+        return dataclasses.replace(given, path=_at_home(given.path))
+    return given
+
+
 def _read_optimization(path: str | Path | None) -> dict[str, Any]:
     if path is None:
         return {}
     try:
-        text = decode_text(Path(path).read_bytes())
-    except (OSError, UnicodeDecodeError) as err:
+        text = decode_text(Path(os.path.expanduser(path)).read_bytes())
+    except OSError as err:
         raise MissingFile(f"optimization_config_path {path} cannot be read: {err}.") from err
+    except UnicodeDecodeError as err:
+        raise InvalidRequest(
+            f"optimization_config_path {path} is not in UTF-8 ({err}). Save it as UTF-8.",
+            field="optimization_config_path",
+        ) from err
     try:
         mapping = json.loads(text)
         OptimizationConfig.from_mapping(mapping)

@@ -17,8 +17,23 @@ import torch
 
 from ..config import GenerationConfig, MemoryEstimate, VideoGenerationResult
 from ..errors import DoesNotFit, MissingDependency, is_oom
-from ..forward import why_no_lean
-from ..job import FRAMES_PER_LATENT, Request, latent_frames, plan_windows, resolve, round_up_frames
+from ..forward import undisturbed, why_no_lean
+from ..job import (
+    FRAMES_PER_LATENT,
+    Inputs,
+    Request,
+    check_files,
+    check_inputs,
+    check_parts,
+    files_of,
+    latent_frames,
+    pictures_needed,
+    plan_windows,
+    resolve,
+    round_up_frames,
+    texts_to_encode,
+    video_frames,
+)
 from ..loading import ComponentCache, unpin
 from ..memory import Calibrations, RunRecord, SystemResources, Workload, forward_name
 from ..models import ModelArchitecture
@@ -58,40 +73,85 @@ class WanPipelineWrapper:
         self._calibrations = Calibrations()
         self.evictable_bytes = 0
         """Device bytes that the host program (ComfyUI) would free for a render."""
+        self._files = files_of(architecture)
         self._stats: dict[str, Any] = {"runs": 0, "failed": 0, "seconds": 0.0, "last": None}
 
     def plan(self, config: GenerationConfig) -> tuple[Request, OptimizationPlan]:
-        """Resolve ``config`` into a Request and decide how to run it, from headers alone.
+        """Check what the job is given and decide how to run it, from headers alone.
 
-        Nothing is loaded. Raises InvalidRequest for a value that is not allowed, DoesNotFit if no
+        Nothing is loaded, and components that the model was opened without are not asked for.
+        Raises InvalidRequest for a value, picture or tensor that is not allowed, DoesNotFit if no
         plan fits.
         """
-        request = resolve(config, self.architecture)
-        optimization = self._optimization_for(config)
-        plan = self._manager.recommend_optimizations(
-            self.architecture, _job(request, config), self._system(optimization), optimization
-        )
-        return request, plan
+        request = self._resolve(config)
+        check_inputs(config, request, self.architecture)
+        return request, self._plan(request, config)
+
+    def check(self, config: GenerationConfig) -> Request:
+        """Check everything that can be known of a job before its first weight is read.
+
+        Raises what ``generate`` would report: InvalidRequest for a value, picture or tensor that is
+        not allowed, a ModelFileError for a component that is missing or a file that was replaced.
+        """
+        return self._checked(config)[0]
 
     def estimate_memory_usage(self, config: GenerationConfig) -> MemoryEstimate:
         """Return the memory a generation is expected to need, stage by stage; loads nothing.
 
-        Raises InvalidRequest for a value that is not allowed. If it does not fit, the estimate has
+        No picture is looked at, and those that the model cannot do without count as given. Raises
+        InvalidRequest for a value that is not allowed. If it does not fit, the estimate has
         ``fits`` False; that is not an error.
         """
-        request = resolve(config, self.architecture)
+        config = self._with_pictures(config)
+        request = self._resolve(config)
         optimization = self._optimization_for(config)
-        estimate = self._manager.estimate(
-            self.architecture, _job(request, config), self._system(optimization), optimization
-        )
-        return replace(estimate, warnings=(*estimate.warnings, *request.warnings))
+        job = _job(request, config, self.architecture)
+        system = self._system(optimization)
+        estimate = self._manager.estimate(self.architecture, job, system, optimization)
+        warnings = [*estimate.warnings, *request.warnings]
+        if texts_to_encode(config, request) and not job.encode_text:
+            warnings.append(
+                "The text encoder is not counted: the model was opened without one, and runs with "
+                "prompt_embeds only."
+            )
+        return replace(estimate, warnings=tuple(warnings))
 
     def what_fits(self, config: GenerationConfig) -> str:
         """Name, in one sentence, the longest clip and the largest size that would fit."""
-        request = resolve(config, self.architecture)
+        config = self._with_pictures(config)
+        request = self._resolve(config)
         optimization = self._optimization_for(config)
         return self._manager.what_fits(
-            self.architecture, _job(request, config), self._system(optimization), optimization
+            self.architecture,
+            _job(request, config, self.architecture),
+            self._system(optimization),
+            optimization,
+        )
+
+    def _resolve(self, config: GenerationConfig) -> Request:
+        """Check the values of a job. Windows without a length are as long as ``chunk_size``."""
+        size = self.optimization.chunk_size
+        return resolve(config, self.architecture, window=video_frames(size) if size else None)
+
+    def _with_pictures(self, config: GenerationConfig) -> GenerationConfig:
+        """Put names in the place of pictures that the model needs, where none are looked at."""
+        needed = pictures_needed(self.architecture)
+        missing: dict[str, Any] = {n: n for n in needed if getattr(config, n) is None}
+        return replace(config, **missing)
+
+    def _checked(self, config: GenerationConfig) -> tuple[Request, Inputs]:
+        request = self._resolve(config)
+        check_files(self._files)
+        check_parts(config, request, self.architecture)
+        return request, check_inputs(config, request, self.architecture)
+
+    def _plan(self, request: Request, config: GenerationConfig) -> OptimizationPlan:
+        optimization = self._optimization_for(config)
+        return self._manager.recommend_optimizations(
+            self.architecture,
+            _job(request, config, self.architecture),
+            self._system(optimization),
+            optimization,
         )
 
     def _optimization_for(self, config: GenerationConfig) -> OptimizationConfig:
@@ -132,7 +192,7 @@ class WanPipelineWrapper:
         started = time.perf_counter()
         error: Exception | None = None
         try:
-            with _held(self._cache.render_lock, callbacks.check):
+            with undisturbed(), _held(self._cache.render_lock, callbacks.check):
                 self._render(config, callbacks, result)
         except Exception as err:
             if err is callbacks.raised:
@@ -146,9 +206,10 @@ class WanPipelineWrapper:
     def _render(
         self, config: GenerationConfig, callbacks: Callbacks, result: VideoGenerationResult
     ) -> None:
-        request, plan = self.plan(config)
+        request, inputs = self._checked(config)
         _check_diffusers()
-        render = self._make_render(config, request, plan, callbacks, result)
+        plan = self._plan(request, config)
+        render = self._make_render(config, request, plan, callbacks, result, inputs)
         before = self._foreign_bytes(render.stages)
         try:
             render.run()
@@ -177,7 +238,7 @@ class WanPipelineWrapper:
         # On other devices the measured peaks are the RAM of the process.
         if system.device_kind != "cuda" or stages.steps_down:
             return
-        key, steps = self._calibration_key(system), stages.timeline.step_seconds
+        key, steps = self._calibration_key(system), stages.timeline.full_steps
         known = self._calibrations.of(key)
         # Where the transfers take longer than the compute, steps do not show the compute's pace.
         pace = median(steps) / plan.step_seconds if steps and plan.compute_bound else None
@@ -199,13 +260,14 @@ class WanPipelineWrapper:
         plan: OptimizationPlan,
         callbacks: Callbacks | None = None,
         result: VideoGenerationResult | None = None,
+        inputs: Inputs | None = None,
     ) -> Render:
         optimization = self._optimization_for(config)
 
         def smaller(current: OptimizationPlan, stage: str) -> OptimizationPlan | None:
             return self._manager.smaller_plan(
                 self.architecture,
-                _job(request, config),
+                _job(request, config, self.architecture),
                 self._system(optimization),
                 optimization,
                 current,
@@ -224,7 +286,9 @@ class WanPipelineWrapper:
             smaller_plan=smaller,
             usual_step=plan.step_seconds if plan.paced else None,
         )
-        return Render(stages=stages, config=config, request=request)
+        if inputs is None:
+            inputs = check_inputs(config, request, self.architecture)
+        return Render(stages=stages, config=config, request=request, inputs=inputs)
 
     def _finish(self, result: VideoGenerationResult, error: Exception | None) -> None:
         if error is None:
@@ -244,15 +308,16 @@ class WanPipelineWrapper:
     def preload(self) -> None:
         """Read every component into the cache now. Without caching this has no lasting effect."""
         # The smallest request that every variant accepts; only its plan's dtypes are used.
-        config = GenerationConfig(prompt="", image=object(), num_frames=1, width=64, height=64)
-        if self.architecture.variant.image_input == "none":
-            config.image = None
-        request, plan = self.plan(config)
-        render = self._make_render(config, request, plan)
-        for name in self.architecture.components:
-            if name != "scheduler":
-                with render.stages.component(name):
-                    pass
+        config = GenerationConfig(prompt="", num_frames=5, width=64, height=64)
+        config = self._with_pictures(config)
+        request = self._resolve(config)
+        plan = self._plan(request, config)
+        render = self._make_render(config, request, plan, inputs=Inputs())
+        with undisturbed():
+            for name in self.architecture.components:
+                if name != "scheduler":
+                    with render.stages.component(name):
+                        pass
 
     def unload(self) -> None:
         """Drop the components of this pipeline from the cache."""
@@ -279,7 +344,8 @@ def _check_diffusers() -> None:
         ) from err
 
 
-def _job(request: Request, config: GenerationConfig) -> Workload:
+def _job(request: Request, config: GenerationConfig, model: ModelArchitecture) -> Workload:
+    window = request.window_frames
     return Workload(
         width=request.width,
         height=request.height,
@@ -287,14 +353,15 @@ def _job(request: Request, config: GenerationConfig) -> Workload:
         batch_size=request.batch_size,
         guidance_high=request.guidance_scale > 1.0,
         guidance_low=request.guidance_scale_2 > 1.0,
-        window_frames=request.window_frames,
+        # A window that covers the clip makes it in one piece.
+        window_frames=None if window is None or window >= request.num_frames else window,
         window_overlap=_used_overlap(request),
         window_anchor=request.window_anchor and request.window_mode == "windows",
         image=config.image is not None,
         last_image=config.last_image is not None,
         steps=request.num_inference_steps,
         return_frames=config.return_frames,
-        encode_text=config.prompt_embeds is None,
+        encode_text=bool(texts_to_encode(config, request)) and "text_encoder" in model.components,
     )
 
 

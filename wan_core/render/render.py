@@ -16,17 +16,24 @@ import torch
 from torch import Tensor
 
 from ..config import MIB, GenerationConfig
-from ..errors import InvalidRequest
-from ..files import check_target, sweep
+from ..files import sweep
 from ..forward import run_together
 from ..job import (
+    Inputs,
     Request,
+    SegmentPlan,
     StepPlan,
     WindowPlan,
+    check_outputs,
     draw_noise,
+    latent_index,
+    latent_shape,
     make_scheduler,
+    output_paths,
+    plan_segments,
     plan_steps,
     plan_windows,
+    window_settings_without_effect,
 )
 from ..loading import load_scheduler_config
 from ..sampling import (
@@ -36,11 +43,9 @@ from ..sampling import (
     Expert,
     Signals,
     StreamingDecoder,
-    check_given,
     denoise_steps,
     denormalize_latents,
     hold_first_frame,
-    plan_segments,
     to_frames,
 )
 from .conditions import ConditionMaker
@@ -57,11 +62,14 @@ class Render:
     stages: StageRunner
     config: GenerationConfig
     request: Request
+    inputs: Inputs
 
     def run(self) -> None:
         """Make the video. Raises what goes wrong; the result then holds what was finished."""
         stages, result = self.stages, self.stages.result
-        result.warnings += [*stages.architecture.warnings, *self.request.warnings]
+        result.warnings += [
+            *stages.architecture.warnings, *self.request.warnings, *self.inputs.warnings
+        ]  # fmt: skip
         result.stages = stages.timeline.stages
         result.applied_optimizations = list(stages.plan.applied)
         before = device_bytes(stages.device)
@@ -92,8 +100,8 @@ class Render:
 
         Before anything is loaded: a mistake here must not show only after the last step.
         """
-        for path in self._output_paths(self.request.batch_size):
-            check_target(path)
+        check_outputs(self.request)
+        for path in output_paths(self.request):
             sweep(path.parent)
 
     def _warn(self, warnings: Sequence[str]) -> None:
@@ -133,7 +141,8 @@ class Render:
             "seed", "width", "height", "fps", "num_inference_steps", "guidance_scale",
             "guidance_scale_2", "flow_shift", "scheduler", "prompt", "negative_prompt",
         )  # fmt: skip
-        if stages.plan.choices.window_frames is not None and request.window_frames is None:
+        window, asked = stages.plan.choices.window_frames, request.window_frames
+        if window is not None and (asked is None or window < asked):
             stages.result.warnings.append(
                 f"Made in windows of {stages.plan.choices.window_frames} frames, which changes the "
                 "result: the clip does not fit as a whole."
@@ -159,13 +168,14 @@ class Render:
     # -- sampling -----------------------------------------------------------------------------
 
     def _sample(self, journal: RenderJournal | None) -> Tensor:
-        conditions = ConditionMaker(
-            stages=self.stages, config=self.config, request=self.request
-        ).make()
-        if self.request.window_mode == "continuation":
-            return self._sample_segments(conditions, journal)
+        # First what may be refused: text and pictures take long to encode.
         scheduler, steps = self._scheduler()
+        if self.request.window_mode == "continuation":
+            return self._sample_segments(self._segments(), journal)
         windows = self._windows(self.request.latent_frames)
+        if windows is None or windows.count == 1:
+            self._warn([*window_settings_without_effect(self.config)])
+        conditions = self._conditions()
         if (windows is None or windows.count == 1) and len(conditions.prompt_parts) > 1:
             self.stages.result.warnings.append(
                 "prompts: the clip is denoised as a whole, so only the text of its middle is "
@@ -180,18 +190,23 @@ class Render:
         self._denoise(state, conditions, scheduler, steps, signals)
         return hold_first_frame(state.latents, conditions)
 
-    def _sample_segments(self, conditions: Conditions, journal: RenderJournal | None) -> Tensor:
+    def _conditions(self) -> Conditions:
+        return ConditionMaker(stages=self.stages, request=self.request, inputs=self.inputs).make()
+
+    def _segments(self) -> SegmentPlan:
+        request, given = self.request, self.inputs.continue_from
+        return plan_segments(
+            request.latent_frames,
+            0 if given is None else given.shape[2],
+            self.stages.plan.choices.window_frames,
+            self._overlap,
+            [latent_index(part.start) for part in request.prompts],
+        )
+
+    def _sample_segments(self, plan: SegmentPlan, journal: RenderJournal | None) -> Tensor:
         """Make one segment after the other, each with all denoising steps."""
         request, stages, result = self.request, self.stages, self.stages.result
-        given = self.config.continue_from
-        known = 0 if given is None else given.shape[2]
-        plan = plan_segments(
-            request.latent_frames,
-            known,
-            stages.plan.choices.window_frames,
-            self._overlap,
-            [start for start, _ in conditions.prompt_parts],
-        )
+        conditions, given = self._conditions(), self.inputs.continue_from
         segments = ClipSegments(
             plan=plan,
             noise=self._noise(plan.windows),
@@ -199,7 +214,7 @@ class Render:
             given=given,
             drift_correction=request.drift_correction,
         )
-        result.metadata["windows"] = plan.describe(known)
+        result.metadata["windows"] = plan.describe(0 if given is None else given.shape[2])
         result.warnings += plan.windows.notes
         scheduler, steps = self._scheduler()
         state = segments.begin(0, steps.start)
@@ -210,6 +225,8 @@ class Render:
                 f"after step {resumed} of {steps.end}"
             )
         while True:
+            # Segments may differ in length, and their steps in time.
+            stages.timeline.work_on(len(plan.ranges[state.segment]))
             stages.callbacks.call(self.config.chunk_callback, state.segment, len(segments))
             told = segments.conditions_of(state.segment)
             signals = self._signals(state, steps, scheduler, journal, len(segments))
@@ -240,29 +257,11 @@ class Render:
         return scheduler, steps
 
     def _noise(self, windows: WindowPlan | None) -> Tensor:
-        """Draw the initial noise, or take the latents that the user gave.
-
-        Raises InvalidRequest if their shape, or that of ``continue_from``, is not the request's.
-        """
-        request, architecture = self.request, self.stages.architecture
-        vae = architecture.vae or architecture.variant.vae
-        shape = (
-            request.batch_size,
-            vae.z_dim,
-            request.latent_frames,
-            request.height // vae.scale_factor_spatial,
-            request.width // vae.scale_factor_spatial,
-        )
-        check_given(self.config.continue_from, shape)
-        if self.config.latents is not None:
-            given = tuple(self.config.latents.shape)
-            if given != shape:
-                raise InvalidRequest(
-                    f"latents have shape {given}; this job needs {shape} (batch, channels, "
-                    "latent frames, height / scale, width / scale).",
-                    field="latents",
-                )
-            return self.config.latents.to(device=self.stages.device, dtype=torch.float32)
+        """Draw the initial noise, or take the latents that the user gave."""
+        request, given = self.request, self.inputs.latents
+        if given is not None:
+            return given.to(device=self.stages.device, dtype=torch.float32)
+        shape = latent_shape(request, self.stages.architecture)
         return draw_noise(request.noise, shape, request.seed, windows).to(self.stages.device)
 
     @property
@@ -276,13 +275,18 @@ class Render:
         return request.window_overlap if asked else plan.choices.window_overlap
 
     def _windows(self, frames: int) -> WindowPlan | None:
-        """Plan the windows over ``frames`` latent frames, those of the clip or of one segment."""
+        """Plan the windows over ``frames`` latent frames, those of the clip or of one segment.
+
+        Windows that were asked for and cover the clip are one window, of which the plan knows
+        nothing: it is the clip in one piece.
+        """
         request, plan = self.request, self.stages.plan
-        if plan.choices.window_frames is None:
+        length = plan.choices.window_frames or request.window_frames
+        if length is None:
             return None
         windows = plan_windows(
             frames,
-            window=plan.choices.window_frames,
+            window=length,
             overlap=self._overlap,
             schedule=request.window_schedule,
             fusion=request.window_fusion,
@@ -404,9 +408,7 @@ class Render:
             shape = (batch, wanted, request.height, request.width, 3)
             frames = self.stages.attempt("decode", lambda: torch.empty(shape, dtype=torch.float32))
         with ExitStack() as stack:
-            writers = [
-                stack.enter_context(self._writer(path)) for path in self._output_paths(batch)
-            ]
+            writers = [stack.enter_context(self._writer(path)) for path in output_paths(request)]
             progress = _Decoding(latents, frames, writers, wanted)
             self.stages.attempt("decode", lambda: self._decode_rest(progress))
         if frames is not None:
@@ -435,14 +437,6 @@ class Render:
             finally:
                 progress.decoder.close()
 
-    def _output_paths(self, batch: int) -> list[Path]:
-        """Return one path per clip of the batch: name.mp4, name_2.mp4, ..."""
-        path = self.request.output_path
-        if path is None:
-            return []
-        more = range(2, batch + 1)
-        return [path, *(path.with_name(f"{path.stem}_{n}{path.suffix}") for n in more)]
-
     def _writer(self, path: Path) -> VideoWriter:
         return VideoWriter(
             path,
@@ -453,7 +447,7 @@ class Render:
             crf=self.request.crf,
             pix_fmt=self.request.pix_fmt,
             metadata=self.config.output_metadata,
-            audio=self.config.audio,
+            audio=self.inputs.audio,
             num_frames=self.request.wanted_frames,
         )
 

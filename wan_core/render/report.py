@@ -32,8 +32,23 @@ class Timeline:
         self._peak = 0
         self._next_sample = 0.0
         self.step_seconds: list[float] = []
-        """Seconds of the denoising steps, without the first of each stage: it includes warm-up."""
+        """Seconds of the steps that work on as many frames as the present one, without the first of
+        each stage: it includes warm-up."""
+        self._steps = {0: self.step_seconds}
         self._step_ended: float | None = None
+
+    def work_on(self, frames: int) -> None:
+        """Say how many latent frames the steps to come work on, where segments differ in length.
+
+        Steps on more frames take longer, by attention more than in proportion. They say nothing of
+        what a step on fewer frames may take.
+        """
+        self.step_seconds = self._steps.setdefault(frames, [])
+
+    @property
+    def full_steps(self) -> list[float]:
+        """Seconds of the steps on the most frames, which are those that a plan predicts."""
+        return self._steps[max(self._steps)]
 
     @contextmanager
     def stage(self, name: str) -> Iterator[StageReport]:
@@ -53,8 +68,13 @@ class Timeline:
             report.measured_peak_bytes = self._read_peak()
 
     def predict(self, predicted: Mapping[str, int]) -> None:
-        """Replace the predicted peaks for the stages to come, after a change of the plan."""
+        """Replace the predicted peaks for the stages to come, after a change of the plan.
+
+        The steps so far were those of the old plan, and are forgotten.
+        """
         self._predicted = dict(predicted)
+        for steps in self._steps.values():
+            steps.clear()
 
     def step_done(self) -> None:
         """Note that a denoising step of the current stage has ended."""

@@ -19,10 +19,13 @@ from torch import Tensor
 
 from ..errors import InvalidRequest, OutputError
 from ..files import atomic_path
+from ..job import ENCODERS, encoder_options
 
 _BT709 = 1  # ffmpeg's AVCOL_PRI_BT709, AVCOL_TRC_BT709 and AVCOL_SPC_BT709
 _LIMITED_RANGE = 1  # AVCOL_RANGE_MPEG
-_ENCODERS = {"h264": "libx264", "h265": "libx265"}
+_IN_ORDER = 2
+"""Frames of a clip that is shorter than x265's reordering, which then leaves their decoding times
+unset: the muxer meets whatever number lies there, and sometimes refuses it."""
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
@@ -61,7 +64,7 @@ class VideoWriter:
         self.frames_written = 0
         self._size = (height, width)
         self._rate = Fraction(fps).limit_denominator(1001)
-        self._codec, self._crf, self._pix_fmt = _ENCODERS.get(codec, codec), crf, pix_fmt
+        self._codec, self._crf, self._pix_fmt = ENCODERS.get(codec, codec), crf, pix_fmt
         self._metadata = dict(metadata or {})
         self._audio = audio
         self._num_frames = num_frames
@@ -124,7 +127,8 @@ class VideoWriter:
 
     def _add_streams(self) -> None:
         self._container.metadata.update(self._metadata)
-        options = _encoder_options(self._codec, self._crf)
+        height, width = self._size
+        options = encoder_options(self._codec, self._crf, width, height)
         stream = self._container.add_stream(self._codec, rate=self._rate, options=options)
         stream.height, stream.width = self._size
         stream.pix_fmt = self._pix_fmt
@@ -160,7 +164,11 @@ class VideoWriter:
         if not self.frames_written:
             raise OutputError(f"No frame was written to {str(self.path)!r}; a video needs one.")
         with self._explained():
-            self._container.mux(self._video.encode(None))
+            packets = self._video.encode(None)
+            if self._codec == "libx265" and self.frames_written <= _IN_ORDER:
+                for packet in packets:
+                    packet.dts = packet.pts
+            self._container.mux(packets)
             if self._audio is not None:
                 self._container.mux(self._sound.encode(None))
             self._container.close()
@@ -196,16 +204,6 @@ class VideoWriter:
             f"({frames} frames took {so_far:,}), {free:,} are free. Make room, or choose another "
             "folder or a higher crf."
         )
-
-
-def _encoder_options(encoder: str, crf: int) -> dict[str, str]:
-    if encoder == "libx264":
-        return {"crf": str(crf)}
-    if encoder != "libx265":
-        return {}
-    # x265 prints its settings unless told not to, and its crf 0 is lossless only with this option.
-    quiet = "log-level=error" + (":lossless=1" if crf == 0 else "")
-    return {"crf": str(crf), "x265-params": quiet}
 
 
 def _to_bytes(picture: Tensor) -> Tensor:

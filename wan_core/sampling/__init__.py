@@ -14,18 +14,15 @@ from ..lazy import lazy_names
 if TYPE_CHECKING:
     from .denoise import Conditions, DenoiseState, Expert, Signals, denoise_steps, hold_first_frame
     from .encode import (
-        check_embeds,
         encode_clip,
         encode_condition,
         encode_first_frame,
         encode_text,
-        load_picture,
-        picture_size,
         prepare_picture,
-        to_pil,
+        text_beyond,
     )
     from .lora import apply_loras
-    from .segments import ClipSegments, check_given, plan_segments
+    from .segments import ClipSegments
     from .vae import (
         StreamingDecoder,
         denormalize_latents,
@@ -46,18 +43,15 @@ __getattr__ = lazy_names(
             "hold_first_frame",
         ),
         "encode": (
-            "check_embeds",
             "encode_clip",
             "encode_condition",
             "encode_first_frame",
             "encode_text",
-            "load_picture",
-            "picture_size",
             "prepare_picture",
-            "to_pil",
+            "text_beyond",
         ),
         "lora": ("apply_loras",),
-        "segments": ("ClipSegments", "check_given", "plan_segments"),
+        "segments": ("ClipSegments",),
         "vae": (
             "StreamingDecoder",
             "denormalize_latents",
@@ -76,8 +70,6 @@ __all__ = [
     "Signals",
     "StreamingDecoder",
     "apply_loras",
-    "check_embeds",
-    "check_given",
     "denoise_steps",
     "denormalize_latents",
     "encode_clip",
@@ -86,11 +78,8 @@ __all__ = [
     "encode_latents",
     "encode_text",
     "hold_first_frame",
-    "load_picture",
     "normalize_latents",
-    "picture_size",
-    "plan_segments",
     "prepare_picture",
+    "text_beyond",
     "to_frames",
-    "to_pil",
 ]

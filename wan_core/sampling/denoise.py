@@ -289,6 +289,8 @@ def denoise_steps(
         # 1. Predict the velocity: of the whole clip at once, or window by window.
         timestep = scheduler.timesteps[i]
         if windows is None or windows.count == 1:
+            if windows is not None:
+                signals.window(0, 1)
             velocity = predict(state.latents, timestep, expert, conditions, check=signals.check)
         else:
             # Predictions blended with other windows cannot be continued with these.

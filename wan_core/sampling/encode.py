@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..errors import InvalidRequest
+from ..job import picture_size, to_pil
 from ..models import TEXT_TOKENS
 from .vae import conditioning_chunks, encode_latents, normalize_latents
 
@@ -23,13 +23,11 @@ if TYPE_CHECKING:
 def encode_text(text_encoder: Any, tokenizer: Any, prompt: str, device: torch.device) -> Tensor:
     """Encode one prompt: (1, 512, text_dim) in the encoder's dtype, zero beyond its tokens.
 
-    The prompt is cleaned and cut to 512 tokens as in ``WanPipeline._get_t5_prompt_embeds``.
+    The prompt is cleaned and cut to 512 tokens as in ``WanPipeline._get_t5_prompt_embeds``;
+    ``text_beyond`` says what is cut off.
     """
-    from diffusers.pipelines.wan import pipeline_wan
-
-    clean: Callable[[str], str] = pipeline_wan.prompt_clean
     tokens = tokenizer(
-        [clean(prompt)],
+        [_clean(prompt)],
         padding="max_length",
         max_length=TEXT_TOKENS,
         truncation=True,
@@ -47,6 +45,27 @@ def encode_text(text_encoder: Any, tokenizer: Any, prompt: str, device: torch.de
     return embeds
 
 
+def text_beyond(tokenizer: Any, prompt: str) -> str | None:
+    """Return the beginning of what is cut off a prompt of more than 512 tokens, or None.
+
+    The last token is the end mark, so 511 are the text's.
+    """
+    tokens = tokenizer(
+        [_clean(prompt)], padding=False, truncation=False, add_special_tokens=False, verbose=False
+    ).input_ids[0]
+    if len(tokens) < TEXT_TOKENS:
+        return None
+    beyond: str = tokenizer.decode(tokens[TEXT_TOKENS - 1 :][:16])
+    return f"{beyond.strip()[:60]!r} ({len(tokens) + 1:,} tokens)"
+
+
+def _clean(prompt: str) -> str:
+    from diffusers.pipelines.wan import pipeline_wan
+
+    clean: Callable[[str], str] = pipeline_wan.prompt_clean
+    return clean(prompt)
+
+
 def encode_clip(
     image_encoder: Any, image_processor: Any, images: Sequence[Image.Image], device: torch.device
 ) -> Tensor:
@@ -54,57 +73,6 @@ def encode_clip(
     pixels = image_processor(images=list(images), return_tensors="pt").to(device)
     output: Tensor = image_encoder(**pixels, output_hidden_states=True).hidden_states[-2]
     return output
-
-
-def load_picture(image: Any, field: str) -> Image.Image | Tensor:
-    """Turn a path, PIL image, array or tensor into an RGB PIL image or a float tensor (H, W, 3).
-
-    Tensors and float arrays hold values 0..1, integer arrays 0..255. Raises InvalidRequest, naming
-    ``field``, for anything else.
-    """
-    import numpy as np
-    from PIL import Image, UnidentifiedImageError
-
-    if isinstance(image, Image.Image):
-        return image.convert("RGB")
-    if isinstance(image, str) or hasattr(image, "__fspath__"):
-        try:
-            with Image.open(image) as opened:
-                return opened.convert("RGB")
-        except (OSError, UnidentifiedImageError) as err:
-            raise InvalidRequest(
-                f"{field}: {image} cannot be read as a picture ({err}).", field=field
-            ) from err
-    if isinstance(image, np.ndarray):
-        if image.dtype.kind in "iu":
-            image = image.astype("float32") / 255.0
-        image = torch.from_numpy(image)
-    if isinstance(image, Tensor) and image.ndim == 4 and image.shape[0] == 1:
-        image = image[0]
-    if not isinstance(image, Tensor) or image.ndim != 3 or image.shape[-1] not in (3, 4):
-        shape = getattr(image, "shape", type(image).__name__)
-        raise InvalidRequest(
-            f"{field} is {shape}; a picture is a path, a PIL image, or one (height, width, 3) "
-            "array or tensor with values 0..1.",
-            field=field,
-        )
-    return image[..., :3].float().cpu()
-
-
-def to_pil(picture: Image.Image | Tensor) -> Image.Image:
-    """Return an 8-bit RGB PIL image."""
-    from PIL import Image
-
-    if isinstance(picture, Image.Image):
-        return picture
-    return Image.fromarray((picture.clamp(0, 1) * 255).round().to(torch.uint8).numpy())
-
-
-def picture_size(picture: Image.Image | Tensor) -> tuple[int, int]:
-    """Return (width, height) in pixels."""
-    if isinstance(picture, Tensor):
-        return picture.shape[1], picture.shape[0]
-    return picture.size
 
 
 def prepare_picture(picture: Image.Image | Tensor, width: int, height: int) -> Tensor:
@@ -166,31 +134,3 @@ def encode_first_frame(
     image = image.to(device=device, dtype=vae.dtype)
     latents = encode_latents(vae, conditioning_chunks(image, 1, None), check=check)
     return normalize_latents(latents.to(torch.float32), vae.config)
-
-
-def check_embeds(embeds: Tensor, name: str, text_dim: int, batch_size: int) -> Tensor:
-    """Check prompt embeddings that the caller has made, and pad them with zeros to 512 tokens.
-
-    ComfyUI's conditioning may have a single batch row and fewer tokens. Raises InvalidRequest,
-    naming ``name``, if batch, tokens or width do not suit the model.
-    """
-    if embeds.ndim != 3 or embeds.shape[2] != text_dim:
-        raise InvalidRequest(
-            f"{name} has shape {tuple(embeds.shape)}; this model takes (batch, tokens, "
-            f"{text_dim}). Was it made by another text encoder?",
-            field=name,
-        )
-    if embeds.shape[1] > TEXT_TOKENS:
-        raise InvalidRequest(
-            f"{name} has {embeds.shape[1]} tokens; Wan takes at most {TEXT_TOKENS}.", field=name
-        )
-    if embeds.shape[0] not in (1, batch_size):
-        raise InvalidRequest(
-            f"{name} has {embeds.shape[0]} rows; batch_size is {batch_size}.", field=name
-        )
-    # The image branch of the 2.1 models finds the text by counting 512 tokens from the end
-    # (``WanAttnProcessor`` in diffusers), so it must be exactly as many.
-    if embeds.shape[1] < TEXT_TOKENS:
-        padding = embeds.new_zeros(embeds.shape[0], TEXT_TOKENS - embeds.shape[1], text_dim)
-        embeds = torch.cat([embeds, padding], dim=1)
-    return embeds

@@ -1,0 +1,123 @@
+"""Settings that were given but can have no effect on this job, and why: one table.
+
+A setting counts as given when it differs from GenerationConfig's default. Nothing here is an error:
+the video is right, but not for the reason the user thinks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields
+from typing import Any
+
+from ..config import GenerationConfig
+from ..models import ModelArchitecture
+from .request import Request
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    config: GenerationConfig
+    request: Request
+    architecture: ModelArchitecture
+
+    @property
+    def one_expert(self) -> bool:
+        return not self.architecture.two_experts
+
+    @property
+    def continued(self) -> bool:
+        return self.request.window_mode == "continuation"
+
+
+_ONE_EXPERT = "this model has one transformer, and only the two experts of an A14B are told apart"
+_NO_VIDEO = "no mp4 is written. Set output_path"
+_ONE_PIECE = "the clip is denoised in one piece. Set a max_chunk_size below its length"
+_NOT_CONTINUED = "only window_mode 'continuation' uses it"
+_Test = Callable[[_Job], bool]
+
+_IDLE: tuple[tuple[tuple[str, ...], _Test, str], ...] = (
+    (("boundary", "switch_step"), lambda job: job.one_expert, _ONE_EXPERT),
+    (
+        ("guidance_scale_2",),
+        # The same scale for both is no mistake.
+        lambda job: job.one_expert and job.config.guidance_scale_2 != job.request.guidance_scale,
+        _ONE_EXPERT,
+    ),
+    (
+        ("boundary",),
+        lambda job: not job.one_expert and job.config.switch_step is not None,
+        "switch_step is given, which says where the experts switch",
+    ),
+    (
+        ("prompt",),
+        lambda job: job.config.prompt_embeds is not None,
+        "prompt_embeds are given in its place",
+    ),
+    (
+        ("negative_prompt",),
+        lambda job: job.config.negative_prompt_embeds is not None,
+        "negative_prompt_embeds are given in its place",
+    ),
+    (
+        ("negative_prompt", "negative_prompt_embeds"),
+        lambda job: not job.request.guided,
+        "no guidance scale is above 1, so nothing is steered away from",
+    ),
+    (("noise",), lambda job: job.config.latents is not None, "latents are given in its place"),
+    (
+        ("codec", "crf", "pix_fmt", "audio", "output_metadata"),
+        lambda job: job.request.output_path is None,
+        _NO_VIDEO,
+    ),
+    (
+        ("journal_folder",),
+        lambda job: job.request.resume is None,
+        "resume is None, so no journal is kept",
+    ),
+    (("drift_correction",), lambda job: not job.continued, _NOT_CONTINUED),
+    (
+        ("window_anchor", "window_fusion"),
+        lambda job: job.continued,
+        "in window_mode 'continuation' segments go on from the frames before them",
+    ),
+)
+_IDLE_IN_ONE_PIECE = ("window_overlap", "window_schedule", "window_fusion", "window_anchor")
+
+
+def settings_without_effect(
+    config: GenerationConfig, request: Request, architecture: ModelArchitecture
+) -> Iterator[str]:
+    """Yield a sentence for each setting that was given and cannot have an effect on this job."""
+    job = _Job(config, request, architecture)
+    for names, idle, why in _IDLE:
+        given = [name for name in names if _given(config, name)]
+        if given and idle(job):
+            yield _said(given, why)
+
+
+def window_settings_without_effect(config: GenerationConfig) -> Iterator[str]:
+    """The same for the settings of windows, once it is known that the clip is made in one piece."""
+    given = [name for name in _IDLE_IN_ONE_PIECE if _given(config, name)]
+    if config.noise == "freenoise" and config.latents is None:
+        given.append("noise 'freenoise'")
+    if given:
+        yield _said(given, _ONE_PIECE)
+
+
+def _said(given: list[str], why: str) -> str:
+    return f"{' and '.join(given)} {'has' if len(given) == 1 else 'have'} no effect: {why}."
+
+
+def _given(config: GenerationConfig, name: str) -> bool:
+    value = getattr(config, name)
+    default: Any = _DEFAULTS[name]
+    if isinstance(default, dict) or isinstance(value, str) and default is None:
+        return bool(value)  # an empty text is as good as none
+    return value is not None and (default is None or value != default)
+
+
+_DEFAULTS: dict[str, Any] = {
+    found.name: {} if found.name == "output_metadata" else found.default
+    for found in fields(GenerationConfig)
+}

@@ -1,0 +1,111 @@
+"""Checks of single values: each returns the value in its plain form, or raises InvalidRequest.
+
+Numbers may come from any library (``config.plain_number``). A message names the field, the value
+and what is allowed.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from ..config import is_bool, plain_number
+from ..errors import InvalidRequest
+
+_SHOWN = 80
+
+
+def whole(value: Any, field: str, low: int, high: int) -> int:
+    """Return ``value`` as an int; 4.0 is one too. A bool is not."""
+    number = plain_number(value)
+    if isinstance(number, float) and math.isfinite(number) and number == int(number):
+        number = int(number)
+    if not isinstance(number, int) or not low <= number <= high:
+        raise InvalidRequest(
+            f"{field} is {shown(value)}; a whole number from {low} to {high} is needed.",
+            field=field,
+        )
+    return number
+
+
+def real(value: Any, field: str, low: float, high: float) -> float:
+    """Return ``value`` as a finite float."""
+    number = plain_number(value)
+    # Compared before it is converted: a large int is no float.
+    if number is None or not low <= number <= high:
+        raise InvalidRequest(
+            f"{field} is {shown(value)}; a number from {low} to {high} is needed.", field=field
+        )
+    return float(number)
+
+
+def choice(value: Any, field: str, allowed: Iterable[str]) -> str:
+    """Return ``value`` if it is one of the texts ``allowed``."""
+    # Looked at before it is compared: an array compares element by element.
+    if not isinstance(value, str) or value not in allowed:
+        raise InvalidRequest(
+            f"{field} is {shown(value)}; allowed are {', '.join(allowed)}.", field=field
+        )
+    return str.__str__(value)
+
+
+def flag(value: Any, field: str) -> bool:
+    """Return ``value`` as a bool; of numbers only 0 and 1 are taken, of texts none."""
+    if is_bool(value) or plain_number(value) in (0, 1):
+        return bool(value)
+    raise InvalidRequest(f"{field} is {shown(value)}; True or False is needed.", field=field)
+
+
+def text(value: Any, field: str, may_be_missing: bool = False) -> str:
+    """Return ``value`` as a str; None becomes the empty text if it ``may_be_missing``."""
+    if value is None and may_be_missing:
+        return ""
+    if not isinstance(value, str):
+        instead = f" (or {field}_embeds)" if field in ("prompt", "negative_prompt") else ""
+        raise InvalidRequest(f"{field} is {shown(value)}; a text is needed{instead}.", field=field)
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as err:
+        raise InvalidRequest(
+            f"{field} holds half of a character at position {err.start} (a lone surrogate, as "
+            "left by cutting an emoji in two). Type that place anew.",
+            field=field,
+        ) from err
+    return str.__str__(value)
+
+
+def path(value: Any, field: str) -> Path:
+    """Return ``value`` as a path in which ``~`` is the user's home folder."""
+    try:
+        found = Path(os.path.expanduser(Path(value)))
+        os.fsencode(found)
+    except (TypeError, UnicodeEncodeError) as err:
+        raise InvalidRequest(
+            f"{field} is {shown(value)}; the path of a file is needed ({err}).", field=field
+        ) from err
+    if "\0" in str(found):
+        raise InvalidRequest(
+            f"{field} is {shown(value)}; no path holds the character \\0.", field=field
+        )
+    return found
+
+
+def function(value: Any, field: str) -> None:
+    """Check that ``value`` can be called, or is None."""
+    if value is not None and not callable(value):
+        raise InvalidRequest(f"{field} is {shown(value)}; a function is needed.", field=field)
+
+
+def shown(value: Any) -> str:
+    """Return ``value`` as a message shows it: short, and on one line."""
+    shape = getattr(value, "shape", None)
+    if isinstance(shape, tuple) and len(shape):
+        return f"{type(value).__name__} of shape {tuple(shape)}"
+    try:
+        said = " ".join(repr(value).split())
+    except ValueError:  # an int of more digits than Python prints
+        return f"a {type(value).__name__} with too many digits to show"
+    return said if len(said) <= _SHOWN else said[: _SHOWN - 3] + "..."

@@ -1,0 +1,157 @@
+"""The last look at a job before anything is read or computed: what it needs, takes and writes.
+
+``resolve`` checks values; ``check_inputs`` checks what they point to and returns it ready for use,
+``check_outputs`` tries what the result needs. A mistake that is told here costs milliseconds; told
+by the stage that meets it, it costs the stages before: the text encoder alone has 11 GB.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from fractions import Fraction
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from ..config import GenerationConfig
+from ..errors import InvalidRequest
+from ..files import check_target
+from ..models import ModelArchitecture
+from .effects import settings_without_effect
+from .parts import texts_to_encode
+from .pictures import describe_stretch, load_picture
+from .request import Request
+from .tensors import check_audio, check_continued, check_embeds, check_latents, latent_shape
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+ENCODERS: Final = {"h264": "libx264", "h265": "libx265"}
+"""ffmpeg's encoder for each codec."""
+_H265_SIDE: Final = 32
+_H265_SAFE: Final = 64
+"""Pixels a side from which x265's vector code stays within its buffers."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Inputs:
+    """What a job is given besides values, read and checked.
+
+    ``pictures`` has "image" and "last_image", as far as they were given, each an RGB PIL image or a
+    float tensor (H, W, 3). ``embeds`` has "prompt" and "negative_prompt", (1 or B, 512, text_dim);
+    one that is missing is encoded, or not needed. ``texts`` names those to encode. ``latents`` and
+    ``continue_from`` are (B, C, T, h, w), and ``audio`` is (waveform, samples per second).
+    """
+
+    pictures: Mapping[str, Any] = field(default_factory=dict)
+    embeds: Mapping[str, Tensor] = field(default_factory=dict)
+    texts: tuple[str, ...] = ()
+    latents: Tensor | None = None
+    continue_from: Tensor | None = None
+    audio: tuple[Tensor, int] | None = None
+    warnings: tuple[str, ...] = ()
+
+
+def check_inputs(
+    config: GenerationConfig, request: Request, architecture: ModelArchitecture
+) -> Inputs:
+    """Check everything that a job is given, and return it as the stages take it.
+
+    No file of the model is read. Raises InvalidRequest naming the field.
+    """
+    shape = latent_shape(request, architecture)
+    width = architecture.transformer.text_dim
+    given = {"prompt": config.prompt_embeds, "negative_prompt": config.negative_prompt_embeds}
+    embeds = {
+        name: check_embeds(value, f"{name}_embeds", width, request.batch_size)
+        for name, value in given.items()
+        if value is not None and (name == "prompt" or request.guided)
+    }
+    latents = None if config.latents is None else check_latents(config.latents, shape)
+    continued = config.continue_from
+    continued = None if continued is None else check_continued(continued, shape)
+    audio = None
+    if config.audio is not None and request.output_path is not None:
+        audio = check_audio(config.audio)
+    warnings = list(settings_without_effect(config, request, architecture))
+    pictures = {}
+    for name in ("image", "last_image"):
+        value = getattr(config, name)
+        if value is None:
+            continue
+        pictures[name] = load_picture(value, name)
+        stretched = describe_stretch(pictures[name], name, request.width, request.height)
+        warnings += [stretched] if stretched else []
+    return Inputs(
+        pictures=pictures,
+        embeds=embeds,
+        texts=texts_to_encode(config, request),
+        latents=latents,
+        continue_from=continued,
+        audio=audio,
+        warnings=tuple(warnings),
+    )
+
+
+def output_paths(request: Request) -> list[Path]:
+    """Return one path per clip of the batch: name.mp4, name_2.mp4, ..."""
+    first = request.output_path
+    if first is None:
+        return []
+    more = range(2, request.batch_size + 1)
+    return [first, *(first.with_name(f"{first.stem}_{n}{first.suffix}") for n in more)]
+
+
+def check_outputs(request: Request) -> None:
+    """Check that every file of the result can be written, by trying it, and open its encoder.
+
+    Raises OutputError with the path, and InvalidRequest for what the encoder does not take.
+    """
+    if request.output_path is None:
+        return
+    for target in output_paths(request):
+        check_target(target)
+    import av
+
+    name = ENCODERS[request.codec]
+    smallest = min(request.width, request.height)
+    if request.codec == "h265" and smallest < _H265_SIDE:
+        raise InvalidRequest(
+            f"codec is 'h265' and the video {request.width}x{request.height}; x265 is not reliable "
+            f"below {_H265_SIDE} pixels a side. Choose 'h264'.",
+            field="codec",
+        )
+    try:
+        # Opened as for the video, which an encoder may refuse for reasons of its own: builds for 8
+        # bits take no other, and some builds of PyAV lack an encoder.
+        context: Any = av.CodecContext.create(name, "w")
+        context.width, context.height = request.width, request.height
+        context.pix_fmt = request.pix_fmt
+        context.time_base = 1 / Fraction(request.fps).limit_denominator(1001)
+        context.options = encoder_options(name, request.crf, request.width, request.height)
+        context.open()
+    except (OSError, ValueError, av.FFmpegError) as err:
+        raise InvalidRequest(
+            f"codec is {request.codec!r}; the installed {name} takes no {request.pix_fmt} of "
+            f"{request.width}x{request.height} at {request.fps:g} fps ({err}). codec 'h264' with "
+            "pix_fmt 'yuv420p' works everywhere.",
+            field="codec",
+        ) from err
+
+
+def encoder_options(encoder: str, crf: int, width: int, height: int) -> dict[str, str]:
+    """Return the options of x264 and x265 for pictures of ``width`` x ``height``.
+
+    Equal frames give equal files with x264, and with x265 from pictures of 80 pixels a side on.
+    """
+    if encoder == "libx264":
+        # What its macroblock tree decides differs from run to run: it looks at memory that was
+        # never written.
+        return {"crf": str(crf), "x264-params": "mbtree=0"}
+    if encoder != "libx265":
+        return {}
+    # x265 prints its settings unless told not to, and its crf 0 is lossless only with this option.
+    options = ["log-level=error", *(["lossless=1"] if crf == 0 else [])]
+    if min(width, height) < _H265_SAFE:
+        options.append("asm=0")
+    return {"crf": str(crf), "x265-params": ":".join(options)}
