@@ -566,7 +566,7 @@ def test_a_diffusers_that_is_not_known_is_not_planned_with(
         assert not plan.lean and not plan.by_rows
         choices: Choices = plan.choices
         system = wrapper._system(wrapper.optimization)
-        job = module._job(wrapper.plan(wanted)[0], wanted)
+        job = module._job(wrapper.plan(wanted)[0], wanted, wrapper.architecture)
         again = estimate(wrapper.architecture, job, choices, system)
         assert plan.estimate.peak_usage_mb == again.peak_usage_mb
         result = wrapper.generate(wanted).raise_for_error()

@@ -270,23 +270,22 @@ def test_a_render_that_went_down_to_a_smaller_plan_goes_on_with_it(
     assert torch.equal(rest.frames, whole.frames)
 
 
-def test_what_the_journal_said_is_there_when_the_render_fails(
-    folder: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fail(*_: Any) -> None:
-        raise InvalidRequest("what only shows while it runs")
-
-    monkeypatch.setattr("wan_core.render.render.draw_noise", fail)
+def test_what_the_journal_said_is_there_when_the_render_fails(folder: Any, tmp_path: Path) -> None:
     blocked = tmp_path / "file"
     blocked.write_text("not a folder")
-    job = SHORT | {"resume": "auto", "journal_folder": blocked}
+    job = SHORT | {
+        "resume": "auto",
+        "journal_folder": blocked,
+    }
+
+    def fail(*_: object) -> None:
+        raise InvalidRequest("the callback fails")
+
     told: list[str] = []
-    result = open_wan(folder("wan2.1-t2v")).generate(
-        GenerationConfig(**job, warning_callback=told.append)
-    )
-    assert isinstance(result.error, InvalidRequest)
-    assert any("not saved" in warning for warning in result.warnings)
-    assert told == result.warnings
+    config = GenerationConfig(**job, warning_callback=told.append, progress_callback=fail)
+    with pytest.raises(InvalidRequest, match="the callback fails"):
+        open_wan(folder("wan2.1-t2v")).generate(config)
+    assert any("not saved" in warning for warning in told)
 
 
 def test_a_target_that_cannot_be_written_is_found_before_anything_is_loaded(

@@ -3,7 +3,7 @@
 In: a module built by ``loading``. Out: a context manager inside which the module runs the lean
 forward (``lean_forward`` for a transformer, ``lean_decoder`` for a VAE), or the reason why it
 cannot; ``why_no_lean`` gives the reason that lies in the installed diffusers, before there is a
-module. And ``undisturbed``, inside which nothing that the caller has set for torch counts. Nothing
+module; and ``undisturbed``, inside which nothing that the caller has set for torch counts. Nothing
 here knows on which device weights are or how they get there. Names are resolved on first use, so
 that importing this package does not import torch.
 """

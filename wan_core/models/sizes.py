@@ -91,7 +91,7 @@ def block_bytes(
     if stored is not None and stored.blocks and (stored.quantised or not fp8):
         return max(block.nbytes(BYTES[dtype]) for block in stored.blocks)
     if name == "text_encoder":
-        return _text_block_bytes(architecture, dtype)
+        return text_block_bytes(architecture, dtype)
     total, kept = block_parameters(architecture.transformer)
     return _mixed(total, kept, BYTES["fp8"] if fp8 else BYTES[dtype])
 
@@ -205,7 +205,7 @@ def ram_bytes(
     return part_bytes(architecture, name, dtype, fp8=fp8)
 
 
-def _text_block_bytes(architecture: ModelArchitecture, dtype: str) -> int:
+def text_block_bytes(architecture: ModelArchitecture, dtype: str) -> int:
     """Return the bytes of one block of the umT5 encoder, which streams like a transformer's."""
     part = architecture.components.get("text_encoder")
     config = part.config if part is not None else {}
