@@ -209,7 +209,6 @@ class WanPipelineWrapper:
         self, config: GenerationConfig, callbacks: Callbacks, result: VideoGenerationResult
     ) -> None:
         request, inputs = self._checked(config)
-        _check_diffusers()
         plan = self._plan(request, config)
         render = self._make_render(config, request, plan, callbacks, result, inputs)
         before = self._foreign_bytes(render.stages)
