@@ -214,6 +214,86 @@ def test_sound_is_read_no_further_than_the_clip(
     assert lengths == [pytest.approx(9 / 18, abs=1e-3)]
 
 
+def printed(*arguments: Any, **environment: str) -> subprocess.CompletedProcess[bytes]:
+    return subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", "wan_core", *map(str, arguments)],
+        cwd=ROOT, capture_output=True, timeout=120, check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+    )  # fmt: skip
+
+
+NAME = "\u0444\u0438\u043b\u044c\u043c \u72d0 \U0001f98a.mp4"
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "ascii", "cp437", "utf-8", "utf-16"])
+def test_a_console_that_cannot_show_a_name_ends_well(
+    model: Path, tmp_path: Path, encoding: str
+) -> None:
+    target = tmp_path / NAME
+    for more in ((), ("--json",)):
+        done = printed(*generate(model, target, *more), PYTHONIOENCODING=encoding)
+        assert done.returncode == 0 and target.exists(), done.stderr[-500:]
+        text = done.stdout.decode(encoding)
+        if more:
+            assert json.loads(text)["output_path"] == str(target)
+        else:
+            assert (NAME if encoding.startswith("utf") else r"\u72d0 \U0001f98a.mp4") in text
+        target.unlink()
+    failed = printed("inspect", tmp_path / NAME, "--json", PYTHONIOENCODING=encoding)
+    assert failed.returncode == 1
+    assert NAME in json.loads(failed.stdout.decode(encoding))["errors"][0]
+    for command in ("--help", "generate", "estimate"):
+        more_help = () if command == "--help" else ("--help",)
+        assert printed(command, *more_help, PYTHONIOENCODING=encoding).returncode == 0
+
+
+def test_names_that_are_no_text_are_printed(model: Path, tmp_path: Path) -> None:
+    """On Linux a name is bytes; Python shows those that are no UTF-8 as lone surrogates."""
+    target = os.fsdecode(bytes(tmp_path) + b"/bad\xff.mp4")
+    try:
+        Path(target).touch()
+    except OSError:
+        return  # a file system of texts: there is no such name
+    done = printed("inspect", target)
+    assert done.returncode == 1 and b"Traceback" not in done.stderr
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no /bin/sh")
+def test_a_reader_that_stops_reading_is_no_error(model: Path) -> None:
+    command = f"{sys.executable} -m wan_core inspect {model} --json; echo code $? >&2"
+    done = subprocess.run(
+        ["/bin/sh", "-c", f"({command}) | true"], cwd=ROOT, capture_output=True, text=True,
+        timeout=120, check=False,
+    )  # fmt: skip
+    assert "code 0" in done.stderr and "Traceback" not in done.stderr
+    assert "BrokenPipe" not in done.stderr
+
+
+def test_a_home_folder_is_found_in_every_path(
+    model: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model").symlink_to(model)
+    (tmp_path / "texts.txt").write_bytes(b"\xef\xbb\xbf5: a fox\na hare")
+    write(tmp_path / "sound.mp4", patches(5), audio=(torch.zeros(1, 8000), 16000))
+    more = ("--prompts", "~/texts.txt", "--audio", "~/sound.mp4")
+    code, _, err = run(capsys, *generate(Path("~/model"), Path("~/out.mp4"), *more))
+    assert code == 0, err
+    assert (tmp_path / "out.mp4").exists() and not (tmp_path / "~").exists()
+    code, out, _ = run(capsys, "inspect", "~/model")
+    assert code == 0 and "wan2.2-t2v-a14b" in out
+
+
+@pytest.mark.parametrize("address", ["http://127.0.0.1:9/a.mp3", "concat:a|b", "tcp://127.0.0.1:9"])
+def test_sound_is_a_file_whatever_it_is_called(
+    model: Path, tmp_path: Path, capsys: Any, address: str
+) -> None:
+    code, _, err = run(capsys, *generate(model, tmp_path / "o.mp4", "--audio", address))
+    assert code == 1 and "cannot be read as sound" in err and "No such file" in err
+
+
 def test_a_missing_model(capsys: Any, tmp_path: Path) -> None:
     code, _, err = run(capsys, "inspect", tmp_path / "nothing")
     assert code == 1 and "does not exist" in err and "Traceback" not in err

@@ -6,6 +6,7 @@ import ast
 import gc
 import json
 import re
+import shutil
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -170,6 +171,34 @@ def test_one_lease_per_set_of_files(pack: ModuleType, models: Path) -> None:
     assert first.lease.wrapper({"device": "cpu"}) is not first.lease.wrapper({"offload": "model"})
 
 
+def test_a_file_that_was_replaced_is_another_model(pack: ModuleType, tmp_path: Path) -> None:
+    """The old description must not run the new file, nor the new one as what the old one was."""
+    folder = tiny_models.make_folder(tmp_path / "m", "wan2.1-t2v")
+    first = open_model(pack, folder)
+    wrapper = first.lease.wrapper({"device": "cpu"})
+    other = tiny_models.make_folder(tmp_path / "other", "wan2.2-i2v-a14b", seed=3)
+    shutil.rmtree(folder)
+    other.replace(folder)
+    second = open_model(pack, folder)
+    assert second.lease is not first.lease
+    assert second.lease.wrapper({"device": "cpu"}).architecture.name == "wan2.2-i2v-a14b"
+    mismatch = part(pack, "wan_core.errors").WanError
+    for options in ({"device": "cpu"}, {"device": "cpu", "offload": "model"}):
+        with pytest.raises(mismatch, match=r"replaced|cannot be read"):
+            first.lease.wrapper(options)
+    with pytest.raises(mismatch):
+        wrapper.check(part(pack, "wan_core.config").GenerationConfig(prompt="a cat"))
+
+
+def test_a_touched_file_has_a_lease_of_its_own(pack: ModuleType, tmp_path: Path) -> None:
+    folder = tiny_models.make_folder(tmp_path / "m", "wan2.1-t2v")
+    first = open_model(pack, folder)
+    next((folder / "vae").glob("*.safetensors")).touch()
+    second = open_model(pack, folder)
+    assert second.lease is not first.lease and second.lease.files == first.lease.files
+    second.lease.wrapper({"device": "cpu"})
+
+
 # -- inputs to jobs -----------------------------------------------------------------------------
 def test_zero_means_official(pack: ModuleType) -> None:
     config = part(pack, "nodes.job").generation_config(VALUES)
@@ -179,6 +208,18 @@ def test_zero_means_official(pack: ModuleType) -> None:
         assert getattr(config, name) is None, name
     assert config.seed == 0
     assert config.prompt == "a cat"
+
+
+def test_an_empty_negative_prompt_can_be_asked_for(pack: ModuleType) -> None:
+    def negative(**values: Any) -> Any:
+        return part(pack, "nodes.job").generation_config(VALUES | values).negative_prompt
+
+    assert negative() is None and negative(official_negative=True) is None
+    assert negative(official_negative=False) == ""
+    for official in (True, False):
+        assert negative(negative_prompt="blur", official_negative=official) == "blur"
+        given = {"negative": [[torch.zeros(1, 4, 32), {}]], "negative_prompt": "blur"}
+        assert negative(**given, official_negative=official) is None
 
 
 def test_values_reach_the_job(pack: ModuleType) -> None:

@@ -326,6 +326,68 @@ def test_windows_that_cover_the_clip_equal_the_plain_run(folder: Any) -> None:
     assert torch.equal(plain.frames, windowed.frames)
 
 
+@pytest.mark.parametrize("frames", [9, 13, 16, 32, 33])
+@pytest.mark.parametrize("size", [None, 2, 4])
+def test_forced_windows_are_made_and_called(folder: Any, frames: int, size: int | None) -> None:
+    """Their length is the plan's chunk_size, and what the result says of them is true."""
+    wrapper = open_wan(folder("wan2.1-t2v"), chunk_size=size)
+    called: list[tuple[int, int]] = []
+    config = GenerationConfig(
+        **SIZE | {"num_frames": frames, "num_inference_steps": 2}, prompt="a cat",
+        force_chunked_processing=True, guidance_scale=1.0,
+        chunk_callback=lambda index, count: called.append((index, count)),
+    )  # fmt: skip
+    result = wrapper.generate(config).raise_for_error()
+    count = called[0][1]
+    assert called == [(index, count) for _ in range(2) for index in range(count)]
+    covers = size is None or 4 * (size - 1) + 1 >= frames
+    assert (count == 1) == covers
+    said = result.metadata["windows"]
+    assert said.startswith("1 window over all" if covers else f"{count} windows of")
+    assert any("windows" in text for text in result.applied_optimizations) != covers
+    assert result.frames.shape[0] == frames
+
+
+@pytest.mark.parametrize("family", ["wan2.1-i2v", "wan2.2-i2v-a14b", "wan2.1-flf2v"])
+def test_a_last_picture_is_seen_by_every_model_that_takes_one(folder: Any, family: str) -> None:
+    """An image branch for one picture sees the first; both are in the latents."""
+    wrapper = open_wan(folder(family))
+    job = SIZE | {"prompt": "a cat", "image": picture(1), "scheduler": "euler"}
+    made = [
+        wrapper.generate(GenerationConfig(**job, last_image=picture(seed))).raise_for_error()
+        for seed in (2, 3)
+    ]
+    assert not torch.equal(made[0].latents, made[1].latents)
+    if family != "wan2.1-flf2v":
+        alone = wrapper.generate(GenerationConfig(**job)).raise_for_error()
+        assert not torch.equal(alone.latents, made[0].latents)
+
+
+def test_an_estimate_asks_for_no_picture(folder: Any) -> None:
+    for family in FAMILIES:
+        wrapper = open_wan(folder(family))
+        job = GenerationConfig(**SIZE | {"height": 64}, prompt="")
+        names = {stage.name for stage in wrapper.estimate_memory_usage(job).stages}
+        assert ("condition_encode" in names) == (family in IMAGE_FAMILIES)
+        assert "frames at" in wrapper.what_fits(job)
+        assert WanPipelineLoader().preload_pipeline(folder(family))
+    WanPipelineLoader().clear_cache()
+
+
+def test_a_model_whose_file_was_replaced_is_not_run_as_what_it_was(tmp_path: Path) -> None:
+    model = make_folder(tmp_path / "model", "wan2.1-t2v")
+    wrapper = open_wan(model)
+    wrapper.generate(GenerationConfig(**SIZE, prompt="a")).raise_for_error()
+    make_folder(tmp_path / "other", "wan2.2-i2v-a14b")
+    name = "diffusion_pytorch_model.safetensors"
+    (tmp_path / "other" / "transformer" / name).replace(model / "transformer" / name)
+    result = wrapper.generate(GenerationConfig(**SIZE, prompt="a"))
+    assert isinstance(result.error, ModelMismatch) and result.stages == []
+    assert "was replaced" in result.errors[0] and name in result.errors[0]
+    with pytest.raises(ModelMismatch):
+        wrapper.check(GenerationConfig(**SIZE, prompt="a"))
+
+
 def test_windows_see_no_more_than_their_length(folder: Any) -> None:
     wrapper = open_wan(folder("wan2.1-t2v"))
     seen: list[tuple[int, int]] = []
@@ -495,6 +557,42 @@ def test_embeddings_in_place_of_prompts(folder: Any) -> None:
     full = wrapper.generate(GenerationConfig(**job, prompt_embeds=padded)).raise_for_error()
     assert torch.equal(short.latents, full.latents)
     assert not any(stage.name.startswith("load text") for stage in short.stages)
+
+
+def test_a_text_that_is_cut_is_said_every_time(folder: Any) -> None:
+    """Also where the embeddings come from the cache; up to 511 tokens and the end mark fit."""
+    loader = WanPipelineLoader()
+    loader.clear_cache()
+    wrapper = loader.load_wan_pipeline(folder("wan2.1-t2v"), optimization_config={"device": "cpu"})
+    for words, cut in ((511, False), (512, True), (800, True)):
+        text = " ".join(["cat"] * (words - 1) + ["dog"])
+        jobs = {"prompt": {"prompt": text}, "negative_prompt": {"negative_prompt": text},
+                "prompts": {"prompt": None, "prompts": f"4: a fox\n{text}"}}  # fmt: skip
+        for field, job in jobs.items():
+            for _ in range(2):
+                config = GenerationConfig(**SIZE | {"prompt": "a cat"} | job)
+                warnings = wrapper.generate(config).raise_for_error().warnings
+                said = [text for text in warnings if text.startswith(f"{field} is cut")]
+                assert len(said) == cut, (field, words)
+                assert all("512" in text and f"{words + 1:,} tokens" in text for text in said)
+                assert not cut or "dog" in said[0] or words == 800
+    loader.clear_cache()
+
+
+def test_a_prompt_without_embeddings_is_part_of_the_estimate(folder: Any) -> None:
+    """Also if only the negative one is to be encoded."""
+    wrapper = open_wan(folder("wan2.1-t2v"))
+    embeds = {"prompt_embeds": torch.zeros(1, 4, 32)}
+
+    def stages(**job: Any) -> set[str]:
+        found = wrapper.estimate_memory_usage(GenerationConfig(**SIZE, **job))
+        return {stage.name for stage in found.stages}
+
+    assert "text_encode" in stages(prompt="a")
+    assert "text_encode" in stages(**embeds, guidance_scale=4.0)
+    assert "text_encode" not in stages(**embeds, guidance_scale=1.0)
+    both = embeds | {"negative_prompt_embeds": torch.zeros(1, 4, 32)}
+    assert "text_encode" not in stages(**both, guidance_scale=4.0)
 
 
 def test_every_text_is_encoded_once(folder: Any, monkeypatch: pytest.MonkeyPatch) -> None:
