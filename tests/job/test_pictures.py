@@ -31,7 +31,7 @@ def refused(image: Any, field: str = "last_image") -> str:
     with pytest.raises(InvalidRequest) as raised:
         load_picture(image, field)
     assert raised.value.field == field and str(raised.value).startswith(field)
-    assert len(str(raised.value)) < 700
+    assert len(str(raised.value)) < 1400
     return str(raised.value)
 
 

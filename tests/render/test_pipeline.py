@@ -20,6 +20,7 @@ from wan_core.errors import (
     DoesNotFit,
     InvalidRequest,
     MissingDependency,
+    ModelMismatch,
     NonFiniteLatents,
 )
 from wan_core.job.steps import SCHEDULERS, make_scheduler

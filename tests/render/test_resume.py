@@ -300,6 +300,36 @@ def test_a_target_that_cannot_be_written_is_found_before_anything_is_loaded(
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
+def test_a_journal_and_a_picture_in_the_home_folder(
+    folder: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both are found there, and a picture that was replaced is another render."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+
+    def stop(*_: Any) -> None:
+        raise Crash
+
+    job = SHORT | {"image": "~/in.png", "resume": "auto", "width": 64}
+    for place in ({"journal_folder": "~/j"}, {"output_path": "~/videos/out.mp4"}):
+        for colour, resumed in (("red", False), ("red", True), ("blue", False)):
+            Image.new("RGB", (64, 32), colour).save(tmp_path / "in.png")
+            wrapper = open_wan(folder("wan2.2-i2v-a14b"))
+            if not resumed and colour == "red":
+                with pytest.raises(Crash):
+                    wrapper.generate(GenerationConfig(**job, **place, progress_callback=stop))
+                continue
+            if colour == "blue":  # something to go on from, of the red picture
+                Image.new("RGB", (64, 32), "red").save(tmp_path / "in.png")
+                with pytest.raises(Crash):
+                    wrapper.generate(GenerationConfig(**job, **place, progress_callback=stop))
+                Image.new("RGB", (64, 32), colour).save(tmp_path / "in.png")
+            done = wrapper.generate(GenerationConfig(**job, **place)).raise_for_error()
+            assert ("resumed" in done.metadata) == resumed, (place, colour)
+        assert not (tmp_path / "~").exists()
+
+
 def test_must_without_a_journal(folder: Any, tmp_path: Path) -> None:
     result = open_wan(folder("wan2.1-t2v")).generate(
         GenerationConfig(**JOB, resume="must", journal_folder=tmp_path / "j")

@@ -16,7 +16,7 @@ from ..config import is_bool, plain_number
 from ..errors import InvalidRequest
 
 _SHOWN = 80
-_NAME = 240
+_NAME = 1000
 
 
 def whole(value: Any, field: str, low: int, high: int) -> int:

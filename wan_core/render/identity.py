@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from enum import Enum
@@ -152,7 +153,8 @@ BY_ROWS = "lean_rows"
 """The forward that may round differently. The others give equal bits and are named "exact"."""
 # Fields of a Request that do not affect the latents.
 _NOT_IN_LATENTS = (
-    "output_path", "warnings", "resume", "wanted_frames", "fps", "codec", "crf", "pix_fmt",
+    "output_path", "warnings", "resume", "journal_folder", "wanted_frames", "fps", "codec", "crf",
+    "pix_fmt",
 )  # fmt: skip
 
 
@@ -218,6 +220,6 @@ def choices_of(plan: OptimizationPlan) -> dict[str, Any]:
 def _picture(value: Any) -> Any:
     """Return the bytes of a picture that is given by its path: the file may be replaced."""
     if isinstance(value, str) or hasattr(value, "__fspath__"):
-        path = Path(value)
+        path = Path(os.path.expanduser(value))
         return path.read_bytes() if path.is_file() else str(path)
     return value

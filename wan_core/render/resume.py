@@ -156,16 +156,16 @@ def open_journal(
     if request.resume is None:
         return None
     identity = render_identity(config, request, architecture, plan)
-    opened = Journal.open(journal_folder(config), identity, request.resume)
+    opened = Journal.open(journal_folder(request), identity, request.resume)
     stack.callback(opened.close)
     journal = RenderJournal(opened)
     stack.callback(journal.close)
     return journal
 
 
-def journal_folder(config: GenerationConfig) -> Path:
+def journal_folder(request: Request) -> Path:
     """Return the folder for journals: the one given, or ``.wanfit`` next to the output."""
-    if config.journal_folder is not None:
-        return Path(config.journal_folder)
-    assert config.output_path is not None  # ``resolve`` refuses a journal without either
-    return Path(config.output_path).absolute().parent / FOLDER
+    if request.journal_folder is not None:
+        return request.journal_folder
+    assert request.output_path is not None  # ``resolve`` refuses a journal without either
+    return request.output_path.absolute().parent / FOLDER
