@@ -544,6 +544,33 @@ def test_a_missing_part_is_named_with_the_folder_for_it(server: ComfyServer) -> 
     assert server.run(with_files(graph(seed=6)))  # found, now that it is there
 
 
+def test_a_part_that_is_chosen_to_be_none_is_asked_for_by_the_sampler(server: ComfyServer) -> None:
+    """Prompts may come from CLIP Text Encode: a model without a text encoder opens and runs."""
+    without = {**FILES, "text_encoder": "none"}
+    outputs = server.run(estimate_of(single_files.HIGH, **without))
+    report = outputs["2"]["text"][0]
+    assert "denoise" in report and "text_encode" not in report
+    assert "text_encoder: none, as chosen" in outputs["1"]["text"][0]
+    prompt = with_files(graph(seed=8), text_encoder="none")
+    text = failure(server, prompt)
+    assert "prompt needs a umT5 text encoder" in text and "or pass positive" in text
+    torch.save(torch.zeros(1, 4, 32), server.base / "input" / "none.pt")
+    given = {"class_type": "WanFitProbeConditioning", "inputs": {"name": "none"}}
+    prompt = with_files(graph(seed=8, positive=["9", 0], negative=["9", 0]), text_encoder="none")
+    assert server.run({**prompt, "9": given})
+    text = failure(server, with_files(graph(seed=8), vae="none"))
+    assert text.startswith("The VAE is missing") and "Put one into the folder" not in text
+
+
+def test_an_empty_negative_prompt_is_none_where_that_is_asked_for(server: ComfyServer) -> None:
+    asked = {"seed": 9, "guidance_scale": 4.0}
+    server.run(graph(name="official", **asked))
+    server.run(graph(name="official too", **asked, official_negative=True))
+    server.run(graph(name="none", **asked, official_negative=False))
+    assert torch.equal(frames_of(server, "official"), frames_of(server, "official too"))
+    assert not torch.equal(frames_of(server, "official"), frames_of(server, "none"))
+
+
 def test_a_file_in_the_wrong_place_is_named(server: ComfyServer) -> None:
     prompt = with_files(graph(seed=7), low_noise_model=single_files.HIGH)
     assert "Both experts are the same file" in failure(server, prompt)
