@@ -11,6 +11,7 @@ Formulas: comfy-kitchen ``backends/cuda/ops/*.cu`` and ``tensor/*.py``.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -53,10 +54,13 @@ def dequantize(values: Tensor, scales: Scales, stored: Storage, dtype: torch.dty
     and their scales give those rows of the whole. That is how large weights are done, a few rows at
     a time: what lies between bytes and numbers takes several times the memory of either.
     """
-    step = max(1, _AT_ONCE // max(1, stored.shape[-1])) if len(stored.shape) == 2 else len(values)
-    if len(values) <= step or not stored.by_rows:
+    columns = math.prod(stored.shape[1:])
+    pieces = -(-len(values) * columns // _AT_ONCE)
+    if pieces < 2 or not stored.by_rows:
         return _dequantize(values, scales, stored, dtype)
-    out = torch.empty(len(values), stored.shape[-1], dtype=dtype, device=values.device)
+    out = torch.empty(len(values), columns, dtype=dtype, device=values.device)
+    # Pieces of about one size: a product of a few rows is rounded in another way (convrot).
+    step = -(-len(values) // pieces)
     for begin in range(0, len(values), step):
         rows = slice(begin, begin + step)
         out[rows] = _dequantize(values[rows], scales.of_rows(rows), stored, dtype)
