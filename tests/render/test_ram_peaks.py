@@ -68,8 +68,9 @@ def check(told: dict[str, Any]) -> None:
     host, planned, peaks = told["host"], told["planned"], told["measured"]
     table = {name: (peaks[name] >> 20, planned.get(name, host) >> 20) for name in peaks}
     assert host == max(planned.values())
-    for name in ("denoise", "load transformer", "decode", "text_encode"):
-        # A part is loaded for the stage that uses it, and must not need more for that.
+    for name in ("text_encode", "load transformer", "denoise"):
+        # A part is loaded for the stage that uses it, and must not need more for that. Stages after
+        # the largest may keep what they do not need; it is dropped where something else needs it.
         limit = planned[name.replace("load transformer", "denoise")]
         assert peaks[name] <= 1.15 * limit, f"{name}: MiB measured and planned {table}"
     assert max(peaks.values()) <= 1.15 * host, f"MiB measured and planned {table}"
@@ -87,7 +88,7 @@ def test_one_true_block_stays_within_the_plan(folder: Path, kind: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("placement", ["auto", "stream"])
+@pytest.mark.parametrize("placement", ["auto", "model"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_large_file_stays_within_the_plan(folder: Path, kind: str, placement: str) -> None:
     path = write(folder, kind, KINDS[kind])
