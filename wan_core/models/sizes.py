@@ -180,13 +180,18 @@ def stays_in_file(
     return same and not on_cpu
 
 
-def converted_bytes(architecture: ModelArchitecture, name: str, dtype: str) -> int:
-    """Return the bytes of a mapped component that are converted, and so lie in RAM all the same."""
+def converted_bytes(
+    architecture: ModelArchitecture, name: str, dtype: str, *, on_cpu: bool = False
+) -> int:
+    """Return the bytes of a mapped component that lie in RAM all the same.
+
+    They are converted, or (``on_cpu``) copied to where a CPU's kernels want them.
+    """
     stored = stored_of(architecture, name)
     if stored is None:
         return 0
     whole = stored.whole
-    half = 0 if BYTES[dtype] == 2 else whole.half * BYTES[dtype]
+    half = 0 if BYTES[dtype] == 2 and not on_cpu else whole.half * BYTES[dtype]
     if stored.quantised:
         return whole.plain * BYTES[dtype] + whole.wide * 4 + half
     return whole.wide * 4 + half
@@ -201,7 +206,7 @@ def ram_bytes(
     The pages of a mapped file do not count: the system takes them back when it needs memory.
     """
     if not fp8 and stays_in_file(architecture, name, dtype, on_cpu=on_cpu):
-        return converted_bytes(architecture, name, dtype)
+        return converted_bytes(architecture, name, dtype, on_cpu=on_cpu)
     return part_bytes(architecture, name, dtype, fp8=fp8)
 
 
