@@ -289,7 +289,7 @@ class _Ledger:
     def _ram_bytes(self, part: str) -> int:
         dtype = self._dtype(part)
         if self._mapped(part):
-            return converted_bytes(self.arch, part, dtype)
+            return converted_bytes(self.arch, part, dtype, on_cpu=self.on_cpu)
         return self.bytes[part]
 
     def _mapped(self, part: str) -> bool:
