@@ -9,7 +9,7 @@ from comfy_api.latest import io, ui
 
 from ..wan_core.config import GIB, PRECISIONS, WanModelFiles
 from ..wan_core.errors import InvalidRequest, MissingFile, WanError
-from ..wan_core.plan import FORWARDS, FP8, OFFLOADS
+from ..wan_core.plan import FORWARDS, FP8, OFFLOADS, SPEEDS
 from . import bridge
 from .inputs import Pipeline, pipeline_input
 from .job import require_choice, window_of
@@ -208,6 +208,7 @@ class WanOptimize(io.ComfyNode):  # type: ignore[misc]
                 ),
                 *_limit_inputs(),
                 *_expert_inputs(),
+                *_speed_inputs(),
             ],
             outputs=[
                 Pipeline.Output(
@@ -228,6 +229,7 @@ class WanOptimize(io.ComfyNode):  # type: ignore[misc]
         resident_blocks: int = -1,
         forward: str = "auto",
         fp8_storage: str = "auto",
+        speed: str = "exact",
     ) -> io.NodeOutput:
         optimized = pipeline.optimized(
             precision=require_choice("precision", precision, PRECISIONS),
@@ -240,6 +242,7 @@ class WanOptimize(io.ComfyNode):  # type: ignore[misc]
             resident_blocks=None if resident_blocks < 0 else resident_blocks,
             forward=require_choice("forward", forward, FORWARDS),
             fp8_storage=require_choice("fp8_storage", fp8_storage, FP8),
+            speed=require_choice("speed", speed, SPEEDS),
         )
         return io.NodeOutput(optimized, ui=ui.PreviewText(_usual_plan(optimized)))
 
@@ -310,6 +313,20 @@ def _expert_inputs() -> list[io.Input]:
             tooltip="Keep the model's matrices in fp8: half the memory and traffic, a slightly "
             "different result. auto: only where nothing larger fits.",
             **bridge.known(io.Combo.Input, advanced=True),
+        ),
+    ]
+
+
+def _speed_inputs() -> list[io.Input]:
+    """Return what may be changed to be faster."""
+    return [
+        io.Combo.Input(
+            "speed",
+            options=list(SPEEDS),
+            default="exact",
+            optional=True,
+            tooltip="exact: only what changes no bit. fast: also what changes rounding. fastest: "
+            "also what changes the video a little. The plan below says what that is here.",
         ),
     ]
 

@@ -21,7 +21,7 @@ from .errors import InvalidRequest, WanError
 from .files import decode_text
 from .job import FUSIONS
 from .memory import close_gaps
-from .plan import FORWARDS, FP8, OFFLOADS
+from .plan import FORWARDS, FP8, OFFLOADS, SPEEDS
 
 DEMO_PROMPT = "a red circle moves right on a dark background"
 
@@ -124,6 +124,7 @@ def _add_plan(command: argparse.ArgumentParser) -> None:
     command.add_argument("--resident-blocks", type=int, help="stream, and keep so many blocks")
     command.add_argument("--forward", default="auto", help=", ".join(FORWARDS))
     command.add_argument("--fp8-storage", default="auto", help=", ".join(FP8))
+    command.add_argument("--speed", default="exact", help=", ".join(SPEEDS))
     command.add_argument("--device", help="cuda:0, cpu ... (default: the best there is)")
     command.add_argument("--vram-limit-gb", type=float, help="use at most so much of the card")
     command.add_argument(
@@ -233,6 +234,7 @@ def _open(arguments: argparse.Namespace) -> Any:
         "resident_blocks": arguments.resident_blocks,
         "forward": arguments.forward,
         "fp8_storage": arguments.fp8_storage,
+        "speed": arguments.speed,
         "device": arguments.device,
         "vram_limit_gb": arguments.vram_limit_gb,
     }

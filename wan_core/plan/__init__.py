@@ -9,7 +9,7 @@ nothing and never imports torch. Imports ``models`` and ``memory``.
 from __future__ import annotations
 
 from ..lazy import lazy_names
-from .config import FORWARDS, FP8, OFFLOADS, OptimizationConfig
+from .config import FORWARDS, FP8, OFFLOADS, SPEEDS, OptimizationConfig
 from .ladder import ABILITIES
 from .manager import Planner
 from .plan import OptimizationPlan
@@ -26,4 +26,5 @@ __all__ = [
     "OptimizationConfig",
     "OptimizationPlan",
     "Planner",
+    "SPEEDS",
 ]

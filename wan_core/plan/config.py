@@ -16,6 +16,8 @@ PRECISIONS_AND_STORED = (*PRECISIONS, "stored")
 OFFLOADS = ("auto", "none", "model", "sequential", "stream", "group")
 FORWARDS = ("auto", "diffusers", "lean", "lean_rows")
 FP8 = ("auto", "never", "always")
+SPEEDS = ("exact", "fast", "fastest")
+"""What a plan may change for speed's sake, from nothing to the video (``plan.speed``)."""
 SHORTER_WINDOWS = (49, 33, 17)
 """Video frames of the windows to try where windows of the model's own length do not fit."""
 
@@ -39,6 +41,9 @@ class OptimizationConfig:
 
         # Stream the transformer's blocks, with 20 of them resident on the GPU.
         OptimizationConfig(offload="stream", resident_blocks=20)
+
+        # Be faster: "fast" may round differently, "fastest" may also change the video.
+        OptimizationConfig(speed="fast")
 
         # Go lower in memory: products cut by rows (rounding may change), and weights in fp8 (which
         # changes the video).
@@ -76,12 +81,16 @@ class OptimizationConfig:
     for where the job has no ``max_chunk_size``."""
     min_vram_mb: float | None = None
     """Refuse a GPU with less memory than this, in MiB. Does not apply to a CPU."""
+    speed: str = "exact"
+    """What may be changed to be faster: "exact" (no bit), "fast" (rounding) or "fastest" (the video
+    too). The plan says what that is for a job on this machine."""
 
     def __post_init__(self) -> None:
         _choice("precision", self.precision, PRECISIONS_AND_STORED)
         _choice("offload", self.offload, OFFLOADS)
         _choice("forward", self.forward, FORWARDS)
         _choice("fp8_storage", self.fp8_storage, FP8)
+        _choice("speed", self.speed, SPEEDS)
         self._check_blocks()
         if self.device is not None and not (isinstance(self.device, str) and self.device):
             raise _bad("device", self.device, 'a name like "cuda:0" or "cpu", or None')

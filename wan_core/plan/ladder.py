@@ -12,12 +12,13 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..config import GIB, MIB, MemoryEstimate
 from ..memory import RAM_RESERVE, STREAM_BUFFERS, Choices, Workload, estimate, reserved_bytes
 from ..models import ModelArchitecture, block_bytes, experts_of, parts_of, stored_of
 from .config import OptimizationConfig
+from .speed import Situation, situation_of, with_speed
 from .timing import Timing, blocks_that_hide_the_bus, timing
 
 if TYPE_CHECKING:
@@ -83,6 +84,9 @@ class Candidate:
     """Bytes the allocator holds on the device at the peak, including its unused gaps."""
     stage: str
     """The stage in which that peak occurs."""
+    plain: Choices
+    """The same choices without what was changed for speed."""
+    situation: Situation
 
 
 def ladder(
@@ -91,9 +95,14 @@ def ladder(
 ) -> Iterator[list[Candidate]]:  # fmt: skip
     """Yield the tiers, each a list of candidates. Of two equally fast ones the simpler is first."""
     main, _ = main_dtype(architecture, workload, system, requested, limits)
-    for tier, start in enumerate(
-        _tiers(architecture, workload, system, requested, main, abilities)
-    ):
+    situation = situation_of(architecture, workload, system, requested, abilities)
+    # What is changed for speed is changed in every tier; two may then have become the same, of
+    # which the first is kept.
+    starts: dict[Choices, Choices] = {}
+    for plain in _tiers(architecture, workload, system, requested, main, abilities):
+        starts.setdefault(with_speed(situation, plain), plain)
+    changed = any(start != plain for start, plain in starts.items())
+    for tier, (start, plain) in enumerate(starts.items(), start=changed):
         candidates = []
         for choices in _placements(
             architecture, workload, system, requested, limits, start, abilities
@@ -101,8 +110,16 @@ def ladder(
             found = estimate(architecture, workload, choices, system, available=limits.device)
             took = timing(architecture, workload, choices, system)
             peak = max((reserved_bytes(s, choices, system), s.name) for s in found.stages)
-            candidates.append(Candidate(tier, choices, found, took, *peak))
+            without = _changed_back(choices, start, plain)
+            candidates.append(Candidate(tier, choices, found, took, *peak, without, situation))
         yield candidates
+
+
+def _changed_back(choices: Choices, start: Choices, plain: Choices) -> Choices:
+    """Return ``choices``, which were placed from ``start``, without what speed made."""
+    names = [name for name in Choices.__slots__ if getattr(start, name) != getattr(plain, name)]
+    before: dict[str, Any] = {name: getattr(plain, name) for name in names}
+    return replace(choices, **before)
 
 
 def best(candidates: list[Candidate], limits: Limits) -> Candidate | None:

@@ -9,6 +9,7 @@ from ..memory import Choices, Workload
 from ..models import ModelArchitecture, block_bytes
 from .config import OptimizationConfig
 from .ladder import Candidate, Limits
+from .speed import speed_reasons
 from .timing import reads_from_disk, stream_seconds
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ def reasons_for(
 ) -> tuple[str, ...]:  # fmt: skip
     """Return a sentence per decision; ``others`` are all candidates of the chosen one's tier."""
     choices = chosen.choices
-    reasons = [_vae(choices, system), _placement(requested, limits, system, chosen, others)]
+    reasons = [_vae(chosen, system), _placement(requested, limits, system, chosen, others)]
     component = architecture.components.get("transformer")
     if component is not None and component.stored is not None and component.stored.quantised:
         dtype = choices.dtypes["transformer"]
@@ -70,6 +71,7 @@ def reasons_for(
             f"no windows: all {workload.num_frames} frames fit at once. The model was trained on "
             f"{own}; windows of that length may look better"
         )
+    reasons += speed_reasons(chosen.situation, chosen.plain)
     if system.device_kind != "cpu":
         reasons.append(
             f"about {_seconds(chosen.timing.step)} a step, {_seconds(chosen.timing.total)} for "
@@ -85,8 +87,8 @@ def _origin(system: SystemResources) -> str:
     return "computed from operations and bus, not measured"
 
 
-def _vae(choices: Choices, system: SystemResources) -> str:
-    dtype = choices.dtypes["vae"]
+def _vae(chosen: Candidate, system: SystemResources) -> str:
+    dtype = chosen.choices.dtypes["vae"]
     if system.wasteful_half_conv3d:
         return (
             f"vae {dtype}: this torch and cuDNN take many times the memory in half precision "
@@ -94,6 +96,8 @@ def _vae(choices: Choices, system: SystemResources) -> str:
         )
     if dtype == "fp32":
         return "vae fp32: as published, and there is room for it"
+    if dtype != chosen.plain.dtypes["vae"]:
+        return f"vae {dtype}: for speed, as asked for; changes rounding only"
     return f"vae {dtype}: no plan with fp32 fits; changes rounding only"
 
 

@@ -138,7 +138,7 @@ def timing(
     step = sum(steps) / len(steps)
     bound = step <= compute * sum(2 if g else 1 for g in guided) / len(guided)
     warm = step * workload.steps + _moves(architecture, choices, system)
-    warm += _decode(workload, choices, system) + _TEXT_SECONDS
+    warm += decode_seconds(workload, choices, system) + _TEXT_SECONDS
     return Timing(step, warm, warm + _reads(architecture), bound)
 
 
@@ -223,8 +223,8 @@ def _reads(architecture: ModelArchitecture) -> float:
     return sum(part.nbytes for part in architecture.components.values()) / _DISK
 
 
-def _decode(workload: Workload, choices: Choices, system: SystemResources) -> float:
-    """Seconds of the decode, by its pixels and the device's rate."""
+def decode_seconds(workload: Workload, choices: Choices, system: SystemResources) -> float:
+    """Return the seconds of the decode, by its pixels and the device's rate."""
     pixels = workload.width * workload.height * workload.num_frames * workload.batch_size
     dtype = choices.dtypes.get("vae", "fp32")
     return pixels * _PIXEL_OPERATIONS / device_rate(system, dtype)

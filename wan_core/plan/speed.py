@@ -1,0 +1,120 @@
+"""What a plan may change for speed's sake: one table of ingredients, by the word that allows them.
+
+``exact`` takes none of them. ``fast`` takes those that change rounding at most, and products in 8
+bit of files that are 8 bit already; ``fastest`` takes all. An ingredient looks at the job and the
+machine, and changes the choices or says why it does not help there. Pure arithmetic.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from ..memory import Choices, Workload
+from ..models import ModelArchitecture
+from .config import SPEEDS, OptimizationConfig
+from .timing import decode_seconds
+
+if TYPE_CHECKING:
+    from ..memory import SystemResources
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Situation:
+    """What an ingredient may look at."""
+
+    architecture: ModelArchitecture
+    workload: Workload
+    system: SystemResources
+    requested: OptimizationConfig
+    abilities: frozenset[str]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ingredient:
+    """One way to be faster.
+
+    ``choose`` returns the choices with it, or a few words on why it does not help here.
+    ``describe`` says what has changed between the choices without and with it, with the seconds
+    that are expected and what it may change of the result.
+    """
+
+    name: str
+    speed: str
+    """The least speed that takes it: "fast" or "fastest"."""
+    choose: Callable[[Situation, Choices], Choices | str]
+    describe: Callable[[Situation, Choices, Choices], str]
+
+
+def _half_vae(situation: Situation, choices: Choices) -> Choices | str:
+    main = choices.dtypes["transformer"]
+    if situation.system.device_kind == "cpu":
+        return "a CPU is not faster in half precision"
+    if main == "fp32":
+        return "everything is computed in fp32"
+    if situation.system.wasteful_half_conv3d:
+        return "this torch and cuDNN take many times the memory for half precision"
+    if choices.dtypes["vae"] != "fp32":
+        return "it is in half precision already"
+    return replace(choices, dtypes={**choices.dtypes, "vae": main})
+
+
+def _half_vae_says(situation: Situation, before: Choices, after: Choices) -> str:
+    system, workload = situation.system, situation.workload
+    slow = decode_seconds(workload, before, system)
+    quick = decode_seconds(workload, after, system)
+    return (
+        f"vae in {after.dtypes['vae']}: decode {slow:.1f} -> {quick:.1f} s, computed from "
+        "operations; changes rounding only"
+    )
+
+
+INGREDIENTS: tuple[Ingredient, ...] = (
+    Ingredient(name="vae", speed="fast", choose=_half_vae, describe=_half_vae_says),
+)
+"""In the order in which they are put on."""
+
+
+def wanted(requested: OptimizationConfig) -> tuple[Ingredient, ...]:
+    """Return the ingredients that the speed asked for allows."""
+    rank = SPEEDS.index(requested.speed)
+    return tuple(one for one in INGREDIENTS if SPEEDS.index(one.speed) <= rank)
+
+
+def with_speed(situation: Situation, choices: Choices) -> Choices:
+    """Return ``choices`` with every ingredient that is allowed and helps here."""
+    for one in wanted(situation.requested):
+        chosen = one.choose(situation, choices)
+        if not isinstance(chosen, str):
+            choices = chosen
+    return choices
+
+
+def situation_of(
+    architecture: ModelArchitecture, workload: Workload, system: SystemResources,
+    requested: OptimizationConfig, abilities: Collection[str],
+) -> Situation:  # fmt: skip
+    """Return the situation of a plan."""
+    return Situation(
+        architecture=architecture, workload=workload, system=system, requested=requested,
+        abilities=frozenset(abilities),
+    )  # fmt: skip
+
+
+def speed_reasons(situation: Situation, plain: Choices) -> Iterator[str]:
+    """Yield a sentence for each ingredient that acts on ``plain``, the choices without any.
+
+    Where none does, one sentence says why.
+    """
+    word = situation.requested.speed
+    refused, choices = [], plain
+    for one in wanted(situation.requested):
+        chosen = one.choose(situation, choices)
+        if isinstance(chosen, str):
+            refused.append(f"{one.name}: {chosen}")
+            continue
+        yield f"speed {word}: {one.describe(situation, choices, chosen)}"
+        choices = chosen
+    if choices is plain and refused:
+        yield f"speed {word}: the same as exact here ({'; '.join(refused)})"
