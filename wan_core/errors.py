@@ -180,3 +180,8 @@ def is_oom(error: BaseException | None) -> bool:
             return True
         error = error.__cause__ or error.__context__
     return False
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's text, at most 200 characters of it."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]

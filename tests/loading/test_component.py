@@ -6,6 +6,7 @@ import json
 import shutil
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -13,8 +14,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from support.tiny_models import FAMILIES, components, make_folder
 
-from wan_core.errors import CorruptFile, ModelFileError, ModelMismatch, UnsupportedModel, WanError
-from wan_core.loading.component import load_component
+from wan_core.errors import (
+    CorruptFile,
+    MissingDependency,
+    ModelFileError,
+    ModelMismatch,
+    UnsupportedModel,
+    WanError,
+)
+from wan_core.loading.blueprint import Blueprint
+from wan_core.loading.component import build, load_component
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -517,3 +526,24 @@ def test_loading_to_a_gpu_gives_the_same_values(folders: dict[str, Path]) -> Non
         ours = load_component(folder, torch.bfloat16, "cuda")
         assert {t.device.type for t in [*ours.parameters(), *ours.buffers()]} == {"cuda"}
         assert_same(ours.cpu(), load_component(folder, torch.bfloat16))
+
+
+@pytest.mark.parametrize("error", [ImportError, AttributeError, RuntimeError])
+@pytest.mark.parametrize("library", ["diffusers", "transformers"])
+def test_a_library_that_cannot_be_imported_is_named(
+    library: str, error: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their lazy modules raise RuntimeError, with the failed import's text below the first line."""
+    broken: Any = ModuleType(library)
+
+    def fails(name: str) -> None:
+        raise error(f"Failed to import {library}.models because of the following error:\nlong text")
+
+    broken.__getattr__ = fails
+    monkeypatch.setitem(sys.modules, library, broken)
+    kind = "transformer" if library == "diffusers" else "text_encoder"
+    plan = Blueprint(kind=kind, class_name="Some", config={}, origin="x", from_file=True)
+    with pytest.raises(MissingDependency, match="Some cannot be imported: Failed") as caught:
+        build(plan)
+    assert "long text" not in str(caught.value)
+    assert "Install diffusers >= 0.35" in str(caught.value)

@@ -6,14 +6,15 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 from support.placed_models import Interrupted, run_text, state_of, text_encoder, transformer, vae
 from torch import nn
 
-from wan_core.errors import InvalidRequest
+from wan_core.errors import InvalidRequest, MissingDependency
 from wan_core.loading.moving import Undo, remember
-from wan_core.placing.offload import MODES, block_hooks, place
+from wan_core.placing.offload import MODES, block_hooks, place, require_groups
 
 Call = Callable[[], torch.Tensor]
 
@@ -197,6 +198,32 @@ def test_what_none_left_on_the_device_ends_on_the_host(
     with place(module, mode, "meta"):
         pass
     assert {at[address].type for address in addresses(module)} == {"cpu"}
+
+
+@pytest.mark.parametrize(
+    ("version", "gpu", "refused"),
+    [
+        ("0.35.2", False, True), ("0.40.0", False, True), ("0.41.0", False, False),
+        ("0.42.0.dev0", False, False), ("1.0.0", False, False), ("0.35.2", True, False),
+    ],
+)  # fmt: skip
+def test_group_offload_says_what_it_needs(
+    version: str, gpu: bool, refused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before 0.41 diffusers asks an accelerator that is not there for its type."""
+    device = torch.device("cuda") if gpu else None
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: device)
+    monkeypatch.setattr(diffusers, "__version__", version)
+    module = transformer()
+    before = state_of(module)
+    if refused:
+        with pytest.raises(MissingDependency, match=f"0.41 or newer.*{version}.*offload 'auto'"):
+            require_groups()
+        with pytest.raises(MissingDependency), place(module, "group", "cpu"):
+            pass
+    else:
+        require_groups()
+    assert state_of(module) == before
 
 
 def test_unknown_mode_is_named() -> None:

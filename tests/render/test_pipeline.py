@@ -700,3 +700,21 @@ def test_a_diffusers_that_cannot_be_imported_is_said_first(
     assert "diffusers cannot be imported" in str(result.error)
     assert "pip install -U diffusers" in str(result.error)
     assert read == []
+
+
+def test_group_offload_that_cannot_work_is_refused_before_a_weight_is_read(
+    folder: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import diffusers
+
+    from wan_core.render.stages import StageRunner
+
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: None)
+    monkeypatch.setattr(diffusers, "__version__", "0.38.0")
+    read: list[str] = []
+    monkeypatch.setattr(StageRunner, "component", lambda self, name: read.append(name))
+    wrapper = open_wan(folder("wan2.1-t2v"), offload="group")
+    result = wrapper.generate(GenerationConfig(prompt="a cat", **SIZE))
+    assert isinstance(result.error, MissingDependency)
+    assert "diffusers 0.41 or newer" in str(result.error)
+    assert read == []

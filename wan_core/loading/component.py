@@ -19,7 +19,13 @@ import torch
 from torch import nn
 
 from ..detect import IdentifiedFile, identify
-from ..errors import CorruptFile, MissingDependency, ModelMismatch, UnsupportedModel
+from ..errors import (
+    CorruptFile,
+    MissingDependency,
+    ModelMismatch,
+    UnsupportedModel,
+    first_line,
+)
 from ..files import quoted, some_of
 from ..formats import Storage, TensorInfo, TensorTable, logical_shape, read_table
 from ..models import Mapped, Source, cast_at_use, map_names, stays_stored
@@ -128,10 +134,10 @@ def build(plan: Blueprint) -> nn.Module:
             import transformers
 
             made = getattr(transformers, plan.class_name)
-    except (ImportError, AttributeError) as err:
+    except (ImportError, AttributeError, RuntimeError) as err:  # the last: libraries' lazy imports
         raise MissingDependency(
-            f"{plan.class_name} cannot be imported: {err}. Install diffusers >= 0.35 and "
-            "transformers >= 4.50."
+            f"{plan.class_name} cannot be imported: {first_line(err)}. Install "
+            "diffusers >= 0.35 and transformers >= 4.50."
         ) from err
     try:
         # Not accelerate's init_empty_weights: it patches nn.Module for all threads of the process.

@@ -42,6 +42,9 @@ _ONE_MEMORY = (
 )
 RAM_RESERVE = GIB
 """Bytes of RAM that are left to the system and other programs. Assumed, not measured."""
+_GENERAL_NAME = (2, 10)
+"""The torch from which PYTORCH_ALLOC_CONF tells of expandable segments; before, only the names with
+a device in them do."""
 _NO_LIMIT = 2**60  # version 1 of control groups writes a number near 2**63 if there is no limit
 _REFUSED = {
     "mps": "Apple's GPUs are not supported. Nothing here was ever run on one, and torch's "
@@ -259,11 +262,26 @@ def allocator(
 def _settings(environment: Mapping[str, str], release: tuple[int, int], hip: str | None) -> str:
     """Return the settings from which a torch of this release takes expandable segments."""
     names: tuple[str, ...] = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
-    if release >= (2, 10):  # before, the name without a device says nothing of these segments
+    if release >= _GENERAL_NAME:
         names = ("PYTORCH_ALLOC_CONF", *names)
     elif hip is None:
         names = names[:1]
     return next((environment[name] for name in names if name in environment), "")
+
+
+def fewer_gaps(system: SystemResources) -> str:
+    """Say how segments that avoid most gaps are had on this machine; empty if there are none."""
+    if system.os != "Linux" or system.backend != "cuda" or system.allocator == "expandable":
+        return ""
+    # The name without a device is read first since it tells of segments: it outweighs the other.
+    newer = _release(system.torch_version) >= _GENERAL_NAME
+    name = "PYTORCH_ALLOC_CONF" if newer else "PYTORCH_CUDA_ALLOC_CONF"
+    own_pool = system.allocator == "async"
+    also = ", and without CUDA's own pool (ComfyUI: --disable-cuda-malloc)" if own_pool else ""
+    return (
+        f"{name}=expandable_segments:True, set before the program starts{also}, avoids most of "
+        "them."
+    )
 
 
 def _release(text: str) -> tuple[int, int]:

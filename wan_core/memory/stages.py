@@ -31,7 +31,7 @@ from ..models import (
 from .choices import STREAM_BUFFERS, Choices, Workload, latent_size, window_latents
 from .forward import text_encoder_peak, transformer_peak
 from .forward_lean import lean_peak
-from .machine import unpinned_reserve
+from .machine import fewer_gaps, unpinned_reserve
 from .vae import decode_peak, encode_peak
 from .vae_lean import BANDS, lean_decode_bytes
 
@@ -116,12 +116,8 @@ def _gaps(
         f"{peak / GIB:.1f} GiB would be in use, but gaps between freed blocks make the allocator "
         f"take up to {reserved / GIB:.1f} GiB."
     )
-    if system.os == "Linux" and system.allocator != "expandable":
-        text += (
-            " PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True, set before the program starts, "
-            "avoids most of them."
-        )
-    return (text,)
+    cure = fewer_gaps(system)
+    return (f"{text} {cure}" if cure else text,)
 
 
 class _Ledger:

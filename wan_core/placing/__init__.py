@@ -15,7 +15,7 @@ from ..lazy import lazy_names
 if TYPE_CHECKING:
     from .applied import apply_plan, pin_budget
     from .manager import OptimizationManager
-    from .offload import block_hooks
+    from .offload import block_hooks, require_groups
     from .streaming import pin_ahead, stream_blocks
 
 __getattr__ = lazy_names(
@@ -23,7 +23,7 @@ __getattr__ = lazy_names(
     {
         "applied": ("apply_plan", "pin_budget"),
         "manager": ("OptimizationManager",),
-        "offload": ("block_hooks",),
+        "offload": ("block_hooks", "require_groups"),
         "streaming": ("pin_ahead", "stream_blocks"),
     },
 )
@@ -34,5 +34,6 @@ __all__ = [
     "block_hooks",
     "pin_ahead",
     "pin_budget",
+    "require_groups",
     "stream_blocks",
 ]

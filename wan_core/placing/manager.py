@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from contextlib import AbstractContextManager
 from typing import Any
 
 from ..errors import InvalidRequest
-from ..plan import OptimizationPlan, Planner
+from ..forward import why_no_lean
+from ..plan import ABILITIES, OptimizationPlan, Planner
 from .applied import apply_plan
 
 
@@ -14,8 +16,15 @@ class OptimizationManager(Planner):
     """Looks at the machine, recommends a plan, and applies it to a module of your own.
 
     Everything but ``apply_memory_optimizations`` comes from ``plan.Planner``, which never imports
-    torch.
+    torch. ``abilities`` is what plans may use, see there. None stands for what can be carried out
+    here: all of them, without "lean" and "rows" where the installed diffusers computes in a way
+    that the lean forward is not known to equal.
     """
+
+    def __init__(self, abilities: Collection[str] | None = None) -> None:
+        if abilities is None:
+            abilities = ABILITIES if why_no_lean() is None else ABILITIES - {"lean", "rows"}
+        super().__init__(abilities)
 
     def apply_memory_optimizations(
         self, module: Any, plan: OptimizationPlan, component: str = "transformer"

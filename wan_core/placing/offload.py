@@ -14,6 +14,7 @@ one place at a time.
 
 from __future__ import annotations
 
+import re
 import threading
 import weakref
 from collections.abc import Callable, Iterator
@@ -67,7 +68,8 @@ def place(
     Parameters stay the same objects with the same values. Hooks are removed at the end, also after
     an error or an interrupt. A thread that asks for another placement than the one in use waits
     until that one ends. Raises InvalidRequest for an unknown mode, MissingDependency when
-    accelerate is absent, ModuleInUse when this thread holds the module in another placement.
+    accelerate is absent or diffusers too old for the mode, ModuleInUse when this thread holds the
+    module in another placement.
     """
     if mode not in MODES:
         raise InvalidRequest(
@@ -184,6 +186,7 @@ def _attach_group(undo: Undo, module: nn.Module, device: torch.device) -> None:
     """Group offload as diffusers does it: by blocks if the module has blocks, else by leaves."""
     from diffusers.hooks.group_offloading import apply_group_offloading
 
+    require_groups()
     remember(undo, module)
     for owner in module.modules():
         undo.push(_forward_restorer(owner))
@@ -196,6 +199,27 @@ def _attach_group(undo: Undo, module: nn.Module, device: torch.device) -> None:
         num_blocks_per_group=1,
         use_stream=device.type == "cuda",
     )
+
+
+def require_groups() -> None:
+    """Raise MissingDependency where diffusers' group offload cannot work.
+
+    Before 0.41 its hooks ask torch for the machine's accelerator and take for granted that there is
+    one.
+    """
+    # An older torch cannot be asked, and then these versions of diffusers do not ask it.
+    accelerator = getattr(torch, "accelerator", None)
+    if accelerator is None or accelerator.current_accelerator() is not None:
+        return
+    import diffusers
+
+    numbers = re.findall(r"\d+", diffusers.__version__)[:2]
+    if [int(number) for number in numbers] < [0, 41]:
+        raise MissingDependency(
+            f"offload 'group' needs diffusers 0.41 or newer on a machine without a GPU; installed "
+            f"is {diffusers.__version__}. Update it (pip install -U diffusers), or choose offload "
+            "'auto'."
+        )
 
 
 def _forward_restorer(owner: nn.Module) -> Callable[[], None]:

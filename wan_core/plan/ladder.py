@@ -14,7 +14,7 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from ..config import GIB, MIB, MemoryEstimate
+from ..config import GIB, MemoryEstimate, StageEstimate
 from ..memory import RAM_RESERVE, STREAM_BUFFERS, Choices, Workload, estimate, reserved_bytes
 from ..models import ModelArchitecture, block_bytes, experts_of, parts_of, stored_of
 from .config import OptimizationConfig
@@ -44,10 +44,25 @@ class Limits:
     why: str = ""
     stages: tuple[tuple[str, int], ...] = ()
     """(stage, bytes) of stages in which memory ran out, and which may use no more than this."""
+    shared: bool = False
+    """Whether the device's memory is the RAM: what a stage needs of both must fit into it."""
 
     def of_stage(self, name: str) -> int:
         """Return what a stage may use on the device."""
         return min(self.device, dict(self.stages).get(name, self.device))
+
+    def ram_of(self, stage: StageEstimate) -> int:
+        """Return the bytes of RAM that a stage needs, with those of a device that shares it."""
+        return stage.host_bytes + (stage.device_bytes if self.shared else 0)
+
+    def most_ram_of(self, found: MemoryEstimate) -> int:
+        """Return the bytes of RAM that the stage with the highest need takes."""
+        return max(map(self.ram_of, found.stages))
+
+    def left_by(self, stage: StageEstimate, choices: Choices, system: SystemResources) -> int:
+        """Return what a stage leaves free on the device, below 0 if it does not fit there."""
+        left = self.of_stage(stage.name) - reserved_bytes(stage, choices, system)
+        return min(left, self.ram - self.ram_of(stage)) if self.shared else left
 
     @staticmethod
     def of(system: SystemResources, requested: OptimizationConfig) -> Limits:
@@ -64,12 +79,13 @@ class Limits:
         if requested.vram_limit_gb is not None:
             device = min(device, int(requested.vram_limit_gb * GIB))
             caps.append(f"vram_limit_gb is {requested.vram_limit_gb:g}")
-        return Limits(device=device, ram=ram, why=f" ({', '.join(caps)})" if caps else "")
+        why = f" ({', '.join(caps)})" if caps else ""
+        return Limits(device=device, ram=ram, why=why, shared=system.shares_ram)
 
     def admit(self, found: MemoryEstimate) -> bool:
         """Say whether an estimate stays within the limits of device and RAM."""
         within = all(stage.device_bytes <= self.of_stage(stage.name) for stage in found.stages)
-        return bool(found.fits) and within and found.host_ram_mb * MIB <= self.ram
+        return bool(found.fits) and within and self.most_ram_of(found) <= self.ram
 
 
 @dataclass(frozen=True, slots=True)
@@ -263,12 +279,8 @@ def _with_smaller_parts(
     These components run once: block by block, or layer by layer, costs them seconds in a whole run.
     """
     whole = estimate(architecture, workload, choices, system)
-    needed = {stage.name: reserved_bytes(stage, choices, system) for stage in whole.stages}
-    large = [
-        part
-        for part, stages in _STAGES_OF.items()
-        if any(needed.get(stage, 0) > limits.of_stage(stage) for stage in stages)
-    ]
+    short = {s.name for s in whole.stages if limits.left_by(s, choices, system) < 0}
+    large = [part for part, stages in _STAGES_OF.items() if not short.isdisjoint(stages)]
     pieces = dict.fromkeys(large, "sequential")
     if streams and "text_encoder" in pieces:
         pieces["text_encoder"] = "stream"
@@ -290,7 +302,7 @@ def _fill_with_blocks(
     # What a denoising stage leaves free without any resident block is what they can take.
     empty = estimate(architecture, workload, replace(choices, resident_blocks=0), system)
     left = min(
-        limits.of_stage(stage.name) - reserved_bytes(stage, choices, system)
+        limits.left_by(stage, choices, system)
         for stage in empty.stages
         if stage.name.startswith("denoise")
     )

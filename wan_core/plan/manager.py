@@ -135,7 +135,7 @@ class Planner:
                 for candidate in candidates
                 if _goes_on(candidate.choices, workload, current)
                 and _stage_bytes(candidate.estimate, stage) < most
-                and candidate.estimate.host_ram_mb * MIB <= limits.ram
+                and limits.most_ram_of(candidate.estimate) <= limits.ram
             ]
             # Better a plan that is only a little smaller than none: it may be enough.
             chosen = best(less, limits) or min(
@@ -187,10 +187,12 @@ class Planner:
         where = "RAM" if system.device_kind == "cpu" else system.device_name
         ram_is_short = needed <= there
         if ram_is_short:
-            most = max(smallest.estimate.stages, key=lambda found: found.host_bytes)
-            needed, there, where, stage = most.host_bytes, limits.ram, "RAM", most.name
+            most = max(smallest.estimate.stages, key=limits.ram_of)
+            needed, there, where, stage = limits.ram_of(most), limits.ram, "RAM", most.name
         title = architecture.variant.title
-        cure = "" if not ram_is_short else _ram_cure(architecture, stage, needed - there)
+        cure = ""
+        if ram_is_short and not limits.shared:  # a device in the RAM is short of either
+            cure = _ram_cure(architecture, workload, stage, needed - there)
         return DoesNotFit(
             f"{frames_text(workload.num_frames)} of {workload.width}x{workload.height} with "
             f"{title} need {needed / GIB:.1f} GiB (stage {stage}) in the smallest way "
@@ -203,8 +205,18 @@ class Planner:
         )
 
 
-def _ram_cure(architecture: ModelArchitecture, stage: str, short: int) -> str:
-    """Return what helps where a stage's weights are more than the RAM: another file, or room."""
+def _ram_cure(
+    architecture: ModelArchitecture, workload: Workload, stage: str, short: int
+) -> str:  # fmt: skip
+    """Return what helps where the RAM is too small: room, no frames in it, or another file."""
+    if stage in ("decode", "output"):
+        if not workload.return_frames:
+            return ""
+        frames = workload.batch_size * workload.num_frames * workload.height * workload.width * 12
+        return (
+            f"The finished frames are {frames / GIB:.1f} GiB of that: write the video to a file "
+            "with return_frames False, or make it shorter or smaller."
+        )
     part = {"text_encode": "text_encoder", "denoise_low": "transformer_2"}.get(stage, "transformer")
     component = architecture.components.get(part)
     more = f"{short / GIB:.1f} GiB more of free RAM would do: close other programs"
@@ -239,7 +251,7 @@ def _smallest(candidates: list[Candidate], limits: Limits) -> Candidate:
         candidates,
         key=lambda candidate: (
             max(candidate.reserved, limits.device),
-            candidate.estimate.host_ram_mb,
+            limits.most_ram_of(candidate.estimate),
         ),
     )
 

@@ -27,7 +27,6 @@ class OptimizationPlan:
     """Predicted for the whole job, with the files in the system's cache."""
     cold_seconds: float = 0.0
     """The same where every file is read from the disk first."""
-    """Predicted seconds of all steps, and of moving components to the device."""
     pin_limit: int | None = None
     """Bytes of RAM that may be page-locked at most, where the user limits the RAM."""
     paced: bool = False

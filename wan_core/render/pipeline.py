@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from ..config import GenerationConfig, MemoryEstimate, VideoGenerationResult
-from ..errors import DoesNotFit, MissingDependency, is_oom
+from ..errors import DoesNotFit, MissingDependency, first_line, is_oom
 from ..forward import undisturbed, why_no_lean
 from ..job import (
     FRAMES_PER_LATENT,
@@ -37,10 +37,11 @@ from ..job import (
 from ..loading import ComponentCache, unpin
 from ..memory import Calibrations, RunRecord, SystemResources, Workload, forward_name
 from ..models import ModelArchitecture
+from ..placing import require_groups
 from ..plan import ABILITIES, OptimizationConfig, OptimizationPlan, Planner
 from .render import Render
 from .report import Timeline, device_bytes, format_report
-from .stages import Callbacks, StageRunner, first_line
+from .stages import Callbacks, StageRunner
 
 _LOCK_WAIT_SECONDS = 0.1
 
@@ -210,6 +211,8 @@ class WanPipelineWrapper:
     ) -> None:
         request, inputs = self._checked(config)
         plan = self._plan(request, config)
+        if "group" in plan.choices.part_offload.values():
+            require_groups()
         render = self._make_render(config, request, plan, callbacks, result, inputs)
         before = self._foreign_bytes(render.stages)
         try:

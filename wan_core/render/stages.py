@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 
 from ..config import GenerationConfig, VideoGenerationResult
-from ..errors import DoesNotFit, SpilledMemory, is_host_oom, is_oom
+from ..errors import DoesNotFit, SpilledMemory, first_line, is_host_oom, is_oom
 from ..loading import (
     ComponentCache,
     ComponentKey,
@@ -342,8 +342,3 @@ class StageRunner:
             f"{change or 'a smaller plan'}."
         )
         self.callbacks.tell(self.result.warnings)
-
-
-def first_line(error: BaseException) -> str:
-    """Return the first line of an error's text, at most 200 characters of it."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
