@@ -93,7 +93,7 @@ TINY = Shapes(
     ),
     replace(VAE_21, base_dim=4, decoder_base_dim=4, num_res_blocks=1),
     {
-        "d_model": 32, "d_ff": 64, "num_layers": 2, "num_heads": 4, "d_kv": 8, "vocab_size": 256,
+        "d_model": 32, "d_ff": 64, "num_layers": 2, "num_heads": 4, "d_kv": 8, "vocab_size": 640,
         "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False,
     },
 )  # fmt: skip

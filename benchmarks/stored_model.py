@@ -43,6 +43,8 @@ STD, LARGEST = 0.02, 0.1
 """Of the weights; numbers beyond ``LARGEST`` (five standard deviations) are cut."""
 PIECES = 256_000
 """Pieces of umT5's tokenizer."""
+EXTRA_IDS = 300
+"""Tokens that come after the pieces."""
 _BYTES = {"F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "I8": 1, "U8": 1}
 _TORCH = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -291,7 +293,7 @@ class StoredModel:
     def write_rest(self, pieces: int = PIECES) -> int:
         """Write text encoder and VAE; return their bytes."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        pieces = min(pieces, self.shapes.text["vocab_size"])
+        pieces = min(pieces, self.shapes.text["vocab_size"] - EXTRA_IDS)
         total = write_file(self.text, text_entries(self.shapes, pieces), self._numbers)
         torch.manual_seed(0)
         state = original_vae(state_of(autoencoder(self.shapes.vae)), self.shapes.vae.num_res_blocks)

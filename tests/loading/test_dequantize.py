@@ -97,8 +97,31 @@ def test_the_convrot_vector() -> None:
     assert torch.allclose(wide[0, :4], expected, rtol=1e-6, atol=0)  # sums in another order
     half = dequantize(bits, Scales(scales), stored, torch.bfloat16)
     assert half[0, :4].view(torch.uint8).numpy().tobytes() == HEX("31befebda0bd01bd")
+    # Multiplied first, as comfy-kitchen's eager code does: a rounding of float32 apart.
+    first = (bits.float() * scales).view(-1, 16) @ rotation(16)
+    assert torch.allclose(wide, first.view(1, 32), rtol=1e-5, atol=1e-7)
     signs = "+++- +++- +++- ---+".replace(" ", "")
     assert "".join("+" if x > 0 else "-" for x in rotation(16)[0]) == signs
+
+
+@pytest.mark.parametrize("group", [4, 16, 64, 256])
+@pytest.mark.parametrize("per", ["row", "tensor"])
+def test_rotated_codes_have_one_right_answer(group: int, per: str) -> None:
+    """The same bits whatever the order of the sums: by rows, backwards, in float64."""
+    generator = torch.Generator().manual_seed(group)
+    bits = torch.randint(-128, 128, (7, 2 * group), dtype=torch.int8, generator=generator)
+    bits[0], bits[1] = 127, -128  # the largest sums
+    each = torch.rand(7, generator=generator) * 0.01
+    scales = Scales(each) if per == "row" else Scales(None, 0.0123)
+    stored = Storage("int8", "I8", (7, 2 * group), "s", per=per, group=group)
+    exact = (bits.double().view(-1, group) @ rotation(group).double()).view(7, -1).float()
+    factor = each.view(-1, 1) if per == "row" else 0.0123
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        whole = dequantize(bits, scales, stored, dtype)
+        assert torch.equal(whole, (exact * factor).to(dtype))
+        for rows in (slice(3, 4), torch.tensor([6, 0, 2])):
+            some = dequantize(bits[rows], scales.of_rows(rows), stored, dtype)
+            assert torch.equal(some, whole[rows])
 
 
 @pytest.mark.parametrize("group", [4, 16, 64, 256])

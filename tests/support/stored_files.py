@@ -96,10 +96,10 @@ def int8(weight: Tensor, per: str = "row", group: int = 0) -> Packed:
     values = (rotated / scale).round().clamp(-127, 127).to(torch.int8)
 
     def meaning(dtype: torch.dtype) -> Tensor:
-        wide = values.float() * scale
-        if group:
-            wide = (wide.view(-1, group) @ hadamard(group)).view(weight.shape)
-        return wide.to(dtype)
+        wide = values.double()
+        if group:  # exact in any order: whole numbers over a power of two
+            wide = (wide.view(-1, group) @ hadamard(group).double()).view(weight.shape)
+        return (wide.float() * scale).to(dtype)
 
     note: dict[str, object] = {"format": "int8_tensorwise"}
     if group:

@@ -2,8 +2,10 @@
 
 Every kind but GGUF is multiplied in float32 and rounded once to the dtype asked for, as
 comfy-kitchen's CUDA and Triton kernels do (its eager code rounds the scale first, another answer).
-GGUF blocks are taken apart by diffusers' own functions, in float16, so that the bits are those of
-diffusers' GGUF layers. ``kernels`` has the same numbers in one pass on CUDA.
+Rotated int8 (convrot) is turned back before it is multiplied: codes times +1 and -1 are whole
+numbers below 2**24, which float32 adds up exactly in any order and on any device. GGUF blocks are
+taken apart by diffusers' own functions, in float16, so that the bits are those of diffusers' GGUF
+layers. ``kernels`` has the same numbers in one pass on CUDA.
 
 Formulas: comfy-kitchen ``backends/cuda/ops/*.cu`` and ``tensor/*.py``.
 """
@@ -59,7 +61,6 @@ def dequantize(values: Tensor, scales: Scales, stored: Storage, dtype: torch.dty
     if pieces < 2 or not stored.by_rows:
         return _dequantize(values, scales, stored, dtype)
     out = torch.empty(len(values), columns, dtype=dtype, device=values.device)
-    # Pieces of about one size: a product of a few rows is rounded in another way (convrot).
     step = -(-len(values) // pieces)
     for begin in range(0, len(values), step):
         rows = slice(begin, begin + step)
@@ -84,8 +85,10 @@ def _dequantize(values: Tensor, scales: Scales, stored: Storage, dtype: torch.dt
         plain = numbers.to(dtype)
         return plain if scales.whole == 1 else plain.mul_(scales.whole)
     rows = scales.whole if scales.each is None else scales.each.view(-1, 1)
-    wide = numbers.float().mul_(rows)
-    return (_unrotated(wide, stored.group) if stored.group else wide).to(dtype)
+    wide = numbers.float()
+    if stored.group:
+        wide = _unrotated(wide, stored.group)
+    return wide.mul_(rows).to(dtype)
 
 
 _HALVES = {
@@ -165,10 +168,14 @@ def rotation(group: int) -> Tensor:
         return scaled
 
 
-def _unrotated(wide: Tensor, group: int) -> Tensor:
-    """Undo convrot: each group of columns times H, in float32."""
-    turned: Tensor = wide.view(-1, group) @ rotation(group).to(wide.device)
-    return turned.reshape(wide.shape)
+def _unrotated(codes: Tensor, group: int) -> Tensor:
+    """Undo convrot: each group of columns of int8 codes, as float32, times H.
+
+    Exact: H is +1 and -1 over a power of two, so that every product and sum is a whole number
+    below 2**24 over that power; TF32 holds them, too.
+    """
+    turned: Tensor = codes.view(-1, group) @ rotation(group).to(codes.device)
+    return turned.reshape(codes.shape)
 
 
 def _gguf(values: Tensor, kind: str) -> Tensor:

@@ -3,10 +3,6 @@
 One program takes a tile of a weight, reads its bytes once and writes each number once. Every step
 rounds where the reference code rounds, so the bits are the same; ``quantized`` compares both before
 it uses a kernel. Importing this module needs Triton.
-
-Rotated int8 (convrot) is summed as whole numbers: codes times +1 and -1 add up exactly in float32
-whatever the order, and are multiplied with the scale at the end. The reference multiplies first;
-the two differ by one rounding of float32.
 """
 
 from __future__ import annotations
@@ -144,11 +140,11 @@ _sign_tables: dict[tuple[int, torch.device], Tensor] = {}
 
 
 def _signs(group: int, device: torch.device) -> Tensor:
-    """Return H without its factor, +1 and -1, in float16 on the device."""
+    """Return H without its factor, +1 and -1, in int8 on the device."""
     table = _sign_tables.get((group, device))
     if table is None:
         with torch.inference_mode(False):
-            table = (rotation(group) * group**0.5).to(device, torch.float16)
+            table = (rotation(group) * group**0.5).to(device, torch.int8)
         _sign_tables[group, device] = table
     return table
 
@@ -164,15 +160,15 @@ def _rotated_kernel(
     inside = row < rows
     place = row[:, None].to(tl.int64) * columns + first
     code = tl.load(bits + place + within[None, :], mask=inside[:, None], other=0)
-    code = code.to(tl.int8, bitcast=True).to(tl.float16)
+    code = code.to(tl.int8, bitcast=True)
     scale = whole
     if PER_ROW:
         scale = tl.load(each + row, mask=inside, other=0.0)[:, None]
     for start in range(0, GROUP, WIDTH):
         column = start + tl.arange(0, WIDTH)
         table = tl.load(signs + within[:, None] * GROUP + column[None, :])
-        total = tl.dot(code, table)  # whole numbers below 2**24: exact in float32
-        value = (total * factor) * scale
+        total = tl.dot(code, table, out_dtype=tl.int32)
+        value = (total.to(tl.float32) * factor) * scale  # the factor is a power of two: exact
         tl.store(
             out + place + column[None, :], value.to(out.dtype.element_ty), mask=inside[:, None]
         )
