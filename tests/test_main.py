@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import signal
@@ -222,6 +224,21 @@ def printed(*arguments: Any, **environment: str) -> subprocess.CompletedProcess[
     )  # fmt: skip
 
 
+def printed_here(encoding: str, *arguments: Any) -> tuple[int, bytes]:
+    """Run a command in this process, its output going to a console of an encoding."""
+    wire = io.BytesIO()
+    with (
+        contextlib.redirect_stdout(io.TextIOWrapper(wire, encoding)) as console,
+        contextlib.redirect_stderr(io.TextIOWrapper(io.BytesIO(), encoding)),
+    ):
+        try:
+            code = main([str(a) for a in arguments])
+        except SystemExit as done:  # argparse's help
+            code = int(done.code or 0)
+        console.flush()
+    return code, wire.getvalue()
+
+
 NAME = "\u0444\u0438\u043b\u044c\u043c \u72d0 \U0001f98a.mp4"
 
 
@@ -231,20 +248,28 @@ def test_a_console_that_cannot_show_a_name_ends_well(
 ) -> None:
     target = tmp_path / NAME
     for more in ((), ("--json",)):
-        done = printed(*generate(model, target, *more), PYTHONIOENCODING=encoding)
-        assert done.returncode == 0 and target.exists(), done.stderr[-500:]
-        text = done.stdout.decode(encoding)
+        code, out = printed_here(encoding, *generate(model, target, *more))
+        assert code == 0 and target.exists(), out
+        text = out.decode(encoding)
         if more:
             assert json.loads(text)["output_path"] == str(target)
         else:
             assert (NAME if encoding.startswith("utf") else r"\u72d0 \U0001f98a.mp4") in text
         target.unlink()
-    failed = printed("inspect", tmp_path / NAME, "--json", PYTHONIOENCODING=encoding)
-    assert failed.returncode == 1
-    assert NAME in json.loads(failed.stdout.decode(encoding))["errors"][0]
+    code, out = printed_here(encoding, "inspect", tmp_path / NAME, "--json")
+    assert code == 1
+    assert NAME in json.loads(out.decode(encoding))["errors"][0]
     for command in ("--help", "generate", "estimate"):
         more_help = () if command == "--help" else ("--help",)
-        assert printed(command, *more_help, PYTHONIOENCODING=encoding).returncode == 0
+        assert printed_here(encoding, command, *more_help)[0] == 0
+
+
+def test_a_process_of_its_own_on_such_a_console(model: Path, tmp_path: Path) -> None:
+    failed = printed("inspect", tmp_path / NAME, "--json", PYTHONIOENCODING="cp437")
+    assert failed.returncode == 1
+    assert NAME in json.loads(failed.stdout.decode("cp437"))["errors"][0]
+    done = printed("inspect", model, PYTHONIOENCODING="ascii")
+    assert done.returncode == 0 and b"Traceback" not in done.stderr
 
 
 def test_names_that_are_no_text_are_printed(model: Path, tmp_path: Path) -> None:
