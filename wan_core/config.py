@@ -82,7 +82,9 @@ class WanModelFiles:
 
     Each is a file or a component folder. ``transformer`` is the only transformer or the high-noise
     expert, ``transformer_2`` the low-noise expert: the field decides the role, never the file's
-    name. ``loras`` lists ``WanLoRA`` objects or tuples (file, expert, strength).
+    name. ``loras`` lists ``WanLoRA`` objects or tuples (file, expert, strength). ``vace`` and
+    ``vace_2`` are VACE modules published without their base model: each is joined with the
+    text-to-video transformer of the same size, ``vace`` with ``transformer``.
     """
 
     transformer: str | Path
@@ -92,6 +94,8 @@ class WanModelFiles:
     tokenizer: str | Path | None = None
     image_encoder: str | Path | None = None
     loras: tuple[WanLoRA | tuple[str, str, float], ...] = ()
+    vace: str | Path | None = None
+    vace_2: str | Path | None = None
 
 
 @dataclass(slots=True, kw_only=True)

@@ -211,7 +211,7 @@ FOREIGN: dict[str, tuple[Shapes, str]] = {
          "conditioner.embedders.0.transformer.x.weight": (1, 1)},
         "a Stable Diffusion XL checkpoint"),
     "vace module": (
-        {"vace_blocks.0.after_proj.weight": (1, 1), "vace_patch_embedding.weight": (1, 1)},
+        layouts.vace_module(256, 512, 2),
         "a VACE module without its base model"),
     "hunyuan": (
         {"txt_in.individual_token_refiner.blocks.0.norm1.weight": (3072,)},

@@ -11,7 +11,14 @@ from support import wan_layouts as layouts
 from wan_core.config import WanModelFiles
 from wan_core.detect.detector import ArchitectureDetector, inspect_file
 from wan_core.detect.pairing import check_lora, role_hint
-from wan_core.errors import MissingFile, ModelMismatch, UnsafeFile, UnsupportedModel, WanError
+from wan_core.errors import (
+    CorruptFile,
+    MissingFile,
+    ModelMismatch,
+    UnsafeFile,
+    UnsupportedModel,
+    WanError,
+)
 
 detect = ArchitectureDetector().detect_model_architecture
 
@@ -20,7 +27,16 @@ FILES = {name: layouts.shallow(shapes) for name, (shapes, _) in layouts.FILES.it
     "umt5": layouts.umt5(layers=2), "umt5 small": layouts.umt5(512, 2),
     "t5": layouts.umt5(layers=2, every_block=False),
     "clip": layouts.clip_vision(), "clip small": layouts.clip_vision(768),
+    "t2v-14b copy": layouts.shallow(layouts.FILES["t2v-14b"][0]),
     "t2v-14b of 3 blocks": layouts.transformer(5120, 13824, 3, 16),
+    "vace 14b": layouts.vace_module(5120, 13824, 2),
+    "vace 1.3b": layouts.vace_module(1536, 8960, 2),
+    "vace 14b of 3 blocks": layouts.vace_module(5120, 13824, 3),
+    "vace 14b damaged": {
+        name: size
+        for name, size in layouts.vace_module(5120, 13824, 2).items()
+        if "vace_blocks.1.ffn.2" not in name
+    },
     "lora": {"diffusion_model.blocks.0.self_attn.q.lora_A.weight": (16, 5120)},
 }  # fmt: skip
 
@@ -73,6 +89,30 @@ REFUSED: dict[str, tuple[dict[str, str], type[WanError], str]] = {
                              UnsupportedModel, "is a CLIP image encoder"),
     "clip of another width": ({"transformer": "i2v-14b", "image_encoder": "clip small"},
                               ModelMismatch, "tokens of width 768, .*i2v-14b.* takes 1280"),
+    "a vace module as the model": ({"transformer": "vace 14b"}, UnsupportedModel,
+                                   "is a VACE module without its base model, not a Wan transf.*"
+                                   "vace of WanModelFiles"),
+    "a vace module as the vae": ({"transformer": "t2v-14b", "vae": "vace 14b"}, UnsupportedModel,
+                                 "is a VACE module without its base model, not a Wan VAE"),
+    "a model as the vace module": ({"transformer": "t2v-14b", "vace": "vace-14b"},
+                                   UnsupportedModel, "is a Wan VACE transformer, not a VACE mod"),
+    "a vace module of another width": ({"transformer": "t2v-14b", "vace": "vace 1.3b"},
+                                       ModelMismatch, "vace 1.3b.* width 1536; .*t2v-14b.* 5120"),
+    "a vace module with an i2v model": ({"transformer": "i2v-a14b", "vace": "vace 14b"},
+                                        ModelMismatch, "belongs to a text-to-video .*i2v-a14b"),
+    "more vace blocks than blocks": ({"transformer": "t2v-14b", "vace": "vace 14b of 3 blocks"},
+                                     ModelMismatch, "has 3 blocks, .* only 2"),
+    "a damaged vace module": ({"transformer": "t2v-14b", "vace": "vace 14b damaged"}, CorruptFile,
+                              "lacks 2 tensors .*vace_blocks.1.ffn.2"),
+    "a module for a model that is not there": (
+        {"transformer": "t2v-14b", "vace": "vace 14b", "vace_2": "vace 14b"}, MissingFile,
+        "transformer_2 is not given, and its module is"),
+    "a module for one of two experts": (
+        {"transformer": "t2v-14b", "transformer_2": "t2v-14b copy", "vace": "vace 14b"},
+        MissingFile, "transformer_2 has no VACE module"),
+    "one module for both experts": (
+        {"transformer": "t2v-14b", "transformer_2": "t2v-14b copy", "vace": "vace 14b",
+         "vace_2": "vace 14b"}, ModelMismatch, "of both experts are the same file"),
     "no such file": ({"transformer": "gone"}, MissingFile, "does not exist"),
 }  # fmt: skip
 
@@ -203,3 +243,81 @@ def test_a_chosen_pickle_is_looked_into_and_one_that_runs_code_refused(
     torch.save({"a": print}, tmp_path / "vae.pth")
     with pytest.raises(UnsafeFile, match="asks for 'builtins.print'|asks for '__builtin__.print'"):
         detect(WanModelFiles(transformer=store / "t2v-14b.safetensors", vae=tmp_path / "vae.pth"))
+
+
+# A VACE module beside its base -----------------------------------------------------------------
+
+
+def module_file(path: Path, kind: str = "bf16", prefix: str = "", blocks: int = 8) -> Path:
+    shapes = layouts.vace_module(5120, 13824, blocks)
+    file = layouts.stored({prefix + name: size for name, size in shapes.items()}, kind)
+    return layouts.write_sparse(path, file)
+
+
+def test_a_module_and_its_base_are_the_checkpoint_of_both(tmp_path: Path) -> None:
+    """The numbers, tensors and sizes of a pair are those of the published single file."""
+    shapes, _ = layouts.FILES["vace-14b"]
+    whole = detect(
+        layouts.write_sparse(tmp_path / "whole.safetensors", layouts.stored(shapes, "bf16"))
+    )
+    base = layouts.write_sparse(
+        tmp_path / "base.safetensors", layouts.stored(layouts.FILES["t2v-14b"][0], "bf16")
+    )
+    for prefix in ("", "model.diffusion_model."):
+        module = module_file(tmp_path / "module.safetensors", prefix=prefix)
+        found = detect(WanModelFiles(transformer=base, vace=module))
+        assert found.name == whole.name == "wan2.1-vace-14b" and not found.custom_size
+        assert found.transformer == whole.transformer
+        assert found.transformer.vace_layers == (0, 5, 10, 15, 20, 25, 30, 35)
+        part, one = found.components["transformer"], whole.components["transformer"]
+        assert (part.nbytes, part.parameters, part.stored) == (
+            one.nbytes,
+            one.parameters,
+            one.stored,
+        )
+        assert part.files == (base, module) and part.module == module
+        assert any("module.safetensors is joined with base.safetensors" in r for r in found.reasons)
+
+
+def test_a_module_is_stored_otherwise_than_its_base(tmp_path: Path) -> None:
+    base = layouts.write_sparse(
+        tmp_path / "base.safetensors",
+        layouts.stored(layouts.FILES["t2v-14b"][0], "fp8_scaled old"),
+    )
+    plain, scaled = (
+        module_file(tmp_path / f"{kind[:4]}.safetensors", kind)
+        for kind in ("bf16", "fp8_scaled new")
+    )
+    first = detect(WanModelFiles(transformer=base, vace=plain)).components["transformer"]
+    second = detect(WanModelFiles(transformer=base, vace=scaled)).components["transformer"]
+    assert first.weight_kind == second.weight_kind == "fp8_scaled"
+    assert first.stored and second.stored and first.stored.blocks == second.stored.blocks
+    assert first.stored.rest.nbytes(2) > second.stored.rest.nbytes(2) > 0
+
+
+def test_each_expert_has_a_module_of_its_own(tmp_path: Path) -> None:
+    shapes = layouts.shallow(layouts.FILES["t2v-14b"][0])
+    names = {}
+    for role in ("high", "low"):
+        names[role] = layouts.write_sparse(
+            tmp_path / f"wan_{role}_noise.safetensors", layouts.stored(shapes, "bf16")
+        )
+        names["vace " + role] = module_file(tmp_path / f"vace_{role}_noise.safetensors", blocks=2)
+    pair = {"transformer": names["high"], "transformer_2": names["low"]}
+    found = detect(WanModelFiles(**pair, vace=names["vace high"], vace_2=names["vace low"]))
+    assert found.name == "wan2.2-vace-fun-a14b" and found.two_experts and not found.warnings
+    assert found.components["transformer_2"].module == names["vace low"]
+    with pytest.raises(ModelMismatch, match="vace_low.* high-noise expert, but .* low, while"):
+        detect(WanModelFiles(**pair, vace=names["vace low"], vace_2=names["vace high"]))
+
+
+def test_only_the_names_of_a_pair_of_modules_disagree(tmp_path: Path) -> None:
+    """A base whose name says nothing: the module's name is no proof, and a warning says so."""
+    shapes = layouts.shallow(layouts.FILES["t2v-14b"][0])
+    a, b = (
+        layouts.write_sparse(tmp_path / f"{name}.safetensors", layouts.stored(shapes, "bf16"))
+        for name in ("a", "b")
+    )
+    high, low = (module_file(tmp_path / f"vace_{r}.safetensors", blocks=2) for r in ("high", "low"))
+    found = detect(WanModelFiles(transformer=a, transformer_2=b, vace=low, vace_2=high))
+    assert sum("Check that the two are not swapped" in text for text in found.warnings) == 2

@@ -225,3 +225,81 @@ def test_a_folder_s_name_says_distilled(tmp_path: Path) -> None:
 def test_an_effect_is_not_distilled(tmp_path: Path) -> None:
     path = sparse(tmp_path / "thunder_lightning_wan.safetensors", layouts.stored(SMALL, "bf16"))
     assert detect(path).recipe is None
+
+
+# Animate 2 has the shapes of image to video -----------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "metadata"),
+    [
+        ("x", {"config": '{"transformer": {"model_type": "animate2"}}'}),
+        ("x", {"general.name": "Wan Animate 2 14B"}),
+        ("wan_animate_2_bf16", {}),
+        ("wan_animate_2_distill_fp8", {}),
+        ("Wan-Animate-2.Q4_K", {}),
+        ("WanAnimate2", {}),
+    ],
+)
+def test_animate_2_is_told_from_image_to_video(
+    tmp_path: Path, name: str, metadata: dict[str, str]
+) -> None:
+    file = layouts.Stored(layouts.stored(IMAGE, "bf16").tensors, metadata)
+    found = detect(sparse(tmp_path / f"{name}.safetensors", file))
+    assert found.name == "wan-animate-2-14b" and not found.variant.supported
+    assert any("says that it is Animate 2" in reason for reason in found.reasons)
+
+
+@pytest.mark.parametrize(
+    ("name", "metadata"),
+    [
+        ("wan_i2v_480p", {"config": "{}"}),
+        ("x", {"config": "["}),
+        ("x", {"config": '{"transformer": []}'}),
+        ("wan_i2v_animate_20_steps", {"config": '{"transformer": {"model_type": "i2v"}}'}),
+        ("animated_2d_style", {}),
+    ],
+)
+def test_image_to_video_stays_image_to_video(
+    tmp_path: Path, name: str, metadata: dict[str, str]
+) -> None:
+    file = layouts.Stored(layouts.stored(IMAGE, "bf16").tensors, metadata)
+    assert detect(sparse(tmp_path / f"{name}.safetensors", file)).name == "wan2.1-i2v-14b"
+
+
+def test_animate_2_in_the_names_of_its_release(tmp_path: Path) -> None:
+    shapes = {n.replace("blocks.0.", "blocks.0.block."): s for n, s in IMAGE.items()}
+    shapes = {n.replace("blocks.1.", "blocks.1.block."): s for n, s in shapes.items()}
+    with pytest.raises(UnsupportedModel, match="is a Wan Animate 2 transformer"):
+        detect(sparse(tmp_path / "x.safetensors", layouts.stored(shapes, "bf16")))
+
+
+# What the Fun models read ------------------------------------------------------------------------
+
+
+def test_reference_and_camera_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    for name, numbers in {
+        "fun-control-1.3b": (None, None), "fun-control-14b": (16, None),
+        "fun-control-a14b": (16, None), "fun-control-5b": (48, None),
+        "fun-camera-1.3b": (None, 24), "fun-camera-a14b": (None, 24), "fun-inp-5b": (None, None),
+    }.items():  # fmt: skip
+        shapes, (variant, *_) = layouts.FILES[name]
+        found = detect(sparse(path, layouts.stored(layouts.shallow(shapes), "bf16")))
+        assert found.name == variant
+        assert (found.transformer.reference_channels, found.transformer.camera_channels) == numbers
+    older = {n: s for n, s in FILES["fun-control-14b"].items() if not n.startswith("ref_conv")}
+    found = detect(sparse(path, layouts.stored(older, "bf16")))  # V1.0: the same variant
+    assert found.name == "wan2.1-fun-control-14b" and not found.custom_size
+    assert found.transformer.reference_channels is None
+
+
+@pytest.mark.parametrize(
+    "lost", ["ref_conv.bias", "control_adapter.residual_blocks.0.conv2.weight"]
+)
+def test_a_fun_model_that_lacks_tensors(tmp_path: Path, lost: str) -> None:
+    name = "fun-control-14b" if "ref" in lost else "fun-camera-14b"
+    shapes = layouts.shallow(FILES[name])
+    del shapes[lost]
+    with pytest.raises(CorruptFile, match=f"lacks 1 of the tensors.*{lost}"):
+        detect(sparse(tmp_path / "x.safetensors", layouts.stored(shapes, "bf16")))

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from support import reference_layouts as layouts
 from support.tiny_models import FAMILIES, components, make_folder
 
 from wan_core.errors import (
@@ -24,6 +25,9 @@ from wan_core.errors import (
 )
 from wan_core.loading.blueprint import Blueprint
 from wan_core.loading.component import build, load_component
+from wan_core.errors import CorruptFile, ModelFileError, ModelMismatch, UnsupportedModel, WanError
+from wan_core.loading.component import load_component
+from wan_core.models import map_names
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -477,6 +481,7 @@ MEMORY = """
 import gc, pathlib, sys
 import torch, diffusers, transformers
 from wan_core.loading.component import load_component
+from wan_core.models import map_names
 def status(key):
     lines = dict(line.split(":", 1) for line in open("/proc/self/status"))
     return int(lines[key].split()[0]) * 1024
@@ -547,3 +552,56 @@ def test_a_library_that_cannot_be_imported_is_named(
         build(plan)
     assert "long text" not in str(caught.value)
     assert "Install diffusers >= 0.35" in str(caught.value)
+# A VACE module beside its base --------------------------------------------------------------------
+
+
+def _vace_state(seed: int) -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
+    from diffusers import WanVACETransformer3DModel
+
+    torch.manual_seed(seed)
+    module = WanVACETransformer3DModel(
+        num_attention_heads=1, attention_head_dim=128, in_channels=16, out_channels=16,
+        text_dim=32, freq_dim=16, ffn_dim=64, num_layers=4, vace_layers=[0, 2],
+        vace_in_channels=96,
+    ).eval()  # fmt: skip
+    return module, layouts.original_transformer(layouts.state_of(module))
+
+
+@pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
+@pytest.mark.parametrize("kept", [False, True])
+def test_a_vace_module_is_read_beside_its_base(tmp_path: Path, prefix: str, kept: bool) -> None:
+    """Base and module in two files, under different prefixes, are the module of one file."""
+    whole, state = _vace_state(3)
+    base = {f"{prefix}{n}": t for n, t in state.items() if not n.startswith("vace_")}
+    module = {n: t.to(torch.float16) for n, t in state.items() if n.startswith("vace_")}
+    save_file(base, tmp_path / "base.safetensors")
+    save_file(module, tmp_path / "module.safetensors")
+    got = load_component(
+        tmp_path / "base.safetensors", torch.float32, kind="transformer", keep_quantized=kept,
+        module_path=tmp_path / "module.safetensors",
+    )  # fmt: skip
+    assert type(got) is type(whole) and got.config.vace_layers == [0, 2]
+    wanted = whole.state_dict()
+    found = got.state_dict()
+    assert set(found) == set(wanted)
+    for name, value in wanted.items():
+        stored = value.half().float() if name.startswith("vace_") else value
+        assert torch.equal(found[name], stored), name
+
+
+def test_a_vace_module_stored_in_fp8_beside_a_plain_base(tmp_path: Path) -> None:
+    whole, state = _vace_state(4)
+    base = {n: t for n, t in state.items() if not n.startswith("vace_")}
+    module = {n: t for n, t in state.items() if n.startswith("vace_")}
+    linear = {n for n, t in module.items() if t.ndim == 2 and n.endswith(".weight")}
+    packed, metadata, meaning = layouts.scaled_fp8(module, linear, "old")
+    save_file(base, tmp_path / "base.safetensors")
+    save_file(packed, tmp_path / "module.safetensors", metadata or None)
+    got = load_component(
+        tmp_path / "base.safetensors", torch.float32, kind="transformer",
+        module_path=tmp_path / "module.safetensors",
+    )  # fmt: skip
+    names = map_names("transformer", state)
+    for name, source in names.sources.items():
+        value = meaning.get(source.name, state[source.name])
+        assert torch.allclose(got.state_dict()[name], value.float(), atol=1e-6), name

@@ -117,8 +117,8 @@ def test_a_derivative_with_unknown_tensors_is_refused(
     tmp_path: Path, transformers: dict[str, torch.nn.Module]
 ) -> None:
     state = layouts.original_transformer(layouts.state_of(transformers["wan2.1-t2v"]))
-    state["control_adapter.conv.weight"] = torch.zeros(2, 2)
-    with pytest.raises((ModelMismatch, UnsupportedModel), match="control_adapter.conv.weight"):
+    state["dwpose_embedding.0.weight"] = torch.zeros(2, 2)
+    with pytest.raises((ModelMismatch, UnsupportedModel), match="dwpose_embedding.0.weight"):
         load_component(write(tmp_path / "m.safetensors", state))
 
 

@@ -75,9 +75,25 @@ def transformer(
     return out | dict(extra or {})
 
 
+def vace_module(dim: int, ffn: int, blocks: int) -> Shapes:
+    """The VACE blocks alone, as they are published without their base model."""
+    whole = transformer(dim, ffn, 1, 16, vace=blocks)
+    return {name: size for name, size in whole.items() if name.startswith("vace_")}
+
+
 _SMALL, _LARGE, _FIVE = (1536, 8960, 30), (5120, 13824, 40), (3072, 14336, 30)
-_CAMERA = {"control_adapter.conv.weight": (5120, 1536, 2, 2), "control_adapter.conv.bias": (5120,)}
+
+
+def _camera(dim: int) -> Shapes:
+    out: Shapes = {}
+    _pair(out, "control_adapter.conv", dim, 24 * 64, 2, 2)
+    for name in ("conv1", "conv2"):
+        _pair(out, f"control_adapter.residual_blocks.0.{name}", dim, dim, 3, 3)
+    return out
+
+
 _REF = {"ref_conv.weight": (5120, 16, 2, 2), "ref_conv.bias": (5120,)}
+_REF_5B = {"ref_conv.weight": (3072, 48, 2, 2), "ref_conv.bias": (3072,)}
 _AUDIO = {"casual_audio_encoder.encoder.final_linear.weight": (5120, 512),
           "trainable_cond_mask.weight": (3, 5120)}  # fmt: skip
 _ANIMATE = {"face_adapter.fuser_blocks.0.k_norm.weight": (128,),
@@ -98,17 +114,18 @@ FILES: dict[str, tuple[Shapes, tuple[str, ...]]] = {
     "animate-14b": (transformer(*_LARGE, 36, image=True, extra=_ANIMATE), ("wan2.2-animate-14b",)),
     "s2v-14b": (transformer(*_LARGE, 16, extra=_AUDIO), ("wan2.2-s2v-14b",)),
     "fun-inp-1.3b": (transformer(*_SMALL, 36, image=True), ("wan2.1-fun-inp-1.3b",)),
-    "fun-control-1.3b": (transformer(*_SMALL, 48, image=True), ("wan2.1-fun-control-1.3b",)),
+    "fun-control-1.3b": (
+        transformer(*_SMALL, 48, image=True), ("wan2.1-fun-control-1.3b",)),
     "fun-control-14b": (
         transformer(*_LARGE, 48, image=True, extra=_REF), ("wan2.1-fun-control-14b",)),
     "fun-camera-1.3b": (
-        transformer(*_SMALL, 32, image=True, extra=_CAMERA), ("wan2.1-fun-camera-1.3b",)),
+        transformer(*_SMALL, 32, image=True, extra=_camera(1536)), ("wan2.1-fun-camera-1.3b",)),
     "fun-camera-14b": (
-        transformer(*_LARGE, 32, image=True, extra=_CAMERA), ("wan2.1-fun-camera-14b",)),
+        transformer(*_LARGE, 32, image=True, extra=_camera(5120)), ("wan2.1-fun-camera-14b",)),
     "fun-control-a14b": (transformer(*_LARGE, 52, extra=_REF), ("wan2.2-fun-control-a14b",)),
-    "fun-camera-a14b": (transformer(*_LARGE, 36, extra=_CAMERA), ("wan2.2-fun-camera-a14b",)),
+    "fun-camera-a14b": (transformer(*_LARGE, 36, extra=_camera(5120)), ("wan2.2-fun-camera-a14b",)),
     "fun-inp-5b": (transformer(*_FIVE, 100, 48), ("wan2.2-fun-inp-5b",)),
-    "fun-control-5b": (transformer(*_FIVE, 148, 48), ("wan2.2-fun-control-5b",)),
+    "fun-control-5b": (transformer(*_FIVE, 148, 48, extra=_REF_5B), ("wan2.2-fun-control-5b",)),
     "humo-17b": (transformer(*_LARGE, 36, extra=_HUMO), ("wan2.1-humo-17b",)),
 }  # fmt: skip
 

@@ -14,6 +14,7 @@ from .identified import IdentifiedFile, identify
 from .lora_files import parse_lora, with_loras
 from .lora_names import read_patches
 from .lora_patches import Patch
+from .pairing import join_vace
 
 __all__ = [
     "ArchitectureDetector",
@@ -23,6 +24,7 @@ __all__ = [
     "identify",
     "inspect_file",
     "is_release",
+    "join_vace",
     "parse_lora",
     "read_patches",
     "with_loras",

@@ -32,16 +32,17 @@ _WANTED: Final = {
     "vae": "a Wan VAE",
     "text_encoder": "a umT5 text encoder",
     "image_encoder": "a CLIP image encoder",
+    "vace": "a VACE module without its base model",
 }
 
 
 def require_whole(part: IdentifiedFile, choice: Choice) -> None:
     """Refuse a transformer that lacks tensors its shape calls for, or has others besides.
 
-    Only families whose tensors are known are checked (plain Wan and VACE); the rest are refused
-    later, by the name of their variant.
+    Only families whose tensors are known are checked (plain Wan, VACE and Fun); the rest are
+    refused later, by the name of their variant.
     """
-    if part.family not in ("t2v", "i2v", "flf2v", "vace"):
+    if part.family not in ("t2v", "i2v", "flf2v", "vace", "control", "camera"):
         return
     total = len(part.own.tensors)
     if part.missing in _POSITIONS:
@@ -65,9 +66,13 @@ def require_whole(part: IdentifiedFile, choice: Choice) -> None:
 
 
 def component(
-    kind: str, path: Path, part: IdentifiedFile, config: Mapping[str, Any] | None = None
+    kind: str,
+    path: Path,
+    part: IdentifiedFile,
+    config: Mapping[str, Any] | None = None,
+    module: Path | None = None,
 ) -> Component:
-    """Return the identified file as a component of a model."""
+    """Return the identified file as a component of a model; ``module`` was joined with it."""
     table, own = part.table, part.own
     return Component(
         kind=kind, path=path, files=table.files, nbytes=own.nbytes, parameters=own.parameters,
@@ -75,7 +80,7 @@ def component(
         weight_kind=part.weights.name, format=table.format, file_variant=_tag(table.files[0]),
         stored_as=part.weights.title,
         stored=stored_sizes(kind.removesuffix("_2"), table, part.weights, part.prefix),
-        vocabulary=part.vocabulary, config=dict(config or {}),
+        vocabulary=part.vocabulary, config=dict(config or {}), module=module,
     )  # fmt: skip
 
 
@@ -92,9 +97,13 @@ def require_kind(part: IdentifiedFile, kind: str, path: Path) -> None:
     if part.kind != kind:
         wanted = _WANTED[kind]
         why = f" ({part.reasons[0]})" if part.kind == "other" and part.reasons else ""
-        raise UnsupportedModel(
-            f"{quoted(path)} is {part.title}, not {wanted}{why}. Choose the right file."
-        )
+        advice = "Choose the right file."
+        if part.kind == "vace" and kind == "transformer":
+            advice = (
+                "Choose a Wan text-to-video transformer of its size here, and name the module "
+                "beside it, as vace of WanModelFiles."
+            )
+        raise UnsupportedModel(f"{quoted(path)} is {part.title}, not {wanted}{why}. {advice}")
 
 
 def refuse_weights(part: IdentifiedFile) -> None:

@@ -8,6 +8,8 @@ file that holds several components of a model is named for the first of them and
 
 from __future__ import annotations
 
+import json
+import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -30,6 +32,7 @@ from ..models import (
     Leftover,
     TransformerShape,
     VaeShape,
+    count_blocks,
     find_layouts,
     find_leftovers,
     is_lora,
@@ -46,7 +49,7 @@ class IdentifiedFile:
     """A file of weights, or a set of shards, that detection has recognised."""
 
     kind: str
-    """transformer, vae, text_encoder, image_encoder, lora, or other."""
+    """transformer, vae, text_encoder, image_encoder, vace (a module alone), lora, or other."""
     title: str
     """What it is, in words, for messages: "a Wan transformer", "a LoRA for FLUX"."""
     table: TensorTable
@@ -57,11 +60,12 @@ class IdentifiedFile:
     prefix: str = ""
     weights: WeightKind = WeightKind("bf16")
     family: str = ""
-    """For a transformer: t2v, i2v, flf2v, vace, animate, s2v, camera, control, humo or other."""
+    """For a transformer: t2v, i2v, flf2v, vace, animate, animate2, s2v, camera, control, humo or
+    other."""
     transformer: TransformerShape | None = None
     vae: VaeShape | None = None
     width: int | None = None
-    """Width of a text or image encoder, or of the model a LoRA is made for."""
+    """Width of a text or image encoder, or of the model a LoRA or a VACE module is made for."""
     layers: int | None = None
     vocabulary: int | None = None
     """Rows of a text encoder's embedding."""
@@ -114,7 +118,9 @@ def identify(table: TensorTable, kind: str | None = None) -> IdentifiedFile:
         one: layout for one, layout in find_layouts(names).items() if _plausible(table, *layout)
     }
     if not found:
-        return _lora(table) if is_lora(names) else _unsupported(table)
+        if is_lora(names):
+            return _lora(table)
+        return _vace_module(table) or _unsupported(table)
     parts = [_PARTS[one](_Own(table, *layout)) for one, layout in found.items()]
     first, *more = parts
     warnings = (*first.warnings, *_strange(table, first, parts))
@@ -146,6 +152,46 @@ def _lora(table: TensorTable) -> IdentifiedFile:
     return IdentifiedFile(
         kind="lora", title=lora_title(names), table=table, own=table, width=lora_width(names),
         reasons=(f"{_label(table)}: its tensors are low-rank patches of another model",),
+    )  # fmt: skip
+
+
+_VACE_PATCH: Final = "vace_patch_embedding.weight"
+
+
+def _vace_module(table: TensorTable) -> IdentifiedFile | None:
+    """Return the VACE blocks that are published without the transformer they belong to, or None."""
+    ends = [name for name in table.tensors if name.endswith(_VACE_PATCH)]
+    prefix = min(ends, key=len)[: -len(_VACE_PATCH)] if ends else ""
+    known = own_names(table.tensors, prefix)
+    layout = next(
+        (
+            layout
+            for layout, last in (("original", "after_proj"), ("diffusers", "proj_out"))
+            if f"vace_blocks.0.{last}.weight" in known
+        ),
+        None,
+    )
+    if not ends or layout is None:
+        return None
+    file = _Own(table, Layout("transformer", layout, ()), prefix)
+    blocks = count_blocks(file.shapes, "vace_blocks.")
+    feed = "vace_blocks.0.ffn." + ("0" if layout == "original" else "net.0.proj") + ".bias"
+    width = file.shapes[_VACE_PATCH][0]
+    shape = TransformerShape(
+        heads=1, head_dim=width, ffn_dim=file.shapes.get(feed, (0,))[0], layers=1, in_channels=16,
+        vace_layers=tuple(range(blocks)),
+        vace_in_channels=math.prod(file.shapes[_VACE_PATCH]) // (4 * width),
+    )  # fmt: skip
+    expected = transformer_tensors(shape, layout)
+    wanted = {name: size for name, size in expected.items() if name.startswith("vace_")}
+    if not file.weights.packed:
+        _check_shapes(table.path, file.shapes, wanted)
+    return IdentifiedFile(
+        **file.numbers(), kind="vace", title="a VACE module without its base model", family="vace",
+        width=width, layers=blocks, transformer=shape,
+        missing=tuple(name for name in wanted if name not in file.shapes),
+        unexpected=tuple(name for name in file.shapes if name not in wanted),
+        reasons=(f"{_label(table)}: {blocks} VACE blocks of width {width}, no other blocks",),
     )  # fmt: skip
 
 
@@ -234,6 +280,9 @@ def _transformer(file: _Own) -> IdentifiedFile:
         # The table of positions is then among the missing tensors.
         shape = replace(shape, pos_embed_seq_len=_FLF2V_POSITIONS)
     family, title, what = _family(file.tensors, shape)
+    animate = _says_animate_2(table) if family == "i2v" and shape.image_dim is not None else ""
+    if animate:
+        family, title, what = "animate2", "Animate 2", f"{animate} says that it is Animate 2"
     if tag is not None:
         what += f"; it is tagged {tag.removeprefix(TAG)!r}"
     expected = transformer_tensors(shape, layout)
@@ -282,6 +331,32 @@ def _family(own: Mapping[str, Any], shape: TransformerShape) -> tuple[str, str, 
         return "i2v", "image-to-video", why
     why = f"{extra} channels more in than out: a control or inpainting model"
     return "control", "control or inpainting", why
+
+
+_ANIMATE_2: Final = re.compile(r"animate[ _.-]?(?:v[ _.-]?)?2(?![0-9])", re.IGNORECASE)
+
+
+def _says_animate_2(table: TensorTable) -> str:
+    """Return what says that an image-to-video transformer is Animate 2; empty where nothing does.
+
+    Its weights have exactly the shapes of Wan 2.1 I2V-14B (``model_animate2.py`` of ComfyUI, which
+    tells them apart by ``transformer.model_type`` of the metadata's ``config``), so that its name
+    counts too: run as image to video it would make a wrong picture without an error.
+    """
+    try:
+        config = json.loads(table.metadata.get("config", "{}"))
+    except (ValueError, RecursionError):
+        config = {}
+    inner = config.get("transformer") if isinstance(config, dict) else None
+    kind = inner.get("model_type") if isinstance(inner, dict) else None
+    if isinstance(kind, str) and _ANIMATE_2.fullmatch(kind.strip()):
+        return f"its metadata (model_type {kind[:40]!r})"
+    for key in ("general.name", "modelspec.title", "name", "model_type"):
+        if _ANIMATE_2.search(table.metadata.get(key, "")):
+            return f"its metadata ({key})"
+    if _ANIMATE_2.search(table.path.stem):
+        return f"its name {_label(table)!r}"
+    return ""
 
 
 def _check_shapes(

@@ -8,12 +8,12 @@ Hints (whole words of the metadata or the file's name) only lead to warnings.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Final
 
-from ..errors import MissingFile, ModelMismatch, UnsupportedModel
-from ..files import file_identity, quoted
+from ..errors import CorruptFile, MissingFile, ModelMismatch, UnsupportedModel
+from ..files import file_identity, quoted, some_of
 from ..models import Role, TransformerShape, VaeShape, role_of
 from .identified import IdentifiedFile
 
@@ -120,6 +120,102 @@ def check_lora(transformer: TransformerShape, lora: IdentifiedFile, transformer_
             f"{quoted(lora.table.path)} is {lora.title}, made for {made}; the transformer "
             f"{quoted(transformer_path)} has width {transformer.dim}. Choose a LoRA for this model."
         )
+
+
+def join_vace(base: IdentifiedFile, module: IdentifiedFile) -> IdentifiedFile:
+    """Return the VACE transformer that a text-to-video transformer and a VACE module make.
+
+    Its tensors are those of both files, the module's under the base's prefix. Block i of n stands
+    before base block i * layers / n, as in every published model (0, 5, 10 … of 40 and 0, 2, 4 … of
+    30). Raises ModelMismatch for a base of another kind, width or number of blocks, CorruptFile for
+    a module that lacks tensors.
+    """
+    shape = _joined_shape(base, module)
+    own = {n: module.own.tensors[n] for n in module.own.tensors if n.startswith("vace_")}
+    tensors = dict(base.table.tensors) | {base.prefix + name: info for name, info in own.items()}
+    packed = bool(base.weights.weights) or not module.weights.weights
+    weights = replace(
+        base.weights if packed else module.weights,
+        why_not=base.weights.why_not or module.weights.why_not,
+        weights={**base.weights.weights, **module.weights.weights},
+        warnings=(*base.weights.warnings, *module.weights.warnings),
+    )
+    table = replace(
+        base.table, tensors=tensors, files=(*base.table.files, *module.table.files),
+        # A GGUF file flattens weights of five dimensions, which its readers allow for.
+        format="gguf" if module.table.format == "gguf" else base.table.format,
+        notes=(*base.table.notes, *module.table.notes),
+    )  # fmt: skip
+    return replace(
+        base, title="a Wan VACE transformer", family="vace", transformer=shape, table=table,
+        own=replace(table, tensors=dict(base.own.tensors) | own), weights=weights,
+        reasons=(
+            *base.reasons, *module.reasons,
+            f"{module.table.path.name} is joined with {base.table.path.name}: a VACE model",
+        ),
+        warnings=(*base.warnings, *module.warnings),
+    )  # fmt: skip
+
+
+def _joined_shape(base: IdentifiedFile, module: IdentifiedFile) -> TransformerShape:
+    """Return the numbers of a base with a module, or refuse the two."""
+    first, second = quoted(base.table.path), quoted(module.table.path)
+    extra, own = module.transformer, base.transformer
+    assert extra is not None and own is not None
+    if base.family != "t2v":
+        raise ModelMismatch(
+            f"{second} is a VACE module, which belongs to a text-to-video transformer; {first} is "
+            f"{base.title}. Choose a Wan text-to-video model of its size."
+        )
+    if module.missing or module.unexpected:
+        what = "lacks" if module.missing else "also holds"
+        names = module.missing or module.unexpected
+        raise CorruptFile(
+            f"{second} {what} {len(names)} tensors ({some_of(names)}), which no VACE module does. "
+            "The file is incomplete or damaged: download it again."
+        )
+    pairs = (("width", own.dim, extra.dim), ("ffn_dim", own.ffn_dim, extra.ffn_dim))
+    for name, a, b in pairs:
+        if a != b:
+            raise ModelMismatch(
+                f"The VACE module {second} is for a transformer of {name} {b}; {first} has {a}. "
+                "Choose a module and a text-to-video model of one size."
+            )
+    count = len(extra.vace_layers)
+    if count > own.layers:
+        raise ModelMismatch(
+            f"The VACE module {second} has {count} blocks, {first} only {own.layers}. Choose a "
+            "module and a text-to-video model of one size."
+        )
+    if base.layout == "diffusers" and module.layout != "diffusers":
+        raise UnsupportedModel(
+            f"{first} has the tensor names of a diffusers folder, the VACE module {second} those "
+            "of single files. Use the single file of the text-to-video model."
+        )
+    layers = tuple(i * own.layers // count for i in range(count))
+    return replace(own, vace_layers=layers, vace_in_channels=extra.vace_in_channels)
+
+
+def check_module_role(base: IdentifiedFile, module: IdentifiedFile, role: Role) -> str:
+    """Refuse a VACE module for the other expert; return a warning where only its name says so.
+
+    The modules of both experts have the same structure. Where the names of base and module agree
+    that they are for different experts, they are taken at their word.
+    """
+    said = role_hint(module.table.path.name, module.table.metadata)
+    if said is None or said[0] == role:
+        return ""
+    sentence = (
+        f"{quoted(module.table.path)} was chosen as the VACE module of the {role}-noise expert, "
+        f"but {said[1]} says {said[0]}"
+    )
+    own = role_hint(base.table.path.name, base.table.metadata)
+    if own is not None and own[0] == role:
+        raise ModelMismatch(
+            f"{sentence}, while {quoted(base.table.path)} is the {role}-noise expert by {own[1]}. "
+            "Choose the other module."
+        )
+    return f"{sentence}. Check that the two are not swapped."
 
 
 def role_hint(name: str, metadata: Mapping[str, str] | None = None) -> tuple[Role, str] | None:

@@ -5,17 +5,19 @@ An all-in-one checkpoint is a single file too: every component that it holds is 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Final
 
 from ..config import WanModelFiles
-from ..errors import UnsupportedModel
-from ..files import quoted
+from ..errors import MissingFile, ModelMismatch, UnsupportedModel
+from ..files import file_identity, quoted
 from ..formats import has_gguf_tokenizer
 from ..models import (
     Component,
     ModelArchitecture,
+    Role,
     TransformerShape,
     VaeShape,
     tokenizer_tensor,
@@ -26,8 +28,10 @@ from .identified import IdentifiedFile
 from .pairing import (
     check_experts,
     check_image_encoder,
+    check_module_role,
     check_text_encoder,
     check_vae_pair,
+    join_vace,
     role_hint,
 )
 from .variant_choice import Choice, choose_variant
@@ -65,9 +69,47 @@ def from_files(
         part = found.of_kind(kind) or found
         require_kind(part, kind, Path(given))
         parts[name], paths[name] = part, Path(given)
+    modules, said = _join_modules(files, parts, inspect)
     tokenizer = None if files.tokenizer is None else Path(files.tokenizer)
     reasons = ("each file's role is the one it was given",)
-    return _put_together(Path(files.transformer), parts, paths, tokenizer, reasons)
+    root = Path(files.transformer)
+    return _put_together(root, parts, paths, tokenizer, reasons, modules, said)
+
+
+def _join_modules(
+    files: WanModelFiles,
+    parts: dict[str, IdentifiedFile],
+    inspect: Callable[[str | Path], IdentifiedFile],
+) -> tuple[dict[str, Path], list[str]]:
+    """Join each VACE module that is named with its transformer; return their paths, and warnings.
+
+    Of a pair of experts both need one: each has VACE blocks of its own.
+    """
+    given = {"transformer": files.vace, "transformer_2": files.vace_2}
+    modules = {name: Path(path) for name, path in given.items() if path is not None}
+    if not modules:
+        return {}, []
+    for name, field in (("transformer", "vace"), ("transformer_2", "vace_2")):
+        if (name in parts) != (name in modules):
+            what = "has no VACE module" if name in parts else "is not given, and its module is"
+            raise MissingFile(
+                f"The {name} {what}. Name a text-to-video transformer and its VACE module "
+                f"({field}) together: each expert needs its own."
+            )
+    warnings = []
+    for name, path in modules.items():
+        module = inspect(path)
+        require_kind(module, "vace", path)
+        if len(modules) > 1:
+            role: Role = "low" if name.endswith("_2") else "high"
+            warnings.append(check_module_role(parts[name], module, role))
+        parts[name] = join_vace(parts[name], module)
+    if len(modules) > 1 and file_identity(files.vace) == file_identity(files.vace_2):  # type: ignore[arg-type]
+        raise ModelMismatch(
+            f"The VACE modules of both experts are the same file, {quoted(modules['transformer'])}."
+            " Choose the high-noise module for one and the low-noise module for the other."
+        )
+    return modules, [text for text in warnings if text]
 
 
 def _put_together(
@@ -76,15 +118,20 @@ def _put_together(
     paths: dict[str, Path],
     tokenizer: Path | None,
     reasons: tuple[str, ...],
+    modules: Mapping[str, Path] = MappingProxyType({}),
+    odd: Sequence[str] = (),
 ) -> ModelArchitecture:
-    """Add what the transformers' own files hold, check that all belongs together, and build."""
+    """Add what the transformers' own files hold, check that all belongs together, and build.
+
+    ``modules`` are the VACE modules that were joined with the transformers.
+    """
     more = (*reasons, *_add_inside(parts, paths))
     for part in parts.values():
         refuse_weights(part)
     main = parts["transformer"].transformer
     assert main is not None
     low = parts.get("transformer_2")
-    warnings: list[str] = []
+    warnings: list[str] = list(odd)
     if low is not None:
         assert low.transformer is not None
         check_experts(parts["transformer"], low, main, low.transformer)
@@ -97,7 +144,10 @@ def _put_together(
     warnings += _unused(parts, main)
     if low is None:
         warnings += _one_transformer(choice, parts["transformer"])
-    components = {name: component(name, paths[name], part) for name, part in parts.items()}
+    components = {
+        name: component(name, paths[name], part, module=modules.get(name))
+        for name, part in parts.items()
+    }
     tokenizer, said = _tokenizer(tokenizer, parts.get("text_encoder"), paths.get("text_encoder"))
     if tokenizer is not None:
         components["tokenizer"] = Component(kind="tokenizer", path=tokenizer)

@@ -57,8 +57,12 @@ def choose_variant(part: IdentifiedFile, shape: TransformerShape, experts: int |
 
 
 def _same_size(published: TransformerShape, found: TransformerShape) -> bool:
-    # Heads are not compared: not every layout states them, and the width decides them.
-    plain = replace(found, heads=published.heads, head_dim=published.head_dim, heads_known=True)
+    # Heads are not compared: not every layout states them, and the width decides them. Versions of
+    # Fun Control differ in whether they take a reference; the variant is the same.
+    plain = replace(
+        found, heads=published.heads, head_dim=published.head_dim, heads_known=True,
+        reference_channels=published.reference_channels,
+    )  # fmt: skip
     return found.dim == published.dim and plain == published
 
 
@@ -100,6 +104,7 @@ def _names(family: str, shape: TransformerShape) -> tuple[str, ...]:
         "flf2v": ("wan2.1-flf2v-14b",),
         "vace": ("wan2.1-vace-1.3b", "wan2.1-vace-14b", "wan2.2-vace-fun-a14b"),
         "animate": ("wan2.2-animate-14b",),
+        "animate2": ("wan-animate-2-14b",),
         "s2v": ("wan2.2-s2v-14b",),
         "humo": ("wan2.1-humo-17b",),
     }.get(family, ())

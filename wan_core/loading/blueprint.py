@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -60,6 +60,15 @@ def stated_blueprint(path: Path) -> Blueprint | None:
     """
     file = path / "config.json"
     return _from_config(file) if path.is_dir() and file.is_file() else None
+
+
+def with_vace(stated: Blueprint, part: IdentifiedFile) -> Blueprint:
+    """Return the blueprint of a text-to-video transformer joined with a VACE module."""
+    shape = part.transformer
+    assert shape is not None
+    config = {key: value for key, value in stated.config.items() if key != "_class_name"}
+    config |= {"vace_layers": list(shape.vace_layers), "vace_in_channels": shape.vace_in_channels}
+    return replace(stated, class_name="WanVACETransformer3DModel", config=config)
 
 
 def found_blueprint(part: IdentifiedFile, mapped: Mapped) -> Blueprint:

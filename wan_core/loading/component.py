@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..detect import IdentifiedFile, identify
+from ..detect import IdentifiedFile, identify, join_vace
 from ..errors import (
     CorruptFile,
     MissingDependency,
@@ -29,7 +29,7 @@ from ..errors import (
 from ..files import quoted, some_of
 from ..formats import Storage, TensorInfo, TensorTable, logical_shape, read_table
 from ..models import Mapped, Source, cast_at_use, map_names, stays_stored
-from .blueprint import Blueprint, found_blueprint, stated_blueprint
+from .blueprint import Blueprint, found_blueprint, stated_blueprint, with_vace
 from .dequantize import Scales
 from .dtypes import keep_in_fp32, stays_fp32
 from .quantized import StoredEmbedding, StoredLinear, fp8_layer, replace_layer
@@ -52,6 +52,7 @@ def load_component(
     map_file: bool = False,
     align: bool = False,
     fp8_storage: bool = False,
+    module_path: str | os.PathLike[str] | None = None,
     interrupt_check: Callable[[], object] = lambda: None,
 ) -> nn.Module:
     """Return the component that a file or folder holds, as a diffusers or transformers module.
@@ -69,13 +70,18 @@ def load_component(
     not, each as soon as it is read; this changes the result. ``interrupt_check`` is called for
     every few megabytes that are read.
 
+    ``module_path`` is a VACE module that is joined with the text-to-video transformer of ``path``.
+
     A .pth file is read when ``path`` names it, never when it only lies in the folder that ``path``
     names. Raises ModelFileError, ModelMismatch or UnsupportedModel; where the headers show the
     mistake, before any weight is read.
     """
     source = Path(path)
-    table = read_table(source)
-    part, stated = _identified(source, table, kind)
+    part, stated = _identified(source, read_table(source), kind)
+    if module_path is not None:
+        part = join_vace(part, identify(read_table(module_path)))
+        stated = None if stated is None else with_vace(stated, part)
+    table = part.table
     mapped = map_names(part.kind, table.tensors, part.prefix)
     plan = stated or found_blueprint(part, mapped)
     # Without memory, so that a wrong file is refused before gigabytes are allocated or read.

@@ -49,6 +49,8 @@ class Component:
     """The tag in names like ``model.fp16.safetensors``."""
     vocabulary: int | None = None
     """For a text encoder: the number of tokens it has embeddings for."""
+    module: Path | None = None
+    """A file that holds more of its weights: the VACE module beside a text-to-video transformer."""
     config: Mapping[str, Any] = field(default_factory=dict)
 
 

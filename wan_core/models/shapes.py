@@ -70,7 +70,13 @@ _TOP: Final = {
     "condition_embedder.image_embedder.norm2": "img_emb.proj.4",
     "proj_out": "head.head",
     "vace_patch_embedding": "vace_patch_embedding",
+    "ref_conv": "ref_conv",
+    "control_adapter.conv": "control_adapter.conv",
+    "control_adapter.residual_blocks.0.conv1": "control_adapter.residual_blocks.0.conv1",
+    "control_adapter.residual_blocks.0.conv2": "control_adapter.residual_blocks.0.conv2",
 }
+_UNSHUFFLED: Final = 64
+"""Fun Camera folds squares of 8 x 8 pixels into channels (``WanCamAdapter`` of VideoX-Fun)."""
 
 
 def read_transformer(shapes: Shapes, layout: str) -> TransformerShape:
@@ -92,6 +98,7 @@ def read_transformer(shapes: Shapes, layout: str) -> TransformerShape:
     vace = shapes.get("vace_patch_embedding.weight")
     layers = count_blocks(shapes, "blocks.")
     vace_blocks = count_blocks(shapes, "vace_blocks.") if vace else 0
+    camera = "control_adapter.conv.weight"
     return TransformerShape(
         heads=dim // HEAD_DIM if known else 1,
         head_dim=HEAD_DIM if known else dim,
@@ -108,6 +115,10 @@ def read_transformer(shapes: Shapes, layout: str) -> TransformerShape:
         pos_embed_seq_len=positions[-2] if len(positions) in (2, 3) else None,
         vace_layers=tuple(i * layers // vace_blocks for i in range(vace_blocks)),
         vace_in_channels=math.prod(vace) // (dim * patch_volume) if vace else None,
+        reference_channels=_size(shapes, "ref_conv.weight", 1)
+        if "ref_conv.weight" in shapes
+        else None,
+        camera_channels=_size(shapes, camera, 1) // _UNSHUFFLED if camera in shapes else None,
     )
 
 
@@ -165,6 +176,7 @@ def transformer_tensors(shape: TransformerShape, layout: str) -> dict[str, tuple
         linear[image + "norm2"] = (dim,)
     if shape.vace_in_channels is not None:
         linear["vace_patch_embedding"] = (dim, shape.vace_in_channels, *shape.patch_size)
+    linear |= _control(shape)
     tensors: dict[str, tuple[int, ...]] = {}
     original = layout == "original"
     for name, size in linear.items():
@@ -186,6 +198,19 @@ def transformer_tensors(shape: TransformerShape, layout: str) -> dict[str, tuple
             tensors[block + name + ".weight"] = (dim, dim)
             tensors[block + name + ".bias"] = (dim,)
     return tensors
+
+
+def _control(shape: TransformerShape) -> dict[str, tuple[int, ...]]:
+    """Return the layers by which the Fun models read a reference picture and a camera."""
+    dim, patch = shape.dim, shape.patch_size[1:]
+    out: dict[str, tuple[int, ...]] = {}
+    if shape.reference_channels is not None:
+        out["ref_conv"] = (dim, shape.reference_channels, *patch)
+    if shape.camera_channels is not None:
+        out["control_adapter.conv"] = (dim, shape.camera_channels * _UNSHUFFLED, *patch)
+        for name in ("conv1", "conv2"):
+            out[f"control_adapter.residual_blocks.0.{name}"] = (dim, dim, 3, 3)
+    return out
 
 
 def _block(prefix: str, shape: TransformerShape, original: bool) -> dict[str, tuple[int, ...]]:

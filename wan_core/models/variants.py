@@ -86,6 +86,11 @@ class TransformerShape:
     patch_size: tuple[int, int, int] = (1, 2, 2)
     heads_known: bool = True
     """False: it is not known how the width divides into heads; ``heads`` is then 1."""
+    reference_channels: int | None = None
+    """Latent channels of the reference picture that Fun Control puts before the tokens
+    (``ref_conv``); None where the model takes no reference that way."""
+    camera_channels: int | None = None
+    """Channels of the camera's rays that Fun Camera reads (``control_adapter``): 24, or None."""
 
     @property
     def dim(self) -> int:
@@ -304,6 +309,16 @@ _ALL: Final = (
         ),
     ),
     Variant(
+        name="wan-animate-2-14b", title="Wan Animate 2 14B", image_input="required",
+        transformer=_T_I2V_21, **{
+            **_NO_CLASS,
+            "why_not": "it follows a driving video in a second stream, which WanFit has no forward "
+            "for",
+        },
+        defaults=Defaults(num_inference_steps=40, guidance_scale=5.0, flow_shift=5.0, fps=24),
+        note="Its weights have exactly the shapes of wan2.1-i2v-14b; metadata tells it apart.",
+    ),
+    Variant(
         name="wan2.2-s2v-14b", title="Wan 2.2 speech to video 14B", image_input="required",
         transformer=_T_14B, **_NO_CLASS,
         defaults=Defaults(
@@ -319,28 +334,33 @@ _ALL: Final = (
     ),
     Variant(
         name="wan2.1-fun-control-1.3b", title="Wan 2.1 Fun Control 1.3B", **_NO_PIPELINE,
-        transformer=replace(_T_I2V_21_SMALL, in_channels=48), defaults=_D_T2V_1_3B,
+        transformer=replace(_T_I2V_21_SMALL, in_channels=48),
+        defaults=_D_T2V_1_3B, note="V1.0 takes no reference picture, V1.1 does.",
     ),
     Variant(
         name="wan2.1-fun-control-14b", title="Wan 2.1 Fun Control 14B", **_NO_PIPELINE,
-        transformer=replace(_T_I2V_21, in_channels=48), defaults=_D_T2V_14B,
+        transformer=replace(_T_I2V_21, in_channels=48, reference_channels=16),
+        defaults=_D_T2V_14B, note="V1.0 takes no reference picture, V1.1 does.",
     ),
     Variant(
         name="wan2.1-fun-camera-1.3b", title="Wan 2.1 Fun Camera 1.3B", **_NO_CLASS,
-        transformer=replace(_T_I2V_21_SMALL, in_channels=32), defaults=_D_T2V_1_3B,
+        transformer=replace(_T_I2V_21_SMALL, in_channels=32, camera_channels=24),
+        defaults=_D_T2V_1_3B,
     ),
     Variant(
         name="wan2.1-fun-camera-14b", title="Wan 2.1 Fun Camera 14B", **_NO_CLASS,
-        transformer=replace(_T_I2V_21, in_channels=32), defaults=_D_T2V_14B,
+        transformer=replace(_T_I2V_21, in_channels=32, camera_channels=24),
+        defaults=_D_T2V_14B,
     ),
     Variant(
         name="wan2.2-fun-control-a14b", title="Wan 2.2 Fun Control A14B (two experts)",
-        transformer=replace(_T_14B, in_channels=52), experts=2, defaults=_D_I2V_A14B,
-        **_NO_PIPELINE,
+        transformer=replace(_T_14B, in_channels=52, reference_channels=16), experts=2,
+        defaults=_D_I2V_A14B, **_NO_PIPELINE,
     ),
     Variant(
         name="wan2.2-fun-camera-a14b", title="Wan 2.2 Fun Camera A14B (two experts)",
-        transformer=replace(_T_14B, in_channels=36), experts=2, defaults=_D_I2V_A14B, **_NO_CLASS,
+        transformer=replace(_T_14B, in_channels=36, camera_channels=24), experts=2,
+        defaults=_D_I2V_A14B, **_NO_CLASS,
     ),
     Variant(
         name="wan2.2-fun-inp-5b", title="Wan 2.2 Fun InP 5B",
@@ -349,7 +369,7 @@ _ALL: Final = (
     ),
     Variant(
         name="wan2.2-fun-control-5b", title="Wan 2.2 Fun Control 5B",
-        transformer=replace(_T_5B, in_channels=148), defaults=_D_5B,
+        transformer=replace(_T_5B, in_channels=148, reference_channels=48), defaults=_D_5B,
         **{**_NO_PIPELINE, "vae": VAE_22},
     ),
     Variant(

@@ -162,6 +162,7 @@ class StageRunner:
                     map_file=self._mapped(name),
                     align=self.device.type == "cpu",
                     fp8_storage=self._in_fp8(name),
+                    module_path=part.module,
                     interrupt_check=self.check_interrupt,
                 )
                 if part.stored is not None and part.stored.quantised:
