@@ -25,8 +25,6 @@ from wan_core.errors import (
 )
 from wan_core.loading.blueprint import Blueprint
 from wan_core.loading.component import build, load_component
-from wan_core.errors import CorruptFile, ModelFileError, ModelMismatch, UnsupportedModel, WanError
-from wan_core.loading.component import load_component
 from wan_core.models import map_names
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -552,6 +550,8 @@ def test_a_library_that_cannot_be_imported_is_named(
         build(plan)
     assert "long text" not in str(caught.value)
     assert "Install diffusers >= 0.35" in str(caught.value)
+
+
 # A VACE module beside its base --------------------------------------------------------------------
 
 
