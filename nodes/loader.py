@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from comfy_api.latest import io, ui
 
@@ -23,9 +22,6 @@ from .pipeline import (
     named_file,
 )
 from .words import in_words_of_the_nodes
-
-if TYPE_CHECKING:
-    from ..wan_core.models import ModelArchitecture
 
 
 class WanLoader(io.ComfyNode):  # type: ignore[misc]
@@ -49,6 +45,14 @@ class WanLoader(io.ComfyNode):  # type: ignore[misc]
                     "models/checkpoints (all in one).",
                 ),
                 *_part_inputs(files),
+                io.Boolean.Input(
+                    "use_recipe",
+                    default=False,
+                    optional=True,
+                    tooltip="For a model distilled to 4 steps (lightx2v, Lightning merged in): its "
+                    "settings (4 steps, guidance 1, shift 5) stand for the official ones, that is, "
+                    "wherever a sampler's input is 0. The node says whether it is such a model.",
+                ),
             ],
             outputs=[
                 Pipeline.Output(
@@ -60,7 +64,9 @@ class WanLoader(io.ComfyNode):  # type: ignore[misc]
         )
 
     @classmethod
-    def validate_inputs(cls, model: str | None = None, **parts: str | None) -> bool | str:
+    def validate_inputs(
+        cls, model: str | None = None, use_recipe: bool | None = None, **parts: str | None
+    ) -> bool | str:
         """Return True, or which input of a saved workflow names a file that does not exist.
 
         None stands for an input that another node provides, whose value is not known yet.
@@ -77,7 +83,7 @@ class WanLoader(io.ComfyNode):  # type: ignore[misc]
         return True
 
     @classmethod
-    def fingerprint_inputs(cls, model: str, **parts: str) -> str:
+    def fingerprint_inputs(cls, model: str, use_recipe: bool = False, **parts: str) -> str:
         """Return a hash that changes when a file of the model is changed or replaced."""
         try:
             source, _ = _source(model, parts)
@@ -86,7 +92,7 @@ class WanLoader(io.ComfyNode):  # type: ignore[misc]
             return f"absent: {model} {sorted(parts.items())}"  # execute raises the reason
 
     @classmethod
-    def execute(cls, model: str, **parts: str) -> io.NodeOutput:
+    def execute(cls, model: str, use_recipe: bool = False, **parts: str) -> io.NodeOutput:
         from ..wan_core.detect import ArchitectureDetector
 
         source, found = _source(model, parts)
@@ -96,7 +102,9 @@ class WanLoader(io.ComfyNode):  # type: ignore[misc]
         named = source if isinstance(source, WanModelFiles) else None
         path = Path(source.transformer) if named else architecture.root
         pipeline = WanPipeline(model, path, architecture, lease_for(architecture, named))
-        return io.NodeOutput(pipeline, ui=ui.PreviewText(_describe(architecture, found)))
+        if use_recipe:
+            pipeline = pipeline.with_recipe()
+        return io.NodeOutput(pipeline, ui=ui.PreviewText(_describe(pipeline, found)))
 
 
 _PARTS = {
@@ -345,10 +353,16 @@ def _usual_plan(pipeline: WanPipeline) -> str:
     return in_words_of_the_nodes(text)
 
 
-def _describe(architecture: ModelArchitecture, found: tuple[str, ...] = ()) -> str:
-    """Say what was recognised and why, and list the warnings."""
+def _describe(pipeline: WanPipeline, found: tuple[str, ...] = ()) -> str:
+    """Say what was recognised and why, offer a recipe, and list the warnings."""
+    architecture = pipeline.architecture
     size = sum(part.nbytes for part in architecture.components.values()) / GIB
     lines = [f"{architecture.variant.title}, {architecture.weight_kind}, {size:.2f} GiB on disk"]
     lines += [f"- {reason}" for reason in (*found, *architecture.reasons)]
+    if architecture.recipe is not None and not pipeline.use_recipe:
+        lines.append(
+            "! These settings are not used: a sampler's 0 stands for the model's official ones. "
+            "Switch use_recipe on to have them used."
+        )
     lines += [f"! {warning}" for warning in architecture.warnings]
     return "\n".join(lines)

@@ -39,7 +39,7 @@ class WanPipeline:
     """Fields of ``OptimizationConfig`` that were set, with their values."""
     loras: tuple[WanLoRA, ...] = ()
     use_recipe: bool = False
-    """Whether the settings of a distilled LoRA replace the official ones as defaults."""
+    """Whether settings of a distilled LoRA or checkpoint replace the official ones as defaults."""
 
     def __repr__(self) -> str:  # short, because ComfyUI puts it into every error message
         options = ", ".join(f"{name} {value}" for name, value in self.options)
@@ -55,13 +55,24 @@ class WanPipeline:
 
         Raises InvalidRequest, ModelMismatch, UnsupportedModel or a ModelFileError.
         """
+        return self._with([lora], self.use_recipe or use_recipe)
+
+    def with_recipe(self) -> WanPipeline:
+        """Return a description whose official settings are those of the distilled checkpoint.
+
+        Raises InvalidRequest if nothing says that it is one.
+        """
+        return self._with([], True)
+
+    def _with(self, loras: list[WanLoRA], use_recipe: bool) -> WanPipeline:
         from ..wan_core.detect import with_loras
 
         return replace(
             self,
-            architecture=with_loras(self.architecture, [lora], use_recipe=use_recipe),
-            loras=(*self.loras, lora),
-            use_recipe=self.use_recipe or use_recipe,
+            # By the same rule as the lease opens the model: which recipe counts, if there are two.
+            architecture=with_loras(self.architecture, loras, use_recipe=use_recipe),
+            loras=(*self.loras, *loras),
+            use_recipe=use_recipe,
         )
 
     def optimization_config(self) -> dict[str, Any]:

@@ -213,6 +213,8 @@ def test_a_distilled_checkpoint_is_said_to_be_one(tmp_path: Path) -> None:
     other = sparse(tmp_path / "plain_low_noise.safetensors", layouts.stored(SMALL, "bf16"))
     mixed = detect(WanModelFiles(transformer=high, transformer_2=other))
     assert mixed.recipe is None and any("distilled" in text for text in mixed.reasons)
+    assert any("nothing says the same of the other expert" in text for text in mixed.warnings)
+    assert not any("the other expert" in text for text in found.warnings)
 
 
 def test_a_folder_s_name_says_distilled(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import io
 import json
 import re
+import shutil
 import time
 import urllib.error
 import urllib.parse
@@ -505,6 +506,26 @@ def test_single_files_equal_the_same_weights_as_a_folder(server: ComfyServer) ->
     assert len(frames) == len(exact) == 9
     seen = torch.from_numpy(np.stack(frames)).float() / 255
     assert (seen - exact).abs().mean() < 0.06  # what 4:2:0 H.264 does to noise
+
+
+def test_a_distilled_pair_is_offered_its_settings(server: ComfyServer) -> None:
+    folder = server.base / "models" / "diffusion_models"
+    named = "wan2.2_t2v_A14b_{}_noise_lightx2v_4step.safetensors"
+    for role, name in (("high", single_files.HIGH), ("low", single_files.LOW)):
+        shutil.copy(folder / name, folder / named.format(role))
+    shown, given = [], {"model": named.format("high"), "low_noise_model": named.format("low")}
+    for asked in ({}, {"use_recipe": False}, {"use_recipe": True}):
+        server.free()
+        prompt = with_files(graph(name=f"distilled{len(shown)}", seed=6))
+        prompt["1"]["inputs"] |= given | asked
+        prompt["3"]["inputs"]["steps"] = 0 if asked == {"use_recipe": True} else 4
+        shown.append(server.run(prompt)["1"]["text"][0])
+    assert shown[0] == shown[1]
+    assert "distilled for 4 steps" in shown[0] and "Switch use_recipe on" in shown[0]
+    assert "settings of" in shown[2] and "Switch use_recipe on" not in shown[2]
+    plain = with_files(graph(name="plain", seed=6))
+    plain["1"]["inputs"]["use_recipe"] = True
+    assert "use_recipe is set, but no recipe is known" in failure(server, plain)
 
 
 def test_swapped_experts_are_run_as_chosen_and_warned_of(server: ComfyServer) -> None:

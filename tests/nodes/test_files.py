@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from support import single_files
 from support.as_pack import VALUES, load_pack, part
 
@@ -33,6 +35,62 @@ def files_of(pack: ModuleType, models: Path, high: str, low: str) -> Any:
         vae=models / "vae" / single_files.VAE,
         text_encoder=models / "text_encoders" / single_files.TEXT,
     )
+
+
+DISTILLED = "wan2.2_t2v_A14b_{}_noise_lightx2v_4step.safetensors"
+
+
+def distilled(pack: ModuleType, models: Path, folder: Path) -> Any:
+    """Return the description of a pair whose names say that it was distilled to 4 steps."""
+    high, low = (folder / DISTILLED.format(role) for role in ("high", "low"))
+    for name, path in ((single_files.HIGH, high), (single_files.LOW, low)):
+        shutil.copy(models / "diffusion_models" / name, path)
+    files = files_of(pack, models, str(high), str(low))
+    found = part(pack, "wan_core.detect").ArchitectureDetector().detect_model_architecture(files)
+    lease = part(pack, "nodes.lease").lease_for(found, files)
+    return part(pack, "nodes.pipeline").WanPipeline("m", high, found, lease)
+
+
+def test_a_distilled_checkpoints_settings_are_used_where_that_is_asked_for(
+    pack: ModuleType, models: Path, tmp_path: Path
+) -> None:
+    plain = distilled(pack, models, tmp_path)
+    used = plain.with_recipe()
+    # Not asked for, it is not used, and every job says so.
+    config = part(pack, "wan_core.config").GenerationConfig
+    job = config(prompt="a", width=64, height=64, num_frames=5)
+    steps, told = [], []
+    for one in (plain, used):
+        wrapper = one.lease.wrapper({"device": "cpu"}, one.loras, one.use_recipe)
+        request, _ = wrapper.plan(job)
+        steps.append((request.num_inference_steps, request.guidance_scale, request.flow_shift))
+        told.append([text for text in request.warnings if "distilled" in text])
+        described = one.architecture.variant.defaults.num_inference_steps
+        assert described == request.num_inference_steps
+    assert steps[0][0] == 40 and steps[1] == (4, 1.0, 5.0)
+    assert len(told[0]) == 1 and "This job has num_inference_steps 40" in told[0][0]
+    assert told[1] == []
+    # A LoRA that follows leaves them in place, whatever its own switch says.
+    assert used.lease is plain.lease and not plain.use_recipe and used.use_recipe
+    lora = part(pack, "wan_core.config").WanLoRA
+    path = tmp_path / "style.safetensors"
+    name = "diffusion_model.blocks.0.ffn.0"
+    wide = {"lora_A": torch.zeros(2, 256), "lora_B": torch.zeros(320, 2)}
+    save_file({f"{name}.{key}.weight": value for key, value in wide.items()}, path)
+    followed = used.with_lora(lora(str(path)), False)
+    assert followed.use_recipe
+    assert followed.architecture.variant.defaults == used.architecture.variant.defaults
+    assert followed.architecture.reasons.count(used.architecture.reasons[-1]) == 1
+
+
+def test_a_recipe_that_nothing_speaks_of_is_refused(pack: ModuleType, models: Path) -> None:
+    files = files_of(pack, models, single_files.HIGH, single_files.LOW)
+    found = part(pack, "wan_core.detect").ArchitectureDetector().detect_model_architecture(files)
+    lease = part(pack, "nodes.lease").lease_for(found, files)
+    plain = part(pack, "nodes.pipeline").WanPipeline("m", Path("m"), found, lease)
+    with pytest.raises(part(pack, "wan_core.errors").InvalidRequest, match="no recipe") as raised:
+        plain.with_recipe()
+    assert raised.value.field == "use_recipe"
 
 
 def lease_on(pack: ModuleType, files: Any) -> Any:

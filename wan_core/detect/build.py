@@ -134,6 +134,11 @@ def build(
             "described but not loaded without its config.json."
         )
     recipe, said = _recipe(root, parts)
+    if said and recipe is None:
+        odd.append(
+            f"{said[0]}, and nothing says the same of the other expert. No settings suit both; "
+            "choose two files that were distilled together, or two that were not."
+        )
     return ModelArchitecture(
         variant=choice.variant, transformer=transformer, vae=vae, layout=main.layout,
         weight_kind=main.weights.name, components=components, root=root,

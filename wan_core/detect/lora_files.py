@@ -155,5 +155,5 @@ def _with_recipe(architecture: ModelArchitecture) -> ModelArchitecture:
     return replace(
         architecture,
         variant=replace(variant, defaults=recipe.as_defaults(variant.defaults)),
-        reasons=(*architecture.reasons, reason),
+        reasons=tuple(dict.fromkeys((*architecture.reasons, reason))),
     )

@@ -56,8 +56,8 @@ class WanPipelineLoader:
         ``apply_optimizations=False`` keeps everything on the device, in the precision of the files.
 
         ``loras`` lists ``WanLoRA``, paths, or (path, expert, strength); they are checked from their
-        headers. With ``use_recipe`` the settings that a distilled LoRA was trained for (4 steps, no
-        guidance) become the defaults.
+        headers. With ``use_recipe`` the settings that a distilled LoRA, or else a distilled
+        checkpoint, was trained for (4 steps, no guidance) become the defaults.
 
         WanFit never runs code from a model: ``trust_remote_code=True`` is refused rather than
         ignored. Raises ModelFileError, UnsupportedModel, ModelMismatch or InvalidRequest.
