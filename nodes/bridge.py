@@ -198,7 +198,10 @@ def evictable_bytes() -> int:
     return sum(
         int(patcher.loaded_size())
         for patcher in mm.loaded_models()
-        if patcher.load_device == here and not isinstance(patcher, WeightsPatcher)
+        # None stands for a model that is about to go.
+        if patcher is not None
+        and patcher.load_device == here
+        and not isinstance(patcher, WeightsPatcher)
     )
 
 
@@ -210,9 +213,10 @@ class WeightsPatcher(ModelPatcher):  # type: ignore[misc]
     """Lets ComfyUI see and evict weights whose placement wan_core decides.
 
     ComfyUI's model management calls these methods by name. Each answers from the component cache,
-    which knows what is loaded, and not from ModelPatcher's own bookkeeping. The patcher holds file
-    names and not the lease: the lease refers to the patcher, and a reference back would keep the
-    lease alive after the last WAN_PIPELINE is gone.
+    which knows what is loaded, and not from ModelPatcher's own bookkeeping. It calls them from
+    loops over its list of loaded models, any of its threads does, and an error would leave an entry
+    in the list at which every later prompt fails. So they neither raise nor collect garbage: a
+    finalizer of one of its models takes entries out of that list.
     """
 
     def __init__(self, files: frozenset[str], size: int) -> None:
@@ -236,22 +240,32 @@ class WeightsPatcher(ModelPatcher):  # type: ignore[misc]
 
     def partially_unload(self, device_to: Any, memory_to_free: float = 0, **_: Any) -> int:
         # As much as is asked for and no more: what stays need not come back over the bus.
-        if self.in_use:
-            return 0
-        freed = unload(self._files, self.load_device, int(memory_to_free))
-        log.info("WanFit: %.1f MiB of weights unloaded for ComfyUI", freed / MIB)
-        return freed
+        return self._give_up(int(memory_to_free))
 
     def detach(self, unpatch_all: bool = True) -> Any:
         # With unpatch_all=False ComfyUI re-registers a model it is about to use: keep the weights.
-        if unpatch_all and not self.in_use:
-            before = self.loaded_size()
-            unload(self._files, self.load_device)
-            log.info("WanFit: %.1f MiB of weights unloaded for ComfyUI", before / MIB)
+        if unpatch_all:
+            self._give_up(None)
         return self.model
+
+    def _give_up(self, nbytes: int | None) -> int:
+        if self.in_use:
+            return 0
+        try:
+            freed = unload(self._files, self.load_device, nbytes)
+        except (MemoryError, OSError, RuntimeError) as error:
+            log.warning("WanFit: weights could not be unloaded for ComfyUI: %s", error)
+            return 0
+        log.info("WanFit: %.1f MiB of weights unloaded for ComfyUI", freed / MIB)
+        return freed
 
     def __del__(self) -> None:  # ModelPatcher's own would touch hooks that this class lacks
         return
+
+
+_patchers: dict[frozenset[str], WeightsPatcher] = {}
+"""What stands for each set of files, a few bytes, for as long as ComfyUI runs. When one goes, its
+finalizer takes an entry out of ComfyUI's list, maybe in the middle of a loop over that list."""
 
 
 @contextmanager
@@ -261,10 +275,10 @@ def room_for(pipeline: WanPipeline, estimate: MemoryEstimate) -> Iterator[None]:
     ComfyUI may evict the weights at any time outside the ``with`` block. Inside it they are in use,
     and ``detach`` does nothing.
     """
-    lease = pipeline.lease
-    if lease.patcher is None:
-        lease.patcher = WeightsPatcher(lease.files, pipeline.architecture.nbytes)
-    patcher = lease.patcher
+    files = pipeline.lease.files
+    if files not in _patchers:
+        _patchers[files] = WeightsPatcher(files, pipeline.architecture.nbytes)
+    patcher = _patchers[files]
     weights = (estimate.peak_usage_mb - estimate.generation_overhead_mb) * MIB
     # Not the size of the files: weights that are converted on loading may take more memory.
     patcher.size = max(1, int(weights), patcher.loaded_size())

@@ -7,6 +7,7 @@ the weights that no other lease uses. Does not import ComfyUI.
 
 from __future__ import annotations
 
+import itertools
 import threading
 import weakref
 from collections.abc import Mapping
@@ -22,8 +23,11 @@ if TYPE_CHECKING:
     from ..wan_core.render import WanPipelineWrapper
 
 _leases: weakref.WeakValueDictionary[Any, WeightsLease] = weakref.WeakValueDictionary()
-# Re-entrant: a lease may be finalised, which takes the lock, while this thread already holds it.
 _lock = threading.RLock()
+_leased: dict[int, frozenset[str]] = {}
+"""The files of every lease that lives. Finalizers change it, each in one step and without a lock:
+they run wherever garbage is collected, and must not wait for a thread that waits for theirs."""
+_numbers = itertools.count()
 
 
 class WeightsLease:
@@ -37,12 +41,12 @@ class WeightsLease:
     ) -> None:
         self.files = files
         """Paths of the weight files (absolute, links resolved), as the component cache has them."""
-        self.patcher: Any = None
-        """Stands for these weights in ComfyUI's model management; None before their first use."""
         self._source = source
         self._known = known
         self._wrappers: dict[tuple[Any, ...], WanPipelineWrapper] = {}
-        weakref.finalize(self, _drop_unleased, files)
+        number = next(_numbers)
+        _leased[number] = files
+        weakref.finalize(self, _drop_unleased, number)
 
     def wrapper(
         self,
@@ -107,20 +111,21 @@ def unload(files: frozenset[str], device: torch.device, nbytes: int | None = Non
     """Free the memory that weights of ``files`` hold on ``device``; return the bytes.
 
     Weights on a GPU are moved to host memory, of ``nbytes`` no more than about so many, as far as
-    they are not in use. On the CPU the components are dropped.
+    they are not in use. On the CPU the components are dropped. No garbage is collected: ComfyUI
+    calls this from a loop over its list of models, from which finalizers of its models take.
     """
     from ..wan_core.loading import component_cache
 
     if device.type == "cpu":
         before = loaded_bytes(files)
-        component_cache().drop(set(files))
+        component_cache().drop(files, collect=False)
         return before - loaded_bytes(files)
     return component_cache().release_device(nbytes, files)
 
 
-def _drop_unleased(files: frozenset[str]) -> None:
+def _drop_unleased(number: int) -> None:
+    """Drop the weights that no lease uses now that this one is gone."""
     from ..wan_core.loading import component_cache
 
-    with _lock:
-        still_leased: set[str] = set().union(*(lease.files for lease in _leases.values()))
-    component_cache().drop(set(files) - still_leased)
+    files = _leased.pop(number)
+    component_cache().drop_soon(files.difference(*list(_leased.values())))

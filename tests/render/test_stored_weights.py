@@ -11,15 +11,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import gguf
-import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-from support import reference_layouts as layouts
+from safetensors.torch import save_file
 from support import single_files
 from support import stored_files as files
-from support.tiny_models import make_transformer
+from support.stored_models import LAYERS, encoder, experts, states
 from torch import Tensor
 
 from wan_core import GenerationConfig, WanLoRA, WanModelFiles, WanPipelineLoader
@@ -38,7 +35,6 @@ WAYS: tuple[dict[str, Any], ...] = (
     {"offload": "stream", "resident_blocks": 1, "forward": "lean"},
     {"offload": "stream", "forward": "lean_rows"},
 )  # fmt: skip
-Meaning = Callable[[torch.dtype], Tensor]
 
 
 @pytest.fixture(scope="module")
@@ -55,63 +51,6 @@ def mapped(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr("wan_core.models.sizes.MAP_FROM", 1)
     yield
     WanPipelineLoader().clear_cache()
-
-
-def states() -> Iterator[layouts.State]:
-    """The two experts' tensors under their official names, in bf16."""
-    for seed in (11, 12):
-        torch.manual_seed(seed)
-        model = make_transformer("wan2.2-t2v-a14b", attention_head_dim=128, ffn_dim=512)
-        for parameter in model.parameters():
-            torch.nn.init.normal_(parameter, std=0.05)
-        state = {name: value.to(torch.bfloat16) for name, value in layouts.state_of(model).items()}
-        yield layouts.original_transformer(state)
-
-
-def experts(folder: Path, kind: str) -> tuple[list[Path], list[Path]]:
-    """Write both experts as ``kind``, and what those files mean in bf16; once for each kind."""
-    stored, meant = [], []
-    for role, state in zip(("high_noise", "low_noise"), states(), strict=True):
-        end = "gguf" if kind in files.GGUF_KINDS else "safetensors"
-        path, plain = folder / f"{role}_{kind}.{end}", folder / f"{role}_{kind}_meant.safetensors"
-        stored.append(path)
-        meant.append(plain)
-        if path.exists():
-            continue
-        # All matrices of the blocks but one: files mix what is quantised and what is not.
-        chosen = {n for n, v in state.items() if n.startswith("blocks.") and v.ndim == 2}
-        chosen = {n for n in chosen if n.endswith(".weight")} - {"blocks.1.cross_attn.v.weight"}
-        write = write_gguf if end == "gguf" else write_safetensors
-        meanings = write(path, state, chosen, kind)
-        assert set(meanings) == chosen
-        save_file({**state, **{n: m(torch.bfloat16) for n, m in meanings.items()}}, plain)
-    return stored, meant
-
-
-def write_safetensors(
-    path: Path, state: layouts.State, chosen: set[str], kind: str
-) -> dict[str, Meaning]:
-    style = "old" if kind == "fp8_scaled_e5m2" else "notes"
-    tensors, metadata, meanings = files.pack(state, chosen, kind, style)
-    files.write(path, tensors, metadata)
-    return meanings
-
-
-def write_gguf(path: Path, state: layouts.State, chosen: set[str], kind: str) -> dict[str, Meaning]:
-    writer = gguf.GGUFWriter(path, "wan")
-    meanings: dict[str, Meaning] = {}
-    for index, (name, value) in enumerate(state.items()):
-        if name in chosen:
-            data = files.gguf_blocks(value, kind, seed=index)
-            writer.add_tensor(name, data, raw_dtype=gguf.GGMLQuantizationType[kind])
-            meanings[name] = lambda dtype, data=data: files.gguf_meaning(data, kind, dtype)
-        else:
-            writer.add_tensor(name, np.ascontiguousarray(value.float().numpy()))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return meanings
 
 
 def opened(
@@ -157,7 +96,7 @@ def test_every_kind_gives_the_bits_of_what_it_means(home: Path, plain: Tensor, k
         wrapper = opened(home, stored, **wishes)
         assert torch.equal(latents(wrapper), expected), wishes
         layers = layers_of(wrapper)
-        assert len(layers) == 2 * 19  # none was dequantised while it was loaded
+        assert len(layers) == LAYERS  # none was dequantised while it was loaded
         assert all(layer.weight.dtype == torch.int8 for layer in layers)
         assert all(is_mapped(layer.weight) for layer in layers)
     assert not torch.equal(expected, plain)  # how it is stored matters to the result
@@ -181,7 +120,7 @@ def test_placements_and_forwards_change_no_bit(home: Path, kind: str) -> None:
         result = (wrapper := opened(home, stored, **wishes)).generate(GenerationConfig(**JOB))
         wanted = by_rows if wishes.get("forward") == "lean_rows" else expected
         assert torch.equal(result.raise_for_error().latents, wanted), wishes
-        assert len(layers_of(wrapper)) == 2 * 19
+        assert len(layers_of(wrapper)) == LAYERS
         resident = f"{wishes.get('resident_blocks', 0)} blocks resident, the rest streamed"
         said = resident if wishes["offload"] == "stream" else f"offload {wishes['offload']}"
         assert said in result.applied_optimizations, "the plan did not do what was asked for"
@@ -240,7 +179,7 @@ def test_no_stored_byte_changes_and_a_render_goes_on(
         latents(wrapper, interrupt_check=stopping(3))
     whole = latents(wrapper, **WINDOWS)
     before = hashes(wrapper, stored)
-    assert len(before[1]) >= 2 * 19
+    assert len(before[1]) >= LAYERS
     kept = {"resume": "auto", "journal_folder": tmp_path / "journal"}
     with pytest.raises(Stopped):
         latents(wrapper, **WINDOWS, **kept, progress_callback=stopping(1))
@@ -264,24 +203,6 @@ def broken(*_: Any) -> None:
 
 
 # The text encoder --------------------------------------------------------------------------------
-
-
-def encoder(home: Path, kind: str, style: str = "notes") -> tuple[Path, Path]:
-    """The small umT5 as ``kind``, with its tokenizer, and what that means in bf16."""
-    path = home / f"umt5_{kind}_{style}.safetensors"
-    meant = home / f"umt5_{kind}_{style}_meant.safetensors"
-    if not path.exists():
-        state = {
-            name: value.to(torch.bfloat16) if value.is_floating_point() else value
-            for name, value in load_file(home / "text_encoders" / single_files.TEXT).items()
-        }
-        assert "spiece_model" in state
-        chosen = {n for n, v in state.items() if v.ndim == 2 and n.endswith(".weight")}
-        chosen = {n for n in chosen if "relative_attention_bias" not in n and n != "shared.weight"}
-        tensors, metadata, meanings = files.pack(state, chosen, kind, style)
-        files.write(path, tensors, metadata)
-        save_file({**state, **{n: m(torch.bfloat16) for n, m in meanings.items()}}, meant)
-    return path, meant
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,8 @@ from pathlib import Path
 from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parents[2]
+DEAD_WORKER = re.compile(r"Exception in thread [^\n]*prompt_worker")
+"""What Python prints when the thread that runs prompts ends: nothing is ever run after it."""
 FOLDERS = ("models", "custom_nodes", "input", "output", "temp", "user")
 
 
@@ -31,6 +33,16 @@ def find_checkout() -> Path | str:
     if (place / "main.py").is_file():
         return place
     return f"no ComfyUI checkout at {place} (set COMFYUI_PATH to one)"
+
+
+def find_checkouts() -> dict[str, Path]:
+    """Return the checkout by its name, with those beside it that are called ComfyUI-something."""
+    first = find_checkout()
+    if isinstance(first, str):
+        return {}
+    beside = first.parent.glob("ComfyUI-*")
+    found = [first, *sorted(place for place in beside if place != first)]
+    return {place.name: place for place in found if (place / "main.py").is_file()}
 
 
 def find_python(checkout: Path) -> Path | str:
@@ -81,6 +93,7 @@ class ComfyServer:
         # One thread: more would spin on the cores that other tests run on.
         environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
         self._log = self.log_path.open("w")
+        self._log_seen = 0
         self._process = subprocess.Popen(
             command, cwd=self.checkout, stdout=self._log, stderr=subprocess.STDOUT, env=environment
         )
@@ -133,8 +146,18 @@ class ComfyServer:
             with urllib.request.urlopen(request, timeout=60) as answer:
                 text = answer.read()
         except urllib.error.HTTPError as error:
-            return {"status": error.code, **json.loads(error.read() or b"{}")}
+            return {"status": error.code, **self._refusal(path, error.code, error.read())}
         return json.loads(text) if text.strip() else None
+
+    def _refusal(self, path: str, status: int, text: bytes) -> dict[str, Any]:
+        """Return the JSON of a refusal; fail on one that is not JSON, and show why."""
+        try:
+            return dict(json.loads(text or b"{}"))
+        except ValueError:
+            body = text.decode(errors="replace")[:1000]
+        raise RuntimeError(
+            f"POST {path} was answered with {status}: {body}\nComfyUI's log:\n{self.log()[-3000:]}"
+        )
 
     def queue(self, prompt: dict[str, Any]) -> str:
         """Queue an API-format prompt and return its id; fails on a refused prompt."""
@@ -151,13 +174,30 @@ class ComfyServer:
     def wait_until(
         self, condition: Callable[[], Any], seconds: float = 60, pause: float = 0.02
     ) -> Any:
-        """Ask until the answer is true, and return it."""
+        """Ask until the answer is true, and return it.
+
+        Raises at once where waiting is in vain: ComfyUI has ended, or its prompt worker has.
+        """
         end = time.monotonic() + seconds
         while time.monotonic() < end:
             if answer := condition():
                 return answer
+            self._look_alive()
             time.sleep(pause)
         raise TimeoutError(f"waited {seconds} s in vain; ComfyUI's log:\n{self.log()[-3000:]}")
+
+    def _look_alive(self) -> None:
+        ended = self._process.poll()
+        if ended is not None:
+            raise RuntimeError(f"ComfyUI ended with {ended}; its log:\n{self.log()[-3000:]}")
+        size = self.log_path.stat().st_size
+        if size == self._log_seen:
+            return
+        log, self._log_seen = self.log(), size
+        if found := DEAD_WORKER.search(log):
+            raise RuntimeError(
+                f"ComfyUI's prompt worker has ended:\n{log[found.start() : found.start() + 6000]}"
+            )
 
     def run(self, prompt: dict[str, Any], seconds: float = 240) -> dict[str, Any]:
         """Run a prompt that must succeed and return its outputs by node id."""

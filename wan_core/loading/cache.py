@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import gc
 import threading
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Hashable, Iterator
 from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..errors import is_host_oom
 from ..files import FileIdentity, file_identity
 from ..memory import RAM_RESERVE, ram
 from ..models import Component
@@ -70,10 +71,38 @@ class ComponentCache:
         self.render_lock = threading.RLock()
         # Never held while a component is read: that takes minutes, and others ask what is loaded
         # meanwhile. To avoid a deadlock, a thread that needs both locks takes render_lock first.
-        self._lock = threading.RLock()
+        # Not re-entrant: a finalizer may run in the thread that holds it, in the middle of a loop
+        # over the entries. See ``drop_soon``.
+        self._lock = threading.Lock()
+        self._unwanted: deque[AbstractSet[str]] = deque()
         self._entries: OrderedDict[ComponentKey, _Entry] = OrderedDict()
         self._building: dict[ComponentKey, threading.Event] = {}
         self._texts: OrderedDict[Hashable, Any] = OrderedDict()
+
+    @contextmanager
+    def _held(self) -> Iterator[None]:
+        """Hold the lock for the ``with`` block, then drop what ``drop_soon`` was asked for."""
+        try:
+            with self._lock:
+                yield
+        finally:
+            self._drop_unwanted()
+
+    def _drop_unwanted(self) -> None:
+        # Whoever holds the lock comes here on letting go of it, so that nothing is forgotten.
+        while self._unwanted and self._lock.acquire(blocking=False):
+            try:
+                while self._unwanted:
+                    self._forget(self._unwanted.popleft())
+            finally:
+                self._lock.release()
+
+    def _forget(self, paths: AbstractSet[str]) -> bool:
+        """Drop the components read from these files; the lock must be held."""
+        gone = [k for k in self._entries if paths & {f.path for f in k.files}]
+        for key in gone:
+            del self._entries[key]
+        return bool(gone)
 
     @contextmanager
     def borrow(
@@ -88,14 +117,14 @@ class ComponentCache:
         try:
             yield entry.module
         finally:
-            with self._lock:
+            with self._held():
                 entry.users -= 1
                 if not keep and entry.users == 0 and self._entries.get(key) is entry:
                     del self._entries[key]
 
     def _take(self, key: ComponentKey, nbytes: int, build: Callable[[], Any]) -> _Entry:
         while True:
-            with self._lock:
+            with self._held():
                 entry = self._entries.get(key)
                 if entry is not None:
                     self._entries.move_to_end(key)
@@ -111,11 +140,11 @@ class ComponentCache:
         try:
             self._make_room(nbytes)
             entry = _Entry(build(), nbytes, users=1)
-            with self._lock:
+            with self._held():
                 self._entries[key] = entry
             return entry
         finally:
-            with self._lock:
+            with self._held():
                 del self._building[key]
             done.set()
 
@@ -134,7 +163,7 @@ class ComponentCache:
             _, available, _ = ram()
             if available >= nbytes + RAM_RESERVE:
                 return
-            with self._lock:
+            with self._held():
                 unused = (key for key, entry in self._entries.items() if entry.users == 0)
                 key = next(unused, None)
                 if key is None:
@@ -144,7 +173,7 @@ class ComponentCache:
 
     def get_text(self, key: Hashable) -> Any | None:
         """Return the embeddings stored under ``key``, or None."""
-        with self._lock:
+        with self._held():
             if key not in self._texts:
                 return None
             self._texts.move_to_end(key)
@@ -152,19 +181,19 @@ class ComponentCache:
 
     def put_text(self, key: Hashable, embeddings: Any) -> None:
         """Store the embeddings of a text; only the 32 most recently used are kept."""
-        with self._lock:
+        with self._held():
             self._texts[key] = embeddings
             while len(self._texts) > _TEXTS_KEPT:
                 self._texts.popitem(last=False)
 
     def loaded(self) -> list[tuple[ComponentKey, Any]]:
         """Return the keys and modules that are loaded, least recently used first."""
-        with self._lock:
+        with self._held():
             return [(key, entry.module) for key, entry in self._entries.items()]
 
     def nbytes(self) -> int:
         """Return about how many bytes the loaded components take."""
-        with self._lock:
+        with self._held():
             return sum(entry.nbytes for entry in self._entries.values())
 
     def unused_bytes(self, device: str) -> tuple[int, int]:
@@ -176,7 +205,7 @@ class ComponentCache:
         from .mapped import is_mapped
 
         on_device = in_ram = 0
-        with self._lock:
+        with self._held():
             for entry in self._entries.values():
                 if entry.users or not hasattr(entry.module, "parameters"):
                     continue
@@ -196,29 +225,27 @@ class ComponentCache:
 
         With ``nbytes``, no more than about so many: the least recently used component first, and
         of the last one only blocks. ``paths`` (absolute, links resolved) limits it to components
-        read from these files.
+        read from these files. A component for which there is no room in RAM is dropped: it can be
+        read again.
         """
-        from .moving import move
-
         freed = 0
-        with self._lock:
-            for key, entry in self._entries.items():
+        with self._held():
+            for key, entry in list(self._entries.items()):
                 if entry.users or not hasattr(entry.module, "parameters"):
                     continue
                 if paths is not None and not paths & {file.path for file in key.files}:
                     continue
-                for piece in _pieces_of(entry.module):
-                    if nbytes is not None and freed >= nbytes:
-                        return freed
-                    held = _device_bytes(piece)
-                    if held:
-                        move(piece, "cpu")
-                        freed += held
+                left = None if nbytes is None else nbytes - freed
+                came, no_room = _bring_home(entry.module, left)
+                freed += came
+                if no_room:
+                    freed += _device_bytes(entry.module)
+                    del self._entries[key]
         return freed
 
     def drop_unused(self) -> int:
         """Forget every component that is not in use; return how many there were."""
-        with self._lock:
+        with self._held():
             unused = [key for key, entry in self._entries.items() if entry.users == 0]
             for key in unused:
                 del self._entries[key]
@@ -226,21 +253,56 @@ class ComponentCache:
             gc.collect()
         return len(unused)
 
-    def drop(self, paths: set[str]) -> None:
-        """Drop the components read from these files (absolute paths, links resolved)."""
-        with self._lock:
-            gone = [k for k in self._entries if paths & {f.path for f in k.files}]
-            for key in gone:
-                del self._entries[key]
-        if gone:
+    def drop(self, paths: AbstractSet[str], *, collect: bool = True) -> None:
+        """Drop the components read from these files (absolute paths, links resolved).
+
+        Without ``collect`` no garbage is collected: for callers in whose midst no finalizer may
+        run. The weights are freed all the same where nothing else refers to them.
+        """
+        with self._held():
+            gone = self._forget(paths)
+        if gone and collect:
             gc.collect()
+
+    def drop_soon(self, paths: AbstractSet[str]) -> None:
+        """Drop the components read from these files; for finalizers, which may run anywhere.
+
+        At once where nobody uses the cache, else when they are done: never waits, and never
+        changes the entries below someone who is in the middle of them.
+        """
+        self._unwanted.append(paths)
+        self._drop_unwanted()
 
     def clear(self) -> None:
         """Drop every component and every stored text; modules in use live until they are done."""
-        with self._lock:
+        with self._held():
             self._entries.clear()
             self._texts.clear()
         gc.collect()
+
+
+def _bring_home(module: Any, nbytes: int | None) -> tuple[int, bool]:
+    """Move a module's pieces to the CPU until ``nbytes`` are free on its device; all where None.
+
+    Returns the bytes that became free, and whether RAM ran out; what did not fit is where it was.
+    """
+    from .moving import move
+
+    freed = 0
+    for piece in _pieces_of(module):
+        if nbytes is not None and freed >= nbytes:
+            break
+        held = _device_bytes(piece)
+        if not held:
+            continue
+        try:
+            move(piece, "cpu")
+        except (MemoryError, RuntimeError) as err:
+            if not is_host_oom(err):
+                raise
+            return freed, True
+        freed += held
+    return freed, False
 
 
 def _pieces_of(module: Any) -> list[Any]:

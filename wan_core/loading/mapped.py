@@ -10,6 +10,7 @@ import ctypes
 import errno
 import io
 import mmap
+import threading
 import weakref
 from typing import Any
 
@@ -18,6 +19,8 @@ import torch
 
 _addresses: weakref.WeakKeyDictionary[MappedFile, range] = weakref.WeakKeyDictionary()
 """Where every mapped file lies that a tensor still needs."""
+# One thread may map a file while others ask. Re-entrant, as a finalizer may ask, too.
+_addresses_lock = threading.RLock()
 _COMMIT_EXHAUSTED = 1455  # Windows: "The paging file is too small for this operation to complete"
 
 
@@ -29,7 +32,8 @@ class MappedFile:
         # The buffer is what tensors hold on to: through it they keep the mapping.
         buffer.owner = self
         start = torch.frombuffer(buffer, dtype=torch.uint8).data_ptr()
-        _addresses[self] = range(start, start + len(mapping))
+        with _addresses_lock:
+            _addresses[self] = range(start, start + len(mapping))
 
     def __len__(self) -> int:
         return len(self._mapping)
@@ -66,6 +70,8 @@ def map_file(file: io.FileIO, *, private: bool = hasattr(mmap, "MAP_PRIVATE")) -
 
 def is_mapped(tensor: torch.Tensor) -> bool:
     """Say whether a tensor is a view of a mapped file: its pages count as available RAM."""
-    return tensor.device.type == "cpu" and any(
-        tensor.data_ptr() in addresses for addresses in list(_addresses.values())
-    )
+    if tensor.device.type != "cpu":
+        return False
+    with _addresses_lock:
+        mapped = list(_addresses.values())
+    return any(tensor.data_ptr() in addresses for addresses in mapped)

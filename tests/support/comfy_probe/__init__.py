@@ -1,12 +1,15 @@
 """A custom-node pack for tests only: lets a test look into and push on a running ComfyUI."""
 
 import gc
+import importlib
 import sys
+from types import SimpleNamespace
 
 import comfy.model_management as mm
 import folder_paths
 import torch
 from aiohttp import web
+from comfy.model_patcher import ModelPatcher
 from comfy_execution.progress import get_progress_state
 from server import PromptServer
 
@@ -22,9 +25,10 @@ async def _keep_imports_out_of_collections(app):
 PromptServer.instance.app.on_startup.append(_keep_imports_out_of_collections)
 
 
-def _core(name):
-    """Find a module of the pack under whatever name ComfyUI imported it."""
-    return next(m for n, m in sys.modules.items() if n.endswith(f".wan_core.{name}"))
+def _pack(name):
+    """Return a module of the pack, under whatever name ComfyUI imported the pack."""
+    bridge = next(n for n in sys.modules if n.endswith("wanfit.nodes.bridge"))
+    return importlib.import_module(f"{bridge.removesuffix('.nodes.bridge')}.{name}")
 
 
 def _weights():
@@ -33,7 +37,7 @@ def _weights():
         return 0
     return sum(
         tensor.numel() * tensor.element_size()
-        for _, module in _core("loading.cache").component_cache().loaded()
+        for _, module in _pack("wan_core.loading.cache").component_cache().loaded()
         if isinstance(module, torch.nn.Module)
         for tensor in module.parameters()
     )
@@ -46,8 +50,8 @@ async def state(request):
         {
             "flags": PromptServer.instance.prompt_queue.get_flags(reset=False),
             "progress": {k: [v["value"], v["max"]] for k, v in nodes.items()},
-            "loaded": [type(p.model).__name__ for p in mm.loaded_models()],
-            "loaded_bytes": sum(p.loaded_size() for p in mm.loaded_models()),
+            "loaded": [type(p.model).__name__ for p in mm.loaded_models() if p is not None],
+            "loaded_bytes": sum(p.loaded_size() for p in mm.loaded_models() if p is not None),
             "weight_bytes": _weights(),
             "heavy_modules": [n for n in ("diffusers", "transformers") if n in sys.modules],
         }
@@ -68,6 +72,50 @@ async def free_memory(request):
     """What ComfyUI does when another model needs more than is free."""
     unloaded = mm.free_memory(1e30, mm.get_torch_device())
     return web.json_response({"unloaded": len(unloaded)})
+
+
+@routes.post("/wanfit_probe/evict_amid_garbage")
+async def evict_amid_garbage(request):
+    """Free memory while models that nobody uses any more wait to be collected."""
+    gc.disable()  # a collection of its own accord would make this pass or fail by chance
+    try:
+        _register_some()
+        mm.free_memory(1e30, mm.get_torch_device())
+        broken = [str(entry.model) for entry in mm.current_loaded_models if not entry.real_model]
+        sizes = {name: _pack("nodes.lease").loaded_bytes(files) for name, files in FILES.items()}
+    finally:
+        gc.enable()
+    return web.json_response({"broken": broken, "loaded": sizes})
+
+
+FILES = {name: frozenset({f"/nowhere/{name}.safetensors"}) for name in ("first", "gone", "last")}
+
+
+def _register_some():
+    """Three of our models and a native one; one of ours and the native one are garbage."""
+    cache, lease = _pack("wan_core.loading.cache"), _pack("nodes.lease")
+    for name, files in FILES.items():
+        identity = _pack("wan_core.files").FileIdentity(next(iter(files)), 1, 1)
+        key = cache.ComponentKey("transformer", (identity,), "fp32")
+        with cache.component_cache().borrow(key, 1, lambda: torch.nn.Linear(8, 8)):
+            pass
+        pipeline = SimpleNamespace(architecture=SimpleNamespace(nbytes=1000))
+        pipeline.lease = lease.WeightsLease(None, files, {})
+        estimate = SimpleNamespace(peak_usage_mb=1, generation_overhead_mb=0)
+        with _pack("nodes.bridge").room_for(pipeline, estimate):
+            pass
+        pipeline.itself = pipeline
+        if name == "gone":
+            del pipeline
+            continue
+        KEPT[name] = pipeline
+    cpu = torch.device("cpu")
+    native = ModelPatcher(torch.nn.Linear(8, 8), mm.get_torch_device(), cpu)
+    mm.load_models_gpu([native])
+    native.itself = native
+
+
+KEPT = {}
 
 
 class WanFitProbeSave:
