@@ -235,11 +235,17 @@ def told_of(bench: FileBench, plan: Any, before: Any, held: dict[str, int]) -> d
                 "predicted": expected.device_bytes if expected and bench.cuda else None,
                 "allocated": measured[name].measured_peak_bytes if bench.cuda else None,
                 "reserved": held.get(name),
-                "predicted_host": expected.host_bytes if expected else None,
+                # Page locks take what is free, and are given back where it is wanted.
+                "predicted_host": (
+                    expected.host_bytes + expected.locked_bytes if expected else None
+                ),
                 "host": counted(bench, top, before), "locked": top.locked, "mapped": top.mapped,
             }
         )  # fmt: skip
-    return {"stages": stages, "predicted_host": int(plan.estimate.host_ram_mb * 2**20)}
+    return {
+        "stages": stages,
+        "predicted_host": max((s.get("predicted_host") or 0 for s in stages), default=0),
+    }
 
 
 def counted(bench: FileBench, sample: Any, before: Any) -> int:
@@ -417,6 +423,10 @@ def main(given: list[str] | None = None) -> int:
         bench = FileBench(device, folder, arguments.output, arguments.budget, arguments.tiny)
         stack.callback(bench.watch.close)
         bench.note(why)
+        bench.note(
+            f"RAM of the interpreter: {bench.alone / 2**20:,.0f} MiB, with the libraries of the "
+            f"device in use {bench.base / 2**20:,.0f} MiB"
+        )
         keep_others(bench, kinds)
         run_all(bench, kinds, rates)
     print(report(bench.found))

@@ -38,6 +38,19 @@ TINY_SHAPES = replace(
 """As in ``gpu_memory``, with what single files and blocks of 256 ask for."""
 
 
+def use_libraries(device: Any) -> None:
+    """Have CUDA's libraries loaded, which takes RAM once: products, convolutions, attention."""
+    for dtype in (torch.bfloat16, torch.float32):
+        x = torch.randn(64, 64, device=device, dtype=dtype)
+        torch.nn.functional.linear(x, x)
+        clip = torch.randn(1, 16, 4, 16, 16, device=device, dtype=dtype)
+        torch.nn.functional.conv3d(clip, torch.randn(16, 16, 3, 3, 3, device=device, dtype=dtype))
+        heads = torch.randn(1, 2, 256, 128, device=device, dtype=dtype)
+        torch.nn.functional.scaled_dot_product_attention(heads, heads, heads)
+    torch.cuda.synchronize(device)
+    torch.cuda.empty_cache()
+
+
 class FileBench(Bench):
     """Device, budget, files and what was found so far."""
 
@@ -53,8 +66,11 @@ class FileBench(Bench):
         from diffusers import AutoencoderKLWan, WanTransformer3DModel  # noqa: F401
         from transformers import PreTrainedTokenizerFast, UMT5EncoderModel  # noqa: F401
 
+        gc.collect()
+        self.alone = self.watch.look().counted
+        """RAM of the interpreter with its packages, before the device is used."""
         if self.cuda:
-            torch.zeros(1, device=self.device)
+            use_libraries(self.device)
         gc.collect()
         self.base = self.watch.look().counted
         self.found = {"machine": self.found["machine"], "files": [], "layers": [], "runs": [],
