@@ -19,15 +19,16 @@ from support.lean_models import model_of
 from support.vae_models import make_vae
 
 from wan_core.forward import decoder, sources
-from wan_core.forward.sources import DECODER, TRANSFORMER, Table, why_no_lean
+from wan_core.forward.sources import DECODER, TRANSFORMER, VACE, Table, why_no_lean
 from wan_core.forward.transformer import lean_forward
 from wan_core.forward.vae import lean_decoder
 
 NAMES = [
     (table, module, name)
-    for table in (TRANSFORMER, DECODER)
+    for table in (TRANSFORMER, DECODER, VACE)
     for module, names in table.items()
     for name in names
+    if table is not VACE or module not in TRANSFORMER
 ]
 CALLABLE = [entry for entry in NAMES if entry[2] != "CACHE_T"]
 INSTALLED = Path(str(diffusers.__file__)).parent
@@ -133,7 +134,7 @@ def test_another_docstring_or_annotation_anywhere_is_nothing(copied: Path) -> No
 
         edit(copied, module, described)
     assert "Another text." in (copied / "models/attention.py").read_text()
-    assert why_no_lean() is None
+    assert why_no_lean(vace=True) is None
 
 
 @pytest.mark.parametrize(("table", "module", "name"), NAMES, ids=[name for *_, name in NAMES])
@@ -151,12 +152,13 @@ def test_another_computation_is_noticed_and_named(
         node.body.append(ast.parse("result = result + 1e-6").body[0])
         return ast.unparse(ast.fix_missing_locations(tree))
 
-    assert why_no_lean() is None
+    assert why_no_lean(vace=True) is None
     edit(copied, module, changed)
-    reason = why_no_lean()
+    reason = why_no_lean(vace=True)
+    assert why_no_lean() == (None if table is VACE else reason)
     assert reason is not None and f"computes {name} in a way not known here" in reason
     assert diffusers.__version__ in reason
-    other = DECODER if table is TRANSFORMER else TRANSFORMER
+    other = TRANSFORMER if table is DECODER else DECODER
     assert sources.why_not(table) == reason
     assert sources.why_not(other) is None
 
@@ -170,7 +172,7 @@ def test_a_broken_diffusers_promises_nothing(copied: Path, module: str, damage: 
     else:
         path.write_bytes({"not Python": b"def (", "not text": b"\0\xff", "empty": b""}[damage])
     sources._definitions.cache_clear()
-    assert "in a way not known here" in str(why_no_lean())
+    assert "in a way not known here" in str(why_no_lean(vace=True))
 
 
 def raising(error: Exception) -> Any:
@@ -229,8 +231,9 @@ def test_what_another_program_replaced_is_not_stood_in_for(
         owner, attribute, functools.wraps(original)(other) if how == "wrapped" else other
     )
     assert sources.why_not(table) == f"another program has replaced diffusers' {name}"
-    model = model_of("wan2.1-t2v", torch.float32) if table is TRANSFORMER else make_vae("2.1")
-    context: Any = lean_forward(model) if table is TRANSFORMER else lean_decoder(model)
+    family = "wan2.1-vace" if table is VACE else "wan2.1-t2v"
+    model = make_vae("2.1") if table is DECODER else model_of(family, torch.float32)
+    context: Any = lean_decoder(model) if table is DECODER else lean_forward(model)
     with context as reason:
         assert "replaced" in str(reason)
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from wan_core import GenerationConfig, WanPipelineLoader
 from wan_core.errors import InvalidRequest
-from wan_core.forward.transformer import lean_forward, run_together
+from wan_core.forward.transformer import hints_in_turn, lean_forward, run_together
 from wan_core.loading import page_lock
 from wan_core.loading.page_lock import pin_block, pinned_bytes, room_to_pin, unpin
 from wan_core.placing.buffers import BufferSchedule, spread
@@ -203,7 +203,7 @@ def test_equal_bits_for_every_plan(resident: int, buffers: int) -> None:
 
 
 @pytest.mark.usefixtures("any_transport")
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", (*FAMILIES, "wan2.1-vace"))
 def test_equal_bits_with_the_lean_forward_and_shared_passes(family: str) -> None:
     model = model_of(family, torch.bfloat16, num_layers=LAYERS)
     calls = [inputs_of(model, torch.bfloat16, seed=seed) for seed in (0, 1)]
@@ -215,6 +215,25 @@ def test_equal_bits_with_the_lean_forward_and_shared_passes(family: str) -> None
             assert all(torch.equal(a[0], b) for a, b in zip(results, expected, strict=True))
         assert state.loads == 2 * len(state.streamed) + 2  # once for both, two blocks ahead
         assert torch.equal(model(**calls[1])[0], expected[1])
+    assert same(before, facts_of(model))
+
+
+@pytest.mark.parametrize("resident", [0, 3, 5])
+def test_vace_blocks_are_loaded_in_the_order_in_which_they_compute(resident: int) -> None:
+    """With diffusers' own forward too, whose hints would come first but for ``hints_in_turn``."""
+    model = model_of("wan2.1-vace", torch.bfloat16)
+    call = inputs_of(model, torch.bfloat16)
+    expected = model(**call)[0]
+    before = facts_of(model)
+    for context in (hints_in_turn, lean_forward):
+        with stream_blocks(model, "cpu", resident_blocks=resident) as state, context(model):
+            assert len(state.resident) + len(state.streamed) == 6
+            for _ in range(2):
+                assert torch.equal(model(**call)[0], expected)
+            # Each streamed block once a forward, and those that were loaded ahead.
+            assert state.loads <= 2 * len(state.streamed) + 2
+    with stream_blocks(model, "cpu", resident_blocks=resident):  # out of order, and right
+        assert torch.equal(model(**call)[0], expected)
     assert same(before, facts_of(model))
 
 

@@ -42,6 +42,10 @@ def inputs_of(model: Any, dtype: torch.dtype, batch: int = 1, seed: int = 0) -> 
     if config.image_dim:
         images = 2 if config.pos_embed_seq_len else 1
         call["encoder_hidden_states_image"] = noise(batch * images, 257, IMAGE_DIM)
+    if "vace_layers" in config:
+        call["control_hidden_states"] = noise(batch, config.vace_in_channels, *GRID)
+        scale = torch.linspace(1, 0.3, len(config.vace_layers)).to(dtype)
+        call["control_hidden_states_scale"] = scale
     if config.in_channels == 48:
         per_token = torch.full((batch, TOKENS), 777.7)
         per_token[:, :15] = 0  # the first frame is held

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from wan_core.models.variants import TransformerShape, VaeShape
@@ -12,9 +14,14 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 def transformer(shape: TransformerShape, layers: int | None = None) -> torch.nn.Module:
     """A transformer of published shape, with so many blocks (None: all)."""
-    from diffusers import WanTransformer3DModel
+    from diffusers import WanTransformer3DModel, WanVACETransformer3DModel
 
-    return WanTransformer3DModel(
+    kind: Any = WanTransformer3DModel
+    more: dict[str, Any] = {}
+    if shape.vace_layers:
+        kind = WanVACETransformer3DModel
+        more = {"vace_layers": list(shape.vace_layers), "vace_in_channels": shape.vace_in_channels}
+    model: torch.nn.Module = kind(
         num_attention_heads=shape.heads,
         attention_head_dim=shape.head_dim,
         ffn_dim=shape.ffn_dim,
@@ -25,7 +32,9 @@ def transformer(shape: TransformerShape, layers: int | None = None) -> torch.nn.
         image_dim=shape.image_dim,
         added_kv_proj_dim=shape.added_kv_dim,
         pos_embed_seq_len=shape.pos_embed_seq_len,
+        **more,
     )
+    return model
 
 
 def autoencoder(shape: VaeShape) -> torch.nn.Module:

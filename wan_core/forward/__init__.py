@@ -1,11 +1,12 @@
 """How a model computes: the same bits as diffusers, with fewer tensors alive at once.
 
 In: a module built by ``loading``. Out: a context manager inside which the module runs the lean
-forward (``lean_forward`` for a transformer, ``lean_decoder`` for a VAE), or the reason why it
-cannot; ``why_no_lean`` gives the reason that lies in the installed diffusers, before there is a
-module; and ``undisturbed``, inside which nothing that the caller has set for torch counts. Nothing
-here knows on which device weights are or how they get there. Names are resolved on first use, so
-that importing this package does not import torch.
+forward (``lean_forward`` for a transformer, ``lean_decoder`` for a VAE), or computes VACE's hints
+one at a time (``hints_in_turn``), or the reason why it cannot; ``why_no_lean`` gives the reason
+that lies in the installed diffusers, before there is a module; ``blocks_in_order`` lists the blocks
+as they compute; and ``undisturbed``, inside which nothing that the caller has set for torch counts.
+Nothing here knows on which device weights are or how they get there. Names are resolved on first
+use, so that importing this package does not import torch.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ if TYPE_CHECKING:
     from .block import TimestepRuns
     from .sources import why_no_lean
     from .surroundings import undisturbed
-    from .transformer import lean_forward, run_together
+    from .transformer import hints_in_turn, lean_forward, run_together
+    from .vace import blocks_in_order
     from .vae import lean_decoder
 
 __getattr__ = lazy_names(
@@ -27,13 +29,16 @@ __getattr__ = lazy_names(
         "block": ("TimestepRuns",),
         "sources": ("why_no_lean",),
         "surroundings": ("undisturbed",),
-        "transformer": ("lean_forward", "run_together"),
+        "transformer": ("hints_in_turn", "lean_forward", "run_together"),
+        "vace": ("blocks_in_order",),
         "vae": ("lean_decoder",),
     },
 )
 
 __all__ = [
     "TimestepRuns",
+    "blocks_in_order",
+    "hints_in_turn",
     "lean_decoder",
     "lean_forward",
     "run_together",

@@ -39,12 +39,14 @@ class LeanOptions:
     """How a lean forward divides its work.
 
     Elementwise operations take at most ``rows`` tokens at once. With ``exact`` False, feed-forward
-    and cross attention do so too, and self attention runs in ``head_groups`` groups of heads.
+    and cross attention do so too, and self attention runs in ``head_groups`` groups of heads. With
+    ``blocks`` False the blocks keep diffusers' forward, and only what is around them is ours.
     """
 
     exact: bool = True
     rows: int = LEAN_ROWS
     head_groups: int = LEAN_HEAD_GROUPS
+    blocks: bool = True
 
 
 class TimestepRuns(NamedTuple):
@@ -136,7 +138,9 @@ def run_block(
     temb: Tensor | TimestepRuns,
     rotary: tuple[Tensor, Tensor],
 ) -> Tensor:
-    """Run one ``WanTransformerBlock`` on ``hidden`` (B, L, dim), which it overwrites and returns.
+    """Run a ``WanTransformerBlock``, or the part of a VACE block that is like one, on ``hidden``.
+
+    ``hidden`` is (B, L, dim); it is overwritten and returned.
 
     ``context`` is (B, image + text tokens, dim), ``temb`` has six parts (see Modulation),
     ``rotary`` cos and sin (1, L, 1, head_dim). Not for use with gradients.

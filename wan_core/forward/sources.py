@@ -52,6 +52,18 @@ TRANSFORMER: Table = {
 """What the lean forward replaces and relies on. Where there are several digests, diffusers was
 changed without a change of the result."""
 
+VACE: Table = {
+    **TRANSFORMER,
+    "models.transformers.transformer_wan_vace": {
+        # 0.35.0; 0.35.2 and 0.36; 0.37; 0.38 on
+        "WanVACETransformer3DModel.forward": (
+            "d0c85122b31a", "610a28f1aeae", "14904087d6a4", "b85d7d30c140",
+        ),
+        "WanVACETransformerBlock.forward": ("daef83268a43", "6402c118cb69"),  # 0.35.0; 0.35.2 on
+    },
+}  # fmt: skip
+"""The same for a transformer with VACE blocks."""
+
 _VAE = "models.autoencoders.autoencoder_kl_wan"
 _NARROW_NORM, _WIDE_NORM = "8237d2b5d90e", "8c411cf20f89"
 DECODER: Table = {
@@ -87,9 +99,12 @@ class Definition:
         return computation_digest(self.node)
 
 
-def why_no_lean() -> str | None:
-    """Return why a plan must do without lean forward and decoder, or None if both can be used."""
-    return _unknown(TRANSFORMER) or _unknown(DECODER)
+def why_no_lean(*, vace: bool = False) -> str | None:
+    """Return why a plan must do without lean forward and decoder, or None if both can be used.
+
+    ``vace`` says whether the transformer has VACE blocks.
+    """
+    return _unknown(VACE if vace else TRANSFORMER) or _unknown(DECODER)
 
 
 def why_not(table: Table) -> str | None:

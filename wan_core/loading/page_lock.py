@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import threading
 import weakref
+from collections.abc import Iterable
 from typing import Any, Protocol
 
 import torch
@@ -151,7 +152,7 @@ def _lies_in(block: Block, slab: Slab) -> bool:
     return all(a.data_ptr() == b.data_ptr() for a, b in zip(block.home, views, strict=True))
 
 
-def room_to_pin(modules: nn.ModuleList, wanted: int, budget: int) -> int:
+def room_to_pin(modules: Iterable[nn.Module], wanted: int, budget: int) -> int:
     """Return how many bytes ``modules`` may page-lock if the whole process may lock ``budget``.
 
     Where less than ``wanted`` is left, slabs of other modules that nobody streams from are
@@ -173,7 +174,7 @@ def room_to_pin(modules: nn.ModuleList, wanted: int, budget: int) -> int:
 def lock_within(slab: Slab, budget: int) -> bool:
     """Page-lock a slab that holds no weights; False where that would exceed ``budget`` in all."""
     nbytes = slab.memory.numel()
-    if room_to_pin(nn.ModuleList(), nbytes, budget) < nbytes or not slab.lock():
+    if room_to_pin((), nbytes, budget) < nbytes or not slab.lock():
         return False
     with _slabs_lock:
         _loose.add(slab)

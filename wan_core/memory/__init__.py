@@ -8,7 +8,15 @@ measured. Estimates are pure arithmetic; torch is imported only to ask the devic
 from __future__ import annotations
 
 from .calibration import Calibrations, RunRecord, forward_name
-from .choices import STREAM_BUFFERS, Choices, Workload, latent_size, window_latents
+from .choices import (
+    STREAM_BUFFERS,
+    Choices,
+    Workload,
+    latent_size,
+    seen_latents,
+    spread,
+    window_latents,
+)
 from .forward import text_encoder_peak, transformer_peak, window_tokens
 from .forward_lean import LEAN_HEAD_GROUPS, LEAN_ROWS, lean_peak
 from .machine import (
@@ -51,6 +59,8 @@ __all__ = [
     "pinned_budget_now",
     "ram",
     "reserved_bytes",
+    "seen_latents",
+    "spread",
     "system_resources",
     "text_encoder_peak",
     "transformer_peak",

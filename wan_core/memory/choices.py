@@ -35,6 +35,8 @@ class Workload:
     steps: int = 50
     return_frames: bool = True
     encode_text: bool = True
+    references: int = 0
+    """Reference pictures that VACE denoises as latent frames in front of the clip's."""
 
     @property
     def latent_frames(self) -> int:
@@ -72,12 +74,27 @@ class Choices:
     transfers."""
     fp8_storage: bool = False
     """Whether the matrices of transformer blocks are stored in fp8 and cast when they are used."""
+    hints_in_turn: bool = True
+    """Whether a VACE model's hints can be computed one at a time; not where the installed diffusers
+    computes them in a way that is not known."""
 
     def offload_of(self, part: str) -> str:
         """Return how a component is placed: "none", "model", "sequential", "stream" or "group"."""
         if self.stream and part.startswith("transformer"):
             return "stream"
         return self.part_offload.get(part, self.offload)
+
+    def hints_at_once(self, part: str) -> bool:
+        """Whether all of VACE's hints are computed before the first block, as diffusers does.
+
+        Its group offload acts around the model's own forward, which is then kept.
+        """
+        return not self.hints_in_turn or self.offload_of(part) == "group"
+
+
+def spread(blocks: int, resident: int) -> tuple[int, ...]:
+    """Return the indices of ``resident`` out of ``blocks`` blocks, spread as evenly as possible."""
+    return tuple(i for i in range(blocks) if (i + 1) * resident // blocks > i * resident // blocks)
 
 
 def latent_size(architecture: ModelArchitecture, workload: Workload) -> tuple[int, int, int]:
@@ -88,6 +105,11 @@ def latent_size(architecture: ModelArchitecture, workload: Workload) -> tuple[in
 
 
 def window_latents(workload: Workload, choices: Choices, frames: int) -> int:
-    """Return how many latent frames the transformer sees at once, of ``frames`` in all."""
+    """Return how many of the clip's latent frames, ``frames`` in all, a window sees at once."""
     window = choices.window_frames or workload.window_frames
     return frames if window is None else min(frames, (window + 2) // 4 + 1 + workload.window_anchor)
+
+
+def seen_latents(workload: Workload, choices: Choices, frames: int) -> int:
+    """Return how many latent frames the transformer sees at once, references included."""
+    return window_latents(workload, choices, frames) + workload.references

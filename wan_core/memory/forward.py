@@ -210,6 +210,74 @@ def _block(x: Blob, d: Dims) -> Blob:
     return hidden
 
 
+def _vace_block(control: Blob, d: Dims, *, first: bool) -> tuple[Blob, Blob]:
+    """One ``WanVACETransformerBlock.forward``: the hint, and the branch's new state.
+
+    The caller keeps the old state alive meanwhile.
+    """
+    tape, modulation = control.tape, d.batch * d.dim
+    if first:
+        control = _out(control)  # proj_in
+        control = _out(control)  # the patched latents are added
+    widened = None if d.size == FP32 else tape.new(6 * modulation, FP32)
+    six = tape.new(6 * modulation, FP32)
+    del widened
+    normed = _modulated_norm(control, d, modulation)
+    attended = _self_attention(normed, d)
+    control = _gated_residual(control, attended, widen=False)
+    normed = _plain_norm(control, d)
+    attended = _cross_attention(normed, d)
+    control = _out(control, attended)
+    normed = _modulated_norm(control, d, modulation)
+    fed = _feed_forward(normed, d)
+    control = _gated_residual(control, fed, widen=True)
+    hint = _out(control)
+    tape.during(six, attended, normed, fed)
+    return hint, control
+
+
+class _Hints:
+    """The VACE branch of one forward: its state, and the hints that are alive.
+
+    ``at_once``: all hints are made before the first block, as in diffusers' own forward. Otherwise
+    each is made just before its block (``forward/vace.py``).
+    """
+
+    def __init__(self, tape: Tape, d: Dims, count: int, at_once: bool) -> None:
+        self.d, self.count, self.at_once = d, count, at_once
+        self.states: Blob | None = control_tokens(tape, d)
+        self.hints: list[Blob] = []
+
+    def before(self, number: int) -> None:
+        """Make what is made before base block ``number``, as if every base block had a hint."""
+        wanted = range(self.count) if self.at_once and number == 0 else (number,)
+        for index in wanted if not (self.at_once and number) else ():
+            if self.states is None or index >= self.count:
+                return
+            hint, self.states = _vace_block(self.states, self.d, first=index == 0)
+            self.hints.append(hint)
+            if index + 1 == self.count and not self.at_once:
+                self.states = None
+
+    def after(self, hidden: Blob) -> Blob:
+        """Add a hint to the output of a base block."""
+        if not self.hints:
+            return hidden
+        hint = self.hints.pop(0)
+        if not self.at_once:  # in place
+            return hidden
+        scaled = _out(hint)
+        return _out(hidden, scaled)
+
+
+def control_tokens(tape: Tape, d: Dims) -> Blob:
+    """The patched control: what the convolution gives, copied to where the padding would follow."""
+    patched = tape.new(d.hidden, d.size)
+    padded = _out(patched)
+    del patched
+    return padded
+
+
 def _plain_norm(x: Blob, d: Dims) -> Blob:
     wide = _to(x, FP32)
     normed = _layer_norm(wide, d.batch * d.tokens)
@@ -262,26 +330,29 @@ def window_tokens(shape: TransformerShape, frames: int, height: int, width: int)
 def forward_inputs(
     tape: Tape, shape: TransformerShape, d: Dims, latent: tuple[int, int, int], *, per_token: bool
 ) -> tuple[Blob, ...]:
-    """Return the arguments of the model's forward: latents, timesteps, text and image tokens."""
+    """Return the arguments of the model's forward: latents, timesteps, text, image and control."""
     frames, height, width = latent
     inputs = [tape.new(d.batch * shape.in_channels * frames * height * width, d.size)]
     inputs.append(tape.new(d.batch * (d.tokens if per_token else 1), FP32))
     inputs.append(tape.new(d.batch * TEXT_TOKENS * shape.text_dim, d.size))
     if shape.image_dim is not None:
         inputs.append(tape.new(d.batch * d.image_tokens * shape.image_dim, d.size))
+    if shape.vace_in_channels is not None:
+        inputs.append(tape.new(d.batch * shape.vace_in_channels * frames * height * width, d.size))
     return tuple(inputs)
 
 
 @lru_cache(maxsize=512)
 def transformer_peak(
     shape: TransformerShape, *, batch: int, latent_frames: int, latent_height: int,
-    latent_width: int, size: int, per_token: bool = False,
+    latent_width: int, size: int, per_token: bool = False, hints_at_once: bool = False,
 ) -> int:  # fmt: skip
     """Return the peak bytes of one forward, with its inputs but without weights.
 
     ``size`` is the bytes per number of the transformer's dtype (4 or 2); ``per_token`` means a
-    timestep for each token, as diffusers passes it for TI2V-5B. Frames, height and width are those
-    of the latents.
+    timestep for each token, as diffusers passes it for TI2V-5B. ``hints_at_once`` says that a VACE
+    model's hints are all made before its first block (see ``forward.hints_in_turn``). Frames,
+    height and width are those of the latents.
     """
     tape = Tape()
     tokens = window_tokens(shape, latent_frames, latent_height, latent_width)
@@ -294,11 +365,17 @@ def transformer_peak(
     embedded = tape.new(d.hidden, size)
     hidden = _out(embedded)
     del embedded
+    vace = len(shape.vace_layers)
+    hints = _Hints(tape, d, vace, hints_at_once) if vace else None
     temb, projection = time_embedding(tape, shape, d, batch * (tokens if per_token else 1))
     text = text_embedding(tape, d)
     # All blocks are alike: what two of them reach is the peak of any number.
-    for _ in range(min(shape.layers, 2)):
+    for number in range(min(shape.layers, 2)):
+        if hints is not None:
+            hints.before(number)
         hidden = _block(hidden, d)
+        if hints is not None:
+            hidden = hints.after(hidden)
     modulation = d.hidden if per_token else batch * d.dim
     head = tape.new(2 * modulation, FP32)
     hidden = _modulated_norm(hidden, d, modulation)

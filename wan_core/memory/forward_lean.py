@@ -17,6 +17,7 @@ from .forward import (
     Blob,
     Dims,
     Tape,
+    control_tokens,
     forward_inputs,
     text_embedding,
     time_embedding,
@@ -195,6 +196,31 @@ def _rest_by_rows(x: _Lean) -> None:
     x.tape.during(*keys, inner, fed)
 
 
+def _block(x: _Lean, exact: bool, whole_values: bool) -> None:
+    if exact:
+        _self_attention(x)
+        _cross_attention(x)
+        _feed_forward(x)
+    else:
+        _self_attention_by_heads(x, whole_values)
+        _rest_by_rows(x)
+
+
+def _vace_block(
+    x: _Lean, branches: list[Blob], index: int, first: bool, exact: bool, whole_values: bool
+) -> Blob:
+    """``run_vace_block`` for one pass: the hint; ``branches`` holds the state of every pass."""
+    if first:
+        before = branches[index]  # the caller's, alive until the block is done
+        branches[index] = x.whole()
+        _block(x, exact, whole_values)
+        hint = x.whole()
+        x.tape.during(before)
+        return hint
+    _block(x, exact, whole_values)
+    return x.whole()
+
+
 def _longest_span(tokens: int, first: int, rows: int) -> int:
     """Return the length of the longest span when ``first`` tokens and the rest are two runs."""
     runs = [tokens] if first == 0 else [first, tokens - first]
@@ -242,6 +268,8 @@ def lean_peak(
     latent = (latent_frames, latent_height, latent_width)
     held = [forward_inputs(tape, shape, d, latent, per_token=per_token)]
     held += [(tape.new(batch * TEXT_TOKENS * shape.text_dim, size),) for _ in range(passes - 1)]
+    vace = len(shape.vace_layers)
+    branches: list[Blob] = []
     # What each pass keeps from its first block to its last.
     for _ in range(passes):
         rope = tape.new(tokens * shape.head_dim, FP32), tape.new(tokens * shape.head_dim, FP32)
@@ -253,16 +281,17 @@ def lean_peak(
         embedded = lean.whole()
         held.append((lean.whole(),))
         del embedded
+        branches += [control_tokens(tape, d)] if vace else []
     # A block leaves nothing behind but the hidden states it overwrites, and one pass's temporaries
     # are gone before the next pass takes the block.
-    for _ in range(min(shape.layers, 2)):
-        if exact:
-            _self_attention(lean)
-            _cross_attention(lean)
-            _feed_forward(lean)
-        else:
-            _self_attention_by_heads(lean, whole_values)
-            _rest_by_rows(lean)
+    for number in range(min(shape.layers, 2)):
+        hints: list[Blob] = []
+        for index in range(passes) if number < vace else ():
+            hints.append(_vace_block(lean, branches, index, number == 0, exact, whole_values))
+        if number + 1 == vace:
+            branches.clear()
+        _block(lean, exact, whole_values)
+        tape.during(*hints)
     normed = _all_normed(lean)
     patch = prod(shape.patch_size) * shape.out_channels
     out = tape.new(batch * tokens * patch, size)

@@ -16,6 +16,7 @@ from ..models import (
     IMAGE_TOKENS,
     TEXT_TOKENS,
     ModelArchitecture,
+    all_blocks,
     assumed_parts,
     block_bytes,
     converted_bytes,
@@ -25,10 +26,9 @@ from ..models import (
     parts_of,
     rest_bytes,
     stays_in_file,
-    stored_of,
     unpacked_bytes,
 )
-from .choices import STREAM_BUFFERS, Choices, Workload, latent_size, window_latents
+from .choices import STREAM_BUFFERS, Choices, Workload, latent_size, seen_latents, spread
 from .forward import text_encoder_peak, transformer_peak
 from .forward_lean import lean_peak
 from .machine import fewer_gaps, unpinned_reserve
@@ -216,11 +216,9 @@ class _Ledger:
         names = experts_of(self.arch) if part.startswith("transformer") else (part,)
         wanted = 0
         for name in names:
-            block = block_bytes(self.arch, name, self._dtype(name), fp8=self._in_fp8(name))
+            blocks = all_blocks(self.arch, name, self._dtype(name), fp8=self._in_fp8(name))
             resident = 0 if name == "text_encoder" else choices.resident_blocks or 0
-            stored = stored_of(self.arch, name)
-            layers = self.arch.transformer.layers if stored is None else len(stored.blocks)
-            wanted += max(0, layers - resident) * block
+            wanted += max(0, len(blocks) - resident) * max(blocks)
         spare = system.ram_available_bytes + system.ram_evictable_bytes - host
         spare -= unpinned_reserve(system.ram_total_bytes)
         return max(0, min(wanted, system.pinned_budget_bytes, spare))
@@ -264,15 +262,16 @@ class _Ledger:
         return self.choices.offload_of(part) == "none"
 
     def _streamed(self, part: str) -> tuple[int, str]:
-        shape, choices, dtype = self.arch.transformer, self.choices, self._dtype(part)
+        choices, dtype = self.choices, self._dtype(part)
         if part == "text_encoder":  # its embedding table stays in RAM, tokens are looked up there
             nbytes = STREAM_BUFFERS * block_bytes(self.arch, part, dtype)
             return nbytes, "streamed block by block"
-        block = block_bytes(self.arch, part, dtype, fp8=choices.fp8_storage)
-        resident = min(choices.resident_blocks or 0, shape.layers)
-        moving = min(choices.stream_buffers, shape.layers - resident)
-        nbytes = rest_bytes(self.arch, part, dtype) + (resident + moving) * block
-        return nbytes, f"{resident} of {shape.layers} blocks resident, the rest streamed"
+        blocks = all_blocks(self.arch, part, dtype, fp8=choices.fp8_storage)
+        resident = min(choices.resident_blocks or 0, len(blocks))
+        moving = min(choices.stream_buffers, len(blocks) - resident)
+        nbytes = rest_bytes(self.arch, part, dtype) + moving * max(blocks)
+        nbytes += sum(blocks[index] for index in spread(len(blocks), resident))
+        return nbytes, f"{resident} of {len(blocks)} blocks resident, the rest streamed"
 
     def _host_weights(self, part: str) -> int:
         """Return the bytes of weights that must be in RAM during a stage.
@@ -343,29 +342,32 @@ class _Ledger:
         guided = workload.guidance_low if part == "transformer_2" else workload.guidance_high
         size = BYTES[self._dtype(part)]
         # Only the part of the condition that a window sees is on the device.
-        seen = window_latents(workload, self.choices, self.frames) / self.frames
+        seen = seen_latents(workload, self.choices, self.frames) / self.frames
         more = max(0, shape.in_channels - self.vae.z_dim) / self.vae.z_dim
         condition = int(more * seen * self.latent_bytes)
         texts = (1 if guided else 0) * workload.batch_size * TEXT_TOKENS * shape.text_dim * size
         cast = self._unpacked(part)
-        forward = (
-            self._forward(part, size, guided=guided) + cast + _LATENT_COPIES * self.latent_bytes
-        )
+        # References are denoised as frames in front of the clip's.
+        latents = self.latent_bytes * (self.frames + workload.references) // self.frames
+        forward = self._forward(part, size, guided=guided) + cast + _LATENT_COPIES * latents
         # The forward and the scheduler's step come one after the other; the larger one counts.
-        return max(forward, _STEP_COPIES * self.latent_bytes) + condition + texts
+        return max(forward, _STEP_COPIES * latents) + condition + texts
 
     def _forward(self, part: str, size: int, *, guided: bool) -> int:
         choices = self.choices
         numbers = {
             "batch": self.workload.batch_size,
-            "latent_frames": window_latents(self.workload, choices, self.frames),
+            "latent_frames": seen_latents(self.workload, choices, self.frames),
             "latent_height": self.height,
             "latent_width": self.width,
             "size": size,
         }
         per_token = self.arch.variant.expand_timesteps and self.workload.image
         if not choices.lean:
-            return transformer_peak(self.arch.transformer, per_token=per_token, **numbers)
+            at_once = choices.hints_at_once(part)
+            return transformer_peak(
+                self.arch.transformer, per_token=per_token, hints_at_once=at_once, **numbers
+            )
         # Both passes go through a streamed block together, so that it crosses the bus once.
         passes = 2 if guided and choices.stream else 1
         return lean_peak(

@@ -29,8 +29,10 @@ from .sizes import (
     BYTES,
     MAP_FROM,
     PARTS,
+    all_blocks,
     assumed_parts,
     block_bytes,
+    block_count,
     block_parameters,
     converted_bytes,
     experts_of,
@@ -42,6 +44,7 @@ from .sizes import (
     stays_in_file,
     stored_of,
     unpacked_bytes,
+    vace_block_parameters,
 )
 from .stored import StoredSize, StoredSizes, cast_at_use, stays_stored, stored_sizes
 from .variants import (
@@ -80,8 +83,10 @@ __all__ = [
     "VARIANTS",
     "VaeShape",
     "Variant",
+    "all_blocks",
     "assumed_parts",
     "block_bytes",
+    "block_count",
     "block_parameters",
     "cast_at_use",
     "converted_bytes",
@@ -115,6 +120,7 @@ __all__ = [
     "tokenizer_tensor",
     "transformer_tensors",
     "unpacked_bytes",
+    "vace_block_parameters",
     "without_role",
     "words_of",
 ]

@@ -7,8 +7,9 @@ library only.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
+from typing import TypeVar
 
 from .architecture import ModelArchitecture
 from .stored import StoredSizes, cast_at_use
@@ -30,6 +31,7 @@ conversion: they load four times faster, and the system can drop their pages fro
 are copied, so that their files may be replaced meanwhile."""
 _UMT5 = {"d_model": 4096, "d_ff": 10_240, "num_heads": 64, "d_kv": 64}
 """umT5-xxl's sizes, by their names in its config.json."""
+_UMT5_BLOCKS = 24
 
 _PLAIN = ("fp32", "fp16", "bf16")
 _HEADER = {"fp32": "F32", "fp16": "F16", "bf16": "BF16"}
@@ -50,6 +52,39 @@ def block_parameters(shape: TransformerShape) -> tuple[int, int]:
 
 
 @lru_cache(maxsize=64)
+def vace_block_parameters(shape: TransformerShape) -> tuple[tuple[int, int], ...]:
+    """Return the parameters of each VACE block: (all of them, those that stay in fp32)."""
+    total, kept = block_parameters(shape)
+    linear = shape.dim * shape.dim + shape.dim
+    # Each has a projection at its end, the first one also at its beginning.
+    return tuple(
+        (total + linear * (2 if number == 0 else 1), kept)
+        for number in range(len(shape.vace_layers))
+    )
+
+
+def block_count(shape: TransformerShape) -> int:
+    """Return how many blocks compute in one forward, VACE's included."""
+    return shape.layers + len(shape.vace_layers)
+
+
+T = TypeVar("T")
+
+
+def in_order(shape: TransformerShape, blocks: Sequence[T], vace: Sequence[T]) -> list[T]:
+    """Return what is given of each block in the order in which the blocks compute.
+
+    A VACE block computes just before the block that its hint is added to.
+    """
+    hints = dict(zip(sorted(shape.vace_layers), vace, strict=False))
+    order: list[T] = []
+    for index, block in enumerate(blocks):
+        order += [hints[index]] if index in hints else []
+        order.append(block)
+    return order
+
+
+@lru_cache(maxsize=64)
 def rest_parameters(shape: TransformerShape) -> tuple[int, int]:
     """Return the parameters outside the blocks: (all of them, those that stay in fp32)."""
     d = shape.dim
@@ -59,6 +94,8 @@ def rest_parameters(shape: TransformerShape) -> tuple[int, int]:
     total += shape.text_dim * d + d + d * d + d
     total += d * patch * shape.out_channels + patch * shape.out_channels + 2 * d
     kept = time + 2 * d
+    if shape.vace_in_channels:
+        total += shape.vace_in_channels * patch * d + d
     if shape.image_dim:
         wide = shape.image_dim
         norms = 2 * wide + 2 * d
@@ -70,7 +107,8 @@ def rest_parameters(shape: TransformerShape) -> tuple[int, int]:
 
 def transformer_parameters(shape: TransformerShape) -> int:
     """Return the number of parameters of a whole transformer."""
-    return shape.layers * block_parameters(shape)[0] + rest_parameters(shape)[0]
+    vace = sum(total for total, _ in vace_block_parameters(shape))
+    return shape.layers * block_parameters(shape)[0] + vace + rest_parameters(shape)[0]
 
 
 def stored_of(architecture: ModelArchitecture, name: str) -> StoredSizes | None:
@@ -82,18 +120,32 @@ def stored_of(architecture: ModelArchitecture, name: str) -> StoredSizes | None:
 def block_bytes(
     architecture: ModelArchitecture, name: str, dtype: str, *, fp8: bool = False
 ) -> int:
-    """Return the bytes of a component's largest block as it lies in memory.
+    """Return the bytes of a component's largest block as it lies in memory; see ``all_blocks``."""
+    return max(all_blocks(architecture, name, dtype, fp8=fp8))
+
+
+def all_blocks(
+    architecture: ModelArchitecture, name: str, dtype: str, *, fp8: bool = False
+) -> tuple[int, ...]:
+    """Return the bytes of each of a component's blocks, in the order in which they compute.
 
     ``fp8`` stores the matrices of a transformer's blocks in one byte per number, where the file
     has not stored them so already.
     """
-    stored = stored_of(architecture, name)
+    stored, shape = stored_of(architecture, name), architecture.transformer
     if stored is not None and stored.blocks and (stored.quantised or not fp8):
-        return max(block.nbytes(BYTES[dtype]) for block in stored.blocks)
+        own, vace = (
+            [block.nbytes(BYTES[dtype]) for block in blocks]
+            for blocks in (stored.blocks, stored.vace)
+        )
+        return tuple(in_order(shape, own, vace) if vace else own)
     if name == "text_encoder":
-        return text_block_bytes(architecture, dtype)
-    total, kept = block_parameters(architecture.transformer)
-    return _mixed(total, kept, BYTES["fp8"] if fp8 else BYTES[dtype])
+        return (text_block_bytes(architecture, dtype),) * _UMT5_BLOCKS
+    size = BYTES["fp8"] if fp8 else BYTES[dtype]
+    base = [_mixed(*block_parameters(shape), size)] * shape.layers
+    return tuple(
+        in_order(shape, base, [_mixed(*numbers, size) for numbers in vace_block_parameters(shape)])
+    )
 
 
 def rest_bytes(architecture: ModelArchitecture, name: str, dtype: str) -> int:
@@ -153,11 +205,11 @@ def part_bytes(architecture: ModelArchitecture, name: str, dtype: str, *, fp8: b
     if name not in ("transformer", "transformer_2"):
         return total * BYTES[dtype]
     shape = architecture.transformer
-    kept = shape.layers * block_parameters(shape)[1] + rest_parameters(shape)[1]
+    kept = block_count(shape) * block_parameters(shape)[1] + rest_parameters(shape)[1]
     nbytes = _mixed(total, kept, BYTES[dtype])
     if fp8:
-        whole = block_bytes(architecture, name, dtype)
-        nbytes -= shape.layers * (whole - block_bytes(architecture, name, dtype, fp8=True))
+        nbytes -= sum(all_blocks(architecture, name, dtype))
+        nbytes += sum(all_blocks(architecture, name, dtype, fp8=True))
     return nbytes
 
 

@@ -20,6 +20,7 @@ _WIDE: Final[Mapping[str, frozenset[str]]] = {
 }
 """``_keep_in_fp32_modules`` of ``WanTransformer3DModel`` (diffusers 0.42): parts of a name."""
 _BLOCKS: Final = {"transformer": "blocks.", "text_encoder": "encoder.block."}
+_VACE: Final = "vace_blocks."
 _TABLES: Final = ("shared.weight", "encoder.embed_tokens.weight")
 _HALF: Final = ("F16", "BF16")
 
@@ -59,11 +60,13 @@ class StoredSizes:
     """Token embeddings, which stay in RAM while blocks are streamed."""
     largest: int
     """Numbers of the largest matrix that is taken apart at each use; 0 where none is."""
+    vace: tuple[StoredSize, ...] = ()
+    """VACE blocks, which are streamed among the others."""
 
     @property
     def whole(self) -> StoredSize:
         """All weights of the component."""
-        return sum(self.blocks, self.rest + self.tables)
+        return sum((*self.blocks, *self.vace), self.rest + self.tables)
 
     @property
     def quantised(self) -> bool:
@@ -104,8 +107,9 @@ def stored_sizes(
         return None
     own = {n[len(prefix) :]: info for n, info in table.tensors.items() if n.startswith(prefix)}
     sources = map_names(kind, table.tensors, prefix).sources
-    layers = count_blocks(sources, _BLOCKS[kind])
-    blocks = [StoredSize()] * layers
+    lists = {
+        start: [StoredSize()] * count_blocks(sources, start) for start in (_BLOCKS[kind], _VACE)
+    }
     rest = tables = StoredSize()
     largest = 0
     for target, source in sources.items():
@@ -113,14 +117,16 @@ def stored_sizes(
         size = _size_of(kind, target, table.tensors[source.name], stored, own, source.parts)
         if size.kept and target not in _TABLES:
             largest = max(largest, stored.shape[0] * stored.shape[1] if stored else 0)
+        found = next((start for start in lists if target.startswith(start)), None)
         if target in _TABLES:
             tables = size  # a second name of the same table takes nothing more
-        elif target.startswith(_BLOCKS[kind]):
-            index = int(target[len(_BLOCKS[kind]) :].split(".")[0])
-            blocks[index] = blocks[index] + size
+        elif found is not None:
+            index = int(target[len(found) :].split(".")[0])
+            lists[found][index] = lists[found][index] + size
         else:
             rest = rest + size
-    return StoredSizes(tuple(blocks), rest, tables, largest)
+    blocks, vace = (tuple(sizes) for sizes in lists.values())
+    return StoredSizes(blocks, rest, tables, largest, vace)
 
 
 def _size_of(

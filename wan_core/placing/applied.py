@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
-from ..forward import lean_decoder, lean_forward
+from ..forward import hints_in_turn, lean_decoder, lean_forward
 from ..loading import all_pinned_bytes
 from ..memory import BANDS, pinned_budget_now
 from .offload import place
@@ -39,6 +39,8 @@ def apply_plan(
         why_not = None
         if plan.choices.lean and component.startswith("transformer"):
             why_not = stack.enter_context(lean_forward(module, exact=not plan.choices.by_rows))
+        elif component.startswith("transformer") and not plan.choices.hints_at_once(component):
+            why_not = stack.enter_context(hints_in_turn(module))
         elif plan.choices.lean and component == "vae" and decoding:
             bands = BANDS if plan.choices.by_rows else None
             # Where the decoder's feature cache rests in RAM, page-locking it is what keeps its

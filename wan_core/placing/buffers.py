@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..errors import InvalidRequest
+from ..memory import spread
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,11 +31,6 @@ class Turn:
     free: tuple[int, ...] = ()
     loads: tuple[Load, ...] = ()
     use: int | None = None
-
-
-def spread(blocks: int, resident: int) -> tuple[int, ...]:
-    """Return the indices of ``resident`` out of ``blocks`` blocks, spread as evenly as possible."""
-    return tuple(i for i in range(blocks) if (i + 1) * resident // blocks > i * resident // blocks)
 
 
 class BufferSchedule:

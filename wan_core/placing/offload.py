@@ -26,6 +26,7 @@ import torch
 from torch import nn
 
 from ..errors import InvalidRequest, MissingDependency, ModuleInUse
+from ..forward import blocks_in_order
 from ..loading import Undo, device_of, move, remember
 
 MODES: tuple[str, ...] = ("none", "model", "sequential", "group")
@@ -240,8 +241,8 @@ def block_hooks(transformer: nn.Module, on_block: Callable[[], object]) -> Itera
     """Call ``on_block`` before each transformer block that this thread runs.
 
     Used to look for interrupts: an exception from ``on_block`` ends the forward and reaches its
-    caller as it is. The blocks are those of the module list ``blocks``. Other threads may render
-    through the same module: each is called back for its own forwards only.
+    caller as it is. The blocks are those of the module list ``blocks``, and VACE's. Other threads
+    may render through the same module: each is called back for its own forwards only.
     """
     me = threading.get_ident()
 
@@ -250,8 +251,6 @@ def block_hooks(transformer: nn.Module, on_block: Callable[[], object]) -> Itera
             on_block()
 
     with Undo() as undo:
-        blocks = transformer.blocks
-        assert isinstance(blocks, nn.ModuleList)
-        for block in blocks:
+        for block in blocks_in_order(transformer):
             undo.push(block.register_forward_pre_hook(before_block).remove)
         yield

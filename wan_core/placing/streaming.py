@@ -24,8 +24,10 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import InvalidRequest, ModuleInUse
+from ..forward import blocks_in_order
 from ..loading import Slab, Undo, move, pin_block, remember, room_to_pin
-from .buffers import BufferSchedule, Load, spread
+from ..memory import spread
+from .buffers import BufferSchedule, Load
 from .offload import occupy
 from .transport import Block, CudaTransport, DirectTransport, Transport
 
@@ -60,7 +62,8 @@ def stream_blocks(
 ) -> Iterator[Streaming]:
     """Have ``module`` compute on ``device`` while only some of its blocks are there.
 
-    ``module`` is a Wan transformer (``blocks``) or a T5 encoder (``encoder.block``).
+    ``module`` is a Wan transformer (``blocks``, and ``vace_blocks`` where it has them) or a T5
+    encoder (``encoder.block``).
     ``resident_blocks`` of its blocks are kept on the device; the others pass through ``buffers``
     device buffers, each as large as the largest of them. What is in no block moves to the device,
     except token embeddings, which stay on the host and are looked up there.
@@ -114,17 +117,22 @@ def pin_ahead(
     done.result()
 
 
-def blocks_of(module: Any) -> nn.ModuleList:
-    """Return the module list that is streamed: ``blocks``, or ``encoder.block`` of a T5."""
+def blocks_of(module: Any) -> list[nn.Module]:
+    """Return the blocks that are streamed, in the order in which they compute.
+
+    They are a Wan transformer's ``blocks``, with its VACE blocks among them, or ``encoder.block``
+    of a T5.
+    """
     blocks = getattr(module, "blocks", None)
-    if blocks is None:
-        blocks = getattr(getattr(module, "encoder", None), "block", None)
+    if isinstance(blocks, nn.ModuleList) and len(blocks):
+        return blocks_in_order(module)
+    blocks = getattr(getattr(module, "encoder", None), "block", None)
     if not isinstance(blocks, nn.ModuleList) or not len(blocks):
         raise InvalidRequest(
             f"{type(module).__name__} has no list of blocks to stream; use offload 'model'.",
             field="offload",
         )
-    return blocks
+    return list(blocks)
 
 
 def _attach(
@@ -232,7 +240,7 @@ class _Runner:
 
 
 def _pin(
-    modules: nn.ModuleList,
+    modules: list[nn.Module],
     blocks: list[Block],
     schedule: BufferSchedule,
     budget: int,

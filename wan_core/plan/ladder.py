@@ -10,13 +10,21 @@ tier only: a faster candidate never wins over one that changes less.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from ..config import GIB, MemoryEstimate, StageEstimate
-from ..memory import RAM_RESERVE, STREAM_BUFFERS, Choices, Workload, estimate, reserved_bytes
-from ..models import ModelArchitecture, block_bytes, experts_of, parts_of, stored_of
+from ..memory import (
+    RAM_RESERVE,
+    STREAM_BUFFERS,
+    Choices,
+    Workload,
+    estimate,
+    reserved_bytes,
+    spread,
+)
+from ..models import ModelArchitecture, all_blocks, experts_of, parts_of, stored_of
 from .config import OptimizationConfig
 from .speed import Situation, situation_of, with_speed
 from .timing import Timing, blocks_that_hide_the_bus, timing
@@ -192,8 +200,9 @@ def _roundings(
 ) -> Iterator[Choices]:  # fmt: skip
     """Yield the choices that differ in rounding at most, the most exact first."""
     exact = Choices(
-        dtypes=_dtypes(architecture, main, "fp32"), window_overlap=workload.window_overlap
-    )
+        dtypes=_dtypes(architecture, main, "fp32"), window_overlap=workload.window_overlap,
+        hints_in_turn="lean" in abilities,
+    )  # fmt: skip
     if requested.forward == "lean_rows":
         exact = replace(exact, lean=True, by_rows=True)
     last = exact
@@ -295,10 +304,14 @@ def _fill_with_blocks(
     requested: OptimizationConfig, limits: Limits, choices: Choices,
 ) -> Choices:  # fmt: skip
     """Keep as many blocks resident as fit, but no more than are needed to hide the transfers."""
-    shape = architecture.transformer
+    blocks = [
+        all_blocks(architecture, expert, choices.dtypes["transformer"], fp8=choices.fp8_storage)
+        for expert in experts_of(architecture)
+    ]
+    total = len(blocks[0])
     if requested.resident_blocks is not None or system.device_kind == "cpu":
         asked = requested.resident_blocks or 0
-        return replace(choices, resident_blocks=min(asked, shape.layers))
+        return replace(choices, resident_blocks=min(asked, total))
     # What a denoising stage leaves free without any resident block is what they can take.
     empty = estimate(architecture, workload, replace(choices, resident_blocks=0), system)
     left = min(
@@ -306,20 +319,21 @@ def _fill_with_blocks(
         for stage in empty.stages
         if stage.name.startswith("denoise")
     )
-    block = max(
-        block_bytes(architecture, expert, choices.dtypes["transformer"], fp8=choices.fp8_storage)
-        for expert in experts_of(architecture)
-    )
-    room = left // block
     # A rate that was measured here says how many it takes to hide the bus. One that was assumed
     # may be wrong by a factor, and memory that stays idle helps nobody: as many as fit, unless
     # somebody asked for streaming.
-    useful = shape.layers
+    useful = total
     if system.calibration.paced or requested.placement == "stream":
         useful = blocks_that_hide_the_bus(architecture, workload, choices, system)
     # At least as many are streamed as there are buffers: with fewer, a buffer would stay empty.
-    count = min(room, useful, shape.layers - STREAM_BUFFERS)
-    return replace(choices, resident_blocks=max(0, count))
+    count = max(0, min(useful, total - STREAM_BUFFERS))
+    while count and max(_resident_bytes(sizes, count) for sizes in blocks) > left:
+        count -= 1
+    return replace(choices, resident_blocks=count)
+
+
+def _resident_bytes(blocks: Sequence[int], resident: int) -> int:
+    return sum(blocks[index] for index in spread(len(blocks), resident))
 
 
 def _dtypes(architecture: ModelArchitecture, main: str, vae: str) -> dict[str, str]:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from ..config import GIB
 from ..memory import Choices, Workload
-from ..models import ModelArchitecture, block_bytes
+from ..models import ModelArchitecture, block_bytes, block_count
 from .config import OptimizationConfig
 from .ladder import Candidate, Limits
 from .speed import speed_reasons
@@ -126,13 +126,13 @@ def _placement(
 def _streaming(
     architecture: ModelArchitecture, workload: Workload, system: SystemResources, choices: Choices
 ) -> str:
-    shape = architecture.transformer
+    total = block_count(architecture.transformer)
     dtype = choices.dtypes["transformer"]
     block = block_bytes(architecture, "transformer", dtype, fp8=choices.fp8_storage)
-    moved = shape.layers - (choices.resident_blocks or 0)
+    moved = total - (choices.resident_blocks or 0)
     seconds = stream_seconds(architecture, workload, choices, system, passes=1)
     text = (
-        f"{choices.resident_blocks} of {shape.layers} blocks stay, {moved} of {block / GIB:.2f} "
+        f"{choices.resident_blocks} of {total} blocks stay, {moved} of {block / GIB:.2f} "
         f"GiB come over the bus ({seconds:.1f} s) "
     )
     if choices.stream_buffers == 1:

@@ -16,15 +16,17 @@ from dataclasses import dataclass, replace
 from math import ceil
 from typing import TYPE_CHECKING
 
-from ..memory import Choices, Workload, latent_size, window_latents, window_tokens
+from ..memory import Choices, Workload, latent_size, spread, window_latents, window_tokens
 from ..models import (
     TEXT_TOKENS,
     ModelArchitecture,
-    block_bytes,
+    all_blocks,
+    block_count,
     block_parameters,
     part_bytes,
     parts_of,
     stored_of,
+    vace_block_parameters,
 )
 
 if TYPE_CHECKING:
@@ -89,10 +91,13 @@ def forward_operations(
     shape = architecture.transformer
     frames, height, width = latent_size(architecture, workload)
     window = window_latents(workload, choices, frames)
-    tokens = window_tokens(shape, window, height, width)
-    weights = block_parameters(shape)[0] - 2 * shape.dim**2  # without the text's keys and values
+    tokens = window_tokens(shape, window + workload.references, height, width)
+    # Without the text's keys and values, which are few tokens' work.
+    each = block_parameters(shape)[0] - 2 * shape.dim**2
+    weights = shape.layers * each
+    weights += sum(total - 2 * shape.dim**2 for total, _ in vace_block_parameters(shape))
     attention = 4.0 * tokens * tokens * shape.dim + 4.0 * tokens * TEXT_TOKENS * shape.dim
-    once = shape.layers * (2.0 * weights * tokens + attention) * workload.batch_size
+    once = (2.0 * weights * tokens + block_count(shape) * attention) * workload.batch_size
     return once * _windows(workload, choices, frames, window)
 
 
@@ -157,7 +162,7 @@ def _step(
         return passes * compute
     bytes_moved = part_bytes(architecture, "transformer", choices.dtypes["transformer"])
     copy = bytes_moved / _rate(architecture, choices, system, _PAGEABLE)
-    hooks = architecture.transformer.layers * _LAYERS_PER_BLOCK * _LAYER_LATENCY
+    hooks = block_count(architecture.transformer) * _LAYERS_PER_BLOCK * _LAYER_LATENCY
     return passes * (compute + windows_per_step(architecture, workload, choices) * (copy + hooks))
 
 
@@ -172,14 +177,15 @@ def stream_seconds(
     passes: int,
 ) -> float:  # fmt: skip
     """Return the seconds that the transfers of streamed blocks take in a step of ``passes``."""
-    shape, dtype = architecture.transformer, choices.dtypes["transformer"]
-    moved = shape.layers - min(choices.resident_blocks or 0, shape.layers)
-    block = block_bytes(architecture, "transformer", dtype, fp8=choices.fp8_storage)
+    dtype = choices.dtypes["transformer"]
+    blocks = all_blocks(architecture, "transformer", dtype, fp8=choices.fp8_storage)
+    stay = set(spread(len(blocks), min(choices.resident_blocks or 0, len(blocks))))
+    moved = sum(nbytes for index, nbytes in enumerate(blocks) if index not in stay)
     # With the lean forward each block computes both guidance passes when it has arrived. With
     # diffusers' group offload every pass brings all blocks again.
     trips = 1 if choices.lean else passes
     trips *= windows_per_step(architecture, workload, choices)
-    return trips * moved * block / _rate(architecture, choices, system)
+    return trips * moved / _rate(architecture, choices, system)
 
 
 def _rate(
@@ -214,8 +220,8 @@ def blocks_that_hide_the_bus(
     )
     none = replace(choices, resident_blocks=0)
     busy = stream_seconds(architecture, workload, none, system, passes)
-    layers = architecture.transformer.layers
-    return max(0, ceil(layers * (1 - passes * compute / (2 * busy))))
+    blocks = block_count(architecture.transformer)
+    return max(0, ceil(blocks * (1 - passes * compute / (2 * busy))))
 
 
 def _reads(architecture: ModelArchitecture) -> float:

@@ -66,7 +66,7 @@ class WanPipelineWrapper:
         self.optimization = optimization
         self._cache = cache
         self._keep = keep_components
-        no_lean = why_no_lean()
+        no_lean = why_no_lean(vace=bool(architecture.transformer.vace_layers))
         self._manager = Planner(ABILITIES if no_lean is None else ABILITIES - {"lean", "rows"})
         self._notes: tuple[str, ...] = ()
         if no_lean is not None:

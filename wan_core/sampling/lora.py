@@ -100,6 +100,8 @@ def shape_of(transformer: Any) -> TransformerShape:
         out_channels=config.out_channels, text_dim=config.text_dim, freq_dim=config.freq_dim,
         image_dim=config.image_dim, added_kv_dim=config.added_kv_proj_dim,
         pos_embed_seq_len=config.pos_embed_seq_len, patch_size=tuple(config.patch_size),
+        vace_layers=tuple(config.get("vace_layers", ())),
+        vace_in_channels=config.get("vace_in_channels"),
     )  # fmt: skip
 
 
