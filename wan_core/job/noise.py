@@ -22,23 +22,32 @@ NOISES: tuple[str, ...] = get_args(NoiseName)
 Shape = tuple[int, int, int, int, int]
 
 
-def draw_noise(name: str, shape: Shape, seed: int, windows: WindowPlan | None = None) -> Tensor:
+def draw_noise(
+    name: str, shape: Shape, seed: int, windows: WindowPlan | None = None, references: int = 0
+) -> Tensor:
     """Draw float32 noise (B, C, T, h, w) on the CPU, standard normal in every frame.
 
     ``name`` is one of ``NOISES``. ``windows`` gives the length and the stride of the windows, which
-    only ``freenoise`` uses; without windows it is the same as ``clip``.
+    only ``freenoise`` uses; without windows it is the same as ``clip``. The first ``references`` of
+    the T frames stand before the clip: for ``clip`` they are part of the one draw, as in diffusers.
     """
     import torch
 
+    repeats = name == "freenoise" and windows is not None and windows.count > 1
+    if references and (name == "frame" or repeats):
+        batch, channels, frames, height, width = shape
+        before = _by_frame((batch, channels, references, height, width), seed, -references)
+        own = (batch, channels, frames - references, height, width)
+        return torch.cat([before, draw_noise(name, own, seed, windows)], dim=2)
     if name == "frame":
         return _by_frame(shape, seed)
     generator = torch.Generator("cpu").manual_seed(seed)
-    if name == "freenoise" and windows is not None and windows.count > 1:
+    if repeats and windows is not None:
         return _repeated(shape, windows, generator)
     return torch.randn(shape, generator=generator, dtype=torch.float32)
 
 
-def _by_frame(shape: Shape, seed: int) -> Tensor:
+def _by_frame(shape: Shape, seed: int, first: int = 0) -> Tensor:
     import torch
 
     batch, channels, frames, height, width = shape
@@ -48,7 +57,7 @@ def _by_frame(shape: Shape, seed: int) -> Tensor:
         for frame in range(frames):
             # Seeded by a hash, because with seed + index neighbouring seeds would share their
             # frames, moved by one.
-            text = f"wanfit noise {seed} {sample} {frame}".encode()
+            text = f"wanfit noise {seed} {sample} {first + frame}".encode()
             generator.manual_seed(int.from_bytes(hashlib.sha256(text).digest()[:8], "little"))
             noise[sample, :, frame] = torch.randn((channels, height, width), generator=generator)
     return noise

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     )
     from .lora import apply_loras
     from .segments import ClipSegments
+    from .vace import ControlClip, encode_grey, encode_vace
     from .vae import (
         StreamingDecoder,
         denormalize_latents,
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 __getattr__ = lazy_names(
     __name__,
     {
+        "vace": ("ControlClip", "encode_grey", "encode_vace"),
         "denoise": (
             "Conditions",
             "DenoiseState",
@@ -65,6 +67,7 @@ __getattr__ = lazy_names(
 __all__ = [
     "ClipSegments",
     "Conditions",
+    "ControlClip",
     "DenoiseState",
     "Expert",
     "Signals",
@@ -75,8 +78,10 @@ __all__ = [
     "encode_clip",
     "encode_condition",
     "encode_first_frame",
+    "encode_grey",
     "encode_latents",
     "encode_text",
+    "encode_vace",
     "hold_first_frame",
     "normalize_latents",
     "prepare_picture",

@@ -7,7 +7,7 @@ model it is given is ready to be called. Latents are (B, C, T, h, w), float32, n
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -43,14 +43,19 @@ class Signals:
 class Conditions:
     """What the model is given besides the latents.
 
-    All tensors are on the model's device. Only ``concat`` may stay in RAM if the clip is made in
-    windows; each window then copies its own frames to the device.
+    All tensors are on the model's device. Only ``concat`` and ``vace`` may stay in RAM if the clip
+    is made in windows; each window then copies its own frames to the device.
 
     ``concat`` (B, 20, T, h, w) holds mask and latents for the image-to-video models;
     ``first_frame`` (B, C, n, h, w) holds the latents that the 5B keeps fixed as frames 0 to n - 1;
     ``image_embeds`` is CLIP's, (B, 257, image_dim), or (2B, 257, image_dim) with a last image.
     ``prompt_parts`` is for a clip with several prompts: one (first latent frame, embeddings) for
     each. A window uses the prompt at its middle frame; without windows, ``prompt_embeds`` is used.
+
+    ``vace`` (B, 96, R + T, h, w) is VACE's control, with ``vace_scale``, a number for each VACE
+    block. The latents then have R = ``references`` frames in front of the clip's, which every
+    window sees and predicts anew. ``vace_grey`` (1, 16, T, h, w) are the latents of a grey clip,
+    for frames that a segment takes over.
     """
 
     prompt_embeds: Tensor
@@ -59,6 +64,14 @@ class Conditions:
     concat: Tensor | None = None
     first_frame: Tensor | None = None
     prompt_parts: tuple[tuple[int, Tensor], ...] = ()
+    vace: Tensor | None = None
+    vace_scale: Tensor | None = None
+    vace_grey: Tensor | None = None
+    references: int = 0
+
+    def places(self, indices: Iterable[int]) -> list[int]:
+        """Return where the references and the frames with these indices are in the latents."""
+        return [*range(self.references), *(self.references + index for index in indices)]
 
     def window(self, indices: Sequence[int], middle: int | None = None) -> Conditions:
         """Return the conditions for the frames with these indices in the clip.
@@ -73,6 +86,9 @@ class Conditions:
         if self.concat is not None:
             part = self.concat[:, :, list(indices)].to(self.prompt_embeds.device)
             found = replace(found, concat=part)
+        if self.vace is not None:
+            part = self.vace[:, :, self.places(indices)].to(self.prompt_embeds.device)
+            found = replace(found, vace=part)
         return found
 
 
@@ -155,7 +171,8 @@ def predict(
 ) -> Tensor:
     """Return the velocity (B, C, T, h, w) after guidance, in the model's dtype.
 
-    ``indices`` are the frames of the clip that ``latents`` are; None means all, from the first on.
+    ``indices`` are the frames of the clip that ``latents`` are, besides references in front of
+    them; None means all, from the first on.
     ``check`` runs before each call of the model, or once before calls that run together.
 
     Guidance is v_u + s (v_c - v_u) (Ho and Salimans 2022) and takes two passes; a guidance scale
@@ -163,6 +180,10 @@ def predict(
     """
     seen = range(latents.shape[2]) if indices is None else indices
     hidden_states, timesteps = _model_inputs(latents, timestep, expert, conditions, seen)
+    control: dict[str, Any] = {}
+    if conditions.vace is not None:
+        control["control_hidden_states"] = conditions.vace
+        control["control_hidden_states_scale"] = conditions.vace_scale
 
     def call(embeds: Tensor) -> dict[str, Any]:
         return {
@@ -170,6 +191,7 @@ def predict(
             "timestep": timesteps,
             "encoder_hidden_states": embeds,
             "encoder_hidden_states_image": conditions.image_embeds,
+            **control,
             "return_dict": False,
         }
 
@@ -235,7 +257,7 @@ def predict_windows(
     With ``anchor`` a window that begins after frame 0 also sees the frame before it, whose
     prediction is dropped: the model treats the first frame it sees as the start of a video.
     """
-    latents = state.latents
+    latents, references = state.latents, conditions.references
     # Kept in the state, not in a local variable: a window that fails does not cost those before.
     if state.fused is None:
         state.fused, state.next_window = torch.zeros_like(latents, dtype=torch.float32), 0
@@ -244,18 +266,24 @@ def predict_windows(
         signals.window(number, len(windows))
         # 1. Predict: all windows of a step read the same latents, those before the step.
         seen = (window.start - 1, *window.indices) if anchor and window.start else window.indices
+        places = torch.tensor(conditions.places(seen), device=latents.device)
         velocity = predict(
-            latents.index_select(2, torch.tensor(seen, device=latents.device)),
+            latents.index_select(2, places),
             timestep,
             expert,
             conditions.window(seen, window.indices[len(window.indices) // 2]),
             indices=seen,
             check=signals.check,
-        )[:, :, len(seen) - len(window.indices) :]
+        )
+        if unused := len(seen) - len(window.indices):
+            after = velocity[:, :, references + unused :]
+            velocity = torch.cat([velocity[:, :, :references], after], dim=2)
         # 2. Blend: a running weighted mean, so that no second buffer for the weights is needed.
         # ``lerp`` between equal values returns that value, where a weighted sum would round.
-        index = torch.tensor(window.indices, device=latents.device)
-        share = torch.tensor(fractions, dtype=torch.float32, device=latents.device)
+        # References are in every window, whose predictions of them count alike.
+        shares = (*[1 / (number + 1)] * references, *fractions)
+        index = torch.tensor(conditions.places(window.indices), device=latents.device)
+        share = torch.tensor(shares, dtype=torch.float32, device=latents.device)
         blended = torch.lerp(
             state.fused.index_select(2, index), velocity.float(), share.view(1, 1, -1, 1, 1)
         )

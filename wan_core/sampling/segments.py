@@ -1,10 +1,10 @@
 """A clip made in segments: each segment starts from the last latents of the one before.
 
 These latents are handed over as they are, without decoding and encoding them again. Image-to-video
-models get them as given frames of their condition, the 5B as frames held at timestep 0. In the
-overlap both segments have a result; the two are blended with the ramp k/(w+1) that windows use,
-too. If a clip has several prompts, a segment begins with each of them. This module knows neither
-models nor files.
+models get them as given frames of their condition, VACE as frames of the control that are kept, the
+5B as frames held at timestep 0. In the overlap both segments have a result; the two are blended
+with the ramp k/(w+1) that windows use, too. If a clip has several prompts, a segment begins with
+each of them. This module knows neither models nor files.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ MAX_COLOUR_SCALE = 2.0
 class ClipSegments:
     """The segments of one clip, made in order; ``clip`` (B, C, T, h, w) fills up from frame 0.
 
-    ``noise`` and ``conditions`` are those of the whole clip. ``given`` (B, C, n, h, w) are
+    ``noise`` and ``conditions`` are those of the whole clip; where VACE has references, their noise
+    is in front of it, and every segment begins with that. ``given`` (B, C, n, h, w) are
     normalised latents that the clip begins with; they stay as they are, except where they overlap
     the first segment. ``drift_correction`` (0..1) is the strength of ``match_colours``.
     """
@@ -42,7 +43,7 @@ class ClipSegments:
     clip: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
-        self.clip = torch.zeros_like(self.noise)
+        self.clip = torch.zeros_like(self.noise[:, :, self.conditions.references :])
         if self.given is not None:
             self.clip[:, :, : self.given.shape[2]] = self.given
 
@@ -64,7 +65,7 @@ class ClipSegments:
         frames = self.frames(number)
         done = self.clip[:, :, : frames.start + self.known(number)]
         return DenoiseState(
-            latents=self.noise[:, :, frames.start : frames.stop],
+            latents=self.noise[:, :, self.conditions.places(frames)],
             next_step=step,
             segment=number,
             clip=done if done.shape[2] else None,
@@ -85,6 +86,8 @@ class ClipSegments:
         if not known:
             return found
         held = self.clip[:, :, frames.start : frames.start + known]
+        if found.vace is not None:
+            return replace(found, vace=self._kept(found.vace, frames[:known], held))
         if found.concat is None:
             return replace(found, first_frame=held.clone())
         # The condition is mask and latents: mark the known frames as given, and put them in.
@@ -94,12 +97,24 @@ class ClipSegments:
         concat[:, -channels:, :known] = held
         return replace(found, concat=concat)
 
+    def _kept(self, vace: Tensor, frames: range, held: Tensor) -> Tensor:
+        """Return the control with known frames in it: kept, nothing to make, a black mask."""
+        control, channels = vace.clone(), held.shape[1]
+        grey = self.conditions.vace_grey
+        assert grey is not None  # encoded for every clip in segments
+        first = self.conditions.references
+        known = control[:, :, first : first + len(frames)]
+        known[:, :channels] = held
+        known[:, channels : 2 * channels] = grey[:, :, frames.start : frames.stop]
+        known[:, 2 * channels :] = 0
+        return control
+
     def finish(self, state: DenoiseState, conditions: Conditions) -> None:
         """Put a fully denoised segment into the clip."""
         number = state.segment
         frames, known = self.frames(number), self.known(number)
         # 1. The 5B's latents in held frames are whatever the steps made of them: restore these.
-        made = hold_first_frame(state.latents, conditions)
+        made = hold_first_frame(state.latents, conditions)[:, :, conditions.references :]
         # 2. Match colours before blending, so that the overlap does not fade between two colours.
         if known and self.drift_correction:
             # The reference of later segments ends where the second one begins. No blend changes
