@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from ..lazy import lazy_names
 
 if TYPE_CHECKING:
-    from .block import TimestepRuns
+    from .modulation import TimestepRuns
     from .sources import why_no_lean
     from .surroundings import undisturbed
     from .transformer import hints_in_turn, lean_forward, run_together
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 __getattr__ = lazy_names(
     __name__,
     {
-        "block": ("TimestepRuns",),
+        "modulation": ("TimestepRuns",),
         "sources": ("why_no_lean",),
         "surroundings": ("undisturbed",),
         "transformer": ("hints_in_turn", "lean_forward", "run_together"),

@@ -20,8 +20,7 @@ computation follows diffusers' ``transformer_wan.py`` (0.35 to 0.42, see ``sourc
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -29,9 +28,10 @@ from torch import Tensor, nn
 
 from ..memory import LEAN_HEAD_GROUPS, LEAN_ROWS
 from ..models import TEXT_TOKENS
+from .fused import NOTHING, Fused, kernels, rms_norm_is_plain
+from .modulation import Modulation, Span, TimestepRuns
 
-Span = tuple[slice, int]
-"""A slice of tokens, and the index of the run of equal timesteps that it lies in."""
+_EVERY: Span = (slice(None), 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,87 +47,8 @@ class LeanOptions:
     rows: int = LEAN_ROWS
     head_groups: int = LEAN_HEAD_GROUPS
     blocks: bool = True
-
-
-class TimestepRuns(NamedTuple):
-    """Per-token timestep embeddings, stored once per run of tokens with equal timesteps.
-
-    ``values`` is (B, n, parts, dim); ``starts`` is the first token of each of the n runs.
-    """
-
-    values: Tensor
-    starts: tuple[int, ...]
-
-
-class Modulation:
-    """The tokens' shift, scale and gate: a table (1, parts, dim) plus the timestep embedding.
-
-    ``temb`` is (B, parts, dim), TimestepRuns, or (B, L, parts, dim). ``upcast`` converts it to
-    fp32 before the table is added.
-    """
-
-    def __init__(
-        self, table: Tensor, temb: Tensor | TimestepRuns, length: int, rows: int, upcast: bool
-    ) -> None:
-        self._table, self._upcast = table, upcast
-        self._per_token: Tensor | None = None
-        starts: tuple[int, ...] = (0,)
-        if isinstance(temb, TimestepRuns):
-            starts = temb.starts
-            self._values = table.unsqueeze(1) + self._cast(temb.values)
-        elif temb.ndim == 4:
-            self._per_token = temb
-        else:
-            self._values = (table + self._cast(temb)).unsqueeze(1)
-        self.spans: list[Span] = []
-        for run, (begin, end) in enumerate(pairwise((*starts, length))):
-            # Spans of equal size: a short last span could select another GEMM kernel, which
-            # rounds differently.
-            pieces = max(1, -(-(end - begin) // rows))
-            edges = [begin + (end - begin) * i // pieces for i in range(pieces + 1)]
-            self.spans += [(slice(a, b), run) for a, b in pairwise(edges)]
-
-    def _cast(self, temb: Tensor) -> Tensor:
-        return temb.float() if self._upcast else temb
-
-    def part(self, index: int, span: Span) -> Tensor:
-        """Return one part for a span's tokens, (B, 1 or tokens, dim)."""
-        # Per-token embeddings are added to the table span by span: the sum over all tokens and
-        # parts, which diffusers makes, is six fp32 hidden states.
-        if self._per_token is not None:
-            return self._table[:, index : index + 1] + self._cast(
-                self._per_token[:, span[0], index]
-            )
-        return self._values[:, span[1] : span[1] + 1, index]
-
-    def normed(
-        self, norm: nn.Module, hidden: Tensor, shift: int, span: Span, out: Tensor | None = None
-    ) -> Tensor:
-        """Return ``norm(hidden) * (1 + scale) + shift`` for the tokens of a span.
-
-        ``shift`` is the index of the shift among the parts; the scale is the part after it. The
-        result is computed in fp32 and rounded once, into ``out`` if it is given.
-        """
-        rows = hidden[:, span[0]]
-        wide: Tensor = norm(rows.float())
-        wide.mul_(1 + self.part(shift + 1, span))
-        if out is None:
-            out = wide if wide.dtype == rows.dtype else torch.empty_like(rows)
-        return torch.add(wide, self.part(shift, span), out=out)
-
-    def all_normed(self, norm: nn.Module, hidden: Tensor, shift: int) -> Tensor:
-        """Return :meth:`normed` of all tokens, computed span by span."""
-        out = torch.empty_like(hidden)
-        for span in self.spans:
-            self.normed(norm, hidden, shift, span, out[:, span[0]])
-        return out
-
-    def add_gated(self, hidden: Tensor, change: Tensor, gate: int, span: Span) -> None:
-        """Add ``change`` times its gate to the span of ``hidden``, in place, computed in fp32.
-
-        ``change`` holds the span's tokens only; ``gate`` is the index of the gate among the parts.
-        """
-        hidden[:, span[0]].add_(change * self.part(gate, span))
+    fuse: bool = True
+    """Whether fused kernels are used where they give the same bits (see ``fused``)."""
 
 
 def run_block(
@@ -137,24 +58,28 @@ def run_block(
     context: Tensor,
     temb: Tensor | TimestepRuns,
     rotary: tuple[Tensor, Tensor],
+    fused: Fused = NOTHING,
 ) -> Tensor:
     """Run a ``WanTransformerBlock``, or the part of a VACE block that is like one, on ``hidden``.
 
     ``hidden`` is (B, L, dim); it is overwritten and returned.
 
     ``context`` is (B, image + text tokens, dim), ``temb`` has six parts (see Modulation),
-    ``rotary`` cos and sin (1, L, 1, head_dim). Not for use with gradients.
+    ``rotary`` cos and sin (1, L, 1, head_dim); ``fused`` says which fused kernels may be used. Not
+    for use with gradients.
     """
     modulation = Modulation(
-        block.scale_shift_table, temb, hidden.shape[1], options.rows, upcast=True
+        block.scale_shift_table, temb, hidden.shape[1], options.rows, upcast=True, fused=fused
     )
     if options.exact:
-        _self_attention(block, hidden, modulation, rotary)
-        _cross_attention(block, hidden, context, modulation)
-        _feed_forward(block, hidden, modulation)
+        # What a part of the block adds to the hidden states is added by the next part, which takes
+        # it from the list: the only reference to it, so that it is freed as soon as it is used.
+        held = [_self_attention(block, hidden, modulation, rotary, fused)]
+        held.append(_cross_attention(block, hidden, held, context, modulation, fused))
+        modulation.add_all_gated(hidden, _feed_forward(block, hidden, held, modulation), 5)
     else:
-        _self_attention_by_heads(block, options.head_groups, hidden, modulation, rotary)
-        _rest_by_rows(block, hidden, context, modulation)
+        _self_attention_by_heads(block, options.head_groups, hidden, modulation, rotary, fused)
+        _rest_by_rows(block, hidden, context, modulation, fused)
     return hidden
 
 
@@ -182,29 +107,55 @@ def _attend(attn: Any, query: Tensor, key: Tensor, value: Tensor, heads: int) ->
 
 
 def _rotate(
-    norm: nn.Module, rows: Tensor, heads: int, span: Span, rotary: tuple[Tensor, Tensor],
-    out: Tensor,
+    norm: Any, rows: Tensor, heads: int, span: Span, rotary: tuple[Tensor, Tensor],
+    out: Tensor, fused: Fused,
 ) -> None:  # fmt: skip
     """Norm a span's query or key (B, r, heads * d) over all heads, rotate it, write it to ``out``.
 
     ``out`` may be ``rows``: the norm returns a new tensor, so nothing is read after it was
     overwritten.
     """
+    tables = rotary[0][:, span[0]], rotary[1][:, span[0]]
+    if fused.rotations and _turns(tables) and rms_norm_is_plain(norm, rows):
+        kernels().rotate_rows(rows, norm.weight, norm.eps, tables, heads)
+        if out is not rows:
+            out.copy_(rows)
+        return
     pairs = torch.unflatten(norm(rows), -1, (heads, -1, 2))
     first, second = pairs.unbind(-1)
-    cos, sin = rotary[0][:, span[0], :, 0::2], rotary[1][:, span[0], :, 1::2]
+    cos, sin = tables[0][..., 0::2], tables[1][..., 1::2]
     turned = torch.unflatten(out, -1, (heads, -1, 2))
     turned[..., 0] = (first * cos).sub_(second * sin)
     turned[..., 1] = (first * sin).add_(second * cos)
 
 
-def _rotate_all(
-    norm: nn.Module, projected: Tensor, heads: int, spans: list[Span], rotary: tuple[Tensor, Tensor]
-) -> Tensor:
+def rotate_all(
+    norm: Any, projected: Tensor, heads: int, spans: list[Span], rotary: tuple[Tensor, Tensor],
+    fused: Fused,
+) -> Tensor:  # fmt: skip
+    """Norm a query or key (B, L, heads * d) over all heads and rotate it, in place."""
+    if fused.rotations and rms_norm_is_plain(norm, projected):
+        spans = [_EVERY]
     for span in spans:
         rows = projected[:, span[0]]
-        _rotate(norm, rows, heads, span, rotary, out=rows)
+        _rotate(norm, rows, heads, span, rotary, rows, fused)
     return projected
+
+
+def _turns(rotary: tuple[Tensor, Tensor]) -> bool:
+    """Say whether a kernel can read cos and sin."""
+    return all(x.dtype == torch.float32 and x.is_contiguous() for x in rotary)
+
+
+def norm_all(norm: Any, query: Tensor, heads: int, spans: list[Span], fused: Fused) -> Tensor:
+    """Norm a query (B, L, heads * d) over all heads, in place."""
+    if fused.rotations and rms_norm_is_plain(norm, query):
+        kernels().rotate_rows(query, norm.weight, norm.eps, None, heads)
+        return query
+    # A norm treats each token alone, so it can overwrite the query row by row.
+    for rows, _ in spans:
+        query[:, rows] = norm(query[:, rows])
+    return query
 
 
 def _project_out(attn: Any, out: Tensor) -> Tensor:
@@ -213,14 +164,15 @@ def _project_out(attn: Any, out: Tensor) -> Tensor:
 
 
 def _self_attention(
-    block: Any, hidden: Tensor, modulation: Modulation, rotary: tuple[Tensor, Tensor]
-) -> None:
+    block: Any, hidden: Tensor, modulation: Modulation, rotary: tuple[Tensor, Tensor], fused: Fused
+) -> Tensor:
+    """Return what self attention adds to the hidden states, before its gate."""
     attn, spans = block.attn1, modulation.spans
     # The normed input is made whole: each projection must be one product over all tokens to round
     # as diffusers' does.
     normed = modulation.all_normed(block.norm1, hidden, 0)
-    query = _rotate_all(attn.norm_q, attn.to_q(normed), attn.heads, spans, rotary)
-    key = _rotate_all(attn.norm_k, attn.to_k(normed), attn.heads, spans, rotary)
+    query = rotate_all(attn.norm_q, attn.to_q(normed), attn.heads, spans, rotary, fused)
+    key = rotate_all(attn.norm_k, attn.to_k(normed), attn.heads, spans, rotary, fused)
     value = attn.to_v(normed)
     # v was the last to need the normed input. Released now, it makes way for the attention output:
     # the peak of the block is h, q, k, v and that output.
@@ -228,9 +180,7 @@ def _self_attention(
     out = _attend(attn, query, key, value, attn.heads)
     # q, k and v go before the output projection allocates its result.
     del query, key, value
-    out = _project_out(attn, out)
-    for span in spans:
-        modulation.add_gated(hidden, out[:, span[0]], 2, span)
+    return _project_out(attn, out)
 
 
 class _Context:
@@ -260,30 +210,32 @@ class _Context:
         return _project_out(attn, out)
 
 
-def _cross_attention(block: Any, hidden: Tensor, context: Tensor, modulation: Modulation) -> None:
+def _cross_attention(
+    block: Any,
+    hidden: Tensor,
+    held: list[Tensor],
+    context: Tensor,
+    modulation: Modulation,
+    fused: Fused,
+) -> Tensor:
+    """Add what self attention made, and return what cross attention adds."""
     attn = block.attn2
     keys = _Context(attn, context)
-    normed = torch.empty_like(hidden)
-    for rows, _ in modulation.spans:
-        normed[:, rows] = block.norm2(hidden[:, rows].float())
+    normed = modulation.add_and_norm(hidden, held.pop(), 2, block.norm2, None)
     query = attn.to_q(normed)
     del normed
-    # A norm treats each token alone, so it can overwrite the query row by row.
-    for rows, _ in modulation.spans:
-        query[:, rows] = attn.norm_q(query[:, rows])
-    hidden.add_(keys.attend(query))
+    query = norm_all(attn.norm_q, query, attn.heads, modulation.spans, fused)
+    return keys.attend(query)
 
 
-def _feed_forward(block: Any, hidden: Tensor, modulation: Modulation) -> None:
-    normed = modulation.all_normed(block.norm3, hidden, 3)
+def _feed_forward(block: Any, hidden: Tensor, held: list[Tensor], modulation: Modulation) -> Tensor:
+    """Add what cross attention made, and return what the feed-forward adds, before its gate."""
+    normed = modulation.add_and_norm(hidden, held.pop(), None, block.norm3, 3)
     inner = block.ffn.net[0].proj(normed)
     # ``inner`` is the widest tensor of the block, so each input is released as soon as it has
     # been read.
     del normed
-    out = _feed_out(block.ffn, inner)
-    del inner
-    for span in modulation.spans:
-        modulation.add_gated(hidden, out[:, span[0]], 5, span)
+    return _feed_out(block.ffn, inner)
 
 
 def _feed_out(ffn: Any, inner: Tensor) -> Tensor:
@@ -301,6 +253,7 @@ def _self_attention_by_heads(
     hidden: Tensor,
     modulation: Modulation,
     rotary: tuple[Tensor, Tensor],
+    fused: Fused,
 ) -> None:
     """Self attention with q and k whole, but v for one group of heads at a time."""
     attn = block.attn1
@@ -312,7 +265,9 @@ def _self_attention_by_heads(
             (attn.norm_q, attn.to_q, query),
             (attn.norm_k, attn.to_k, key),
         ):
-            _rotate(norm, project(normed), attn.heads, span, rotary, out=whole[:, span[0]])
+            rows = project(normed)
+            _rotate(norm, rows, attn.heads, span, rotary, whole[:, span[0]], fused)
+            del rows
         del normed
     values = None
     # v by groups multiplies with rows of the weight. A quantised layer has no such rows, and a
@@ -360,7 +315,9 @@ def is_plain_linear(module: nn.Module) -> bool:
     return type(module) is nn.Linear and not hooked
 
 
-def _rest_by_rows(block: Any, hidden: Tensor, context: Tensor, modulation: Modulation) -> None:
+def _rest_by_rows(
+    block: Any, hidden: Tensor, context: Tensor, modulation: Modulation, fused: Fused
+) -> None:
     """Run cross attention and feed-forward for one span of tokens after the other.
 
     After self attention tokens no longer see each other, so a span can be finished and written
@@ -370,7 +327,8 @@ def _rest_by_rows(block: Any, hidden: Tensor, context: Tensor, modulation: Modul
     keys = _Context(attn, context)  # once for all spans: the context is the same for every token
     for span in modulation.spans:
         rows = hidden[:, span[0]]
-        query = attn.norm_q(attn.to_q(block.norm2(rows.float()).type_as(rows)))
+        query = attn.to_q(block.norm2(rows.float()).type_as(rows))
+        query = norm_all(attn.norm_q, query, attn.heads, [_EVERY], fused)
         rows.add_(keys.attend(query))
         del query
         normed = modulation.normed(block.norm3, hidden, 3, span)

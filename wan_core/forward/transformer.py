@@ -18,7 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from ..memory import LEAN_HEAD_GROUPS, LEAN_ROWS
-from .block import LeanOptions, Modulation, TimestepRuns, run_block
+from .block import LeanOptions, run_block
+from .fused import NOTHING, Fused
+from .fused_trial import fused_for
+from .modulation import Modulation, TimestepRuns
 from .replaced import Installed, ReplacedForward, unknown_code
 from .sources import TRANSFORMER, VACE
 from .timestep import Embedding, embed_timestep
@@ -111,6 +114,7 @@ def lean_forward(
     exact: bool = True,
     rows: int = LEAN_ROWS,
     head_groups: int = LEAN_HEAD_GROUPS,
+    fuse: bool = True,
 ) -> Iterator[str | None]:
     """Run ``transformer`` with the lean forward in this thread, inside the ``with`` block.
 
@@ -123,7 +127,8 @@ def lean_forward(
     if reason is not None:
         yield reason
         return
-    with _lean(transformer, LeanOptions(exact=exact, rows=rows, head_groups=head_groups)):
+    options = LeanOptions(exact=exact, rows=rows, head_groups=head_groups, fuse=fuse)
+    with _lean(transformer, options):
         yield None
 
 
@@ -171,7 +176,13 @@ def _block_forward(
     if options is None or not options.blocks:
         result: Tensor = before(hidden_states, encoder_hidden_states, temb, rotary_emb)
         return result
-    return run_block(block, options, hidden_states, encoder_hidden_states, temb, rotary_emb)
+    fused = _fused(options, hidden_states, block.attn1.heads, temb)
+    return run_block(block, options, hidden_states, encoder_hidden_states, temb, rotary_emb, fused)
+
+
+def _fused(options: LeanOptions, hidden: Tensor, heads: int, temb: Embedding) -> Fused:
+    per_token = not isinstance(temb, TimestepRuns) and temb.ndim == 4
+    return fused_for(hidden, heads, per_token) if options.fuse else NOTHING
 
 
 def _vace_block_forward(
@@ -181,7 +192,9 @@ def _vace_block_forward(
     if options is None or not options.blocks:
         result: tuple[Tensor | None, Tensor] = before(*states)
         return result
-    return run_vace_block(block, options, *states)
+    hidden, context, control, temb, rotary = states
+    fused = _fused(options, hidden, block.attn1.heads, temb)
+    return run_vace_block(block, options, hidden, context, control, temb, rotary, fused)
 
 
 def _model_forward(
@@ -304,7 +317,10 @@ class _State:
             both = TimestepRuns(temb.values.expand(-1, -1, 2, -1), temb.starts)
         else:
             both = temb.expand(*temb.shape[:-2], 2, -1)
-        modulation = Modulation(table, both, hidden.shape[1], self._options.rows, upcast=False)
+        fused = _fused(self._options, hidden, model.config.num_attention_heads, both)
+        modulation = Modulation(
+            table, both, hidden.shape[1], self._options.rows, upcast=False, fused=fused
+        )
         out = model.proj_out(modulation.all_normed(model.norm_out, hidden, 0))
         return self._unpatched(out)
 

@@ -14,7 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .block import LeanOptions, TimestepRuns, run_block
+from .block import LeanOptions, run_block
+from .fused import NOTHING, Fused
+from .modulation import TimestepRuns
 
 
 def blocks_in_order(transformer: Any) -> list[nn.Module]:
@@ -82,6 +84,7 @@ def run_vace_block(
     control: Tensor,
     temb: Tensor | TimestepRuns,
     rotary: tuple[Tensor, Tensor],
+    fused: Fused = NOTHING,
 ) -> tuple[Tensor | None, Tensor]:
     """Run one ``WanVACETransformerBlock``; returns its hint and the state of the branch.
 
@@ -92,5 +95,5 @@ def run_vace_block(
     if block.proj_in is not None:
         control = block.proj_in(control)
         control.add_(hidden)
-    state = run_block(block, options, control, context, temb, rotary)
+    state = run_block(block, options, control, context, temb, rotary, fused)
     return None if block.proj_out is None else block.proj_out(state), state

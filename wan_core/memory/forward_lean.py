@@ -98,7 +98,7 @@ def _attend_whole(x: _Lean) -> Blob:
     return out
 
 
-def _self_attention(x: _Lean) -> None:
+def _self_attention(x: _Lean) -> Blob:
     normed = _all_normed(x)
     query = x.whole()
     _rotate(x)
@@ -108,8 +108,14 @@ def _self_attention(x: _Lean) -> None:
     del normed
     out = _attend_whole(x)
     del query, key, value
-    out = _project(x, out)
+    return _project(x, out)
+
+
+def _add_and_norm(x: _Lean, change: Blob) -> Blob:
+    """``Modulation.add_and_norm``, which writes the norm over what was added."""
     _add_gated(x)
+    _widened_rows(x)
+    return change
 
 
 def _project(x: _Lean, out: Blob) -> Blob:
@@ -128,27 +134,27 @@ def _context(x: _Lean) -> tuple[Blob, ...]:
     return (*image, x.text(), x.text())
 
 
-def _cross_attention(x: _Lean) -> None:
+def _cross_attention(x: _Lean, held: list[Blob]) -> Blob:
     keys = _context(x)
-    normed = _all_normed(x)
+    normed = _add_and_norm(x, held.pop())
     query = x.whole()
     del normed
     x.rows()
     image = _attend_whole(x) if x.d.image_tokens else None
     out = _attend_whole(x)
     del image
-    _project(x, out)
+    projected = _project(x, out)
     x.tape.during(*keys, query)
+    return projected
 
 
-def _feed_forward(x: _Lean) -> None:
-    normed = _all_normed(x)
+def _feed_forward(x: _Lean, held: list[Blob]) -> Blob:
+    normed = _add_and_norm(x, held.pop())
     inner = x.tape.new(x.d.batch * x.d.tokens * x.d.ffn, x.d.size)
     del normed
     out = x.whole()
     del inner
-    _add_gated(x)
-    x.tape.during(out)
+    return out
 
 
 def _self_attention_by_heads(x: _Lean, whole_values: bool) -> None:
@@ -198,9 +204,11 @@ def _rest_by_rows(x: _Lean) -> None:
 
 def _block(x: _Lean, exact: bool, whole_values: bool) -> None:
     if exact:
-        _self_attention(x)
-        _cross_attention(x)
-        _feed_forward(x)
+        held = [_self_attention(x)]
+        held.append(_cross_attention(x, held))
+        change = _feed_forward(x, held)
+        _add_gated(x)
+        x.tape.during(change)
     else:
         _self_attention_by_heads(x, whole_values)
         _rest_by_rows(x)

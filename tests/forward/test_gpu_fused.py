@@ -1,0 +1,67 @@
+"""On a GPU: fused kernels give torch's bits, whole forwards too, whatever the length."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import pytest
+import torch
+from support.lean_models import inputs_of, model_of
+
+from wan_core.forward import fused, lean_forward
+from wan_core.forward.fused import Fused
+from wan_core.forward.fused_trial import fused_for
+
+pytestmark = pytest.mark.gpu
+
+WIDTHS = [(5120, 40), (3072, 24), (1536, 12)]
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+
+
+@pytest.mark.parametrize("per_token", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("dim", "heads"), WIDTHS)
+def test_torch_s_bits(dim: int, heads: int, dtype: torch.dtype, per_token: bool) -> None:
+    with torch.no_grad():
+        hidden = torch.empty(1, 2, dim, device="cuda", dtype=dtype)
+        assert fused_for(hidden, heads, per_token) == Fused(norms=True, rotations=True)
+
+
+@pytest.mark.parametrize("per_token", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("family", ["wan2.1-t2v", "wan2.1-i2v", "wan2.2-ti2v-5b"])
+def test_a_forward_of_wide_blocks(family: str, dtype: torch.dtype, per_token: bool) -> None:
+    if per_token and family != "wan2.2-ti2v-5b":
+        family = "wan2.2-ti2v-5b"
+    model = model_of(family, dtype, num_attention_heads=4, attention_head_dim=128).to("cuda")
+    with torch.no_grad():
+        for batch in (1, 2):
+            call: dict[str, Any] = {
+                name: value.to("cuda") if isinstance(value, torch.Tensor) else value
+                for name, value in inputs_of(model, dtype, batch).items()
+            }
+            if per_token:
+                count = call["timestep"].shape[1]
+                call["timestep"] = torch.arange(count, device="cuda").repeat(batch, 1) * 3.5
+            expected = model(**call)[0]
+            for options in ({}, {"fuse": False}, {"rows": 16}):
+                with lean_forward(model, **options):
+                    assert torch.equal(model(**call)[0], expected), options
+
+
+def test_nothing_is_compiled_for_another_length() -> None:
+    kernels = fused.kernels()
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(1, 1, 6, 512, generator=generator).cuda()
+    taken = []
+    for count in (33, 32, 17, 1, 4096, 75):
+        hidden = torch.randn(1, count, 512, generator=generator).cuda().bfloat16()
+        begun = time.perf_counter()
+        kernels.norm_rows(
+            hidden, torch.empty_like(hidden), 1e-6,
+            scale=(values[:, :, 1], None), shift=(values[:, :, 0], None),
+        )  # fmt: skip
+        torch.cuda.synchronize()
+        taken.append(time.perf_counter() - begun)
+    assert max(taken[1:]) < 0.2  # compiling takes a second

@@ -1,0 +1,45 @@
+"""The fused kernels' functions in eager code: what each must compute, rounded as torch rounds."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def _value(part: Any) -> Tensor:
+    values, table = part
+    wide: Tensor = values.float()
+    return wide if table is None else table.float() + wide
+
+
+def norm_rows(
+    hidden: Tensor, out: Tensor, eps: float, *, change: Tensor | None = None, gate: Any = None,
+    scale: Any = None, shift: Any = None, affine: tuple[Tensor, Tensor] | None = None,
+) -> None:  # fmt: skip
+    if change is not None:
+        hidden.add_(change if gate is None else change * _value(gate))
+    weight, bias = (None, None) if affine is None else (affine[0].float(), affine[1].float())
+    wide = F.layer_norm(hidden.float(), hidden.shape[-1:], weight, bias, eps)
+    if scale is not None:
+        wide = wide * (1 + _value(scale)) + _value(shift)
+    out.copy_(wide)
+
+
+def add_rows(hidden: Tensor, change: Tensor, gate: Any) -> None:
+    hidden.add_(change * _value(gate))
+
+
+def rotate_rows(
+    states: Tensor, weight: Tensor, eps: float, rotary: tuple[Tensor, Tensor] | None, heads: int
+) -> None:
+    normed = F.rms_norm(states, states.shape[-1:], weight, eps)
+    if rotary is None:
+        states.copy_(normed)
+        return
+    first, second = normed.unflatten(-1, (heads, -1, 2)).unbind(-1)
+    cos, sin = rotary[0][..., 0::2], rotary[1][..., 1::2]
+    turned = states.unflatten(-1, (heads, -1, 2))
+    turned[..., 0] = first * cos - second * sin
+    turned[..., 1] = first * sin + second * cos

@@ -1,0 +1,88 @@
+"""Run the Triton kernels in Triton's interpreter beside eager code; a program of its own.
+
+Triton decides at its import whether it compiles or interprets (TRITON_INTERPRET=1), so a test
+starts this with ``python -m support.fused_interpreted``. Sums are taken in another order here than
+on a card, and the interpreter cuts bfloat16 off where a card rounds: float32 and float16 are
+compared closely, bfloat16 within two of its units.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from support import fused_eager
+from wan_core.forward import fused_kernels
+
+BOUNDS = {torch.float32: 3e-6, torch.float16: 1e-3, torch.bfloat16: 2e-2}
+
+
+def compare(dtype: torch.dtype, **numbers: Tensor) -> None:
+    for name in ("ours", "theirs"):
+        assert bool(torch.isfinite(numbers[name].float()).all()), name
+    far = (numbers["ours"].float() - numbers["theirs"].float()).abs()
+    assert bool((far <= BOUNDS[dtype] * (1 + numbers["theirs"].float().abs())).all()), far.max()
+
+
+def norms(dtype: torch.dtype, dim: int, generator: torch.Generator) -> None:
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    # Spans of longer tensors: neither begins nor batches are where a whole tensor has them.
+    whole, changes = random(2, 5, dim).to(dtype), random(2, 7, dim).to(dtype)
+    parts, per_token, table = random(2, 1, 6, dim), random(2, 3, 6, dim), random(6, dim)
+    affine = random(dim), random(dim)
+    alike: list[Any] = [(parts[:, :, i], None) for i in range(3)]
+    each: list[Any] = [(per_token[:, :, i], table[i]) for i in range(3)]
+    for kwargs in (
+        {"scale": alike[1], "shift": alike[0]},
+        {"gate": alike[2], "affine": affine},
+        {"scale": each[1], "shift": each[0], "gate": each[2]},
+        {"scale": each[1], "shift": each[0], "add": True},
+    ):
+        adds = kwargs.pop("add", None) is not None or "gate" in kwargs
+        results = []
+        for code in (fused_kernels, fused_eager):
+            hidden, change = whole.clone(), changes.clone()
+            rows, more = hidden[:, 1:4], change[:, 2:5]
+            code.norm_rows(rows, more, 1e-6, change=more if adds else None, **kwargs)
+            results.append((hidden, change))
+        for ours, theirs in zip(*results, strict=True):
+            compare(dtype, ours=ours, theirs=theirs)
+    results = []
+    for code in (fused_kernels, fused_eager):
+        hidden = whole.clone()
+        code.add_rows(hidden[:, 1:4], changes[:, 2:5], each[2])
+        results.append((hidden,))
+    compare(dtype, ours=results[0][0], theirs=results[1][0])
+
+
+def rotations(dtype: torch.dtype, dim: int, heads: int, generator: torch.Generator) -> None:
+    whole = torch.randn(2, 5, dim, generator=generator).to(dtype)
+    weight = torch.randn(dim, generator=generator).to(dtype)
+    angles = torch.rand(1, 3, 1, dim // heads, generator=generator) * 7
+    for rotary in (None, (angles.cos(), angles.sin())):
+        results = []
+        for code in (fused_kernels, fused_eager):
+            states = whole.clone()
+            code.rotate_rows(states[:, 1:4], weight, 1e-6, rotary, heads)
+            results.append(states)
+        compare(dtype, ours=results[0], theirs=results[1])
+
+
+def main() -> None:
+    generator, kinds = torch.Generator().manual_seed(0), 0
+    for dtype, dim, heads in (
+        (torch.float32, 1536, 12), (torch.float16, 1024, 8), (torch.bfloat16, 512, 4),
+    ):  # fmt: skip
+        norms(dtype, dim, generator)
+        rotations(dtype, dim, heads, generator)
+        kinds += 1
+    sys.stdout.write(f"{kinds} kinds agree\n")
+
+
+if __name__ == "__main__":
+    main()

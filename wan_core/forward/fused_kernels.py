@@ -1,0 +1,227 @@
+"""The block's elementwise work in one pass each on CUDA, by Triton, with the bits of torch.
+
+One program takes one token. Numbers are widened to fp32 in registers and rounded where the eager
+code rounds; products and sums are contracted to one rounding only where aten's own kernel has them
+so (``tl.fma``), therefore every kernel is compiled without the compiler's own contraction.
+
+The statistics of a row follow aten's ``vectorized_layer_norm_kernel`` (ATen/native/cuda/
+layer_norm_kernel.cu): 128 threads, each with every 128th group of four numbers, Welford's online
+sum (for RMSNorm a sum of squares) within a thread, then pairs 16, 8, 4, 2, 1 lanes and 2, 1 warps
+apart. That order is why widths must be multiples of 512. ``fused`` compares all of it with torch
+before anything here is used. Importing this module needs Triton.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+STEP = 512
+"""Numbers that 128 threads read at once, four each; widths are multiples of it."""
+_LAUNCH: dict[str, Any] = {"num_warps": 4, "enable_fp_fusion": False}
+
+
+Part = tuple[Tensor, Tensor | None]
+"""Values (B, 1 or n, dim) with a stride of 1 along dim, and a table (dim) to add, or None."""
+
+
+def norm_rows(
+    hidden: Tensor, out: Tensor, eps: float, *, change: Tensor | None = None,
+    gate: Part | None = None, scale: Part | None = None, shift: Part | None = None,
+    affine: tuple[Tensor, Tensor] | None = None,
+) -> None:  # fmt: skip
+    """Write LayerNorm(``hidden``), times 1 + ``scale``, plus ``shift``, to ``out``.
+
+    ``hidden``, ``out`` and ``change`` are (B, n, dim), each token beside the next. With ``change``,
+    which may be ``out``, ``hidden`` is first overwritten by ``hidden + change``, or
+    ``hidden + change * gate``. ``affine`` is the norm's own weight and bias.
+    """
+    _launch_norm(hidden, out, eps, change, gate, scale, shift, affine)
+
+
+def add_rows(hidden: Tensor, change: Tensor, gate: Part) -> None:
+    """Overwrite ``hidden`` by ``hidden + change * gate``; arguments are those of ``norm_rows``."""
+    _launch_norm(hidden, None, 0.0, change, gate, None, None, None)
+
+
+def _launch_norm(
+    hidden: Tensor, out: Tensor | None, eps: float, change: Tensor | None, gate: Part | None,
+    scale: Part | None, shift: Part | None, affine: tuple[Tensor, Tensor] | None,
+) -> None:  # fmt: skip
+    batch, count, dim = hidden.shape
+    # Lengths are passed in tokens: what is multiplied with the width in the kernel is known to be
+    # aligned, whatever the number of tokens, and nothing is compiled anew for another.
+    parts = [part if part is not None else (hidden, None) for part in (gate, scale, shift)]
+    given = gate or scale or (hidden[:, :1], None)
+    more = hidden if change is None else change
+    into = hidden if out is None else out
+    with torch.cuda.device_of(hidden):
+        _norm_kernel[(batch * count,)](
+            hidden, more, into, *(values for values, _ in parts),
+            *(hidden if table is None else table for _, table in parts),
+            *((hidden, hidden) if affine is None else affine),
+            count, *(x.stride(0) // dim for x in (hidden, more, into)),
+            given[0].stride(0), given[0].stride(1) if given[0].shape[1] > 1 else 0, eps,
+            DIM=dim, BLOCK=_block(dim), ADD=0 if change is None else 1 if gate is None else 2,
+            MODULATE=scale is not None, AFFINE=affine is not None, TABLE=given[1] is not None,
+            NORM=out is not None, **_LAUNCH,
+        )  # fmt: skip
+
+
+def rotate_rows(
+    states: Tensor, weight: Tensor, eps: float, rotary: tuple[Tensor, Tensor] | None, heads: int
+) -> None:
+    """Norm each token of ``states`` over all heads (RMSNorm) and rotate it, in place.
+
+    ``states`` is (B, n, dim), each token beside the next; ``rotary`` is cos and sin
+    (1, n, 1, head_dim) in fp32, contiguous, or None to norm only.
+    """
+    batch, count, dim = states.shape
+    cos, sin = (weight, weight) if rotary is None else rotary
+    with torch.cuda.device_of(states):
+        _rotate_kernel[(batch * count,)](
+            states, weight, cos, sin, count, states.stride(0) // dim, eps,
+            DIM=dim, BLOCK=_block(dim), HALF=dim // heads // 2, ROTATE=rotary is not None,
+            **_LAUNCH,
+        )  # fmt: skip
+
+
+def _block(dim: int) -> int:
+    return 2 * STEP if dim % (2 * STEP) == 0 else STEP
+
+
+@triton.jit
+def _of_four(values):
+    """Take (128, 4) apart into its four columns."""
+    even, odd = tl.split(tl.reshape(values, (128, 2, 2)))
+    first, third = tl.split(even)
+    second, fourth = tl.split(odd)
+    return first, second, third, fourth
+
+
+@triton.jit
+def _online(value, mean, spread, inverse):
+    """Take one more number into Welford's mean and sum of squared deviations."""
+    delta = value - mean
+    mean = tl.fma(delta, tl.full(delta.shape, inverse, tl.float32), mean)
+    return mean, tl.fma(delta, value - mean, spread)
+
+
+@triton.jit
+def _joined(mean_a, spread_a, count_a, mean_b, spread_b, count_b):
+    """Combine two of them, as aten's ``cuWelfordCombine`` with its first argument first."""
+    delta = mean_a - mean_b
+    count = count_b + count_a
+    share = tl.div_rn(tl.full(count.shape, 1.0, tl.float32), count)
+    share_a, share_b = count_a * share, count_b * share
+    mean = tl.fma(share_b, mean_b, share_a * mean_a)
+    return mean, tl.fma(delta * delta * count_b, share_a, spread_b + spread_a), count
+
+
+@triton.jit
+def _total(a, b):
+    return a + b
+
+
+@triton.jit
+def _part(values, table, at, TABLE: tl.constexpr):
+    value = tl.load(values + at).to(tl.float32)
+    if TABLE:
+        value = tl.load(table + at).to(tl.float32) + value
+    return value
+
+
+@triton.jit(do_not_specialize=["count", "hidden_tokens", "change_tokens", "out_tokens"])
+def _norm_kernel(
+    hidden, change, out, gate, scale, shift, gate_table, scale_table, shift_table, weight, bias,
+    count, hidden_tokens, change_tokens, out_tokens, batch_stride, token_stride, eps,
+    DIM: tl.constexpr, BLOCK: tl.constexpr, ADD: tl.constexpr, MODULATE: tl.constexpr,
+    AFFINE: tl.constexpr, TABLE: tl.constexpr, NORM: tl.constexpr,
+):  # fmt: skip
+    batch = (tl.program_id(0) // count).to(tl.int64)
+    token = (tl.program_id(0) % count).to(tl.int64)
+    state = hidden + (batch * hidden_tokens + token) * DIM
+    added = change + (batch * change_tokens + token) * DIM
+    into = out + (batch * out_tokens + token) * DIM
+    part = batch * batch_stride + token * token_stride
+    four = tl.arange(0, 128)[:, None] * 4 + tl.arange(0, 4)[None, :]
+    mean = tl.zeros((128,), tl.float32)
+    spread = tl.zeros((128,), tl.float32)
+    for k in tl.static_range(DIM // 512):
+        at = k * 512 + four
+        value = tl.load(state + at)
+        if ADD:
+            more = tl.load(added + at).to(tl.float32)
+            if ADD == 2:
+                more = more * _part(gate + part, gate_table, at, TABLE)
+            value = (value.to(tl.float32) + more).to(hidden.dtype.element_ty)
+            tl.store(state + at, value)
+        if NORM:
+            v0, v1, v2, v3 = _of_four(value.to(tl.float32))
+            mean, spread = _online(v0, mean, spread, 1.0 / (4 * k + 1))
+            mean, spread = _online(v1, mean, spread, 1.0 / (4 * k + 2))
+            mean, spread = _online(v2, mean, spread, 1.0 / (4 * k + 3))
+            mean, spread = _online(v3, mean, spread, 1.0 / (4 * k + 4))
+    if NORM:
+        counts = tl.full((128,), DIM // 128, tl.float32)
+        middle, total, _ = tl.reduce((mean, spread, counts), 0, _joined)
+        inverse = tl.rsqrt(tl.div_rn(total, total * 0 + DIM) + eps)
+        # Other threads may have written what this one reads next.
+        tl.debug_barrier()
+        for k in tl.static_range(DIM // BLOCK):
+            at = k * BLOCK + tl.arange(0, BLOCK)
+            value = inverse * (tl.load(state + at).to(tl.float32) - middle)
+            if AFFINE:
+                factor = tl.load(weight + at).to(tl.float32)
+                value = tl.fma(factor, value, tl.load(bias + at).to(tl.float32))
+            if MODULATE:
+                value = value * (1.0 + _part(scale + part, scale_table, at, TABLE))
+                value = value + _part(shift + part, shift_table, at, TABLE)
+            tl.store(into + at, value.to(out.dtype.element_ty))
+
+
+@triton.jit(do_not_specialize=["count", "tokens"])
+def _rotate_kernel(
+    states, weight, cos, sin, count, tokens, eps,
+    DIM: tl.constexpr, BLOCK: tl.constexpr, HALF: tl.constexpr, ROTATE: tl.constexpr,
+):  # fmt: skip
+    batch = (tl.program_id(0) // count).to(tl.int64)
+    token = (tl.program_id(0) % count).to(tl.int64)
+    row = states + (batch * tokens + token) * DIM
+    four = tl.arange(0, 128)[:, None] * 4 + tl.arange(0, 4)[None, :]
+    squares = tl.zeros((128,), tl.float32)
+    for k in tl.static_range(DIM // 512):
+        v0, v1, v2, v3 = _of_four(tl.load(row + k * 512 + four).to(tl.float32))
+        squares = tl.fma(v0, v0, squares)
+        squares = tl.fma(v1, v1, squares)
+        squares = tl.fma(v2, v2, squares)
+        squares = tl.fma(v3, v3, squares)
+    total = tl.reduce(squares, 0, _total)
+    inverse = tl.rsqrt(tl.div_rn(total, total * 0 + DIM) + eps)
+    tl.debug_barrier()
+    if ROTATE:
+        heads: tl.constexpr = BLOCK // (2 * HALF)
+        pair = tl.arange(0, HALF)
+        turn = token * 2 * HALF + 2 * pair
+        c = tl.load(cos + turn)[None, :]
+        s = tl.load(sin + turn + 1)[None, :]
+        for k in tl.static_range(DIM // BLOCK):
+            at = k * BLOCK + tl.arange(0, BLOCK)
+            value = tl.load(weight + at).to(tl.float32) * (
+                inverse * tl.load(row + at).to(tl.float32)
+            )
+            value = value.to(states.dtype.element_ty).to(tl.float32)
+            one, two = tl.split(tl.reshape(value, (heads, HALF, 2)))
+            turned = tl.join(one * c - two * s, one * s + two * c)
+            tl.store(row + at, tl.reshape(turned, (BLOCK,)).to(states.dtype.element_ty))
+    else:
+        for k in tl.static_range(DIM // BLOCK):
+            at = k * BLOCK + tl.arange(0, BLOCK)
+            value = tl.load(weight + at).to(tl.float32) * (
+                inverse * tl.load(row + at).to(tl.float32)
+            )
+            tl.store(row + at, value.to(states.dtype.element_ty))
