@@ -58,10 +58,13 @@ def find_python(checkout: Path) -> Path | str:
 
 
 class ComfyServer:
-    """One running ComfyUI in CPU mode; use as a context manager."""
+    """One running ComfyUI, in CPU mode unless told otherwise; use as a context manager."""
 
-    def __init__(self, base: Path, checkout: Path, python: Path, *options: str) -> None:
-        self.base, self.checkout, self.python, self.options = base, checkout, python, options
+    def __init__(
+        self, base: Path, checkout: Path, python: Path, *options: str, cpu: bool = True
+    ) -> None:
+        self.base, self.checkout, self.python = base, checkout, python
+        self.options = (*(("--cpu",) if cpu else ()), *options)
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
@@ -87,7 +90,7 @@ class ComfyServer:
 
     def start(self) -> None:
         """Start the process; ``await_start`` waits until it answers."""
-        command = [str(self.python), "main.py", "--cpu", "--port", str(self.port)]
+        command = [str(self.python), "main.py", "--port", str(self.port)]
         command += ["--base-directory", str(self.base), "--disable-api-nodes", *self.options]
         command += ["--database-url", "sqlite:///:memory:"]
         # One thread: more would spin on the cores that other tests run on.
