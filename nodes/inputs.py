@@ -18,12 +18,22 @@ MOST_FRAMES = 4097
 MOST_FRAMES_IN_WINDOWS = 4 * 2**16 - 3
 
 Pipeline = io.Custom("WAN_PIPELINE")
+Control = io.Custom("WAN_CONTROL")
 
 
 def pipeline_input() -> io.Input:
     """Return the WAN_PIPELINE socket, the first input of every node but the loader."""
     return Pipeline.Input(
         "pipeline", tooltip="A Wan model from WanLoader, with or without WanOptimize between."
+    )
+
+
+def control_input() -> io.Input:
+    """Return the WAN_CONTROL socket, the last input of the samplers and of WanEstimateMemory."""
+    return Control.Input(
+        "control",
+        optional=True,
+        tooltip="From WanControl: a video to start from or to follow, key frames, masks ...",
     )
 
 

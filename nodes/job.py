@@ -80,6 +80,7 @@ def generation_config(values: Mapping[str, Any]) -> GenerationConfig:
         crf=values["crf"],
         pix_fmt=require_choice("pix_fmt", values["pix_fmt"], PIXEL_FORMATS),
         audio=_one_sound("audio", values.get("audio")),
+        control=values.get("control"),
     )
 
 

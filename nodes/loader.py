@@ -53,6 +53,7 @@ class WanLoader(io.ComfyNode):  # type: ignore[misc]
                     "settings (4 steps, guidance 1, shift 5) stand for the official ones, that is, "
                     "wherever a sampler's input is 0. The node says whether it is such a model.",
                 ),
+                *_module_inputs(files),
             ],
             outputs=[
                 Pipeline.Output(
@@ -77,7 +78,8 @@ class WanLoader(io.ComfyNode):  # type: ignore[misc]
                 find_model(model, bridge.model_roots())
             for name, value in parts.items():
                 if value not in (None, _AUTO, _NONE):
-                    _file(name, str(value), files[_PARTS[name][0]])
+                    folder = "transformer" if name in _MODULES else _PARTS[name][0]
+                    _file(name, str(value), files[folder])
         except WanError as error:
             return str(error)
         return True
@@ -113,6 +115,10 @@ _PARTS = {
     "vae": ("vae", "The VAE file: 2.1 for all models but TI2V-5B, which has its own."),
     "image_encoder": ("image_encoder", "CLIP vision, for Wan 2.1 image-to-video models only."),
 }
+_MODULES = {
+    "vace_module": ("vace", "of 'model', a text-to-video model of its size"),
+    "vace_module_low": ("vace_2", "of the low-noise model of a pair"),
+}
 _AUTO, _NONE = "auto", "none"
 _WITHOUT = {
     "text_encoder": "a sampler then needs 'positive', and 'negative' with guidance",
@@ -136,6 +142,22 @@ def _part_inputs(files: dict[str, dict[str, Path]]) -> list[io.Input]:
     ]
 
 
+def _module_inputs(files: dict[str, dict[str, Path]]) -> list[io.Input]:
+    """Return the choices of a VACE module that is published without its base model."""
+    return [
+        io.Combo.Input(
+            name,
+            options=[_NONE, *files["transformer"]],
+            default=_NONE,
+            optional=True,
+            tooltip=f"A VACE module published without its base model, for the transformer {whose}. "
+            "Whole VACE checkpoints need none.",
+            **bridge.known(io.Combo.Input, advanced=True),
+        )
+        for name, (_, whose) in _MODULES.items()
+    ]
+
+
 def _source(model: str, chosen: dict[str, str]) -> tuple[Path | WanModelFiles, tuple[str, ...]]:
     """Return the folder or the files of a model, and sentences on what "auto" found.
 
@@ -149,6 +171,9 @@ def _source(model: str, chosen: dict[str, str]) -> tuple[Path | WanModelFiles, t
     if transformer is None:
         return find_model(model, bridge.model_roots()), ()
     named: dict[str, Path] = {"transformer": transformer}
+    for name, (part, _) in _MODULES.items():
+        if (value := chosen.get(name, _NONE)) != _NONE:
+            named[part] = _file(name, value, files["transformer"])
     present: dict[str, list[Path]] = {}
     left_out: list[str] = []
     for name, (part, _) in _PARTS.items():

@@ -16,10 +16,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-from .config import CODECS, MIB, GenerationConfig
+from .config import CODECS, MIB, GenerationConfig, WanControl
 from .errors import InvalidRequest, WanError
 from .files import decode_text
-from .job import FUSIONS
+from .job import FUSIONS, MOST_FRAMES
 from .memory import close_gaps
 from .plan import FORWARDS, FP8, OFFLOADS, SPEEDS
 
@@ -102,6 +102,7 @@ def _parser() -> argparse.ArgumentParser:
     for command in (estimate, generate):
         _add_size(command)
         _add_plan(command)
+        _add_control(command)
     _add_job(generate)
     demo.add_argument("--prompt", default=DEMO_PROMPT)
     demo.add_argument("--seed", type=int, default=0)
@@ -135,6 +136,24 @@ def _add_plan(command: argparse.ArgumentParser) -> None:
         "--use-recipe", action="store_true",
         help="steps, scales and shift that a distilled LoRA was trained for",
     )  # fmt: skip
+
+
+def _add_control(command: argparse.ArgumentParser) -> None:
+    """Add what guides the clip; pictures and videos are files, frames are counted from 0."""
+    for name, many, what in (
+        ("video", None, "a video to start from, or to follow where the model reads one"),
+        ("mask", None, "a picture or a video, white = make something new"),
+        ("reference", "+", "pictures of what shall appear"),
+        ("keyframes", "+", "pictures that the clip shows at --control-positions"),
+        ("tracks", None, "a JSON file of tracks, for image-to-video models trained on them"),
+    ):
+        command.add_argument(f"--control-{name}", nargs=many, metavar="FILE", help=what)
+    command.add_argument("--control-positions", default="", help="'0, 40, -1' (evenly spread)")
+    command.add_argument("--control-strength", type=float, default=1.0, help="for VACE (1)")
+    command.add_argument("--control-denoise", type=float, default=1.0, help="share of steps (1)")
+    command.add_argument(
+        "--control-clear-masked", action="store_true", help="make the masked area grey"
+    )
 
 
 def _add_job(command: argparse.ArgumentParser) -> None:
@@ -247,12 +266,44 @@ def _open(arguments: argparse.Namespace) -> Any:
     )
 
 
+def _control(arguments: argparse.Namespace, most: int) -> WanControl:
+    """Read the files of the control, at most ``most`` frames of a video."""
+    from .render import read_pictures, read_video
+
+    def path(name: str) -> Any:
+        return getattr(arguments, f"control_{name}")
+
+    videos = {
+        name: read_video(path(name), f"control.{name}", most)
+        for name in ("video", "mask")
+        if path(name) is not None
+    }
+    pictures = {
+        name: read_pictures(path(name), f"control.{name}")
+        for name in ("reference", "keyframes")
+        if path(name) is not None
+    }
+    if "mask" in videos:
+        videos["mask"] = videos["mask"][..., 0]
+    return WanControl(
+        **videos,
+        **pictures,
+        positions=arguments.control_positions,
+        tracks=_read_text(arguments.control_tracks, "control.tracks"),
+        strength=arguments.control_strength,
+        denoise=arguments.control_denoise,
+        clear_masked=arguments.control_clear_masked,
+    )
+
+
 def _job(arguments: argparse.Namespace, wrapper: Any, **more: Any) -> GenerationConfig:
     defaults = wrapper.architecture.variant.defaults
+    frames = defaults.num_frames if arguments.frames is None else arguments.frames
     return GenerationConfig(
         width=defaults.width if arguments.width is None else arguments.width,
         height=defaults.height if arguments.height is None else arguments.height,
-        num_frames=defaults.num_frames if arguments.frames is None else arguments.frames,
+        num_frames=frames,
+        control=_control(arguments, (frames if frames > 0 else MOST_FRAMES) + 3),
         num_inference_steps=arguments.steps,
         max_chunk_size=arguments.window,
         window_overlap=arguments.overlap,
@@ -305,13 +356,13 @@ def _generate(arguments: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     return wrapper.report(result), result.to_dict()
 
 
-def _read_text(path: str | None) -> str | None:
+def _read_text(path: str | None, field: str = "prompts") -> str | None:
     if path is None:
         return None
     try:
         return decode_text(Path(os.path.expanduser(path)).read_bytes())
     except (OSError, UnicodeDecodeError) as err:
-        raise InvalidRequest(f"prompts: {path} cannot be read ({err}).", field="prompts") from err
+        raise InvalidRequest(f"{field}: {path} cannot be read ({err}).", field=field) from err
 
 
 def _read_audio(arguments: argparse.Namespace, wrapper: Any) -> Any:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -98,6 +98,43 @@ class WanModelFiles:
     vace_2: str | Path | None = None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class WanControl:
+    """What guides a clip besides its texts: pictures, masks, a camera, tracks.
+
+    Tensors are laid out as in ComfyUI: ``video``, ``reference`` and ``keyframes`` (N, H, W, 3),
+    0..1, ``mask`` (N, H, W) or (H, W), 1 = make, 0 = keep. Frames are those of the clip: a longer
+    video is cut, a shorter one refused. The checkpoint decides what applies; what the model cannot
+    use is refused with its name, before anything is read.
+    """
+
+    video: torch.Tensor | None = None
+    """A source video or a drawing of one. A model that reads a control video follows it; any other
+    starts from it instead of from noise, as far as ``denoise`` says."""
+    mask: torch.Tensor | None = None
+    """Where to make something new, frame by frame or one for all frames."""
+    reference: torch.Tensor | None = None
+    """Pictures of what shall appear."""
+    keyframes: torch.Tensor | None = None
+    """Pictures that the clip shows at ``positions``."""
+    positions: str | Sequence[int] = ""
+    """Frame of each key frame, as numbers or as a text like "0, 40, -1"; negative ones count from
+    the end. Empty: the key frames are spread evenly from the first frame to the last."""
+    camera: torch.Tensor | None = None
+    """What ComfyUI's WanCameraEmbedding makes: rays (1, 24, T, H, W)."""
+    tracks: Any = None
+    """Points and where they go: a JSON text of lists of {"x", "y"} in pixels of the clip (ATI), or
+    a mapping with "track_path" (frames, points, 2) and "track_visibility" (frames, points), as
+    ComfyUI's WanMove nodes make."""
+    strength: float | Sequence[float] = 1.0
+    """How much a control counts; for VACE also one number for each of its blocks."""
+    denoise: float = 1.0
+    """Share of the steps that are made, the last ones; 1 begins with noise."""
+    clear_masked: bool = False
+    """Make the masked area of ``video`` grey, so that nothing of it is seen: for inpainting. What
+    is left under the mask guides the model, as a drawing does."""
+
+
 @dataclass(slots=True, kw_only=True)
 class GenerationConfig:
     r"""What the user asks for. None means the official value of the model that is loaded.
@@ -158,6 +195,9 @@ class GenerationConfig:
     batch_size: int = 1
     image: ImageInput | None = None
     last_image: ImageInput | None = None
+    control: WanControl | None = None
+    """A source or control video, masks, references, key frames, a camera, tracks. ``image`` and
+    ``last_image`` are key frames at the first and the last frame."""
     latents: torch.Tensor | None = None
     """Normalised latents (B, C, T, h, w) to start from: noise where ``start_step`` is 0, else the
     partly denoised latents of an earlier run at that step, which cannot be left out."""

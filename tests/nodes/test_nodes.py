@@ -68,7 +68,7 @@ def test_every_node_has_a_help_page_and_every_workflow_a_thumbnail() -> None:
         for path in (ROOT / "nodes").glob("*.py")
         for found in re.findall(r'node_id="(\w+)"', path.read_text())
     ]
-    assert len(declared) == 6
+    assert len(declared) == 7
     for name in declared:
         page = (ROOT / "web" / "docs" / f"{name}.md").read_text()
         assert "## Common mistakes" in page, name

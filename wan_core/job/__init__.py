@@ -11,6 +11,14 @@ from headers and from what it is given is checked here, before the first weight 
 
 from __future__ import annotations
 
+from .control import (
+    ControlInputs,
+    ControlRequest,
+    control_of,
+    has_control,
+    has_keyframes,
+    reads,
+)
 from .effects import window_settings_without_effect
 from .fields import real, whole
 from .inputs import (
@@ -35,17 +43,18 @@ from .request import (
     resolve,
     seen_by_clip,
 )
-from .segments import SegmentPlan, plan_segments
-from .steps import SCHEDULERS, StepPlan, make_scheduler, plan_steps
+from .steps import SCHEDULERS, StepPlan, expected_steps, make_scheduler, plan_steps
 from .tensors import latent_shape
 from .windows import (
     FRAMES_PER_LATENT,
     FUSIONS,
     SCHEDULES,
+    SegmentPlan,
     Window,
     WindowPlan,
     latent_frames,
     latent_index,
+    plan_segments,
     plan_windows,
     round_up_frames,
     video_frames,
@@ -53,6 +62,8 @@ from .windows import (
 
 __all__ = [
     "AUDIO_RATES",
+    "ControlInputs",
+    "ControlRequest",
     "ENCODERS",
     "FRAMES_PER_LATENT",
     "FUSIONS",
@@ -74,9 +85,13 @@ __all__ = [
     "check_inputs",
     "check_outputs",
     "check_parts",
+    "control_of",
     "draw_noise",
     "encoder_options",
+    "expected_steps",
     "files_of",
+    "has_control",
+    "has_keyframes",
     "latent_frames",
     "latent_index",
     "latent_shape",
@@ -88,6 +103,7 @@ __all__ = [
     "plan_segments",
     "plan_steps",
     "plan_windows",
+    "reads",
     "real",
     "resolve",
     "round_up_frames",

@@ -13,14 +13,14 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from ..config import GenerationConfig
+from ..config import GenerationConfig, plain_number
 from ..errors import InvalidRequest, MissingFile
 from ..models import IMAGE_TOKENS, ModelArchitecture, Variant
+from .control import ControlRequest, first_step, frames_of_video, has_keyframes, resolve_control
 from .fields import choice, flag, function, real, text, whole
 from .noise import NOISES
 from .output import audio_rate, check_metadata, output_fields
 from .prompts import PromptPart, parse_prompts
-from .segments import plan_segments
 from .steps import SCHEDULERS
 from .windows import (
     DEFAULT_WINDOW,
@@ -29,6 +29,7 @@ from .windows import (
     SCHEDULES,
     latent_frames,
     latent_index,
+    plan_segments,
     round_up_frames,
     video_range,
 )
@@ -85,6 +86,7 @@ class Request:
     crf: int
     pix_fmt: str
     warnings: tuple[str, ...] = ()
+    control: ControlRequest | None = None
 
     @property
     def latent_frames(self) -> int:
@@ -116,8 +118,10 @@ def resolve(
     check_metadata(config.output_metadata)
     if config.audio is not None:
         audio_rate(config.audio)
-    frames = whole(config.num_frames, "num_frames", 1, MOST_FRAMES)
+    frames = _wanted_frames(config)
     num_frames = _made_frames(config, frames, warnings)
+    control, said = resolve_control(config, architecture, wanted=frames, made=num_frames)
+    warnings += said
     multiple = architecture.size_multiple
     width = _size(config.width, "width", multiple, warnings)
     height = _size(config.height, "height", multiple, warnings)
@@ -130,15 +134,27 @@ def resolve(
         width=width,
         height=height,
         batch_size=whole(config.batch_size, "batch_size", 1, 64),
+        control=control,
         **_sampling(config, architecture, width, height),
         **_windowing(config, num_frames, window),
         **output_fields(config),
     )
+    if control is not None and control.video == "start":
+        start = first_step(request.num_inference_steps, control.denoise)
+        request = replace(request, start_step=start)
     _check_steps(config, request)
     if request.window_mode == "continuation":
         _check_segments(config, request)
     more = (*warnings, *_recipe_warnings(request, architecture))
     return replace(request, warnings=more)
+
+
+def _wanted_frames(config: GenerationConfig) -> int:
+    """Return the frames that are asked for; 0 means as many as the control's video has."""
+    video = frames_of_video(config)
+    if video is not None and plain_number(config.num_frames) == 0:
+        return video
+    return whole(config.num_frames, "num_frames", 1, MOST_FRAMES)
 
 
 def _made_frames(config: GenerationConfig, frames: int, warnings: list[str]) -> int:
@@ -276,7 +292,8 @@ def _check_steps(config: GenerationConfig, request: Request) -> None:
             "0 <= start_step < end_step <= steps is needed.",
             field="start_step",
         )
-    if start and config.latents is None:
+    noised = request.control is not None and request.control.video == "start"
+    if start and config.latents is None and not noised:
         raise InvalidRequest(
             f"start_step is {start} without latents: noise would be taken for a clip that {start} "
             "steps have been made of. Give the latents of the run that made them, or start at 0.",
@@ -400,6 +417,8 @@ def seen_by_clip(architecture: ModelArchitecture) -> int:
 
 def _check_images(config: GenerationConfig, architecture: ModelArchitecture) -> None:
     variant = architecture.variant
+    if has_keyframes(config):
+        return  # the start and the end image are two of them: ``resolve_control`` checks all
     if config.image is None and variant.image_input == "required":
         given = "the picture the clip began with" if config.continue_from is not None else "one"
         raise InvalidRequest(

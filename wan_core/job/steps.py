@@ -86,6 +86,44 @@ class StepPlan:
         )
 
 
+def expected_steps(request: Any, experts: int) -> StepPlan:
+    """Return the steps that a Request is expected to take, without torch and without a scheduler.
+
+    The timesteps are those of diffusers' schedulers with their own settings. A saved scheduler
+    config may say otherwise, so that the run plans its steps by the scheduler itself.
+    """
+    sigmas = expected_sigmas(request.scheduler, request.flow_shift, request.num_inference_steps)
+    cut = (lambda t: t) if request.scheduler == "euler" else int
+    return plan_steps(
+        [float(cut(1000 * sigma)) for sigma in sigmas],
+        experts=experts,
+        boundary=request.boundary,
+        switch_step=request.switch_step,
+        start_step=request.start_step,
+        end_step=request.end_step,
+    )
+
+
+def expected_sigmas(scheduler: str, shift: float, steps: int) -> list[float]:
+    """Return the noise level before each step, 1 = noise: ``set_timesteps`` of diffusers' classes.
+
+    UniPC and DPM++ space them evenly and then shift them, from 1 and from 0.999; Euler ends with
+    the smallest shifted one, and shifts again.
+    """
+
+    def shifted(sigma: float) -> float:
+        return shift * sigma / (1 + (shift - 1) * sigma)
+
+    if scheduler == "euler":
+        last = shifted(1 / 1000)
+        return [shifted(1 + (last - 1) * i / max(1, steps - 1)) for i in range(steps)]
+    if scheduler == "dpm++2m":
+        return [shifted(0.999 * (1 - i / steps)) for i in range(steps)]
+    even = [1 + (1 / 1000 - 1) * i / steps for i in range(steps)]
+    # UniPC begins a little below 1, where its formulas would divide by zero.
+    return [min(shifted(sigma), 1 - 1e-6) for sigma in even]
+
+
 def plan_steps(
     timesteps: Sequence[float],
     *,

@@ -37,6 +37,13 @@ class Workload:
     encode_text: bool = True
     references: int = 0
     """Reference pictures that VACE denoises as latent frames in front of the clip's."""
+    keyframes: int = 0
+    """Pictures that the clip shows at given frames; the start and the end image count among them
+    where there are others."""
+    start_video: bool = False
+    """Whether the clip starts from a video, which the VAE encodes first."""
+    idle: tuple[str, ...] = ()
+    """Experts that make no step of a shortened schedule, and are not read."""
 
     @property
     def latent_frames(self) -> int:

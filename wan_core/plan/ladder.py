@@ -39,7 +39,7 @@ _SPARE = 0.03
 _STAGES_OF = {
     "text_encoder": ("text_encode",),
     "image_encoder": ("image_encode",),
-    "vae": ("condition_encode", "decode"),
+    "vae": ("condition_encode", "control_encode", "decode"),
 }
 
 

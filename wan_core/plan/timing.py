@@ -138,13 +138,17 @@ def timing(
     compute *= _ROWS_COST if choices.by_rows else 1.0
     compute *= system.calibration.pace
     second = workload.guidance_low if architecture.two_experts else workload.guidance_high
-    guided = (workload.guidance_high, second)
+    guided = [workload.guidance_high, second]
+    if "transformer" in workload.idle:
+        guided = guided[1:]
+    elif "transformer_2" in workload.idle:
+        guided = guided[:1]
     steps = [_step(architecture, workload, choices, system, compute, 2 if g else 1) for g in guided]
     step = sum(steps) / len(steps)
     bound = step <= compute * sum(2 if g else 1 for g in guided) / len(guided)
-    warm = step * workload.steps + _moves(architecture, choices, system)
+    warm = step * workload.steps + _moves(architecture, workload, choices, system)
     warm += decode_seconds(workload, choices, system) + _TEXT_SECONDS
-    return Timing(step, warm, warm + _reads(architecture), bound)
+    return Timing(step, warm, warm + _reads(architecture, workload), bound)
 
 
 def _step(
@@ -224,9 +228,10 @@ def blocks_that_hide_the_bus(
     return max(0, ceil(blocks * (1 - passes * compute / (2 * busy))))
 
 
-def _reads(architecture: ModelArchitecture) -> float:
+def _reads(architecture: ModelArchitecture, workload: Workload) -> float:
     """Seconds that reading every file once takes, from a disk of the assumed speed."""
-    return sum(part.nbytes for part in architecture.components.values()) / _DISK
+    parts = architecture.components.items()
+    return sum(part.nbytes for name, part in parts if name not in workload.idle) / _DISK
 
 
 def decode_seconds(workload: Workload, choices: Choices, system: SystemResources) -> float:
@@ -236,12 +241,14 @@ def decode_seconds(workload: Workload, choices: Choices, system: SystemResources
     return pixels * _PIXEL_OPERATIONS / device_rate(system, dtype)
 
 
-def _moves(architecture: ModelArchitecture, choices: Choices, system: SystemResources) -> float:
+def _moves(
+    architecture: ModelArchitecture, workload: Workload, choices: Choices, system: SystemResources
+) -> float:
     """Return the seconds that moving whole components to the device takes in a run."""
     total = 0.0
     for part in parts_of(architecture):
         offload = choices.offload_of(part)
-        if offload == "none":
+        if offload == "none" or part in workload.idle:
             continue
         nbytes = part_bytes(architecture, part, choices.dtypes.get(part) or "bf16")
         slow = 2 if offload == "sequential" else 1

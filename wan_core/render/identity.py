@@ -20,7 +20,7 @@ import torch
 from ..config import GenerationConfig
 from ..errors import InvalidRequest
 from ..files import file_identity
-from ..job import Request
+from ..job import Request, control_of
 from ..loading import component_key
 from ..models import ModelArchitecture
 from ..plan import OptimizationPlan
@@ -175,6 +175,8 @@ def render_identity(
     fields = {name: getattr(request, name) for name in request.__slots__}
     for name in _NOT_IN_LATENTS:
         fields.pop(name, None)
+    if request.control is None:
+        fields.pop("control")  # a render without one is the same as before there were any
     tensors = (
         "image", "last_image", "latents", "continue_from", "prompt_embeds",
         "negative_prompt_embeds",
@@ -182,6 +184,8 @@ def render_identity(
     given: Mapping[str, Any] = {
         name: _picture(value) for name in tensors if (value := getattr(config, name)) is not None
     }
+    if (control := control_of(config)) is not None:
+        given = {**given, "control": control}
     files = {
         name: component_key(part, "")
         for name, part in architecture.components.items()

@@ -46,6 +46,7 @@ from ..sampling import (
     denoise_steps,
     denormalize_latents,
     hold_first_frame,
+    noised,
     to_frames,
 )
 from .conditions import ConditionMaker
@@ -175,13 +176,14 @@ class Render:
         windows = self._windows(self.request.latent_frames)
         if windows is None or windows.count == 1:
             self._warn([*window_settings_without_effect(self.config)])
-        conditions = self._conditions()
+        conditions, start = self._conditions()
         if (windows is None or windows.count == 1) and len(conditions.prompt_parts) > 1:
             self.stages.result.warnings.append(
                 "prompts: the clip is denoised as a whole, so only the text of its middle is "
                 "used. Set max_chunk_size to make it in windows."
             )
-        state = DenoiseState(latents=self._noise(windows), next_step=steps.start)
+        latents = self._begin(start, windows, scheduler, steps)
+        state = DenoiseState(latents=latents, next_step=steps.start)
         resumed = steps.start if journal is None else journal.restore(state, scheduler)
         if resumed > steps.start or state.next_window:
             part = f" and {state.next_window} windows of the next" if state.next_window else ""
@@ -190,8 +192,23 @@ class Render:
         self._denoise(state, conditions, scheduler, steps, signals)
         return hold_first_frame(state.latents, conditions)
 
-    def _conditions(self) -> Conditions:
-        return ConditionMaker(stages=self.stages, request=self.request, inputs=self.inputs).make()
+    def _conditions(self) -> tuple[Conditions, Tensor | None]:
+        """Return the conditions, and the latents of a video that the clip starts from."""
+        maker = ConditionMaker(stages=self.stages, request=self.request, inputs=self.inputs)
+        return maker.make(), maker.start()
+
+    def _begin(
+        self, start: Tensor | None, windows: WindowPlan | None, scheduler: Any, steps: StepPlan
+    ) -> Tensor:
+        """Return the latents of the first step: noise, or a video with noise added."""
+        noise = self._noise(windows)
+        if start is None:
+            return noise
+        sigma, made = float(scheduler.sigmas[steps.start]), steps.end - steps.start
+        count = self.request.num_inference_steps
+        said = f"{made} of {count} steps, from a video with noise of sigma {sigma:.3f}"
+        self.stages.result.metadata["control"] = said
+        return noised(scheduler, start, noise, steps.start)
 
     def _segments(self) -> SegmentPlan:
         request, given = self.request, self.inputs.continue_from
@@ -206,17 +223,18 @@ class Render:
     def _sample_segments(self, plan: SegmentPlan, journal: RenderJournal | None) -> Tensor:
         """Make one segment after the other, each with all denoising steps."""
         request, stages, result = self.request, self.stages, self.stages.result
-        conditions, given = self._conditions(), self.inputs.continue_from
+        conditions, start = self._conditions()
+        given = self.inputs.continue_from
+        scheduler, steps = self._scheduler()
         segments = ClipSegments(
             plan=plan,
-            noise=self._noise(plan.windows),
+            noise=self._begin(start, plan.windows, scheduler, steps),
             conditions=conditions,
             given=given,
             drift_correction=request.drift_correction,
         )
         result.metadata["windows"] = plan.describe(0 if given is None else given.shape[2])
         result.warnings += plan.windows.notes
-        scheduler, steps = self._scheduler()
         state = segments.begin(0, steps.start)
         if journal is not None and (resumed := journal.restore(state, scheduler)) > steps.start:
             segments.go_on(state)
