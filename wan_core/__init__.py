@@ -8,14 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from .config import (
-    GenerationConfig,
-    MemoryEstimate,
-    VideoGenerationResult,
-    WanControl,
-    WanLoRA,
-    WanModelFiles,
-)
+from .config import GenerationConfig, MemoryEstimate, VideoGenerationResult, WanLoRA, WanModelFiles
 from .errors import WanError
 from .lazy import lazy_names
 
@@ -46,7 +39,6 @@ __all__ = [
     "OptimizationPlan",
     "PipelineManager",
     "VideoGenerationResult",
-    "WanControl",
     "WanError",
     "WanLoRA",
     "WanModelFiles",
