@@ -4,10 +4,16 @@ from __future__ import annotations
 
 from comfy_api.latest import io, ui
 
-from ..wan_core.config import GenerationConfig
+from ..wan_core.config import GenerationConfig, WanControl
 from ..wan_core.job import MAX_LATENT_FRAMES, video_frames
 from . import bridge
-from .inputs import MOST_FRAMES_IN_WINDOWS, Pipeline, pipeline_input, size_inputs
+from .inputs import (
+    MOST_FRAMES_IN_WINDOWS,
+    Pipeline,
+    control_input,
+    pipeline_input,
+    size_inputs,
+)
 from .job import use_windows
 from .picture import estimate_picture
 from .pipeline import WanPipeline
@@ -31,6 +37,7 @@ class WanEstimateMemory(io.ComfyNode):  # type: ignore[misc]
                 pipeline_input(),
                 *size_inputs(MOST_FRAMES_IN_WINDOWS),
                 *_window_inputs(),
+                control_input(),
             ],
             outputs=[
                 Pipeline.Output("passed", display_name="pipeline", tooltip="Passed through."),
@@ -63,10 +70,13 @@ class WanEstimateMemory(io.ComfyNode):  # type: ignore[misc]
         num_frames: int,
         window_frames: int,
         window_overlap: int,
+        control: WanControl | None = None,
     ) -> io.NodeOutput:
         from ..wan_core.memory import format_estimate
 
-        config = GenerationConfig(prompt="", width=width, height=height, num_frames=num_frames)
+        config = GenerationConfig(
+            prompt="", width=width, height=height, num_frames=num_frames, control=control
+        )
         if window_frames:
             use_windows(config, window_frames, window_overlap)
         with said_in_words_of_the_nodes():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
+from .control import WanControl
 from .estimate import WanEstimateMemory
 from .generate import WanChunkedSampler, WanGenerate
 from .loader import WanLoader, WanOptimize
@@ -17,4 +18,7 @@ class WanFitExtension(ComfyExtension):  # type: ignore[misc]
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         """Return the node classes in menu order."""
-        return [WanLoader, WanOptimize, WanEstimateMemory, WanGenerate, WanChunkedSampler, WanLoRA]
+        return [
+            WanLoader, WanOptimize, WanEstimateMemory, WanGenerate, WanChunkedSampler, WanLoRA,
+            WanControl,
+        ]  # fmt: skip

@@ -9,7 +9,13 @@ from comfy_api.latest import io
 from ..wan_core.config import RESUME, GenerationConfig, VideoGenerationResult
 from ..wan_core.job import FUSIONS, MAX_LATENT_FRAMES, MODES, NOISES, SCHEDULES, video_frames
 from . import bridge
-from .inputs import MOST_FRAMES_IN_WINDOWS, pipeline_input, sampling_inputs, video_inputs
+from .inputs import (
+    MOST_FRAMES_IN_WINDOWS,
+    control_input,
+    pipeline_input,
+    sampling_inputs,
+    video_inputs,
+)
 from .job import LONG_CLIP, generation_config, use_long_clip, use_windows
 from .pipeline import WanPipeline
 from .progress import Progress
@@ -53,7 +59,7 @@ class WanGenerate(io.ComfyNode):  # type: ignore[misc]
             category="WanFit",
             description="Text or image to video with any Wan model: both experts, guidance and "
             "decoding in one node. Values left at 0 are the model's official ones.",
-            inputs=[pipeline_input(), *sampling_inputs(), *video_inputs()],
+            inputs=[pipeline_input(), *sampling_inputs(), *video_inputs(), control_input()],
             outputs=[_image_output(), _video_output(), _latent_output(), _report_output()],
             hidden=_HIDDEN,
         )
@@ -82,6 +88,7 @@ class WanChunkedSampler(io.ComfyNode):  # type: ignore[misc]
                 *_window_inputs(),
                 *_blend_inputs(),
                 *video_inputs(),
+                control_input(),
             ],
             outputs=[_latent_output(), _image_output(), _video_output(), _report_output()],
             hidden=_HIDDEN,

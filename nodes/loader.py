@@ -8,7 +8,7 @@ from comfy_api.latest import io, ui
 
 from ..wan_core.config import GIB, PRECISIONS, WanModelFiles
 from ..wan_core.errors import InvalidRequest, MissingFile, WanError
-from ..wan_core.plan import FORWARDS, FP8, OFFLOADS, SPEEDS, STEP_CACHES
+from ..wan_core.plan import FORWARDS, FP8, OFFLOADS, SPEEDS
 from . import bridge
 from .inputs import Pipeline, pipeline_input
 from .job import require_choice, window_of
@@ -49,10 +49,11 @@ class WanLoader(io.ComfyNode):  # type: ignore[misc]
                     "use_recipe",
                     default=False,
                     optional=True,
-                    tooltip="For a model distilled to a few steps (lightx2v, TurboWan, FastWan): "
-                    "its settings stand for the official ones, that is, wherever a sampler's input "
-                    "is 0 or its first choice. The node says whether it is such a model.",
+                    tooltip="For a model distilled to 4 steps (lightx2v, Lightning merged in): its "
+                    "settings (4 steps, guidance 1, shift 5) stand for the official ones, that is, "
+                    "wherever a sampler's input is 0. The node says whether it is such a model.",
                 ),
+                *_module_inputs(files),
             ],
             outputs=[
                 Pipeline.Output(
@@ -77,7 +78,8 @@ class WanLoader(io.ComfyNode):  # type: ignore[misc]
                 find_model(model, bridge.model_roots())
             for name, value in parts.items():
                 if value not in (None, _AUTO, _NONE):
-                    _file(name, str(value), files[_PARTS[name][0]])
+                    folder = "transformer" if name in _MODULES else _PARTS[name][0]
+                    _file(name, str(value), files[folder])
         except WanError as error:
             return str(error)
         return True
@@ -113,6 +115,10 @@ _PARTS = {
     "vae": ("vae", "The VAE file: 2.1 for all models but TI2V-5B, which has its own."),
     "image_encoder": ("image_encoder", "CLIP vision, for Wan 2.1 image-to-video models only."),
 }
+_MODULES = {
+    "vace_module": ("vace", "of 'model', a text-to-video model of its size"),
+    "vace_module_low": ("vace_2", "of the low-noise model of a pair"),
+}
 _AUTO, _NONE = "auto", "none"
 _WITHOUT = {
     "text_encoder": "a sampler then needs 'positive', and 'negative' with guidance",
@@ -136,6 +142,22 @@ def _part_inputs(files: dict[str, dict[str, Path]]) -> list[io.Input]:
     ]
 
 
+def _module_inputs(files: dict[str, dict[str, Path]]) -> list[io.Input]:
+    """Return the choices of a VACE module that is published without its base model."""
+    return [
+        io.Combo.Input(
+            name,
+            options=[_NONE, *files["transformer"]],
+            default=_NONE,
+            optional=True,
+            tooltip=f"A VACE module published without its base model, for the transformer {whose}. "
+            "Whole VACE checkpoints need none.",
+            **bridge.known(io.Combo.Input, advanced=True),
+        )
+        for name, (_, whose) in _MODULES.items()
+    ]
+
+
 def _source(model: str, chosen: dict[str, str]) -> tuple[Path | WanModelFiles, tuple[str, ...]]:
     """Return the folder or the files of a model, and sentences on what "auto" found.
 
@@ -149,6 +171,9 @@ def _source(model: str, chosen: dict[str, str]) -> tuple[Path | WanModelFiles, t
     if transformer is None:
         return find_model(model, bridge.model_roots()), ()
     named: dict[str, Path] = {"transformer": transformer}
+    for name, (part, _) in _MODULES.items():
+        if (value := chosen.get(name, _NONE)) != _NONE:
+            named[part] = _file(name, value, files["transformer"])
     present: dict[str, list[Path]] = {}
     left_out: list[str] = []
     for name, (part, _) in _PARTS.items():
@@ -238,10 +263,6 @@ class WanOptimize(io.ComfyNode):  # type: ignore[misc]
         forward: str = "auto",
         fp8_storage: str = "auto",
         speed: str = "exact",
-        step_cache: str = "auto",
-        step_cache_threshold: float = -1.0,
-        guidance_gate: float = 0.0,
-        step_cache_factor: float = 0.0,
     ) -> io.NodeOutput:
         optimized = pipeline.optimized(
             precision=require_choice("precision", precision, PRECISIONS),
@@ -255,10 +276,6 @@ class WanOptimize(io.ComfyNode):  # type: ignore[misc]
             forward=require_choice("forward", forward, FORWARDS),
             fp8_storage=require_choice("fp8_storage", fp8_storage, FP8),
             speed=require_choice("speed", speed, SPEEDS),
-            step_cache=require_choice("step_cache", step_cache, STEP_CACHES),
-            step_cache_threshold=None if step_cache_threshold < 0 else step_cache_threshold,
-            guidance_gate=guidance_gate or None,
-            step_cache_factor=step_cache_factor or None,
         )
         return io.NodeOutput(optimized, ui=ui.PreviewText(_usual_plan(optimized)))
 
@@ -343,48 +360,6 @@ def _speed_inputs() -> list[io.Input]:
             optional=True,
             tooltip="exact: only what changes no bit. fast: also what changes rounding. fastest: "
             "also what changes the video a little. The plan below says what that is here.",
-        ),
-        io.Combo.Input(
-            "step_cache",
-            options=list(STEP_CACHES),
-            default="auto",
-            optional=True,
-            tooltip="easycache: steps that differ little from the one before are not computed. "
-            "magcache: those that its published curve of the model says. auto: easycache with "
-            "speed 'fastest'. Not with 8 steps or fewer.",
-            **bridge.known(io.Combo.Input, advanced=True),
-        ),
-        io.Float.Input(
-            "step_cache_threshold",
-            default=-1.0,
-            optional=True,
-            min=-1.0,
-            max=1.0,
-            step=0.005,
-            tooltip="How much may add up before a step is computed again: 0 nothing, 0.05 usual, "
-            "0.2 very fast. -1 = usual.",
-            **bridge.known(io.Float.Input, advanced=True),
-        ),
-        io.Float.Input(
-            "guidance_gate",
-            default=0.0,
-            optional=True,
-            min=0.0,
-            max=1.0,
-            step=0.05,
-            tooltip="Share of the steps that compute guidance's second pass; later ones take over "
-            "its last effect. 1 = all. 0 = all, or 0.5 with speed 'fastest'.",
-            **bridge.known(io.Float.Input, advanced=True),
-        ),
-        io.Float.Input(
-            "step_cache_factor",
-            default=0.0,
-            optional=True,
-            min=0.0,
-            max=4.0,
-            step=0.1,
-            tooltip="How many times rarer magcache shall compute the model's blocks. 0 = 1.5.",
-            **bridge.known(io.Float.Input, advanced=True),
         ),
     ]
 

@@ -25,15 +25,16 @@ INPUTS = {
 # The message may be shown at another node, so it says which node has the input.
 _PLACES = {"window_frames": " of WanChunkedSampler"}
 # "image" is also an ordinary word, so it is replaced only where the text speaks of the field.
-_FIELD = re.compile(
-    rf"\b(?:({'|'.join(name for name in INPUTS if name != 'image')})\b|(image)(?= is | was |[:;] ))"
-)
+_NAMES = "|".join(name for name in INPUTS if name != "image")
+_FIELD = re.compile(rf"\b(?:(control\.\w+|{_NAMES})\b|(image)(?= is | was |[:;] ))")
 
 
 def in_words_of_the_nodes(text: str) -> str:
     """Return ``text`` with the names of fields replaced by those of inputs."""
 
     def replaced(found: re.Match[str]) -> str:
+        if found[0].startswith("control."):
+            return f"{found[0].removeprefix('control.')} of WanControl"
         name = INPUTS[found[0]]
         return name + _PLACES.get(name, "")
 
@@ -50,5 +51,5 @@ def said_in_words_of_the_nodes() -> Iterator[None]:
             in_words_of_the_nodes(part) if isinstance(part, str) else part for part in error.args
         )
         if isinstance(error, InvalidRequest) and error.field is not None:
-            error.field = INPUTS.get(error.field, error.field)
+            error.field = INPUTS.get(error.field, error.field).removeprefix("control.")
         raise

@@ -108,6 +108,52 @@ def test_image_to_video_from_files(image_model: Path, tmp_path: Path, capsys: An
     assert code == 1 and "image" in err and "bad.png" in err
 
 
+def test_a_video_and_key_frames_from_files(
+    model: Path, image_model: Path, tmp_path: Path, capsys: Any
+) -> None:
+    from PIL import Image
+
+    code, _, err = run(capsys, *generate(model, tmp_path / "first.mp4"))
+    assert code == 0, err
+    more = ("--control-video", tmp_path / "first.mp4", "--control-denoise", 0.5)
+    code, out, err = run(capsys, *generate(model, tmp_path / "second.mp4", *more))
+    assert code == 0 and "1 of 2 steps, from a video with noise of sigma" in out, err
+    for index, colour in enumerate(("red", "blue")):
+        Image.new("RGB", (64, 32), colour).save(tmp_path / f"{index}.png")
+    frames = ("--control-keyframes", tmp_path / "0.png", tmp_path / "1.png")
+    place = ("--control-positions", "0, -1")
+    code, _, err = run(capsys, *generate(image_model, tmp_path / "o.mp4", *frames, *place))
+    assert code == 0, err
+    code, out, err = run(capsys, "estimate", model, "--frames", 9, "--json", *more)
+    assert code == 0 and "control_encode" in out, err
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--control-video", "no.mp4"), "control.video: 'no.mp4' cannot be read"),
+        (("--control-video", "text.mp4"), "control.video: 'text.mp4' cannot be read"),
+        (("--control-keyframes", "no.png"), "control.keyframes: 'no.png' cannot be read|no such"),
+        (("--control-keyframes", "a.png", "b.png"), "pictures of 8x8, 4x4 size"),
+        (("--control-keyframes", "a.png"), "reads none"),
+        (("--control-tracks", "no.json"), "control.tracks: no.json cannot be read"),
+        (("--control-denoise", "0.5"), "no video to start from"),
+    ],
+)
+def test_a_control_that_cannot_be(
+    model: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch,
+    options: tuple[str, ...], said: str,
+) -> None:  # fmt: skip
+    from PIL import Image
+
+    monkeypatch.chdir(tmp_path)
+    Path("text.mp4").write_text("no video")
+    Image.new("RGB", (8, 8)).save("a.png")
+    Image.new("RGB", (4, 4)).save("b.png")
+    code, _, err = run(capsys, *generate(model, "o.mp4", *options))
+    assert code == 1 and any(part in err for part in said.split("|")), err
+
+
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
 def test_prompts_of_an_editor_with_a_byte_order_mark(
     model: Path, tmp_path: Path, capsys: Any, encoding: str

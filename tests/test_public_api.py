@@ -79,7 +79,13 @@ def test_importing_the_package_imports_neither_torch_nor_diffusers() -> None:
         "detect": ["ArchitectureDetector", "inspect_file"],
         "plan": ["OptimizationConfig", "OptimizationManager", "OptimizationPlan"],
         "memory": ["Choices", "Job", "estimate", "format_estimate"],
-        "config": ["GenerationConfig", "MemoryEstimate", "VideoGenerationResult", "WanLoRA"],
+        "config": [
+            "GenerationConfig",
+            "MemoryEstimate",
+            "VideoGenerationResult",
+            "WanControl",
+            "WanLoRA",
+        ],
         "errors": ["DoesNotFit", "WanError", "is_oom"],
     }.items(),
 )

@@ -139,7 +139,7 @@ def node_picture(page: Any, name: str) -> None:
 
 def workflow_pictures(page: Any, server: ComfyServer) -> None:
     """Run the example workflows and take the README's picture and the thumbnails."""
-    for name in ("text_to_video", "long_video"):
+    for name in ("text_to_video", "long_video", "video_to_video", "key_frames"):
         load(page, name)
         server.free()  # so that every node runs, and reports, again
         before = set(server.get("/history"))
@@ -155,6 +155,8 @@ def workflow_pictures(page: Any, server: ComfyServer) -> None:
         if name == "text_to_video":
             page.screenshot(path=str(ROOT / "docs" / "workflow.png"))
             node_picture(page, "WanOptimize")
+        if name == "key_frames":
+            node_picture(page, "WanControl")
 
 
 def save_thumbnail(server: ComfyServer, entry: dict[str, Any], target: Path) -> None:
@@ -162,7 +164,8 @@ def save_thumbnail(server: ComfyServer, entry: dict[str, Any], target: Path) -> 
     import av
 
     shown = [image for o in entry["outputs"].values() for image in o.get("images", [])]
-    saved = next(image for image in shown if image["filename"].endswith(".mp4"))
+    videos = [image for image in shown if image["filename"].endswith(".mp4")]
+    saved = next((video for video in videos if target.stem in video["filename"]), videos[0])
     path = server.base / "output" / saved["subfolder"] / saved["filename"]
     with av.open(str(path)) as container:
         frames = [frame.to_image() for frame in container.decode(video=0)]

@@ -8,7 +8,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from .config import GenerationConfig, MemoryEstimate, VideoGenerationResult, WanLoRA, WanModelFiles
+from .config import (
+    GenerationConfig,
+    MemoryEstimate,
+    VideoGenerationResult,
+    WanControl,
+    WanLoRA,
+    WanModelFiles,
+)
 from .errors import WanError
 from .lazy import lazy_names
 
@@ -39,6 +46,7 @@ __all__ = [
     "OptimizationPlan",
     "PipelineManager",
     "VideoGenerationResult",
+    "WanControl",
     "WanError",
     "WanLoRA",
     "WanModelFiles",

@@ -16,12 +16,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-from .config import CODECS, MIB, GenerationConfig
+from .config import CODECS, MIB, GenerationConfig, WanControl
 from .errors import InvalidRequest, WanError
 from .files import decode_text
-from .job import FUSIONS, SCHEDULERS
+from .job import FUSIONS, MOST_FRAMES
 from .memory import close_gaps
-from .plan import FORWARDS, FP8, OFFLOADS, SPEEDS, STEP_CACHES
+from .plan import FORWARDS, FP8, OFFLOADS, SPEEDS
 
 DEMO_PROMPT = "a red circle moves right on a dark background"
 
@@ -102,6 +102,7 @@ def _parser() -> argparse.ArgumentParser:
     for command in (estimate, generate):
         _add_size(command)
         _add_plan(command)
+        _add_control(command)
     _add_job(generate)
     demo.add_argument("--prompt", default=DEMO_PROMPT)
     demo.add_argument("--seed", type=int, default=0)
@@ -125,10 +126,6 @@ def _add_plan(command: argparse.ArgumentParser) -> None:
     command.add_argument("--forward", default="auto", help=", ".join(FORWARDS))
     command.add_argument("--fp8-storage", default="auto", help=", ".join(FP8))
     command.add_argument("--speed", default="exact", help=", ".join(SPEEDS))
-    command.add_argument("--step-cache", default="auto", help=", ".join(STEP_CACHES))
-    command.add_argument("--step-cache-threshold", type=float, metavar="0..1")
-    command.add_argument("--step-cache-factor", type=float, metavar="1..4", help="for magcache")
-    command.add_argument("--guidance-gate", type=float, metavar="0..1", help="steps fully guided")
     command.add_argument("--device", help="cuda:0, cpu ... (default: the best there is)")
     command.add_argument("--vram-limit-gb", type=float, help="use at most so much of the card")
     command.add_argument(
@@ -141,6 +138,24 @@ def _add_plan(command: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
+def _add_control(command: argparse.ArgumentParser) -> None:
+    """Add what guides the clip; pictures and videos are files, frames are counted from 0."""
+    for name, many, what in (
+        ("video", None, "a video to start from, or to follow where the model reads one"),
+        ("mask", None, "a picture or a video, white = make something new"),
+        ("reference", "+", "pictures of what shall appear"),
+        ("keyframes", "+", "pictures that the clip shows at --control-positions"),
+        ("tracks", None, "a JSON file of tracks, for image-to-video models trained on them"),
+    ):
+        command.add_argument(f"--control-{name}", nargs=many, metavar="FILE", help=what)
+    command.add_argument("--control-positions", default="", help="'0, 40, -1' (evenly spread)")
+    command.add_argument("--control-strength", type=float, default=1.0, help="for VACE (1)")
+    command.add_argument("--control-denoise", type=float, default=1.0, help="share of steps (1)")
+    command.add_argument(
+        "--control-clear-masked", action="store_true", help="make the masked area grey"
+    )
+
+
 def _add_job(command: argparse.ArgumentParser) -> None:
     command.add_argument("--prompt", default=None, help="what is to be seen")
     command.add_argument("--negative-prompt", help="default: the model's official one")
@@ -151,15 +166,7 @@ def _add_job(command: argparse.ArgumentParser) -> None:
     command.add_argument("--guidance-scale-2", type=float, help="of the low-noise expert")
     command.add_argument("--flow-shift", type=float)
     command.add_argument("--boundary", type=float, help="share of timesteps where experts switch")
-    command.add_argument("--scheduler", help=", ".join(SCHEDULERS))
-    command.add_argument(
-        "--sigma-schedule", help="noise levels: official (Wan's), or simple (ComfyUI's)"
-    )
-    command.add_argument(
-        "--guided-steps", type=int, default=0, help="first steps without the distilled LoRAs"
-    )
-    command.add_argument("--guided-scale", type=float, help="guidance scale of the guided steps")
-    command.add_argument("--sigmas", metavar="1,0.75,...", help="noise levels one by one")
+    command.add_argument("--scheduler", help="unipc, euler or dpm++2m")
     command.add_argument("--fps", type=float)
     command.add_argument("--prompts", metavar="FILE", help="lines FRAMES: TEXT, for --prompt")
     command.add_argument("--schedule", default="static", help="static, uniform or looped windows")
@@ -247,10 +254,6 @@ def _open(arguments: argparse.Namespace) -> Any:
         "forward": arguments.forward,
         "fp8_storage": arguments.fp8_storage,
         "speed": arguments.speed,
-        "step_cache": arguments.step_cache,
-        "step_cache_threshold": arguments.step_cache_threshold,
-        "step_cache_factor": arguments.step_cache_factor,
-        "guidance_gate": arguments.guidance_gate,
         "device": arguments.device,
         "vram_limit_gb": arguments.vram_limit_gb,
     }
@@ -263,12 +266,44 @@ def _open(arguments: argparse.Namespace) -> Any:
     )
 
 
+def _control(arguments: argparse.Namespace, most: int) -> WanControl:
+    """Read the files of the control, at most ``most`` frames of a video."""
+    from .render import read_pictures, read_video
+
+    def path(name: str) -> Any:
+        return getattr(arguments, f"control_{name}")
+
+    videos = {
+        name: read_video(path(name), f"control.{name}", most)
+        for name in ("video", "mask")
+        if path(name) is not None
+    }
+    pictures = {
+        name: read_pictures(path(name), f"control.{name}")
+        for name in ("reference", "keyframes")
+        if path(name) is not None
+    }
+    if "mask" in videos:
+        videos["mask"] = videos["mask"][..., 0]
+    return WanControl(
+        **videos,
+        **pictures,
+        positions=arguments.control_positions,
+        tracks=_read_text(arguments.control_tracks, "control.tracks"),
+        strength=arguments.control_strength,
+        denoise=arguments.control_denoise,
+        clear_masked=arguments.control_clear_masked,
+    )
+
+
 def _job(arguments: argparse.Namespace, wrapper: Any, **more: Any) -> GenerationConfig:
     defaults = wrapper.architecture.variant.defaults
+    frames = defaults.num_frames if arguments.frames is None else arguments.frames
     return GenerationConfig(
         width=defaults.width if arguments.width is None else arguments.width,
         height=defaults.height if arguments.height is None else arguments.height,
-        num_frames=defaults.num_frames if arguments.frames is None else arguments.frames,
+        num_frames=frames,
+        control=_control(arguments, (frames if frames > 0 else MOST_FRAMES) + 3),
         num_inference_steps=arguments.steps,
         max_chunk_size=arguments.window,
         window_overlap=arguments.overlap,
@@ -301,10 +336,6 @@ def _generate(arguments: argparse.Namespace) -> tuple[str, dict[str, Any]]:
         flow_shift=arguments.flow_shift,
         boundary=arguments.boundary,
         scheduler=arguments.scheduler,
-        sigma_schedule=arguments.sigma_schedule,
-        sigmas=_numbers(arguments.sigmas),
-        guided_steps=arguments.guided_steps,
-        guided_scale=arguments.guided_scale,
         fps=arguments.fps,
         window_schedule=arguments.schedule,
         window_fusion=arguments.fusion,
@@ -325,22 +356,13 @@ def _generate(arguments: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     return wrapper.report(result), result.to_dict()
 
 
-def _numbers(text: str | None) -> list[float] | None:
-    try:
-        return None if text is None else [float(word) for word in text.replace(",", " ").split()]
-    except ValueError as err:
-        raise InvalidRequest(
-            f"--sigmas is {text!r}; numbers with commas between are needed ({err}).", field="sigmas"
-        ) from err
-
-
-def _read_text(path: str | None) -> str | None:
+def _read_text(path: str | None, field: str = "prompts") -> str | None:
     if path is None:
         return None
     try:
         return decode_text(Path(os.path.expanduser(path)).read_bytes())
     except (OSError, UnicodeDecodeError) as err:
-        raise InvalidRequest(f"prompts: {path} cannot be read ({err}).", field="prompts") from err
+        raise InvalidRequest(f"{field}: {path} cannot be read ({err}).", field=field) from err
 
 
 def _read_audio(arguments: argparse.Namespace, wrapper: Any) -> Any:

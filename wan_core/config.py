@@ -98,6 +98,43 @@ class WanModelFiles:
     vace_2: str | Path | None = None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class WanControl:
+    """What guides a clip besides its texts: pictures, masks, a camera, tracks.
+
+    Tensors are laid out as in ComfyUI: ``video``, ``reference`` and ``keyframes`` (N, H, W, 3),
+    0..1, ``mask`` (N, H, W) or (H, W), 1 = make, 0 = keep. Frames are those of the clip: a longer
+    video is cut, a shorter one refused. The checkpoint decides what applies; what the model cannot
+    use is refused with its name, before anything is read.
+    """
+
+    video: torch.Tensor | None = None
+    """A source video or a drawing of one. A model that reads a control video follows it; any other
+    starts from it instead of from noise, as far as ``denoise`` says."""
+    mask: torch.Tensor | None = None
+    """Where to make something new, frame by frame or one for all frames."""
+    reference: torch.Tensor | None = None
+    """Pictures of what shall appear."""
+    keyframes: torch.Tensor | None = None
+    """Pictures that the clip shows at ``positions``."""
+    positions: str | Sequence[int] = ""
+    """Frame of each key frame, as numbers or as a text like "0, 40, -1"; negative ones count from
+    the end. Empty: the key frames are spread evenly from the first frame to the last."""
+    camera: torch.Tensor | None = None
+    """What ComfyUI's WanCameraEmbedding makes: rays (1, 24, T, H, W)."""
+    tracks: Any = None
+    """Points and where they go: a JSON text of lists of {"x", "y"} in pixels of the clip (ATI), or
+    a mapping with "track_path" (frames, points, 2) and "track_visibility" (frames, points), as
+    ComfyUI's WanMove nodes make."""
+    strength: float | Sequence[float] = 1.0
+    """How much a control counts; for VACE also one number for each of its blocks."""
+    denoise: float = 1.0
+    """Share of the steps that are made, the last ones; 1 begins with noise."""
+    clear_masked: bool = False
+    """Make the masked area of ``video`` grey, so that nothing of it is seen: for inpainting. What
+    is left under the mask guides the model, as a drawing does."""
+
+
 @dataclass(slots=True, kw_only=True)
 class GenerationConfig:
     r"""What the user asks for. None means the official value of the model that is loaded.
@@ -151,13 +188,16 @@ class GenerationConfig:
     switch_step: int | None = None
     """Index of the low-noise expert's first step; overrides ``boundary``."""
     scheduler: str | None = None
-    """"unipc", "euler", "dpm++2m", "lcm" or "res_multistep"."""
+    """"unipc", "euler" or "dpm++2m"."""
     fps: float | None = None
     seed: int | None = 0
     """None draws a random seed, which is recorded in the result's metadata."""
     batch_size: int = 1
     image: ImageInput | None = None
     last_image: ImageInput | None = None
+    control: WanControl | None = None
+    """A source or control video, masks, references, key frames, a camera, tracks. ``image`` and
+    ``last_image`` are key frames at the first and the last frame."""
     latents: torch.Tensor | None = None
     """Normalised latents (B, C, T, h, w) to start from: noise where ``start_step`` is 0, else the
     partly denoised latents of an earlier run at that step, which cannot be left out."""
@@ -230,17 +270,6 @@ class GenerationConfig:
     return_frames: bool = True
     """False leaves the result's ``frames`` None: frames are written to the mp4 as they are decoded,
     so RAM does not grow with the length of the clip."""
-    sigma_schedule: str | None = None
-    """"official" takes the noise levels and solvers of diffusers, "simple" those of ComfyUI's
-    KSampler with the schedule of that name."""
-    sigmas: Sequence[float] | None = None
-    """The noise levels of the steps one by one, from at most 1 down to above 0, without the last 0;
-    in place of ``num_inference_steps``, ``flow_shift`` and ``sigma_schedule``."""
-    guided_steps: int = 0
-    """So many of the steps, from the first on, are made without the distilled LoRAs and with
-    guidance, which keeps more motion; the rest with them, as usual."""
-    guided_scale: float | None = None
-    """Guidance scale of the ``guided_steps``; None means the model's official one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

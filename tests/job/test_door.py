@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from support import single_files, tiny_models
 
-from wan_core import GenerationConfig, WanModelFiles, WanPipelineLoader
+from wan_core import GenerationConfig, WanControl, WanModelFiles, WanPipelineLoader
 from wan_core.errors import InvalidRequest, MissingFile, ModelMismatch, OutputError, WanError
 from wan_core.loading import ComponentCache
 
@@ -26,6 +26,7 @@ SIZE: dict[str, Any] = {
 }  # fmt: skip
 PICTURE = Image.new("RGB", (64, 32), (90, 40, 10))
 NAN = float("nan")
+VIDEO = torch.rand(9, 32, 64, 3, generator=torch.Generator().manual_seed(0))
 LATENTS = (1, 16, 3, 4, 8)
 
 
@@ -99,6 +100,27 @@ def gone(folder: Path) -> None:
     next((folder / "vae").glob("*.safetensors")).unlink()
 
 
+def reads_all(_: Path, patch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Let the model take every input of a control."""
+    names = ("mask", "reference", "keyframes", "camera", "tracks", "strength", "clear_masked")
+    known = {"video": "control", **dict.fromkeys(names, "any")}
+    patch.setattr("wan_core.job.control.reads", lambda architecture: known)
+    return {}
+
+
+def control(name: str, model: str = "wan2.1-t2v", **given: Any) -> Case:
+    """A control that cannot be; start and end image are given in ``job``."""
+    job = given.pop("job", {})
+    if model in ("wan2.1-i2v", I2V):
+        job = {"image": PICTURE} | job
+    return Case(
+        f"control.{name}" if name != "control" else name,
+        model=model,
+        prepare=given.pop("prepare", None),
+        job={"control": WanControl(**given), **job},
+    )
+
+
 I2V, FLF, T5B, PAIR = "wan2.2-i2v-a14b", "wan2.1-flf2v", "wan2.2-ti2v-5b", "files"
 NUMBERS = (
     "num_frames", "width", "height", "num_inference_steps", "guidance_scale", "guidance_scale_2",
@@ -140,10 +162,6 @@ CASES = [
     Case("precision", job={"precision_override": "fp4"}),
     # Steps, windows, segments, texts.
     Case("start_step", job={"start_step": 2}),
-    Case("sigmas", job={"sigmas": [0.5, 0.9]}),
-    Case("guided_steps", job={"guided_steps": 1}),
-    Case("sigma_schedule", job={"sigma_schedule": "karras"}),
-    Case("num_inference_steps", job={"sigmas": [1.0, 0.5], "num_inference_steps": 3}),
     Case("start_step", job={"start_step": 4, "latents": torch.zeros(LATENTS)}),
     Case("start_step", job={"start_step": 3, "end_step": 2, "latents": torch.zeros(LATENTS)}),
     Case("prompts", job={"prompts": "", "prompt": None}),
@@ -174,6 +192,43 @@ CASES = [
     Case("last_image", model=I2V, job={"image": PICTURE, "last_image": "missing.png"}),
     Case("image", model=I2V, prepare=broken_picture),
     Case("image", model=I2V, prepare=text_as_picture),
+    # Control.
+    Case("control", job={"control": {"video": VIDEO}}),
+    *(control("video", video=bad)
+      for bad in (VIDEO[:7], VIDEO[0], VIDEO.permute(0, 3, 1, 2), VIDEO * NAN, VIDEO * 255 + 3,
+                  "clip.mp4", torch.zeros(9, 0, 64, 3))),
+    control("video", "wan2.1-i2v", video=VIDEO),
+    control("video", FLF, video=VIDEO, job={"image": PICTURE, "last_image": PICTURE}),
+    control("video", video=VIDEO, job={"latents": torch.zeros(LATENTS)}),
+    control("video", I2V, video=torch.cat([VIDEO] * 4)[:33], job=continued(
+        continue_from=torch.zeros(LATENTS))),
+    Case("start_step", job={"control": WanControl(video=VIDEO), "start_step": 2}),
+    *(control("denoise", video=VIDEO, denoise=bad) for bad in (0, 1.2, NAN, "all")),
+    control("denoise", denoise=0.5),
+    control("denoise", video=VIDEO, denoise=0.5, prepare=reads_all),
+    control("strength", video=VIDEO, strength=0.5),
+    *(control("strength", video=VIDEO, strength=bad, prepare=reads_all)
+      for bad in ([1, 2, 3], -1, "much", [NAN])),
+    control("mask", video=VIDEO, mask=VIDEO[..., 0]),
+    *(control("mask", video=VIDEO, mask=bad, prepare=reads_all)
+      for bad in (torch.zeros(9, 32, 64), VIDEO[:5, ..., 0], torch.ones(9), VIDEO[..., 0] * NAN)),
+    control("clear_masked", video=VIDEO, clear_masked=True, prepare=reads_all),
+    control("clear_masked", mask=VIDEO[..., 0], clear_masked=True, prepare=reads_all),
+    control("clear_masked", clear_masked="yes", prepare=reads_all),
+    *(control(name, **{name: VIDEO}) for name in ("reference", "keyframes", "camera")),
+    control("reference", reference=torch.zeros(1, 8, 8, 2), prepare=reads_all),
+    control("keyframes", FLF, keyframes=VIDEO[:1]),
+    control("keyframes", I2V, keyframes=VIDEO[:2] * NAN, positions="2, 3"),
+    *(control("positions", I2V, keyframes=VIDEO[:2], positions=bad)
+      for bad in ("1, 9", "1,-10", "8, -1", "0, 3", "1, x", [1, 2.5], "1, 2, 4", 5, "1, ")),
+    control("positions", "wan2.1-i2v", positions="0", denoise=1.0, tracks="[]"),
+    *(control("positions", T5B, keyframes=VIDEO[:n], positions=bad, job={"width": 64, "height": 64})
+      for n, bad in ((1, "3"), (2, "0, 1"))),
+    control("tracks", tracks="[]"),
+    *(control("tracks", "wan2.1-i2v", tracks=bad)
+      for bad in ("no json", "[]", "[[]]", '[[{"x": 1}]]', '[[{"x": 1, "y": NaN}]]', 7,
+                  {"track_path": torch.zeros(5, 2, 2)}, {"track_path": torch.zeros(9, 2)},
+                  {"track_path": torch.zeros(9, 2, 2), "track_visibility": torch.ones(9, 3)})),
     # Tensors.
     *(Case("prompt_embeds", job={"prompt_embeds": bad})
       for bad in (torch.zeros(1, 4, 31), torch.zeros(1, 600, 32), torch.zeros(3, 4, 32),

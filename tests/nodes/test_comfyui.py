@@ -47,8 +47,9 @@ from support.reference_layouts import original_vae
 
 NODES = [
     "WanLoader", "WanOptimize", "WanEstimateMemory", "WanGenerate", "WanChunkedSampler", "WanLoRA",
+    "WanControl",
 ]  # fmt: skip
-WORKFLOWS = ["text_to_video", "long_video"]
+WORKFLOWS = ["text_to_video", "long_video", "video_to_video", "key_frames"]
 FULL_VAE = {"base_dim": 96, "dim_mult": [1, 2, 4, 4], "num_res_blocks": 2}
 CHECKOUT = find_checkout()
 PYTHON = CHECKOUT if isinstance(CHECKOUT, str) else find_python(CHECKOUT)
@@ -106,7 +107,7 @@ def test_loads_without_error_in_under_300_ms(server: ComfyServer) -> None:
     assert "Error while calling comfy_entrypoint" not in start
 
 
-def test_lists_the_six_nodes_with_a_tooltip_on_every_input(server: ComfyServer) -> None:
+def test_lists_the_nodes_with_a_tooltip_on_every_input(server: ComfyServer) -> None:
     info = server.get("/object_info")
     assert sorted(n for n, i in info.items() if i["category"] == "WanFit") == sorted(NODES)
     for name in NODES:
@@ -176,7 +177,7 @@ def test_example_workflows_open_and_run_in_the_browser(server: ComfyServer) -> N
     with open_page(server.url, BROWSER) as page:
         for name in WORKFLOWS:
             server.free()  # what ComfyUI has kept it neither runs nor reports again
-            opens_and_runs(page, with_values(workflow(name), steps=1))
+            opens_and_runs(page, with_values(workflow(name), steps=2))
             assert last_status(server) == "success"
         assert page.wanfit_errors == []
 

@@ -227,3 +227,25 @@ def test_crf_0_keeps_every_bit_in_both_codecs(pack: ModuleType, tmp_path: Path) 
         seen[codec] = torch.stack(decoded)
     assert len(seen["h264"]) == 9
     assert torch.equal(seen["h264"], seen["h265"])
+
+
+def test_a_control_reaches_the_job_and_is_spoken_of_as_a_node(pack: ModuleType) -> None:
+    """The samplers hand it on as it is; messages name WanControl's input."""
+    job, words = part(pack, "nodes.job"), part(pack, "nodes.words")
+    control = part(pack, "wan_core").WanControl(denoise=0.5)
+    assert job.generation_config(VALUES).control is None
+    assert job.generation_config(VALUES | {"control": control}).control is control
+    said = words.in_words_of_the_nodes("control.video has 7 frames; image was given")
+    assert said == "video of WanControl has 7 frames; start_image was given"
+    error = part(pack, "wan_core.errors").InvalidRequest
+    with pytest.raises(error) as raised, words.said_in_words_of_the_nodes():
+        raise error("control.mask is all black", field="control.mask")
+    assert raised.value.field == "mask" and "mask of WanControl" in str(raised.value)
+
+
+def test_the_control_node_holds_what_it_is_given(pack: ModuleType) -> None:
+    found = [one.name for one in fields(part(pack, "wan_core").WanControl)]
+    assert found == [
+        "video", "mask", "reference", "keyframes", "positions", "camera", "tracks", "strength",
+        "denoise", "clear_masked",
+    ]  # fmt: skip

@@ -101,7 +101,7 @@ def require_kind(part: IdentifiedFile, kind: str, path: Path) -> None:
         if part.kind == "vace" and kind == "transformer":
             advice = (
                 "Choose a Wan text-to-video transformer of its size here, and name the module "
-                "beside it, as vace of WanModelFiles."
+                "beside it, as vace of WanModelFiles, as vace_module of WanLoader."
             )
         raise UnsupportedModel(f"{quoted(path)} is {part.title}, not {wanted}{why}. {advice}")
 

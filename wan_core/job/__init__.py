@@ -11,6 +11,14 @@ from headers and from what it is given is checked here, before the first weight 
 
 from __future__ import annotations
 
+from .control import (
+    ControlInputs,
+    ControlRequest,
+    control_of,
+    has_control,
+    has_keyframes,
+    reads,
+)
 from .effects import window_settings_without_effect
 from .fields import real, whole
 from .inputs import (
@@ -21,7 +29,7 @@ from .inputs import (
     encoder_options,
     output_paths,
 )
-from .noise import NOISES, StepNoise, draw_noise
+from .noise import NOISES, draw_noise
 from .output import AUDIO_RATES, PIXEL_FORMATS
 from .parts import check_files, check_parts, files_of, texts_to_encode
 from .pictures import load_picture, picture_size, to_pil
@@ -35,25 +43,18 @@ from .request import (
     resolve,
     seen_by_clip,
 )
-from .segments import SegmentPlan, plan_segments
-from .steps import (
-    SCHEDULERS,
-    SIGMA_SCHEDULES,
-    StepPlan,
-    high_steps,
-    make_scheduler,
-    plan_steps,
-    solver_sigmas,
-)
+from .steps import SCHEDULERS, StepPlan, expected_steps, make_scheduler, plan_steps
 from .tensors import latent_shape
 from .windows import (
     FRAMES_PER_LATENT,
     FUSIONS,
     SCHEDULES,
+    SegmentPlan,
     Window,
     WindowPlan,
     latent_frames,
     latent_index,
+    plan_segments,
     plan_windows,
     round_up_frames,
     video_frames,
@@ -61,6 +62,8 @@ from .windows import (
 
 __all__ = [
     "AUDIO_RATES",
+    "ControlInputs",
+    "ControlRequest",
     "ENCODERS",
     "FRAMES_PER_LATENT",
     "FUSIONS",
@@ -74,9 +77,7 @@ __all__ = [
     "Request",
     "SCHEDULERS",
     "SCHEDULES",
-    "SIGMA_SCHEDULES",
     "SegmentPlan",
-    "StepNoise",
     "StepPlan",
     "Window",
     "WindowPlan",
@@ -84,10 +85,13 @@ __all__ = [
     "check_inputs",
     "check_outputs",
     "check_parts",
+    "control_of",
     "draw_noise",
     "encoder_options",
+    "expected_steps",
     "files_of",
-    "high_steps",
+    "has_control",
+    "has_keyframes",
     "latent_frames",
     "latent_index",
     "latent_shape",
@@ -99,11 +103,11 @@ __all__ = [
     "plan_segments",
     "plan_steps",
     "plan_windows",
+    "reads",
     "real",
     "resolve",
     "round_up_frames",
     "seen_by_clip",
-    "solver_sigmas",
     "texts_to_encode",
     "to_pil",
     "video_frames",

@@ -17,11 +17,19 @@ from ..config import GenerationConfig
 from ..errors import InvalidRequest
 from ..files import check_target
 from ..models import ModelArchitecture
+from .control import ControlInputs
 from .effects import settings_without_effect
 from .parts import texts_to_encode
 from .pictures import describe_stretch, load_picture
 from .request import Request
-from .tensors import check_audio, check_continued, check_embeds, check_latents, latent_shape
+from .tensors import (
+    check_audio,
+    check_continued,
+    check_control,
+    check_embeds,
+    check_latents,
+    latent_shape,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -41,6 +49,7 @@ class Inputs:
     float tensor (H, W, 3). ``embeds`` has "prompt" and "negative_prompt", (1 or B, 512, text_dim);
     one that is missing is encoded, or not needed. ``texts`` names those to encode. ``latents`` and
     ``continue_from`` are (B, C, T, h, w), and ``audio`` is (waveform, samples per second).
+    ``control`` holds the tensors of a control; the start and end image are among its key frames.
     """
 
     pictures: Mapping[str, Any] = field(default_factory=dict)
@@ -49,6 +58,7 @@ class Inputs:
     latents: Tensor | None = None
     continue_from: Tensor | None = None
     audio: tuple[Tensor, int] | None = None
+    control: ControlInputs | None = None
     warnings: tuple[str, ...] = ()
 
 
@@ -82,6 +92,13 @@ def check_inputs(
         pictures[name] = load_picture(value, name)
         stretched = describe_stretch(pictures[name], name, request.width, request.height)
         warnings += [stretched] if stretched else []
+    control = None
+    if request.control is not None:
+        control, said = check_control(
+            config, request.control, pictures, made=request.num_frames,
+            size=(request.width, request.height),
+        )  # fmt: skip
+        warnings += said
     return Inputs(
         pictures=pictures,
         embeds=embeds,
@@ -89,6 +106,7 @@ def check_inputs(
         latents=latents,
         continue_from=continued,
         audio=audio,
+        control=control,
         warnings=tuple(warnings),
     )
 

@@ -6,20 +6,22 @@ make in a :class:`GenerationConfig` is found here, before anything is loaded.
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from ..config import GenerationConfig
+from ..config import GenerationConfig, plain_number
 from ..errors import InvalidRequest, MissingFile
-from ..models import IMAGE_TOKENS, ModelArchitecture
+from ..models import IMAGE_TOKENS, ModelArchitecture, Variant
+from .control import ControlRequest, first_step, frames_of_video, has_keyframes, resolve_control
 from .fields import choice, flag, function, real, text, whole
+from .noise import NOISES
 from .output import audio_rate, check_metadata, output_fields
 from .prompts import PromptPart, parse_prompts
-from .segments import plan_segments
-from .steps import recipe_warnings, sampling_fields
+from .steps import SCHEDULERS
 from .windows import (
     DEFAULT_WINDOW,
     FRAMES_PER_LATENT,
@@ -27,6 +29,7 @@ from .windows import (
     SCHEDULES,
     latent_frames,
     latent_index,
+    plan_segments,
     round_up_frames,
     video_range,
 )
@@ -37,6 +40,7 @@ MAX_LATENT_FRAMES = 1024
 """Most latent frames that the rotary positions cover; longer clips need windows."""
 MOST_FRAMES = 4 * 1024 * 64
 """Most video frames of a clip in windows."""
+MAX_SEED = 2**64 - 1
 MODES = ("windows", "continuation")
 
 
@@ -61,12 +65,6 @@ class Request:
     boundary: float | None
     switch_step: int | None
     scheduler: str
-    sigma_schedule: str
-    sigmas: tuple[float, ...]
-    """Noise levels of the steps that were asked for one by one, or that a distilled file needs."""
-    guided_steps: int
-    guided_scale: float | None
-    """Guidance scale of the ``guided_steps``; None where there are none."""
     fps: float
     seed: int
     batch_size: int
@@ -88,6 +86,7 @@ class Request:
     crf: int
     pix_fmt: str
     warnings: tuple[str, ...] = ()
+    control: ControlRequest | None = None
 
     @property
     def latent_frames(self) -> int:
@@ -97,7 +96,7 @@ class Request:
     @property
     def guided(self) -> bool:
         """Whether either expert uses guidance, and so needs the negative prompt."""
-        return max(self.guidance_scale, self.guidance_scale_2, self.guided_scale or 0.0) > 1.0
+        return self.guidance_scale > 1.0 or self.guidance_scale_2 > 1.0
 
 
 def resolve(
@@ -119,8 +118,10 @@ def resolve(
     check_metadata(config.output_metadata)
     if config.audio is not None:
         audio_rate(config.audio)
-    frames = whole(config.num_frames, "num_frames", 1, MOST_FRAMES)
+    frames = _wanted_frames(config)
     num_frames = _made_frames(config, frames, warnings)
+    control, said = resolve_control(config, architecture, wanted=frames, made=num_frames)
+    warnings += said
     multiple = architecture.size_multiple
     width = _size(config.width, "width", multiple, warnings)
     height = _size(config.height, "height", multiple, warnings)
@@ -133,15 +134,27 @@ def resolve(
         width=width,
         height=height,
         batch_size=whole(config.batch_size, "batch_size", 1, 64),
-        **sampling_fields(config, architecture, width, height),
+        control=control,
+        **_sampling(config, architecture, width, height),
         **_windowing(config, num_frames, window),
         **output_fields(config),
     )
+    if control is not None and control.video == "start":
+        start = first_step(request.num_inference_steps, control.denoise)
+        request = replace(request, start_step=start)
     _check_steps(config, request)
     if request.window_mode == "continuation":
         _check_segments(config, request)
-    more = (*warnings, *recipe_warnings(request, architecture))
+    more = (*warnings, *_recipe_warnings(request, architecture))
     return replace(request, warnings=more)
+
+
+def _wanted_frames(config: GenerationConfig) -> int:
+    """Return the frames that are asked for; 0 means as many as the control's video has."""
+    video = frames_of_video(config)
+    if video is not None and plain_number(config.num_frames) == 0:
+        return video
+    return whole(config.num_frames, "num_frames", 1, MOST_FRAMES)
 
 
 def _made_frames(config: GenerationConfig, frames: int, warnings: list[str]) -> int:
@@ -157,6 +170,40 @@ def _made_frames(config: GenerationConfig, frames: int, warnings: list[str]) -> 
             f"num_frames is {frames} with a last_image; 5 or more are needed.", field="num_frames"
         )
     return made
+
+
+def _sampling(
+    config: GenerationConfig, architecture: ModelArchitecture, width: int, height: int
+) -> dict[str, Any]:
+    """Check the fields of the denoising loop; None becomes the variant's official value."""
+    official = architecture.variant.defaults
+    negative = _or(config.negative_prompt, official.negative_prompt)
+    steps = _or(config.num_inference_steps, official.num_inference_steps)
+    scale = real(_or(config.guidance_scale, official.guidance_scale), "guidance_scale", 0, 100)
+    second = _or(config.guidance_scale_2, _second_scale(config, architecture.variant, scale))
+    second = real(second, "guidance_scale_2", 0, 100)
+    shift = _or(config.flow_shift, official.flow_shift_for(width, height))
+    boundary = _or(config.boundary, official.boundary)
+    switch, end, seed = config.switch_step, config.end_step, config.seed
+    return {
+        "negative_prompt": text(negative, "negative_prompt", True),
+        "num_inference_steps": whole(steps, "num_inference_steps", 1, 1000),
+        "guidance_scale": scale,
+        # A single transformer has a single scale: the other decides nothing, not even whether a
+        # negative prompt is encoded.
+        "guidance_scale_2": second if architecture.two_experts else scale,
+        "flow_shift": real(shift, "flow_shift", 0.01, 100),
+        "boundary": None if boundary is None else real(boundary, "boundary", 0, 1),
+        "switch_step": None if switch is None else whole(switch, "switch_step", 0, 1000),
+        "scheduler": choice(_or(config.scheduler, official.scheduler), "scheduler", SCHEDULERS),
+        "start_step": whole(config.start_step, "start_step", 0, 1000),
+        "end_step": None if end is None else whole(end, "end_step", 1, 10_000),
+        "fps": real(_or(config.fps, official.fps), "fps", 0.1, 240),
+        "noise": choice(config.noise, "noise", NOISES),
+        "seed": random.SystemRandom().getrandbits(32)
+        if seed is None
+        else whole(seed, "seed", 0, MAX_SEED),
+    }
 
 
 def _windowing(config: GenerationConfig, num_frames: int, length: int | None) -> dict[str, Any]:
@@ -177,6 +224,31 @@ def _windowing(config: GenerationConfig, num_frames: int, length: int | None) ->
         "window_anchor": flag(config.window_anchor, "window_anchor"),
         "drift_correction": real(config.drift_correction, "drift_correction", 0, 1),
     }
+
+
+def _recipe_warnings(request: Request, architecture: ModelArchitecture) -> Iterator[str]:
+    """Say where the request differs from the settings that a distilled file was trained for."""
+    for what, recipe in architecture.recipes():
+        differences = recipe.differences(request)
+        if differences:
+            yield (
+                f"{what} is {recipe.describe()} ({recipe.reason}). This job has "
+                f"{', '.join(differences)}."
+            )
+
+
+def _or(value: Any, default: Any) -> Any:
+    return default if value is None else value
+
+
+def _second_scale(config: GenerationConfig, variant: Variant, scale: float) -> float:
+    """Return the low-noise expert's guidance scale where none was given.
+
+    It is the official one if no scale was given for either expert. If only ``guidance_scale`` was
+    given, it applies to both experts, as in diffusers.
+    """
+    official = variant.defaults.guidance_scale_2
+    return scale if config.guidance_scale is not None or official is None else official
 
 
 def _size(value: Any, field: str, multiple: int, warnings: list[str]) -> int:
@@ -220,7 +292,8 @@ def _check_steps(config: GenerationConfig, request: Request) -> None:
             "0 <= start_step < end_step <= steps is needed.",
             field="start_step",
         )
-    if start and config.latents is None:
+    noised = request.control is not None and request.control.video == "start"
+    if start and config.latents is None and not noised:
         raise InvalidRequest(
             f"start_step is {start} without latents: noise would be taken for a clip that {start} "
             "steps have been made of. Give the latents of the run that made them, or start at 0.",
@@ -344,6 +417,8 @@ def seen_by_clip(architecture: ModelArchitecture) -> int:
 
 def _check_images(config: GenerationConfig, architecture: ModelArchitecture) -> None:
     variant = architecture.variant
+    if has_keyframes(config):
+        return  # the start and the end image are two of them: ``resolve_control`` checks all
     if config.image is None and variant.image_input == "required":
         given = "the picture the clip began with" if config.continue_from is not None else "one"
         raise InvalidRequest(

@@ -5,18 +5,27 @@ torch is imported inside the functions.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import json
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Final
 
+from ..config import GenerationConfig
 from ..errors import InvalidRequest
 from ..models import TEXT_TOKENS, ModelArchitecture
+from .control import ControlInputs, ControlRequest, control_of
 from .fields import shown
 from .output import audio_rate
+from .pictures import load_picture
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from .noise import Shape
+    from .pictures import Picture
     from .request import Request
+
+_STRETCHED: Final = 0.02
+"""Proportions that differ by more than this are said to be stretched."""
 
 
 def latent_shape(request: Request, architecture: ModelArchitecture) -> Shape:
@@ -128,3 +137,166 @@ def _finite(values: Tensor, name: str) -> Tensor:
             field=name,
         )
     return values
+
+
+# Control -----------------------------------------------------------------------------------------
+
+
+def check_control(
+    config: GenerationConfig,
+    request: ControlRequest,
+    pictures: Mapping[str, Picture],
+    *,
+    made: int,
+    size: tuple[int, int],
+) -> tuple[ControlInputs, list[str]]:
+    """Check the values of a job's control and return its tensors, and warnings.
+
+    ``pictures`` holds the start and the end image as far as they were given, ``size`` is the clip's
+    (width, height). No tensor is copied that has its form already.
+    """
+    control = control_of(config)
+    assert control is not None
+    warnings: list[str] = []
+    video = None
+    if control.video is not None:
+        video = _padded(_pixels("video", control.video), made)
+        warnings += _resized("video", (video.shape[2], video.shape[1]), size)
+    mask = None if control.mask is None else _mask(control.mask, made, size, warnings)
+    keyframes: list[tuple[int, Picture]] = []
+    if control.keyframes is not None:
+        many = _each("keyframes", control.keyframes)
+        given = [*many, *(pictures[name] for name in ("image", "last_image") if name in pictures)]
+        keyframes = sorted(zip(request.positions, given, strict=True), key=lambda pair: pair[0])
+        warnings += _resized("keyframes", (many[0].shape[1], many[0].shape[0]), size)
+    return ControlInputs(
+        video=video,
+        mask=mask,
+        references=()
+        if control.reference is None
+        else tuple(_each("reference", control.reference)),
+        keyframes=tuple(keyframes),
+        tracks=_tracks(control.tracks, request.tracks, made),
+    ), warnings
+
+
+def _pixels(name: str, value: Any) -> Tensor:
+    """Return (N, H, W, 3) floats on the CPU of a batch of pictures, values 0..1."""
+    import torch
+
+    if isinstance(value, torch.Tensor) and value.dtype == torch.float32 and value.shape[-1] == 3:
+        pixels = value.detach().cpu()
+        for one in pixels:  # a picture at a time: no copy of the whole
+            load_picture(one, f"control.{name}")
+        return pixels
+    return torch.stack(_each(name, value))
+
+
+def _each(name: str, value: Any) -> list[Tensor]:
+    return [_picture(name, one) for one in value]
+
+
+def _picture(name: str, value: Any) -> Tensor:
+    """Return one picture of a batch as a float tensor (H, W, 3)."""
+    import torch
+
+    picture = load_picture(value, f"control.{name}")
+    assert isinstance(picture, torch.Tensor)  # of numbers it makes no other
+    return picture
+
+
+def _padded(frames: Tensor, made: int) -> Tensor:
+    """Cut to ``made`` frames; of up to three that lack, the last one is repeated."""
+    import torch
+
+    if len(frames) >= made:
+        return frames[:made]
+    return torch.cat([frames, frames[-1:].expand(made - len(frames), *frames.shape[1:])])
+
+
+def _mask(value: Any, made: int, size: tuple[int, int], warnings: list[str]) -> Tensor:
+    """Return a mask (made or 1, H, W), floats 0..1. Raises InvalidRequest for an empty one."""
+    import torch
+
+    whole = torch.as_tensor(value)
+    whole = whole.unsqueeze(0) if whole.ndim == 2 else whole
+    mask = torch.stack([_picture("mask", one)[..., 0] for one in whole])
+    mask = mask if len(mask) == 1 else _padded(mask, made)
+    if float(mask.max()) <= 0:
+        raise InvalidRequest(
+            "control.mask is all black: there is nothing to make. White is what is made; invert "
+            "the mask, or leave it out to make everything.",
+            field="control.mask",
+        )
+    warnings += _resized("mask", (mask.shape[2], mask.shape[1]), size)
+    return mask.clamp(0, 1)
+
+
+def _resized(name: str, have: tuple[int, int], size: tuple[int, int]) -> list[str]:
+    if have == size:
+        return []
+    stretched = abs(have[0] * size[1] / (have[1] * size[0]) - 1) > _STRETCHED
+    how = "is stretched" if stretched else "is scaled"
+    cure = "; crop it to keep its proportions" if stretched else ""
+    return [f"control.{name} is {have[0]}x{have[1]} and {how} to {size[0]}x{size[1]}{cure}."]
+
+
+_TRACK_POINTS: Final = 121
+"""Points of a track in time, as ATI was trained with: 5 s at 24 frames a second, and the first."""
+
+
+def _tracks(value: Any, kind: str, made: int) -> Tensor | None:
+    """Return tracks as (points of time, tracks, 3): x, y, seen. Raises InvalidRequest."""
+    import torch
+
+    if not kind:
+        return None
+    if kind == "points":
+        found = _points(value)
+    else:
+        path = torch.as_tensor(value["track_path"]).detach().float().cpu()
+        seen = value.get("track_visibility")
+        seen = torch.ones(path.shape[:2]) if seen is None else torch.as_tensor(seen).float().cpu()
+        if path.ndim != 3 or path.shape[2] != 2 or seen.shape != path.shape[:2] or not len(path):
+            raise InvalidRequest(
+                f"control.tracks has track_path {tuple(path.shape)} and track_visibility "
+                f"{tuple(seen.shape)}; (frames, tracks, 2) and (frames, tracks) are needed.",
+                field="control.tracks",
+            )
+        found = torch.cat([path, seen.unsqueeze(-1)], dim=-1)[:made]
+        if len(found) < made:
+            raise InvalidRequest(
+                f"control.tracks has {len(found)} frames, {made - len(found)} fewer than the "
+                f"clip's {made}. Make the tracks longer, or the clip shorter.",
+                field="control.tracks",
+            )
+    return _finite(found, "control.tracks")
+
+
+def _points(text: str) -> Tensor:
+    """Return ATI's tracks (121, N, 3) from a JSON text: [[{"x": 1, "y": 2}, ...], ...].
+
+    A track of fewer points ends there: what is missing is not seen.
+    """
+    import torch
+
+    try:
+        # Editors of tracks write single quotes too.
+        given = json.loads(text.replace("'", '"'))
+        given = [given] if given and isinstance(given[0], dict) else given
+        tracks = [[(float(p["x"]), float(p["y"]), 1.0) for p in track] for track in given]
+    except (ValueError, TypeError, KeyError, IndexError, RecursionError, OverflowError) as err:
+        raise InvalidRequest(
+            f"control.tracks is {shown(text)}, which cannot be read ({type(err).__name__}: {err}); "
+            'a JSON list of tracks, each a list of {"x": 10, "y": 20}, is needed.',
+            field="control.tracks",
+        ) from err
+    if not tracks or not all(tracks):
+        raise InvalidRequest(
+            "control.tracks holds no tracks, or a track without a point.", field="control.tracks"
+        )
+    out = torch.zeros(_TRACK_POINTS, len(tracks), 3)
+    for number, track in enumerate(tracks):
+        points = torch.tensor(track[:_TRACK_POINTS])
+        out[: len(points), number] = points
+    return out

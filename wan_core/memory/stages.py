@@ -28,16 +28,8 @@ from ..models import (
     stays_in_file,
     unpacked_bytes,
 )
-from .choices import (
-    STREAM_BUFFERS,
-    Choices,
-    Workload,
-    latent_size,
-    seen_latents,
-    spread,
-    windows_of,
-)
-from .forward import text_encoder_peak, transformer_peak, window_tokens
+from .choices import STREAM_BUFFERS, Choices, Workload, latent_size, seen_latents, spread
+from .forward import text_encoder_peak, transformer_peak
 from .forward_lean import lean_peak
 from .machine import fewer_gaps, unpinned_reserve
 from .vae import decode_peak, encode_peak
@@ -113,7 +105,7 @@ def reserved_bytes(stage: StageEstimate, choices: Choices, system: SystemResourc
     kind = "other"
     if stage.name.startswith("denoise"):
         kind = "rows" if choices.by_rows else "lean" if choices.lean else "diffusers"
-    elif stage.name in ("condition_encode", "decode"):
+    elif stage.name in ("condition_encode", "control_encode", "decode"):
         kind = "vae"
     room = _ROOM_EXPANDABLE if system.allocator == "expandable" else _ROOM
     return stage.device_bytes + int(room[kind] * stage.activation_bytes)
@@ -147,7 +139,7 @@ class _Ledger:
         self.on_cpu = system.device_kind == "cpu"
         known = system.calibration
         self.learnt = 0.0 if self.on_cpu else known.extra_of(choices.lean, choices.by_rows)
-        self.parts = parts_of(architecture)
+        self.parts = tuple(p for p in parts_of(architecture) if p not in workload.idle)
         self.vae = architecture.vae or architecture.variant.vae
         self.frames, self.height, self.width = latent_size(architecture, workload)
         self.bytes = {name: self._part_bytes(name) for name in self.parts}
@@ -188,12 +180,15 @@ class _Ledger:
             found.append(self._stage("image_encode", "image_encoder", clip))
         if workload.image:
             found.append(self._stage("condition_encode", "vae", self._encode()))
+        if workload.start_video:
+            found.append(self._stage("control_encode", "vae", self._encode(whole=True)))
         experts = {"denoise": "transformer"}
         if self.arch.two_experts:
             experts = {"denoise_high": "transformer", "denoise_low": "transformer_2"}
         for name, part in experts.items():
-            kept = self._remembered(part)
-            found.append(self._stage(name, part, self._denoise(part), in_ram=kept))
+            if part in workload.idle:
+                continue
+            found.append(self._stage(name, part, self._denoise(part)))
         decode, cache = self._decode()
         found.append(self._stage("decode", "vae", decode, in_ram=self.frames_bytes + cache))
         return (*found, self._output())
@@ -228,7 +223,7 @@ class _Ledger:
             return 0
         names = experts_of(self.arch) if part.startswith("transformer") else (part,)
         wanted = 0
-        for name in names:
+        for name in (name for name in names if name not in self.workload.idle):
             blocks = all_blocks(self.arch, name, self._dtype(name), fp8=self._in_fp8(name))
             resident = 0 if name == "text_encoder" else choices.resident_blocks or 0
             wanted += max(0, len(blocks) - resident) * max(blocks)
@@ -322,12 +317,13 @@ class _Ledger:
         texts = 2 if self.workload.guidance_high or self.workload.guidance_low else 1
         return peak + texts * TEXT_TOKENS * self.arch.transformer.text_dim * 4
 
-    def _encode(self) -> int:
-        one_frame = self.arch.variant.expand_timesteps
+    def _encode(self, *, whole: bool = False) -> int:
+        """Return the activations of an encode: of the ``whole`` clip, or of its pictures."""
+        leading = self.arch.variant.expand_timesteps and not whole
         return encode_peak(
             self.vae,
             batch=1,
-            num_frames=1 if one_frame else self.workload.num_frames,
+            num_frames=max(1, self.workload.keyframes) if leading else self.workload.num_frames,
             height=self.workload.height,
             width=self.workload.width,
             size=BYTES[self._dtype("vae")],
@@ -366,26 +362,8 @@ class _Ledger:
         # References are denoised as frames in front of the clip's.
         latents = self.latent_bytes * (self.frames + workload.references) // self.frames
         forward = self._forward(part, size, guided=guided) + cast + _LATENT_COPIES * latents
-        if self.choices.magcache:  # the input of the first block, of each pass under way
-            forward += self._hidden_state(size) * (2 if guided and self.choices.stream else 1)
         # The forward and the scheduler's step come one after the other; the larger one counts.
         return max(forward, _STEP_COPIES * latents) + condition + texts
-
-    def _hidden_state(self, size: int) -> int:
-        """Return the bytes of one pass's hidden states, (batch, tokens, width)."""
-        seen = seen_latents(self.workload, self.choices, self.frames)
-        shape = self.arch.transformer
-        tokens = window_tokens(shape, seen, self.height, self.width)
-        return self.workload.batch_size * tokens * shape.dim * size
-
-    def _remembered(self, part: str) -> int:
-        """Return the RAM that MagCache takes: the residuals of both passes of every window."""
-        if not self.choices.magcache:
-            return 0
-        workload = self.workload
-        guided = workload.guidance_low if part == "transformer_2" else workload.guidance_high
-        windows = windows_of(workload, self.choices, self.frames)
-        return windows * (2 if guided else 1) * self._hidden_state(BYTES[self._dtype(part)])
 
     def _forward(self, part: str, size: int, *, guided: bool) -> int:
         choices = self.choices

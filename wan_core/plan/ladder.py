@@ -26,8 +26,7 @@ from ..memory import (
 )
 from ..models import ModelArchitecture, all_blocks, experts_of, parts_of, stored_of
 from .config import OptimizationConfig
-from .shortcuts import Situation
-from .speed import check_asked, situation_of, with_speed
+from .speed import Situation, situation_of, with_speed
 from .timing import Timing, blocks_that_hide_the_bus, timing
 
 if TYPE_CHECKING:
@@ -40,7 +39,7 @@ _SPARE = 0.03
 _STAGES_OF = {
     "text_encoder": ("text_encode",),
     "image_encoder": ("image_encode",),
-    "vae": ("condition_encode", "decode"),
+    "vae": ("condition_encode", "control_encode", "decode"),
 }
 
 
@@ -125,8 +124,6 @@ def ladder(
     # which the first is kept.
     starts: dict[Choices, Choices] = {}
     for plain in _tiers(architecture, workload, system, requested, main, abilities):
-        if not starts:
-            check_asked(situation, plain)
         starts.setdefault(with_speed(situation, plain), plain)
     changed = any(start != plain for start, plain in starts.items())
     for tier, (start, plain) in enumerate(starts.items(), start=changed):

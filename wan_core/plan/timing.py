@@ -16,24 +16,13 @@ from dataclasses import dataclass, replace
 from math import ceil
 from typing import TYPE_CHECKING
 
-from ..memory import (
-    Choices,
-    Workload,
-    latent_size,
-    spread,
-    window_latents,
-    window_tokens,
-    windows_of,
-)
+from ..memory import Choices, Workload, latent_size, spread, window_latents, window_tokens
 from ..models import (
     TEXT_TOKENS,
     ModelArchitecture,
     all_blocks,
     block_count,
     block_parameters,
-    computed,
-    magcache_curve,
-    magcache_plan,
     part_bytes,
     parts_of,
     stored_of,
@@ -109,24 +98,21 @@ def forward_operations(
     weights += sum(total - 2 * shape.dim**2 for total, _ in vace_block_parameters(shape))
     attention = 4.0 * tokens * tokens * shape.dim + 4.0 * tokens * TEXT_TOKENS * shape.dim
     once = (2.0 * weights * tokens + block_count(shape) * attention) * workload.batch_size
-    return once * windows_of(workload, choices, frames)
-
-
-def blocks_share(architecture: ModelArchitecture, workload: Workload, choices: Choices) -> float:
-    """Return the share of the passes in which the blocks are computed, with MagCache."""
-    job = workload
-    curve = magcache_curve(architecture.name, job.width, job.height, job.image)
-    if not choices.magcache or curve is None:
-        return 1.0
-    switch = job.steps if job.high_steps is None else job.high_steps
-    skips = magcache_plan(curve, job.steps, switch, choices.magcache)[1]
-    return computed(skips) / (2 * job.steps)
+    return once * _windows(workload, choices, frames, window)
 
 
 def windows_per_step(architecture: ModelArchitecture, workload: Workload, choices: Choices) -> int:
     """Return the windows of one step; streamed weights are transferred anew for each of them."""
     frames, _, _ = latent_size(architecture, workload)
-    return windows_of(workload, choices, frames)
+    return _windows(workload, choices, frames, window_latents(workload, choices, frames))
+
+
+def _windows(workload: Workload, choices: Choices, frames: int, window: int) -> int:
+    if window >= frames:
+        return 1
+    overlap = choices.window_overlap if choices.window_frames else workload.window_overlap
+    stride = max(1, window - -(-overlap // 4))
+    return 1 + -(-(frames - window) // stride)
 
 
 def device_rate(system: SystemResources, dtype: str) -> float:
@@ -152,22 +138,22 @@ def timing(
     compute *= _ROWS_COST if choices.by_rows else 1.0
     compute *= system.calibration.pace
     second = workload.guidance_low if architecture.two_experts else workload.guidance_high
-    guided = (workload.guidance_high, second)
-    compute *= blocks_share(architecture, workload, choices)
-    both = 1.0 + choices.guidance_gate
-    steps = [
-        _step(architecture, workload, choices, system, compute, both if g else 1) for g in guided
-    ]
+    guided = [workload.guidance_high, second]
+    if "transformer" in workload.idle:
+        guided = guided[1:]
+    elif "transformer_2" in workload.idle:
+        guided = guided[:1]
+    steps = [_step(architecture, workload, choices, system, compute, 2 if g else 1) for g in guided]
     step = sum(steps) / len(steps)
-    bound = step <= compute * sum(both if g else 1 for g in guided) / len(guided)
-    warm = step * workload.steps + _moves(architecture, choices, system)
+    bound = step <= compute * sum(2 if g else 1 for g in guided) / len(guided)
+    warm = step * workload.steps + _moves(architecture, workload, choices, system)
     warm += decode_seconds(workload, choices, system) + _TEXT_SECONDS
-    return Timing(step, warm, warm + _reads(architecture), bound)
+    return Timing(step, warm, warm + _reads(architecture, workload), bound)
 
 
 def _step(
     architecture: ModelArchitecture, workload: Workload, choices: Choices, system: SystemResources,
-    compute: float, passes: float,
+    compute: float, passes: int,
 ) -> float:  # fmt: skip
     """Return the seconds of one step; with streaming, the longer of compute and transfers."""
     how = choices.offload_of("transformer")
@@ -192,7 +178,7 @@ def _taken_apart(architecture: ModelArchitecture, choices: Choices) -> bool:
 
 def stream_seconds(
     architecture: ModelArchitecture, workload: Workload, choices: Choices, system: SystemResources,
-    passes: float,
+    passes: int,
 ) -> float:  # fmt: skip
     """Return the seconds that the transfers of streamed blocks take in a step of ``passes``."""
     dtype = choices.dtypes["transformer"]
@@ -242,9 +228,10 @@ def blocks_that_hide_the_bus(
     return max(0, ceil(blocks * (1 - passes * compute / (2 * busy))))
 
 
-def _reads(architecture: ModelArchitecture) -> float:
+def _reads(architecture: ModelArchitecture, workload: Workload) -> float:
     """Seconds that reading every file once takes, from a disk of the assumed speed."""
-    return sum(part.nbytes for part in architecture.components.values()) / _DISK
+    parts = architecture.components.items()
+    return sum(part.nbytes for name, part in parts if name not in workload.idle) / _DISK
 
 
 def decode_seconds(workload: Workload, choices: Choices, system: SystemResources) -> float:
@@ -254,12 +241,14 @@ def decode_seconds(workload: Workload, choices: Choices, system: SystemResources
     return pixels * _PIXEL_OPERATIONS / device_rate(system, dtype)
 
 
-def _moves(architecture: ModelArchitecture, choices: Choices, system: SystemResources) -> float:
+def _moves(
+    architecture: ModelArchitecture, workload: Workload, choices: Choices, system: SystemResources
+) -> float:
     """Return the seconds that moving whole components to the device takes in a run."""
     total = 0.0
     for part in parts_of(architecture):
         offload = choices.offload_of(part)
-        if offload == "none":
+        if offload == "none" or part in workload.idle:
             continue
         nbytes = part_bytes(architecture, part, choices.dtypes.get(part) or "bf16")
         slow = 2 if offload == "sequential" else 1

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from .loader import WanPipelineLoader
     from .pipeline import WanPipelineWrapper
     from .report import Timeline, format_report, versions
-    from .video import contact_sheet
+    from .video import contact_sheet, read_pictures, read_video
 
 __getattr__ = lazy_names(
     __name__,
@@ -29,7 +29,7 @@ __getattr__ = lazy_names(
         "loader": ("WanPipelineLoader",),
         "pipeline": ("WanPipelineWrapper",),
         "report": ("Timeline", "format_report", "versions"),
-        "video": ("contact_sheet",),
+        "video": ("contact_sheet", "read_pictures", "read_video"),
     },
 )
 
@@ -42,5 +42,7 @@ __all__ = [
     "contact_sheet",
     "format_report",
     "read_audio",
+    "read_pictures",
+    "read_video",
     "versions",
 ]

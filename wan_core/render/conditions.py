@@ -9,15 +9,19 @@ from typing import Any
 
 from torch import Tensor
 
-from ..job import Inputs, Request, latent_frames, latent_index, seen_by_clip, to_pil
+from ..job import ControlInputs, Inputs, Request, latent_frames, latent_index, seen_by_clip, to_pil
 from ..loading import check_tokenizer, load_image_processor
 from ..models import TEXT_TOKENS
 from ..sampling import (
     Conditions,
+    by_paths,
+    by_points,
     encode_clip,
     encode_condition,
     encode_first_frame,
+    encode_keyframes,
     encode_text,
+    encode_video,
     prepare_picture,
     text_beyond,
 )
@@ -43,7 +47,7 @@ class ConditionMaker:
         text = Conditions(
             prompt_embeds=ready[0], prompt_parts=tuple(zip(starts, ready, strict=False))
         )
-        pictures = self.inputs.pictures
+        pictures = self._pictures()
         image_embeds = concat = first_frame = None
         if pictures:
             image_embeds = self.stages.attempt("image_encode", lambda: self._clip(pictures))
@@ -179,6 +183,9 @@ class ConditionMaker:
             field: prepare_picture(picture, request.width, request.height)
             for field, picture in pictures.items()
         }
+        control = self.inputs.control
+        if control is not None and control.keyframes:
+            return self._key_frames(control)
         with stages.use("condition_encode", "vae") as vae:
             if stages.architecture.variant.expand_timesteps:
                 first = encode_first_frame(
@@ -193,7 +200,65 @@ class ConditionMaker:
                 device=stages.device,
                 check=stages.check_interrupt,
             )
-            return concat, None
+            return self._with_tracks(concat), None
+
+    def _pictures(self) -> Mapping[str, Any]:
+        """Return the pictures of the clip; of key frames the first and the last one in time."""
+        control = self.inputs.control
+        if control is None or not control.keyframes:
+            return self.inputs.pictures
+        (_, first), *_, (_, last) = (*control.keyframes[:1], *control.keyframes)
+        return {"image": first, "last_image": last}
+
+    def _key_frames(self, control: ControlInputs) -> tuple[Tensor | None, Tensor | None]:
+        """Return (concat, first_frame) of key frames, one of which is None."""
+        stages, request = self.stages, self.request
+        frames = {
+            at: prepare_picture(picture, request.width, request.height)
+            for at, picture in control.keyframes
+        }
+        leading = stages.architecture.variant.expand_timesteps
+        with stages.use("condition_encode", "vae") as vae:
+            found = encode_keyframes(
+                vae,
+                frames,
+                num_frames=len(frames) if leading else request.num_frames,
+                device=stages.device,
+                check=stages.check_interrupt,
+            )
+        # The 5B's are known frames, all of them: it takes their latents without a mask.
+        return (None, found[:, 4:]) if leading else (self._with_tracks(found), None)
+
+    def _with_tracks(self, concat: Tensor) -> Tensor:
+        """Put the control's tracks into the condition of an image-to-video model."""
+        control, asked = self.inputs.control, self.request.control
+        if control is None or asked is None or control.tracks is None:
+            return concat
+        if asked.tracks == "points":
+            return by_points(concat, control.tracks, self.request.width, self.request.height)
+        vae = self.stages.architecture.vae or self.stages.architecture.variant.vae
+        return by_paths(concat, control.tracks, vae.scale_factor_spatial)
+
+    # -- a video to start from ----------------------------------------------------------------
+
+    def start(self) -> Tensor | None:
+        """Return the latents (1, z, T, h, w) of the video that the clip starts from, or None."""
+        control, asked = self.inputs.control, self.request.control
+        if control is None or control.video is None or asked is None or asked.video != "start":
+            return None
+        video = control.video
+
+        def encode() -> Tensor:
+            with self.stages.use("control_encode", "vae") as vae:
+                return encode_video(
+                    vae,
+                    video,
+                    self.request.width,
+                    self.request.height,
+                    check=self.stages.check_interrupt,
+                )
+
+        return self.stages.attempt("control_encode", encode)
 
 
 def rows(tensor: Tensor, batch: int) -> Tensor:

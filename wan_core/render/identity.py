@@ -20,7 +20,7 @@ import torch
 from ..config import GenerationConfig
 from ..errors import InvalidRequest
 from ..files import file_identity
-from ..job import Request
+from ..job import Request, control_of
 from ..loading import component_key
 from ..models import ModelArchitecture
 from ..plan import OptimizationPlan
@@ -158,13 +158,6 @@ _NOT_IN_LATENTS = (
 )  # fmt: skip
 
 
-# Fields that came later, with the value that stands for a job which does not ask for them: such a
-# job keeps the identity it had.
-_UNSAID: Mapping[str, Any] = {
-    "sigma_schedule": "official", "sigmas": (), "guided_steps": 0, "guided_scale": None,
-}  # fmt: skip
-
-
 def render_identity(
     config: GenerationConfig,
     request: Request,
@@ -182,9 +175,8 @@ def render_identity(
     fields = {name: getattr(request, name) for name in request.__slots__}
     for name in _NOT_IN_LATENTS:
         fields.pop(name, None)
-    for name, usual in _UNSAID.items():
-        if fields.get(name) == usual:
-            del fields[name]
+    if request.control is None:
+        fields.pop("control")  # a render without one is the same as before there were any
     tensors = (
         "image", "last_image", "latents", "continue_from", "prompt_embeds",
         "negative_prompt_embeds",
@@ -192,6 +184,8 @@ def render_identity(
     given: Mapping[str, Any] = {
         name: _picture(value) for name in tensors if (value := getattr(config, name)) is not None
     }
+    if (control := control_of(config)) is not None:
+        given = {**given, "control": control}
     files = {
         name: component_key(part, "")
         for name, part in architecture.components.items()
@@ -224,14 +218,7 @@ def choices_of(plan: OptimizationPlan) -> dict[str, Any]:
         "precision": dict(plan.choices.dtypes),
         "forward": BY_ROWS if plan.choices.by_rows else "exact",
         "fp8_storage": plan.choices.fp8_storage,
-        **{name: getattr(plan.choices, name) for name in _shortcuts(plan)},
     }
-
-
-def _shortcuts(plan: OptimizationPlan) -> list[str]:
-    """Return the names of the choices that leave forwards out, if any does."""
-    usual = {"easycache": 0.0, "magcache": 0.0, "guidance_gate": 1.0}
-    return [name for name, value in usual.items() if getattr(plan.choices, name) != value]
 
 
 def _picture(value: Any) -> Any:

@@ -25,8 +25,9 @@ from ..job import (
     check_files,
     check_inputs,
     check_parts,
+    expected_steps,
     files_of,
-    high_steps,
+    has_keyframes,
     latent_frames,
     pictures_needed,
     plan_windows,
@@ -137,7 +138,7 @@ class WanPipelineWrapper:
 
     def _with_pictures(self, config: GenerationConfig) -> GenerationConfig:
         """Put names in the place of pictures that the model needs, where none are looked at."""
-        needed = pictures_needed(self.architecture)
+        needed = () if has_keyframes(config) else pictures_needed(self.architecture)
         missing: dict[str, Any] = {n: n for n in needed if getattr(config, n) is None}
         return replace(config, **missing)
 
@@ -350,23 +351,27 @@ def _check_diffusers() -> None:
 
 
 def _job(request: Request, config: GenerationConfig, model: ModelArchitecture) -> Workload:
-    window = request.window_frames
+    window, control = request.window_frames, request.control
+    steps = expected_steps(request, 2 if model.two_experts else 1)
+    made = {"transformer": steps.high, "transformer_2": steps.low}
+    keyframes = 0 if control is None else len(control.positions)
     return Workload(
         width=request.width,
         height=request.height,
         num_frames=request.num_frames,
         batch_size=request.batch_size,
-        guidance_high=max(request.guidance_scale, request.guided_scale or 0.0) > 1.0,
+        guidance_high=request.guidance_scale > 1.0,
         guidance_low=request.guidance_scale_2 > 1.0,
         # A window that covers the clip makes it in one piece.
         window_frames=None if window is None or window >= request.num_frames else window,
         window_overlap=_used_overlap(request),
         window_anchor=request.window_anchor and request.window_mode == "windows",
-        high_steps=high_steps(request) if model.two_experts else None,
-        moving_windows=window is not None and request.window_schedule != "static",
-        image=config.image is not None,
-        last_image=config.last_image is not None,
-        steps=request.num_inference_steps,
+        image=config.image is not None or keyframes > 0,
+        last_image=config.last_image is not None or keyframes > 1,
+        keyframes=keyframes,
+        start_video=control is not None and control.video == "start",
+        idle=tuple(name for name in made if model.two_experts and not made[name]),
+        steps=len(steps.high) + len(steps.low),
         return_frames=config.return_frames,
         encode_text=bool(texts_to_encode(config, request)) and "text_encoder" in model.components,
     )

@@ -6,7 +6,7 @@ memory runs out, is in ``stages``.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,13 +22,13 @@ from ..job import (
     Inputs,
     Request,
     SegmentPlan,
-    StepNoise,
     StepPlan,
     WindowPlan,
     check_outputs,
     draw_noise,
     latent_index,
     latent_shape,
+    make_scheduler,
     output_paths,
     plan_segments,
     plan_steps,
@@ -36,27 +36,24 @@ from ..job import (
     window_settings_without_effect,
 )
 from ..loading import load_scheduler_config
-from ..models import magcache_curve
 from ..sampling import (
     ClipSegments,
     Conditions,
     DenoiseState,
     Expert,
-    Shortcuts,
     Signals,
     StreamingDecoder,
-    chosen_shortcuts,
     denoise_steps,
     denormalize_latents,
     hold_first_frame,
-    make_solver,
-    start_latents,
+    noised,
+    to_frames,
 )
 from .conditions import ConditionMaker
 from .report import device_bytes, device_name, versions
 from .resume import RenderJournal, open_journal
 from .stages import StageRunner
-from .video import Decoding, VideoWriter
+from .video import VideoWriter
 
 
 @dataclass(slots=True, kw_only=True)
@@ -67,8 +64,6 @@ class Render:
     config: GenerationConfig
     request: Request
     inputs: Inputs
-    segment: int = 0
-    """The segment that is being made, in continuation mode."""
 
     def run(self) -> None:
         """Make the video. Raises what goes wrong; the result then holds what was finished."""
@@ -145,8 +140,7 @@ class Render:
         request, stages = self.request, self.stages
         settings = (
             "seed", "width", "height", "fps", "num_inference_steps", "guidance_scale",
-            "guidance_scale_2", "flow_shift", "scheduler", "sigma_schedule", "sigmas",
-            "guided_steps", "prompt", "negative_prompt",
+            "guidance_scale_2", "flow_shift", "scheduler", "prompt", "negative_prompt",
         )  # fmt: skip
         window, asked = stages.plan.choices.window_frames, request.window_frames
         if window is not None and (asked is None or window < asked):
@@ -182,14 +176,14 @@ class Render:
         windows = self._windows(self.request.latent_frames)
         if windows is None or windows.count == 1:
             self._warn([*window_settings_without_effect(self.config)])
-        conditions = self._conditions()
+        conditions, start = self._conditions()
         if (windows is None or windows.count == 1) and len(conditions.prompt_parts) > 1:
             self.stages.result.warnings.append(
                 "prompts: the clip is denoised as a whole, so only the text of its middle is "
                 "used. Set max_chunk_size to make it in windows."
             )
-        noise = start_latents(self._noise(windows), scheduler, steps.start)
-        state = DenoiseState(latents=noise, next_step=steps.start)
+        latents = self._begin(start, windows, scheduler, steps)
+        state = DenoiseState(latents=latents, next_step=steps.start)
         resumed = steps.start if journal is None else journal.restore(state, scheduler)
         if resumed > steps.start or state.next_window:
             part = f" and {state.next_window} windows of the next" if state.next_window else ""
@@ -198,8 +192,23 @@ class Render:
         self._denoise(state, conditions, scheduler, steps, signals)
         return hold_first_frame(state.latents, conditions)
 
-    def _conditions(self) -> Conditions:
-        return ConditionMaker(stages=self.stages, request=self.request, inputs=self.inputs).make()
+    def _conditions(self) -> tuple[Conditions, Tensor | None]:
+        """Return the conditions, and the latents of a video that the clip starts from."""
+        maker = ConditionMaker(stages=self.stages, request=self.request, inputs=self.inputs)
+        return maker.make(), maker.start()
+
+    def _begin(
+        self, start: Tensor | None, windows: WindowPlan | None, scheduler: Any, steps: StepPlan
+    ) -> Tensor:
+        """Return the latents of the first step: noise, or a video with noise added."""
+        noise = self._noise(windows)
+        if start is None:
+            return noise
+        sigma, made = float(scheduler.sigmas[steps.start]), steps.end - steps.start
+        count = self.request.num_inference_steps
+        said = f"{made} of {count} steps, from a video with noise of sigma {sigma:.3f}"
+        self.stages.result.metadata["control"] = said
+        return noised(scheduler, start, noise, steps.start)
 
     def _segments(self) -> SegmentPlan:
         request, given = self.request, self.inputs.continue_from
@@ -214,12 +223,12 @@ class Render:
     def _sample_segments(self, plan: SegmentPlan, journal: RenderJournal | None) -> Tensor:
         """Make one segment after the other, each with all denoising steps."""
         request, stages, result = self.request, self.stages, self.stages.result
-        conditions, given = self._conditions(), self.inputs.continue_from
+        conditions, start = self._conditions()
+        given = self.inputs.continue_from
         scheduler, steps = self._scheduler()
-        noise = start_latents(self._noise(plan.windows), scheduler, steps.start)
         segments = ClipSegments(
             plan=plan,
-            noise=noise,
+            noise=self._begin(start, plan.windows, scheduler, steps),
             conditions=conditions,
             given=given,
             drift_correction=request.drift_correction,
@@ -234,7 +243,6 @@ class Render:
                 f"after step {resumed} of {steps.end}"
             )
         while True:
-            self.segment = state.segment
             # Segments may differ in length, and their steps in time.
             stages.timeline.work_on(len(plan.ranges[state.segment]))
             stages.callbacks.call(self.config.chunk_callback, state.segment, len(segments))
@@ -246,20 +254,14 @@ class Render:
             if state.segment + 1 == len(segments):
                 return segments.clip
             scheduler, steps = self._scheduler()
-            remembered = state.memory.next_segment()
             state = segments.begin(state.segment + 1, steps.start)
-            state.memory = remembered
 
     def _scheduler(self) -> tuple[Any, StepPlan]:
         request, architecture = self.request, self.stages.architecture
         saved = architecture.components.get("scheduler")
         config = load_scheduler_config(saved.path) if saved is not None else None
-        noise = StepNoise(request.noise, request.seed)
-
-        def fresh(step: int, shape: Any) -> Tensor:
-            return noise.draw(step, shape, self.segment)
-
-        scheduler = make_solver(request, config, self.stages.device, fresh)
+        scheduler = make_scheduler(request.scheduler, request.flow_shift, config)
+        scheduler.set_timesteps(request.num_inference_steps, device=self.stages.device)
         steps = plan_steps(
             [float(t) for t in scheduler.timesteps],
             experts=2 if architecture.two_experts else 1,
@@ -327,7 +329,11 @@ class Render:
         """
         stages, request = self.stages, self.request
         single = not stages.architecture.two_experts
-        for name, component, wanted, scale, plain in self._passes(steps):
+        passes = (
+            ("only" if single else "high", "transformer", steps.high, request.guidance_scale),
+            ("low", "transformer_2", steps.low, request.guidance_scale_2),
+        )
+        for name, component, wanted, scale in passes:
             if state.next_step >= wanted.stop:
                 continue
             stage = "denoise" if single else f"denoise_{name}"
@@ -340,12 +346,8 @@ class Render:
                 wanted: range = wanted,
                 scale: float = scale,
                 stage: str = stage,
-                plain: bool = plain,
             ) -> None:
-                with (
-                    stages.use(stage, component, distilled=not plain) as model,
-                    self._next_ahead(component, steps),
-                ):
+                with stages.use(stage, component) as model, self._next_ahead(component, steps):
                     expert = Expert(
                         name=name,
                         model=model,
@@ -362,35 +364,9 @@ class Render:
                         windows=self._windows(state.latents.shape[2]),
                         anchor=request.window_anchor,
                         signals=signals,
-                        shortcuts=self._shortcuts(steps),
                     )
 
             stages.attempt(stage, work)
-        if state.memory.phase:
-            stages.result.metadata["forwards"] = state.memory.describe()
-
-    def _passes(self, steps: StepPlan) -> Iterator[tuple[str, str, range, float, bool]]:
-        """Yield (expert, component, its steps, guidance scale, without distilled LoRAs).
-
-        An expert has two passes where the first steps are made without the distilled LoRAs.
-        """
-        request, single = self.request, not self.stages.architecture.two_experts
-        for name, component, wanted, scale in (
-            ("only" if single else "high", "transformer", steps.high, request.guidance_scale),
-            ("low", "transformer_2", steps.low, request.guidance_scale_2),
-        ):
-            middle = min(max(wanted.start, request.guided_steps), wanted.stop)
-            if middle > wanted.start:
-                guided = request.guided_scale or scale
-                yield name, component, range(wanted.start, middle), guided, True
-            if wanted.stop > middle:
-                yield name, component, range(middle, wanted.stop), scale, False
-
-    def _shortcuts(self, steps: StepPlan) -> Shortcuts | None:
-        choices, request, model = self.stages.plan.choices, self.request, self.stages.architecture
-        image = self.config.image is not None
-        curve = magcache_curve(model.name, request.width, request.height, image)
-        return chosen_shortcuts(choices, curve, steps, two_experts=model.two_experts)
 
     def _next_ahead(self, component: str, steps: StepPlan) -> AbstractContextManager[None]:
         """Page-lock the low-noise expert's blocks while the high-noise one computes."""
@@ -451,13 +427,13 @@ class Render:
             frames = self.stages.attempt("decode", lambda: torch.empty(shape, dtype=torch.float32))
         with ExitStack() as stack:
             writers = [stack.enter_context(self._writer(path)) for path in output_paths(request)]
-            progress = Decoding(latents, frames, writers, wanted)
+            progress = _Decoding(latents, frames, writers, wanted)
             self.stages.attempt("decode", lambda: self._decode_rest(progress))
         if frames is not None:
             result.frames = frames.flatten(0, 1)
         result.output_path = request.output_path
 
-    def _decode_rest(self, progress: Decoding) -> None:
+    def _decode_rest(self, progress: _Decoding) -> None:
         """Decode the frames that are left. After a failure the same call goes on from there."""
         stages = self.stages
         with stages.use("decode", "vae") as vae:
@@ -492,3 +468,33 @@ class Render:
             audio=self.inputs.audio,
             num_frames=self.request.wanted_frames,
         )
+
+
+@dataclass(slots=True)
+class _Decoding:
+    """How far a decode has come, and where its frames go."""
+
+    latents: Tensor
+    frames: Tensor | None
+    writers: list[VideoWriter]
+    wanted: int
+    done: int = 0
+    decoder: StreamingDecoder | None = None
+    pending: Tensor | None = None
+    """Decoded frames (B, 3, f, H, W) that have not been handed on yet."""
+
+    def hand_on(self) -> None:
+        """Hand on the pending frames; those beyond ``wanted`` are dropped.
+
+        If memory runs out here it can be called again: no frame is written twice.
+        """
+        if self.pending is None:
+            return
+        pictures = to_frames(self.pending)[:, : self.wanted - self.done]
+        if self.frames is not None:
+            self.frames[:, self.done : self.done + pictures.shape[1]] = pictures
+        # A writer may be ahead of ``done`` after a failure: it gets only the frames it lacks.
+        for index, writer in enumerate(self.writers):
+            writer.write(pictures[index, writer.frames_written - self.done :])
+        self.done += pictures.shape[1]
+        self.pending = None

@@ -1,4 +1,7 @@
-"""Writes frames to an mp4 that appears complete or not at all, with PyAV (ffmpeg's libraries)."""
+"""Writes frames to an mp4 that appears complete or not at all, and reads them back from a file.
+
+With PyAV (ffmpeg's libraries).
+"""
 
 from __future__ import annotations
 
@@ -6,22 +9,21 @@ import contextlib
 import errno
 import os
 import shutil
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
 from fractions import Fraction
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import av
+import numpy as np
 import torch
 from av.video.reformatter import ColorRange, Colorspace
 from torch import Tensor
 
 from ..errors import InvalidRequest, OutputError
 from ..files import atomic_path
-from ..job import ENCODERS, encoder_options
-from ..sampling import StreamingDecoder, to_frames
+from ..job import ENCODERS, encoder_options, load_picture
 
 _BT709 = 1  # ffmpeg's AVCOL_PRI_BT709, AVCOL_TRC_BT709 and AVCOL_SPC_BT709
 _LIMITED_RANGE = 1  # AVCOL_RANGE_MPEG
@@ -31,6 +33,50 @@ unset: the muxer meets whatever number lies there, and sometimes refuses it."""
 _NO_DISK = {errno.EIO, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENODEV,
             errno.ESTALE, errno.EBADF}  # fmt: skip
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+def read_video(path: str | os.PathLike[str], field: str, most: int | None = None) -> Tensor:
+    """Read a video's frames, at most ``most``: uint8 (frames, height, width, 3), RGB.
+
+    Also reads a picture, as a video of one frame. Raises InvalidRequest, naming ``field``, for what
+    cannot be read.
+    """
+    frames: list[Tensor] = []
+    try:
+        # As a file whatever it is called, with nothing but files behind it: see ``read_audio``.
+        named = f"file:{os.path.expanduser(os.fspath(path))}"
+        with av.open(named, options={"protocol_whitelist": "file"}) as container:
+            for frame in container.decode(video=0):
+                frames.append(torch.from_numpy(frame.to_ndarray(format="rgb24")))
+                if most is not None and len(frames) >= most:
+                    break
+    except (OSError, ValueError, IndexError, av.FFmpegError) as err:
+        raise InvalidRequest(
+            f"{field}: {str(path)!r} cannot be read as a video ({err}).", field=field
+        ) from err
+    if not frames:
+        raise InvalidRequest(f"{field}: {str(path)!r} holds no frames.", field=field)
+    return torch.stack(frames)
+
+
+def read_pictures(images: Iterable[Any], field: str) -> Tensor:
+    """Return several pictures of one size as (N, H, W, 3) floats; see ``load_picture``.
+
+    Raises InvalidRequest for pictures of different sizes: a batch has one.
+    """
+    found = []
+    for image in images:
+        picture = load_picture(image, field)
+        if not isinstance(picture, torch.Tensor):
+            picture = torch.from_numpy(np.asarray(picture).copy()).float() / 255.0
+        found.append(picture)
+    sizes = list(dict.fromkeys(f"{one.shape[1]}x{one.shape[0]}" for one in found))
+    if len(sizes) != 1:
+        raise InvalidRequest(
+            f"{field} are pictures of {', '.join(sizes) or 'no'} size; give pictures of one size.",
+            field=field,
+        )
+    return torch.stack(found)
 
 
 class VideoWriter:
@@ -256,33 +302,3 @@ def contact_sheet(frames: Tensor, columns: int = 6, gap: int = 2) -> Any:
         top, left = index // columns * (height + gap), index % columns * (width + gap)
         sheet[top : top + height, left : left + width] = frame
     return Image.fromarray(_to_bytes(sheet).numpy())
-
-
-@dataclass(slots=True)
-class Decoding:
-    """How far a decode has come, and where its frames go."""
-
-    latents: Tensor
-    frames: Tensor | None
-    writers: list[VideoWriter]
-    wanted: int
-    done: int = 0
-    decoder: StreamingDecoder | None = None
-    pending: Tensor | None = None
-    """Decoded frames (B, 3, f, H, W) that have not been handed on yet."""
-
-    def hand_on(self) -> None:
-        """Hand on the pending frames; those beyond ``wanted`` are dropped.
-
-        If memory runs out here it can be called again: no frame is written twice.
-        """
-        if self.pending is None:
-            return
-        pictures = to_frames(self.pending)[:, : self.wanted - self.done]
-        if self.frames is not None:
-            self.frames[:, self.done : self.done + pictures.shape[1]] = pictures
-        # A writer may be ahead of ``done`` after a failure: it gets only the frames it lacks.
-        for index, writer in enumerate(self.writers):
-            writer.write(pictures[index, writer.frames_written - self.done :])
-        self.done += pictures.shape[1]
-        self.pending = None

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from ..lazy import lazy_names
 
 if TYPE_CHECKING:
+    from .control import encode_keyframes, encode_video, keyframe_mask, noised
     from .denoise import Conditions, DenoiseState, Expert, Signals, denoise_steps, hold_first_frame
     from .encode import (
         encode_clip,
@@ -23,8 +24,7 @@ if TYPE_CHECKING:
     )
     from .lora import apply_loras
     from .segments import ClipSegments
-    from .shortcuts import Memory, Shortcuts, chosen_shortcuts
-    from .solvers import Solver, make_solver, start_latents
+    from .tracks import by_paths, by_points
     from .vace import ControlClip, encode_grey, encode_vace
     from .vae import (
         StreamingDecoder,
@@ -38,6 +38,7 @@ __getattr__ = lazy_names(
     __name__,
     {
         "vace": ("ControlClip", "encode_grey", "encode_vace"),
+        "control": ("encode_keyframes", "encode_video", "keyframe_mask", "noised"),
         "denoise": (
             "Conditions",
             "DenoiseState",
@@ -56,8 +57,7 @@ __getattr__ = lazy_names(
         ),
         "lora": ("apply_loras",),
         "segments": ("ClipSegments",),
-        "shortcuts": ("Memory", "Shortcuts", "chosen_shortcuts"),
-        "solvers": ("Solver", "make_solver", "start_latents"),
+        "tracks": ("by_paths", "by_points"),
         "vae": (
             "StreamingDecoder",
             "denormalize_latents",
@@ -74,27 +74,27 @@ __all__ = [
     "ControlClip",
     "DenoiseState",
     "Expert",
-    "Memory",
-    "Shortcuts",
     "Signals",
-    "Solver",
     "StreamingDecoder",
     "apply_loras",
-    "chosen_shortcuts",
+    "by_paths",
+    "by_points",
     "denoise_steps",
     "denormalize_latents",
     "encode_clip",
     "encode_condition",
     "encode_first_frame",
     "encode_grey",
+    "encode_keyframes",
     "encode_latents",
     "encode_text",
     "encode_vace",
+    "encode_video",
     "hold_first_frame",
-    "make_solver",
+    "keyframe_mask",
+    "noised",
     "normalize_latents",
     "prepare_picture",
-    "start_latents",
     "text_beyond",
     "to_frames",
 ]
