@@ -49,7 +49,7 @@ class Progress:
                 fusion=request.window_fusion,
             )
             self._windows = windows if windows.count > 1 else None
-        self._steps = request.num_inference_steps * len(self._new)
+        self._steps = (request.num_inference_steps - request.start_step) * len(self._new)
         self._done = self._segment = 0
         self._clean: Tensor | None = None
 

@@ -280,6 +280,29 @@ def test_vae_agrees_with_the_dry_run(
         assert -0.001 <= ours / real - 1 <= above
 
 
+def test_a_video_to_start_from_is_an_encode_of_the_clip() -> None:
+    """Also for TI2V-5B, which encodes one picture only; an expert without steps is not there."""
+    for name, kind in (("wan2.2-t2v-a14b", VAE_21), ("wan2.2-ti2v-5b", VAE_22)):
+        found = architecture(name)
+        job = Workload(width=832, height=480, num_frames=81, start_video=True)
+        choices = Choices(dtypes={"transformer": "bf16", "vae": "bf16"}, offload="none")
+        stages = estimate(found, job, choices, GPU).stages
+        real = encode_dry(kind, job, "bf16")
+        start = stage(stages, "control_encode")
+        assert 0 <= start.activation_bytes - real <= 0.1 * real + 600 * MIB
+        assert "control_encode" not in [
+            one.name
+            for one in estimate(found, replace(job, start_video=False), choices, GPU).stages
+        ]
+        if name == "wan2.2-t2v-a14b":
+            low = estimate(found, replace(job, idle=("transformer",)), choices, GPU).stages
+            assert "denoise_high" not in [one.name for one in low]
+            halved = (
+                stage(stages, "denoise_low").weights_bytes - stage(low, "denoise_low").weights_bytes
+            )
+            assert halved == sizes.part_bytes(found, "transformer", "bf16")
+
+
 LEAN = [
     (name, (width, height, frames), dtype, exact, image)
     for name, image in zip(

@@ -49,8 +49,10 @@ def make(wrapper: Any, **more: Any) -> Any:
 # A video to start from ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("scheduler", ["unipc", "euler", "dpm++2m"])
-@pytest.mark.parametrize("denoise", [1.0, 0.8, 0.3])
+@pytest.mark.parametrize(
+    ("scheduler", "denoise"),
+    [("unipc", 1.0), ("unipc", 0.8), ("unipc", 0.3), ("euler", 0.8), ("dpm++2m", 0.8)],
+)
 def test_a_video_is_changed_as_diffusers_does(folder: Any, scheduler: str, denoise: float) -> None:
     """Bit-equal to ``WanVideoToVideoPipeline``; the pipeline's strength is our denoise."""
     from diffusers import WanVideoToVideoPipeline
@@ -122,7 +124,7 @@ def by_hand(video: torch.Tensor, denoise: float, steps: int) -> torch.Tensor:
     return x
 
 
-@pytest.mark.parametrize("denoise", [0.9, 0.5, 0.25])
+@pytest.mark.parametrize("denoise", [0.5, 0.25])
 @torch.no_grad()
 def test_both_experts_or_only_the_one_that_makes_steps(
     folder: Any, monkeypatch: pytest.MonkeyPatch, denoise: float
@@ -261,7 +263,7 @@ def test_a_control_that_asks_for_nothing_is_none(folder: Any) -> None:
 # Key frames --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", ["wan2.1-flf2v", "wan2.2-i2v-a14b", "wan2.1-i2v"])
+@pytest.mark.parametrize("family", ["wan2.1-flf2v", "wan2.1-i2v"])
 def test_first_and_last_frame_are_key_frames(folder: Any, family: str) -> None:
     """A start and an end image equal key frames 0 and -1, given in any way and order."""
     wrapper, (first, last) = open_wan(folder(family)), pictures(2, 1)

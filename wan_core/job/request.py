@@ -21,7 +21,7 @@ from .fields import choice, flag, function, real, text, whole
 from .noise import NOISES
 from .output import audio_rate, check_metadata, output_fields
 from .prompts import PromptPart, parse_prompts
-from .steps import SCHEDULERS
+from .steps import SCHEDULERS, start_notes
 from .windows import (
     DEFAULT_WINDOW,
     FRAMES_PER_LATENT,
@@ -142,6 +142,7 @@ def resolve(
     if control is not None and control.video == "start":
         start = first_step(request.num_inference_steps, control.denoise)
         request = replace(request, start_step=start)
+        warnings += start_notes(request, control.denoise)
     _check_steps(config, request)
     if request.window_mode == "continuation":
         _check_segments(config, request)

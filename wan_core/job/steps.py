@@ -7,7 +7,7 @@ s sigma / (1 + (s - 1) sigma) (Esser et al. 2024, eq. 23).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -122,6 +122,28 @@ def expected_sigmas(scheduler: str, shift: float, steps: int) -> list[float]:
     even = [1 + (1 / 1000 - 1) * i / steps for i in range(steps)]
     # UniPC begins a little below 1, where its formulas would divide by zero.
     return [min(shifted(sigma), 1 - 1e-6) for sigma in even]
+
+
+_REDRAWN = 0.8
+"""Noise of a start in which little of a video is left to see."""
+
+
+def start_notes(request: Any, denoise: float) -> Iterator[str]:
+    """Say where a video that the clip starts from will hardly be seen in it."""
+    if denoise == 1:
+        yield (
+            "control.denoise is 1: every step is made, from noise in which nothing of the video is "
+            "left. Set it to 0.3 to 0.8 to keep more of it."
+        )
+        return
+    sigmas = expected_sigmas(request.scheduler, request.flow_shift, request.num_inference_steps)
+    sigma = sigmas[request.start_step]
+    if denoise <= 0.5 and sigma >= _REDRAWN:
+        yield (
+            f"control.denoise is {denoise:g}, and at flow_shift {request.flow_shift:g} that begins "
+            f"with noise of sigma {sigma:.2f}: little of the video is left. A lower flow_shift "
+            "keeps more."
+        )
 
 
 def plan_steps(
