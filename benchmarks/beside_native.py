@@ -157,7 +157,7 @@ class Neighbours:
 
     def write(self) -> None:
         """Write what was found so far."""
-        name = self.found["runs"][0]["device"]
+        name = self.found["runs"][0]["device"].partition(" ")[2].partition(" :")[0]
         self.output.mkdir(parents=True, exist_ok=True)
         stem = self.output / f"beside_native_{'cpu' if self.tiny else short_name(name)}"
         stem.with_suffix(".json").write_text(json.dumps(self.found, indent=1) + "\n")
@@ -250,7 +250,8 @@ def main(given: list[str] | None = None) -> int:
             with server:
                 run_all(bench, server, told.budget)
         finally:
-            print(server.log()[-6000:], flush=True)
+            told.output.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(server.log_path, told.output / "beside_native.log")
     return 0
 
 

@@ -1,8 +1,9 @@
 """How long weights live: as long as a WAN_PIPELINE that uses their files.
 
 ComfyUI's output cache holds the WAN_PIPELINE. When the cache drops it (another model was chosen,
-/free asked for memory, RAM ran short), its lease is finalised, and wan_core's component cache drops
-the weights that no other lease uses. Does not import ComfyUI.
+/free asked for memory, RAM ran short), its lease is finalised, and wan_core's component cache lets
+go of the weights that no other lease uses: their memory is free, and the last large files stay
+mapped, so that a prompt that asks for them again need not read them. Does not import ComfyUI.
 """
 
 from __future__ import annotations
@@ -124,8 +125,8 @@ def unload(files: frozenset[str], device: torch.device, nbytes: int | None = Non
 
 
 def _drop_unleased(number: int) -> None:
-    """Drop the weights that no lease uses now that this one is gone."""
+    """Free the memory of weights that no lease uses now that this one is gone."""
     from ..wan_core.loading import component_cache
 
     files = _leased.pop(number)
-    component_cache().drop_soon(files.difference(*list(_leased.values())))
+    component_cache().let_go_soon(files.difference(*list(_leased.values())))

@@ -9,6 +9,7 @@ for another component.
 from __future__ import annotations
 
 import gc
+import os
 import threading
 from collections import OrderedDict, deque
 from collections.abc import Callable, Hashable, Iterator
@@ -24,6 +25,9 @@ from ..memory import RAM_RESERVE, ram
 from ..models import Component
 
 _TEXTS_KEPT = 32
+_MAPPED_KEPT = 4
+"""Components that nobody leases and that stay all the same, in their mapped files: a pair of
+experts, a text encoder, and one more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,16 +76,18 @@ class ComponentCache:
         # Never held while a component is read: that takes minutes, and others ask what is loaded
         # meanwhile. To avoid a deadlock, a thread that needs both locks takes render_lock first.
         # Not re-entrant: a finalizer may run in the thread that holds it, in the middle of a loop
-        # over the entries. See ``drop_soon``.
+        # over the entries. See ``let_go_soon``.
         self._lock = threading.Lock()
         self._unwanted: deque[AbstractSet[str]] = deque()
         self._entries: OrderedDict[ComponentKey, _Entry] = OrderedDict()
         self._building: dict[ComponentKey, threading.Event] = {}
         self._texts: OrderedDict[Hashable, Any] = OrderedDict()
+        self._let_go: dict[ComponentKey, None] = {}
+        """Components that nobody leases, the oldest first."""
 
     @contextmanager
     def _held(self) -> Iterator[None]:
-        """Hold the lock for the ``with`` block, then drop what ``drop_soon`` was asked for."""
+        """Hold the lock for the ``with`` block, then do what ``let_go_soon`` was asked for."""
         try:
             with self._lock:
                 yield
@@ -93,16 +99,33 @@ class ComponentCache:
         while self._unwanted and self._lock.acquire(blocking=False):
             try:
                 while self._unwanted:
-                    self._forget(self._unwanted.popleft())
+                    self._let_go_now(self._unwanted.popleft())
             finally:
                 self._lock.release()
 
     def _forget(self, paths: AbstractSet[str]) -> bool:
         """Drop the components read from these files; the lock must be held."""
-        gone = [k for k in self._entries if paths & {f.path for f in k.files}]
+        gone = self._of_files(paths)
         for key in gone:
             del self._entries[key]
         return bool(gone)
+
+    def _of_files(self, paths: AbstractSet[str]) -> list[ComponentKey]:
+        return [k for k in self._entries if paths & {f.path for f in k.files}]
+
+    def _let_go_now(self, paths: AbstractSet[str]) -> None:
+        """Do what ``let_go_soon`` says; the lock must be held."""
+        for key in self._of_files(paths):
+            entry = self._entries[key]
+            if entry.users == 0 and _costs_nothing(entry.module):
+                self._let_go[key] = None
+            else:
+                del self._entries[key]
+        for key in [k for k in self._let_go if k not in self._entries]:
+            del self._let_go[key]
+        for key in list(self._let_go)[:-_MAPPED_KEPT]:
+            if self._entries[key].users == 0:
+                del self._entries[key], self._let_go[key]
 
     @contextmanager
     def borrow(
@@ -128,6 +151,7 @@ class ComponentCache:
                 entry = self._entries.get(key)
                 if entry is not None:
                     self._entries.move_to_end(key)
+                    self._let_go.pop(key, None)
                     entry.users += 1
                     return entry
                 other = self._building.get(key)
@@ -264,8 +288,12 @@ class ComponentCache:
         if gone and collect:
             gc.collect()
 
-    def drop_soon(self, paths: AbstractSet[str]) -> None:
-        """Drop the components read from these files; for finalizers, which may run anywhere.
+    def let_go_soon(self, paths: AbstractSet[str]) -> None:
+        """Free the memory of components read from these files; for finalizers.
+
+        They are dropped, but for the last few that lie in mapped files: without their copy on the
+        device those take no memory that anybody lacks, and come back without being read again.
+        ComfyUI drops what a prompt does not use whenever RAM is short, and asks for it again.
 
         At once where nobody uses the cache, else when they are done: never waits, and never
         changes the entries below someone who is in the middle of them.
@@ -303,6 +331,16 @@ def _bring_home(module: Any, nbytes: int | None) -> tuple[int, bool]:
             return freed, True
         freed += held
     return freed, False
+
+
+def _costs_nothing(module: Any) -> bool:
+    """Take a module off its device where that needs no memory; say whether it can be kept so."""
+    from .moving import lies_in_files
+
+    # On Windows a file that is mapped can be neither replaced nor deleted.
+    if os.name == "nt" or not hasattr(module, "parameters") or not lies_in_files(module):
+        return False
+    return not _bring_home(module, None)[1]
 
 
 def _pieces_of(module: Any) -> list[Any]:

@@ -105,6 +105,16 @@ def move(
         raise
 
 
+def lies_in_files(module: nn.Module) -> bool:
+    """Say whether nearly all of a module is in mapped files, or came from there to its device."""
+    inside = whole = 0
+    for parameter in module.parameters():
+        whole += parameter.nbytes
+        if is_mapped(_home_of(parameter)):
+            inside += parameter.nbytes
+    return inside > 0.9 * whole
+
+
 def _home_of(parameter: nn.Parameter) -> Tensor:
     """Return the mapped tensor that a parameter on a device came from, or its present one."""
     home: Tensor | None = _homes.get(parameter)
