@@ -56,6 +56,11 @@ def continued(**more: Any) -> dict[str, Any]:
             "max_chunk_size": 17, **more}  # fmt: skip
 
 
+def hollow(values: torch.Tensor) -> list[torch.Tensor]:
+    """Return tensors of this shape that torch has and that hold no plain values."""
+    return [values.to("meta"), values.to_sparse()]
+
+
 def sound(wave: Any, rate: Any = 16000) -> dict[str, Any]:
     return {"audio": (wave, rate), "output_path": "out.mp4"}
 
@@ -238,7 +243,10 @@ CASES = [
          job={"negative_prompt_embeds": torch.zeros(1, 4, 31), "guidance_scale": 4.0}),
     *(Case("latents", job={"latents": bad})
       for bad in (torch.zeros(1, 16, 3, 4, 4), torch.zeros(2), "noise",
-                  torch.zeros(LATENTS, dtype=torch.int32))),
+                  torch.zeros(LATENTS, dtype=torch.int32), torch.full(LATENTS, NAN),
+                  torch.full(LATENTS, float("inf")), *hollow(torch.zeros(LATENTS)))),
+    *(Case("image", model=I2V, job={"image": bad}) for bad in hollow(torch.zeros(4, 4, 3))),
+    *(Case("prompt_embeds", job={"prompt_embeds": bad}) for bad in hollow(torch.zeros(1, 4, 32))),
     # What is written.
     *(Case("audio", job=job)
       for job in (sound(torch.full((1, 400), NAN)), sound(torch.zeros(1, 400), 12345),

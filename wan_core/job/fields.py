@@ -10,10 +10,13 @@ import math
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..config import is_bool, plain_number
 from ..errors import InvalidRequest
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _SHOWN = 80
 _NAME = 1000
@@ -92,6 +95,26 @@ def path(value: Any, field: str) -> Path:
             f"{field} is {shown(value)}; no path holds the character \\0.", field=field
         )
     return found
+
+
+def dense(value: Tensor, field: str) -> Tensor:
+    """Return a tensor, detached; one of 8-bit floats, which torch hardly computes with, as float32.
+
+    Raises InvalidRequest for a tensor whose values do not lie in memory one by one.
+    """
+    kinds = {
+        "without values (on the device meta)": value.is_meta,
+        "quantised": value.is_quantized,
+        "nested": value.is_nested,
+        f"stored as {value.layout}": str(value.layout) != "torch.strided",
+    }
+    for kind, found in kinds.items():
+        if found:
+            raise InvalidRequest(
+                f"{field} is a tensor {kind}; a plain one with values is needed.", field=field
+            )
+    value = value.detach()
+    return value.float() if value.is_floating_point() and value.element_size() == 1 else value
 
 
 def function(value: Any, field: str) -> None:

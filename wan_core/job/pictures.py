@@ -13,8 +13,8 @@ import struct
 from typing import TYPE_CHECKING, Any, Final
 
 from ..errors import InvalidRequest
+from .fields import dense, shown, shown_path
 from .fields import path as path_of
-from .fields import shown, shown_path
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -188,7 +188,7 @@ def _from_numbers(image: Any, field: str) -> Tensor:
         wide = image.dtype.kind == "f" and image.dtype.itemsize > 8
         kind = "float64" if wide else image.dtype.newbyteorder("=")
         image = torch.from_numpy(np.array(image, dtype=kind, order="C"))
-    pixels = _three_axes(image.detach(), field)
+    pixels = _three_axes(dense(image, field), field)
     values = _unit(pixels, field)
     return values.expand(*values.shape[:2], 3) if values.shape[2] == 1 else values[..., :3]
 

@@ -13,7 +13,7 @@ from ..config import GenerationConfig
 from ..errors import InvalidRequest
 from ..models import TEXT_TOKENS, ModelArchitecture
 from .control import ControlInputs, ControlRequest, control_of
-from .fields import shown
+from .fields import dense, shown
 from .output import audio_rate
 from .pictures import load_picture
 
@@ -41,10 +41,7 @@ def latent_shape(request: Request, architecture: ModelArchitecture) -> Shape:
 
 
 def check_latents(given: Any, shape: tuple[int, ...]) -> Tensor:
-    """Check the latents to start from, which are those of the whole clip.
-
-    Values that are no numbers are left to the denoising loop, which names the step they show in.
-    """
+    """Check the latents to start from, which are those of the whole clip."""
     latents = _floats(given, "latents")
     if tuple(latents.shape) != shape:
         raise InvalidRequest(
@@ -52,7 +49,7 @@ def check_latents(given: Any, shape: tuple[int, ...]) -> Tensor:
             "latent frames, height / scale, width / scale).",
             field="latents",
         )
-    return latents
+    return _finite(latents, "latents")
 
 
 def check_continued(given: Any, shape: tuple[int, ...]) -> Tensor:
@@ -123,7 +120,7 @@ def _floats(value: Any, name: str) -> Tensor:
             + (", -1 to 1." if name == "audio" else "."),
             field=name,
         )
-    return value.detach()
+    return dense(value, name)
 
 
 def _finite(values: Tensor, name: str) -> Tensor:
