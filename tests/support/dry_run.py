@@ -33,6 +33,8 @@ class LiveBytes(TorchDispatchMode):
         super().__init__()
         self.live = self.peak = 0
         self.where = ""
+        self.births: list[tuple[int, int]] = []
+        """The bytes of each storage, and what was alive with it, in the order of their making."""
         self._seen: dict[int, int] = {}
 
     def know(self, tensor: torch.Tensor) -> None:
@@ -51,6 +53,7 @@ class LiveBytes(TorchDispatchMode):
         self._seen[key] = nbytes
         weakref.finalize(storage, self._drop, key)
         self.live += nbytes
+        self.births.append((nbytes, self.live))
         if self.live > self.peak:
             self.peak, self.where = self.live, name
 
@@ -116,7 +119,11 @@ class DryModel:
         self.weight_bytes = sum(p.numel() * p.element_size() for p in self.module.parameters())
 
     def peak(self, run: Callable[[Any], object]) -> int:
-        """Return the peak of live bytes, weights excluded, while ``run(module)`` executes.
+        """Return the peak of live bytes, weights excluded, while ``run(module)`` executes."""
+        return self.traced(run).peak
+
+    def traced(self, run: Callable[[Any], object]) -> LiveBytes:
+        """Return the count of live bytes, weights excluded, while ``run(module)`` executes.
 
         ``run`` makes its own inputs (they count) and holds what a caller would hold.
         """
@@ -132,4 +139,4 @@ class DryModel:
             finally:
                 if collecting:
                     gc.enable()
-        return counter.peak
+        return counter

@@ -43,17 +43,21 @@ _RATES = {
 }
 """Per compute capability: half-precision operations per multiprocessor and clock, clocks per
 second, and the share of both that a Wan forward reaches in eager PyTorch."""
-_OTHER_GPU = 3e13  # operations per second where the architecture is not known
-_CPU_CORE = 3e10  # operations per second of one CPU core, of which four are assumed
+_OTHER_GPU = 3e13
+"""Operations per second where the architecture is not known. Assumed, not measured."""
+_CPU_CORE = 3e10
+"""Operations per second of one CPU core, of which four are assumed. Neither was measured."""
 _FP32_SHARE = 0.25
-"""Share of the half-precision rate that fp32 reaches, with TF32 off."""
+"""Share of the half-precision rate that fp32 reaches, with TF32 off. Assumed, not measured."""
 _PAGEABLE = 0.5
 """Share of the bus that copies from pageable memory reach through page-locked pieces: 26.8 of the
 50 GB/s that count for PCIe 5 x16, on an H200 (``benchmarks/results/dequantise_h200.json``)."""
 _DISK = 1.5e9
-"""Bytes per second when weights are read from a file because RAM cannot hold them."""
+"""Bytes per second when weights are read from a file because RAM cannot hold them. Assumed: a
+common SSD; not measured."""
 _LAYER_LATENCY = 1e-3
-"""Seconds per layer that the hooks and the synchronous copy of sequential offload cost."""
+"""Seconds per layer that the hooks and the synchronous copy of sequential offload cost. Assumed,
+not measured."""
 _LAYERS_PER_BLOCK = 14
 _CAST_COST = 1.02
 """What taking quantised matrices apart adds to a step: 16 ms (fp8) to 25 ms (Q6_K) a pass of the
@@ -65,9 +69,8 @@ frames of 832x480 on an H100, VAE 2.1 in fp32. An effective figure, and the same
 nobody has measured apart."""
 _TEXT_SECONDS = 1.0
 """Seconds for the texts. Assumed, not measured."""
-"""Factor on the compute for casting weights stored in fp8 at each call."""
 _ROWS_COST = 1.04
-"""Factor on the compute for products cut by rows."""
+"""Factor on the compute for products cut by rows. Assumed, not measured."""
 
 
 @dataclass(frozen=True, slots=True)
