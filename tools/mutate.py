@@ -45,17 +45,19 @@ MIRRORS: dict[str, tuple[str, ...]] = {
         "memory/test_stages",
         "forward/test_vae::test_the_estimate_of_a_decode_follows_the_plan",
     ),
-    "memory/vae": ("memory/test_forward", "memory/test_stages"),
+    "memory/forward": ("memory/test_replay", "memory/test_forward"),
+    "memory/vae": ("memory/test_replay", "memory/test_forward", "memory/test_stages"),
     "memory/vae_lean": (
+        "memory/test_replay",
         "forward/test_vae::test_goals",
         "forward/test_vae::test_arithmetic_agrees_with_the_dry_run",
         "forward/test_vae::test_the_estimate_of_a_decode_follows_the_plan",
     ),
-    "plan/config": ("plan/test_manager",),
-    "plan/fits": ("plan/test_manager",),
+    "plan/config": ("plan/test_config", "plan/test_manager"),
+    "plan/fits": ("plan/test_fits", "plan/test_manager"),
     "plan/ladder": ("plan/test_manager",),
     "plan/plan": ("plan/test_manager",),
-    "plan/reasons": ("plan/test_manager",),
+    "plan/reasons": ("plan/test_reasons", "plan/test_manager"),
 }
 """Tests of modules that are not tested in a file of their own name alone: files, or tests in them.
 For others that have no such file, all tests of the package run."""

@@ -18,9 +18,7 @@ from support.replay import TracedTape, compare, traced_tapes
 from support.true_models import DTYPES, KEEP_FP32, autoencoder, transformer
 
 from wan_core.forward import host_cache, lean_decoder
-from wan_core.forward import transformer as lean_forward
 from wan_core.memory.forward import transformer_peak
-from wan_core.memory.forward_lean import lean_peak
 from wan_core.memory.vae import decode_peak, encode_peak
 from wan_core.memory.vae_lean import lean_decode_bytes
 from wan_core.models.variants import VAE_21, VAE_22, VARIANTS, TransformerShape, VaeShape
@@ -77,8 +75,8 @@ def vae_runs(name: str, dtype: str, batch: int, what: str) -> tuple[TracedTape, 
 
 
 # How many tensors only the replay makes, and by how many percent of the peak it has more and less
-# alive where both make the same. It makes all latents at once where the decoder convolves them frame
-# by frame, knows no views, and replays one band of rows for all.
+# alive where both make the same. It makes all latents at once where the decoder convolves them
+# frame by frame, knows no views, and replays one band of rows for all.
 VAE_CASES: dict[tuple[str, str, int, str], tuple[int, float, float]] = {
     ("2.1", "bf16", 2, "decode"): (9, 0.93, -0.1),
     ("2.1", "bf16", 2, "encode"): (6, 0.16, -0.16),
@@ -137,68 +135,30 @@ def call(name: str, batch: int, kind: torch.dtype) -> dict[str, Any]:
     }
 
 
-def forward_runs(name: str, dtype: str, batch: int, what: str) -> tuple[TracedTape, LiveBytes]:
-    """Return the replay and the dry run of diffusers' forward, or of a lean one."""
+def forward_runs(name: str, dtype: str, batch: int) -> tuple[TracedTape, LiveBytes]:
+    """Return the replay and the dry run of diffusers' forward."""
     kind, model = DTYPES[dtype], dry_transformer(name, dtype)
     frames, height, width = LATENT
     numbers: dict[str, Any] = {
         "batch": batch, "latent_frames": frames, "latent_height": height, "latent_width": width,
         "size": kind.itemsize, "per_token": VARIANTS[name].expand_timesteps,
     }  # fmt: skip
-    if what == "own":
-        real = model.traced(lambda module: module(**call(name, batch, kind)))
-        return traced(transformer_peak, small(name), **numbers), real
-    passes = 2 if "twice" in what else 1
-
-    def lean(module: Any) -> None:
-        with lean_forward.lean_forward(module, exact="rows" not in what) as why:
-            assert why is None
-            if passes == 1:
-                module(**call(name, batch, kind))
-                return
-            first = call(name, batch, kind)
-            again = first | {
-                "encoder_hidden_states": torch.empty_like(first["encoder_hidden_states"])
-            }
-            lean_forward.run_together(module, [first, again])
-
-    real = model.traced(lean)
-    options = {"exact": "rows" not in what, "passes": passes}
-    return traced(lean_peak, small(name), **numbers, **options), real
+    real = model.traced(lambda module: module(**call(name, batch, kind)))
+    return traced(transformer_peak, small(name), **numbers), real
 
 
 # As above. Tensors of equal size follow one another here, and which of ours stands beside which of
 # theirs is then a choice; that nothing changed shows all the same.
-FORWARD_CASES: dict[tuple[str, str, int, str], tuple[int, float, float]] = {
-    ("wan2.1-t2v-1.3b", "bf16", 1, "own"): (11, 30.6, -13.42),
-    ("wan2.1-t2v-1.3b", "bf16", 1, "lean"): (14, 36.3, -24.28),
-    ("wan2.1-t2v-1.3b", "bf16", 1, "lean by rows"): (4, 15.43, -15.66),
-    ("wan2.1-t2v-1.3b", "bf16", 1, "lean twice"): (7, 26.5, -17.72),
-    ("wan2.1-t2v-1.3b", "fp32", 2, "own"): (7, 38.18, -8.37),
-    ("wan2.1-t2v-1.3b", "fp32", 2, "lean"): (6, 50.82, -11.35),
-    ("wan2.1-t2v-1.3b", "fp32", 2, "lean by rows"): (6, 19.01, -28.87),
-    ("wan2.1-t2v-1.3b", "fp32", 2, "lean twice"): (8, 37.68, -8.42),
-    ("wan2.1-flf2v-14b", "bf16", 1, "own"): (12, 18.58, -23.5),
-    ("wan2.1-flf2v-14b", "bf16", 1, "lean"): (47, 17.42, -20.32),
-    ("wan2.1-flf2v-14b", "bf16", 1, "lean by rows"): (10, 17.46, -20.32),
-    ("wan2.1-flf2v-14b", "bf16", 1, "lean twice"): (10, 15.22, -17.75),
-    ("wan2.1-flf2v-14b", "fp32", 2, "own"): (8, 22.7, -53.84),
-    ("wan2.1-flf2v-14b", "fp32", 2, "lean"): (7, 20.74, -54.73),
-    ("wan2.1-flf2v-14b", "fp32", 2, "lean by rows"): (12, 20.76, -54.73),
-    ("wan2.1-flf2v-14b", "fp32", 2, "lean twice"): (9, 18.38, -48.5),
-    ("wan2.2-ti2v-5b", "bf16", 1, "own"): (11, 12.54, -8.25),
-    ("wan2.2-ti2v-5b", "bf16", 1, "lean"): (37, 27.89, -13.01),
-    ("wan2.2-ti2v-5b", "bf16", 1, "lean by rows"): (4, 15.46, -12.83),
-    ("wan2.2-ti2v-5b", "bf16", 1, "lean twice"): (23, 25.12, -9.27),
-    ("wan2.2-ti2v-5b", "fp32", 2, "own"): (7, 17.94, -7.87),
-    ("wan2.2-ti2v-5b", "fp32", 2, "lean"): (23, 45.28, -15.89),
-    ("wan2.2-ti2v-5b", "fp32", 2, "lean by rows"): (6, 14.81, -17.26),
-    ("wan2.2-ti2v-5b", "fp32", 2, "lean twice"): (25, 33.15, -26.27),
+FORWARD_CASES: dict[tuple[str, str, int], tuple[int, float, float]] = {
+    ("wan2.1-t2v-1.3b", "bf16", 1): (11, 30.6, -13.42),
+    ("wan2.1-t2v-1.3b", "fp32", 2): (7, 38.18, -8.37),
+    ("wan2.1-flf2v-14b", "bf16", 1): (12, 18.58, -23.5),
+    ("wan2.1-flf2v-14b", "fp32", 2): (8, 22.7, -53.84),
+    ("wan2.2-ti2v-5b", "bf16", 1): (11, 12.54, -8.25),
+    ("wan2.2-ti2v-5b", "fp32", 2): (7, 17.94, -7.87),
 }
 
 
 @pytest.mark.parametrize("case", FORWARD_CASES, ids=lambda case: " ".join(map(str, case)))
-def test_transformer(case: tuple[str, str, int, str], monkeypatch: pytest.MonkeyPatch) -> None:
-    # The runs of equal timesteps are read from values, which fake tensors do not have.
-    monkeypatch.setattr(lean_forward, "_runs_of", lambda timestep: (0, TOKENS))
+def test_transformer(case: tuple[str, str, int]) -> None:
     within(FORWARD_CASES[case], *forward_runs(*case))

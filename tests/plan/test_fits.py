@@ -14,7 +14,14 @@ from wan_core.errors import DoesNotFit
 from wan_core.job import MAX_LATENT_FRAMES, MAX_SIZE, MOST_FRAMES, video_frames
 from wan_core.memory import SystemResources, Workload
 from wan_core.models import ModelArchitecture
-from wan_core.plan.fits import most_that_fits
+from wan_core.plan.fits import (
+    frames_text,
+    largest_size,
+    largest_that_fits,
+    longest,
+    most_that_fits,
+    windows_that_fit,
+)
 
 MACHINES = {"24 GB": gpu(24), "8 GB": gpu(8, ram=32), "80 GB": gpu(80, ram=256), "CPU": cpu(64)}
 MODELS = ("wan2.1-t2v-1.3b", "wan2.2-t2v-a14b", "wan2.2-ti2v-5b")
@@ -98,3 +105,77 @@ def test_fallback_windows_are_said() -> None:
 
     assert "801 frames at 832x480, made in windows of 49 or" in answer(49)
     assert "801 frames at 832x480 or" in answer(None)
+    whole = Workload(width=832, height=480, num_frames=81, window_frames=33)
+    for windows in (801, 805):  # no shorter than the clip
+        text = most_that_fits(job, 16, of_area(832 * 480 * 801), lambda _, n=windows: n)
+        assert "made in windows" not in text
+    assert "made in windows" not in most_that_fits(
+        whole, 16, of_area(832 * 480 * 801), lambda _: 33
+    )
+
+
+def test_bounds_are_those_of_jobs() -> None:
+    whole = Workload(width=832, height=480, num_frames=81)
+    text = most_that_fits(whole, 16, lambda _: True, lambda _: None)
+    assert "4093 frames at 832x480 (no clip is longer without max_chunk_size)" in text
+    in_windows = replace(whole, window_frames=81)
+    text = most_that_fits(in_windows, 16, lambda _: True, lambda _: None)
+    assert f"{video_frames(MOST_FRAMES // 4)} frames at 832x480 (no clip is longer)" in text
+    assert "81 frames at 16384x9456 (no video is larger)" in text
+    assert most_that_fits(whole, 16, lambda _: False, lambda _: None) == "No length or size fits."
+
+
+@pytest.mark.parametrize("most", [1, 5, 9, 77, 81])
+def test_the_longest_clip(most: int) -> None:
+    job = Workload(width=832, height=480, num_frames=81)
+    assert longest(job, lambda other: other.num_frames <= most) == most
+    assert longest(replace(job, num_frames=79), lambda _: True) == 77  # 4n+1, not beyond the job's
+    assert longest(job, lambda _: False) is None
+
+
+def test_the_largest_size_is_below_the_jobs() -> None:
+    job = Workload(width=64, height=32, num_frames=5)
+    for width, expected in ((64, (48, 32)), (48, (48, 32)), (47, (32, 16)), (16, (16, 16))):
+        found = largest_size(job, 16, lambda other, most=width: other.width <= most)
+        assert found == expected
+    assert largest_size(job, 16, lambda other: other.width < 16) is None
+    assert largest_size(job, 16, lambda _: True, proportions=(1, 1)) == (48, 48)
+
+
+def test_what_would_fit_instead() -> None:
+    job = Workload(width=64, height=32, num_frames=81)
+    assert largest_that_fits(job, 16, lambda other: other.num_frames <= 41) == (
+        "What would fit: 41 frames at 64x32."
+    )
+    assert largest_that_fits(job, 16, lambda other: other.width < 64) == (
+        "What would fit: 81 frames at 48x32."
+    )
+    assert largest_that_fits(job, 16, lambda other: other.num_frames == 1 or other.width == 16) == (
+        "What would fit: 1 frame at 64x32 or 81 frames at 16x16."
+    )
+    assert "free memory or take a smaller model" in largest_that_fits(job, 16, lambda _: False)
+    assert (frames_text(1), frames_text(2)) == ("1 frame", "2 frames")
+
+
+def test_windows_that_would_fit() -> None:
+    job = Workload(width=64, height=32, num_frames=161, window_overlap=16)
+    seen: list[tuple[int | None, int]] = []
+
+    def fits(most: int) -> Callable[[Workload], bool]:
+        def answer(other: Workload) -> bool:
+            seen.append((other.window_frames, other.window_overlap))
+            return (other.window_frames or other.num_frames) <= most
+
+        return answer
+
+    for most, frames in ((81, 81), (80, 49), (48, 33), (17, 17)):
+        text = windows_that_fit(job, fits(most))
+        assert f"In windows of {frames} frames all 161 would fit" in text
+    assert windows_that_fit(job, fits(16)) == ""
+    assert set(seen) == {(81, 16), (49, 16), (33, 16), (17, 8)}
+    seen.clear()
+    assert windows_that_fit(replace(job, num_frames=33), fits(16)) == ""
+    assert seen == [(17, 8)]
+    assert windows_that_fit(replace(job, window_frames=49), fits(81)).startswith(
+        " In windows of 33"
+    )

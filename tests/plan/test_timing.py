@@ -7,11 +7,17 @@ from dataclasses import replace
 import pytest
 from support.machines import architecture, cpu, gpu
 
+from wan_core.config import GIB
+from wan_core.memory.calibration import Calibration
 from wan_core.memory.choices import Choices, Workload
-from wan_core.models.sizes import PARTS
+from wan_core.models.sizes import PARTS, part_bytes, parts_of
+from wan_core.plan import timing as constants
 from wan_core.plan.timing import (
     blocks_that_hide_the_bus,
+    decode_seconds,
+    device_rate,
     forward_operations,
+    reads_from_disk,
     stream_seconds,
     timing,
     windows_per_step,
@@ -116,3 +122,180 @@ def test_on_a_cpu_nothing_travels() -> None:
     assert found.total == pytest.approx(found.step * job.steps + still.total)
     longer = replace(job, num_frames=9, steps=0)
     assert timing(T2V, longer, replace(BF16, offload="model"), cpu(64)).total > still.total
+
+
+# ------------------------------------------------------------- constants, pinned to their origin
+
+# Published steps on one card, guided unless it says otherwise: seconds per step, model and size.
+# H100: one forward, huggingface/diffusers issue 11605. 4090D: LightX2V's README (diffusers' row).
+# A100: 785.7 s for 40 steps, Wan2.2's assets/comp_effic.png. 5090: 3182 s for 50 steps without
+# offload, TurboDiffusion's assets/acceleration_decomposition.png. 4090: 534 s for 50 steps of the
+# 5B, Wan2.2's README.
+PUBLISHED = {
+    "H100": ("wan2.1-t2v-14b", (832, 480, 81), (9, 0), 132, False, 4.6),
+    "A100": ("wan2.2-t2v-a14b", (832, 480, 81), (8, 0), 108, True, 785.7 / 40),
+    "RTX 4090D": ("wan2.1-t2v-14b", (832, 480, 81), (8, 9), 114, True, 30.5),
+    "RTX 4090": ("wan2.2-ti2v-5b", (1280, 704, 121), (8, 9), 128, True, 534 / 50),
+    "RTX 5090": ("wan2.1-t2v-14b", (1280, 720, 81), (12, 0), 170, True, 3182 / 50),
+}
+
+
+@pytest.mark.parametrize("card", PUBLISHED)
+def test_published_steps(card: str) -> None:
+    name, (width, height, frames), capability, count, guided, seconds = PUBLISHED[card]
+    job = Workload(
+        width=width, height=height, num_frames=frames, guidance_high=guided, guidance_low=guided
+    )
+    system = gpu(80, compute_capability=capability, multiprocessors=count)
+    found = timing(architecture(name), job, BF16, system).step
+    assert 1 / 1.4 < found / seconds < 1.4
+
+
+# Dense half-precision tera-operations per second with float32 sums, and multiprocessors, from
+# NVIDIA's white papers (Turing: with half-precision sums, which are twice as fast there).
+WHITE_PAPERS = {
+    (7, 5): (113.8, 68), (8, 0): (312, 108), (8, 6): (71, 82), (8, 9): (165.2, 128),
+    (9, 0): (989, 132), (10, 0): (2250, 148), (12, 0): (209.5, 170),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("capability", WHITE_PAPERS)
+def test_peaks_are_those_of_the_white_papers(capability: tuple[int, int]) -> None:
+    assert set(constants._RATES) == set(WHITE_PAPERS)
+    tera, count = WHITE_PAPERS[capability]
+    per_clock, clock, share = constants._RATES[capability]
+    assert count * per_clock * clock == pytest.approx(tera * 1e12, rel=0.09)
+    # No forward is faster than its card, and none in eager PyTorch half as slow again as the
+    # slowest that was published. Turing sums in float32 at half its rate; a B200 is not kept busier
+    # than an H100.
+    assert 0.3 <= share <= 0.85
+    if capability in ((7, 5), (10, 0)):
+        assert share <= (0.5 if capability == (7, 5) else constants._RATES[9, 0][2])
+
+
+def test_a_card_between_two_known_ones_counts_as_the_older() -> None:
+    for capability, known in (((8, 7), (8, 6)), ((11, 0), (10, 0)), ((6, 1), (7, 5))):
+        rates = [
+            device_rate(gpu(8, compute_capability=found, multiprocessors=10), "bf16")
+            for found in (capability, known)
+        ]
+        assert rates[0] == rates[1]
+
+
+def test_what_was_assumed_and_what_was_measured() -> None:
+    """Numbers that nothing published holds: each is what its documentation says it is."""
+    assert device_rate(gpu(8, compute_capability=None), "bf16") == 3e13
+    assert device_rate(gpu(8, multiprocessors=None), "bf16") == 3e13
+    assert device_rate(cpu(64), "fp32") == 4 * 3e10  # four cores; fp32 is what a CPU is fast in
+    assert device_rate(H100, "fp32") == device_rate(H100, "bf16") / 4
+    # 26.8 GB/s from pageable memory on an H200 behind PCIe 5 x16 (dequantise_h200.json).
+    assert H100.bus_bytes_per_second * constants._PAGEABLE == pytest.approx(26.8e9, rel=0.1)
+    # 16 to 25 ms a pass of 1.6 s (the same file).
+    assert 1.01 <= constants._CAST_COST <= 1.03
+    # 5.9 s for 81 frames of 832x480 on an H100, VAE 2.1 in fp32.
+    fp32 = Choices(dtypes=dict.fromkeys(PARTS, "bf16") | {"vae": "fp32"})
+    assert decode_seconds(JOB, fp32, H100) == pytest.approx(5.9, rel=0.05)
+    assert decode_seconds(replace(JOB, batch_size=3), fp32, H100) == 3 * decode_seconds(
+        JOB, fp32, H100
+    )
+
+
+# ----------------------------------------------------------------------------------- what adds up
+
+
+def test_a_run_is_its_steps_moves_decode_and_texts() -> None:
+    choices = replace(BF16, offload="model", part_offload={"text_encoder": "sequential"})
+    found = timing(T2V, JOB, choices, H100)
+    pageable = H100.bus_bytes_per_second / 2
+    moves = {part: part_bytes(T2V, part, "bf16") / pageable for part in parts_of(T2V)}
+    moves["text_encoder"] *= 2  # layer by layer, with a hook for each
+    rest = sum(moves.values()) + decode_seconds(JOB, choices, H100) + 1.0
+    assert found.total == pytest.approx(found.step * JOB.steps + rest)
+    assert timing(T2V, JOB, BF16, H100).total == pytest.approx(
+        timing(T2V, JOB, BF16, H100).step * JOB.steps + decode_seconds(JOB, BF16, H100) + 1.0
+    )
+
+
+def test_a_cold_run_reads_every_file_once() -> None:
+    parts = {name: replace(part, nbytes=3 * GIB) for name, part in T2V.components.items()}
+    model = replace(T2V, components=parts)
+    found = timing(model, JOB, BF16, H100)
+    assert found.cold - found.total == pytest.approx(len(parts) * 3 * GIB / 1.5e9)
+
+
+def test_rows_and_casts_cost_compute_and_pace_corrects_it() -> None:
+    plain = timing(T2V, JOB, BF16, H100).step
+    rows = timing(T2V, JOB, replace(BF16, lean=True, by_rows=True), H100).step
+    assert rows == pytest.approx(1.04 * plain)
+    assert timing(T2V, JOB, replace(BF16, fp8_storage=True), H100).step / plain == pytest.approx(
+        constants._CAST_COST
+    )
+    slow = replace(H100, calibration=Calibration(pace=1.7, runs=3))
+    assert timing(T2V, JOB, BF16, slow).step == pytest.approx(1.7 * plain)
+
+
+def test_a_step_is_bound_by_compute_or_by_the_bus() -> None:
+    streamed = replace(BF16, offload="model", stream=True, lean=True, resident_blocks=0)
+    still, slow = replace(JOB, num_frames=1), replace(H100, pcie_generation=3, pcie_width=4)
+    assert timing(T2V, JOB, BF16, H100).compute_bound
+    assert timing(T2V, JOB, streamed, H100).compute_bound
+    assert not timing(T2V, still, streamed, slow).compute_bound
+    assert not timing(T2V, JOB, replace(streamed, stream_buffers=1), H100).compute_bound
+    for guided in (True, False):
+        job = replace(JOB, guidance_high=guided, guidance_low=False)
+        assert timing(architecture("wan2.2-t2v-a14b"), job, BF16, H100).compute_bound
+        arriving = stream_seconds(T2V, job, streamed, H100, 1)
+        alone = timing(T2V, job, BF16, H100).step
+        assert timing(T2V, job, replace(streamed, stream_buffers=1), H100).step == pytest.approx(
+            alone + arriving
+        )
+
+
+def test_layer_by_layer_is_compute_copies_and_hooks() -> None:
+    by_layer = replace(BF16, offload="sequential")
+    for guided in (True, False):
+        job = replace(JOB, guidance_high=guided, guidance_low=guided)
+        passes = 2 if guided else 1
+        copy = part_bytes(T2V, "transformer", "bf16") / (H100.bus_bytes_per_second / 2)
+        hooks = 40 * 14 * 1e-3
+        expected = timing(T2V, job, BF16, H100).step + passes * (copy + hooks)
+        assert timing(T2V, job, by_layer, H100).step == pytest.approx(expected)
+
+
+def test_weights_that_ram_cannot_hold_come_from_the_disk() -> None:
+    streamed = replace(BF16, offload="model", stream=True, lean=True, resident_blocks=0)
+    nbytes = part_bytes(T2V, "transformer", "bf16")
+    exactly = replace(H100, ram_available_bytes=nbytes - GIB, ram_evictable_bytes=GIB)
+    assert not reads_from_disk(T2V, streamed, exactly)
+    short = replace(exactly, ram_evictable_bytes=GIB - 1)
+    assert reads_from_disk(T2V, streamed, short)
+    assert not reads_from_disk(T2V, replace(streamed, fp8_storage=True), short)
+    ratio = stream_seconds(T2V, JOB, streamed, short, 1) / stream_seconds(
+        T2V, JOB, streamed, exactly, 1
+    )
+    assert ratio == pytest.approx(H100.bus_bytes_per_second / 1.5e9)
+    # A bus that is slower than the disk stays the limit.
+    narrow = replace(short, pcie_generation=1, pcie_width=1)
+    assert stream_seconds(T2V, JOB, streamed, narrow, 1) == pytest.approx(
+        stream_seconds(T2V, JOB, streamed, replace(narrow, ram_available_bytes=nbytes), 1)
+    )
+
+
+def test_a_slow_card_needs_fewer_resident_blocks() -> None:
+    """The transfers may take half of the compute's time, by the pace that was measured."""
+    streamed = replace(BF16, offload="model", stream=True, lean=True)
+    still = replace(JOB, num_frames=1)
+    for passes, job in ((2, still), (1, replace(still, guidance_high=False, guidance_low=False))):
+        compute = timing(T2V, job, BF16, H100).step
+        for pace in (1.0, 1.5):
+            system = replace(H100, calibration=Calibration(pace=pace, runs=3))
+            count = blocks_that_hide_the_bus(T2V, job, streamed, system)
+            none, enough = (
+                stream_seconds(T2V, job, replace(streamed, resident_blocks=n), system, passes)
+                for n in (count - 1, count)
+            )
+            assert enough <= pace * compute / 2 < none
+    pair = architecture("wan2.2-t2v-a14b")
+    low = replace(still, guidance_high=True, guidance_low=False)
+    both = blocks_that_hide_the_bus(pair, still, streamed, H100)
+    assert blocks_that_hide_the_bus(pair, low, streamed, H100) > both
