@@ -37,8 +37,31 @@ ROOT = Path(__file__).resolve().parents[1]
 REPORT, REASONS = "benchmarks/mutation.md", "benchmarks/mutation_reasons.json"
 NOT_COPIED = (".git", ".venv", "output", "__pycache__", "*.pyc", ".*_cache", ".hypothesis")
 PACKAGES = ("plan", "memory", "loading", "placing")
+LIBRARIES: tuple[str, ...] = (
+    "torch", "torch._subclasses.fake_tensor", "numpy", "PIL.Image", "safetensors.torch", "av",
+    "hypothesis", "psutil", "transformers", "diffusers", "accelerate", "pytest",
+    "diffusers.models.transformers.transformer_wan", "diffusers.pipelines.wan.pipeline_wan",
+    "diffusers.models.autoencoders.autoencoder_kl_wan", "diffusers.hooks.group_offloading",
+)  # fmt: skip
+"""What tests import that is not of this repository, and takes long."""
+_WARM = Path(__file__).with_name("warm_tests.py")
 
 MIRRORS: dict[str, tuple[str, ...]] = {
+    "loading/blueprint": ("loading/test_component", "loading/test_dtypes"),
+    "loading/kernels": ("loading/test_dequantize", "loading/test_gguf"),
+    "loading/mapped": ("loading/test_component",),
+    "loading/moving": ("placing/test_offload", "placing/test_streaming", "loading/test_cache"),
+    "loading/page_lock": ("placing/test_streaming",),
+    "loading/quantized": ("loading/test_dequantize", "loading/test_gguf"),
+    "loading/reader": (
+        "loading/test_component",
+        "loading/test_dtypes",
+        "loading/test_torch_zip_weights",
+        "loading/test_gguf",
+    ),
+    "placing/buffers": ("placing/test_streaming",),
+    "placing/manager": ("placing/test_applied", "plan/test_manager"),
+    "placing/transport": ("placing/test_streaming",),
     "memory/choices": ("memory/test_stages", "memory/test_forward"),
     "memory/forward_lean": ("memory/test_forward",),
     "memory/stages": (
@@ -246,20 +269,25 @@ class Copies:
     """Copies of the repository for so many runs at a time, and what a run without mutant takes."""
 
     def __init__(self, folder: Path, jobs: int) -> None:
-        self._free: Queue[Path] = Queue()
+        self._free: Queue[_Warm] = Queue()
         self._seconds: dict[tuple[str, ...], float] = {}
         self._measuring = threading.Lock()
         for job in range(jobs):
             place = folder / f"copy{job}"
             shutil.copytree(ROOT, place, ignore=shutil.ignore_patterns(*NOT_COPIED))
-            self._free.put(place)
+            self._free.put(_Warm(place))
 
-    def _usual_seconds(self, place: Path, tests: tuple[str, ...]) -> float:
+    def close(self) -> None:
+        """End the processes; to be called when no run is going on."""
+        while not self._free.empty():
+            self._free.get().close()
+
+    def _usual_seconds(self, warm: _Warm, tests: tuple[str, ...]) -> float:
         """Return what tests take without a mutant; ends the program if they fail."""
         with self._measuring:
             if tests not in self._seconds:
                 started = time.monotonic()
-                code, output = _pytest(place, tests, 3600)
+                code, output = warm.pytest(tests, 3600)
                 if code != 0:
                     sys.exit(f"{' '.join(tests)} fail without any mutant:\n{output[-3000:]}")
                 self._seconds[tests] = time.monotonic() - started
@@ -269,32 +297,46 @@ class Copies:
     def try_one(self, mutant: Mutant, until: float) -> str:
         """Return a mutant's end: "killed", "timeout", "survived", or "not run" after ``until``."""
         tests = tuple(tests_of(mutant.module))
-        place = self._free.get()
-        path = place / "wan_core" / f"{mutant.module}.py"
+        warm = self._free.get()
+        path = warm.place / "wan_core" / f"{mutant.module}.py"
         before = path.read_bytes()
         try:
             if time.monotonic() > until:
                 return "not run"
-            usual = self._usual_seconds(place, tests)
+            usual = self._usual_seconds(warm, tests)
             path.write_text(mutant.source, encoding="utf-8")
-            code, _ = _pytest(place, tests, 60 + 4 * usual)
-        except subprocess.TimeoutExpired:
-            return "timeout"
+            code, _ = warm.pytest(tests, 60 + 4 * usual)
         finally:
             path.write_bytes(before)
-            self._free.put(place)
-        return "survived" if code == 0 else "killed"
+            self._free.put(warm)
+        return "timeout" if code is None else "survived" if code == 0 else "killed"
 
 
-def _pytest(place: Path, tests: Sequence[str], timeout: float) -> tuple[int, str]:
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests]
-    # No byte code: two mutants of one second and size would be taken for one another.
-    variables = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
-    done = subprocess.run(
-        [*command, "-m", "not gpu"], cwd=place, env=variables, timeout=timeout, text=True,
-        capture_output=True, check=False,
-    )  # fmt: skip
-    return done.returncode, done.stdout + done.stderr
+class _Warm:
+    """A process that runs tests of a copy, see ``tools.warm_tests``."""
+
+    def __init__(self, place: Path) -> None:
+        self.place = place
+        # No byte code: two mutants of one second and size would be taken for one another.
+        variables = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+        self._process = subprocess.Popen(
+            [sys.executable, str(_WARM), *LIBRARIES], cwd=place, env=variables, text=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+
+    def pytest(self, tests: Sequence[str], seconds: float) -> tuple[int | None, str]:
+        """Return the exit code of pytest, None if it ran out of time, and what it printed."""
+        arguments = ["-x", "-q", "-p", "no:cacheprovider", *tests, "-m", "not gpu and not slow"]
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._process.stdin.write(json.dumps([str(self.place), seconds, arguments]) + "\n")
+        self._process.stdin.flush()
+        code, output = json.loads(self._process.stdout.readline())
+        return code, output
+
+    def close(self) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait()
 
 
 # -------------------------------------------------------------------------------- report
@@ -364,6 +406,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     results.append((mutant, end))
                     where = f"{mutant.module}.py:{mutant.line}"
                     print(f"{end:8} {where} {mutant.before} -> {mutant.after}", flush=True)
+        copies.close()
     results.sort(key=lambda result: (result[0].module, result[0].number))
     words = " ".join(sys.argv[1:] if arguments is None else arguments)
     known = ROOT / REASONS

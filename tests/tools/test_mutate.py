@@ -119,17 +119,18 @@ def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (root / path).parent.mkdir(parents=True, exist_ok=True)
         (root / path).write_text(text)
     monkeypatch.setattr(mutate, "ROOT", root)
+    monkeypatch.setattr(mutate, "LIBRARIES", ("pytest",))
     return root
 
 
 def test_killed_survived_and_endless(
     small: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def limited(place: Path, tests: Any, timeout: float) -> tuple[int, str]:
-        return original(place, tests, 5)
+    def limited(warm: Any, tests: Any, seconds: float) -> tuple[int | None, str]:
+        return original(warm, tests, 5)
 
-    original = mutate._pytest
-    monkeypatch.setattr(mutate, "_pytest", limited)
+    original = mutate._Warm.pytest
+    monkeypatch.setattr(mutate._Warm, "pytest", limited)
     key = "memory/thing: return a if a > b else b: a > b -> a >= b"
     (small / "benchmarks/mutation_reasons.json").write_text(f'{{"{key}": "Equal is equal."}}')
     arguments = ["--modules", "memory/thing", "--jobs", "2", "--write"]
