@@ -78,8 +78,8 @@ MIRRORS: dict[str, tuple[str, ...]] = {
     ),
     "plan/config": ("plan/test_config", "plan/test_manager"),
     "plan/fits": ("plan/test_fits", "plan/test_manager"),
-    "plan/ladder": ("plan/test_manager",),
-    "plan/plan": ("plan/test_manager",),
+    "plan/ladder": ("plan/test_ladder", "plan/test_manager"),
+    "plan/plan": ("plan/test_ladder", "plan/test_manager"),
     "plan/reasons": ("plan/test_reasons", "plan/test_manager"),
 }
 """Tests of modules that are not tested in a file of their own name alone: files, or tests in them.
