@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from support import bad_files
@@ -235,6 +236,71 @@ def test_a_file_swept_before_it_could_be_locked_is_made_anew(
         sweep(tmp_path)
         assert names(tmp_path) == [temporary.name]
     assert names(tmp_path) == ["x.mp4"]
+
+
+@pytest.fixture
+def windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A system that has no locks, and that neither removes nor renames a file that is open."""
+    held = Path("/proc/self/fd")
+    if not held.is_dir():
+        pytest.skip("open files are looked up in /proc")
+    remove, rename = Path.unlink, os.replace
+
+    def refuse_if_open(path: str | os.PathLike[str]) -> None:
+        links = (held / name for name in os.listdir(held))
+        if any(os.path.realpath(link) == os.path.realpath(path) for link in links):
+            raise PermissionError(errno.EACCES, "The file is in use by another process", str(path))
+
+    def unlink(path: Path, missing_ok: bool = False) -> None:
+        refuse_if_open(path)
+        remove(path, missing_ok)
+
+    def replace(source: str, target: str) -> None:
+        refuse_if_open(source)
+        rename(source, target)
+
+    monkeypatch.setattr(files, "sys", SimpleNamespace(platform="win32"))
+    monkeypatch.delattr(files, "fcntl")
+    monkeypatch.setattr(Path, "unlink", unlink)
+    monkeypatch.setattr(os, "replace", replace)
+
+
+def test_on_windows_files_appear_whole_and_half_ones_are_swept(
+    windows: None, tmp_path: Path
+) -> None:
+    atomic_write(tmp_path / "x.json", b"first")
+    atomic_write(tmp_path / "x.json", lambda file: file.write(b"second"))
+    check_target(tmp_path / "x.json")
+    assert (tmp_path / "x.json").read_bytes() == b"second" and names(tmp_path) == ["x.json"]
+    with pytest.raises(ValueError, match="broken"), atomic_path(tmp_path / "y.mp4") as temporary:
+        temporary.write_bytes(b"half")
+        raise ValueError("broken")
+    assert names(tmp_path) == ["x.json"]
+    # A writer that holds its file open keeps it; one that is gone does not.
+    with atomic_path(tmp_path / "z.mp4") as temporary, open(temporary, "wb") as file:
+        sweep(tmp_path)
+        file.write(b"whole")
+    assert (tmp_path / "z.mp4").read_bytes() == b"whole"
+    (tmp_path / f"{files._mark()}0123456789abcdef.mp4").write_bytes(b"left by a crash")
+    sweep(tmp_path)
+    assert names(tmp_path) == ["x.json", "z.mp4"]
+    sweep(tmp_path / "nothing")
+
+
+def test_on_windows_a_result_that_is_open_elsewhere_stays_and_is_named(
+    windows: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "x.mp4"
+    target.write_bytes(b"watched in a player")
+    before = target.read_bytes()
+
+    def in_use(source: str, to: str) -> None:
+        raise PermissionError(errno.EACCES, "The file is in use by another process", str(to))
+
+    monkeypatch.setattr(os, "replace", in_use)
+    with pytest.raises(OutputError, match=r"x\.mp4.*Choose another folder or name"):
+        atomic_write(target, b"new")
+    assert target.read_bytes() == before and names(tmp_path) == ["x.mp4"]
 
 
 MARKS = {

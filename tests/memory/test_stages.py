@@ -147,6 +147,29 @@ def test_a_bare_transformer_file_gets_the_usual_parts_and_says_so() -> None:
     assert bare.confidence < full.confidence
 
 
+@pytest.mark.parametrize("frames", [5, 81, 801])
+def test_on_a_cpu_frames_are_no_weights_and_count_once(frames: int) -> None:
+    found = architecture("wan2.1-t2v-1.3b")
+    choices = Choices(dtypes=dict.fromkeys(sizes.PARTS, "fp32"), offload="model")
+    job = Workload(width=832, height=480, num_frames=frames)
+    to_file = replace(job, return_frames=False)
+    kept, written = (estimate(found, one, choices, CPU) for one in (job, to_file))
+    for stages in (kept.stages, written.stages):
+        for one in stages:
+            part = {"text_encode": "text_encoder", "denoise": "transformer"}.get(one.name, "vae")
+            assert one.weights_bytes == sizes.part_bytes(found, part, "fp32"), one.name
+            # All of it is RAM, and in the numbers of the device.
+            assert one.device_bytes == one.host_bytes
+    nbytes = frames * 832 * 480 * 3 * 4
+    decode, without = (next(s for s in e.stages if s.name == "decode") for e in (kept, written))
+    assert decode.device_bytes - without.device_bytes == nbytes
+    assert decode.weights_bytes == without.weights_bytes
+    parts = kept.base_model_mb + kept.generation_overhead_mb + kept.output_tensors_mb
+    assert kept.total_estimated_mb == pytest.approx(parts)
+    if frames == 801:  # the frames are what most is needed for: nothing comes on top of the peak
+        assert kept.total_estimated_mb == pytest.approx(kept.peak_usage_mb)
+
+
 def test_on_a_cpu_weights_and_frames_share_the_ram() -> None:
     dtypes = dict.fromkeys(sizes.PARTS, "fp32")
     job = Workload(width=832, height=480, num_frames=81)

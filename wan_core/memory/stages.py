@@ -79,7 +79,9 @@ def estimate(
     gaps = reserved - max(stage.device_bytes for stage in stages)
     peak = max(stages, key=lambda stage: stage.device_bytes)
     output = ledger.frames_bytes
-    weights, overhead = peak.weights_bytes, peak.device_bytes - peak.weights_bytes
+    # On a CPU the finished frames are in the peak of the last two stages; they count once.
+    there = output if system.device_kind == "cpu" and peak.name in ("decode", "output") else 0
+    weights, overhead = peak.weights_bytes, peak.device_bytes - peak.weights_bytes - there
     return MemoryEstimate(
         base_model_mb=weights / MIB,
         generation_overhead_mb=overhead / MIB,
@@ -201,7 +203,8 @@ class _Ledger:
         extra = _DEVICE_WORKSPACE
         if self.on_cpu:
             host += loras
-            weights, extra = host, _PROCESS
+            weights = self._host_weights(part) + loras
+            extra = host - weights + _PROCESS
             note = "in RAM, with the interpreter and its libraries"
         elif loras:
             weights, note = weights + loras, f"{note}, with its LoRAs"
@@ -239,7 +242,7 @@ class _Ledger:
         return StageEstimate(
             name="output",
             device_bytes=host if self.on_cpu else 0,
-            weights_bytes=0,
+            weights_bytes=self._host_weights("vae") if self.on_cpu else 0,
             activation_bytes=0,
             host_bytes=host,
             note="finished frames, float32, in RAM" if self.frames_bytes else "written to the file",
