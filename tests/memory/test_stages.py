@@ -166,8 +166,12 @@ def test_on_a_cpu_frames_are_no_weights_and_count_once(frames: int) -> None:
     assert decode.weights_bytes == without.weights_bytes
     parts = kept.base_model_mb + kept.generation_overhead_mb + kept.output_tensors_mb
     assert kept.total_estimated_mb == pytest.approx(parts)
-    if frames == 801:  # the frames are what most is needed for: nothing comes on top of the peak
-        assert kept.total_estimated_mb == pytest.approx(kept.peak_usage_mb)
+    long = replace(job, num_frames=2001, window_frames=81, encode_text=False)
+    most = estimate(found, long, choices, CPU)
+    # Where the decode needs most, the frames are in the peak, and nothing comes on top of it.
+    assert max(most.stages, key=lambda one: one.device_bytes).name == "decode"
+    assert most.total_estimated_mb == pytest.approx(most.peak_usage_mb)
+    assert most.output_tensors_mb * MIB == pytest.approx(2001 * 832 * 480 * 3 * 4)
 
 
 def test_on_a_cpu_weights_and_frames_share_the_ram() -> None:
