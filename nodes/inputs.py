@@ -10,7 +10,7 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from ..wan_core.config import CODECS
-from ..wan_core.job import PIXEL_FORMATS, SCHEDULERS
+from ..wan_core.job import PIXEL_FORMATS, SCHEDULERS, SIGMA_SCHEDULES
 from . import bridge
 
 SIZE = {"min": 16, "max": 8192, "step": 16}
@@ -112,6 +112,49 @@ def video_inputs() -> list[io.Input]:
             "Off: none.",
             **bridge.known(io.Boolean.Input, advanced=True),
         ),
+        *_step_inputs(),
+    ]
+
+
+def _step_inputs() -> list[io.Input]:
+    """Return the later inputs about noise levels and steps."""
+    return [
+        io.Combo.Input(
+            "sigma_schedule",
+            optional=True,
+            options=list(SIGMA_SCHEDULES),
+            default=SIGMA_SCHEDULES[0],
+            tooltip="Noise levels of the steps. official: Wan's own. simple: levels and solvers of "
+            "ComfyUI's KSampler with that schedule.",
+        ),
+        io.String.Input(
+            "sigmas",
+            default="",
+            optional=True,
+            tooltip="Noise levels typed one by one, '1, 0.757, 0.522', in place of steps, "
+            "flow_shift and schedule. Empty: none.",
+            **bridge.known(io.String.Input, advanced=True),
+        ),
+        io.Int.Input(
+            "guided_steps",
+            default=0,
+            optional=True,
+            min=0,
+            max=1000,
+            tooltip="So many first steps without the distilled LoRAs and with guidance: more "
+            "motion, more time. They are part of 'steps'. 0 = none.",
+            **bridge.known(io.Int.Input, advanced=True),
+        ),
+        io.Float.Input(
+            "guided_scale",
+            default=0.0,
+            optional=True,
+            min=0.0,
+            max=30.0,
+            step=0.1,
+            tooltip="Guidance scale of the guided_steps. 0 = the model's official value.",
+            **bridge.known(io.Float.Input, advanced=True),
+        ),
     ]
 
 
@@ -166,7 +209,8 @@ def _main_inputs() -> list[io.Input]:
             "scheduler",
             options=list(SCHEDULERS),
             default=SCHEDULERS[0],
-            tooltip="How a step is taken. UniPC is what Wan was released with.",
+            tooltip="How a step is taken. UniPC is what Wan was released with; lcm adds fresh "
+            "noise in each step.",
         ),
         io.Int.Input(
             "seed",

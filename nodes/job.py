@@ -18,6 +18,7 @@ from ..wan_core.job import (
     PIXEL_FORMATS,
     SCHEDULERS,
     SCHEDULES,
+    SIGMA_SCHEDULES,
     latent_frames,
 )
 
@@ -26,6 +27,10 @@ LATER: dict[str, Any] = {
     "crf": 18,
     "pix_fmt": PIXEL_FORMATS[0],
     "official_negative": True,
+    "sigma_schedule": "official",
+    "sigmas": "",
+    "guided_steps": 0,
+    "guided_scale": 0.0,
 }
 """Values of the samplers' later inputs for a prompt in API format that leaves them out."""
 LONG_CLIP: dict[str, Any] = {
@@ -69,7 +74,7 @@ def generation_config(values: Mapping[str, Any]) -> GenerationConfig:
         flow_shift=values["flow_shift"] or None,
         boundary=values["boundary"] or None,
         switch_step=values["switch_step"] or None,
-        scheduler=values["scheduler"],
+        scheduler=_sampler(values["scheduler"]),
         fps=values["fps"] or None,
         seed=values["seed"],
         image=_one_image("start_image", values.get("start_image")),
@@ -81,7 +86,35 @@ def generation_config(values: Mapping[str, Any]) -> GenerationConfig:
         pix_fmt=require_choice("pix_fmt", values["pix_fmt"], PIXEL_FORMATS),
         audio=_one_sound("audio", values.get("audio")),
         control=values.get("control"),
+        sigma_schedule=_schedule(values),
+        sigmas=_levels(values["sigmas"]),
+        guided_steps=values["guided_steps"],
+        guided_scale=values["guided_scale"] or None,
     )
+
+
+def _sampler(name: str) -> str | None:
+    """Return the sampler; the first, official one leaves it to a recipe that is in use."""
+    return None if name == SCHEDULERS[0] else name
+
+
+def _schedule(values: Mapping[str, Any]) -> str | None:
+    """Return the schedule; ``official`` leaves it to the model, or to a recipe that is in use."""
+    name = require_choice("sigma_schedule", values["sigma_schedule"], SIGMA_SCHEDULES)
+    return None if name == "official" else name
+
+
+def _levels(text: str) -> list[float] | None:
+    """Return the noise levels that are typed one by one; None for an empty text."""
+    words = text.replace(",", " ").split()
+    try:
+        return [float(word) for word in words] or None
+    except ValueError as err:
+        raise InvalidRequest(
+            f"sigmas is {text!r}; numbers are needed with commas or blanks between ({err}). Leave "
+            "it empty for the levels of the schedule.",
+            field="sigmas",
+        ) from err
 
 
 def _negative(values: Mapping[str, Any]) -> str | None:

@@ -8,7 +8,7 @@ from comfy_api.latest import io, ui
 
 from ..wan_core.config import GIB, PRECISIONS, WanModelFiles
 from ..wan_core.errors import InvalidRequest, MissingFile, WanError
-from ..wan_core.plan import FORWARDS, FP8, OFFLOADS, SPEEDS
+from ..wan_core.plan import FORWARDS, FP8, OFFLOADS, SPEEDS, STEP_CACHES
 from . import bridge
 from .inputs import Pipeline, pipeline_input
 from .job import require_choice, window_of
@@ -49,9 +49,9 @@ class WanLoader(io.ComfyNode):  # type: ignore[misc]
                     "use_recipe",
                     default=False,
                     optional=True,
-                    tooltip="For a model distilled to 4 steps (lightx2v, Lightning merged in): its "
-                    "settings (4 steps, guidance 1, shift 5) stand for the official ones, that is, "
-                    "wherever a sampler's input is 0. The node says whether it is such a model.",
+                    tooltip="For a model distilled to a few steps (lightx2v, TurboWan, FastWan): "
+                    "its settings stand for the official ones, that is, wherever a sampler's input "
+                    "is 0 or its first choice. The node says whether it is such a model.",
                 ),
                 *_module_inputs(files),
             ],
@@ -263,6 +263,10 @@ class WanOptimize(io.ComfyNode):  # type: ignore[misc]
         forward: str = "auto",
         fp8_storage: str = "auto",
         speed: str = "exact",
+        step_cache: str = "auto",
+        step_cache_threshold: float = -1.0,
+        guidance_gate: float = 0.0,
+        step_cache_factor: float = 0.0,
     ) -> io.NodeOutput:
         optimized = pipeline.optimized(
             precision=require_choice("precision", precision, PRECISIONS),
@@ -276,6 +280,10 @@ class WanOptimize(io.ComfyNode):  # type: ignore[misc]
             forward=require_choice("forward", forward, FORWARDS),
             fp8_storage=require_choice("fp8_storage", fp8_storage, FP8),
             speed=require_choice("speed", speed, SPEEDS),
+            step_cache=require_choice("step_cache", step_cache, STEP_CACHES),
+            step_cache_threshold=None if step_cache_threshold < 0 else step_cache_threshold,
+            guidance_gate=guidance_gate or None,
+            step_cache_factor=step_cache_factor or None,
         )
         return io.NodeOutput(optimized, ui=ui.PreviewText(_usual_plan(optimized)))
 
@@ -360,6 +368,48 @@ def _speed_inputs() -> list[io.Input]:
             optional=True,
             tooltip="exact: only what changes no bit. fast: also what changes rounding. fastest: "
             "also what changes the video a little. The plan below says what that is here.",
+        ),
+        io.Combo.Input(
+            "step_cache",
+            options=list(STEP_CACHES),
+            default="auto",
+            optional=True,
+            tooltip="easycache: steps that differ little from the one before are not computed. "
+            "magcache: those that its published curve of the model says. auto: easycache with "
+            "speed 'fastest'. Not with 8 steps or fewer.",
+            **bridge.known(io.Combo.Input, advanced=True),
+        ),
+        io.Float.Input(
+            "step_cache_threshold",
+            default=-1.0,
+            optional=True,
+            min=-1.0,
+            max=1.0,
+            step=0.005,
+            tooltip="How much may add up before a step is computed again: 0 nothing, 0.05 usual, "
+            "0.2 very fast. -1 = usual.",
+            **bridge.known(io.Float.Input, advanced=True),
+        ),
+        io.Float.Input(
+            "guidance_gate",
+            default=0.0,
+            optional=True,
+            min=0.0,
+            max=1.0,
+            step=0.05,
+            tooltip="Share of the steps that compute guidance's second pass; later ones take over "
+            "its last effect. 1 = all. 0 = all, or 0.5 with speed 'fastest'.",
+            **bridge.known(io.Float.Input, advanced=True),
+        ),
+        io.Float.Input(
+            "step_cache_factor",
+            default=0.0,
+            optional=True,
+            min=0.0,
+            max=4.0,
+            step=0.1,
+            tooltip="How many times rarer magcache shall compute the model's blocks. 0 = 1.5.",
+            **bridge.known(io.Float.Input, advanced=True),
         ),
     ]
 

@@ -53,9 +53,9 @@ class WanLoRA(io.ComfyNode):  # type: ignore[misc]
                 io.Boolean.Input(
                     "use_recipe",
                     default=False,
-                    tooltip="For a LoRA distilled to 4 steps (lightx2v, Lightning): its settings "
-                    "(4 steps, guidance 1, shift 5) stand for the official ones, that is, wherever "
-                    "a sampler's input is 0.",
+                    tooltip="For a LoRA distilled to a few steps (lightx2v, rCM, FastWan, "
+                    "CausVid): its settings stand for the official ones, that is, wherever a "
+                    "sampler's input is 0 or its first choice.",
                 ),
             ],
             outputs=[

@@ -2,6 +2,7 @@
 
 python -m tools.judge_demo --model wan_core/demo_model --prompts 90
 python -m tools.judge_demo --model wan_core/demo_model --tasks --long 12    # 65 frames by windows
+python -m tools.judge_demo --prompts 24 --speeds exact fast fastest         # what a speed costs
 """
 
 from __future__ import annotations
@@ -146,6 +147,80 @@ def measure_long(model: Path, count: int) -> Iterator[tuple[Cell, int, int]]:
         yield cell, right, len(frames)
 
 
+def ssim(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Return the structural similarity of two clips (frames, height, width, 3) in 0..1.
+
+    Wang et al. 2004, with windows of 7x7 pixels of equal weight, the mean over frames and colours.
+    """
+
+    def averaged(values: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.avg_pool2d(values, 7, stride=1)
+
+    x, y = (clip.permute(0, 3, 1, 2).double() for clip in (a, b))
+    mean_x, mean_y = averaged(x), averaged(y)
+    spread_x, spread_y = averaged(x * x) - mean_x**2, averaged(y * y) - mean_y**2
+    both = averaged(x * y) - mean_x * mean_y
+    c1, c2 = 0.01**2, 0.03**2
+    top = (2 * mean_x * mean_y + c1) * (2 * both + c2)
+    return float((top / ((mean_x**2 + mean_y**2 + c1) * (spread_x + spread_y + c2))).mean())
+
+
+SHARES = ("colour", "shape", "direction", "background", "steady")
+
+
+def measure_speeds(
+    model: Path, task: str, count: int, speeds: list[str], **options: Any
+) -> Iterator[str]:
+    """Yield a table: for each speed the judge's shares, PSNR and SSIM beside exact, forwards."""
+    exact: list[torch.Tensor] = []
+    known: dict[str, str] = {}
+    yield (
+        f"| {task} | " + " | ".join(SHARES) + " | PSNR dB | SSIM | forwards | seconds a clip |\n"
+        f"|---|{'---|' * (len(SHARES) + 4)}"
+    )
+    for speed in dict.fromkeys(("exact", *speeds)):
+        wrapper = WanPipelineLoader().load_wan_pipeline(
+            model / task, optimization_config={"speed": speed, **options}
+        )
+        how = str(wrapper.plan(_job(task, spread(1)[0], 0))[1].choices)
+        if how in known:
+            yield f"| {speed} | the same plan as {known[how]} on this machine |"
+            continue
+        known[how] = speed
+        score, ratios, likeness, made = Score(), [], [], 0.0
+        began = time.perf_counter()
+        for seed, cell in enumerate(spread(count)):
+            result = wrapper.generate(_job(task, cell, seed)).raise_for_error()
+            frames = result.frames.reshape(-1, clips.SIZE, clips.SIZE, 3)
+            score.add(cell, frames)
+            if speed == "exact":
+                exact.append(frames)
+            ratios.append(psnr(frames, exact[seed]))
+            likeness.append(ssim(frames, exact[seed]))
+            found, whole = result.metadata.get("forwards", "1 of 1").split()[:3:2]
+            made += int(found) / int(whole)
+        seconds = (time.perf_counter() - began) / count
+        shares = " | ".join(f"{100 * score.share(name):.1f} %" for name in SHARES)
+        alike = (
+            "equal | 1"
+            if speed == "exact"
+            else (f"{sum(ratios) / count:.1f} | {sum(likeness) / count:.3f}")
+        )
+        yield f"| {speed} | {shares} | {alike} | {100 * made / count:.0f} % | {seconds:.2f} |"
+
+
+def _job(task: str, cell: Cell, seed: int) -> GenerationConfig:
+    """Return the job of a cell with the shipped recipe."""
+    template = "full" if task == "t2v" else "motion"
+    job = GenerationConfig(
+        prompt=clips.sentence(*cell, template=template), width=clips.SIZE, height=clips.SIZE,
+        num_frames=clips.FRAMES, seed=seed,
+    )  # fmt: skip
+    if task == "i2v":
+        job.image = (first_frame(cell, seed)[0] * 0.5 + 0.5).permute(1, 2, 0)
+    return job
+
+
 def main() -> None:
     """Measure both pairs, print the table, and write a contact sheet of each."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -153,10 +228,17 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=90)
     parser.add_argument("--tasks", nargs="*", default=["t2v", "i2v"])
     parser.add_argument("--long", type=int, default=0, help="also so many clips of 65 frames")
+    parser.add_argument("--speeds", nargs="*", default=[], help="compare speeds in place of it all")
     parser.add_argument("--sheets", type=Path, help="folder for contact sheets")
     parser.add_argument("--wrong", action="store_true", help="list what was misread")
     args = parser.parse_args()
     say = sys.stdout.write
+    if args.speeds:
+        for task in args.tasks:
+            for line in measure_speeds(args.model, task, args.prompts, args.speeds):
+                say(f"{line}\n")
+                sys.stdout.flush()
+        return
     for task in args.tasks:
         pipeline = open_pipeline(args.model, task)
         if task == "t2v":

@@ -19,9 +19,9 @@ from typing import Any, TextIO
 from .config import CODECS, MIB, GenerationConfig, WanControl
 from .errors import InvalidRequest, WanError
 from .files import decode_text
-from .job import FUSIONS, MOST_FRAMES
+from .job import FUSIONS, MOST_FRAMES, SCHEDULERS
 from .memory import close_gaps
-from .plan import FORWARDS, FP8, OFFLOADS, SPEEDS
+from .plan import FORWARDS, FP8, OFFLOADS, SPEEDS, STEP_CACHES
 
 DEMO_PROMPT = "a red circle moves right on a dark background"
 
@@ -126,6 +126,10 @@ def _add_plan(command: argparse.ArgumentParser) -> None:
     command.add_argument("--forward", default="auto", help=", ".join(FORWARDS))
     command.add_argument("--fp8-storage", default="auto", help=", ".join(FP8))
     command.add_argument("--speed", default="exact", help=", ".join(SPEEDS))
+    command.add_argument("--step-cache", default="auto", help=", ".join(STEP_CACHES))
+    command.add_argument("--step-cache-threshold", type=float, metavar="0..1")
+    command.add_argument("--step-cache-factor", type=float, metavar="1..4", help="for magcache")
+    command.add_argument("--guidance-gate", type=float, metavar="0..1", help="steps fully guided")
     command.add_argument("--device", help="cuda:0, cpu ... (default: the best there is)")
     command.add_argument("--vram-limit-gb", type=float, help="use at most so much of the card")
     command.add_argument(
@@ -166,7 +170,15 @@ def _add_job(command: argparse.ArgumentParser) -> None:
     command.add_argument("--guidance-scale-2", type=float, help="of the low-noise expert")
     command.add_argument("--flow-shift", type=float)
     command.add_argument("--boundary", type=float, help="share of timesteps where experts switch")
-    command.add_argument("--scheduler", help="unipc, euler or dpm++2m")
+    command.add_argument("--scheduler", help=", ".join(SCHEDULERS))
+    command.add_argument(
+        "--sigma-schedule", help="noise levels: official (Wan's), or simple (ComfyUI's)"
+    )
+    command.add_argument(
+        "--guided-steps", type=int, default=0, help="first steps without the distilled LoRAs"
+    )
+    command.add_argument("--guided-scale", type=float, help="guidance scale of the guided steps")
+    command.add_argument("--sigmas", metavar="1,0.75,...", help="noise levels one by one")
     command.add_argument("--fps", type=float)
     command.add_argument("--prompts", metavar="FILE", help="lines FRAMES: TEXT, for --prompt")
     command.add_argument("--schedule", default="static", help="static, uniform or looped windows")
@@ -254,6 +266,10 @@ def _open(arguments: argparse.Namespace) -> Any:
         "forward": arguments.forward,
         "fp8_storage": arguments.fp8_storage,
         "speed": arguments.speed,
+        "step_cache": arguments.step_cache,
+        "step_cache_threshold": arguments.step_cache_threshold,
+        "step_cache_factor": arguments.step_cache_factor,
+        "guidance_gate": arguments.guidance_gate,
         "device": arguments.device,
         "vram_limit_gb": arguments.vram_limit_gb,
     }
@@ -336,6 +352,10 @@ def _generate(arguments: argparse.Namespace) -> tuple[str, dict[str, Any]]:
         flow_shift=arguments.flow_shift,
         boundary=arguments.boundary,
         scheduler=arguments.scheduler,
+        sigma_schedule=arguments.sigma_schedule,
+        sigmas=_numbers(arguments.sigmas),
+        guided_steps=arguments.guided_steps,
+        guided_scale=arguments.guided_scale,
         fps=arguments.fps,
         window_schedule=arguments.schedule,
         window_fusion=arguments.fusion,
@@ -354,6 +374,15 @@ def _generate(arguments: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     )
     result = _generated(wrapper, job, arguments)
     return wrapper.report(result), result.to_dict()
+
+
+def _numbers(text: str | None) -> list[float] | None:
+    try:
+        return None if text is None else [float(word) for word in text.replace(",", " ").split()]
+    except ValueError as err:
+        raise InvalidRequest(
+            f"--sigmas is {text!r}; numbers with commas between are needed ({err}).", field="sigmas"
+        ) from err
 
 
 def _read_text(path: str | None, field: str = "prompts") -> str | None:

@@ -188,7 +188,7 @@ class GenerationConfig:
     switch_step: int | None = None
     """Index of the low-noise expert's first step; overrides ``boundary``."""
     scheduler: str | None = None
-    """"unipc", "euler" or "dpm++2m"."""
+    """"unipc", "euler", "dpm++2m", "lcm" or "res_multistep"."""
     fps: float | None = None
     seed: int | None = 0
     """None draws a random seed, which is recorded in the result's metadata."""
@@ -270,6 +270,17 @@ class GenerationConfig:
     return_frames: bool = True
     """False leaves the result's ``frames`` None: frames are written to the mp4 as they are decoded,
     so RAM does not grow with the length of the clip."""
+    sigma_schedule: str | None = None
+    """"official" takes the noise levels and solvers of diffusers, "simple" those of ComfyUI's
+    KSampler with the schedule of that name."""
+    sigmas: Sequence[float] | None = None
+    """The noise levels of the steps one by one, from at most 1 down to above 0, without the last 0;
+    in place of ``num_inference_steps``, ``flow_shift`` and ``sigma_schedule``."""
+    guided_steps: int = 0
+    """So many of the steps, from the first on, are made without the distilled LoRAs and with
+    guidance, which keeps more motion; the rest with them, as usual."""
+    guided_scale: float | None = None
+    """Guidance scale of the ``guided_steps``; None means the model's official one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -167,6 +167,10 @@ CASES = [
     Case("precision", job={"precision_override": "fp4"}),
     # Steps, windows, segments, texts.
     Case("start_step", job={"start_step": 2}),
+    Case("sigmas", job={"sigmas": [0.5, 0.9]}),
+    Case("guided_steps", job={"guided_steps": 1}),
+    Case("sigma_schedule", job={"sigma_schedule": "karras"}),
+    Case("num_inference_steps", job={"sigmas": [1.0, 0.5], "num_inference_steps": 3}),
     Case("start_step", job={"start_step": 4, "latents": torch.zeros(LATENTS)}),
     Case("start_step", job={"start_step": 3, "end_step": 2, "latents": torch.zeros(LATENTS)}),
     Case("prompts", job={"prompts": "", "prompt": None}),

@@ -269,3 +269,22 @@ def test_an_overlap_as_long_as_the_window_is_refused(pack: ModuleType) -> None:
     job.use_windows(config, 17, 16)
     assert (config.max_chunk_size, config.window_overlap) == (17, 16)
     assert config.force_chunked_processing
+
+
+def test_noise_levels_are_typed_and_the_official_ones_are_left_to_the_model(
+    pack: ModuleType,
+) -> None:
+    """The first choices are None, so that a recipe in use may stand for them."""
+
+    def made(**values: Any) -> Any:
+        return part(pack, "nodes.job").generation_config(VALUES | values)
+
+    usual = made()
+    assert (usual.scheduler, usual.sigma_schedule, usual.sigmas) == (None, None, None)
+    asked = made(scheduler="lcm", sigma_schedule="simple", sigmas=" 1, 0.5 0.25")
+    assert (asked.scheduler, asked.sigma_schedule) == ("lcm", "simple")
+    assert asked.sigmas == [1.0, 0.5, 0.25]
+    for bad in ({"sigmas": "1; x"}, {"sigma_schedule": "karras"}, {"scheduler": "heun"}):
+        with pytest.raises(part(pack, "wan_core.errors").InvalidRequest) as caught:
+            made(**bad)
+        assert caught.value.field == next(iter(bad))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -68,8 +69,8 @@ def test_an_ingredient_counts_from_its_speed_on(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(speed, "INGREDIENTS", (*speed.INGREDIENTS, more))
     plans = {word: recommend(T2V, P480, gpu(80), ALL, speed=word) for word in SPEEDS}
     assert [plans[word].by_rows for word in SPEEDS] == [False, False, True]
-    assert [len(said(plans[word])) for word in SPEEDS] == [0, 1, 2]
-    assert said(plans["fastest"])[1] == "speed fastest: cut by rows"
+    assert [len(said(plans[word])) for word in SPEEDS] == [0, 1, 4]
+    assert said(plans["fastest"])[-1] == "speed fastest: cut by rows"
 
 
 @pytest.mark.parametrize("word", ["quick", "", None, 1])
@@ -77,3 +78,90 @@ def test_a_word_that_is_none(word: object) -> None:
     """The error names the field and what is allowed."""
     with pytest.raises(InvalidRequest, match="speed is .*; allowed is one of exact, fast, fastest"):
         OptimizationConfig.from_mapping({"speed": word})
+
+
+MANY, FEW = replace(P480, steps=40), replace(P480, steps=8)
+
+
+def test_fastest_leaves_forwards_out_and_says_how_many() -> None:
+    """The gate counts in the seconds; what EasyCache saves depends on the clip, and does not."""
+    fast = recommend(T2V, MANY, gpu(80), ALL, speed="fast")
+    fastest = recommend(T2V, MANY, gpu(80), ALL, speed="fastest")
+    assert (fastest.easycache, fastest.guidance_gate) == (0.05, 0.5)
+    assert (fast.easycache, fast.guidance_gate) == (0.0, 1.0)
+    assert fastest.step_seconds == pytest.approx(0.75 * fast.step_seconds)
+    _, cache, gate = said(fastest)
+    assert "of 40 steps 9 or more are computed" in cache
+    assert "about 60 of 80 forwards" in gate
+    assert {"EasyCache 0.05", "guidance gate 0.5"} <= set(fastest.applied)
+
+
+def test_by_name_whatever_the_speed() -> None:
+    plan = recommend(T2V, MANY, gpu(80), ALL, step_cache="easycache", step_cache_threshold=0.2)
+    assert (plan.easycache, plan.guidance_gate, plan.tier) == (0.2, 1.0, 1)
+    assert plan.dtypes["vae"] == "fp32"
+    assert any(text.startswith("asked for: EasyCache, threshold 0.2") for text in plan.reasons)
+    plan = recommend(SMALL, MANY, cpu(64), ALL, guidance_gate=0.3)
+    assert (plan.easycache, plan.guidance_gate) == (0.0, 0.3)
+    never = recommend(T2V, MANY, gpu(80), ALL, speed="fastest", step_cache="never", guidance_gate=1)
+    assert (never.easycache, never.guidance_gate) == (0.0, 1.0)
+    exact = recommend(T2V, MANY, gpu(80), ALL, step_cache_threshold=0.2, guidance_gate=1)
+    assert exact.choices == recommend(T2V, MANY, gpu(80), ALL).choices
+
+
+REFUSED = [
+    (FEW, {"step_cache": "easycache"}, "step_cache", "the job has 8 steps"),
+    (FEW, {"guidance_gate": 0.5}, "guidance_gate", "the job has 8 steps"),
+    (replace(MANY, moving_windows=True), {"step_cache": "easycache"}, "step_cache", "windows move"),
+    (replace(MANY, moving_windows=True), {"guidance_gate": 0.5}, "guidance_gate", "windows move"),
+    (
+        replace(MANY, guidance_high=False, guidance_low=False),
+        {"guidance_gate": 0.5}, "guidance_gate", "there is no guidance",
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("job", "asked", "field", "why"), REFUSED)
+def test_what_makes_no_sense_is_refused_by_name_and_left_out_by_speed(
+    job: Any, asked: dict[str, Any], field: str, why: str
+) -> None:
+    with pytest.raises(InvalidRequest, match=why) as caught:
+        recommend(T2V, job, gpu(80), ALL, **asked)
+    assert caught.value.field == field
+    plan = recommend(T2V, job, gpu(80), ALL, speed="fastest")
+    assert not getattr(plan, "easycache" if field == "step_cache" else "guidance_gate") % 1
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("step_cache", "teacache"), ("step_cache", None), ("step_cache_threshold", -0.1),
+        ("step_cache_threshold", 1.5), ("step_cache_threshold", "a"), ("guidance_gate", 0),
+        ("guidance_gate", 1.2), ("guidance_gate", float("nan")), ("guidance_gate", True),
+    ],
+)  # fmt: skip
+def test_values_out_of_range(field: str, value: object) -> None:
+    with pytest.raises(InvalidRequest, match=f"{field} is .*; allowed is") as caught:
+        OptimizationConfig.from_mapping({field: value})
+    assert caught.value.field == field
+
+
+def test_magcache_is_planned_by_its_curve() -> None:
+    """The reason counts the passes, the seconds follow it, and RAM and card are counted."""
+    plain = recommend(T2V, MANY, gpu(80), ALL)
+    job = replace(MANY, high_steps=15)
+    plan = recommend(T2V, job, gpu(80), ALL, step_cache="magcache")
+    (reason,) = [text for text in plan.reasons if text.startswith("asked for: MagCache, factor")]
+    assert "computed in 52 of 80 passes" in reason and "MagCache 1.5" in plan.applied
+    assert plan.step_seconds == pytest.approx(plain.step_seconds * 52 / 80)
+    hidden = 21 * 30 * 52 * 5120 * 2
+    before, after = (
+        next(s for s in one.estimate.stages if s.name == "denoise_high") for one in (plain, plan)
+    )
+    assert after.device_bytes - before.device_bytes == hidden
+    assert after.host_bytes - before.host_bytes == 2 * hidden
+    with pytest.raises(InvalidRequest, match="no curve of MagCache is published for wan2.1-flf2v"):
+        recommend("wan2.1-flf2v-14b", MANY, gpu(80), ALL, step_cache="magcache")
+    for bad in (0.5, 5, "a"):
+        with pytest.raises(InvalidRequest, match="step_cache_factor is .*; allowed is"):
+            OptimizationConfig.from_mapping({"step_cache_factor": bad})

@@ -22,7 +22,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from wan_core.errors import InvalidRequest, JournalMismatch
-from wan_core.job.steps import SCHEDULERS, make_scheduler
+from wan_core.job.steps import DIFFUSERS_SCHEDULERS as SCHEDULERS
+from wan_core.job.steps import make_scheduler
 from wan_core.render import journal as journal_module
 from wan_core.render.identity import identity_differences, identity_key, plain_identity
 from wan_core.render.journal import (

@@ -23,7 +23,8 @@ from wan_core.errors import (
     ModelMismatch,
     NonFiniteLatents,
 )
-from wan_core.job.steps import SCHEDULERS, make_scheduler
+from wan_core.job.steps import DIFFUSERS_SCHEDULERS as SCHEDULERS
+from wan_core.job.steps import make_scheduler
 
 SIZE = {"width": 64, "height": 32, "num_frames": 9, "num_inference_steps": 4}
 IMAGE_FAMILIES = ("wan2.1-i2v", "wan2.1-flf2v", "wan2.2-i2v-a14b")

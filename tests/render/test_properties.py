@@ -23,7 +23,8 @@ from torch import Tensor
 
 from wan_core import GenerationConfig, WanPipelineLoader
 from wan_core.job.noise import draw_noise
-from wan_core.job.steps import SCHEDULERS, make_scheduler, plan_steps
+from wan_core.job.steps import DIFFUSERS_SCHEDULERS as SCHEDULERS
+from wan_core.job.steps import make_scheduler, plan_steps
 from wan_core.job.windows import FUSIONS, WindowPlan, latent_frames, plan_windows
 from wan_core.sampling.denoise import (
     Conditions,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from support.tiny_models import make_folder
 
 from wan_core import GenerationConfig, WanPipelineLoader
 from wan_core.errors import InvalidRequest, JournalMismatch, OutputError
+from wan_core.job import SCHEDULERS
 from wan_core.plan import Planner
 
 ROOT = Path(__file__).parents[2]
@@ -99,6 +101,84 @@ def test_going_on_after_any_step_gives_the_same_bits(
         assert steps == list(range(stop + 1, 6))  # no finished step was made again
         assert f"after step {stop}" in rest.metadata["resumed"]
         assert not (tmp_path / "j").exists()  # a finished render leaves no journal
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "schedule"),
+    [
+        *((name, "simple") for name in SCHEDULERS),
+        ("lcm", "official"),
+        ("res_multistep", "official"),
+    ],
+)
+def test_going_on_with_a_solver_of_our_own(
+    folder: Any, tmp_path: Path, scheduler: str, schedule: str
+) -> None:
+    """Also within a step, between two windows, and in the second of two experts."""
+    job = JOB | {"scheduler": scheduler, "sigma_schedule": schedule, "return_frames": False}
+    job["output_path"] = tmp_path / "o.mp4"
+    path = folder("wan2.2-t2v-a14b")
+    whole = open_wan(path).generate(GenerationConfig(**job)).raise_for_error()
+    kept = {"resume": "auto", "journal_folder": tmp_path / "j"}
+    for stop in ({"progress_callback": crash_after(3)}, {"chunk_callback": crash_after(2)}):
+        with pytest.raises(Crash):
+            open_wan(path).generate(GenerationConfig(**job, **kept, **stop))
+        rest = open_wan(path).generate(GenerationConfig(**job, **kept)).raise_for_error()
+        assert "resumed" in rest.metadata
+        assert torch.equal(rest.latents, whole.latents)
+
+
+@pytest.mark.parametrize("scheduler", ["lcm", "unipc"])
+def test_segments_with_a_solver_of_our_own(folder: Any, tmp_path: Path, scheduler: str) -> None:
+    """Each segment has its own fresh noise, and a resumed one draws it again."""
+    job = JOB | {"scheduler": scheduler, "sigma_schedule": "simple", "image": picture(),
+                 "window_mode": "continuation", "num_inference_steps": 3}  # fmt: skip
+    path = folder("wan2.1-i2v")
+    whole = open_wan(path).generate(GenerationConfig(**job)).raise_for_error()
+    kept = {"resume": "auto", "journal_folder": tmp_path / "j"}
+    with pytest.raises(Crash):
+        open_wan(path).generate(GenerationConfig(**job, **kept, progress_callback=crash_after(4)))
+    rest = open_wan(path).generate(GenerationConfig(**job, **kept)).raise_for_error()
+    assert rest.metadata["resumed"].startswith("segment 2")
+    assert torch.equal(rest.latents, whole.latents)
+
+
+EASY = {"step_cache": "easycache", "step_cache_threshold": 0.3, "guidance_gate": 0.5}
+MAG = {"step_cache": "magcache", "step_cache_factor": 2.0}
+SHORTCUTS = [
+    (EASY, "wan2.2-t2v-a14b", {"max_chunk_size": 17, "window_overlap": 8}, (3, 7, 11)),
+    (EASY, "wan2.1-i2v", {"window_mode": "continuation", "max_chunk_size": 17}, (9, 17)),
+    (EASY, "wan2.1-t2v", {"num_frames": 9}, (8,)),
+    (MAG, "wan2.2-t2v-a14b", {"max_chunk_size": 17, "window_overlap": 8}, (7, 11)),
+    (MAG, "wan2.1-i2v", {"window_mode": "continuation", "max_chunk_size": 17}, (9, 17)),
+    (MAG | {"guidance_gate": 0.5}, "wan2.1-t2v", {"num_frames": 9}, (5, 8)),
+]
+
+
+@pytest.mark.parametrize(("wishes", "family", "more", "stops"), SHORTCUTS)
+def test_going_on_with_shortcuts(
+    folder: Any, tmp_path: Path, wishes: dict[str, Any], family: str, more: dict[str, Any],
+    stops: tuple[int, ...],
+) -> None:  # fmt: skip
+    """What step caches and the gate remember, per window, segment and expert, is saved too."""
+    job = JOB | {"num_inference_steps": 12, "max_chunk_size": None, "resume": "auto"} | more
+    job |= {"journal_folder": tmp_path / "j", "return_frames": False}
+    job |= {"output_path": tmp_path / "o.mp4"} | ({"image": picture()} if "i2v" in family else {})
+    path = folder(family)
+    whole = open_wan(path, **wishes).generate(GenerationConfig(**job)).raise_for_error()
+    plain = open_wan(path).generate(GenerationConfig(**job)).raise_for_error()
+    assert not torch.equal(plain.latents, whole.latents) and "forwards" not in plain.metadata
+    forwards, skipped, *_ = (int(word) for word in re.findall(r"\d+", whole.metadata["forwards"]))
+    assert 0 < forwards < skipped + forwards
+    for stop in stops:
+        with pytest.raises(Crash):
+            open_wan(path, **wishes).generate(
+                GenerationConfig(**job, progress_callback=crash_after(stop))
+            )
+        rest = open_wan(path, **wishes).generate(GenerationConfig(**job)).raise_for_error()
+        assert "resumed" in rest.metadata
+        assert torch.equal(rest.latents, whole.latents)
+        assert rest.metadata["forwards"] == whole.metadata["forwards"]
 
 
 def test_going_on_within_a_step_at_the_window_that_was_next(folder: Any, tmp_path: Path) -> None:

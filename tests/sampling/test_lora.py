@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from support.as_pack import load_pack, open_model, part
 from support.lean_models import inputs_of, model_of
+from support.machines import architecture
 from support.stored_files import gguf_blocks
 from support.tiny_models import components, make_folder, pipeline
 from torch import Tensor, nn
@@ -27,8 +28,7 @@ from wan_core.detect.lora_files import parse_lora, with_loras
 from wan_core.errors import CorruptFile, InvalidRequest, ModelMismatch, UnsupportedModel
 from wan_core.formats import Storage
 from wan_core.forward.transformer import lean_forward
-from wan_core.job.request import resolve
-from wan_core.job.steps import make_scheduler
+from wan_core.job import resolve, solver_sigmas
 from wan_core.loading.dequantize import Scales
 from wan_core.loading.quantized import StoredLinear, replace_layer
 from wan_core.models.recipes import recipe_of
@@ -643,16 +643,72 @@ def test_recipes_from_the_folder_and_from_metadata() -> None:
     assert "modelspec.title" in found.reason
 
 
-def test_the_recipe_s_schedule_is_what_unipc_makes_and_euler_does_not() -> None:
-    recipe = recipe_of("lightx2v.safetensors")
+FAMILIES = {
+    "wan2.2_t2v_lightx2v_4steps_lora_v1.1_high_noise": ("lightx2v", "euler"),
+    "TurboWan2.1-T2V-14B-480P": ("rCM", "lcm"),
+    "TurboWan2.2-I2V-A14B-high-720P-quant": ("rCM", "euler"),
+    "rCM_Wan2.1_T2V_1.3B_480p_2steps": ("rCM", "lcm"),
+    "Wan_2_1_T2V_14B_480p_rCM_lora_average_rank_83_bf16": ("rCM", "lcm"),
+    "FastWan2.1-T2V-1.3B-Diffusers": ("FastWan", "lcm"),
+    "FastWan2.2-TI2V-5B-FullAttn_3steps": ("FastWan", "lcm"),
+    "Wan21_CausVid_14B_T2V_lora_rank32": ("CausVid", "unipc"),
+    "Wan21_CausVid_bidirect2_T2V_1_3B_lora_rank32": ("CausVid", "unipc"),
+    "FastWan_8steps": None,
+    "causvid_40steps": None,
+    "marcm_style": None,
+    "fast_wanderer": None,
+}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_families_of_few_steps_are_told_apart(name: str) -> None:
+    found = recipe_of(f"/loras/{name}.safetensors")
+    assert (None if found is None else (found.name, found.scheduler)) == FAMILIES[name]
+
+
+LEVELS = {  # as published, to the digits that are
+    "lightx2v": (1.0, 0.9375, 0.8333, 0.625),
+    "rcm_t2v": (0.98765, 0.93378, 0.85290, 0.60898),
+    "rcm_i2v": (0.99502, 0.93378, 0.85290, 0.60898),
+    "fastwan": (1.0, 0.757, 0.522),
+}
+
+
+@pytest.mark.parametrize("name", LEVELS)
+def test_a_recipe_s_settings_make_the_published_levels(name: str, tmp_path: Path) -> None:
+    """From the defaults that a recipe gives, through the request, to the solver."""
+    recipe = recipe_of(f"/loras/{name}.safetensors")
+    assert recipe is not None and recipe.guidance_scale == 1.0
+    model = architecture("wan2.1-t2v-14b")
+    variant = replace(model.variant, defaults=recipe.as_defaults(model.variant.defaults))
+    request = resolve(GenerationConfig(prompt=""), replace(model, variant=variant))
+    made = solver_sigmas(
+        request.scheduler, request.sigma_schedule, request.num_inference_steps,
+        request.flow_shift, request.sigmas,
+    )  # fmt: skip
+    assert made == pytest.approx((*LEVELS[name], 0.0), abs=6e-5)
+    assert recipe.differences(request) == []
+
+
+def test_what_departs_from_a_recipe_s_levels_is_named() -> None:
+    """rCM was made for fewer steps too; a shift or more steps put the levels aside."""
+    recipe = recipe_of("/loras/rcm_t2v.safetensors")
     assert recipe is not None
-    made = {}
-    for name in ("unipc", "euler"):
-        scheduler = make_scheduler(name, recipe.flow_shift)
-        scheduler.set_timesteps(recipe.num_inference_steps)
-        made[name] = tuple(round(float(t)) for t in scheduler.timesteps)
-    assert made["unipc"] == recipe.timesteps == (999, 937, 833, 625)
-    assert made["euler"] == (1000, 910, 717, 24)
+    model = architecture("wan2.1-t2v-14b")
+    variant = replace(model.variant, defaults=recipe.as_defaults(model.variant.defaults))
+    model = replace(model, variant=variant)
+
+    def differences(**asked: Any) -> list[str]:
+        return recipe.differences(resolve(GenerationConfig(prompt="", **asked), model))
+
+    two = resolve(GenerationConfig(prompt="", num_inference_steps=2), model)
+    assert two.sigmas == recipe.sigmas[:2] and recipe.differences(two) == []
+    assert differences(num_inference_steps=6) == [
+        "num_inference_steps 6", "the sigmas of a schedule"
+    ]  # fmt: skip
+    assert differences(flow_shift=3.0) == ["the sigmas of a schedule"]
+    assert differences(sigmas=[1.0, 0.9, 0.8, 0.5]) == ["sigmas 1, 0.9, 0.8, 0.5"]
+    assert differences(scheduler="euler", guidance_scale=2.0)[0] == "guidance_scale 2"
 
 
 # Whole renders -----------------------------------------------------------------------------------
@@ -753,8 +809,9 @@ def test_a_recipe_is_offered_and_used_only_when_asked(folders: Any, tmp_path: Pa
     assert (used.num_inference_steps, used.flow_shift, used.guidance_scale) == (4, 5.0, 1.0)
     assert used.guidance_scale_2 == 1.0
     assert not used.warnings
-    recipe_settings = {
+    recipe_settings: dict[str, Any] = {
         "num_inference_steps": 4, "flow_shift": 5.0, "guidance_scale": 1.0, "guidance_scale_2": 1.0,
+        "scheduler": "euler", "sigma_schedule": "simple",
     }  # fmt: skip
     assert not resolve(replace(job, **recipe_settings), offered).warnings
     # What a job says itself still counts, and is then warned of.
@@ -889,3 +946,58 @@ def test_the_command_line_takes_loras(folders: Any, tmp_path: Path, capsys: Any)
 )  # fmt: skip
 def test_the_command_line_s_form(text: str, lora: WanLoRA) -> None:
     assert parse_lora(text) == lora
+
+
+# Guided steps before the distilled LoRA --------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["wan2.1-t2v", "wan2.2-t2v-a14b"])
+@pytest.mark.parametrize("guided", [1, 2, 3])
+def test_guided_steps_are_those_of_a_run_without_the_lora(
+    folders: Any, tmp_path: Path, family: str, guided: int
+) -> None:
+    """Two runs, as people chain KSamplers: the first without the LoRA, the second with it.
+
+    A style that is no distilled LoRA stays on in both.
+    """
+    model = model_of(family, torch.float32)
+    fast = saved(tmp_path / "wan_lightx2v_4steps.safetensors", make_lora(model, "kijai")[0])
+    style = saved(tmp_path / "style.safetensors", make_lora(model, "kijai", seed=7)[0])
+    job: dict[str, Any] = {
+        "num_inference_steps": 4, "guidance_scale": 1.0, "guidance_scale_2": 1.0,
+        "scheduler": "euler", "sigma_schedule": "simple", "switch_step": 2,
+    }  # fmt: skip
+    whole = latents(
+        folders(family), tmp_path, [fast, style], guided_steps=guided, guided_scale=3.0, **job
+    )
+    first = job | {"guidance_scale": 3.0, "guidance_scale_2": 3.0, "end_step": guided}
+    begun = latents(folders(family), tmp_path, [style], **first)
+    rest = latents(
+        folders(family), tmp_path, [fast, style], latents=begun, start_step=guided, **job
+    )
+    assert torch.equal(whole, rest)
+    assert not torch.equal(whole, latents(folders(family), tmp_path, [fast, style], **job))
+
+
+def test_guided_steps_need_a_distilled_lora_and_a_step_with_it(
+    folders: Any, tmp_path: Path
+) -> None:
+    folder = folders("wan2.2-t2v-a14b")
+    model = model_of("wan2.2-t2v-a14b", torch.float32)
+    fast = saved(tmp_path / "wan_lightx2v_4steps.safetensors", make_lora(model, "kijai")[0])
+    plain = ArchitectureDetector().detect_model_architecture(folder)
+    used = with_loras(plain, [fast], use_recipe=True)
+    size = {"prompt": "", "width": 64, "height": 32, "num_frames": 5}
+    found = resolve(GenerationConfig(**size, guided_steps=2, num_inference_steps=6), used)
+    # The official scale, though the recipe's 1 has taken its place as the default.
+    assert (found.guided_steps, found.guided_scale, found.guidance_scale) == (2, 4.0, 1.0)
+    assert found.guided and not found.warnings
+    idle = resolve(GenerationConfig(**size, guided_scale=3.0), used)
+    assert (idle.guided_steps, idle.guided_scale, idle.guided) == (0, None, False)
+    for architecture_, steps in ((used, 4), (used, 9), (plain, 1), (with_loras(plain, []), 2)):
+        with pytest.raises(InvalidRequest) as caught:
+            resolve(GenerationConfig(**size, guided_steps=steps), architecture_)
+        assert caught.value.field == "guided_steps"
+    off = with_loras(plain, [(fast, "both", 0.0)])
+    with pytest.raises(InvalidRequest, match="no distilled LoRA is in use"):
+        resolve(GenerationConfig(**size, guided_steps=1), off)

@@ -145,8 +145,8 @@ def _with_recipe(architecture: ModelArchitecture) -> ModelArchitecture:
         names = ", ".join(name for name, _ in known)
         raise InvalidRequest(
             f"use_recipe is set, but no recipe is known for {names}. Recognised are LoRAs and "
-            "checkpoints distilled to four steps (lightx2v, Lightning). Leave use_recipe off and "
-            "set steps and scales yourself.",
+            "checkpoints distilled to a few steps (lightx2v, Lightning, rCM, TurboWan, FastWan, "
+            "CausVid). Leave use_recipe off and set steps and scales yourself.",
             field="use_recipe",
         )
     name, recipe = found

@@ -17,6 +17,7 @@ from ..lazy import lazy_names
 
 if TYPE_CHECKING:
     from .modulation import TimestepRuns
+    from .residual import BlockPasses, block_passes
     from .sources import why_no_lean
     from .surroundings import undisturbed
     from .transformer import hints_in_turn, lean_forward, run_together
@@ -27,6 +28,7 @@ __getattr__ = lazy_names(
     __name__,
     {
         "modulation": ("TimestepRuns",),
+        "residual": ("BlockPasses", "block_passes"),
         "sources": ("why_no_lean",),
         "surroundings": ("undisturbed",),
         "transformer": ("hints_in_turn", "lean_forward", "run_together"),
@@ -36,7 +38,9 @@ __getattr__ = lazy_names(
 )
 
 __all__ = [
+    "BlockPasses",
     "TimestepRuns",
+    "block_passes",
     "blocks_in_order",
     "hints_in_turn",
     "lean_decoder",

@@ -29,7 +29,7 @@ from .inputs import (
     encoder_options,
     output_paths,
 )
-from .noise import NOISES, draw_noise
+from .noise import NOISES, StepNoise, draw_noise
 from .output import AUDIO_RATES, PIXEL_FORMATS
 from .parts import check_files, check_parts, files_of, texts_to_encode
 from .pictures import load_picture, picture_size, to_pil
@@ -43,7 +43,15 @@ from .request import (
     resolve,
     seen_by_clip,
 )
-from .steps import SCHEDULERS, StepPlan, expected_steps, make_scheduler, plan_steps
+from .steps import (
+    SCHEDULERS,
+    SIGMA_SCHEDULES,
+    StepPlan,
+    expected_steps,
+    make_scheduler,
+    plan_steps,
+    solver_sigmas,
+)
 from .tensors import latent_shape
 from .windows import (
     FRAMES_PER_LATENT,
@@ -77,7 +85,9 @@ __all__ = [
     "Request",
     "SCHEDULERS",
     "SCHEDULES",
+    "SIGMA_SCHEDULES",
     "SegmentPlan",
+    "StepNoise",
     "StepPlan",
     "Window",
     "WindowPlan",
@@ -108,6 +118,7 @@ __all__ = [
     "resolve",
     "round_up_frames",
     "seen_by_clip",
+    "solver_sigmas",
     "texts_to_encode",
     "to_pil",
     "video_frames",

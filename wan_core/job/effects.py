@@ -64,6 +64,16 @@ _IDLE: tuple[tuple[tuple[str, ...], _Test, str], ...] = (
         lambda job: not job.request.guided,
         "no guidance scale is above 1, so nothing is steered away from",
     ),
+    (
+        ("flow_shift", "sigma_schedule"),
+        lambda job: job.config.sigmas is not None,
+        "sigmas are given, which say the noise level of each step",
+    ),
+    (
+        ("guided_scale",),
+        lambda job: not job.request.guided_steps,
+        "guided_steps is 0, so every step has guidance_scale",
+    ),
     (("noise",), lambda job: job.config.latents is not None, "latents are given in its place"),
     (
         ("codec", "crf", "pix_fmt", "audio", "output_metadata"),

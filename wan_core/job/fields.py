@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterable
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,6 +45,20 @@ def real(value: Any, field: str, low: float, high: float) -> float:
             f"{field} is {shown(value)}; a number from {low} to {high} is needed.", field=field
         )
     return float(number)
+
+
+def falling(value: Any, field: str, most: int) -> tuple[float, ...]:
+    """Return ``value``, 1 to ``most`` numbers from at most 1 down to above 0, as floats."""
+    many = isinstance(value, Iterable) and not isinstance(value, str | bytes)
+    found = [plain_number(one) for one in islice(value, most + 1)] if many else []
+    numbers = [float(one) for one in found if one is not None and 0 < one <= 1]
+    if not 1 <= len(numbers) == len(found) <= most or any(a <= b for a, b in pairwise(numbers)):
+        raise InvalidRequest(
+            f"{field} is {shown(value)}; numbers are needed of which each is smaller than the one "
+            f"before, from at most 1 down to above 0, {most} at most. The last step's 0 is added.",
+            field=field,
+        )
+    return tuple(numbers)
 
 
 def choice(value: Any, field: str, allowed: Iterable[str]) -> str:

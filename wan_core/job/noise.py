@@ -47,6 +47,40 @@ def draw_noise(
     return torch.randn(shape, generator=generator, dtype=torch.float32)
 
 
+class StepNoise:
+    """The noise that a sampler adds in each step: the same whenever a step asks for it.
+
+    ``clip`` and ``freenoise`` take one draw after the other from a generator seeded with seed + 1,
+    which is what ComfyUI does on a CPU; ``frame`` seeds every frame of every step. The segments of
+    a clip have seeds of their own.
+    """
+
+    def __init__(self, name: str, seed: int) -> None:
+        self._name, self._seed = name, seed
+        self._next: tuple[int, int, tuple[int, ...]] | None = None
+        self._generator: Generator | None = None
+
+    def draw(self, step: int, shape: Shape, segment: int = 0) -> Tensor:
+        """Draw float32 noise (B, C, T, h, w) on the CPU for a step, counted from 0."""
+        import torch
+
+        seed = (self._seed + 1) % 2**64
+        if segment:
+            # By a hash: the generator looks at the lower half of a seed's bits only.
+            text = f"wanfit noise {seed} segment {segment}".encode()
+            seed = int.from_bytes(hashlib.sha256(text).digest()[:8], "little")
+        if self._name == "frame":
+            return _by_frame(shape, seed + (step << 64))
+        skipped = 0
+        if self._generator is None or self._next != (step, segment, shape):
+            # Another step than the next one: after an error, or in a render that is resumed.
+            self._generator, skipped = torch.Generator("cpu").manual_seed(seed), step
+        for _ in range(skipped):
+            torch.randn(shape, generator=self._generator, dtype=torch.float32)
+        self._next = (step + 1, segment, shape)
+        return torch.randn(shape, generator=self._generator, dtype=torch.float32)
+
+
 def _by_frame(shape: Shape, seed: int, first: int = 0) -> Tensor:
     import torch
 

@@ -6,7 +6,6 @@ make in a :class:`GenerationConfig` is found here, before anything is loaded.
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -15,13 +14,12 @@ from typing import Any
 
 from ..config import GenerationConfig, plain_number
 from ..errors import InvalidRequest, MissingFile
-from ..models import IMAGE_TOKENS, ModelArchitecture, Variant
+from ..models import IMAGE_TOKENS, ModelArchitecture
 from .control import ControlRequest, first_step, frames_of_video, has_keyframes, resolve_control
 from .fields import choice, flag, function, real, text, whole
-from .noise import NOISES
 from .output import audio_rate, check_metadata, output_fields
 from .prompts import PromptPart, parse_prompts
-from .steps import SCHEDULERS, start_notes
+from .steps import recipe_warnings, sampling_fields, start_notes
 from .windows import (
     DEFAULT_WINDOW,
     FRAMES_PER_LATENT,
@@ -40,7 +38,6 @@ MAX_LATENT_FRAMES = 1024
 """Most latent frames that the rotary positions cover; longer clips need windows."""
 MOST_FRAMES = 4 * 1024 * 64
 """Most video frames of a clip in windows."""
-MAX_SEED = 2**64 - 1
 MODES = ("windows", "continuation")
 
 
@@ -65,6 +62,12 @@ class Request:
     boundary: float | None
     switch_step: int | None
     scheduler: str
+    sigma_schedule: str
+    sigmas: tuple[float, ...]
+    """Noise levels of the steps that were asked for one by one, or that a distilled file needs."""
+    guided_steps: int
+    guided_scale: float | None
+    """Guidance scale of the ``guided_steps``; None where there are none."""
     fps: float
     seed: int
     batch_size: int
@@ -96,7 +99,7 @@ class Request:
     @property
     def guided(self) -> bool:
         """Whether either expert uses guidance, and so needs the negative prompt."""
-        return self.guidance_scale > 1.0 or self.guidance_scale_2 > 1.0
+        return max(self.guidance_scale, self.guidance_scale_2, self.guided_scale or 0.0) > 1.0
 
 
 def resolve(
@@ -135,7 +138,7 @@ def resolve(
         height=height,
         batch_size=whole(config.batch_size, "batch_size", 1, 64),
         control=control,
-        **_sampling(config, architecture, width, height),
+        **sampling_fields(config, architecture, width, height),
         **_windowing(config, num_frames, window),
         **output_fields(config),
     )
@@ -146,7 +149,7 @@ def resolve(
     _check_steps(config, request)
     if request.window_mode == "continuation":
         _check_segments(config, request)
-    more = (*warnings, *_recipe_warnings(request, architecture))
+    more = (*warnings, *recipe_warnings(request, architecture))
     return replace(request, warnings=more)
 
 
@@ -173,40 +176,6 @@ def _made_frames(config: GenerationConfig, frames: int, warnings: list[str]) -> 
     return made
 
 
-def _sampling(
-    config: GenerationConfig, architecture: ModelArchitecture, width: int, height: int
-) -> dict[str, Any]:
-    """Check the fields of the denoising loop; None becomes the variant's official value."""
-    official = architecture.variant.defaults
-    negative = _or(config.negative_prompt, official.negative_prompt)
-    steps = _or(config.num_inference_steps, official.num_inference_steps)
-    scale = real(_or(config.guidance_scale, official.guidance_scale), "guidance_scale", 0, 100)
-    second = _or(config.guidance_scale_2, _second_scale(config, architecture.variant, scale))
-    second = real(second, "guidance_scale_2", 0, 100)
-    shift = _or(config.flow_shift, official.flow_shift_for(width, height))
-    boundary = _or(config.boundary, official.boundary)
-    switch, end, seed = config.switch_step, config.end_step, config.seed
-    return {
-        "negative_prompt": text(negative, "negative_prompt", True),
-        "num_inference_steps": whole(steps, "num_inference_steps", 1, 1000),
-        "guidance_scale": scale,
-        # A single transformer has a single scale: the other decides nothing, not even whether a
-        # negative prompt is encoded.
-        "guidance_scale_2": second if architecture.two_experts else scale,
-        "flow_shift": real(shift, "flow_shift", 0.01, 100),
-        "boundary": None if boundary is None else real(boundary, "boundary", 0, 1),
-        "switch_step": None if switch is None else whole(switch, "switch_step", 0, 1000),
-        "scheduler": choice(_or(config.scheduler, official.scheduler), "scheduler", SCHEDULERS),
-        "start_step": whole(config.start_step, "start_step", 0, 1000),
-        "end_step": None if end is None else whole(end, "end_step", 1, 10_000),
-        "fps": real(_or(config.fps, official.fps), "fps", 0.1, 240),
-        "noise": choice(config.noise, "noise", NOISES),
-        "seed": random.SystemRandom().getrandbits(32)
-        if seed is None
-        else whole(seed, "seed", 0, MAX_SEED),
-    }
-
-
 def _windowing(config: GenerationConfig, num_frames: int, length: int | None) -> dict[str, Any]:
     """Check the fields that say how a long clip is divided into windows or segments."""
     window = _window(config, num_frames, length)
@@ -225,31 +194,6 @@ def _windowing(config: GenerationConfig, num_frames: int, length: int | None) ->
         "window_anchor": flag(config.window_anchor, "window_anchor"),
         "drift_correction": real(config.drift_correction, "drift_correction", 0, 1),
     }
-
-
-def _recipe_warnings(request: Request, architecture: ModelArchitecture) -> Iterator[str]:
-    """Say where the request differs from the settings that a distilled file was trained for."""
-    for what, recipe in architecture.recipes():
-        differences = recipe.differences(request)
-        if differences:
-            yield (
-                f"{what} is {recipe.describe()} ({recipe.reason}). This job has "
-                f"{', '.join(differences)}."
-            )
-
-
-def _or(value: Any, default: Any) -> Any:
-    return default if value is None else value
-
-
-def _second_scale(config: GenerationConfig, variant: Variant, scale: float) -> float:
-    """Return the low-noise expert's guidance scale where none was given.
-
-    It is the official one if no scale was given for either expert. If only ``guidance_scale`` was
-    given, it applies to both experts, as in diffusers.
-    """
-    official = variant.defaults.guidance_scale_2
-    return scale if config.guidance_scale is not None or official is None else official
 
 
 def _size(value: Any, field: str, multiple: int, warnings: list[str]) -> int:

@@ -16,6 +16,7 @@ from .choices import (
     seen_latents,
     spread,
     window_latents,
+    windows_of,
 )
 from .forward import text_encoder_peak, transformer_peak, window_tokens
 from .forward_lean import LEAN_HEAD_GROUPS, LEAN_ROWS, lean_peak
@@ -66,4 +67,5 @@ __all__ = [
     "transformer_peak",
     "window_latents",
     "window_tokens",
+    "windows_of",
 ]

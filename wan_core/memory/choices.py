@@ -35,6 +35,12 @@ class Workload:
     steps: int = 50
     return_frames: bool = True
     encode_text: bool = True
+    high_steps: int | None = None
+    """Steps of the high-noise expert; None where there is one expert."""
+    partial_steps: bool = False
+    """Whether only a part of the schedule's steps is made."""
+    moving_windows: bool = False
+    """Whether windows are at other places in each step."""
     references: int = 0
     """Reference pictures that VACE denoises as latent frames in front of the clip's."""
     keyframes: int = 0
@@ -79,6 +85,12 @@ class Choices:
     cache_in_ram: bool = False
     """Whether the lean decoder keeps its feature cache in RAM between uses: the same bits, more
     transfers."""
+    easycache: float = 0.0
+    """Threshold of EasyCache, which takes steps from the step before; 0 computes each step."""
+    magcache: float = 0.0
+    """How many times rarer MagCache computes the blocks; 0 computes them in each step."""
+    guidance_gate: float = 1.0
+    """Share of each expert's steps that compute both passes of guidance."""
     fp8_storage: bool = False
     """Whether the matrices of transformer blocks are stored in fp8 and cast when they are used."""
     hints_in_turn: bool = True
@@ -115,6 +127,16 @@ def window_latents(workload: Workload, choices: Choices, frames: int) -> int:
     """Return how many of the clip's latent frames, ``frames`` in all, a window sees at once."""
     window = choices.window_frames or workload.window_frames
     return frames if window is None else min(frames, (window + 2) // 4 + 1 + workload.window_anchor)
+
+
+def windows_of(workload: Workload, choices: Choices, frames: int) -> int:
+    """Return how many windows a step has, over ``frames`` latent frames."""
+    window = window_latents(workload, choices, frames)
+    if window >= frames:
+        return 1
+    overlap = choices.window_overlap if choices.window_frames else workload.window_overlap
+    stride = max(1, window - -(-overlap // 4))
+    return 1 + -(-(frames - window) // stride)
 
 
 def seen_latents(workload: Workload, choices: Choices, frames: int) -> int:

@@ -28,8 +28,16 @@ from ..models import (
     stays_in_file,
     unpacked_bytes,
 )
-from .choices import STREAM_BUFFERS, Choices, Workload, latent_size, seen_latents, spread
-from .forward import text_encoder_peak, transformer_peak
+from .choices import (
+    STREAM_BUFFERS,
+    Choices,
+    Workload,
+    latent_size,
+    seen_latents,
+    spread,
+    windows_of,
+)
+from .forward import text_encoder_peak, transformer_peak, window_tokens
 from .forward_lean import lean_peak
 from .machine import fewer_gaps, unpinned_reserve
 from .vae import decode_peak, encode_peak
@@ -190,7 +198,8 @@ class _Ledger:
         for name, part in experts.items():
             if part in workload.idle:
                 continue
-            found.append(self._stage(name, part, self._denoise(part)))
+            kept = self._remembered(part)
+            found.append(self._stage(name, part, self._denoise(part), in_ram=kept))
         decode, cache = self._decode()
         found.append(self._stage("decode", "vae", decode, in_ram=self.frames_bytes + cache))
         return (*found, self._output())
@@ -365,8 +374,26 @@ class _Ledger:
         # References are denoised as frames in front of the clip's.
         latents = self.latent_bytes * (self.frames + workload.references) // self.frames
         forward = self._forward(part, size, guided=guided) + cast + _LATENT_COPIES * latents
+        if self.choices.magcache:  # the input of the first block, of each pass under way
+            forward += self._hidden_state(size) * (2 if guided and self.choices.stream else 1)
         # The forward and the scheduler's step come one after the other; the larger one counts.
         return max(forward, _STEP_COPIES * latents) + condition + texts
+
+    def _hidden_state(self, size: int) -> int:
+        """Return the bytes of one pass's hidden states, (batch, tokens, width)."""
+        seen = seen_latents(self.workload, self.choices, self.frames)
+        shape = self.arch.transformer
+        tokens = window_tokens(shape, seen, self.height, self.width)
+        return self.workload.batch_size * tokens * shape.dim * size
+
+    def _remembered(self, part: str) -> int:
+        """Return the RAM that MagCache takes: the residuals of both passes of every window."""
+        if not self.choices.magcache:
+            return 0
+        workload = self.workload
+        guided = workload.guidance_low if part == "transformer_2" else workload.guidance_high
+        windows = windows_of(workload, self.choices, self.frames)
+        return windows * (2 if guided else 1) * self._hidden_state(BYTES[self._dtype(part)])
 
     def _forward(self, part: str, size: int, *, guided: bool) -> int:
         choices = self.choices

@@ -22,6 +22,7 @@ from .lora_keys import (
     read_lora_key,
     spellings,
 )
+from .magcache import MagCurve, Skips, computed, magcache_curve, magcache_plan, magcache_skips
 from .names import Mapped, Source, map_names
 from .recipes import Recipe, recipe_of
 from .shapes import count_blocks, read_transformer, read_vae, transformer_tensors
@@ -53,6 +54,7 @@ from .variants import (
     VAE_21,
     VAE_22,
     VARIANTS,
+    Defaults,
     TransformerShape,
     VaeShape,
     Variant,
@@ -61,17 +63,20 @@ from .variants import (
 __all__ = [
     "BYTES",
     "Component",
+    "Defaults",
     "FoundLora",
     "IMAGE_TOKENS",
     "LAYOUTS",
     "Layout",
     "Leftover",
     "MAP_FROM",
+    "MagCurve",
     "Mapped",
     "ModelArchitecture",
     "PARTS",
     "Recipe",
     "Role",
+    "Skips",
     "Source",
     "StoredSize",
     "StoredSizes",
@@ -89,6 +94,7 @@ __all__ = [
     "block_count",
     "block_parameters",
     "cast_at_use",
+    "computed",
     "converted_bytes",
     "count_blocks",
     "differ_in_h_and_l",
@@ -100,6 +106,9 @@ __all__ = [
     "is_lora",
     "is_wan_linear",
     "largest_leaf_bytes",
+    "magcache_curve",
+    "magcache_plan",
+    "magcache_skips",
     "map_names",
     "names_both_experts",
     "own_names",

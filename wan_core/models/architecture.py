@@ -133,9 +133,16 @@ class ModelArchitecture:
         """Bytes of all weights as stored."""
         return sum(part.nbytes for part in self.components.values())
 
-    def loras_of(self, component: str) -> tuple[WanLoRA, ...]:
-        """Return the LoRAs that change a component, in the order in which they were given."""
-        return tuple(found.lora for found in self.loras if found.works_on(component))
+    def loras_of(self, component: str, *, distilled: bool = True) -> tuple[WanLoRA, ...]:
+        """Return the LoRAs that change a component, in the order in which they were given.
+
+        Without ``distilled`` those are left out that are known to be distilled to a few steps.
+        """
+        return tuple(
+            found.lora
+            for found in self.loras
+            if found.works_on(component) and (distilled or found.recipe is None)
+        )
 
     def recipes(self) -> tuple[tuple[str, Recipe], ...]:
         """Return every distilled file in use, in words, with the settings it was trained for."""

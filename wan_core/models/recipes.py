@@ -1,14 +1,21 @@
 """Settings that distilled files were trained for: recognised by name, used only when asked for.
 
-A LoRA that distils Wan to four steps (lightx2v, Wan2.2-Lightning), and a checkpoint into which one
-was merged, need their own schedule and no guidance; with a model's official settings the video is
+A LoRA that distils Wan to a few steps, and a checkpoint into which one was merged or that was
+trained so, need their own schedule and no guidance; with a model's official settings the video is
 oversaturated or grey. Pure data.
+
+Sources. lightx2v and Lightning: ``configs/distill`` and ``schedulers/wan/step_distill`` of
+github.com/ModelTC/LightX2V. rCM and TurboWan: ``turbodiffusion/inference`` of
+github.com/thu-ml/TurboDiffusion. FastWan: ``fastvideo/configs/pipelines/wan.py`` and
+``stages/denoising.py`` of github.com/hao-ai-lab/FastVideo. CausVid: the settings of ComfyUI's own
+templates for its LoRA (``video_wan_vace_14B_t2v``).
 """
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -24,23 +31,33 @@ class Recipe:
     """The settings a distilled file was trained for. Scales of 1 switch guidance off."""
 
     name: str
-    reason: str
+    reason: str = ""
     """The words it was recognised by, and where they were found."""
     num_inference_steps: int
-    guidance_scale: float
-    guidance_scale_2: float
-    flow_shift: float
+    guidance_scale: float = 1.0
+    guidance_scale_2: float = 1.0
+    flow_shift: float = 5.0
     scheduler: str
-    timesteps: tuple[int, ...]
-    """The timesteps it was trained at, which the scheduler derives from these settings."""
+    sigma_schedule: str = "simple"
+    sigmas: tuple[float, ...] = ()
+    """The noise levels it was trained at, where they do not follow from steps and shift."""
+    fewest_steps: int = 0
+    """Fewer steps that it was made for as well, with the first of the levels; 0: none."""
 
     def differences(self, settings: Any) -> list[str]:
         """Name the fields of ``settings`` (a Request) that differ from the recipe, with values."""
+        wanted = self._settings()
+        if self.sigmas:  # which say it all
+            del wanted["flow_shift"], wanted["sigma_schedule"]
+            count = settings.num_inference_steps
+            if self.fewest_steps and self.fewest_steps <= count < self.num_inference_steps:
+                wanted["num_inference_steps"] = count
+                wanted["sigmas"] = self.sigmas[:count]
+        if settings.guided_steps:  # which come before those that it was trained for
+            wanted = {name: wanted[name] for name in wanted if name in _BESIDE_STEPS}
         return [
-            f"{name} {getattr(settings, name):g}"
-            if isinstance(value, int | float)
-            else f"{name} {getattr(settings, name)}"
-            for name, value in self._settings().items()
+            _named(name, getattr(settings, name))
+            for name, value in wanted.items()
             if getattr(settings, name) != value
         ]
 
@@ -52,21 +69,62 @@ class Recipe:
 
     def describe(self) -> str:
         """Say in one sentence what to set."""
+        schedule = (
+            f"sigmas {_levels(self.sigmas)}"
+            if self.sigmas
+            else f"flow_shift {self.flow_shift:g}, sigma_schedule {self.sigma_schedule}"
+        )
         return (
-            f"distilled for {self.num_inference_steps} steps: set num_inference_steps "
-            f"{self.num_inference_steps}, guidance_scale and guidance_scale_2 "
-            f"{self.guidance_scale:g}, flow_shift {self.flow_shift:g}, scheduler {self.scheduler}"
+            f"distilled for {self.num_inference_steps} steps ({self.name}): set "
+            f"num_inference_steps {self.num_inference_steps}, guidance_scale and guidance_scale_2 "
+            f"{self.guidance_scale:g}, {schedule}, scheduler {self.scheduler}"
         )
 
     def _settings(self) -> dict[str, Any]:
-        return {
-            "num_inference_steps": self.num_inference_steps,
-            "guidance_scale": self.guidance_scale,
-            "guidance_scale_2": self.guidance_scale_2,
-            "flow_shift": self.flow_shift,
-            "scheduler": self.scheduler,
-        }
+        names = (
+            "num_inference_steps", "guidance_scale", "guidance_scale_2", "flow_shift", "scheduler",
+            "sigma_schedule", "sigmas",
+        )  # fmt: skip
+        return {name: getattr(self, name) for name in names}
 
+
+_BESIDE_STEPS = ("guidance_scale", "guidance_scale_2", "scheduler")
+
+
+def _named(name: str, value: Any) -> str:
+    if isinstance(value, tuple):
+        return f"{name} {_levels(value)}" if value else "the sigmas of a schedule"
+    return f"{name} {value:g}" if isinstance(value, int | float) else f"{name} {value}"
+
+
+def _levels(sigmas: Iterable[float]) -> str:
+    return ", ".join(f"{sigma:.4g}" for sigma in sigmas)
+
+
+def _rcm_levels(most: float) -> tuple[float, ...]:
+    """Return rCM's levels: its times are angles a, and tan a is the ratio of noise to signal."""
+    ratios = (most, *(math.tan(angle) for angle in (1.5, 1.4, 1.0)))
+    return tuple(ratio / (1 + ratio) for ratio in ratios)
+
+
+_LIGHTX2V: Final = Recipe(name="lightx2v", num_inference_steps=4, scheduler="euler")
+"""Levels 1, 0.9375, 0.8333, 0.625; deterministic."""
+_RCM: Final = Recipe(
+    name="rCM", num_inference_steps=4, scheduler="lcm", sigmas=_rcm_levels(80), fewest_steps=1
+)
+"""Fresh noise in each step; from text."""
+_RCM_IMAGE: Final = replace(_RCM, scheduler="euler", sigmas=_rcm_levels(200))
+"""Deterministic; from an image."""
+_FASTWAN: Final = Recipe(
+    name="FastWan", num_inference_steps=3, scheduler="lcm", sigmas=(1.0, 0.757, 0.522)
+)
+_CAUSVID: Final = Recipe(name="CausVid", num_inference_steps=4, scheduler="unipc", flow_shift=8.0)
+
+# Words that name a family by themselves.
+_FAMILIES: Final[Mapping[str, Recipe]] = {
+    "rcm": _RCM, "turbowan": _RCM, "turbodiffusion": _RCM, "fastwan": _FASTWAN,
+    "causvid": _CAUSVID,
+}  # fmt: skip
 
 # Words that say by themselves that a file is distilled to a few steps, and words that do so only
 # beside another mark: "lightning" and "distill" are in the names of effects and styles too.
@@ -74,6 +132,10 @@ _STRONG: Final = frozenset({"lightx2v", "stepdistill", "cfgdistill", "4steps", "
 _WEAK: Final = frozenset({"lightning", "distill", "distilled", "seko"})
 _DISTILLED: Final = frozenset({"distill", "distilled", "distillation"})
 _COUNT: Final = re.compile(r"(\d+)steps?")
+_ONE_WORD: Final = re.compile(
+    r"(?i)light[-_ ]?x2v|(?:fast|turbo)[-_ ]?wan(?![a-z])|turbo[-_ ]?diffusion|caus[-_ ]?vid"
+    r"|(?<![a-z])rcm(?![a-z])"
+)
 _MOST: Final = 50
 """A larger number of steps is one of training, not of sampling."""
 _TEXTS: Final = (
@@ -83,11 +145,11 @@ _TEXTS: Final = (
 
 
 def recipe_of(path: str | Path, metadata: Mapping[str, str] | None = None) -> Recipe | None:
-    """Recognise a LoRA or a checkpoint distilled to four steps by the words of its names.
+    """Recognise a LoRA or a checkpoint distilled to a few steps by the words of its names.
 
     Looked at are the metadata, the file's name and the folder's: published files are called
     ``high_noise_model.safetensors`` in a folder that says what they are. Returns None when nothing
-    says so, or when another number of steps is named.
+    says so, or when a number of steps is named that the family was not made for.
     """
     file = Path(path)
     texts = [(f"metadata {key}", (metadata or {}).get(key, "")) for key in _TEXTS]
@@ -95,16 +157,27 @@ def recipe_of(path: str | Path, metadata: Mapping[str, str] | None = None) -> Re
     for place, text in texts:
         words = _words(text)
         counts = {int(found[1]) for word in words if (found := _COUNT.fullmatch(word))}
-        if any(count != 4 and count <= _MOST for count in counts):
+        family, marks = _family(words)
+        few = {count for count in counts if count <= _MOST}
+        if family is None:
+            if few - {4}:
+                return None
+            continue
+        least = family.fewest_steps or family.num_inference_steps
+        if few - set(range(least, family.num_inference_steps + 1)):
             return None
-        marks = _marks(words)
-        if marks:
-            return Recipe(
-                name="distilled-4", reason=f"{place} says {' '.join(marks)!r}",
-                num_inference_steps=4, guidance_scale=1.0, guidance_scale_2=1.0, flow_shift=5.0,
-                scheduler="unipc", timesteps=(999, 937, 833, 625),
-            )  # fmt: skip
+        return replace(family, reason=f"{place} says {' '.join(marks)!r}")
     return None
+
+
+def _family(words: list[str]) -> tuple[Recipe | None, list[str]]:
+    """Return the recipe that a text's words name, and those words."""
+    named = [word for word in words if word in _FAMILIES]
+    if named:
+        recipe = _FAMILIES[named[0]]
+        return (_RCM_IMAGE if recipe is _RCM and "i2v" in words else recipe), named[:1]
+    marks = _marks(words)
+    return (_LIGHTX2V if marks else None), marks
 
 
 def _marks(words: list[str]) -> list[str]:
@@ -122,8 +195,10 @@ def _marks(words: list[str]) -> list[str]:
 
 def _words(text: str) -> list[str]:
     """Split into lower-case words; a number followed by "steps" becomes one word, "4steps"."""
-    # Camel case divides LightX2V, which is one word.
-    words = words_of(re.sub(r"light[-_ ]?x2v", "lightx2v", text, flags=re.IGNORECASE))
+    # Camel case divides LightX2V and FastWan2, which are one word each.
+    words = words_of(
+        _ONE_WORD.sub(lambda found: f" {re.sub('[-_ ]', '', found[0]).lower()} ", text)
+    )
     for index, word in enumerate(words[:-1]):
         if word.isdecimal() and words[index + 1] in ("step", "steps"):
             words[index : index + 2] = [f"{word}steps", ""]

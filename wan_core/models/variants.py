@@ -136,6 +136,9 @@ class Defaults:
     height: int = 720
     scheduler: str = "unipc"
     negative_prompt: str = NEGATIVE_PROMPT
+    sigma_schedule: str = "official"
+    sigmas: tuple[float, ...] = ()
+    """Noise levels that a distilled file was trained at; empty where they follow from the rest."""
 
     def flow_shift_for(self, width: int, height: int) -> float:
         """Return the official shift for a size in pixels (Wan 2.1 I2V uses 3 at 480p, else 5)."""

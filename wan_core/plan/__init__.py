@@ -9,7 +9,7 @@ nothing and never imports torch. Imports ``models`` and ``memory``.
 from __future__ import annotations
 
 from ..lazy import lazy_names
-from .config import FORWARDS, FP8, OFFLOADS, SPEEDS, OptimizationConfig
+from .config import FORWARDS, FP8, OFFLOADS, SPEEDS, STEP_CACHES, OptimizationConfig
 from .ladder import ABILITIES
 from .manager import Planner
 from .plan import OptimizationPlan
@@ -27,4 +27,5 @@ __all__ = [
     "OptimizationPlan",
     "Planner",
     "SPEEDS",
+    "STEP_CACHES",
 ]

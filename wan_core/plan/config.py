@@ -16,6 +16,7 @@ PRECISIONS_AND_STORED = (*PRECISIONS, "stored")
 OFFLOADS = ("auto", "none", "model", "sequential", "stream", "group")
 FORWARDS = ("auto", "diffusers", "lean", "lean_rows")
 FP8 = ("auto", "never", "always")
+STEP_CACHES = ("auto", "never", "easycache", "magcache")
 SPEEDS = ("exact", "fast", "fastest")
 """What a plan may change for speed's sake, from nothing to the video (``plan.speed``)."""
 SHORTER_WINDOWS = (49, 33, 17)
@@ -84,6 +85,17 @@ class OptimizationConfig:
     speed: str = "exact"
     """What may be changed to be faster: "exact" (no bit), "fast" (rounding) or "fastest" (the video
     too). The plan says what that is for a job on this machine."""
+    step_cache: str = "auto"
+    """Whether steps may be taken from the step before: "auto" (with speed "fastest"), "never",
+    "easycache" or "magcache" (whatever the speed)."""
+    step_cache_threshold: float | None = None
+    """The error at which EasyCache computes a step again, 0 to 1: 0 always, 0.05 about every second
+    one, more is faster and further from the exact video. None means 0.05."""
+    step_cache_factor: float | None = None
+    """How many times rarer MagCache shall compute the blocks, 1 to 4; None means 1.5."""
+    guidance_gate: float | None = None
+    """Share of each expert's steps, from its first on, that compute both passes of guidance; after
+    it the last difference of the two is used. None means 1 (all), with speed "fastest" 0.5."""
 
     def __post_init__(self) -> None:
         _choice("precision", self.precision, PRECISIONS_AND_STORED)
@@ -91,6 +103,11 @@ class OptimizationConfig:
         _choice("forward", self.forward, FORWARDS)
         _choice("fp8_storage", self.fp8_storage, FP8)
         _choice("speed", self.speed, SPEEDS)
+        _choice("step_cache", self.step_cache, STEP_CACHES)
+        for name, least, most in (
+            ("step_cache_threshold", 0, 1), ("guidance_gate", 0.05, 1), ("step_cache_factor", 1, 4)
+        ):  # fmt: skip
+            object.__setattr__(self, name, _between(name, getattr(self, name), least, most))
         self._check_blocks()
         if self.device is not None and not (isinstance(self.device, str) and self.device):
             raise _bad("device", self.device, 'a name like "cuda:0" or "cpu", or None')
@@ -176,6 +193,13 @@ class OptimizationConfig:
 def _choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         raise _bad(name, value, f"one of {', '.join(allowed)}")
+
+
+def _between(name: str, value: object, least: float, most: float) -> int | float | None:
+    number = plain_number(value)
+    if value is not None and (number is None or not least <= number <= most):
+        raise _bad(name, value, f"a number from {least:g} to {most:g}, or None")
+    return number
 
 
 def _positive(name: str, value: object) -> int | float | None:

@@ -26,7 +26,8 @@ from ..memory import (
 )
 from ..models import ModelArchitecture, all_blocks, experts_of, parts_of, stored_of
 from .config import OptimizationConfig
-from .speed import Situation, situation_of, with_speed
+from .shortcuts import Situation
+from .speed import check_asked, situation_of, with_speed
 from .timing import Timing, blocks_that_hide_the_bus, timing
 
 if TYPE_CHECKING:
@@ -124,6 +125,8 @@ def ladder(
     # which the first is kept.
     starts: dict[Choices, Choices] = {}
     for plain in _tiers(architecture, workload, system, requested, main, abilities):
+        if not starts:
+            check_asked(situation, plain)
         starts.setdefault(with_speed(situation, plain), plain)
     changed = any(start != plain for start, plain in starts.items())
     for tier, (start, plain) in enumerate(starts.items(), start=changed):

@@ -236,6 +236,9 @@ def _goes_on(choices: Choices, workload: Workload, current: OptimizationPlan) ->
     """Say whether ``choices`` can continue the render that was begun with ``current``."""
     same = choices.dtypes["transformer"] == current.choices.dtypes["transformer"]
     same = same and choices.fp8_storage == current.choices.fp8_storage
+    same = same and choices.easycache == current.choices.easycache
+    same = same and choices.magcache == current.choices.magcache
+    same = same and choices.guidance_gate == current.choices.guidance_gate
     # Choices that round differently may be taken up but not given up again. Going back and forth
     # would give a result that no uninterrupted render can give.
     same = same and choices.by_rows >= current.choices.by_rows

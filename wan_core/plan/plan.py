@@ -73,6 +73,9 @@ class OptimizationPlan:
         words += ["lean forward"] * choices.lean + ["products by rows"] * choices.by_rows
         words += ["decode's cache in RAM"] * choices.cache_in_ram
         words += ["fp8 storage"] * choices.fp8_storage
+        words += [f"EasyCache {choices.easycache:g}"] * (choices.easycache > 0)
+        words += [f"MagCache {choices.magcache:g}"] * (choices.magcache > 0)
+        words += [f"guidance gate {choices.guidance_gate:g}"] * (choices.guidance_gate < 1)
         if choices.window_frames is not None:
             words.append(
                 f"windows of {choices.window_frames} frames, {choices.window_overlap} shared"

@@ -11,24 +11,23 @@ from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from ..errors import InvalidRequest
 from ..memory import Choices, Workload
 from ..models import ModelArchitecture
 from .config import SPEEDS, OptimizationConfig
+from .shortcuts import (
+    Situation,
+    cache_asked,
+    gate,
+    gate_asked,
+    gate_says,
+    step_cache,
+    step_cache_says,
+)
 from .timing import decode_seconds
 
 if TYPE_CHECKING:
     from ..memory import SystemResources
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Situation:
-    """What an ingredient may look at."""
-
-    architecture: ModelArchitecture
-    workload: Workload
-    system: SystemResources
-    requested: OptimizationConfig
-    abilities: frozenset[str]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,6 +44,10 @@ class Ingredient:
     """The least speed that takes it: "fast" or "fastest"."""
     choose: Callable[[Situation, Choices], Choices | str]
     describe: Callable[[Situation, Choices, Choices], str]
+    asked: Callable[[OptimizationConfig], bool] = lambda _: False
+    """Whether it is asked for by name, whatever the speed."""
+    fields: tuple[str, ...] = ()
+    """The fields of OptimizationConfig by which it is asked for."""
 
 
 def _half_vae(situation: Situation, choices: Choices) -> Choices | str:
@@ -72,14 +75,38 @@ def _half_vae_says(situation: Situation, before: Choices, after: Choices) -> str
 
 INGREDIENTS: tuple[Ingredient, ...] = (
     Ingredient(name="vae", speed="fast", choose=_half_vae, describe=_half_vae_says),
-)
+    Ingredient(
+        name="step cache", speed="fastest", choose=step_cache, describe=step_cache_says,
+        asked=cache_asked, fields=("step_cache",),
+    ),
+    Ingredient(
+        name="guidance gate", speed="fastest", choose=gate, describe=gate_says, asked=gate_asked,
+        fields=("guidance_gate",),
+    ),
+)  # fmt: skip
 """In the order in which they are put on."""
 
 
 def wanted(requested: OptimizationConfig) -> tuple[Ingredient, ...]:
-    """Return the ingredients that the speed asked for allows."""
-    rank = SPEEDS.index(requested.speed)
-    return tuple(one for one in INGREDIENTS if SPEEDS.index(one.speed) <= rank)
+    """Return the ingredients that the speed asked for allows, and those asked for by name."""
+    return tuple(one for one in INGREDIENTS if _allowed(one, requested) or one.asked(requested))
+
+
+def _allowed(one: Ingredient, requested: OptimizationConfig) -> bool:
+    return SPEEDS.index(one.speed) <= SPEEDS.index(requested.speed)
+
+
+def check_asked(situation: Situation, plain: Choices) -> None:
+    """Raise InvalidRequest if what is asked for by name makes no sense for this job."""
+    for one in wanted(situation.requested):
+        found = one.choose(situation, plain) if one.asked(situation.requested) else plain
+        if isinstance(found, str):
+            name = one.fields[0]
+            raise InvalidRequest(
+                f"{name} is {getattr(situation.requested, name)!r}, but {found}. Leave it out, or "
+                "change the job.",
+                field=name,
+            )
 
 
 def with_speed(situation: Situation, choices: Choices) -> Choices:
@@ -114,7 +141,8 @@ def speed_reasons(situation: Situation, plain: Choices) -> Iterator[str]:
         if isinstance(chosen, str):
             refused.append(f"{one.name}: {chosen}")
             continue
-        yield f"speed {word}: {one.describe(situation, choices, chosen)}"
+        why = f"speed {word}" if _allowed(one, situation.requested) else "asked for"
+        yield f"{why}: {one.describe(situation, choices, chosen)}"
         choices = chosen
     if choices is plain and refused:
         yield f"speed {word}: the same as exact here ({'; '.join(refused)})"

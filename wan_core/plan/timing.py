@@ -16,13 +16,24 @@ from dataclasses import dataclass, replace
 from math import ceil
 from typing import TYPE_CHECKING
 
-from ..memory import Choices, Workload, latent_size, spread, window_latents, window_tokens
+from ..memory import (
+    Choices,
+    Workload,
+    latent_size,
+    spread,
+    window_latents,
+    window_tokens,
+    windows_of,
+)
 from ..models import (
     TEXT_TOKENS,
     ModelArchitecture,
     all_blocks,
     block_count,
     block_parameters,
+    computed,
+    magcache_curve,
+    magcache_plan,
     part_bytes,
     parts_of,
     stored_of,
@@ -101,21 +112,24 @@ def forward_operations(
     weights += sum(total - 2 * shape.dim**2 for total, _ in vace_block_parameters(shape))
     attention = 4.0 * tokens * tokens * shape.dim + 4.0 * tokens * TEXT_TOKENS * shape.dim
     once = (2.0 * weights * tokens + block_count(shape) * attention) * workload.batch_size
-    return once * _windows(workload, choices, frames, window)
+    return once * windows_of(workload, choices, frames)
+
+
+def blocks_share(architecture: ModelArchitecture, workload: Workload, choices: Choices) -> float:
+    """Return the share of the passes in which the blocks are computed, with MagCache."""
+    job = workload
+    curve = magcache_curve(architecture.name, job.width, job.height, job.image)
+    if not choices.magcache or curve is None:
+        return 1.0
+    switch = job.steps if job.high_steps is None else job.high_steps
+    skips = magcache_plan(curve, job.steps, switch, choices.magcache)[1]
+    return computed(skips) / (2 * job.steps)
 
 
 def windows_per_step(architecture: ModelArchitecture, workload: Workload, choices: Choices) -> int:
     """Return the windows of one step; streamed weights are transferred anew for each of them."""
     frames, _, _ = latent_size(architecture, workload)
-    return _windows(workload, choices, frames, window_latents(workload, choices, frames))
-
-
-def _windows(workload: Workload, choices: Choices, frames: int, window: int) -> int:
-    if window >= frames:
-        return 1
-    overlap = choices.window_overlap if choices.window_frames else workload.window_overlap
-    stride = max(1, window - -(-overlap // 4))
-    return 1 + -(-(frames - window) // stride)
+    return windows_of(workload, choices, frames)
 
 
 def device_rate(system: SystemResources, dtype: str) -> float:
@@ -146,9 +160,13 @@ def timing(
         guided = guided[1:]
     elif "transformer_2" in workload.idle:
         guided = guided[:1]
-    steps = [_step(architecture, workload, choices, system, compute, 2 if g else 1) for g in guided]
+    compute *= blocks_share(architecture, workload, choices)
+    both = 1.0 + choices.guidance_gate
+    steps = [
+        _step(architecture, workload, choices, system, compute, both if g else 1) for g in guided
+    ]
     step = sum(steps) / len(steps)
-    bound = step <= compute * sum(2 if g else 1 for g in guided) / len(guided)
+    bound = step <= compute * sum(both if g else 1 for g in guided) / len(guided)
     warm = step * workload.steps + _moves(architecture, workload, choices, system)
     warm += decode_seconds(workload, choices, system) + _TEXT_SECONDS
     return Timing(step, warm, warm + _reads(architecture, workload), bound)
@@ -156,7 +174,7 @@ def timing(
 
 def _step(
     architecture: ModelArchitecture, workload: Workload, choices: Choices, system: SystemResources,
-    compute: float, passes: int,
+    compute: float, passes: float,
 ) -> float:  # fmt: skip
     """Return the seconds of one step; with streaming, the longer of compute and transfers."""
     how = choices.offload_of("transformer")
@@ -181,7 +199,7 @@ def _taken_apart(architecture: ModelArchitecture, choices: Choices) -> bool:
 
 def stream_seconds(
     architecture: ModelArchitecture, workload: Workload, choices: Choices, system: SystemResources,
-    passes: int,
+    passes: float,
 ) -> float:  # fmt: skip
     """Return the seconds that the transfers of streamed blocks take in a step of ``passes``."""
     dtype = choices.dtypes["transformer"]

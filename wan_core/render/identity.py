@@ -158,6 +158,13 @@ _NOT_IN_LATENTS = (
 )  # fmt: skip
 
 
+# Fields that came later, with the value that stands for a job which does not ask for them: such a
+# job keeps the identity it had.
+_UNSAID: Mapping[str, Any] = {
+    "sigma_schedule": "official", "sigmas": (), "guided_steps": 0, "guided_scale": None,
+}  # fmt: skip
+
+
 def render_identity(
     config: GenerationConfig,
     request: Request,
@@ -177,6 +184,9 @@ def render_identity(
         fields.pop(name, None)
     if request.control is None:
         fields.pop("control")  # a render without one is the same as before there were any
+    for name, usual in _UNSAID.items():
+        if fields.get(name) == usual:
+            del fields[name]
     tensors = (
         "image", "last_image", "latents", "continue_from", "prompt_embeds",
         "negative_prompt_embeds",
@@ -218,7 +228,14 @@ def choices_of(plan: OptimizationPlan) -> dict[str, Any]:
         "precision": dict(plan.choices.dtypes),
         "forward": BY_ROWS if plan.choices.by_rows else "exact",
         "fp8_storage": plan.choices.fp8_storage,
+        **{name: getattr(plan.choices, name) for name in _shortcuts(plan)},
     }
+
+
+def _shortcuts(plan: OptimizationPlan) -> list[str]:
+    """Return the names of the choices that leave forwards out, if any does."""
+    usual = {"easycache": 0.0, "magcache": 0.0, "guidance_gate": 1.0}
+    return [name for name, value in usual.items() if getattr(plan.choices, name) != value]
 
 
 def _picture(value: Any) -> Any:

@@ -22,13 +22,13 @@ from ..job import (
     Inputs,
     Request,
     SegmentPlan,
+    StepNoise,
     StepPlan,
     WindowPlan,
     check_outputs,
     draw_noise,
     latent_index,
     latent_shape,
-    make_scheduler,
     output_paths,
     plan_segments,
     plan_steps,
@@ -36,24 +36,28 @@ from ..job import (
     window_settings_without_effect,
 )
 from ..loading import load_scheduler_config
+from ..models import magcache_curve
 from ..sampling import (
     ClipSegments,
     Conditions,
     DenoiseState,
     Expert,
+    Shortcuts,
     Signals,
     StreamingDecoder,
+    chosen_shortcuts,
     denoise_steps,
     denormalize_latents,
     hold_first_frame,
+    make_solver,
     noised,
-    to_frames,
+    start_latents,
 )
 from .conditions import ConditionMaker
 from .report import device_bytes, device_name, versions
 from .resume import RenderJournal, open_journal
 from .stages import StageRunner
-from .video import VideoWriter
+from .video import Decoding, VideoWriter
 
 
 @dataclass(slots=True, kw_only=True)
@@ -64,6 +68,8 @@ class Render:
     config: GenerationConfig
     request: Request
     inputs: Inputs
+    segment: int = 0
+    """The segment that is being made, in continuation mode."""
 
     def run(self) -> None:
         """Make the video. Raises what goes wrong; the result then holds what was finished."""
@@ -140,7 +146,8 @@ class Render:
         request, stages = self.request, self.stages
         settings = (
             "seed", "width", "height", "fps", "num_inference_steps", "guidance_scale",
-            "guidance_scale_2", "flow_shift", "scheduler", "prompt", "negative_prompt",
+            "guidance_scale_2", "flow_shift", "scheduler", "sigma_schedule", "sigmas",
+            "guided_steps", "prompt", "negative_prompt",
         )  # fmt: skip
         window, asked = stages.plan.choices.window_frames, request.window_frames
         if window is not None and (asked is None or window < asked):
@@ -203,7 +210,7 @@ class Render:
         """Return the latents of the first step: noise, or a video with noise added."""
         noise = self._noise(windows)
         if start is None:
-            return noise
+            return start_latents(noise, scheduler, steps.start)
         sigma, made = float(scheduler.sigmas[steps.start]), steps.end - steps.start
         count = self.request.num_inference_steps
         said = f"{made} of {count} steps, from a video with noise of sigma {sigma:.3f}"
@@ -243,6 +250,7 @@ class Render:
                 f"after step {resumed} of {steps.end}"
             )
         while True:
+            self.segment = state.segment
             # Segments may differ in length, and their steps in time.
             stages.timeline.work_on(len(plan.ranges[state.segment]))
             stages.callbacks.call(self.config.chunk_callback, state.segment, len(segments))
@@ -254,14 +262,20 @@ class Render:
             if state.segment + 1 == len(segments):
                 return segments.clip
             scheduler, steps = self._scheduler()
+            remembered = state.memory.next_segment()
             state = segments.begin(state.segment + 1, steps.start)
+            state.memory = remembered
 
     def _scheduler(self) -> tuple[Any, StepPlan]:
         request, architecture = self.request, self.stages.architecture
         saved = architecture.components.get("scheduler")
         config = load_scheduler_config(saved.path) if saved is not None else None
-        scheduler = make_scheduler(request.scheduler, request.flow_shift, config)
-        scheduler.set_timesteps(request.num_inference_steps, device=self.stages.device)
+        noise = StepNoise(request.noise, request.seed)
+
+        def fresh(step: int, shape: Any) -> Tensor:
+            return noise.draw(step, shape, self.segment)
+
+        scheduler = make_solver(request, config, self.stages.device, fresh)
         steps = plan_steps(
             [float(t) for t in scheduler.timesteps],
             experts=2 if architecture.two_experts else 1,
@@ -329,11 +343,7 @@ class Render:
         """
         stages, request = self.stages, self.request
         single = not stages.architecture.two_experts
-        passes = (
-            ("only" if single else "high", "transformer", steps.high, request.guidance_scale),
-            ("low", "transformer_2", steps.low, request.guidance_scale_2),
-        )
-        for name, component, wanted, scale in passes:
+        for name, component, wanted, scale, plain in steps.passes(request, two_experts=not single):
             if state.next_step >= wanted.stop:
                 continue
             stage = "denoise" if single else f"denoise_{name}"
@@ -346,8 +356,12 @@ class Render:
                 wanted: range = wanted,
                 scale: float = scale,
                 stage: str = stage,
+                plain: bool = plain,
             ) -> None:
-                with stages.use(stage, component) as model, self._next_ahead(component, steps):
+                with (
+                    stages.use(stage, component, distilled=not plain) as model,
+                    self._next_ahead(component, steps),
+                ):
                     expert = Expert(
                         name=name,
                         model=model,
@@ -364,9 +378,19 @@ class Render:
                         windows=self._windows(state.latents.shape[2]),
                         anchor=request.window_anchor,
                         signals=signals,
+                        shortcuts=self._shortcuts(steps),
                     )
 
             stages.attempt(stage, work)
+        if state.memory.phase:
+            stages.result.metadata["forwards"] = state.memory.describe()
+
+    def _shortcuts(self, steps: StepPlan) -> Shortcuts | None:
+        choices, request, model = self.stages.plan.choices, self.request, self.stages.architecture
+        control = request.control
+        image = self.config.image is not None or bool(control and control.positions)
+        curve = magcache_curve(model.name, request.width, request.height, image)
+        return chosen_shortcuts(choices, curve, steps, two_experts=model.two_experts)
 
     def _next_ahead(self, component: str, steps: StepPlan) -> AbstractContextManager[None]:
         """Page-lock the low-noise expert's blocks while the high-noise one computes."""
@@ -427,13 +451,13 @@ class Render:
             frames = self.stages.attempt("decode", lambda: torch.empty(shape, dtype=torch.float32))
         with ExitStack() as stack:
             writers = [stack.enter_context(self._writer(path)) for path in output_paths(request)]
-            progress = _Decoding(latents, frames, writers, wanted)
+            progress = Decoding(latents, frames, writers, wanted)
             self.stages.attempt("decode", lambda: self._decode_rest(progress))
         if frames is not None:
             result.frames = frames.flatten(0, 1)
         result.output_path = request.output_path
 
-    def _decode_rest(self, progress: _Decoding) -> None:
+    def _decode_rest(self, progress: Decoding) -> None:
         """Decode the frames that are left. After a failure the same call goes on from there."""
         stages = self.stages
         with stages.use("decode", "vae") as vae:
@@ -468,33 +492,3 @@ class Render:
             audio=self.inputs.audio,
             num_frames=self.request.wanted_frames,
         )
-
-
-@dataclass(slots=True)
-class _Decoding:
-    """How far a decode has come, and where its frames go."""
-
-    latents: Tensor
-    frames: Tensor | None
-    writers: list[VideoWriter]
-    wanted: int
-    done: int = 0
-    decoder: StreamingDecoder | None = None
-    pending: Tensor | None = None
-    """Decoded frames (B, 3, f, H, W) that have not been handed on yet."""
-
-    def hand_on(self) -> None:
-        """Hand on the pending frames; those beyond ``wanted`` are dropped.
-
-        If memory runs out here it can be called again: no frame is written twice.
-        """
-        if self.pending is None:
-            return
-        pictures = to_frames(self.pending)[:, : self.wanted - self.done]
-        if self.frames is not None:
-            self.frames[:, self.done : self.done + pictures.shape[1]] = pictures
-        # A writer may be ahead of ``done`` after a failure: it gets only the frames it lacks.
-        for index, writer in enumerate(self.writers):
-            writer.write(pictures[index, writer.frames_written - self.done :])
-        self.done += pictures.shape[1]
-        self.pending = None

@@ -178,7 +178,7 @@ def format_report(result: VideoGenerationResult) -> str:
     """Format a finished run as text: what was made, how, and what each stage took."""
     meta = result.metadata
     lines = [_headline(result)]
-    shown = ("model", "device", "steps", "control", "windows", "resumed", "journal")
+    shown = ("model", "device", "steps", "control", "windows", "forwards", "resumed", "journal")
     lines += [f"{key}: {meta[key]}" for key in shown if key in meta]
     lines += [f"applied: {', '.join(result.applied_optimizations)}"] * bool(
         result.applied_optimizations

@@ -17,7 +17,7 @@ from ..config import GenerationConfig
 from ..job import Request
 from ..models import ModelArchitecture
 from ..plan import OptimizationPlan
-from ..sampling import DenoiseState
+from ..sampling import DenoiseState, Memory
 from .identity import (
     BY_ROWS,
     choices_of,
@@ -76,6 +76,8 @@ class RenderJournal:
         if "clip" in saved.tensors:
             state.clip = saved.tensors["clip"].to(device)
         state.segment = int(saved.scalars.get("segment", 0))
+        if "memory" in saved.scalars:
+            state.memory = Memory.restored(saved.tensors, saved.scalars["memory"])
         return state.next_step
 
     def continued(self, plan: OptimizationPlan) -> OptimizationPlan:
@@ -120,6 +122,9 @@ class RenderJournal:
             "segment": state.segment,
             "choices": choices_of(plan),
         }
+        if state.memory.phase:
+            remembered, scalars["memory"] = state.memory.saved()
+            tensors |= remembered
         self._journal.save(state.next_step, tensors, scalars)
 
     def latents_done(self, latents: Tensor, plan: OptimizationPlan) -> None:

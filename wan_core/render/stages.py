@@ -191,8 +191,10 @@ class StageRunner:
         return ram_bytes(self.architecture, name, dtype, fp8=fp8, on_cpu=on_cpu)
 
     @contextmanager
-    def use(self, stage: str, component: str) -> Iterator[Any]:
+    def use(self, stage: str, component: str, *, distilled: bool = True) -> Iterator[Any]:
         """Enter a stage, with its component placed as the plan says.
+
+        Without ``distilled`` no LoRA is put on that is distilled to a few steps.
 
         The order of entering: loading counts as a stage of its own, so the component comes before
         the stage. Hooks and LoRAs come after the placement, and are taken off before the weights
@@ -211,7 +213,7 @@ class StageRunner:
             )
             if component.startswith("transformer"):
                 stack.enter_context(block_hooks(module, self.check_interrupt))
-            loras = self.architecture.loras_of(component)
+            loras = self.architecture.loras_of(component, distilled=distilled)
             if loras:
                 dtype = self.dtype(component)
                 stack.enter_context(apply_loras(module, loras, device=self.device, dtype=dtype))

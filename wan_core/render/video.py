@@ -10,6 +10,7 @@ import errno
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from types import TracebackType
@@ -24,6 +25,7 @@ from torch import Tensor
 from ..errors import InvalidRequest, OutputError
 from ..files import atomic_path
 from ..job import ENCODERS, encoder_options, load_picture
+from ..sampling import StreamingDecoder, to_frames
 
 _BT709 = 1  # ffmpeg's AVCOL_PRI_BT709, AVCOL_TRC_BT709 and AVCOL_SPC_BT709
 _LIMITED_RANGE = 1  # AVCOL_RANGE_MPEG
@@ -302,3 +304,33 @@ def contact_sheet(frames: Tensor, columns: int = 6, gap: int = 2) -> Any:
         top, left = index // columns * (height + gap), index % columns * (width + gap)
         sheet[top : top + height, left : left + width] = frame
     return Image.fromarray(_to_bytes(sheet).numpy())
+
+
+@dataclass(slots=True)
+class Decoding:
+    """How far a decode has come, and where its frames go."""
+
+    latents: Tensor
+    frames: Tensor | None
+    writers: list[VideoWriter]
+    wanted: int
+    done: int = 0
+    decoder: StreamingDecoder | None = None
+    pending: Tensor | None = None
+    """Decoded frames (B, 3, f, H, W) that have not been handed on yet."""
+
+    def hand_on(self) -> None:
+        """Hand on the pending frames; those beyond ``wanted`` are dropped.
+
+        If memory runs out here it can be called again: no frame is written twice.
+        """
+        if self.pending is None:
+            return
+        pictures = to_frames(self.pending)[:, : self.wanted - self.done]
+        if self.frames is not None:
+            self.frames[:, self.done : self.done + pictures.shape[1]] = pictures
+        # A writer may be ahead of ``done`` after a failure: it gets only the frames it lacks.
+        for index, writer in enumerate(self.writers):
+            writer.write(pictures[index, writer.frames_written - self.done :])
+        self.done += pictures.shape[1]
+        self.pending = None

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     )
     from .lora import apply_loras
     from .segments import ClipSegments
+    from .shortcuts import Memory, Shortcuts, chosen_shortcuts
+    from .solvers import Solver, make_solver, start_latents
     from .tracks import by_paths, by_points
     from .vace import ControlClip, encode_grey, encode_vace
     from .vae import (
@@ -57,6 +59,8 @@ __getattr__ = lazy_names(
         ),
         "lora": ("apply_loras",),
         "segments": ("ClipSegments",),
+        "shortcuts": ("Memory", "Shortcuts", "chosen_shortcuts"),
+        "solvers": ("Solver", "make_solver", "start_latents"),
         "tracks": ("by_paths", "by_points"),
         "vae": (
             "StreamingDecoder",
@@ -74,11 +78,15 @@ __all__ = [
     "ControlClip",
     "DenoiseState",
     "Expert",
+    "Memory",
+    "Shortcuts",
     "Signals",
+    "Solver",
     "StreamingDecoder",
     "apply_loras",
     "by_paths",
     "by_points",
+    "chosen_shortcuts",
     "denoise_steps",
     "denormalize_latents",
     "encode_clip",
@@ -92,9 +100,11 @@ __all__ = [
     "encode_video",
     "hold_first_frame",
     "keyframe_mask",
+    "make_solver",
     "noised",
     "normalize_latents",
     "prepare_picture",
+    "start_latents",
     "text_beyond",
     "to_frames",
 ]

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..errors import InvalidRequest, NonFiniteLatents
 from ..job import Window, WindowPlan
+from .shortcuts import Memory, Shortcuts, Step
 
 
 def _nothing(*_: object) -> None:
@@ -168,12 +169,14 @@ def predict(
     *,
     indices: Sequence[int] | None = None,
     check: Callable[[], object] = _nothing,
+    step: Step | None = None,
 ) -> Tensor:
     """Return the velocity (B, C, T, h, w) after guidance, in the model's dtype.
 
     ``indices`` are the frames of the clip that ``latents`` are, besides references in front of
     them; None means all, from the first on.
-    ``check`` runs before each call of the model, or once before calls that run together.
+    ``check`` runs before each call of the model, or once before calls that run together. ``step``
+    says which step this is where shortcuts may leave calls out.
 
     Guidance is v_u + s (v_c - v_u) (Ho and Salimans 2022) and takes two passes; a guidance scale
     of 1 or less takes one. Raises InvalidRequest if negative embeddings are needed but missing.
@@ -196,25 +199,35 @@ def predict(
         }
 
     check()
-    if not expert.guided:
-        velocity: Tensor = expert.model(**call(conditions.prompt_embeds))[0]
-        return velocity
-    if conditions.negative_prompt_embeds is None:
+    if expert.guided and conditions.negative_prompt_embeds is None:
         raise InvalidRequest(
             f"The {expert.name} expert has guidance_scale {expert.guidance_scale}, but there are "
             "no negative embeddings; pass negative_prompt_embeds or a guidance_scale of 1.",
             field="negative_prompt_embeds",
         )
-    # Two calls of batch B rather than one of 2B: half the activations, and what diffusers does.
-    calls = [call(conditions.prompt_embeds), call(conditions.negative_prompt_embeds)]
-    if expert.together is not None:
-        (conditional,), (unconditional,) = expert.together(expert.model, calls)
+    embeds = [conditions.prompt_embeds]
+    if expert.guided and conditions.negative_prompt_embeds is not None:
+        embeds.append(conditions.negative_prompt_embeds)
+
+    def compute(passes: int) -> list[Tensor]:
+        # Two calls of batch B rather than one of 2B: half the activations, and as diffusers does.
+        calls = [call(one) for one in embeds[:passes]]
+        if len(calls) > 1 and expert.together is not None:
+            return [output for (output,) in expert.together(expert.model, calls)]
+        outputs = [expert.model(**calls[0])[0]]
+        for later in calls[1:]:
+            check()
+            outputs.append(expert.model(**later)[0])
+        return outputs
+
+    if step is None:
+        outputs = compute(len(embeds))
     else:
-        conditional = expert.model(**calls[0])[0]
-        check()
-        unconditional = expert.model(**calls[1])[0]
-    guided: Tensor = unconditional + expert.guidance_scale * (conditional - unconditional)
-    return guided
+        outputs = step.velocities(latents, len(embeds), compute)
+    if not expert.guided:
+        return outputs[0]
+    conditional, unconditional = outputs
+    return unconditional + expert.guidance_scale * (conditional - unconditional)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -235,6 +248,8 @@ class DenoiseState:
     shorter windows), the step starts again."""
     segment: int = 0
     clip: Tensor | None = None
+    memory: Memory = field(default_factory=Memory)
+    """What shortcuts remember; empty where none is used."""
     finished: list[int] = field(default_factory=list)
     """Numbers of the steps that this process has finished, in order."""
 
@@ -248,6 +263,7 @@ def predict_windows(
     signals: Signals,
     *,
     anchor: bool = False,
+    step: Step | None = None,
 ) -> Tensor:
     """Predict window by window and blend the predictions, in float32.
 
@@ -274,6 +290,7 @@ def predict_windows(
             conditions.window(seen, window.indices[len(window.indices) // 2]),
             indices=seen,
             check=signals.check,
+            step=None if step is None else replace(step, key=_window_key(seen)),
         )
         if unused := len(seen) - len(window.indices):
             after = velocity[:, :, references + unused :]
@@ -304,36 +321,53 @@ def denoise_steps(
     windows: WindowPlan | None = None,
     anchor: bool = False,
     signals: Signals | None = None,
+    shortcuts: Shortcuts | None = None,
 ) -> DenoiseState:
     """Run those of ``steps`` that ``state`` has not passed yet, with one expert.
 
     ``state`` and ``scheduler`` advance together after every finished step. A step that raises
     leaves both as they were before it (but for finished windows, which ``state`` keeps), so that
     the call can be repeated. ``scheduler`` is a diffusers scheduler with its timesteps set; the
-    caller sets its begin index. Raises NonFiniteLatents if the latents are not finite after a step.
+    caller sets its begin index. ``shortcuts`` may leave forwards out. Raises NonFiniteLatents if
+    the latents are not finite after a step.
     """
     signals = signals or Signals()
+    if shortcuts is not None and state.next_step < steps.stop:
+        state.memory.enter(f"{expert.name} {steps.start}")
     for i in range(max(steps.start, state.next_step), steps.stop):
+        step = None
+        if shortcuts is not None:
+            step = Step(
+                shortcuts=shortcuts,
+                memory=state.memory,
+                index=i,
+                steps=steps,
+                dtype=expert.dtype,
+                model=expert.model,
+            )
+        remembered = replace(state.memory, windows=dict(state.memory.windows))
         # 1. Predict the velocity: of the whole clip at once, or window by window.
         timestep = scheduler.timesteps[i]
         if windows is None or windows.count == 1:
             if windows is not None:
                 signals.window(0, 1)
-            velocity = predict(state.latents, timestep, expert, conditions, check=signals.check)
+            velocity = predict(
+                state.latents, timestep, expert, conditions, check=signals.check, step=step
+            )
         else:
             # Predictions blended with other windows cannot be continued with these.
             if state.fused_by != (name := repr(windows)):
                 state.fused, state.next_window, state.fused_by = None, 0, name
             parts = tuple(zip(windows.windows(i), windows.blend_fractions(i), strict=True))
             velocity = predict_windows(
-                state, timestep, expert, conditions, parts, signals, anchor=anchor
+                state, timestep, expert, conditions, parts, signals, anchor=anchor, step=step
             )
         # 2. Predict the clean latents for a preview: x0 = x - sigma v, with x before the step.
         sigma = float(scheduler.sigmas[i])
         clean = state.latents - sigma * velocity if signals.preview is not None else None
         # 3. Step. A scheduler remembers earlier predictions and counts its steps, so after an
         # error it must not be one step ahead of the latents.
-        with _put_back_on_error(scheduler):
+        with _put_back_on_error(scheduler), _forget_on_error(state, remembered):
             latents = scheduler.step(velocity, timestep, state.latents, return_dict=False)[0]
             # Checked inside the context: the check may run out of memory as well.
             if not torch.isfinite(latents).all():
@@ -348,6 +382,25 @@ def denoise_steps(
             signals.preview(i, clean)
         signals.step(i, latents)
     return state
+
+
+def _window_key(indices: Sequence[int]) -> str:
+    """Name a window by its frames; they are in order, but may go round the end of the clip."""
+    return f"{indices[0]}-{indices[-1]}"
+
+
+@contextmanager
+def _forget_on_error(state: DenoiseState, remembered: Memory) -> Iterator[None]:
+    """Restore what shortcuts remembered if the step is not finished and will be predicted again.
+
+    Predictions of windows are kept in the state, and what was remembered of them stays true.
+    """
+    try:
+        yield
+    except BaseException:
+        if state.fused is None:
+            state.memory = remembered
+        raise
 
 
 @contextmanager

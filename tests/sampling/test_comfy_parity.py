@@ -1,0 +1,142 @@
+"""The schedule ``simple`` gives the latents that ComfyUI's KSampler gives, by running both.
+
+A real ComfyUI samples in a process of its own; without one the tests are skipped and say what is
+missing. Weights, noise, embeddings and settings are the same, and so are the latents within 1e-4 of
+their norm.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from support import reference_layouts as layouts
+from support.comfy_server import REPOSITORY, find_checkout, find_python
+from support.tiny_models import make_transformer, make_vae
+from torch import Tensor
+
+from wan_core import GenerationConfig, WanPipelineLoader
+from wan_core.config import WanModelFiles
+
+CHECKOUT = find_checkout()
+PYTHON = find_python(CHECKOUT) if isinstance(CHECKOUT, Path) else CHECKOUT
+pytestmark = [
+    pytest.mark.comfyui,
+    pytest.mark.skipif(isinstance(PYTHON, str), reason=str(PYTHON)),
+]
+
+SIZE = {"width": 64, "height": 48, "num_frames": 9}
+SHAPE = (1, 16, 3, 6, 8)
+SEED = 5
+# name: what both are asked for. ComfyUI 0.3.64 draws lcm's noise from the seed itself, which is the
+# initial noise once more; later versions, and WanFit, from the seed after it ("later").
+JOBS: dict[str, dict[str, Any]] = {
+    "euler": {"sampler": "euler", "steps": 4, "shift": 5.0, "cfg": 1.0},
+    "euler, two experts": {"sampler": "euler", "steps": 4, "shift": 5.0, "cfg": 1.0, "switch": 2},
+    "euler, two experts, guided": {
+        "sampler": "euler", "steps": 6, "shift": 8.0, "cfg": 3.5, "switch": 3,
+    },
+    "uni_pc": {"sampler": "uni_pc", "steps": 20, "shift": 8.0, "cfg": 6.0},
+    "uni_pc, few": {"sampler": "uni_pc", "steps": 4, "shift": 5.0, "cfg": 1.0},
+    "uni_pc, three": {"sampler": "uni_pc", "steps": 3, "shift": 8.0, "cfg": 1.0},
+    "uni_pc, two": {"sampler": "uni_pc", "steps": 2, "shift": 8.0, "cfg": 1.0},
+    "lcm": {"sampler": "lcm", "steps": 5, "shift": 5.0, "cfg": 1.0},
+    "res_multistep": {"sampler": "res_multistep", "steps": 7, "shift": 5.0, "cfg": 2.0},
+    "dpmpp_2m": {"sampler": "dpmpp_2m", "steps": 7, "shift": 5.0, "cfg": 2.0},
+}  # fmt: skip
+OURS = {"uni_pc": "unipc", "dpmpp_2m": "dpm++2m"}
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Write two small transformers under their original names, and two texts' embeddings."""
+    folder = tmp_path_factory.mktemp("parity")
+    state = torch.get_rng_state()
+    torch.manual_seed(3)
+    shape = {"num_attention_heads": 1, "attention_head_dim": 128, "text_dim": 4096}
+    for name in ("high", "low"):
+        model = make_transformer("wan2.1-t2v", **shape)
+        with torch.no_grad():  # a fresh one moves the latents by hardly anything
+            model.proj_out.weight.mul_(4.0)
+        path = folder / f"wan2.2_t2v_{name}_noise_14B.safetensors"
+        save_file(layouts.original_transformer(layouts.state_of(model)), path)
+    embeds = {name: torch.zeros(1, 512, 4096) for name in ("positive", "negative")}
+    for name, tokens in (("positive", 9), ("negative", 4)):
+        embeds[name][:, :tokens] = torch.randn(1, tokens, 4096)
+    make_vae("wan2.1-t2v").save_pretrained(folder / "vae")
+    torch.set_rng_state(state)
+    save_file(embeds, folder / "embeds.safetensors")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def theirs(files: Path) -> dict[str, Tensor]:
+    """Return ComfyUI's latents of every job."""
+    jobs = [
+        {"name": name, "shape": SHAPE, "seed": SEED, "later": 1, **job}
+        for name, job in JOBS.items()
+    ]
+    given = {
+        "models": [str(path) for path in sorted(files.glob("wan*"))],
+        "embeds": str(files / "embeds.safetensors"),
+        "jobs": jobs,
+    }
+    (files / "jobs.json").write_text(json.dumps(given))
+    script = REPOSITORY / "tests" / "support" / "comfy_sampling.py"
+    done = subprocess.run(
+        [str(PYTHON), str(script), str(files / "jobs.json"), str(files / "out.safetensors")],
+        cwd=CHECKOUT, capture_output=True, text=True, timeout=240, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
+    return load_file(files / "out.safetensors")
+
+
+@cache
+def opened(files: Path, two: bool) -> Any:
+    """Open one expert, or both."""
+    high, low = sorted(files.glob("wan*"))
+    return WanPipelineLoader().load_wan_pipeline(
+        WanModelFiles(transformer=high, transformer_2=low if two else None, vae=files / "vae"),
+        optimization_config={"device": "cpu", "precision": "fp32"},
+    )
+
+
+def ours(files: Path, job: dict[str, Any], **changes: Any) -> Tensor:
+    """Return WanFit's latents of a job in the scale of a LATENT."""
+    embeds = load_file(files / "embeds.safetensors")
+    settings: dict[str, Any] = {
+        "num_inference_steps": job["steps"], "guidance_scale": job["cfg"],
+        "guidance_scale_2": job["cfg"], "flow_shift": job["shift"], "seed": SEED,
+        "scheduler": OURS.get(job["sampler"], job["sampler"]), "sigma_schedule": "simple",
+        "switch_step": job.get("switch"), "prompt_embeds": embeds["positive"],
+        "negative_prompt_embeds": embeds["negative"],
+    }  # fmt: skip
+    config = GenerationConfig(**SIZE, **(settings | changes))
+    result = opened(files, "switch" in job).generate(config).raise_for_error()
+    found: Tensor = result.vae_latents
+    return found
+
+
+def distance(a: Tensor, b: Tensor) -> float:
+    """Return the norm of the difference relative to that of ``b``."""
+    return float((a - b).norm() / b.norm())
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_the_latents_are_comfyui_s(files: Path, theirs: dict[str, Tensor], name: str) -> None:
+    assert distance(ours(files, JOBS[name]), theirs[name]) < 1e-4
+
+
+@pytest.mark.parametrize("name", ["euler", "uni_pc", "dpmpp_2m"])
+def test_the_official_schedule_is_another(
+    files: Path, theirs: dict[str, Tensor], name: str
+) -> None:
+    """So the comparison above can fail, and the name of the schedule decides."""
+    official = ours(files, JOBS[name], sigma_schedule="official")
+    assert distance(official, theirs[name]) > 1e-3
