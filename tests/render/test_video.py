@@ -5,7 +5,9 @@ from __future__ import annotations
 import errno
 import subprocess
 import sys
+import threading
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -327,3 +329,40 @@ def test_a_folder_that_vanishes_is_not_blamed_on_the_codec(tmp_path: Path) -> No
         writer._container = Gone(writer._container)
         writer.write(patches(1))
     assert "Input/output error" in str(raised.value) and "codec" not in str(raised.value)
+
+
+def test_frames_are_encoded_beside_what_makes_them(tmp_path: Path) -> None:
+    """``write`` does not wait for a slow encoder until many frames lie before it."""
+    go = threading.Event()
+
+    class Slow:
+        def __init__(self, inner: Any) -> None:
+            self._inner = inner
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self._inner, name)
+
+        def encode(self, frame: Any) -> Any:
+            assert go.wait(20)
+            return self._inner.encode(frame)
+
+    frames = patches(8)
+    with VideoWriter(tmp_path / "out.mp4", fps=16, width=WIDTH, height=HEIGHT) as writer:
+        writer._video = Slow(writer._video)
+        writer.write(frames)
+        assert writer.frames_written == 8 and writer._encoded == 0
+        frames.zero_()  # the caller's memory may change before the encoder reads
+        go.set()
+    write(tmp_path / "plain.mp4", patches(8))
+    assert (read(tmp_path / "out.mp4")[0] == read(tmp_path / "plain.mp4")[0]).all()
+    assert "mp4 encoder" not in [thread.name for thread in threading.enumerate()]
+
+
+def test_bytes_of_the_caller_may_change(tmp_path: Path) -> None:
+    frames = (patches(4) * 255).round().to(torch.uint8)
+    same, changed = frames.clone(), frames.clone()
+    write(tmp_path / "same.mp4", same)
+    with VideoWriter(tmp_path / "changed.mp4", fps=16, width=WIDTH, height=HEIGHT) as writer:
+        writer.write(changed)
+        changed.zero_()
+    assert (tmp_path / "same.mp4").read_bytes() == (tmp_path / "changed.mp4").read_bytes()

@@ -8,7 +8,9 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import queue
 import shutil
+import threading
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
@@ -32,6 +34,8 @@ _LIMITED_RANGE = 1  # AVCOL_RANGE_MPEG
 _IN_ORDER = 2
 """Frames of a clip that is shorter than x265's reordering, which then leaves their decoding times
 unset: the muxer meets whatever number lies there, and sometimes refuses it."""
+_AHEAD = 16
+"""Frames that wait for the encoder at most; then ``write`` waits for it."""
 _NO_DISK = {errno.EIO, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENODEV,
             errno.ESTALE, errno.EBADF}  # fmt: skip
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -95,6 +99,10 @@ class VideoWriter:
     to the length of the video. ``num_frames``, if known, lets the error about a full disk say
     how much is needed. Raises InvalidRequest for a value that the codec cannot take, OutputError if
     the file cannot be written.
+
+    Frames are encoded by a thread of their own, beside whatever makes the next ones; at most
+    ``_AHEAD`` of them wait for it, as bytes. An error of the encoder is raised by the next
+    ``write`` or at the end of the ``with`` block.
     """
 
     def __init__(
@@ -120,7 +128,10 @@ class VideoWriter:
         self._metadata = dict(metadata or {})
         self._audio = audio
         self._num_frames = num_frames
-        self._samples_written = 0
+        self._encoded = self._samples_written = 0
+        self._waiting: queue.Queue[Tensor | None] = queue.Queue(_AHEAD)
+        self._encoder: threading.Thread | None = None
+        self._failed: BaseException | None = None
         self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> VideoWriter:
@@ -132,6 +143,8 @@ class VideoWriter:
                 # an open file.
                 stack.callback(self._close)
                 self._add_streams()
+            # Before the container is closed, nothing may be encoding any more.
+            stack.callback(self._stop)
             self._stack = stack.pop_all()
         return self
 
@@ -144,13 +157,18 @@ class VideoWriter:
         try:
             if error is None:
                 self._finish()
+            else:
+                self._failed = error  # what still waits need not be encoded
         except BaseException as failed:
             self._stack.__exit__(type(failed), failed, failed.__traceback__)
             raise
         self._stack.__exit__(kind, error, trace)
 
     def write(self, frames: Tensor) -> None:
-        """Append frames (f, H, W, 3), floats 0..1 or uint8, on any device."""
+        """Append frames (f, H, W, 3), floats 0..1 or uint8, on any device.
+
+        Returns when the last of them waits for the encoder; ``frames_written`` counts them all.
+        """
         if frames.ndim != 4 or tuple(frames.shape[1:]) != (*self._size, 3):
             height, width = self._size
             raise InvalidRequest(
@@ -158,18 +176,54 @@ class VideoWriter:
                 f"{width}, 3).",
                 field="frames",
             )
+        if self._encoder is None:
+            self._encoder = threading.Thread(target=self._encode_all, name="mp4 encoder")
+            self._encoder.start()
         for picture in frames:  # one at a time: the conversion never doubles the clip
-            frame = av.VideoFrame.from_ndarray(_to_bytes(picture).numpy(), format="rgb24")
-            frame = frame.reformat(
-                format=self._pix_fmt,
-                dst_colorspace=Colorspace.ITU709,
-                dst_color_range=ColorRange.MPEG,
-            )
-            frame.pts, frame.time_base = self.frames_written, 1 / self._rate
-            with self._explained():
-                self._container.mux(self._video.encode(frame))
-                self.frames_written += 1
-                self._write_audio(Fraction(self.frames_written) / self._rate)
+            if self._failed is not None:
+                break
+            ready = _to_bytes(picture)
+            # A copy, where the bytes are the caller's: they may change before they are read.
+            same = ready.data_ptr() == picture.data_ptr()
+            self._waiting.put(ready.clone() if same else ready)
+            self.frames_written += 1
+        self._raise_failure()
+
+    def _raise_failure(self) -> None:
+        failed, self._failed = self._failed, None
+        if failed is not None:
+            raise failed
+
+    def _encode_all(self) -> None:
+        """Encode what waits until None comes. After an error the rest is taken and left."""
+        failed = False
+        while (picture := self._waiting.get()) is not None:
+            if failed or self._failed is not None:
+                continue
+            try:
+                with self._explained():
+                    self._encode(picture)
+            except BaseException as error:  # noqa: BLE001 - it is raised where frames come from
+                failed, self._failed = True, error
+
+    def _stop(self) -> None:
+        """Let the encoder come to its end. It is waited for: it uses the container."""
+        encoder, self._encoder = self._encoder, None
+        if encoder is not None:
+            self._waiting.put(None)
+            encoder.join()
+
+    def _encode(self, picture: Tensor) -> None:
+        frame = av.VideoFrame.from_ndarray(picture.numpy(), format="rgb24")
+        frame = frame.reformat(
+            format=self._pix_fmt,
+            dst_colorspace=Colorspace.ITU709,
+            dst_color_range=ColorRange.MPEG,
+        )
+        frame.pts, frame.time_base = self._encoded, 1 / self._rate
+        self._container.mux(self._video.encode(frame))
+        self._encoded += 1
+        self._write_audio(Fraction(self._encoded) / self._rate)
 
     def _open(self) -> Any:
         # use_metadata_tags keeps keys that mp4 does not define. faststart puts the index first, so
@@ -213,6 +267,8 @@ class VideoWriter:
         self._samples_written = end
 
     def _finish(self) -> None:
+        self._stop()
+        self._raise_failure()
         if not self.frames_written:
             raise OutputError(f"No frame was written to {str(self.path)!r}; a video needs one.")
         with self._explained():
@@ -252,7 +308,7 @@ class VideoWriter:
                 "Choose another codec or folder; codec 'h264' with yuv420p works everywhere."
             )
         so_far = self._temporary.stat().st_size
-        frames = max(self.frames_written, 1)
+        frames = max(self._encoded, 1)
         needed = so_far * max(self._num_frames or 0, frames + 1) // frames
         free = shutil.disk_usage(self._temporary.parent).free + so_far
         return (
