@@ -103,9 +103,9 @@ TIGHT = [
 
 # the same with the lean forward and streaming
 STREAMED = [
-    (T2V, P480, 141, "none", "fp32"),
-    (T2V, P480, 80, "none", "fp32"),
-    (T2V, P480, 48, "model", "fp32"),
+    (T2V, P480, 141, "none, lean", "fp32"),
+    (T2V, P480, 80, "none, lean", "fp32"),
+    (T2V, P480, 48, "model, lean", "fp32"),
     (T2V, P480, 32, "model, lean", "fp32"),  # 1.9 GiB less activations: fits where it did not
     (T2V, P480, 24, "28 + stream, lean", "fp32"),  # rates are assumed: as many as fit
     (T2V, P480, 12, "10 + stream, lean", "fp32"),
@@ -493,7 +493,7 @@ def test_a_smaller_plan_keeps_to_the_one_memory() -> None:
 
 def test_a_placement_that_is_asked_for_is_kept() -> None:
     for offload, placed in (
-        ("none", "none, lean"), ("model", "model"), ("sequential", "sequential"),
+        ("none", "none, lean"), ("model", "model, lean"), ("sequential", "sequential, lean"),
         ("stream", "0 + stream, lean"),
         ("group", "model, transformer in groups, transformer_2 in groups"),
     ):  # fmt: skip

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.machines import cpu, gpu
+from tests.support.machines import architecture, cpu, gpu
 from wan_core.errors import InvalidRequest
 from wan_core.memory import Choices
 from wan_core.plan import SPEEDS, OptimizationConfig, speed
@@ -38,23 +38,68 @@ def test_fast_rounds_the_decode_and_says_what_it_saves() -> None:
     assert (exact.dtypes["vae"], exact.tier) == ("fp32", 0)
     assert (fast.dtypes["vae"], fast.tier) == ("bf16", 1)
     assert fast.seconds < exact.seconds
-    (reason,) = said(fast)
-    assert reason.startswith("speed fast: vae in bf16: decode ")
-    slow, quick = (float(text.split()[0]) for text in reason.split("decode ")[1].split(" -> "))
-    assert quick < slow and exact.seconds - fast.seconds == pytest.approx(slow - quick, abs=0.11)
+    half, kernels = said(fast)
+    assert half.startswith("speed fast: vae in bf16: decode ")
+    assert kernels.startswith("speed fast: fastest kernels: decode ")
+    slow, narrow, same, quick = (
+        float(text.split()[0])
+        for reason in (half, kernels)
+        for text in reason.split("decode ")[1].split(" -> ")
+    )
+    assert quick < narrow == same < slow
+    assert exact.seconds - fast.seconds == pytest.approx(slow - quick, abs=0.11)
     assert "vae bf16: for speed, as asked for; changes rounding only" in fast.reasons
-    assert fast.choices == replace(exact.choices, dtypes=fast.choices.dtypes)
+    assert fast.choices == replace(exact.choices, dtypes=fast.choices.dtypes, quick=True)
+    assert "fastest kernels" in fast.applied and "fastest kernels" not in exact.applied
 
 
 def test_where_nothing_helps_the_plan_says_so() -> None:
-    """On a CPU, and on a card whose decode would be slower, the choices are those of exact."""
-    wasteful = replace(gpu(80), wasteful_half_conv3d=True)
-    for system, why in ((cpu(64), "a CPU is not faster"), (wasteful, "many times the memory")):
-        exact = recommend(SMALL, P480, system, ALL)
-        fast = recommend(SMALL, P480, system, ALL, speed="fast")
-        assert (fast.choices, fast.tier) == (exact.choices, exact.tier)
-        (reason,) = said(fast)
-        assert reason.startswith("speed fast: the same as exact here (") and why in reason
+    """On a CPU the choices are those of exact, on a card whose decode would be slower its dtype."""
+    exact, fast = (recommend(SMALL, P480, cpu(64), ALL, speed=word) for word in SPEEDS[:2])
+    assert (fast.choices, fast.tier) == (exact.choices, exact.tier)
+    (reason,) = said(fast)
+    assert reason.startswith("speed fast: the same as exact here (")
+    for why in (
+        "a CPU is not faster",
+        "a CPU has none to choose from",
+        "not stored in fp8 or int8",
+    ):
+        assert why in reason
+    wasteful = recommend(
+        SMALL, P480, replace(gpu(80), wasteful_half_conv3d=True), ALL, speed="fast"
+    )
+    assert wasteful.dtypes["vae"] == "fp32" and wasteful.quick
+    plain = recommend(SMALL, P480, gpu(80), ALL, speed="fast", forward="diffusers")
+    assert not plain.quick and not plain.eight_bit
+
+
+@pytest.mark.parametrize(
+    ("stored", "capability", "used"),
+    [
+        ("fp8 scaled per tensor", (9, 0), True),
+        ("fp8", (8, 9), True),
+        ("fp8", (8, 6), False),
+        ("int8 scaled per row, rotated by 256", (8, 6), True),
+        ("GGUF Q4_K", (9, 0), False),
+        ("bf16", (9, 0), False),
+    ],
+)
+def test_products_of_what_is_stored_in_8_bit(
+    stored: str, capability: tuple[int, int], used: bool
+) -> None:
+    found = architecture(T2V)
+    component = replace(found.components["transformer"], stored_as=stored)
+    found = replace(found, components={**found.components, "transformer": component})
+    situation = speed.Situation(
+        architecture=found, workload=P480, requested=OptimizationConfig(speed="fast"),
+        system=replace(gpu(80), compute_capability=capability), abilities=frozenset(ALL),
+    )  # fmt: skip
+    chosen = speed._eight_bit(situation, Choices(dtypes={"transformer": "bf16"}))
+    assert isinstance(chosen, Choices) is used
+    if isinstance(chosen, Choices):
+        assert chosen.eight_bit
+        text = speed._eight_bit_says(situation, Choices(dtypes={"transformer": "bf16"}), chosen)
+        assert "s a step" in text and "changes the result" in text
 
 
 def test_an_ingredient_counts_from_its_speed_on(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -69,7 +114,7 @@ def test_an_ingredient_counts_from_its_speed_on(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(speed, "INGREDIENTS", (*speed.INGREDIENTS, more))
     plans = {word: recommend(T2V, P480, gpu(80), ALL, speed=word) for word in SPEEDS}
     assert [plans[word].by_rows for word in SPEEDS] == [False, False, True]
-    assert [len(said(plans[word])) for word in SPEEDS] == [0, 1, 4]
+    assert [len(said(plans[word])) for word in SPEEDS] == [0, 2, 5]
     assert said(plans["fastest"])[-1] == "speed fastest: cut by rows"
 
 

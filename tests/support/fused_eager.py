@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -43,3 +44,26 @@ def rotate_rows(
     turned = states.unflatten(-1, (heads, -1, 2))
     turned[..., 0] = first * cos - second * sin
     turned[..., 1] = first * sin + second * cos
+
+
+def quantize_rows(x: Tensor, kind: torch.dtype, gelu: bool) -> tuple[Tensor, Tensor]:
+    if gelu:
+        x = F.gelu(x, approximate="tanh")
+    wide = x.float()
+    largest = 127.0 if kind == torch.int8 else 448.0
+    scales = wide.abs().amax(1, keepdim=True).clamp(min=1e-30) / largest
+    numbers = (wide / scales).clamp(-largest, largest)
+    return (numbers.round() if kind == torch.int8 else numbers).to(kind), scales
+
+
+def scale_rows(
+    sums: Tensor, scales: Tensor, each: Tensor, bias: Tensor | None, out: Tensor
+) -> None:
+    wide = sums.float() * (scales * each)
+    out.copy_(wide if bias is None else wide + bias.float())
+
+
+def norm_silu(source: Tensor, out: Tensor, gamma: Tensor, scale: float) -> None:
+    kind = source.dtype
+    normed = F.normalize(source.float(), dim=1).to(kind)
+    out.copy_(F.silu(normed * scale * gamma.view(-1, 1, 1, 1)))

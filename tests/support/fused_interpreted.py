@@ -73,6 +73,39 @@ def rotations(dtype: torch.dtype, dim: int, heads: int, generator: torch.Generat
         compare(dtype, ours=results[0], theirs=results[1])
 
 
+def quantizing(dtype: torch.dtype, generator: torch.Generator) -> None:
+    """Whole numbers: a cast to fp8 is the card's own, which no interpreter shows."""
+    x = torch.randn(3, 40, generator=generator).to(dtype)
+    for gelu in (False, True):
+        (ours, scales), (theirs, expected) = (
+            code.quantize_rows(x, torch.int8, gelu) for code in (fused_kernels, fused_eager)
+        )
+        compare(dtype, ours=scales, theirs=expected)
+        # The GELU's last bit may fall on the other side of a half.
+        assert int((ours.int() - theirs.int()).abs().max()) <= (1 if gelu else 0)
+    sums = torch.randint(-9999, 9999, (3, 40), generator=generator, dtype=torch.int32)
+    each, bias = torch.rand(40, generator=generator), torch.randn(40, generator=generator)
+    for given in (bias.to(dtype), None):
+        results = []
+        for code in (fused_kernels, fused_eager):
+            out = torch.full((3, 40), float("nan"), dtype=dtype)
+            code.scale_rows(sums, scales / 100, each, given, out)
+            results.append(out)
+        compare(dtype, ours=results[0], theirs=results[1])
+
+
+def activations(dtype: torch.dtype, generator: torch.Generator) -> None:
+    source = torch.randn(2, 6, 3, 4, 5, generator=generator).to(dtype)
+    source = source.contiguous(memory_format=torch.channels_last_3d)
+    gamma = torch.randn(6, generator=generator).to(dtype)
+    results = []
+    for code in (fused_kernels, fused_eager):
+        padded = torch.zeros(2, 6, 5, 6, 7).to(dtype, memory_format=torch.channels_last_3d)
+        code.norm_silu(source, padded[:, :, 2:, 1:5, 1:6], gamma, 6**0.5)
+        results.append(padded)
+    compare(dtype, ours=results[0], theirs=results[1])
+
+
 def main() -> None:
     generator, kinds = torch.Generator().manual_seed(0), 0
     for dtype, dim, heads in (
@@ -80,6 +113,8 @@ def main() -> None:
     ):  # fmt: skip
         norms(dtype, dim, generator)
         rotations(dtype, dim, heads, generator)
+        quantizing(dtype, generator)
+        activations(dtype, generator)
         kinds += 1
     sys.stdout.write(f"{kinds} kinds agree\n")
 

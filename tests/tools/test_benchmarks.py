@@ -222,3 +222,24 @@ def test_the_page_of_machines_is_what_the_planner_says(tmp_path: Path) -> None:
     assert "refused" not in page
     assert page == (BENCHMARKS.parent / "docs" / "machines.md").read_text(encoding="utf-8")
     assert page.count("\n| A14B") == 8 * 5 * 2 and page.count("\n| 5B") == 8
+
+
+def test_speed_with_small_models(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Every kind of part; times mean nothing here, bits do."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import speed
+
+    parts = ["forward-14b-480p", "forward-14b-480p-fp8", "decode-2.1"]
+    assert speed.main(["--tiny", "--output", str(tmp_path), "--only", *parts]) == 0
+    found = json.loads((tmp_path / "speed_cpu.json").read_text())
+    assert found["notes"] == []
+    ways = {(row["case"], row["way"]): row for row in found["forwards"]}
+    assert len(ways) == 8
+    exact = [row for (_, way), row in ways.items() if way in ("diffusers", "unfused", "exact")]
+    assert all(row["equal"] and row["error"] == 0 for row in exact)
+    decodes = {row["way"]: row for row in found["decodes"]}
+    assert len(decodes) == 9 and decodes["lean, fp32"]["equal"]
+    assert 0 < decodes["lean, fp16"]["error"] < decodes["lean, bf16"]["error"] < 0.1
+    text = (tmp_path / "speed_cpu.md").read_text()
+    assert "| 14B, 480p81 | exact | " in text and "| VAE 2.1, 480p81 | quick, bf16 | " in text
+    assert set(speed.ORDER) == {case.name for case in speed.CASES} | {d[0] for d in speed.DECODES}

@@ -28,8 +28,10 @@ from torch import Tensor, nn
 
 from ..memory import LEAN_HEAD_GROUPS, LEAN_ROWS
 from ..models import TEXT_TOKENS
+from . import attention
 from .fused import NOTHING, Fused, kernels, rms_norm_is_plain
 from .modulation import Modulation, Span, TimestepRuns
+from .products import products_of
 
 _EVERY: Span = (slice(None), 0)
 
@@ -49,6 +51,10 @@ class LeanOptions:
     blocks: bool = True
     fuse: bool = True
     """Whether fused kernels are used where they give the same bits (see ``fused``)."""
+    quick: bool = False
+    """Whether attention may use a kernel that rounds differently (see ``attention``)."""
+    eight_bit: bool = False
+    """Whether feed-forwards stored in 8 bit are multiplied in 8 bit (see ``products``)."""
 
 
 def run_block(
@@ -74,12 +80,15 @@ def run_block(
     if options.exact:
         # What a part of the block adds to the hidden states is added by the next part, which takes
         # it from the list: the only reference to it, so that it is freed as soon as it is used.
-        held = [_self_attention(block, hidden, modulation, rotary, fused)]
-        held.append(_cross_attention(block, hidden, held, context, modulation, fused))
-        modulation.add_all_gated(hidden, _feed_forward(block, hidden, held, modulation), 5)
+        held = [_self_attention(block, hidden, modulation, rotary, fused, options.quick)]
+        held.append(
+            _cross_attention(block, hidden, held, context, modulation, fused, options.quick)
+        )
+        change = _feed_forward(block, hidden, held, modulation, options.eight_bit)
+        modulation.add_all_gated(hidden, change, 5)
     else:
-        _self_attention_by_heads(block, options.head_groups, hidden, modulation, rotary, fused)
-        _rest_by_rows(block, hidden, context, modulation, fused)
+        _self_attention_by_heads(block, options, hidden, modulation, rotary, fused)
+        _rest_by_rows(block, hidden, context, modulation, fused, options)
     return hidden
 
 
@@ -87,11 +96,17 @@ def _by_heads(states: Tensor, heads: int) -> Tensor:
     return torch.unflatten(states, 2, (heads, -1))
 
 
-def _attend(attn: Any, query: Tensor, key: Tensor, value: Tensor, heads: int) -> Tensor:
+def _attend(
+    attn: Any, query: Tensor, key: Tensor, value: Tensor, heads: int, quick: bool
+) -> Tensor:
     """Attend with diffusers' dispatcher, on the backend that the block's processor is set to.
 
-    ``query``, ``key``, ``value`` and the result are (B, n, heads * d).
+    ``query``, ``key``, ``value`` and the result are (B, n, heads * d). With ``quick``, and no
+    backend set, it is the fastest one.
     """
+    if quick and attn.processor._attention_backend is None:
+        states = (_by_heads(x, heads) for x in (query, key, value))
+        return attention.attend(*states).flatten(2, 3)
     from diffusers.models.attention_dispatch import dispatch_attention_fn
 
     out: Tensor = dispatch_attention_fn(
@@ -164,7 +179,12 @@ def _project_out(attn: Any, out: Tensor) -> Tensor:
 
 
 def _self_attention(
-    block: Any, hidden: Tensor, modulation: Modulation, rotary: tuple[Tensor, Tensor], fused: Fused
+    block: Any,
+    hidden: Tensor,
+    modulation: Modulation,
+    rotary: tuple[Tensor, Tensor],
+    fused: Fused,
+    quick: bool,
 ) -> Tensor:
     """Return what self attention adds to the hidden states, before its gate."""
     attn, spans = block.attn1, modulation.spans
@@ -177,7 +197,7 @@ def _self_attention(
     # v was the last to need the normed input. Released now, it makes way for the attention output:
     # the peak of the block is h, q, k, v and that output.
     del normed
-    out = _attend(attn, query, key, value, attn.heads)
+    out = _attend(attn, query, key, value, attn.heads, quick)
     # q, k and v go before the output projection allocates its result.
     del query, key, value
     return _project_out(attn, out)
@@ -186,8 +206,8 @@ def _self_attention(
 class _Context:
     """Keys and values of the text, and of the image where the model has one (Wan 2.1 I2V)."""
 
-    def __init__(self, attn: Any, context: Tensor) -> None:
-        self._attn = attn
+    def __init__(self, attn: Any, context: Tensor, quick: bool) -> None:
+        self._attn, self._quick = attn, quick
         self._image: tuple[Tensor, Tensor] | None = None
         text = context
         if attn.add_k_proj is not None:
@@ -201,10 +221,10 @@ class _Context:
         """Attend to text and image, add both and project the sum; ``query`` is (B, n, dim)."""
         attn = self._attn
         if self._image is None:
-            out = _attend(attn, query, *self._text, attn.heads)
+            out = _attend(attn, query, *self._text, attn.heads, self._quick)
         else:
-            image = _attend(attn, query, *self._image, attn.heads)
-            out = _attend(attn, query, *self._text, attn.heads).add_(image)
+            image = _attend(attn, query, *self._image, attn.heads, self._quick)
+            out = _attend(attn, query, *self._text, attn.heads, self._quick).add_(image)
             del image
         del query
         return _project_out(attn, out)
@@ -217,10 +237,11 @@ def _cross_attention(
     context: Tensor,
     modulation: Modulation,
     fused: Fused,
+    quick: bool,
 ) -> Tensor:
     """Add what self attention made, and return what cross attention adds."""
     attn = block.attn2
-    keys = _Context(attn, context)
+    keys = _Context(attn, context, quick)
     normed = modulation.add_and_norm(hidden, held.pop(), 2, block.norm2, None)
     query = attn.to_q(normed)
     del normed
@@ -228,14 +249,29 @@ def _cross_attention(
     return keys.attend(query)
 
 
-def _feed_forward(block: Any, hidden: Tensor, held: list[Tensor], modulation: Modulation) -> Tensor:
+def _feed_forward(
+    block: Any, hidden: Tensor, held: list[Tensor], modulation: Modulation, eight_bit: bool
+) -> Tensor:
     """Add what cross attention made, and return what the feed-forward adds, before its gate."""
-    normed = modulation.add_and_norm(hidden, held.pop(), None, block.norm3, 3)
-    inner = block.ffn.net[0].proj(normed)
+    held.append(modulation.add_and_norm(hidden, held.pop(), None, block.norm3, 3))
+    return _fed(block.ffn, held, eight_bit)
+
+
+def _fed(ffn: Any, held: list[Tensor], eight_bit: bool) -> Tensor:
+    """Return the feed-forward of what ``held`` holds, which is taken out of it."""
+    products = products_of(ffn, held[0].dtype) if eight_bit else None
+    if products is not None:
+        first, second = products
+        wide = first.multiply(*first.quantized(held.pop()))
+        codes = second.quantized(wide, gelu=True)
+        del wide
+        return second.multiply(*codes)
+    normed = held.pop()
+    inner = ffn.net[0].proj(normed)
     # ``inner`` is the widest tensor of the block, so each input is released as soon as it has
     # been read.
     del normed
-    return _feed_out(block.ffn, inner)
+    return _feed_out(ffn, inner)
 
 
 def _feed_out(ffn: Any, inner: Tensor) -> Tensor:
@@ -249,14 +285,14 @@ def _feed_out(ffn: Any, inner: Tensor) -> Tensor:
 
 def _self_attention_by_heads(
     block: Any,
-    groups: int,
+    options: LeanOptions,
     hidden: Tensor,
     modulation: Modulation,
     rotary: tuple[Tensor, Tensor],
     fused: Fused,
 ) -> None:
     """Self attention with q and k whole, but v for one group of heads at a time."""
-    attn = block.attn1
+    attn, groups, quick = block.attn1, options.head_groups, options.quick
     # q and k cannot be made by groups: their norms average over all heads of a token.
     query, key = torch.empty_like(hidden), torch.empty_like(hidden)
     for span in modulation.spans:
@@ -286,7 +322,7 @@ def _self_attention_by_heads(
         else:
             value = values[..., lanes]
         # Heads do not see each other, so this group's output can overwrite its queries.
-        query[..., lanes] = _attend(attn, query[..., lanes], key[..., lanes], value, heads)
+        query[..., lanes] = _attend(attn, query[..., lanes], key[..., lanes], value, heads, quick)
         del value
     del key, values
     for span in modulation.spans:
@@ -316,7 +352,12 @@ def is_plain_linear(module: nn.Module) -> bool:
 
 
 def _rest_by_rows(
-    block: Any, hidden: Tensor, context: Tensor, modulation: Modulation, fused: Fused
+    block: Any,
+    hidden: Tensor,
+    context: Tensor,
+    modulation: Modulation,
+    fused: Fused,
+    options: LeanOptions,
 ) -> None:
     """Run cross attention and feed-forward for one span of tokens after the other.
 
@@ -324,7 +365,8 @@ def _rest_by_rows(
     back before the next one begins; no tensor of full length is made.
     """
     attn, ffn = block.attn2, block.ffn
-    keys = _Context(attn, context)  # once for all spans: the context is the same for every token
+    # Once for all spans: the context is the same for every token.
+    keys = _Context(attn, context, options.quick)
     for span in modulation.spans:
         rows = hidden[:, span[0]]
         query = attn.to_q(block.norm2(rows.float()).type_as(rows))
@@ -332,7 +374,6 @@ def _rest_by_rows(
         rows.add_(keys.attend(query))
         del query
         normed = modulation.normed(block.norm3, hidden, 3, span)
-        inner = ffn.net[0].proj(normed)
+        held = [normed]
         del normed
-        modulation.add_gated(hidden, _feed_out(ffn, inner), 5, span)
-        del inner
+        modulation.add_gated(hidden, _fed(ffn, held, options.eight_bit), 5, span)

@@ -26,6 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .decoder_quick import Quick, empty
 from .host_cache import HISTORY, HostCache, HostEntry, frames_known
 from .sources import norms_widen
 
@@ -41,6 +42,8 @@ class DecodeOptions:
     bands: int = 1
     host: HostCache | None = None
     """Where the feature cache is kept between uses; None: on the device."""
+    quick: Quick | None = None
+    """What is used to be faster, with other rounding; None: nothing. Bands are not made faster."""
 
 
 class DecoderWalk:
@@ -54,6 +57,7 @@ class DecoderWalk:
 
     def __init__(self, options: DecodeOptions, slots: list[Any], index: list[int]) -> None:
         self._options, self._slots, self._index = options, slots, index
+        self._quick = options.quick if options.bands == 1 else None
 
     def through(self, decoder: Any, x: Tensor, first: bool) -> Tensor:
         """Return the decoder's output for one latent frame."""
@@ -109,7 +113,7 @@ class DecoderWalk:
             last = last.clone() if y.shape[2] < HISTORY else last
             count = self._load(second, inside)
             self._keep(first, last)
-            inside[:, :, HISTORY:].copy_(_activated(block.norm2, y, y))
+            self._activate_into(block.norm2, y, inside[:, :, HISTORY:], writable=True)
             del last
         else:
             # Another width needs another buffer: release this one before it is made.
@@ -217,12 +221,17 @@ class DecoderWalk:
 
         ``writable`` allows the norm to overwrite ``source``.
         """
-        padded, inside, _ = _buffer(conv, source, slice(0, source.shape[3]))
+        padded, inside, _ = _buffer(conv, source, slice(0, source.shape[3]), self._quick)
         count = self._load(slot, inside)
-        if norm is not None:
-            source = _activated(norm, source, source if writable else None)
-        inside[:, :, HISTORY:].copy_(source)
+        self._activate_into(norm, source, inside[:, :, HISTORY:], writable=writable)
         return padded, count
+
+    def _activate_into(self, norm: Any, source: Tensor, out: Tensor, *, writable: bool) -> None:
+        """Write ``silu(norm(source))``, or the source if there is no norm, to ``out``."""
+        if norm is None:
+            out.copy_(source)
+        elif self._quick is None or not self._quick.activate(norm, source, out):
+            out.copy_(_activated(norm, source, source if writable else None))
 
     def _load(self, slot: int, inside: Tensor) -> int:
         """Move a slot's frames to the front of a buffer; return how many the slot gets next."""
@@ -238,7 +247,7 @@ class DecoderWalk:
         host = self._options.host
         if host is None:
             # A copy of its own: a view would keep the whole padded buffer alive.
-            kept = torch.empty(frames.shape, dtype=frames.dtype, device=frames.device)
+            kept = empty(frames, frames.shape, self._quick)
             self._slots[slot] = kept.copy_(frames)
         else:
             self._slots[slot] = entry = host.entry(self._slots, slot, frames)
@@ -261,7 +270,7 @@ class DecoderWalk:
                 out[..., fine, :] = piece.view(batch, frames, size[0], -1, size[2])
                 del piece
         else:
-            large = x.new_empty(batch * frames, channels, 2 * height, 2 * width)
+            large = empty(x, (batch * frames, channels, 2 * height, 2 * width), self._quick)
             _double(x, large.view(batch, frames, channels, 2 * height, 2 * width))
             del x
             out = conv(large).view(batch, frames, *size)
@@ -276,7 +285,7 @@ class DecoderWalk:
             return
         both = self._convolve(conv, held)
         batch, channels, frames, height, width = both.shape
-        x = both.new_empty(batch, channels // 2, 2 * frames, height, width)
+        x = empty(both, (batch, channels // 2, 2 * frames, height, width), self._quick)
         x[:, :, 0::2] = both[:, : channels // 2]
         x[:, :, 1::2] = both[:, channels // 2 :]
         held.append(x)
@@ -296,7 +305,9 @@ def _inside(conv: Any, padded: Tensor) -> Tensor:
     return padded[..., margin : padded.shape[3] - margin, margin : padded.shape[4] - margin]
 
 
-def _buffer(conv: Any, source: Tensor, rows: slice) -> tuple[Tensor, Tensor, slice]:
+def _buffer(
+    conv: Any, source: Tensor, rows: slice, quick: Quick | None = None
+) -> tuple[Tensor, Tensor, slice]:
     """Allocate the input of ``conv`` for some output rows, zeroing the borders that pad it.
 
     There is space for two frames of history in front. Returns the buffer, a view of it without
@@ -307,7 +318,7 @@ def _buffer(conv: Any, source: Tensor, rows: slice) -> tuple[Tensor, Tensor, sli
     low, high = max(0, rows.start - margin), min(height, rows.stop + margin)
     above, below = margin - (rows.start - low), margin - (high - rows.stop)
     size = (rows.stop - rows.start + 2 * margin, width + 2 * margin)
-    padded = source.new_empty(batch, channels, HISTORY + frames, *size)
+    padded = empty(source, (batch, channels, HISTORY + frames, *size), quick)
     for border in (padded[..., :above, :], padded[..., size[0] - below :, :]):
         border.zero_()
     for border in (padded[..., :margin], padded[..., size[1] - margin :]):

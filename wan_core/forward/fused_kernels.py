@@ -225,3 +225,112 @@ def _rotate_kernel(
                 inverse * tl.load(row + at).to(tl.float32)
             )
             tl.store(row + at, value.to(states.dtype.element_ty))
+
+
+def norm_silu(source: Tensor, out: Tensor, gamma: Tensor, scale: float) -> None:
+    """Write silu(x / |x| * ``scale`` * ``gamma``) to ``out``, |x| over the channels of each pixel.
+
+    ``source`` and ``out`` are views (B, C, T, H, W) with a stride of 1 along the channels;
+    ``gamma`` has C numbers. Every step is rounded to ``source``'s dtype, as in ``WanRMS_norm``.
+    """
+    batch, channels, frames, height, width = source.shape
+    block = triton.next_power_of_2(channels)
+    pixels = max(1, 8192 // block)
+    with torch.cuda.device_of(source):
+        _silu_kernel[(batch * frames, height, triton.cdiv(width, pixels))](
+            source, out, gamma, frames, width, scale,
+            *(source.stride(i) for i in (0, 2, 3, 4)), *(out.stride(i) for i in (0, 2, 3, 4)),
+            CHANNELS=channels, BLOCK=block, PIXELS=pixels, num_warps=8,
+        )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["frames", "width"])
+def _silu_kernel(
+    source, out, gamma, frames, width, scale,
+    from_batch, from_frame, from_row, from_pixel, to_batch, to_frame, to_row, to_pixel,
+    CHANNELS: tl.constexpr, BLOCK: tl.constexpr, PIXELS: tl.constexpr,
+):  # fmt: skip
+    batch = (tl.program_id(0) // frames).to(tl.int64)
+    frame = (tl.program_id(0) % frames).to(tl.int64)
+    row = tl.program_id(1).to(tl.int64)
+    pixel = (tl.program_id(2) * PIXELS + tl.arange(0, PIXELS))[:, None]
+    channel = tl.arange(0, BLOCK)[None, :]
+    inside = (pixel < width) & (channel < CHANNELS)
+    start = source + batch * from_batch + frame * from_frame + row * from_row
+    kind = source.dtype.element_ty
+    x = tl.load(start + pixel * from_pixel + channel, mask=inside, other=0.0).to(tl.float32)
+    length = tl.maximum(tl.sqrt(tl.sum(x * x, 1)), 1e-12)[:, None]
+    factor = tl.load(gamma + channel, mask=channel < CHANNELS, other=0.0).to(tl.float32)
+    x = (x / length).to(kind).to(tl.float32)
+    x = (x * scale).to(kind).to(tl.float32)
+    x = (x * factor).to(kind).to(tl.float32)
+    x = x / (1.0 + tl.exp(-x))
+    into = out + batch * to_batch + frame * to_frame + row * to_row
+    tl.store(into + pixel * to_pixel + channel, x.to(kind), mask=inside)
+
+
+def quantize_rows(x: Tensor, kind: torch.dtype, gelu: bool) -> tuple[Tensor, Tensor]:
+    """Return ``x`` (n, width) in 8 bit and the scale of each row, float32 (n, 1).
+
+    ``kind`` is torch.int8 or torch.float8_e4m3fn. A row is divided by its scale, its largest
+    magnitude over 127 or 448, and rounded to the nearest, ties to even. With ``gelu`` the GELU
+    (tanh form) of ``x``, rounded to its dtype, is meant.
+    """
+    count, width = x.shape
+    out = torch.empty(count, width, dtype=kind, device=x.device)
+    scales = torch.empty(count, 1, dtype=torch.float32, device=x.device)
+    block = triton.next_power_of_2(width)
+    with torch.cuda.device_of(x):
+        _quantize_kernel[(count,)](
+            x, out, scales, WIDTH=width, BLOCK=block, GELU=gelu, WHOLE=kind == torch.int8,
+            num_warps=8 if block > 4096 else 4,
+        )  # fmt: skip
+    return out, scales
+
+
+def scale_rows(
+    sums: Tensor, scales: Tensor, each: Tensor, bias: Tensor | None, out: Tensor
+) -> None:
+    """Write ``sums * scales * each + bias`` to ``out``: (n, width), (n, 1), (width,), (width,)."""
+    count, width = sums.shape
+    block = 1024
+    with torch.cuda.device_of(sums):
+        _scale_kernel[(count, triton.cdiv(width, block))](
+            sums, scales, each, each if bias is None else bias, out, width,
+            BIAS=bias is not None, BLOCK=block,
+        )  # fmt: skip
+
+
+@triton.jit
+def _quantize_kernel(
+    x, out, scales, WIDTH: tl.constexpr, BLOCK: tl.constexpr, GELU: tl.constexpr,
+    WHOLE: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.arange(0, BLOCK)
+    inside = at < WIDTH
+    value = tl.load(x + row * WIDTH + at, mask=inside, other=0.0).to(tl.float32)
+    if GELU:
+        inner = 0.7978845608028654 * (value + 0.044715 * value * value * value)
+        tanh = 1.0 - 2.0 / (tl.exp(2.0 * inner) + 1.0)
+        value = (0.5 * value * (1.0 + tanh)).to(x.dtype.element_ty).to(tl.float32)
+    largest: tl.constexpr = 127.0 if WHOLE else 448.0
+    scale = tl.maximum(tl.max(tl.abs(value), 0), 1e-30) / largest
+    value = value / scale
+    value = tl.minimum(tl.maximum(value, -largest), largest)
+    if WHOLE:  # adding and taking off 1.5 * 2**23 rounds to whole numbers
+        value = (value + 12582912.0) - 12582912.0
+    tl.store(out + row * WIDTH + at, value.to(out.dtype.element_ty), mask=inside)
+    tl.store(scales + row, scale)
+
+
+@triton.jit
+def _scale_kernel(sums, scales, each, bias, out, width, BIAS: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < width
+    value = tl.load(sums + row * width + at, mask=inside, other=0).to(tl.float32)
+    value = value * (tl.load(scales + row) * tl.load(each + at, mask=inside, other=0.0))
+    if BIAS:
+        value += tl.load(bias + at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + row * width + at, value.to(out.dtype.element_ty), mask=inside)

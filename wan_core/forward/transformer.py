@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -115,19 +115,25 @@ def lean_forward(
     rows: int = LEAN_ROWS,
     head_groups: int = LEAN_HEAD_GROUPS,
     fuse: bool = True,
+    quick: bool = False,
+    eight_bit: bool = False,
 ) -> Iterator[str | None]:
     """Run ``transformer`` with the lean forward in this thread, inside the ``with`` block.
 
     Yields None, or the reason why the model keeps its own forward. With ``exact`` the result
-    equals diffusers' bit for bit; without it, rounding may differ (see ``forward/block.py``). The
-    lean forward acts only where gradients are off; each block then overwrites its input. Enter
-    the context after offloading has been attached.
+    equals diffusers' bit for bit; without it, rounding may differ (see ``forward/block.py``).
+    ``quick`` takes the fastest attention, which may round differently; ``eight_bit`` multiplies
+    feed-forwards that are stored in 8 bit in 8 bit, which changes the result. The lean forward
+    acts only where gradients are off; each block then overwrites its input. Enter the context after
+    offloading has been attached.
     """
     reason = why_not(transformer)
     if reason is not None:
         yield reason
         return
-    options = LeanOptions(exact=exact, rows=rows, head_groups=head_groups, fuse=fuse)
+    options = LeanOptions(
+        exact=exact, rows=rows, head_groups=head_groups, fuse=fuse, quick=quick, eight_bit=eight_bit
+    )
     with _lean(transformer, options):
         yield None
 
@@ -152,8 +158,11 @@ def hints_in_turn(transformer: nn.Module) -> Iterator[str | None]:
 
 
 def _put_on(transformer: Any, installed: Installed[LeanOptions]) -> None:
-    for block in transformer.blocks:
-        installed.set_forward(block, functools.partial(_block_forward, block, installed))
+    last = len(transformer.blocks) - 1
+    for index, block in enumerate(transformer.blocks):
+        # What is lost in the first and the last block is seen most.
+        inner = 0 < index < last
+        installed.set_forward(block, functools.partial(_block_forward, block, inner, installed))
     for block in _vace_blocks(transformer):
         installed.set_forward(block, functools.partial(_vace_block_forward, block, installed))
     forward = functools.partial(_model_forward, transformer, installed)
@@ -165,6 +174,7 @@ _lean = ReplacedForward(_put_on)
 
 def _block_forward(
     block: Any,
+    inner: bool,
     installed: Installed[LeanOptions],
     before: Any,
     hidden_states: Tensor,
@@ -176,6 +186,8 @@ def _block_forward(
     if options is None or not options.blocks:
         result: Tensor = before(hidden_states, encoder_hidden_states, temb, rotary_emb)
         return result
+    if not inner:
+        options = replace(options, eight_bit=False)
     fused = _fused(options, hidden_states, block.attn1.heads, temb)
     return run_block(block, options, hidden_states, encoder_hidden_states, temb, rotary_emb, fused)
 

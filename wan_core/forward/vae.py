@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .decoder import DecodeOptions, DecoderWalk
+from .decoder_quick import quick_for
 from .host_cache import HostCache
 from .replaced import Installed, ReplacedForward, unknown_code
 from .sources import DECODER
@@ -61,16 +62,23 @@ def _why_not_module(module: nn.Module, known: set[Any]) -> str | None:
 
 @contextmanager
 def lean_decoder(
-    vae: Any, *, bands: int | None = None, cache_on_host: bool | None = None, pin_bytes: int = 0
+    vae: Any,
+    *,
+    bands: int | None = None,
+    cache_on_host: bool | None = None,
+    pin_bytes: int = 0,
+    quick: bool = False,
 ) -> Iterator[str | None]:
     """Decode with less memory in this thread, inside the ``with`` block.
 
     Yields None, or the reason why the VAE keeps its own forward. Without ``bands`` the result
     equals diffusers' bit for bit; with ``bands`` (a number of bands of rows) rounding may differ.
     ``cache_on_host`` keeps the feature cache in RAM between uses, which changes no bit; None does
-    so when there are bands. ``pin_bytes`` limits all page-locked memory of the process. The lean
-    decoder acts on calls that pass a feature cache, where gradients are off. Enter the context
-    after weights have been placed. A decode with its cache in RAM must end inside the context.
+    so when there are bands. ``quick`` takes what is faster on a GPU and may round differently (see
+    ``decoder_quick``); it does not act on bands. ``pin_bytes`` limits all page-locked memory of the
+    process. The lean decoder acts on calls that pass a feature cache, where gradients are off.
+    Enter the context after weights have been placed. A decode with its cache in RAM must end inside
+    the context.
     """
     reason = why_not(vae)
     if reason is not None:
@@ -79,7 +87,8 @@ def lean_decoder(
     on_host = bands is not None if cache_on_host is None else cache_on_host
     host = HostCache(pin_bytes) if on_host else None
     try:
-        with _lean(vae.decoder, DecodeOptions(max(1, bands or 1), host)):
+        faster = quick_for(vae.decoder) if quick else None
+        with _lean(vae.decoder, DecodeOptions(max(1, bands or 1), host, faster)):
             yield None
     finally:
         if host is not None:

@@ -15,10 +15,12 @@ from ..lazy import lazy_names
 if TYPE_CHECKING:
     from .cache import ComponentCache, ComponentKey, component_cache, component_key
     from .component import load_component
+    from .dequantize import rotation
     from .download import fetch, plan_download
     from .dtypes import dtype_of, keep_in_fp32, stays_fp32
     from .moving import Undo, device_of, move, remember
     from .page_lock import Slab, all_pinned_bytes, lock_within, pin_block, room_to_pin, unpin
+    from .quantized import StoredWeight, stored_weight
     from .reader import TensorReader
     from .tokenizer import (
         check_tokenizer,
@@ -33,6 +35,7 @@ __getattr__ = lazy_names(
         "cache": ("ComponentCache", "ComponentKey", "component_cache", "component_key"),
         "component": ("load_component",),
         "download": ("fetch", "plan_download"),
+        "dequantize": ("rotation",),
         "dtypes": ("dtype_of", "keep_in_fp32", "stays_fp32"),
         "moving": ("Undo", "device_of", "move", "remember"),
         "page_lock": (
@@ -43,6 +46,7 @@ __getattr__ = lazy_names(
             "room_to_pin",
             "unpin",
         ),
+        "quantized": ("StoredWeight", "stored_weight"),
         "reader": ("TensorReader",),
         "tokenizer": (
             "check_tokenizer",
@@ -57,6 +61,7 @@ __all__ = [
     "ComponentCache",
     "ComponentKey",
     "Slab",
+    "StoredWeight",
     "TensorReader",
     "Undo",
     "all_pinned_bytes",
@@ -77,6 +82,8 @@ __all__ = [
     "plan_download",
     "remember",
     "room_to_pin",
+    "rotation",
     "stays_fp32",
+    "stored_weight",
     "unpin",
 ]

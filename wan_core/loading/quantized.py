@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import logging
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as functional
@@ -158,6 +158,21 @@ class StoredEmbedding(_Stored, nn.Embedding):
         """Return the rows of ``input`` (any shape of numbers), (..., width)."""
         found = self.dequantized(self.computed, input.reshape(-1))
         return found.view(*input.shape, self.embedding_dim)
+
+
+class StoredWeight(NamedTuple):
+    """The bytes of one stored weight, what they are multiplied with, and what they are."""
+
+    bits: Tensor
+    scales: Scales
+    stored: Storage
+
+
+def stored_weight(layer: Any) -> StoredWeight | None:
+    """Return what a linear layer stores, or None if its weight is plain numbers."""
+    if not isinstance(layer, StoredLinear):
+        return None
+    return StoredWeight(layer.weight.data, layer._scales(), layer.stored)
 
 
 def replace_layer(root: nn.Module, name: str, new: nn.Module) -> None:

@@ -38,7 +38,13 @@ def apply_plan(
         stack.enter_context(_placed(module, component, plan, check))
         why_not = None
         if plan.choices.lean and component.startswith("transformer"):
-            why_not = stack.enter_context(lean_forward(module, exact=not plan.choices.by_rows))
+            forward = lean_forward(
+                module,
+                exact=not plan.choices.by_rows,
+                quick=plan.choices.quick,
+                eight_bit=plan.choices.eight_bit,
+            )
+            why_not = stack.enter_context(forward)
         elif component.startswith("transformer") and not plan.choices.hints_at_once(component):
             why_not = stack.enter_context(hints_in_turn(module))
         elif plan.choices.lean and component == "vae" and decoding:
@@ -47,7 +53,11 @@ def apply_plan(
             # trips over the bus short, so it shares the budget of the streamed weights.
             away = plan.choices.by_rows or plan.choices.cache_in_ram
             decoder = lean_decoder(
-                module, bands=bands, cache_on_host=away, pin_bytes=pin_budget(plan) if away else 0
+                module,
+                bands=bands,
+                cache_on_host=away,
+                pin_bytes=pin_budget(plan) if away else 0,
+                quick=plan.choices.quick,
             )
             why_not = stack.enter_context(decoder)
         yield f"More memory than predicted in {component}: {why_not}" if why_not else None

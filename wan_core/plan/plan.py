@@ -72,6 +72,7 @@ class OptimizationPlan:
             words += ["one at a time"] * (choices.stream_buffers == 1)
         words += ["lean forward"] * choices.lean + ["products by rows"] * choices.by_rows
         words += ["decode's cache in RAM"] * choices.cache_in_ram
+        words += ["fastest kernels"] * choices.quick + ["products in 8 bit"] * choices.eight_bit
         words += ["fp8 storage"] * choices.fp8_storage
         words += [f"EasyCache {choices.easycache:g}"] * (choices.easycache > 0)
         words += [f"MagCache {choices.magcache:g}"] * (choices.magcache > 0)

@@ -80,8 +80,16 @@ frames of 832x480 on an H100, VAE 2.1 in fp32. An effective figure, and the same
 nobody has measured apart."""
 _TEXT_SECONDS = 1.0
 """Seconds for the texts. Assumed, not measured."""
-_ROWS_COST = 1.04
-"""Factor on the compute for products cut by rows. Assumed, not measured."""
+_LEAN_COST, _ROWS_COST = 0.83, 0.97
+"""Factors on the compute for the lean forward with fused kernels on CUDA, and for one that cuts
+products by rows: 14B, 480p81 on an H100. The first is in ``benchmarks/results/speed_h100.md`` (less
+for the 5B); of the second no result was kept."""
+_UNFUSED_ROWS_COST = 1.04
+"""Factor on the compute for products cut by rows without CUDA."""
+_EIGHT_BIT_COST = 0.93
+"""Factor on the compute for feed-forwards in fp8; the same file's."""
+_QUICK_DECODE = 0.6
+"""Factor on the decode for channels last and fused norms, in half precision; the same file's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,7 +160,7 @@ def timing(
     dtype = choices.dtypes["transformer"]
     compute = forward_operations(architecture, workload, choices) / device_rate(system, dtype)
     compute *= _CAST_COST if _taken_apart(architecture, choices) else 1.0
-    compute *= _ROWS_COST if choices.by_rows else 1.0
+    compute *= _forward_cost(choices, system)
     compute *= system.calibration.pace
     second = workload.guidance_low if architecture.two_experts else workload.guidance_high
     guided = [workload.guidance_high, second]
@@ -170,6 +178,14 @@ def timing(
     warm = step * workload.steps + _moves(architecture, workload, choices, system)
     warm += decode_seconds(workload, choices, system) + _TEXT_SECONDS
     return Timing(step, warm, warm + _reads(architecture, workload), bound)
+
+
+def _forward_cost(choices: Choices, system: SystemResources) -> float:
+    """Return the factor on diffusers' compute that the forward of the choices has."""
+    if system.device_kind != "cuda":
+        return _UNFUSED_ROWS_COST if choices.by_rows else 1.0
+    cost = _ROWS_COST if choices.by_rows else _LEAN_COST if choices.lean else 1.0
+    return cost * (_EIGHT_BIT_COST if choices.eight_bit and choices.lean else 1.0)
 
 
 def _step(
@@ -259,7 +275,8 @@ def decode_seconds(workload: Workload, choices: Choices, system: SystemResources
     """Return the seconds of the decode, by its pixels and the device's rate."""
     pixels = workload.width * workload.height * workload.num_frames * workload.batch_size
     dtype = choices.dtypes.get("vae", "fp32")
-    return pixels * _PIXEL_OPERATIONS / device_rate(system, dtype)
+    cost = _QUICK_DECODE if choices.quick and choices.lean and not choices.by_rows else 1.0
+    return cost * pixels * _PIXEL_OPERATIONS / device_rate(system, dtype)
 
 
 def _moves(

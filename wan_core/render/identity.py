@@ -151,6 +151,8 @@ def _shown(values: Mapping[str, str], name: str, others: Mapping[str, str]) -> s
 
 BY_ROWS = "lean_rows"
 """The forward that may round differently. The others give equal bits and are named "exact"."""
+FASTER = ("quick", "eight_bit")
+"""Choices for speed's sake that change latents; named only where they are made."""
 # Fields of a Request that do not affect the latents.
 _NOT_IN_LATENTS = (
     "output_path", "warnings", "resume", "journal_folder", "wanted_frames", "fps", "codec", "crf",
@@ -224,11 +226,13 @@ def render_identity(
 
 def choices_of(plan: OptimizationPlan) -> dict[str, Any]:
     """Return the plan's choices that affect the result, named as in ``OptimizationConfig``."""
+    faster = {name: True for name in FASTER if getattr(plan.choices, name)}
     return {
         "precision": dict(plan.choices.dtypes),
         "forward": BY_ROWS if plan.choices.by_rows else "exact",
         "fp8_storage": plan.choices.fp8_storage,
         **{name: getattr(plan.choices, name) for name in _shortcuts(plan)},
+        **faster,
     }
 
 

@@ -20,6 +20,7 @@ from ..plan import OptimizationPlan
 from ..sampling import DenoiseState, Memory
 from .identity import (
     BY_ROWS,
+    FASTER,
     choices_of,
     identity_differences,
     listed,
@@ -97,7 +98,8 @@ class RenderJournal:
         by_rows = saved["forward"] == BY_ROWS
         dtypes = MappingProxyType(dict(saved["precision"]))
         lean = plan.choices.lean or by_rows
-        return plan.with_choices(dtypes=dtypes, by_rows=by_rows, lean=lean)
+        faster = {name: bool(saved.get(name)) for name in FASTER}
+        return plan.with_choices(dtypes=dtypes, by_rows=by_rows, lean=lean, **faster)
 
     def step_done(self, state: DenoiseState, scheduler: Any, plan: OptimizationPlan) -> None:
         """Save the state after a finished step, and the choices it was made with."""

@@ -1,0 +1,459 @@
+"""How fast is a forward, a decode? Each way beside diffusers, on the GPU at hand, in one run.
+
+    python benchmarks/speed.py [--budget 500] [--output FOLDER] [--only forward-14b-480p ...]
+
+Transformers of true shape with random weights, resident on the device. One forward (a guided step
+has two) of the 14B at 480p81 and 720p81, of the 5B at 704p121 with a held first frame, and of the
+1.3B at 480p81, each in every way that applies:
+
+- diffusers: its own forward, eager; compiled: the same with ``compile_repeated_blocks``;
+- unfused, exact: the lean forward without and with fused kernels; both must have diffusers' bits;
+- rows: the lean forward that cuts products by rows and heads, for the least memory;
+- fast: the fastest 16-bit attention beside that; and, of a 14B whose matrices are stored in fp8,
+  exact (matrices taken apart at each use) and fast (feed-forwards multiplied in fp8).
+
+The decoders of both VAEs at 480p81: diffusers and the lean decode in fp32 and bf16, and the quick
+one in bf16 and fp16. Errors are relative, in the Euclidean norm, against diffusers' forward of the
+same weights, or its decode in fp32.
+
+Ways take turns; every second turn runs in reverse. A ratio is the median of the turns' ratios to
+diffusers eager. Parts run in the order of their worth within ``--budget`` seconds, and results are
+written after each: ``results/speed_<device>.json`` and ``.md``. ``--tiny`` goes through everything
+with small models on the CPU, where times mean nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import re
+import statistics
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+import torch
+from support.casting import cast_module
+from support.true_models import KEEP_FP32, autoencoder, transformer
+from torch import Tensor, nn
+
+from wan_core.forward import lean_decoder, lean_forward
+from wan_core.loading.quantized import fp8_layer, replace_layer
+from wan_core.models import VAE_21, VAE_22, VARIANTS, TransformerShape, VaeShape
+from wan_core.render import versions
+from wan_core.sampling import StreamingDecoder
+
+GIB = 2**30
+BASE = "diffusers"
+TINY_SHAPE = replace(
+    VARIANTS["wan2.1-t2v-1.3b"].transformer, heads=2, head_dim=16, ffn_dim=64, layers=3, text_dim=32
+)
+TINY_VAE = replace(VAE_21, base_dim=4, decoder_base_dim=4, num_res_blocks=1)
+Way = Callable[[], AbstractContextManager[Any]]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One forward: a model and the size of its latents (frames, height, width)."""
+
+    name: str
+    title: str
+    model: str
+    grid: tuple[int, int, int]
+    needs: float
+    """About how many seconds it takes on an H100."""
+    turns: int = 3
+    ways: tuple[str, ...] = (BASE, "unfused", "exact", "fast")
+    profile: bool = False
+    stored: bool = False
+    """Whether the matrices of the blocks are stored in fp8."""
+
+
+CASES = (
+    Case(
+        "forward-14b-480p", "14B, 480p81", "wan2.2-t2v-a14b", (21, 60, 104), 85, profile=True,
+        turns=2,
+        ways=(BASE, "unfused", "exact", "rows", "fast", "compiled"),
+    ),
+    Case(
+        "forward-14b-480p-fp8", "14B stored in fp8, 480p81", "wan2.2-t2v-a14b", (21, 60, 104), 35,
+        ways=(BASE, "exact", "fast"), turns=2, stored=True,
+    ),
+    Case(
+        "forward-5b-704p", "5B, 704p121, first frame held", "wan2.2-ti2v-5b", (31, 44, 80), 20,
+    ),
+    Case("forward-1.3b-480p", "1.3B, 480p81", "wan2.1-t2v-1.3b", (21, 60, 104), 15),
+    Case(
+        "forward-14b-720p", "14B, 720p81", "wan2.2-t2v-a14b", (21, 90, 160), 55, turns=1,
+        ways=(BASE, "exact"),
+    ),
+)  # fmt: skip
+DECODES = (
+    ("decode-2.1", "VAE 2.1, 480p81", VAE_21, (21, 60, 104), 50.0),
+    ("decode-2.2", "VAE 2.2, 704p41", VAE_22, (11, 44, 80), 40.0),
+)
+ORDER = ("forward-14b-480p", "decode-2.1", "forward-14b-480p-fp8", "forward-5b-704p", "decode-2.2",
+         "forward-14b-720p", "forward-1.3b-480p")  # fmt: skip
+
+
+@dataclass
+class Bench:
+    """Device, budget and what was found so far."""
+
+    device: torch.device
+    output: Path
+    budget: float
+    tiny: bool
+    begun: float = field(default_factory=time.perf_counter)
+    found: dict[str, Any] = field(default_factory=dict)
+
+    def say(self, text: str) -> None:
+        print(f"[{time.perf_counter() - self.begun:5.0f} s] {text}", flush=True)
+
+    def sync(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def timed(self, call: Callable[[], Any]) -> tuple[float, int, Any]:
+        """Return seconds, bytes allocated at the peak beyond those before, and the result."""
+        cuda = self.device.type == "cuda"
+        self.sync()
+        if cuda:
+            torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated() if cuda else 0
+        begun = time.perf_counter()
+        result = call()
+        self.sync()
+        seconds = time.perf_counter() - begun
+        return seconds, (torch.cuda.max_memory_allocated() if cuda else 0) - before, result
+
+    def part(self, name: str, needs: float, work: Callable[[], object]) -> None:
+        """Run a part if there is time for it, and keep what was found, come what may."""
+        left = self.budget - (time.perf_counter() - self.begun)
+        if left < needs and not self.tiny:
+            self.note(f"{name}: skipped, needs about {needs:.0f} s of which {left:.0f} are left")
+        else:
+            try:
+                work()
+            except Exception as error:
+                if self.tiny:
+                    raise
+                traceback.print_exc()
+                self.note(f"{name}: {type(error).__name__}: {error}")
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        write_results(self.found, self.output)
+
+    def note(self, text: str) -> None:
+        self.found["notes"].append(text)
+        self.say(text)
+
+
+# ------------------------------------------------------------------------------- models
+
+
+def random_transformer(shape: TransformerShape, device: torch.device) -> Any:
+    """A transformer in bf16, but for what diffusers keeps in fp32, made on the device."""
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        torch.manual_seed(0)
+        with device:
+            model = transformer(shape)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(False)
+        if any(part in name for part in KEEP_FP32):
+            parameter.data = parameter.data.float()
+        if parameter.ndim == 1 and "norm" in name:
+            parameter.data.add_(torch.randn_like(parameter) * 0.1)
+    return model.eval()
+
+
+def store_in_fp8(model: Any) -> None:
+    """Store the matrices of all blocks in fp8 with a scale each, as published files do."""
+    for block in model.blocks:
+        for name, layer in list(block.named_modules()):
+            if isinstance(layer, nn.Linear):
+                replace_layer(block, name, fp8_layer(layer, layer.weight.data))
+
+
+def inputs_of(model: Any, grid: tuple[int, int, int], device: torch.device) -> dict[str, Any]:
+    """The inputs of one forward; with 48 channels (the 5B) each token of frame 0 has time 0."""
+    generator = torch.Generator().manual_seed(1)
+    config, (frames, height, width) = model.config, grid
+
+    def noise(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(device, torch.bfloat16)
+
+    time_step = torch.full((1,), 777.7, device=device)
+    if config.in_channels == 48:
+        frame = height * width // 4
+        time_step = torch.full((1, frames * frame), 777.7, device=device)
+        time_step[:, :frame] = 0
+    return {
+        "hidden_states": noise(1, config.in_channels, frames, height, width),
+        "timestep": time_step,
+        "encoder_hidden_states": noise(1, 512, config.text_dim),
+        "return_dict": False,
+    }
+
+
+# ------------------------------------------------------------------------------ forwards
+
+
+@contextmanager
+def lean(model: Any, **options: Any) -> Iterator[None]:
+    with lean_forward(model, **options) as refused:
+        if refused:
+            raise RuntimeError(refused)
+        yield
+
+
+def forward_ways(model: Any, names: tuple[str, ...]) -> dict[str, Way]:
+    ways: dict[str, Way] = {
+        BASE: nullcontext,
+        "unfused": partial(lean, model, fuse=False),
+        "exact": partial(lean, model),
+        "rows": partial(lean, model, exact=False),
+        "fast": partial(lean, model, quick=True, eight_bit=True),
+    }
+    return {name: ways[name] for name in names if name in ways}
+
+
+def in_turns(
+    bench: Bench,
+    ways: Mapping[str, Callable[[], Any]],
+    turns: int,
+    against: Tensor | None = None,
+) -> dict[str, Any]:
+    """Run all ways in turn, once without counting; returns seconds, first seconds, peaks, errors.
+
+    Bits are compared with the first way's; errors are taken ``against`` a result, or its own.
+    """
+    found: dict[str, Any] = {
+        name: {"seconds": [], "first": 0.0, "peak": 0, "error": 0.0, "equal": True} for name in ways
+    }
+    reference: Tensor | None = None
+    for turn in range(turns + 1):
+        for name in list(ways)[:: -1 if turn % 2 == 0 and turn else 1]:
+            seconds, peak, out = bench.timed(ways[name])
+            row = found[name]
+            if turn:
+                row["seconds"].append(seconds)
+                row["peak"] = max(row["peak"], peak)
+                continue
+            row["first"] = seconds
+            reference = out if reference is None else reference
+            row["equal"] = torch.equal(out, reference)
+            row["error"] = relative_error(out, reference if against is None else against)
+            row["out"] = out if against is None and out is reference else None
+    return found
+
+
+def relative_error(out: Tensor, reference: Tensor) -> float:
+    wide = reference.float()
+    return float((out.float() - wide).norm() / wide.norm())
+
+
+def forwards(bench: Bench, case: Case) -> None:
+    shape, grid = VARIANTS[case.model].transformer, case.grid
+    if bench.tiny:
+        channels = {"in_channels": shape.in_channels, "out_channels": shape.out_channels}
+        shape, grid = replace(TINY_SHAPE, **channels), (3, 4, 6)
+    model = random_transformer(shape, bench.device)
+    if case.stored:
+        store_in_fp8(model)
+    call = inputs_of(model, grid, bench.device)
+
+    def run(way: Way) -> Tensor:
+        with torch.no_grad(), way():
+            out: Tensor = model(**call)[0]
+        return out
+
+    calls = {name: partial(run, way) for name, way in forward_ways(model, case.ways).items()}
+    found = in_turns(bench, calls, case.turns)
+    expected = found[BASE].pop("out")
+    if case.profile and bench.device.type == "cuda":
+        for name in (BASE, "exact"):
+            found[name]["split"] = split(bench, calls[name])
+    if "compiled" in case.ways and bench.device.type == "cuda":
+        model.compile_repeated_blocks(fullgraph=True)
+        plain = in_turns(bench, {"compiled": calls[BASE]}, case.turns, expected)
+        found["compiled"] = {**plain["compiled"], "equal": plain["compiled"]["error"] == 0}
+    keep(bench, "forwards", case.title, found)
+
+
+KINDS = (
+    ("attention", r"sdpa|flash_fprop|fmha|attention"),
+    ("products", r"nvjet|gemm|cutlass|xmma|cublas"),
+)
+
+
+def split(bench: Bench, call: Callable[[], Any]) -> dict[str, float]:
+    """Return milliseconds on the device by kind of kernel."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as seen:
+        call()
+        bench.sync()
+    total = {"attention": 0.0, "products": 0.0, "the rest": 0.0}
+    for event in seen.key_averages():
+        kind = next((k for k, words in KINDS if re.search(words, event.key, re.I)), "the rest")
+        total[kind] += event.self_device_time_total / 1e3
+    return total
+
+
+def keep(bench: Bench, table: str, title: str, found: dict[str, Any]) -> None:
+    base = found[BASE]["seconds"]
+    for name, row in found.items():
+        row.pop("out", None)
+        pairs = zip(row["seconds"], base, strict=False)
+        row["ratio"] = statistics.median(a / b for a, b in pairs)
+        row["median"] = statistics.median(row["seconds"])
+        bench.found[table].append({"case": title, "way": name, **row})
+        bench.say(
+            f"{title}, {name}: {row['median']:.3f} s, ratio {row['ratio']:.3f}, "
+            f"peak {row['peak'] / GIB:.2f} GiB, error {row['error']:.1e}"
+            f"{', equal bits' if row['equal'] else ''} {row.get('split', '')}"
+        )
+
+
+# ------------------------------------------------------------------------------- decodes
+
+
+def decodes(bench: Bench, title: str, shape: VaeShape, grid: tuple[int, int, int]) -> None:
+    """Decode in each dtype: diffusers, lean and quick; the first way is diffusers in fp32."""
+    if bench.tiny:
+        shape, grid = TINY_VAE, (2, 2, 3)
+    found: dict[str, Any] = {}
+    reference: Tensor | None = None
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        torch.manual_seed(0)
+        with bench.device:
+            vae = cast_module(autoencoder(shape).eval().requires_grad_(False), dtype)
+        latents = torch.randn(1, shape.z_dim, *grid, generator=torch.Generator().manual_seed(1))
+        latents = latents.to(bench.device, dtype)
+        short = str(dtype).removeprefix("torch.").replace("float", "fp").replace("bfp", "bf")
+        calls: dict[str, Callable[[], Tensor]] = {
+            "diffusers": partial(theirs, vae, latents),
+            "lean": partial(ours, vae, latents, quick=False),
+            "quick": partial(ours, vae, latents, quick=True),
+        }
+        rows = in_turns(bench, calls, 1 if shape.is_residual else 2, reference)
+        if reference is None:
+            reference = rows["diffusers"]["out"]
+        for name, row in rows.items():
+            key = BASE if (name, dtype) == ("diffusers", torch.float32) else f"{name}, {short}"
+            found[key] = row
+        del vae, latents, calls
+        gc.collect()
+    keep(bench, "decodes", title, found)
+
+
+@torch.no_grad()
+def theirs(vae: Any, latents: Tensor) -> Tensor:
+    out: Tensor = vae.decode(latents, return_dict=False)[0]
+    return out.cpu()
+
+
+@torch.no_grad()
+def ours(vae: Any, latents: Tensor, *, quick: bool) -> Tensor:
+    chunks = []
+    with lean_decoder(vae, quick=quick) as refused:
+        if refused:
+            raise RuntimeError(refused)
+        decoder = StreamingDecoder(vae, latents)
+        while not decoder.done:
+            chunks.append(decoder.decode_next().cpu())
+        decoder.close()
+    return torch.cat(chunks, dim=2)
+
+
+# ------------------------------------------------------------------------------- results
+
+
+def write_results(found: dict[str, Any], output: Path) -> None:
+    output.mkdir(parents=True, exist_ok=True)
+    name = f"speed_{found['short']}"
+    (output / f"{name}.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    (output / f"{name}.md").write_text(as_text(found), encoding="utf-8")
+
+
+def as_text(found: dict[str, Any]) -> str:
+    versions_text = ", ".join(f"{name} {text}" for name, text in found["versions"].items())
+    lines = [
+        "# Speed", "",
+        f"{found['device']}; {versions_text}. `python benchmarks/speed.py`. True shapes, random "
+        "weights, all ways in turn in one run; seconds are medians, ratios medians of the turns' "
+        "ratios to diffusers eager. Errors are relative to diffusers, of decodes to its fp32.",
+    ]  # fmt: skip
+    for table, title in (("forwards", "One forward"), ("decodes", "Decode, frames on the host")):
+        rows = found[table]
+        if not rows:
+            continue
+        lines += ["", f"## {title}", "", "| case | way | s | ratio | peak GiB | error | first s |"]
+        lines += ["|---|---|---|---|---|---|---|"]
+        for row in rows:
+            error = "equal bits" if row["equal"] and row["error"] == 0 else f"{row['error']:.1e}"
+            lines.append(
+                f"| {row['case']} | {row['way']} | {row['median']:.3f} | {row['ratio']:.3f} | "
+                f"{row['peak'] / GIB:.2f} | {error} | {row['first']:.1f} |"
+            )
+    splits = [row for row in found["forwards"] if row.get("split")]
+    if splits:
+        lines += ["", "## Where the time of a forward goes, ms", ""]
+        lines += ["| case | way | attention | products | the rest |", "|---|---|---|---|---|"]
+        for row in splits:
+            parts = " | ".join(f"{value:.0f}" for value in row["split"].values())
+            lines.append(f"| {row['case']} | {row['way']} | {parts} |")
+    if found["notes"]:
+        lines += ["", "## Notes", "", *(f"- {note}" for note in found["notes"])]
+    return "\n".join(lines) + "\n"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
+    parser.add_argument("--budget", type=float, default=500, help="seconds")
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results")
+    parser.add_argument("--only", nargs="*", default=list(ORDER), choices=ORDER)
+    parser.add_argument("--tiny", action="store_true")
+    given = parser.parse_args(arguments)
+    cuda = torch.cuda.is_available() and not given.tiny
+    if not cuda and not given.tiny:
+        parser.error("there is no CUDA device; --tiny goes through everything on the CPU")
+    bench = Bench(torch.device("cuda" if cuda else "cpu"), given.output, given.budget, given.tiny)
+    name = torch.cuda.get_device_name() if cuda else "CPU"
+    short = re.search(r"[A-Z]{1,3}\d{2,4}", name)
+    bench.found = {
+        "device": name,
+        "short": short.group().lower() if short else name.lower().replace(" ", "_"),
+        "versions": versions(), "forwards": [], "decodes": [], "notes": [],
+    }  # fmt: skip
+    cases = {case.name: case for case in CASES}
+    decodings = {row[0]: row for row in DECODES}
+    for part in ORDER:
+        if part not in given.only:
+            continue
+        if part in cases:
+            bench.part(part, cases[part].needs, partial(forwards, bench, cases[part]))
+        else:
+            _, title, shape, grid, needs = decodings[part]
+            bench.part(part, needs, partial(decodes, bench, title, shape, grid))
+    write_results(bench.found, given.output)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,114 @@
+"""The quick decode: channels last, norm and SiLU in one pass; the same video but for rounding."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from support.fused_eager import norm_silu
+from support.vae_models import make_latents, make_vae
+from torch import Tensor
+
+from wan_core.forward import decoder_quick, lean_decoder, vae
+from wan_core.forward.decoder_quick import Quick, quick_for
+from wan_core.sampling import StreamingDecoder
+
+
+@pytest.fixture(autouse=True)
+def without_gradients() -> Iterator[None]:
+    with torch.no_grad():
+        yield
+
+
+class Kernels:
+    """The fused norm in eager code, and what it was called with."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[int, ...]] = []
+
+    def norm_silu(self, source: Tensor, out: Tensor, gamma: Tensor, scale: float) -> None:
+        assert source.stride(1) == out.stride(1) == 1
+        assert source.data_ptr() != out.data_ptr()
+        self.calls.append(tuple(source.shape))
+        norm_silu(source, out, gamma, scale)
+
+
+def decode(model: Any, latents: Tensor, **options: Any) -> Tensor:
+    with lean_decoder(model, **options) as refused:
+        assert refused is None
+        decoder = StreamingDecoder(model, latents)
+        chunks = []
+        while not decoder.done:
+            chunks.append(decoder.decode_next())
+        decoder.close()
+    return torch.cat(chunks, dim=2)
+
+
+@pytest.mark.parametrize("version", ["2.1", "2.2"])
+@pytest.mark.parametrize("fused", [True, False])
+def test_the_video_of_diffusers_but_for_rounding(
+    version: str, fused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, kernels = make_vae(version), Kernels()
+    monkeypatch.setattr(decoder_quick, "kernels", lambda: kernels)
+    monkeypatch.setattr(vae, "quick_for", lambda decoder: Quick(fused))
+    for batch, frames in ((1, 3), (2, 2)):
+        latents = make_latents(model, frames, batch)
+        expected = model.decode(latents, return_dict=False)[0]
+        out = decode(model, latents, quick=True)
+        assert out.shape == expected.shape
+        assert float((out - expected).norm() / expected.norm()) < 1e-5
+        assert torch.equal(decode(model, latents), expected)
+    assert bool(kernels.calls) is fused
+
+
+def test_bands_are_as_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_vae("2.1")
+    monkeypatch.setattr(vae, "quick_for", lambda decoder: Quick(True))
+    latents = make_latents(model, 2)
+    expected = decode(model, latents, bands=2)
+    assert torch.equal(decode(model, latents, bands=2, quick=True), expected)
+
+
+def test_a_cpu_has_nothing_quicker() -> None:
+    assert quick_for(make_vae("2.1").decoder) is None
+
+
+def test_norms_that_the_kernel_does_not_know() -> None:
+    quick, norm = Quick(True), SimpleNamespace(
+        bias=0.0, channel_first=True, gamma=torch.ones(4, 1, 1, 1), scale=2.0
+    )  # fmt: skip
+    first = torch.zeros(1, 4, 1, 2, 2)
+    last = first.contiguous(memory_format=torch.channels_last_3d)
+    assert not quick.activate(norm, first, last)
+    assert not quick.activate(norm, last, first)
+    for change in ({"bias": torch.ones(4)}, {"channel_first": False}, {"gamma": norm.gamma.half()}):
+        assert not quick.activate(SimpleNamespace(**{**vars(norm), **change}), last, last)
+
+
+def test_a_kernel_is_tried_first(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    cpu = torch.device("cpu")
+
+    def works(function: Any) -> bool:
+        monkeypatch.setattr(decoder_quick, "_tried", {})
+        found = None if function is None else SimpleNamespace(norm_silu=function)
+        monkeypatch.setattr(decoder_quick, "kernels", lambda: found)
+        return decoder_quick._works(cpu, torch.bfloat16)
+
+    def broken(*args: Any) -> None:
+        raise RuntimeError("no C compiler")
+
+    def unwritten(*args: Any) -> None:
+        pass
+
+    assert works(norm_silu)
+    assert not works(unwritten)
+    assert not works(None)
+    with caplog.at_level("INFO"):
+        assert not works(broken)
+    assert "no C compiler" in caplog.text
