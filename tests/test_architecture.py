@@ -29,7 +29,7 @@ FLOORS = (*TORCH_FREE, *WITH_TORCH)
 """From the ground up: a package imports only from those before it."""
 ROOF = ("__init__", "__main__", "load", "generate")
 """What stands on everything: the public names, the command line, and old places of names."""
-FILES_A_PACKAGE = range(5, 19)
+FILES_A_PACKAGE = range(5, 21)
 HEAVY = {"torch", "diffusers", "transformers", "numpy", "safetensors", "av", "gguf", "accelerate"}
 COMFY = {"comfy", "folder_paths", "nodes", "server", "execution", "latent_preview", "comfy_api"}
 
