@@ -328,7 +328,9 @@ def test_a_plan_decides_how_the_decode_is_done(monkeypatch: pytest.MonkeyPatch) 
             architecture=SimpleNamespace(loras_of=lambda part: ()),
             cache=None, keep_components=True, callbacks=None, smaller_plan=None,
             plan=SimpleNamespace(
-                choices=SimpleNamespace(lean=lean, by_rows=by_rows, cache_in_ram=False, quick=False),
+                choices=SimpleNamespace(
+                    lean=lean, by_rows=by_rows, cache_in_ram=False, quick=False
+                ),
                 pin_bytes=lambda budget: budget,
             ),
             result=SimpleNamespace(warnings=[]),
