@@ -325,7 +325,7 @@ def test_a_plan_decides_how_the_decode_is_done(monkeypatch: pytest.MonkeyPatch) 
         ("condition_encode", True, True),
     ]:  # fmt: skip
         stages: Any = StageRunner(
-            architecture=SimpleNamespace(loras_of=lambda part: ()),
+            architecture=SimpleNamespace(loras_of=lambda part, **_: ()),
             cache=None, keep_components=True, callbacks=None, smaller_plan=None,
             plan=SimpleNamespace(
                 choices=SimpleNamespace(
