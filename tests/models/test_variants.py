@@ -20,6 +20,7 @@ OFFICIAL = {
     "wan2.1-i2v-14b": (40, 5.0, None, 5.0, None, 81, 16),
     "wan2.1-flf2v-14b": (50, 5.0, None, 16.0, None, 81, 16),
     "wan2.1-vace-14b": (50, 5.0, None, 16.0, None, 81, 16),
+    "wan2.2-vace-fun-a14b": (50, 5.0, 5.0, 12.0, 0.875, 81, 16),
     "wan2.2-t2v-a14b": (40, 4.0, 3.0, 12.0, 0.875, 81, 16),
     "wan2.2-i2v-a14b": (40, 3.5, 3.5, 5.0, 0.9, 81, 16),
     "wan2.2-ti2v-5b": (50, 5.0, None, 5.0, None, 121, 24),
@@ -64,7 +65,8 @@ def test_the_table_agrees_with_itself() -> None:
 def test_what_is_supported() -> None:
     assert [name for name, v in PUBLISHED.items() if v.supported] == [
         "wan2.1-t2v-1.3b", "wan2.1-t2v-14b", "wan2.1-i2v-14b", "wan2.1-flf2v-14b",
-        "wan2.2-t2v-a14b", "wan2.2-i2v-a14b", "wan2.2-ti2v-5b", "wan2.1-fun-inp-1.3b",
+        "wan2.1-vace-1.3b", "wan2.1-vace-14b", "wan2.2-t2v-a14b", "wan2.2-i2v-a14b",
+        "wan2.2-ti2v-5b", "wan2.2-vace-fun-a14b", "wan2.1-fun-inp-1.3b",
     ]  # fmt: skip
 
 

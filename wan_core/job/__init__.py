@@ -52,7 +52,7 @@ from .steps import (
     plan_steps,
     solver_sigmas,
 )
-from .tensors import latent_shape
+from .tensors import latent_shape, references_in_front
 from .windows import (
     FRAMES_PER_LATENT,
     FUSIONS,
@@ -114,6 +114,7 @@ __all__ = [
     "plan_steps",
     "plan_windows",
     "reads",
+    "references_in_front",
     "real",
     "resolve",
     "round_up_frames",

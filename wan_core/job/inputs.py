@@ -29,6 +29,7 @@ from .tensors import (
     check_embeds,
     check_latents,
     latent_shape,
+    references_in_front,
 )
 
 if TYPE_CHECKING:
@@ -77,7 +78,9 @@ def check_inputs(
         for name, value in given.items()
         if value is not None and (name == "prompt" or request.guided)
     }
-    latents = None if config.latents is None else check_latents(config.latents, shape)
+    in_front = references_in_front(request, architecture)
+    made = (*shape[:2], shape[2] + in_front, *shape[3:])
+    latents = None if config.latents is None else check_latents(config.latents, made)
     continued = config.continue_from
     continued = None if continued is None else check_continued(continued, shape)
     audio = None

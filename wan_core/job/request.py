@@ -385,7 +385,7 @@ def _check_images(config: GenerationConfig, architecture: ModelArchitecture) -> 
                 field="last_image",
             )
         return
-    if config.image is None:
+    if config.image is None and architecture.transformer.vace_in_channels is None:
         raise InvalidRequest("last_image was given without image; give both.", field="last_image")
     if not variant.last_image:
         raise InvalidRequest(

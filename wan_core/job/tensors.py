@@ -40,8 +40,15 @@ def latent_shape(request: Request, architecture: ModelArchitecture) -> Shape:
     )
 
 
+def references_in_front(request: Request, architecture: ModelArchitecture) -> int:
+    """Return how many latent frames of reference pictures are denoised before the clip's (VACE)."""
+    control = request.control
+    reads = architecture.transformer.vace_in_channels is not None
+    return control.references if reads and control is not None else 0
+
+
 def check_latents(given: Any, shape: tuple[int, ...]) -> Tensor:
-    """Check the latents to start from, which are those of the whole clip."""
+    """Check the latents to start from: those of the whole clip, references in front."""
     latents = _floats(given, "latents")
     if tuple(latents.shape) != shape:
         raise InvalidRequest(

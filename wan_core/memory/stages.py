@@ -190,8 +190,8 @@ class _Ledger:
             found.append(self._stage("image_encode", "image_encoder", clip))
         if workload.image:
             found.append(self._stage("condition_encode", "vae", self._encode()))
-        if workload.start_video:
-            found.append(self._stage("control_encode", "vae", self._encode(whole=True)))
+        if workload.start_video or self.arch.transformer.vace_in_channels is not None:
+            found.append(self._stage("control_encode", "vae", self._encode_control()))
         experts = {"denoise": "transformer"}
         if self.arch.two_experts:
             experts = {"denoise_high": "transformer", "denoise_low": "transformer_2"}
@@ -340,6 +340,15 @@ class _Ledger:
             width=self.workload.width,
             size=BYTES[self._dtype("vae")],
         )
+
+    def _encode_control(self) -> int:
+        """Return the activations of encoding a video; VACE's two halves come one after the other.
+
+        Beside the second are the first one's latents, the mask, and the control they make.
+        """
+        channels = self.arch.transformer.vace_in_channels or 0
+        frames = self.frames + self.workload.references
+        return self._encode(whole=True) + 2 * 4 * channels * frames * self.height * self.width
 
     def _decode(self) -> tuple[int, int]:
         """Return the activations of the decode, and the bytes of its feature cache kept in RAM."""

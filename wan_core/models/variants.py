@@ -222,14 +222,14 @@ _D_5B: Final = Defaults(
 )  # fmt: skip
 
 
-# Fields that several variants share. _VACE, _NO_CLASS and _NO_PIPELINE are of variants that are
-# recognised and named, but not run.
+# Fields that several variants share. _NO_CLASS and _NO_PIPELINE are of variants that are recognised
+# and named, but not run.
 _VACE: Final[dict[str, Any]] = {
     "vae": VAE_21,
+    "image_input": "optional",
+    "last_image": True,
     "transformer_class": "WanVACETransformer3DModel",
     "pipeline_class": "WanVACEPipeline",
-    "supported": False,
-    "why_not": "it needs a control video, which WanFit has no input for",
 }
 _NO_CLASS: Final[dict[str, Any]] = {
     "vae": VAE_21,
@@ -300,7 +300,9 @@ _ALL: Final = (
     Variant(
         name="wan2.2-vace-fun-a14b", title="Wan 2.2 VACE-Fun A14B (two experts)", experts=2,
         transformer=_vace_shape(_T_14B, 5), **_VACE,
-        defaults=replace(_D_T2V_A14B, guidance_scale=5.0, guidance_scale_2=5.0),
+        defaults=replace(
+            _D_T2V_A14B, num_inference_steps=50, guidance_scale=5.0, guidance_scale_2=5.0
+        ),
     ),
     Variant(
         name="wan2.2-animate-14b", title="Wan 2.2 Animate 14B",

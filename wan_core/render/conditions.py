@@ -26,6 +26,7 @@ from ..sampling import (
     text_beyond,
 )
 from .stages import StageRunner
+from .vace import vace_conditions
 
 
 @dataclass(slots=True, kw_only=True)
@@ -49,7 +50,8 @@ class ConditionMaker:
         )
         pictures = self._pictures()
         image_embeds = concat = first_frame = None
-        if pictures:
+        vace = vace_conditions(self.stages, self.request, self.inputs)
+        if pictures and not vace:
             image_embeds = self.stages.attempt("image_encode", lambda: self._clip(pictures))
             concat, first_frame = self.stages.attempt(
                 "condition_encode", lambda: self._start_latents(pictures)
@@ -67,12 +69,13 @@ class ConditionMaker:
             else self._to_model(image_embeds.repeat(batch, 1, 1)),
             concat=None if concat is None else self._kept(rows(concat, batch)),
             first_frame=first_frame,
+            **(vace | {"vace": self._kept(vace["vace"])} if vace else {}),
         )
 
     def _kept(self, concat: Tensor) -> Tensor:
-        """Keep ``concat`` in RAM if the clip is made in windows, each of which needs a slice of it.
+        """Keep ``concat``, or VACE's control, in RAM if the clip is made in windows.
 
-        For the whole clip it has more bytes than the latents.
+        Each of them needs a slice of it. For the whole clip it has more bytes than the latents.
         """
         window = self.stages.plan.choices.window_frames
         in_windows = window is not None and latent_frames(window) < self.request.latent_frames

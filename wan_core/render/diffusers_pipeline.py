@@ -11,7 +11,7 @@ from ..detect import ArchitectureDetector
 from ..errors import InvalidRequest, UnsupportedModel
 from ..models import ModelArchitecture
 
-_PIPELINES = ("WanPipeline", "WanImageToVideoPipeline")
+_PIPELINES = ("WanPipeline", "WanImageToVideoPipeline", "WanVACEPipeline")
 
 
 class PipelineManager:
@@ -30,6 +30,8 @@ class PipelineManager:
         variant = architecture.variant
         if not variant.supported or variant.pipeline_class is None:
             raise UnsupportedModel(f"{variant.title} cannot be run: {variant.why_not}.")
+        if architecture.transformer.vace_in_channels is not None:
+            return "WanVACEPipeline"
         if image and variant.image_input == "none":
             raise InvalidRequest(f"{variant.title} takes no image.", field="image")
         if image or variant.image_input == "required":
@@ -102,10 +104,12 @@ class PipelineManager:
                     component.path, torch_dtype, kind=component.kind.removesuffix("_2")
                 )
         parts.setdefault("scheduler", make_scheduler("unipc", defaults.flow_shift))
-        if name == "WanPipeline":
+        if name != "WanImageToVideoPipeline":
             parts = {k: v for k, v in parts.items() if not k.startswith("image_")}
         else:
             parts = {"image_encoder": None, "image_processor": None} | parts
         boundary = defaults.boundary if architecture.two_experts else None
-        settings = {"boundary_ratio": boundary, "expand_timesteps": variant.expand_timesteps}
+        settings = {"boundary_ratio": boundary}
+        if name != "WanVACEPipeline":
+            settings["expand_timesteps"] = variant.expand_timesteps
         return getattr(diffusers, name)(**(parts | settings | arguments))

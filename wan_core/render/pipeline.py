@@ -31,6 +31,7 @@ from ..job import (
     latent_frames,
     pictures_needed,
     plan_windows,
+    references_in_front,
     resolve,
     round_up_frames,
     texts_to_encode,
@@ -355,6 +356,7 @@ def _job(request: Request, config: GenerationConfig, model: ModelArchitecture) -
     steps = expected_steps(request, 2 if model.two_experts else 1)
     made = {"transformer": steps.high, "transformer_2": steps.low}
     keyframes = 0 if control is None else len(control.positions)
+    vace = model.transformer.vace_in_channels is not None
     return Workload(
         width=request.width,
         height=request.height,
@@ -369,8 +371,9 @@ def _job(request: Request, config: GenerationConfig, model: ModelArchitecture) -
         high_steps=len(steps.high) if model.two_experts else None,
         partial_steps=len(steps.high) + len(steps.low) < request.num_inference_steps,
         moving_windows=window is not None and request.window_schedule != "static",
-        image=config.image is not None or keyframes > 0,
-        last_image=config.last_image is not None or keyframes > 1,
+        image=not vace and (config.image is not None or keyframes > 0),
+        last_image=not vace and (config.last_image is not None or keyframes > 1),
+        references=references_in_front(request, model),
         keyframes=keyframes,
         start_video=control is not None and control.video == "start",
         idle=tuple(name for name in made if model.two_experts and not made[name]),

@@ -33,6 +33,7 @@ from ..job import (
     plan_segments,
     plan_steps,
     plan_windows,
+    references_in_front,
     window_settings_without_effect,
 )
 from ..loading import load_scheduler_config
@@ -197,7 +198,7 @@ class Render:
             self.stages.result.metadata["resumed"] = f"after step {resumed} of {steps.end}{part}"
         signals = self._signals(state, steps, scheduler, journal)
         self._denoise(state, conditions, scheduler, steps, signals)
-        return hold_first_frame(state.latents, conditions)
+        return hold_first_frame(state.latents, conditions)[:, :, conditions.references :]
 
     def _conditions(self) -> tuple[Conditions, Tensor | None]:
         """Return the conditions, and the latents of a video that the clip starts from."""
@@ -293,8 +294,15 @@ class Render:
         request, given = self.request, self.inputs.latents
         if given is not None:
             return given.to(device=self.stages.device, dtype=torch.float32)
-        shape = latent_shape(request, self.stages.architecture)
-        return draw_noise(request.noise, shape, request.seed, windows).to(self.stages.device)
+        batch, channels, frames, height, width = latent_shape(request, self.stages.architecture)
+        shape = (batch, channels, frames + self._references, height, width)
+        noise = draw_noise(request.noise, shape, request.seed, windows, self._references)
+        return noise.to(self.stages.device)
+
+    @property
+    def _references(self) -> int:
+        """Latent frames in front of the clip's, which are denoised with it and cut off."""
+        return references_in_front(self.request, self.stages.architecture)
 
     @property
     def _overlap(self) -> int:
@@ -375,7 +383,7 @@ class Render:
                         expert,
                         scheduler,
                         conditions,
-                        windows=self._windows(state.latents.shape[2]),
+                        windows=self._windows(state.latents.shape[2] - self._references),
                         anchor=request.window_anchor,
                         signals=signals,
                         shortcuts=self._shortcuts(steps),
@@ -409,7 +417,7 @@ class Render:
         """Return the signals of the denoising loop: journal, callbacks, and the timeline."""
         each = steps.end - steps.start
         total, before = each * segments, each * state.segment - steps.start + 1
-        config, call = self.config, self.stages.callbacks.call
+        config, call, in_front = self.config, self.stages.callbacks.call, self._references
         # In continuation mode ``chunk_callback`` is called for segments, not for windows.
         chunk = config.chunk_callback if self.request.window_mode == "windows" else None
 
@@ -420,11 +428,11 @@ class Render:
                 journal.step_done(state, scheduler, self.stages.plan)
                 self._warn(journal.warnings)
             self.stages.callbacks.tell(self.stages.result.warnings)
-            call(config.progress_callback, before + index, total, latents)
+            call(config.progress_callback, before + index, total, latents[:, :, in_front:])
             self.stages.step_done(last=index + 1 in (steps.high.stop, steps.low.stop))
 
         def preview(index: int, clean: Tensor) -> None:
-            call(config.preview_callback, before + index, total, clean)
+            call(config.preview_callback, before + index, total, clean[:, :, in_front:])
 
         def window_done(index: int, count: int) -> None:
             if journal is not None:
