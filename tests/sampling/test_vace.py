@@ -161,3 +161,37 @@ def test_grey_is_encoded_only_where_it_is_needed(pipe: Any) -> None:
         asked.clear()
         encode_vace(pipe.vae, clip, check=check, grey=grey)
         assert len(asked) == count
+
+
+def test_the_native_node_s_formula(pipe: Any) -> None:
+    """ComfyUI's WanVaceToVideo: halves around mid-grey, one reference, the mask's 64 channels.
+
+    It differs where the mask is soft, which it does not round for the halves, and in how it fits
+    pictures of other sizes; with a hard mask and pictures of the clip's size it is the same.
+    """
+    video, reference = as_tensor(pixels(9, HEIGHT, WIDTH, 3)), as_tensor(pixels(HEIGHT, WIDTH, 3))
+    mask = (as_tensor(SOFT[:9]) > 0.5).float()
+
+    def encoded(frames: Tensor) -> Tensor:
+        found = pipe.vae.encode((frames * 2 - 1).permute(3, 0, 1, 2)[None]).latent_dist.mode()
+        mean, std = (
+            torch.tensor(values).view(1, -1, 1, 1, 1)
+            for values in (pipe.vae.config.latents_mean, pipe.vae.config.latents_std)
+        )
+        return (found - mean) / std
+
+    centred, hole = video - 0.5, mask[..., None]
+    halves = [encoded(centred * (1 - hole) + 0.5), encoded(centred * hole + 0.5)]
+    latents = torch.cat(halves, dim=1)
+    before = encoded(reference[None])
+    latents = torch.cat([torch.cat([before, torch.zeros_like(before)], dim=1), latents], dim=2)
+    cells = mask.view(9, HEIGHT // 8, 8, WIDTH // 8, 8).permute(2, 4, 0, 1, 3)
+    cells = cells.reshape(64, 9, HEIGHT // 8, WIDTH // 8)
+    shrunk = torch.nn.functional.interpolate(
+        cells[None], size=(3, HEIGHT // 8, WIDTH // 8), mode="nearest-exact"
+    )
+    shrunk = torch.cat([torch.zeros_like(shrunk[:, :, :1]), shrunk], dim=2)
+    clip = ControlClip(
+        num_frames=9, width=WIDTH, height=HEIGHT, video=video, mask=mask, references=[reference]
+    )
+    assert torch.allclose(ours(pipe, clip), torch.cat([latents, shrunk], dim=1), atol=1e-4)
