@@ -342,10 +342,7 @@ class _Ledger:
         )
 
     def _encode_control(self) -> int:
-        """Return the activations of encoding a video; VACE's two halves come one after the other.
-
-        Beside the second are the first one's latents, the mask, and the control they make.
-        """
+        """Return the activations of encoding a video, with VACE's other half and mask beside it."""
         channels = self.arch.transformer.vace_in_channels or 0
         frames = self.frames + self.workload.references
         return self._encode(whole=True) + 2 * 4 * channels * frames * self.height * self.width

@@ -57,6 +57,8 @@ def step_cache(situation: Situation, choices: Choices) -> Choices | str:
     if reason is not None:
         return reason
     if requested.step_cache == "magcache":
+        if situation.architecture.transformer.vace_layers:
+            return "MagCache leaves blocks out, and VACE's hints are added between them"
         if _curve(situation) is None:
             return f"no curve of MagCache is published for {situation.architecture.name}"
         if situation.workload.partial_steps:

@@ -294,14 +294,13 @@ class Render:
         request, given = self.request, self.inputs.latents
         if given is not None:
             return given.to(device=self.stages.device, dtype=torch.float32)
-        batch, channels, frames, height, width = latent_shape(request, self.stages.architecture)
-        shape = (batch, channels, frames + self._references, height, width)
+        b, c, frames, h, w = latent_shape(request, self.stages.architecture)
+        shape = (b, c, frames + self._references, h, w)
         noise = draw_noise(request.noise, shape, request.seed, windows, self._references)
         return noise.to(self.stages.device)
 
     @property
-    def _references(self) -> int:
-        """Latent frames in front of the clip's, which are denoised with it and cut off."""
+    def _references(self) -> int:  # latent frames that are denoised with the clip and cut off
         return references_in_front(self.request, self.stages.architecture)
 
     @property
