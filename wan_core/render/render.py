@@ -291,13 +291,12 @@ class Render:
 
     def _noise(self, windows: WindowPlan | None) -> Tensor:
         """Draw the initial noise, or take the latents that the user gave."""
-        request, given = self.request, self.inputs.latents
+        request, given, stages = self.request, self.inputs.latents, self.stages
         if given is not None:
-            return given.to(device=self.stages.device, dtype=torch.float32)
-        b, c, frames, h, w = latent_shape(request, self.stages.architecture)
-        shape = (b, c, frames + self._references, h, w)
-        noise = draw_noise(request.noise, shape, request.seed, windows, self._references)
-        return noise.to(self.stages.device)
+            return given.to(device=stages.device, dtype=torch.float32)
+        b, c, frames, h, w = latent_shape(request, stages.architecture)
+        shape, before = (b, c, frames + self._references, h, w), self._references
+        return draw_noise(request.noise, shape, request.seed, windows, before).to(stages.device)
 
     @property
     def _references(self) -> int:  # latent frames that are denoised with the clip and cut off
