@@ -10,6 +10,7 @@ import json
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,14 +23,18 @@ import torch
 from comfy.cli_args import args
 from comfy.model_patcher import ModelPatcher
 from comfy_execution.graph_utils import ExecutionBlocker
+from server import PromptServer
 
 from ..wan_core.config import MIB
+from .files import Folders
 from .lease import loaded_bytes, unload
 from .pipeline import WanPipeline, is_offered, portable
 
 if TYPE_CHECKING:
     from ..wan_core.config import MemoryEstimate
+    from ..wan_core.memory import SystemResources
     from ..wan_core.render import WanPipelineWrapper
+    from .route import Route
 
 log = logging.getLogger("wanfit")
 
@@ -71,6 +76,11 @@ def model_files() -> dict[str, dict[str, Path]]:
                     names.setdefault(Path(name).as_posix(), root / name)
         found[part] = names
     return found
+
+
+def folders() -> Folders:
+    """Return what ComfyUI's folders hold now."""
+    return Folders(tuple(model_roots()), model_files(), part_folders(), lora_path)
 
 
 def part_folders() -> dict[str, str]:
@@ -293,3 +303,32 @@ def room_for(pipeline: WanPipeline, estimate: MemoryEstimate) -> Iterator[None]:
 def after_out_of_memory() -> None:
     """Unload every model from the device, as ComfyUI itself does when memory ran out."""
     mm.unload_all_models()
+
+
+# -- the live plan ------------------------------------------------------------------------------
+def _machine(pipeline: WanPipelineWrapper) -> SystemResources:
+    """Return what the machine has for a render, and what ComfyUI would free for it."""
+    pipeline.evictable_bytes = evictable_bytes()
+    return pipeline.machine(str(device()))
+
+
+def _busy() -> bool:
+    return bool(getattr(PromptServer.instance.prompt_queue, "currently_running", None))
+
+
+def add_route() -> None:
+    """Answer the page's questions about what is wired (``route``); once, when nodes are loaded."""
+    from aiohttp import web
+
+    @cache
+    def made() -> Route:
+        from .live import Host, Live
+        from .route import Route
+
+        return Route(Live(Host(folders, _machine, _busy)))
+
+    @PromptServer.instance.routes.post("/wanfit/plan")
+    async def plan(request: web.Request) -> web.Response:
+        route = made()  # with the first question: ComfyUI's start does not wait for it
+        status, body = await route.answer(request.headers, request.content.iter_chunked(65536))
+        return web.Response(body=body, status=status, content_type="application/json")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from comfy_api.latest import io
+from comfy_api.latest import io, ui
 
 from ..wan_core.config import RESUME, GenerationConfig, VideoGenerationResult
 from ..wan_core.job import FUSIONS, MAX_LATENT_FRAMES, MODES, NOISES, SCHEDULES, video_frames
@@ -68,7 +68,8 @@ class WanGenerate(io.ComfyNode):  # type: ignore[misc]
     def execute(cls, pipeline: WanPipeline, **values: Any) -> io.NodeOutput:
         result, report = _run(pipeline, generation_config(values), cls.hidden)
         video = bridge.video_from_file(result.output_path)
-        return io.NodeOutput(result.frames, video, {"samples": result.vae_latents}, report)
+        latent = {"samples": result.vae_latents}
+        return io.NodeOutput(result.frames, video, latent, report, ui=ui.PreviewText(report))
 
 
 class WanChunkedSampler(io.ComfyNode):  # type: ignore[misc]
@@ -108,7 +109,8 @@ class WanChunkedSampler(io.ComfyNode):  # type: ignore[misc]
         result, report = _run(pipeline, config, cls.hidden)
         video = bridge.video_from_file(result.output_path)
         frames = result.frames if result.frames is not None else bridge.no_picture()
-        return io.NodeOutput({"samples": result.vae_latents}, frames, video, report)
+        latent = {"samples": result.vae_latents}
+        return io.NodeOutput(latent, frames, video, report, ui=ui.PreviewText(report))
 
 
 def _window_inputs() -> list[io.Input]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..wan_core.config import CODECS, RESUME, GenerationConfig
+from ..wan_core.config import CODECS, PRECISIONS, RESUME, GenerationConfig
 from ..wan_core.errors import InvalidRequest
 from ..wan_core.job import (
     FUSIONS,
@@ -21,6 +21,7 @@ from ..wan_core.job import (
     SIGMA_SCHEDULES,
     latent_frames,
 )
+from ..wan_core.plan import FORWARDS, FP8, OFFLOADS, SPEEDS, STEP_CACHES
 
 LATER: dict[str, Any] = {
     "codec": CODECS[0],
@@ -33,6 +34,22 @@ LATER: dict[str, Any] = {
     "guided_scale": 0.0,
 }
 """Values of the samplers' later inputs for a prompt in API format that leaves them out."""
+OPTIMIZE: dict[str, Any] = {
+    "precision": "auto",
+    "offload": "auto",
+    "vram_limit_gb": 0.0,
+    "ram_limit_gb": 0.0,
+    "fallback_window_frames": 0,
+    "resident_blocks": -1,
+    "forward": "auto",
+    "fp8_storage": "auto",
+    "speed": "exact",
+    "step_cache": "auto",
+    "step_cache_threshold": -1.0,
+    "guidance_gate": 0.0,
+    "step_cache_factor": 0.0,
+}
+"""Values of WanOptimize's inputs for a prompt in API format that leaves them out."""
 LONG_CLIP: dict[str, Any] = {
     "schedule": SCHEDULES[0],
     "mode": MODES[0],
@@ -160,6 +177,28 @@ def use_long_clip(config: GenerationConfig, values: Mapping[str, Any], vae: Any)
         stats = {"latents_mean": vae.latents_mean, "latents_std": vae.latents_std}
         samples = _video_latents("continue_from", latent["samples"], len(vae.latents_mean))
         config.continue_from = normalize_latents(samples.float(), stats)
+
+
+def optimization_options(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Turn WanOptimize's inputs into fields of an OptimizationConfig; raises InvalidRequest."""
+    values = {**OPTIMIZE, **values}
+    frames, blocks = values["fallback_window_frames"], values["resident_blocks"]
+    threshold = values["step_cache_threshold"]
+    return {
+        "precision": require_choice("precision", values["precision"], PRECISIONS),
+        "offload": require_choice("offload", values["offload"], OFFLOADS),
+        "vram_limit_gb": values["vram_limit_gb"] or None,
+        "ram_limit_gb": values["ram_limit_gb"] or None,
+        "chunk_size": 0 if frames < 0 else window_of("fallback_window_frames", frames),
+        "resident_blocks": None if blocks < 0 else blocks,
+        "forward": require_choice("forward", values["forward"], FORWARDS),
+        "fp8_storage": require_choice("fp8_storage", values["fp8_storage"], FP8),
+        "speed": require_choice("speed", values["speed"], SPEEDS),
+        "step_cache": require_choice("step_cache", values["step_cache"], STEP_CACHES),
+        "step_cache_threshold": None if threshold < 0 else threshold,
+        "guidance_gate": values["guidance_gate"] or None,
+        "step_cache_factor": values["step_cache_factor"] or None,
+    }
 
 
 def window_of(field: str, frames: int) -> int | None:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from comfy_api.latest import io, ui
 
 from ..wan_core.config import GIB, PRECISIONS, WanModelFiles
-from ..wan_core.errors import InvalidRequest, MissingFile, WanError
+from ..wan_core.errors import MissingFile, WanError
 from ..wan_core.plan import FORWARDS, FP8, OFFLOADS, SPEEDS, STEP_CACHES
 from . import bridge
+from .files import AUTO, MODULES, NONE, PARTS, model_source
 from .inputs import Pipeline, pipeline_input
-from .job import require_choice, window_of
+from .job import optimization_options
 from .lease import lease_for
 from .pipeline import (
     NOTHING_FOUND,
@@ -21,7 +23,8 @@ from .pipeline import (
     list_models,
     named_file,
 )
-from .words import in_words_of_the_nodes
+from .wired import Node, sampler_after
+from .words import in_words_of_the_nodes, said_in_words_of_the_nodes
 
 
 class WanLoader(io.ComfyNode):  # type: ignore[misc]
@@ -65,21 +68,15 @@ class WanLoader(io.ComfyNode):  # type: ignore[misc]
         )
 
     @classmethod
-    def validate_inputs(
-        cls, model: str | None = None, use_recipe: bool | None = None, **parts: str | None
-    ) -> bool | str:
-        """Return True, or which input of a saved workflow names a file that does not exist.
+    def validate_inputs(cls, model: str | None = None) -> bool | str:
+        """Return True, or that a saved workflow names a model that does not exist.
 
-        None stands for an input that another node provides, whose value is not known yet.
+        None stands for an input that another node provides, whose value is not known yet. Only this
+        input is looked at: ComfyUI repeats the answer for every input that is asked for.
         """
-        files = bridge.model_files()
         try:
-            if model is not None and named_file(files["transformer"], model) is None:
+            if model is not None and named_file(bridge.model_files()["transformer"], model) is None:
                 find_model(model, bridge.model_roots())
-            for name, value in parts.items():
-                if value not in (None, _AUTO, _NONE):
-                    folder = "transformer" if name in _MODULES else _PARTS[name][0]
-                    _file(name, str(value), files[folder])
         except WanError as error:
             return str(error)
         return True
@@ -109,36 +106,18 @@ class WanLoader(io.ComfyNode):  # type: ignore[misc]
         return io.NodeOutput(pipeline, ui=ui.PreviewText(_describe(pipeline, found)))
 
 
-_PARTS = {
-    "low_noise_model": ("transformer_2", "The low-noise model of a Wan 2.2 A14B pair."),
-    "text_encoder": ("text_encoder", "The umT5 file of models/text_encoders."),
-    "vae": ("vae", "The VAE file: 2.1 for all models but TI2V-5B, which has its own."),
-    "image_encoder": ("image_encoder", "CLIP vision, for Wan 2.1 image-to-video models only."),
-}
-_MODULES = {
-    "vace_module": ("vace", "of 'model', a text-to-video model of its size"),
-    "vace_module_low": ("vace_2", "of the low-noise model of a pair"),
-}
-_AUTO, _NONE = "auto", "none"
-_WITHOUT = {
-    "text_encoder": "a sampler then needs 'positive', and 'negative' with guidance",
-    "vae": "a sampler will ask for one",
-    "image_encoder": "an image-to-video model of Wan 2.1 will ask for one",
-}
-
-
 def _part_inputs(files: dict[str, dict[str, Path]]) -> list[io.Input]:
     """Return one choice per further component, for a model made of single files."""
     return [
         io.Combo.Input(
             name,
-            options=[_AUTO, _NONE, *files[part]],
-            default=_AUTO,
+            options=[AUTO, NONE, *files[part]],
+            default=AUTO,
             optional=True,  # so that prompts saved as API format before these existed still run
             tooltip=f"{what} auto: found among the files there, and said which. Not used where "
             "'model' is a folder.",
         )
-        for name, (part, what) in _PARTS.items()
+        for name, (part, what) in PARTS.items()
     ]
 
 
@@ -147,67 +126,19 @@ def _module_inputs(files: dict[str, dict[str, Path]]) -> list[io.Input]:
     return [
         io.Combo.Input(
             name,
-            options=[_NONE, *files["transformer"]],
-            default=_NONE,
+            options=[NONE, *files["transformer"]],
+            default=NONE,
             optional=True,
             tooltip=f"A VACE module published without its base model, for the transformer {whose}. "
             "Whole VACE checkpoints need none.",
             **bridge.known(io.Combo.Input, advanced=True),
         )
-        for name, (_, whose) in _MODULES.items()
+        for name, (_, whose) in MODULES.items()
     ]
 
 
 def _source(model: str, chosen: dict[str, str]) -> tuple[Path | WanModelFiles, tuple[str, ...]]:
-    """Return the folder or the files of a model, and sentences on what "auto" found.
-
-    Raises InvalidRequest naming the input whose file does not exist, MissingFile for a component
-    that no file fits.
-    """
-    from ..wan_core.detect import find_companions, inspect_file
-
-    files = bridge.model_files()
-    transformer = named_file(files["transformer"], model)
-    if transformer is None:
-        return find_model(model, bridge.model_roots()), ()
-    named: dict[str, Path] = {"transformer": transformer}
-    for name, (part, _) in _MODULES.items():
-        if (value := chosen.get(name, _NONE)) != _NONE:
-            named[part] = _file(name, value, files["transformer"])
-    present: dict[str, list[Path]] = {}
-    left_out: list[str] = []
-    for name, (part, _) in _PARTS.items():
-        value = chosen.get(name, _AUTO)
-        if value == _AUTO:
-            present[part] = list(files[part].values())
-        elif value != _NONE:
-            named[part] = _file(name, value, files[part])
-        elif part in _WITHOUT:
-            left_out.append(f"{name}: none, as chosen; {_WITHOUT[part]}")
-    try:
-        found = find_companions(WanModelFiles(**named), present, inspect_file)
-    except MissingFile as error:
-        raise MissingFile(f"{error} {_places()}") from error
-    return found.files, (*found.reasons, *left_out)
-
-
-def _places() -> str:
-    """Say which of ComfyUI's folders the files of each component belong in."""
-    places = bridge.part_folders()
-    listed = "; ".join(f"{name}: {places[part]}" for name, (part, _) in _PARTS.items())
-    return f"The folders are: {listed}. Press R after you put a file there."
-
-
-def _file(field: str, name: str, files: dict[str, Path]) -> Path:
-    found = named_file(files, name)
-    if found is None:
-        there = ", ".join(files) or "none"
-        raise InvalidRequest(
-            f"{field}: there is no file {name!r}. Put it into the folder for it and press R, or "
-            f"choose another. Found: {there}.",
-            field=field,
-        )
-    return found
+    return model_source(model, chosen, bridge.folders())
 
 
 class WanOptimize(io.ComfyNode):  # type: ignore[misc]
@@ -243,6 +174,7 @@ class WanOptimize(io.ComfyNode):  # type: ignore[misc]
                 *_expert_inputs(),
                 *_speed_inputs(),
             ],
+            hidden=[io.Hidden.prompt, io.Hidden.unique_id],
             outputs=[
                 Pipeline.Output(
                     "optimized", display_name="pipeline", tooltip="The same model, run this way."
@@ -268,24 +200,15 @@ class WanOptimize(io.ComfyNode):  # type: ignore[misc]
         guidance_gate: float = 0.0,
         step_cache_factor: float = 0.0,
     ) -> io.NodeOutput:
-        optimized = pipeline.optimized(
-            precision=require_choice("precision", precision, PRECISIONS),
-            offload=require_choice("offload", offload, OFFLOADS),
-            vram_limit_gb=vram_limit_gb or None,
-            ram_limit_gb=ram_limit_gb or None,
-            chunk_size=0
-            if fallback_window_frames < 0
-            else window_of("fallback_window_frames", fallback_window_frames),
-            resident_blocks=None if resident_blocks < 0 else resident_blocks,
-            forward=require_choice("forward", forward, FORWARDS),
-            fp8_storage=require_choice("fp8_storage", fp8_storage, FP8),
-            speed=require_choice("speed", speed, SPEEDS),
-            step_cache=require_choice("step_cache", step_cache, STEP_CACHES),
-            step_cache_threshold=None if step_cache_threshold < 0 else step_cache_threshold,
-            guidance_gate=guidance_gate or None,
-            step_cache_factor=step_cache_factor or None,
-        )
-        return io.NodeOutput(optimized, ui=ui.PreviewText(_usual_plan(optimized)))
+        asked = {
+            "precision": precision, "offload": offload, "vram_limit_gb": vram_limit_gb,
+            "ram_limit_gb": ram_limit_gb, "fallback_window_frames": fallback_window_frames,
+            "resident_blocks": resident_blocks, "forward": forward, "fp8_storage": fp8_storage,
+            "speed": speed, "step_cache": step_cache, "step_cache_threshold": step_cache_threshold,
+            "guidance_gate": guidance_gate, "step_cache_factor": step_cache_factor,
+        }  # fmt: skip
+        optimized = pipeline.optimized(**optimization_options(asked))
+        return io.NodeOutput(optimized, ui=ui.PreviewText(_plan_of(optimized, cls.hidden)))
 
 
 def _limit_inputs() -> list[io.Input]:
@@ -414,18 +337,25 @@ def _speed_inputs() -> list[io.Input]:
     ]
 
 
-def _usual_plan(pipeline: WanPipeline) -> str:
-    """Say how a clip of the model's official size would be run, and why."""
-    from ..wan_core.config import GenerationConfig
+def _plan_of(pipeline: WanPipeline, hidden: Any) -> str:
+    """Say how the clip of the sampler that follows would be run, and why.
 
-    usual = pipeline.architecture.variant.defaults
-    width, height, frames = usual.width, usual.height, usual.num_frames
-    config = GenerationConfig(prompt="", width=width, height=height, num_frames=frames)
-    estimate = bridge.wrapper(pipeline).estimate_memory_usage(config)
+    Without one that can be read, it is a clip of the model's official size.
+    """
+    from .live import config_of
+
+    prompt, node = getattr(hidden, "prompt", None), getattr(hidden, "unique_id", None)
+    sampler = None if prompt is None else sampler_after(prompt, str(node))
+    here = Node("", "WanOptimize", {}) if sampler is None else sampler
+    config = config_of(here, pipeline.architecture)
+    with said_in_words_of_the_nodes():
+        estimate = bridge.wrapper(pipeline).estimate_memory_usage(config)
+    title = f"For {config.width}x{config.height}, {config.num_frames} frames"
+    title += " (the model's usual clip):" if sampler is None else f" (node {sampler.id}):"
+    lines = [f"! {text}" for text in estimate.warnings] + [title]
     # Without a plan there are no reasons, but a warning that says why nothing fits.
-    lines = [f"- {text}" for text in estimate.reasons] or list(estimate.warnings)
-    text = "\n".join([f"For {width}x{height}, {frames} frames:", *lines])
-    return in_words_of_the_nodes(text)
+    lines += [f"- {text}" for text in estimate.reasons]
+    return in_words_of_the_nodes("\n".join(lines))
 
 
 def _describe(pipeline: WanPipeline, found: tuple[str, ...] = ()) -> str:
@@ -433,11 +363,11 @@ def _describe(pipeline: WanPipeline, found: tuple[str, ...] = ()) -> str:
     architecture = pipeline.architecture
     size = sum(part.nbytes for part in architecture.components.values()) / GIB
     lines = [f"{architecture.variant.title}, {architecture.weight_kind}, {size:.2f} GiB on disk"]
+    lines += [f"! {warning}" for warning in architecture.warnings]
     lines += [f"- {reason}" for reason in (*found, *architecture.reasons)]
     if architecture.recipe is not None and not pipeline.use_recipe:
         lines.append(
             "! These settings are not used: a sampler's 0 stands for the model's official ones. "
             "Switch use_recipe on to have them used."
         )
-    lines += [f"! {warning}" for warning in architecture.warnings]
     return "\n".join(lines)

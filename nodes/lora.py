@@ -102,10 +102,10 @@ def _absent(name: str) -> str:
 def describe(before: WanPipeline, after: WanPipeline) -> str:
     """Say what was added, the settings that a distilled LoRA needs, and the new warnings."""
     found = after.architecture.loras[-1]
-    lines = [found.describe()]
+    known = set(before.architecture.warnings)
+    lines = [f"! {text}" for text in after.architecture.warnings if text not in known]
+    lines.append(found.describe())
     if found.recipe is not None:
         used = "used where a sampler's input is 0" if after.use_recipe else "not used"
         lines.append(f"- {Path(found.lora.path).name} is {found.recipe.describe()}; {used}")
-    known = set(before.architecture.warnings)
-    lines += [f"! {text}" for text in after.architecture.warnings if text not in known]
     return "\n".join(lines)

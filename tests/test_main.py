@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -19,7 +20,7 @@ import torch
 from support.clips import patches, write
 from support.tiny_models import make_folder
 
-from wan_core.__main__ import main
+from wan_core.__main__ import _parser, main
 from wan_core.errors import CorruptFile
 
 ROOT = Path(__file__).parents[1]
@@ -392,3 +393,14 @@ def test_ctrl_c_ends_with_130_and_leaves_only_the_journal(model: Path, tmp_path:
     assert "Run the same command again to go on." in rest
     # No video, nothing half written: only the journal the same command goes on from.
     assert [path.name for path in tmp_path.iterdir()] == [".wanfit"]
+
+
+def test_without_a_command_there_is_an_example_of_each() -> None:
+    code, shown = printed_here("utf-8")
+    text = shown.decode()
+    assert code == 0 and all(len(line) <= 80 for line in text.splitlines())
+    for command in ("demo", "download", "inspect", "estimate", "generate"):
+        assert f"python -m wan_core {command} " in text
+    examples = [line.split("wan_core ")[1] for line in text.splitlines() if "  python" in line]
+    for example in examples:
+        _parser().parse_args(shlex.split(example))  # or argparse ends the test

@@ -29,6 +29,9 @@ DEMO_PROMPT = "a red circle moves right on a dark background"
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     arguments = _parser().parse_args(argv)
+    if arguments.run is None:  # what there is, with an example each
+        _parser().print_help()
+        return 0
     try:
         text, values = arguments.run(arguments)
     except WanError as err:
@@ -74,21 +77,26 @@ def _as_json(values: dict[str, Any]) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m wan_core", description=__doc__.splitlines()[0])
-    parser.set_defaults(warnings=[])
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    table = {
+        "demo": (_demo, "make a video with the small model that ships along", "--seed 7"),
+        "download": (_download, "fetch an official model, after asking", "wan2.2-ti2v-5b"),
+        "inspect": (_inspect, "say what a model folder or file is", "models/wan2.2-ti2v-5b"),
+        "estimate": (_estimate, "say what a run needs, without running it", "MODEL --frames 81"),
+        "generate": (_generate, "make a video", 'MODEL --prompt "a fox runs" --output fox.mp4'),
+    }
+    examples = [f"  python -m wan_core {name} {given}" for name, (*_, given) in table.items()]
+    parser = argparse.ArgumentParser(
+        prog="python -m wan_core", description="Runs Wan 2.1 and 2.2 video models on this machine.",
+        epilog="\n".join(("examples:", *examples)),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.set_defaults(warnings=[], run=None)
+    commands = parser.add_subparsers(metavar="COMMAND")
+    made = {name: commands.add_parser(name, help=what) for name, (_, what, _) in table.items()}
+    for name, command in made.items():
+        command.set_defaults(run=table[name][0])
+    demo, download, inspect, estimate, generate = made.values()
 
-    inspect = commands.add_parser("inspect", help="say what a model folder or file is")
-    inspect.set_defaults(run=_inspect)
-    estimate = commands.add_parser("estimate", help="say what a run needs, without running it")
-    estimate.set_defaults(run=_estimate)
-    generate = commands.add_parser("generate", help="make a video")
-    generate.set_defaults(run=_generate)
-    demo = commands.add_parser("demo", help="make a video with the small model that ships along")
-    demo.set_defaults(run=_demo)
-
-    download = commands.add_parser("download", help="fetch an official model, after asking")
-    download.set_defaults(run=_download)
     download.add_argument("variant", help="wan2.2-ti2v-5b, wan2.2-t2v-a14b ...")
     download.add_argument("--to", default="models", metavar="FOLDER", help="(models)")
     download.add_argument("--endpoint", metavar="URL", help="a mirror (default: HF_ENDPOINT)")

@@ -45,7 +45,14 @@ class ModelFileError(WanError):
 
 
 class MissingFile(ModelFileError):
-    """A file or folder that is needed does not exist."""
+    """A file or folder that is needed does not exist.
+
+    ``component`` names the part of a model that no file was found for, where it is one.
+    """
+
+    def __init__(self, message: str, *, component: str | None = None) -> None:
+        super().__init__(message)
+        self.component = component
 
 
 class CorruptFile(ModelFileError):

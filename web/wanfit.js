@@ -1,8 +1,10 @@
 // Shows the text a WanFit node reports (ui.text) on the node itself.
 import { app } from "../../scripts/app.js";
 
-const REPORTING = new Set(["WanLoader", "WanLoRA", "WanOptimize", "WanEstimateMemory"]);
-const TABLES = new Set(["WanEstimateMemory"]); // their lines are not wrapped
+const REPORTING = new Set([
+  "WanLoader", "WanLoRA", "WanOptimize", "WanEstimateMemory", "WanGenerate", "WanChunkedSampler",
+]);
+const TABLES = new Set(["WanEstimateMemory", "WanGenerate", "WanChunkedSampler"]); // their lines are not wrapped
 const LINE_HEIGHT = 12;
 const LETTER_WIDTH = 6.2;
 const MOST_LINES = 16;

@@ -176,9 +176,10 @@ def test_two_t2v_files_are_wan_22_one_leaves_the_question(store: Path, tmp_path:
     alone = detect(WanModelFiles(transformer=low))
     assert alone.candidates == ("wan2.1-t2v-14b", "wan2.2-t2v-a14b")
     assert "probably the low-noise one, from the file name 'a_low_noise" in alone.warnings[0]
-    swapped = detect(WanModelFiles(transformer=low, transformer_2=high))
-    for text, path in zip(swapped.warnings, (low, high), strict=True):
-        assert f"{path.name}' was chosen as" in text and "the two are not swapped" in text
+    with pytest.raises(ModelMismatch, match="The experts are swapped") as swapped:
+        detect(WanModelFiles(transformer=low, transformer_2=high))
+    for path in (low, high):
+        assert f"{path.name}' was chosen as" in str(swapped.value)
 
 
 ROLES = {"high": "high_noise", "low": "low_noise", None: "model"}
@@ -186,15 +187,20 @@ ROLES = {"high": "high_noise", "low": "low_noise", None: "model"}
 
 @pytest.mark.parametrize("first", ROLES)
 @pytest.mark.parametrize("second", ROLES)
-def test_roles_only_warn(tmp_path: Path, first: str | None, second: str | None) -> None:
-    """The socket decides; a hint that contradicts it warns, once per file."""
+def test_one_name_only_warns(tmp_path: Path, first: str | None, second: str | None) -> None:
+    """The socket decides; a name that contradicts it warns, two that do are refused."""
     paths = []
     for folder, hint in (("1", first), ("2", second)):
         (tmp_path / folder).mkdir()
         file = layouts.stored(FILES["i2v-a14b"], "bf16")
         path = tmp_path / folder / f"wan_{ROLES[hint]}.safetensors"
         paths.append(layouts.write_sparse(path, file))
-    found = detect(WanModelFiles(transformer=paths[0], transformer_2=paths[1]))
+    files = WanModelFiles(transformer=paths[0], transformer_2=paths[1])
+    if (first, second) == ("low", "high"):
+        with pytest.raises(ModelMismatch, match="The experts are swapped"):
+            detect(files)
+        return
+    found = detect(files)
     assert found.name == "wan2.2-i2v-a14b"
     assert len(found.warnings) == (first == "low") + (second == "high")
 

@@ -100,15 +100,23 @@ def lease_on(pack: ModuleType, files: Any) -> Any:
 
 
 # -- single files -------------------------------------------------------------------------------
-def test_swapped_experts_have_a_lease_of_their_own(pack: ModuleType, models: Path) -> None:
-    right = files_of(pack, models, single_files.HIGH, single_files.LOW)
-    swapped = files_of(pack, models, single_files.LOW, single_files.HIGH)
+def test_swapped_experts_have_a_lease_of_their_own(
+    pack: ModuleType, models: Path, tmp_path: Path
+) -> None:
+    """Names that say nothing: with those that do, swapped experts are refused."""
+    with pytest.raises(part(pack, "wan_core.errors").ModelMismatch, match="are swapped"):
+        lease_on(pack, files_of(pack, models, single_files.LOW, single_files.HIGH))
+    one, other = (tmp_path / f"{name}.safetensors" for name in ("one", "other"))
+    for name, path in ((single_files.HIGH, one), (single_files.LOW, other)):
+        shutil.copy(models / "diffusion_models" / name, path)
+    right = files_of(pack, models, str(one), str(other))
+    swapped = files_of(pack, models, str(other), str(one))
     first, second = lease_on(pack, right), lease_on(pack, swapped)
     assert first.files == second.files
     assert lease_on(pack, right) is first
     wrappers = [lease.wrapper({"device": "cpu"}) for lease in (first, second)]
     names = [w.architecture.components["transformer"].path.name for w in wrappers]
-    assert names == [single_files.HIGH, single_files.LOW]
+    assert names == [one.name, other.name]
 
 
 def test_fingerprint_of_files_changes_with_a_file_or_a_role(pack: ModuleType, models: Path) -> None:

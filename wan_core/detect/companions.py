@@ -43,6 +43,13 @@ _WANTED: Final = {
 }
 # The VAEs of other models, and variants of Wan's for other purposes, have the same structure: only
 # their names tell them apart.
+_USUAL: Final = {
+    "vae": "wan_2.1_vae.safetensors",
+    "text_encoder": "umt5_xxl_fp8_e4m3fn_scaled.safetensors",
+    "image_encoder": "clip_vision_h.safetensors",
+}
+_USUAL_22: Final = _USUAL | {"vae": "wan2.2_vae.safetensors"}
+"""What the files are called where most people get them, for Wan 2.1 and A14B and for TI2V-5B."""
 _OTHER_VAE: Final = re.compile(
     r"qwen\w*|anima|flux\w*|krea\w*|hunyuan\w*|cosmos\w*|ltxv?\w*|mochi\w*|sd\d*|sdxl|chroma\w*"
     r"|alpha|rgba?|upscal\w*|lite|light\w*|tiny|tae\w*"
@@ -145,7 +152,7 @@ def _choose(
             offers.append(_offer(path, part, files.tokenizer is not None, found is main))
     good = sorted((one for one in offers if not one.unusable), key=_Offer.rank)
     if not good:
-        raise MissingFile(_nothing(name, shape, candidates, offers))
+        raise MissingFile(_nothing(name, shape, candidates, offers), component=name)
     best, *others = good
     place = " itself" if best.inside else ""
     sentence = (
@@ -221,10 +228,12 @@ def _nothing(
             f"No {_WANTED[name]} {words} that can be used was found ({some_of(refused)}). Put "
             "another one into the folder for it, or choose the file."
         )
-    looked = some_of([os.path.basename(path) for path in candidates]) or "no files there"
+    there = some_of([os.path.basename(path) for path in candidates])
+    looked = f"(looked at {there})" if there else "(its folder is empty)"
+    usual = _USUAL_22 if shape.out_channels == VAE_22.z_dim else _USUAL
     return (
-        f"No {_WANTED[name]} {words} was found (looked at {looked}). Put one into the folder "
-        "for it, or choose the file."
+        f"No {_WANTED[name]} {words} was found {looked}. Put one into the folder for it, usually "
+        f"{usual[name]}, or choose the file."
     )
 
 

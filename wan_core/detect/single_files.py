@@ -292,13 +292,21 @@ def _check_companions(
 
 
 def _role_warnings(high: IdentifiedFile, low: IdentifiedFile) -> list[str]:
-    """Return a warning for each file whose name or metadata contradicts the role it was given."""
+    """Return a warning where one file's name or metadata contradicts the role it was given.
+
+    Where both do, the two are swapped: that makes noise and no video, and is refused.
+    """
     out = []
     for part, role in ((high, "high"), (low, "low")):
         hint = role_hint(part.table.path.name, part.table.metadata)
         if hint is not None and hint[0] != role:
             out.append(
                 f"{quoted(part.table.path)} was chosen as the {role}-noise expert, but "
-                f"{hint[1]} says {hint[0]}. Check that the two are not swapped."
+                f"{hint[1]} says {hint[0]}."
             )
-    return out
+    if len(out) == 2:
+        raise ModelMismatch(
+            f"The experts are swapped. {' '.join(out)} Choose each file for the other: the "
+            "high-noise one first (in ComfyUI as model), the low-noise one as low_noise_model."
+        )
+    return [f"{text} Check that the two are not swapped." for text in out]

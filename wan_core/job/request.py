@@ -181,7 +181,7 @@ def _windowing(config: GenerationConfig, num_frames: int, length: int | None) ->
     window = _window(config, num_frames, length)
     if window is None and latent_frames(num_frames) > MAX_LATENT_FRAMES:
         raise InvalidRequest(
-            f"num_frames is {config.num_frames}; the model's positions end at "
+            f"num_frames is {config.num_frames}; a clip made in one piece has at most "
             f"{4 * MAX_LATENT_FRAMES - 3}. Set max_chunk_size (81) to make it in windows.",
             field="num_frames",
         )

@@ -469,7 +469,8 @@ def _warnings(architecture: ModelArchitecture) -> tuple[str, ...]:
 
 def format_estimate(estimate: MemoryEstimate) -> str:
     """Format an estimate as text: a line per stage, the peak and what is available, reasons."""
-    lines = ["stage               on device    weights  activations    in RAM   (predicted)"]
+    lines = [f"warning: {text}" for text in estimate.warnings]
+    lines += ["stage               on device    weights  activations    in RAM   (predicted)"]
     for stage in estimate.stages:
         on_device = (stage.device_bytes, stage.weights_bytes, stage.activation_bytes)
         cells = [f"{value / GIB:8.2f} GiB" for value in (*on_device, stage.host_bytes)]
@@ -485,7 +486,6 @@ def format_estimate(estimate: MemoryEstimate) -> str:
         lines.append(f"and up to {locked / GIB:.2f} GiB of them are page-locked while they stream")
     lines.append(_verdict(estimate))
     lines += [f"  because {reason}" for reason in estimate.reasons]
-    lines += [f"  warning: {text}" for text in estimate.warnings]
     return "\n".join(lines)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from ..lazy import lazy_names
 from .config import FORWARDS, FP8, OFFLOADS, SPEEDS, STEP_CACHES, OptimizationConfig
+from .fits import Remedies
 from .ladder import ABILITIES
 from .manager import Planner
 from .plan import OptimizationPlan
@@ -26,6 +27,7 @@ __all__ = [
     "OptimizationConfig",
     "OptimizationPlan",
     "Planner",
+    "Remedies",
     "SPEEDS",
     "STEP_CACHES",
 ]

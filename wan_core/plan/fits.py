@@ -3,11 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from ..job import MAX_LATENT_FRAMES, MAX_SIZE, MOST_FRAMES, video_frames
 from ..memory import Workload
 from .config import SHORTER_WINDOWS
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Remedies:
+    """What a workload that does not fit could be, each alone; None where that does not help."""
+
+    frames: int | None
+    """Most video frames (4n+1) at its size."""
+    size: tuple[int, int] | None
+    """Largest (width, height) in pixels of its proportions and length."""
+    windows: tuple[int, int] | None
+    """(frames, overlap) of the longest windows in which all of it fits."""
+
+
+def remedies(workload: Workload, multiple: int, fits: Callable[[Workload], bool]) -> Remedies:
+    """Find them by bisection; ``multiple`` and ``fits`` as in ``largest_that_fits``."""
+    return Remedies(
+        frames=longest(workload, fits),
+        size=largest_size(workload, multiple, fits),
+        windows=_windows(workload, fits),
+    )
 
 
 def most_that_fits(
@@ -105,15 +126,22 @@ def largest_size(
 
 def windows_that_fit(workload: Workload, fits: Callable[[Workload], bool]) -> str:
     """Name the longest windows in which the whole clip would fit, if any would."""
+    found = _windows(workload, fits)
+    if found is None:
+        return ""
+    return (
+        f" In windows of {found[0]} frames all {workload.num_frames} would fit: "
+        f"max_chunk_size or --window {found[0]}, in ComfyUI WanChunkedSampler."
+    )
+
+
+def _windows(workload: Workload, fits: Callable[[Workload], bool]) -> tuple[int, int] | None:
     for frames in (81, *SHORTER_WINDOWS):
         if frames < (workload.window_frames or workload.num_frames):
             overlap = min(workload.window_overlap, (frames - 1) // 2)
             if fits(replace(workload, window_frames=frames, window_overlap=overlap)):
-                return (
-                    f" In windows of {frames} frames all {workload.num_frames} would fit: "
-                    f"max_chunk_size or --window {frames}, in ComfyUI WanChunkedSampler."
-                )
-    return ""
+                return frames, overlap
+    return None
 
 
 def frames_text(count: int) -> str:

@@ -17,7 +17,14 @@ from ..errors import DoesNotFit
 from ..memory import Choices, Workload
 from ..models import ModelArchitecture
 from .config import OptimizationConfig
-from .fits import frames_text, largest_that_fits, most_that_fits, windows_that_fit
+from .fits import (
+    Remedies,
+    frames_text,
+    largest_that_fits,
+    most_that_fits,
+    remedies,
+    windows_that_fit,
+)
 from .ladder import ABILITIES, Candidate, Limits, best, ladder, main_dtype
 from .plan import OptimizationPlan
 from .reasons import reasons_for
@@ -68,6 +75,34 @@ class Planner:
         DoesNotFit with the bytes needed and available and the largest clip that would fit, and
         InvalidRequest if the device has less memory than ``min_vram_mb``.
         """
+        plan, smallest = self._planned(architecture, workload, system, requested)
+        if plan is not None:
+            return plan
+        requested = self._possible(requested)
+        limits = Limits.of(system, requested)
+        raise self._does_not_fit(architecture, workload, system, requested, smallest, limits)
+
+    def foresee(
+        self,
+        architecture: ModelArchitecture,
+        workload: Workload,
+        system: SystemResources,
+        requested: OptimizationConfig | None = None,
+    ) -> tuple[OptimizationPlan | None, MemoryEstimate]:
+        """Return the recommended plan and its estimate; without one, that of the smallest way.
+
+        Like ``estimate``, but quicker where nothing fits: nothing is looked for that would.
+        """
+        plan, smallest = self._planned(architecture, workload, system, requested)
+        if plan is not None:
+            return plan, plan.estimate
+        return None, replace(smallest.estimate, fits=False)
+
+    def _planned(
+        self, architecture: ModelArchitecture, workload: Workload, system: SystemResources,
+        requested: OptimizationConfig | None,
+    ) -> tuple[OptimizationPlan | None, Candidate]:  # fmt: skip
+        """Return the plan, or None and the candidate that comes closest to fitting."""
         requested = self._possible(requested)
         requested.check_device(system)
         limits = Limits.of(system, requested)
@@ -75,14 +110,27 @@ class Planner:
         for candidates in ladder(architecture, workload, system, requested, limits, self.abilities):
             chosen = best(candidates, limits)
             if chosen is not None:
-                return _plan(architecture, workload, system, requested, limits, chosen, candidates)
+                found = (architecture, workload, system, requested, limits, chosen, candidates)
+                return _plan(*found), chosen
             weighed += candidates
         # No tier has a candidate that fits.
         smallest = _smallest(weighed, limits)
         if not _obeyed(smallest.estimate, system, requested):
-            raise self._does_not_fit(architecture, workload, system, requested, smallest, limits)
+            return None, smallest
         told = replace(smallest, estimate=_with_warning(smallest.estimate, limits))
-        return _plan(architecture, workload, system, requested, limits, told, [])
+        return _plan(architecture, workload, system, requested, limits, told, []), told
+
+    def remedies(
+        self,
+        architecture: ModelArchitecture,
+        workload: Workload,
+        system: SystemResources,
+        requested: OptimizationConfig | None = None,
+    ) -> Remedies:
+        """Return what of a workload that does not fit could be made smaller, and to what."""
+        requested = self._possible(requested)
+        fits = self._fits(architecture, system, requested, Limits.of(system, requested))
+        return remedies(workload, architecture.size_multiple, fits)
 
     def estimate(
         self,

@@ -109,7 +109,9 @@ def _placement(
     text = _OFFLOAD_TEXT[choices.offload_of("transformer")]
     if requested.placement != "auto":
         return f"{text}; asked for"
-    usable = f"{limits.device / GIB:.1f} GiB of {system.device_name or system.device}{limits.why}"
+    # A CPU's name says nothing here: it computes in the RAM.
+    where = "RAM" if system.device_kind == "cpu" else system.device_name or system.device
+    usable = f"{limits.device / GIB:.1f} GiB of {where}{limits.why}"
     faster: dict[str, float] = {}
     for candidate in others:
         if not limits.admit(candidate.estimate) and candidate.timing.step <= chosen.timing.step:

@@ -14,6 +14,7 @@ from ..lazy import lazy_names
 if TYPE_CHECKING:
     from .audio import read_audio
     from .diffusers_pipeline import PipelineManager
+    from .forecast import Forecast
     from .journal import Journal
     from .loader import WanPipelineLoader
     from .pipeline import WanPipelineWrapper
@@ -25,6 +26,7 @@ __getattr__ = lazy_names(
     {
         "audio": ("read_audio",),
         "diffusers_pipeline": ("PipelineManager",),
+        "forecast": ("Forecast",),
         "journal": ("Journal",),
         "loader": ("WanPipelineLoader",),
         "pipeline": ("WanPipelineWrapper",),
@@ -34,6 +36,7 @@ __getattr__ = lazy_names(
 )
 
 __all__ = [
+    "Forecast",
     "Journal",
     "PipelineManager",
     "Timeline",

@@ -41,7 +41,8 @@ from ..loading import ComponentCache, unpin
 from ..memory import Calibrations, RunRecord, SystemResources, Workload, forward_name
 from ..models import ModelArchitecture
 from ..placing import require_groups
-from ..plan import ABILITIES, OptimizationConfig, OptimizationPlan, Planner
+from ..plan import ABILITIES, OptimizationConfig, OptimizationPlan, Planner, Remedies
+from .forecast import Forecast
 from .render import Render
 from .report import Timeline, device_bytes, format_report
 from .stages import Callbacks, StageRunner
@@ -120,6 +121,28 @@ class WanPipelineWrapper:
             )
         return replace(estimate, warnings=tuple(warnings))
 
+    def foresee(self, config: GenerationConfig, machine: SystemResources | None = None) -> Forecast:
+        """Return what is known of a job before it runs, within milliseconds; loads nothing.
+
+        As ``estimate_memory_usage``, with the plan and its seconds. ``machine`` is what the machine
+        had at an earlier moment; None looks at it now. Raises InvalidRequest.
+        """
+        config = self._with_pictures(config)
+        request = self._resolve(config)
+        optimization = self._optimization_for(config)
+        workload = _job(request, config, self.architecture)
+        system = self._system(optimization, machine)
+        plan, estimate = self._manager.foresee(self.architecture, workload, system, optimization)
+        return Forecast(
+            request=request, workload=workload, system=system, plan=plan, estimate=estimate
+        )
+
+    def remedies(self, forecast: Forecast) -> Remedies:
+        """Return what of a job that does not fit could be made smaller, and to what."""
+        return self._manager.remedies(
+            self.architecture, forecast.workload, forecast.system, self.optimization
+        )
+
     def what_fits(self, config: GenerationConfig) -> str:
         """Name, in one sentence, the longest clip and the largest size that would fit."""
         config = self._with_pictures(config)
@@ -168,16 +191,28 @@ class WanPipelineWrapper:
             optimization = replace(optimization, offload="none")
         return optimization
 
-    def _system(self, optimization: OptimizationConfig) -> SystemResources:
-        """Look at the machine; the memory of unused components counts as available."""
-        system = self._manager.analyze_system_resources(optimization.device)
-        on_device, in_ram = self._cache.unused_bytes(system.device)
+    def _system(
+        self, optimization: OptimizationConfig, machine: SystemResources | None = None
+    ) -> SystemResources:
+        """Look at the machine; the memory of unused components counts as available.
+
+        ``machine`` is what was seen before, with what could be freed then.
+        """
+        system = machine or self.machine(optimization.device)
         return replace(
             system,
             notes=system.notes + self._notes,
+            calibration=self._calibrations.of(self._calibration_key(system)),
+        )
+
+    def machine(self, device: str | None = None) -> SystemResources:
+        """Look at the machine, with what unused components and ``evictable_bytes`` would free."""
+        system = self._manager.analyze_system_resources(device)
+        on_device, in_ram = self._cache.unused_bytes(system.device)
+        return replace(
+            system,
             evictable_bytes=on_device + self.evictable_bytes,
             ram_evictable_bytes=in_ram,
-            calibration=self._calibrations.of(self._calibration_key(system)),
         )
 
     def _calibration_key(self, system: SystemResources) -> str:

@@ -178,6 +178,8 @@ def format_report(result: VideoGenerationResult) -> str:
     """Format a finished run as text: what was made, how, and what each stage took."""
     meta = result.metadata
     lines = [_headline(result)]
+    lines += [f"error: {text}" for text in result.errors]
+    lines += [f"warning: {text}" for text in result.warnings]
     shown = ("model", "device", "steps", "control", "windows", "forwards", "resumed", "journal")
     lines += [f"{key}: {meta[key]}" for key in shown if key in meta]
     lines += [f"applied: {', '.join(result.applied_optimizations)}"] * bool(
@@ -185,8 +187,6 @@ def format_report(result: VideoGenerationResult) -> str:
     )
     if result.stages:
         lines += ["", _stage_table(result.stages, str(meta.get("memory_origin", "")))]
-    lines += [f"warning: {text}" for text in result.warnings]
-    lines += [f"error: {text}" for text in result.errors]
     return "\n".join(lines)
 
 

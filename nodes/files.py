@@ -1,0 +1,103 @@
+"""Names of a loader's inputs -> the files of a model. Does not import ComfyUI.
+
+A name is looked up in the lists that the node offers, and is never made into a path.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..wan_core.config import WanModelFiles
+from ..wan_core.errors import InvalidRequest, MissingFile
+from .pipeline import find_model, named_file
+
+if TYPE_CHECKING:
+    from ..wan_core.detect import IdentifiedFile
+
+AUTO, NONE = "auto", "none"
+PARTS = {
+    "low_noise_model": ("transformer_2", "The low-noise model of a Wan 2.2 A14B pair."),
+    "text_encoder": ("text_encoder", "The umT5 file of models/text_encoders."),
+    "vae": ("vae", "The VAE file: 2.1 for all models but TI2V-5B, which has its own."),
+    "image_encoder": ("image_encoder", "CLIP vision, for Wan 2.1 image-to-video models only."),
+}
+"""Inputs for further components -> the component, and what it is."""
+MODULES = {
+    "vace_module": ("vace", "of 'model', a text-to-video model of its size"),
+    "vace_module_low": ("vace_2", "of the low-noise model of a pair"),
+}
+"""Inputs for VACE modules published without their base -> the component, and whose it is."""
+_WITHOUT = {
+    "text_encoder": "a sampler then needs 'positive', and 'negative' with guidance",
+    "vae": "a sampler will ask for one",
+    "image_encoder": "an image-to-video model of Wan 2.1 will ask for one",
+}
+
+
+@dataclass(frozen=True)
+class Folders:
+    """What ComfyUI's folders hold."""
+
+    roots: tuple[Path, ...]
+    """Where folders with a model_index.json lie."""
+    files: Mapping[str, Mapping[str, Path]]
+    """Per component, the single files by the name to show."""
+    places: Mapping[str, str]
+    """Per component, the folder that its files belong in."""
+    lora: Callable[[str], Path | None]
+    """The LoRA file of a name, or None."""
+
+
+def model_source(
+    model: str,
+    chosen: Mapping[str, str],
+    folders: Folders,
+    inspect: Callable[[str | Path], IdentifiedFile] | None = None,
+) -> tuple[Path | WanModelFiles, tuple[str, ...]]:
+    """Return the folder or the files of a model, and sentences on what "auto" found.
+
+    ``inspect`` reads a header; None reads it from the file. Raises InvalidRequest naming the input
+    whose file does not exist, MissingFile for a component that no file fits.
+    """
+    from ..wan_core.detect import find_companions, inspect_file
+
+    transformer = named_file(folders.files["transformer"], model)
+    if transformer is None:
+        return find_model(model, folders.roots), ()
+    named: dict[str, Path] = {"transformer": transformer}
+    for name, (part, _) in MODULES.items():
+        if (value := chosen.get(name, NONE)) != NONE:
+            named[part] = require_file(name, value, folders.files["transformer"])
+    present: dict[str, list[Path]] = {}
+    left_out: list[str] = []
+    for name, (part, _) in PARTS.items():
+        value = chosen.get(name, AUTO)
+        if value == AUTO:
+            present[part] = list(folders.files[part].values())
+        elif value != NONE:
+            named[part] = require_file(name, value, folders.files[part])
+        elif part in _WITHOUT:
+            left_out.append(f"{name}: none, as chosen; {_WITHOUT[part]}")
+    try:
+        found = find_companions(WanModelFiles(**named), present, inspect or inspect_file)
+    except MissingFile as error:
+        place = folders.places.get(error.component or "")
+        where = f" The folder is {place}; press R after you put a file there." if place else ""
+        raise MissingFile(f"{error}{where}", component=error.component) from error
+    return found.files, (*found.reasons, *left_out)
+
+
+def require_file(field: str, name: str, files: Mapping[str, Path]) -> Path:
+    """Return the file of this name; raises InvalidRequest naming the input and what there is."""
+    found = named_file(files, name)
+    if found is None:
+        there = ", ".join(files) or "none"
+        raise InvalidRequest(
+            f"{field}: there is no file {name!r}. Put it into the folder for it and press R, or "
+            f"choose another. Found: {there}.",
+            field=field,
+        )
+    return found

@@ -1,0 +1,73 @@
+"""POST /wanfit/plan: who may ask, how much and how often. Does not import ComfyUI.
+
+The answers come from ``live``, one after the other on a thread of their own, so that neither the
+server's loop nor a render waits for one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from urllib.parse import urlsplit
+
+from .live import Live, as_json
+from .wired import MOST_BYTES
+
+MOST_WAITING = 8
+"""Requests that may wait for an answer; the page asks again for what it is refused."""
+
+
+def refusal(headers: Mapping[str, str]) -> tuple[int, str] | None:
+    """Return the status and the reason why a request is not read, or None.
+
+    Only ComfyUI's own page asks: JSON, which no form of another site can send, of one origin.
+    """
+    if headers.get("Content-Type", "").partition(";")[0].strip().lower() != "application/json":
+        return 415, "The request must be JSON (Content-Type: application/json)."
+    site = headers.get("Sec-Fetch-Site", "same-origin")
+    origin = headers.get("Origin")
+    foreign = (
+        origin is not None and urlsplit(origin).netloc.lower() != headers.get("Host", "").lower()
+    )
+    # Behind a proxy the host may be another one; the browser then still says where it asks from.
+    if site not in ("same-origin", "none") or (foreign and "Sec-Fetch-Site" not in headers):
+        return 403, "Only the page of this ComfyUI may ask."
+    return None
+
+
+class Route:
+    """Takes requests and returns (status, JSON)."""
+
+    def __init__(self, live: Live) -> None:
+        self._live = live
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="wanfit-plan")
+        self._waiting = 0
+
+    async def answer(
+        self, headers: Mapping[str, str], chunks: AsyncIterable[bytes]
+    ) -> tuple[int, bytes]:
+        """Answer a request whose body comes in chunks; more than is allowed is not read."""
+        refused = refusal(headers)
+        if refused is None and self._waiting >= MOST_WAITING:
+            refused = 429, "Too many requests wait for an answer; ask again in a second."
+        if refused is not None:
+            return refused[0], _error(refused[1])
+        body = bytearray()
+        async for chunk in chunks:
+            body += chunk
+            if len(body) > MOST_BYTES:
+                return 413, _error(f"The request has more than {MOST_BYTES} bytes.")
+        self._waiting += 1
+        try:
+            loop = asyncio.get_running_loop()
+            status, answer = await loop.run_in_executor(
+                self._thread, self._live.answer, bytes(body)
+            )
+        finally:
+            self._waiting -= 1
+        return status, as_json(answer)
+
+
+def _error(text: str) -> bytes:
+    return as_json({"ok": False, "error": text, "fixes": []})

@@ -1,0 +1,317 @@
+// Shows on the nodes, while widgets change, what a run would need: POST /wanfit/plan answers.
+// Without that route nothing is shown.
+import { app } from "../../scripts/app.js";
+import { api } from "../../scripts/api.js";
+
+const SAMPLERS = new Set(["WanGenerate", "WanChunkedSampler"]);
+const SHOWN = new Set([...SAMPLERS, "WanEstimateMemory", "WanOptimize"]);
+const NAME = "wanfit_plan";
+const TICK_MS = 300; // widgets are looked at so often; a value must hold still for one tick
+const REFRESH_MS = 15000; // free memory changes too
+const MOST_HEIGHT = 260;
+const states = new WeakMap(); // node -> {element, widget, seen, sent, at, height}
+const notes = new WeakMap(); // widget -> the note in its label
+let missing = false; // the route is not there
+
+// -- what is wired ------------------------------------------------------------------------------
+function* allNodes(graph) {
+  for (const node of graph?.nodes ?? graph?._nodes ?? []) {
+    yield node;
+    if (node.subgraph) yield* allNodes(node.subgraph);
+  }
+}
+
+const linkOf = (graph, id) => graph.links?.get?.(id) ?? graph.links?.[id] ?? graph._links?.get?.(id);
+
+// Returns [node, slot] that gives an input, through reroutes and the edges of subgraphs, or null.
+function sourceOf(node, slot, depth = 0) {
+  const id = node?.inputs?.[slot]?.link;
+  const link = id == null || depth > 50 ? null : linkOf(node.graph ?? app.graph, id);
+  if (!link) return null;
+  const graph = node.graph ?? app.graph;
+  const from = graph.getNodeById(link.origin_id);
+  if (!from) {
+    // The edge of a subgraph: what is wired to the node that stands for it.
+    for (const outer of allNodes(app.graph)) {
+      if (outer.subgraph === graph) return sourceOf(outer, link.origin_slot, depth + 1);
+    }
+    return null;
+  }
+  if (from.subgraph) {
+    const inner = from.subgraph.outputs?.[link.origin_slot]?.linkIds?.[0];
+    const through = inner == null ? null : linkOf(from.subgraph, inner);
+    const node = through && from.subgraph.getNodeById(through.origin_id);
+    return node ? [node, through.origin_slot] : null;
+  }
+  if (from.type === "Reroute") return sourceOf(from, 0, depth + 1);
+  // A bypassed node lets the first input of the same type through.
+  if (from.mode === 4) {
+    const type = from.outputs?.[link.origin_slot]?.type;
+    const same = from.inputs?.findIndex((input) => input.type === type) ?? -1;
+    return same < 0 ? null : sourceOf(from, same, depth + 1);
+  }
+  return [from, link.origin_slot];
+}
+
+const keyOf = (node) => `${node.graph?.isRootGraph === false ? node.graph.id + ":" : ""}${node.id}`;
+
+function asApi(node) {
+  const inputs = {};
+  for (const widget of node.widgets ?? []) {
+    const value = widget.value;
+    if (widget.serialize === false || widget.name === "control_after_generate") continue;
+    if (["string", "number", "boolean"].includes(typeof value)) inputs[widget.name] = value;
+  }
+  // Only whether there is a prompt matters, and not what it says.
+  for (const name of ["prompt", "negative_prompt"]) {
+    if (inputs[name]) inputs[name] = inputs[name].slice(0, 40);
+  }
+  (node.inputs ?? []).forEach((input, slot) => {
+    if (input.link == null) return;
+    const source = sourceOf(node, slot);
+    const value = source?.[0].type === "PrimitiveNode" ? source[0].widgets?.[0]?.value : undefined;
+    inputs[input.name] = value ?? (source ? [keyOf(source[0]), source[1]] : ["gone", 0]);
+  });
+  return { class_type: node.comfyClass ?? node.type, inputs };
+}
+
+function pipelineOf(node) {
+  const slot = node.inputs?.findIndex((input) => input.name === "pipeline") ?? -1;
+  return slot < 0 ? null : (sourceOf(node, slot)?.[0] ?? null);
+}
+
+function chainOf(node) {
+  const chain = [];
+  for (let at = node; at && !chain.includes(at) && chain.length < 40; at = pipelineOf(at)) chain.push(at);
+  return chain;
+}
+
+// The first sampler whose pipeline passes this node.
+function samplerAfter(node) {
+  for (const one of allNodes(app.graph)) {
+    if (SAMPLERS.has(one.comfyClass) && one.mode !== 2 && chainOf(one).includes(node)) return one;
+  }
+  return null;
+}
+
+function requestOf(node) {
+  const sampler = SAMPLERS.has(node.comfyClass) ? null : samplerAfter(node);
+  // What is optimised is the job that is wired; an estimate has sizes of its own.
+  const asking = node.comfyClass === "WanOptimize" && sampler ? sampler : node;
+  const nodes = {};
+  for (const one of [...chainOf(asking), ...(sampler ? [sampler] : [])]) nodes[keyOf(one)] = asApi(one);
+  const request = { node: keyOf(asking), nodes };
+  if (sampler && asking !== sampler) request.beside = keyOf(sampler);
+  return request;
+}
+
+// -- what is shown ------------------------------------------------------------------------------
+function make(tag, style, text) {
+  const element = document.createElement(tag);
+  element.style.cssText = style;
+  if (text !== undefined) element.textContent = text;
+  return element;
+}
+
+const COLOURS = { good: "#58a55c", bad: "#dc5046", work: "#78be78", weights: "#4682c8", warn: "#d9a520" };
+
+function bars(answer) {
+  const box = make("div", "display:grid;grid-template-columns:auto 1fr auto;gap:1px 6px;align-items:center;margin:3px 0");
+  const usable = answer.usable_gib ?? 0;
+  const scale = 100 / Math.max(...answer.stages.map((stage) => stage.gib), usable, 1e-6);
+  for (const stage of answer.stages) {
+    const bar = make("div", "position:relative;height:8px;background:rgba(128,128,128,.25);border-radius:2px;overflow:hidden");
+    const part = (left, right, colour) =>
+      bar.append(make("div", `position:absolute;top:0;bottom:0;left:${left * scale}%;width:${(right - left) * scale}%;background:${colour}`));
+    part(0, stage.weights_gib, COLOURS.weights);
+    part(stage.weights_gib, stage.gib, COLOURS.work);
+    if (stage.over) part(usable, stage.gib, COLOURS.bad);
+    if (usable) bar.append(make("div", `position:absolute;top:0;bottom:0;left:calc(${usable * scale}% - 2px);width:2px;background:${COLOURS.warn}`));
+    bar.title = `${stage.label}: ${stage.gib.toFixed(2)} GiB, of them weights ${stage.weights_gib.toFixed(2)}; in RAM ${stage.ram_gib.toFixed(2)}`;
+    box.append(make("span", "white-space:nowrap", stage.label), bar, make("span", "", stage.gib.toFixed(stage.gib < 10 ? 2 : 1)));
+  }
+  return box;
+}
+
+function buttons(node, answer) {
+  const box = make("div", "display:flex;flex-wrap:wrap;gap:4px;margin-top:3px");
+  for (const fix of answer.fixes ?? []) {
+    const button = make("button", "cursor:pointer;font:inherit;padding:2px 8px;border-radius:4px;border:1px solid var(--border-color,#555);background:var(--comfy-input-bg,#222);color:var(--input-text,#ddd)", fix.label);
+    button.addEventListener("click", () => carryOut(node, fix));
+    box.append(button);
+  }
+  return box;
+}
+
+function draw(node, state, answer) {
+  show(node, state);
+  const element = state.element;
+  const lines = [];
+  if (!answer.ok) lines.push(make("div", `color:${COLOURS.bad};font-weight:bold;white-space:pre-wrap`, answer.error));
+  else {
+    const warnings = answer.warnings.map((text) => make("div", `color:${COLOURS.warn}`, `⚠ ${text}`));
+    const colour = answer.fits === false ? COLOURS.bad : COLOURS.good;
+    const about = node.comfyClass === "WanOptimize" ? `${answer.size[0]}x${answer.size[1]}, ${answer.size[2]} frames. ` : "";
+    const ram = `RAM ${answer.ram_gib.toFixed(1)} of ${answer.ram_usable_gib.toFixed(1)} GiB`;
+    lines.push(
+      ...warnings,
+      make("div", `color:${colour};font-weight:bold`, about + answer.headline),
+      buttons(node, answer),
+      bars(answer),
+      make("div", "opacity:.75", [answer.device === "RAM" ? null : ram, ...answer.resolved].filter(Boolean).join(" · ")),
+    );
+    element.title = answer.reasons.join("\n");
+    if (answer.while_busy) lines.push(make("div", "opacity:.6", "A prompt is running: memory as it was before."));
+  }
+  if (!answer.ok) lines.push(buttons(node, answer));
+  element.replaceChildren(...lines);
+  element.dataset.fits = answer.ok ? String(answer.fits) : "error";
+  grey(node, answer);
+  fitHeight(node, state);
+}
+
+// A widget at 0 stands for the official value: its label says which.
+function grey(node, answer) {
+  if (!answer.ok || !SAMPLERS.has(node.comfyClass)) return;
+  for (const [name, value] of Object.entries(answer.official)) {
+    const widget = node.widgets?.find((one) => one.name === name);
+    if (!widget) continue;
+    const unused = answer.unused[name];
+    const note = unused ? ` (not used: ${unused})` : value != null && !widget.value ? ` (official: ${+value.toFixed(3)})` : "";
+    // What the user or a translation calls the widget stays; only our note comes and goes.
+    const ours = notes.get(widget) ?? "";
+    const plain = ours && widget.label?.endsWith(ours) ? widget.label.slice(0, -ours.length) : widget.label;
+    const label = note ? (plain ?? name) + note : plain === name ? undefined : plain;
+    notes.set(widget, note);
+    if (widget.label !== label) widget.label = label;
+  }
+}
+
+function fitHeight(node, state) {
+  if (!state.element.isConnected) return;
+  state.element.style.height = "auto";
+  const wanted = Math.min(MOST_HEIGHT, Math.max(24, state.element.scrollHeight + 2 + 2 * (state.widget.margin ?? 10)));
+  state.element.style.height = "100%";
+  if (Math.abs(wanted - state.height) < 3) return;
+  state.height = wanted;
+  // The node becomes taller by the panel, or its texts would be squeezed; how much of its height is
+  // the panel is saved with it, so that it does not grow again when the workflow is opened.
+  const had = node.properties?.wanfit_panel ?? 0;
+  if (!LiteGraph.vueNodesMode && wanted > had) {
+    node.setProperty?.("wanfit_panel", wanted);
+    node.setSize([node.size[0], Math.max(node.computeSize()[1], node.size[1] + wanted - had)]);
+  }
+  app.graph.setDirtyCanvas(true, true);
+}
+
+function stateOf(node) {
+  if (!states.has(node)) states.set(node, { height: 24, seen: "", sent: "", at: 0 });
+  return states.get(node);
+}
+
+// The panel comes with the first answer: without one, the node stays as it is.
+function show(node, state) {
+  if (state.element) return;
+  const element = make("div", "box-sizing:border-box;overflow:auto;padding:4px 6px;font:11px/1.35 sans-serif;color:var(--input-text,#ddd);background:var(--comfy-input-bg,#222);border-radius:4px");
+  element.className = "wanfit-plan";
+  state.element = element;
+  const options = { serialize: false, hideOnZoom: false, getMinHeight: () => state.height, getMaxHeight: () => state.height, getValue: () => "", setValue: () => {} };
+  state.widget = node.addDOMWidget(NAME, NAME, element, options);
+  state.widget.serialize = false; // widgets are stored by position: it is no part of the workflow
+}
+
+// -- fixes --------------------------------------------------------------------------------------
+function find(key) {
+  for (const node of allNodes(app.graph)) if (keyOf(node) === key) return node;
+  return null;
+}
+
+function set(node, name, value) {
+  const widget = node?.widgets?.find((one) => one.name === name);
+  if (!widget) return;
+  widget.value = value;
+  widget.callback?.(value, app.canvas, node);
+}
+
+function carryOut(node, fix) {
+  app.graph.beforeChange?.();
+  for (const change of fix.set ?? []) set(find(change.node), change.widget, change.value);
+  if (fix.insert) insert(find(fix.insert.before) ?? node, fix.insert);
+  app.graph.afterChange?.();
+  app.graph.setDirtyCanvas(true, true);
+}
+
+function insert(before, what) {
+  const slot = before.inputs.findIndex((input) => input.name === "pipeline");
+  const source = sourceOf(before, slot);
+  const made = LiteGraph.createNode(what.class_type);
+  if (!made || !source) return;
+  made.pos = [before.pos[0] - made.size[0] - 40, before.pos[1] - 40];
+  (before.graph ?? app.graph).add(made);
+  for (const [name, value] of Object.entries(what.values)) set(made, name, value);
+  source[0].connect(source[1], made, made.inputs.findIndex((input) => input.name === "pipeline"));
+  made.connect(0, before, slot);
+}
+
+// -- asking -------------------------------------------------------------------------------------
+async function ask(request) {
+  const options = { method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(request) };
+  const response = await api.fetchApi("/wanfit/plan", options);
+  if (response.status === 404 || response.status === 405) missing = true;
+  const known = [200, 400, 403, 413, 415, 500].includes(response.status);
+  return known ? await response.json() : null; // 429: asked again at the next tick
+}
+
+async function refresh(node, state, request, key) {
+  state.waiting = true;
+  try {
+    let answer = await ask(request);
+    if (missing) return remove(node, state);
+    if (!answer) return void (state.sent = "");
+    state.sent = key;
+    state.at = Date.now();
+    if (!state.shown || answer.fits !== false) draw(node, state, answer);
+    if (answer.ok && answer.fits === false) {
+      // What would fit takes longer to find.
+      answer = (await ask({ ...request, fixes: true })) ?? answer;
+      draw(node, state, answer);
+    }
+    state.shown = true;
+  } catch (error) {
+    state.sent = ""; // the server is away; asked again
+    state.at = Date.now();
+  } finally {
+    state.waiting = false;
+  }
+}
+
+function remove(node, state) {
+  const index = node.widgets?.indexOf(state.widget) ?? -1;
+  state.widget?.onRemove?.();
+  state.element?.remove();
+  if (index >= 0) node.widgets.splice(index, 1);
+  states.delete(node);
+}
+
+function tick() {
+  if (missing || document.hidden || !app.graph) return;
+  for (const node of allNodes(app.graph)) {
+    if (!SHOWN.has(node.comfyClass)) continue;
+    const state = stateOf(node);
+    if (state.element) fitHeight(node, state); // text wraps anew when the node becomes narrower
+    if (state.waiting) continue;
+    const request = requestOf(node);
+    const key = JSON.stringify(request);
+    const still = key === state.seen;
+    const due = key !== state.sent || Date.now() - state.at > REFRESH_MS;
+    state.seen = key;
+    if (still && due) void refresh(node, state, request, key);
+  }
+}
+
+app.registerExtension({
+  name: "wanfit.live",
+  setup() {
+    setInterval(tick, TICK_MS);
+  },
+});
