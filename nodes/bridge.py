@@ -290,14 +290,18 @@ def room_for(pipeline: WanPipeline, estimate: MemoryEstimate) -> Iterator[None]:
         _patchers[files] = WeightsPatcher(files, pipeline.architecture.nbytes)
     patcher = _patchers[files]
     weights = (estimate.peak_usage_mb - estimate.generation_overhead_mb) * MIB
-    # Not the size of the files: weights that are converted on loading may take more memory.
-    patcher.size = max(1, int(weights), patcher.loaded_size())
+    held = patcher.loaded_size()
+    # What is still to come is asked for as memory and not as a model's size: for that, ComfyUI
+    # takes page-locked memory away from other models, which would not help here.
+    patcher.size = max(1, held)
+    missing = estimate.generation_overhead_mb * MIB + max(0.0, weights - held)
     patcher.in_use = True
     try:
-        mm.load_models_gpu([patcher], memory_required=estimate.generation_overhead_mb * MIB)
+        mm.load_models_gpu([patcher], memory_required=missing)
         yield
     finally:
         patcher.in_use = False
+        patcher.size = max(1, patcher.loaded_size())
 
 
 def after_out_of_memory() -> None:
