@@ -14,7 +14,7 @@ from torch import nn
 
 from wan_core.errors import InvalidRequest, MissingDependency
 from wan_core.loading.moving import Undo, remember
-from wan_core.placing.offload import MODES, block_hooks, place, require_groups
+from wan_core.placing.offload import MODES, block_hooks, occupy, place, require_groups
 
 Call = Callable[[], torch.Tensor]
 
@@ -348,3 +348,19 @@ def test_block_hooks_fire_per_block_and_only_for_their_thread() -> None:
         run_transformer(module)
     assert (len(mine), len(others)) == (3, 3)
     assert not any(block._forward_pre_hooks for block in module.blocks)
+
+
+def test_what_an_attach_had_attached_when_it_failed_is_taken_off() -> None:
+    module, done = Fake(), []
+
+    def attach(undo: Undo) -> None:
+        undo.push(lambda: done.append("off"))
+        raise RuntimeError("half way")
+
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="half way"), occupy(module, "x", attach, False):
+            done.append("inside")
+    assert done == ["off", "off"]
+    with place(module, "model", "cpu"):  # the module is free
+        pass
+    assert done == ["off", "off"]

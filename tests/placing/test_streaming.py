@@ -492,3 +492,15 @@ def test_the_low_noise_expert_is_page_locked_while_the_other_works(
                 time.sleep(0.005)
             assert len(lockable) == (len(module.blocks) if locked else 0)
         unpin(module)
+
+
+def test_what_an_embedding_in_ram_is_given_and_gives() -> None:
+    """Tokens are looked up in RAM; the meta device stands for the card the rows go to."""
+    from wan_core.placing.streaming import _to_device, _to_host
+
+    table = nn.Embedding(4, 8)
+    tokens = torch.tensor([[1, 3]])
+    (there,) = _to_host(table, (tokens,))
+    assert there.device.type == "cpu" and torch.equal(there, tokens)
+    rows = _to_device(torch.device("meta"), table, (), table(there))
+    assert (rows.device.type, tuple(rows.shape)) == ("meta", (1, 2, 8))

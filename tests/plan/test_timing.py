@@ -310,3 +310,13 @@ def test_a_slow_card_needs_fewer_resident_blocks() -> None:
     low = replace(still, guidance_high=True, guidance_low=False)
     both = blocks_that_hide_the_bus(pair, still, streamed, H100)
     assert blocks_that_hide_the_bus(pair, low, streamed, H100) > both
+
+
+def test_an_idle_expert_takes_no_part_in_a_step() -> None:
+    pair = architecture("wan2.2-t2v-a14b")
+    job = replace(JOB, guidance_high=True, guidance_low=False)
+    once = timing(pair, replace(JOB, guidance_high=False, guidance_low=False), BF16, H100).step
+    for idle, passes in (((), 1.5), (("transformer",), 1), (("transformer_2",), 2)):
+        found = timing(pair, replace(job, idle=idle), BF16, H100)
+        assert found.step == pytest.approx(passes * once)
+        assert found.compute_bound
