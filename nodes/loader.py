@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from comfy_api.latest import io, ui
 
@@ -25,6 +25,9 @@ from .pipeline import (
 )
 from .wired import Node, sampler_after
 from .words import in_words_of_the_nodes, said_in_words_of_the_nodes
+
+if TYPE_CHECKING:
+    from ..wan_core.models import ModelArchitecture
 
 
 class WanLoader(io.ComfyNode):  # type: ignore[misc]
@@ -358,12 +361,27 @@ def _plan_of(pipeline: WanPipeline, hidden: Any) -> str:
     return in_words_of_the_nodes("\n".join(lines))
 
 
+def _stored(architecture: ModelArchitecture) -> list[str]:
+    """Name how the weights of each large part are stored, and what is computed in."""
+    from ..wan_core.models import experts_of
+    from ..wan_core.plan import computed_in
+
+    parts: dict[str, list[str]] = {}
+    for name in (*experts_of(architecture), "text_encoder"):
+        part = architecture.components.get(name)
+        if part is not None and part.stored_as:
+            kind = f"stored as {part.stored_as}, {computed_in(architecture, name)}"
+            parts.setdefault(kind, []).append(name.replace("_", " "))
+    return [f"{' and '.join(names)}: {kind}" for kind, names in parts.items()]
+
+
 def _describe(pipeline: WanPipeline, found: tuple[str, ...] = ()) -> str:
     """Say what was recognised and why, offer a recipe, and list the warnings."""
     architecture = pipeline.architecture
     size = sum(part.nbytes for part in architecture.components.values()) / GIB
     lines = [f"{architecture.variant.title}, {architecture.weight_kind}, {size:.2f} GiB on disk"]
     lines += [f"! {warning}" for warning in architecture.warnings]
+    lines += [f"- {text}" for text in _stored(architecture)]
     lines += [f"- {reason}" for reason in (*found, *architecture.reasons)]
     if architecture.recipe is not None and not pipeline.use_recipe:
         lines.append(

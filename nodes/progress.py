@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
 
 DECODE = 0.1
 """Length of the bar for decoding, as a fraction of the length for all steps."""
+LOADING_SECONDS = 0.5
+"""Weights that are read faster than this are not shown."""
 
 
 class Progress:
@@ -51,13 +54,16 @@ class Progress:
             self._windows = windows if windows.count > 1 else None
         self._steps = (request.num_inference_steps - request.start_step) * len(self._new)
         self._done = self._segment = 0
+        self._shown_at = 0.0
         self._clean: Tensor | None = None
+        self._loading, self._since = "", 0.0
 
     def listen(self) -> None:
         """Set this object's methods as the callbacks of the GenerationConfig."""
         self._config.preview_callback = self._step
         self._config.chunk_callback = self._chunk
         self._config.decode_callback = self._decoded
+        self._config.load_callback = self._loaded
 
     def _step(self, done: int, total: int, clean: Tensor) -> None:
         self._done, self._steps = done, total
@@ -80,7 +86,20 @@ class Progress:
     def _decoded(self, done: int, total: int) -> None:
         self._say(self._steps * (1 + DECODE * done / total), None)
 
+    def _loaded(self, component: str, done: int, total: int) -> None:
+        """Have the bar go from end to end while a component is read, and then back to the run."""
+        if component != self._loading:
+            self._loading, self._since = component, time.monotonic()
+        slow = time.monotonic() - self._since >= LOADING_SECONDS
+        if done < total and slow:
+            self._show(round(done / total, 3), 1, None)
+        elif done >= total:
+            self._loading = ""
+            if slow:
+                self._say(self._shown_at, None)
+
     def _say(self, done: float, latents: Tensor | None) -> None:
+        self._shown_at = done
         self._show(round(done, 2), round(self._steps * (1 + DECODE), 2), latents)
 
     def _shown(self, step: int, index: int) -> Sequence[int] | None:

@@ -83,6 +83,7 @@ def test_generate_writes_the_video_it_names(model: Path, tmp_path: Path, capsys:
     code, out, err = run(capsys, *generate(model, target))
     assert code == 0, err
     assert str(target) in out and "denoise_high" in out
+    assert "load transformer: 100%" in err and "load vae: 100%" in err
     with av.open(str(target)) as video:
         assert sum(1 for _ in video.decode(video=0)) == 9
 

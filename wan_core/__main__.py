@@ -213,6 +213,8 @@ def _add_job(command: argparse.ArgumentParser) -> None:
 
 def _inspect(arguments: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     from .detect import ArchitectureDetector, inspect_file
+    from .models import experts_of
+    from .plan import computed_in
 
     path = Path(os.path.expanduser(arguments.path))
     if path.exists() and not (path / "model_index.json").is_file() and not _is_release(path):
@@ -224,7 +226,10 @@ def _inspect(arguments: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     lines += [f"also possible: {name}" for name in found.candidates if name != found.name]
     for name, component in found.components.items():
         size = f", {component.nbytes / MIB:,.0f} MiB" if component.nbytes else ""
-        lines.append(f"  {name}: {component.path.name}{size} {component.weight_kind}".rstrip())
+        kind = component.stored_as or component.weight_kind
+        if name in (*experts_of(found), "text_encoder") and kind:
+            kind += f", {computed_in(found, name)}"
+        lines.append(f"  {name}: {component.path.name}{size} {kind}".rstrip())
     lines += [f"because {reason}" for reason in found.reasons]
     lines += [f"warning: {warning}" for warning in found.warnings]
     if not found.variant.supported:
@@ -240,7 +245,8 @@ def _is_release(path: Path) -> bool:
 
 def _describe_part(part: Any) -> tuple[str, dict[str, Any]]:
     """Describe a file that holds one component other than a transformer, a LoRA, or neither."""
-    size = f"{part.table.nbytes / MIB:,.0f} MiB {part.weights.name}, layout {part.layout}"
+    kind = part.weights.title or part.weights.name
+    size = f"{part.table.nbytes / MIB:,.0f} MiB {kind}, layout {part.layout}"
     lines = [f"{part.title}: {size}"]
     lines += [f"because {reason}" for reason in part.reasons]
     lines += [f"warning: {warning}" for warning in part.warnings]
@@ -430,18 +436,22 @@ def _generated(wrapper: Any, job: GenerationConfig, arguments: argparse.Namespac
         if not quiet:
             tqdm.write(f"warning: {text}", file=sys.stderr)
 
-    def show(unit: str, done: int, total: int) -> None:
+    def show(unit: str, done: int, total: int, what: str = "") -> None:
         nonlocal bar
-        if bar is None or bar.unit != unit:
+        if bar is None or (bar.unit, bar.desc) != (unit, what and f"{what}: "):
             if bar is not None:
                 bar.close()
-            bar = tqdm(total=total, unit=unit, file=sys.stderr)
+            bar = tqdm(
+                total=total, unit=unit, file=sys.stderr, desc=what or None,
+                unit_scale=unit == "B", unit_divisor=1024,
+            )  # fmt: skip
         bar.update(done - bar.n)
 
     job.warning_callback = warn
     if not quiet:
         job.progress_callback = lambda done, total, latents: show("step", done, total)
         job.decode_callback = lambda done, total: show("frame", done, total)
+        job.load_callback = lambda part, done, total: show("B", done, total, f"load {part}")
     try:
         result = wrapper.generate(job)
     finally:

@@ -251,9 +251,12 @@ class GenerationConfig:
     """Called before every window of a step with (index of the window, windows in the step)."""
     decode_callback: Callable[[int, int], object] | None = None
     """Called after every decoded chunk with (frames done, total frames)."""
+    load_callback: Callable[[str, int, int], object] | None = None
+    """Called several times a second while a component's weights are read, and when they have been,
+    with (the component's name, bytes read, bytes in all)."""
     interrupt_check: Callable[[], object] | None = None
-    """Called between transformer blocks and decoded chunks; an exception it raises stops the
-    render."""
+    """Called between transformer blocks and decoded chunks, and several times a second while
+    weights are read; an exception it raises stops the render."""
     output_path: str | Path | None = None
     """Where to write the mp4; None writes none."""
     output_metadata: Mapping[str, str] = field(default_factory=dict)
@@ -300,6 +303,8 @@ class StageEstimate:
     copies of weights that ``mapped_bytes`` counts too."""
     mapped_bytes: int = 0
     """Weights read from the mapped file: RAM that the system takes back when it needs it."""
+    ahead_bytes: int = 0
+    """Weights of the next stage that are read meanwhile, because there is room for them in RAM."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

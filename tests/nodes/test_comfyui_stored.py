@@ -106,7 +106,10 @@ def test_a_pair_and_its_encoder_as_stored_run_to_an_mp4(
     wanted = library_frames(models, **files)
     assert torch.equal(frames_of(server, "stored"), wanted)
     assert wanted.std() > 0.01  # not one flat colour
-    report = outputs["9"]["value"][0]
+    shown, report = outputs["1"]["text"][0], outputs["9"]["value"][0]
+    kinds = {"fp8": ["fp8 scaled per tensor"], "GGUF": ["GGUF Q8_0", "GGUF Q4_K"]}[said]
+    for kind in kinds:
+        assert f"stored as {kind}, computed in bf16 on a card that has it" in shown, shown
     for part in ("text_encoder", "transformer", "transformer_2"):
         assert re.search(rf"load {part} .*{said}.*, computed in ", report), report
 

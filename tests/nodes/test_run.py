@@ -81,6 +81,23 @@ def test_the_bar_moves_with_every_window_and_decoded_part(pack: ModuleType, mode
     assert done[-1] == total > done[8] > 2
 
 
+def test_the_bar_shows_weights_that_take_long_to_read(
+    pack: ModuleType, models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = clip_config(pack)
+    shown = listened(pack, open_wrapper(pack, models / "t2v"), config)
+    now = 100.0
+    monkeypatch.setattr(part(pack, "nodes.progress").time, "monotonic", lambda: now)
+    config.load_callback("text_encoder", 0, 8)
+    config.load_callback("text_encoder", 8, 8)
+    assert shown == []  # at once
+    config.preview_callback(1, 2, numbered(9))
+    for seconds, done in ((0, 0), (0.3, 1), (0.6, 2), (0.9, 6), (1.2, 8)):
+        now = 200 + seconds
+        config.load_callback("transformer_2", done, 8)
+    assert [told[:2] for told in shown] == [(1, 2.2), (0.25, 1), (0.75, 1), (1, 2.2)]
+
+
 def test_the_preview_shows_the_window_that_is_made(pack: ModuleType, models: Path) -> None:
     config = clip_config(pack)
     shown = listened(pack, open_wrapper(pack, models / "t2v"), config)

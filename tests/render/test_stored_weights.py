@@ -20,7 +20,9 @@ from support.stored_models import LAYERS, encoder, experts, states
 from torch import Tensor
 
 from wan_core import GenerationConfig, WanLoRA, WanModelFiles, WanPipelineLoader
+from wan_core.__main__ import main
 from wan_core.loading.mapped import is_mapped
+from wan_core.plan import OptimizationPlan
 
 JOB = {"prompt": "a red cat", "width": 32, "height": 32, "num_frames": 5, "seed": 1,
        "num_inference_steps": 2, "switch_step": 1, "guidance_scale": 3.0,
@@ -147,6 +149,66 @@ def test_a_lora_and_windows_on_top(home: Path, lora: Path, kind: str) -> None:
     assert not torch.equal(expected, latents(opened(home, meant), **WINDOWS))
     for wishes in (RESIDENT, STREAMED | {"forward": "lean"}):
         assert torch.equal(latents(opened(home, stored, loras, **wishes), **WINDOWS), expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_in_every_way(
+    home: Path, lora: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """Resident, streamed, by rows and through one buffer, with a LoRA, in windows and resumed."""
+    stored, meant = experts(home, kind)
+    loras = [WanLoRA(lora, strength=0.7)]
+    expected = latents(opened(home, meant, loras), **WINDOWS)
+    by_rows = latents(opened(home, meant, loras, forward="lean_rows"), **WINDOWS)
+    for wishes in WAYS:
+        wanted = by_rows if wishes.get("forward") == "lean_rows" else expected
+        found = latents(opened(home, stored, loras, **wishes), **WINDOWS)
+        assert torch.equal(found, wanted), wishes
+    monkeypatch.setattr(OptimizationPlan, "blocks_and_buffers", lambda *_: (0, 1))
+    wrapper = opened(home, stored, loras, **STREAMED)
+    before = hashes(wrapper, stored)[0]
+    kept = {"resume": "auto", "journal_folder": tmp_path / "journal"}
+    with pytest.raises(Stopped):
+        latents(wrapper, **WINDOWS, **kept, progress_callback=stopping(1))
+    assert torch.equal(latents(wrapper, **WINDOWS, **kept), expected)
+    assert hashes(wrapper, stored)[0] == before
+
+
+def test_through_one_buffer(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stored, meant = experts(home, "fp8_scaled")
+    expected = latents(opened(home, meant))
+    seen: list[int] = []
+
+    def one(*_: Any) -> tuple[int, int]:
+        seen.append(1)
+        return 0, 1
+
+    monkeypatch.setattr(OptimizationPlan, "blocks_and_buffers", one)
+    assert torch.equal(latents(opened(home, stored, **STREAMED)), expected)
+    assert seen
+
+
+def test_what_weights_are_stored_as_is_said(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """By the plan (and so the optimizer), by inspect and by the report, for each part."""
+    pair = [experts(home, "Q8_0")[0][0], experts(home, "Q4_K")[0][1]]
+    wrapper = opened(home, pair, encoder=encoder(home, "fp8_scaled", "old")[0])
+    _, plan = wrapper.plan(GenerationConfig(**JOB))
+    for whose, kind in (
+        ("transformer", "GGUF Q8_0"), ("transformer 2", "GGUF Q4_K"),
+        ("text encoder", "fp8 scaled per tensor"),
+    ):  # fmt: skip
+        assert f"weights of {whose} stay {kind}, computed in bf16" in plan.reasons
+    same = opened(home, experts(home, "fp8_scaled")[0]).plan(GenerationConfig(**JOB))[1]
+    assert "weights stay fp8 scaled per tensor, computed in bf16" in same.reasons
+    assert main(["inspect", str(experts(home, "int8_convrot")[0][0])]) == 0
+    said = capsys.readouterr().out
+    assert "int8 scaled per row, rotated by 256, computed in bf16 on a card that has it" in said
+    result = wrapper.generate(GenerationConfig(**JOB)).raise_for_error()
+    notes = {stage.name: stage.note for stage in result.stages}
+    assert notes["load transformer"] == "GGUF Q8_0, computed in bf16"
+    assert notes["load transformer_2"].startswith("GGUF Q4_K, computed in bf16")
+    assert notes["load text_encoder"] == "fp8 scaled per tensor, computed in bf16"
 
 
 class Stopped(BaseException):

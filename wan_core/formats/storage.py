@@ -172,7 +172,9 @@ def _gguf_kind(own: Mapping[str, TensorInfo]) -> WeightKind:
         for name, info in own.items()
         if info.dtype not in _FLOATS
     }  # fmt: skip
-    return WeightKind("gguf", why, most, weights=weights, title=f"GGUF {most}")
+    # Of a small model the tensors that are plain numbers may be the larger part.
+    title = next((kind for kind in sizes if kind not in _FLOATS), most)
+    return WeightKind("gguf", why, most, weights=weights, title=f"GGUF {title}")
 
 
 def _bytes_by_dtype(own: Mapping[str, TensorInfo]) -> dict[str, int]:

@@ -32,8 +32,9 @@ from ..models import Mapped, Source, cast_at_use, map_names, stays_stored
 from .blueprint import Blueprint, found_blueprint, stated_blueprint, with_vace
 from .dequantize import Scales
 from .dtypes import keep_in_fp32, stays_fp32
+from .mapped import Watch
 from .quantized import StoredEmbedding, StoredLinear, fp8_layer, replace_layer
-from .reader import DTYPES, FP8, TensorReader
+from .reader import DTYPES, FP8, Amount, TensorReader
 from .tokenizer import load_image_processor, load_scheduler_config, load_tokenizer
 
 __all__ = ["load_component", "load_image_processor", "load_scheduler_config", "load_tokenizer"]
@@ -54,6 +55,7 @@ def load_component(
     fp8_storage: bool = False,
     module_path: str | os.PathLike[str] | None = None,
     interrupt_check: Callable[[], object] = lambda: None,
+    progress: Callable[[int, int], object] = lambda done, total: None,
 ) -> nn.Module:
     """Return the component that a file or folder holds, as a diffusers or transformers module.
 
@@ -67,8 +69,8 @@ def load_component(
 
     ``align`` maps plain numbers only where the file has them aligned, for modules that compute on
     the CPU. ``fp8_storage`` stores the matrices of a transformer's blocks in fp8 where the file has
-    not, each as soon as it is read; this changes the result. ``interrupt_check`` is called for
-    every few megabytes that are read.
+    not, each as soon as it is read; this changes the result. ``interrupt_check`` is called several
+    times a second while the file is read, and ``progress`` with (bytes read, bytes in all).
 
     ``module_path`` is a VACE module that is joined with the text-to-video transformer of ``path``.
 
@@ -88,9 +90,11 @@ def load_component(
     module = build(plan)
     check = _Check(plan, table, mapped, module, part)
     check.run()
-    with TensorReader(table, device, mapped=map_file, align=align, check=interrupt_check) as reader:
+    amount = Amount(table, progress)
+    watch = Watch(interrupt_check, amount.more)
+    with TensorReader(table, device, mapped=map_file, align=align, watch=watch) as reader:
         keeping = _Keeping(keep_quantized, fp8_storage)
-        _Filling(module, table, reader, check.sources, dtype, part, keeping).run()
+        _Filling(module, table, reader, check.sources, dtype, part, keeping, amount).run()
     # What no file holds comes last: until now these buffers are on the meta device.
     _restore_buffers(module, torch.device(device))
     _tie(module, table)
@@ -264,17 +268,21 @@ class _Filling:
     dtype: torch.dtype | None
     part: IdentifiedFile
     keeping: _Keeping
+    amount: Amount
 
     def run(self) -> None:
         shapes = {name: tuple(t.shape) for name, t in self.module.state_dict().items()}
+        self.amount.begin(self.sources.values())
         # In the order of the file, so that a disk reads forward.
         for name in sorted(self.sources, key=self._position):
             source = self.sources[name]
+            self.amount.tensor(source)
             if self.keeping.quantized and self._keep(name, source):
                 continue
             tensor = self._read(name, source, shapes[name])
             if not (self.keeping.fp8 and self._store_fp8(name, tensor)):
                 _assign(self.module, name, tensor)
+        self.amount.end()
 
     def _position(self, name: str) -> tuple[str, int, int]:
         source = self.sources[name]

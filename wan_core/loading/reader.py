@@ -12,13 +12,13 @@ from __future__ import annotations
 import io
 import math
 import os
-from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+import time
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
-import numpy as np
 import torch
 
 from ..errors import CorruptFile, MissingFile, UnsupportedModel
@@ -26,7 +26,9 @@ from ..files import quoted
 from ..formats import Storage, TensorInfo, TensorTable
 from ..models import Source
 from .dequantize import Scales, dequantize, numbers_that_may_be_wild, ordered_scales
-from .mapped import MappedFile, map_file
+from .mapped import AT_ONCE, FP8, MappedFile, Watch, all_finite, are_finite, is_finite, map_file
+
+__all__ = ["DTYPES", "FP8", "Amount", "TensorReader", "is_finite"]
 
 DTYPES: Final[Mapping[str, torch.dtype]] = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -36,13 +38,45 @@ DTYPES: Final[Mapping[str, torch.dtype]] = {
 }  # fmt: skip
 """The dtypes that can be read without dequantising, by their name in a header."""
 
-FP8: Final = frozenset({torch.float8_e4m3fn, torch.float8_e5m2})
 _PIECE: Final = 16 * 2**20
+"""Bytes converted at a time."""
+_TOLD_SECONDS: Final = 0.1
 _ALIGNED: Final = 64  # bytes; how torch allocates on a CPU
-_READERS: Final = min(4, os.cpu_count() or 1)
-"""Bytes read, and converted, at a time."""
-_CHECKED: Final = 2**20
-"""Bytes checked for NaN at a time: few enough to stay in the processor's cache meanwhile."""
+
+
+class Amount:
+    """How many of the bytes that will be read have been, told a few times a second."""
+
+    def __init__(self, table: TensorTable, tell: Callable[[int, int], object]) -> None:
+        self._table, self._tell = table, tell
+        self._done = self._end = self._total = 0
+        self._next = 0.0
+
+    def begin(self, sources: Iterable[Source]) -> None:
+        """Say what will be read."""
+        self._total = sum(self._nbytes(source) for source in sources)
+        self.more(0)
+
+    def tensor(self, source: Source) -> None:
+        """Count what was read of the last tensor as all of it, and begin this one."""
+        # A kind that cannot be wild is not read now, and scales are read beside their weight.
+        self._done = self._end
+        self._end += self._nbytes(source)
+
+    def more(self, nbytes: int) -> None:
+        """Add bytes of the present tensor."""
+        self._done = min(self._done + nbytes, self._end)
+        now = time.monotonic()
+        if now >= self._next:
+            self._next = now + _TOLD_SECONDS
+            self._tell(self._done, self._total)
+
+    def end(self) -> None:
+        """Say that all has been read."""
+        self._tell(self._total, self._total)
+
+    def _nbytes(self, source: Source) -> int:
+        return self._table.tensors[source.name].nbytes // source.parts
 
 
 class TensorReader:
@@ -54,17 +88,17 @@ class TensorReader:
 
     def __init__(
         self, table: TensorTable, device: torch.device | str = "cpu", *, mapped: bool = False,
-        align: bool = False, check: Callable[[], object] = lambda: None,
+        align: bool = False, watch: Watch | None = None,
     ) -> None:  # fmt: skip
         """``mapped`` makes tensors that stay as stored, on the CPU, views of the mapped file.
 
         With ``align`` only where they lie as torch allocates: the rounding of some kernels of a CPU
-        depends on it. ``check`` is called for each piece of 16 MiB at most; what it raises ends the
-        reading.
+        depends on it. ``watch`` follows the reading by pieces of 4 MiB at most, and looks for an
+        interrupt more often where the disk is slow.
         """
         self.table = table
         self.device = torch.device(device)
-        self._check = check
+        self._watch = watch or Watch()
         self.mapped = mapped
         self.align = align
         self._maps: dict[Path, MappedFile] | None = {} if mapped else None
@@ -96,7 +130,7 @@ class TensorReader:
         aligned = start % (_ALIGNED if self.align else stored.itemsize) == 0
         if straight and self._maps is not None and aligned and numel:
             view = self._view(info, start, numel, stored)
-            self._check_finite(info, view, None)
+            self._check_finite(info, view, None, self._watch)
             return view.view(shape)
         out = torch.empty(numel, dtype=target, device=self.device)
         if straight:
@@ -119,13 +153,22 @@ class TensorReader:
         rows = stored.shape[0] // source.parts if stored.shape and stored.by_rows else 1
         if self._maps is not None and self.device.type == "cpu":
             found = self._view(info, start, nbytes, torch.int8).view(rows, -1)
-        else:
-            flat = torch.empty(nbytes, dtype=torch.int8, device=self.device)
-            self._read_straight(info, start, flat)
-            found = flat.view(rows, -1)
-        for values in numbers_that_may_be_wild(found, stored):
+            self._look_at_rows(info, found, stored)
+            return found
+        flat = torch.empty(nbytes, dtype=torch.int8, device=self.device)
+        self._read_straight(info, start, flat)
+        for values in numbers_that_may_be_wild(flat.view(rows, -1), stored):
             self._check_finite(info, values, None)
-        return found
+        return flat.view(rows, -1)
+
+    def _look_at_rows(self, info: TensorInfo, bits: torch.Tensor, stored: Storage) -> None:
+        """Read mapped rows of a quantised weight, a few at a time, as far as they may be wild."""
+        step = max(1, AT_ONCE // max(1, bits.shape[1]))
+        parts = [bits[begin : begin + step] for begin in range(0, len(bits), step)]
+        looks = [partial(are_finite, partial(numbers_that_may_be_wild, p, stored)) for p in parts]
+        pieces = [(part.nbytes, look) for part, look in zip(parts, looks, strict=True)]
+        if not all_finite(pieces, self._watch):
+            raise self._not_finite(info)
 
     def scales(self, source: Source, stored: Storage, prefix: str) -> Scales:
         """Return what a weight is multiplied with, in the order of its rows, on the device.
@@ -157,7 +200,7 @@ class TensorReader:
             values = dequantize(bits[rows], scales.of_rows(rows), stored, dtype)
             self._check_finite(info, values, None)
             out[rows].copy_(values)
-            self._check()
+            self._watch.check()
         return out.view(shape)
 
     def _start_of(self, source: Source) -> int:
@@ -220,7 +263,7 @@ class TensorReader:
 
     def _fill(self, info: TensorInfo, offset: int, out: torch.Tensor) -> None:
         """Fill ``out`` (uint8, contiguous, CPU) from the file, or raise CorruptFile."""
-        self._check()
+        self._watch.check()
         buffer: Any = out.numpy()  # numpy's stubs do not say that an array is a buffer
         view = memoryview(buffer)
         done = 0
@@ -229,10 +272,11 @@ class TensorReader:
             file.seek(offset)
             # An unbuffered file may return less than it was asked for.
             while done < len(view):
-                count = file.readinto(view[done:])
+                count = file.readinto(view[done : done + AT_ONCE])
                 if not count:
                     break
                 done += count
+                self._watch.seen(count)
         except OSError as err:
             raise CorruptFile(
                 f"{quoted(info.file)} cannot be read at tensor {info.name!r}: "
@@ -255,14 +299,16 @@ class TensorReader:
     # Checks --------------------------------------------------------------------------------------
 
     def _check_finite(
-        self, info: TensorInfo, values: torch.Tensor, stored: torch.Tensor | None
-    ) -> None:
+        self, info: TensorInfo, values: torch.Tensor, stored: torch.Tensor | None,
+        watch: Watch | None = None,
+    ) -> None:  # fmt: skip
         """Raise CorruptFile when ``values`` hold NaN or infinity.
 
         ``stored`` are the same values as the file holds them, if known: where those are finite, the
-        cast has overflowed, and UnsupportedModel is raised instead.
+        cast has overflowed, and UnsupportedModel is raised instead. With a ``watch``, looking at
+        them is what reads them.
         """
-        if not values.is_floating_point() or is_finite(values, self._check):
+        if not values.is_floating_point() or is_finite(values, watch):
             return
         if stored is not None and is_finite(stored):
             name = str(values.dtype).removeprefix("torch.")
@@ -270,61 +316,11 @@ class TensorReader:
                 f"Tensor {info.name!r} of {quoted(info.file)} holds values beyond what {name} can "
                 f"store (up to {torch.finfo(values.dtype).max:g}). Use bf16 or fp32."
             )
-        raise CorruptFile(
+        raise self._not_finite(info)
+
+    @staticmethod
+    def _not_finite(info: TensorInfo) -> CorruptFile:
+        return CorruptFile(
             f"Tensor {info.name!r} of {quoted(info.file)} holds NaN or infinity. The file is "
             "damaged; download it again."
         )
-
-
-# For each dtype: the unsigned integer of its size, and a limit. Once the sign is shifted out, bits
-# at or above the limit are NaN or infinity: the exponent is all ones. e4m3fn has no infinity; its
-# only NaN has all bits set.
-_LIMITS: Final[Mapping[torch.dtype, tuple[Any, int]]] = {
-    torch.float64: (np.uint64, 0xFFE0_0000_0000_0000), torch.float32: (np.uint32, 0xFF00_0000),
-    torch.float16: (np.uint16, 0xF800), torch.bfloat16: (np.uint16, 0xFF00),
-    torch.float8_e4m3fn: (np.uint8, 0xFE), torch.float8_e5m2: (np.uint8, 0xF8),
-}  # fmt: skip
-
-
-def is_finite(values: torch.Tensor, check: Callable[[], object] = lambda: None) -> bool:
-    """Say whether no value is NaN or infinite, for any floating-point dtype.
-
-    On the CPU the bits are compared: ``torch.isfinite`` takes 30 times as long as reading the
-    values. ``check`` is called now and then; what it raises passes through.
-    """
-    if values.device.type != "cpu":
-        if values.dtype in FP8:
-            values = values.to(torch.float16)
-        # The sum is finite only if every term is, and needs no memory. A sum of finite terms may
-        # overflow, so one that is not finite is looked at again.
-        return bool(torch.isfinite(values.sum())) or bool(torch.isfinite(values).all())
-    unsigned, limit = _LIMITS[values.dtype]
-    bits = values.reshape(-1).view(torch.uint8).numpy().view(unsigned)
-    step = _PIECE // bits.itemsize
-    pieces = [bits[begin : begin + step] for begin in range(0, bits.size, step)]
-    if len(pieces) < 2:
-        return all(_none_beyond(piece, limit) for piece in pieces)
-    # Reading a mapped file waits for the disk: several pieces at once keep it busy. numpy lets go
-    # of the interpreter's lock while it compares.
-    with ThreadPoolExecutor(_READERS, thread_name_prefix="wanfit-read") as pool:
-        waiting = [pool.submit(_none_beyond, piece, limit) for piece in pieces]
-        try:
-            for one in waiting:
-                check()
-                if not one.result():
-                    return False
-        finally:
-            for one in waiting:
-                one.cancel()
-    return True
-
-
-def _none_beyond(bits: Any, limit: int) -> bool:
-    step = _CHECKED // bits.itemsize
-    doubled = np.empty(min(step, bits.size), bits.dtype)
-    for begin in range(0, bits.size, step):
-        part = bits[begin : begin + step]
-        # Adding a number to itself shifts its sign bit out.
-        if np.add(part, part, out=doubled[: part.size]).max() >= limit:
-            return False
-    return True

@@ -39,7 +39,7 @@ from .choices import (
 )
 from .forward import text_encoder_peak, transformer_peak, window_tokens
 from .forward_lean import lean_peak
-from .machine import fewer_gaps, unpinned_reserve
+from .machine import RAM_RESERVE, fewer_gaps, unpinned_reserve
 from .vae import decode_peak, encode_peak
 from .vae_lean import BANDS, lean_decode_bytes
 
@@ -217,16 +217,38 @@ class _Ledger:
             note = "in RAM, with the interpreter and its libraries"
         elif loras:
             weights, note = weights + loras, f"{note}, with its LoRAs"
+        needed = host + self._process() + (activations if self.on_cpu else 0)
+        locked = self._locked(part, host)
+        mapped = self.bytes[part] - self._ram_bytes(part) if self._mapped(part) else 0
         return StageEstimate(
             name=name,
             device_bytes=weights + activations + learnt + extra,
             weights_bytes=weights,
             activation_bytes=activations,
-            host_bytes=host + self._process() + (activations if self.on_cpu else 0),
+            host_bytes=needed,
             note=note,
-            locked_bytes=self._locked(part, host),
-            mapped_bytes=self.bytes[part] - self._ram_bytes(part) if self._mapped(part) else 0,
+            locked_bytes=locked,
+            mapped_bytes=mapped,
+            ahead_bytes=self._ahead(part, needed + locked + mapped),
         )
+
+    def _ahead(self, part: str, taken: int) -> int:
+        """Return the bytes of the low-noise expert if there is RAM to read it ahead of its turn.
+
+        ``taken`` is what the high-noise expert's stage takes, the pages of its file included: they
+        must not be given up for what comes later.
+        """
+        following = "transformer_2"
+        if part != "transformer" or following not in self.bytes or self._in_fp8(following):
+            return 0
+        if self.choices.offload_of(following) == "group":
+            return 0  # it copies everything into page-locked memory of its own
+        spare = self.system.ram_available_bytes + self.system.ram_evictable_bytes
+        spare -= taken + RAM_RESERVE
+        together = self.on_cpu and self.choices.offload == "none"
+        wanted = self.bytes[following]
+        counted = self._ram_bytes(following) if together else 0
+        return wanted if spare >= wanted - counted else 0
 
     def _locked(self, part: str, host: int) -> int:
         """Return what is page-locked for streamed blocks, the next expert's included."""

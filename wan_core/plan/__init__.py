@@ -14,6 +14,7 @@ from .fits import Remedies
 from .ladder import ABILITIES
 from .manager import Planner
 from .plan import OptimizationPlan
+from .reasons import computed_in
 
 # Kept importable from here, where it used to be. It needs torch, so it is defined in ``placing``,
 # which imports this package.
@@ -30,4 +31,5 @@ __all__ = [
     "Remedies",
     "SPEEDS",
     "STEP_CACHES",
+    "computed_in",
 ]

@@ -56,6 +56,11 @@ class OptimizationPlan:
         return self.choices.resident_blocks or 0, self.choices.stream_buffers
 
     @property
+    def reads_ahead(self) -> bool:
+        """Whether the low-noise expert is read while the high-noise one computes."""
+        return any(stage.ahead_bytes for stage in self.estimate.stages)
+
+    @property
     def precision(self) -> str:
         """Return the dtype the transformer computes in."""
         return self.choices.dtypes["transformer"]

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from ..config import GIB
 from ..memory import Choices, Workload
-from ..models import ModelArchitecture, block_bytes, block_count
+from ..models import ModelArchitecture, block_bytes, block_count, experts_of
 from .config import OptimizationConfig
 from .ladder import Candidate, Limits
 from .speed import speed_reasons
@@ -32,10 +32,7 @@ def reasons_for(
     """Return a sentence per decision; ``others`` are all candidates of the chosen one's tier."""
     choices = chosen.choices
     reasons = [_vae(chosen, system), _placement(requested, limits, system, chosen, others)]
-    component = architecture.components.get("transformer")
-    if component is not None and component.stored is not None and component.stored.quantised:
-        dtype = choices.dtypes["transformer"]
-        reasons.append(f"weights stay {component.stored_as}, computed in {dtype}")
+    reasons += _as_stored(architecture, choices)
     if choices.stream:
         reasons.append(_streaming(architecture, workload, system, choices))
     for part, how in choices.part_offload.items():
@@ -71,6 +68,12 @@ def reasons_for(
             f"no windows: all {workload.num_frames} frames fit at once. The model was trained on "
             f"{own}; windows of that length may look better"
         )
+    ahead = max(stage.ahead_bytes for stage in chosen.estimate.stages)
+    if ahead:
+        reasons.append(
+            f"the low-noise expert is read while the high-noise one computes: {ahead / GIB:.1f} "
+            "GiB of RAM are free for it"
+        )
     reasons += speed_reasons(chosen.situation, chosen.plain)
     if system.device_kind != "cpu":
         reasons.append(
@@ -79,6 +82,28 @@ def reasons_for(
             f"files are read from disk first ({_origin(system)})"
         )
     return (*reasons, *system.notes)
+
+
+def _as_stored(architecture: ModelArchitecture, choices: Choices) -> list[str]:
+    """Name each kind of storage that weights stay in, and what is computed in."""
+    parts: dict[str, list[str]] = {}
+    for name in (*experts_of(architecture), "text_encoder"):
+        component = architecture.components.get(name)
+        if component is not None and component.stored is not None and component.stored.quantised:
+            kind = f"{component.stored_as}, computed in {choices.dtypes[name]}"
+            parts.setdefault(kind, []).append(name)
+    found = []
+    for kind, names in parts.items():
+        whole = set(experts_of(architecture)) <= set(names)
+        whose = "" if whole else f" of {' and '.join(name.replace('_', ' ') for name in names)}"
+        found.append(f"weights{whose} stay {kind}")
+    return found
+
+
+def computed_in(architecture: ModelArchitecture, name: str) -> str:
+    """Say what a component computes in where nothing else is asked for, on whatever machine."""
+    half = "fp16" if architecture.weight_kind == "fp16" and name != "text_encoder" else "bf16"
+    return f"computed in {half} on a card that has it, in fp32 on a CPU"
 
 
 def _origin(system: SystemResources) -> str:

@@ -399,9 +399,9 @@ class Render:
         return chosen_shortcuts(choices, curve, steps, two_experts=model.two_experts)
 
     def _next_ahead(self, component: str, steps: StepPlan) -> AbstractContextManager[None]:
-        """Page-lock the low-noise expert's blocks while the high-noise one computes."""
+        """Read the low-noise expert while the high-noise one computes."""
         if component == "transformer" and len(steps.low) and self.stages.has("transformer_2"):
-            return self.stages.pin_next("transformer_2")
+            return self.stages.read_next("transformer_2")
         return nullcontext()
 
     def _signals(

@@ -11,11 +11,12 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
-from ..config import GenerationConfig, VideoGenerationResult
+from ..config import GenerationConfig, StageReport, VideoGenerationResult
 from ..errors import DoesNotFit, SpilledMemory, first_line, is_host_oom, is_oom
 from ..loading import (
     ComponentCache,
@@ -25,10 +26,12 @@ from ..loading import (
     load_component,
     load_image_processor,
     load_tokenizer,
+    read_pages,
     unpin,
 )
-from ..models import ModelArchitecture, ram_bytes, stays_in_file
-from ..placing import apply_plan, block_hooks, pin_ahead, pin_budget
+from ..memory import RAM_RESERVE, ram
+from ..models import ModelArchitecture, part_bytes, ram_bytes, stays_in_file
+from ..placing import Ahead, apply_plan, block_hooks, do_ahead, pin_ahead, pin_budget
 from ..plan import OptimizationPlan
 from ..sampling import apply_loras
 from .report import Timeline, device_fill, spilled
@@ -67,6 +70,10 @@ class Callbacks:
     def check(self) -> None:
         """Give the user's ``interrupt_check`` the opportunity to raise."""
         self.call(self._config.interrupt_check)
+
+    def loaded(self, component: str, done: int, total: int) -> None:
+        """Tell how many bytes of a component have been read."""
+        self.call(self._config.load_callback, component, done, total)
 
     def tell(self, warnings: list[str]) -> None:
         """Pass on the warnings that have not been passed on yet; the list must only grow."""
@@ -153,27 +160,40 @@ class StageRunner:
                 return load_image_processor(part.path)
             self.callbacks.check()
             with self.timeline.stage(f"load {name}") as report:
-                report.note = self.plan.choices.dtypes[name]
-                module = load_component(
-                    part.path,
-                    self.dtype(name),
-                    kind=part.kind.removesuffix("_2"),
-                    keep_quantized=True,
-                    map_file=self._mapped(name),
-                    align=self.device.type == "cpu",
-                    fp8_storage=self._in_fp8(name),
-                    module_path=part.module,
-                    interrupt_check=self.check_interrupt,
-                )
-                if part.stored is not None and part.stored.quantised:
-                    report.note = f"{part.stored_as}, computed in {report.note}"
-                elif self._in_fp8(name):
-                    report.note = f"stored in fp8, computed in {report.note}"
-                return module
+                report.note = self._kind_of_storage(name)
+                told = partial(self.callbacks.loaded, name)
+                return self._read(name, self.check_interrupt, told)
 
+        return self._borrow(name, build)
+
+    def _borrow(self, name: str, build: Callable[[], Any]) -> AbstractContextManager[Any]:
         return self.cache.borrow(
             self.key(name), self._ram_bytes(name), build, keep=self.keep_components
         )
+
+    def _read(
+        self, name: str, check: Callable[[], object], progress: Callable[[int, int], object]
+    ) -> Any:
+        part = self.architecture.components[name]
+        return load_component(
+            part.path,
+            self.dtype(name),
+            kind=part.kind.removesuffix("_2"),
+            keep_quantized=True,
+            map_file=self._mapped(name),
+            align=self.device.type == "cpu",
+            fp8_storage=self._in_fp8(name),
+            module_path=part.module,
+            interrupt_check=check,
+            progress=progress,
+        )
+
+    def _kind_of_storage(self, name: str) -> str:
+        """Name what a component is stored as and what it computes in, for the report."""
+        part, computed = self.architecture.components[name], self.plan.choices.dtypes[name]
+        if part.stored is not None and part.stored.quantised:
+            return f"{part.stored_as}, computed in {computed}"
+        return f"stored in fp8, computed in {computed}" if self._in_fp8(name) else computed
 
     def _mapped(self, name: str) -> bool:
         """Whether a component's weights are views of its file rather than copies in RAM."""
@@ -225,6 +245,52 @@ class StageRunner:
                     stack.callback(unpin, module)
 
     @contextmanager
+    def read_next(self, component: str) -> Iterator[None]:
+        """Read the component that comes next while this one computes, and page-lock its blocks.
+
+        Only where the plan found room for it in RAM and the room is there. Where its weights are
+        not read ahead they may still be page-locked.
+        """
+        if not self._room_for_next(component):
+            with self.pin_next(component):
+                yield
+            return
+        known = self._is_loaded(component)
+        with do_ahead(
+            partial(self._read_ahead, component), partial(self._await_next, component)
+        ) as ahead:
+            yield
+        if ahead.seconds and not known:
+            note = f"{self._kind_of_storage(component)}, read while the other expert computed"
+            done = StageReport(name=f"load {component}", seconds=ahead.seconds, note=note)
+            self.timeline.stages.append(done)
+
+    def _room_for_next(self, component: str) -> bool:
+        if not (self.plan.reads_ahead and self.keep_components):
+            return False
+        dtype = self.plan.choices.dtypes[component]
+        in_ram = self._is_loaded(component) and not self._mapped(component)
+        wanted = 0 if in_ram else part_bytes(self.architecture, component, dtype)
+        return ram()[1] >= wanted + RAM_RESERVE
+
+    def _is_loaded(self, component: str) -> bool:
+        return any(key == self.key(component) for key, _ in self.cache.loaded())
+
+    def _read_ahead(self, component: str, ahead: Ahead) -> None:
+        """Load a component and have its file's pages read; runs in a thread of its own."""
+        read = partial(self._read, component, ahead.check, ahead.progress)
+        with torch.inference_mode(False), torch.no_grad(), self._borrow(component, read) as module:
+            ahead.has_read()
+            read_pages(module.parameters(), ahead.check)
+            with self.pin_next(component):
+                ahead.wait()
+
+    def _await_next(self, component: str, done: int, total: int) -> None:
+        self.check_interrupt()
+        if total:
+            self.callbacks.loaded(component, done, total)
+
+    @contextmanager
     def pin_next(self, component: str) -> Iterator[None]:
         """Page-lock the blocks of the component that is streamed next, while this one computes.
 
@@ -248,7 +314,7 @@ class StageRunner:
         plan = self.plan
         if plan.choices.offload_of(component) != "stream" or self.device.type != "cuda":
             return False
-        loaded = any(key == self.key(component) for key, _ in self.cache.loaded())
+        loaded = self._is_loaded(component)
         mapped = stays_in_file(self.architecture, component, plan.choices.dtypes[component])
         return loaded or (mapped and not plan.choices.fp8_storage and self.keep_components)
 

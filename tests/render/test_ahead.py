@@ -1,0 +1,255 @@
+"""The low-noise expert is read while the high-noise one computes, where there is RAM for it."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support import single_files
+from support.machines import gpu
+from support.stored_models import experts
+from torch import Tensor
+
+from wan_core import GenerationConfig, WanModelFiles, WanPipelineLoader
+from wan_core.errors import CorruptFile
+from wan_core.memory import RAM_RESERVE, estimate
+from wan_core.render import stages
+from wan_core.render.pipeline import _job
+
+JOB = {"prompt": "a red cat", "width": 32, "height": 32, "num_frames": 5, "seed": 1,
+       "num_inference_steps": 2, "switch_step": 1, "guidance_scale": 1.0,
+       "guidance_scale_2": 1.0}  # fmt: skip
+GIB = 2**30
+WAYS: tuple[dict[str, Any], ...] = (
+    {"offload": "none"},
+    {"offload": "model"},
+    {"offload": "stream", "resident_blocks": 0},
+)
+
+
+class Stopped(BaseException):
+    """Stands for an interrupt."""
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("ahead")
+    single_files.write(folder)
+    experts(folder, "fp8_scaled")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def mapped(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Files of any size stay mapped, as large ones do."""
+    monkeypatch.setattr("wan_core.models.sizes.MAP_FROM", 1)
+    WanPipelineLoader().clear_cache()
+    yield
+    WanPipelineLoader().clear_cache()
+
+
+@pytest.fixture
+def reads(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
+    """What is loaded: name of the file, and name of the thread."""
+    made: list[tuple[str, str]] = []
+    load = stages.load_component
+
+    def spy(path: Path, *args: Any, **kwargs: Any) -> Any:
+        made.append((Path(path).name, threading.current_thread().name))
+        return load(path, *args, **kwargs)
+
+    monkeypatch.setattr(stages, "load_component", spy)
+    return made
+
+
+def opened(home: Path, **wishes: Any) -> Any:
+    pair, _ = experts(home, "fp8_scaled")
+    given = WanModelFiles(
+        transformer=pair[0], transformer_2=pair[1], vae=home / "vae" / single_files.VAE,
+        text_encoder=home / "text_encoders" / single_files.TEXT,
+    )  # fmt: skip
+    wishes = {"device": "cpu", "precision": "bf16", "offload": "none"} | wishes
+    return WanPipelineLoader().load_wan_pipeline(given, optimization_config=wishes)
+
+
+def generated(wrapper: Any, **job: Any) -> Any:
+    return wrapper.generate(GenerationConfig(**(JOB | job))).raise_for_error()
+
+
+def second(reads: list[tuple[str, str]]) -> list[str]:
+    return [thread for name, thread in reads if name.startswith("low_noise")]
+
+
+def is_there(wrapper: Any) -> bool:
+    return any(key.kind == "transformer_2" for key, _ in wrapper._cache.loaded())
+
+
+def waits_for(done: Callable[[], bool]) -> Callable[..., None]:
+    """A callback for the high-noise expert's only step: goes on when what is meant is done."""
+
+    def step(steps: int, *_: Any) -> None:
+        end = time.monotonic() + 10
+        while steps == 1 and not done() and time.monotonic() < end:
+            time.sleep(0.005)
+        assert done(), "it was not done while the first expert computed"
+
+    return step
+
+
+@pytest.fixture(scope="module")
+def plain(home: Path) -> Tensor:
+    """What comes out where nothing is read ahead."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("wan_core.models.sizes.MAP_FROM", 1)
+        patch.setattr(stages, "ram", lambda: (GIB, 0, ()))
+        found: Tensor = generated(opened(home)).latents
+    return found
+
+
+@pytest.mark.parametrize("wishes", WAYS, ids=lambda w: w["offload"])
+def test_it_is_read_meanwhile_and_no_bit_changes(
+    home: Path, reads: list[tuple[str, str]], plain: Tensor, wishes: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    touched: list[int] = []
+    read_pages = stages.read_pages
+
+    def spy(tensors: Any, check: Any) -> None:
+        kept = list(tensors)
+        read_pages(kept, check)
+        touched.append(sum(tensor.nbytes for tensor in kept))
+
+    monkeypatch.setattr(stages, "read_pages", spy)
+    wrapper = opened(home, **wishes)
+    result = generated(wrapper, progress_callback=waits_for(lambda: len(touched) == 1))
+    assert torch.equal(result.latents, plain)
+    assert second(reads) == ["wanfit-ahead"]
+    low = next(m for key, m in wrapper._cache.loaded() if key.kind == "transformer_2")
+    assert touched == [sum(p.nbytes for p in low.parameters())]
+    names = [stage.name for stage in result.stages]
+    assert names.index("denoise_high") < names.index("load transformer_2")
+    note = next(stage.note for stage in result.stages if stage.name == "load transformer_2")
+    assert note == ("fp8 scaled per tensor, computed in bf16, read while the other expert computed")
+    # It is in the cache: only its pages are looked at again.
+    again = generated(wrapper, progress_callback=waits_for(lambda: len(touched) == 2))
+    assert torch.equal(again.latents, plain) and len(second(reads)) == 1
+    assert len(touched) == 2
+    assert "load transformer_2" not in [stage.name for stage in again.stages]
+    assert not [t for t in threading.enumerate() if t.name == "wanfit-ahead"]
+
+
+def test_not_where_ram_is_short(
+    home: Path, reads: list[tuple[str, str]], plain: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stages, "ram", lambda: (GIB, RAM_RESERVE, ()))
+    assert torch.equal(generated(opened(home)).latents, plain)
+    assert second(reads) == ["MainThread"]
+
+
+def test_an_expert_that_is_half_read_is_waited_for(
+    home: Path, plain: Tensor, reads: list[tuple[str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slowly(monkeypatch, seconds=1.0)
+    told: list[tuple[str, int, int]] = []
+    result = generated(opened(home), load_callback=lambda *amount: told.append(amount))
+    assert torch.equal(result.latents, plain)
+    assert second(reads) == ["wanfit-ahead"]
+    waited = [amount[1:] for amount in told if amount[0] == "transformer_2"]
+    assert len(waited) >= 3 and waited[0] == (1, 2) and waited[-1][0] == waited[-1][1]
+
+
+def slowly(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
+    """Have the second expert take long to read."""
+    load = stages.load_component
+
+    def slow(path: Path, *args: Any, **kwargs: Any) -> Any:
+        if Path(path).name.startswith("low_noise"):
+            kwargs["progress"](1, 2)
+            end = time.monotonic() + seconds
+            while time.monotonic() < end:
+                kwargs["interrupt_check"]()
+                time.sleep(0.01)
+        return load(path, *args, **kwargs)
+
+    monkeypatch.setattr(stages, "load_component", slow)
+
+
+@pytest.mark.parametrize("when", ["in a step", "while it is waited for"])
+def test_an_interrupt_ends_it(
+    home: Path, plain: Tensor, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    slowly(monkeypatch, seconds=60)
+
+    def stop(*amount: Any) -> None:
+        if when == "in a step" or amount[0] == "transformer_2":
+            raise Stopped
+
+    name = "progress_callback" if when == "in a step" else "load_callback"
+    wrapper = opened(home)
+    began = time.monotonic()
+    with pytest.raises(Stopped):
+        generated(wrapper, **{name: stop})
+    assert time.monotonic() - began < 20
+    assert not [t for t in threading.enumerate() if t.name == "wanfit-ahead"]
+    assert not is_there(wrapper)
+    monkeypatch.undo()
+    assert torch.equal(generated(opened(home, offload="model")).latents, plain)
+
+
+def test_what_goes_wrong_is_told_at_its_turn(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    load, threads = stages.load_component, []
+
+    def broken(path: Path, *args: Any, **kwargs: Any) -> Any:
+        if Path(path).name.startswith("low_noise"):
+            threads.append(threading.current_thread().name)
+            raise CorruptFile("the file is damaged")
+        return load(path, *args, **kwargs)
+
+    monkeypatch.setattr(stages, "load_component", broken)
+    steps: list[int] = []
+    result = opened(home).generate(
+        GenerationConfig(**JOB, progress_callback=lambda done, *_: steps.append(done))
+    )
+    assert isinstance(result.error, CorruptFile)
+    assert steps == [1]  # the high-noise expert's work was done
+    assert threads[:2] == ["wanfit-ahead", "MainThread"]
+
+
+@pytest.mark.parametrize("offload", ["none", "model", "stream"])
+def test_the_plan_counts_the_ram_it_takes(home: Path, offload: str) -> None:
+    wrapper = opened(home)
+    request, plan = wrapper.plan(GenerationConfig(**JOB))
+    architecture = wrapper.architecture
+    choices = replace(plan.choices, offload="none", part_offload={}, stream=offload == "stream")
+    if offload != "stream":
+        choices = replace(choices, offload=offload)
+    card = gpu(24)
+    job = _job(request, GenerationConfig(**JOB), architecture)
+
+    def ahead(available: int) -> dict[str, int]:
+        found = estimate(architecture, job, choices, replace(card, ram_available_bytes=available))
+        return {stage.name: stage.ahead_bytes for stage in found.stages if stage.ahead_bytes}
+
+    amount = ahead(32 * GIB)
+    nbytes = sum(amount.values())
+    assert list(amount) == ["denoise_high"] and nbytes > 0
+    # Enough is enough, and a byte less is not.
+    low, high = 0, 32 * GIB
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if ahead(middle) else (middle, high)
+    first = next(
+        stage
+        for stage in estimate(
+            architecture, job, choices, replace(card, ram_available_bytes=high)
+        ).stages
+        if stage.name == "denoise_high"
+    )
+    taken = first.host_bytes + first.locked_bytes + first.mapped_bytes
+    assert high == taken + nbytes + RAM_RESERVE
