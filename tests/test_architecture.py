@@ -27,7 +27,7 @@ TORCH_FREE = ("formats", "models", "detect", "job", "memory", "plan")
 WITH_TORCH = ("loading", "forward", "placing", "sampling", "render")
 FLOORS = (*TORCH_FREE, *WITH_TORCH)
 """From the ground up: a package imports only from those before it."""
-ROOF = ("__init__", "__main__", "load", "generate")
+ROOF = ("__init__", "__main__", "arguments", "load", "generate")
 """What stands on everything: the public names, the command line, and old places of names."""
 FILES_A_PACKAGE = range(5, 21)
 HEAVY = {"torch", "diffusers", "transformers", "numpy", "safetensors", "av", "gguf", "accelerate"}

@@ -177,7 +177,8 @@ def _at(node: ast.AST) -> Iterator[Site]:
     elif isinstance(node, ast.Constant) and isinstance(node.value, bool):
         yield Site("boolean", node, lambda: setattr(node, "value", not node.value))
     elif isinstance(node, ast.Constant) and isinstance(node.value, int | float):
-        value = node.value * 2 if isinstance(node.value, float) else node.value + 1
+        doubled = isinstance(node.value, float) and node.value != 0
+        value = node.value * 2 if doubled else node.value + 1
         yield Site("constant", node, lambda: setattr(node, "value", value))
     elif isinstance(node, ast.Return) and node.value is not None and _is_more_than_none(node.value):
         yield Site("return None", node, lambda: setattr(node, "value", ast.Constant(None)))

@@ -16,12 +16,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-from .config import CODECS, MIB, GenerationConfig, WanControl
+from .arguments import add_control, add_job, add_plan, add_size
+from .config import MIB, GenerationConfig, WanControl
 from .errors import InvalidRequest, WanError
 from .files import decode_text
-from .job import FUSIONS, MOST_FRAMES, SCHEDULERS
+from .job import MOST_FRAMES
 from .memory import close_gaps
-from .plan import FORWARDS, FP8, OFFLOADS, SPEEDS, STEP_CACHES
 
 DEMO_PROMPT = "a red circle moves right on a dark background"
 
@@ -108,107 +108,14 @@ def _parser() -> argparse.ArgumentParser:
     for command in (inspect, estimate, generate, demo):
         command.add_argument("--json", action="store_true", help="print one JSON object")
     for command in (estimate, generate):
-        _add_size(command)
-        _add_plan(command)
-        _add_control(command)
-    _add_job(generate)
+        add_size(command)
+        add_plan(command)
+        add_control(command)
+    add_job(generate)
     demo.add_argument("--prompt", default=DEMO_PROMPT)
     demo.add_argument("--seed", type=int, default=0)
     demo.add_argument("--output", default="output/demo.mp4", metavar="FILE.mp4")
     return parser
-
-
-def _add_size(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--width", type=int, help="pixels (default: the model's own)")
-    command.add_argument("--height", type=int, help="pixels (default: the model's own)")
-    command.add_argument("--frames", type=int, help="frames (default: the model's own)")
-    command.add_argument("--steps", type=int, help="denoising steps (default: the model's own)")
-    command.add_argument("--window", type=int, help="frames the denoiser sees at once")
-    command.add_argument("--overlap", type=int, default=16, help="frames windows share (16)")
-
-
-def _add_plan(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--precision", default="auto", help="auto, bf16, fp16 or fp32")
-    command.add_argument("--offload", default="auto", help=", ".join(OFFLOADS))
-    command.add_argument("--resident-blocks", type=int, help="stream, and keep so many blocks")
-    command.add_argument("--forward", default="auto", help=", ".join(FORWARDS))
-    command.add_argument("--fp8-storage", default="auto", help=", ".join(FP8))
-    command.add_argument("--speed", default="exact", help=", ".join(SPEEDS))
-    command.add_argument("--step-cache", default="auto", help=", ".join(STEP_CACHES))
-    command.add_argument("--step-cache-threshold", type=float, metavar="0..1")
-    command.add_argument("--step-cache-factor", type=float, metavar="1..4", help="for magcache")
-    command.add_argument("--guidance-gate", type=float, metavar="0..1", help="steps fully guided")
-    command.add_argument("--device", help="cuda:0, cpu ... (default: the best there is)")
-    command.add_argument("--vram-limit-gb", type=float, help="use at most so much of the card")
-    command.add_argument(
-        "--lora", action="append", default=[], metavar="FILE[:EXPERT[:STRENGTH]]",
-        help="a LoRA; expert both, high or low, strength 1.0; may be given several times",
-    )  # fmt: skip
-    command.add_argument(
-        "--use-recipe", action="store_true",
-        help="steps, scales and shift that a distilled LoRA was trained for",
-    )  # fmt: skip
-
-
-def _add_control(command: argparse.ArgumentParser) -> None:
-    """Add what guides the clip; pictures and videos are files, frames are counted from 0."""
-    for name, many, what in (
-        ("video", None, "a video to start from, or to follow where the model reads one"),
-        ("mask", None, "a picture or a video, white = make something new"),
-        ("reference", "+", "pictures of what shall appear"),
-        ("keyframes", "+", "pictures that the clip shows at --control-positions"),
-        ("tracks", None, "a JSON file of tracks, for image-to-video models trained on them"),
-    ):
-        command.add_argument(f"--control-{name}", nargs=many, metavar="FILE", help=what)
-    command.add_argument("--control-positions", default="", help="'0, 40, -1' (evenly spread)")
-    command.add_argument("--control-strength", type=float, default=1.0, help="for VACE (1)")
-    command.add_argument("--control-denoise", type=float, default=1.0, help="share of steps (1)")
-    command.add_argument(
-        "--control-clear-masked", action="store_true", help="make the masked area grey"
-    )
-
-
-def _add_job(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--prompt", default=None, help="what is to be seen")
-    command.add_argument("--negative-prompt", help="default: the model's official one")
-    command.add_argument("--image", help="picture of the first frame")
-    command.add_argument("--last-image", help="picture of the last frame")
-    command.add_argument("--seed", type=int, default=0)
-    command.add_argument("--guidance-scale", type=float, help="of the only or high-noise expert")
-    command.add_argument("--guidance-scale-2", type=float, help="of the low-noise expert")
-    command.add_argument("--flow-shift", type=float)
-    command.add_argument("--boundary", type=float, help="share of timesteps where experts switch")
-    command.add_argument("--scheduler", help=", ".join(SCHEDULERS))
-    command.add_argument(
-        "--sigma-schedule", help="noise levels: official (Wan's), or simple (ComfyUI's)"
-    )
-    command.add_argument(
-        "--guided-steps", type=int, default=0, help="first steps without the distilled LoRAs"
-    )
-    command.add_argument("--guided-scale", type=float, help="guidance scale of the guided steps")
-    command.add_argument("--sigmas", metavar="1,0.75,...", help="noise levels one by one")
-    command.add_argument("--fps", type=float)
-    command.add_argument("--prompts", metavar="FILE", help="lines FRAMES: TEXT, for --prompt")
-    command.add_argument("--schedule", default="static", help="static, uniform or looped windows")
-    command.add_argument(
-        "--fusion", default="ramp", help="how windows blend: " + ", ".join(FUSIONS)
-    )
-    command.add_argument("--noise", default="clip", help="clip, frame or freenoise")
-    command.add_argument("--mode", default="windows", help="windows, or continuation (I2V, 5B)")
-    command.add_argument("--anchor", action="store_true", help="show windows the frame before them")
-    command.add_argument(
-        "--drift-correction", type=float, default=0.0, metavar="0..1",
-        help="move the colours of later segments to those of the first",
-    )  # fmt: skip
-    command.add_argument(
-        "--resume", default="auto",
-        help="auto: go on with this render if it was cut off; must: only that; never: anew",
-    )  # fmt: skip
-    command.add_argument("--audio", metavar="FILE", help="sound that goes into the video")
-    command.add_argument("--codec", default="h264", help=", ".join(CODECS))
-    command.add_argument("--crf", type=int, default=18, help="0 best .. 51 smallest (18)")
-    command.add_argument("--pix-fmt", default="yuv420p", help="yuv420p plays everywhere")
-    command.add_argument("--output", required=True, metavar="FILE.mp4")
 
 
 def _inspect(arguments: argparse.Namespace) -> tuple[str, dict[str, Any]]:

@@ -21,9 +21,9 @@ from wan_core.memory.stages import (
     Choices,
     Workload,
     estimate,
-    format_estimate,
     reserved_bytes,
 )
+from wan_core.memory.text import format_estimate
 from wan_core.memory.vae import decode_peak, encode_peak
 from wan_core.models import sizes
 from wan_core.models.variants import VAE_21, VAE_22, VARIANTS

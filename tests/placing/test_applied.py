@@ -51,7 +51,10 @@ PLANS = {
     "model": {"offload": "model"},
     "layers": {"offload": "sequential"},
     "streamed": {"stream": True, "resident_blocks": 1, "lean": True},
-    "groups": {"part_offload": {"transformer": "group", "transformer_2": "group"}},
+    "groups": {
+        "part_offload": {"transformer": "group", "transformer_2": "group"},
+        "lean": False,
+    },
     "text streamed": {"part_offload": {"text_encoder": "stream"}, "lean": True},
     "cache in RAM": {"lean": True, "cache_in_ram": True},
 }

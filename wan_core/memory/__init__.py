@@ -28,7 +28,8 @@ from .machine import (
     ram,
     system_resources,
 )
-from .stages import estimate, format_estimate, reserved_bytes
+from .stages import estimate, reserved_bytes
+from .text import format_estimate
 from .vae import CHUNKS, decode_peak, encode_peak
 from .vae_lean import BANDS, lean_decode_bytes
 
