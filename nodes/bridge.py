@@ -176,9 +176,16 @@ def progress_bar(latent_channels: int) -> Callable[[float, float, torch.Tensor |
     bar = comfy.utils.ProgressBar(1)
 
     def show(done: float, total: float, latents: torch.Tensor | None) -> None:
+        nonlocal previewer
         preview = None
         if previewer is not None and latents is not None:
-            preview = previewer.decode_latent_to_preview_image("JPEG", latents)
+            try:
+                preview = previewer.decode_latent_to_preview_image("JPEG", latents)
+            except mm.InterruptProcessingException:
+                raise
+            except Exception:  # another pack's, perhaps: no reason to lose a render
+                log.exception("WanFit: a preview could not be made; no more previews in this run.")
+                previewer = None
         bar.update_absolute(done, total, preview)
 
     return show

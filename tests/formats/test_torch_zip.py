@@ -182,3 +182,19 @@ def test_mutated_checkpoints() -> None:
         else:
             assert all(info.end <= len(data) for info in table.tensors.values())
     assert 1500 < refused < 5000
+
+
+@pytest.mark.parametrize("offset", [2**63, 2**64 - 1, 2**40])
+@pytest.mark.parametrize("member", ["archive/data.pkl", "archive/data/0"])
+def test_a_place_beyond_every_file_is_refused(tmp_path: Path, member: str, offset: int) -> None:
+    """The zip's directory says where members begin; Python cannot even seek to some numbers."""
+    buffer = io.BytesIO()
+    torch.save(TENSORS, buffer)
+    path = tmp_path / "x.pth"
+    with zipfile.ZipFile(buffer) as good, zipfile.ZipFile(path, "w") as archive:
+        for info in good.infolist():
+            name = "archive/" + info.filename.split("/", 1)[1]
+            archive.writestr(name, good.read(info))
+        archive.getinfo(member).header_offset = offset
+    with pytest.raises(CorruptFile):
+        read_table(path)

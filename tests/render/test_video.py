@@ -175,6 +175,31 @@ def test_running_out_of_room_names_what_is_needed_and_leaves_nothing(tmp_path: P
     assert not list(tmp_path.iterdir())
 
 
+def test_no_file_stays_open_when_not_even_the_first_bytes_can_be_written(tmp_path: Path) -> None:
+    """PyAV keeps a file that it has opened itself open for ever then."""
+    resource = pytest.importorskip("resource", reason="Windows has no limit on file sizes")
+    handles = Path("/proc/self/fd")
+    if not handles.is_dir():
+        handles = Path("/dev/fd")
+    before = len(list(handles.iterdir()))
+    for _ in range(3):
+        with pytest.raises(OutputError):
+            write(tmp_path / "out.mp4", patches(1), codec="prores_ks", pix_fmt="yuv422p10le")
+        with (
+            pytest.raises(OutputError, match="no room"),
+            VideoWriter(tmp_path / "out.mp4", fps=16, width=WIDTH, height=HEIGHT) as writer,
+        ):
+            limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))
+            try:
+                writer.write(torch.cat([patches(1)] * 60))
+                writer._finish()
+            finally:
+                resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert len(list(handles.iterdir())) == before
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_full_disk_names_both_numbers(tmp_path: Path) -> None:
     with (
         pytest.raises(OutputError, match=r"no room.*bytes are needed.*[\d,]+ are free"),

@@ -88,7 +88,7 @@ def parse_pickle(file: BinaryIO, path: Path, size: int) -> TensorTable:
             raise CorruptFile(f"The list of tensors in {quoted(path)} is too long to be one.")
         program = archive.read(root + "data.pkl")
     except (zipfile.BadZipFile, ValueError, struct.error, NotImplementedError, StopIteration,
-            RuntimeError, OSError, EOFError, KeyError) as err:  # fmt: skip
+            RuntimeError, OSError, EOFError, KeyError, OverflowError) as err:  # fmt: skip
         raise CorruptFile(
             f"{quoted(path)} is not a whole PyTorch file: {str(err)[:80] or 'no data.pkl in it'}. "
             f"{AGAIN}"
@@ -176,7 +176,9 @@ class _Places:
             member = self._members.get(f"{self._root}data/{key}")
             if member is None or member.compress_type != zipfile.ZIP_STORED:
                 raise self._fail(f"the bytes of storage {key[:40]!r} are missing or compressed")
-            self._file.seek(member.header_offset)
+            # A damaged directory may say any number, also one that cannot be sought to.
+            inside = 0 <= member.header_offset < self._size
+            self._file.seek(member.header_offset if inside else self._size)
             head = self._file.read(30)
             if len(head) < 30 or head[:4] != b"PK\x03\x04":
                 raise self._fail(f"storage {key[:40]!r} does not begin where the directory says")

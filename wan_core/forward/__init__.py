@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from .modulation import TimestepRuns
     from .residual import BlockPasses, block_passes
     from .sources import why_no_lean
-    from .surroundings import undisturbed
+    from .surroundings import Surroundings, settings_notes, undisturbed
     from .transformer import hints_in_turn, lean_forward, run_together
     from .vace import blocks_in_order
     from .vae import lean_decoder
@@ -30,7 +30,7 @@ __getattr__ = lazy_names(
         "modulation": ("TimestepRuns",),
         "residual": ("BlockPasses", "block_passes"),
         "sources": ("why_no_lean",),
-        "surroundings": ("undisturbed",),
+        "surroundings": ("Surroundings", "settings_notes", "undisturbed"),
         "transformer": ("hints_in_turn", "lean_forward", "run_together"),
         "vace": ("blocks_in_order",),
         "vae": ("lean_decoder",),
@@ -39,6 +39,7 @@ __getattr__ = lazy_names(
 
 __all__ = [
     "BlockPasses",
+    "Surroundings",
     "TimestepRuns",
     "block_passes",
     "blocks_in_order",
@@ -46,6 +47,7 @@ __all__ = [
     "lean_decoder",
     "lean_forward",
     "run_together",
+    "settings_notes",
     "undisturbed",
     "why_no_lean",
 ]

@@ -1,17 +1,20 @@
-"""Keeps out what the caller has set for torch: autocast, the default device, the default dtype.
+"""Keeps out what others have set for torch: autocast, default device and dtype, attention kernels.
 
 Inside ``undisturbed`` a computation gives the same bits whatever surrounds it. Nothing of the
 process is changed for that: autocast is switched off for this thread, and where a default differs
 from torch's own, a function mode of this thread names dtype and device in the calls that leave them
-open. Where nothing is set, nothing is done.
+open. Where nothing is set, nothing is done. Callbacks run in the surroundings of the caller, and
+whatever they set is looked at afterwards.
 """
 
 from __future__ import annotations
 
 import operator
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import cache, reduce
+from types import BuiltinFunctionType
 from typing import Any
 
 import torch
@@ -20,30 +23,120 @@ from torch.overrides import TorchFunctionMode
 _DEVICES = ("cpu", "cuda", "mps", "xpu")
 
 
-@contextmanager
-def undisturbed() -> Iterator[None]:
-    """Compute inside the ``with`` block as torch does before anything is set."""
-    with ExitStack() as stack:
+class Surroundings:
+    """What the caller has set for torch, kept out of a computation. Made by ``undisturbed``."""
+
+    def __init__(self) -> None:
+        self._stack = ExitStack()
+        self._threads, self._thread = torch.get_num_threads(), threading.get_ident()
+        self.notes: list[str] = []
+        """What a callback has set that cannot be kept out (see ``settings_notes``)."""
+
+    def _keep_out(self) -> None:
+        if (note := _precision_note()) and note not in self.notes:
+            self.notes.append(note)
+        theirs = torch.get_num_threads()
+        if theirs != self._threads:
+            # How sums are split over threads decides their rounding. The number is this thread's.
+            self._stack.callback(torch.set_num_threads, theirs)
+            torch.set_num_threads(self._threads)
         for device in _DEVICES:
             if torch.is_autocast_enabled(device):
-                stack.enter_context(torch.autocast(device, enabled=False))
+                self._stack.enter_context(torch.autocast(device, enabled=False))
         on_cpu = torch.get_default_device().type == "cpu"
-        if not on_cpu or torch.get_default_dtype() != torch.float32:
-            stack.enter_context(_OwnDefaults())
-        yield
+        defaults = on_cpu and torch.get_default_dtype() == torch.float32
+        if not defaults or not _enabled("flash"):
+            self._stack.enter_context(_OwnDefaults())
+
+    @contextmanager
+    def lifted(self) -> Iterator[None]:
+        """Let the caller's settings count inside the ``with`` block: for a callback.
+
+        What it sets stays set, for everybody else: afterwards all is looked at anew. Only whether
+        gradients are recorded is put back, as every ``with torch.no_grad()`` does at its end.
+        """
+        if threading.get_ident() != self._thread:  # what is kept out, is kept out of that thread
+            yield
+            return
+        gradients = torch.is_grad_enabled()
+        self._stack.close()
+        try:
+            yield
+        finally:
+            self._keep_out()
+            if torch.is_grad_enabled() != gradients:
+                torch.set_grad_enabled(gradients)
+
+
+@contextmanager
+def undisturbed() -> Iterator[Surroundings]:
+    """Compute inside the ``with`` block as torch does before anything is set."""
+    surroundings = Surroundings()
+    surroundings._keep_out()
+    try:
+        yield surroundings
+    finally:
+        surroundings._stack.close()
+
+
+def settings_notes(device: str) -> list[str]:
+    """Say what another program has set for all of torch that cannot be kept out.
+
+    ``device`` is the type of the device that computes. Empty where all is as torch has it.
+    """
+    notes = []
+    attend = torch.nn.functional.scaled_dot_product_attention
+    if not isinstance(attend, BuiltinFunctionType):
+        notes.append(
+            f"Torch's attention was replaced in this process by {_name_of(attend)}; results may "
+            "differ from those of torch's own. Start without the program that does so."
+        )
+    off = [name for name in _KERNELS if not _enabled(name)]
+    if off and device != "cpu":
+        notes.append(
+            f"Torch's attention is told not to use {', '.join(off)} (torch.backends.cuda, set by "
+            "another program in this process): another kernel computes it, and rounds otherwise."
+        )
+    precision = _precision_note()
+    return notes if precision is None else [*notes, precision]
+
+
+def _precision_note() -> str | None:
+    precision = torch.get_float32_matmul_precision()
+    if precision == "highest":
+        return None
+    return (
+        f"Products of float32 numbers may be rounded more ({precision!r}, set by another program "
+        "in this process with torch.set_float32_matmul_precision or allow_tf32)."
+    )
+
+
+_KERNELS = ("flash", "mem_efficient", "math")
+
+
+def _enabled(kernel: str) -> bool:
+    return bool(getattr(torch.backends.cuda, f"{kernel}_sdp_enabled")())
+
+
+def _name_of(function: Any) -> str:
+    module, name = getattr(function, "__module__", None), getattr(function, "__qualname__", None)
+    return f"{module}.{name}" if name else repr(function)
 
 
 class _OwnDefaults(TorchFunctionMode):
     """Names float32 and the CPU wherever torch would take them from the defaults.
 
     Three kinds of calls do: those that make floats, those that make what their values are, and
-    those that make floats of whole numbers.
+    those that make floats of whole numbers. Attention on the CPU is given to the kernel that torch
+    takes unless it was told not to.
     """
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         kwargs = dict(kwargs or {})
+        if func is torch.nn.functional.scaled_dot_product_attention:
+            return _attend(func, *args, **kwargs)
         if kwargs.get("out") is None:
             if func in _makers("device") and kwargs.get("device") is None and not _on_device(args):
                 kwargs["device"] = "cpu"
@@ -70,6 +163,46 @@ class _OwnDefaults(TorchFunctionMode):
             return value.to(torch.float32) if isinstance(value, torch.Tensor) else value
 
         return func(*map(cast, args), **{name: cast(value) for name, value in kwargs.items()})
+
+
+def _attend(
+    func: Callable[..., Any], query: Any, key: Any, value: Any, attn_mask: Any = None,
+    dropout_p: float = 0.0, is_causal: bool = False, **more: Any,
+) -> Any:  # fmt: skip
+    """Call scaled dot product attention; on the CPU with the kernel that is torch's own choice.
+
+    Torch chooses it for four-dimensional tensors of equal dtype and batch without gradients
+    (``use_flash_attention_cpp`` in its source); for others it asks nobody.
+    """
+    tensors = (query, key, value)
+    if (
+        not _enabled("flash")
+        and not dropout_p
+        and not more.get("enable_gqa")
+        and all(t.device.type == "cpu" and t.dim() == 4 and t.numel() for t in tensors)
+        and all(t.stride(-1) == 1 and t.dtype == query.dtype for t in tensors)
+        and query.shape[:2] == key.shape[:2] == value.shape[:2]
+        and query.shape[3] == key.shape[3] == value.shape[3]
+        and not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
+        and _is_mask(attn_mask, query, key)
+    ):
+        if attn_mask is not None and attn_mask.dtype == torch.bool:
+            added = torch.zeros(attn_mask.shape, dtype=query.dtype, device="cpu")
+            attn_mask = added.masked_fill_(attn_mask.logical_not(), float("-inf"))
+        flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        scale = more.get("scale")
+        return flash(query, key, value, 0.0, is_causal, attn_mask=attn_mask, scale=scale)[0]
+    return func(query, key, value, attn_mask, dropout_p, is_causal, **more)
+
+
+def _is_mask(mask: Any, query: Any, key: Any) -> bool:
+    """Whether the kernel takes this mask: None, or one that covers (B, heads, queries, keys)."""
+    if mask is None:
+        return True
+    full = (*query.shape[:3], key.shape[2])
+    sizes = zip(reversed(mask.shape), reversed(full), strict=False)
+    fits = mask.dim() in (2, 4) and all(size in (1, wanted) for size, wanted in sizes)
+    return fits and not mask.requires_grad
 
 
 def _dtype_of(func: Callable[..., Any], args: Any, kwargs: Any) -> torch.dtype | None:

@@ -98,7 +98,22 @@ def load_component(
     # What no file holds comes last: until now these buffers are on the meta device.
     _restore_buffers(module, torch.device(device))
     _tie(module, table)
+    _keep_attention(module)
     return module.eval().requires_grad_(False)
+
+
+def _keep_attention(module: nn.Module) -> None:
+    """Have a transformer's attention computed by torch, whatever is set for others.
+
+    diffusers keeps one backend per process for all processors that name none: another program that
+    sets it for its own model would change every other model's result.
+    """
+    if "DIFFUSERS_ATTN_BACKEND" in os.environ:  # the user's own wish, for every program
+        return
+    for part in module.modules():
+        processor = getattr(part, "processor", None)
+        if processor is not None and getattr(processor, "_attention_backend", "") is None:
+            processor._attention_backend = "native"
 
 
 def _identified(

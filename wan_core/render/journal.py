@@ -14,6 +14,10 @@ of a UniPC run is four times as large as the latents.
 A journal never stops a render. States that cannot be read are ignored with a warning, and the
 render starts anew. If one cannot be written, the journal is turned off with a warning. Only
 ``resume="must"`` raises.
+
+One run at a time has a journal. A lock sees to that, and where the locks of another host are not
+seen, ``identity.json`` does: it names the run that opened the journal last, and the one before
+leaves it alone from then on. No time of a file decides anything, because clocks are set back.
 """
 
 from __future__ import annotations
@@ -21,6 +25,10 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import platform
+import secrets
+import shutil
+import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -28,7 +36,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 from ..config import RESUME
 from ..errors import BrokenState, InvalidRequest, JournalMismatch, OutputError
-from ..files import atomic_write
+from ..files import atomic_write, sweep
 from .identity import (
     canonical_json,
     field_count,
@@ -45,10 +53,14 @@ from .journal_files import (
     SLOTS,
     STATES,
     JournalState,
+    is_there,
     journals,
+    opened_number,
     prune,
     read_identity,
+    read_record,
     read_state,
+    remove_lock,
     remove_own_files,
     restore_scheduler,
     scheduler_state,
@@ -91,10 +103,15 @@ class Journal:
         self.seconds_spent = 0.0
         self._seconds_last: float | None = None
         self._opened = time.monotonic()
+        self._opened_as = 0
         self._slot = 0
         self._sequence = 0
-        self._must = False
+        self._must = self._left = False
         self._lock: IO[bytes] | None = None
+        self._owner_before: object = None
+        self._owner = {
+            "host": platform.node(), "process": os.getpid(), "run": secrets.token_hex(8)
+        }  # fmt: skip
 
     @classmethod
     def open(
@@ -204,16 +221,50 @@ class Journal:
         return written
 
     def latents_done(self, latents: Tensor, scalars: Mapping[str, Any] | None = None) -> bool:
-        """Save the finished latents. From now on only the decode would have to be repeated."""
-        return self._write(
-            DONE, JournalState(LATENTS, 0, {"latents": latents}, dict(scalars or {}))
-        )
+        """Save the finished latents. From now on only the decode would have to be repeated.
+
+        They are tried also after a state could not be written, as they are smaller than one. Where
+        room is short, the states of the loop are removed for them, and then for the video.
+        """
+        state = JournalState(LATENTS, 0, {"latents": latents}, dict(scalars or {}))
+        written = self._write(DONE, state)
+        if written or self._lock is None or self._left:
+            if written:
+                self._make_room()
+            return written
+        older = self._slots_newest_first()[1:]
+        for path in (None, *older):
+            with contextlib.suppress(OSError, OutputError):
+                if path is not None:
+                    path.unlink()
+                write_state(self.folder / DONE, self.key, self._sequence + 1, state)
+                self.saves += 1
+                self._make_room()
+                self.warnings.append(
+                    "The finished latents are saved all the same: from here on, a crash would lose "
+                    "the decode only."
+                )
+                return True
+        return False
+
+    def _make_room(self) -> None:
+        """Remove the states of the loop, once the latents are saved, where the disk is nearly full.
+
+        Elsewhere they stay, for the case that the latents are damaged.
+        """
+        slots = [path for name in SLOTS if is_there(path := self.folder / name)]
+        with contextlib.suppress(OSError):
+            if shutil.disk_usage(self.folder).free < sum(path.stat().st_size for path in slots):
+                for path in slots:
+                    path.unlink()
 
     def _write(self, name: str, state: JournalState) -> bool:
         if not self.enabled:
             return False
         began = time.monotonic()
         try:
+            if not self._still_owner():
+                return False
             size = write_state(self.folder / name, self.key, self._sequence + 1, state)
         except (OSError, OutputError) as err:
             self._give_up(err)
@@ -244,7 +295,7 @@ class Journal:
         found = []
         for name in SLOTS:
             path = self.folder / name
-            if path.is_file():
+            if is_there(path):
                 sequence = state_sequence(path, self.key)
                 self._sequence = max(self._sequence, sequence or 0)
                 found.append((math.inf if sequence is None else sequence, path))
@@ -258,12 +309,18 @@ class Journal:
         if self._lock is None:
             return
         with contextlib.suppress(OSError):
-            # The lock goes last, so that no other process takes the folder up half removed. It has
-            # to be closed first, because Windows does not delete open files.
+            record = read_record(self.folder)
+            owner = None if record is None else record.get("owner")
+            if owner not in (None, self._owner, self._owner_before):
+                self.close()  # another run goes on with it
+                return
+            # The lock goes last, so that no other process takes the folder up half removed. Windows
+            # does not delete open files, so there it has to be closed first.
             remove_own_files(self.folder)
+            if sys.platform != "win32":
+                (self.folder / LOCK).unlink(missing_ok=True)
             self.close()
-            (self.folder / LOCK).unlink(missing_ok=True)
-            self.folder.rmdir()
+            remove_lock(self.folder)
             self.root.rmdir()
 
     def close(self) -> None:
@@ -296,7 +353,33 @@ class Journal:
     # --- folder ------------------------------------------------------------------------------
 
     def _has_state(self) -> bool:
-        return any((self.folder / name).is_file() for name in STATES)
+        return any(is_there(self.folder / name) for name in STATES)
+
+    def _still_owner(self) -> bool:
+        """Say whether this run still has the journal; if not, turn it off with a warning.
+
+        On disks whose locks other hosts do not see, two runs of one video may have opened it. The
+        later has it: it may have gone on from the states of the other.
+        """
+        record = read_record(self.folder)
+        if record is None:  # a run that ended has removed it, or the disk has damaged it
+            self._write_identity()
+            return True
+        if record.get("owner") == self._owner:
+            return True
+        self.enabled, self._left = False, True
+        self.warnings.append(
+            f"Another run{_named(record)} has gone on with the journal {str(self.folder)!r}; this "
+            "run goes on without one."
+        )
+        return False
+
+    def _write_identity(self) -> None:
+        record = {
+            "format": FORMAT, "identity": self.identity, "owner": self._owner,
+            "opened": self._opened_as,
+        }  # fmt: skip
+        atomic_write(self.folder / IDENTITY, canonical_json(record))
 
     def _prepare(self, resume: str) -> None:
         """Create and lock the folder, tidy it, and write the identity; raises OSError."""
@@ -304,7 +387,10 @@ class Journal:
         # Before anything is removed or written: another process may be at the same render.
         self._lock = try_lock(self.folder / LOCK)
         if self._lock is None:
-            reason = f"Another run is making this video with the journal {str(self.folder)!r}"
+            reason = (
+                f"Another run{_named(read_record(self.folder))} is making this video with the "
+                f"journal {str(self.folder)!r}"
+            )
             if self._must:
                 raise JournalMismatch(f"{reason}. Wait for it or stop it.")
             self.enabled = self.resuming = False
@@ -317,10 +403,11 @@ class Journal:
             self._slot = 1 - SLOTS.index(newest[0].name) if newest else 0
         elif related := self._related():
             self.warnings.append(related)
-        for left_over in self.folder.glob(".wanfit-*"):
-            left_over.unlink(missing_ok=True)
-        record = {"format": FORMAT, "identity": self.identity}
-        atomic_write(self.folder / IDENTITY, canonical_json(record))
+        self._owner_before = (read_record(self.folder) or {}).get("owner")
+        sweep(self.folder)  # not what another host may be writing, or has left
+        others = (opened_number(folder) for folder in journals(self.root))
+        self._opened_as = 1 + max(others, default=0)
+        self._write_identity()
         with contextlib.suppress(OSError):  # another run may be removing the same ones
             prune(self.root, self.folder)
 
@@ -330,7 +417,7 @@ class Journal:
             (folder.name, identity_differences(identity, self.identity))
             for folder in journals(self.root)
             if folder != self.folder
-            and any((folder / name).is_file() for name in STATES)
+            and any(is_there(folder / name) for name in STATES)
             and (identity := read_identity(folder)) is not None
         ]
         return min(others, key=lambda other: len(other[1]), default=None)
@@ -353,3 +440,11 @@ class Journal:
             f"The saved render {nearest[0]} is not continued, this one starts anew: it differs in "
             f"{listed(nearest[1])}."
         )
+
+
+def _named(record: Mapping[str, Any] | None) -> str:
+    """Return the process and host of the run that a journal's record names, for a message."""
+    owner = None if record is None else record.get("owner")
+    if not isinstance(owner, dict):
+        return ""
+    return f" (process {owner.get('process')} on {owner.get('host')!r})"

@@ -10,11 +10,12 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import sys
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import IO, TYPE_CHECKING, Any, BinaryIO
 
 from ..errors import BrokenState, InvalidRequest, JournalMismatch
 from ..files import atomic_write
@@ -23,14 +24,11 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-
-import sys
-from collections.abc import Iterator
-from typing import IO
-
 FORMAT = 1
 _SCHEDULER = "scheduler."
 _IN_TENSORS = {"tensor": True}
+_NO_STATE = (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError)
+"""What reading a file that is no state raises, besides safetensors' own error."""
 _DTYPES = {
     "float64": "F64",
     "float32": "F32",
@@ -136,7 +134,7 @@ def read_state(path: Path, key: str) -> JournalState:
         return JournalState(head["stage"], head["unit"], tensors, head["scalars"])
     except FileNotFoundError:
         raise
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as err:
+    except (SafetensorError, *_NO_STATE) as err:
         raise BrokenState(f"it is damaged or not a saved state ({err})") from err
 
 
@@ -149,7 +147,7 @@ def state_sequence(path: Path, key: str) -> int | None:
             head = json.loads((file.metadata() or {})["journal"])
             ours = head["format"] == FORMAT and head["key"] == key
             return int(head["sequence"]) if ours else None
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError):
+    except (SafetensorError, *_NO_STATE):
         return None
 
 
@@ -276,6 +274,14 @@ KEEP = 8
 _MAX_IDENTITY = 16 << 20
 
 
+def is_there(path: Path) -> bool:
+    """Say whether a file can be seen: one that the system refuses to look at counts as absent."""
+    try:
+        return path.is_file()
+    except OSError:
+        return False
+
+
 def journals(root: Path) -> Iterator[Path]:
     """Yield the folders below ``root`` that are journals."""
     try:
@@ -285,21 +291,37 @@ def journals(root: Path) -> Iterator[Path]:
     for folder in folders:
         # Named by a key and with an identity. Anything else is not ours, and is never removed.
         named = len(folder.name) == 32 and not set(folder.name) - set("0123456789abcdef")
-        if named and not folder.is_symlink() and (folder / IDENTITY).is_file():
+        if named and not folder.is_symlink() and is_there(folder / IDENTITY):
             yield folder
 
 
-def read_identity(folder: Path) -> dict[str, Any] | None:
-    """Return the identity a journal was made for; None if it is damaged or of another format."""
+def read_record(folder: Path) -> dict[str, Any] | None:
+    """Return what ``identity.json`` holds; None if it is absent, damaged or of another format.
+
+    "identity" is what the journal was made for, "owner" the run that opened it last, and "opened"
+    a number that grows with every journal that is opened below the same root.
+    """
     try:
         path = folder / IDENTITY
         if path.stat().st_size > _MAX_IDENTITY:
             return None
         record = json.loads(path.read_bytes())
-        identity = record["identity"] if record["format"] == FORMAT else None
+        whole = record["format"] == FORMAT and isinstance(record["identity"], dict)
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
-    return identity if isinstance(identity, dict) else None
+    return dict(record) if whole else None
+
+
+def read_identity(folder: Path) -> dict[str, Any] | None:
+    """Return the identity a journal was made for; None if it is damaged or of another format."""
+    record = read_record(folder)
+    return None if record is None else record["identity"]
+
+
+def opened_number(folder: Path) -> int:
+    """Return the running number under which a journal was opened last, 0 if it is not known."""
+    number = (read_record(folder) or {}).get("opened")
+    return number if isinstance(number, int) else 0
 
 
 def remove_own_files(folder: Path) -> None:
@@ -311,22 +333,42 @@ def remove_own_files(folder: Path) -> None:
 
 
 def prune(root: Path, own: Path) -> None:
-    """Remove all but the ``KEEP`` newest journals of other renders; those in use stay."""
-    others = [(_touched(folder), folder) for folder in journals(root) if folder != own]
-    for _, folder in sorted(others, reverse=True)[KEEP:]:
+    """Remove all but the ``KEEP`` newest journals of other renders; those in use stay.
+
+    The newest are those that were opened last, by their running number: times of files are those
+    of clocks, which are set back, and differ between the hosts that share a folder.
+    """
+    others = [
+        (opened_number(folder), _touched(folder), folder)
+        for folder in journals(root)
+        if folder != own
+    ]
+    for _, _, folder in sorted(others, reverse=True)[KEEP:]:
         lock = try_lock(folder / LOCK)
         if lock is None:
             continue
         with lock:
             remove_own_files(folder)
-        with contextlib.suppress(OSError):
-            (folder / LOCK).unlink()
-            folder.rmdir()
+            if sys.platform != "win32":  # see ``remove_lock``
+                (folder / LOCK).unlink()
+        remove_lock(folder)
+
+
+def remove_lock(folder: Path) -> None:
+    """Remove the lock of a journal that has nothing else left, and the folder; raises no OSError.
+
+    Where open files can be removed, the lock's holder has removed it already: once it is free,
+    another run may hold it.
+    """
+    with contextlib.suppress(OSError):
+        if sys.platform == "win32":
+            (folder / LOCK).unlink(missing_ok=True)
+        folder.rmdir()
 
 
 def _touched(folder: Path) -> float:
     paths = (folder / name for name in (*STATES, IDENTITY))
-    return max((path.stat().st_mtime for path in paths if path.is_file()), default=0.0)
+    return max((path.stat().st_mtime for path in paths if is_there(path)), default=0.0)
 
 
 def try_lock(path: Path) -> IO[bytes] | None:
@@ -334,20 +376,26 @@ def try_lock(path: Path) -> IO[bytes] | None:
 
     The lock ends when the file is closed or the process dies, so a crash leaves none behind.
     """
-    file = open(path, "ab")  # noqa: SIM115  (it stays open as long as the lock is held)
-    try:
-        if sys.platform == "win32":
-            import msvcrt
+    while True:
+        file = open(path, "ab")  # noqa: SIM115  (it stays open as long as the lock is held)
+        try:
+            if sys.platform == "win32":
+                import msvcrt
 
-            file.seek(0)
-            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-        else:
-            import fcntl
+                file.seek(0)
+                msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+            else:
+                import fcntl
 
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            file.close()
+            return None
+        except OSError:
+            return file  # the file system has no locks: go on without
+        # Between opening and locking, a run that ended may have removed the file: a lock on that
+        # would keep nobody out.
+        with contextlib.suppress(OSError):
+            if sys.platform == "win32" or os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                return file
         file.close()
-        return None
-    except OSError:
-        return file  # the file system has no locks: go on without
-    return file

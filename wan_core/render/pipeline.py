@@ -17,7 +17,7 @@ import torch
 
 from ..config import GenerationConfig, MemoryEstimate, VideoGenerationResult
 from ..errors import DoesNotFit, MissingDependency, first_line, is_oom
-from ..forward import undisturbed, why_no_lean
+from ..forward import settings_notes, undisturbed, why_no_lean
 from ..job import (
     FRAMES_PER_LATENT,
     Inputs,
@@ -233,12 +233,18 @@ class WanPipelineWrapper:
         started = time.perf_counter()
         error: Exception | None = None
         try:
-            with undisturbed(), _held(self._cache.render_lock, callbacks.check):
+            with (
+                undisturbed() as callbacks.around,
+                _held(self._cache.render_lock, callbacks.check),
+            ):
                 self._render(config, callbacks, result)
         except Exception as err:
             if err is callbacks.raised:
                 raise
             error = err
+        if callbacks.around is not None:
+            result.warnings += [n for n in callbacks.around.notes if n not in result.warnings]
+            callbacks.around = None
         result.generation_time = time.perf_counter() - started
         self._finish(result, error)
         callbacks.tell(result.warnings)
@@ -252,6 +258,7 @@ class WanPipelineWrapper:
         if "group" in plan.choices.part_offload.values():
             require_groups()
         render = self._make_render(config, request, plan, callbacks, result, inputs)
+        result.warnings += settings_notes(render.stages.device.type)
         before = self._foreign_bytes(render.stages)
         try:
             render.run()

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..config import GenerationConfig
@@ -28,6 +29,7 @@ from .identity import (
     render_identity,
 )
 from .journal import Journal, JournalState, restore_scheduler, scheduler_state
+from .report import device_name
 
 FOLDER = ".wanfit"
 """Name of the folder for journals, next to the output."""
@@ -87,7 +89,14 @@ class RenderJournal:
         They differ from the plan's only if memory ran out in the saved render and it went on with a
         smaller plan. A warning then names them.
         """
-        saved = {} if self.saved is None else self.saved.scalars.get("choices", {})
+        scalars = {} if self.saved is None else self.saved.scalars
+        before, now = scalars.get("device"), _device(plan)
+        if before not in (None, now):
+            self.warnings.append(
+                f"The saved part was made on {before}, the rest is made on {now}: the result may "
+                "be rounded otherwise than one made on either alone."
+            )
+        saved = scalars.get("choices", {})
         fresh = plain_identity(choices_of(plan))
         if not saved or saved == fresh:
             return plan
@@ -123,6 +132,7 @@ class RenderJournal:
             "fused_by": state.fused_by,
             "segment": state.segment,
             "choices": choices_of(plan),
+            "device": _device(plan),
         }
         if state.memory.phase:
             remembered, scalars["memory"] = state.memory.saved()
@@ -131,7 +141,7 @@ class RenderJournal:
 
     def latents_done(self, latents: Tensor, plan: OptimizationPlan) -> None:
         """Save the finished latents. From now on only the decode would have to be repeated."""
-        self._journal.latents_done(latents, {"choices": choices_of(plan)})
+        self._journal.latents_done(latents, {"choices": choices_of(plan), "device": _device(plan)})
 
     def finish(self) -> None:
         """Remove the journal: the render is finished."""
@@ -147,6 +157,10 @@ class RenderJournal:
     def describe(self) -> str:
         """Say in one line what was saved and how long that took."""
         return self._journal.describe()
+
+
+def _device(plan: OptimizationPlan) -> str:
+    return device_name(torch.device(plan.device))
 
 
 def open_journal(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import gc
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -18,6 +18,7 @@ import torch
 
 from ..config import GenerationConfig, StageReport, VideoGenerationResult
 from ..errors import DoesNotFit, SpilledMemory, first_line, is_host_oom, is_oom
+from ..forward import Surroundings
 from ..loading import (
     ComponentCache,
     ComponentKey,
@@ -56,13 +57,19 @@ class Callbacks:
         self._config = config
         self._told = 0
         self.raised: BaseException | None = None
+        self.around: Surroundings | None = None
+        """What the computation is kept free of; callbacks are not."""
 
     def call(self, function: Callable[..., object] | None, *args: object) -> None:
         """Call ``function`` if there is one; an exception is remembered and raised."""
         if function is None:
             return
+        # Copies: a callback that writes into what it is given must not change the video. Memory that
+        # runs out here is the render's own matter.
+        own = [arg.clone() if isinstance(arg, torch.Tensor) else arg for arg in args]
         try:
-            function(*args)
+            with nullcontext() if self.around is None else self.around.lifted():
+                function(*own)
         except BaseException as err:
             self.raised = err
             raise

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, BinaryIO
 
 import av
 import numpy as np
@@ -132,16 +132,21 @@ class VideoWriter:
         self._waiting: queue.Queue[Tensor | None] = queue.Queue(_AHEAD)
         self._encoder: threading.Thread | None = None
         self._failed: BaseException | None = None
+        self._container: Any = None
         self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> VideoWriter:
         with contextlib.ExitStack() as stack:
             self._temporary = stack.enter_context(atomic_path(self.path))
             with self._explained():
-                self._container = self._open()
+                # The file is opened here and not by PyAV, which would leave it open for ever when
+                # the first bytes cannot be written: on a full disk, or with a codec that mp4 does
+                # not know.
+                self._file = _Output(self._temporary)
                 # Runs before the temporary file is renamed or removed: Windows can do neither with
                 # an open file.
                 stack.callback(self._close)
+                self._container = self._open()
                 self._add_streams()
             # Before the container is closed, nothing may be encoding any more.
             stack.callback(self._stop)
@@ -229,7 +234,8 @@ class VideoWriter:
         # use_metadata_tags keeps keys that mp4 does not define. faststart puts the index first, so
         # that a browser can play before it has the whole file.
         flags = {"movflags": "use_metadata_tags+faststart"}
-        return av.open(str(self._temporary), "w", format="mp4", options=flags)
+        again = self._file.open_again
+        return av.open(self._file, "w", format="mp4", options=flags, io_open=again)
 
     def _add_streams(self) -> None:
         self._container.metadata.update(self._metadata)
@@ -280,13 +286,17 @@ class VideoWriter:
             if self._audio is not None:
                 self._container.mux(self._sound.encode(None))
             self._container.close()
+            self._file.close()
 
     def _close(self) -> None:
         # After a good end the container is closed already. Otherwise the file is about to be
         # removed, and an error of close (it writes the index, on a disk that may be full) must not
         # hide the first one.
         with contextlib.suppress(OSError, ValueError, av.FFmpegError):
-            self._container.close()
+            if self._container is not None:
+                self._container.close()
+        with contextlib.suppress(OSError):
+            self._file.close()
 
     @contextlib.contextmanager
     def _explained(self) -> Iterator[None]:
@@ -308,14 +318,50 @@ class VideoWriter:
                 "Choose another codec or folder; codec 'h264' with yuv420p works everywhere."
             )
         so_far = self._temporary.stat().st_size
-        frames = max(self._encoded, 1)
-        needed = so_far * max(self._num_frames or 0, frames + 1) // frames
+        frames, wanted = max(self._encoded, 1), self._num_frames or 0
+        # The encoder holds frames back: those that were given to it take more than was written.
+        needed = so_far * max(wanted, frames) // frames
         free = shutil.disk_usage(self._temporary.parent).free + so_far
         return (
-            f"There is no room for {str(self.path)!r}: about {needed:,} bytes are needed "
-            f"({frames} frames took {so_far:,}), {free:,} are free. Make room, or choose another "
-            "folder or a higher crf."
+            f"There is no room for {str(self.path)!r}: more than {needed:,} bytes are needed "
+            f"({so_far:,} were too few for {frames} frames), {free:,} are free. Make room, or "
+            "choose another folder or a higher crf."
         )
+
+
+class _Output:
+    """The file that PyAV writes, with the methods of a file that it calls.
+
+    When something cannot be written, it swallows what comes after: PyAV, which is then closed,
+    would print every further error.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.name = str(path)
+        # Not buffered: ffmpeg does that, and looks for errors where it writes, not where it seeks.
+        self._file = open(path, "wb", buffering=0)  # noqa: SIM115  (closed by ``close``)
+        self._failed = False
+
+    def write(self, data: bytes) -> int:
+        rest = memoryview(data)
+        while rest and not self._failed:
+            self._failed = True
+            rest = rest[self._file.write(rest) :]
+            self._failed = False
+        return len(data)
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        return self._file.seek(offset, whence)
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+    def open_again(self, *_: object) -> BinaryIO:
+        """Open it for reading too: faststart moves what was written to behind the index."""
+        return open(self.name, "rb")
+
+    def close(self) -> None:
+        self._file.close()
 
 
 def _to_bytes(picture: Tensor) -> Tensor:
