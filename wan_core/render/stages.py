@@ -9,7 +9,7 @@ from __future__ import annotations
 import gc
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -64,9 +64,7 @@ class Callbacks:
         """Call ``function`` if there is one; an exception is remembered and raised."""
         if function is None:
             return
-        # Copies: a callback that writes into what it is given must not change the video. Memory that
-        # runs out here is the render's own matter.
-        own = [arg.clone() if isinstance(arg, torch.Tensor) else arg for arg in args]
+        own = [_copied(arg) for arg in args]
         try:
             with nullcontext() if self.around is None else self.around.lifted():
                 function(*own)
@@ -87,6 +85,17 @@ class Callbacks:
         while self._told < len(warnings):
             self._told += 1
             self.call(self._config.warning_callback, warnings[self._told - 1])
+
+
+def _copied(value: object) -> object:
+    """Return a copy of a tensor: what a callback writes into it must not change the video.
+
+    Where there is no memory for one, the callback still has to learn of the step.
+    """
+    if isinstance(value, torch.Tensor):
+        with suppress(MemoryError, torch.OutOfMemoryError):
+            return value.clone()
+    return value
 
 
 @dataclass(slots=True, kw_only=True)
