@@ -65,7 +65,6 @@ LEFT_OUT: dict[str, tuple[tuple[str, str], ...]] = {
         ("test_placement_changes_no_bit", _GROUPS),
         ("test_ids_equal_transformers", _TOKENIZER),
         ("test_calls_of_the_pipeline_are_the_same", _TOKENIZER),
-        ("test_the_recipe_s_schedule", "UniPC of diffusers 0.35 makes a step of 624 from 624.99"),
     ),
     "middle": (("group", _GROUPS), ("test_placement_changes_no_bit", _GROUPS)),
 }

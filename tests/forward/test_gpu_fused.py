@@ -13,7 +13,10 @@ from wan_core.forward import fused, lean_forward
 from wan_core.forward.fused import Fused
 from wan_core.forward.fused_trial import fused_for
 
-pytestmark = pytest.mark.gpu
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no CUDA device"),
+]
 
 WIDTHS = [(5120, 40), (3072, 24), (1536, 12)]
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import gc
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -92,9 +92,13 @@ def _copied(value: object) -> object:
 
     Where there is no memory for one, the callback still has to learn of the step.
     """
-    if isinstance(value, torch.Tensor):
-        with suppress(MemoryError, torch.OutOfMemoryError):
-            return value.clone()
+    if not isinstance(value, torch.Tensor):
+        return value
+    try:
+        return value.clone()
+    except (MemoryError, RuntimeError) as err:
+        if not is_oom(err):
+            raise
     return value
 
 
