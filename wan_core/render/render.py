@@ -420,13 +420,13 @@ class Render:
         chunk = config.chunk_callback if self.request.window_mode == "windows" else None
 
         def step(index: int, latents: Tensor) -> None:
-            # The journal first: what a callback may raise, an interrupt above all, must not lose
-            # the step. A spill is looked for last, as it ends the attempt.
+            # The journal first: what a callback raises must not lose the step. A spill last.
             if journal is not None:
                 journal.step_done(state, scheduler, self.stages.plan)
                 self._warn(journal.warnings)
             self.stages.callbacks.tell(self.stages.result.warnings)
-            call(config.progress_callback, before + index, total, latents[:, :, in_front:])
+            shown = latents[:, :, in_front:] if in_front else latents
+            call(config.progress_callback, before + index, total, shown)
             self.stages.step_done(last=index + 1 in (steps.high.stop, steps.low.stop))
 
         def preview(index: int, clean: Tensor) -> None:
