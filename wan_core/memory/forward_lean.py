@@ -198,8 +198,9 @@ def _rest_by_rows(x: _Lean) -> None:
     inner = x.rows(elements=d.batch * x.span * d.ffn)
     del normed
     fed = x.rows()
+    del inner
     _add_gated(x)
-    x.tape.during(*keys, inner, fed)
+    x.tape.during(*keys, fed)
 
 
 def _block(x: _Lean, exact: bool, whole_values: bool) -> None:
