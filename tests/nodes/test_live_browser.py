@@ -149,6 +149,9 @@ def test_both_renderers_show_it(page: Any, server: ComfyServer) -> None:
         known = page.evaluate("app.extensionManager.setting.get('Comfy.VueNodes.Enabled') != null")
     if not known:
         return  # this front end has one renderer, which the tests above used
+    version = server.get("/system_stats")["system"]["comfyui_version"]
+    if version.startswith("0.3."):
+        pytest.xfail("Nodes 2.0 of its front end, 1.27, an experiment there, shows no panel")
     setting = "value => app.extensionManager.setting.set('Comfy.VueNodes.Enabled', value)"
     page.evaluate(setting, True)
     try:
