@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from support.tiny_models import components, make_folder, pipeline
+from support.tiny_models import components, folders, open_wan, pipeline
 
-from wan_core import GenerationConfig, WanControl, WanPipelineLoader
+from wan_core import GenerationConfig, WanControl
 from wan_core.errors import WanError
 from wan_core.job.steps import make_scheduler
 
@@ -25,21 +25,7 @@ def pictures(count: int, seed: int = 0, width: int = 64, height: int = 32) -> to
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    made: dict[str, Path] = {}
-
-    def get(family: str) -> Path:
-        if family not in made:
-            made[family] = make_folder(tmp_path_factory.mktemp("control") / family, family)
-        return made[family]
-
-    return get
-
-
-def open_wan(path: Path, **wishes: Any) -> Any:
-    wishes = {"device": "cpu", "precision": "fp32"} | wishes
-    return WanPipelineLoader(enable_caching=False).load_wan_pipeline(
-        path, optimization_config=wishes
-    )
+    return folders(tmp_path_factory.mktemp("control"))
 
 
 def make(wrapper: Any, **more: Any) -> Any:

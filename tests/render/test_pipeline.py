@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from support.tiny_models import FAMILIES, components, make_folder, pipeline
+from support.tiny_models import FAMILIES, components, folders, make_folder, open_wan, pipeline
 from support.traced import TracedMemory
 
 from wan_core import GenerationConfig, WanPipelineLoader
@@ -38,21 +38,7 @@ def picture(seed: int, width: int = 64, height: int = 32) -> Image.Image:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    made: dict[str, Path] = {}
-
-    def get(family: str) -> Path:
-        if family not in made:
-            made[family] = make_folder(tmp_path_factory.mktemp("wan") / family, family)
-        return made[family]
-
-    return get
-
-
-def open_wan(path: Path, **wishes: Any) -> Any:
-    wishes = {"device": "cpu", "precision": "fp32"} | wishes
-    return WanPipelineLoader(enable_caching=False).load_wan_pipeline(
-        path, optimization_config=wishes
-    )
+    return folders(tmp_path_factory.mktemp("wan"))
 
 
 def images_of(family: str, use_image: bool) -> dict[str, Any]:

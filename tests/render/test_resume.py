@@ -19,9 +19,9 @@ import torch
 from PIL import Image
 from support.clips import read
 from support.failures import failing
-from support.tiny_models import make_folder
+from support.tiny_models import folders, make_folder, open_wan
 
-from wan_core import GenerationConfig, WanPipelineLoader
+from wan_core import GenerationConfig
 from wan_core.errors import InvalidRequest, JournalMismatch, OutputError
 from wan_core.job import SCHEDULERS
 from wan_core.plan import Planner
@@ -39,20 +39,7 @@ class Crash(BaseException):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    made: dict[str, Path] = {}
-
-    def get(family: str) -> Path:
-        if family not in made:
-            made[family] = make_folder(tmp_path_factory.mktemp("resume") / family, family)
-        return made[family]
-
-    return get
-
-
-def open_wan(path: Path, **wishes: Any) -> Any:
-    return WanPipelineLoader(enable_caching=False).load_wan_pipeline(
-        path, optimization_config={"device": "cpu", "precision": "fp32"} | wishes
-    )
+    return folders(tmp_path_factory.mktemp("resume"))
 
 
 def crash_after(count: int) -> Any:

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from support.clips import read
 from support.failures import failing
-from support.tiny_models import make_folder
+from support.tiny_models import folders, make_folder, open_wan
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from wan_core import GenerationConfig, OptimizationManager, WanPipelineLoader
@@ -46,25 +46,12 @@ STAGES = {
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    made: dict[str, Path] = {}
-
-    def get(family: str) -> Path:
-        if family not in made:
-            made[family] = make_folder(tmp_path_factory.mktemp("oom") / family, family)
-        return made[family]
-
-    return get
+    return folders(tmp_path_factory.mktemp("oom"))
 
 
 def picture() -> Image.Image:
     pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
     return Image.fromarray(pixels)
-
-
-def open_wan(path: Path) -> Any:
-    return WanPipelineLoader(enable_caching=False).load_wan_pipeline(
-        path, optimization_config={"device": "cpu", "precision": "fp32"}
-    )
 
 
 @pytest.mark.parametrize("stage", STAGES)

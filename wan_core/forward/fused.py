@@ -30,13 +30,9 @@ class Fused:
 NOTHING = Fused()
 
 
+@functools.cache
 def kernels() -> Any:
     """Return the module of Triton kernels, or None where it cannot be imported."""
-    return _imported()
-
-
-@functools.cache
-def _imported() -> Any:
     try:
         from . import fused_kernels
     except Exception as err:  # noqa: BLE001 - a broken Triton fails in many ways, and is an extra

@@ -45,6 +45,8 @@ class _Entry:
     module: Any
     nbytes: int
     users: int = 0
+    let_go: bool = False
+    """Whether nobody leases it, and it stays only because it lies in its mapped file."""
 
 
 def component_key(component: Component, dtype: str, options: Hashable = ()) -> ComponentKey:
@@ -82,8 +84,6 @@ class ComponentCache:
         self._entries: OrderedDict[ComponentKey, _Entry] = OrderedDict()
         self._building: dict[ComponentKey, threading.Event] = {}
         self._texts: OrderedDict[Hashable, Any] = OrderedDict()
-        self._let_go: dict[ComponentKey, None] = {}
-        """Components that nobody leases, the oldest first."""
 
     @contextmanager
     def _held(self) -> Iterator[None]:
@@ -118,14 +118,11 @@ class ComponentCache:
         for key in self._of_files(paths):
             entry = self._entries[key]
             if entry.users == 0 and _costs_nothing(entry.module):
-                self._let_go[key] = None
+                entry.let_go = True
             else:
                 del self._entries[key]
-        for key in [k for k in self._let_go if k not in self._entries]:
-            del self._let_go[key]
-        for key in list(self._let_go)[:-_MAPPED_KEPT]:
-            if self._entries[key].users == 0:
-                del self._entries[key], self._let_go[key]
+        for key in [k for k, entry in self._entries.items() if entry.let_go][:-_MAPPED_KEPT]:
+            del self._entries[key]
 
     @contextmanager
     def borrow(
@@ -151,7 +148,7 @@ class ComponentCache:
                 entry = self._entries.get(key)
                 if entry is not None:
                     self._entries.move_to_end(key)
-                    self._let_go.pop(key, None)
+                    entry.let_go = False
                     entry.users += 1
                     return entry
                 other = self._building.get(key)
