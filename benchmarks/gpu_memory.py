@@ -65,6 +65,7 @@ from support.true_models import DTYPES, autoencoder, transformer
 
 from wan_core import GenerationConfig, WanPipelineLoader
 from wan_core.forward import lean_decoder, lean_forward
+from wan_core.journal import versions
 from wan_core.loading import component_cache
 from wan_core.memory import (
     BANDS,
@@ -79,7 +80,7 @@ from wan_core.memory import (
     transformer_peak,
 )
 from wan_core.models import PARTS, VAE_21, VARIANTS, TransformerShape, VaeShape
-from wan_core.render import Timeline, versions
+from wan_core.render import Timeline
 from wan_core.sampling import StreamingDecoder, to_frames
 
 MIB, GIB = 2**20, 2**30

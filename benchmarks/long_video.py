@@ -38,7 +38,7 @@ from support.seams import MovingVideo, energy_at, in_ramps, linear_ramps
 from wan_core import GenerationConfig, WanPipelineLoader
 from wan_core.files import atomic_write
 from wan_core.job import WindowPlan, latent_frames, plan_windows
-from wan_core.render import Journal
+from wan_core.journal import Journal
 
 WINDOW, OVERLAP, SIZE = 81, 16, 32
 STEP_SECONDS = (

@@ -48,9 +48,9 @@ from support.true_models import KEEP_FP32, autoencoder, transformer
 from torch import Tensor, nn
 
 from wan_core.forward import lean_decoder, lean_forward
+from wan_core.journal import versions
 from wan_core.loading.quantized import fp8_layer, replace_layer
 from wan_core.models import VAE_21, VAE_22, VARIANTS, TransformerShape, VaeShape
-from wan_core.render import versions
 from wan_core.sampling import StreamingDecoder
 
 GIB = 2**30

@@ -43,9 +43,9 @@ from wan_core.forward import host_cache as decode_cache
 from wan_core.forward import lean_decoder
 from wan_core.forward import timestep as lean_timestep
 from wan_core.forward import transformer as lean_forward
+from wan_core.journal import versions
 from wan_core.memory import BANDS, CHUNKS, decode_peak, lean_decode_bytes
 from wan_core.models import VAE_21, VAE_22, VARIANTS, TransformerShape, VaeShape
-from wan_core.render import versions
 from wan_core.sampling import StreamingDecoder, to_frames
 
 MIB = 2**20

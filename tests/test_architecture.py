@@ -24,12 +24,12 @@ CORE = ROOT / "wan_core"
 GROUND = ("errors", "lazy", "config", "files")
 """Modules anyone may import, in their own order."""
 TORCH_FREE = ("formats", "models", "detect", "job", "memory", "plan")
-WITH_TORCH = ("loading", "forward", "placing", "sampling", "render")
+WITH_TORCH = ("loading", "kernels", "forward", "placing", "sampling", "journal", "render")
 FLOORS = (*TORCH_FREE, *WITH_TORCH)
 """From the ground up: a package imports only from those before it."""
 ROOF = ("__init__", "__main__", "arguments", "load", "generate")
 """What stands on everything: the public names, the command line, and old places of names."""
-FILES_A_PACKAGE = range(5, 21)
+FILES_A_PACKAGE = range(5, 15)
 HEAVY = {"torch", "diffusers", "transformers", "numpy", "safetensors", "av", "gguf", "accelerate"}
 COMFY = {"comfy", "folder_paths", "nodes", "server", "execution", "latent_preview", "comfy_api"}
 
@@ -199,8 +199,8 @@ def lists_that_differ(found: House) -> list[str]:
         names = {name for _, name in taken}
         if package == "memory":
             names.add("Job")  # an old name, set there
-        if names != set(all_of(found, package)) or sorted(names) != all_of(found, package):
-            out.append(f"{package}: __all__ is not the sorted list of what is imported")
+        if sorted(names) != sorted(all_of(found, package)):  # their order is the linter's matter
+            out.append(f"{package}: __all__ is not the list of what is imported")
         for node in ast.walk(found[package]):
             if isinstance(node, ast.Call) and ast.unparse(node).startswith("lazy_names(__name__"):
                 table = ast.literal_eval(node.args[1])

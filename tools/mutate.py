@@ -48,7 +48,7 @@ _WARM = Path(__file__).with_name("warm_tests.py")
 
 MIRRORS: dict[str, tuple[str, ...]] = {
     "loading/blueprint": ("loading/test_component", "loading/test_dtypes"),
-    "loading/kernels": ("loading/test_dequantize", "loading/test_gguf"),
+    "loading/dequantize_kernels": ("loading/test_dequantize", "loading/test_gguf"),
     "loading/mapped": ("loading/test_mapped", "loading/test_component"),
     "loading/moving": ("placing/test_offload", "placing/test_streaming", "loading/test_cache"),
     "loading/page_lock": ("placing/test_streaming",),

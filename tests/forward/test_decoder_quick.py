@@ -53,7 +53,7 @@ def test_the_video_of_diffusers_but_for_rounding(
     version: str, fused: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, kernels = make_vae(version), Kernels()
-    monkeypatch.setattr(decoder_quick, "kernels", lambda: kernels)
+    monkeypatch.setattr(decoder_quick, "triton_kernels", lambda: kernels)
     monkeypatch.setattr(vae, "quick_for", lambda decoder: Quick(fused))
     for batch, frames in ((1, 3), (2, 2)):
         latents = make_latents(model, frames, batch)
@@ -97,7 +97,7 @@ def test_a_kernel_is_tried_first(
     def works(function: Any) -> bool:
         monkeypatch.setattr(decoder_quick, "_tried", {})
         found = None if function is None else SimpleNamespace(norm_silu=function)
-        monkeypatch.setattr(decoder_quick, "kernels", lambda: found)
+        monkeypatch.setattr(decoder_quick, "triton_kernels", lambda: found)
         return decoder_quick._works(cpu, torch.bfloat16)
 
     def broken(*args: Any) -> None:

@@ -231,7 +231,7 @@ def test_a_render_from_a_video_that_was_cut_off_goes_on(folder: Any, tmp_path: P
 
 def test_a_control_that_asks_for_nothing_is_none(folder: Any) -> None:
     """The bits, the plan and the identity of a job stay what they were."""
-    from wan_core.render.identity import identity_key, plain_identity, render_identity
+    from wan_core.journal.identity import identity_key, plain_identity, render_identity
 
     wrapper = open_wan(folder("wan2.1-t2v"))
     plain, empty = GenerationConfig(**SIZE, **TEXT), GenerationConfig(**SIZE, **TEXT)

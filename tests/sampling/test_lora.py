@@ -831,7 +831,7 @@ def test_a_lora_on_the_wrong_expert_is_warned_of(folders: Any, tmp_path: Path) -
 
 
 def test_a_saved_render_with_another_lora_is_another_render(folders: Any, tmp_path: Path) -> None:
-    from wan_core.render.identity import render_identity
+    from wan_core.journal.identity import render_identity
 
     folder = folders("wan2.1-t2v")
     path = saved(tmp_path / "lora.safetensors", PAIR)
@@ -849,7 +849,7 @@ def test_a_saved_render_with_another_lora_is_another_render(folders: Any, tmp_pa
 
 def test_a_saved_render_knows_the_scale_of_a_peft_folder(folders: Any, tmp_path: Path) -> None:
     """Another adapter_config.json beside the same weights is another render."""
-    from wan_core.render.identity import render_identity
+    from wan_core.journal.identity import render_identity
 
     folder = folders("wan2.1-t2v")
     saved(tmp_path / "adapter_model.safetensors", PAIR)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from support import fused_eager
-from wan_core.forward import fused_kernels
+from wan_core.kernels import fused_kernels
 
 BOUNDS = {torch.float32: 3e-6, torch.float16: 1e-3, torch.bfloat16: 2e-2}
 

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING
 from ..lazy import lazy_names
 
 if TYPE_CHECKING:
-    from .modulation import TimestepRuns
     from .residual import BlockPasses, block_passes
     from .sources import why_no_lean
     from .surroundings import Surroundings, settings_notes, undisturbed
@@ -27,7 +26,6 @@ if TYPE_CHECKING:
 __getattr__ = lazy_names(
     __name__,
     {
-        "modulation": ("TimestepRuns",),
         "residual": ("BlockPasses", "block_passes"),
         "sources": ("why_no_lean",),
         "surroundings": ("Surroundings", "settings_notes", "undisturbed"),
@@ -40,7 +38,6 @@ __getattr__ = lazy_names(
 __all__ = [
     "BlockPasses",
     "Surroundings",
-    "TimestepRuns",
     "block_passes",
     "blocks_in_order",
     "hints_in_turn",

@@ -26,12 +26,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..kernels import (
+    NOTHING,
+    Fused,
+    Modulation,
+    Span,
+    TimestepRuns,
+    attend,
+    norm_all,
+    products_of,
+    rotate_all,
+    rotate_span,
+)
 from ..memory import LEAN_HEAD_GROUPS, LEAN_ROWS
 from ..models import TEXT_TOKENS
-from . import attention
-from .fused import NOTHING, Fused, kernels, rms_norm_is_plain
-from .modulation import Modulation, Span, TimestepRuns
-from .products import products_of
 
 _EVERY: Span = (slice(None), 0)
 
@@ -50,11 +58,11 @@ class LeanOptions:
     head_groups: int = LEAN_HEAD_GROUPS
     blocks: bool = True
     fuse: bool = True
-    """Whether fused kernels are used where they give the same bits (see ``fused``)."""
+    """Whether fused kernels are used where they give the same bits (see ``kernels.fused``)."""
     quick: bool = False
-    """Whether attention may use a kernel that rounds differently (see ``attention``)."""
+    """Whether attention may use a kernel that rounds differently (see ``kernels.attention``)."""
     eight_bit: bool = False
-    """Whether feed-forwards stored in 8 bit are multiplied in 8 bit (see ``products``)."""
+    """Whether feed-forwards stored in 8 bit are multiplied in 8 bit (see ``kernels.products``)."""
 
 
 def run_block(
@@ -106,7 +114,7 @@ def _attend(
     """
     if quick and attn.processor._attention_backend is None:
         states = (_by_heads(x, heads) for x in (query, key, value))
-        return attention.attend(*states).flatten(2, 3)
+        return attend(*states).flatten(2, 3)
     from diffusers.models.attention_dispatch import dispatch_attention_fn
 
     out: Tensor = dispatch_attention_fn(
@@ -119,58 +127,6 @@ def _attend(
         backend=attn.processor._attention_backend,
     )
     return out.flatten(2, 3).type_as(query)
-
-
-def _rotate(
-    norm: Any, rows: Tensor, heads: int, span: Span, rotary: tuple[Tensor, Tensor],
-    out: Tensor, fused: Fused,
-) -> None:  # fmt: skip
-    """Norm a span's query or key (B, r, heads * d) over all heads, rotate it, write it to ``out``.
-
-    ``out`` may be ``rows``: the norm returns a new tensor, so nothing is read after it was
-    overwritten.
-    """
-    tables = rotary[0][:, span[0]], rotary[1][:, span[0]]
-    if fused.rotations and _turns(tables) and rms_norm_is_plain(norm, rows):
-        kernels().rotate_rows(rows, norm.weight, norm.eps, tables, heads)
-        if out is not rows:
-            out.copy_(rows)
-        return
-    pairs = torch.unflatten(norm(rows), -1, (heads, -1, 2))
-    first, second = pairs.unbind(-1)
-    cos, sin = tables[0][..., 0::2], tables[1][..., 1::2]
-    turned = torch.unflatten(out, -1, (heads, -1, 2))
-    turned[..., 0] = (first * cos).sub_(second * sin)
-    turned[..., 1] = (first * sin).add_(second * cos)
-
-
-def rotate_all(
-    norm: Any, projected: Tensor, heads: int, spans: list[Span], rotary: tuple[Tensor, Tensor],
-    fused: Fused,
-) -> Tensor:  # fmt: skip
-    """Norm a query or key (B, L, heads * d) over all heads and rotate it, in place."""
-    if fused.rotations and rms_norm_is_plain(norm, projected):
-        spans = [_EVERY]
-    for span in spans:
-        rows = projected[:, span[0]]
-        _rotate(norm, rows, heads, span, rotary, rows, fused)
-    return projected
-
-
-def _turns(rotary: tuple[Tensor, Tensor]) -> bool:
-    """Say whether a kernel can read cos and sin."""
-    return all(x.dtype == torch.float32 and x.is_contiguous() for x in rotary)
-
-
-def norm_all(norm: Any, query: Tensor, heads: int, spans: list[Span], fused: Fused) -> Tensor:
-    """Norm a query (B, L, heads * d) over all heads, in place."""
-    if fused.rotations and rms_norm_is_plain(norm, query):
-        kernels().rotate_rows(query, norm.weight, norm.eps, None, heads)
-        return query
-    # A norm treats each token alone, so it can overwrite the query row by row.
-    for rows, _ in spans:
-        query[:, rows] = norm(query[:, rows])
-    return query
 
 
 def _project_out(attn: Any, out: Tensor) -> Tensor:
@@ -302,7 +258,7 @@ def _self_attention_by_heads(
             (attn.norm_k, attn.to_k, key),
         ):
             rows = project(normed)
-            _rotate(norm, rows, attn.heads, span, rotary, whole[:, span[0]], fused)
+            rotate_span(norm, rows, attn.heads, span, rotary, whole[:, span[0]], fused)
             del rows
         del normed
     values = None

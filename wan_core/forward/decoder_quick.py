@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .fused import kernels
+from ..kernels import triton_kernels
 
 _log = logging.getLogger(__name__)
 _FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
@@ -33,7 +33,7 @@ class Quick:
         beside = source.stride(1) == 1 and out.stride(1) == 1
         if not (self.fused and plain and beside and source.dtype == norm.gamma.dtype):
             return False
-        kernels().norm_silu(source, out, norm.gamma, norm.scale)
+        triton_kernels().norm_silu(source, out, norm.gamma, norm.scale)
         return True
 
 
@@ -59,7 +59,7 @@ _tried: dict[tuple[torch.device, torch.dtype], bool] = {}
 
 def _works(device: torch.device, dtype: torch.dtype) -> bool:
     if (device, dtype) not in _tried:
-        _tried[device, dtype] = kernels() is not None and _agrees(device, dtype)
+        _tried[device, dtype] = triton_kernels() is not None and _agrees(device, dtype)
     return _tried[device, dtype]
 
 
@@ -73,7 +73,7 @@ def _agrees(device: torch.device, dtype: torch.dtype) -> bool:
     wide = torch.nn.functional.normalize(source.float(), dim=1) * 96**0.5
     expected = torch.nn.functional.silu(wide * gamma.float().view(96, 1, 1, 1))
     try:
-        kernels().norm_silu(source, out, gamma, 96**0.5)
+        triton_kernels().norm_silu(source, out, gamma, 96**0.5)
     except Exception as err:  # noqa: BLE001 - compiling needs a C compiler, a known card, ...
         _log.info("The fused norm of the decoder did not run: %s", err)
         return False

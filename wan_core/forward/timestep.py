@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .modulation import TimestepRuns
+from ..kernels import TimestepRuns
 
 _REPEAT = 16  # copies of each distinct timestep: CPU GEMM kernels for fewer rows round differently
 _ROWS = 512  # tokens compared at once

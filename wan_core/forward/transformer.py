@@ -17,11 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..kernels import NOTHING, Fused, Modulation, TimestepRuns, fused_for
 from ..memory import LEAN_HEAD_GROUPS, LEAN_ROWS
 from .block import LeanOptions, run_block
-from .fused import NOTHING, Fused
-from .fused_trial import fused_for
-from .modulation import Modulation, TimestepRuns
 from .replaced import Installed, ReplacedForward, unknown_code
 from .sources import TRANSFORMER, VACE
 from .timestep import Embedding, embed_timestep

@@ -14,9 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..kernels import NOTHING, Fused, TimestepRuns
 from .block import LeanOptions, run_block
-from .fused import NOTHING, Fused
-from .modulation import TimestepRuns
 
 
 def blocks_in_order(transformer: Any) -> list[nn.Module]:

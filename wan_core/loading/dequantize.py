@@ -5,7 +5,7 @@ comfy-kitchen's CUDA and Triton kernels do (its eager code rounds the scale firs
 Rotated int8 (convrot) is turned back before it is multiplied: codes times +1 and -1 are whole
 numbers below 2**24, which float32 adds up exactly in any order and on any device. GGUF blocks are
 taken apart by diffusers' own functions, in float16, so that the bits are those of diffusers' GGUF
-layers. ``kernels`` has the same numbers in one pass on CUDA.
+layers. ``dequantize_kernels`` has the same numbers in one pass on CUDA.
 
 Formulas: comfy-kitchen ``backends/cuda/ops/*.cu`` and ``tensor/*.py``.
 """

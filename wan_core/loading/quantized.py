@@ -78,11 +78,11 @@ class _Stored:
 def _kernels() -> Any:
     """Return the module of Triton kernels, or None where it cannot be imported."""
     try:
-        from . import kernels
+        from . import dequantize_kernels
     except Exception as err:  # noqa: BLE001 - a broken Triton fails in many ways, and is an extra
         _log.info("Quantised weights are taken apart without Triton (%s), more slowly.", err)
         return None
-    return kernels
+    return dequantize_kernels
 
 
 def _kernel_works(stored: Storage, device: torch.device, dtype: torch.dtype) -> bool:

@@ -1,8 +1,8 @@
 """Carries out a generation, from a model's path to an mp4: the public API of this library.
 
 In: a model path and a ``GenerationConfig``. Out: a ``VideoGenerationResult``. Here are the stages
-of a render, recovery when memory runs out, the journal that survives a crash, video files and the
-report. Imports all other packages. Names are resolved on first use.
+of a render, recovery when memory runs out, video and sound files and the report. Imports all other
+packages. Names are resolved on first use.
 """
 
 from __future__ import annotations
@@ -15,10 +15,9 @@ if TYPE_CHECKING:
     from .audio import read_audio
     from .diffusers_pipeline import PipelineManager
     from .forecast import Forecast
-    from .journal import Journal
     from .loader import WanPipelineLoader
     from .pipeline import WanPipelineWrapper
-    from .report import Timeline, format_report, versions
+    from .report import Timeline, format_report
     from .video import contact_sheet, read_pictures, read_video
 
 __getattr__ = lazy_names(
@@ -27,17 +26,15 @@ __getattr__ = lazy_names(
         "audio": ("read_audio",),
         "diffusers_pipeline": ("PipelineManager",),
         "forecast": ("Forecast",),
-        "journal": ("Journal",),
         "loader": ("WanPipelineLoader",),
         "pipeline": ("WanPipelineWrapper",),
-        "report": ("Timeline", "format_report", "versions"),
+        "report": ("Timeline", "format_report"),
         "video": ("contact_sheet", "read_pictures", "read_video"),
     },
 )
 
 __all__ = [
     "Forecast",
-    "Journal",
     "PipelineManager",
     "Timeline",
     "WanPipelineLoader",
@@ -47,5 +44,4 @@ __all__ = [
     "read_audio",
     "read_pictures",
     "read_video",
-    "versions",
 ]

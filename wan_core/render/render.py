@@ -36,6 +36,7 @@ from ..job import (
     references_in_front,
     window_settings_without_effect,
 )
+from ..journal import RenderJournal, device_name, open_journal, versions
 from ..loading import load_scheduler_config
 from ..models import magcache_curve
 from ..sampling import (
@@ -55,8 +56,7 @@ from ..sampling import (
     start_latents,
 )
 from .conditions import ConditionMaker
-from .report import device_bytes, device_name, versions
-from .resume import RenderJournal, open_journal
+from .report import device_bytes
 from .stages import StageRunner
 from .video import Decoding, VideoWriter
 

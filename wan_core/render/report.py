@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import platform
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -151,27 +149,6 @@ def device_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device)
     return resident_bytes()
-
-
-def versions() -> dict[str, str]:
-    """Return the versions of the packages that results and measurements depend on."""
-    from importlib.metadata import PackageNotFoundError, version
-
-    own = getattr(sys.modules[__name__.removesuffix(".render.report")], "__version__", "unknown")
-    found = {"wanfit": own, "python": platform.python_version(), "torch": torch.__version__}
-    for package in ("diffusers", "transformers"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "absent"
-    return found
-
-
-def device_name(device: torch.device) -> str:
-    """Return a name of the device that a person recognises."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{device.type} ({platform.machine()}, {torch.get_num_threads()} threads)"
 
 
 def format_report(result: VideoGenerationResult) -> str:

@@ -24,7 +24,7 @@ from ..detect import Patch, read_patches
 from ..errors import ModelMismatch
 from ..files import quoted
 from ..formats import read_table
-from ..forward import TimestepRuns
+from ..kernels import TimestepRuns
 from ..loading import TensorReader, Undo, device_of, keep_in_fp32, stays_fp32
 from ..models import Source, TransformerShape
 

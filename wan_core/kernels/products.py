@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from ..loading import StoredWeight, rotation, stored_weight
 from .attention import milliseconds
-from .fused import kernels
+from .fused import triton_kernels
 
 _log = logging.getLogger(__name__)
 _lock = threading.Lock()
@@ -73,7 +73,7 @@ class EightBitProduct:
             rows = (rows.view(-1, group) @ turned).view(rows.shape)
             gelu = False
         kind = torch.float8_e4m3fn if self.weight.stored.kind == "fp8" else torch.int8
-        return (*kernels().quantize_rows(rows, kind, gelu), x.shape[:-1])
+        return (*triton_kernels().quantize_rows(rows, kind, gelu), x.shape[:-1])
 
     def multiply(self, codes: Tensor, scales: Tensor, shape: Sequence[int]) -> Tensor:
         """Return the layer's output (..., out) for what ``quantized`` returned."""
@@ -93,7 +93,7 @@ def product_for(layer: Any, dtype: torch.dtype) -> EightBitProduct | None:
     if _hooked(layer) or dtype not in (torch.bfloat16, torch.float16):
         return None
     weight = stored_weight(layer)
-    if weight is None or not weight.bits.is_cuda or kernels() is None:
+    if weight is None or not weight.bits.is_cuda or triton_kernels() is None:
         return None
     stored = weight.stored
     if stored.kind not in _FIRST or stored.dtype not in ("F8_E4M3", "I8"):
@@ -160,7 +160,7 @@ def _int8_product(
         # The last span reaches back: torch multiplies no fewer than 17 rows.
         span = slice(max(0, min(begin, len(codes) - _AT_ONCE)), begin + _AT_ONCE)
         sums = torch._int_mm(codes[span], matrix)
-        kernels().scale_rows(sums, scales[span], each, bias, out[span])
+        triton_kernels().scale_rows(sums, scales[span], each, bias, out[span])
     return out
 
 

@@ -24,16 +24,16 @@ from safetensors.torch import load_file, save_file
 from wan_core.errors import InvalidRequest, JournalMismatch
 from wan_core.job.steps import DIFFUSERS_SCHEDULERS as SCHEDULERS
 from wan_core.job.steps import make_scheduler
-from wan_core.render import journal as journal_module
-from wan_core.render.identity import identity_differences, identity_key, plain_identity
-from wan_core.render.journal import (
+from wan_core.journal import journal as journal_module
+from wan_core.journal.disk import KEEP
+from wan_core.journal.identity import identity_differences, identity_key, plain_identity
+from wan_core.journal.journal import (
     DECODE,
     LATENTS,
     Journal,
     restore_scheduler,
     scheduler_state,
 )
-from wan_core.render.journal_files import KEEP
 
 IDENTITY: dict[str, object] = {
     "files": [{"path": Path("models/wan"), "size": 5, "mtime_ns": 7}],

@@ -9,9 +9,10 @@ import pytest
 import torch
 from support.lean_models import inputs_of, model_of
 
-from wan_core.forward import fused, lean_forward
-from wan_core.forward.fused import Fused
-from wan_core.forward.fused_trial import fused_for
+from wan_core.forward import lean_forward
+from wan_core.kernels import fused
+from wan_core.kernels.fused import Fused
+from wan_core.kernels.fused_trial import fused_for
 
 pytestmark = [
     pytest.mark.gpu,
@@ -58,7 +59,7 @@ def test_a_forward_of_wide_blocks(family: str, dtype: torch.dtype, per_token: bo
 
 
 def test_nothing_is_compiled_for_another_length() -> None:
-    kernels = fused.kernels()
+    kernels = fused.triton_kernels()
     generator = torch.Generator().manual_seed(0)
     values = torch.randn(1, 1, 6, 512, generator=generator).cuda()
     taken = []

@@ -15,10 +15,10 @@ import pytest
 import torch
 from support.disk_faults import Disk, failing_disk
 
-from wan_core.render import journal as journal_module
-from wan_core.render import journal_files
-from wan_core.render.journal import DENOISE, LATENTS, Journal
-from wan_core.render.journal_files import KEEP, journals, try_lock
+from wan_core.journal import disk
+from wan_core.journal import journal as journal_module
+from wan_core.journal.disk import KEEP, journals, try_lock
+from wan_core.journal.journal import DENOISE, LATENTS, Journal
 
 IDENTITY: dict[str, object] = {"prompt": "a fox in the snow", "settings": {"seed": 0, "steps": 20}}
 ALIKE: dict[str, object] = {"prompt": "a fox in the snow", "settings": {"seed": 1, "steps": 20}}
@@ -160,7 +160,7 @@ def no_shared_locks(monkeypatch: pytest.MonkeyPatch) -> None:
         return open(path, "ab")
 
     monkeypatch.setattr(journal_module, "try_lock", lock)
-    monkeypatch.setattr(journal_files, "try_lock", lock)
+    monkeypatch.setattr(disk, "try_lock", lock)
 
 
 @pytest.mark.usefixtures("no_shared_locks")
@@ -256,7 +256,7 @@ def test_a_lock_on_a_file_that_was_removed_is_not_taken_for_one(
             path.unlink()
         return opened[-1]
 
-    monkeypatch.setattr(journal_files, "open", late, raising=False)
+    monkeypatch.setattr(disk, "open", late, raising=False)
     lock = try_lock(path)
     assert lock is opened[1] and opened[0].closed
     assert try_lock(path) is None
@@ -302,9 +302,9 @@ def test_a_state_of_another_making_is_no_state(tmp_path: Path, text: str) -> Non
     path = tmp_path / "a.safetensors"
     save_file({"x": torch.zeros(1)}, path, metadata={"journal": text, "checksum": "1"})
     key = 0 if "key" in text else ""
-    assert journal_files.state_sequence(path, key) is None  # type: ignore[arg-type]
-    with pytest.raises(journal_files.BrokenState):
-        journal_files.read_state(path, "k")
+    assert disk.state_sequence(path, key) is None  # type: ignore[arg-type]
+    with pytest.raises(disk.BrokenState):
+        disk.read_state(path, "k")
 
 
 def test_a_journal_made_before_owners_were_noted_is_gone_on_with(tmp_path: Path) -> None:

@@ -18,11 +18,11 @@ from support.lean_models import inputs_of, model_of
 from support.tiny_models import FAMILIES
 from torch import Tensor, nn
 
-from wan_core.forward import block as block_module
-from wan_core.forward import fused, fused_trial, lean_forward, modulation
+from wan_core.forward import lean_forward
 from wan_core.forward import transformer as transformer_module
-from wan_core.forward.fused import NOTHING, Fused
-from wan_core.forward.fused_trial import fused_for
+from wan_core.kernels import fused, fused_trial, modulation, rotary
+from wan_core.kernels.fused import NOTHING, Fused
+from wan_core.kernels.fused_trial import fused_for
 
 ALL = Fused(norms=True, rotations=True)
 CPU = torch.device("cpu")
@@ -54,8 +54,8 @@ class Kernels:
 
 
 def use(monkeypatch: pytest.MonkeyPatch, kernels: Any) -> None:
-    for module in (fused_trial, block_module, modulation):
-        monkeypatch.setattr(module, "kernels", lambda: kernels)
+    for module in (fused_trial, rotary, modulation):
+        monkeypatch.setattr(module, "triton_kernels", lambda: kernels)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -31,7 +31,7 @@ NOTHING = Fused()
 
 
 @functools.cache
-def kernels() -> Any:
+def triton_kernels() -> Any:
     """Return the module of Triton kernels, or None where it cannot be imported."""
     try:
         from . import fused_kernels

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .fused import NOTHING, Fused, kernels, layer_norm_is_plain
+from .fused import NOTHING, Fused, layer_norm_is_plain, triton_kernels
 
 _WIDE = torch.float32
 Span = tuple[slice, int]
@@ -112,7 +112,7 @@ class Modulation:
         """
         rows = hidden[:, span[0]]
         if self._fused and _alike(rows, change):
-            kernels().add_rows(rows, change, self._sources(gate, span))
+            triton_kernels().add_rows(rows, change, self._sources(gate, span))
         else:
             rows.add_(change * self.part(gate, span))
 
@@ -154,7 +154,7 @@ class Modulation:
         self, norm: Any, rows: Tensor, out: Tensor, shift: int | None, span: Span,
         change: Tensor | None = None, gate: int | None = None,
     ) -> None:  # fmt: skip
-        kernels().norm_rows(
+        triton_kernels().norm_rows(
             rows, out, norm.eps, change=change,
             gate=None if gate is None else self._sources(gate, span),
             shift=None if shift is None else self._sources(shift, span),

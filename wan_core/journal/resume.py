@@ -23,13 +23,13 @@ from .identity import (
     BY_ROWS,
     FASTER,
     choices_of,
+    device_name,
     identity_differences,
     listed,
     plain_identity,
     render_identity,
 )
 from .journal import Journal, JournalState, restore_scheduler, scheduler_state
-from .report import device_name
 
 FOLDER = ".wanfit"
 """Name of the folder for journals, next to the output."""

@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from support.lean_models import inputs_of, model_of
 from torch import Tensor
 
-from wan_core.forward import attention, lean_forward
 from wan_core.forward import block as block_module
+from wan_core.forward import lean_forward
+from wan_core.kernels import attention
 
 
 @pytest.fixture(autouse=True)
@@ -109,7 +110,7 @@ def test_a_block_asks_only_if_it_may_round(exact: bool, monkeypatch: pytest.Monk
         ran.append(tuple(query.shape))
         return plain(query, key, value)
 
-    monkeypatch.setattr(block_module.attention, "attend", counted)
+    monkeypatch.setattr(block_module, "attend", counted)
     expected = model(**call)[0]
     with lean_forward(model, exact=exact):
         model(**call)

@@ -15,9 +15,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from .block import norm_all, rotate_all
-from .fused import NOTHING, Fused, kernels
+from .fused import NOTHING, Fused, triton_kernels
 from .modulation import Modulation, TimestepRuns, spans_of
+from .rotary import norm_all, rotate_all
 
 _log = logging.getLogger(__name__)
 _lock = threading.Lock()
@@ -51,7 +51,7 @@ def _whole_heads(dim: int, heads: int) -> bool:
 
 
 def _try_all(key: Key) -> Fused:
-    if kernels() is None:
+    if triton_kernels() is None:
         return NOTHING
     # On the trial's own stream of random numbers: the caller's are not touched.
     generator = torch.Generator().manual_seed(0)

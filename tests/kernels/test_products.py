@@ -14,7 +14,8 @@ from support.lean_models import inputs_of, model_of
 from torch import Tensor, nn
 
 from wan_core.formats import Storage
-from wan_core.forward import lean_forward, products
+from wan_core.forward import lean_forward
+from wan_core.kernels import products
 from wan_core.loading import rotation, stored_weight
 from wan_core.loading.dequantize import Scales
 from wan_core.loading.quantized import StoredLinear, fp8_layer, replace_layer
@@ -25,7 +26,7 @@ KERNELS = SimpleNamespace(quantize_rows=quantize_rows, scale_rows=scale_rows)
 @pytest.fixture(autouse=True)
 def on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The kernels' formulas in eager code, and torch's products of a CPU."""
-    monkeypatch.setattr(products, "kernels", lambda: KERNELS)
+    monkeypatch.setattr(products, "triton_kernels", lambda: KERNELS)
     monkeypatch.setattr(products, "_scales_rows", lambda device: True)
     with torch.no_grad():
         yield
@@ -164,10 +165,10 @@ def test_it_is_used_where_it_is_right_and_faster(
             taken = iter(times)
             assert products._pays(product, layer, torch.bfloat16) is used
         wrong = SimpleNamespace(**{**vars(KERNELS), "scale_rows": lambda *args: args[-1].fill_(1)})
-        monkeypatch.setattr(products, "kernels", lambda: wrong)
+        monkeypatch.setattr(products, "triton_kernels", lambda: wrong)
         taken = iter([1.0, 2.0])
         assert not products._pays(product, layer, torch.bfloat16)
-        monkeypatch.setattr(products, "kernels", lambda: None)
+        monkeypatch.setattr(products, "triton_kernels", lambda: None)
         assert not products._pays(product, layer, torch.bfloat16)
     assert "8 bit is used" in caplog.text and "the product in 8 bit failed" in caplog.text
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import platform
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from enum import Enum
@@ -24,7 +26,6 @@ from ..job import Request, control_of
 from ..loading import component_key
 from ..models import ModelArchitecture
 from ..plan import OptimizationPlan
-from .report import versions
 
 _SHOWN = 60
 _LISTED = 6
@@ -248,3 +249,24 @@ def _picture(value: Any) -> Any:
         path = Path(os.path.expanduser(value))
         return path.read_bytes() if path.is_file() else str(path)
     return value
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of the packages that results and measurements depend on."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    own = getattr(sys.modules[__name__.removesuffix(".journal.identity")], "__version__", "unknown")
+    found = {"wanfit": own, "python": platform.python_version(), "torch": torch.__version__}
+    for package in ("diffusers", "transformers"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "absent"
+    return found
+
+
+def device_name(device: torch.device) -> str:
+    """Return a name of the device that a person recognises."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type} ({platform.machine()}, {torch.get_num_threads()} threads)"

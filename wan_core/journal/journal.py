@@ -37,15 +37,7 @@ from typing import IO, TYPE_CHECKING, Any
 from ..config import RESUME
 from ..errors import BrokenState, InvalidRequest, JournalMismatch, OutputError
 from ..files import atomic_write, sweep
-from .identity import (
-    canonical_json,
-    field_count,
-    identity_differences,
-    identity_key,
-    listed,
-    plain_identity,
-)
-from .journal_files import (
+from .disk import (
     DONE,
     FORMAT,
     IDENTITY,
@@ -67,6 +59,14 @@ from .journal_files import (
     state_sequence,
     try_lock,
     write_state,
+)
+from .identity import (
+    canonical_json,
+    field_count,
+    identity_differences,
+    identity_key,
+    listed,
+    plain_identity,
 )
 
 if TYPE_CHECKING:

@@ -1,0 +1,30 @@
+"""What survives a crash: a render's identity, its states on disk, and how it goes on from them.
+
+In: a request with its plan, and a ``DenoiseState`` after each step. Out: a folder of states that
+are complete or absent, and ``RenderJournal``, which a render asks where to begin. Knows a render
+only by its identity and its states; a journal never stops one. Also here are ``versions`` and
+``device_name``, which results and measurements are told with. Imports sampling, plan, loading and
+what is below. Names are resolved on first use.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ..lazy import lazy_names
+
+if TYPE_CHECKING:
+    from .identity import device_name, versions
+    from .journal import Journal
+    from .resume import RenderJournal, open_journal
+
+__getattr__ = lazy_names(
+    __name__,
+    {
+        "identity": ("device_name", "versions"),
+        "journal": ("Journal",),
+        "resume": ("RenderJournal", "open_journal"),
+    },
+)
+
+__all__ = ["Journal", "RenderJournal", "device_name", "open_journal", "versions"]

@@ -1,0 +1,50 @@
+"""The pieces a block computes with: norms, rotary, attention, products, each in the quickest way.
+
+In: tensors, and the small modules they pass through (a norm, a linear layer). Out: the numbers of
+torch's own code where a way is called exact, else numbers within a bound that a trial on the device
+has shown. ``fused_for`` and ``products_of`` say which ways may be used for a device, dtype and
+width; ``attend`` times what it can take; ``triton_kernels`` is the Triton code, or None where it
+cannot be imported. Imports loading, for weights as they are stored. Names are resolved on first
+use, so that importing this package does not import torch.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ..lazy import lazy_names
+
+if TYPE_CHECKING:
+    from .attention import attend
+    from .fused import NOTHING, Fused, triton_kernels
+    from .fused_trial import fused_for
+    from .modulation import Modulation, Span, TimestepRuns
+    from .products import products_of
+    from .rotary import norm_all, rotate_all, rotate_span
+
+__getattr__ = lazy_names(
+    __name__,
+    {
+        "attention": ("attend",),
+        "fused": ("NOTHING", "Fused", "triton_kernels"),
+        "fused_trial": ("fused_for",),
+        "modulation": ("Modulation", "Span", "TimestepRuns"),
+        "products": ("products_of",),
+        "rotary": ("norm_all", "rotate_all", "rotate_span"),
+    },
+)
+
+__all__ = [
+    "NOTHING",
+    "Fused",
+    "Modulation",
+    "Span",
+    "TimestepRuns",
+    "attend",
+    "fused_for",
+    "norm_all",
+    "products_of",
+    "rotate_all",
+    "rotate_span",
+    "triton_kernels",
+]
