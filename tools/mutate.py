@@ -4,19 +4,28 @@ Run from the repository's root::
 
     python -m tools.mutate --packages memory --count 60
     python -m tools.mutate --modules plan/timing loading/cache --count 20 --seed 3
-    python -m tools.mutate --packages plan memory loading placing --count 300 --write
+    python -m tools.mutate --packages plan memory loading placing --count 300 --jobs 16 \\
+        --minutes 8 --results benchmarks/results/mutants
+    python -m tools.mutate --packages plan ... --count 300 --shard 2/4 --results FOLDER
+    python -m tools.mutate --again --wider --jobs 16 --minutes 8 --results FOLDER
+    python -m tools.mutate --merge --write --results FOLDER
 
 A mutant is the syntax tree of a module with one change: a comparison, an arithmetic operator, a
 number, a boolean, a returned value (None), or a call that is left out. It is put into a copy of the
-repository, where the tests that mirror the module run until the first that fails. A mutant that no
-test notices has survived: a test is missing, or the change makes no difference (why, is written in
-``benchmarks/mutation_reasons.json``). ``--write`` makes ``benchmarks/mutation.md`` of the result.
+repository, where the tests that mirror the module run until the first that fails. Tests that fail
+without any mutant (something they need is not installed, ...) are run first and left out: they
+notice nothing. A mutant that no test notices has survived: a test is missing, or the change makes
+no difference (why, is written in ``benchmarks/mutation_reasons.json``).
+
+With ``--results`` every end is written there at once. The same command goes on where the last one
+stopped, several machines may each take a shard, and ``--again`` tries what survived once more, with
+``--wider`` against the other tests of its package and of a neighbour too. ``--merge`` makes one
+table of a folder, and ``--write`` puts it into ``benchmarks/mutation.md``.
 """
 
 from __future__ import annotations
 
 import argparse
-import ast
 import json
 import math
 import os
@@ -27,16 +36,26 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from queue import Queue
+from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
+from . import mutants
+from .mutants import Mutant, choose, modules_of, mutant_like
+from .mutation_page import Outcome, read_outcomes, report
+
 REPORT, REASONS = "benchmarks/mutation.md", "benchmarks/mutation_reasons.json"
-NOT_COPIED = (".git", ".venv", "output", "__pycache__", "*.pyc", ".*_cache", ".hypothesis")
-PACKAGES = ("plan", "memory", "loading", "placing")
+NOT_COPIED = (".git", ".venv", "output", "build", "__pycache__", "*.pyc", ".*_cache", ".hypothesis")
+PACKAGES = ("plan", "memory", "loading", "placing", "kernels", "forward", "journal", "job")
+NEIGHBOURS = {
+    "plan": "memory", "memory": "plan", "loading": "placing", "placing": "loading",
+    "kernels": "forward", "forward": "kernels", "journal": "render", "job": "detect",
+}  # fmt: skip
+"""The package whose tests use a package most, besides its own: for ``--wider``."""
 LIBRARIES: tuple[str, ...] = (
     "torch", "torch._subclasses.fake_tensor", "numpy", "PIL.Image", "safetensors.torch", "av",
     "hypothesis", "psutil", "transformers", "diffusers", "accelerate", "pytest",
@@ -85,161 +104,6 @@ MIRRORS: dict[str, tuple[str, ...]] = {
 """Tests of modules that are not tested in a file of their own name alone: files, or tests in them.
 For others that have no such file, all tests of the package run."""
 
-_COMPARE: dict[type[ast.cmpop], type[ast.cmpop]] = {
-    ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq,
-    ast.NotEq: ast.Eq, ast.Is: ast.IsNot, ast.IsNot: ast.Is, ast.In: ast.NotIn, ast.NotIn: ast.In,
-}  # fmt: skip
-_ARITHMETIC: dict[type[ast.operator], type[ast.operator]] = {
-    ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult,
-    ast.FloorDiv: ast.Mult, ast.Mod: ast.Mult, ast.Pow: ast.Mult,
-}  # fmt: skip
-_TEXTS = (ast.JoinedStr, ast.List, ast.Tuple, ast.Dict, ast.Set)
-
-
-@dataclass(frozen=True)
-class Site:
-    """A place in a syntax tree, and a change to make there."""
-
-    operator: str
-    node: ast.AST
-    change: Callable[[], None]
-    """Makes the change, in the tree that the site was found in."""
-
-
-@dataclass(frozen=True)
-class Mutant:
-    """The change at the site with this number in the module."""
-
-    module: str
-    number: int
-    operator: str
-    line: int
-    text: str
-    """The line of the source."""
-    before: str
-    after: str
-    source: str
-    """The whole changed module."""
-
-    @property
-    def key(self) -> str:
-        """What it is called where reasons are given; line numbers would not last."""
-        return f"{self.module}: {self.text}: {self.before} -> {self.after}"
-
-
-# -------------------------------------------------------------------------------- mutants
-
-
-def sites(node: ast.AST) -> Iterator[Site]:
-    """Find every change in a tree, in the order of the source.
-
-    Left out is what makes no difference to a result: annotations, decorators, documentation, the
-    texts of errors, lists of names.
-    """
-    if _is_passive(node):
-        return
-    yield from _at(node)
-    passive = {"annotation", "returns", "decorator_list", "type_params"}
-    for field, value in ast.iter_fields(node):
-        if field not in passive:
-            for inner in value if isinstance(value, list) else [value]:
-                if isinstance(inner, ast.AST):
-                    yield from sites(inner)
-
-
-def _is_passive(node: ast.AST) -> bool:
-    if isinstance(node, ast.If):
-        return "TYPE_CHECKING" in ast.unparse(node.test)
-    if isinstance(node, ast.Assign):
-        return ast.unparse(node.targets[0]) in ("__all__", "__slots__", "__getattr__")
-    if isinstance(node, ast.Expr):  # documentation, also that below a name
-        return isinstance(node.value, ast.Constant)
-    return isinstance(node, ast.Raise | ast.JoinedStr | ast.Import | ast.ImportFrom | ast.Assert)
-
-
-def _at(node: ast.AST) -> Iterator[Site]:
-    """Find the changes of one node."""
-    if isinstance(node, ast.Compare):
-        for index, operator in enumerate(node.ops):
-            yield Site("compare", node, _setter(node.ops, index, _COMPARE[type(operator)]()))
-    elif isinstance(node, ast.BinOp | ast.AugAssign) and type(node.op) in _ARITHMETIC:
-        right = node.right if isinstance(node, ast.BinOp) else node.value
-        left = node.left if isinstance(node, ast.BinOp) else node.target
-        if not any(map(_is_text, (left, right))):
-            new = _ARITHMETIC[type(node.op)]()
-            yield Site("arithmetic", node, lambda: setattr(node, "op", new))
-    elif isinstance(node, ast.BoolOp):
-        other = ast.Or() if isinstance(node.op, ast.And) else ast.And()
-        yield Site("boolean", node, lambda: setattr(node, "op", other))
-    elif isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not):
-        twice = ast.UnaryOp(ast.Not(), node.operand)
-        yield Site("boolean", node, lambda: setattr(node, "operand", twice))
-    elif isinstance(node, ast.Constant) and isinstance(node.value, bool):
-        yield Site("boolean", node, lambda: setattr(node, "value", not node.value))
-    elif isinstance(node, ast.Constant) and isinstance(node.value, int | float):
-        doubled = isinstance(node.value, float) and node.value != 0
-        value = node.value * 2 if doubled else node.value + 1
-        yield Site("constant", node, lambda: setattr(node, "value", value))
-    elif isinstance(node, ast.Return) and node.value is not None and _is_more_than_none(node.value):
-        yield Site("return None", node, lambda: setattr(node, "value", ast.Constant(None)))
-    elif isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):
-        yield Site("drop call", node, lambda: setattr(node, "value", ast.Constant(None)))
-
-
-def _setter(where: list[ast.cmpop], index: int, new: ast.cmpop) -> Callable[[], None]:
-    def change() -> None:
-        where[index] = new
-
-    return change
-
-
-def _is_text(node: ast.AST) -> bool:
-    return isinstance(node, _TEXTS) or (
-        isinstance(node, ast.Constant) and isinstance(node.value, str)
-    )
-
-
-def _is_more_than_none(node: ast.AST) -> bool:
-    return not (isinstance(node, ast.Constant) and node.value is None)
-
-
-def count_of(module: str) -> int:
-    """Return how many mutants a module has."""
-    return sum(1 for _ in sites(ast.parse(_source(module))))
-
-
-def mutant_of(module: str, number: int) -> Mutant:
-    """Return a mutant of a module ("memory/machine") by its number."""
-    source = _source(module)
-    tree = ast.parse(source)
-    site = list(sites(tree))[number]
-    line, before = getattr(site.node, "lineno", 1), _in_context(site.node)
-    site.change()
-    return Mutant(
-        module=module,
-        number=number,
-        operator=site.operator,
-        line=line,
-        text=source.splitlines()[line - 1].strip(),
-        before=before,
-        after=_in_context(site.node),
-        source=ast.unparse(ast.fix_missing_locations(tree)),
-    )
-
-
-def _source(module: str) -> str:
-    return (ROOT / "wan_core" / f"{module}.py").read_text(encoding="utf-8")
-
-
-def _in_context(node: ast.AST) -> str:
-    return " ".join(ast.unparse(node).split())[:90]
-
-
-def modules_of(package: str) -> list[str]:
-    """Return the modules of a package of wan_core, without its face."""
-    files = sorted((ROOT / "wan_core" / package).glob("*.py"))
-    return [f"{package}/{path.stem}" for path in files if path.stem != "__init__"]
-
 
 def tests_of(module: str) -> list[str]:
     """Return the test files, or tests in them, that mirror a module."""
@@ -249,71 +113,24 @@ def tests_of(module: str) -> list[str]:
     files = [
         f"tests/{file}.py{mark}{test}"
         for file, mark, test in named
-        if (ROOT / f"tests/{file}.py").is_file()
+        if (mutants.ROOT / f"tests/{file}.py").is_file()
     ]
-    folder = ROOT / "tests" / package
+    folder = mutants.ROOT / "tests" / package
     return files or [f"tests/{package}/{path.name}" for path in sorted(folder.glob("test_*.py"))]
 
 
-def choose(modules: Sequence[str], count: int | None, seed: int) -> list[Mutant]:
-    """Return ``count`` mutants of these modules (None: all), the same for the same seed."""
-    every = [(module, number) for module in modules for number in range(count_of(module))]
-    if count is not None and count < len(every):
-        every = sorted(random.Random(seed).sample(every, count))
-    return [mutant_of(module, number) for module, number in every]
+def wider_tests_of(module: str) -> list[str]:
+    """Return the test files of a module's package and of its neighbour, without those above."""
+    package = module.partition("/")[0]
+    folders = [
+        mutants.ROOT / "tests" / name for name in (package, NEIGHBOURS.get(package, package))
+    ]
+    every = [path for folder in folders for path in sorted(folder.glob("test_*.py"))]
+    files = [path.relative_to(mutants.ROOT).as_posix() for path in every]
+    return [file for file in dict.fromkeys(files) if file not in tests_of(module)]
 
 
 # ---------------------------------------------------------------------------------- runs
-
-
-class Copies:
-    """Copies of the repository for so many runs at a time, and what a run without mutant takes."""
-
-    def __init__(self, folder: Path, jobs: int, usual: float | None = None) -> None:
-        self._usual = usual
-        self._free: Queue[_Warm] = Queue()
-        self._seconds: dict[tuple[str, ...], float] = {}
-        self._measuring = threading.Lock()
-        for job in range(jobs):
-            place = folder / f"copy{job}"
-            shutil.copytree(ROOT, place, ignore=shutil.ignore_patterns(*NOT_COPIED))
-            self._free.put(_Warm(place))
-
-    def close(self) -> None:
-        """End the processes; to be called when no run is going on."""
-        while not self._free.empty():
-            self._free.get().close()
-
-    def _usual_seconds(self, warm: _Warm, tests: tuple[str, ...]) -> float:
-        """Return what tests take without a mutant; ends the program if they fail."""
-        if self._usual is not None:
-            return self._usual
-        with self._measuring:
-            if tests not in self._seconds:
-                started = time.monotonic()
-                code, output = warm.pytest(tests, 3600)
-                if code != 0:
-                    sys.exit(f"{' '.join(tests)} fail without any mutant:\n{output[-3000:]}")
-                self._seconds[tests] = time.monotonic() - started
-                print(f"{' '.join(tests)}: {self._seconds[tests]:.0f} s", flush=True)
-            return self._seconds[tests]
-
-    def try_one(self, mutant: Mutant, until: float) -> str:
-        """Return a mutant's end: "killed", "timeout", "survived", or "not run" after ``until``."""
-        tests = tuple(tests_of(mutant.module))
-        warm = self._free.get()
-        path = warm.place / "wan_core" / f"{mutant.module}.py"
-        before = path.read_bytes()
-        try:
-            if time.monotonic() > until:
-                return "not run"
-            usual = self._usual_seconds(warm, tests)
-            path.write_text(mutant.source, encoding="utf-8")
-            code, _ = warm.pytest(tests, 60 + 4 * usual)
-        finally:
-            path.write_bytes(before)
-            self._free.put(warm)
-        return "timeout" if code is None else "survived" if code == 0 else "killed"
 
 
 class _Warm:
@@ -321,21 +138,27 @@ class _Warm:
 
     def __init__(self, place: Path) -> None:
         self.place = place
-        # No byte code: two mutants of one second and size would be taken for one another.
-        variables = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+        # No byte code: two mutants of one second and size would be taken for one another. No
+        # device: many processes would share it, and the tests are those that need none.
+        variables = {
+            **os.environ, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1",
+            "CUDA_VISIBLE_DEVICES": "",
+        }  # fmt: skip
         self._process = subprocess.Popen(
             [sys.executable, str(_WARM), *LIBRARIES], cwd=place, env=variables, text=True,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
         )  # fmt: skip
 
-    def pytest(self, tests: Sequence[str], seconds: float) -> tuple[int | None, str]:
-        """Return the exit code of pytest, None if it ran out of time, and what it printed."""
-        arguments = ["-x", "-q", "-p", "no:cacheprovider", *tests, "-m", "not gpu and not slow"]
+    def pytest(
+        self, tests: Sequence[str], seconds: float, *more: str
+    ) -> tuple[int | None, list[str]]:
+        """Return pytest's exit code, None if it ran out of time, and the tests that failed."""
+        arguments = ["-q", "-p", "no:cacheprovider", *tests, "-m", "not gpu and not slow", *more]
         assert self._process.stdin is not None and self._process.stdout is not None
         self._process.stdin.write(json.dumps([str(self.place), seconds, arguments]) + "\n")
         self._process.stdin.flush()
-        code, output = json.loads(self._process.stdout.readline())
-        return code, output
+        code, _, failed = json.loads(self._process.stdout.readline())
+        return code, failed
 
     def close(self) -> None:
         assert self._process.stdin is not None
@@ -343,46 +166,151 @@ class _Warm:
         self._process.wait()
 
 
-# -------------------------------------------------------------------------------- report
+@dataclass(frozen=True)
+class _Usual:
+    """What a file of tests does without a mutant."""
+
+    seconds: float
+    without: tuple[str, ...]
+    """Arguments that leave out what fails."""
+    any_left: bool
 
 
-def report(results: Sequence[tuple[Mutant, str]], command: str, reasons: dict[str, str]) -> str:
-    """Format the outcome as a page: a row per package, and every survivor with its reason."""
-    lines = [
-        "# Mutants that tests noticed",
-        "",
-        f"Made by `{command}`. A mutant is one change in one module; the tests that mirror the",
-        "module run until one fails. What survived is listed with the reason why it may, or with",
-        "*a test is missing*.",
-        "",
-        "| package | mutants | killed | of them by time | survived | killed |",
-        "|---|---|---|---|---|---|",
-    ]
-    packages = sorted({mutant.module.partition("/")[0] for mutant, _ in results})
-    for package in [*packages, "all"]:
-        ends = [end for mutant, end in results if package in ("all", *mutant.module.split("/")[:1])]
-        late, lived = ends.count("timeout"), ends.count("survived")
-        share = f"{(len(ends) - lived) / len(ends):.0%}" if ends else "-"
-        lines.append(
-            f"| {package} | {len(ends)} | {len(ends) - lived} | {late} | {lived} | {share} |"
-        )
-    lines += ["", "| operator | mutants | survived |", "|---|---|---|"]
-    for operator in sorted({mutant.operator for mutant, _ in results}):
-        ends = [end for mutant, end in results if mutant.operator == operator]
-        lines.append(f"| {operator} | {len(ends)} | {ends.count('survived')} |")
-    lines += ["", "## Survivors", ""]
-    for mutant, end in results:
-        if end == "survived":
-            why = reasons.get(mutant.key, "*a test is missing*")
-            lines.append(
-                f"- `{mutant.module}.py:{mutant.line}`, `{mutant.text}`: `{mutant.before}` → "
-                f"`{mutant.after}` ({mutant.operator}). {why}"
+class Copies:
+    """Copies of the repository for so many runs at a time, and what runs without mutants do."""
+
+    def __init__(self, folder: Path, jobs: int) -> None:
+        self._free: Queue[_Warm] = Queue()
+        self._usual: dict[str, Future[_Usual]] = {}
+        self._lock = threading.Lock()
+        for job in range(jobs):
+            place = folder / f"copy{job}"
+            shutil.copytree(mutants.ROOT, place, ignore=shutil.ignore_patterns(*NOT_COPIED))
+            self._free.put(_Warm(place))
+
+    def close(self) -> None:
+        """End the processes; to be called when no run is going on."""
+        while not self._free.empty():
+            self._free.get().close()
+
+    @contextmanager
+    def _one(self) -> Iterator[_Warm]:
+        warm = self._free.get()
+        try:
+            yield warm
+        finally:
+            self._free.put(warm)
+
+    def usual(self, test: str, warm: _Warm) -> _Usual:
+        """Return what a test file does without a mutant; it is run the first time only."""
+        with self._lock:
+            first = test not in self._usual
+            future = self._usual.setdefault(test, Future())
+        if first:
+            try:
+                future.set_result(_without_a_mutant(test, warm))
+            except BaseException as error:
+                future.set_exception(error)
+                raise
+        return future.result()
+
+    def measure(self, test: str) -> None:
+        """Run a test file without a mutant, for ``usual``."""
+        with self._one() as warm:
+            self.usual(test, warm)
+
+    def try_one(self, mutant: Mutant, tests: Sequence[str], until: float) -> Outcome | None:
+        """Return a mutant's end, None if its turn came after ``until``."""
+        with self._one() as warm:
+            if time.monotonic() > until:
+                return None
+            started = time.monotonic()
+            path = warm.place / "wan_core" / f"{mutant.module}.py"
+            before = path.read_bytes()
+            known = [(test, self.usual(test, warm)) for test in tests]
+            left = sorted(  # The quickest first: one of them may be enough.
+                ((test, usual) for test, usual in known if usual.any_left),
+                key=lambda one: one[1].seconds,
             )
-    return "\n".join(lines) + "\n"
+            end, by = "untested", ""
+            try:
+                path.write_text(mutant.source, encoding="utf-8")
+                if left:
+                    limit = 30 + 4 * sum(usual.seconds for _, usual in left)
+                    without = [argument for _, usual in left for argument in usual.without]
+                    names = [test for test, _ in left]
+                    code, failed = warm.pytest(names, limit, "-x", *without)
+                    by = failed[0] if failed else ""
+                    end = "timeout" if code is None else "survived" if code == 0 else "killed"
+            finally:
+                path.write_bytes(before)
+        return Outcome.of(mutant, end, by, time.monotonic() - started)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Try the mutants, print each survivor and the table; returns 0 whatever survived."""
+def _without_a_mutant(test: str, warm: _Warm) -> _Usual:
+    """Run one test file, and say what of it is to be left out."""
+    started = time.monotonic()
+    code, failed = warm.pytest([test], 600)
+    seconds = time.monotonic() - started
+    without = tuple(f"--deselect={name}" for name in failed)
+    # 5: nothing was collected; 2 and others: the file could not be read, or pytest ended early.
+    left = code == 0 or (code == 1 and warm.pytest([test], 600, *without)[0] == 0)
+    word = "passes" if code == 0 else f"without {len(failed)}" if left else "is left out"
+    print(f"{test} {word}: {seconds:.0f} s {' '.join(failed)}", flush=True)
+    return _Usual(seconds, without if left else (), left)
+
+
+def run(chosen: Sequence[Mutant], given: argparse.Namespace, kept: Path | None) -> list[Outcome]:
+    """Try mutants, ``given.jobs`` at a time; each end is printed and added to the file ``kept``."""
+    until = time.monotonic() + 60 * given.minutes
+    tests = {
+        module: tests_of(module) + (wider_tests_of(module) if given.wider else [])
+        for module in {mutant.module for mutant in chosen}
+    }
+    every = dict.fromkeys(test for mutant in chosen for test in tests[mutant.module])
+    with tempfile.TemporaryDirectory() as folder:
+        copies = Copies(Path(folder), given.jobs)
+        with ThreadPoolExecutor(max_workers=given.jobs) as pool:
+            if given.minutes > 0:
+                list(pool.map(copies.measure, every))
+            ends = pool.map(lambda one: copies.try_one(one, tests[one.module], until), chosen)
+            outcomes = list(_kept(ends, kept))
+        copies.close()
+    return outcomes
+
+
+def _kept(ends: Iterable[Outcome | None], path: Path | None) -> Iterator[Outcome]:
+    for outcome in ends:
+        if outcome is None:
+            continue
+        print(outcome.printed(), flush=True)
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("a", encoding="utf-8") as file:
+                file.write(outcome.json() + "\n")
+        yield outcome
+
+
+# --------------------------------------------------------------------------- command line
+
+
+def _chosen(given: argparse.Namespace, known: Sequence[Outcome]) -> list[Mutant]:
+    """Return the mutants to try, in random order, so that those with time are a sample of all."""
+    if given.again:
+        lived = [outcome for outcome in known if outcome.end == "survived"]
+        again = [(outcome, mutant_like(outcome.module, outcome.key)) for outcome in lived]
+        chosen = [outcome.again(mutant) for outcome, mutant in again if mutant is not None]
+    else:
+        modules = [*given.modules, *(m for package in given.packages for m in modules_of(package))]
+        chosen = choose(modules, given.count, given.seed)
+    random.Random(given.seed).shuffle(chosen)
+    number, _, shards = given.shard.partition("/")
+    chosen = chosen[int(number) - 1 :: int(shards)]
+    done = set() if given.again else {outcome.id for outcome in known}
+    return [mutant for mutant in chosen if mutant.id not in done]
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--packages", nargs="+", default=[], choices=PACKAGES)
     parser.add_argument("--modules", nargs="+", default=[], help='such as "memory/machine"')
@@ -390,41 +318,57 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--jobs", type=int, default=1, help="how many at a time")
     parser.add_argument("--minutes", type=float, default=math.inf, help="begin none after these")
-    parser.add_argument(
-        "--usual",
-        type=float,
-        help="the tests are known to pass within so many seconds: do not run them without a mutant",
-    )
+    parser.add_argument("--shard", default="1/1", help="of N equal shares the Ith: I/N")
+    parser.add_argument("--results", type=Path, help="a folder to keep every end in, and to go on")
+    parser.add_argument("--again", action="store_true", help="try the survivors in --results")
+    parser.add_argument("--wider", action="store_true", help="with more tests than mirror a module")
+    parser.add_argument("--merge", action="store_true", help="try none: the table of --results")
     parser.add_argument("--write", action="store_true", help=f"write {REPORT}")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Try the mutants, print each end and the table; returns 0 whatever survived."""
+    parser = _parser()
     given = parser.parse_args(arguments)
-    modules = [*given.modules, *(m for package in given.packages for m in modules_of(package))]
-    if not modules:
-        parser.error("name --packages or --modules")
-    chosen = choose(modules, given.count, given.seed)
-    with tempfile.TemporaryDirectory() as folder:
-        copies = Copies(Path(folder), given.jobs, given.usual)
-        until = time.monotonic() + 60 * given.minutes
-        # In random order, so that those for which there is time are a sample of all.
-        random.Random(given.seed).shuffle(chosen)
-        with ThreadPoolExecutor(max_workers=given.jobs) as pool:
-            results = []
-            for mutant, end in zip(
-                chosen, pool.map(lambda one: copies.try_one(one, until), chosen), strict=True
-            ):
-                if end != "not run":
-                    results.append((mutant, end))
-                    where = f"{mutant.module}.py:{mutant.line}"
-                    print(f"{end:8} {where} {mutant.before} -> {mutant.after}", flush=True)
-        copies.close()
-    results.sort(key=lambda result: (result[0].module, result[0].number))
+    if not (given.modules or given.packages or given.again or given.merge):
+        parser.error("name --packages or --modules, or --again or --merge with --results")
+    if (given.again or given.merge) and given.results is None:
+        parser.error("--again and --merge need --results")
     words = " ".join(sys.argv[1:] if arguments is None else arguments)
-    known = ROOT / REASONS
-    reasons = json.loads(known.read_text(encoding="utf-8")) if known.is_file() else {}
-    page = report(results, f"python -m tools.mutate {words}", reasons)
+    known = read_outcomes(given.results) if given.results else []
+    if not given.merge:
+        kept: Path | None = None
+        if given.results:
+            kept = given.results / f"{time.time_ns()}.jsonl"
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            kept.with_suffix(".txt").write_text(_facts(words), encoding="utf-8")
+        found = run(_chosen(given, known), given, kept)
+        known = read_outcomes(given.results) if given.results else found
+    page = report(known, f"python -m tools.mutate {words}", _reasons())
     print(page)
     if given.write:
-        (ROOT / REPORT).write_text(page, encoding="utf-8")
+        (mutants.ROOT / REPORT).write_text(page, encoding="utf-8")
     return 0
+
+
+def _reasons() -> dict[str, str]:
+    path = mutants.ROOT / REASONS
+    found: dict[str, Any] = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+    return found
+
+
+def _facts(words: str) -> str:
+    """Return what a run was made with."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    lines = [f"python -m tools.mutate {words}", f"Python {sys.version.split()[0]}"]
+    for name in ("torch", "diffusers", "transformers", "pytest"):
+        try:
+            lines.append(f"{name} {version(name)}")
+        except PackageNotFoundError:
+            lines.append(f"{name} is not installed")
+    return "\n".join([*lines, f"{os.cpu_count()} processors"]) + "\n"
 
 
 if __name__ == "__main__":

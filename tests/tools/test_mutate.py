@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from tools import mutate
-from tools.mutate import MIRRORS, PACKAGES, choose, modules_of, sites
+from tools import mutants, mutate
+from tools.mutants import choose, modules_of, mutant_like, mutant_of, sites
+from tools.mutate import MIRRORS, PACKAGES, wider_tests_of
 from tools.mutate import tests_of as files_of
 
 CHANGES = [
@@ -37,6 +38,7 @@ ALONE = [
     "'a' + b",
     "[a] + b",
     "def f():\n    return None",
+    "_log.info('%s', 1)",
     "@cache(maxsize=5)\ndef f(a: Literal[1]) -> Literal[2]:\n    '''Text.'''",
 ]
 
@@ -63,7 +65,7 @@ def test_what_makes_no_difference_is_left_alone(code: str) -> None:
 
 def test_every_mutant_is_another_program() -> None:
     for mutant in choose(["memory/choices", "plan/fits"], None, 0):
-        original = ast.unparse(ast.parse(mutate._source(mutant.module)))
+        original = ast.unparse(ast.parse(mutants._source(mutant.module)))
         assert mutant.source != original
         assert mutant.before != mutant.after
         compile(mutant.source, mutant.module, "exec")
@@ -81,8 +83,11 @@ def test_every_module_has_tests() -> None:
     assert set(MIRRORS) <= set(known)
     for module in known:
         files = files_of(module)
-        assert files and all((mutate.ROOT / path.partition("::")[0]).is_file() for path in files)
+        assert files and all((mutants.ROOT / path.partition("::")[0]).is_file() for path in files)
     assert files_of("memory/machine") == ["tests/memory/test_machine.py"]
+    wider = wider_tests_of("memory/machine")
+    assert "tests/plan/test_ladder.py" in wider and "tests/memory/test_stages.py" in wider
+    assert "tests/memory/test_machine.py" not in wider
 
 
 MODULE = """
@@ -118,37 +123,48 @@ def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     }.items():
         (root / path).parent.mkdir(parents=True, exist_ok=True)
         (root / path).write_text(text)
-    monkeypatch.setattr(mutate, "ROOT", root)
+    monkeypatch.setattr(mutants, "ROOT", root)
     monkeypatch.setattr(mutate, "LIBRARIES", ("pytest",))
     return root
 
 
-def test_killed_survived_and_endless(
-    small: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def limited(warm: Any, tests: Any, seconds: float) -> tuple[int | None, str]:
-        return original(warm, tests, 5)
+ENDS = {
+    "a > b -> a >= b": "survived",
+    "return a if a > b else b -> return None": "killed",
+    "True -> False": "timeout",
+    "not done -> not not done": "timeout",
+    "time.sleep(0.05) -> None": "survived",
+    "0.05 -> 0.1": "survived",
+}
 
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No run of pytest gets more than two seconds."""
     original = mutate._Warm.pytest
+
+    def limited(warm: Any, tests: Any, seconds: float, *more: str) -> Any:
+        return original(warm, tests, 2, *more)
+
     monkeypatch.setattr(mutate._Warm, "pytest", limited)
+
+
+def ends_of(printed: str) -> dict[str, str]:
+    words = ("killed", "survived", "timeout", "untested")
+    lines = [line.split("  by ")[0] for line in printed.splitlines() if line.startswith(words)]
+    return {line.split(maxsplit=2)[2]: line.split()[0] for line in lines}
+
+
+def test_killed_survived_and_endless(
+    small: Path, impatient: None, capsys: pytest.CaptureFixture[str]
+) -> None:
     key = "memory/thing: return a if a > b else b: a > b -> a >= b"
     (small / "benchmarks/mutation_reasons.json").write_text(f'{{"{key}": "Equal is equal."}}')
     arguments = ["--modules", "memory/thing", "--jobs", "2", "--write"]
     assert mutate.main(arguments) == 0
     printed = capsys.readouterr().out
-    ends = {
-        line.split(maxsplit=2)[2]: line.split()[0]
-        for line in printed.splitlines()
-        if line.startswith(("killed", "survived", "timeout"))
-    }
-    assert ends == {
-        "a > b -> a >= b": "survived",
-        "return a if a > b else b -> return None": "killed",
-        "True -> False": "timeout",
-        "not done -> not not done": "timeout",
-        "time.sleep(0.05) -> None": "survived",
-        "0.05 -> 0.1": "survived",
-    }
+    assert ends_of(printed) == ENDS
+    assert "-> return None  by tests/memory/test_thing.py::test_larger" in printed
     page = (small / "benchmarks/mutation.md").read_text()
     assert "| memory | 6 | 3 | 2 | 3 | 50% |" in page
     assert "`return a if a > b else b`: `a > b` → `a >= b` (compare). Equal is equal." in page
@@ -157,10 +173,50 @@ def test_killed_survived_and_endless(
     assert (small / "wan_core/memory/thing.py").read_text() == MODULE, "only copies are changed"
 
 
-def test_tests_that_fail_anyway_tell_nothing(small: Path) -> None:
-    (small / "tests/memory/test_thing.py").write_text("def test(): assert 0")
-    with pytest.raises(SystemExit, match="fail without any mutant"):
-        mutate.main(["--modules", "memory/thing"])
+def test_shards_are_kept_gone_on_with_and_merged(
+    small: Path, impatient: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kept = ["--results", str(small / "kept")]
+    for shard, count in (("1/2", 3), ("2/2", 3), ("1/2", 0)):
+        mutate.main(["--modules", "memory/thing", "--shard", shard, "--jobs", "2", *kept])
+        assert len(ends_of(capsys.readouterr().out)) == count
+    # A test more, in a file that does not mirror the module, and the module has moved on.
+    (small / "tests/memory/test_equal.py").write_text(
+        "from wan_core.memory import thing\ndef test(): assert thing.larger(1, 1.0) == 1 and "
+        "type(thing.larger(1, 1.0)) is float"
+    )
+    (small / "wan_core/memory/thing.py").write_text("# A line more.\n" + MODULE)
+    mutate.main(["--again", *kept])
+    assert set(ends_of(capsys.readouterr().out).values()) == {"survived"}
+    mutate.main(["--again", "--wider", *kept])
+    again = ends_of(capsys.readouterr().out)
+    assert again.pop("a > b -> a >= b") == "killed" and set(again.values()) == {"survived"}
+    mutate.main(["--merge", "--write", *kept])
+    assert "| all | 6 | 4 | 2 | 2 | 67% |" in (small / "benchmarks/mutation.md").read_text()
+
+
+def test_only_a_test_that_passes_otherwise_can_kill(
+    small: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    thing = small / "tests/memory/test_thing.py"
+    thing.write_text(TESTS + "\ndef test_absent(): import no_such_library\n")
+    number = next(n for n in range(6) if mutant_of("memory/thing", n).operator == "return None")
+    mutant = mutant_of("memory/thing", number)
+    assert mutant_like(mutant.module, mutant.key) == mutant
+
+    def end() -> str:
+        copies = mutate.Copies(small.parent / f"copies{len(list(small.parent.iterdir()))}", 1)
+        outcome = copies.try_one(mutant, files_of("memory/thing"), float("inf"))
+        copies.close()
+        assert outcome is not None
+        return outcome.end
+
+    assert end() == "killed"
+    thing.write_text("def test(): assert 0")
+    assert end() == "untested"
+    thing.write_text("import no_such_library")
+    assert end() == "untested"
+    assert "is left out" in capsys.readouterr().out
 
 
 def test_none_is_begun_after_the_time_is_up(
