@@ -66,12 +66,12 @@ LIBRARIES: tuple[str, ...] = (
 _WARM = Path(__file__).with_name("warm_tests.py")
 
 MIRRORS: dict[str, tuple[str, ...]] = {
-    "loading/blueprint": ("loading/test_component", "loading/test_dtypes"),
+    "loading/blueprint": ("loading/test_blueprint", "loading/test_component"),
     "loading/dequantize_kernels": ("loading/test_dequantize", "loading/test_gguf"),
     "loading/mapped": ("loading/test_mapped", "loading/test_component"),
-    "loading/moving": ("placing/test_offload", "placing/test_streaming", "loading/test_cache"),
-    "loading/page_lock": ("placing/test_streaming",),
-    "loading/quantized": ("loading/test_dequantize", "loading/test_gguf"),
+    "loading/moving": ("placing/test_transport", "placing/test_offload", "placing/test_streaming"),
+    "loading/page_lock": ("loading/test_page_lock", "placing/test_streaming"),
+    "loading/quantized": ("loading/test_quantized", "loading/test_dequantize", "loading/test_gguf"),
     "loading/reader": (
         "loading/test_component",
         "loading/test_dtypes",
@@ -80,7 +80,7 @@ MIRRORS: dict[str, tuple[str, ...]] = {
     ),
     "placing/buffers": ("placing/test_streaming",),
     "placing/manager": ("placing/test_applied", "plan/test_manager"),
-    "placing/transport": ("placing/test_streaming",),
+    "placing/transport": ("placing/test_transport", "placing/test_streaming"),
     "memory/choices": ("memory/test_stages", "plan/test_ladder", "memory/test_forward"),
     "memory/forward_lean": ("memory/test_forward", "memory/test_vace"),
     "memory/stages": (

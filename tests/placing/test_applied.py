@@ -12,11 +12,12 @@ from typing import Any
 import pytest
 import torch
 from support.machines import architecture, gpu
-from support.tiny_models import make_folder
+from support.tiny_models import make_folder, make_transformer
 
 from wan_core import OptimizationManager, WanPipelineLoader
 from wan_core.errors import InvalidRequest
 from wan_core.memory.stages import Workload
+from wan_core.placing import applied
 from wan_core.placing.streaming import stream_blocks
 from wan_core.plan.plan import OptimizationPlan
 from wan_core.render.diffusers_pipeline import PipelineManager
@@ -89,6 +90,37 @@ def test_what_cannot_be_put_on_is_said(folder: Path) -> None:
         assert missed is not None and "training mode" in missed
     with pytest.raises(InvalidRequest, match=r"component is 'unet'; the plan has"):
         manager.apply_memory_optimizations(pipeline.transformer, plan(), "unet")
+
+
+HINTS: list[tuple[dict[str, Any], list[str]]] = [
+    ({"lean": False}, ["hints_in_turn"]),
+    ({"lean": True}, ["lean_forward"]),
+    ({"lean": False, "hints_in_turn": False}, []),
+    ({"lean": False, "part_offload": {"transformer": "group"}}, []),
+]
+
+
+@pytest.mark.parametrize(("choices", "expected"), HINTS)
+def test_hints_of_vace_take_turns_where_the_plan_counts_on_it(
+    monkeypatch: pytest.MonkeyPatch, choices: dict[str, Any], expected: list[str]
+) -> None:
+    """Not where the plan has counted all hints at once."""
+    attached: list[str] = []
+    for name in ("hints_in_turn", "lean_forward"):
+        original = getattr(applied, name)
+
+        def attach(model: Any, name: str = name, original: Any = original, **more: Any) -> Any:
+            attached.append(name)
+            return original(model, **more)
+
+        monkeypatch.setattr(applied, name, attach)
+    model = make_transformer("wan2.1-vace")
+    with OptimizationManager().apply_memory_optimizations(model, plan(**choices)) as missed:
+        assert missed is None
+    assert attached == expected
+    vae = plan(**{**choices, "part_offload": {}})
+    with OptimizationManager().apply_memory_optimizations(torch.nn.Linear(1, 1), vae, "vae"):
+        assert attached == expected, "only transformers have hints"
 
 
 def test_fp8_storage_is_kept_apart_in_the_cache(folder: Path) -> None:

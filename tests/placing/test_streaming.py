@@ -22,10 +22,16 @@ from wan_core import GenerationConfig, WanPipelineLoader
 from wan_core.errors import InvalidRequest
 from wan_core.forward.transformer import hints_in_turn, lean_forward, run_together
 from wan_core.loading import page_lock
-from wan_core.loading.page_lock import pin_block, pinned_bytes, room_to_pin, unpin
+from wan_core.loading.page_lock import (
+    all_pinned_bytes,
+    pin_block,
+    pinned_bytes,
+    room_to_pin,
+    unpin,
+)
 from wan_core.placing.buffers import BufferSchedule, spread
 from wan_core.placing.offload import block_hooks, place
-from wan_core.placing.streaming import blocks_of, pin_ahead, stream_blocks
+from wan_core.placing.streaming import _pin, blocks_of, pin_ahead, stream_blocks
 from wan_core.placing.transport import Block, DirectTransport
 
 LAYERS = 5
@@ -437,6 +443,35 @@ def test_the_budget_is_the_whole_process_s(lockable: list[int]) -> None:
     assert room_to_pin(low, 99 * size, 6 * size) == 5 * size
     assert slabs[0] is not None and slabs[0].pinned
     assert room_to_pin(high, 4 * size, 6 * size) == 6 * size  # one's own do not count
+
+
+@pytest.mark.parametrize("room", [0, 0.9, 1, 2.5, 4, 99])
+def test_as_many_blocks_are_locked_as_the_budget_holds(lockable: list[int], room: float) -> None:
+    model, _, _ = small(5)
+    before = all_pinned_bytes()
+    size = max(Block(block).nbytes for block in model.blocks)
+    schedule = BufferSchedule(5, 1, 2)
+    blocks = [Block(block) for block in model.blocks]
+    slabs = _pin(list(model.blocks), blocks, schedule, before + int(room * size))
+    assert len(slabs) == min(int(room), 4)
+    # Evenly over those that are streamed, so that slow copies and fast ones take turns.
+    chosen = [schedule.streamed.index(index) for index in slabs]
+    assert chosen == list(spread(4, len(slabs)))
+    assert all(slab.pinned and slab.users == 0 for slab in slabs.values())
+    assert len(lockable) == len(slabs)
+
+
+def test_pinning_stops_when_told_or_refused(
+    lockable: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, _, _ = small(5)
+    numbers = list(model.blocks), [Block(b) for b in model.blocks], BufferSchedule(5, 1, 2), 1 << 40
+    stop = threading.Event()
+    stop.set()
+    assert _pin(*numbers, stop) == {} == dict.fromkeys(lockable)
+    register = page_lock._register
+    monkeypatch.setattr(page_lock, "_register", lambda memory: not lockable and register(memory))
+    assert len(_pin(*numbers)) == 1 == len(lockable)
 
 
 def test_pinning_ahead_of_the_turn(lockable: list[int]) -> None:

@@ -1,0 +1,182 @@
+"""Copies to a device in every order that CUDA allows: each block computes with its own bytes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from support.fake_cuda import DeviceMemory, FakeCuda, wiped
+from torch import Tensor, nn
+
+from wan_core.loading import Slab, moving, page_lock
+from wan_core.placing import transport
+from wan_core.placing.buffers import BufferSchedule
+from wan_core.placing.transport import Block, CudaTransport
+
+DEVICE = torch.device("cuda:0")
+
+
+@pytest.fixture(params=["compute", "copy", ""], ids=["compute late", "copy late", "at once"])
+def cuda(request: Any, monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
+    fake = FakeCuda(request.param)
+    monkeypatch.setattr(transport, "_cuda", fake)
+    for name in ("Stream", "current_stream", "device", "stream"):
+        monkeypatch.setattr(torch.cuda, name, getattr(fake, name))
+    return fake
+
+
+@pytest.fixture
+def locked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    now: list[int] = []
+    monkeypatch.setattr(page_lock, "_register", lambda memory: now.append(memory.numel()) or True)
+    monkeypatch.setattr(page_lock, "_unregister", lambda address: now.pop())
+    return now
+
+
+def model_of(count: int) -> list[nn.Module]:
+    """Blocks of three sizes, each full of its own number."""
+    made = [nn.Linear(4 + 60 * (i % 3), 8) for i in range(count)]
+    for number, block in enumerate(made):
+        for parameter in block.parameters():
+            nn.init.constant_(parameter, number + 1)
+    return list(made)
+
+
+def slabs_of(blocks: list[Block], which: range) -> dict[int, Slab]:
+    slabs = {}
+    for index in which:
+        slabs[index] = Slab(blocks[index].nbytes)
+        blocks[index].gather(slabs[index].memory)
+    return slabs
+
+
+@pytest.mark.parametrize("buffers", [1, 2, 3])
+@pytest.mark.parametrize("resident", [0, 2])
+@pytest.mark.parametrize(
+    "pinned", [range(0), range(0, 7, 2), range(7)], ids=["none", "half", "all"]
+)
+def test_each_block_computes_with_its_own_bytes(
+    cuda: FakeCuda, locked: list[int], buffers: int, resident: int, pinned: range
+) -> None:
+    blocks = [Block(module) for module in model_of(7)]
+    schedule = BufferSchedule(7, resident, buffers)
+    size = max(block.nbytes for block in blocks)
+    memory = [wiped(size) for _ in range(schedule.buffers)]
+    device: Any = [DeviceMemory(cuda, one) for one in memory]
+    slabs = {i: slab for i, slab in slabs_of(blocks, pinned).items() if i in schedule.streamed}
+    sent = CudaTransport(blocks, device, slabs, DEVICE, schedule.streamed)
+    unpinned = [blocks[i].nbytes for i in schedule.streamed if i not in slabs]
+    assert locked == [max(unpinned)] * 2 if unpinned else not locked
+    found: list[tuple[int, bool]] = []
+
+    def compute(index: int, buffer: int) -> None:
+        views = blocks[index].views(memory[buffer])
+        right = zip(views, blocks[index].home, strict=True)
+        found.append((index, all(torch.equal(a, b) for a, b in right)))
+
+    for load in schedule.start():
+        sent.load(load.block, load.buffer)
+    for _ in range(2):
+        for index in range(7):
+            turn = schedule.turn(index)
+            for buffer in turn.free:
+                sent.free(buffer)
+            for load in turn.loads:
+                sent.load(load.block, load.buffer)
+            if turn.use is not None:
+                sent.ready(index, turn.use)
+                cuda.compute.add(lambda index=index, use=turn.use: compute(index, use))  # type: ignore[misc]
+    sent.close()
+    assert not cuda.streams[-1].work, "copies go on after the end"
+    cuda.compute.synchronize()
+    assert found == [(index, True) for index in schedule.streamed] * 2
+    if sent._worker is not None:
+        assert sent._worker._shutdown
+
+
+def test_a_load_that_was_given_up_does_not_overwrite_the_next(
+    cuda: FakeCuda, locked: list[int]
+) -> None:
+    """After an interrupt, the copy of before may still wait in the worker."""
+    blocks = [Block(module) for module in model_of(4)]
+    memory = wiped(max(block.nbytes for block in blocks))
+    device: Any = [DeviceMemory(cuda, memory)]
+    sent = CudaTransport(blocks, device, {}, DEVICE, (0, 1, 2, 3))
+    for block in (3, 2, 1):
+        sent.load(block, 0)
+    sent.ready(1, 0)
+    right = zip(blocks[1].views(memory), blocks[1].home, strict=True)
+    found: list[bool] = []
+    cuda.compute.add(lambda: found.extend(torch.equal(a, b) for a, b in right))
+    sent.close()
+    cuda.compute.synchronize()
+    assert found == [True, True]
+
+
+def test_what_the_worker_raises_is_raised_where_the_block_is_waited_for(
+    cuda: FakeCuda, locked: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blocks = [Block(module) for module in model_of(2)]
+    device: Any = [DeviceMemory(cuda, wiped(blocks[1].nbytes)) for _ in range(2)]
+    sent = CudaTransport(blocks, device, {}, DEVICE, (0, 1))
+
+    def fail(slab: Tensor) -> None:
+        raise OSError("the disk is gone")
+
+    monkeypatch.setattr(blocks[0], "gather", fail)
+    for _ in range(3):  # more often than there are bounce slabs: each is given back
+        sent.load(0, 0)
+        with pytest.raises(OSError, match="the disk is gone"):
+            sent.ready(0, 0)
+    sent.load(1, 1)
+    sent.ready(1, 1)
+    sent.close()
+
+
+@pytest.mark.parametrize("sizes", [[40], [7, 64, 0, 129], [33] * 9])
+def test_the_ring_carries_every_byte(
+    cuda: FakeCuda, locked: list[int], monkeypatch: pytest.MonkeyPatch, sizes: list[int]
+) -> None:
+    monkeypatch.setattr(moving, "_PIECE", 32)
+    sources = [torch.randint(0, 255, (size,), dtype=torch.uint8) for size in sizes]
+    targets = [wiped(size) for size in sizes]
+    pieces: Any = [
+        (source[start : start + 32], DeviceMemory(cuda, target[start : start + 32]))
+        for source, target in zip(sources, targets, strict=True)
+        for start in range(0, len(source), 32)
+    ]
+    before: list[str] = []
+    cuda.compute.add(lambda: before.append("computed"))
+    ring = moving._Ring(DEVICE)
+    assert locked == [32] * 4
+    ring.carry(pieces, lambda: None)
+    assert locked == []
+    cuda.compute.synchronize()
+    assert before == ["computed"]
+    for source, target in zip(sources, targets, strict=True):
+        assert torch.equal(source, target)
+
+
+def test_a_ring_is_stopped_by_what_is_asked_meanwhile(
+    cuda: FakeCuda, locked: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(moving, "_PIECE", 8)
+    entered: list[int] = []
+
+    class Slow(DeviceMemory):
+        def copy_(self, source: Tensor, non_blocking: bool = False) -> None:
+            entered.append(1)
+            torch.ones(1).sum()
+            import time
+
+            time.sleep(0.1)
+
+    def stop() -> None:
+        if entered:
+            raise KeyboardInterrupt
+
+    pieces: Any = [(torch.zeros(8, dtype=torch.uint8), Slow(cuda, wiped(8))) for _ in range(60)]
+    with pytest.raises(KeyboardInterrupt):
+        moving._Ring(DEVICE).carry(pieces, stop)
+    assert locked == [] and len(entered) < 60
