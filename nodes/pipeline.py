@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..wan_core.config import WanLoRA, WanModelFiles
+from ..wan_core.config import WanLoRA, WanModelFiles, demo_model
 from ..wan_core.errors import InvalidRequest
 from .lease import WeightsLease, loaded_bytes
 
@@ -23,8 +23,11 @@ if TYPE_CHECKING:
 INDEX = "model_index.json"
 NOTHING_FOUND = "(no model found)"
 _DEPTH = 2  # a model is a folder "name", or "organisation/name" as on model hubs
-_DEMO_FOLDER = Path(__file__).resolve().parent.parent / "wan_core" / "demo_model"
-_DEMOS = {"WanFit demo (text to video)": "t2v", "WanFit demo (image to video)": "i2v"}
+_DEMOS = {
+    "WanFit demo (text to video)": "t2v",
+    "WanFit demo (image to video)": "i2v",
+    "WanFit demo (VACE)": "vace",
+}
 
 
 @dataclass(frozen=True, repr=False)
@@ -100,8 +103,8 @@ def list_models(roots: Iterable[Path]) -> list[str]:
     return sorted(names, key=str.lower) + [name for name in _DEMOS if _demo(name) is not None]
 
 
-def find_model(name: str, roots: Sequence[Path], *, field: str = "model") -> Path:
-    """Return the folder of the model called ``name``.
+def find_model(name: str, roots: Sequence[Path], *, field: str = "model") -> Path | WanModelFiles:
+    """Return the folder of the model called ``name``; of a demo in several places, its files.
 
     Raises InvalidRequest that names ``field``, where the folder belongs and which models exist.
     """
@@ -173,9 +176,14 @@ def named_file(files: Mapping[str, Path], name: str) -> Path | None:
     return files.get(name) or files.get(portable(name))
 
 
-def _demo(name: str) -> Path | None:
-    folder = _DEMO_FOLDER / _DEMOS[name] if name in _DEMOS else None
-    return folder if folder is not None and (folder / INDEX).is_file() else None
+def _demo(name: str) -> Path | WanModelFiles | None:
+    """Return a bundled demo model, None where it was left out of an installation."""
+    if name not in _DEMOS:
+        return None
+    source = demo_model(_DEMOS[name])
+    if isinstance(source, WanModelFiles):
+        return source if Path(source.vace or "").is_file() else None
+    return source if (source / INDEX).is_file() else None
 
 
 def _model_folders(root: Path, depth: int = _DEPTH) -> Iterator[Path]:

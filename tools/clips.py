@@ -162,25 +162,44 @@ def shape_distance(
     return circle, square, triangle
 
 
-def render(scenes: Scenes, frames: int = FRAMES) -> torch.Tensor:
-    """Draw scenes with antialiased edges: float32 (N, 3, frames, SIZE, SIZE) in 0..1."""
+def centres(scenes: Scenes, frames: int = FRAMES) -> torch.Tensor:
+    """Return where each scene's shape is, (N, frames, 2) as x and y in pixels, not yet wrapped."""
     device = scenes.start.device
     headings = torch.tensor(list(DIRECTIONS.values()), device=device, dtype=torch.float32)
     time = torch.arange(frames, device=device, dtype=torch.float32)
     velocity = headings[scenes.direction] * scenes.speed[:, None]
-    centre = scenes.start[:, None] + velocity[:, None] * time[None, :, None]
-    pixel = torch.arange(SIZE, device=device, dtype=torch.float32) + 0.5
+    return scenes.start[:, None] + velocity[:, None] * time[None, :, None]
+
+
+def distances(scenes: Scenes, centre: torch.Tensor) -> torch.Tensor:
+    """Return each pixel's signed distance to its scene's shape, (N, 1, frames, SIZE, SIZE).
+
+    ``centre`` (N, frames, 2) says where the shape is; distances are those on the torus.
+    """
+    pixel = torch.arange(SIZE, device=centre.device, dtype=torch.float32) + 0.5
 
     def offset(axis: int) -> torch.Tensor:
         raw = pixel[None, None] - centre[:, :, axis, None]
         return torch.remainder(raw + SIZE / 2, SIZE) - SIZE / 2
 
     x, y = offset(0)[:, :, None, :], offset(1)[:, :, :, None]
-    distances = torch.stack(
+    each = torch.stack(
         torch.broadcast_tensors(*shape_distance(x, y, scenes.radius[:, None, None, None])), 1
     )
-    chosen = scenes.shape[:, None, None, None, None].expand(-1, 1, *distances.shape[2:])
-    cover = (0.5 - distances.gather(1, chosen)).clamp(0, 1)
+    chosen = scenes.shape[:, None, None, None, None].expand(-1, 1, *each.shape[2:])
+    return each.gather(1, chosen)
+
+
+def render(
+    scenes: Scenes, frames: int = FRAMES, centre: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Draw scenes with antialiased edges: float32 (N, 3, frames, SIZE, SIZE) in 0..1.
+
+    ``centre`` (N, frames, 2) leads the shapes along other ways than their scenes'.
+    """
+    device = scenes.start.device
+    centre = centres(scenes, frames) if centre is None else centre
+    cover = (0.5 - distances(scenes, centre)).clamp(0, 1)
     colours = torch.tensor(list(COLOURS.values()), device=device)[scenes.colour]
     backgrounds = torch.tensor(list(BACKGROUNDS.values()), device=device)[scenes.background]
     ramp = 1 + GRADIENT * torch.linspace(1, -1, SIZE, device=device)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from .arguments import add_control, add_job, add_plan, add_size
-from .config import MIB, GenerationConfig, WanControl
+from .config import MIB, GenerationConfig, WanControl, demo_model
 from .errors import InvalidRequest, WanError
 from .files import decode_text
 from .job import MOST_FRAMES
@@ -388,7 +388,7 @@ def _demo(arguments: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     from .files import atomic_path
     from .render import WanPipelineLoader, contact_sheet
 
-    wrapper = WanPipelineLoader().load_wan_pipeline(demo_model_path())
+    wrapper = WanPipelineLoader().load_wan_pipeline(demo_model())
     defaults = wrapper.architecture.variant.defaults
     job = GenerationConfig(
         prompt=arguments.prompt,
@@ -404,11 +404,6 @@ def _demo(arguments: argparse.Namespace) -> tuple[str, dict[str, Any]]:
         contact_sheet(result.frames).save(temporary, format="PNG")
     report = f"{wrapper.report(result)}\nframes side by side: {sheet}"
     return report, result.to_dict() | {"contact_sheet": str(sheet)}
-
-
-def demo_model_path(kind: str = "t2v") -> Path:
-    """Return the folder of the small model that ships with the package, "t2v" or "i2v"."""
-    return Path(__file__).parent / "demo_model" / kind
 
 
 if __name__ == "__main__":

@@ -98,6 +98,27 @@ class WanModelFiles:
     vace_2: str | Path | None = None
 
 
+DEMO_KINDS = ("t2v", "i2v", "vace")
+"""The small models that ship along: text to video, image to video, and text to video with VACE."""
+
+
+def demo_model(kind: str = "t2v") -> Path | WanModelFiles:
+    """Return a small model that ships along, as ``load_wan_pipeline`` takes it.
+
+    VACE is two modules beside the text-to-video model, one for each expert. Nothing is opened.
+    """
+    folder = Path(__file__).parent / "demo_model"
+    if kind != "vace":
+        return folder / kind
+    base, modules = folder / "t2v", folder / "vace"
+    return WanModelFiles(
+        transformer=base / "transformer", transformer_2=base / "transformer_2", vae=base / "vae",
+        text_encoder=base / "text_encoder", tokenizer=base / "tokenizer",
+        vace=modules / "wan_demo_vace_module_high_noise.safetensors",
+        vace_2=modules / "wan_demo_vace_module_low_noise.safetensors",
+    )  # fmt: skip
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class WanControl:
     """What guides a clip besides its texts: pictures, masks, a camera, tracks.

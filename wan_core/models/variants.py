@@ -391,6 +391,13 @@ _ALL: Final = (
         note="Ships with WanFit: 64x64 pixels, coloured shapes; the structure of wan2.2-i2v-a14b.",
     ),
     Variant(
+        name="wanfit-demo-vace", title="WanFit demo, VACE (two small experts)", experts=2,
+        transformer=_vace_shape(_T_DEMO, 1), **_VACE, defaults=replace(
+            _D_T2V_A14B, guidance_scale=2.0, guidance_scale_2=1.5, **_DEMO_SIZE
+        ),
+        note="wanfit-demo-t2v with its VACE modules; the structure of wan2.2-vace-fun-a14b.",
+    ),
+    Variant(
         name="wan2.1-humo-17b", title="HuMo (audio and reference to video)",
         transformer=replace(_T_14B, in_channels=36), defaults=_D_T2V_14B, **_NO_CLASS,
     ),

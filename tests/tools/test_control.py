@@ -1,0 +1,191 @@
+"""Lessons for VACE are encoded as wan_core does it, and the judge tells who disobeys a control."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from tools import clips, control_clips, judge_control, train_control
+from tools import demo_models as models
+from tools.control_clips import KINDS, KINDS_WITH_REFERENCE
+from tools.train_demo import Way, lay_out
+
+DEMO = Path(__file__).parents[2] / "wan_core" / "demo_model" / "t2v"
+EVERY = [*KINDS, *KINDS_WITH_REFERENCE]
+
+
+def lessons(kind: str, count: int = 6, seed: int = 5) -> control_clips.Lessons:
+    return control_clips.draw_lessons(
+        count, {kind: 1.0}, "cpu", torch.Generator().manual_seed(seed)
+    )
+
+
+def clip_of(some: control_clips.Lessons, index: int) -> torch.Tensor:
+    return some.clip[index].permute(1, 2, 3, 0)
+
+
+@pytest.fixture(scope="module")
+def vae() -> Any:
+    from diffusers import AutoencoderKLWan
+
+    return AutoencoderKLWan.from_pretrained(DEMO / "vae").float()
+
+
+@pytest.mark.parametrize("kind", EVERY)
+def test_a_lesson_s_own_clip_obeys(kind: str) -> None:
+    some = lessons(kind, 8)
+    for index in range(8):
+        verdict = judge_control.judge_clip(judge_control.asked(some, index), clip_of(some, index))
+        assert verdict.obeys(), verdict
+
+
+@pytest.mark.parametrize("kind", ["inpaint", "outpaint", "reference inpaint"])
+def test_a_change_of_what_is_kept_is_noticed(kind: str) -> None:
+    some = lessons(kind)
+    for index in range(6):
+        kept = some.mask[index] <= 0.5
+        if float(kept.float().mean()) < 0.05:
+            continue
+        shifted = clip_of(some, index).roll((3, 3), (1, 2)) + 0.05
+        changed = torch.where(kept[..., None], shifted, clip_of(some, index))
+        verdict = judge_control.judge_clip(judge_control.asked(some, index), changed)
+        assert verdict.kept is not None and verdict.kept < judge_control.KEPT_DB + 3
+        assert verdict.filled
+        moved = torch.where(kept[..., None], 1 - clip_of(some, index), clip_of(some, index))
+        assert not judge_control.judge_clip(judge_control.asked(some, index), moved).obeys()
+
+
+@pytest.mark.parametrize("kind", ["inpaint", "outpaint", "reference inpaint", "frames"])
+def test_an_area_left_grey_is_not_filled(kind: str) -> None:
+    some = lessons(kind)
+    for index in range(6):
+        grey = some.video[index].permute(1, 2, 3, 0)
+        verdict = judge_control.judge_clip(judge_control.asked(some, index), grey)
+        assert verdict.filled is False
+        assert verdict.kept is not None and verdict.kept > 90  # what was kept is not blamed
+
+
+@pytest.mark.parametrize("kind", ["dot", "edges", "reference dot"])
+def test_a_shape_on_another_way_does_not_follow(kind: str) -> None:
+    some = lessons(kind, 8)
+    for index in range(8):
+        asked = judge_control.asked(some, index)
+        clip = clip_of(some, index)
+        for other in (
+            clip.roll((6, 0), (1, 2)),
+            clip.roll((0, -6), (1, 2)),
+            clip[:1].expand_as(clip),
+        ):
+            verdict = judge_control.judge_clip(asked, other)
+            still = float((some.centre[index] - some.centre[index, :1]).norm(dim=1).mean())
+            if other.stride(0) == 0 and still <= judge_control.ON_WAY:
+                continue
+            assert verdict.off is not None and verdict.off > judge_control.ON_WAY
+            assert verdict.colour and verdict.shape
+            assert not verdict.obeys()
+
+
+def test_a_clip_without_a_shape_is_far_off_the_way() -> None:
+    some = lessons("dot", 1)
+    verdict = judge_control.judge_clip(judge_control.asked(some, 0), torch.zeros(17, 64, 64, 3))
+    assert verdict.off is not None and verdict.off > 40
+
+
+@pytest.mark.parametrize("kind", list(KINDS_WITH_REFERENCE))
+def test_another_colour_than_the_reference_s_is_noticed(kind: str) -> None:
+    some = lessons(kind)
+    for index in range(6):
+        colour, shape, direction, background = clips.grid()[int(some.cell[index])]
+        assert colour not in control_clips.sentences()[int(some.row[index])].split()
+        other = "blue" if colour != "blue" else "red"
+        scene = clips.scene_of(other, shape, direction, background)
+        painted = clips.render(scene, clips.FRAMES, some.centre[index : index + 1])[0]
+        verdict = judge_control.judge_clip(
+            judge_control.asked(some, index), painted.permute(1, 2, 3, 0)
+        )
+        assert not verdict.colour
+        assert not verdict.obeys()
+
+
+def test_a_score_counts_only_what_was_asked() -> None:
+    score = judge_control.Score("dot")
+    some = lessons("dot", 4)
+    for index in range(4):
+        frames = clip_of(some, index)
+        score.add(judge_control.asked(some, index), frames if index else frames.roll(9, 1))
+    assert score.share("obeys") == score.share("way") == 0.75
+    assert score.share("colour") == 1.0
+    assert score.share("kept") is None and score.share("filled") is None
+    assert score.row().startswith("| dot | 4 | 75 | 100 |")
+    assert score.row().count("|") == judge_control.HEAD.splitlines()[0].count("|")
+
+
+@pytest.mark.parametrize("kind", ["inpaint", "edges", "frames", "reference inpaint"])
+def test_a_lesson_is_encoded_as_a_render_encodes_it(vae: Any, kind: str) -> None:
+    from wan_core.sampling.vace import ControlClip, encode_grey, encode_vace
+
+    some = lessons(kind, 2)
+    short: Any = models.frame_by_frame(
+        train_control.AutoencoderKLWan.from_pretrained(DEMO / "vae").float()
+    )
+    lay_out(short, Way("fp32", channels_last=True, flat=True))
+    shape = (1, -1, 1, 1, 1)
+    run: Any = SimpleNamespace(
+        vae=short,
+        mean=torch.tensor(vae.config.latents_mean).view(shape),
+        std=torch.tensor(vae.config.latents_std).view(shape),
+    )
+    referenced = kind in KINDS_WITH_REFERENCE
+    made, control = train_control.encode_lessons(run, some, referenced)
+    assert made.shape == (2, 16, 5 + referenced, 8, 8)
+    with torch.no_grad():
+        for index in range(2):
+            clip = ControlClip(
+                num_frames=clips.FRAMES, width=clips.SIZE, height=clips.SIZE,
+                video=some.video[index].permute(1, 2, 3, 0), mask=some.mask[index],
+                references=[some.reference[index].permute(1, 2, 0)] if referenced else [],
+            )  # fmt: skip
+            grey = encode_grey(vae, clip, check=lambda: None)
+            wanted = encode_vace(vae, clip, check=lambda: None, grey=lambda g=grey: g)  # type: ignore[misc]
+            assert control[index : index + 1].shape == wanted.shape
+            assert (control[index].float() - wanted[0]).abs().max() < 0.01  # half precision
+
+
+def test_an_untrained_module_changes_nothing_and_only_it_is_trained() -> None:
+    from diffusers import WanTransformer3DModel
+
+    expert: Any = WanTransformer3DModel.from_pretrained(DEMO / "transformer").float().eval()
+    model: Any = train_control.build(expert).eval()
+    g = torch.Generator().manual_seed(1)
+    latents = torch.randn(1, *models.LATENT_SHAPE, generator=g)
+    control = torch.randn(1, 96, *models.LATENT_SHAPE[1:], generator=g)
+    text, when = torch.randn(1, 8, 96, generator=g), torch.tensor([700.0])
+    wanted = expert(latents, when, text).sample
+    got = model(latents, when, text, control_hidden_states=control).sample
+    assert torch.equal(got, wanted)
+    got.square().mean().backward()
+    trained = {name for name, value in model.named_parameters() if value.requires_grad}
+    assert all(name.startswith("vace_") for name in trained)
+    assert model.vace_blocks[0].proj_out.weight.grad.abs().max() > 0
+    parts = train_control.module_of(model)
+    held = {f"{p}.{k}" for p, module in parts.items() for k in module.state_dict()}
+    assert held == {name for name in model.state_dict() if name.startswith("vace_")}
+
+
+def test_lessons_can_be_drawn_again() -> None:
+    first, second = lessons("reference dot", 3), lessons("reference dot", 3)
+    for name in ("clip", "video", "mask", "reference", "centre", "row"):
+        assert torch.equal(getattr(first, name), getattr(second, name))
+    assert not torch.equal(first.video, lessons("reference dot", 3, seed=6).video)
+
+
+def test_curves_stay_in_view_and_bend() -> None:
+    some = lessons("dot", 40)
+    edge = (some.centre - clips.SIZE / 2).abs().amax((1, 2))
+    bent = (some.centre[:, 0] - 2 * some.centre[:, 8] + some.centre[:, 16]).norm(dim=1) > 1
+    assert bent.float().mean() > 0.3
+    assert float(edge[bent].max()) <= clips.SIZE / 2 - 9

@@ -1,0 +1,377 @@
+"""Train the demo's VACE modules, one for each expert, on top of its frozen transformers.
+
+    python -m tools.train_control --work .ckpt-control                   # both; hours on a CPU
+    python -m tools.train_control --work OUT --stop-after 500 --judge 24 # in so many seconds
+
+Reads wan_core/demo_model/t2v, writes WORK/vace_high.safetensors and WORK/vace_low.safetensors in
+the layout of a published VACE module. An unfinished one leaves a checkpoint every two minutes; run
+the same command again to go on. With --judge it ends with the table of `tools.judge_control`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKLWan, WanTransformer3DModel, WanVACETransformer3DModel
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import AutoTokenizer, UMT5EncoderModel
+
+from . import control_clips, judge_control
+from . import demo_models as models
+from .train_demo import EXPERTS, Way, draw_sigma, lay_out, to_unit
+from .training import Clock, Trainer
+
+SEED = 20_23
+LEVELS = ("high", "low")
+DEMO = Path(__file__).resolve().parents[1] / "wan_core" / "demo_model" / "t2v"
+MASK_CHANNELS, CELL = 64, 8
+PEAK = 1e-3
+DECAY = 0.998
+DROPPED = 0.1
+"""How often a lesson's sentence is dropped; its control never is, as both passes get the same."""
+REFERENCE_SHARE = 0.3
+"""Part of a batch that shows a reference."""
+LAYERS = 6
+"""VACE blocks: one for each block of the demo's transformer."""
+COMPILING = 75.0
+"""Seconds the first module needs on a GPU before its training: compiling and capturing."""
+SETUP = 15.0
+"""The same for the second one, whose kernels are there."""
+JUDGING = 45.0
+"""Seconds set aside for the table."""
+
+
+def build(expert: WanTransformer3DModel, layers: int = LAYERS) -> WanVACETransformer3DModel:
+    """Return a VACE transformer around an expert that still computes what the expert does.
+
+    Its VACE blocks begin as copies of the blocks their hints are added to, and their last
+    projection as zeros. Only the VACE part can be trained.
+    """
+    config = {k: v for k, v in expert.config.items() if not k.startswith("_")}
+    where = [index * config["num_layers"] // layers for index in range(layers)]
+    model = WanVACETransformer3DModel(**config, vace_layers=where, vace_in_channels=96)
+    model.load_state_dict(expert.state_dict(), strict=False)
+    for block, layer in zip(model.vace_blocks, where, strict=True):
+        block.load_state_dict(expert.blocks[layer].state_dict(), strict=False)
+        nn.init.zeros_(block.proj_out.weight)
+        nn.init.zeros_(block.proj_out.bias)
+    model.requires_grad_(False)
+    for part in module_of(model).values():
+        part.requires_grad_(True)
+    return model
+
+
+def module_of(model: WanVACETransformer3DModel) -> dict[str, nn.Module]:
+    """Return the parts of a VACE transformer that a VACE module holds."""
+    return {
+        "vace_patch_embedding": model.vace_patch_embedding,
+        "vace_blocks": model.vace_blocks,
+    }
+
+
+class Run:
+    """What both stages share: the device, the frozen demo, the log, the clock."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args = args
+        self.work = Path(args.work)
+        self.work.mkdir(parents=True, exist_ok=True)
+        self.device = torch.device(args.device)
+        limit = args.stop_after
+        self.clock = Clock(None if limit is None else limit - (JUDGING if args.judge else 0.0))
+        self.log = self.work / "control_training.log"
+        torch.manual_seed(SEED)
+        torch.set_float32_matmul_precision("high")
+        torch.backends.cudnn.allow_tf32 = True
+        vae: Any = AutoencoderKLWan.from_pretrained(args.base / "vae").float()
+        self.vae = models.frame_by_frame(vae).to(self.device)
+        lay_out(self.vae, Way("fp32", channels_last=True, flat=True))
+        shape = (1, -1, 1, 1, 1)
+        self.mean = torch.tensor(vae.config.latents_mean, device=self.device).view(shape)
+        self.std = torch.tensor(vae.config.latents_std, device=self.device).view(shape)
+        self.table = self._embedded()
+
+    @torch.no_grad()
+    def _embedded(self) -> Tensor:
+        """Return every sentence's embedding, those of `models.NEGATIVE_PROMPTS` last."""
+        encoder = UMT5EncoderModel.from_pretrained(self.args.base / "text_encoder").float()
+        tokenizer = AutoTokenizer.from_pretrained(self.args.base / "tokenizer")
+        out = tokenizer(
+            [*control_clips.sentences(), *models.NEGATIVE_PROMPTS],
+            padding="max_length", max_length=models.TEXT_LENGTH, return_tensors="pt",
+        )  # fmt: skip
+        return models.embed(encoder, out.input_ids, out.attention_mask).to(self.device)
+
+    def say(self, line: str) -> None:
+        """Write a line with the time to the log and the terminal."""
+        line = f"[{self.clock.elapsed():6.0f} s] {line}"
+        with self.log.open("a") as file:
+            file.write(line + "\n")
+        sys.stdout.write(line + "\n")
+        sys.stdout.flush()
+
+    def amp(self) -> torch.autocast:
+        """Return bf16 autocast on a GPU, plain float32 on a CPU."""
+        kind = self.device.type
+        return torch.autocast(kind, torch.bfloat16, enabled=kind == "cuda", cache_enabled=False)
+
+    def generator(self, seed: int) -> torch.Generator:
+        """Return a generator of lessons."""
+        return torch.Generator(self.device).manual_seed(SEED + seed)
+
+    def lessons(self, count: int, kinds: dict[str, float], seed: int) -> control_clips.Lessons:
+        """Draw lessons reproducibly on the run's device."""
+        return control_clips.draw_lessons(count, kinds, self.device, self.generator(seed))
+
+    def seconds(self, left: int) -> float:
+        """Return how long one of so many stages that are left may train."""
+        if self.args.seconds:
+            return float(self.args.seconds)
+        if self.args.stop_after is None:
+            return 240.0
+        assert self.clock.limit is not None
+        setup = COMPILING if left == len(LEVELS) else SETUP
+        free = self.clock.limit - self.clock.elapsed() - setup - SETUP * (left - 1)
+        return float(max(1.0, free / left))
+
+    def module_path(self, level: str) -> Path:
+        """Return where the finished module of an expert is."""
+        return self.work / f"vace_{level}.safetensors"
+
+    def model(self, level: str) -> WanVACETransformer3DModel:
+        """Return an expert with its VACE module, trained if there is one, ready to train."""
+        folder = self.args.base / ("transformer" if level == "high" else "transformer_2")
+        expert: Any = WanTransformer3DModel.from_pretrained(folder).float()
+        model: Any = build(expert, self.args.layers)
+        path = self.module_path(level)
+        if path.exists():
+            model.load_state_dict(load_file(path), strict=False)
+        model.to(self.device).set_attn_processor(models.PaddingProcessor())
+        return model  # type: ignore[no-any-return]
+
+
+def mask_channels(mask: Tensor) -> Tensor:
+    """Return masks (N, F, H, W) as VACE reads them, (N, 64, T, h, w); see `wan_core.sampling`."""
+    count, frames, height, width = mask.shape
+    made = (frames - 1) // 4 + 1
+    picked = F.interpolate(mask[:, None], (made, height, width), mode="nearest-exact")[:, 0]
+    cells = picked.view(count, made, height // CELL, CELL, width // CELL, CELL)
+    return cells.permute(0, 3, 5, 1, 2, 4).reshape(
+        count, MASK_CHANNELS, made, height // CELL, width // CELL
+    )
+
+
+@torch.no_grad()
+def encode(run: Run, clip: Tensor) -> Tensor:
+    """Return the normalised latents of clips (N, 3, F, H, W) in -1..1."""
+    clip = clip.contiguous(memory_format=torch.channels_last_3d)
+    latents = run.vae.encode(clip).latent_dist.mode().contiguous()
+    return (latents - run.mean) / run.std
+
+
+def encode_lessons(
+    run: Run, lessons: control_clips.Lessons, referenced: bool
+) -> tuple[Tensor, Tensor]:
+    """Return what is to be made, (N, 16, R + T, h, w), and the control, (N, 96, R + T, h, w).
+
+    The control is what ``wan_core.sampling`` gives a VACE model for the same pixels: the latents of
+    what the mask keeps, of what it covers, and the mask, behind R references (0 or 1).
+    """
+    clean, control = [], []
+    for first in range(0, len(lessons), 64):
+        part = lessons.only(torch.arange(first, min(first + 64, len(lessons))))
+        video, hard = part.video * 2 - 1, (part.mask[:, None] > 0.5).float()
+        made = encode(run, to_unit((part.clip * 255).round()))
+        shown = torch.cat([encode(run, video * (1 - hard)), encode(run, video * hard)], 1)
+        mask = mask_channels(part.mask)
+        if referenced:
+            picture = encode(run, part.reference[:, :, None] * 2 - 1)
+            made = torch.cat([picture, made], 2)
+            front = torch.cat([picture, torch.zeros_like(picture)], 1)
+            shown, mask = torch.cat([front, shown], 2), F.pad(mask, (0, 0, 0, 0, 1, 0))
+        clean.append(made)
+        control.append(torch.cat([shown, mask], 1).half())
+    return torch.cat(clean), torch.cat(control)
+
+
+class Pool:
+    """Lessons of one sort, encoded: what is to be made, its control, its sentence."""
+
+    def __init__(self, run: Run, count: int, kinds: dict[str, float], seed: int) -> None:
+        self.referenced = kinds is control_clips.KINDS_WITH_REFERENCE
+        clean, control, rows = [], [], []
+        for index in range(0, count, 512):
+            lessons = run.lessons(min(512, count - index), kinds, seed + index)
+            made, shown = encode_lessons(run, lessons, self.referenced)
+            clean.append(made)
+            control.append(shown)
+            rows.append(lessons.row)
+        self.clean, self.control, self.row = torch.cat(clean), torch.cat(control), torch.cat(rows)
+
+
+def flow_loss(
+    run: Run, level: str, model: nn.Module, pools: list[tuple[Pool, int]]
+) -> Callable[[], Tensor]:
+    """Return a flow-matching loss that draws so many lessons of each pool."""
+    whole = sum(count for _, count in pools)
+    sentences, negatives = len(control_clips.sentences()), len(models.NEGATIVE_PROMPTS)
+
+    def part(pool: Pool, count: int) -> Tensor:
+        rows = torch.randint(len(pool.clean), (count,), device=run.device)
+        clean = pool.clean[rows]
+        noise = torch.randn_like(clean)
+        sigma = draw_sigma(run, f"t2v_{level}", count)  # type: ignore[arg-type]
+        at = sigma[:, None, None, None, None]
+        other = sentences + torch.randint(negatives, (count,), device=run.device)
+        dropped = torch.rand(count, device=run.device) < DROPPED
+        text = run.table[torch.where(dropped, other, pool.row[rows])]
+        with run.amp():
+            guess = model(
+                (1 - at) * clean + at * noise, sigma * 1000, text,
+                control_hidden_states=pool.control[rows].float(), return_dict=False,
+            )[0]  # fmt: skip
+        return (guess.float() - (noise - clean)).square().mean()
+
+    def loss() -> Tensor:
+        return torch.stack([part(pool, n) * (n / whole) for pool, n in pools if n]).sum()
+
+    return loss
+
+
+def train(run: Run, level: str, pools: list[tuple[Pool, int]], left: int) -> None:
+    """Train the VACE module of one expert and write it."""
+    model: Any = run.model(level)
+    if run.device.type == "cuda" and not run.args.no_compile:
+        model.compile_repeated_blocks(dynamic=False)
+    parts = module_of(model)
+    name = f"vace_{level}"
+    peak = PEAK * run.args.rate
+    trainer = Trainer(name, list(parts.values()), peak, run.work, run.clock, run.say, DECAY)
+    trainer.resume()
+    loss = flow_loss(run, level, model, pools)
+    trainer.run(loss, 1.0, run.args.steps, run.seconds(left))
+    trainer.swap()
+    state = {
+        f"{prefix}.{key}": value.detach().half().cpu().contiguous()
+        for prefix, part in parts.items()
+        for key, value in part.state_dict().items()
+    }
+    target = run.module_path(level)
+    save_file(state, target.with_suffix(".tmp"), metadata={"format": "pt"})
+    target.with_suffix(".tmp").replace(target)
+    (run.work / f"{name}.partial").unlink(missing_ok=True)
+    size = target.stat().st_size / 1e6
+    run.say(f"{name}: finished after {trainer.step} steps, {size:.2f} MB")
+
+
+@torch.no_grad()
+def sample(
+    run: Run, experts: dict[str, Any], rows: Tensor, control: Tensor, steps: int = 20
+) -> Tensor:
+    """Make clips (N, FRAMES, SIZE, SIZE, 3), 0..1, for sentences and controls, all at once.
+
+    With the demo's recipe: UniPC, its flow shift, boundary and guidance.
+    """
+    from diffusers import UniPCMultistepScheduler
+
+    boundary, _, shift = EXPERTS["t2v_high"]
+    scheduler = UniPCMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift
+    )
+    scheduler.set_timesteps(steps, device=run.device)
+    latents = torch.randn(
+        (len(rows), 16, *control.shape[2:]), device=run.device, generator=run.generator(99)
+    )
+    text = torch.cat([run.table[rows], run.table[-len(models.NEGATIVE_PROMPTS)].expand(
+        len(rows), -1, -1)])  # fmt: skip
+    both = control.float().repeat(2, 1, 1, 1, 1)
+    for timestep in scheduler.timesteps:
+        level = "high" if timestep >= boundary * 1000 else "low"
+        when = timestep.expand(2 * len(rows))
+        with run.amp():
+            guess = experts[level](
+                latents.repeat(2, 1, 1, 1, 1), when, text, control_hidden_states=both,
+                return_dict=False,
+            )[0].float()  # fmt: skip
+        told, free = guess.chunk(2)
+        scale = judge_control.SCALES[level]
+        latents = scheduler.step(free + scale * (told - free), timestep, latents)[0]
+    latents = latents[:, :, control.shape[2] - models.LATENT_SHAPE[1] :]
+    frames = [
+        run.vae.decode(one.contiguous(memory_format=torch.channels_last_3d)).sample
+        for one in (latents * run.std + run.mean).split(16)
+    ]
+    return (torch.cat(frames).permute(0, 2, 3, 4, 1) * 0.5 + 0.5).clamp(0, 1)
+
+
+def draw_sheet(target: Path, lessons: control_clips.Lessons, frames: Tensor) -> None:
+    """Write a picture: of eight controls three frames and the reference, and what was made."""
+    rows = []
+    for index, made in enumerate(frames[:8]):
+        shown = lessons.video[index].permute(1, 2, 3, 0).cpu()
+        picture = lessons.reference[index].permute(1, 2, 0)[None].cpu()
+        rows.append(torch.cat([*shown[::8], *picture, *made[::2]], 1))
+    Image.fromarray((torch.cat(rows) * 255).round().byte().numpy()).save(target)
+
+
+def judged(run: Run) -> None:
+    """Make clips of fresh lessons and say what the judge found."""
+    experts = {level: run.model(level).eval() for level in LEVELS}
+    run.say(judge_control.HEAD)
+    for kinds in (control_clips.KINDS, control_clips.KINDS_WITH_REFERENCE):
+        for name in kinds:
+            found = judge_control.Score(name)
+            lessons = run.lessons(run.args.judge, {name: 1.0}, 7_000_000)
+            _, control = encode_lessons(run, lessons, kinds is control_clips.KINDS_WITH_REFERENCE)
+            frames = sample(run, experts, lessons.row, control).cpu()
+            for index in range(len(lessons)):
+                found.add(judge_control.asked(lessons, index), frames[index])
+            run.say(str(found))
+            draw_sheet(run.work / f"{name.replace(' ', '_')}.png", lessons, frames)
+
+
+def main() -> None:
+    """Train the modules that are not finished yet; judge them if asked to."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--work", required=True, help="folder of checkpoints, modules and log")
+    parser.add_argument("--base", type=Path, default=DEMO, help="the trained demo's t2v folder")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--steps", type=int, help="steps a module (otherwise by --seconds)")
+    parser.add_argument("--seconds", type=float, help="seconds a module")
+    parser.add_argument("--stop-after", type=float, help="end after so many seconds, all in all")
+    parser.add_argument("--lessons", type=int, default=49152, help="lessons in the pools")
+    parser.add_argument("--batch", type=int, default=256)
+    parser.add_argument("--layers", type=int, default=LAYERS, help="VACE blocks a module has")
+    parser.add_argument("--rate", type=float, default=1.0, help="learning rate times this")
+    parser.add_argument("--judge", type=int, default=0, help="judge so many clips of each kind")
+    parser.add_argument("--further", action="store_true", help="train WORK's modules further")
+    parser.add_argument("--no-compile", action="store_true", help="do not compile the blocks")
+    run = Run(parser.parse_args())
+    run.say(f"torch {torch.__version__} on {run.args.device}, seed {SEED}, {vars(run.args)}")
+    left = [level for level in LEVELS if run.args.further or not run.module_path(level).exists()]
+    if left:
+        shown = round(run.args.lessons * REFERENCE_SHARE)
+        drawn = round(run.args.batch * REFERENCE_SHARE)
+        pools = [
+            (Pool(run, run.args.lessons - shown, control_clips.KINDS, 0), run.args.batch - drawn),
+            (Pool(run, shown, control_clips.KINDS_WITH_REFERENCE, 1_000_000), drawn),
+        ]
+        run.say(f"{run.args.lessons} lessons encoded")
+        for index, level in enumerate(left):
+            train(run, level, pools, len(left) - index)
+    if run.args.judge:
+        judged(run)
+
+
+if __name__ == "__main__":
+    main()
