@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 import json
 import logging
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -19,6 +20,7 @@ import comfy.model_management as mm
 import comfy.utils
 import folder_paths
 import latent_preview
+import psutil
 import torch
 from comfy.cli_args import args
 from comfy.model_patcher import ModelPatcher
@@ -29,12 +31,16 @@ from ..wan_core.config import MIB
 from .files import Folders
 from .lease import loaded_bytes, unload
 from .pipeline import WanPipeline, is_offered, portable
+from .preview import demo_decoder, linear, moving, pictures, same_latents
 
 if TYPE_CHECKING:
     from ..wan_core.config import MemoryEstimate
+    from ..wan_core.job import Request
     from ..wan_core.memory import SystemResources
+    from ..wan_core.plan import OptimizationPlan
     from ..wan_core.render import WanPipelineWrapper
     from .route import Route
+    from .watch import Watch
 
 log = logging.getLogger("wanfit")
 
@@ -112,6 +118,12 @@ def temp_video_path(width: int, height: int) -> Path:
     return Path(folder) / f"{name}_{counter:05}_.mp4"
 
 
+def as_shown(path: Path) -> dict[str, str]:
+    """Return a file below ComfyUI's temp folder as the page asks for it."""
+    folder = path.parent.relative_to(folder_paths.get_temp_directory()).as_posix()
+    return {"filename": path.name, "subfolder": "" if folder == "." else folder, "type": "temp"}
+
+
 def journal_folder() -> Path:
     """Return the folder for journals, in ComfyUI's output folder: restarts do not empty it."""
     return Path(folder_paths.get_output_directory()) / ".wanfit"
@@ -162,33 +174,111 @@ def check_interrupt() -> None:
     mm.throw_exception_if_processing_interrupted()
 
 
-def progress_bar(latent_channels: int) -> Callable[[float, float, torch.Tensor | None], None]:
+def progress_bar(pipeline: WanPipeline) -> Callable[[float, float, torch.Tensor | None], None]:
     """Return a callback (done, total, latents to show or None) that moves the node's progress bar.
 
     The latents are normalised (B, C, T, h, w) and go to the previewer that ComfyUI is set to; most
-    previewers show the first frame.
+    previewers show the first frame. There is none where the page shows a moving preview of ours,
+    nor for a VAE whose latents ComfyUI does not know.
     """
-    latent_format = (
-        comfy.latent_formats.Wan22() if latent_channels == 48 else comfy.latent_formats.Wan21()
-    )
+    found = None if _watcher() is not None else _latent_format(pipeline)
     # Looked up on the module at call time: node packs that animate previews replace this function.
-    previewer = latent_preview.get_previewer(mm.get_torch_device(), latent_format)
+    previewer = found and latent_preview.get_previewer(mm.get_torch_device(), found)
+    decode = _guarded(lambda x: previewer.decode_latent_to_preview_image("JPEG", x))
     bar = comfy.utils.ProgressBar(1)
 
     def show(done: float, total: float, latents: torch.Tensor | None) -> None:
-        nonlocal previewer
-        preview = None
-        if previewer is not None and latents is not None:
-            try:
-                preview = previewer.decode_latent_to_preview_image("JPEG", latents)
-            except mm.InterruptProcessingException:
-                raise
-            except Exception:  # another pack's, perhaps: no reason to lose a render
-                log.exception("WanFit: a preview could not be made; no more previews in this run.")
-                previewer = None
+        preview = None if previewer is None or latents is None else decode(latents)
         bar.update_absolute(done, total, preview)
 
     return show
+
+
+def _guarded(preview: Callable[..., Any]) -> Callable[..., Any]:
+    """Return ``preview``, giving None from its first failure on: no reason to lose a render."""
+    failed = False
+
+    def guarded(*values: Any) -> Any:
+        nonlocal failed
+        if failed:
+            return None
+        try:
+            return preview(*values)
+        except mm.InterruptProcessingException:
+            raise
+        except Exception:  # of another pack, perhaps
+            failed = True
+            log.exception("WanFit: a preview could not be made; no more previews in this run.")
+        return None
+
+    return guarded
+
+
+def _latent_format(pipeline: WanPipeline) -> Any:
+    """Return ComfyUI's description of the latents of this VAE, or None for one it has not."""
+    vae = pipeline.vae
+    for kind in (comfy.latent_formats.Wan21, comfy.latent_formats.Wan22):
+        found = kind()
+        if same_latents(vae, found.latents_mean.flatten().tolist()):
+            return found
+    return None
+
+
+# -- what the page is told while a clip is made ------------------------------------------------
+_watchers: OrderedDict[str, None] = OrderedDict()
+"""Pages, by ComfyUI's id of a client, that show what a render tells; the latest come last."""
+_MOST_WATCHERS = 64
+
+
+def _note_watcher(client: str | None) -> None:
+    if client and len(client) <= 64:
+        _watchers[client] = None
+        _watchers.move_to_end(client)
+        if len(_watchers) > _MOST_WATCHERS:
+            _watchers.popitem(last=False)
+
+
+def _watcher() -> str | None:
+    """Return the page that queued the prompt that runs, if it shows what a render tells."""
+    client = getattr(PromptServer.instance, "client_id", None)
+    return client if client in _watchers else None
+
+
+def watch(
+    pipeline: WanPipeline, request: Request, plan: OptimizationPlan, node: str | None
+) -> Watch | None:
+    """Return what tells the page of the render of ``node``; None where no page wants to know."""
+    from .watch import Watch
+
+    client = _watcher()
+    if client is None or node is None:
+        return None
+
+    def tell(message: dict[str, Any]) -> None:
+        PromptServer.instance.send_sync("wanfit.run", {"node": node, **message}, client)
+
+    return Watch(request, plan, pipeline.architecture, tell, _memory_now, _moving(pipeline))
+
+
+def _moving(pipeline: WanPipeline) -> Callable[[torch.Tensor, float], Any] | None:
+    """Return what turns latents (B, C, T, h, w) and the clip's seconds into a moving preview."""
+    known = _latent_format(pipeline)
+    if known is None:
+        decode = demo_decoder(pipeline.vae)
+    else:
+        decode = linear(known.latent_rgb_factors, known.latent_rgb_factors_bias)
+    if decode is None:
+        return None
+    return _guarded(lambda latents, seconds: moving(pictures(decode, latents), seconds))
+
+
+def _memory_now() -> tuple[int, str]:
+    """Return the bytes in use on the device now, and where."""
+    here = device()
+    if here.type == "cuda":
+        used = torch.cuda.memory_allocated(here)
+        return used, f"on {torch.cuda.get_device_name(here)}"
+    return psutil.Process().memory_info().rss, "in RAM, all of ComfyUI"
 
 
 # -- memory -------------------------------------------------------------------------------------
@@ -342,4 +432,6 @@ def add_route() -> None:
     async def plan(request: web.Request) -> web.Response:
         route = made()  # with the first question: ComfyUI's start does not wait for it
         status, body = await route.answer(request.headers, request.content.iter_chunked(65536))
+        if status == 200:
+            _note_watcher(request.headers.get("WanFit-Client"))
         return web.Response(body=body, status=status, content_type="application/json")

@@ -21,7 +21,7 @@ from .pipeline import WanPipeline
 from .progress import Progress
 from .words import in_words_of_the_nodes, said_in_words_of_the_nodes
 
-_HIDDEN = [io.Hidden.prompt, io.Hidden.extra_pnginfo]
+_HIDDEN = [io.Hidden.prompt, io.Hidden.extra_pnginfo, io.Hidden.unique_id]
 
 
 def _image_output() -> io.Output:
@@ -69,7 +69,7 @@ class WanGenerate(io.ComfyNode):  # type: ignore[misc]
         result, report = _run(pipeline, generation_config(values), cls.hidden)
         video = bridge.video_from_file(result.output_path)
         latent = {"samples": result.vae_latents}
-        return io.NodeOutput(result.frames, video, latent, report, ui=ui.PreviewText(report))
+        return io.NodeOutput(result.frames, video, latent, report, ui=_shown(result, report))
 
 
 class WanChunkedSampler(io.ComfyNode):  # type: ignore[misc]
@@ -102,15 +102,14 @@ class WanChunkedSampler(io.ComfyNode):  # type: ignore[misc]
         values = {**LONG_CLIP, **values}
         config = generation_config(values)
         use_windows(config, window_frames, window_overlap)
-        architecture = pipeline.architecture
-        use_long_clip(config, values, architecture.vae or architecture.variant.vae)
+        use_long_clip(config, values, pipeline.vae)
         if config.resume is not None:
             config.journal_folder = bridge.journal_folder()
         result, report = _run(pipeline, config, cls.hidden)
         video = bridge.video_from_file(result.output_path)
         frames = result.frames if result.frames is not None else bridge.no_picture()
         latent = {"samples": result.vae_latents}
-        return io.NodeOutput(latent, frames, video, report, ui=ui.PreviewText(report))
+        return io.NodeOutput(latent, frames, video, report, ui=_shown(result, report))
 
 
 def _window_inputs() -> list[io.Input]:
@@ -228,6 +227,14 @@ def _blend_inputs() -> list[io.Input]:
     ]
 
 
+def _shown(result: VideoGenerationResult, report: str) -> dict[str, Any]:
+    """Return what the node shows when it has run: the report, and where the page finds the clip."""
+    shown: dict[str, Any] = ui.PreviewText(report).as_dict()
+    if result.output_path is not None:
+        shown["wanfit_clip"] = [bridge.as_shown(result.output_path)]
+    return shown
+
+
 def _run(
     pipeline: WanPipeline, config: GenerationConfig, hidden: Any
 ) -> tuple[VideoGenerationResult, str]:
@@ -245,8 +252,10 @@ def _run(
         with bridge.room_for(pipeline, wrapper.estimate_memory_usage(config)):
             # ComfyUI has freed what it can by now; what it still holds is not free for the plan.
             wrapper.evictable_bytes = 0
-            show = bridge.progress_bar(pipeline.latent_channels)
-            Progress(*wrapper.plan(config), config, show).listen()
+            request, plan = wrapper.plan(config)
+            show = bridge.progress_bar(pipeline)
+            watch = bridge.watch(pipeline, request, plan, getattr(hidden, "unique_id", None))
+            Progress(request, plan, config, show, watch).listen()
             result = wrapper.generate(config)
         if is_oom(result.error):
             bridge.after_out_of_memory()

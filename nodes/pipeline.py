@@ -18,7 +18,7 @@ from ..wan_core.errors import InvalidRequest
 from .lease import WeightsLease, loaded_bytes
 
 if TYPE_CHECKING:
-    from ..wan_core.models import ModelArchitecture
+    from ..wan_core.models import ModelArchitecture, VaeShape
 
 INDEX = "model_index.json"
 NOTHING_FOUND = "(no model found)"
@@ -83,9 +83,9 @@ class WanPipeline:
         return dict(self.options)
 
     @property
-    def latent_channels(self) -> int:
-        """Return the channels of its latents: 16, or 48 for TI2V-5B."""
-        return self.architecture.transformer.out_channels
+    def vae(self) -> VaeShape:
+        """Return the VAE whose latents it makes."""
+        return self.architecture.vae or self.architecture.variant.vae
 
     def get_ram_usage(self) -> int:
         """Return the bytes of weights that this keeps in memory.

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from ..wan_core.config import GenerationConfig
     from ..wan_core.job import Request
     from ..wan_core.plan import OptimizationPlan
+    from .watch import Watch
 
 DECODE = 0.1
 """Length of the bar for decoding, as a fraction of the length for all steps."""
@@ -26,7 +27,7 @@ class Progress:
 
     The latents shown begin with the frames being made: the second half of the current window, or
     the first new frame of the current segment. Between steps they are kept on the CPU, so that they
-    take no device memory.
+    take no device memory. A ``watch`` is told the same, with all frames.
     """
 
     def __init__(
@@ -35,8 +36,9 @@ class Progress:
         plan: OptimizationPlan,
         config: GenerationConfig,
         show: Callable[[float, float, Tensor | None], object],
+        watch: Watch | None = None,
     ) -> None:
-        self._config, self._show = config, show
+        self._config, self._show, self._watch = config, show, watch
         self._continued = request.window_mode == "continuation"
         self._windows = None
         self._new = [0]
@@ -67,6 +69,8 @@ class Progress:
 
     def _step(self, done: int, total: int, clean: Tensor) -> None:
         self._done, self._steps = done, total
+        if self._watch is not None:
+            self._watch.step(done, total, clean)
         if self._continued:
             # A smaller plan, made after running out of memory, may have other segments.
             first = self._new[min(self._segment, len(self._new) - 1)]
@@ -76,6 +80,8 @@ class Progress:
         self._clean = clean.cpu() if self._windows is not None and done < total else None
 
     def _chunk(self, index: int, count: int) -> None:
+        if self._watch is not None:
+            self._watch.window(index, count)
         if self._continued:
             self._segment = index
             return
@@ -84,6 +90,8 @@ class Progress:
         self._say(self._done + index / count, shown)
 
     def _decoded(self, done: int, total: int) -> None:
+        if self._watch is not None:
+            self._watch.decoded(done, total)
         self._say(self._steps * (1 + DECODE * done / total), None)
 
     def _loaded(self, component: str, done: int, total: int) -> None:
@@ -91,6 +99,8 @@ class Progress:
         if component != self._loading:
             self._loading, self._since = component, time.monotonic()
         slow = time.monotonic() - self._since >= LOADING_SECONDS
+        if self._watch is not None and slow:
+            self._watch.loaded(component, done, total)
         if done < total and slow:
             self._show(round(done / total, 3), 1, None)
         elif done >= total:

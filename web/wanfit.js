@@ -2,9 +2,9 @@
 import { app } from "../../scripts/app.js";
 
 const REPORTING = new Set([
-  "WanLoader", "WanLoRA", "WanOptimize", "WanEstimateMemory", "WanGenerate", "WanChunkedSampler",
+  "WanLoader", "WanLoRA", "WanOptimize", "WanEstimateMemory",
 ]);
-const TABLES = new Set(["WanEstimateMemory", "WanGenerate", "WanChunkedSampler"]); // their lines are not wrapped
+const TABLES = new Set(["WanEstimateMemory"]); // its lines are not wrapped
 const LINE_HEIGHT = 12;
 const LETTER_WIDTH = 6.2;
 const MOST_LINES = 16;

@@ -2,6 +2,7 @@
 // Without that route nothing is shown.
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
+import { allNodes, BUTTON, COLOURS, make, Panel } from "./wanfit_panel.js";
 
 const SAMPLERS = new Set(["WanGenerate", "WanChunkedSampler"]);
 const SHOWN = new Set([...SAMPLERS, "WanEstimateMemory", "WanOptimize"]);
@@ -9,18 +10,11 @@ const NAME = "wanfit_plan";
 const TICK_MS = 300; // widgets are looked at so often; a value must hold still for one tick
 const REFRESH_MS = 15000; // free memory changes too
 const MOST_HEIGHT = 260;
-const states = new WeakMap(); // node -> {element, widget, seen, sent, at, height}
+const states = new WeakMap(); // node -> {panel, seen, sent, at}
 const notes = new WeakMap(); // widget -> the note in its label
 let missing = false; // the route is not there
 
 // -- what is wired ------------------------------------------------------------------------------
-function* allNodes(graph) {
-  for (const node of graph?.nodes ?? graph?._nodes ?? []) {
-    yield node;
-    if (node.subgraph) yield* allNodes(node.subgraph);
-  }
-}
-
 const linkOf = (graph, id) => graph.links?.get?.(id) ?? graph.links?.[id] ?? graph._links?.get?.(id);
 
 // Returns [node, slot] that gives an input, through reroutes and the edges of subgraphs, or null.
@@ -106,15 +100,6 @@ function requestOf(node) {
 }
 
 // -- what is shown ------------------------------------------------------------------------------
-function make(tag, style, text) {
-  const element = document.createElement(tag);
-  element.style.cssText = style;
-  if (text !== undefined) element.textContent = text;
-  return element;
-}
-
-const COLOURS = { good: "#58a55c", bad: "#dc5046", work: "#78be78", weights: "#4682c8", warn: "#d9a520" };
-
 function bars(answer) {
   const box = make("div", "display:grid;grid-template-columns:auto 1fr auto;gap:1px 6px;align-items:center;margin:3px 0");
   const usable = answer.usable_gib ?? 0;
@@ -136,7 +121,7 @@ function bars(answer) {
 function buttons(node, answer) {
   const box = make("div", "display:flex;flex-wrap:wrap;gap:4px;margin-top:3px");
   for (const fix of answer.fixes ?? []) {
-    const button = make("button", "cursor:pointer;font:inherit;padding:2px 8px;border-radius:4px;border:1px solid var(--border-color,#555);background:var(--comfy-input-bg,#222);color:var(--input-text,#ddd)", fix.label);
+    const button = make("button", BUTTON, fix.label);
     button.addEventListener("click", () => carryOut(node, fix));
     box.append(button);
   }
@@ -144,8 +129,9 @@ function buttons(node, answer) {
 }
 
 function draw(node, state, answer) {
-  show(node, state);
-  const element = state.element;
+  // The panel comes with the first answer: without one, the node stays as it is.
+  state.panel ??= new Panel(node, NAME, "wanfit_panel", MOST_HEIGHT);
+  const element = state.panel.element;
   const lines = [];
   if (!answer.ok) lines.push(make("div", `color:${COLOURS.bad};font-weight:bold;white-space:pre-wrap`, answer.error));
   else {
@@ -167,7 +153,7 @@ function draw(node, state, answer) {
   element.replaceChildren(...lines);
   element.dataset.fits = answer.ok ? String(answer.fits) : "error";
   grey(node, answer);
-  fitHeight(node, state);
+  state.panel.fit();
 }
 
 // A widget at 0 stands for the official value: its label says which.
@@ -187,37 +173,9 @@ function grey(node, answer) {
   }
 }
 
-function fitHeight(node, state) {
-  if (!state.element.isConnected) return;
-  state.element.style.height = "auto";
-  const wanted = Math.min(MOST_HEIGHT, Math.max(24, state.element.scrollHeight + 2 + 2 * (state.widget.margin ?? 10)));
-  state.element.style.height = "100%";
-  if (Math.abs(wanted - state.height) < 3) return;
-  state.height = wanted;
-  // The node becomes taller by the panel, or its texts would be squeezed; how much of its height is
-  // the panel is saved with it, so that it does not grow again when the workflow is opened.
-  const had = node.properties?.wanfit_panel ?? 0;
-  if (!LiteGraph.vueNodesMode && wanted > had) {
-    node.setProperty?.("wanfit_panel", wanted);
-    node.setSize([node.size[0], Math.max(node.computeSize()[1], node.size[1] + wanted - had)]);
-  }
-  app.graph.setDirtyCanvas(true, true);
-}
-
 function stateOf(node) {
-  if (!states.has(node)) states.set(node, { height: 24, seen: "", sent: "", at: 0 });
+  if (!states.has(node)) states.set(node, { seen: "", sent: "", at: 0 });
   return states.get(node);
-}
-
-// The panel comes with the first answer: without one, the node stays as it is.
-function show(node, state) {
-  if (state.element) return;
-  const element = make("div", "box-sizing:border-box;overflow:auto;padding:4px 6px;font:11px/1.35 sans-serif;color:var(--input-text,#ddd);background:var(--comfy-input-bg,#222);border-radius:4px");
-  element.className = "wanfit-plan";
-  state.element = element;
-  const options = { serialize: false, hideOnZoom: false, getMinHeight: () => state.height, getMaxHeight: () => state.height, getValue: () => "", setValue: () => {} };
-  state.widget = node.addDOMWidget(NAME, NAME, element, options);
-  state.widget.serialize = false; // widgets are stored by position: it is no part of the workflow
 }
 
 // -- fixes --------------------------------------------------------------------------------------
@@ -255,7 +213,7 @@ function insert(before, what) {
 
 // -- asking -------------------------------------------------------------------------------------
 async function ask(request) {
-  const options = { method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(request) };
+  const options = { method: "POST", headers: { "Content-Type": "application/json", "WanFit-Client": api.clientId ?? "" }, body: JSON.stringify(request) };
   const response = await api.fetchApi("/wanfit/plan", options);
   if (response.status === 404 || response.status === 405) missing = true;
   const known = [200, 400, 403, 413, 415, 500].includes(response.status);
@@ -286,10 +244,7 @@ async function refresh(node, state, request, key) {
 }
 
 function remove(node, state) {
-  const index = node.widgets?.indexOf(state.widget) ?? -1;
-  state.widget?.onRemove?.();
-  state.element?.remove();
-  if (index >= 0) node.widgets.splice(index, 1);
+  state.panel?.remove();
   states.delete(node);
 }
 
@@ -298,7 +253,7 @@ function tick() {
   for (const node of allNodes(app.graph)) {
     if (!SHOWN.has(node.comfyClass)) continue;
     const state = stateOf(node);
-    if (state.element) fitHeight(node, state); // text wraps anew when the node becomes narrower
+    state.panel?.fit(); // text wraps anew when the node becomes narrower
     if (state.waiting) continue;
     const request = requestOf(node);
     const key = JSON.stringify(request);

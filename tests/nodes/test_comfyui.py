@@ -190,6 +190,10 @@ def opens_and_runs(page: Any, saved: dict[str, Any]) -> None:
         assert node["inputs"].items() <= sent[key]["inputs"].items()
         assert node["class_type"] == sent[key]["class_type"]
     before = page.evaluate("app.graph.serialize().nodes.map(n => n.widgets_values)")
+    page.evaluate(
+        "() => { window.told = [];"
+        "window.comfyAPI.api.api.addEventListener('wanfit.run', e => told.push(e.detail)); }"
+    )
     page.evaluate("() => app.queuePrompt(0)")
     report = "app.graph._nodes[0].widgets.find(w => w.name === 'wanfit_report')"
     page.wait_for_function(report, timeout=120_000)
@@ -198,6 +202,11 @@ def opens_and_runs(page: Any, saved: dict[str, Any]) -> None:
     after = page.evaluate("app.graph.serialize().nodes.map(n => n.widgets_values)")
     assert after == before
     page.wait_for_function("app.ui.lastQueueSize === 0", timeout=120_000)
+    told = page.evaluate("told")
+    assert [one["step"] for one in told if "preview" in one][-1] == told[-1]["steps"]
+    assert told[-1]["stage"] == "decode" and told[-1]["frames"][0] == told[-1]["frames"][1]
+    page.wait_for_selector(".wanfit-run[data-stage=done] video", state="attached")
+    assert "denoise" in page.evaluate("document.querySelector('.wanfit-report').textContent")
 
 
 def last_status(server: ComfyServer) -> str:

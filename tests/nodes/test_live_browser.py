@@ -52,6 +52,8 @@ def server(
 @pytest.fixture(scope="module")
 def page(server: ComfyServer) -> Iterator[Any]:
     assert isinstance(BROWSER, Path)
+    # A fresh profile is greeted with a dialog that hides the graph.
+    server.post("/settings/Comfy.TutorialCompleted", True)
     with open_page(server.url, BROWSER, (1600, 1000)) as opened:
         yield opened
 
@@ -141,6 +143,52 @@ def test_swapped_experts_are_swapped_back_by_a_button(page: Any, server: ComfySe
     assert widget(page, "WanLoader", "low_noise_model") == single_files.LOW
     says(page, "switch of experts after step", 90)
     assert page.wanfit_errors == []
+
+
+def test_a_render_is_watched_on_its_node(page: Any, server: ComfyServer) -> None:
+    load(page, with_values(workflow("text_to_video"), num_frames=33, steps=12))
+    says(page, "Fits: ")
+    page.evaluate(
+        "() => { window.told = [];"
+        "window.comfyAPI.api.api.addEventListener('wanfit.run', e => told.push(e.detail)); }"
+    )
+    before = page.evaluate("app.graph.serialize().nodes.map(n => n.widgets_values)")
+    page.evaluate("() => app.queuePrompt(0)")
+    page.wait_for_selector(".wanfit-run img[src^='data:image/webp']", state="attached")
+    page.wait_for_function("document.querySelector('.wanfit-run').innerText.includes('so far')")
+    shoot(page, server, "running")
+    page.wait_for_selector(".wanfit-run[data-stage=done]", state="attached", timeout=120_000)
+    told = page.evaluate("told")
+    steps = [one for one in told if one["stage"].startswith("denoise")]
+    assert [one["step"] for one in steps] == list(range(1, 13))
+    assert {one["expert"] for one in steps} == {"high noise", "low noise"}
+    assert all(one["memory"]["now_gib"] > 0.1 for one in told)
+    assert steps[5]["left"] > 0 and steps[5]["step_seconds"] > 0
+    page.wait_for_function("document.querySelector('.wanfit-run video').readyState >= 1")
+    assert (
+        abs(page.evaluate("document.querySelector('.wanfit-run video').duration") - 33 / 16) < 0.1
+    )
+    assert page.evaluate("document.querySelector('.wanfit-report').open") is False
+    shoot(page, server, "finished")
+    after = page.evaluate("app.graph.serialize().nodes.map(n => n.widgets_values)")
+    assert after == before
+    # Opened again, the node is as tall as without a run.
+    height = "app.graph._nodes.find(n => n.comfyClass === 'WanGenerate').size[1]"
+    tall = page.evaluate(height)
+    load(page, page.evaluate("app.graph.serialize()"))
+    says(page, "Fits: ")
+    assert page.evaluate(height) < tall - 100
+    assert page.wanfit_errors == []
+
+
+def test_a_render_that_was_interrupted_says_so(page: Any, server: ComfyServer) -> None:
+    load(page, with_values(workflow("text_to_video"), num_frames=81, steps=60, seed=77))
+    says(page, "Fits: ")
+    page.evaluate("() => app.queuePrompt(0)")
+    page.wait_for_selector(".wanfit-run img", state="attached")
+    page.evaluate("() => window.comfyAPI.api.api.interrupt()")
+    page.wait_for_selector(".wanfit-run[data-stage=cut]", state="attached")
+    assert "Interrupted" in page.evaluate("document.querySelector('.wanfit-run').innerText")
 
 
 def test_both_renderers_show_it(page: Any, server: ComfyServer) -> None:
