@@ -27,13 +27,14 @@ PromptServer.instance.app.on_startup.append(_keep_imports_out_of_collections)
 
 def _pack(name):
     """Return a module of the pack, under whatever name ComfyUI imported the pack."""
-    bridge = next(n for n in sys.modules if n.endswith("wanfit.nodes.bridge"))
+    # A copy: a prompt that runs beside this may import modules meanwhile.
+    bridge = next(n for n in list(sys.modules) if n.endswith("wanfit.nodes.bridge"))
     return importlib.import_module(f"{bridge.removesuffix('.nodes.bridge')}.{name}")
 
 
 def _weights():
     """Count the bytes of weights in the component cache."""
-    if not any(name.endswith(".wan_core.loading.cache") for name in sys.modules):
+    if not any(name.endswith(".wan_core.loading.cache") for name in list(sys.modules)):
         return 0
     return sum(
         tensor.numel() * tensor.element_size()
