@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from support.fused_eager import quantize_rows, scale_rows
 from support.lean_models import inputs_of, model_of
 from torch import Tensor, nn
 
+from wan_core.config import WanLoRA
 from wan_core.formats import Storage
 from wan_core.forward import lean_forward
-from wan_core.kernels import products
+from wan_core.kernels import Addition, products
 from wan_core.loading import rotation, stored_weight
 from wan_core.loading.dequantize import Scales
 from wan_core.loading.quantized import StoredLinear, fp8_layer, replace_layer
+from wan_core.sampling import apply_loras
 
 KERNELS = SimpleNamespace(quantize_rows=quantize_rows, scale_rows=scale_rows)
 
@@ -69,8 +74,8 @@ def product_of(layer: StoredLinear, dtype: torch.dtype) -> products.EightBitProd
 
 def seen(product: products.EightBitProduct, x: Tensor, gelu: bool) -> Tensor:
     """The activations as they are after rounding, turned back."""
-    codes, scales, _ = product.quantized(x.clone(), gelu)
-    numbers, group = codes.double() * scales, product.weight.stored.group
+    codes = product.quantized(x.clone(), gelu)
+    numbers, group = codes.numbers.double() * codes.scales, product.weight.stored.group
     if group:
         numbers = (numbers.view(-1, group) @ rotation(group).double()).view(numbers.shape)
     return numbers.view(*x.shape)
@@ -183,44 +188,192 @@ def test_ada_cards_scale_rows_after_the_product(monkeypatch: pytest.MonkeyPatch)
         assert products._scales_rows(torch.device("cuda")) is row
 
 
-def fp8_model() -> Any:
-    model = model_of("wan2.1-t2v", torch.bfloat16, num_layers=4, ffn_dim=64)
+LINEAR = (
+    "attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0", "attn2.to_q", "attn2.to_out.0",
+    "ffn.net.0.proj", "ffn.net.2",
+)  # fmt: skip
+"""The layers of a block that read all tokens."""
+KINDS = {"fp8": LAYERS["fp8 by tensor"], "int8": LAYERS["int8, rotated by 16"]}
+
+
+def stored_model(kind: str, family: str = "wan2.1-t2v", **numbers: Any) -> Any:
+    """A model whose blocks' linear layers are all stored in 8 bit."""
+    sizes = {"num_layers": 4, "ffn_dim": 64, "attention_head_dim": 16, "num_attention_heads": 4}
+    model = model_of(family, torch.bfloat16, **{**sizes, **numbers})
     for block in model.blocks:
-        for name in ("ffn.net.0.proj", "ffn.net.2"):
-            layer = block.get_submodule(name)
-            replace_layer(block, name, fp8_layer(layer, layer.weight.data))
+        for name, layer in list(block.named_modules()):
+            if isinstance(layer, nn.Linear):
+                replace_layer(block, name, stored(layer, kind))
     return model
 
 
+def stored(layer: nn.Linear, kind: str) -> StoredLinear:
+    if kind == "fp8":
+        return fp8_layer(layer, layer.weight.data)
+    weight = layer.weight.data.float()
+    weight = (weight.view(-1, 16) @ rotation(16)).view(weight.shape)
+    each = weight.abs().amax(1) / 127
+    made = StoredLinear(layer.in_features, layer.out_features, bias=layer.bias is not None)
+    how = Storage("int8", "I8", tuple(weight.shape), per="row", group=16)
+    made.set_stored((weight / each[:, None]).round().to(torch.int8), Scales(each), how)
+    made.bias = layer.bias
+    return made
+
+
+def rounded(layer: Any, args: tuple[Tensor]) -> tuple[Tensor]:
+    """A pre-hook that rounds a layer's input as its product in 8 bit does."""
+    return (seen(product_of(layer, args[0].dtype), args[0], False).to(args[0].dtype),)
+
+
+def distance(out: Tensor, expected: Tensor) -> float:
+    return float((out.float() - expected.float()).norm() / expected.float().norm())
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Every layer has a product in 8 bit; which were asked for."""
+    found: list[Any] = []
+
+    def product_for(layer: Any, dtype: torch.dtype) -> Any:
+        found.append(layer)
+        product = product_of(layer, dtype)
+        hooks = tuple(layer._forward_hooks.values())
+        return replace(product, layer=layer, additions=hooks)
+
+    monkeypatch.setattr(products, "product_for", product_for)
+    return found
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("exact", [True, False])
-def test_feed_forwards_of_inner_blocks(exact: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not of the first and the last block; the result is near that in 16 bit."""
-    model = fp8_model()
+def test_which_layers_of_which_blocks(exact: bool, kind: str, asked: list[Any]) -> None:
+    """Those that read all tokens, of all blocks but the first and the last."""
+    model = stored_model(kind)
     call = inputs_of(model, torch.bfloat16)
     with lean_forward(model, exact=exact):
         expected = model(**call)[0]
-    asked: list[Any] = []
-
-    def found(layer: Any, dtype: torch.dtype) -> Any:
-        asked.append(layer)
-        return product_of(layer, dtype)
-
-    monkeypatch.setattr(products, "product_for", found)
-    with lean_forward(model, exact=exact, eight_bit=True):
-        out = model(**call)[0]
-    inner = [block.ffn.net[i] for block in model.blocks[1:3] for i in (0, 2)]
-    assert asked == [getattr(layer, "proj", layer) for layer in inner]
-    error = float((out.float() - expected.float()).norm() / expected.float().norm())
-    assert 0 < error < 0.05
-    asked.clear()
+    assert not asked
+    for attention, names in ((True, LINEAR), (False, LINEAR[-2:])):
+        with lean_forward(
+            model, exact=exact, rows=40, eight_bit=True, eight_bit_attention=attention
+        ):
+            out = model(**call)[0]
+        wanted = {block.get_submodule(name) for block in model.blocks[1:3] for name in names}
+        assert set(asked) == wanted
+        assert 0 < distance(out, expected) < 0.05
+        asked.clear()
     with lean_forward(model, exact=exact):
         assert torch.equal(model(**call)[0], expected)
-    assert not asked
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("exact", [True, False])
+def test_a_forward_is_that_of_rounded_inputs(
+    exact: bool, kind: str, asked: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In float32, where nothing else is rounded: products of each layer's input, rounded."""
+    monkeypatch.setattr(products, "_ROWS", 32)
+    model = stored_model(kind).float()
+    call = inputs_of(model, torch.float32)
+    with lean_forward(model, exact=exact, rows=40, eight_bit=True):
+        out = model(**call)[0]
+    assert asked
+    with lean_forward(model, exact=exact, rows=40):
+        plain = model(**call)[0]
+    for block in model.blocks[1:3]:
+        for name in LINEAR:
+            block.get_submodule(name).register_forward_pre_hook(rounded)
+    with lean_forward(model, exact=exact, rows=40):
+        expected = model(**call)[0]
+    # A number that lies between two codes may fall to either side.
+    assert distance(out, expected) < distance(plain, expected) / 10
+
+
+def test_shared_tokens_are_rounded_once(asked: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rotated once too: q, k and v read the same; five inputs of a block are rounded, not eight."""
+    made: list[torch.Size] = []
+
+    def counted(x: Tensor, *args: Any) -> Any:
+        made.append(x.shape)
+        return quantize_rows(x, *args)
+
+    kernels = SimpleNamespace(**{**vars(KERNELS), "quantize_rows": counted})
+    monkeypatch.setattr(products, "triton_kernels", lambda: kernels)
+    model = stored_model("int8")
+    with lean_forward(model, eight_bit=True):
+        model(**inputs_of(model, torch.bfloat16))
+    assert len(asked) == 2 * 8 and len(made) == 2 * 6  # q k v, out, q, out, both of the ffn
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_a_lora_adds_is_not_rounded(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The product in 8 bit, plus what the hook makes of the tokens as they were."""
+    monkeypatch.setattr(products, "_ROWS", 32)
+    layer = layer_of(*KINDS[kind])
+    matrix = torch.randn(48, 64, generator=torch.Generator().manual_seed(1)).bfloat16()
+    x = torch.randn(2, 35, 64, generator=torch.Generator().manual_seed(2)).bfloat16()
+
+    def add(_: Any, args: tuple[Tensor], out: Tensor) -> Tensor:
+        return out.add_(args[0] @ matrix.t())
+
+    bare = product_of(layer, torch.bfloat16)
+    adding = replace(bare, layer=layer, additions=(Addition(add), Addition(lambda *_: None)))
+    shared = products.Shared((layer, layer), (adding, bare))
+    assert shared.kind is None
+    shared.read(x)
+    expected = bare(x)
+    for _ in range(2):
+        assert distance(shared.project(0), expected + x @ matrix.t()) < 4e-3
+    assert distance(shared.project(1, last=True), expected) < 4e-3
+    # Before the GELU of a feed-forward too.
+    torch.manual_seed(4)
+    second = product_of(stored(nn.Linear(48, 64).bfloat16(), kind), torch.bfloat16)
+    for first, inner in ((bare, expected), (adding, expected + x @ matrix.t())):
+        shared = products.Shared((layer,), (first,))
+        shared.read(x)
+        assert distance(shared.feed(second), second(inner.clone(), True)) < 6e-3
+        shared.read(x)
+        more = replace(second, layer=layer, additions=(Addition(twice),))
+        wanted = second(inner.clone(), True) + 2 * F.gelu(inner, approximate="tanh")[..., :1]
+        assert distance(shared.feed(more), wanted) < 6e-3
+
+
+def twice(_: Any, args: tuple[Tensor], out: Tensor) -> Tensor:
+    return out + 2 * args[0][..., :1]
+
+
+def test_a_real_lora_leaves_a_layer_in_8_bit(tmp_path: Path) -> None:
+    model = stored_model("fp8")
+    target = model.blocks[1].attn1.to_q
+    assert not products._hooked(target)
+    path = tmp_path / "lora.safetensors"
+    generator = torch.Generator().manual_seed(0)
+    key = "diffusion_model.blocks.1.self_attn.q"
+    save_file(
+        {
+            f"{key}.lora_A.weight": torch.randn(4, 64, generator=generator),
+            f"{key}.lora_B.weight": torch.randn(64, 4, generator=generator),
+        },
+        path,
+    )
+    with apply_loras(model, (WanLoRA(path),)):
+        assert target._forward_hooks and not products._hooked(target)
+    target.register_forward_pre_hook(lambda *_: None)
+    assert products._hooked(target)
+
+
+def test_layers_that_differ_share_nothing(asked: list[Any]) -> None:
+    """One rotated and one not; or one in 16 bit: then all of them are."""
+    layers = [layer_of("int8"), layer_of("int8", "row", 16)]
+    assert products.shared_by(layers[:1], torch.bfloat16, True).kind == torch.int8
+    assert products.shared_by(layers[1:], torch.bfloat16, True).kind is None
+    shared = products.shared_by(layers, torch.bfloat16, True)
+    assert shared.kind is None and shared._products is None
 
 
 def test_one_product_alone_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     """Between two products in 8 bit the GELU is rounded with them; with one it is as always."""
-    model = fp8_model()
+    model = stored_model("fp8")
     call = inputs_of(model, torch.bfloat16)
     with lean_forward(model):
         expected = model(**call)[0]
@@ -232,3 +385,11 @@ def test_one_product_alone_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(products, "product_for", found)
     with lean_forward(model, eight_bit=True):
         assert torch.equal(model(**call)[0], expected)
+
+
+def test_fewer_tokens_than_torch_multiplies() -> None:
+    layer = layer_of("int8")
+    product = product_of(layer, torch.bfloat16)
+    x = torch.randn(1, 3, 64, generator=torch.Generator().manual_seed(2)).bfloat16()
+    many = torch.cat([x, torch.zeros(1, 60, 64, dtype=x.dtype)], dim=1)
+    assert torch.equal(product(x), product(many)[:, :3])

@@ -28,6 +28,16 @@ def norm_rows(
     out.copy_(wide)
 
 
+def norm_codes(
+    hidden: Tensor, codes: Tensor, scales: Tensor, eps: float, **given: Any
+) -> None:  # fmt: skip
+    normed = torch.empty_like(hidden)
+    norm_rows(hidden, normed, eps, **given)
+    numbers, each = quantize_rows(normed.flatten(0, 1), codes.dtype, gelu=False)
+    codes.copy_(numbers.view(codes.shape))
+    scales.copy_(each.view(scales.shape))
+
+
 def add_rows(hidden: Tensor, change: Tensor, gate: Any) -> None:
     hidden.add_(change * _value(gate))
 

@@ -30,6 +30,7 @@ from ..kernels import (
     NOTHING,
     Fused,
     Modulation,
+    Shared,
     Span,
     TimestepRuns,
     attend,
@@ -37,6 +38,7 @@ from ..kernels import (
     products_of,
     rotate_all,
     rotate_span,
+    shared_by,
 )
 from ..memory import LEAN_HEAD_GROUPS, LEAN_ROWS
 from ..models import TEXT_TOKENS
@@ -62,7 +64,14 @@ class LeanOptions:
     quick: bool = False
     """Whether attention may use a kernel that rounds differently (see ``kernels.attention``)."""
     eight_bit: bool = False
-    """Whether feed-forwards stored in 8 bit are multiplied in 8 bit (see ``kernels.products``)."""
+    """Whether layers stored in 8 bit are multiplied in 8 bit (see ``kernels.products``)."""
+    eight_bit_attention: bool = True
+    """Whether that counts for the projections of attention too, and not for feed-forwards alone."""
+
+    @property
+    def coded_attention(self) -> bool:
+        """Whether the projections of attention may be multiplied in 8 bit."""
+        return self.eight_bit and self.eight_bit_attention
 
 
 def run_block(
@@ -88,10 +97,8 @@ def run_block(
     if options.exact:
         # What a part of the block adds to the hidden states is added by the next part, which takes
         # it from the list: the only reference to it, so that it is freed as soon as it is used.
-        held = [_self_attention(block, hidden, modulation, rotary, fused, options.quick)]
-        held.append(
-            _cross_attention(block, hidden, held, context, modulation, fused, options.quick)
-        )
+        held = [_self_attention(block, hidden, modulation, rotary, fused, options)]
+        held.append(_cross_attention(block, hidden, held, context, modulation, fused, options))
         change = _feed_forward(block, hidden, held, modulation, options.eight_bit)
         modulation.add_all_gated(hidden, change, 5)
     else:
@@ -129,8 +136,11 @@ def _attend(
     return out.flatten(2, 3).type_as(query)
 
 
-def _project_out(attn: Any, out: Tensor) -> Tensor:
-    projected: Tensor = attn.to_out[1](attn.to_out[0](out))
+def _project_out(attn: Any, held: list[Tensor], eight_bit: bool) -> Tensor:
+    """Project the attention output that ``held`` holds, which is taken out of it."""
+    layer = shared_by((attn.to_out[0],), held[0].dtype, eight_bit)
+    layer.read(held.pop())
+    projected: Tensor = attn.to_out[1](layer.project(last=True))
     return projected
 
 
@@ -140,30 +150,30 @@ def _self_attention(
     modulation: Modulation,
     rotary: tuple[Tensor, Tensor],
     fused: Fused,
-    quick: bool,
+    options: LeanOptions,
 ) -> Tensor:
     """Return what self attention adds to the hidden states, before its gate."""
-    attn, spans = block.attn1, modulation.spans
+    attn, spans, coded = block.attn1, modulation.spans, options.coded_attention
+    layers = shared_by((attn.to_q, attn.to_k, attn.to_v), hidden.dtype, coded)
     # The normed input is made whole: each projection must be one product over all tokens to round
     # as diffusers' does.
-    normed = modulation.all_normed(block.norm1, hidden, 0)
-    query = rotate_all(attn.norm_q, attn.to_q(normed), attn.heads, spans, rotary, fused)
-    key = rotate_all(attn.norm_k, attn.to_k(normed), attn.heads, spans, rotary, fused)
-    value = attn.to_v(normed)
-    # v was the last to need the normed input. Released now, it makes way for the attention output:
+    layers.read(modulation.all_normed_as(layers.kind, block.norm1, hidden, 0))
+    query = rotate_all(attn.norm_q, layers.project(0), attn.heads, spans, rotary, fused)
+    key = rotate_all(attn.norm_k, layers.project(1), attn.heads, spans, rotary, fused)
+    # v is the last to need the normed input. Released now, it makes way for the attention output:
     # the peak of the block is h, q, k, v and that output.
-    del normed
-    out = _attend(attn, query, key, value, attn.heads, quick)
+    value = layers.project(2, last=True)
+    held = [_attend(attn, query, key, value, attn.heads, options.quick)]
     # q, k and v go before the output projection allocates its result.
     del query, key, value
-    return _project_out(attn, out)
+    return _project_out(attn, held, coded)
 
 
 class _Context:
     """Keys and values of the text, and of the image where the model has one (Wan 2.1 I2V)."""
 
-    def __init__(self, attn: Any, context: Tensor, quick: bool) -> None:
-        self._attn, self._quick = attn, quick
+    def __init__(self, attn: Any, context: Tensor, options: LeanOptions) -> None:
+        self._attn, self._quick, self._coded = attn, options.quick, options.coded_attention
         self._image: tuple[Tensor, Tensor] | None = None
         text = context
         if attn.add_k_proj is not None:
@@ -183,7 +193,9 @@ class _Context:
             out = _attend(attn, query, *self._text, attn.heads, self._quick).add_(image)
             del image
         del query
-        return _project_out(attn, out)
+        held = [out]
+        del out
+        return _project_out(attn, held, self._coded)
 
 
 def _cross_attention(
@@ -193,14 +205,14 @@ def _cross_attention(
     context: Tensor,
     modulation: Modulation,
     fused: Fused,
-    quick: bool,
+    options: LeanOptions,
 ) -> Tensor:
     """Add what self attention made, and return what cross attention adds."""
     attn = block.attn2
-    keys = _Context(attn, context, quick)
-    normed = modulation.add_and_norm(hidden, held.pop(), 2, block.norm2, None)
-    query = attn.to_q(normed)
-    del normed
+    keys = _Context(attn, context, options)
+    layer = shared_by((attn.to_q,), hidden.dtype, options.coded_attention)
+    layer.read(modulation.add_and_norm_as(layer.kind, hidden, held.pop(), 2, block.norm2, None))
+    query = layer.project(last=True)
     query = norm_all(attn.norm_q, query, attn.heads, modulation.spans, fused)
     return keys.attend(query)
 
@@ -209,25 +221,29 @@ def _feed_forward(
     block: Any, hidden: Tensor, held: list[Tensor], modulation: Modulation, eight_bit: bool
 ) -> Tensor:
     """Add what cross attention made, and return what the feed-forward adds, before its gate."""
-    held.append(modulation.add_and_norm(hidden, held.pop(), None, block.norm3, 3))
-    return _fed(block.ffn, held, eight_bit)
+    first, second = _feeding(block.ffn, hidden.dtype, eight_bit)
+    first.read(modulation.add_and_norm_as(first.kind, hidden, held.pop(), None, block.norm3, 3))
+    return _fed(block.ffn, first, second)
 
 
-def _fed(ffn: Any, held: list[Tensor], eight_bit: bool) -> Tensor:
-    """Return the feed-forward of what ``held`` holds, which is taken out of it."""
-    products = products_of(ffn, held[0].dtype) if eight_bit else None
-    if products is not None:
-        first, second = products
-        wide = first.multiply(*first.quantized(held.pop()))
-        codes = second.quantized(wide, gelu=True)
-        del wide
-        return second.multiply(*codes)
-    normed = held.pop()
-    inner = ffn.net[0].proj(normed)
-    # ``inner`` is the widest tensor of the block, so each input is released as soon as it has
+def _feeding(ffn: Any, dtype: torch.dtype, eight_bit: bool) -> tuple[Shared, Any]:
+    """Return the first layer of a feed-forward, and the second one's product if both have one."""
+    layers = ffn.net[0].proj, ffn.net[2]
+    products = (
+        products_of(layers, dtype) if eight_bit and ffn.net[0].approximate == "tanh" else None
+    )
+    if products is None:
+        return Shared(layers[:1]), None
+    return Shared(layers[:1], products[:1]), products[1]
+
+
+def _fed(ffn: Any, first: Shared, second: Any) -> Tensor:
+    """Return the feed-forward of the tokens that its first layer has read."""
+    if second is not None:
+        return first.feed(second)
+    # The output is the widest tensor of the block, so each input is released as soon as it has
     # been read.
-    del normed
-    return _feed_out(ffn, inner)
+    return _feed_out(ffn, first.project(last=True))
 
 
 def _feed_out(ffn: Any, inner: Tensor) -> Tensor:
@@ -249,25 +265,25 @@ def _self_attention_by_heads(
 ) -> None:
     """Self attention with q and k whole, but v for one group of heads at a time."""
     attn, groups, quick = block.attn1, options.head_groups, options.quick
+    coded = options.coded_attention
     # q and k cannot be made by groups: their norms average over all heads of a token.
     query, key = torch.empty_like(hidden), torch.empty_like(hidden)
     for span in modulation.spans:
-        normed = modulation.normed(block.norm1, hidden, 0, span)
-        for norm, project, whole in (
-            (attn.norm_q, attn.to_q, query),
-            (attn.norm_k, attn.to_k, key),
-        ):
-            rows = project(normed)
+        layers = shared_by((attn.to_q, attn.to_k), hidden.dtype, coded)
+        layers.read(modulation.normed(block.norm1, hidden, 0, span))
+        for index, (norm, whole) in enumerate(((attn.norm_q, query), (attn.norm_k, key))):
+            rows = layers.project(index, last=index == 1)
             rotate_span(norm, rows, attn.heads, span, rotary, whole[:, span[0]], fused)
             del rows
-        del normed
     values = None
     # v by groups multiplies with rows of the weight. A quantised layer has no such rows, and a
     # hook (a LoRA's, for one) expects the whole output: then v is made whole.
     if not is_plain_linear(attn.to_v):
         values = torch.empty_like(hidden)
         for span in modulation.spans:
-            values[:, span[0]] = attn.to_v(modulation.normed(block.norm1, hidden, 0, span))
+            layer = shared_by((attn.to_v,), hidden.dtype, coded)
+            layer.read(modulation.normed(block.norm1, hidden, 0, span))
+            values[:, span[0]] = layer.project(last=True)
     size = query.shape[-1] // attn.heads
     heads_each = -(-attn.heads // groups)
     for first in range(0, attn.heads, heads_each):
@@ -282,7 +298,7 @@ def _self_attention_by_heads(
         del value
     del key, values
     for span in modulation.spans:
-        out = _project_out(attn, query[:, span[0]])
+        out = _project_out(attn, [query[:, span[0]]], coded)
         modulation.add_gated(hidden, out, 2, span)
         del out
 
@@ -322,14 +338,15 @@ def _rest_by_rows(
     """
     attn, ffn = block.attn2, block.ffn
     # Once for all spans: the context is the same for every token.
-    keys = _Context(attn, context, options.quick)
+    keys = _Context(attn, context, options)
     for span in modulation.spans:
         rows = hidden[:, span[0]]
-        query = attn.to_q(block.norm2(rows.float()).type_as(rows))
+        layer = shared_by((attn.to_q,), hidden.dtype, options.coded_attention)
+        layer.read(block.norm2(rows.float()).type_as(rows))
+        query = layer.project(last=True)
         query = norm_all(attn.norm_q, query, attn.heads, [_EVERY], fused)
         rows.add_(keys.attend(query))
         del query
-        normed = modulation.normed(block.norm3, hidden, 3, span)
-        held = [normed]
-        del normed
-        modulation.add_gated(hidden, _fed(ffn, held, options.eight_bit), 5, span)
+        first, second = _feeding(ffn, hidden.dtype, options.eight_bit)
+        first.read(modulation.normed(block.norm3, hidden, 3, span))
+        modulation.add_gated(hidden, _fed(ffn, first, second), 5, span)

@@ -115,23 +115,25 @@ def lean_forward(
     fuse: bool = True,
     quick: bool = False,
     eight_bit: bool = False,
+    eight_bit_attention: bool = True,
 ) -> Iterator[str | None]:
     """Run ``transformer`` with the lean forward in this thread, inside the ``with`` block.
 
     Yields None, or the reason why the model keeps its own forward. With ``exact`` the result
     equals diffusers' bit for bit; without it, rounding may differ (see ``forward/block.py``).
     ``quick`` takes the fastest attention, which may round differently; ``eight_bit`` multiplies
-    feed-forwards that are stored in 8 bit in 8 bit, which changes the result. The lean forward
-    acts only where gradients are off; each block then overwrites its input. Enter the context after
-    offloading has been attached.
+    layers that are stored in 8 bit in 8 bit, which changes the result (feed-forwards alone without
+    ``eight_bit_attention``). The lean forward acts only where gradients are off; each block then
+    overwrites its input. Enter the context after offloading has been attached.
     """
     reason = why_not(transformer)
     if reason is not None:
         yield reason
         return
     options = LeanOptions(
-        exact=exact, rows=rows, head_groups=head_groups, fuse=fuse, quick=quick, eight_bit=eight_bit
-    )
+        exact=exact, rows=rows, head_groups=head_groups, fuse=fuse, quick=quick,
+        eight_bit=eight_bit, eight_bit_attention=eight_bit_attention,
+    )  # fmt: skip
     with _lean(transformer, options):
         yield None
 
@@ -161,8 +163,11 @@ def _put_on(transformer: Any, installed: Installed[LeanOptions]) -> None:
         # What is lost in the first and the last block is seen most.
         inner = 0 < index < last
         installed.set_forward(block, functools.partial(_block_forward, block, inner, installed))
-    for block in _vace_blocks(transformer):
-        installed.set_forward(block, functools.partial(_vace_block_forward, block, installed))
+    branch = _vace_blocks(transformer)
+    for index, block in enumerate(branch):
+        inner = 0 < index < len(branch) - 1
+        forward = functools.partial(_vace_block_forward, block, inner, installed)
+        installed.set_forward(block, forward)
     forward = functools.partial(_model_forward, transformer, installed)
     installed.set_forward(transformer, forward)
 
@@ -196,12 +201,14 @@ def _fused(options: LeanOptions, hidden: Tensor, heads: int, temb: Embedding) ->
 
 
 def _vace_block_forward(
-    block: Any, installed: Installed[LeanOptions], before: Any, *states: Any
+    block: Any, inner: bool, installed: Installed[LeanOptions], before: Any, *states: Any
 ) -> tuple[Tensor | None, Tensor]:
     options = installed.mine()
     if options is None or not options.blocks:
         result: tuple[Tensor | None, Tensor] = before(*states)
         return result
+    if not inner:
+        options = replace(options, eight_bit=False)
     hidden, context, control, temb, rotary = states
     fused = _fused(options, hidden, block.attn1.heads, temb)
     return run_vace_block(block, options, hidden, context, control, temb, rotary, fused)

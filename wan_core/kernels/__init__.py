@@ -3,9 +3,10 @@
 In: tensors, and the small modules they pass through (a norm, a linear layer). Out: the numbers of
 torch's own code where a way is called exact, else numbers within a bound that a trial on the device
 has shown. ``fused_for`` and ``products_of`` say which ways may be used for a device, dtype and
-width; ``attend`` times what it can take; ``triton_kernels`` is the Triton code, or None where it
-cannot be imported. Imports loading, for weights as they are stored. Names are resolved on first
-use, so that importing this package does not import torch.
+width; ``shared_by`` has layers read the same tokens, rounded once; ``attend`` times what it can
+take; ``triton_kernels`` is the Triton code, or None where it cannot be imported. Imports loading,
+for weights as they are stored. Names are resolved on first use, so that importing this package does
+not import torch.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from .fused import NOTHING, Fused, triton_kernels
     from .fused_trial import fused_for
     from .modulation import Modulation, Span, TimestepRuns
-    from .products import products_of
+    from .products import Addition, Shared, products_of, shared_by
     from .rotary import norm_all, rotate_all, rotate_span
 
 __getattr__ = lazy_names(
@@ -29,15 +30,17 @@ __getattr__ = lazy_names(
         "fused": ("NOTHING", "Fused", "triton_kernels"),
         "fused_trial": ("fused_for",),
         "modulation": ("Modulation", "Span", "TimestepRuns"),
-        "products": ("products_of",),
+        "products": ("Addition", "Shared", "products_of", "shared_by"),
         "rotary": ("norm_all", "rotate_all", "rotate_span"),
     },
 )
 
 __all__ = [
     "NOTHING",
+    "Addition",
     "Fused",
     "Modulation",
+    "Shared",
     "Span",
     "TimestepRuns",
     "attend",
@@ -46,5 +49,6 @@ __all__ = [
     "products_of",
     "rotate_all",
     "rotate_span",
+    "shared_by",
     "triton_kernels",
 ]

@@ -40,17 +40,31 @@ def norm_rows(
     which may be ``out``, ``hidden`` is first overwritten by ``hidden + change``, or
     ``hidden + change * gate``. ``affine`` is the norm's own weight and bias.
     """
-    _launch_norm(hidden, out, eps, change, gate, scale, shift, affine)
+    _launch_norm(hidden, out, None, eps, change, gate, scale, shift, affine)
+
+
+def norm_codes(
+    hidden: Tensor, codes: Tensor, scales: Tensor, eps: float, *, change: Tensor | None = None,
+    gate: Part | None = None, scale: Part | None = None, shift: Part | None = None,
+    affine: tuple[Tensor, Tensor] | None = None,
+) -> None:  # fmt: skip
+    """Do ``norm_rows``, but write what it would to ``codes`` in 8 bit, as ``quantize_rows`` does.
+
+    ``codes`` is (B, n, dim), int8 or float8_e4m3fn, ``scales`` (B, n) in fp32; the norm is rounded
+    to ``hidden``'s dtype before it is divided by its scale. ``change`` is read only.
+    """
+    _launch_norm(hidden, codes, scales, eps, change, gate, scale, shift, affine)
 
 
 def add_rows(hidden: Tensor, change: Tensor, gate: Part) -> None:
     """Overwrite ``hidden`` by ``hidden + change * gate``; arguments are those of ``norm_rows``."""
-    _launch_norm(hidden, None, 0.0, change, gate, None, None, None)
+    _launch_norm(hidden, None, None, 0.0, change, gate, None, None, None)
 
 
 def _launch_norm(
-    hidden: Tensor, out: Tensor | None, eps: float, change: Tensor | None, gate: Part | None,
-    scale: Part | None, shift: Part | None, affine: tuple[Tensor, Tensor] | None,
+    hidden: Tensor, out: Tensor | None, scales: Tensor | None, eps: float, change: Tensor | None,
+    gate: Part | None, scale: Part | None, shift: Part | None,
+    affine: tuple[Tensor, Tensor] | None,
 ) -> None:  # fmt: skip
     batch, count, dim = hidden.shape
     # Lengths are passed in tokens: what is multiplied with the width in the kernel is known to be
@@ -59,6 +73,7 @@ def _launch_norm(
     given = gate or scale or (hidden[:, :1], None)
     more = hidden if change is None else change
     into = hidden if out is None else out
+    kind = 0 if scales is None else 2 if into.dtype == torch.int8 else 1
     with torch.cuda.device_of(hidden):
         _norm_kernel[(batch * count,)](
             hidden, more, into, *(values for values, _ in parts),
@@ -66,9 +81,10 @@ def _launch_norm(
             *((hidden, hidden) if affine is None else affine),
             count, *(x.stride(0) // dim for x in (hidden, more, into)),
             given[0].stride(0), given[0].stride(1) if given[0].shape[1] > 1 else 0, eps,
+            hidden if scales is None else scales, 0 if scales is None else scales.stride(0),
             DIM=dim, BLOCK=_block(dim), ADD=0 if change is None else 1 if gate is None else 2,
             MODULATE=scale is not None, AFFINE=affine is not None, TABLE=given[1] is not None,
-            NORM=out is not None, **_LAUNCH,
+            NORM=out is not None, CODES=kind, **_LAUNCH,
         )  # fmt: skip
 
 
@@ -135,12 +151,39 @@ def _part(values, table, at, TABLE: tl.constexpr):
     return value
 
 
-@triton.jit(do_not_specialize=["count", "hidden_tokens", "change_tokens", "out_tokens"])
+@triton.jit
+def _normed(
+    state, weight, bias, scale, shift, scale_table, shift_table, at, middle, inverse,
+    AFFINE: tl.constexpr, MODULATE: tl.constexpr, TABLE: tl.constexpr,
+):  # fmt: skip
+    value = inverse * (tl.load(state + at).to(tl.float32) - middle)
+    if AFFINE:
+        factor = tl.load(weight + at).to(tl.float32)
+        value = tl.fma(factor, value, tl.load(bias + at).to(tl.float32))
+    if MODULATE:
+        value = value * (1.0 + _part(scale, scale_table, at, TABLE))
+        value = value + _part(shift, shift_table, at, TABLE)
+    return value
+
+
+@triton.jit
+def _coded(value, scale, largest: tl.constexpr, WHOLE: tl.constexpr):
+    """Divide by a scale and round to 8 bit; the cast to fp8 itself is the store's."""
+    value = tl.minimum(tl.maximum(value / scale, -largest), largest)
+    if WHOLE:  # adding and taking off 1.5 * 2**23 rounds to whole numbers
+        value = (value + 12582912.0) - 12582912.0
+    return value
+
+
+@triton.jit(
+    do_not_specialize=["count", "hidden_tokens", "change_tokens", "out_tokens", "scale_tokens"]
+)
 def _norm_kernel(
     hidden, change, out, gate, scale, shift, gate_table, scale_table, shift_table, weight, bias,
     count, hidden_tokens, change_tokens, out_tokens, batch_stride, token_stride, eps,
+    scales, scale_tokens,
     DIM: tl.constexpr, BLOCK: tl.constexpr, ADD: tl.constexpr, MODULATE: tl.constexpr,
-    AFFINE: tl.constexpr, TABLE: tl.constexpr, NORM: tl.constexpr,
+    AFFINE: tl.constexpr, TABLE: tl.constexpr, NORM: tl.constexpr, CODES: tl.constexpr,
 ):  # fmt: skip
     batch = (tl.program_id(0) // count).to(tl.int64)
     token = (tl.program_id(0) % count).to(tl.int64)
@@ -172,16 +215,35 @@ def _norm_kernel(
         inverse = tl.rsqrt(tl.div_rn(total, total * 0 + DIM) + eps)
         # Other threads may have written what this one reads next.
         tl.debug_barrier()
-        for k in tl.static_range(DIM // BLOCK):
-            at = k * BLOCK + tl.arange(0, BLOCK)
-            value = inverse * (tl.load(state + at).to(tl.float32) - middle)
-            if AFFINE:
-                factor = tl.load(weight + at).to(tl.float32)
-                value = tl.fma(factor, value, tl.load(bias + at).to(tl.float32))
-            if MODULATE:
-                value = value * (1.0 + _part(scale + part, scale_table, at, TABLE))
-                value = value + _part(shift + part, shift_table, at, TABLE)
-            tl.store(into + at, value.to(out.dtype.element_ty))
+        if CODES:
+            largest: tl.constexpr = 127.0 if CODES == 2 else 448.0
+            seen = tl.zeros((BLOCK,), tl.float32)
+            for k in tl.static_range(DIM // BLOCK):
+                value = _normed(
+                    state, weight, bias, scale + part, shift + part, scale_table, shift_table,
+                    k * BLOCK + tl.arange(0, BLOCK), middle, inverse, AFFINE, MODULATE, TABLE,
+                )  # fmt: skip
+                value = value.to(hidden.dtype.element_ty).to(tl.float32)
+                seen = tl.maximum(seen, tl.abs(value))
+            divisor = tl.maximum(tl.max(seen, 0), 1e-30) / largest
+            tl.store(scales + batch * scale_tokens + token, divisor)
+            for k in tl.static_range(DIM // BLOCK):
+                at = k * BLOCK + tl.arange(0, BLOCK)
+                value = _normed(
+                    state, weight, bias, scale + part, shift + part, scale_table, shift_table,
+                    at, middle, inverse, AFFINE, MODULATE, TABLE,
+                )  # fmt: skip
+                value = value.to(hidden.dtype.element_ty).to(tl.float32)
+                value = _coded(value, divisor, largest, CODES == 2)
+                tl.store(into + at, value.to(out.dtype.element_ty))
+        else:
+            for k in tl.static_range(DIM // BLOCK):
+                at = k * BLOCK + tl.arange(0, BLOCK)
+                value = _normed(
+                    state, weight, bias, scale + part, shift + part, scale_table, shift_table,
+                    at, middle, inverse, AFFINE, MODULATE, TABLE,
+                )  # fmt: skip
+                tl.store(into + at, value.to(out.dtype.element_ty))
 
 
 @triton.jit(do_not_specialize=["count", "tokens"])
@@ -316,10 +378,7 @@ def _quantize_kernel(
         value = (0.5 * value * (1.0 + tanh)).to(x.dtype.element_ty).to(tl.float32)
     largest: tl.constexpr = 127.0 if WHOLE else 448.0
     scale = tl.maximum(tl.max(tl.abs(value), 0), 1e-30) / largest
-    value = value / scale
-    value = tl.minimum(tl.maximum(value, -largest), largest)
-    if WHOLE:  # adding and taking off 1.5 * 2**23 rounds to whole numbers
-        value = (value + 12582912.0) - 12582912.0
+    value = _coded(value, scale, largest, WHOLE)
     tl.store(out + row * WIDTH + at, value.to(out.dtype.element_ty), mask=inside)
     tl.store(scales + row, scale)
 

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .codes import Codes, empty_codes, norms_to_codes
 from .fused import NOTHING, Fused, layer_norm_is_plain, triton_kernels
 
 _WIDE = torch.float32
@@ -105,6 +106,14 @@ class Modulation:
             self.normed(norm, hidden, shift, span, out[:, span[0]])
         return out
 
+    def all_normed_as(
+        self, kind: torch.dtype | None, norm: nn.Module, hidden: Tensor, shift: int
+    ) -> Tensor | Codes:
+        """Return :meth:`all_normed`, in 8 bit where a ``kind`` is given and a kernel can do it."""
+        if kind is not None and self._can_code(norm, hidden, kind):
+            return self._coded(norm, hidden, kind, shift)
+        return self.all_normed(norm, hidden, shift)
+
     def add_gated(self, hidden: Tensor, change: Tensor, gate: int, span: Span) -> None:
         """Add ``change`` times its gate to the span of ``hidden``, in place, computed in fp32.
 
@@ -147,20 +156,52 @@ class Modulation:
                 self.normed(norm, hidden, shift, span, out[:, span[0]])
         return out
 
+    def add_and_norm_as(
+        self, kind: torch.dtype | None, hidden: Tensor, change: Tensor, gate: int | None,
+        norm: nn.Module, shift: int | None,
+    ) -> Tensor | Codes:  # fmt: skip
+        """Do :meth:`add_and_norm`, with the norm in 8 bit as in :meth:`all_normed_as`."""
+        if kind is not None and _alike(hidden, change) and self._can_code(norm, hidden, kind):
+            return self._coded(norm, hidden, kind, shift, change, gate)
+        return self.add_and_norm(hidden, change, gate, norm, shift)
+
     def _can_fuse(self, norm: nn.Module, hidden: Tensor, out: Tensor) -> bool:
         return self._fused and _alike(hidden, out) and layer_norm_is_plain(norm, hidden)
+
+    def _can_code(self, norm: nn.Module, hidden: Tensor, kind: torch.dtype) -> bool:
+        per_token = self._per_token is not None
+        return self._can_fuse(norm, hidden, hidden) and norms_to_codes(hidden, kind, per_token)
 
     def _fused_norm(
         self, norm: Any, rows: Tensor, out: Tensor, shift: int | None, span: Span,
         change: Tensor | None = None, gate: int | None = None,
     ) -> None:  # fmt: skip
-        triton_kernels().norm_rows(
-            rows, out, norm.eps, change=change,
-            gate=None if gate is None else self._sources(gate, span),
-            shift=None if shift is None else self._sources(shift, span),
-            scale=None if shift is None else self._sources(shift + 1, span),
-            affine=None if norm.weight is None else (norm.weight, norm.bias),
-        )  # fmt: skip
+        parts = self._parts(norm, shift, span, gate)
+        triton_kernels().norm_rows(rows, out, norm.eps, change=change, **parts)
+
+    def _coded(
+        self, norm: Any, hidden: Tensor, kind: torch.dtype, shift: int | None,
+        change: Tensor | None = None, gate: int | None = None,
+    ) -> Codes:  # fmt: skip
+        codes = empty_codes(hidden, kind)
+        numbers, scales = codes.numbers.view(hidden.shape), codes.scales.view(hidden.shape[:2])
+        for span in self.runs:
+            rows = span[0]
+            triton_kernels().norm_codes(
+                hidden[:, rows], numbers[:, rows], scales[:, rows], norm.eps,
+                change=None if change is None else change[:, rows],
+                **self._parts(norm, shift, span, gate),
+            )  # fmt: skip
+        return codes
+
+    def _parts(self, norm: Any, shift: int | None, span: Span, gate: int | None) -> dict[str, Any]:
+        """Return what a fused norm reads besides the tokens."""
+        return {
+            "gate": None if gate is None else self._sources(gate, span),
+            "shift": None if shift is None else self._sources(shift, span),
+            "scale": None if shift is None else self._sources(shift + 1, span),
+            "affine": None if norm.weight is None else (norm.weight, norm.bias),
+        }
 
 
 def spans_of(starts: tuple[int, ...], length: int, rows: int) -> list[Span]:

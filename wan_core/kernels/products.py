@@ -3,9 +3,13 @@
 The weight's numbers are exactly the file's; only the activations are rounded, each token by its own
 scale (its largest magnitude over the largest number of the format). fp8 goes through
 ``torch._scaled_mm`` (compute capability 8.9 on), int8 through ``torch._int_mm`` (7.5 on), rotated
-int8 with activations rotated by the same matrix. Only the feed-forward is computed so, and not that
-of the first and the last block: all linear layers in fp8 have been seen to collapse on long clips
-(vllm-project/vllm-omni#2920), the feed-forward alone has not.
+int8 with activations rotated by the same matrix. Layers that read the same tokens (q, k and v)
+share what was rounded and rotated once; see :class:`Shared`.
+
+Computed so are the linear layers of a block that read all tokens: q, k, v and output of self
+attention, q and output of cross attention, and the feed-forward; not the keys and values of the
+text, which are few, and nothing of the first and the last block. What a LoRA adds to such a layer
+is computed in 16 bit, from tokens that were not rounded (:class:`Addition`).
 
 A kind is used where a trial on the device agrees with the weights taken apart and is faster than
 they are; else the layer computes in 16 bit, as always.
@@ -15,7 +19,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -26,12 +30,19 @@ from torch import Tensor, nn
 
 from ..loading import StoredWeight, rotation, stored_weight
 from .attention import milliseconds
+from .codes import Codes
 from .fused import triton_kernels
+from .modulation import spans_of
 
 _log = logging.getLogger(__name__)
 _lock = threading.Lock()
 _AT_ONCE = 4096
 """Tokens whose int32 sums are held at once."""
+_ROWS = 8192
+"""Tokens whose widest activations are held at once: the feed-forward's in 16 and 8 bit, and those
+of layers with a LoRA in 8 bit beside 16. More fill no card better."""
+_FEWEST = 32
+"""Tokens that ``torch._int_mm`` is given at least; it takes no fewer than 17."""
 _TOKENS = 2048
 """Tokens of a trial; with fewer a product does not fill a large card."""
 _GAIN = 1.05
@@ -43,8 +54,18 @@ _FIRST = {"fp8": (8, 9), "int8": (7, 5)}
 _tried: dict[tuple[object, ...], bool] = {}
 
 
-Codes = tuple[Tensor, Tensor, Sequence[int]]
-"""Numbers of 8 bit (n, in), the scale of each row (n, 1), and the shape of the rows (...)."""
+class Addition:
+    """A layer's forward hook that adds to the output what it makes of the input, token by token.
+
+    A layer with such hooks, and no others, may be multiplied in 8 bit: they are called with the
+    input in 16 bit.
+    """
+
+    def __init__(self, hook: Callable[[Any, tuple[Any, ...], Any], Any]) -> None:
+        self._hook = hook
+
+    def __call__(self, layer: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        return self._hook(layer, args, output)
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,12 +74,30 @@ class EightBitProduct:
 
     weight: StoredWeight
     bias: Tensor | None
-
     dtype: torch.dtype
+    layer: Any = None
+    additions: tuple[Addition, ...] = ()
+    """What is added to the output, called as hooks of ``layer``."""
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """Apply the layer to ``x`` (..., in)."""
-        return self.multiply(*self.quantized(x))
+    def __call__(self, x: Tensor, gelu: bool = False) -> Tensor:
+        """Apply the layer to ``x`` (..., in) or to its GELU, and add what is to be added.
+
+        With a GELU ``x`` may be overwritten.
+        """
+        if not self.additions:
+            return self.multiply(self.quantized(x, gelu))
+        if gelu:
+            torch.ops.aten.gelu_(x, approximate="tanh")
+        out = self.multiply(self.quantized(x))
+        for addition in self.additions:
+            changed = addition(self.layer, (x,), out)
+            out = out if changed is None else changed
+        return out
+
+    @property
+    def kind(self) -> torch.dtype:
+        """The dtype of the numbers that are multiplied."""
+        return torch.float8_e4m3fn if self.weight.stored.kind == "fp8" else torch.int8
 
     def quantized(self, x: Tensor, gelu: bool = False) -> Codes:
         """Return ``x`` (..., in), or its GELU (tanh form), in 8 bit.
@@ -72,20 +111,103 @@ class EightBitProduct:
             turned = rotation(group).to(rows)
             rows = (rows.view(-1, group) @ turned).view(rows.shape)
             gelu = False
-        kind = torch.float8_e4m3fn if self.weight.stored.kind == "fp8" else torch.int8
-        return (*triton_kernels().quantize_rows(rows, kind, gelu), x.shape[:-1])
+        numbers, scales = triton_kernels().quantize_rows(rows, self.kind, gelu)
+        return Codes(numbers, scales, tuple(x.shape[:-1]))
 
-    def multiply(self, codes: Tensor, scales: Tensor, shape: Sequence[int]) -> Tensor:
-        """Return the layer's output (..., out) for what ``quantized`` returned."""
+    def multiply(self, codes: Codes) -> Tensor:
+        """Return the product (..., out) with what ``quantized`` returned, and the bias."""
         product = _fp8_product if self.weight.stored.kind == "fp8" else _int8_product
         bias = None if self.bias is None else self.bias.to(self.dtype)
-        return product(codes, scales, self.weight, bias, self.dtype).view(*shape, -1)
+        out = product(codes.numbers, codes.scales, self.weight, bias, self.dtype)
+        return out.view(*codes.shape, -1)
 
 
-def products_of(ffn: Any, dtype: torch.dtype) -> tuple[EightBitProduct, EightBitProduct] | None:
-    """Return both products of a feed-forward, or None where it is to compute in 16 bit."""
-    first, second = product_for(ffn.net[0].proj, dtype), product_for(ffn.net[2], dtype)
-    return None if first is None or second is None else (first, second)
+Products = tuple[EightBitProduct, ...]
+
+
+class Shared:
+    """Linear layers that read the same tokens: rounded once for all of them, or left in 16 bit.
+
+    Every layer computes in 8 bit (``products``), or none does. The tokens are held in one form
+    only, and let go when the ``last`` layer has read them.
+    """
+
+    def __init__(self, layers: Sequence[Any], products: Products | None = None) -> None:
+        self._layers, self._products = tuple(layers), products
+        self._added = any(one.additions for one in products or ())
+        self._held: list[Tensor | Codes] = []
+
+    @property
+    def kind(self) -> torch.dtype | None:
+        """The dtype that the tokens may come in; None if they are to come in 16 bit."""
+        if self._products is None or self._added or self._products[0].weight.stored.group:
+            return None
+        return self._products[0].kind
+
+    def read(self, tokens: Tensor | Codes) -> None:
+        """Take the tokens, (..., in) or in 8 bit of this ``kind``."""
+        if isinstance(tokens, Tensor) and self._products is not None and not self._added:
+            tokens = self._products[0].quantized(tokens)
+        self._held = [tokens]
+
+    def project(self, index: int = 0, *, last: bool = False) -> Tensor:
+        """Return the output (..., out) of one of the layers."""
+        tokens = self._held.pop() if last else self._held[0]
+        if self._products is None:
+            out: Tensor = self._layers[index](tokens)
+            return out
+        product = self._products[index]
+        return product.multiply(tokens) if isinstance(tokens, Codes) else _by_rows(product, tokens)
+
+    def feed(self, second: EightBitProduct) -> Tensor:
+        """Return ``second`` of the GELU of the only layer's output, for some tokens at a time."""
+        assert self._products is not None
+        first, tokens = self._products[0], self._held.pop()
+        if isinstance(tokens, Tensor):
+            rows = tokens.reshape(-1, tokens.shape[-1])
+            return _spanned(lambda at: second(first(rows[at]), True), rows, tokens.shape[:-1])
+        numbers, scales, shape = tokens
+
+        def some(at: slice) -> Tensor:
+            part = Codes(numbers[at], scales[at], (len(numbers[at]),))
+            return second(first.multiply(part), True)
+
+        return _spanned(some, numbers, shape)
+
+
+def _by_rows(product: EightBitProduct, tokens: Tensor) -> Tensor:
+    """Apply a product with additions: in 16 bit the tokens are there already."""
+    rows = tokens.reshape(-1, tokens.shape[-1])
+    return _spanned(lambda at: product(rows[at]), rows, tokens.shape[:-1])
+
+
+def _spanned(make: Callable[[slice], Tensor], rows: Tensor, shape: Sequence[int]) -> Tensor:
+    """Return what ``make`` makes of spans of ``rows``, as (*shape, width)."""
+    out: Tensor | None = None
+    for span, _ in spans_of((0,), len(rows), _ROWS):
+        part = make(span)
+        if len(part) == len(rows):
+            return part.view(*shape, -1)
+        out = part.new_empty(len(rows), part.shape[-1]) if out is None else out
+        out[span] = part
+    assert out is not None
+    return out.view(*shape, -1)
+
+
+def products_of(layers: Sequence[Any], dtype: torch.dtype) -> Products | None:
+    """Return the products of layers in 8 bit, or None if any of them computes in 16 bit."""
+    found = [product_for(layer, dtype) for layer in layers]
+    products = tuple(one for one in found if one is not None)
+    return products if len(products) == len(found) else None
+
+
+def shared_by(layers: Sequence[Any], dtype: torch.dtype, eight_bit: bool) -> Shared:
+    """Return layers that read the same tokens, in 8 bit where asked for and all can be so."""
+    products = products_of(layers, dtype) if eight_bit else None
+    if products is not None:
+        forms = {(one.kind, one.weight.stored.group) for one in products}
+        products = products if len(forms) == 1 else None
+    return Shared(layers, products)
 
 
 def product_for(layer: Any, dtype: torch.dtype) -> EightBitProduct | None:
@@ -103,7 +225,9 @@ def product_for(layer: Any, dtype: torch.dtype) -> EightBitProduct | None:
     device = weight.bits.device
     if torch.cuda.get_device_capability(device) < _FIRST[stored.kind]:
         return None
-    product = EightBitProduct(weight, layer.bias, dtype)
+    product = EightBitProduct(
+        weight, layer.bias, dtype, layer, tuple(layer._forward_hooks.values())
+    )
     key = (device, dtype, stored.kind, stored.per, stored.group, stored.shape)
     with _lock:
         if key not in _tried:
@@ -112,8 +236,10 @@ def product_for(layer: Any, dtype: torch.dtype) -> EightBitProduct | None:
 
 
 def _hooked(layer: nn.Module) -> bool:
-    """Say whether a hook (a LoRA's, an offload's) acts on a layer: then it must be called."""
-    hooked = layer._forward_hooks or layer._forward_pre_hooks or "forward" in vars(layer)
+    """Say whether a hook acts on a layer that does more than add: then it must be called."""
+    if any(not isinstance(hook, Addition) for hook in layer._forward_hooks.values()):
+        return True
+    hooked = layer._forward_pre_hooks or "forward" in vars(layer)
     return bool(hooked) or hasattr(layer, "_hf_hook")
 
 
@@ -155,13 +281,16 @@ def _int8_product(
     codes: Tensor, scales: Tensor, weight: StoredWeight, bias: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
     matrix, each = weight.bits.view(torch.int8).t(), _each(weight)
+    count = len(codes)
+    if count < _FEWEST:
+        codes, scales = (F.pad(x, (0, 0, 0, _FEWEST - count)) for x in (codes, scales))
     out = torch.empty(len(codes), matrix.shape[1], dtype=dtype, device=codes.device)
     for begin in range(0, len(codes), _AT_ONCE):
         # The last span reaches back: torch multiplies no fewer than 17 rows.
         span = slice(max(0, min(begin, len(codes) - _AT_ONCE)), begin + _AT_ONCE)
         sums = torch._int_mm(codes[span], matrix)
         triton_kernels().scale_rows(sums, scales[span], each, bias, out[span])
-    return out
+    return out[:count]
 
 
 def _each(weight: StoredWeight) -> Tensor:
@@ -172,14 +301,15 @@ def _each(weight: StoredWeight) -> Tensor:
 
 
 def _pays(product: EightBitProduct, layer: Any, dtype: torch.dtype) -> bool:
-    """Try a product on random tokens: right, and faster than 16 bit."""
+    """Try a product on random tokens: right, and faster than 16 bit. Nothing is added to it."""
+    product = EightBitProduct(product.weight, product.bias, dtype)
     stored = product.weight.stored
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(_TOKENS, stored.shape[1], generator=generator)
     x = x.to(product.weight.bits.device, dtype)
     try:
-        codes, scales, _ = product.quantized(x)
-        seen = codes.float() * scales
+        codes = product.quantized(x)
+        seen = codes.numbers.float() * codes.scales
         if stored.group:
             seen = (seen.view(-1, stored.group) @ rotation(stored.group).to(seen)).view(seen.shape)
         expected = F.linear(seen.to(dtype), layer.dequantized(dtype), layer.bias).float()
@@ -191,8 +321,8 @@ def _pays(product: EightBitProduct, layer: Any, dtype: torch.dtype) -> bool:
         )
         return False
     error = float((found.float() - expected).norm() / expected.norm())
-    layer(x)  # the first time does not count
-    theirs = milliseconds(partial(layer, x), 3)
+    layer.forward(x)  # the first time does not count
+    theirs = milliseconds(partial(layer.forward, x), 3)
     used = error < _AGREES and ours * _GAIN < theirs
     _log.info(
         "%s %s: 8 bit %.2f ms, 16 bit %.2f ms, error %.1e; %s bit is used.",

@@ -96,7 +96,7 @@ class Choices:
     quick: bool = False
     """Whether attention and the lean decoder take the fastest kernels; rounding may differ."""
     eight_bit: bool = False
-    """Whether the lean forward multiplies feed-forwards that a file stores in 8 bit in 8 bit."""
+    """Whether the lean forward multiplies layers that a file stores in 8 bit in 8 bit."""
     hints_in_turn: bool = True
     """Whether a VACE model's hints can be computed one at a time; not where the installed diffusers
     computes them in a way that is not known."""

@@ -115,9 +115,9 @@ def _eight_bit_says(situation: Situation, before: Choices, after: Choices) -> st
         for choices in (before, after)
     )
     return (
-        f"products in 8 bit in the feed-forwards: {slow:.1f} -> {quick:.1f} s a step, computed "
-        "from operations, where the card proves faster; changes the result, by 1 % of a forward as "
-        "measured with random weights"
+        f"products in 8 bit in attention and feed-forward: {slow:.1f} -> {quick:.1f} s a step, "
+        "computed from operations, where the card proves faster; changes the result, by about 1 % "
+        "of a forward with random weights"
     )
 
 

@@ -24,7 +24,7 @@ from ..detect import Patch, read_patches
 from ..errors import ModelMismatch
 from ..files import quoted
 from ..formats import read_table
-from ..kernels import TimestepRuns
+from ..kernels import Addition, TimestepRuns
 from ..loading import TensorReader, Undo, device_of, keep_in_fp32, stays_fp32
 from ..models import Source, TransformerShape
 
@@ -221,8 +221,10 @@ def _attach(undo: Undo, transformer: nn.Module, target: str, delta: _Delta) -> N
         hook = _mine_before(lambda args: _with_table(args, delta))
         undo.push(module.register_forward_pre_hook(hook).remove)
     else:
-        change = _change_of(module, target, delta)
-        undo.push(module.register_forward_hook(_mine(change)).remove)
+        hook = _mine(_change_of(module, target, delta))
+        # Linear layers may be multiplied in 8 bit; what is added to them is computed in 16.
+        hook = Addition(hook) if isinstance(module, nn.Linear) else hook
+        undo.push(module.register_forward_hook(hook).remove)
 
 
 def _mine(change: Callable[[Tensor, Tensor], Tensor]) -> Any:
