@@ -11,6 +11,7 @@ from support.lean_models import inputs_of, model_of
 
 from wan_core.forward import lean_forward
 from wan_core.kernels import fused
+from wan_core.kernels.codes import norms_to_codes
 from wan_core.kernels.fused import Fused
 from wan_core.kernels.fused_trial import fused_for
 
@@ -30,6 +31,18 @@ def test_torch_s_bits(dim: int, heads: int, dtype: torch.dtype, per_token: bool)
     with torch.no_grad():
         hidden = torch.empty(1, 2, dim, device="cuda", dtype=dtype)
         assert fused_for(hidden, heads, per_token) == Fused(norms=True, rotations=True)
+
+
+@pytest.mark.parametrize("per_token", [False, True])
+@pytest.mark.parametrize("kind", [torch.int8, torch.float8_e4m3fn])
+@pytest.mark.parametrize("dtype", DTYPES[:2])
+@pytest.mark.parametrize("dim", [dim for dim, _ in WIDTHS])
+def test_norms_in_8_bit(dim: int, dtype: torch.dtype, kind: torch.dtype, per_token: bool) -> None:
+    if kind != torch.int8 and torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("this card has no fp8")
+    with torch.no_grad():
+        hidden = torch.empty(1, 2, dim, device="cuda", dtype=dtype)
+        assert norms_to_codes(hidden, kind, per_token)
 
 
 @pytest.mark.parametrize("per_token", [False, True])
