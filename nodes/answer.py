@@ -110,11 +110,7 @@ def _headline(forecast: Forecast) -> str:
 
 def _usable_ram(forecast: Forecast) -> float:
     """Return the GiB of RAM that a render may use, without what is left to the system."""
-    from ..wan_core.memory import RAM_RESERVE
-
-    system = forecast.system
-    free = system.ram_available_bytes + system.ram_evictable_bytes - RAM_RESERVE
-    return max(0, free) / GIB
+    return forecast.system.usable_ram_bytes / GIB
 
 
 def duration(seconds: float) -> str:

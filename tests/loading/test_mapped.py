@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import gc
 import mmap
@@ -89,3 +90,50 @@ def test_on_windows_a_map_is_read_only(tmp_path: Path, monkeypatch: pytest.Monke
     with open(path, "rb", buffering=0) as file:
         map_file(file, private=False)
     assert asked == [{"access": mmap.ACCESS_READ}]
+
+
+def test_what_is_read_next_is_asked_for_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tensor by tensor through a file, each byte is asked for once, and before it is touched."""
+    page = mmap.PAGESIZE
+    monkeypatch.setattr(mapped, "_AHEAD", 8 * page)
+    path = tmp_path / "weights.bin"
+    path.write_bytes(bytes(100 * page))
+
+    class Advised(mmap.mmap):
+        asked: list[range] = []
+
+        def madvise(self, option: int, start: int, length: int) -> None:
+            assert option == mmap.MADV_WILLNEED
+            assert start % page == 0
+            self.asked.append(range(start // page, -(-(start + length) // page)))
+
+    with path.open("rb") as file:
+        inner = Advised(file.fileno(), 0, access=mmap.ACCESS_READ)
+        whole = mapped.MappedFile(inner, (ctypes.c_uint8 * len(inner)).from_buffer_copy(inner))
+    for start in range(0, 100 * page, 3 * page // 2):
+        whole.read_ahead(start, min(3 * page // 2, 100 * page - start))
+        assert any(start // page in some for some in inner.asked)
+    told = [number for some in inner.asked for number in some]
+    assert sorted(set(told)) == list(range(100))
+    assert len(told) <= 100 + len(inner.asked)  # a page that an edge lies in is told twice
+    whole.read_ahead(0, page)
+    before = len(inner.asked)
+    whole.read_ahead(50 * page, page)  # elsewhere, as another component of the same file
+    assert len(inner.asked) == before or 50 in inner.asked[-1]
+
+
+def test_advice_that_is_refused_changes_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "weights.bin"
+    path.write_bytes(bytes(range(64)))
+
+    class Refusing(mmap.mmap):
+        def madvise(self, option: int, start: int, length: int) -> None:
+            raise OSError(errno.EINVAL, "no")
+
+    with path.open("rb") as file:
+        inner = Refusing(file.fileno(), 0, access=mmap.ACCESS_READ)
+        whole = mapped.MappedFile(inner, (ctypes.c_uint8 * len(inner)).from_buffer_copy(inner))
+    whole.read_ahead(0, 64)
+    assert whole.view(0, 64, torch.uint8).tolist() == list(range(64))

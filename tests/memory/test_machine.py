@@ -189,6 +189,8 @@ LINUX: dict[str, Any] = {
     "shares_ram": False,
     "evictable_bytes": 0,
     "ram_evictable_bytes": 0,
+    "process_bytes": GIB,
+    "libraries_in_use": True,  # torch has reserved something
     "supports_bf16": True,
     "supports_fp16": True,
     "supports_fp8": True,
@@ -208,6 +210,7 @@ LINUX: dict[str, Any] = {
     "bus_gb_per_s": 12.6,
 }
 BARE = {
+    "libraries_in_use": False,
     "device": "cpu", "device_name": "arm64", "device_total_bytes": 64 * GIB,
     "device_free_bytes": 40 * GIB, "device_used_by_others_bytes": 0, "supports_bf16": False,
     "supports_fp16": False, "supports_fp8": False, "compute_capability": None,
@@ -220,7 +223,10 @@ MACHINES: dict[str, tuple[FakeTorch, dict[str, Any], dict[str, Any]]] = {
     "NVIDIA on Windows": (
         FakeTorch((Card(),), backend="cudaMallocAsync"),
         {"system": "Windows"},
-        {"os": "Windows", "pinned_budget_bytes": int(25.6 * GIB), "allocator": "async"},
+        {
+            "os": "Windows", "pinned_budget_bytes": int(25.6 * GIB), "allocator": "async",
+            "process_bytes": None,
+        },
     ),
     "an older one": (
         FakeTorch((Card(capability=(7, 5)),)),
@@ -273,7 +279,7 @@ MACHINES: dict[str, tuple[FakeTorch, dict[str, Any], dict[str, Any]]] = {
         {"system": "Darwin"},
         BARE
         | {
-            "os": "Darwin", "torch_version": "2.13.0",
+            "os": "Darwin", "torch_version": "2.13.0", "process_bytes": None,
             "notes": (f"the CPU computes: {hardware._REFUSED['mps']}",),
         },
     ),
@@ -309,6 +315,7 @@ def test_the_card_that_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
         "device": "cuda:1", "device_name": "Second", "device_total_bytes": 12 * GIB,
         "device_free_bytes": 11 * GIB, "device_used_by_others_bytes": GIB, "supports_fp8": False,
         "compute_capability": (8, 6), "multiprocessors": 30, "pcie_generation": 3, "pcie_width": 4,
+        "libraries_in_use": False,
         "bus_gb_per_s": 3.2, "evictable_bytes": 3, "ram_evictable_bytes": 4,
     }  # fmt: skip
     assert found.to_dict() == LINUX | differs
@@ -496,3 +503,39 @@ def test_lanes_of_every_generation() -> None:
         bus = gpu(24, pcie_generation=generation, pcie_width=16).bus_bytes_per_second
         assert bus == pytest.approx(0.8e9 * rate, rel=0.01)
     assert gpu(24, pcie_generation=9).bus_bytes_per_second == gpu(24).bus_bytes_per_second
+
+
+def test_what_this_process_holds_is_read_from_the_system(tmp_path: Path) -> None:
+    status = tmp_path / "status"
+    status.write_text("VmRSS:\t  900 kB\nRssAnon:\t     700 kB\nRssFile:\t 200 kB\n")
+    assert hardware.process_bytes(status) == 700 * 1024
+    assert hardware.process_bytes(tmp_path / "none") is None
+    status.write_text("Name:\tpython\n")
+    assert hardware.process_bytes(status) is None
+    if platform.system() == "Linux":
+        held = hardware.process_bytes()
+        assert held is not None
+        more = bytearray(os.urandom(2**20) * 64)
+        assert hardware.process_bytes() >= held + 48 * 2**20  # type: ignore[operator]
+        del more
+
+
+@pytest.mark.parametrize(
+    ("held", "in_use", "counted"),
+    [
+        (None, False, 1300), (None, True, 1300), (600, False, 850), (900, True, 900),
+        (1200, False, 1300), (30_000, True, 1300),
+    ],
+)  # fmt: skip
+def test_the_interpreter_counts_as_it_is_and_others_models_do_not(
+    held: int | None, in_use: bool, counted: int
+) -> None:
+    mib = 2**20
+    system = replace(
+        gpu(24, ram=16), process_bytes=None if held is None else held * mib,
+        libraries_in_use=in_use,
+    )  # fmt: skip
+    assert system.process_ram_bytes == counted * mib
+    # What the process holds already is not in what is available, and must not be asked of it again.
+    assert system.usable_ram_bytes == 15 * 2**30 + min(held or 0, counted) * mib
+    assert replace(cpu(16), process_bytes=None).process_ram_bytes == 450 * mib

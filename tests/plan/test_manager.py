@@ -16,7 +16,7 @@ from wan_core.memory.choices import Choices
 from wan_core.memory.machine import SystemResources
 from wan_core.memory.stages import GIB, MIB, Workload, estimate
 from wan_core.models.architecture import ModelArchitecture
-from wan_core.models.sizes import PARTS, block_bytes
+from wan_core.models.sizes import PARTS, all_blocks, block_bytes
 from wan_core.placing import manager as placing_manager
 from wan_core.plan import manager as plan_module
 from wan_core.plan.ladder import Limits
@@ -724,3 +724,17 @@ def test_no_lean_forward_is_promised_where_there_is_none(
         plans += [] if smaller is None else [smaller]
     assert len(plans) > 2
     assert not any(plan.lean or plan.by_rows or plan.cache_in_ram for plan in plans)
+
+
+def test_blocks_that_are_not_locked_travel_through_two_slabs() -> None:
+    """What streams is counted in whole blocks, and the slabs of those that find no room with it."""
+    found = architecture(T2V)
+    largest = max(all_blocks(found, "transformer", "bf16"))
+    wishes = OptimizationConfig(offload="stream", resident_blocks=0)
+    for budget, locked in ((100 * GIB, 80), (10.5 * largest, 10 + 2), (0, 2)):
+        system = gpu(24, ram=128, pinned_budget_bytes=int(budget))
+        plan = OptimizationManager().recommend_optimizations(found, P480, system, wishes)
+        stage = next(s for s in plan.estimate.stages if s.name == "denoise_high")
+        assert stage.locked_bytes == pytest.approx(locked * largest, rel=1e-3)
+        decode = next(s for s in plan.estimate.stages if s.name == "decode")
+        assert decode.locked_bytes == 0

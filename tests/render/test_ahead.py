@@ -253,3 +253,25 @@ def test_the_plan_counts_the_ram_it_takes(home: Path, offload: str) -> None:
     )
     taken = first.host_bytes + first.locked_bytes + first.mapped_bytes
     assert high == taken + nbytes + RAM_RESERVE
+
+
+@pytest.mark.parametrize("chunk", [None, 5], ids=["one clip", "windows"])
+def test_page_locks_stay_between_experts_and_go_before_the_decode(
+    home: Path, monkeypatch: pytest.MonkeyPatch, chunk: int | None
+) -> None:
+    """Locked again for each expert they would cost seconds; beside the decode, room."""
+    told: list[str] = []
+    use = stages.StageRunner.use
+
+    def told_of(self: Any, stage: str, component: str, **more: Any) -> Any:
+        told.append(stage)
+        return use(self, stage, component, **more)
+
+    monkeypatch.setattr(stages.StageRunner, "use", told_of)
+    monkeypatch.setattr(stages, "unpin", lambda *_: told.append("unlocked"))
+    job = JOB | {"num_frames": 9, "max_chunk_size": chunk}
+    result = opened(home, offload="stream", resident_blocks=0).generate(GenerationConfig(**job))
+    result.raise_for_error()
+    assert told[-2:] == ["decode", "unlocked"]
+    assert told[: told.index("denoise_high")] == ["text_encode", "unlocked"]
+    assert told[told.index("denoise_high") : -2] == ["denoise_high", "denoise_low"]

@@ -132,6 +132,8 @@ def put_in_place(
         SimpleNamespace(virtual_memory=lambda: memory),  # type: ignore[arg-type]
     )
     monkeypatch.setattr(machine, "container_limit", lambda: (None, 0))
+    held = GIB if system == "Linux" else None
+    monkeypatch.setattr(machine, "process_bytes", lambda: held)
     monkeypatch.setattr(machine.os, "environ", environment or {})
     monkeypatch.setattr(
         machine,

@@ -10,6 +10,7 @@ meanwhile and says how far they are.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import io
@@ -29,6 +30,8 @@ import torch
 FP8: Final = frozenset({torch.float8_e4m3fn, torch.float8_e5m2})
 AT_ONCE: Final = 4 * 2**20
 """Bytes read without looking up: 0.1 s of a slow disk."""
+_AHEAD: Final = 64 * 2**20
+"""Bytes asked for beyond those that are needed now: a few matrices of a 14B."""
 _CHECKED: Final = 2**20
 """Bytes compared at a time: few enough to stay in the processor's cache meanwhile."""
 _READERS: Final = min(4, os.cpu_count() or 1)
@@ -46,6 +49,7 @@ class MappedFile:
 
     def __init__(self, mapping: mmap.mmap, buffer: Any) -> None:
         self._mapping, self._buffer = mapping, buffer
+        self._asked = range(0)
         # The buffer is what tensors hold on to: through it they keep the mapping.
         buffer.owner = self
         start = torch.frombuffer(buffer, dtype=torch.uint8).data_ptr()
@@ -54,6 +58,24 @@ class MappedFile:
 
     def __len__(self) -> int:
         return len(self._mapping)
+
+    def read_ahead(self, start: int, nbytes: int) -> None:
+        """Have the system begin to read these bytes, and some that follow, where it can be asked.
+
+        Whoever then touches them one tensor after the other does not wait for the disk at each.
+        """
+        asked, size = self._asked, len(self._mapping)
+        known = asked.start <= start < asked.stop
+        if known and asked.stop >= min(size, start + nbytes + _AHEAD // 2):
+            return
+        begin = (asked.stop if known else start) // mmap.PAGESIZE * mmap.PAGESIZE
+        end = min(size, start + nbytes + _AHEAD)
+        self._asked = range(asked.start if known else start, end)
+        advise = getattr(self._mapping, "madvise", None)
+        if advise is not None and hasattr(mmap, "MADV_WILLNEED"):
+            # Advice is all it is: a system that refuses it reads the pages when they are touched.
+            with contextlib.suppress(OSError, ValueError):
+                advise(mmap.MADV_WILLNEED, begin, end - begin)
 
     def view(self, start: int, numel: int, dtype: torch.dtype) -> torch.Tensor:
         """Return ``numel`` numbers from byte ``start`` on, without reading them."""

@@ -130,6 +130,7 @@ class TensorReader:
         aligned = start % (_ALIGNED if self.align else stored.itemsize) == 0
         if straight and self._maps is not None and aligned and numel:
             view = self._view(info, start, numel, stored)
+            self._maps[info.file].read_ahead(start, view.nbytes)
             self._check_finite(info, view, None, self._watch)
             return view.view(shape)
         out = torch.empty(numel, dtype=target, device=self.device)
@@ -153,6 +154,8 @@ class TensorReader:
         rows = stored.shape[0] // source.parts if stored.shape and stored.by_rows else 1
         if self._maps is not None and self.device.type == "cpu":
             found = self._view(info, start, nbytes, torch.int8).view(rows, -1)
+            if any(True for _ in numbers_that_may_be_wild(found[:1], stored)):
+                self._maps[info.file].read_ahead(start, nbytes)
             self._look_at_rows(info, found, stored)
             return found
         flat = torch.empty(nbytes, dtype=torch.int8, device=self.device)

@@ -63,12 +63,6 @@ _ROOM_EXPANDABLE = {"diffusers": 0.025, "lean": 0.025, "rows": 0.025, "vae": 0.0
 """The same with expandable segments: 1 to 2 % for the forwards, 4 % for the VAE."""
 _MEASURED = {(9, 0)}
 """Compute capabilities on which estimates were compared with runs, see benchmarks/results."""
-_PROCESS = 450 * MIB
-"""RAM of the interpreter with torch, diffusers and transformers."""
-_DEVICE_LIBRARIES = 850 * MIB
-"""RAM that a device's libraries take beside that, once they are in use: cuBLAS, cuDNN, kernels.
-Measured on an H100 (torch 2.11, CUDA 13.0) in a process of its own: 1,308 MiB when the first stage
-was over. Not measured elsewhere."""
 
 
 def estimate(
@@ -213,7 +207,7 @@ class _Ledger:
         if self.on_cpu:
             host += loras
             weights = self._host_weights(part) + loras
-            extra = host - weights + _PROCESS
+            extra = host - weights + self._process()
             note = "in RAM, with the interpreter and its libraries"
         elif loras:
             weights, note = weights + loras, f"{note}, with its LoRAs"
@@ -256,17 +250,22 @@ class _Ledger:
         if self.on_cpu or choices.offload_of(part) != "stream":
             return 0
         names = experts_of(self.arch) if part.startswith("transformer") else (part,)
-        wanted = 0
+        wanted = largest = 0
         for name in (name for name in names if name not in self.workload.idle):
             blocks = all_blocks(self.arch, name, self._dtype(name), fp8=self._in_fp8(name))
             resident = 0 if name == "text_encoder" else choices.resident_blocks or 0
             wanted += max(0, len(blocks) - resident) * max(blocks)
+            largest = max(largest, *blocks)
         spare = system.ram_available_bytes + system.ram_evictable_bytes - host
         spare -= unpinned_reserve(system.ram_total_bytes)
-        return max(0, min(wanted, system.pinned_budget_bytes, spare))
+        locked = max(0, min(wanted, system.pinned_budget_bytes, spare))
+        if locked == wanted:
+            return wanted
+        # Whole blocks are locked, and two slabs through which the others travel.
+        return locked // largest * largest + 2 * largest
 
     def _process(self) -> int:
-        return _PROCESS + (0 if self.on_cpu else _DEVICE_LIBRARIES)
+        return self.system.process_ram_bytes
 
     def _output(self) -> StageEstimate:
         host = self._host_weights("vae") + self.latent_bytes + self.frames_bytes + self._process()

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 
 from ..config import GIB, MemoryEstimate, StageEstimate
 from ..memory import (
-    RAM_RESERVE,
     STREAM_BUFFERS,
     Choices,
     Workload,
@@ -76,7 +75,7 @@ class Limits:
     @staticmethod
     def of(system: SystemResources, requested: OptimizationConfig) -> Limits:
         """Combine what is free, or can be freed, with the limits that the user set."""
-        ram = max(0, system.ram_available_bytes + system.ram_evictable_bytes - RAM_RESERVE)
+        ram = system.usable_ram_bytes
         on_cpu = system.device_kind == "cpu"
         caps = []
         if requested.ram_limit_gb is not None:

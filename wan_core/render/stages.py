@@ -240,6 +240,10 @@ class StageRunner:
         the stage. Hooks and LoRAs come after the placement, and are taken off before the weights
         leave the device.
         """
+        if not component.startswith("transformer"):
+            # The experts' page-locked copies stay from one expert, window and segment to the next,
+            # but not beside another component, whose memory was planned without them.
+            unpin()
         with ExitStack() as stack:
             module = stack.enter_context(self.component(component))
             stack.enter_context(self.timeline.stage(stage))
@@ -257,12 +261,7 @@ class StageRunner:
             if loras:
                 dtype = self.dtype(component)
                 stack.enter_context(apply_loras(module, loras, device=self.device, dtype=dtype))
-            try:
-                yield module
-            finally:
-                # The copies are memory that the next stage may need more.
-                if component.startswith("transformer"):
-                    stack.callback(unpin, module)
+            yield module
 
     @contextmanager
     def read_next(self, component: str) -> Iterator[None]:
