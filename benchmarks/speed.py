@@ -10,7 +10,7 @@ has two) of the 14B at 480p81 and 720p81, of the 5B at 704p121 with a held first
 - unfused, exact: the lean forward without and with fused kernels; both must have diffusers' bits;
 - rows: the lean forward that cuts products by rows and heads, for the least memory;
 - fast: the fastest 16-bit attention beside that; and, of a 14B whose matrices are stored in fp8,
-  exact (matrices taken apart at each use) and fast (feed-forwards multiplied in fp8).
+  exact (matrices taken apart at each use), fast (products in fp8) and the feed-forwards alone.
 
 The decoders of both VAEs at 480p81: diffusers and the lean decode in fp32 and bf16, and the quick
 one in bf16 and fp16. Errors are relative, in the Euclidean norm, against diffusers' forward of the
@@ -87,7 +87,7 @@ CASES = (
     ),
     Case(
         "forward-14b-480p-fp8", "14B stored in fp8, 480p81", "wan2.2-t2v-a14b", (21, 60, 104), 35,
-        ways=(BASE, "exact", "fast"), turns=2, stored=True,
+        ways=(BASE, "exact", "feed-forwards in 8 bit", "fast"), turns=2, stored=True, profile=True,
     ),
     Case(
         "forward-5b-704p", "5B, 704p121, first frame held", "wan2.2-ti2v-5b", (31, 44, 80), 20,
@@ -227,6 +227,9 @@ def forward_ways(model: Any, names: tuple[str, ...]) -> dict[str, Way]:
         "unfused": partial(lean, model, fuse=False),
         "exact": partial(lean, model),
         "rows": partial(lean, model, exact=False),
+        "feed-forwards in 8 bit": partial(
+            lean, model, quick=True, eight_bit=True, eight_bit_attention=False
+        ),
         "fast": partial(lean, model, quick=True, eight_bit=True),
     }
     return {name: ways[name] for name in names if name in ways}
@@ -286,7 +289,7 @@ def forwards(bench: Bench, case: Case) -> None:
     found = in_turns(bench, calls, case.turns)
     expected = found[BASE].pop("out")
     if case.profile and bench.device.type == "cuda":
-        for name in (BASE, "exact"):
+        for name in (BASE, "exact", "fast"):
             found[name]["split"] = split(bench, calls[name])
     if "compiled" in case.ways and bench.device.type == "cuda":
         model.compile_repeated_blocks(fullgraph=True)

@@ -234,7 +234,7 @@ def test_speed_with_small_models(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     found = json.loads((tmp_path / "speed_cpu.json").read_text())
     assert found["notes"] == []
     ways = {(row["case"], row["way"]): row for row in found["forwards"]}
-    assert len(ways) == 8
+    assert len(ways) == 9
     exact = [row for (_, way), row in ways.items() if way in ("diffusers", "unfused", "exact")]
     assert all(row["equal"] and row["error"] == 0 for row in exact)
     decodes = {row["way"]: row for row in found["decodes"]}
