@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import av
+import numpy as np
 import pytest
 import torch
 from support.clips import patches, write
@@ -139,6 +140,12 @@ def test_a_video_and_key_frames_from_files(
         (("--control-keyframes", "a.png", "b.png"), "pictures of 8x8, 4x4 size"),
         (("--control-keyframes", "a.png"), "reads none"),
         (("--control-tracks", "no.json"), "control.tracks: no.json cannot be read"),
+        (("--control-camera", "no.npy"), "control.camera: 'no.npy' cannot be read"),
+        (("--control-camera", "text.mp4"), "control.camera: 'text.mp4' cannot be read"),
+        (
+            ("--control-camera", "rays.npy"),
+            "control.camera was given, but Wan 2.2 text to video A14B",
+        ),
         (("--control-denoise", "0.5"), "no video to start from"),
     ],
 )
@@ -150,6 +157,7 @@ def test_a_control_that_cannot_be(
 
     monkeypatch.chdir(tmp_path)
     Path("text.mp4").write_text("no video")
+    np.save("rays.npy", np.zeros((1, 24, 2, 32, 64), np.float32))
     Image.new("RGB", (8, 8)).save("a.png")
     Image.new("RGB", (4, 4)).save("b.png")
     code, _, err = run(capsys, *generate(model, "o.mp4", *options))

@@ -205,7 +205,7 @@ def _open(arguments: argparse.Namespace) -> Any:
 
 def _control(arguments: argparse.Namespace, most: int) -> WanControl:
     """Read the files of the control, at most ``most`` frames of a video."""
-    from .render import read_pictures, read_video
+    from .render import read_numbers, read_pictures, read_video
 
     def path(name: str) -> Any:
         return getattr(arguments, f"control_{name}")
@@ -226,6 +226,7 @@ def _control(arguments: argparse.Namespace, most: int) -> WanControl:
         **videos,
         **pictures,
         positions=arguments.control_positions,
+        camera=read_numbers(arguments.control_camera, "control.camera"),
         tracks=_read_text(arguments.control_tracks, "control.tracks"),
         strength=arguments.control_strength,
         denoise=arguments.control_denoise,

@@ -50,6 +50,7 @@ def add_control(command: argparse.ArgumentParser) -> None:
         ("mask", None, "a picture or a video, white = make something new"),
         ("reference", "+", "pictures of what shall appear"),
         ("keyframes", "+", "pictures that the clip shows at --control-positions"),
+        ("camera", None, "a .npy file of WanCameraEmbedding's rays, for Fun Camera"),
         ("tracks", None, "a JSON file of tracks, for image-to-video models trained on them"),
     ):
         command.add_argument(f"--control-{name}", nargs=many, metavar="FILE", help=what)

@@ -68,6 +68,11 @@ READS = {
     "wan2.2-ti2v-5b": {"video", "keyframes"}, "wan2.1-flf2v-14b": {"keyframes"},
     "wan2.2-i2v-a14b": {"video", "keyframes", "tracks"},
     "wan2.1-i2v-14b": {"keyframes", "tracks"},
+    "wan2.1-fun-control-1.3b": {"video"}, "wan2.1-fun-control-14b": {"video", "reference"},
+    "wan2.2-fun-control-a14b": {"video", "reference", "keyframes"},
+    "wan2.2-fun-control-5b": {"video", "reference", "keyframes"},
+    "wan2.2-fun-inp-5b": {"video", "keyframes"}, "wan2.1-fun-camera-14b": {"camera"},
+    "wan2.2-fun-camera-a14b": {"video", "camera", "keyframes"},
 }  # fmt: skip
 
 
@@ -87,6 +92,45 @@ def test_the_pictures_are_spread_evenly() -> None:
         )  # fmt: skip
         found = resolve(config, architecture("wan2.2-i2v-a14b")).control
         assert found is not None and found.positions == wanted
+
+
+def test_fun_control_follows_its_video_and_the_others_start_from_theirs() -> None:
+    for name in READS:
+        if "video" in READS[name]:
+            wanted = "control" if "fun-control" in name else "start"
+            assert reads(architecture(name))["video"] == wanted, name
+
+
+def test_of_several_references_the_first_is_said_to_be_used() -> None:
+    control = WanControl(reference=torch.zeros(2, 8, 8, 3))
+    config = GenerationConfig(prompt="x", control=control)
+    said = resolve(config, architecture("wan2.2-fun-control-a14b")).warnings
+    assert any("holds 2 pictures" in text and "the first" in text for text in said)
+    said = resolve(config, architecture("wan2.1-vace-14b")).warnings
+    assert not any("the first" in text for text in said)
+
+
+def test_a_camera_of_another_size_or_length_is_fitted_and_it_is_said() -> None:
+    from wan_core.job import check_inputs
+
+    model = architecture("wan2.2-fun-camera-a14b")
+    rays = torch.rand(1, 24, 4, 16, 32, generator=torch.Generator().manual_seed(0))
+    for size, said in (((32, 16), 1), ((64, 32), 2)):
+        config = GenerationConfig(
+            prompt="x", num_frames=9, width=size[0], height=size[1],
+            control=WanControl(camera=rays),
+        )  # fmt: skip
+        request = resolve(config, model)
+        size = (request.width, request.height)
+        inputs = check_inputs(config, request, model)
+        assert inputs.control is not None and inputs.control.camera is not None
+        found = inputs.control.camera
+        assert found.shape == (1, 24, 3, size[1], size[0])
+        assert len([text for text in inputs.warnings if "control.camera" in text]) == said
+        low, high = rays[:, :, :3].aminmax()
+        assert low <= found.min() and found.max() <= high
+        if size == (32, 16):
+            assert torch.equal(found, rays[:, :, :3])
 
 
 def test_a_control_without_anything_is_none() -> None:

@@ -127,6 +127,8 @@ def control(name: str, model: str = "wan2.1-t2v", **given: Any) -> Case:
 
 
 I2V, FLF, T5B, PAIR = "wan2.2-i2v-a14b", "wan2.1-flf2v", "wan2.2-ti2v-5b", "files"
+FUN, CAMERA = "wan2.1-fun-control", "wan2.2-fun-camera-a14b"
+RAYS = torch.zeros(1, 24, 3, 32, 64)
 NUMBERS = (
     "num_frames", "width", "height", "num_inference_steps", "guidance_scale", "guidance_scale_2",
     "flow_shift", "boundary", "switch_step", "fps", "seed", "batch_size", "start_step", "end_step",
@@ -234,6 +236,24 @@ CASES = [
     *(control("positions", T5B, keyframes=VIDEO[:n], positions=bad, job={"width": 64, "height": 64})
       for n, bad in ((1, "3"), (2, "0, 1"))),
     control("tracks", tracks="[]"),
+    # The Fun models.
+    control("video", CAMERA, video=VIDEO, job={"latents": torch.zeros(LATENTS)}),
+    control("video", FUN, video=VIDEO[:7]),
+    control("mask", FUN, video=VIDEO, mask=VIDEO[..., 0]),
+    control("clear_masked", FUN, video=VIDEO, clear_masked=True),
+    control("strength", FUN, video=VIDEO, strength=0.5),
+    control("denoise", FUN, video=VIDEO, denoise=0.5),
+    control("camera", FUN, camera=RAYS),
+    control("keyframes", FUN, keyframes=VIDEO[:1]),
+    control("reference", FUN, reference=VIDEO[:1] * NAN),
+    control("reference", CAMERA, reference=VIDEO[:1]),
+    Case("last_image", model=FUN, job={"image": PICTURE, "last_image": PICTURE}),
+    Case("image encoder", MissingFile, model=FUN, without="image_encoder",
+         job={"control": WanControl(reference=VIDEO[:1])}),
+    *(control("camera", CAMERA, camera=bad)
+      for bad in (RAYS[:, :6], RAYS[0], RAYS[:, :, :2], RAYS * NAN, RAYS.long(), "Pan Up",
+                  torch.cat([RAYS, RAYS]))),
+    control("tracks", CAMERA, tracks="[]"),
     *(control("tracks", "wan2.1-i2v", tracks=bad)
       for bad in ("no json", "[]", "[[]]", '[[{"x": 1}]]', '[[{"x": 1, "y": NaN}]]', 7,
                   {"track_path": torch.zeros(5, 2, 2)}, {"track_path": torch.zeros(9, 2)},
@@ -276,7 +296,7 @@ NAMES = [f"{index}-{case.name}" for index, case in enumerate(CASES)]
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("models")
-    for family in ("wan2.1-t2v", "wan2.1-i2v", I2V, FLF, T5B):
+    for family in ("wan2.1-t2v", "wan2.1-i2v", I2V, FLF, T5B, FUN, CAMERA):
         tiny_models.make_folder(root / family, family)
     single_files.write(root / "files")
     return root

@@ -57,7 +57,8 @@ def test_the_table_agrees_with_itself() -> None:
         assert variant.defaults.height % variant.size_multiple == 0
         assert variant.size_multiple == (32 if variant.vae is VAE_22 else 16)
         assert variant.image_encoder == (variant.transformer.image_dim is not None)
-        assert not variant.supported or variant.pipeline_class
+        # Of what diffusers has no pipeline for, only the Fun models are run.
+        assert not variant.supported or variant.pipeline_class or "-fun-" in variant.name
         if variant.transformer.added_kv_dim:
             assert variant.transformer.added_kv_dim == variant.transformer.dim
 
@@ -67,7 +68,25 @@ def test_what_is_supported() -> None:
         "wan2.1-t2v-1.3b", "wan2.1-t2v-14b", "wan2.1-i2v-14b", "wan2.1-flf2v-14b",
         "wan2.1-vace-1.3b", "wan2.1-vace-14b", "wan2.2-t2v-a14b", "wan2.2-i2v-a14b",
         "wan2.2-ti2v-5b", "wan2.2-vace-fun-a14b", "wan2.1-fun-inp-1.3b",
+        "wan2.1-fun-control-1.3b", "wan2.1-fun-control-14b", "wan2.1-fun-camera-1.3b",
+        "wan2.1-fun-camera-14b", "wan2.2-fun-control-a14b", "wan2.2-fun-camera-a14b",
+        "wan2.2-fun-inp-5b", "wan2.2-fun-control-5b",
     ]  # fmt: skip
+
+
+def test_the_channels_beside_the_latents_are_told_apart() -> None:
+    """Of control video, mask and known frames, by the table of VideoX-Fun's models."""
+    wanted = {
+        "wan2.1-t2v-14b": (0, 0, 0), "wan2.2-i2v-a14b": (0, 4, 16), "wan2.1-vace-14b": (0, 0, 0),
+        "wan2.2-ti2v-5b": (0, 0, 0), "wan2.1-fun-control-14b": (16, 0, 16),
+        "wan2.1-fun-camera-14b": (0, 0, 16), "wan2.2-fun-control-a14b": (16, 4, 16),
+        "wan2.2-fun-camera-a14b": (0, 4, 16), "wan2.2-fun-inp-5b": (0, 4, 48),
+        "wan2.2-fun-control-5b": (48, 4, 48),
+    }  # fmt: skip
+    for name, channels in wanted.items():
+        shape = VARIANTS[name].transformer
+        found = shape.video_channels, shape.mask_channels, shape.known_channels
+        assert found == channels, name
 
 
 def test_classes_exist() -> None:

@@ -2,7 +2,8 @@
 
 In: a module built by ``loading``. Out: a context manager inside which the module runs the lean
 forward (``lean_forward`` for a transformer, ``lean_decoder`` for a VAE), or computes VACE's hints
-one at a time (``hints_in_turn``), or the reason why it cannot; ``why_no_lean`` gives the reason
+one at a time (``hints_in_turn``), or the reason why it cannot; inside ``fun_inputs`` it sees the
+reference and the camera of the Fun models; ``why_no_lean`` gives the reason
 that lies in the installed diffusers, before there is a module; ``blocks_in_order`` lists the blocks
 as they compute; and ``undisturbed``, inside which nothing that the caller has set for torch counts.
 Nothing here knows on which device weights are or how they get there. Names are resolved on first
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING
 from ..lazy import lazy_names
 
 if TYPE_CHECKING:
+    from .fun import fun_inputs
     from .residual import BlockPasses, block_passes
     from .sources import why_no_lean
     from .surroundings import Surroundings, settings_notes, undisturbed
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
 __getattr__ = lazy_names(
     __name__,
     {
+        "fun": ("fun_inputs",),
         "residual": ("BlockPasses", "block_passes"),
         "sources": ("why_no_lean",),
         "surroundings": ("Surroundings", "settings_notes", "undisturbed"),
@@ -40,6 +43,7 @@ __all__ = [
     "Surroundings",
     "block_passes",
     "blocks_in_order",
+    "fun_inputs",
     "hints_in_turn",
     "lean_decoder",
     "lean_forward",

@@ -76,16 +76,24 @@ def reads(architecture: ModelArchitecture) -> Mapping[str, str]:
         names = ("mask", "reference", "strength", "clear_masked")
         return {"video": "control", "keyframes": "any", **dict.fromkeys(names, "control")}
     found: dict[str, str] = {}
+    if shape.video_channels:
+        found["video"] = "control"
     # The 2.1 image-to-video models see their picture through CLIP too: a video to start from would
     # show one thing, the picture another.
-    if shape.image_dim is None:
+    elif shape.image_dim is None:
         found["video"] = "start"
-    if variant.expand_timesteps:
-        found["keyframes"] = "leading"
-    elif variant.image_input == "required":
+    if shape.reference_channels is not None:
+        found["reference"] = "control"
+    if shape.camera_channels is not None:
+        found["camera"] = "control"
+    if shape.mask_channels:
         found["keyframes"] = "any"
-        if shape.pos_embed_seq_len is None:
+        # ATI and Wan-Move were trained on the condition of the 14B image-to-video models.
+        plain = variant.image_input == "required" and not variant.expand_timesteps
+        if plain and shape.pos_embed_seq_len is None:
             found["tracks"] = "condition"
+    elif variant.expand_timesteps:
+        found["keyframes"] = "leading"
     return found
 
 
@@ -155,15 +163,18 @@ def resolve_control(
     for name in ("video", "mask"):
         if getattr(control, name) is not None:
             warnings += _length(name, getattr(control, name), wanted, made)
+    references = _count("reference", control.reference)
+    if references > 1 and architecture.transformer.vace_in_channels is None:
+        warnings.append(
+            f"control.reference holds {references} pictures; {title} reads one, the first."
+        )
     positions = _positions(config, control, wanted=wanted, made=made)
     if control.keyframes is not None:
         _check_positions(positions, known["keyframes"], architecture)
     return ControlRequest(
         video=video,
         mask=control.mask is not None,
-        references=0
-        if control.reference is None
-        else shape_of("reference", control.reference, 4)[0],
+        references=references,
         positions=positions if control.keyframes is not None else (),
         camera=control.camera is not None,
         tracks=_kind_of_tracks(control.tracks),
@@ -193,7 +204,7 @@ def _unread(name: str, title: str, known: Mapping[str, str]) -> InvalidRequest:
     hints = {
         "video": "Load a text-to-video model to start from it, or a VACE model to follow it.",
         "mask": "Load a VACE model.",
-        "reference": "Load a VACE model.",
+        "reference": "Load a VACE model, or Fun Control of version 1.1 or 2.2.",
         "keyframes": "Load an image-to-video or a VACE model.",
         "camera": "Load a Fun Camera model.",
         "tracks": "Load an image-to-video model that was trained on tracks (ATI, WanMove).",

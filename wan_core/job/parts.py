@@ -9,7 +9,7 @@ from ..config import GenerationConfig
 from ..errors import InvalidRequest, MissingFile, ModelMismatch
 from ..files import FileIdentity, file_identity, quoted
 from ..models import ModelArchitecture
-from .request import Request
+from .request import Request, needs_clip
 
 _LATER = "Name its file as {name} when the model is opened"
 
@@ -20,7 +20,7 @@ def check_parts(
     """Raise InvalidRequest or MissingFile for a component that the job needs and the model lacks.
 
     The text encoder and its tokenizer are needed unless embeddings are given, the image encoder by
-    models with an image branch, and the VAE by every job.
+    models with an image branch that are given a picture, and the VAE by every job.
     """
     there = architecture.components
     for name in texts_to_encode(config, request):
@@ -48,7 +48,7 @@ def check_parts(
             "The VAE is missing: it turns latents into frames, and this model was opened without "
             f"one. {_LATER.format(name='vae')}."
         )
-    if architecture.transformer.image_dim is not None and "image_encoder" not in there:
+    if needs_clip(config, architecture) and "image_encoder" not in there:
         raise MissingFile(
             f"The image encoder (CLIP vision) is missing: {architecture.variant.title} sees its "
             f"picture through it, and this model was opened without one. "

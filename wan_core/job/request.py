@@ -15,7 +15,14 @@ from typing import Any
 from ..config import GenerationConfig, plain_number
 from ..errors import InvalidRequest, MissingFile
 from ..models import IMAGE_TOKENS, ModelArchitecture
-from .control import ControlRequest, first_step, frames_of_video, has_keyframes, resolve_control
+from .control import (
+    ControlRequest,
+    control_of,
+    first_step,
+    frames_of_video,
+    has_keyframes,
+    resolve_control,
+)
 from .fields import choice, flag, function, real, text, whole
 from .output import audio_rate, check_metadata, output_fields
 from .prompts import PromptPart, parse_prompts
@@ -360,6 +367,19 @@ def seen_by_clip(architecture: ModelArchitecture) -> int:
     return max(1, (shape.pos_embed_seq_len or 0) // IMAGE_TOKENS)
 
 
+def needs_clip(config: GenerationConfig, architecture: ModelArchitecture) -> bool:
+    """Say whether the image encoder is needed: by a model with an image branch, for a picture.
+
+    Fun Control and Fun Camera see a reference, else the start image, and do without both.
+    """
+    if architecture.transformer.image_dim is None:
+        return False
+    control = control_of(config)
+    reference = control is not None and control.reference is not None
+    required = architecture.variant.image_input == "required"
+    return required or reference or config.image is not None
+
+
 def _check_images(config: GenerationConfig, architecture: ModelArchitecture) -> None:
     variant = architecture.variant
     if has_keyframes(config):
@@ -385,7 +405,9 @@ def _check_images(config: GenerationConfig, architecture: ModelArchitecture) -> 
                 field="last_image",
             )
         return
-    if config.image is None and architecture.transformer.vace_in_channels is None:
+    # A model that does without a picture takes any alone, if it is told which frame it is.
+    alone = variant.image_input == "optional" and variant.last_image
+    if config.image is None and not alone:
         raise InvalidRequest("last_image was given without image; give both.", field="last_image")
     if not variant.last_image:
         raise InvalidRequest(

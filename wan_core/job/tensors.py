@@ -16,6 +16,7 @@ from .control import ControlInputs, ControlRequest, control_of
 from .fields import dense, shown
 from .output import audio_rate
 from .pictures import load_picture
+from .windows import FRAMES_PER_LATENT, latent_frames
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from .pictures import Picture
     from .request import Request
 
+CAMERA_CHANNELS: Final = 24
+"""Channels of a camera's rays: moment and direction, three numbers each, of four frames."""
 _STRETCHED: Final = 0.02
 """Proportions that differ by more than this are said to be stretched."""
 
@@ -180,6 +183,7 @@ def check_control(
         if control.reference is None
         else tuple(_each("reference", control.reference)),
         keyframes=tuple(keyframes),
+        camera=None if control.camera is None else _camera(control.camera, made, size, warnings),
         tracks=_tracks(control.tracks, request.tracks, made),
     ), warnings
 
@@ -243,6 +247,41 @@ def _resized(name: str, have: tuple[int, int], size: tuple[int, int]) -> list[st
     how = "is stretched" if stretched else "is scaled"
     cure = "; crop it to keep its proportions" if stretched else ""
     return [f"control.{name} is {have[0]}x{have[1]} and {how} to {size[0]}x{size[1]}{cure}."]
+
+
+def _camera(value: Any, made: int, size: tuple[int, int], warnings: list[str]) -> Tensor:
+    """Return a camera's rays (1, 24, T, H, W), float32, for a clip of ``made`` frames and ``size``.
+
+    Rays of another size are interpolated: from one pixel to the next they hardly change.
+    """
+    import torch.nn.functional as F
+
+    rays, frames = _floats(value, "control.camera"), latent_frames(made)
+    found = tuple(rays.shape)
+    if len(found) != 5 or found[:2] != (1, CAMERA_CHANNELS) or not all(found):
+        raise InvalidRequest(
+            f"control.camera has shape {found}; rays (1, {CAMERA_CHANNELS}, latent frames, height, "
+            "width) are needed, as WanCameraEmbedding makes them.",
+            field="control.camera",
+        )
+    if found[2] < frames:
+        has = (found[2] - 1) * FRAMES_PER_LATENT + 1
+        raise InvalidRequest(
+            f"control.camera is for {has} frames, {made - has} fewer than the clip's {made}. Make "
+            f"it with length {made}, or the clip shorter (num_frames {has}).",
+            field="control.camera",
+        )
+    if found[2] > frames:
+        warnings.append(
+            f"control.camera is for {(found[2] - 1) * FRAMES_PER_LATENT + 1} frames; the first "
+            f"{made} are used."
+        )
+    rays = _finite(rays[:, :, :frames].detach().float().cpu(), "control.camera")
+    warnings += _resized("camera", (found[4], found[3]), size)
+    if (found[4], found[3]) == size:
+        return rays
+    flat = F.interpolate(rays[0].transpose(0, 1), size[::-1], mode="bilinear")
+    return flat.transpose(0, 1).unsqueeze(0)
 
 
 _TRACK_POINTS: Final = 121

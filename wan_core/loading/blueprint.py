@@ -12,11 +12,21 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
+from torch import nn
+
 from ..detect import IdentifiedFile
 from ..errors import CorruptFile, UnsupportedModel
 from ..files import quoted
 from ..formats import read_json
-from ..models import Mapped, TransformerShape, VaeShape, count_blocks, read_transformer, read_vae
+from ..models import (
+    UNSHUFFLED,
+    Mapped,
+    TransformerShape,
+    VaeShape,
+    count_blocks,
+    read_transformer,
+    read_vae,
+)
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -69,6 +79,28 @@ def with_vace(stated: Blueprint, part: IdentifiedFile) -> Blueprint:
     config = {key: value for key, value in stated.config.items() if key != "_class_name"}
     config |= {"vace_layers": list(shape.vace_layers), "vace_in_channels": shape.vace_in_channels}
     return replace(stated, class_name="WanVACETransformer3DModel", config=config)
+
+
+def add_fun_layers(module: nn.Module, shape: TransformerShape) -> None:
+    """Give a transformer the layers by which the Fun models read a reference and a camera.
+
+    diffusers' class has neither. The names are those of VideoX-Fun's files; what the layers compute
+    is in ``forward.fun``. They are made on the meta device, like the rest of the module.
+    """
+    dim, patch = shape.dim, shape.patch_size[1:]
+    if shape.reference_channels is not None:
+        module.add_module(
+            "ref_conv",
+            nn.Conv2d(shape.reference_channels, dim, patch, stride=patch, device="meta"),
+        )
+    if shape.camera_channels is not None:
+        adapter, block = nn.Module(), nn.Module()
+        pixels = shape.camera_channels * UNSHUFFLED**2
+        adapter.add_module("conv", nn.Conv2d(pixels, dim, patch, stride=patch, device="meta"))
+        for name in ("conv1", "conv2"):
+            block.add_module(name, nn.Conv2d(dim, dim, 3, padding=1, device="meta"))
+        adapter.add_module("residual_blocks", nn.Sequential(block))
+        module.add_module("control_adapter", adapter)
 
 
 def found_blueprint(part: IdentifiedFile, mapped: Mapped) -> Blueprint:

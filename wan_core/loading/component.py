@@ -29,7 +29,7 @@ from ..errors import (
 from ..files import quoted, some_of
 from ..formats import Storage, TensorInfo, TensorTable, logical_shape, read_table
 from ..models import Mapped, Source, cast_at_use, map_names, stays_stored
-from .blueprint import Blueprint, found_blueprint, stated_blueprint, with_vace
+from .blueprint import Blueprint, add_fun_layers, found_blueprint, stated_blueprint, with_vace
 from .dequantize import Scales
 from .dtypes import keep_in_fp32, stays_fp32
 from .mapped import Watch
@@ -88,6 +88,8 @@ def load_component(
     plan = stated or found_blueprint(part, mapped)
     # Without memory, so that a wrong file is refused before gigabytes are allocated or read.
     module = build(plan)
+    if part.transformer is not None:
+        add_fun_layers(module, part.transformer)
     check = _Check(plan, table, mapped, module, part)
     check.run()
     amount = Amount(table, progress)

@@ -42,12 +42,18 @@ class Workload:
     moving_windows: bool = False
     """Whether windows are at other places in each step."""
     references: int = 0
-    """Reference pictures that VACE denoises as latent frames in front of the clip's."""
+    """Latent frames in front of the clip's: the references that VACE denoises with it, or the one
+    that Fun Control sees."""
+    reference_picture: bool = False
+    """Whether a Fun model is given a reference: the VAE encodes it, and CLIP sees it."""
+    camera: bool = False
+    """Whether a camera's rays are given."""
     keyframes: int = 0
     """Pictures that the clip shows at given frames; the start and the end image count among them
     where there are others."""
     start_video: bool = False
-    """Whether the clip starts from a video, which the VAE encodes first."""
+    """Whether the VAE encodes a video first: one that the clip starts from, or that Fun Control
+    follows."""
     idle: tuple[str, ...] = ()
     """Experts that make no step of a shortened schedule, and are not read."""
 

@@ -175,14 +175,15 @@ class _Ledger:
         workload, found = self.workload, []
         if workload.encode_text:
             found.append(self._stage("text_encode", "text_encoder", self._text()))
-        if workload.image and "image_encoder" in self.parts:
+        pictures = workload.image or workload.reference_picture
+        if pictures and "image_encoder" in self.parts:
             tokens = IMAGE_TOKENS * (2 if workload.last_image else 1)
             size = BYTES[self._dtype("image_encoder")]
             # CLIP returns the hidden states (1280 wide) of all layers. One layer at a time has
             # temporaries of width 5120.
             clip = tokens * size * (1280 * 36 + 5120 * 3)
             found.append(self._stage("image_encode", "image_encoder", clip))
-        if workload.image:
+        if pictures:
             found.append(self._stage("condition_encode", "vae", self._encode()))
         if workload.start_video or self.arch.transformer.vace_in_channels is not None:
             found.append(self._stage("control_encode", "vae", self._encode_control()))
@@ -351,12 +352,16 @@ class _Ledger:
         return peak + texts * TEXT_TOKENS * self.arch.transformer.text_dim * 4
 
     def _encode(self, *, whole: bool = False) -> int:
-        """Return the activations of an encode: of the ``whole`` clip, or of its pictures."""
-        leading = self.arch.variant.expand_timesteps and not whole
+        """Return the activations of an encode: of the ``whole`` clip, or of its pictures.
+
+        A model with a mask of known frames is shown the whole clip, grey where nothing is known.
+        """
+        masked = self.arch.transformer.mask_channels > 0 and self.workload.image
+        frames = self.workload.num_frames if whole or masked else max(1, self.workload.keyframes)
         return encode_peak(
             self.vae,
             batch=1,
-            num_frames=max(1, self.workload.keyframes) if leading else self.workload.num_frames,
+            num_frames=frames,
             height=self.workload.height,
             width=self.workload.width,
             size=BYTES[self._dtype("vae")],
@@ -396,6 +401,9 @@ class _Ledger:
         seen = seen_latents(workload, self.choices, self.frames) / self.frames
         more = max(0, shape.in_channels - self.vae.z_dim) / self.vae.z_dim
         condition = int(more * seen * self.latent_bytes)
+        if workload.camera:  # rays for every pixel, and four frames a latent frame
+            rays = (shape.camera_channels or 0) * workload.height * workload.width
+            condition += int(seen * self.frames) * rays * size
         texts = (1 if guided else 0) * workload.batch_size * TEXT_TOKENS * shape.text_dim * size
         cast = self._unpacked(part)
         # References are denoised as frames in front of the clip's.

@@ -25,7 +25,7 @@ from .lora_keys import (
 from .magcache import MagCurve, Skips, computed, magcache_curve, magcache_plan, magcache_skips
 from .names import Mapped, Source, map_names
 from .recipes import Recipe, recipe_of
-from .shapes import count_blocks, read_transformer, read_vae, transformer_tensors
+from .shapes import UNSHUFFLED, count_blocks, read_transformer, read_vae, transformer_tensors
 from .sizes import (
     BYTES,
     MAP_FROM,
@@ -83,6 +83,7 @@ __all__ = [
     "TAG",
     "TEXT_TOKENS",
     "TransformerShape",
+    "UNSHUFFLED",
     "VAE_21",
     "VAE_22",
     "VARIANTS",

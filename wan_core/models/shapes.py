@@ -75,8 +75,8 @@ _TOP: Final = {
     "control_adapter.residual_blocks.0.conv1": "control_adapter.residual_blocks.0.conv1",
     "control_adapter.residual_blocks.0.conv2": "control_adapter.residual_blocks.0.conv2",
 }
-_UNSHUFFLED: Final = 64
-"""Fun Camera folds squares of 8 x 8 pixels into channels (``WanCamAdapter`` of VideoX-Fun)."""
+UNSHUFFLED: Final = 8
+"""Fun Camera folds squares of 8 x 8 pixels into channels (``SimpleAdapter`` of VideoX-Fun)."""
 
 
 def read_transformer(shapes: Shapes, layout: str) -> TransformerShape:
@@ -118,7 +118,7 @@ def read_transformer(shapes: Shapes, layout: str) -> TransformerShape:
         reference_channels=_size(shapes, "ref_conv.weight", 1)
         if "ref_conv.weight" in shapes
         else None,
-        camera_channels=_size(shapes, camera, 1) // _UNSHUFFLED if camera in shapes else None,
+        camera_channels=_size(shapes, camera, 1) // UNSHUFFLED**2 if camera in shapes else None,
     )
 
 
@@ -207,7 +207,7 @@ def _control(shape: TransformerShape) -> dict[str, tuple[int, ...]]:
     if shape.reference_channels is not None:
         out["ref_conv"] = (dim, shape.reference_channels, *patch)
     if shape.camera_channels is not None:
-        out["control_adapter.conv"] = (dim, shape.camera_channels * _UNSHUFFLED, *patch)
+        out["control_adapter.conv"] = (dim, shape.camera_channels * UNSHUFFLED**2, *patch)
         for name in ("conv1", "conv2"):
             out[f"control_adapter.residual_blocks.0.{name}"] = (dim, dim, 3, 3)
     return out

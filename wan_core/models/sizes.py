@@ -12,6 +12,7 @@ from functools import lru_cache
 from typing import TypeVar
 
 from .architecture import ModelArchitecture
+from .shapes import UNSHUFFLED
 from .stored import StoredSizes, cast_at_use
 from .variants import TransformerShape
 
@@ -96,6 +97,7 @@ def rest_parameters(shape: TransformerShape) -> tuple[int, int]:
     kept = time + 2 * d
     if shape.vace_in_channels:
         total += shape.vace_in_channels * patch * d + d
+    total += fun_parameters(shape)
     if shape.image_dim:
         wide = shape.image_dim
         norms = 2 * wide + 2 * d
@@ -103,6 +105,18 @@ def rest_parameters(shape: TransformerShape) -> tuple[int, int]:
         total += (shape.pos_embed_seq_len or 0) * wide
         kept += norms
     return total, kept
+
+
+def fun_parameters(shape: TransformerShape) -> int:
+    """Return the parameters of the layers for a reference (``ref_conv``) and a camera
+    (``control_adapter``: one convolution of 8 x 8 unshuffled pixels, two of 3 x 3)."""
+    d, patch = shape.dim, shape.patch_size[1] * shape.patch_size[2]
+    total = 0
+    if shape.reference_channels:
+        total += shape.reference_channels * patch * d + d
+    if shape.camera_channels:
+        total += shape.camera_channels * UNSHUFFLED**2 * patch * d + d + 2 * (9 * d * d + d)
+    return total
 
 
 def transformer_parameters(shape: TransformerShape) -> int:

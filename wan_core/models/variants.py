@@ -97,6 +97,25 @@ class TransformerShape:
         """Width of the hidden states, heads x head_dim."""
         return self.heads * self.head_dim
 
+    @property
+    def mask_channels(self) -> int:
+        """Input channels that say which video frames are known: 4, or 0."""
+        return 4 if (self.in_channels - self.out_channels) % self.out_channels == 4 else 0
+
+    @property
+    def known_channels(self) -> int:
+        """Input channels for the latents of known frames, the last ones: as many as the latents
+        have, or 0."""
+        return self.out_channels if self.in_channels - self.out_channels >= self.out_channels else 0
+
+    @property
+    def video_channels(self) -> int:
+        """Input channels for the latents of a control video (Fun Control), the first ones after the
+        noisy latents: as many as those have, or 0."""
+        return max(
+            0, self.in_channels - self.out_channels - self.mask_channels - self.known_channels
+        )
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VaeShape:
@@ -165,6 +184,7 @@ class Variant:
     transformer_class: str | None = "WanTransformer3DModel"
     """diffusers' class for the transformer; None if diffusers has none."""
     pipeline_class: str | None = "WanPipeline"
+    """diffusers' pipeline for it; None if diffusers has none, as for the Fun models."""
     supported: bool = True
     why_not: str = ""
     note: str = ""
@@ -221,9 +241,16 @@ _D_5B: Final = Defaults(
     width=1280, height=704,
 )  # fmt: skip
 
+# VideoX-Fun's examples (examples/wan2.1_fun, wan2.2_fun): 50 steps, guidance 6; shift 3 and 5.
+_D_FUN_1_3B: Final = replace(_D_T2V_1_3B, flow_shift=3.0)
+_D_FUN_14B: Final = replace(_D_T2V_14B, guidance_scale=6.0, flow_shift=3.0)
+_D_FUN_A14B: Final = replace(
+    _D_I2V_A14B, num_inference_steps=50, guidance_scale=6.0, guidance_scale_2=6.0
+)
+_D_FUN_5B: Final = replace(_D_5B, guidance_scale=6.0)
 
-# Fields that several variants share. _NO_CLASS and _NO_PIPELINE are of variants that are recognised
-# and named, but not run.
+
+# Fields that several variants share. _NO_CLASS is of variants that are recognised, but not run.
 _VACE: Final[dict[str, Any]] = {
     "vae": VAE_21,
     "image_input": "optional",
@@ -238,10 +265,11 @@ _NO_CLASS: Final[dict[str, Any]] = {
     "supported": False,
     "why_not": "diffusers has no class for its transformer",
 }
-_NO_PIPELINE: Final[dict[str, Any]] = {
-    **_NO_CLASS,
-    "transformer_class": "WanTransformer3DModel",
-    "why_not": "it needs a control video, and diffusers has no pipeline that takes one for it",
+# The Fun models have diffusers' transformer with more input channels, and layers beside it.
+_FUN: Final[dict[str, Any]] = {
+    "vae": VAE_21,
+    "image_input": "optional",
+    "pipeline_class": None,
 }
 _I2V: Final[dict[str, Any]] = {
     "vae": VAE_21,
@@ -338,44 +366,44 @@ _ALL: Final = (
         note="Trained as first/last-frame inpainting; run as image to video.",
     ),
     Variant(
-        name="wan2.1-fun-control-1.3b", title="Wan 2.1 Fun Control 1.3B", **_NO_PIPELINE,
+        name="wan2.1-fun-control-1.3b", title="Wan 2.1 Fun Control 1.3B", **_FUN,
         transformer=replace(_T_I2V_21_SMALL, in_channels=48),
-        defaults=_D_T2V_1_3B, note="V1.0 takes no reference picture, V1.1 does.",
+        defaults=_D_FUN_1_3B, note="V1.0 takes no reference picture, V1.1 does.",
     ),
     Variant(
-        name="wan2.1-fun-control-14b", title="Wan 2.1 Fun Control 14B", **_NO_PIPELINE,
+        name="wan2.1-fun-control-14b", title="Wan 2.1 Fun Control 14B", **_FUN,
         transformer=replace(_T_I2V_21, in_channels=48, reference_channels=16),
-        defaults=_D_T2V_14B, note="V1.0 takes no reference picture, V1.1 does.",
+        defaults=_D_FUN_14B, note="V1.0 takes no reference picture, V1.1 does.",
     ),
     Variant(
-        name="wan2.1-fun-camera-1.3b", title="Wan 2.1 Fun Camera 1.3B", **_NO_CLASS,
+        name="wan2.1-fun-camera-1.3b", title="Wan 2.1 Fun Camera 1.3B", **_FUN,
         transformer=replace(_T_I2V_21_SMALL, in_channels=32, camera_channels=24),
-        defaults=_D_T2V_1_3B,
+        defaults=_D_FUN_1_3B,
     ),
     Variant(
-        name="wan2.1-fun-camera-14b", title="Wan 2.1 Fun Camera 14B", **_NO_CLASS,
+        name="wan2.1-fun-camera-14b", title="Wan 2.1 Fun Camera 14B", **_FUN,
         transformer=replace(_T_I2V_21, in_channels=32, camera_channels=24),
-        defaults=_D_T2V_14B,
+        defaults=_D_FUN_14B,
     ),
     Variant(
         name="wan2.2-fun-control-a14b", title="Wan 2.2 Fun Control A14B (two experts)",
         transformer=replace(_T_14B, in_channels=52, reference_channels=16), experts=2,
-        defaults=_D_I2V_A14B, **_NO_PIPELINE,
+        defaults=_D_FUN_A14B, last_image=True, **_FUN,
     ),
     Variant(
         name="wan2.2-fun-camera-a14b", title="Wan 2.2 Fun Camera A14B (two experts)",
         transformer=replace(_T_14B, in_channels=36, camera_channels=24), experts=2,
-        defaults=_D_I2V_A14B, **_NO_CLASS,
+        defaults=_D_FUN_A14B, last_image=True, **_FUN,
     ),
     Variant(
-        name="wan2.2-fun-inp-5b", title="Wan 2.2 Fun InP 5B",
-        transformer=replace(_T_5B, in_channels=100), defaults=_D_5B,
-        **{**_NO_PIPELINE, "vae": VAE_22},
+        name="wan2.2-fun-inp-5b", title="Wan 2.2 Fun InP 5B", last_image=True,
+        transformer=replace(_T_5B, in_channels=100), defaults=_D_FUN_5B, expand_timesteps=True,
+        **{**_FUN, "vae": VAE_22, "image_input": "required"},
     ),
     Variant(
-        name="wan2.2-fun-control-5b", title="Wan 2.2 Fun Control 5B",
-        transformer=replace(_T_5B, in_channels=148, reference_channels=48), defaults=_D_5B,
-        **{**_NO_PIPELINE, "vae": VAE_22},
+        name="wan2.2-fun-control-5b", title="Wan 2.2 Fun Control 5B", last_image=True,
+        transformer=replace(_T_5B, in_channels=148, reference_channels=48), defaults=_D_FUN_5B,
+        expand_timesteps=True, **{**_FUN, "vae": VAE_22},
     ),
     Variant(
         name="wanfit-demo-t2v", title="WanFit demo, text to video (two small experts)", experts=2,

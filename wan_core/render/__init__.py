@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from .loader import WanPipelineLoader
     from .pipeline import WanPipelineWrapper
     from .report import Timeline, format_report
-    from .video import contact_sheet, read_pictures, read_video
+    from .video import contact_sheet, read_numbers, read_pictures, read_video
 
 __getattr__ = lazy_names(
     __name__,
@@ -29,7 +29,7 @@ __getattr__ = lazy_names(
         "loader": ("WanPipelineLoader",),
         "pipeline": ("WanPipelineWrapper",),
         "report": ("Timeline", "format_report"),
-        "video": ("contact_sheet", "read_pictures", "read_video"),
+        "video": ("contact_sheet", "read_numbers", "read_pictures", "read_video"),
     },
 )
 
@@ -42,6 +42,7 @@ __all__ = [
     "contact_sheet",
     "format_report",
     "read_audio",
+    "read_numbers",
     "read_pictures",
     "read_video",
 ]

@@ -7,11 +7,12 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..job import ControlInputs, Inputs, Request, latent_frames, latent_index, seen_by_clip, to_pil
 from ..loading import check_tokenizer, load_image_processor
-from ..models import TEXT_TOKENS
+from ..models import IMAGE_TOKENS, TEXT_TOKENS
 from ..sampling import (
     Conditions,
     by_paths,
@@ -25,6 +26,7 @@ from ..sampling import (
     prepare_picture,
     text_beyond,
 )
+from .fun import fun_conditions, reads_fun
 from .stages import StageRunner
 from .vace import vace_conditions
 
@@ -51,11 +53,18 @@ class ConditionMaker:
         pictures = self._pictures()
         image_embeds = concat = first_frame = None
         vace = vace_conditions(self.stages, self.request, self.inputs)
-        if pictures and not vace:
+        fun: dict[str, Any] = {}
+        if reads_fun(self.stages.architecture):
+            image_embeds = self.stages.attempt("image_encode", self._seen_by_fun)
+            fun = fun_conditions(self.stages, self.request, self.inputs)
+            concat, first_frame = fun.pop("concat"), fun.pop("first_frame")
+        elif pictures and not vace:
             image_embeds = self.stages.attempt("image_encode", lambda: self._clip(pictures))
             concat, first_frame = self.stages.attempt(
                 "condition_encode", lambda: self._start_latents(pictures)
             )
+        more = vace | fun
+        more |= {name: self._kept(more[name]) for name in ("vace", "camera") if name in more}
         return Conditions(
             prompt_embeds=text.window(range(self.request.latent_frames)).prompt_embeds,
             prompt_parts=text.prompt_parts,
@@ -69,17 +78,17 @@ class ConditionMaker:
             else self._to_model(image_embeds.repeat(batch, 1, 1)),
             concat=None if concat is None else self._kept(rows(concat, batch)),
             first_frame=first_frame,
-            **(vace | {"vace": self._kept(vace["vace"])} if vace else {}),
+            **more,
         )
 
     def _kept(self, concat: Tensor) -> Tensor:
-        """Keep ``concat``, or VACE's control, in RAM if the clip is made in windows.
+        """Keep ``concat``, VACE's control or a camera in RAM if the clip is made in windows.
 
         Each of them needs a slice of it. For the whole clip it has more bytes than the latents.
         """
         window = self.stages.plan.choices.window_frames
         in_windows = window is not None and latent_frames(window) < self.request.latent_frames
-        return concat.cpu() if in_windows else concat
+        return concat.cpu() if in_windows else concat.to(self.stages.device)
 
     def _to_model(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.stages.device, self.stages.dtype("transformer"))
@@ -174,6 +183,19 @@ class ConditionMaker:
             stages.check_interrupt()
             images = [to_pil(picture) for picture in list(pictures.values())[:seen]]
             return encode_clip(encoder, processor, images, stages.device)
+
+    def _seen_by_fun(self) -> Tensor | None:
+        """Return the embeddings of the reference, else of the start image, else zeros.
+
+        As ``pipeline_wan_fun_control.py`` of VideoX-Fun; None for a model without an image branch.
+        """
+        width = self.stages.architecture.transformer.image_dim
+        control, pictures = self.inputs.control, self.inputs.pictures
+        seen = control.references[:1] if control is not None else ()
+        seen = seen or tuple(pictures.values())[:1]
+        if width is None or not seen:
+            return None if width is None else torch.zeros(1, IMAGE_TOKENS, width)
+        return self._clip({"image": seen[0]})
 
     def _start_latents(self, pictures: Mapping[str, Any]) -> tuple[Tensor | None, Tensor | None]:
         """Return (concat, first_frame), one of which is None.

@@ -399,6 +399,7 @@ def _job(request: Request, config: GenerationConfig, model: ModelArchitecture) -
     made = {"transformer": steps.high, "transformer_2": steps.low}
     keyframes = 0 if control is None else len(control.positions)
     vace = model.transformer.vace_in_channels is not None
+    reference = model.transformer.reference_channels
     return Workload(
         width=request.width,
         height=request.height,
@@ -413,16 +414,22 @@ def _job(request: Request, config: GenerationConfig, model: ModelArchitecture) -
         high_steps=len(steps.high) if model.two_experts else None,
         partial_steps=len(steps.high) + len(steps.low) < request.num_inference_steps,
         moving_windows=window is not None and request.window_schedule != "static",
-        image=not vace and (config.image is not None or keyframes > 0),
+        image=not vace and (_pictures(config) > 0 or keyframes > 0),
         last_image=not vace and (config.last_image is not None or keyframes > 1),
-        references=references_in_front(request, model),
+        references=references_in_front(request, model) + (reference is not None),
+        reference_picture=not vace and control is not None and control.references > 0,
+        camera=control is not None and control.camera,
         keyframes=keyframes,
-        start_video=control is not None and control.video == "start",
+        start_video=not vace and control is not None and bool(control.video),
         idle=tuple(name for name in made if model.two_experts and not made[name]),
         steps=len(steps.high) + len(steps.low),
         return_frames=config.return_frames,
         encode_text=bool(texts_to_encode(config, request)) and "text_encoder" in model.components,
     )
+
+
+def _pictures(config: GenerationConfig) -> int:
+    return (config.image is not None) + (config.last_image is not None)
 
 
 def _used_overlap(request: Request) -> int:

@@ -24,7 +24,7 @@ import torch
 from av.video.reformatter import ColorRange, Colorspace
 from torch import Tensor
 
-from ..errors import InvalidRequest, OutputError
+from ..errors import InvalidRequest, OutputError, first_line
 from ..files import atomic_path
 from ..job import ENCODERS, encoder_options, load_picture
 from ..sampling import StreamingDecoder, to_frames
@@ -63,6 +63,22 @@ def read_video(path: str | os.PathLike[str], field: str, most: int | None = None
     if not frames:
         raise InvalidRequest(f"{field}: {str(path)!r} holds no frames.", field=field)
     return torch.stack(frames)
+
+
+def read_numbers(path: str | os.PathLike[str] | None, field: str) -> Tensor | None:
+    """Return the floats of a file of ``numpy.save``; None without a path.
+
+    Raises InvalidRequest, naming ``field``, for what cannot be read. No object is unpickled.
+    """
+    if path is None:
+        return None
+    try:
+        return torch.from_numpy(np.load(os.path.expanduser(path), allow_pickle=False)).float()
+    except (OSError, ValueError, TypeError, EOFError, MemoryError) as err:
+        raise InvalidRequest(
+            f"{field}: {str(path)!r} cannot be read as numbers of numpy.save ({first_line(err)}).",
+            field=field,
+        ) from err
 
 
 def read_pictures(images: Iterable[Any], field: str) -> Tensor:

@@ -13,9 +13,11 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import InvalidRequest, NonFiniteLatents
+from ..forward import fun_inputs
 from ..job import Window, WindowPlan
 from .shortcuts import Memory, Shortcuts, Step
 
@@ -44,11 +46,14 @@ class Signals:
 class Conditions:
     """What the model is given besides the latents.
 
-    All tensors are on the model's device. Only ``concat`` and ``vace`` may stay in RAM if the clip
-    is made in windows; each window then copies its own frames to the device.
+    All tensors are on the model's device. Only ``concat``, ``vace`` and ``camera`` may stay in RAM
+    if the clip is made in windows; each window then copies its own frames to the device.
 
-    ``concat`` (B, 20, T, h, w) holds mask and latents for the image-to-video models;
+    ``concat`` (B, n, T, h, w) is what the model reads beside the noisy latents: mask and latents of
+    known frames for the image-to-video models, a control video's latents before them for Fun
+    Control; ``mask_channels`` of it, before the last C, are the mask.
     ``first_frame`` (B, C, n, h, w) holds the latents that the 5B keeps fixed as frames 0 to n - 1;
+    with ``held`` those that a segment takes over are kept fixed too, though ``concat`` shows them.
     ``image_embeds`` is CLIP's, (B, 257, image_dim), or (2B, 257, image_dim) with a last image.
     ``prompt_parts`` is for a clip with several prompts: one (first latent frame, embeddings) for
     each. A window uses the prompt at its middle frame; without windows, ``prompt_embeds`` is used.
@@ -57,6 +62,10 @@ class Conditions:
     block. The latents then have R = ``references`` frames in front of the clip's, which every
     window sees and predicts anew. ``vace_grey`` (1, 16, T, h, w) are the latents of a grey clip,
     for frames that a segment takes over.
+
+    ``reference`` (1, C, h, w) and ``camera`` (1, 24, T, H, W) are for the Fun models that have
+    layers for them. The model then sees a frame of the reference in front of every window, which is
+    no part of the latents.
     """
 
     prompt_embeds: Tensor
@@ -69,6 +78,10 @@ class Conditions:
     vace_scale: Tensor | None = None
     vace_grey: Tensor | None = None
     references: int = 0
+    mask_channels: int = 4
+    held: bool = False
+    reference: Tensor | None = None
+    camera: Tensor | None = None
 
     def places(self, indices: Iterable[int]) -> list[int]:
         """Return where the references and the frames with these indices are in the latents."""
@@ -90,6 +103,9 @@ class Conditions:
         if self.vace is not None:
             part = self.vace[:, :, self.places(indices)].to(self.prompt_embeds.device)
             found = replace(found, vace=part)
+        if self.camera is not None:
+            part = self.camera[:, :, list(indices)].to(self.prompt_embeds.device)
+            found = replace(found, camera=part)
         return found
 
 
@@ -144,21 +160,28 @@ def _model_inputs(
 ) -> tuple[Tensor, Tensor]:
     """Return the transformer's input latents and its timesteps, (B,) or (B, tokens).
 
-    ``indices`` says which frames of the clip these latents are.
+    ``indices`` says which frames of the clip these latents are. A frame in front of them stands for
+    Fun Control's reference, if there is one.
     """
-    batch, given = latents.shape[0], conditions.first_frame
-    # Models with 36 input channels read mask and condition latents as further channels.
-    if conditions.concat is not None:
-        latents = torch.cat([latents, conditions.concat], dim=1)
-        return latents.to(expert.dtype), timestep.expand(batch)
+    given, in_front = conditions.first_frame, conditions.reference is not None
     # The 5B is given frames in place of their latents. Without any, all per-token timesteps would
     # be equal: one per sample says the same within rounding, with half the memory.
-    if given is None or min(indices) >= given.shape[2]:
-        return latents.to(expert.dtype), timestep.expand(batch)
-    latents, mask = _hold(latents, given, indices)
-    # The 5B patches 2x2 latent pixels into a token; tokens of a given frame get timestep 0.
-    per_token = (mask[0][0][:, ::2, ::2] * timestep).flatten()
-    return latents.to(expert.dtype), per_token.unsqueeze(0).expand(batch, -1)
+    timesteps = timestep.expand(latents.shape[0])
+    if given is not None and min(indices) < given.shape[2]:
+        latents, mask = _hold(latents, given, indices)
+        # The 5B patches 2x2 latent pixels into a token; tokens of a given frame get timestep 0.
+        per_token = (mask[0][0][:, ::2, ::2] * timestep).flatten()
+        if in_front:  # the reference's tokens have the last token's
+            per_token = torch.cat(
+                [per_token[-1:].expand(mask[0, 0, 0, ::2, ::2].numel()), per_token]
+            )
+        timesteps = per_token.unsqueeze(0).expand(latents.shape[0], -1)
+    # Models with more input channels read mask and condition latents there.
+    if conditions.concat is not None:
+        latents = torch.cat([latents, conditions.concat], dim=1)
+    if in_front:
+        latents = F.pad(latents, (0, 0, 0, 0, 1, 0))
+    return latents.to(expert.dtype), timesteps
 
 
 def predict(
@@ -212,13 +235,15 @@ def predict(
     def compute(passes: int) -> list[Tensor]:
         # Two calls of batch B rather than one of 2B: half the activations, and as diffusers does.
         calls = [call(one) for one in embeds[:passes]]
-        if len(calls) > 1 and expert.together is not None:
-            return [output for (output,) in expert.together(expert.model, calls)]
-        outputs = [expert.model(**calls[0])[0]]
-        for later in calls[1:]:
-            check()
-            outputs.append(expert.model(**later)[0])
-        return outputs
+        with fun_inputs(expert.model, conditions.reference, conditions.camera):
+            if len(calls) > 1 and expert.together is not None:
+                outputs = [output for (output,) in expert.together(expert.model, calls)]
+            else:
+                outputs = [expert.model(**calls[0])[0]]
+                for later in calls[1:]:
+                    check()
+                    outputs.append(expert.model(**later)[0])
+        return outputs if conditions.reference is None else [out[:, :, 1:] for out in outputs]
 
     if step is None:
         outputs = compute(len(embeds))

@@ -2,9 +2,9 @@
 
 These latents are handed over as they are, without decoding and encoding them again. Image-to-video
 models get them as given frames of their condition, VACE as frames of the control that are kept, the
-5B as frames held at timestep 0. In the overlap both segments have a result; the two are blended
-with the ramp k/(w+1) that windows use, too. If a clip has several prompts, a segment begins with
-each of them. This module knows neither models nor files.
+5B as frames held at timestep 0, its Fun models as both. In the overlap both segments have a result;
+the two are blended with the ramp k/(w+1) that windows use, too. If a clip has several prompts, a
+segment begins with each of them. This module knows neither models nor files.
 """
 
 from __future__ import annotations
@@ -90,12 +90,14 @@ class ClipSegments:
             return replace(found, vace=self._kept(found.vace, frames[:known], held))
         if found.concat is None:
             return replace(found, first_frame=held.clone())
-        # The condition is mask and latents: mark the known frames as given, and put them in.
+        # The condition ends with mask and latents: mark the known frames as given, and put them in.
         concat = found.concat.clone()
         channels = held.shape[1]
-        concat[:, :-channels, :known] = 1
         concat[:, -channels:, :known] = held
-        return replace(found, concat=concat)
+        masked = concat[:, :-channels]
+        masked[:, masked.shape[1] - found.mask_channels :, :known] = 1
+        first = held.clone() if found.held else found.first_frame
+        return replace(found, concat=concat, first_frame=first)
 
     def _kept(self, vace: Tensor, frames: range, held: Tensor) -> Tensor:
         """Return the control with known frames in it: kept, nothing to make, a black mask."""
