@@ -31,6 +31,9 @@ dot: follow a dot; frames: begin, and sometimes end, with known frames; free: no
 """
 KINDS_WITH_REFERENCE = {"reference": 0.5, "reference dot": 0.25, "reference inpaint": 0.25}
 """What a control with a reference asks for; the sentence then names no colour."""
+FUN_KINDS = {"edges": 0.42, "dot": 0.35, "frames": 0.15, "free": 0.08}
+"""The same for Fun Control, which has no mask to make only a part of a frame."""
+FUN_KINDS_WITH_REFERENCE = {"reference": 0.5, "reference dot": 0.5}
 TEMPLATES = (*clips.TEMPLATES, "look", "colourless", "bare")
 """The demo's own templates, and three that leave out the motion, the colour or both."""
 CURVED_SHARE = 0.6
@@ -82,6 +85,11 @@ class Lessons:
     def __len__(self) -> int:
         """Return how many there are."""
         return len(self.clip)
+
+    @property
+    def referenced(self) -> bool:
+        """Whether they show their reference."""
+        return self.kinds[0].startswith("reference")
 
     def only(self, chosen: Tensor) -> Lessons:
         """Return the lessons that an index or a boolean vector chooses."""
@@ -248,7 +256,7 @@ def draw_lessons(
     video = torch.where(mask[:, None] > GREY, GREY, clip)
     for shown, wanted in ((outlines(draw, scenes, centre), "edges"), (dots(draw, centre), "dot")):
         video = torch.where(of(wanted)[:, None, None, None, None], shown, video)
-    named = not any(name.startswith("reference") for name in names)
+    named = not names[0].startswith("reference")
     row = _rows(draw, scenes, ~curved, named)
     return Lessons(
         tuple(names), clip, video, mask, portraits(draw, scenes), centre, row, kind, scenes.index()

@@ -1,11 +1,13 @@
-"""Train the demo's VACE modules, one for each expert, on top of its frozen transformers.
+"""Train the demo's models that obey a control, on top of its two text-to-video experts.
 
-    python -m tools.train_control --work .ckpt-control                   # both; hours on a CPU
+    python -m tools.train_control --work .ckpt-control                   # VACE; hours on a CPU
     python -m tools.train_control --work OUT --stop-after 500 --judge 24 # in so many seconds
+    python -m tools.train_control --work OUT --sort fun                  # Fun Control
 
-Reads wan_core/demo_model/t2v, writes WORK/vace_high.safetensors and WORK/vace_low.safetensors in
-the layout of a published VACE module. An unfinished one leaves a checkpoint every two minutes; run
-the same command again to go on. With --judge it ends with the table of `tools.judge_control`.
+Reads wan_core/demo_model/t2v, whose experts stay as they are for VACE, and writes WORK/vace_high
+and WORK/vace_low.safetensors in the layout of a published VACE module (for Fun Control, whole
+transformers). An unfinished one leaves a checkpoint every two minutes; run the same command again
+to go on. With --judge it ends with the table of `tools.judge_control`.
 """
 
 from __future__ import annotations
@@ -13,12 +15,12 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from diffusers import AutoencoderKLWan, WanTransformer3DModel, WanVACETransformer3DModel
+from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -26,55 +28,24 @@ from transformers import AutoTokenizer, UMT5EncoderModel
 
 from . import control_clips, judge_control
 from . import demo_models as models
-from .train_demo import EXPERTS, Way, draw_sigma, lay_out, to_unit
+from .control_models import LAYERS, SORTS, Fun, Sort
+from .train_demo import EXPERTS, Way, draw_sigma, lay_out
 from .training import Clock, Trainer
 
 SEED = 20_23
 LEVELS = ("high", "low")
 DEMO = Path(__file__).resolve().parents[1] / "wan_core" / "demo_model" / "t2v"
-MASK_CHANNELS, CELL = 64, 8
-PEAK = 1e-3
 DECAY = 0.998
 DROPPED = 0.1
 """How often a lesson's sentence is dropped; its control never is, as both passes get the same."""
 REFERENCE_SHARE = 0.3
 """Part of a batch that shows a reference."""
-LAYERS = 6
-"""VACE blocks: one for each block of the demo's transformer."""
 COMPILING = 75.0
 """Seconds the first module needs on a GPU before its training: compiling and capturing."""
 SETUP = 15.0
 """The same for the second one, whose kernels are there."""
 JUDGING = 45.0
 """Seconds set aside for the table."""
-
-
-def build(expert: WanTransformer3DModel, layers: int = LAYERS) -> WanVACETransformer3DModel:
-    """Return a VACE transformer around an expert that still computes what the expert does.
-
-    Its VACE blocks begin as copies of the blocks their hints are added to, and their last
-    projection as zeros. Only the VACE part can be trained.
-    """
-    config = {k: v for k, v in expert.config.items() if not k.startswith("_")}
-    where = [index * config["num_layers"] // layers for index in range(layers)]
-    model = WanVACETransformer3DModel(**config, vace_layers=where, vace_in_channels=96)
-    model.load_state_dict(expert.state_dict(), strict=False)
-    for block, layer in zip(model.vace_blocks, where, strict=True):
-        block.load_state_dict(expert.blocks[layer].state_dict(), strict=False)
-        nn.init.zeros_(block.proj_out.weight)
-        nn.init.zeros_(block.proj_out.bias)
-    model.requires_grad_(False)
-    for part in module_of(model).values():
-        part.requires_grad_(True)
-    return model
-
-
-def module_of(model: WanVACETransformer3DModel) -> dict[str, nn.Module]:
-    """Return the parts of a VACE transformer that a VACE module holds."""
-    return {
-        "vace_patch_embedding": model.vace_patch_embedding,
-        "vace_blocks": model.vace_blocks,
-    }
 
 
 class Run:
@@ -85,6 +56,7 @@ class Run:
         self.work = Path(args.work)
         self.work.mkdir(parents=True, exist_ok=True)
         self.device = torch.device(args.device)
+        self.sort: Sort = SORTS[args.sort]
         limit = args.stop_after
         self.clock = Clock(None if limit is None else limit - (JUDGING if args.judge else 0.0))
         self.log = self.work / "control_training.log"
@@ -143,30 +115,19 @@ class Run:
         return float(max(1.0, free / left))
 
     def module_path(self, level: str) -> Path:
-        """Return where the finished module of an expert is."""
-        return self.work / f"vace_{level}.safetensors"
+        """Return where what was trained for an expert is."""
+        return self.work / f"{self.sort.name}_{level}.safetensors"
 
-    def model(self, level: str) -> WanVACETransformer3DModel:
-        """Return an expert with its VACE module, trained if there is one, ready to train."""
+    def model(self, level: str) -> Any:
+        """Return an expert's model, trained if there is one, ready to train."""
         folder = self.args.base / ("transformer" if level == "high" else "transformer_2")
         expert: Any = WanTransformer3DModel.from_pretrained(folder).float()
-        model: Any = build(expert, self.args.layers)
+        model: Any = self.sort.build(expert, self.args.layers)
         path = self.module_path(level)
         if path.exists():
             model.load_state_dict(load_file(path), strict=False)
         model.to(self.device).set_attn_processor(models.PaddingProcessor())
-        return model  # type: ignore[no-any-return]
-
-
-def mask_channels(mask: Tensor) -> Tensor:
-    """Return masks (N, F, H, W) as VACE reads them, (N, 64, T, h, w); see `wan_core.sampling`."""
-    count, frames, height, width = mask.shape
-    made = (frames - 1) // 4 + 1
-    picked = F.interpolate(mask[:, None], (made, height, width), mode="nearest-exact")[:, 0]
-    cells = picked.view(count, made, height // CELL, CELL, width // CELL, CELL)
-    return cells.permute(0, 3, 5, 1, 2, 4).reshape(
-        count, MASK_CHANNELS, made, height // CELL, width // CELL
-    )
+        return model
 
 
 @torch.no_grad()
@@ -177,28 +138,14 @@ def encode(run: Run, clip: Tensor) -> Tensor:
     return (latents - run.mean) / run.std
 
 
-def encode_lessons(
-    run: Run, lessons: control_clips.Lessons, referenced: bool
-) -> tuple[Tensor, Tensor]:
-    """Return what is to be made, (N, 16, R + T, h, w), and the control, (N, 96, R + T, h, w).
-
-    The control is what ``wan_core.sampling`` gives a VACE model for the same pixels: the latents of
-    what the mask keeps, of what it covers, and the mask, behind R references (0 or 1).
-    """
+def encode_lessons(run: Run, lessons: control_clips.Lessons) -> tuple[Tensor, Tensor]:
+    """Return what is to be made and the control, of 64 lessons at a time."""
     clean, control = [], []
     for first in range(0, len(lessons), 64):
         part = lessons.only(torch.arange(first, min(first + 64, len(lessons))))
-        video, hard = part.video * 2 - 1, (part.mask[:, None] > 0.5).float()
-        made = encode(run, to_unit((part.clip * 255).round()))
-        shown = torch.cat([encode(run, video * (1 - hard)), encode(run, video * hard)], 1)
-        mask = mask_channels(part.mask)
-        if referenced:
-            picture = encode(run, part.reference[:, :, None] * 2 - 1)
-            made = torch.cat([picture, made], 2)
-            front = torch.cat([picture, torch.zeros_like(picture)], 1)
-            shown, mask = torch.cat([front, shown], 2), F.pad(mask, (0, 0, 0, 0, 1, 0))
+        made, shown = run.sort.encode(part, partial(encode, run))
         clean.append(made)
-        control.append(torch.cat([shown, mask], 1).half())
+        control.append(shown.half())
     return torch.cat(clean), torch.cat(control)
 
 
@@ -206,11 +153,10 @@ class Pool:
     """Lessons of one sort, encoded: what is to be made, its control, its sentence."""
 
     def __init__(self, run: Run, count: int, kinds: dict[str, float], seed: int) -> None:
-        self.referenced = kinds is control_clips.KINDS_WITH_REFERENCE
         clean, control, rows = [], [], []
         for index in range(0, count, 512):
             lessons = run.lessons(min(512, count - index), kinds, seed + index)
-            made, shown = encode_lessons(run, lessons, self.referenced)
+            made, shown = encode_lessons(run, lessons)
             clean.append(made)
             control.append(shown)
             rows.append(lessons.row)
@@ -234,10 +180,8 @@ def flow_loss(
         dropped = torch.rand(count, device=run.device) < DROPPED
         text = run.table[torch.where(dropped, other, pool.row[rows])]
         with run.amp():
-            guess = model(
-                (1 - at) * clean + at * noise, sigma * 1000, text,
-                control_hidden_states=pool.control[rows].float(), return_dict=False,
-            )[0]  # fmt: skip
+            shown = pool.control[rows].float()
+            guess = run.sort.call(model, (1 - at) * clean + at * noise, shown, sigma * 1000, text)
         return (guess.float() - (noise - clean)).square().mean()
 
     def loss() -> Tensor:
@@ -247,20 +191,20 @@ def flow_loss(
 
 
 def train(run: Run, level: str, pools: list[tuple[Pool, int]], left: int) -> None:
-    """Train the VACE module of one expert and write it."""
+    """Train what one expert needs to obey and write it."""
     model: Any = run.model(level)
     if run.device.type == "cuda" and not run.args.no_compile:
         model.compile_repeated_blocks(dynamic=False)
-    parts = module_of(model)
-    name = f"vace_{level}"
-    peak = PEAK * run.args.rate
+    parts = run.sort.parts(model)
+    name = f"{run.sort.name}_{level}"
+    peak = run.sort.peak * run.args.rate
     trainer = Trainer(name, list(parts.values()), peak, run.work, run.clock, run.say, DECAY)
     trainer.resume()
     loss = flow_loss(run, level, model, pools)
     trainer.run(loss, 1.0, run.args.steps, run.seconds(left))
     trainer.swap()
     state = {
-        f"{prefix}.{key}": value.detach().half().cpu().contiguous()
+        f"{prefix}{key}": value.detach().half().cpu().contiguous()
         for prefix, part in parts.items()
         for key, value in part.state_dict().items()
     }
@@ -287,8 +231,10 @@ def sample(
         prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift
     )
     scheduler.set_timesteps(steps, device=run.device)
+    # Fun's reference is no part of the latents, VACE's is.
+    frames_ = models.LATENT_SHAPE[1] if run.sort is Fun else control.shape[2]
     latents = torch.randn(
-        (len(rows), 16, *control.shape[2:]), device=run.device, generator=run.generator(99)
+        (len(rows), 16, frames_, *control.shape[3:]), device=run.device, generator=run.generator(99)
     )
     text = torch.cat([run.table[rows], run.table[-len(models.NEGATIVE_PROMPTS)].expand(
         len(rows), -1, -1)])  # fmt: skip
@@ -297,14 +243,12 @@ def sample(
         level = "high" if timestep >= boundary * 1000 else "low"
         when = timestep.expand(2 * len(rows))
         with run.amp():
-            guess = experts[level](
-                latents.repeat(2, 1, 1, 1, 1), when, text, control_hidden_states=both,
-                return_dict=False,
-            )[0].float()  # fmt: skip
+            twice = latents.repeat(2, 1, 1, 1, 1)
+            guess = run.sort.call(experts[level], twice, both, when, text).float()
         told, free = guess.chunk(2)
         scale = judge_control.SCALES[level]
         latents = scheduler.step(free + scale * (told - free), timestep, latents)[0]
-    latents = latents[:, :, control.shape[2] - models.LATENT_SHAPE[1] :]
+    latents = latents[:, :, -models.LATENT_SHAPE[1] :]
     frames = [
         run.vae.decode(one.contiguous(memory_format=torch.channels_last_3d)).sample
         for one in (latents * run.std + run.mean).split(16)
@@ -326,16 +270,16 @@ def judged(run: Run) -> None:
     """Make clips of fresh lessons and say what the judge found."""
     experts = {level: run.model(level).eval() for level in LEVELS}
     run.say(judge_control.HEAD)
-    for kinds in (control_clips.KINDS, control_clips.KINDS_WITH_REFERENCE):
+    for kinds in run.sort.kinds:
         for name in kinds:
             found = judge_control.Score(name)
             lessons = run.lessons(run.args.judge, {name: 1.0}, 7_000_000)
-            _, control = encode_lessons(run, lessons, kinds is control_clips.KINDS_WITH_REFERENCE)
+            _, control = encode_lessons(run, lessons)
             frames = sample(run, experts, lessons.row, control).cpu()
             for index in range(len(lessons)):
                 found.add(judge_control.asked(lessons, index), frames[index])
             run.say(str(found))
-            draw_sheet(run.work / f"{name.replace(' ', '_')}.png", lessons, frames)
+            draw_sheet(run.work / f"{run.sort.name}_{name.replace(' ', '_')}.png", lessons, frames)
 
 
 def main() -> None:
@@ -344,6 +288,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--work", required=True, help="folder of checkpoints, modules and log")
+    parser.add_argument("--sort", choices=SORTS, default="vace", help="which model is trained")
     parser.add_argument("--base", type=Path, default=DEMO, help="the trained demo's t2v folder")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--steps", type=int, help="steps a module (otherwise by --seconds)")
@@ -362,9 +307,10 @@ def main() -> None:
     if left:
         shown = round(run.args.lessons * REFERENCE_SHARE)
         drawn = round(run.args.batch * REFERENCE_SHARE)
+        plain, showing = run.sort.kinds
         pools = [
-            (Pool(run, run.args.lessons - shown, control_clips.KINDS, 0), run.args.batch - drawn),
-            (Pool(run, shown, control_clips.KINDS_WITH_REFERENCE, 1_000_000), drawn),
+            (Pool(run, run.args.lessons - shown, plain, 0), run.args.batch - drawn),
+            (Pool(run, shown, showing, 1_000_000), drawn),
         ]
         run.say(f"{run.args.lessons} lessons encoded")
         for index, level in enumerate(left):

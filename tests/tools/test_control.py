@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from tools import clips, control_clips, judge_control, train_control
+from tools import clips, control_clips, control_models, judge_control, train_control
 from tools import demo_models as models
 from tools.control_clips import KINDS, KINDS_WITH_REFERENCE
 from tools.train_demo import Way, lay_out
@@ -136,11 +136,12 @@ def test_a_lesson_is_encoded_as_a_render_encodes_it(vae: Any, kind: str) -> None
     shape = (1, -1, 1, 1, 1)
     run: Any = SimpleNamespace(
         vae=short,
+        sort=control_models.Vace,
         mean=torch.tensor(vae.config.latents_mean).view(shape),
         std=torch.tensor(vae.config.latents_std).view(shape),
     )
     referenced = kind in KINDS_WITH_REFERENCE
-    made, control = train_control.encode_lessons(run, some, referenced)
+    made, control = train_control.encode_lessons(run, some)
     assert made.shape == (2, 16, 5 + referenced, 8, 8)
     with torch.no_grad():
         for index in range(2):
@@ -159,7 +160,7 @@ def test_an_untrained_module_changes_nothing_and_only_it_is_trained() -> None:
     from diffusers import WanTransformer3DModel
 
     expert: Any = WanTransformer3DModel.from_pretrained(DEMO / "transformer").float().eval()
-    model: Any = train_control.build(expert).eval()
+    model: Any = control_models.Vace.build(expert).eval()
     g = torch.Generator().manual_seed(1)
     latents = torch.randn(1, *models.LATENT_SHAPE, generator=g)
     control = torch.randn(1, 96, *models.LATENT_SHAPE[1:], generator=g)
@@ -171,9 +172,50 @@ def test_an_untrained_module_changes_nothing_and_only_it_is_trained() -> None:
     trained = {name for name, value in model.named_parameters() if value.requires_grad}
     assert all(name.startswith("vace_") for name in trained)
     assert model.vace_blocks[0].proj_out.weight.grad.abs().max() > 0
-    parts = train_control.module_of(model)
-    held = {f"{p}.{k}" for p, module in parts.items() for k in module.state_dict()}
+    parts = control_models.Vace.parts(model)
+    held = {f"{p}{k}" for p, module in parts.items() for k in module.state_dict()}
     assert held == {name for name in model.state_dict() if name.startswith("vace_")}
+
+
+def test_known_frames_are_told_as_the_image_to_video_models_are() -> None:
+    from wan_core.sampling.control import keyframe_mask
+
+    some = lessons("frames", 12)
+    made = control_models.known_channels(1 - some.mask)
+    for index in range(12):
+        known = (some.mask[index].amax((1, 2)) < 0.5).nonzero().flatten().tolist()
+        wanted = keyframe_mask(dict.fromkeys(known), clips.FRAMES, 8, 8)
+        assert torch.equal(made[index : index + 1], wanted)
+
+
+def test_an_untrained_fun_model_reads_its_reference_alone() -> None:
+    """Its new channels have zero weights; the reference's tokens stand in front of the clip's."""
+    from diffusers import WanTransformer3DModel
+
+    expert: Any = WanTransformer3DModel.from_pretrained(DEMO / "transformer").float().eval()
+    torch.manual_seed(0)
+    model: Any = control_models.Fun.build(expert).eval()
+    g = torch.Generator().manual_seed(1)
+    noisy = torch.randn(1, *models.LATENT_SHAPE, generator=g)
+    control = torch.randn(1, 36, 6, 8, 8, generator=g)
+    text, when = torch.randn(1, 8, 96, generator=g), torch.tensor([700.0])
+    with torch.no_grad():
+        first = control_models.Fun.call(model, noisy, control, when, text)
+        control[:, 16:] = 0
+        control[:, :, 1:] = 0
+        same = control_models.Fun.call(model, noisy, control, when, text)
+        control[:, :16, 0] += 1
+        other = control_models.Fun.call(model, noisy, control, when, text)
+        model.ref_conv.weight.zero_()
+        model.ref_conv.bias.copy_(expert.patch_embedding.bias)
+        plain = torch.cat([torch.zeros(1, 16, 1, 8, 8), noisy], 2)
+        wanted = expert(plain, when, text).sample[:, :, 1:]
+        blank = control_models.Fun.call(model, noisy, control, when, text)
+    assert first.shape == noisy.shape
+    assert torch.equal(first, same)
+    assert (other - same).abs().max() > 1e-4
+    assert (blank - wanted).abs().max() < 2e-5
+    assert not model.patch_embedding._forward_hooks
 
 
 def test_lessons_can_be_drawn_again() -> None:

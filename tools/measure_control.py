@@ -1,0 +1,89 @@
+"""Make controlled clips with the demo by wan_core, judge them, and print the table.
+
+python -m tools.measure_control --clips 10           # the models that ship, on the CPU
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from wan_core import GenerationConfig, WanControl, WanModelFiles, WanPipelineLoader
+from wan_core.config import demo_model
+
+from . import clips, control_clips
+from .judge_control import HEAD, Score, Verdict, asked
+
+SEED = 2024
+"""Of the lessons that are judged; training has others."""
+KINDS = (*control_clips.KINDS, *control_clips.KINDS_WITH_REFERENCE)
+
+
+def control_of(lessons: control_clips.Lessons, index: int) -> WanControl | None:
+    """Return one of the lessons as a control of a job; None where nothing is shown."""
+    kind = lessons.kinds[int(lessons.kind[index])]
+    video, mask = lessons.video[index].permute(1, 2, 3, 0), lessons.mask[index]
+    if kind == "free":
+        return None
+    given: dict[str, Any] = {"video": video, "mask": mask}
+    if kind == "frames":
+        known = (mask.amax((1, 2)) < 0.5).nonzero().flatten()
+        given = {"keyframes": video[known], "positions": [int(at) for at in known]}
+    elif bool((mask > 0.5).all()):
+        given = {"video": video}
+    if kind.startswith("reference"):
+        given["reference"] = lessons.reference[index].permute(1, 2, 0)[None]
+        if kind == "reference":
+            del given["video"]
+    return WanControl(**given)
+
+
+def measure(wrapper: Any, kind: str, count: int) -> Iterator[tuple[Verdict, Tensor, Score]]:
+    """Make and judge clips of fresh lessons of a kind, with the score so far."""
+    generator = torch.Generator().manual_seed(SEED)
+    lessons = control_clips.draw_lessons(count, {kind: 1.0}, "cpu", generator)
+    score = Score(kind)
+    for index in range(count):
+        job = GenerationConfig(
+            prompt=control_clips.sentences()[int(lessons.row[index])], seed=index,
+            width=clips.SIZE, height=clips.SIZE, num_frames=clips.FRAMES,
+            control=control_of(lessons, index),
+        )  # fmt: skip
+        made = wrapper.generate(job).raise_for_error().frames.reshape(-1, clips.SIZE, clips.SIZE, 3)
+        yield score.add(asked(lessons, index), made), made, score
+
+
+def main() -> None:
+    """Print the table for the demo that ships, or for other modules on its base."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--clips", type=int, default=10, help="clips of each kind")
+    parser.add_argument("--kinds", nargs="*", choices=KINDS, default=list(KINDS))
+    parser.add_argument("--modules", type=Path, help="folder of other VACE modules")
+    args = parser.parse_args()
+    source = demo_model("vace")
+    if args.modules and isinstance(source, WanModelFiles):
+        high, low = (args.modules / f"vace_{level}.safetensors" for level in ("high", "low"))
+        source = replace(source, vace=high, vace_2=low)
+    wrapper = WanPipelineLoader().load_wan_pipeline(
+        source, optimization_config={"device": "cpu", "precision": "fp32"}
+    )
+    sys.stdout.write(f"{HEAD}\n")
+    for kind in args.kinds:
+        score = Score(kind)
+        for _, _, now in measure(wrapper, kind, args.clips):
+            score = now
+        sys.stdout.write(f"{score}\n")
+        sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()
