@@ -12,11 +12,12 @@ from . import bridge
 from .inputs import (
     MOST_FRAMES_IN_WINDOWS,
     control_input,
+    devices_input,
     pipeline_input,
     sampling_inputs,
     video_inputs,
 )
-from .job import LONG_CLIP, generation_config, use_long_clip, use_windows
+from .job import LONG_CLIP, device_options, generation_config, use_long_clip, use_windows
 from .pipeline import WanPipeline
 from .progress import Progress
 from .words import in_words_of_the_nodes, said_in_words_of_the_nodes
@@ -59,14 +60,21 @@ class WanGenerate(io.ComfyNode):  # type: ignore[misc]
             category="WanFit",
             description="Text or image to video with any Wan model: both experts, guidance and "
             "decoding in one node. Values left at 0 are the model's official ones.",
-            inputs=[pipeline_input(), *sampling_inputs(), *video_inputs(), control_input()],
+            inputs=[
+                pipeline_input(),
+                *sampling_inputs(),
+                *video_inputs(),
+                control_input(),
+                devices_input(),
+            ],
             outputs=[_image_output(), _video_output(), _latent_output(), _report_output()],
             hidden=_HIDDEN,
         )
 
     @classmethod
     def execute(cls, pipeline: WanPipeline, **values: Any) -> io.NodeOutput:
-        result, report = _run(pipeline, generation_config(values), cls.hidden)
+        on = pipeline.optimized(**device_options(values))
+        result, report = _run(on, generation_config(values), cls.hidden)
         video = bridge.video_from_file(result.output_path)
         latent = {"samples": result.vae_latents}
         return io.NodeOutput(result.frames, video, latent, report, ui=_shown(result, report))
@@ -90,6 +98,7 @@ class WanChunkedSampler(io.ComfyNode):  # type: ignore[misc]
                 *_blend_inputs(),
                 *video_inputs(),
                 control_input(),
+                devices_input(),
             ],
             outputs=[_latent_output(), _image_output(), _video_output(), _report_output()],
             hidden=_HIDDEN,
@@ -105,7 +114,8 @@ class WanChunkedSampler(io.ComfyNode):  # type: ignore[misc]
         use_long_clip(config, values, pipeline.vae)
         if config.resume is not None:
             config.journal_folder = bridge.journal_folder()
-        result, report = _run(pipeline, config, cls.hidden)
+        on = pipeline.optimized(**device_options(values))
+        result, report = _run(on, config, cls.hidden)
         video = bridge.video_from_file(result.output_path)
         frames = result.frames if result.frames is not None else bridge.no_picture()
         latent = {"samples": result.vae_latents}

@@ -37,6 +37,19 @@ def control_input() -> io.Input:
     )
 
 
+def devices_input() -> io.Input:
+    """Return the last widget of the samplers: how many cards compute the clip."""
+    return io.String.Input(
+        "devices",
+        default="1",
+        optional=True,
+        tooltip="Cards that compute this clip together, with the same bits: a number, all, auto "
+        "(as many as pay), or which ones, like '0,2'. The windows and the two halves of guidance "
+        "are shared out.",
+        **bridge.known(io.String.Input, advanced=True),
+    )
+
+
 def size_inputs(most_frames: int = MOST_FRAMES) -> list[io.Input]:
     """Return width, height and frames."""
     return [

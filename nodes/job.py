@@ -32,6 +32,7 @@ LATER: dict[str, Any] = {
     "sigmas": "",
     "guided_steps": 0,
     "guided_scale": 0.0,
+    "devices": "1",
 }
 """Values of the samplers' later inputs for a prompt in API format that leaves them out."""
 OPTIMIZE: dict[str, Any] = {
@@ -177,6 +178,12 @@ def use_long_clip(config: GenerationConfig, values: Mapping[str, Any], vae: Any)
         stats = {"latents_mean": vae.latents_mean, "latents_std": vae.latents_std}
         samples = _video_latents("continue_from", latent["samples"], len(vae.latents_mean))
         config.continue_from = normalize_latents(samples.float(), stats)
+
+
+def device_options(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the field of an OptimizationConfig that a sampler's ``devices`` sets; none for 1."""
+    wanted = str({**LATER, **values}["devices"]).strip()
+    return {} if wanted in ("", "1") else {"devices": wanted}
 
 
 def optimization_options(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from ..wan_core.job import check_parts
 from .answer import described, failed
 from .files import Folders, model_source
 from .fixes import fixes, swap_fix
-from .job import generation_config, optimization_options, use_windows
+from .job import device_options, generation_config, optimization_options, use_windows
 from .pipeline import fingerprint
 from .wired import SAMPLERS, SIZED, Node, Wired, read_wired, wants_fixes
 from .words import said_in_words_of_the_nodes
@@ -125,6 +125,7 @@ class Live:
         options: dict[str, Any] = {}
         for node in wired.of_kind("WanOptimize"):
             options |= optimization_options(node.values)
+        options |= device_options(wired.asking.values)
         wrapper = self._wrapper(source, loras, recipe, options)
         return Job(wired, wrapper, config_of(wired.asking, wrapper.architecture), found)
 

@@ -192,6 +192,7 @@ def _open(arguments: argparse.Namespace) -> Any:
         "step_cache_factor": arguments.step_cache_factor,
         "guidance_gate": arguments.guidance_gate,
         "device": arguments.device,
+        "devices": arguments.devices,
         "vram_limit_gb": arguments.vram_limit_gb,
     }
     given = {name: value for name, value in options.items() if value is not None}

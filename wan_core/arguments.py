@@ -32,6 +32,7 @@ def add_plan(command: argparse.ArgumentParser) -> None:
     command.add_argument("--step-cache-factor", type=float, metavar="1..4", help="for magcache")
     command.add_argument("--guidance-gate", type=float, metavar="0..1", help="steps fully guided")
     command.add_argument("--device", help="cuda:0, cpu ... (default: the best there is)")
+    command.add_argument("--devices", default="1", help="cards: a number, all, auto, or 0,2 (1)")
     command.add_argument("--vram-limit-gb", type=float, help="use at most so much of the card")
     command.add_argument(
         "--lora", action="append", default=[], metavar="FILE[:EXPERT[:STRENGTH]]",

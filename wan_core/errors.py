@@ -14,6 +14,7 @@
     ├── DownloadError         a file that was asked for could not be fetched
     ├── JournalMismatch       resume='must', and no saved state belongs to this render
     ├── OutputError           a result could not be written
+    ├── WorkerFailed          a process that computes for this one cannot, or none is left
     └── and, for the library's own use:
         ├── SpilledMemory     the driver moved device memory to RAM (also a MemoryError)
         ├── ModuleInUse       a module's weights are already placed (also a RuntimeError)
@@ -130,6 +131,10 @@ class BrokenState(WanError):
 
 class OutputError(WanError):
     """A result could not be written."""
+
+
+class WorkerFailed(WanError):
+    """A process that computes parts of a render cannot do so, or none is left."""
 
 
 # What the backends say when memory runs out without raising torch.OutOfMemoryError.

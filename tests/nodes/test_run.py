@@ -266,3 +266,9 @@ def test_the_control_node_holds_what_it_is_given(pack: ModuleType) -> None:
         "video", "mask", "reference", "keyframes", "positions", "camera", "tracks", "strength",
         "denoise", "clear_masked",
     ]  # fmt: skip
+
+
+def test_devices_reach_the_plan_and_one_card_changes_nothing(pack: ModuleType) -> None:
+    job = part(pack, "nodes.job")
+    assert job.device_options(VALUES) == job.device_options({"devices": " 1 "}) == {}
+    assert job.device_options({"devices": "0,2"}) == {"devices": "0,2"}

@@ -8,6 +8,7 @@ measured. Estimates are pure arithmetic; torch is imported only to ask the devic
 from __future__ import annotations
 
 from .calibration import Calibrations, RunRecord, forward_name
+from .cards import Card, all_cards
 from .choices import (
     STREAM_BUFFERS,
     Choices,
@@ -40,6 +41,7 @@ __all__ = [
     "BANDS",
     "CHUNKS",
     "Calibrations",
+    "Card",
     "Choices",
     "Job",
     "LEAN_HEAD_GROUPS",
@@ -49,6 +51,7 @@ __all__ = [
     "STREAM_BUFFERS",
     "SystemResources",
     "Workload",
+    "all_cards",
     "close_gaps",
     "decode_peak",
     "encode_peak",

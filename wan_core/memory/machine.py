@@ -21,6 +21,7 @@ from typing import Any
 from ..config import GIB, MIB
 from ..errors import InvalidRequest, MissingDependency
 from .calibration import Calibration
+from .cards import Card
 
 PINNED_SHARE_WINDOWS, PINNED_SHARE = 0.4, 0.5
 """Share of the RAM that may be page-locked, on Windows and elsewhere."""
@@ -113,6 +114,8 @@ class SystemResources:
     """How torch allocates on the device: "default", "expandable" (segments) or "async" (CUDA's own
     pool, ComfyUI's choice on many cards). How much memory is lost in gaps depends on it."""
     notes: tuple[str, ...] = ()
+    cards: tuple[Card, ...] = ()
+    """The GPUs of the machine, looked at only where several may be used."""
     calibration: Calibration = Calibration()
     """What earlier runs of the same model on this machine have measured."""
 

@@ -9,6 +9,7 @@ nothing and never imports torch. Imports ``models`` and ``memory``.
 from __future__ import annotations
 
 from ..lazy import lazy_names
+from .cards import for_all_cards
 from .config import FORWARDS, FP8, OFFLOADS, SPEEDS, STEP_CACHES, OptimizationConfig
 from .fits import Remedies
 from .ladder import ABILITIES
@@ -32,4 +33,5 @@ __all__ = [
     "SPEEDS",
     "STEP_CACHES",
     "computed_in",
+    "for_all_cards",
 ]

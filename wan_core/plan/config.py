@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any
@@ -96,6 +97,9 @@ class OptimizationConfig:
     guidance_gate: float | None = None
     """Share of each expert's steps, from its first on, that compute both passes of guidance; after
     it the last difference of the two is used. None means 1 (all), with speed "fastest" 0.5."""
+    devices: str = "1"
+    """How many cards compute one clip, with the same bits: a number, "all", "auto" (as many as pay,
+    of those that are alike and free), or which ones: "0,2". On a CPU a number of processes."""
 
     def __post_init__(self) -> None:
         _choice("precision", self.precision, PRECISIONS_AND_STORED)
@@ -108,6 +112,7 @@ class OptimizationConfig:
             ("step_cache_threshold", 0, 1), ("guidance_gate", 0.05, 1), ("step_cache_factor", 1, 4)
         ):  # fmt: skip
             object.__setattr__(self, name, _between(name, getattr(self, name), least, most))
+        object.__setattr__(self, "devices", _devices(self.devices))
         self._check_blocks()
         if self.device is not None and not (isinstance(self.device, str) and self.device):
             raise _bad("device", self.device, 'a name like "cuda:0" or "cpu", or None')
@@ -188,6 +193,17 @@ class OptimizationConfig:
     def overlap_for(self, workload: Workload, window: int) -> int:
         """Return the frames that fallback windows share: the workload's, at most half a window."""
         return min(workload.window_overlap, max(1, (window - 1) // 8) * 4)
+
+
+def _devices(value: object) -> str:
+    """Return a number of cards, "auto", "all", or their numbers with commas between."""
+    number = plain_number(value)
+    text = str(number) if isinstance(number, int) else str(value).replace(" ", "").lower()
+    ids = re.fullmatch(r"(cuda:)?\d+(,(cuda:)?\d+)+", text)
+    if text not in ("auto", "all") and not ids and not re.fullmatch(r"[1-9]\d?", text):
+        allowed = 'a number of cards from 1 on, "auto", "all", or numbers of cards like "0,2"'
+        raise _bad("devices", value, allowed)
+    return text
 
 
 def _choice(name: str, value: object, allowed: tuple[str, ...]) -> None:

@@ -16,6 +16,7 @@ from ..config import GIB, MIB, MemoryEstimate
 from ..errors import DoesNotFit
 from ..memory import Choices, Workload
 from ..models import ModelArchitecture
+from .cards import spread_over
 from .config import OptimizationConfig
 from .fits import (
     Remedies,
@@ -190,7 +191,8 @@ class Planner:
                 less, key=lambda candidate: candidate.timing.step, default=None
             )
             if chosen is not None:
-                return _plan(architecture, workload, system, requested, limits, chosen, less)
+                found = _plan(architecture, workload, system, requested, limits, chosen, less)
+                return replace(found, workers=current.workers)
         return None
 
     def what_fits(
@@ -336,7 +338,7 @@ def _plan(
     why = reasons_for(architecture, workload, system, requested, limits, candidate, others)
     reasons = (precision, *why)
     windows = choices.window_frames or workload.window_frames
-    return OptimizationPlan(
+    found = OptimizationPlan(
         device=system.device,
         choices=replace(
             choices,
@@ -354,3 +356,4 @@ def _plan(
         paced=system.calibration.paced,
         pin_limit=None if requested.ram_limit_gb is None else limits.ram,
     )
+    return spread_over(found, architecture, workload, system, requested)

@@ -33,6 +33,8 @@ class OptimizationPlan:
     """Whether ``step_seconds`` is corrected by the pace of earlier runs on this machine."""
     compute_bound: bool = True
     """Whether a step's transfers hide behind its compute."""
+    workers: tuple[str, ...] = ()
+    """The devices on which processes compute the passes of a step; empty: this process does."""
 
     def __getattr__(self, name: str) -> Any:
         # Called only for names that the plan itself does not have. Private names are not looked up
@@ -86,6 +88,7 @@ class OptimizationPlan:
             words.append(
                 f"windows of {choices.window_frames} frames, {choices.window_overlap} shared"
             )
+        words += [f"on {len(self.workers)} cards"] * (len(self.workers) > 1)
         return tuple(words)
 
     def to_dict(self) -> dict[str, Any]:

@@ -120,8 +120,14 @@ class WanPipelineLoader:
         }
 
     def clear_cache(self) -> None:
-        """Drop every cached component and text. Renders under way keep theirs until they end."""
+        """Drop every cached component and text. Renders under way keep theirs until they end.
+
+        Workers on other cards end.
+        """
+        from ..workers import close_workers
+
         self._cache.clear()
+        close_workers()
 
 
 def _at_home(given: Any) -> Any:

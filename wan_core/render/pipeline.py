@@ -38,10 +38,18 @@ from ..job import (
     video_frames,
 )
 from ..loading import ComponentCache, unpin
-from ..memory import Calibrations, RunRecord, SystemResources, Workload, forward_name
+from ..memory import Calibrations, RunRecord, SystemResources, Workload, all_cards, forward_name
 from ..models import ModelArchitecture
 from ..placing import require_groups
-from ..plan import ABILITIES, OptimizationConfig, OptimizationPlan, Planner, Remedies
+from ..plan import (
+    ABILITIES,
+    OptimizationConfig,
+    OptimizationPlan,
+    Planner,
+    Remedies,
+    for_all_cards,
+)
+from ..workers import close_workers
 from .forecast import Forecast
 from .render import Render
 from .report import Timeline, device_bytes, format_report
@@ -199,6 +207,8 @@ class WanPipelineWrapper:
         ``machine`` is what was seen before, with what could be freed then.
         """
         system = machine or self.machine(optimization.device)
+        if optimization.devices != "1":
+            system = for_all_cards(replace(system, cards=all_cards()), optimization)
         return replace(
             system,
             notes=system.notes + self._notes,
@@ -285,7 +295,8 @@ class WanPipelineWrapper:
         """
         system = self._manager.analyze_system_resources(plan.device)
         # On other devices the measured peaks are the RAM of the process.
-        if system.device_kind != "cuda" or stages.steps_down:
+        # Of workers' cards the peaks are not those of the stages here.
+        if system.device_kind != "cuda" or stages.steps_down or plan.workers:
             return
         key, steps = self._calibration_key(system), stages.timeline.full_steps
         known = self._calibrations.of(key)
@@ -369,7 +380,9 @@ class WanPipelineWrapper:
                         pass
 
     def unload(self) -> None:
-        """Drop the components of this pipeline from the cache."""
+        """Drop the components of this pipeline from the cache, and end its workers."""
+        if self.optimization.devices != "1":
+            close_workers()
         files = {path for part in self.architecture.components.values() for path in part.files}
         self._cache.drop({str(path.resolve()) for path in files})
 

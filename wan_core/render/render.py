@@ -17,7 +17,6 @@ from torch import Tensor
 
 from ..config import MIB, GenerationConfig
 from ..files import sweep
-from ..forward import run_together
 from ..job import (
     Inputs,
     Request,
@@ -43,7 +42,6 @@ from ..sampling import (
     ClipSegments,
     Conditions,
     DenoiseState,
-    Expert,
     Shortcuts,
     Signals,
     StreamingDecoder,
@@ -56,6 +54,7 @@ from ..sampling import (
     start_latents,
 )
 from .conditions import ConditionMaker
+from .experts import expert_in_place
 from .report import device_bytes
 from .stages import StageRunner
 from .video import Decoding, VideoWriter
@@ -179,6 +178,8 @@ class Render:
     def _sample(self, journal: RenderJournal | None) -> Tensor:
         # First what may be refused: text and pictures take long to encode.
         scheduler, steps = self._scheduler()
+        if self.stages.plan.workers:
+            self.stages.workers()  # they start while texts are encoded
         if self.request.window_mode == "continuation":
             return self._sample_segments(self._segments(), journal)
         windows = self._windows(self.request.latent_frames)
@@ -364,17 +365,9 @@ class Render:
                 stage: str = stage,
                 plain: bool = plain,
             ) -> None:
-                with (
-                    stages.use(stage, component, distilled=not plain) as model,
-                    self._next_ahead(component, steps),
-                ):
-                    expert = Expert(
-                        name=name,
-                        model=model,
-                        dtype=stages.dtype(component),
-                        guidance_scale=scale,
-                        together=run_together if stages.plan.choices.stream else None,
-                    )
+                ahead = self._next_ahead(component, steps)
+                found = expert_in_place(stages, name, stage, component, scale, plain, ahead)
+                with found as expert:
                     denoise_steps(
                         state,
                         wanted,

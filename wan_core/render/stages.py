@@ -32,9 +32,9 @@ from ..loading import (
 )
 from ..memory import RAM_RESERVE, ram
 from ..models import ModelArchitecture, part_bytes, ram_bytes, stays_in_file
-from ..placing import Ahead, apply_plan, block_hooks, do_ahead, pin_ahead, pin_budget
+from ..placing import Ahead, do_ahead, pin_ahead, pin_budget
 from ..plan import OptimizationPlan
-from ..sampling import apply_loras
+from ..workers import Weights, WorkerPool, placed, worker_pool
 from .report import Timeline, device_fill, spilled
 
 if TYPE_CHECKING:
@@ -125,6 +125,7 @@ class StageRunner:
     """Expected seconds of a step by the pace of earlier runs; None if there are none."""
     bears_spilling: bool = False
     """Set when memory has spilled and there is no smaller plan: slow is better than not at all."""
+    _pool: WorkerPool | None = None
 
     @property
     def device(self) -> torch.device:
@@ -237,8 +238,7 @@ class StageRunner:
         Without ``distilled`` no LoRA is put on that is distilled to a few steps.
 
         The order of entering: loading counts as a stage of its own, so the component comes before
-        the stage. Hooks and LoRAs come after the placement, and are taken off before the weights
-        leave the device.
+        the stage.
         """
         if not component.startswith("transformer"):
             # The experts' page-locked copies stay from one expert, window and segment to the next,
@@ -248,20 +248,38 @@ class StageRunner:
             module = stack.enter_context(self.component(component))
             stack.enter_context(self.timeline.stage(stage))
             decoding = stage == "decode"
-            self._say_once(
-                stack.enter_context(
-                    apply_plan(
-                        module, component, self.plan, decoding=decoding, check=self.check_interrupt
-                    )
-                )
-            )
-            if component.startswith("transformer"):
-                stack.enter_context(block_hooks(module, self.check_interrupt))
             loras = self.architecture.loras_of(component, distilled=distilled)
-            if loras:
-                dtype = self.dtype(component)
-                stack.enter_context(apply_loras(module, loras, device=self.device, dtype=dtype))
+            ready = placed(
+                module,
+                component,
+                self.plan,
+                loras,
+                self.dtype(component) if loras else None,
+                decoding=decoding,
+                check=self.check_interrupt,
+            )
+            self.say_once(stack.enter_context(ready))
             yield module
+
+    def weights(self, component: str, *, distilled: bool) -> Weights:
+        """Return what a worker needs in order to have a transformer as the plan wants it."""
+        return Weights.of(
+            component,
+            self.architecture.components[component],
+            self.plan,
+            self.architecture.loras_of(component, distilled=distilled),
+            fp8=self._in_fp8(component),
+            mapped=self._mapped(component),
+            nbytes=self._ram_bytes(component),
+            pin_limit=pin_budget(self.plan) // len(self.plan.workers),
+        )
+
+    def workers(self) -> WorkerPool:
+        """Return the processes that the plan wants, the same ones to the end of the render."""
+        if self._pool is None:
+            self._pool = worker_pool(self.plan.workers)
+            self._pool.begin(self.callbacks.loaded)
+        return self._pool
 
     @contextmanager
     def read_next(self, component: str) -> Iterator[None]:
@@ -337,7 +355,8 @@ class StageRunner:
         mapped = stays_in_file(self.architecture, component, plan.choices.dtypes[component])
         return loaded or (mapped and not plan.choices.fp8_storage and self.keep_components)
 
-    def _say_once(self, text: str | None) -> None:
+    def say_once(self, text: str | None) -> None:
+        """Add a warning that the result does not hold yet."""
         if text and text not in self.result.warnings:
             self.result.warnings.append(text)
 
@@ -387,7 +406,7 @@ class StageRunner:
                 "programs, or take this model and its text encoder in fp8 or GGUF.",
                 needed_bytes=needed,
             )
-        self._say_once(f"RAM ran out in stage {stage} ({failure}); {what}, and the run went on.")
+        self.say_once(f"RAM ran out in stage {stage} ({failure}); {what}, and the run went on.")
         self.callbacks.tell(self.result.warnings)
 
     def _step_down(self, stage: str, failure: str, *, must: bool) -> None:
@@ -406,7 +425,7 @@ class StageRunner:
         last = smaller is None or self.steps_down >= MAX_STEPS_DOWN
         if last and not must:
             self.bears_spilling = True
-            self._say_once(f"In stage {stage} {failure}; there is no smaller way to run this job.")
+            self.say_once(f"In stage {stage} {failure}; there is no smaller way to run this job.")
             return
         if smaller is None or last:
             needed = {s.name: s.device_bytes for s in self.plan.estimate.stages}.get(stage)

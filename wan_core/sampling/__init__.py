@@ -13,7 +13,7 @@ from ..lazy import lazy_names
 
 if TYPE_CHECKING:
     from .control import encode_keyframes, encode_video, keyframe_mask, noised
-    from .denoise import Conditions, DenoiseState, Expert, Signals, denoise_steps, hold_first_frame
+    from .denoise import DenoiseState, Expert, Signals, denoise_steps
     from .encode import (
         encode_clip,
         encode_condition,
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from .shortcuts import Memory, Shortcuts, chosen_shortcuts
     from .solvers import Solver, make_solver, start_latents
     from .tracks import by_paths, by_points
+    from .units import Conditions, Elsewhere, Unit, compute_unit, hold_first_frame
     from .vace import ControlClip, encode_grey, encode_vace
     from .vae import (
         StreamingDecoder,
@@ -41,14 +42,7 @@ __getattr__ = lazy_names(
     {
         "vace": ("ControlClip", "encode_grey", "encode_vace"),
         "control": ("encode_keyframes", "encode_video", "keyframe_mask", "noised"),
-        "denoise": (
-            "Conditions",
-            "DenoiseState",
-            "Expert",
-            "Signals",
-            "denoise_steps",
-            "hold_first_frame",
-        ),
+        "denoise": ("DenoiseState", "Expert", "Signals", "denoise_steps"),
         "encode": (
             "encode_clip",
             "encode_condition",
@@ -62,6 +56,7 @@ __getattr__ = lazy_names(
         "shortcuts": ("Memory", "Shortcuts", "chosen_shortcuts"),
         "solvers": ("Solver", "make_solver", "start_latents"),
         "tracks": ("by_paths", "by_points"),
+        "units": ("Conditions", "Elsewhere", "Unit", "compute_unit", "hold_first_frame"),
         "vae": (
             "StreamingDecoder",
             "denormalize_latents",
@@ -77,16 +72,19 @@ __all__ = [
     "Conditions",
     "ControlClip",
     "DenoiseState",
+    "Elsewhere",
     "Expert",
     "Memory",
     "Shortcuts",
     "Signals",
     "Solver",
     "StreamingDecoder",
+    "Unit",
     "apply_loras",
     "by_paths",
     "by_points",
     "chosen_shortcuts",
+    "compute_unit",
     "denoise_steps",
     "denormalize_latents",
     "encode_clip",

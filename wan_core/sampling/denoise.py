@@ -7,19 +7,30 @@ model it is given is ready to be called. Latents are (B, C, T, h, w), float32, n
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import InvalidRequest, NonFiniteLatents
-from ..forward import fun_inputs
+from ..forward import BlockPasses, block_passes, fun_inputs
 from ..job import Window, WindowPlan
 from .shortcuts import Memory, Shortcuts, Step
+from .units import Conditions, Elsewhere, FarPasses, Unit, hold_first_frame, model_call
+
+__all__ = [
+    "Conditions",
+    "DenoiseState",
+    "Expert",
+    "Signals",
+    "denoise_steps",
+    "hold_first_frame",
+    "predict",
+    "predict_windows",
+]
 
 
 def _nothing(*_: object) -> None:
@@ -43,73 +54,6 @@ class Signals:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Conditions:
-    """What the model is given besides the latents.
-
-    All tensors are on the model's device. Only ``concat``, ``vace`` and ``camera`` may stay in RAM
-    if the clip is made in windows; each window then copies its own frames to the device.
-
-    ``concat`` (B, n, T, h, w) is what the model reads beside the noisy latents: mask and latents of
-    known frames for the image-to-video models, a control video's latents before them for Fun
-    Control; ``mask_channels`` of it, before the last C, are the mask.
-    ``first_frame`` (B, C, n, h, w) holds the latents that the 5B keeps fixed as frames 0 to n - 1;
-    with ``held`` those that a segment takes over are kept fixed too, though ``concat`` shows them.
-    ``image_embeds`` is CLIP's, (B, 257, image_dim), or (2B, 257, image_dim) with a last image.
-    ``prompt_parts`` is for a clip with several prompts: one (first latent frame, embeddings) for
-    each. A window uses the prompt at its middle frame; without windows, ``prompt_embeds`` is used.
-
-    ``vace`` (B, 96, R + T, h, w) is VACE's control, with ``vace_scale``, a number for each VACE
-    block. The latents then have R = ``references`` frames in front of the clip's, which every
-    window sees and predicts anew. ``vace_grey`` (1, 16, T, h, w) are the latents of a grey clip,
-    for frames that a segment takes over.
-
-    ``reference`` (1, C, h, w) and ``camera`` (1, 24, T, H, W) are for the Fun models that have
-    layers for them. The model then sees a frame of the reference in front of every window, which is
-    no part of the latents.
-    """
-
-    prompt_embeds: Tensor
-    negative_prompt_embeds: Tensor | None = None
-    image_embeds: Tensor | None = None
-    concat: Tensor | None = None
-    first_frame: Tensor | None = None
-    prompt_parts: tuple[tuple[int, Tensor], ...] = ()
-    vace: Tensor | None = None
-    vace_scale: Tensor | None = None
-    vace_grey: Tensor | None = None
-    references: int = 0
-    mask_channels: int = 4
-    held: bool = False
-    reference: Tensor | None = None
-    camera: Tensor | None = None
-
-    def places(self, indices: Iterable[int]) -> list[int]:
-        """Return where the references and the frames with these indices are in the latents."""
-        return [*range(self.references), *(self.references + index for index in indices)]
-
-    def window(self, indices: Sequence[int], middle: int | None = None) -> Conditions:
-        """Return the conditions for the frames with these indices in the clip.
-
-        ``middle`` is the frame that decides which prompt is used; None takes the middle one.
-        """
-        found = self
-        if self.prompt_parts:
-            at = indices[len(indices) // 2] if middle is None else middle
-            embeds = [part for start, part in self.prompt_parts if start <= at]
-            found = replace(found, prompt_embeds=embeds[-1], prompt_parts=())
-        if self.concat is not None:
-            part = self.concat[:, :, list(indices)].to(self.prompt_embeds.device)
-            found = replace(found, concat=part)
-        if self.vace is not None:
-            part = self.vace[:, :, self.places(indices)].to(self.prompt_embeds.device)
-            found = replace(found, vace=part)
-        if self.camera is not None:
-            part = self.camera[:, :, list(indices)].to(self.prompt_embeds.device)
-            found = replace(found, camera=part)
-        return found
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Expert:
     """One transformer and its guidance scale. ``name`` is "only", "high" or "low"."""
 
@@ -120,68 +64,13 @@ class Expert:
     together: Callable[[Any, Sequence[Mapping[str, Any]]], Sequence[Any]] | None = None
     """Runs several calls of the model block by block (``forward.run_together``), so that streamed
     weights arrive once for both passes of guidance. None runs the passes one after the other."""
+    elsewhere: Elsewhere | None = None
+    """Computes the passes in other processes; ``model`` is then not called."""
 
     @property
     def guided(self) -> bool:
         """Whether the unconditional pass is needed."""
         return self.guidance_scale > 1.0
-
-
-def hold_first_frame(latents: Tensor, conditions: Conditions) -> Tensor:
-    """Put the given first frames back into the latents, as image-to-video with the 5B requires."""
-    if conditions.first_frame is None:
-        return latents
-    return _hold(latents, conditions.first_frame, range(latents.shape[2]))[0]
-
-
-def _hold(latents: Tensor, given: Tensor, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Put ``given``, the first frames of the clip, into the latents of the frames ``indices``.
-
-    Returns the new latents and a mask (1, 1, T, h, w), which is 0 in the frames that were put in.
-    """
-    count = given.shape[2]
-    places = [place for place, index in enumerate(indices) if index < count]
-    mask = torch.ones((1, 1, *latents.shape[2:]), dtype=torch.float32, device=latents.device)
-    mask[:, :, places] = 0
-    frames = given
-    if count > 1:
-        frames = torch.zeros_like(latents)
-        frames[:, :, places] = given[:, :, [indices[place] for place in places]]
-    # Multiplied, not assigned: signed zeros and NaN then come out as in diffusers.
-    return (1 - mask) * frames + mask * latents, mask
-
-
-def _model_inputs(
-    latents: Tensor,
-    timestep: Tensor,
-    expert: Expert,
-    conditions: Conditions,
-    indices: Sequence[int],
-) -> tuple[Tensor, Tensor]:
-    """Return the transformer's input latents and its timesteps, (B,) or (B, tokens).
-
-    ``indices`` says which frames of the clip these latents are. A frame in front of them stands for
-    Fun Control's reference, if there is one.
-    """
-    given, in_front = conditions.first_frame, conditions.reference is not None
-    # The 5B is given frames in place of their latents. Without any, all per-token timesteps would
-    # be equal: one per sample says the same within rounding, with half the memory.
-    timesteps = timestep.expand(latents.shape[0])
-    if given is not None and min(indices) < given.shape[2]:
-        latents, mask = _hold(latents, given, indices)
-        # The 5B patches 2x2 latent pixels into a token; tokens of a given frame get timestep 0.
-        per_token = (mask[0][0][:, ::2, ::2] * timestep).flatten()
-        if in_front:  # the reference's tokens have the last token's
-            per_token = torch.cat(
-                [per_token[-1:].expand(mask[0, 0, 0, ::2, ::2].numel()), per_token]
-            )
-        timesteps = per_token.unsqueeze(0).expand(latents.shape[0], -1)
-    # Models with more input channels read mask and condition latents there.
-    if conditions.concat is not None:
-        latents = torch.cat([latents, conditions.concat], dim=1)
-    if in_front:
-        latents = F.pad(latents, (0, 0, 0, 0, 1, 0))
-    return latents.to(expert.dtype), timesteps
 
 
 def predict(
@@ -193,34 +82,19 @@ def predict(
     indices: Sequence[int] | None = None,
     check: Callable[[], object] = _nothing,
     step: Step | None = None,
+    far: FarPasses | None = None,
 ) -> Tensor:
     """Return the velocity (B, C, T, h, w) after guidance, in the model's dtype.
 
     ``indices`` are the frames of the clip that ``latents`` are, besides references in front of
     them; None means all, from the first on.
     ``check`` runs before each call of the model, or once before calls that run together. ``step``
-    says which step this is where shortcuts may leave calls out.
+    says which step this is where shortcuts may leave calls out. ``far`` computes the passes in
+    place of the expert's model.
 
     Guidance is v_u + s (v_c - v_u) (Ho and Salimans 2022) and takes two passes; a guidance scale
     of 1 or less takes one. Raises InvalidRequest if negative embeddings are needed but missing.
     """
-    seen = range(latents.shape[2]) if indices is None else indices
-    hidden_states, timesteps = _model_inputs(latents, timestep, expert, conditions, seen)
-    control: dict[str, Any] = {}
-    if conditions.vace is not None:
-        control["control_hidden_states"] = conditions.vace
-        control["control_hidden_states_scale"] = conditions.vace_scale
-
-    def call(embeds: Tensor) -> dict[str, Any]:
-        return {
-            "hidden_states": hidden_states,
-            "timestep": timesteps,
-            "encoder_hidden_states": embeds,
-            "encoder_hidden_states_image": conditions.image_embeds,
-            **control,
-            "return_dict": False,
-        }
-
     check()
     if expert.guided and conditions.negative_prompt_embeds is None:
         raise InvalidRequest(
@@ -228,27 +102,31 @@ def predict(
             "no negative embeddings; pass negative_prompt_embeds or a guidance_scale of 1.",
             field="negative_prompt_embeds",
         )
-    embeds = [conditions.prompt_embeds]
-    if expert.guided and conditions.negative_prompt_embeds is not None:
-        embeds.append(conditions.negative_prompt_embeds)
+    seen = range(latents.shape[2]) if indices is None else indices
 
-    def compute(passes: int) -> list[Tensor]:
+    model: Any = expert.model
+
+    def compute_here(passes: int, blocks: BlockPasses | None) -> list[Tensor]:
         # Two calls of batch B rather than one of 2B: half the activations, and as diffusers does.
-        calls = [call(one) for one in embeds[:passes]]
-        with fun_inputs(expert.model, conditions.reference, conditions.camera):
-            if len(calls) > 1 and expert.together is not None:
-                outputs = [output for (output,) in expert.together(expert.model, calls)]
+        calls = [model_call(latents, timestep, expert.dtype, conditions, seen)]
+        if passes > 1:
+            calls.append(calls[0] | {"encoder_hidden_states": conditions.negative_prompt_embeds})
+        with (
+            fun_inputs(model, conditions.reference, conditions.camera),
+            nullcontext() if blocks is None else block_passes(model, blocks),
+        ):
+            if passes > 1 and expert.together is not None:
+                outputs = [output for (output,) in expert.together(model, calls)]
             else:
-                outputs = [expert.model(**calls[0])[0]]
+                outputs = [model(**calls[0])[0]]
                 for later in calls[1:]:
                     check()
-                    outputs.append(expert.model(**later)[0])
+                    outputs.append(model(**later)[0])
         return outputs if conditions.reference is None else [out[:, :, 1:] for out in outputs]
 
-    if step is None:
-        outputs = compute(len(embeds))
-    else:
-        outputs = step.velocities(latents, len(embeds), compute)
+    compute = compute_here if far is None else far.compute
+    passes = 2 if expert.guided else 1
+    outputs = compute(passes, None) if step is None else step.velocities(latents, passes, compute)
     if not expert.guided:
         return outputs[0]
     conditional, unconditional = outputs
@@ -302,20 +180,22 @@ def predict_windows(
     # Kept in the state, not in a local variable: a window that fails does not cost those before.
     if state.fused is None:
         state.fused, state.next_window = torch.zeros_like(latents, dtype=torch.float32), 0
+    asked = _send_ahead(state, timestep, expert, conditions, windows, signals, anchor, step)
     for number in range(state.next_window, len(windows)):
         window, fractions = windows[number]
         signals.window(number, len(windows))
         # 1. Predict: all windows of a step read the same latents, those before the step.
-        seen = (window.start - 1, *window.indices) if anchor and window.start else window.indices
+        seen = _seen(window, anchor)
         places = torch.tensor(conditions.places(seen), device=latents.device)
         velocity = predict(
             latents.index_select(2, places),
             timestep,
             expert,
-            conditions.window(seen, window.indices[len(window.indices) // 2]),
+            conditions if asked else conditions.window(seen, _middle(window)),
             indices=seen,
             check=signals.check,
             step=None if step is None else replace(step, key=_window_key(seen)),
+            far=asked.get(number),
         )
         if unused := len(seen) - len(window.indices):
             after = velocity[:, :, references + unused :]
@@ -334,6 +214,64 @@ def predict_windows(
         state.next_window = number + 1
         signals.window_done(number, len(windows))
     return state.fused
+
+
+def _seen(window: Window, anchor: bool) -> tuple[int, ...]:
+    """Return the frames that the model sees for a window."""
+    indices = tuple(window.indices)
+    return (window.start - 1, *indices) if anchor and window.start else indices
+
+
+def _middle(window: Window) -> int:
+    return window.indices[len(window.indices) // 2]
+
+
+def _send_ahead(
+    state: DenoiseState,
+    timestep: Tensor,
+    expert: Expert,
+    conditions: Conditions,
+    windows: Sequence[tuple[Window, Sequence[float]]],
+    signals: Signals,
+    anchor: bool,
+    step: Step | None,
+) -> dict[int, FarPasses]:
+    """Ask for all windows of the step that are left, where they are computed elsewhere.
+
+    They read the same latents and do not wait for each other; what a shortcut leaves out is known
+    before.
+    """
+    if expert.elsewhere is None:
+        return {}
+    asked = {}
+    for number in range(state.next_window, len(windows)):
+        window, _ = windows[number]
+        seen = _seen(window, anchor)
+        places = torch.tensor(conditions.places(seen), device=state.latents.device)
+        unit = Unit(
+            latents=state.latents.index_select(2, places),
+            timestep=timestep,
+            indices=seen,
+            middle=_middle(window),
+        )
+        asked[number] = _far(unit, expert, conditions, signals)
+        _ask(asked[number], expert, None if step is None else replace(step, key=_window_key(seen)))
+    return asked
+
+
+def _far(unit: Unit, expert: Expert, conditions: Conditions, signals: Signals) -> FarPasses:
+    assert expert.elsewhere is not None
+    return FarPasses(
+        elsewhere=expert.elsewhere, unit=unit, conditions=conditions, check=signals.check
+    )
+
+
+def _ask(far: FarPasses, expert: Expert, step: Step | None) -> None:
+    passes = 2 if expert.guided else 1
+    if step is None:
+        far.send(passes, None)
+    else:
+        far.send(*step.foreseen(far.unit.latents, passes))
 
 
 def denoise_steps(
@@ -368,7 +306,6 @@ def denoise_steps(
                 index=i,
                 steps=steps,
                 dtype=expert.dtype,
-                model=expert.model,
             )
         remembered = replace(state.memory, windows=dict(state.memory.windows))
         # 1. Predict the velocity: of the whole clip at once, or window by window.
@@ -376,9 +313,9 @@ def denoise_steps(
         if windows is None or windows.count == 1:
             if windows is not None:
                 signals.window(0, 1)
-            velocity = predict(
-                state.latents, timestep, expert, conditions, check=signals.check, step=step
-            )
+            far = _whole(state.latents, timestep, expert, conditions, signals)
+            told = (state.latents, timestep, expert, conditions)
+            velocity = predict(*told, check=signals.check, step=step, far=far)
         else:
             # Predictions blended with other windows cannot be continued with these.
             if state.fused_by != (name := repr(windows)):
@@ -407,6 +344,17 @@ def denoise_steps(
             signals.preview(i, clean)
         signals.step(i, latents)
     return state
+
+
+def _whole(
+    latents: Tensor, timestep: Tensor, expert: Expert, conditions: Conditions, signals: Signals
+) -> FarPasses | None:
+    """Return what computes the passes of an undivided clip elsewhere, if they are."""
+    if expert.elsewhere is None:
+        return None
+    frames = tuple(range(latents.shape[2]))
+    unit = Unit(latents=latents, timestep=timestep, indices=frames)
+    return _far(unit, expert, conditions, signals)
 
 
 def _window_key(indices: Sequence[int]) -> str:

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from ..job import SegmentPlan
 from ..job import plan_segments as plan_segments  # part of segments for whoever makes them
-from .denoise import Conditions, DenoiseState, hold_first_frame
+from .denoise import DenoiseState
+from .units import Conditions, hold_first_frame
 
 COLOUR_GRID = 4
 """A latent frame is averaged to this many cells a side, which leaves only colour and light."""

@@ -29,13 +29,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..forward import BlockPasses, block_passes
+from ..forward import BlockPasses
 from ..job import StepPlan
 from ..memory import Choices
 from ..models import MagCurve, Skips, magcache_plan
 
 _WARM = 0.2
 """Share of an expert's steps, from its first on, that EasyCache computes always."""
+Compute = Callable[[int, "BlockPasses | None"], Sequence[Tensor]]
 _TENSORS = ("before", "at", "output", "kept", "kept_2", "delta", "residual", "residual_2")
 
 
@@ -176,8 +177,6 @@ class Step:
     """Of the model's outputs."""
     key: str = "clip"
     """Names the window within the clip."""
-    model: Any = None
-    """The transformer whose blocks MagCache leaves out."""
 
     @property
     def gated(self) -> bool:
@@ -190,21 +189,15 @@ class Step:
         warm = self.steps.start + max(2, math.ceil(_WARM * len(self.steps)))
         return self.index < warm or self.index >= self.steps.stop - 1
 
-    def velocities(
-        self, latents: Tensor, passes: int, compute: Callable[[int], Sequence[Tensor]]
-    ) -> list[Tensor]:
+    def velocities(self, latents: Tensor, passes: int, compute: Compute) -> list[Tensor]:
         """Return the outputs of 1 or 2 ``passes``, conditional first, computed or not.
 
-        ``latents`` (B, C, f, h, w) is the window's input; ``compute(n)`` makes the first n passes.
-        What is remembered changes only if this returns.
+        ``latents`` (B, C, f, h, w) is the window's input; ``compute(n, blocks)`` makes the first n
+        passes, with what ``blocks`` says of the transformer's blocks unless it is None. What is
+        remembered changes only if this returns.
         """
-        found = self.memory.windows.get(self.key)
-        if found is None or found.step != self.index - 1:
-            found = WindowMemory()  # a window that was not part of the step before
         present = latents.detach().to("cpu", torch.float32)
-        needed = passes
-        if passes == 2 and self.gated and found.delta is not None:
-            needed = 1
+        found, needed = self._found(passes)
         skip, error = self._decide(found, present, passes, needed)
         if skip:
             outputs = self._from_before(found, present, latents, needed)
@@ -222,17 +215,38 @@ class Step:
         self.memory.windows[self.key] = replace(after, step=self.index, before=present)
         return outputs
 
+    def _found(self, passes: int) -> tuple[WindowMemory, int]:
+        """Return what is remembered of the window, and how many passes the gate leaves."""
+        found = self.memory.windows.get(self.key)
+        if found is None or found.step != self.index - 1:
+            found = WindowMemory()  # a window that was not part of the step before
+        gated = passes == 2 and self.gated and found.delta is not None
+        return found, 1 if gated else passes
+
+    def foreseen(self, latents: Tensor, passes: int) -> tuple[int, BlockPasses | None]:
+        """Return what ``velocities`` will call ``compute`` with; no passes where it will not."""
+        found, needed = self._found(passes)
+        present = latents.detach().to("cpu", torch.float32)
+        if self._decide(found, present, passes, needed)[0]:
+            return 0, None
+        return needed, self._blocks(found, needed)
+
+    def _blocks(self, found: WindowMemory, needed: int) -> BlockPasses | None:
+        """Return which passes leave the blocks out; None without MagCache."""
+        if self.shortcuts.magcache is None:
+            return None
+        kept, skips = (found.residual, found.residual_2), self.shortcuts.magcache[self.index]
+        return BlockPasses([kept[n] if skips[n] else None for n in range(needed)])
+
     def _computed(
-        self, found: WindowMemory, needed: int, compute: Callable[[int], Sequence[Tensor]]
+        self, found: WindowMemory, needed: int, compute: Compute
     ) -> tuple[list[Tensor], WindowMemory, int]:
         """Call the model; return outputs, memory, and how many passes left the blocks out."""
-        if self.shortcuts.magcache is None:
-            return list(compute(needed)), found, 0
+        passes = self._blocks(found, needed)
+        outputs = list(compute(needed, passes))
+        if passes is None:
+            return outputs, found, 0
         kept = [found.residual, found.residual_2]
-        skips = self.shortcuts.magcache[self.index]
-        passes = BlockPasses([kept[n] if skips[n] else None for n in range(needed)])
-        with block_passes(self.model, passes):
-            outputs = list(compute(needed))
         for number, made in enumerate(passes.made):
             kept[number] = kept[number] if made is None else made
         left_out = sum(one is not None for one in passes.given)

@@ -1,0 +1,95 @@
+"""Workers that are threads of the test: the real worker and messages, without its process."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import threading
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from wan_core.workers.child import Cancelled, Worker
+from wan_core.workers.messages import Message, read_message, write_message
+
+
+class Killed(BaseException):
+    """Ends the thread of a worker, as SIGKILL ends a process."""
+
+
+def _through_bytes(header: Mapping[str, Any], tensors: Mapping[str, Tensor] | None) -> Message:
+    stream = io.BytesIO()
+    write_message(stream, header, tensors)
+    stream.seek(0)
+    message = read_message(stream)
+    assert message is not None
+    return message
+
+
+class ThreadWorker:
+    """Stands for ``WorkerProcess``. ``trouble``, if set on the class, is called with the number of
+    each unit before it is computed, and may raise."""
+
+    trouble: Callable[[ThreadWorker, int], object] | None = None
+    made: list[ThreadWorker] = []
+
+    def __init__(self, device: str, told: Callable[[Any, Message | None], object]) -> None:
+        self.device, self.pid, self._told = device, 0, told
+        self.dead = threading.Event()
+        self.units: list[dict[str, Any]] = []
+        self._worker = Worker(device, self._answer)
+        self._worker.check = self._check  # type: ignore[method-assign]
+        self._real_check = Worker.check
+        threads = torch.get_num_threads()
+        self.thread = threading.Thread(target=self._run, args=(threads,), daemon=True)
+        type(self).made.append(self)
+        self.thread.start()
+
+    def _check(self) -> None:
+        if self.dead.is_set():
+            raise Killed
+        self._real_check(self._worker)
+
+    def _run(self, threads: int) -> None:
+        torch.set_num_threads(threads)
+        compute = self._worker._compute
+
+        def watched(header: dict[str, Any], tensors: dict[str, Tensor]) -> Any:
+            self.units.append(header)
+            if type(self).trouble is not None:
+                type(self).trouble(self, header["number"])
+            return compute(header, tensors)
+
+        self._worker._compute = watched  # type: ignore[method-assign]
+        with contextlib.suppress(Killed):
+            self._worker.serve()
+        if not self.dead.is_set():
+            self.dead.set()
+            self._told(self, None)
+
+    def _answer(self, header: Mapping[str, Any], tensors: Any = None) -> None:
+        if not self.dead.is_set():
+            self._told(self, _through_bytes(header, tensors))
+
+    def send(self, header: Mapping[str, Any], tensors: Mapping[str, Tensor] | None = None) -> None:
+        message = _through_bytes(header, tensors)
+        if header["type"] == "cancel":
+            self._worker.cancelled.update(header["numbers"])
+        else:
+            self._worker.inbox.put(message)
+
+    def die(self) -> None:
+        """End as a process does that the system kills: the driver learns of it by itself."""
+        raise Killed
+
+    def kill(self) -> None:
+        self.dead.set()
+        self._worker.inbox.put(({"type": "stop"}, {}))
+
+    def stop(self) -> None:
+        self._worker.inbox.put(({"type": "stop"}, {}))
+
+
+__all__ = ["Cancelled", "Killed", "ThreadWorker"]

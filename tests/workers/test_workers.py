@@ -1,0 +1,315 @@
+"""Clips that several workers compute are, bit for bit, those of one process."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from support.thread_workers import ThreadWorker
+from support.tiny_models import folders, open_wan
+
+from wan_core import GenerationConfig
+from wan_core.config import WanControl
+from wan_core.errors import WorkerFailed
+from wan_core.workers import close_workers, pool, worker_pool
+
+CLIP = {"prompt": "a red cat", "width": 32, "height": 32, "num_frames": 29, "seed": 1,
+        "num_inference_steps": 4, "max_chunk_size": 17, "window_overlap": 8}  # fmt: skip
+SHORT = {"prompt": "a red cat", "width": 32, "height": 32, "num_frames": 5, "seed": 1,
+         "num_inference_steps": 3}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return folders(tmp_path_factory.mktemp("workers"))
+
+
+@pytest.fixture
+def threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[ThreadWorker]]:
+    """Workers that are threads; none is left over."""
+    close_workers()
+    monkeypatch.setattr(pool, "WorkerProcess", ThreadWorker)
+    ThreadWorker.trouble, ThreadWorker.made = None, []
+    yield ThreadWorker
+    ThreadWorker.trouble = None
+    close_workers()
+
+
+def picture() -> Image.Image:
+    pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+def latents(path: Path, job: dict[str, Any], **wishes: Any) -> torch.Tensor:
+    made = open_wan(path, **wishes).generate(GenerationConfig(**job)).raise_for_error()
+    assert made.latents is not None
+    if "devices" in wishes:
+        assert sum(worker["units"] for worker in made.metadata["workers"]) > 0
+    return made.latents
+
+
+CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "a whole clip with guidance": ("wan2.1-t2v", SHORT, {}),
+    "windows": ("wan2.1-t2v", CLIP, {}),
+    "two experts, moving windows": (
+        "wan2.2-t2v-a14b", CLIP | {"window_schedule": "uniform", "window_fusion": "pyramid"}, {},
+    ),
+    "image to video, 2.1": ("wan2.1-i2v", SHORT | {"image": picture()}, {}),
+    "image to video in windows": ("wan2.2-i2v-a14b", CLIP | {"image": picture()}, {}),
+    "5B with a picture": (
+        "wan2.2-ti2v-5b", CLIP | {"image": picture(), "window_anchor": True}, {},
+    ),
+    "5B in segments": (
+        "wan2.2-ti2v-5b", CLIP | {"image": picture(), "window_mode": "continuation"}, {},
+    ),
+    "several prompts": ("wan2.1-t2v", CLIP | {"prompt": None, "prompts": "16: a cat\na dog"}, {}),
+    "VACE with a mask and a reference": (
+        "wan2.1-vace",
+        CLIP | {"control": WanControl(
+            video=torch.rand(29, 32, 32, 3, generator=torch.Generator().manual_seed(0)),
+            mask=torch.ones(29, 32, 32), reference=torch.full((1, 32, 32, 3), 0.5),
+        )},
+        {},
+    ),
+    "Fun Control with a reference": (
+        "wan2.2-fun-control-5b",
+        CLIP | {"width": 64, "height": 64, "control": WanControl(
+            video=torch.rand(29, 64, 64, 3, generator=torch.Generator().manual_seed(0)),
+            reference=torch.full((1, 64, 64, 3), 0.5),
+        )},
+        {},
+    ),
+    "Fun Camera": (
+        "wan2.2-fun-camera-a14b",
+        CLIP | {"width": 64, "height": 64, "image": picture(), "control": WanControl(
+            camera=torch.randn(1, 24, 8, 64, 64, generator=torch.Generator().manual_seed(4)),
+        )},
+        {},
+    ),
+    "guidance in the first steps only": (
+        "wan2.1-t2v", CLIP | {"num_inference_steps": 10}, {"guidance_gate": 0.5},
+    ),
+    "EasyCache": (
+        "wan2.1-t2v", CLIP | {"num_inference_steps": 10},
+        {"step_cache": "easycache", "step_cache_threshold": 0.5},
+    ),
+    "MagCache": (
+        "wan2.1-t2v", CLIP | {"num_inference_steps": 12},
+        {"step_cache": "magcache", "step_cache_factor": 2.0},
+    ),
+    "streamed": ("wan2.2-t2v-a14b", CLIP, {"offload": "stream", "resident_blocks": 1}),
+    "fp8 storage": ("wan2.1-t2v", CLIP, {"fp8_storage": "always"}),
+    "by rows": ("wan2.1-t2v", SHORT, {"forward": "lean_rows"}),
+    "without guidance": ("wan2.1-t2v", CLIP | {"guidance_scale": 1.0}, {}),
+}  # fmt: skip
+
+
+QUICK = ("a whole clip with guidance", "two experts, moving windows", "5B with a picture")
+
+
+@pytest.mark.parametrize(
+    "case", [c if c in QUICK else pytest.param(c, marks=pytest.mark.slow) for c in CASES]
+)
+def test_two_workers_give_the_bits_of_one_process(
+    folder: Any, threads: type[ThreadWorker], case: str
+) -> None:
+    family, job, wishes = CASES[case]
+    path = folder(family)
+    assert torch.equal(latents(path, job, devices=2, **wishes), latents(path, job, **wishes))
+    assert len(threads.made) == 2 and all(worker.units for worker in threads.made)
+    assert all(not any(unit["second"] for unit in w.units) for w in threads.made) == (
+        case == "without guidance"
+    )
+
+
+def test_a_worker_that_dies_costs_the_unit_it_had(folder: Any, threads: type[ThreadWorker]) -> None:
+    path = folder("wan2.2-t2v-a14b")
+    whole = latents(path, CLIP)
+    died: list[int] = []
+
+    def trouble(worker: ThreadWorker, number: int) -> None:
+        if number in (3, 7, 11) and number not in died:
+            died.append(number)
+            worker.die()
+
+    threads.trouble = trouble
+    config = GenerationConfig(**CLIP)
+    made = open_wan(path, devices=2).generate(config).raise_for_error()
+    assert torch.equal(made.latents, whole)
+    assert died == [3, 7, 11]
+    counted = [unit["number"] for worker in threads.made for unit in worker.units]
+    assert sorted(counted) == sorted([*range(1, 17), *died])  # no other unit was computed twice
+    assert any("its unit was given to another" in text for text in made.warnings)
+
+
+def test_a_unit_that_ends_every_worker_is_given_up(
+    folder: Any, threads: type[ThreadWorker]
+) -> None:
+    threads.trouble = lambda worker, number: worker.die() if number == 2 else None
+    made = open_wan(folder("wan2.1-t2v"), devices=2).generate(GenerationConfig(**CLIP))
+    assert isinstance(made.error, WorkerFailed) and "ended 3 workers" in str(made.error)
+
+
+def test_a_worker_that_hangs_is_ended(folder: Any, threads: type[ThreadWorker]) -> None:
+    path = folder("wan2.1-t2v")
+    whole = latents(path, CLIP)
+    woken = threading.Event()
+    hung: list[int] = []
+
+    def trouble(worker: ThreadWorker, number: int) -> None:
+        if number == 4 and not hung:
+            hung.append(number)
+            woken.wait(20)
+
+    threads.trouble = trouble
+    worker_pool(("cpu", "cpu")).quiet_seconds = 0.5
+    started = time.perf_counter()
+    made = open_wan(path, devices=2).generate(GenerationConfig(**CLIP)).raise_for_error()
+    woken.set()
+    assert hung and torch.equal(made.latents, whole)
+    assert time.perf_counter() - started < 15
+    assert any("said nothing for" in text for text in made.warnings)
+
+
+def test_running_out_of_memory_ends_in_a_smaller_plan(
+    folder: Any, threads: type[ThreadWorker], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The driver decides; every worker gets the new plan, and the steps before are kept."""
+    from wan_core.render.stages import StageRunner
+
+    path = folder("wan2.1-t2v")
+    whole = latents(path, CLIP)
+    failed: list[int] = []
+
+    def trouble(worker: ThreadWorker, number: int) -> None:
+        if number == 9 and not failed:
+            failed.append(number)
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
+
+    def smaller(self: StageRunner, stage: str, failure: str, *, must: bool) -> None:
+        assert must and stage == "denoise" and "(on cpu (worker" in failure
+        self.plan = self.plan.with_choices(stream=True, lean=True, resident_blocks=1)
+
+    monkeypatch.setattr(StageRunner, "_step_down", smaller)
+    threads.trouble = trouble
+    steps: list[int] = []
+    config = GenerationConfig(**CLIP, progress_callback=lambda step, *_: steps.append(step))
+    made = open_wan(path, devices=2).generate(config).raise_for_error()
+    assert failed and torch.equal(made.latents, whole) and steps == [1, 2, 3, 4]
+    keys = [{unit["weights"] for unit in worker.units} for worker in threads.made]
+    assert len(set.union(*keys)) == 2
+
+
+def test_an_error_in_a_worker_is_told(folder: Any, threads: type[ThreadWorker]) -> None:
+    def trouble(worker: ThreadWorker, number: int) -> None:
+        raise ValueError("bad numbers")
+
+    threads.trouble = trouble
+    made = open_wan(folder("wan2.1-t2v"), devices=2).generate(GenerationConfig(**SHORT))
+    assert isinstance(made.error, WorkerFailed)
+    assert "ValueError: bad numbers (on cpu (worker" in str(made.error)
+
+
+class Interrupt(BaseException):
+    """Stands for ComfyUI's."""
+
+
+def test_an_interrupt_ends_the_units_and_the_next_render_is_whole(
+    folder: Any, threads: type[ThreadWorker]
+) -> None:
+    path = folder("wan2.1-t2v")
+    asked = 0
+
+    def check() -> None:
+        nonlocal asked
+        asked += 1
+        if asked == 12:
+            raise Interrupt
+
+    wrapper = open_wan(path, devices=2)
+    with pytest.raises(Interrupt):
+        wrapper.generate(GenerationConfig(**CLIP, interrupt_check=check))
+    assert torch.equal(
+        wrapper.generate(GenerationConfig(**CLIP)).raise_for_error().latents, latents(path, CLIP)
+    )
+    assert len(threads.made) == 2  # the same workers
+
+
+def test_one_process_goes_on_where_workers_stopped(
+    folder: Any, threads: type[ThreadWorker], tmp_path: Path
+) -> None:
+    """How many cards compute is no part of a render's identity."""
+    path = folder("wan2.2-t2v-a14b")
+    whole = latents(path, CLIP)
+    kept = CLIP | {"resume": "auto", "journal_folder": tmp_path / "j"}
+
+    def stop(step: int, *_: Any) -> None:
+        if step == 2:
+            raise Interrupt
+
+    for first, then in (({"devices": 2}, {}), ({}, {"devices": 2})):
+        with pytest.raises(Interrupt):
+            open_wan(path, **first).generate(GenerationConfig(**kept, progress_callback=stop))
+        made = open_wan(path, **then).generate(GenerationConfig(**kept)).raise_for_error()
+        assert "after step 2" in made.metadata["resumed"]
+        assert torch.equal(made.latents, whole)
+
+
+def test_a_file_that_differs_is_refused_before_the_first_unit(
+    folder: Any, threads: type[ThreadWorker], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dataclasses import replace
+
+    from wan_core.workers import Weights
+
+    honest = Weights.of
+
+    def other(*args: Any, **more: Any) -> Weights:
+        made = honest(*args, **more)
+        return replace(made, files=(replace(made.files[0], size=1), *made.files[1:]))
+
+    monkeypatch.setattr(Weights, "of", staticmethod(other))
+    made = open_wan(folder("wan2.1-t2v"), devices=2).generate(GenerationConfig(**SHORT))
+    assert isinstance(made.error, WorkerFailed) and "the driver's has 1" in str(made.error)
+
+
+def test_other_versions_are_refused(
+    folder: Any, threads: type[ThreadWorker], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = pool.versions()
+    monkeypatch.setattr(pool, "versions", lambda: own | {"torch": "1.0"})
+    made = open_wan(folder("wan2.1-t2v"), devices=2).generate(GenerationConfig(**SHORT))
+    assert isinstance(made.error, WorkerFailed) and "(here 1.0)" in str(made.error)
+
+
+def test_processes_give_the_same_bits_also_when_one_is_killed(folder: Any) -> None:
+    """The real thing, once: two processes, two experts, windows and guidance; one is killed."""
+    path = folder("wan2.2-t2v-a14b")
+    whole = latents(path, SHORT)
+    close_workers()
+    two = worker_pool(("cpu", "cpu"))
+    pids = two.pids
+
+    def kill(step: int, *_: Any) -> None:
+        if step == 1:
+            two._restarts = 0  # starting a third takes seconds; the slow test does
+            os.kill(pids[0], signal.SIGKILL)
+
+    config = GenerationConfig(**SHORT, progress_callback=kill)
+    made = open_wan(path, devices=2).generate(config).raise_for_error()
+    assert torch.equal(made.latents, whole)
+    assert any("has ended" in text for text in made.warnings)
+    assert not two.usable and len(two.pids) == 1
+    close_workers()
+    for pid in pids:
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)

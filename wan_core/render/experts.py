@@ -1,0 +1,60 @@
+"""An expert in its place for a stage: in this process, or in the workers that the plan wants."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from ..forward import run_together
+from ..sampling import Expert
+from .stages import StageRunner
+
+
+def _not_here(*_: object, **__: object) -> Any:
+    raise AssertionError("this expert computes in the workers")
+
+
+@contextmanager
+def expert_in_place(
+    stages: StageRunner, name: str, stage: str, component: str, guidance_scale: float,
+    plain: bool, ahead: AbstractContextManager[None],
+) -> Iterator[Expert]:  # fmt: skip
+    """Enter a stage with its expert ready to compute.
+
+    ``plain`` leaves out LoRAs that are distilled to a few steps. ``ahead`` is entered where this
+    process computes: it reads what comes next. Workers take the weights off their devices again
+    before the stage ends.
+    """
+    expert = Expert(
+        name=name, model=_not_here, dtype=stages.dtype(component), guidance_scale=guidance_scale
+    )
+    if stages.plan.workers:
+        with stages.timeline.stage(stage) as report, _elsewhere(stages, component, plain) as pool:
+            report.note = f"on {len(stages.plan.workers)} workers"
+            yield replace(expert, elsewhere=pool)
+        return
+    with stages.use(stage, component, distilled=not plain) as model, ahead:
+        together = run_together if stages.plan.choices.stream else None
+        yield replace(expert, model=model, together=together)
+
+
+@contextmanager
+def _elsewhere(stages: StageRunner, component: str, plain: bool) -> Iterator[Any]:
+    pool = stages.workers()
+    # The first worker computes on this process's card.
+    stages.cache.release_device()
+    if stages.device.type == "cuda":
+        torch.cuda.empty_cache()
+    try:
+        yield pool.expert(stages.weights(component, distilled=not plain))
+    finally:
+        try:
+            pool.release()
+        finally:
+            stages.result.metadata["workers"] = pool.describe()
+            for note in pool.notes:
+                stages.say_once(note)

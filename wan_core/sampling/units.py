@@ -1,0 +1,265 @@
+"""Units of work: one call of a transformer, as a pure function of what it is given.
+
+(weights, latents, timestep, conditions, pass) -> velocity. The same unit gives the same bits on
+every device of a kind, and may be computed twice. Whoever computes it knows nothing of schedulers,
+noise or blending. Latents are (B, C, T, h, w), float32, normalised.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..forward import BlockPasses, block_passes, fun_inputs
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Conditions:
+    """What the model is given besides the latents.
+
+    All tensors are on the model's device. Only ``concat``, ``vace`` and ``camera`` may stay in RAM
+    if the clip is made in windows; each window then copies its own frames to the device.
+
+    ``concat`` (B, n, T, h, w) is what the model reads beside the noisy latents: mask and latents of
+    known frames for the image-to-video models, a control video's latents before them for Fun
+    Control; ``mask_channels`` of it, before the last C, are the mask.
+    ``first_frame`` (B, C, n, h, w) holds the latents that the 5B keeps fixed as frames 0 to n - 1;
+    with ``held`` those that a segment takes over are kept fixed too, though ``concat`` shows them.
+    ``image_embeds`` is CLIP's, (B, 257, image_dim), or (2B, 257, image_dim) with a last image.
+    ``prompt_parts`` is for a clip with several prompts: one (first latent frame, embeddings) for
+    each. A window uses the prompt at its middle frame; without windows, ``prompt_embeds`` is used.
+
+    ``vace`` (B, 96, R + T, h, w) is VACE's control, with ``vace_scale``, a number for each VACE
+    block. The latents then have R = ``references`` frames in front of the clip's, which every
+    window sees and predicts anew. ``vace_grey`` (1, 16, T, h, w) are the latents of a grey clip,
+    for frames that a segment takes over.
+
+    ``reference`` (1, C, h, w) and ``camera`` (1, 24, T, H, W) are for the Fun models that have
+    layers for them. The model then sees a frame of the reference in front of every window, which is
+    no part of the latents.
+    """
+
+    prompt_embeds: Tensor
+    negative_prompt_embeds: Tensor | None = None
+    image_embeds: Tensor | None = None
+    concat: Tensor | None = None
+    first_frame: Tensor | None = None
+    prompt_parts: tuple[tuple[int, Tensor], ...] = ()
+    vace: Tensor | None = None
+    vace_scale: Tensor | None = None
+    vace_grey: Tensor | None = None
+    references: int = 0
+    mask_channels: int = 4
+    held: bool = False
+    reference: Tensor | None = None
+    camera: Tensor | None = None
+
+    def places(self, indices: Iterable[int]) -> list[int]:
+        """Return where the references and the frames with these indices are in the latents."""
+        return [*range(self.references), *(self.references + index for index in indices)]
+
+    def window(self, indices: Sequence[int], middle: int | None = None) -> Conditions:
+        """Return the conditions for the frames with these indices in the clip.
+
+        ``middle`` is the frame that decides which prompt is used; None takes the middle one.
+        """
+        found = self
+        if self.prompt_parts:
+            at = indices[len(indices) // 2] if middle is None else middle
+            embeds = [part for start, part in self.prompt_parts if start <= at]
+            found = replace(found, prompt_embeds=embeds[-1], prompt_parts=())
+        if self.concat is not None:
+            part = self.concat[:, :, list(indices)].to(self.prompt_embeds.device)
+            found = replace(found, concat=part)
+        if self.vace is not None:
+            part = self.vace[:, :, self.places(indices)].to(self.prompt_embeds.device)
+            found = replace(found, vace=part)
+        if self.camera is not None:
+            part = self.camera[:, :, list(indices)].to(self.prompt_embeds.device)
+            found = replace(found, camera=part)
+        return found
+
+
+def hold_first_frame(latents: Tensor, conditions: Conditions) -> Tensor:
+    """Put the given first frames back into the latents, as image-to-video with the 5B requires."""
+    if conditions.first_frame is None:
+        return latents
+    return _hold(latents, conditions.first_frame, range(latents.shape[2]))[0]
+
+
+def _hold(latents: Tensor, given: Tensor, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Put ``given``, the first frames of the clip, into the latents of the frames ``indices``.
+
+    Returns the new latents and a mask (1, 1, T, h, w), which is 0 in the frames that were put in.
+    """
+    count = given.shape[2]
+    places = [place for place, index in enumerate(indices) if index < count]
+    mask = torch.ones((1, 1, *latents.shape[2:]), dtype=torch.float32, device=latents.device)
+    mask[:, :, places] = 0
+    frames = given
+    if count > 1:
+        frames = torch.zeros_like(latents)
+        frames[:, :, places] = given[:, :, [indices[place] for place in places]]
+    # Multiplied, not assigned: signed zeros and NaN then come out as in diffusers.
+    return (1 - mask) * frames + mask * latents, mask
+
+
+def _model_inputs(
+    latents: Tensor,
+    timestep: Tensor,
+    dtype: torch.dtype,
+    conditions: Conditions,
+    indices: Sequence[int],
+) -> tuple[Tensor, Tensor]:
+    """Return the transformer's input latents and its timesteps, (B,) or (B, tokens).
+
+    ``indices`` says which frames of the clip these latents are. A frame in front of them stands for
+    Fun Control's reference, if there is one.
+    """
+    given, in_front = conditions.first_frame, conditions.reference is not None
+    # The 5B is given frames in place of their latents. Without any, all per-token timesteps would
+    # be equal: one per sample says the same within rounding, with half the memory.
+    timesteps = timestep.expand(latents.shape[0])
+    if given is not None and min(indices) < given.shape[2]:
+        latents, mask = _hold(latents, given, indices)
+        # The 5B patches 2x2 latent pixels into a token; tokens of a given frame get timestep 0.
+        per_token = (mask[0][0][:, ::2, ::2] * timestep).flatten()
+        if in_front:  # the reference's tokens have the last token's
+            per_token = torch.cat(
+                [per_token[-1:].expand(mask[0, 0, 0, ::2, ::2].numel()), per_token]
+            )
+        timesteps = per_token.unsqueeze(0).expand(latents.shape[0], -1)
+    # Models with more input channels read mask and condition latents there.
+    if conditions.concat is not None:
+        latents = torch.cat([latents, conditions.concat], dim=1)
+    if in_front:
+        latents = F.pad(latents, (0, 0, 0, 0, 1, 0))
+    return latents.to(dtype), timesteps
+
+
+def model_call(
+    latents: Tensor,
+    timestep: Tensor,
+    dtype: torch.dtype,
+    conditions: Conditions,
+    indices: Sequence[int],
+) -> dict[str, Any]:
+    """Return the arguments of the conditional call of a transformer.
+
+    ``conditions`` are those of the frames ``indices``, which ``latents`` are besides references in
+    front of them. The unconditional call differs in ``encoder_hidden_states`` only.
+    """
+    hidden_states, timesteps = _model_inputs(latents, timestep, dtype, conditions, indices)
+    control: dict[str, Any] = {}
+    if conditions.vace is not None:
+        control["control_hidden_states"] = conditions.vace
+        control["control_hidden_states_scale"] = conditions.vace_scale
+    return {
+        "hidden_states": hidden_states,
+        "timestep": timesteps,
+        "encoder_hidden_states": conditions.prompt_embeds,
+        "encoder_hidden_states_image": conditions.image_embeds,
+        **control,
+        "return_dict": False,
+    }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Unit:
+    """One pass of one window in one step: all that its velocity depends on besides the weights
+    and the clip's conditions."""
+
+    latents: Tensor
+    """(B, C, T, h, w) of the window, float32, with references in front."""
+    timestep: Tensor
+    """One number, as the scheduler has it."""
+    indices: tuple[int, ...]
+    """The frames of the clip that the latents are."""
+    middle: int | None = None
+    """The frame that decides which prompt is used; None where the clip is denoised as a whole."""
+    second: bool = False
+    """Whether this is the unconditional pass of guidance."""
+    residual: Tensor | None = None
+    """(B, tokens, width), added in place of what the blocks compute; None computes them."""
+    keep: bool = False
+    """Whether what the blocks added is wanted back."""
+
+
+def compute_unit(
+    unit: Unit, model: Any, dtype: torch.dtype, conditions: Conditions
+) -> tuple[Tensor, Tensor | None]:
+    """Return a unit's velocity (B, C, T, h, w) in ``dtype``, and what the blocks added if kept.
+
+    ``conditions`` are the whole clip's; they and the unit's tensors are on the model's device, as
+    ``Conditions`` says.
+    """
+    if unit.middle is not None:
+        conditions = conditions.window(unit.indices, unit.middle)
+    call = model_call(unit.latents, unit.timestep, dtype, conditions, unit.indices)
+    if unit.second:
+        assert conditions.negative_prompt_embeds is not None
+        call["encoder_hidden_states"] = conditions.negative_prompt_embeds
+    blocks = None
+    if unit.residual is not None or unit.keep:
+        blocks = BlockPasses([unit.residual])
+    with (
+        fun_inputs(model, conditions.reference, conditions.camera),
+        nullcontext() if blocks is None else block_passes(model, blocks),
+    ):
+        velocity = model(**call)[0]
+    if conditions.reference is not None:
+        velocity = velocity[:, :, 1:]
+    return velocity, None if blocks is None else blocks.made[0]
+
+
+class Elsewhere(Protocol):
+    """Computes units of one expert in other processes; ``workers`` has it."""
+
+    def send(self, unit: Unit, conditions: Conditions) -> int:
+        """Ask for a unit without waiting for it; return its number."""
+
+    def result(self, number: int, check: Callable[[], object]) -> tuple[Tensor, Tensor | None]:
+        """Wait for what ``compute_unit`` returns, in RAM; ``check`` is called meanwhile."""
+
+    def forget(self) -> None:
+        """Give up every unit whose result has not been taken."""
+
+
+@dataclass(slots=True, kw_only=True)
+class FarPasses:
+    """The passes of one window, computed elsewhere: sent as early as one likes, taken in turn."""
+
+    elsewhere: Elsewhere
+    unit: Unit
+    conditions: Conditions
+    check: Callable[[], object]
+    _sent: list[int] = field(default_factory=list)
+
+    def send(self, count: int, blocks: BlockPasses | None) -> None:
+        """Ask for the first ``count`` passes; those that were asked for stay so."""
+        for number in range(len(self._sent), count):
+            residual = None if blocks is None else blocks.given[number]
+            unit = replace(
+                self.unit,
+                second=number > 0,
+                residual=residual,
+                keep=blocks is not None and residual is None,
+            )
+            self._sent.append(self.elsewhere.send(unit, self.conditions))
+
+    def compute(self, count: int, blocks: BlockPasses | None) -> list[Tensor]:
+        """Return the first ``count`` velocities, on the device of the latents."""
+        self.send(count, blocks)
+        outputs = []
+        for number, sent in enumerate(self._sent[:count]):
+            velocity, residual = self.elsewhere.result(sent, self.check)
+            outputs.append(velocity.to(self.unit.latents.device))
+            if blocks is not None:
+                blocks.made[number] = residual
+        return outputs

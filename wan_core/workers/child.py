@@ -1,0 +1,269 @@
+"""What a worker does: it waits for units, computes them, and answers. Runs in its own process.
+
+The main thread computes; another one reads, so that a cancelled unit ends between two blocks and
+the worker ends with its driver.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import queue
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import fields
+from functools import partial
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+from ..errors import first_line, is_host_oom, is_oom
+from ..journal import device_name, versions
+from ..loading import ComponentCache, ComponentKey, dtype_of, load_component, unpin
+from ..sampling import Conditions, Unit, compute_unit
+from .messages import Message, read_message, write_message
+from .placement import placed
+from .weights import Weights
+
+_BEAT_SECONDS = 0.2
+_MAY_STAY = ("concat", "vace", "camera")
+"""Conditions that stay in RAM where the driver has them there."""
+
+
+class Cancelled(BaseException):
+    """Ends the unit in work: its driver does not want it any more."""
+
+
+def conditions_message(conditions: Conditions, key: int) -> Message:
+    """Return the message that takes a clip's conditions to a worker."""
+    tensors: dict[str, Tensor] = {}
+    plain: dict[str, Any] = {}
+    for field in fields(Conditions):
+        value = getattr(conditions, field.name)
+        if isinstance(value, Tensor):
+            tensors[field.name] = value
+        elif value is not None and field.name != "prompt_parts":
+            plain[field.name] = value
+    for number, (_, embeds) in enumerate(conditions.prompt_parts):
+        tensors[f"part {number}"] = embeds
+    here = [name for name in _MAY_STAY if name in tensors and tensors[name].device.type == "cpu"]
+    starts = [start for start, _ in conditions.prompt_parts]
+    header = {"type": "conditions", "key": key, "starts": starts, "in_ram": here, "plain": plain}
+    return header, tensors
+
+
+def conditions_from(message: Message, device: torch.device) -> Conditions:
+    """Return the conditions of a message, on ``device`` but for those that stay in RAM."""
+    header, tensors = message
+    there: dict[str, Any] = {
+        name: tensor if name in header["in_ram"] else tensor.to(device)
+        for name, tensor in tensors.items()
+    }
+    parts = tuple((start, there.pop(f"part {i}")) for i, start in enumerate(header["starts"]))
+    return Conditions(**there, **header["plain"], prompt_parts=parts)
+
+
+class Worker:
+    """One worker: its card, the weights that are in their place, and what it is told."""
+
+    def __init__(self, device: str, answer: Callable[..., None]) -> None:
+        self.device = torch.device(device)
+        self.inbox: queue.Queue[Message] = queue.Queue()
+        self.cancelled: set[int] = set()
+        self._answer = answer
+        self._cache = ComponentCache()
+        self._known: dict[str, Weights] = {}
+        self._conditions: tuple[int, Conditions | None] = (-1, None)
+        self._placement = ExitStack()
+        self._placed: tuple[str, Any] = ("", None)
+        self._unit = -1
+        self._next_beat = 0.0
+
+    def serve(self) -> None:
+        """Answer messages until there is one that says to stop."""
+        self._answer({
+            "type": "hello", "pid": os.getpid(), "versions": versions(),
+            "device_name": device_name(self.device),
+        })  # fmt: skip
+        while True:
+            header, tensors = self.inbox.get()
+            kind = header["type"]
+            if kind == "stop":
+                return
+            if kind == "release":
+                self._release(everything=header["everything"])
+                self._answer({"type": "released"})
+            elif kind == "weights":
+                self._known[header["key"]] = Weights.from_plain(header["weights"])
+            elif kind == "conditions":
+                self._conditions = header["key"], conditions_from((header, tensors), self.device)
+            elif kind == "unit":
+                self._work(header, tensors)
+
+    def _work(self, header: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        """Compute a unit and answer it, or say why not."""
+        self._unit = header["number"]
+        started = time.perf_counter()
+        told: dict[str, Any] | None = None
+        try:
+            self.check()
+            with torch.inference_mode(False), torch.no_grad():
+                velocity, residual = self._compute(header, tensors)
+        except Cancelled:
+            told = {"type": "cancelled"}
+        except Exception as err:  # noqa: BLE001 - told to the driver, which raises it
+            oom = ("host_oom" if is_host_oom(err) else "oom") if is_oom(err) else "error"
+            told = {"type": "failed", "why": oom, "error": type(err).__name__}
+            told["text"] = str(err) if oom == "error" else first_line(err)
+            # The frames of the traceback hold the tensors that filled the memory.
+            traceback.clear_frames(err.__traceback__)
+        if told is not None:
+            if told["type"] == "failed":
+                self._release(everything=False)
+            self._answer(told | {"number": self._unit})
+            return
+        made = {"velocity": velocity} | ({} if residual is None else {"residual": residual})
+        peak = torch.cuda.max_memory_allocated() if self.device.type == "cuda" else 0
+        seconds = time.perf_counter() - started
+        done = {"type": "done", "number": self._unit, "seconds": seconds, "peak_bytes": peak}
+        self._answer(done, made)
+
+    def _compute(
+        self, header: dict[str, Any], tensors: dict[str, Tensor]
+    ) -> tuple[Tensor, Tensor | None]:
+        weights = self._known[header["weights"]]
+        module = self._in_place(weights)
+        key, conditions = self._conditions
+        assert conditions is not None and key == header["conditions"]
+        unit = Unit(
+            latents=tensors["latents"].to(self.device),
+            timestep=tensors["timestep"].to(self.device),
+            indices=tuple(header["indices"]),
+            middle=header["middle"],
+            second=header["second"],
+            residual=tensors.get("residual"),
+            keep=header["keep"],
+        )
+        velocity, residual = compute_unit(unit, module, dtype_of(weights.dtype), conditions)
+        # To the CPU here, so that kernels that fail do so inside the try of the caller.
+        return velocity.to("cpu"), residual
+
+    def _in_place(self, weights: Weights) -> Any:
+        """Return the module of these weights, placed; others leave the device first."""
+        key, module = self._placed
+        if key == weights.key:
+            return module
+        self._release(everything=False)
+        weights.check_files()
+        with ExitStack() as stack:
+            module = stack.enter_context(self._borrowed(weights))
+            plan = weights.plan_for(str(self.device))
+            dtype = dtype_of(weights.dtype)
+            note = stack.enter_context(
+                placed(module, weights.component, plan, weights.loras, dtype, check=self.check)
+            )
+            if note:
+                self._answer({"type": "note", "text": note})
+            self._placement = stack.pop_all()
+        self._placed = (weights.key, module)
+        return module
+
+    @contextmanager
+    def _borrowed(self, weights: Weights) -> Iterator[Any]:
+        options = ("fp8",) if weights.fp8 else ()
+        key = ComponentKey(weights.kind, weights.files, weights.dtype, options)
+        with self._cache.borrow(key, weights.nbytes, partial(self._read, weights)) as module:
+            yield module
+
+    def _read(self, weights: Weights) -> Any:
+        return load_component(
+            weights.path,
+            dtype_of(weights.dtype),
+            kind=weights.kind,
+            keep_quantized=True,
+            map_file=weights.mapped,
+            align=self.device.type == "cpu",
+            fp8_storage=weights.fp8,
+            module_path=weights.module,
+            interrupt_check=self.check,
+            progress=partial(self._has_read, weights.component),
+        )
+
+    def _has_read(self, component: str, done: int, total: int) -> None:
+        self._answer({"type": "loaded", "component": component, "done": done, "total": total})
+
+    def _release(self, *, everything: bool) -> None:
+        """Take the weights off the device; with ``everything`` the modules are forgotten too."""
+        placement, self._placement = self._placement, ExitStack()
+        self._placed = ("", None)
+        with torch.inference_mode(False), torch.no_grad():
+            placement.close()
+            self._cache.release_device()
+        # Page-locked memory cannot be swapped out, and others need it when this is done.
+        unpin()
+        if everything:
+            self._cache.clear()
+            self._conditions = (-1, None)
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def check(self) -> None:
+        """Say that the worker is alive; raise Cancelled where the unit is not wanted any more."""
+        if self._unit in self.cancelled:
+            raise Cancelled
+        now = time.perf_counter()
+        if now >= self._next_beat:
+            self._next_beat = now + _BEAT_SECONDS
+            self._answer({"type": "beat"})
+
+
+def _listen(stream: BinaryIO, worker: Worker) -> None:
+    """Hand on what the driver says. When the driver is gone, so is the worker."""
+    while True:
+        message = read_message(stream)
+        if message is None:
+            os._exit(0)
+        if message[0]["type"] == "cancel":
+            worker.cancelled.update(message[0]["numbers"])
+        else:
+            worker.inbox.put(message)
+
+
+def main() -> None:
+    """Serve one driver over stdin and stdout.
+
+    ``sys.argv`` holds the root of the package, the device, the number of CPU threads, and the
+    precision of float32 products.
+    """
+    device, threads, precision = sys.argv[2], int(sys.argv[3]), sys.argv[4]
+    answers, commands = os.fdopen(os.dup(1), "wb"), os.fdopen(os.dup(0), "rb")
+    # What a library prints must not get between the answers.
+    os.dup2(2, 1)
+    # An interrupt at the keyboard is the driver's; it tells its workers.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(threads)
+    torch.set_float32_matmul_precision(precision)
+    lock = threading.Lock()
+
+    def answer(header: dict[str, Any], tensors: dict[str, Tensor] | None = None) -> None:
+        try:
+            with lock:
+                write_message(answers, header, tensors)
+        except OSError:
+            os._exit(0)  # nobody listens
+
+    worker = Worker(device, answer)
+    threading.Thread(target=_listen, args=(commands, worker), daemon=True).start()
+    # Takes seconds, which pass while the driver encodes texts.
+    import diffusers.models.transformers.transformer_wan  # noqa: F401
+
+    worker.serve()
+    # Without taking the interpreter down: the other thread still reads.
+    os._exit(0)

@@ -1,0 +1,118 @@
+"""One worker's process, from the driver's side: started anew, never forked, and ended for certain.
+
+It runs this package with this interpreter and nothing else. The environment shows it one card. Two
+threads write to it and read from it, so that a worker that hangs never holds up the driver.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import queue
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+import torch
+from torch import Tensor
+
+from .messages import Message, read_message, write_message
+
+_ROOT = Path(__file__).resolve().parents[2]
+# By path, not by the package's name: inside ComfyUI that is the pack's.
+_START = "import sys; sys.path.insert(0, sys.argv[1]); from wan_core.workers import child; "
+_START += "child.main()"
+_VISIBLE = "CUDA_VISIBLE_DEVICES"
+_END_SECONDS = 5.0
+
+
+class WorkerProcess:
+    """A process that computes on one device. ``told`` is called with each of its messages.
+
+    ``told`` is called from another thread, with (this process, message), and with None for the
+    message when the process has ended or says what cannot be understood.
+    """
+
+    def __init__(
+        self, device: str, told: Callable[[WorkerProcess, Message | None], object]
+    ) -> None:
+        self.device = device
+        self._told = told
+        self._outbox: queue.Queue[tuple[Mapping[str, Any], Mapping[str, Tensor]] | None] = (
+            queue.Queue()
+        )
+        own = device if device == "cpu" else "cuda:0"
+        threads, precision = str(torch.get_num_threads()), torch.get_float32_matmul_precision()
+        arguments = [sys.executable, "-P", "-c", _START, str(_ROOT), own, threads, precision]
+        self._process = subprocess.Popen(
+            arguments,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=environment(device, os.environ),
+        )
+        for work in (self._write, self._read):
+            threading.Thread(target=work, name=f"wanfit-{device}", daemon=True).start()
+
+    @property
+    def pid(self) -> int:
+        """Return the number of the process."""
+        return self._process.pid
+
+    def send(self, header: Mapping[str, Any], tensors: Mapping[str, Tensor] | None = None) -> None:
+        """Send a message; never waits."""
+        self._outbox.put((header, tensors or {}))
+
+    def _write(self) -> None:
+        stream = cast(BinaryIO, self._process.stdin)
+        # A broken pipe: the process has ended, which the reading thread tells.
+        with contextlib.suppress(OSError, ValueError):
+            while (message := self._outbox.get()) is not None:
+                write_message(stream, *message)
+            stream.close()
+
+    def _read(self) -> None:
+        stream = cast(BinaryIO, self._process.stdout)
+        message: Message | None = None
+        while True:
+            try:
+                message = read_message(stream)
+            except Exception:  # noqa: BLE001 - whatever it says, it is not one of ours any more
+                message = None
+            self._told(self, message)
+            if message is None:
+                return
+
+    def kill(self) -> None:
+        """End the process at once and wait until it is gone."""
+        self._outbox.put(None)
+        self._process.kill()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(_END_SECONDS)
+
+    def stop(self) -> None:
+        """Ask the process to end; kill it where it does not within seconds."""
+        self.send({"type": "stop"})
+        self._outbox.put(None)
+        try:
+            self._process.wait(_END_SECONDS)
+        except subprocess.TimeoutExpired:
+            self.kill()
+
+
+def environment(device: str, given: Mapping[str, str]) -> dict[str, str]:
+    """Return the environment of a worker: the driver's, with one card in sight.
+
+    ``device`` is the driver's name of it, counted among the cards that the driver sees.
+    """
+    if device == "cpu":
+        return dict(given)
+    index = int(device.partition(":")[2] or 0)
+    names = ("HIP_VISIBLE_DEVICES", _VISIBLE) if torch.version.hip is not None else (_VISIBLE,)
+    # Where two are set, the first limits what the second counts.
+    name = next((one for one in names if given.get(one)), names[-1])
+    seen = given.get(name, "")
+    card = seen.split(",")[index].strip() if seen else str(index)
+    return {**given, name: card}
