@@ -1,10 +1,12 @@
-"""How fast is a forward, a decode? Each way beside diffusers, on the GPU at hand, in one run.
+"""How fast is a forward, a decode, a clip? Each way beside diffusers, in one run on one GPU.
 
-    python benchmarks/speed.py [--budget 500] [--output FOLDER] [--only forward-14b-480p ...]
+    python benchmarks/speed.py --part forward [--budget 500] [--output FOLDER] [--only forward-...]
+    python benchmarks/speed.py --part decode
+    python benchmarks/speed.py --part clip [--folder FOLDER]
 
-Transformers of true shape with random weights, resident on the device. One forward (a guided step
-has two) of the 14B at 480p81 and 720p81, of the 5B at 704p121 with a held first frame, and of the
-1.3B at 480p81, each in every way that applies:
+Each part takes less than nine minutes on an H100. Transformers of true shape with random weights,
+resident on the device. One forward (a guided step has two) of the 14B at 480p81 and 720p81, of the
+5B at 704p121 with a held first frame, and of the 1.3B at 480p81, each in every way that applies:
 
 - diffusers: its own forward, eager; compiled: the same with ``compile_repeated_blocks``;
 - unfused, exact: the lean forward without and with fused kernels; both must have diffusers' bits;
@@ -12,14 +14,14 @@ has two) of the 14B at 480p81 and 720p81, of the 5B at 704p121 with a held first
 - fast: the fastest 16-bit attention beside that; and, of a 14B whose matrices are stored in fp8,
   exact (matrices taken apart at each use), fast (products in fp8) and the feed-forwards alone.
 
-The decoders of both VAEs at 480p81: diffusers and the lean decode in fp32 and bf16, and the quick
-one in bf16 and fp16. Errors are relative, in the Euclidean norm, against diffusers' forward of the
-same weights, or its decode in fp32.
+The decoders of both VAEs, of 2.1 at 480p81 and of 2.2 at 704p41: diffusers, the lean decode and the
+quick one, each in fp32, bf16 and fp16. Errors are relative, in the Euclidean norm, against
+diffusers' forward of the same weights, or its decode in fp32. What a clip is: ``clip.py``.
 
 Ways take turns; every second turn runs in reverse. A ratio is the median of the turns' ratios to
-diffusers eager. Parts run in the order of their worth within ``--budget`` seconds, and results are
-written after each: ``results/speed_<device>.json`` and ``.md``. ``--tiny`` goes through everything
-with small models on the CPU, where times mean nothing.
+diffusers eager. What a part holds runs in the order of its worth within ``--budget`` seconds, and
+results are written after each: ``results/speed_<device>_<part>.json`` and ``.md``. ``--tiny`` goes
+through everything with small models on the CPU, where times mean nothing.
 """
 
 from __future__ import annotations
@@ -40,7 +42,12 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "benchmarks")]
+
+from wan_core.memory import close_gaps
+
+if __name__ == "__main__":
+    close_gaps()  # before torch is imported
 
 import torch
 from support.casting import cast_module
@@ -58,7 +65,6 @@ BASE = "diffusers"
 TINY_SHAPE = replace(
     VARIANTS["wan2.1-t2v-1.3b"].transformer, heads=2, head_dim=16, ffn_dim=64, layers=3, text_dim=32
 )
-TINY_VAE = replace(VAE_21, base_dim=4, decoder_base_dim=4, num_res_blocks=1)
 Way = Callable[[], AbstractContextManager[Any]]
 
 
@@ -94,16 +100,21 @@ CASES = (
     ),
     Case("forward-1.3b-480p", "1.3B, 480p81", "wan2.1-t2v-1.3b", (21, 60, 104), 15),
     Case(
-        "forward-14b-720p", "14B, 720p81", "wan2.2-t2v-a14b", (21, 90, 160), 55, turns=1,
-        ways=(BASE, "exact"),
+        "forward-14b-720p-fp8", "14B stored in fp8, 720p81", "wan2.2-t2v-a14b", (21, 90, 160), 100,
+        turns=1, ways=(BASE, "exact", "fast"), stored=True,
     ),
 )  # fmt: skip
 DECODES = (
     ("decode-2.1", "VAE 2.1, 480p81", VAE_21, (21, 60, 104), 50.0),
     ("decode-2.2", "VAE 2.2, 704p41", VAE_22, (11, 44, 80), 40.0),
 )
-ORDER = ("forward-14b-480p", "decode-2.1", "forward-14b-480p-fp8", "forward-5b-704p", "decode-2.2",
-         "forward-14b-720p", "forward-1.3b-480p")  # fmt: skip
+ORDER = {
+    "forward": ("forward-14b-480p-fp8", "forward-14b-480p", "forward-14b-720p-fp8",
+                "forward-5b-704p", "forward-1.3b-480p"),
+    "decode": ("decode-2.1", "decode-2.2"),
+    "clip": ("clip-bf16", "clip-fp8"),
+}  # fmt: skip
+"""What each part holds, in the order of its worth."""
 
 
 @dataclass
@@ -339,7 +350,7 @@ def keep(bench: Bench, table: str, title: str, found: dict[str, Any]) -> None:
 def decodes(bench: Bench, title: str, shape: VaeShape, grid: tuple[int, int, int]) -> None:
     """Decode in each dtype: diffusers, lean and quick; the first way is diffusers in fp32."""
     if bench.tiny:
-        shape, grid = TINY_VAE, (2, 2, 3)
+        shape, grid = replace(shape, base_dim=8, decoder_base_dim=8, num_res_blocks=1), (2, 2, 3)
     found: dict[str, Any] = {}
     reference: Tensor | None = None
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
@@ -389,7 +400,7 @@ def ours(vae: Any, latents: Tensor, *, quick: bool) -> Tensor:
 
 def write_results(found: dict[str, Any], output: Path) -> None:
     output.mkdir(parents=True, exist_ok=True)
-    name = f"speed_{found['short']}"
+    name = f"speed_{found['short']}_{found['part']}"
     (output / f"{name}.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     (output / f"{name}.md").write_text(as_text(found), encoding="utf-8")
 
@@ -398,7 +409,8 @@ def as_text(found: dict[str, Any]) -> str:
     versions_text = ", ".join(f"{name} {text}" for name, text in found["versions"].items())
     lines = [
         "# Speed", "",
-        f"{found['device']}; {versions_text}. `python benchmarks/speed.py`. True shapes, random "
+        f"{found['device']}; {versions_text}. "
+        f"`python benchmarks/speed.py --part {found['part']}`. True shapes, random "
         "weights, all ways in turn in one run; seconds are medians, ratios medians of the turns' "
         "ratios to diffusers eager. Errors are relative to diffusers, of decodes to its fp32.",
     ]  # fmt: skip
@@ -414,6 +426,10 @@ def as_text(found: dict[str, Any]) -> str:
                 f"| {row['case']} | {row['way']} | {row['median']:.3f} | {row['ratio']:.3f} | "
                 f"{row['peak'] / GIB:.2f} | {error} | {row['first']:.1f} |"
             )
+    if found["clips"]:
+        from clip import clip_lines
+
+        lines += clip_lines(found["clips"])
     splits = [row for row in found["forwards"] if row.get("split")]
     if splits:
         lines += ["", "## Where the time of a forward goes, ms", ""]
@@ -428,11 +444,16 @@ def as_text(found: dict[str, Any]) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
+    parser.add_argument("--part", default="forward", choices=list(ORDER))
     parser.add_argument("--budget", type=float, default=500, help="seconds")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results")
-    parser.add_argument("--only", nargs="*", default=list(ORDER), choices=ORDER)
+    parser.add_argument("--only", nargs="*", help="of the part, these; see ORDER")
+    parser.add_argument("--folder", type=Path, help="where a clip's files are written")
     parser.add_argument("--tiny", action="store_true")
     given = parser.parse_args(arguments)
+    names = ORDER[given.part] if given.only is None else tuple(given.only)
+    if unknown := set(names) - set(ORDER[given.part]):
+        parser.error(f"{', '.join(sorted(unknown))}: the part has {', '.join(ORDER[given.part])}")
     cuda = torch.cuda.is_available() and not given.tiny
     if not cuda and not given.tiny:
         parser.error("there is no CUDA device; --tiny goes through everything on the CPU")
@@ -442,18 +463,20 @@ def main(arguments: list[str] | None = None) -> int:
     bench.found = {
         "device": name,
         "short": short.group().lower() if short else name.lower().replace(" ", "_"),
-        "versions": versions(), "forwards": [], "decodes": [], "notes": [],
+        "versions": versions(), "part": given.part, "forwards": [], "decodes": [], "clips": [],
+        "notes": [],
     }  # fmt: skip
-    cases = {case.name: case for case in CASES}
-    decodings = {row[0]: row for row in DECODES}
-    for part in ORDER:
-        if part not in given.only:
-            continue
-        if part in cases:
-            bench.part(part, cases[part].needs, partial(forwards, bench, cases[part]))
-        else:
-            _, title, shape, grid, needs = decodings[part]
-            bench.part(part, needs, partial(decodes, bench, title, shape, grid))
+    work: dict[str, tuple[float, Callable[[], object]]] = {
+        case.name: (case.needs, partial(forwards, bench, case)) for case in CASES
+    }
+    for name, title, shape, grid, needs in DECODES:
+        work[name] = needs, partial(decodes, bench, title, shape, grid)
+    if given.part == "clip":
+        from clip import parts
+
+        work |= parts(bench, given.folder)
+    for name in names:
+        bench.part(name, *work[name])
     write_results(bench.found, given.output)
     return 0
 

@@ -224,22 +224,58 @@ def test_the_page_of_machines_is_what_the_planner_says(tmp_path: Path) -> None:
     assert page.count("\n| A14B") == 8 * 5 * 2 and page.count("\n| 5B") == 8
 
 
-def test_speed_with_small_models(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Every kind of part; times mean nothing here, bits do."""
+@pytest.fixture
+def speed(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     import speed
 
-    parts = ["forward-14b-480p", "forward-14b-480p-fp8", "decode-2.1"]
+    return speed
+
+
+def test_speed_with_small_models(speed: Any, tmp_path: Path) -> None:
+    """Every kind of part; times mean nothing here, bits do."""
+    parts = ["forward-14b-480p", "forward-14b-480p-fp8"]
     assert speed.main(["--tiny", "--output", str(tmp_path), "--only", *parts]) == 0
-    found = json.loads((tmp_path / "speed_cpu.json").read_text())
+    found = json.loads((tmp_path / "speed_cpu_forward.json").read_text())
     assert found["notes"] == []
     ways = {(row["case"], row["way"]): row for row in found["forwards"]}
     assert len(ways) == 9
     exact = [row for (_, way), row in ways.items() if way in ("diffusers", "unfused", "exact")]
     assert all(row["equal"] and row["error"] == 0 for row in exact)
-    decodes = {row["way"]: row for row in found["decodes"]}
-    assert len(decodes) == 9 and decodes["lean, fp32"]["equal"]
-    assert 0 < decodes["lean, fp16"]["error"] < decodes["lean, bf16"]["error"] < 0.1
-    text = (tmp_path / "speed_cpu.md").read_text()
-    assert "| 14B, 480p81 | exact | " in text and "| VAE 2.1, 480p81 | quick, bf16 | " in text
-    assert set(speed.ORDER) == {case.name for case in speed.CASES} | {d[0] for d in speed.DECODES}
+    text = (tmp_path / "speed_cpu_forward.md").read_text()
+    assert "| 14B, 480p81 | exact | " in text and "--part forward`" in text
+
+
+def test_decodes_of_both_vaes(speed: Any, tmp_path: Path) -> None:
+    assert speed.main(["--tiny", "--part", "decode", "--output", str(tmp_path)]) == 0
+    found = json.loads((tmp_path / "speed_cpu_decode.json").read_text())
+    assert found["notes"] == []
+    decodes = {(row["case"], row["way"]): row for row in found["decodes"]}
+    assert len(decodes) == 18
+    for case in ("VAE 2.1, 480p81", "VAE 2.2, 704p41"):
+        assert decodes[case, "lean, fp32"]["equal"]
+        half = [decodes[case, f"lean, {kind}"]["error"] for kind in ("fp16", "bf16")]
+        assert 0 < half[0] < half[1] < 0.1
+        assert f"| {case} | quick, bf16 | " in (tmp_path / "speed_cpu_decode.md").read_text()
+    work = {case.name for case in speed.CASES} | {one[0] for one in speed.DECODES}
+    assert work == {*speed.ORDER["forward"], *speed.ORDER["decode"]}
+    with pytest.raises(SystemExit):
+        speed.main(["--tiny", "--part", "decode", "--only", "forward-5b-704p"])
+
+
+@pytest.mark.slow
+def test_a_clip_cold_and_warm_beside_diffusers(speed: Any, tmp_path: Path) -> None:
+    """From files to mp4, each way three times."""
+    begin = ["--tiny", "--part", "clip", "--folder", str(tmp_path)]
+    assert speed.main([*begin, "--output", str(tmp_path)]) == 0
+    found = json.loads((tmp_path / "speed_cpu_clip.json").read_text())
+    assert found["notes"] == []
+    runs = {(row["files"], row["way"], row["run"]): row for row in found["clips"]}
+    ways = [("bf16", "exact"), ("bf16", "fast"), ("bf16", "diffusers"), ("fp8", "exact"),
+            ("fp8", "fast")]  # fmt: skip
+    assert list(dict.fromkeys(key[:2] for key in runs)) == ways and len(runs) == 15
+    for (_, way, _), row in runs.items():
+        assert row["seconds"] > 0
+        assert ("denoise_low" in row["stages"]) == (way != "diffusers")
+    assert "| fp8 | fast | warm again | " in (tmp_path / "speed_cpu_clip.md").read_text()
+    assert list(tmp_path.glob("tmp*")) == []

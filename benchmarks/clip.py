@@ -1,0 +1,175 @@
+"""How long does a whole clip take? Four steps of Wan 2.2 T2V-A14B, from the files to the mp4.
+
+    python benchmarks/speed.py --part clip [--budget 500] [--folder FOLDER] [--tiny]
+
+832x480, 81 frames, four steps without guidance, two with each expert, at the levels of the lightx2v
+distillation. Files of true shape with random weights lie in /dev/shm where there is room, so that
+reading them is reading the page cache. For each way the first run comes after everything of the
+model was dropped (cold), the next ones find what the first one left (warm).
+
+- exact, fast: the product on a pair in bf16, at both speeds; then on a pair stored in fp8, where
+  fast multiplies in 8 bit;
+- diffusers: its ``WanPipeline`` on the same bf16 files, both experts and the VAE (fp32, as its
+  documentation has it) resident. The text is encoded and its encoder dropped before the clock
+  starts; a writer like ours makes its mp4 after the decode.
+"""
+
+from __future__ import annotations
+
+import gc
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from gpu_memory import SMALL, TINY, TINY_SIZE
+from random_model import Shapes, write_model
+from stored_layers import TINY_SHAPES
+from stored_model import StoredModel
+
+from wan_core import GenerationConfig, WanModelFiles, WanPipelineLoader
+from wan_core.loading import component_cache
+from wan_core.render.video import VideoWriter
+
+if TYPE_CHECKING:
+    from speed import Bench
+
+STEPS, SHIFT, FPS = 4, 5.0, 16
+BF16_BYTES, FP8_BYTES = 42e9, 23e9
+"""What the files of a pair take, both experts being one file under two names."""
+PARTS = {"clip-bf16": 230.0, "clip-fp8": 130.0}
+"""About how many seconds each takes on an H100, files included. Estimated."""
+
+
+def clips(bench: Bench, part: str, base: Path | None) -> None:
+    """Measure one part of ``PARTS``; rows go to ``bench.found["clips"]``."""
+    needed = BF16_BYTES if part == "clip-bf16" else FP8_BYTES
+    with _folder(base, 0 if bench.tiny else needed) as folder:
+        begun = time.perf_counter()
+        (_bf16 if part == "clip-bf16" else _fp8)(bench, folder, begun)
+        component_cache().clear()
+
+
+@contextmanager
+def _folder(base: Path | None, needed: float) -> Iterator[Path]:
+    """Make a folder in shared memory, or where temporary files go; remove it at the end."""
+    shared = Path("/dev/shm")
+    if base is None and shared.is_dir() and shutil.disk_usage(shared).free > needed + 2e9:
+        base = shared
+    with tempfile.TemporaryDirectory(dir=base) as name:
+        yield Path(name)
+
+
+def _bf16(bench: Bench, folder: Path, begun: float) -> None:
+    model = folder / "model"
+    write_model(model, TINY if bench.tiny else Shapes(), 2**12 if bench.tiny else 64 * 2**20)
+    bench.say(f"bf16 files written in {time.perf_counter() - begun:.0f} s")
+    for speed in ("exact", "fast"):
+        ours(bench, model, "bf16", speed, folder)
+    component_cache().clear()
+    theirs(bench, model, folder)
+
+
+def _fp8(bench: Bench, folder: Path, begun: float) -> None:
+    shapes, numbers = (TINY_SHAPES, 2**14) if bench.tiny else (Shapes(), 2**24)
+    stored = StoredModel(folder / "model", shapes, numbers)
+    stored.write_rest()
+    stored.transformer("fp8_scaled")
+    bench.say(f"fp8 files written in {time.perf_counter() - begun:.0f} s")
+    for speed in ("exact", "fast"):
+        ours(bench, stored.files(), "fp8", speed, folder)
+
+
+def ours(bench: Bench, model: Path | WanModelFiles, kind: str, speed: str, folder: Path) -> None:
+    """Make the clip with the product: once cold, twice warm."""
+    component_cache().clear()
+    wishes = {"device": str(bench.device), "speed": speed}
+    if bench.device.type == "cpu":
+        wishes["precision"] = "bf16"
+    wrapper = WanPipelineLoader().load_wan_pipeline(model, optimization_config=wishes)
+    width, height, frames = TINY_SIZE if bench.tiny else SMALL
+    config = GenerationConfig(
+        prompt="a cat moves right", width=width, height=height, num_frames=frames, seed=0,
+        num_inference_steps=STEPS, switch_step=STEPS // 2, flow_shift=SHIFT, fps=FPS,
+        guidance_scale=1.0, guidance_scale_2=1.0, scheduler="euler", sigma_schedule="simple",
+        output_path=folder / "ours.mp4", return_frames=False,
+    )  # fmt: skip
+    told: list[Any] = []
+
+    def run() -> None:
+        told.append(wrapper.generate(config))
+        told[-1].raise_for_error()
+
+    for name in ("cold", "warm", "warm again"):
+        seconds, peak, _ = bench.timed(run)
+        stages = {stage.name: stage.seconds for stage in told[-1].stages}
+        _keep(bench, kind, speed, name, seconds, peak, stages, folder / "ours.mp4")
+    bench.found["clips"][-1]["applied"] = list(told[-1].applied_optimizations)
+
+
+@torch.no_grad()
+def theirs(bench: Bench, model: Path, folder: Path) -> None:
+    """Make the clip with diffusers' pipeline: once to warm up, twice warm."""
+    from diffusers import AutoencoderKLWan, WanPipeline
+
+    width, height, frames = TINY_SIZE if bench.tiny else SMALL
+    vae = AutoencoderKLWan.from_pretrained(model / "vae", torch_dtype=torch.float32)
+    pipe: Any = WanPipeline.from_pretrained(model, vae=vae, torch_dtype=torch.bfloat16)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.text_encoder.to(bench.device)
+    text = pipe.encode_prompt(
+        "a cat moves right", do_classifier_free_guidance=False, device=bench.device
+    )[0]
+    pipe.text_encoder = None
+    gc.collect()
+    for part in (pipe.transformer, pipe.transformer_2, pipe.vae):
+        part.to(bench.device)
+        gc.collect()
+
+    def run() -> None:
+        video = pipe(
+            prompt_embeds=text, width=width, height=height, num_frames=frames,
+            num_inference_steps=STEPS, guidance_scale=1.0, guidance_scale_2=1.0,
+            generator=torch.Generator().manual_seed(0), output_type="pt",
+        ).frames[0]  # fmt: skip
+        with VideoWriter(folder / "theirs.mp4", fps=FPS, width=width, height=height) as writer:
+            writer.write(video.permute(0, 2, 3, 1).float().cpu())
+
+    for name in ("first", "warm", "warm again"):
+        seconds, peak, _ = bench.timed(run)
+        _keep(bench, "bf16", "diffusers", name, seconds, peak, {}, folder / "theirs.mp4")
+
+
+def _keep(
+    bench: Bench, kind: str, way: str, name: str, seconds: float, peak: int,
+    stages: dict[str, float], path: Path,
+) -> None:  # fmt: skip
+    assert path.stat().st_size > 0
+    path.unlink()
+    row = {"files": kind, "way": way, "run": name, "seconds": seconds, "peak": peak}
+    bench.found["clips"].append({**row, "stages": stages})
+    shown = ", ".join(f"{stage} {taken:.1f}" for stage, taken in stages.items())
+    bench.say(f"clip, {kind}, {way}, {name}: {seconds:.1f} s ({shown})")
+
+
+def clip_lines(rows: list[dict[str, Any]]) -> list[str]:
+    """Return the table of the clips, as lines of Markdown."""
+    lines = ["", "## Four steps of A14B at 480p81, files to mp4", ""]
+    lines += ["| files | way | run | s | stages, s | peak GiB |", "|---|---|---|---|---|---|"]
+    for row in rows:
+        stages = ", ".join(f"{name} {taken:.1f}" for name, taken in row["stages"].items())
+        lines.append(
+            f"| {row['files']} | {row['way']} | {row['run']} | {row['seconds']:.1f} | {stages} | "
+            f"{row['peak'] / 2**30:.1f} |"
+        )
+    return lines
+
+
+def parts(bench: Bench, base: Path | None) -> dict[str, tuple[float, Callable[[], None]]]:
+    """Return what can be measured: seconds it needs, and the work."""
+    return {name: (needs, partial(clips, bench, name, base)) for name, needs in PARTS.items()}
