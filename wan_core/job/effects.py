@@ -7,12 +7,13 @@ the video is right, but not for the reason the user thinks.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from ..config import GenerationConfig
 from ..models import ModelArchitecture
 from .request import Request
+from .steps import expected_steps
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +27,10 @@ class _Job:
         return not self.architecture.two_experts
 
     @property
+    def frames(self) -> int:
+        return self.request.num_frames
+
+    @property
     def continued(self) -> bool:
         return self.request.window_mode == "continuation"
 
@@ -33,6 +38,7 @@ class _Job:
 _ONE_EXPERT = "this model has one transformer, and only the two experts of an A14B are told apart"
 _NO_VIDEO = "no mp4 is written. Set output_path"
 _ONE_PIECE = "the clip is denoised in one piece. Set a max_chunk_size below its length"
+_ONE_SEGMENT = "the clip is a single segment. Set a max_chunk_size below its length"
 _NOT_CONTINUED = "only window_mode 'continuation' uses it"
 _Test = Callable[[_Job], bool]
 
@@ -87,11 +93,18 @@ _IDLE: tuple[tuple[tuple[str, ...], _Test, str], ...] = (
     ),
     (("drift_correction",), lambda job: not job.continued, _NOT_CONTINUED),
     (
+        ("force_chunked_processing",),
+        lambda job: not job.continued and (job.request.window_frames or 0) >= job.frames,
+        "one window holds the whole clip. Set a max_chunk_size below its length",
+    ),
+    (
         ("window_anchor", "window_fusion"),
         lambda job: job.continued,
         "in window_mode 'continuation' segments go on from the frames before them",
     ),
 )
+_ALL = 1000
+"""Steps that no schedule has: an ``end_step`` from here on means "to the end"."""
 _IDLE_IN_ONE_PIECE = ("window_overlap", "window_schedule", "window_fusion", "window_anchor")
 
 
@@ -104,10 +117,44 @@ def settings_without_effect(
         given = [name for name in names if _given(config, name)]
         if given and idle(job):
             yield _said(given, why)
+    yield from _beyond_the_steps(job)
+
+
+def _beyond_the_steps(job: _Job) -> Iterator[str]:
+    """Say which numbers of steps lie beyond the schedule, and which expert so has nothing to do."""
+    config, request = job.config, job.request
+    count = request.num_inference_steps
+    if config.end_step is not None and count < request.end_step < _ALL:  # type: ignore[operator]
+        yield _said(["end_step"], f"{request.end_step} is beyond the last of {count} steps")
+    if job.one_expert:
+        return
+    # The whole schedule counts: a job may well make the part of it that one expert takes.
+    steps = expected_steps(replace(request, start_step=0, end_step=None), 2)
+    if steps.high and steps.low:
+        return
+    idle, busy = ("low", "high") if steps.high else ("high", "low")
+    if config.switch_step is not None:
+        why, cure = f"switch_step is {request.switch_step}", f"1 to {count - 1}" * (count > 1)
+        cure = f"Give a step from {cure}" if count > 1 else "Make more steps"
+    else:
+        why = f"at flow_shift {request.flow_shift:g} the boundary {request.boundary:g} parts none"
+        cure = "Set switch_step" if count > 1 else "Make more steps"
+    yield (
+        f"The {idle}-noise expert has nothing to do: {why} of {count} steps, and the {busy}-noise "
+        f"expert takes them all. {cure} to use both."
+    )
 
 
 def window_settings_without_effect(config: GenerationConfig) -> Iterator[str]:
-    """The same for the settings of windows, once it is known that the clip is made in one piece."""
+    """The same for the settings of windows, once it is known that the clip is made in one piece.
+
+    In continuation mode that is a single segment.
+    """
+    if config.window_mode == "continuation":
+        given = [name for name in ("window_overlap", "drift_correction") if _given(config, name)]
+        if given:
+            yield _said(given, _ONE_SEGMENT)
+        return
     given = [name for name in _IDLE_IN_ONE_PIECE if _given(config, name)]
     if config.noise == "freenoise" and config.latents is None:
         given.append("noise 'freenoise'")

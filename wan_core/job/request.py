@@ -265,7 +265,7 @@ def _check_segments(config: GenerationConfig, request: Request) -> None:
 def _check_functions(config: GenerationConfig) -> None:
     for name in (
         "warning_callback", "progress_callback", "preview_callback", "chunk_callback",
-        "decode_callback", "interrupt_check",
+        "decode_callback", "load_callback", "interrupt_check",
     ):  # fmt: skip
         function(getattr(config, name), name)
 

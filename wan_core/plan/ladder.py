@@ -169,9 +169,10 @@ def _tiers(
     """
     own = architecture.variant.defaults.num_frames
     windows = (None, *requested.fallback_windows(workload, own))
-    fp8 = requested.fp8_storage == "always"
+    quantised = [_is_quantised(architecture, expert) for expert in experts_of(architecture)]
+    fp8 = requested.fp8_storage == "always" and not all(quantised)
     larger = [(window, fp8) for window in windows]
-    plain = not any(_is_quantised(architecture, expert) for expert in experts_of(architecture))
+    plain = not any(quantised)
     if "fp8" in abilities and plain and main != "fp32" and requested.fp8_storage == "auto":
         # Windows that nobody asked for exist only for clips longer than the model's own length. A
         # window of that length is what the model was trained on, so all windows come before fp8. A

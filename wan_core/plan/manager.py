@@ -26,6 +26,7 @@ from .fits import (
     remedies,
     windows_that_fit,
 )
+from .idle import wishes_without_effect
 from .ladder import ABILITIES, Candidate, Limits, best, ladder, main_dtype
 from .plan import OptimizationPlan
 from .reasons import reasons_for
@@ -346,7 +347,14 @@ def _plan(
             part_offload=MappingProxyType(dict(choices.part_offload)),
             window_frames=windows,
         ),
-        estimate=replace(candidate.estimate, reasons=reasons),
+        estimate=replace(
+            candidate.estimate,
+            reasons=reasons,
+            warnings=(
+                *candidate.estimate.warnings,
+                *wishes_without_effect(requested, architecture, system, choices),
+            ),
+        ),
         reasons=reasons,
         tier=candidate.tier,
         step_seconds=candidate.timing.step,

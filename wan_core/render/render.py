@@ -6,7 +6,7 @@ memory runs out, is in ``stages``.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,7 +75,8 @@ class Render:
         """Make the video. Raises what goes wrong; the result then holds what was finished."""
         stages, result = self.stages, self.stages.result
         result.warnings += [
-            *stages.architecture.warnings, *self.request.warnings, *self.inputs.warnings
+            *stages.architecture.warnings, *self.request.warnings, *self.inputs.warnings,
+            *stages.plan.estimate.warnings,
         ]  # fmt: skip
         result.stages = stages.timeline.stages
         result.applied_optimizations = list(stages.plan.applied)
@@ -111,11 +112,8 @@ class Render:
         for path in output_paths(self.request):
             sweep(path.parent)
 
-    def _warn(self, warnings: Sequence[str]) -> None:
-        """Add warnings that the result does not hold yet.
-
-        ``warning_callback`` is called with them after the next step.
-        """
+    def _warn(self, warnings: Iterable[str]) -> None:
+        """Add warnings that are new; ``warning_callback`` gets them after the next step."""
         result = self.stages.result
         result.warnings += [text for text in warnings if text not in result.warnings]
 
@@ -184,7 +182,7 @@ class Render:
             return self._sample_segments(self._segments(), journal)
         windows = self._windows(self.request.latent_frames)
         if windows is None or windows.count == 1:
-            self._warn([*window_settings_without_effect(self.config)])
+            self._warn(window_settings_without_effect(self.config))
         conditions, start = self._conditions()
         if (windows is None or windows.count == 1) and len(conditions.prompt_parts) > 1:
             self.stages.result.warnings.append(
@@ -242,6 +240,8 @@ class Render:
             given=given,
             drift_correction=request.drift_correction,
         )
+        if len(plan.ranges) == 1:
+            self._warn(window_settings_without_effect(self.config))
         result.metadata["windows"] = plan.describe(0 if given is None else given.shape[2])
         result.warnings += plan.windows.notes
         state = segments.begin(0, steps.start)
