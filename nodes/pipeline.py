@@ -27,6 +27,7 @@ _DEMOS = {
     "WanFit demo (text to video)": "t2v",
     "WanFit demo (image to video)": "i2v",
     "WanFit demo (VACE)": "vace",
+    "WanFit demo (Fun Control)": "fun",
 }
 
 
@@ -182,7 +183,8 @@ def _demo(name: str) -> Path | WanModelFiles | None:
         return None
     source = demo_model(_DEMOS[name])
     if isinstance(source, WanModelFiles):
-        return source if Path(source.vace or "").is_file() else None
+        there = Path(source.vace or source.transformer).exists()
+        return source if there else None
     return source if (source / INDEX).is_file() else None
 
 

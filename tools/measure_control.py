@@ -8,22 +8,26 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from wan_core import GenerationConfig, WanControl, WanModelFiles, WanPipelineLoader
+from wan_core import GenerationConfig, WanControl, WanPipelineLoader
 from wan_core.config import demo_model
+from wan_core.render import contact_sheet
 
 from . import clips, control_clips
+from .control_models import SORTS
 from .judge_control import HEAD, Score, Verdict, asked
 
 SEED = 2024
 """Of the lessons that are judged; training has others."""
-KINDS = (*control_clips.KINDS, *control_clips.KINDS_WITH_REFERENCE)
+KINDS = {
+    sort: tuple(kind for kinds in model.kinds for kind in kinds) for sort, model in SORTS.items()
+}
+"""What each model can be asked for."""
 
 
 def control_of(lessons: control_clips.Lessons, index: int) -> WanControl | None:
@@ -66,23 +70,26 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--clips", type=int, default=10, help="clips of each kind")
-    parser.add_argument("--kinds", nargs="*", choices=KINDS, default=list(KINDS))
-    parser.add_argument("--modules", type=Path, help="folder of other VACE modules")
+    parser.add_argument("--sorts", nargs="*", choices=SORTS, default=list(SORTS))
+    parser.add_argument("--kinds", nargs="*", help="of these kinds alone")
+    parser.add_argument("--sheets", type=Path, help="folder for contact sheets")
     args = parser.parse_args()
-    source = demo_model("vace")
-    if args.modules and isinstance(source, WanModelFiles):
-        high, low = (args.modules / f"vace_{level}.safetensors" for level in ("high", "low"))
-        source = replace(source, vace=high, vace_2=low)
-    wrapper = WanPipelineLoader().load_wan_pipeline(
-        source, optimization_config={"device": "cpu", "precision": "fp32"}
-    )
-    sys.stdout.write(f"{HEAD}\n")
-    for kind in args.kinds:
-        score = Score(kind)
-        for _, _, now in measure(wrapper, kind, args.clips):
-            score = now
-        sys.stdout.write(f"{score}\n")
-        sys.stdout.flush()
+    for sort in args.sorts:
+        wrapper = WanPipelineLoader().load_wan_pipeline(
+            demo_model(sort), optimization_config={"device": "cpu", "precision": "fp32"}
+        )
+        sys.stdout.write(f"{sort}:\n{HEAD}\n")
+        for kind in args.kinds or KINDS[sort]:
+            rows, score = [], Score(kind)
+            for _, made, now in measure(wrapper, kind, args.clips):
+                rows.append(made[::4])
+                score = now
+            sys.stdout.write(f"{score}\n")
+            sys.stdout.flush()
+            if args.sheets:
+                args.sheets.mkdir(parents=True, exist_ok=True)
+                sheet = contact_sheet(torch.cat(rows[:24]), columns=15)
+                sheet.save(args.sheets / f"{sort}_{kind.replace(' ', '_')}.png")
 
 
 if __name__ == "__main__":

@@ -190,6 +190,17 @@ def flow_loss(
     return loss
 
 
+def write_parts(parts: dict[str, nn.Module], target: Path) -> None:
+    """Write what was trained in half precision, whole or not at all."""
+    state = {
+        f"{prefix}{key}": value.detach().half().cpu().contiguous()
+        for prefix, part in parts.items()
+        for key, value in part.state_dict().items()
+    }
+    save_file(state, target.with_suffix(".tmp"), metadata={"format": "pt"})
+    target.with_suffix(".tmp").replace(target)
+
+
 def train(run: Run, level: str, pools: list[tuple[Pool, int]], left: int) -> None:
     """Train what one expert needs to obey and write it."""
     model: Any = run.model(level)
@@ -203,14 +214,8 @@ def train(run: Run, level: str, pools: list[tuple[Pool, int]], left: int) -> Non
     loss = flow_loss(run, level, model, pools)
     trainer.run(loss, 1.0, run.args.steps, run.seconds(left))
     trainer.swap()
-    state = {
-        f"{prefix}{key}": value.detach().half().cpu().contiguous()
-        for prefix, part in parts.items()
-        for key, value in part.state_dict().items()
-    }
     target = run.module_path(level)
-    save_file(state, target.with_suffix(".tmp"), metadata={"format": "pt"})
-    target.with_suffix(".tmp").replace(target)
+    write_parts(parts, target)
     (run.work / f"{name}.partial").unlink(missing_ok=True)
     size = target.stat().st_size / 1e6
     run.say(f"{name}: finished after {trainer.step} steps, {size:.2f} MB")

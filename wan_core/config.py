@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -98,25 +98,32 @@ class WanModelFiles:
     vace_2: str | Path | None = None
 
 
-DEMO_KINDS = ("t2v", "i2v", "vace")
-"""The small models that ship along: text to video, image to video, and text to video with VACE."""
+DEMO_KINDS = ("t2v", "i2v", "vace", "fun")
+"""The small models that ship along: text to video, image to video, VACE and Fun Control."""
 
 
 def demo_model(kind: str = "t2v") -> Path | WanModelFiles:
     """Return a small model that ships along, as ``load_wan_pipeline`` takes it.
 
-    VACE is two modules beside the text-to-video model, one for each expert. Nothing is opened.
+    VACE is two modules beside the text-to-video model, one for each expert; Fun Control is two
+    transformers that share the rest with it. Nothing is opened.
     """
     folder = Path(__file__).parent / "demo_model"
-    if kind != "vace":
+    if kind not in ("vace", "fun"):
         return folder / kind
-    base, modules = folder / "t2v", folder / "vace"
-    return WanModelFiles(
-        transformer=base / "transformer", transformer_2=base / "transformer_2", vae=base / "vae",
-        text_encoder=base / "text_encoder", tokenizer=base / "tokenizer",
-        vace=modules / "wan_demo_vace_module_high_noise.safetensors",
-        vace_2=modules / "wan_demo_vace_module_low_noise.safetensors",
+    base, own = folder / "t2v", folder / kind
+    experts = own if kind == "fun" else base
+    files = WanModelFiles(
+        transformer=experts / "transformer", transformer_2=experts / "transformer_2",
+        vae=base / "vae", text_encoder=base / "text_encoder", tokenizer=base / "tokenizer",
     )  # fmt: skip
+    if kind == "fun":
+        return files
+    return replace(
+        files,
+        vace=own / "wan_demo_vace_module_high_noise.safetensors",
+        vace_2=own / "wan_demo_vace_module_low_noise.safetensors",
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

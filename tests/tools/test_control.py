@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,7 +10,14 @@ from typing import Any
 import pytest
 import torch
 
-from tools import clips, control_clips, control_models, judge_control, train_control
+from tools import (
+    clips,
+    control_clips,
+    control_models,
+    export_control,
+    judge_control,
+    train_control,
+)
 from tools import demo_models as models
 from tools.control_clips import KINDS, KINDS_WITH_REFERENCE
 from tools.train_demo import Way, lay_out
@@ -216,6 +224,71 @@ def test_an_untrained_fun_model_reads_its_reference_alone() -> None:
     assert (other - same).abs().max() > 1e-4
     assert (blank - wanted).abs().max() < 2e-5
     assert not model.patch_embedding._forward_hooks
+
+
+def test_a_fun_model_is_trained_as_it_is_run() -> None:
+    from diffusers import WanTransformer3DModel
+
+    from wan_core.forward import fun_inputs
+
+    expert: Any = WanTransformer3DModel.from_pretrained(DEMO / "transformer").float().eval()
+    torch.manual_seed(0)
+    model: Any = control_models.Fun.build(expert).eval()
+    g = torch.Generator().manual_seed(1)
+    model.patch_embedding.weight.data[:, 16:].normal_(generator=g)
+    noisy = torch.randn(1, *models.LATENT_SHAPE, generator=g)
+    control = torch.randn(1, 36, 6, 8, 8, generator=g)
+    text, when = torch.randn(1, 8, 96, generator=g), torch.tensor([700.0])
+    whole = torch.nn.functional.pad(torch.cat([noisy, control[:, :, 1:]], 1), (0, 0, 0, 0, 1, 0))
+    with torch.no_grad(), fun_inputs(model, control[:, :16, 0]):
+        wanted = model(whole, when, text).sample[:, :, 1:]
+    with torch.no_grad():
+        assert torch.equal(control_models.Fun.call(model, noisy, control, when, text), wanted)
+
+
+@pytest.mark.parametrize(
+    "sort, variant", [("vace", "wanfit-demo-vace"), ("fun", "wanfit-demo-control")]
+)
+def test_what_was_trained_is_recognised_beside_its_base(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sort: str, variant: str
+) -> None:
+    from diffusers import WanTransformer3DModel
+
+    from wan_core import ArchitectureDetector, config
+
+    out = tmp_path / "wan_core" / "demo_model"
+    shutil.copytree(DEMO, out / "t2v")
+    for level, folder in export_control.FOLDERS.items():
+        expert: Any = WanTransformer3DModel.from_pretrained(DEMO / folder)
+        model = control_models.SORTS[sort].build(expert)
+        parts = control_models.SORTS[sort].parts(model)
+        train_control.write_parts(parts, tmp_path / f"{sort}_{level}.safetensors")
+    assert len(export_control.export(tmp_path, out)) == 2
+    monkeypatch.setattr(config, "__file__", str(out.parent / "config.py"))
+    source = config.demo_model(sort)
+    found = ArchitectureDetector().detect_model_architecture(source)
+    assert found.variant.name == variant
+    assert found.transformer == found.variant.transformer
+    assert not found.warnings
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sort", control_models.SORTS)
+def test_the_recipe_trains_goes_on_and_judges(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sort: str
+) -> None:
+    monkeypatch.setattr(
+        "sys.argv",
+        f"train_control --sort {sort} --work {tmp_path} --device cpu --steps 2 --lessons 12 "
+        "--batch 4 --judge 1".split(),
+    )
+    train_control.main()
+    log = (tmp_path / "control_training.log").read_text()
+    assert f"{sort}_low: finished after 2 steps" in log
+    for kinds in control_models.SORTS[sort].kinds:
+        for kind in kinds:
+            assert f"| {kind} | 1 |" in log
+            assert (tmp_path / f"{sort}_{kind.replace(' ', '_')}.png").is_file()
 
 
 def test_lessons_can_be_drawn_again() -> None:
