@@ -68,10 +68,12 @@ def size_inputs(most_frames: int = MOST_FRAMES) -> list[io.Input]:
         io.Int.Input(
             "num_frames",
             default=81,
-            min=1,
+            min=0,
             max=most_frames,
-            step=4,
-            tooltip="Frames of the clip. Wan makes 4n+1: others are made longer and trimmed.",
+            # From 0 on, steps of 4 would never meet 81: the front end snaps to whole steps.
+            step=1,
+            tooltip="Frames of the clip. Wan makes 4n+1: others are made longer and trimmed. 0 = "
+            "as many as the control's video has.",
         ),
     ]
 

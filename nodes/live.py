@@ -235,6 +235,8 @@ def config_of(node: Node, architecture: ModelArchitecture) -> GenerationConfig:
         config.window_anchor = values["anchor"]
         config.return_frames = values["return_images"]
         config.prompts = values["prompts"].strip() or None
+    if config.num_frames == 0 and "control" in node.wired:
+        config.num_frames = usual.num_frames  # how long its video is, is known when it has run
     return config
 
 

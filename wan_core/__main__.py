@@ -216,11 +216,13 @@ def _control(arguments: argparse.Namespace, most: int) -> WanControl:
         for name in ("video", "mask")
         if path(name) is not None
     }
-    pictures = {
-        name: read_pictures(path(name), f"control.{name}")
-        for name in ("reference", "keyframes")
-        if path(name) is not None
-    }
+    pictures: dict[str, Any] = {}
+    if path("keyframes") is not None:
+        pictures["keyframes"] = read_pictures(path("keyframes"), "control.keyframes")
+    if path("reference") is not None:  # of several sizes, if they like
+        pictures["reference"] = [
+            read_pictures([one], "control.reference") for one in path("reference")
+        ]
     if "mask" in videos:
         videos["mask"] = videos["mask"][..., 0]
     return WanControl(
@@ -324,7 +326,8 @@ def _read_audio(arguments: argparse.Namespace, wrapper: Any) -> Any:
     from .render import read_audio
 
     defaults = wrapper.architecture.variant.defaults
-    frames = defaults.num_frames if arguments.frames is None else max(arguments.frames, 1)
+    frames = defaults.num_frames if arguments.frames is None else arguments.frames
+    frames = max(frames, 1) if frames else MOST_FRAMES  # 0: as long as the control's video
     fps = defaults.fps if arguments.fps is None else arguments.fps
     # An fps that is not allowed is refused later, with all other values.
     return read_audio(arguments.audio, seconds=frames / fps if fps > 0 else 0)

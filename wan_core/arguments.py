@@ -13,7 +13,9 @@ def add_size(command: argparse.ArgumentParser) -> None:
     """Add how large and how long a clip is; None means the model's own."""
     command.add_argument("--width", type=int, help="pixels (default: the model's own)")
     command.add_argument("--height", type=int, help="pixels (default: the model's own)")
-    command.add_argument("--frames", type=int, help="frames (default: the model's own)")
+    command.add_argument(
+        "--frames", type=int, help="frames, 0: those of --control-video (the model's own)"
+    )
     command.add_argument("--steps", type=int, help="denoising steps (default: the model's own)")
     command.add_argument("--window", type=int, help="frames the denoiser sees at once")
     command.add_argument("--overlap", type=int, default=16, help="frames windows share (16)")

@@ -141,8 +141,8 @@ class WanControl:
     starts from it instead of from noise, as far as ``denoise`` says."""
     mask: torch.Tensor | None = None
     """Where to make something new, frame by frame or one for all frames."""
-    reference: torch.Tensor | None = None
-    """Pictures of what shall appear."""
+    reference: torch.Tensor | Sequence[torch.Tensor] | None = None
+    """Pictures of what shall appear: a batch, or a list of pictures (H, W, 3) of several sizes."""
     keyframes: torch.Tensor | None = None
     """Pictures that the clip shows at ``positions``."""
     positions: str | Sequence[int] = ""
@@ -168,9 +168,9 @@ class GenerationConfig:
     r"""What the user asks for. None means the official value of the model that is loaded.
 
     Sizes are pixels. ``num_frames`` counts video frames: Wan makes 4n+1 of them, and for any other
-    number the clip is made longer and trimmed. Guidance scales are classifier-free guidance weights
-    (1 switches guidance off). ``seed`` draws the noise on the CPU, so that it does not depend on
-    the device.
+    number the clip is made longer and trimmed; 0 means as many as the control's video has. Guidance
+    scales are classifier-free guidance weights (1 switches guidance off). ``seed`` draws the noise
+    on the CPU, so that it does not depend on the device.
 
     Usage::
 

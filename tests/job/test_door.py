@@ -236,6 +236,12 @@ CASES = [
     *(control("positions", T5B, keyframes=VIDEO[:n], positions=bad, job={"width": 64, "height": 64})
       for n, bad in ((1, "3"), (2, "0, 1"))),
     control("tracks", tracks="[]"),
+    Case("num_frames", job={"num_frames": 0}),
+    Case("num_frames", job={"num_frames": 0, "control": WanControl(keyframes=VIDEO[:1])},
+         model=T5B),
+    control("reference", "wan2.1-vace", reference=[VIDEO[0], torch.zeros(8, 8)]),
+    control("reference", "wan2.1-vace", reference=[VIDEO[0], VIDEO[0, :8] * NAN]),
+    control("reference", "wan2.1-vace", reference="cat.png"),
     # The Fun models.
     control("video", CAMERA, video=VIDEO, job={"latents": torch.zeros(LATENTS)}),
     control("video", FUN, video=VIDEO[:7]),
@@ -296,7 +302,7 @@ NAMES = [f"{index}-{case.name}" for index, case in enumerate(CASES)]
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("models")
-    for family in ("wan2.1-t2v", "wan2.1-i2v", I2V, FLF, T5B, FUN, CAMERA):
+    for family in ("wan2.1-t2v", "wan2.1-i2v", I2V, FLF, T5B, FUN, CAMERA, "wan2.1-vace"):
         tiny_models.make_folder(root / family, family)
     single_files.write(root / "files")
     return root

@@ -109,6 +109,15 @@ def test_a_plan_is_what_the_run_would_be(pack: ModuleType, asker: Asker) -> None
     assert not part(pack, "wan_core.loading").component_cache().loaded()
 
 
+def test_a_clip_as_long_as_its_video_is_shown_with_the_usual_length(asker: Asker) -> None:
+    """How long the video is, is known when it has run; that it is not counted is said."""
+    nodes = graph(num_frames=0, control=["9", 0])
+    nodes["9"] = {"class_type": "WanControl", "inputs": {}}
+    found = asker.ask(nodes)
+    assert found["ok"] and found["resolved"][0].startswith("832x480, 81 frames")
+    assert any("'control' is known when it has run" in text for text in found["warnings"])
+
+
 def test_what_is_official_is_told_and_what_is_set_too(asker: Asker) -> None:
     lines = asker.ask(graph(num_frames=80))["resolved"]
     assert lines[0] == "832x480, 80 frames (made as 81), 5.00 s at 16 fps"
@@ -271,6 +280,7 @@ BAD = {
     "a parent": (graph(loader={"text_encoder": f"../text_encoders/{TEXT}"}), "text_encoder", "1"),
     "wide": (graph(width=10**6), "width", "3"),
     "negative": (graph(num_frames=-1), "num_frames", "3"),
+    "no frames, no video": (graph(num_frames=0), "num_frames", "3"),
     "sampler": (graph(scheduler="magic"), "scheduler", "3"),
     "a picture": ({**graph(), "3": {"class_type": "WanGenerate", "inputs": {
         "pipeline": ["1", 0], "start_image": ["8", 0]}}}, "start_image", "3"),

@@ -133,6 +133,28 @@ def test_every_placement_and_forward_gives_the_same_bits(
     assert not [text for text in result.warnings if "More memory" in text]
 
 
+def test_references_of_several_sizes(folders: dict[str, Path]) -> None:
+    """As diffusers takes a list of pictures; of one size a list is a batch."""
+    family = VACE_FAMILIES[0]
+    several = [pixels(40, 24, 3, seed=2), pixels(16, 56, 3, seed=3)]
+    parts = components(family)
+    parts["scheduler"] = make_scheduler("unipc", 3.0)
+    pipe = pipeline(family, parts)
+    pipe.set_progress_bar_config(disable=True)
+    latents = pipe(
+        **SIZE, **TEXT, guidance_scale=4.0, output_type="latent",
+        reference_images=[Image.fromarray(one) for one in several],
+        generator=torch.Generator().manual_seed(7),
+    ).frames[:, :, 2:]  # fmt: skip
+    wrapper = opened(folders[family])
+    given = WanControl(reference=[as_tensor(one) for one in several])
+    assert torch.equal(made(wrapper, control=given).latents, latents)
+    batch = WanControl(reference=as_tensor(REFERENCES[:2]))
+    one_by_one = WanControl(reference=list(as_tensor(REFERENCES[:2])))
+    found = made(wrapper, control=one_by_one).latents
+    assert torch.equal(found, made(wrapper, control=batch).latents)
+
+
 def test_a_batch_is_as_many_clips(folders: dict[str, Path]) -> None:
     wrapper = opened(folders[VACE_FAMILIES[0]])
     two = made(wrapper, control=control(), batch_size=2).latents

@@ -63,8 +63,9 @@ def camera_tokens(adapter: Any, rays: Tensor) -> Tensor:
     convolution of stride 2 and residual blocks of two 3 x 3 convolutions.
     """
     batch, channels, frames, height, width = rays.shape
-    flat = rays.transpose(1, 2).reshape(batch * frames, channels, height, width)
-    out = adapter.conv(F.pixel_unshuffle(flat, UNSHUFFLED))
+    flat = (batch * frames, channels, height, width)
+    # In one expression: each copy of the rays is gone when the next step is done.
+    out = adapter.conv(F.pixel_unshuffle(rays.transpose(1, 2).reshape(flat), UNSHUFFLED))
     for block in adapter.residual_blocks:
         out = block.conv2(F.relu_(block.conv1(out))).add_(out)
     added: Tensor = out.view(batch, frames, *out.shape[1:]).transpose(1, 2)

@@ -163,7 +163,7 @@ def resolve_control(
     for name in ("video", "mask"):
         if getattr(control, name) is not None:
             warnings += _length(name, getattr(control, name), wanted, made)
-    references = _count("reference", control.reference)
+    references = sum(shape_of("reference", one, 4)[0] for one in batches(control.reference))
     if references > 1 and architecture.transformer.vace_in_channels is None:
         warnings.append(
             f"control.reference holds {references} pictures; {title} reads one, the first."
@@ -271,8 +271,11 @@ def _check_start(
         )
 
 
-def _count(name: str, value: Any) -> int:
-    return 0 if value is None else shape_of(name, value, 4)[0]
+def batches(reference: Any) -> list[Any]:
+    """Return the batches of a control's references, one for each picture of a list."""
+    if not isinstance(reference, list | tuple):
+        return [] if reference is None else [reference]
+    return [one[None] if getattr(one, "ndim", 0) == 3 else one for one in reference]
 
 
 def _length(name: str, value: Any, wanted: int, made: int) -> list[str]:

@@ -163,8 +163,14 @@ def resolve(
 def _wanted_frames(config: GenerationConfig) -> int:
     """Return the frames that are asked for; 0 means as many as the control's video has."""
     video = frames_of_video(config)
-    if video is not None and plain_number(config.num_frames) == 0:
-        return video
+    if plain_number(config.num_frames) == 0:
+        if video is not None:
+            return video
+        raise InvalidRequest(
+            "num_frames is 0, which means as many as the control's video has, and there is none. "
+            f"Give control.video, or 1 to {MOST_FRAMES}.",
+            field="num_frames",
+        )
     return whole(config.num_frames, "num_frames", 1, MOST_FRAMES)
 
 

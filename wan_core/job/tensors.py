@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 from ..config import GenerationConfig
 from ..errors import InvalidRequest
 from ..models import TEXT_TOKENS, ModelArchitecture
-from .control import ControlInputs, ControlRequest, control_of
+from .control import ControlInputs, ControlRequest, batches, control_of
 from .fields import dense, shown
 from .output import audio_rate
 from .pictures import load_picture
@@ -179,9 +179,9 @@ def check_control(
     return ControlInputs(
         video=video,
         mask=mask,
-        references=()
-        if control.reference is None
-        else tuple(_each("reference", control.reference)),
+        references=tuple(
+            picture for batch in batches(control.reference) for picture in _each("reference", batch)
+        ),
         keyframes=tuple(keyframes),
         camera=None if control.camera is None else _camera(control.camera, made, size, warnings),
         tracks=_tracks(control.tracks, request.tracks, made),

@@ -17,7 +17,7 @@ from __future__ import annotations
 from functools import lru_cache
 from math import prod
 
-from ..models import IMAGE_TOKENS, TEXT_TOKENS, TransformerShape
+from ..models import IMAGE_TOKENS, TEXT_TOKENS, UNSHUFFLED, TransformerShape
 
 _GRAIN = 512
 """The smallest unit of the CUDA caching allocator; the size of a tensor is rounded up to it."""
@@ -383,6 +383,34 @@ def transformer_peak(
     hidden = tape.new(batch * tokens * patch, size)
     _out(hidden)
     tape.during(*inputs, *rope, temb, projection, *text, head)
+    return tape.peak
+
+
+def camera_peak(
+    shape: TransformerShape, *, batch: int, latent_frames: int, latent_height: int,
+    latent_width: int, size: int, passes: int = 1,
+) -> int:  # fmt: skip
+    """Return the peak bytes while a camera's rays become tokens (``forward.fun.camera_tokens``).
+
+    With the forward's inputs and the patched latents, but without the rays themselves, which stay.
+    In a lean forward that splits its products this is more than what the blocks need.
+    """
+    tokens = window_tokens(shape, latent_frames, latent_height, latent_width)
+    image_tokens = 0 if shape.image_dim is None else IMAGE_TOKENS
+    tape, latent = Tape(), (latent_frames, latent_height, latent_width)
+    d = Dims(shape, batch, tokens, size, False, image_tokens)
+    held = [*forward_inputs(tape, shape, d, latent, per_token=False)]
+    held += text_embedding(tape, d)[:1]
+    held += [tape.new(tokens * shape.head_dim, FP32) for _ in range(2 * passes)]  # rotary tables
+    held += [tape.new(d.hidden, size) for _ in range(passes)]
+    one = tokens * shape.dim  # the camera is the same for every clip of a batch
+    pixels = shape.patch_size[1] * shape.patch_size[2] * UNSHUFFLED**2
+    rays = (shape.camera_channels or 0) * tokens * pixels
+    unshuffled = tape.new(rays, size)
+    maps = [tape.new(one, size)]
+    del unshuffled
+    maps += [tape.new(one, size) for _ in range(2)]
+    tape.during(*maps, *held)
     return tape.peak
 
 

@@ -37,7 +37,7 @@ from .choices import (
     spread,
     windows_of,
 )
-from .forward import text_encoder_peak, transformer_peak, window_tokens
+from .forward import camera_peak, text_encoder_peak, transformer_peak, window_tokens
 from .forward_lean import lean_peak
 from .machine import RAM_RESERVE, fewer_gaps, unpinned_reserve
 from .vae import decode_peak, encode_peak
@@ -439,16 +439,17 @@ class _Ledger:
             "latent_width": self.width,
             "size": size,
         }
+        shape = self.arch.transformer
         per_token = self.arch.variant.expand_timesteps and self.workload.image
-        if not choices.lean:
-            at_once = choices.hints_at_once(part)
-            return transformer_peak(
-                self.arch.transformer, per_token=per_token, hints_at_once=at_once, **numbers
-            )
         # Both passes go through a streamed block together, so that it crosses the bus once.
         passes = 2 if guided and choices.stream else 1
-        return lean_peak(
-            self.arch.transformer,
+        camera = camera_peak(shape, passes=passes, **numbers) if self.workload.camera else 0
+        if not choices.lean:
+            at_once = choices.hints_at_once(part)
+            peak = transformer_peak(shape, per_token=per_token, hints_at_once=at_once, **numbers)
+            return max(camera, peak)
+        peak = lean_peak(
+            shape,
             per_token=per_token,
             exact=not choices.by_rows,
             embed_every_token=not self.on_cpu,
@@ -456,6 +457,7 @@ class _Ledger:
             whole_values=bool(self._unpacked(part)) or bool(self.arch.loras_of(part)),
             **numbers,
         )
+        return max(camera, peak)
 
 
 def _confidence(
