@@ -6,6 +6,7 @@ Also the ways in which published and community files differ from the official on
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from support import wan_layouts as layouts
 from wan_core.config import WanModelFiles
 from wan_core.detect.detector import ArchitectureDetector, inspect_file
 from wan_core.errors import CorruptFile, MissingFile, UnsupportedModel
+from wan_core.models import VARIANTS, transformer_tensors
 
 detect = ArchitectureDetector().detect_model_architecture
 FILES = {name: shapes for name, (shapes, _) in layouts.FILES.items()}
@@ -38,6 +40,21 @@ def plus(shapes: layouts.Shapes, more: dict[str, tuple[str, tuple[int, ...]]]) -
 @pytest.mark.parametrize("name", published.FINGERPRINTS)
 def test_names_and_shapes_are_the_published_ones(name: str) -> None:
     assert published.fingerprint(FILES[name]) == published.FINGERPRINTS[name]
+
+
+@pytest.mark.parametrize(
+    ("variant", "reference", "md5"),
+    [
+        ("wan2.1-fun-control-1.3b", 16, "70ddad9d3a133785da5ea371aae09504"),
+        ("wan2.1-fun-control-14b", None, "efa44cddf936c70abd0ea28b6cbe946c"),
+    ],
+)
+def test_the_other_version_of_fun_control_is_the_published_one(
+    variant: str, reference: int | None, md5: str
+) -> None:
+    """V1.0 of both sizes has no layer for a reference, V1.1 of both has one."""
+    shape = replace(VARIANTS[variant].transformer, reference_channels=reference)
+    assert published.fingerprint(transformer_tensors(shape, "original")) == md5
 
 
 @pytest.mark.parametrize("name", published.SIZES)

@@ -30,6 +30,9 @@ FINGERPRINTS = {
     "fun-control-1.3b": "349723183fc063b2bfc10bb2835cf677",
     "fun-control-14b": "26bde73488a92e64cc20b0a7485b9e5b",
     "fun-control-a14b": "2267d489f0ceb9f21836532952852ee5",
+    "fun-camera-1.3b": "ac6a5aa74f4a0aab6f64eb9a72f19901",
+    "fun-camera-14b": "b61c605c2adbd23124d152ed28e049ae",
+    "fun-camera-a14b": "47dbeab5e560db3180adf51dc0232fb1",
 }  # fmt: skip
 
 
