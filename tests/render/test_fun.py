@@ -464,6 +464,14 @@ def test_key_frames_are_start_and_end(folder: Any, family: str) -> None:
     assert not torch.equal(middle, found)
 
 
+def test_of_several_references_the_first_is_seen(folder: Any) -> None:
+    wrapper = opened(folder("wan2.1-fun-control"))
+    two = torch.cat([as_tensor(REFERENCE), as_tensor(START)[None]])
+    found = made(wrapper, control=WanControl(reference=two))
+    assert torch.equal(found.latents, made(wrapper, reference=True).latents)
+    assert any("the first" in text for text in found.warnings)
+
+
 def test_a_batch_is_as_many_clips(folder: Any) -> None:
     wrapper = opened(folder("wan2.2-fun-control-5b"))
     given = {"video": True, "start": True, "reference": True}

@@ -443,11 +443,9 @@ class _Ledger:
         per_token = self.arch.variant.expand_timesteps and self.workload.image
         # Both passes go through a streamed block together, so that it crosses the bus once.
         passes = 2 if guided and choices.stream else 1
-        camera = camera_peak(shape, passes=passes, **numbers) if self.workload.camera else 0
         if not choices.lean:
             at_once = choices.hints_at_once(part)
-            peak = transformer_peak(shape, per_token=per_token, hints_at_once=at_once, **numbers)
-            return max(camera, peak)
+            return transformer_peak(shape, per_token=per_token, hints_at_once=at_once, **numbers)
         peak = lean_peak(
             shape,
             per_token=per_token,
@@ -457,6 +455,7 @@ class _Ledger:
             whole_values=bool(self._unpacked(part)) or bool(self.arch.loras_of(part)),
             **numbers,
         )
+        camera = camera_peak(shape, passes=passes, **numbers) if self.workload.camera else 0
         return max(camera, peak)
 
 
