@@ -43,7 +43,7 @@ def _pictures() -> list[io.Input]:
             "video",
             optional=True,
             tooltip="Text-to-video models, Wan 2.2 image to video and TI2V-5B start from it as far "
-            "as denoise says; models with a control input follow it.",
+            "as denoise says; VACE and Fun Control follow it.",
         ),
         io.Mask.Input(
             "mask",
@@ -53,13 +53,14 @@ def _pictures() -> list[io.Input]:
         io.Image.Input(
             "reference",
             optional=True,
-            tooltip="Pictures of what shall appear, for models that take references.",
+            tooltip="Pictures of what shall appear: VACE takes all, Fun Control (2.1 V1.1 and 2.2) "
+            "the first.",
         ),
         io.Image.Input(
             "keyframes",
             optional=True,
-            tooltip="Pictures that the clip shows at 'positions'. Image-to-video models take any, "
-            "TI2V-5B the first frames.",
+            tooltip="Pictures that the clip shows at 'positions'. Image-to-video models, VACE and "
+            "the 2.2 Fun models take any, TI2V-5B the first frames.",
         ),
     ]
 

@@ -57,6 +57,15 @@ def test_inspect_prints_the_variant_and_why(model: Path, capsys: Any) -> None:
     assert code == 0 and json.loads(out)["variant"] == "wan2.2-t2v-a14b"
 
 
+def test_inspect_says_what_may_guide_a_model(model: Path, tmp_path: Path, capsys: Any) -> None:
+    assert "takes as control: video (to start from)" in run(capsys, "inspect", model)[1]
+    fun = make_folder(tmp_path / "fun", "wan2.2-fun-control-5b")
+    code, out, _ = run(capsys, "inspect", fun)
+    assert code == 0 and "takes as control: video, reference, keyframes" in out
+    found = json.loads(run(capsys, "inspect", fun, "--json")[1])
+    assert found["control"] == {"video": "control", "reference": "control", "keyframes": "any"}
+
+
 def test_inspect_names_a_part_for_what_it_is(model: Path, capsys: Any) -> None:
     code, out, _ = run(capsys, "inspect", model / "vae")
     assert code == 0 and "VAE" in out

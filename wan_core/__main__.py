@@ -20,9 +20,11 @@ from .arguments import add_control, add_job, add_plan, add_size
 from .config import MIB, GenerationConfig, WanControl, demo_model
 from .errors import InvalidRequest, WanError
 from .files import decode_text
-from .job import MOST_FRAMES
+from .job import MOST_FRAMES, reads
 from .memory import close_gaps
 
+_READ_AS = {"start": "to start from", "leading": "the first frames"}
+"""What ``job.reads`` says of an input, in words; the rest says itself."""
 DEMO_PROMPT = "a red circle moves right on a dark background"
 
 
@@ -139,9 +141,14 @@ def _inspect(arguments: argparse.Namespace) -> tuple[str, dict[str, Any]]:
         lines.append(f"  {name}: {component.path.name}{size} {kind}".rstrip())
     lines += [f"because {reason}" for reason in found.reasons]
     lines += [f"warning: {warning}" for warning in found.warnings]
+    control = reads(found) if found.variant.supported else {}
     if not found.variant.supported:
         lines.append(f"cannot be run: {found.variant.why_not}")
-    return "\n".join(lines), found.to_json_dict()
+    if control:
+        said = (f"{name} ({_READ_AS[how]})" if how in _READ_AS else name
+                for name, how in control.items())  # fmt: skip
+        lines.append(f"takes as control: {', '.join(said)}")
+    return "\n".join(lines), found.to_json_dict() | {"control": dict(control)}
 
 
 def _is_release(path: Path) -> bool:

@@ -46,6 +46,23 @@ def test_operations_of_one_forward(
     assert counted == pytest.approx(tera * 1e12, rel=0.02)
 
 
+def test_a_camera_s_layers_are_counted_as_torch_counts_them() -> None:
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from wan_core.forward.fun import camera_tokens
+    from wan_core.loading.blueprint import add_fun_layers
+
+    found, module = architecture("wan2.1-fun-camera-1.3b"), torch.nn.Module()
+    add_fun_layers(module, found.transformer)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        camera_tokens(module.control_adapter, torch.empty(1, 24, 21, 480, 832, device="meta"))
+    more, less = (
+        forward_operations(found, replace(JOB, camera=given), BF16) for given in (True, False)
+    )
+    assert more - less == pytest.approx(counter.get_total_flops(), rel=0.001)
+
+
 def test_reported_runs_within_a_third() -> None:
     unguided = replace(JOB, guidance_high=False, guidance_low=False)
     # One forward on an H100, eager: 4.60 s; two on a 4090D (114 multiprocessors): 30.5 s.

@@ -32,6 +32,7 @@ from ..models import (
     block_count,
     block_parameters,
     computed,
+    fun_parameters,
     magcache_curve,
     magcache_plan,
     part_bytes,
@@ -120,6 +121,7 @@ def forward_operations(
     each = block_parameters(shape)[0] - 2 * shape.dim**2
     weights = shape.layers * each
     weights += sum(total - 2 * shape.dim**2 for total, _ in vace_block_parameters(shape))
+    weights += fun_parameters(shape) if workload.camera else 0
     attention = 4.0 * tokens * tokens * shape.dim + 4.0 * tokens * TEXT_TOKENS * shape.dim
     once = (2.0 * weights * tokens + block_count(shape) * attention) * workload.batch_size
     return once * windows_of(workload, choices, frames)
