@@ -40,7 +40,10 @@ FRAMES, WIDTH, HEIGHT, SEED, STEPS, GUIDANCE = 9, 64, 48, 5, 4, 3.0
 TRACKS = json.dumps(
     [[{"x": 8 + 3 * i, "y": 30} for i in range(13)], [{"x": 50, "y": 40 - 2 * i} for i in range(9)]]
 )
-PAIRS = {"vace": "wan2.2-vace-fun-a14b", "fun": "wan2.2-fun-control-a14b", "i2v": "wan2.2-i2v-a14b"}
+PAIRS = {
+    "vace": "wan2.2-vace-fun-a14b", "fun": "wan2.2-fun-control-a14b", "i2v": "wan2.2-i2v-a14b",
+    "camera": "wan2.2-fun-camera-a14b",
+}  # fmt: skip
 # name: ComfyUI's node, its inputs (names of tensors or values), and the model that samples with it.
 JOBS: dict[str, dict[str, Any]] = {
     "vace": {"node": "WanVaceToVideo", "model": "vace", "inputs": {
@@ -58,6 +61,9 @@ JOBS: dict[str, dict[str, Any]] = {
     }},
     "tracks": {"node": "WanTrackToVideo", "model": "i2v", "inputs": {
         "tracks": TRACKS, "temperature": 220.0, "topk": 2, "start_image": "start",
+    }},
+    "camera": {"node": "WanCameraImageToVideo", "model": "camera", "inputs": {
+        "camera_conditions": "rays",
     }},
 }  # fmt: skip
 SAMPLED = [name for name, job in JOBS.items() if "model" in job]
@@ -125,7 +131,7 @@ def nothing_kept() -> Iterator[None]:
     WanPipelineLoader().clear_cache()
 
 
-def job_of(name: str, given: dict[str, Tensor]) -> dict[str, Any]:
+def job_of(name: str, given: dict[str, Tensor], rays: Tensor) -> dict[str, Any]:
     """Return what WanFit is asked for in place of a node."""
     video = given["video"]
     return {
@@ -136,10 +142,13 @@ def job_of(name: str, given: dict[str, Tensor]) -> dict[str, Any]:
         "fun 2.2": {"control": WanControl(video=video, reference=given["reference"])},
         "first and last": {"image": given["start"][0], "last_image": given["end"][0]},
         "tracks": {"control": WanControl(tracks=TRACKS), "image": given["start"][0]},
+        "camera": {"control": WanControl(camera=rays)},
     }[name]  # fmt: skip
 
 
-def ours(files: Path, name: str, patch: pytest.MonkeyPatch, **changes: Any) -> tuple[Any, Tensor]:
+def ours(
+    files: Path, theirs: dict[str, Tensor], name: str, patch: pytest.MonkeyPatch, **changes: Any
+) -> tuple[Any, Tensor]:
     """Return the conditions that WanFit makes for a job, and its latents as in a LATENT."""
     given, model = load_file(files / "tensors.safetensors"), JOBS[name].get("model")
     source: Any = files / "fun21"
@@ -167,7 +176,7 @@ def ours(files: Path, name: str, patch: pytest.MonkeyPatch, **changes: Any) -> t
     wrapper = WanPipelineLoader().load_wan_pipeline(
         source, optimization_config={"device": "cpu", "precision": "fp32"}
     )
-    config = GenerationConfig(**(settings | texts | job_of(name, given) | changes))
+    config = GenerationConfig(**(settings | texts | job_of(name, given, theirs["rays"]) | changes))
     result = wrapper.generate(config).raise_for_error()
     return made[0], result.vae_latents
 
@@ -202,7 +211,11 @@ def distance(a: Tensor, b: Tensor) -> float:
 def test_the_condition_is_the_node_s(
     files: Path, theirs: dict[str, Tensor], name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    conditions, _ = ours(files, name, monkeypatch, num_inference_steps=1)
+    conditions, _ = ours(files, theirs, name, monkeypatch, num_inference_steps=1)
+    if name == "camera":  # without a start image the node says nothing else
+        assert torch.equal(conditions.camera, theirs["camera.camera_conditions"])
+        assert not conditions.concat.any()
+        return
     found = conditions.concat if conditions.vace is None else conditions.vace
     expected = condition(theirs, name)
     assert found.shape == expected.shape and distance(found, expected) < 1e-5
@@ -215,14 +228,15 @@ def test_the_condition_is_the_node_s(
 def test_the_latents_are_comfyui_s(
     files: Path, theirs: dict[str, Tensor], name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    _, found = ours(files, name, monkeypatch)
+    _, found = ours(files, theirs, name, monkeypatch)
     assert found.shape == theirs[f"{name}.latents"].shape == (1, 16, 3, 6, 8)
     assert distance(found, theirs[f"{name}.latents"]) < 1e-4
 
 
+@pytest.mark.parametrize("name", ["vace", "fun 2.2", "camera"])
 def test_without_its_control_the_latents_are_others(
-    files: Path, theirs: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
+    files: Path, theirs: dict[str, Tensor], name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """So the comparison above can fail."""
-    _, found = ours(files, "fun 2.2", monkeypatch, control=None)
-    assert distance(found, theirs["fun 2.2.latents"]) > 1e-3
+    _, found = ours(files, theirs, name, monkeypatch, control=None)
+    assert distance(found, theirs[f"{name}.latents"]) > 1e-3

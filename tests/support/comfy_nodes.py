@@ -4,7 +4,8 @@
 VAE's weights under their original names, a file of tensors (texts' embeddings, pictures) and the
 jobs, each a node with its inputs and, where it shall sample, a model file. Of a job "a", "a.KEY" is
 what the node puts into the conditioning under KEY, and "a.latents" what was sampled, in the scale
-of a LATENT, without the frames that the node says to trim. Not imported by any test.
+of a LATENT, without the frames that the node says to trim; "rays" are WanCameraEmbedding's. Not
+imported by any test.
 """
 
 from __future__ import annotations
@@ -56,11 +57,14 @@ def main() -> None:
     import comfy.sample
     import comfy.sd
     from comfy_extras import nodes_wan
+    from comfy_extras.nodes_camera_trajectory import WanCameraEmbedding
     from comfy_extras.nodes_model_advanced import ModelSamplingSD3
 
     given = json.loads(Path(sys.argv[1]).read_text())
     tensors, vae = load_file(given["tensors"]), Vae(given["vae"])
-    results = {}
+    rays = WanCameraEmbedding.execute(camera_pose="Pan Left", speed=3.0, **given["size"]).result[0]
+    tensors["rays"] = rays
+    results = {"rays": rays.contiguous()}
     for name, job in given["jobs"].items():
         inputs = {key: tensors.get(value, value) for key, value in job["inputs"].items()}
         texts = ([[tensors[side], {}]] for side in ("positive", "negative"))
