@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -279,3 +280,18 @@ def test_a_clip_cold_and_warm_beside_diffusers(speed: Any, tmp_path: Path) -> No
         assert ("denoise_low" in row["stages"]) == (way != "diffusers")
     assert "| fp8 | fast | warm again | " in (tmp_path / "speed_cpu_clip.md").read_text()
     assert list(tmp_path.glob("tmp*")) == []
+
+
+@pytest.mark.slow
+def test_a_clip_on_two_workers_is_measured(tmp_path: Path) -> None:
+    command = [sys.executable, str(BENCHMARKS / "many.py"), "--tiny"]
+    command += ["--output", str(tmp_path), "--folder", str(tmp_path)]
+    subprocess.run(command, check=True, cwd=BENCHMARKS.parent, timeout=170)
+    found = json.loads((tmp_path / "many_cpu.json").read_text())
+    assert [(one["case"], one["devices"]) for one in found["runs"]] == [
+        ("whole", 1), ("whole", 2), ("windows", 1), ("windows", 2),
+    ]  # fmt: skip
+    for alone, shared in zip(found["runs"][::2], found["runs"][1::2], strict=True):
+        assert alone["finite"] and alone["bits"] == shared["bits"]
+        assert alone["workers"] == [] and shared["workers"] == ["cpu", "cpu"]
+    assert "OTHER" not in (tmp_path / "many_cpu.md").read_text()

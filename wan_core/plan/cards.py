@@ -23,9 +23,10 @@ from .timing import windows_per_step
 if TYPE_CHECKING:
     from ..memory import SystemResources, Workload
 
-START_SECONDS = 8.0
-"""Seconds until a worker's process has imported its packages: 6 to 9 on two cores of a server
-(torch 2.13, diffusers 0.42); most of it passes while texts are encoded, which is not counted."""
+START_SECONDS = 10.0
+"""Seconds until the workers' processes have imported their packages: two on two cores that others
+kept busy took 6 for torch and 25 with diffusers. On an idle host it was not measured; much of it
+passes while texts are encoded, which is not counted."""
 _PIPE = 5e8
 """Bytes per second of latents to a worker and back, copies included: a tenth of what a pipe moves.
 Assumed, not measured."""

@@ -1,0 +1,228 @@
+"""One clip on several cards: seconds of a step, efficiency, bits, peaks; predicted and measured.
+
+    python benchmarks/many.py [--devices 1 2 4] [--budget 480] [--output FOLDER] [--tiny]
+
+Writes a Wan 2.2 T2V-A14B with random weights of true shape to ``--folder`` (41 GB; /dev/shm), then
+runs each case on each number of cards in turn, the same bits expected of all. Only the high-noise
+expert's steps are made and nothing is decoded: a run is stopped after its last step. A step's
+seconds are the median from callback to callback, without the first. Parts that the budget does not
+allow are left out and named. Writes ``many_<device>.json`` and ``.md``. ``--tiny`` runs small
+models on the CPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import shutil
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from math import ceil
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+from wan_core.memory import close_gaps
+
+close_gaps()
+
+import torch
+
+from wan_core import GenerationConfig, WanPipelineLoader
+from wan_core.files import atomic_write
+from wan_core.journal import versions
+from wan_core.workers import close_workers, worker_pool
+
+MIB = 2**20
+
+
+@dataclass(frozen=True)
+class Case:
+    """A clip; ``units`` are the passes of a step that do not wait for each other."""
+
+    name: str
+    width: int
+    height: int
+    frames: int
+    window: int | None
+    units: int
+    steps: int
+    seconds: float
+    """About what a step takes on one H100, to keep to the budget."""
+
+
+CASES = (
+    Case("480p81", 832, 480, 81, None, 2, 4, 6.6),
+    Case("480p321 in windows of 81", 832, 480, 321, 81, 10, 2, 33.0),
+    Case("720p81", 1280, 720, 81, None, 2, 3, 26.0),
+)
+TINY = (
+    Case("whole", 32, 32, 17, None, 2, 3, 0.3),
+    Case("windows", 32, 32, 33, 17, 6, 3, 0.5),
+)
+OVERLAP = 16
+SETUP = 45.0
+"""Seconds to start the processes and bring the weights to the cards."""
+
+
+class Done(BaseException):
+    """Stops a run after its last step."""
+
+
+def run(folder: Path, case: Case, devices: int, tiny: bool) -> dict[str, Any]:
+    """Make the steps of a case and return what they took and gave."""
+    loader = WanPipelineLoader(enable_caching=False)
+    wishes: dict[str, Any] = {"devices": devices}
+    if tiny:
+        wishes |= {"device": "cpu", "precision": "fp32"}
+    wrapper = loader.load_wan_pipeline(folder, optimization_config=wishes)
+    width = wrapper.architecture.transformer.text_dim
+    texts = torch.randn(2, 1, 512, width, generator=torch.Generator().manual_seed(7))
+    ends: list[float] = []
+    found: dict[str, Any] = {}
+
+    def progress(step: int, total: int, latents: Any) -> None:
+        if not tiny:
+            torch.cuda.synchronize()
+        ends.append(time.perf_counter())
+        if step == case.steps:
+            data = latents.to("cpu", torch.float32).contiguous().numpy().tobytes()
+            found["bits"] = hashlib.sha256(data).hexdigest()[:16]
+            found["finite"] = bool(torch.isfinite(latents).all())
+            raise Done
+
+    config = GenerationConfig(
+        prompt_embeds=texts[0], negative_prompt_embeds=texts[1], width=case.width,
+        height=case.height, num_frames=case.frames, seed=0, num_inference_steps=case.steps,
+        switch_step=case.steps if wrapper.architecture.two_experts else None,
+        max_chunk_size=case.window, window_overlap=8 if tiny else OVERLAP,
+        force_chunked_processing=case.window is not None, progress_callback=progress,
+    )  # fmt: skip
+    _, plan = wrapper.plan(config)
+    if not tiny:
+        torch.cuda.reset_peak_memory_stats()
+    began = time.perf_counter()
+    try:
+        result = wrapper.generate(config)
+        found["errors"] = result.errors
+    except Done:
+        pass
+    steps = [b - a for a, b in zip(ends, ends[1:], strict=False)]
+    peaks = []
+    if plan.workers and "errors" not in found:
+        peaks = [one["peak_bytes"] for one in worker_pool(plan.workers).describe()]
+    elif not tiny:
+        peaks = [torch.cuda.max_memory_allocated()]
+    denoise = next((s for s in plan.estimate.stages if s.name.startswith("denoise")), None)
+    found |= {
+        "case": case.name, "devices": devices, "workers": list(plan.workers),
+        "units": case.units, "step_seconds": median(steps) if steps else None, "steps": steps,
+        "first_step_after": ends[0] - began if ends else None,
+        "predicted_step_seconds": plan.step_seconds, "predicted_seconds": plan.seconds,
+        "reason": plan.reasons[-1], "applied": list(plan.applied),
+        "peak_mib": [round(peak / MIB) for peak in peaks],
+        "predicted_peak_mib": None if denoise is None else round(denoise.device_bytes / MIB),
+    }  # fmt: skip
+    close_workers()
+    loader.clear_cache()
+    if not tiny:
+        torch.cuda.empty_cache()
+    return found
+
+
+def table(found: dict[str, Any]) -> str:
+    """Return the results as Markdown."""
+    lines = [
+        f"# One clip on several cards: {found['device']}", "",
+        f"`{found['command']}`, {found['date']}, "
+        + ", ".join(f"{k} {v}" for k, v in found["versions"].items()), "",
+        "| case | cards | step, s | predicted | speed-up | of units / turns | bits | peak, MiB |",
+        "|---|---|---|---|---|---|---|---|",
+    ]  # fmt: skip
+    alone = {one["case"]: one for one in found["runs"] if one["devices"] == 1}
+    for one in found["runs"]:
+        base, step = alone.get(one["case"]), one["step_seconds"]
+        if step is None or base is None or base["step_seconds"] is None:
+            lines.append(f"| {one['case']} | {one['devices']} | {one.get('errors')} | | | | | |")
+            continue
+        speed = base["step_seconds"] / step
+        cards = max(1, len(one["workers"]))
+        ideal = one["units"] / ceil(one["units"] / cards)
+        same = "equal" if one["bits"] == base["bits"] else "OTHER"
+        lines.append(
+            f"| {one['case']} | {cards} of {one['devices']} | {step:.2f} | "
+            f"{one['predicted_step_seconds']:.2f} | {speed:.2f} | {speed / ideal:.2f} of "
+            f"{ideal:.2f} | {same} | {', '.join(map(str, one['peak_mib']))} "
+            f"({one['predicted_peak_mib']}) |"
+        )
+    return "\n".join([*lines, "", *(f"- {note}" for note in found["notes"]), ""])
+
+
+def write(found: dict[str, Any], output: Path) -> None:
+    name = "many_" + "_".join(found["device"].lower().split())
+    output.mkdir(parents=True, exist_ok=True)
+    atomic_write(output / f"{name}.json", (json.dumps(found, indent=1) + "\n").encode())
+    atomic_write(output / f"{name}.md", table(found).encode())
+
+
+def model_folder(folder: Path, tiny: bool) -> Path:
+    """Write the model and return its folder."""
+    if tiny:
+        from support.tiny_models import make_folder
+
+        return make_folder(folder / "tiny", "wan2.2-t2v-a14b")
+    from random_model import Shapes, write_model
+
+    write_model(folder / "model", Shapes())
+    return folder / "model"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--devices", type=int, nargs="+", help="(1, and all there are)")
+    parser.add_argument("--budget", type=float, default=480, help="seconds in all (480)")
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results")
+    parser.add_argument("--folder", type=Path, default=Path("/dev/shm"))
+    parser.add_argument("--tiny", action="store_true", help="small models on the CPU")
+    arguments = parser.parse_args()
+    began, tiny = time.perf_counter(), arguments.tiny
+    there = 2 if tiny else torch.cuda.device_count()
+    devices = arguments.devices or sorted({1, 2, there} & set(range(1, there + 1)))
+    found: dict[str, Any] = {
+        "command": " ".join(["python", "benchmarks/many.py", *sys.argv[1:]]),
+        "date": time.strftime("%Y-%m-%d"), "versions": versions(), "runs": [], "notes": [],
+        "device": "cpu" if tiny else f"{there} {torch.cuda.get_device_name(0)}",
+    }  # fmt: skip
+    folder = Path(tempfile.mkdtemp(prefix="wanfit_many_", dir=arguments.folder))
+    try:
+        model = model_folder(folder, tiny)
+        found["notes"].append(f"the model was written in {time.perf_counter() - began:.0f} s")
+        for case in TINY if tiny else CASES:
+            for count in devices:
+                if count > 1 and min(count, case.units) in [
+                    min(d, case.units) for d in devices if d < count
+                ]:
+                    continue  # more cards than passes
+                turns = ceil(case.units / min(count, case.units))
+                needed = SETUP + case.steps * case.seconds * turns / case.units
+                if not tiny and time.perf_counter() - began + needed > arguments.budget:
+                    found["notes"].append(f"{case.name} on {count}: left out, {needed:.0f} s")
+                    continue
+                found["runs"].append(run(model, case, count, tiny))
+                print(json.dumps(found["runs"][-1]), flush=True)
+                write(found, arguments.output)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    found["notes"].append(f"{time.perf_counter() - began:.0f} s in all")
+    write(found, arguments.output)
+    print(table(found))
+
+
+if __name__ == "__main__":
+    main()
