@@ -21,7 +21,8 @@ WISHES: dict[str, tuple[Any, ...]] = {
     "forward": ("lean_rows",), "fp8_storage": ("always",), "device": ("cuda:1",),
     "vram_limit_gb": (20,), "ram_limit_gb": (100,), "chunk_size": (5,), "min_vram_mb": (100,),
     "speed": ("fast", "fastest"), "step_cache": ("never", "easycache"),
-    "step_cache_threshold": (0.2,), "step_cache_factor": (2.0,), "guidance_gate": (1.0, 0.5), "devices": ("2", "auto"),
+    "step_cache_threshold": (0.2,), "step_cache_factor": (2.0,), "guidance_gate": (1.0, 0.5),
+    "devices": ("2", "auto"),
 }  # fmt: skip
 LIMITS = {"vram_limit_gb", "ram_limit_gb", "min_vram_mb", "chunk_size", "device"}
 """What only holds where it must: a limit that is kept anyway has done its work."""
