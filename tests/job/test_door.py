@@ -242,6 +242,7 @@ CASES = [
     control("reference", "wan2.1-vace", reference=[VIDEO[0], torch.zeros(8, 8)]),
     control("reference", "wan2.1-vace", reference=[VIDEO[0], VIDEO[0, :8] * NAN]),
     control("reference", "wan2.1-vace", reference="cat.png"),
+    control("reference", "wan2.1-vace", reference=[]),
     # The Fun models.
     control("video", CAMERA, video=VIDEO, job={"latents": torch.zeros(LATENTS)}),
     control("video", FUN, video=VIDEO[:7]),

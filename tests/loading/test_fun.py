@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +94,25 @@ def test_as_stored_it_gives_the_bits_of_what_it_means(
     outside = {n: p for n, p in ours.named_parameters() if not n.startswith("blocks.")}
     plain_numbers = sum(p.numel() for p in outside.values() if p.dtype == BF16)
     assert sizes.rest.plain + sizes.rest.half + sizes.tables.plain == plain_numbers
+
+
+@pytest.mark.parametrize(
+    "name", ["Wan2_2Transformer3DModel", "WanTransformer3DModel", "WanModel", None]
+)
+def test_a_folder_with_videox_fun_s_own_config(tmp_path: Path, name: str | None) -> None:
+    """Under whatever class it was saved, one of which has a name that diffusers gives another."""
+    family = "wan2.2-fun-control-a14b"
+    state = state_of(family)
+    save_file(state, tmp_path / "diffusion_pytorch_model.safetensors")
+    config: dict[str, Any] = {
+        "_diffusers_version": "0.30.1", "add_ref_conv": True, "in_dim_ref_conv": 16, "dim": 256,
+        "eps": 1e-6, "ffn_dim": 512, "freq_dim": 256, "in_dim": 52, "model_type": "i2v",
+        "num_heads": 2, "num_layers": 2, "out_dim": 16, "text_len": 512,
+    }  # fmt: skip
+    config |= {} if name is None else {"_class_name": name}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    model: Any = load_component(tmp_path, BF16, kind="transformer")
+    assert torch.equal(model.ref_conv.weight, state["ref_conv.weight"])
 
 
 @pytest.mark.parametrize("family", OWN)

@@ -163,6 +163,10 @@ def resolve_control(
     for name in ("video", "mask"):
         if getattr(control, name) is not None:
             warnings += _length(name, getattr(control, name), wanted, made)
+    if isinstance(control.reference, list | tuple) and not control.reference:
+        raise InvalidRequest(
+            "control.reference is an empty list; give pictures, or None.", field="control.reference"
+        )
     references = sum(shape_of("reference", one, 4)[0] for one in batches(control.reference))
     if references > 1 and architecture.transformer.vace_in_channels is None:
         warnings.append(

@@ -126,8 +126,10 @@ def found_blueprint(part: IdentifiedFile, mapped: Mapped) -> Blueprint:
 def _from_config(file: Path) -> Blueprint | None:
     config = read_json(file)
     name = config.get("_class_name") or _MODEL_TYPES.get(str(config.get("model_type")))
-    if name == "WanModel" or (name is None and "model_type" in config and "dim" in config):
-        return None  # the official release's own format; its tensors' shapes say the same
+    # The official release's own format, which VideoX-Fun writes under names of its own classes, one
+    # of them diffusers'. The tensors' shapes say the same.
+    if name == "WanModel" or ("dim" in config and ("num_heads" in config or name is None)):
+        return None
     if not isinstance(name, str) or name not in _CLASSES:
         what = name or config.get("model_type") or "model without a name"
         raise UnsupportedModel(
