@@ -57,10 +57,15 @@ FORWARDS: Mapping[str, Callable[..., Any]] = {
 }  # fmt: skip
 
 
-CASES = [(name, "lean") for name in NAMES] + [
-    ("wan2.2-fun-control-5b", "rows"), ("wan2.1-fun-camera-1.3b", "rows"),
-    ("wan2.2-fun-camera-a14b", "rows"), ("wan2.1-fun-control-14b", "diffusers"),
+QUICK = [
+    ("wan2.1-fun-control-14b", "lean"),
+    ("wan2.2-fun-control-5b", "lean"),
+    ("wan2.1-fun-camera-1.3b", "rows"),
     ("wan2.1-fun-camera-1.3b", "diffusers"),
+]
+CASES = QUICK + [
+    pytest.param(name, way, marks=pytest.mark.slow)
+    for name in NAMES for way in FORWARDS if (name, way) not in QUICK
 ]  # fmt: skip
 
 

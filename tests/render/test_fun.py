@@ -336,7 +336,9 @@ def test_another_thread_sees_nothing_of_it() -> None:
     ],
     ids=lambda wishes: "-".join(map(str, wishes.values())),
 )  # fmt: skip
-@pytest.mark.parametrize("case", [CASES[7], CASES[13]], ids=name_of)
+@pytest.mark.parametrize(
+    "case", [CASES[7], pytest.param(CASES[13], marks=pytest.mark.slow)], ids=name_of
+)
 def test_every_placement_and_forward_gives_the_same_bits(
     folder: Any, case: tuple[str, dict[str, bool]], wishes: dict[str, Any]
 ) -> None:
@@ -390,7 +392,13 @@ def test_a_window_sees_its_own_frames_of_the_control(folder: Any, family: str) -
     assert not torch.equal(after[:, :, 4:], before[:, :, 4:])
 
 
-@pytest.mark.parametrize(("family", "mode"), [(LONG[1], "continuation"), (LONG[2], "windows")])
+@pytest.mark.parametrize(
+    ("family", "mode"),
+    [
+        (LONG[1], "continuation"), pytest.param(LONG[2], "windows", marks=pytest.mark.slow),
+        pytest.param(LONG[0], "continuation", marks=pytest.mark.slow),
+    ],
+)  # fmt: skip
 def test_a_long_clip_goes_on_after_an_interrupt(
     folder: Any, tmp_path: Path, family: str, mode: str
 ) -> None:
