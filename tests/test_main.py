@@ -66,6 +66,17 @@ def test_inspect_says_what_may_guide_a_model(model: Path, tmp_path: Path, capsys
     assert found["control"] == {"video": "control", "reference": "control", "keyframes": "any"}
 
 
+def test_references_of_several_sizes_from_files(tmp_path: Path, capsys: Any) -> None:
+    from PIL import Image
+
+    for name, size in (("a.png", (8, 8)), ("b.png", (24, 16))):
+        Image.new("RGB", size, "red").save(tmp_path / name)
+    vace = make_folder(tmp_path / "vace", "wan2.1-vace")
+    given = ("--control-reference", tmp_path / "a.png", tmp_path / "b.png")
+    code, _, err = run(capsys, *generate(vace, tmp_path / "o.mp4", *given))
+    assert code == 0, err
+
+
 def test_inspect_names_a_part_for_what_it_is(model: Path, capsys: Any) -> None:
     code, out, _ = run(capsys, "inspect", model / "vae")
     assert code == 0 and "VAE" in out
@@ -130,6 +141,10 @@ def test_a_video_and_key_frames_from_files(
     more = ("--control-video", tmp_path / "first.mp4", "--control-denoise", 0.5)
     code, out, err = run(capsys, *generate(model, tmp_path / "second.mp4", *more))
     assert code == 0 and "1 of 2 steps, from a video with noise of sigma" in out, err
+    code, _, err = run(capsys, *generate(model, tmp_path / "third.mp4", *more, "--frames", 0))
+    assert code == 0, err
+    with av.open(str(tmp_path / "third.mp4")) as made:
+        assert sum(1 for _ in made.decode(video=0)) == 9
     for index, colour in enumerate(("red", "blue")):
         Image.new("RGB", (64, 32), colour).save(tmp_path / f"{index}.png")
     frames = ("--control-keyframes", tmp_path / "0.png", tmp_path / "1.png")
