@@ -12,7 +12,8 @@ resident on the device. One forward (a guided step has two) of the 14B at 480p81
 - unfused, exact: the lean forward without and with fused kernels; both must have diffusers' bits;
 - rows: the lean forward that cuts products by rows and heads, for the least memory;
 - fast: the fastest 16-bit attention beside that; and, of a 14B whose matrices are stored in fp8,
-  exact (matrices taken apart at each use), fast (products in fp8) and the feed-forwards alone.
+  exact (matrices taken apart at each use), fast (products in fp8) and the feed-forwards alone;
+- fastest: attention in 8 bit too, where SageAttention or comfy-kitchen is installed.
 
 The decoders of both VAEs, of 2.1 at 480p81 and of 2.2 at 704p41: diffusers, the lean decode and the
 quick one, each in fp32, bf16 and fp16. Errors are relative, in the Euclidean norm, against
@@ -56,6 +57,7 @@ from torch import Tensor, nn
 
 from wan_core.forward import lean_decoder, lean_forward
 from wan_core.journal import versions
+from wan_core.kernels.attention_ways import ways as attention_kernels
 from wan_core.loading.quantized import fp8_layer, replace_layer
 from wan_core.models import VAE_21, VAE_22, VARIANTS, TransformerShape, VaeShape
 from wan_core.sampling import StreamingDecoder
@@ -93,7 +95,7 @@ CASES = (
     ),
     Case(
         "forward-14b-480p-fp8", "14B stored in fp8, 480p81", "wan2.2-t2v-a14b", (21, 60, 104), 35,
-        ways=(BASE, "exact", "feed-forwards in 8 bit", "fast"), turns=2, stored=True, profile=True,
+        ways=(BASE, "exact", "feed-forwards in 8 bit", "fast", "fastest"), turns=2, stored=True, profile=True,
     ),
     Case(
         "forward-5b-704p", "5B, 704p121, first frame held", "wan2.2-ti2v-5b", (31, 44, 80), 20,
@@ -101,7 +103,7 @@ CASES = (
     Case("forward-1.3b-480p", "1.3B, 480p81", "wan2.1-t2v-1.3b", (21, 60, 104), 15),
     Case(
         "forward-14b-720p-fp8", "14B stored in fp8, 720p81", "wan2.2-t2v-a14b", (21, 90, 160), 100,
-        turns=1, ways=(BASE, "exact", "fast"), stored=True,
+        turns=1, ways=(BASE, "exact", "fast", "fastest"), stored=True,
     ),
 )  # fmt: skip
 DECODES = (
@@ -239,10 +241,12 @@ def forward_ways(model: Any, names: tuple[str, ...]) -> dict[str, Way]:
         "exact": partial(lean, model),
         "rows": partial(lean, model, exact=False),
         "feed-forwards in 8 bit": partial(
-            lean, model, quick=True, eight_bit=True, eight_bit_attention=False
+            lean, model, quick=True, eight_bit=True, eight_bit_projections=False
         ),
         "fast": partial(lean, model, quick=True, eight_bit=True),
     }
+    if any(way.eight_bit for way in attention_kernels().values()):
+        ways["fastest"] = partial(lean, model, quick=True, eight_bit=True, attention_8bit=True)
     return {name: ways[name] for name in names if name in ways}
 
 

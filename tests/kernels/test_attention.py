@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,14 +16,22 @@ from torch import Tensor
 
 from wan_core.forward import block as block_module
 from wan_core.forward import lean_forward
-from wan_core.kernels import attention
+from wan_core.kernels import attention, attention_ways
+from wan_core.kernels.attention_ways import Way
+from wan_core.memory import AttentionTimes
 
 
 @pytest.fixture(autouse=True)
-def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     monkeypatch.setattr(attention, "_chosen", {})
+    monkeypatch.setattr(attention, "_used", {})
+    monkeypatch.setattr(
+        attention, "AttentionTimes", lambda: AttentionTimes(tmp_path / "times.json")
+    )
+    attention_ways.ways.cache_clear()
     with torch.no_grad():
         yield
+    attention_ways.ways.cache_clear()
 
 
 def states() -> list[Tensor]:
@@ -61,14 +72,193 @@ def test_the_fastest_that_agrees(
 ) -> None:  # fmt: skip
     """torch's choice takes 10 ms here."""
     table = {attention.OWN: (OWN, 10.0), **others}
-    calls = {name: one for name, (one, _) in table.items()}
+    calls = {name: Way(one) for name, (one, _) in table.items()}
     times = iter([taken for one, taken in table.values() if one is OWN])
-    monkeypatch.setattr(attention, "CANDIDATES", calls)
+    monkeypatch.setattr(attention, "ways", lambda: calls)
     monkeypatch.setattr(attention, "milliseconds", lambda call, runs: next(times))
     query, key, _ = states()
     with caplog.at_level("INFO"):
-        assert attention._fastest(query, key) == chosen
-    assert f"{chosen} is used" in caplog.text and "[1, 70, 4, 16]" in caplog.text
+        assert attention._fastest(key_of(query, key), query, key) == chosen
+    assert f"{chosen} is used" in caplog.text and "70 x 50 tokens, 4 heads of 16" in caplog.text
+
+
+def key_of(query: Tensor, key: Tensor, eight_bit: bool = False) -> attention.Key:
+    return attention.Key(query.device, query.dtype, tuple(query.shape), tuple(key.shape), eight_bit)
+
+
+def rough(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    out = OWN(query, key, value)
+    return out + 0.02 * out.std() * torch.randn_like(out)
+
+
+@pytest.mark.parametrize(
+    ("allowed", "kernel", "chosen"),
+    [(True, rough, "8 bit"), (False, rough, attention.OWN), (True, noisy, attention.OWN)],
+)
+def test_8_bit_only_where_allowed_and_near(
+    allowed: bool, kernel: Any, chosen: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the same result in 16 bit would be another one than torch's."""
+    table = {attention.OWN: Way(OWN), "8 bit": Way(kernel, eight_bit=True)}
+    monkeypatch.setattr(attention, "ways", lambda: table)
+    times = iter([10.0, 5.0])
+    monkeypatch.setattr(attention, "milliseconds", lambda call, runs: next(times))
+    query, key, _ = states()
+    assert attention._fastest(key_of(query, key, allowed), query, key) == chosen
+    if kernel is rough and allowed:
+        table["8 bit"] = Way(kernel)
+        times = iter([10.0, 5.0])
+        assert attention._fastest(key_of(query, key, True), query, key) == attention.OWN
+
+
+class OnCard(Tensor):
+    """A tensor of the CPU that says it is on a card."""
+
+    @property
+    def is_cuda(self) -> bool:  # type: ignore[override]
+        return True
+
+
+def test_times_are_kept_for_the_next_process(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The winner is compared once more, not timed; other versions, or another result, time anew."""
+    table = {attention.OWN: Way(OWN), "cuDNN": Way(OWN)}
+    timed: list[float] = []
+
+    def clock(call: Any, runs: int) -> float:
+        timed.append(10.0 - len(timed) % 2 * 5)
+        return timed[-1]
+
+    where = ["H100, cuda, torch 2", "cuDNN 9"]
+    monkeypatch.setattr(attention, "ways", lambda: table)
+    monkeypatch.setattr(attention, "milliseconds", clock)
+    monkeypatch.setattr(attention, "_machine", lambda device: tuple(where))
+    query, key = (x.as_subclass(OnCard) for x in states()[:2])
+    assert attention.chosen_for(query, key) == "cuDNN" and len(timed) == 2
+    for change, times in (
+        (None, 2),
+        (lambda: where.__setitem__(1, "cuDNN 8"), 4),
+        (lambda: table.__setitem__("cuDNN", Way(noisy)), 5),
+        (lambda: where.__setitem__(1, "cuDNN 7"), 6),
+    ):
+        attention._chosen.clear()
+        if change is not None:
+            change()
+        chosen = "cuDNN" if times < 5 else attention.OWN
+        assert attention.chosen_for(query, key) == chosen
+        assert len(timed) == times
+    shape = "1 x 70 x 50 tokens, 4 heads of 16, bfloat16"
+    kept = AttentionTimes(tmp_path / "times.json")
+    (found,) = kept.of(where[0]).items()
+    assert found == (shape, {attention.OWN: timed[-1]})
+    assert kept.of(where[0], "other") == {} == kept.of("other")
+    kept.path.write_text("[1")
+    assert kept.of(where[0]) == {}
+
+
+@pytest.fixture
+def packages(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Put modules in the place of packages: name -> what is in it."""
+
+    def put(**modules: dict[str, Any]) -> None:
+        for name, content in modules.items():
+            module = ModuleType(name.replace("__", "."))
+            vars(module).update(content)
+            monkeypatch.setitem(sys.modules, module.__name__, module)
+
+    return put
+
+
+def test_packages_that_are_installed(packages: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each is called as it wants: tokens or heads first, one result or several."""
+    asked: list[dict[str, Any]] = []
+
+    def by_tokens(query: Tensor, key: Tensor, value: Tensor) -> Any:
+        out = OWN(*(x.transpose(1, 2) for x in (query, key, value)))
+        return out.transpose(1, 2), "lse"
+
+    def sage(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
+        asked.append(options)
+        return OWN(query, key, value)
+
+    def kitchen(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        assert all(x.is_contiguous() for x in (query, key, value))
+        return OWN(query, key, value)
+
+    packages(
+        flash_attn_interface={"flash_attn_func": by_tokens},
+        flash_attn={"flash_attn_func": lambda *x: by_tokens(*x)[0]},
+        flash_attn__cute={"flash_attn_func": by_tokens},
+        sageattention={"sageattn": sage, "sageattn_qk_int8_pv_fp16_cuda": sage},
+        comfy_kitchen={"int8_attention": kitchen, "int8_attention_is_available": lambda: True},
+    )
+    found = attention_ways.ways()
+    assert [name for name in found if name not in attention_ways.TORCH] == [
+        package.name for package in attention_ways.PACKAGES
+    ]
+    heads = [x.transpose(1, 2) for x in states()]
+    for name, way in found.items():
+        if name not in attention_ways.TORCH:
+            assert torch.equal(way.run(*heads), OWN(*heads)), name
+            assert way.package.endswith("of unknown version")
+    assert {name for name, way in found.items() if way.eight_bit} == {
+        "Sage", "Sage, values in fp16", "comfy-kitchen int8"
+    }  # fmt: skip
+    assert asked[0] == {"tensor_layout": "HND", "is_causal": False}
+
+
+def test_a_package_that_does_not_load_or_not_on_this_card(
+    packages: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    packages(
+        comfy_kitchen={"int8_attention": OWN, "int8_attention_is_available": lambda: False},
+        sageattention={"sageattn": OWN},
+    )
+    plain = attention_ways.importlib.import_module
+
+    def load(name: str) -> Any:
+        if name == "flash_attn":
+            raise ImportError("undefined symbol")
+        return plain(name)
+
+    monkeypatch.setattr(attention_ways, "importlib", SimpleNamespace(import_module=load))
+    with caplog.at_level("INFO"):
+        found = attention_ways.ways()
+        attention_ways.ways()
+    assert [name for name in found if name not in attention_ways.TORCH] == ["Sage"]
+    assert caplog.text.count("flash-attn 2 is installed but does not load: undefined symbol") == 1
+    packages(comfy_kitchen={"int8_attention": OWN})  # older than the question
+    attention_ways.ways.cache_clear()
+    assert "comfy-kitchen int8" not in attention_ways.ways()
+
+
+@pytest.mark.parametrize(
+    ("capability", "choice", "cudnn", "environment", "words"),
+    [
+        ((9, 0), 3, 91900, {}, None),
+        ((9, 0), 1, 91000, {}, "the cuDNN that was loaded is 91000"),
+        ((9, 0), 1, 91900, {"TORCH_CUDNN_SDPA_DEPRIORITIZED": "1"}, "unset it"),
+        ((10, 0), 1, 91900, {}, "torch says not why"),
+        ((8, 9), 1, 91000, {}, None),
+    ],
+)
+def test_sliding_from_cudnn_is_said(
+    capability: tuple[int, int], choice: int, cudnn: int, environment: dict[str, str],
+    words: str | None, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    cuda = SimpleNamespace(get_device_capability=lambda device: capability)
+    fake = SimpleNamespace(
+        cuda=cuda, version=SimpleNamespace(hip=None), zeros=lambda *_, **__: None,
+        bfloat16=torch.bfloat16, _fused_sdp_choice=lambda *_: choice,
+        backends=SimpleNamespace(cudnn=SimpleNamespace(version=lambda: cudnn)),
+    )  # fmt: skip
+    monkeypatch.setattr(attention, "torch", fake)
+    monkeypatch.setattr(attention.os, "environ", environment)
+    found = attention.slid_from_cudnn(torch.device("cuda"))
+    assert (found is None) == (words is None)
+    assert words is None or words in str(found)
+    assert attention.slid_from_cudnn(torch.device("cpu")) is None
 
 
 def test_a_cpu_keeps_torch_s_choice(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -76,6 +266,7 @@ def test_a_cpu_keeps_torch_s_choice(monkeypatch: pytest.MonkeyPatch) -> None:
     query, key, value = states()
     expected = OWN(*(x.transpose(1, 2) for x in (query, key, value))).transpose(1, 2)
     assert torch.equal(attention.attend(query, key, value), expected)
+    assert (attention.used_attention(), attention.used_attention()) == (attention.OWN, "")
 
 
 def test_each_shape_is_timed_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -87,11 +278,12 @@ def test_each_shape_is_timed_once(monkeypatch: pytest.MonkeyPatch) -> None:
         def __init__(self, *shape: int) -> None:
             self.shape = shape
 
-    def fastest(query: Any, key: Any) -> str:
+    def fastest(found: attention.Key, query: Any, key: Any) -> str:
         timed.append((query.shape, key.shape))
         return "flash"
 
     monkeypatch.setattr(attention, "_fastest", fastest)
+    monkeypatch.setattr(attention, "_known", lambda *_: None)
     long, short = Card(1, 70, 4, 16), Card(1, 50, 4, 16)
     asked: list[Any] = [(long, long), (long, short), (long, long), (short, short)]
     assert {attention.chosen_for(*pair) for pair in asked} == {"flash"}
@@ -106,8 +298,9 @@ def test_a_block_asks_only_if_it_may_round(exact: bool, monkeypatch: pytest.Monk
     ran: list[tuple[int, ...]] = []
     plain = attention.attend
 
-    def counted(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def counted(query: Tensor, key: Tensor, value: Tensor, eight_bit: bool) -> Tensor:
         ran.append(tuple(query.shape))
+        assert not eight_bit
         return plain(query, key, value)
 
     monkeypatch.setattr(block_module, "attend", counted)

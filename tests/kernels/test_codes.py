@@ -184,7 +184,7 @@ def test_the_error_of_blocks_of_true_width_is_bounded(kind: str) -> None:
         expected = model(**call)[0]
     errors = []
     for attention in (False, True):
-        with lean_forward(model, eight_bit=True, eight_bit_attention=attention):
+        with lean_forward(model, eight_bit=True, eight_bit_projections=attention):
             errors.append(distance(model(**call)[0], expected))
     assert errors[0] < errors[1]
     assert all(0 < error < bound for error, bound in zip(errors, BOUNDS[kind], strict=True)), errors

@@ -255,7 +255,7 @@ def test_which_layers_of_which_blocks(exact: bool, kind: str, asked: list[Any]) 
     assert not asked
     for attention, names in ((True, LINEAR), (False, LINEAR[-2:])):
         with lean_forward(
-            model, exact=exact, rows=40, eight_bit=True, eight_bit_attention=attention
+            model, exact=exact, rows=40, eight_bit=True, eight_bit_projections=attention
         ):
             out = model(**call)[0]
         wanted = {block.get_submodule(name) for block in model.blocks[1:3] for name in names}

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.support.machines import architecture, cpu, gpu
 from wan_core.errors import InvalidRequest
-from wan_core.memory import Choices
+from wan_core.memory import AttentionTimes, Choices
 from wan_core.plan import SPEEDS, OptimizationConfig, speed
 
 from .test_manager import P480, SMALL, T2V, recommend
@@ -210,3 +211,35 @@ def test_magcache_is_planned_by_its_curve() -> None:
     for bad in (0.5, 5, "a"):
         with pytest.raises(InvalidRequest, match="step_cache_factor is .*; allowed is"):
             OptimizationConfig.from_mapping({"step_cache_factor": bad})
+
+
+def test_attention_in_8_bit_is_for_fastest_where_it_is_installed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    installed: set[str] = set()
+    monkeypatch.setattr(speed, "find_spec", lambda name: name if name in installed else None)
+    assert not recommend(T2V, MANY, gpu(80), ALL, speed="fastest").choices.attention_8bit
+    installed.add("comfy_kitchen")
+    plan = recommend(T2V, MANY, gpu(80), ALL, speed="fastest")
+    assert plan.choices.attention_8bit and "attention in 8 bit where faster" in plan.applied
+    (text,) = (one for one in said(plan) if "attention in 8 bit" in one)
+    assert "comfy-kitchen" in text and "Sage" not in text and "changes the video" in text
+    assert not recommend(T2V, MANY, gpu(80), ALL, speed="fast").choices.attention_8bit
+    plain = recommend(T2V, MANY, gpu(80), ALL, speed="fastest", forward="diffusers")
+    assert not plain.choices.attention_8bit
+
+
+def test_what_was_timed_on_this_machine_is_shown(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    kept = AttentionTimes(tmp_path / "times.json")
+    monkeypatch.setattr(speed, "AttentionTimes", lambda: kept)
+    machine = gpu(80)
+    assert "attention by the clock" in " ".join(
+        recommend(T2V, P480, machine, ALL, speed="fast").reasons
+    )
+    name = f"{machine.device_name}, {machine.backend}, torch {machine.torch_version}"
+    shape = "1 x 32760 x 32760 tokens, 40 heads of 128, bfloat16"
+    kept.keep(name, "cuDNN 9", shape, {"torch's choice": 58.9, "cuDNN": 37.04})
+    text = " ".join(recommend(T2V, P480, machine, ALL, speed="fast").reasons)
+    assert "attention cuDNN, measured here: torch's choice 58.9 ms, cuDNN 37.0 ms" in text

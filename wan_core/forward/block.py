@@ -65,13 +65,16 @@ class LeanOptions:
     """Whether attention may use a kernel that rounds differently (see ``kernels.attention``)."""
     eight_bit: bool = False
     """Whether layers stored in 8 bit are multiplied in 8 bit (see ``kernels.products``)."""
-    eight_bit_attention: bool = True
+    eight_bit_projections: bool = True
     """Whether that counts for the projections of attention too, and not for feed-forwards alone."""
+
+    attention_8bit: bool = False
+    """Whether, with ``quick``, attention itself may be computed by kernels that round to 8 bit."""
 
     @property
     def coded_attention(self) -> bool:
         """Whether the projections of attention may be multiplied in 8 bit."""
-        return self.eight_bit and self.eight_bit_attention
+        return self.eight_bit and self.eight_bit_projections
 
 
 def run_block(
@@ -112,16 +115,16 @@ def _by_heads(states: Tensor, heads: int) -> Tensor:
 
 
 def _attend(
-    attn: Any, query: Tensor, key: Tensor, value: Tensor, heads: int, quick: bool
+    attn: Any, query: Tensor, key: Tensor, value: Tensor, heads: int, options: LeanOptions
 ) -> Tensor:
     """Attend with diffusers' dispatcher, on the backend that the block's processor is set to.
 
-    ``query``, ``key``, ``value`` and the result are (B, n, heads * d). With ``quick``, and no
-    backend set, it is the fastest one.
+    ``query``, ``key``, ``value`` and the result are (B, n, heads * d). With ``options.quick``, and
+    no backend set, it is the fastest one.
     """
-    if quick and attn.processor._attention_backend is None:
-        states = (_by_heads(x, heads) for x in (query, key, value))
-        return attend(*states).flatten(2, 3)
+    if options.quick and attn.processor._attention_backend is None:
+        q, k, v = (_by_heads(x, heads) for x in (query, key, value))
+        return attend(q, k, v, options.attention_8bit).flatten(2, 3)
     from diffusers.models.attention_dispatch import dispatch_attention_fn
 
     out: Tensor = dispatch_attention_fn(
@@ -163,7 +166,7 @@ def _self_attention(
     # v is the last to need the normed input. Released now, it makes way for the attention output:
     # the peak of the block is h, q, k, v and that output.
     value = layers.project(2, last=True)
-    held = [_attend(attn, query, key, value, attn.heads, options.quick)]
+    held = [_attend(attn, query, key, value, attn.heads, options)]
     # q, k and v go before the output projection allocates its result.
     del query, key, value
     return _project_out(attn, held, coded)
@@ -173,7 +176,7 @@ class _Context:
     """Keys and values of the text, and of the image where the model has one (Wan 2.1 I2V)."""
 
     def __init__(self, attn: Any, context: Tensor, options: LeanOptions) -> None:
-        self._attn, self._quick, self._coded = attn, options.quick, options.coded_attention
+        self._attn, self._options = attn, options
         self._image: tuple[Tensor, Tensor] | None = None
         text = context
         if attn.add_k_proj is not None:
@@ -187,15 +190,15 @@ class _Context:
         """Attend to text and image, add both and project the sum; ``query`` is (B, n, dim)."""
         attn = self._attn
         if self._image is None:
-            out = _attend(attn, query, *self._text, attn.heads, self._quick)
+            out = _attend(attn, query, *self._text, attn.heads, self._options)
         else:
-            image = _attend(attn, query, *self._image, attn.heads, self._quick)
-            out = _attend(attn, query, *self._text, attn.heads, self._quick).add_(image)
+            image = _attend(attn, query, *self._image, attn.heads, self._options)
+            out = _attend(attn, query, *self._text, attn.heads, self._options).add_(image)
             del image
         del query
         held = [out]
         del out
-        return _project_out(attn, held, self._coded)
+        return _project_out(attn, held, self._options.coded_attention)
 
 
 def _cross_attention(
@@ -264,7 +267,7 @@ def _self_attention_by_heads(
     fused: Fused,
 ) -> None:
     """Self attention with q and k whole, but v for one group of heads at a time."""
-    attn, groups, quick = block.attn1, options.head_groups, options.quick
+    attn, groups = block.attn1, options.head_groups
     coded = options.coded_attention
     # q and k cannot be made by groups: their norms average over all heads of a token.
     query, key = torch.empty_like(hidden), torch.empty_like(hidden)
@@ -294,7 +297,7 @@ def _self_attention_by_heads(
         else:
             value = values[..., lanes]
         # Heads do not see each other, so this group's output can overwrite its queries.
-        query[..., lanes] = _attend(attn, query[..., lanes], key[..., lanes], value, heads, quick)
+        query[..., lanes] = _attend(attn, query[..., lanes], key[..., lanes], value, heads, options)
         del value
     del key, values
     for span in modulation.spans:

@@ -115,7 +115,8 @@ def lean_forward(
     fuse: bool = True,
     quick: bool = False,
     eight_bit: bool = False,
-    eight_bit_attention: bool = True,
+    eight_bit_projections: bool = True,
+    attention_8bit: bool = False,
 ) -> Iterator[str | None]:
     """Run ``transformer`` with the lean forward in this thread, inside the ``with`` block.
 
@@ -123,7 +124,8 @@ def lean_forward(
     equals diffusers' bit for bit; without it, rounding may differ (see ``forward/block.py``).
     ``quick`` takes the fastest attention, which may round differently; ``eight_bit`` multiplies
     layers that are stored in 8 bit in 8 bit, which changes the result (feed-forwards alone without
-    ``eight_bit_attention``). The lean forward acts only where gradients are off; each block then
+    ``eight_bit_projections``); ``attention_8bit``, with ``quick``, lets attention take installed
+    kernels that round to 8 bit. The lean forward acts only where gradients are off; each block then
     overwrites its input. Enter the context after offloading has been attached.
     """
     reason = why_not(transformer)
@@ -132,7 +134,8 @@ def lean_forward(
         return
     options = LeanOptions(
         exact=exact, rows=rows, head_groups=head_groups, fuse=fuse, quick=quick,
-        eight_bit=eight_bit, eight_bit_attention=eight_bit_attention,
+        eight_bit=eight_bit, eight_bit_projections=eight_bit_projections,
+        attention_8bit=attention_8bit,
     )  # fmt: skip
     with _lean(transformer, options):
         yield None

@@ -152,7 +152,7 @@ def _shown(values: Mapping[str, str], name: str, others: Mapping[str, str]) -> s
 
 BY_ROWS = "lean_rows"
 """The forward that may round differently. The others give equal bits and are named "exact"."""
-FASTER = ("quick", "eight_bit")
+FASTER = ("quick", "eight_bit", "attention_8bit")
 """Choices for speed's sake that change latents; named only where they are made."""
 # Fields of a Request that do not affect the latents.
 _NOT_IN_LATENTS = (

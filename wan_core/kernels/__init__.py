@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from ..lazy import lazy_names
 
 if TYPE_CHECKING:
-    from .attention import attend
+    from .attention import attend, slid_from_cudnn, used_attention
     from .fused import NOTHING, Fused, triton_kernels
     from .fused_trial import fused_for
     from .modulation import Modulation, Span, TimestepRuns
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 __getattr__ = lazy_names(
     __name__,
     {
-        "attention": ("attend",),
+        "attention": ("attend", "slid_from_cudnn", "used_attention"),
         "fused": ("NOTHING", "Fused", "triton_kernels"),
         "fused_trial": ("fused_for",),
         "modulation": ("Modulation", "Span", "TimestepRuns"),
@@ -50,5 +50,7 @@ __all__ = [
     "rotate_all",
     "rotate_span",
     "shared_by",
+    "slid_from_cudnn",
     "triton_kernels",
+    "used_attention",
 ]

@@ -1,22 +1,26 @@
-"""Which attention kernel of torch is the fastest here, by the clock; it may round differently.
+"""Which attention kernel is the fastest here, by the clock; it may round differently.
 
 torch's own choice is an order of preference, made once for all cards and shapes; beside it stand
-cuDNN's, flash and memory-efficient attention, each called by itself, so that no setting of the
-process is touched. For each device, dtype and shape every kernel runs a few times on random numbers
-of the true size; one whose result is not that of torch's choice, up to rounding, is left out.
+the kernels of ``attention_ways``, each called by itself. For each device, dtype and shape every
+kernel runs a few times on the tensors themselves; one whose result is not that of torch's choice,
+up to rounding (in 16 bit, or where that is allowed in 8), is left out. Times are kept on the
+machine, so that a later process need only compare the winner's result once more.
 """
 
 from __future__ import annotations
 
 import logging
+import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from ..memory import AttentionTimes
+from .attention_ways import OWN, Way, ways
 
 _log = logging.getLogger(__name__)
 _lock = threading.Lock()
@@ -24,76 +28,115 @@ _GAIN = 1.03
 """How many times faster than torch's choice another kernel must be to be taken."""
 _AGREES = 1e-2
 """Relative difference from torch's choice that rounding in 16 bit can explain."""
-_COMPARED = 512
-"""Queries whose results are compared."""
-Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
-Key = tuple[torch.device, torch.dtype, tuple[int, ...], tuple[int, ...]]
+_NEAR = 8e-2
+"""And rounding in 8 bit: comfy-kitchen's has 1.7e-2 on an H100; noise has about 1.4."""
+_COMPARED = 256
+"""Queries at the beginning and at the end whose results are compared."""
 
 
-def _cudnn(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    out: Tensor = torch.ops.aten._scaled_dot_product_cudnn_attention(
-        query, key, value, None, False, 0.0, False, False
-    )[0]
-    return out
+class Key(NamedTuple):
+    """What a choice is made for."""
+
+    device: torch.device
+    dtype: torch.dtype
+    query: tuple[int, ...]
+    """(B, n, heads, d)."""
+    key: tuple[int, ...]
+    eight_bit: bool
 
 
-def _flash(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    out: Tensor = torch.ops.aten._scaled_dot_product_flash_attention(
-        query, key, value, 0.0, False, False
-    )[0]
-    return out
-
-
-def _efficient(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    out: Tensor = torch.ops.aten._scaled_dot_product_efficient_attention(
-        query, key, value, None, False, 0.0, False
-    )[0]
-    return out
-
-
-OWN = "torch's choice"
-CANDIDATES: dict[str, Attention] = {
-    OWN: F.scaled_dot_product_attention,
-    "cuDNN": _cudnn,
-    "flash": _flash,
-    "memory-efficient": _efficient,
-}
 _chosen: dict[Key, str] = {}
+_used: dict[str, int] = {}
+"""Kernels that were used since ``used_attention`` was asked, with the products of the largest."""
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Attend on the fastest kernel; all are (B, n, heads, d), heads and d as in Wan's blocks."""
+def attend(query: Tensor, key: Tensor, value: Tensor, eight_bit: bool = False) -> Tensor:
+    """Attend on the fastest kernel; all are (B, n, heads, d), heads and d as in Wan's blocks.
+
+    ``eight_bit`` allows kernels that round to 8 bit.
+    """
     states = query, key, value
-    name = chosen_for(query, key)
-    out = CANDIDATES[name](*(x.transpose(1, 2) for x in states))
+    name = chosen_for(query, key, eight_bit)
+    _used[name] = max(_used.get(name, 0), query.shape[1] * key.shape[1])
+    out = ways()[name].run(*(x.transpose(1, 2) for x in states))
     return out.transpose(1, 2)
 
 
-def chosen_for(query: Tensor, key: Tensor) -> str:
+def used_attention() -> str:
+    """Return the kernel that computed the largest attention since this was asked, or ""."""
+    name = max(_used, key=lambda one: _used[one], default="")
+    _used.clear()
+    return name
+
+
+def chosen_for(query: Tensor, key: Tensor, eight_bit: bool = False) -> str:
     """Return the name of the fastest kernel for such tensors, timed when first asked for."""
     if not query.is_cuda:
         return OWN
-    found = (query.device, query.dtype, tuple(query.shape), tuple(key.shape))
+    found = Key(query.device, query.dtype, tuple(query.shape), tuple(key.shape), eight_bit)
     with _lock:
         if found not in _chosen:
-            _chosen[found] = _fastest(query, key)
+            _chosen[found] = _known(found, query, key) or _fastest(found, query, key)
         return _chosen[found]
 
 
-def _fastest(query: Tensor, key: Tensor) -> str:
+def _candidates(eight_bit: bool) -> dict[str, Way]:
+    return {name: way for name, way in ways().items() if eight_bit or not way.eight_bit}
+
+
+def _machine(device: torch.device) -> tuple[str, str]:
+    """Return the key that times are kept under, and what else they depend on."""
+    backend = "cuda" if torch.version.hip is None else "rocm"
+    name = f"{torch.cuda.get_device_name(device)}, {backend}, torch {torch.__version__}"
+    packages = sorted({way.package for way in ways().values() if way.package})
+    return name, ", ".join([f"cuDNN {_cudnn_version()}", *packages])
+
+
+def _cudnn_version() -> int:
+    found: Any = torch.backends.cudnn
+    return int(found.version() or 0)
+
+
+def _shape(found: Key) -> str:
+    batch, queries, heads, size = found.query
+    width = "8 or 16 bit" if found.eight_bit else str(found.dtype).removeprefix("torch.")
+    return f"{batch} x {queries} x {found.key[1]} tokens, {heads} heads of {size}, {width}"
+
+
+def _known(found: Key, query: Tensor, key: Tensor) -> str | None:
+    """Return the kernel that won on this machine before, if its result is still right."""
+    times = AttentionTimes().of(*_machine(found.device)).get(_shape(found))
+    candidates = _candidates(found.eight_bit)
+    best = None if times is None else _best(times)
+    if best is None or best not in candidates:
+        return None
+    if best != OWN:
+        states = _states(query, key)
+        way = candidates[best]
+        try:
+            right = _agree(_sample(way, states), _sample(candidates[OWN], states), way)
+        except Exception as err:  # noqa: BLE001 - a driver or package that has changed
+            _log.info("%s attention no longer runs here: %s", best, err)
+            return None
+        if not right:
+            return None
+    _log.info("Attention %s: %s is used, the fastest when it was timed.", _shape(found), best)
+    return best
+
+
+def _fastest(found: Key, query: Tensor, key: Tensor) -> str:
     """Time every kernel on the tensors themselves; the key stands for the value too.
 
-    Results are compared for some queries only: beside all of a block's tensors there may be no room
-    for another result.
+    Of results a few queries are kept: beside all of a block's tensors there may be no room for
+    another whole one.
     """
-    states = [x.transpose(1, 2) for x in (query, key, key)]
-    few = [states[0][:, :, :_COMPARED], *states[1:]]
+    candidates, states = _candidates(found.eight_bit), _states(query, key)
     times: dict[str, float] = {}
-    expected = CANDIDATES[OWN](*few)
-    for name, attention in CANDIDATES.items():
+    expected = _sample(candidates[OWN], states)
+    for name, way in candidates.items():
         try:
-            agrees = name == OWN or _agree(attention(*few), expected)
-            taken = milliseconds(partial(attention, *states), 2) if agrees else 0.0
+            agrees = name == OWN or _agree(_sample(way, states), expected, way)
+            taken = milliseconds(partial(way.run, *states), 2) if agrees else 0.0
         except Exception as err:  # noqa: BLE001 - a kernel that this card or build does not have
             _log.debug("%s attention does not run here: %s", name, err)
             continue
@@ -101,20 +144,34 @@ def _fastest(query: Tensor, key: Tensor) -> str:
             times[name] = taken
         else:
             _log.info("%s attention is not used: other results than torch's choice.", name)
-    best = min(times, key=lambda name: times[name], default=OWN)
-    if times.get(best, 0.0) * _GAIN > times.get(OWN, 0.0):
-        best = OWN
+    best = _best(times)
     shown = ", ".join(f"{name} {value:.1f} ms" for name, value in times.items())
-    sizes = list(query.shape), list(key.shape)
-    _log.info("Attention %s x %s: %s; %s is used.", *sizes, shown, best)
+    _log.info("Attention %s: %s; %s is used.", _shape(found), shown, best)
+    if query.is_cuda:
+        AttentionTimes().keep(*_machine(found.device), _shape(found), times)
     return best
 
 
-def _agree(out: Tensor, expected: Tensor) -> bool:
+def _best(times: Mapping[str, float]) -> str:
+    best = min(times, key=lambda name: times[name], default=OWN)
+    return OWN if times.get(best, 0.0) * _GAIN > times.get(OWN, 0.0) else best
+
+
+def _states(query: Tensor, key: Tensor) -> list[Tensor]:
+    return [x.transpose(1, 2) for x in (query, key, key)]
+
+
+def _sample(way: Way, states: list[Tensor]) -> Tensor:
+    """Return the results of the first and the last queries; all are computed."""
+    out = way.run(*states)
+    return torch.cat([out[:, :, :_COMPARED], out[:, :, -_COMPARED:]], dim=2)
+
+
+def _agree(out: Tensor, expected: Tensor, way: Way) -> bool:
     """Compare each head by itself: noise in one of many is found."""
     wide = expected.float()
     errors = (out.float() - wide).norm(dim=(-2, -1)) / wide.norm(dim=(-2, -1))
-    return bool((errors < _AGREES).all())
+    return bool((errors < (_NEAR if way.eight_bit else _AGREES)).all())
 
 
 def milliseconds(call: Callable[[], object], runs: int) -> float:
@@ -129,3 +186,38 @@ def milliseconds(call: Callable[[], object], runs: int) -> float:
         ended.synchronize()
         times.append(float(begun.elapsed_time(ended)))
     return min(times)
+
+
+_CUDNN, _PREFERS = 3, {(9, 0), (10, 0)}
+"""torch's number for cuDNN's attention, and the capabilities on which torch takes it if it can."""
+_SINCE = 91500
+"""The cuDNN that it must be newer than (torch's sdp_utils.cpp)."""
+
+
+def slid_from_cudnn(device: torch.device) -> str | None:
+    """Say that torch does not take cuDNN's attention on a card where it should, and why, or None.
+
+    There it is 1.7 to 2.3 times as fast as flash 2 (huggingface/transformers#48163; 37 ms against
+    59 for 32 760 tokens and 40 heads on an H100).
+    """
+    if device.type != "cuda" or torch.version.hip is not None:
+        return None
+    if torch.cuda.get_device_capability(device) not in _PREFERS:
+        return None
+    tokens = torch.zeros(1, 8, 512, 128, dtype=torch.bfloat16, device=device)
+    choice = getattr(torch, "_fused_sdp_choice", None)
+    if choice is None or choice(tokens, tokens, tokens) == _CUDNN:
+        return None
+    found = _cudnn_version()
+    why = "torch says not why"
+    if os.environ.get("TORCH_CUDNN_SDPA_DEPRIORITIZED") == "1":
+        why = "TORCH_CUDNN_SDPA_DEPRIORITIZED is set; unset it"
+    elif found <= _SINCE:
+        why = (
+            f"the cuDNN that was loaded is {found}, and torch asks for more than {_SINCE}; install "
+            "torch 2.11 or later, and see that LD_LIBRARY_PATH names no older cuDNN"
+        )
+    return (
+        "Attention does not run on cuDNN's kernel, which takes about half the time on this card: "
+        f"{why}. Speed fast takes the fastest kernel by the clock."
+    )

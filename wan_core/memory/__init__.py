@@ -7,7 +7,7 @@ measured. Estimates are pure arithmetic; torch is imported only to ask the devic
 
 from __future__ import annotations
 
-from .calibration import Calibrations, RunRecord, forward_name
+from .calibration import AttentionTimes, Calibrations, RunRecord, forward_name
 from .cards import Card, all_cards
 from .choices import (
     STREAM_BUFFERS,
@@ -38,6 +38,7 @@ Job = Workload
 """The old name of ``Workload``, kept for one release."""
 
 __all__ = [
+    "AttentionTimes",
     "BANDS",
     "CHUNKS",
     "Calibrations",

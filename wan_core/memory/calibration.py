@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import os
 import platform
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,6 +22,8 @@ from ..config import StageEstimate, StageReport
 from ..errors import OutputError
 from ..files import atomic_write
 
+_SHAPES = 32
+"""How many shapes of attention, the latest ones, are kept per machine."""
 KEPT = 10
 """How many runs, the latest ones, are kept per device and model."""
 LARGE_BYTES = 2**30
@@ -157,6 +159,56 @@ class Calibrations:
         try:
             plain = json.loads(self.path.read_text("utf-8"))
             return {str(key): [_record(one) for one in records] for key, records in plain.items()}
+        except (OSError, ValueError, TypeError, KeyError, AttributeError):
+            return {}
+
+
+class AttentionTimes:
+    """Milliseconds of attention kernels, by device and software, then by shape, in one small file.
+
+    What else they depend on (``where``: versions of libraries) is kept beside them; times that were
+    taken with others do not count.
+    """
+
+    def __init__(self, path: Path | None = None) -> None:
+        self._path = path
+
+    @property
+    def path(self) -> Path:
+        """The file that is read and written."""
+        return self._path or default_path().with_name("attention.json")
+
+    def of(self, machine: str, where: str | None = None) -> dict[str, dict[str, float]]:
+        """Return shape -> kernel -> milliseconds of a machine; with ``where`` None, of any."""
+        kept = self._read().get(machine)
+        if kept is None or (where is not None and kept["where"] != where):
+            return {}
+        times: dict[str, dict[str, float]] = kept["times"]
+        return times
+
+    def keep(self, machine: str, where: str, shape: str, times: Mapping[str, float]) -> None:
+        """Keep the times of a shape; of each machine only the latest shapes are kept."""
+        known, together = self._read(), self.of(machine, where)
+        together.pop(shape, None)
+        latest = [*together.items(), (shape, dict(times))][-_SHAPES:]
+        known[machine] = {"where": where, "times": dict(latest)}
+        with suppress(OutputError, OSError):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            atomic_write(self.path, json.dumps(known, indent=1).encode())
+
+    def _read(self) -> dict[str, dict[str, Any]]:
+        try:
+            plain = json.loads(self.path.read_text("utf-8"))
+            return {
+                str(machine): {
+                    "where": str(kept["where"]),
+                    "times": {
+                        str(shape): {str(name): float(ms) for name, ms in times.items()}
+                        for shape, times in kept["times"].items()
+                    },
+                }
+                for machine, kept in plain.items()
+            }
         except (OSError, ValueError, TypeError, KeyError, AttributeError):
             return {}
 

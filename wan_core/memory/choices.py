@@ -103,6 +103,8 @@ class Choices:
     """Whether attention and the lean decoder take the fastest kernels; rounding may differ."""
     eight_bit: bool = False
     """Whether the lean forward multiplies layers that a file stores in 8 bit in 8 bit."""
+    attention_8bit: bool = False
+    """Whether attention may be computed by installed kernels that round to 8 bit."""
     hints_in_turn: bool = True
     """Whether a VACE model's hints can be computed one at a time; not where the installed diffusers
     computes them in a way that is not known."""

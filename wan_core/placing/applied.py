@@ -43,6 +43,7 @@ def apply_plan(
                 exact=not plan.choices.by_rows,
                 quick=plan.choices.quick,
                 eight_bit=plan.choices.eight_bit,
+                attention_8bit=plan.choices.attention_8bit,
             )
             why_not = stack.enter_context(forward)
         elif component.startswith("transformer") and not plan.choices.hints_at_once(component):

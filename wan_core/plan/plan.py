@@ -80,6 +80,7 @@ class OptimizationPlan:
         words += ["lean forward"] * choices.lean + ["products by rows"] * choices.by_rows
         words += ["decode's cache in RAM"] * choices.cache_in_ram
         words += ["fastest kernels"] * choices.quick + ["products in 8 bit"] * choices.eight_bit
+        words += ["attention in 8 bit where faster"] * choices.attention_8bit
         words += ["fp8 storage"] * choices.fp8_storage
         words += [f"EasyCache {choices.easycache:g}"] * (choices.easycache > 0)
         words += [f"MagCache {choices.magcache:g}"] * (choices.magcache > 0)

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from ..errors import InvalidRequest
-from ..memory import Choices, Workload
+from ..memory import AttentionTimes, Choices, Workload, latent_size, window_tokens
 from ..models import ModelArchitecture
 from .config import SPEEDS, OptimizationConfig
 from .shortcuts import (
@@ -86,8 +87,8 @@ def _quick_says(situation: Situation, before: Choices, after: Choices) -> str:
     slow = decode_seconds(workload, replace(before, lean=True), system)
     quick = decode_seconds(workload, replace(after, lean=True), system)
     return (
-        f"fastest kernels: decode {slow:.1f} -> {quick:.1f} s, computed from operations; attention "
-        "by the clock; changes rounding only"
+        f"fastest kernels: decode {slow:.1f} -> {quick:.1f} s, computed from operations; "
+        f"{_kept_times(situation)}; changes rounding only"
     )
 
 
@@ -121,10 +122,53 @@ def _eight_bit_says(situation: Situation, before: Choices, after: Choices) -> st
     )
 
 
+_ATTENTION_8BIT = {"comfy_kitchen": "comfy-kitchen", "sageattention": "SageAttention"}
+"""Packages with attention in 8 bit, by the module that is looked for."""
+
+
+def _installed_attention() -> list[str]:
+    """Return which packages with attention in 8 bit are installed; none is imported."""
+    return [name for module, name in _ATTENTION_8BIT.items() if find_spec(module) is not None]
+
+
+def _attention(situation: Situation, choices: Choices) -> Choices | str:
+    if not choices.quick:
+        return "attention is torch's own"
+    if not _installed_attention():
+        return f"none of {', '.join(_ATTENTION_8BIT.values())} is installed"
+    return replace(choices, attention_8bit=True)
+
+
+def _attention_says(situation: Situation, before: Choices, after: Choices) -> str:
+    return (
+        f"attention in 8 bit by {' or '.join(_installed_attention())}, if its result stays near "
+        "torch's and it is the faster one by the clock; changes the video"
+    )
+
+
+def _kept_times(situation: Situation) -> str:
+    """Return what this machine has measured of the job's attention, or that it is timed later."""
+    system, workload = situation.system, situation.workload
+    shape = situation.architecture.transformer
+    frames, height, width = latent_size(situation.architecture, workload)
+    tokens = window_tokens(shape, frames + workload.references, height, width)
+    machine = f"{system.device_name}, {system.backend}, torch {system.torch_version}"
+    for title, times in AttentionTimes().of(machine).items():
+        if f"{tokens} x {tokens} tokens, {shape.heads} heads" in title and times:
+            best = min(times, key=lambda name: times[name])
+            return f"attention {best}, measured here: " + ", ".join(
+                f"{name} {taken:.1f} ms" for name, taken in times.items()
+            )
+    return "attention by the clock"
+
+
 INGREDIENTS: tuple[Ingredient, ...] = (
     Ingredient(name="vae", speed="fast", choose=_half_vae, describe=_half_vae_says),
     Ingredient(name="kernels", speed="fast", choose=_quick, describe=_quick_says),
     Ingredient(name="products", speed="fast", choose=_eight_bit, describe=_eight_bit_says),
+    Ingredient(
+        name="attention in 8 bit", speed="fastest", choose=_attention, describe=_attention_says
+    ),
     Ingredient(
         name="step cache", speed="fastest", choose=step_cache, describe=step_cache_says,
         asked=cache_asked, fields=("step_cache",),

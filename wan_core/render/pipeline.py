@@ -37,6 +37,7 @@ from ..job import (
     texts_to_encode,
     video_frames,
 )
+from ..kernels import slid_from_cudnn
 from ..loading import ComponentCache, unpin
 from ..memory import Calibrations, RunRecord, SystemResources, Workload, all_cards, forward_name
 from ..models import ModelArchitecture
@@ -269,6 +270,8 @@ class WanPipelineWrapper:
             require_groups()
         render = self._make_render(config, request, plan, callbacks, result, inputs)
         result.warnings += settings_notes(render.stages.device.type)
+        slid = slid_from_cudnn(render.stages.device)
+        result.warnings += [] if slid is None else [slid]
         before = self._foreign_bytes(render.stages)
         try:
             render.run()

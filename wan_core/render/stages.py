@@ -19,6 +19,7 @@ import torch
 from ..config import GenerationConfig, StageReport, VideoGenerationResult
 from ..errors import DoesNotFit, SpilledMemory, first_line, is_host_oom, is_oom
 from ..forward import Surroundings
+from ..kernels import used_attention
 from ..loading import (
     ComponentCache,
     ComponentKey,
@@ -246,7 +247,7 @@ class StageRunner:
             unpin()
         with ExitStack() as stack:
             module = stack.enter_context(self.component(component))
-            stack.enter_context(self.timeline.stage(stage))
+            report = stack.enter_context(self.timeline.stage(stage))
             decoding = stage == "decode"
             loras = self.architecture.loras_of(component, distilled=distilled)
             ready = placed(
@@ -259,7 +260,10 @@ class StageRunner:
                 check=self.check_interrupt,
             )
             self.say_once(stack.enter_context(ready))
+            used_attention()  # of other stages
             yield module
+            if attention := used_attention():
+                report.note = f"attention: {attention}"
 
     def weights(self, component: str, *, distilled: bool) -> Weights:
         """Return what a worker needs in order to have a transformer as the plan wants it."""

@@ -1,0 +1,154 @@
+"""The attention kernels that can be taken here: torch's own, and those of packages if installed.
+
+Each takes query, key and value as (B, heads, n, d) and returns (B, heads, n, d). Nothing is fetched
+and nothing of the process is set: torch's kernels are called by themselves, and a package is
+imported when a card is first asked. FlashAttention 2, 3 and 4 compute in 16 bit. SageAttention and
+comfy-kitchen round query, key and partly values to 8 bit; on Hopper SageAttention's own choice of
+kernel gives noise on Wan (huggingface/diffusers#12783), which the comparison before use finds, so
+that its kernel with values in fp16 stands beside it.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_log = logging.getLogger(__name__)
+Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
+OWN = "torch's choice"
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """One kernel."""
+
+    run: Attention
+    eight_bit: bool = False
+    """Whether it rounds what it multiplies to 8 bit."""
+    package: str = ""
+    """What it comes from, with its version; "" for torch."""
+
+
+def _cudnn(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    out: Tensor = torch.ops.aten._scaled_dot_product_cudnn_attention(
+        query, key, value, None, False, 0.0, False, False
+    )[0]
+    return out
+
+
+def _flash(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    out: Tensor = torch.ops.aten._scaled_dot_product_flash_attention(
+        query, key, value, 0.0, False, False
+    )[0]
+    return out
+
+
+def _efficient(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    out: Tensor = torch.ops.aten._scaled_dot_product_efficient_attention(
+        query, key, value, None, False, 0.0, False
+    )[0]
+    return out
+
+
+TORCH: dict[str, Way] = {
+    OWN: Way(F.scaled_dot_product_attention),
+    "cuDNN": Way(_cudnn),
+    "flash": Way(_flash),
+    "memory-efficient": Way(_efficient),
+}
+
+
+def _tokens_first(function: Any) -> Attention:
+    """Wrap a function of (B, n, heads, d), which may return more than the output."""
+
+    def run(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        found = function(*(x.transpose(1, 2) for x in (query, key, value)))
+        out: Tensor = found[0] if isinstance(found, tuple) else found
+        return out.transpose(1, 2)
+
+    return run
+
+
+def _sage(function: Any) -> Attention:
+    return functools.partial(function, tensor_layout="HND", is_causal=False)
+
+
+def _kitchen(function: Any) -> Attention:
+    def run(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        out: Tensor = function(*(x.contiguous() for x in (query, key, value)))
+        return out
+
+    return run
+
+
+@dataclass(frozen=True, slots=True)
+class _Package:
+    """Where a kernel is found: a module, a function in it, and how it is called."""
+
+    name: str
+    module: str
+    function: str
+    distribution: str
+    wrap: Callable[[Any], Attention]
+    eight_bit: bool = False
+    ready: str = ""
+    """A function of the module that says whether this card can run it."""
+
+
+PACKAGES = (
+    _Package(
+        "flash-attn 3", "flash_attn_interface", "flash_attn_func", "flash_attn_3", _tokens_first
+    ),
+    _Package("flash-attn 4", "flash_attn.cute", "flash_attn_func", "flash-attn-4", _tokens_first),
+    _Package("flash-attn 2", "flash_attn", "flash_attn_func", "flash-attn", _tokens_first),
+    _Package("Sage", "sageattention", "sageattn", "sageattention", _sage, True),
+    _Package(
+        "Sage, values in fp16", "sageattention", "sageattn_qk_int8_pv_fp16_cuda", "sageattention",
+        _sage, True,
+    ),
+    _Package(
+        "comfy-kitchen int8", "comfy_kitchen", "int8_attention", "comfy-kitchen", _kitchen, True,
+        "int8_attention_is_available",
+    ),
+)  # fmt: skip
+
+
+@functools.cache
+def ways() -> dict[str, Way]:
+    """Return all kernels of this installation by name; what does not load is said once."""
+    found = dict(TORCH)
+    for package in PACKAGES:
+        way = _way_of(package)
+        if way is not None:
+            found[package.name] = way
+    return found
+
+
+def _way_of(package: _Package) -> Way | None:
+    try:
+        module = importlib.import_module(package.module)
+        function = getattr(module, package.function, None)
+        if package.ready:
+            # Where the question is not known, the package is older than the function.
+            function = function if getattr(module, package.ready, lambda: False)() else None
+    except ModuleNotFoundError:
+        return None
+    except Exception as err:  # noqa: BLE001 - built for another torch, driver, card, ...
+        _log.info("%s is installed but does not load: %s", package.name, err)
+        return None
+    if function is None:
+        return None
+    try:
+        found = version(package.distribution)
+    except PackageNotFoundError:
+        found = "of unknown version"
+    return Way(package.wrap(function), package.eight_bit, f"{package.distribution} {found}")
