@@ -95,7 +95,8 @@ CASES = (
     ),
     Case(
         "forward-14b-480p-fp8", "14B stored in fp8, 480p81", "wan2.2-t2v-a14b", (21, 60, 104), 35,
-        ways=(BASE, "exact", "feed-forwards in 8 bit", "fast", "fastest"), turns=2, stored=True, profile=True,
+        ways=(BASE, "exact", "feed-forwards in 8 bit", "fast", "fastest"), turns=2, stored=True,
+        profile=True,
     ),
     Case(
         "forward-5b-704p", "5B, 704p121, first frame held", "wan2.2-ti2v-5b", (31, 44, 80), 20,
