@@ -83,6 +83,7 @@ def write_models(models: Path) -> None:
     tiny_models.make_folder(folders / "tiny-t2v", "wan2.1-t2v")
     tiny_models.make_folder(folders / "org" / "tiny-a14b", "wan2.2-t2v-a14b", seed=1)
     tiny_models.make_folder(folders / "tiny-5b", "wan2.2-ti2v-5b", seed=2)
+    tiny_models.make_folder(folders / "tiny-camera", "wan2.2-fun-camera-a14b", seed=4)
     slow = {"num_layers": 24, "ffn_dim": 256}
     tiny_models.make_folder(folders / "slow", "wan2.1-t2v", seed=3, transformer=slow)
     single_files.write(models)
@@ -232,6 +233,28 @@ def test_window_that_covers_the_clip_equals_generate(server: ComfyServer, model:
     server.run(graph(model=model, name="whole", **size))
     server.run(graph("WanChunkedSampler", model, name="window", window_frames=9, **size))
     assert torch.equal(frames_of(server, "whole"), frames_of(server, "window"))
+
+
+def test_a_camera_of_comfyui_s_own_node_moves_the_clip(server: ComfyServer) -> None:
+    server.run(graph(model="tiny-camera", name="still"))
+    prompt = graph(model="tiny-camera", name="moved", control=["21", 0])
+    prompt["20"] = {"class_type": "WanCameraEmbedding", "inputs": {
+        "camera_pose": "Pan Left", "width": 64, "height": 48, "length": 9, "speed": 3.0,
+    }}  # fmt: skip
+    prompt["21"] = {"class_type": "WanControl", "inputs": {"camera": ["20", 0]}}
+    server.run(prompt)
+    still, moved = frames_of(server, "still"), frames_of(server, "moved")
+    assert moved.shape == still.shape and not torch.equal(moved, still)
+
+
+def test_a_clip_is_as_long_as_the_video_of_its_control(server: ComfyServer) -> None:
+    prompt = graph(name="as_long", num_frames=0, control=["21", 0])
+    prompt["20"] = {"class_type": "EmptyImage", "inputs": {
+        "width": 64, "height": 48, "batch_size": 12, "color": 255,
+    }}  # fmt: skip
+    prompt["21"] = {"class_type": "WanControl", "inputs": {"video": ["20", 0], "denoise": 0.5}}
+    server.run(prompt)
+    assert len(frames_of(server, "as_long")) == 9
 
 
 def test_without_images_the_video_is_made_all_the_same(server: ComfyServer) -> None:
