@@ -26,6 +26,7 @@ GROUND = ("errors", "lazy", "config", "files")
 TORCH_FREE = ("formats", "models", "detect", "job", "memory", "plan")
 WITH_TORCH = (
     "loading", "kernels", "forward", "placing", "sampling", "journal", "workers", "render",
+    "serve",
 )  # fmt: skip
 FLOORS = (*TORCH_FREE, *WITH_TORCH)
 """From the ground up: a package imports only from those before it."""

@@ -1,9 +1,9 @@
-"""Command line: ``python -m wan_core inspect | estimate | generate | demo | download``.
+"""Command line: ``python -m wan_core inspect | estimate | generate | batch | demo | download``.
 
-The exit code is 0 on success, 1 for an expected error (one line on stderr), 2 for a wrong command
-line, and 130 after Ctrl-C. With ``--json`` stdout is a single object with the fields of the API's
-result. For an expected error it is one with ``success``, ``errors`` and ``warnings``, and the line
-on stderr is printed too.
+The exit code is 0 on success, 1 for an expected error (one line on stderr) or a batch with jobs
+that failed, 2 for a wrong command line, and 130 after Ctrl-C. With ``--json`` stdout is one object
+with the fields of the API's result. For an expected error it is one with ``success``, ``errors``
+and ``warnings``, and the line on stderr is printed too.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-from .arguments import add_control, add_job, add_plan, add_size
+from .arguments import add_batch, add_control, add_job, add_plan, add_size
 from .config import MIB, GenerationConfig, WanControl, demo_model
 from .errors import InvalidRequest, WanError
 from .files import decode_text
@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"interrupted; nothing half written is left.{more}", file=sys.stderr)
         return 130
     _say(_as_json(values) if arguments.json else text)
-    return 0
+    return 0 if values.get("success", True) else 1
 
 
 def _say(text: str, stream: TextIO | None = None) -> None:
@@ -85,6 +85,7 @@ def _parser() -> argparse.ArgumentParser:
         "inspect": (_inspect, "say what a model folder or file is", "models/wan2.2-ti2v-5b"),
         "estimate": (_estimate, "say what a run needs, without running it", "MODEL --frames 81"),
         "generate": (_generate, "make a video", 'MODEL --prompt "a fox runs" --output fox.mp4'),
+        "batch": (_batch, "make a video for every line of a file", "jobs.jsonl --folder clips"),
     }
     examples = [f"  python -m wan_core {name} {given}" for name, (*_, given) in table.items()]
     parser = argparse.ArgumentParser(
@@ -97,7 +98,7 @@ def _parser() -> argparse.ArgumentParser:
     made = {name: commands.add_parser(name, help=what) for name, (_, what, _) in table.items()}
     for name, command in made.items():
         command.set_defaults(run=table[name][0])
-    demo, download, inspect, estimate, generate = made.values()
+    demo, download, inspect, estimate, generate, batch = made.values()
 
     download.add_argument("variant", help="wan2.2-ti2v-5b, wan2.2-t2v-a14b ...")
     download.add_argument("--to", default="models", metavar="FOLDER", help="(models)")
@@ -114,6 +115,7 @@ def _parser() -> argparse.ArgumentParser:
         add_plan(command)
         add_control(command)
     add_job(generate)
+    add_batch(batch)
     demo.add_argument("--prompt", default=DEMO_PROMPT)
     demo.add_argument("--seed", type=int, default=0)
     demo.add_argument("--output", default="output/demo.mp4", metavar="FILE.mp4")
@@ -306,6 +308,27 @@ def _generate(arguments: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     )
     result = _generated(wrapper, job, arguments)
     return wrapper.report(result), result.to_dict()
+
+
+def _batch(arguments: argparse.Namespace) -> tuple[str, dict[str, Any]]:
+    """Carry out a file of jobs; what happens is told on stderr, line by line."""
+    from .serve import Batch
+
+    def tell(text: str) -> None:
+        if not arguments.json:
+            _say(text, sys.stderr)
+
+    path = Path(os.path.expanduser(arguments.path))
+    folder = path.parent if arguments.folder is None else Path(os.path.expanduser(arguments.folder))
+    model = None if arguments.model is None else Path(os.path.expanduser(arguments.model))
+    wishes = {"device": arguments.device, "devices": arguments.devices, "speed": arguments.speed}
+    given = {name: value for name, value in wishes.items() if value is not None}
+    batch = Batch(path, folder, model=model, tries=arguments.tries, optimization=given, tell=tell)
+    ledger = batch.run()
+    counts = ledger.counts()
+    said = ", ".join(f"{number} {state}" for state, number in counts.items() if number)
+    success = not (counts["failed"] or counts["bad"])
+    return f"{said or 'no jobs'}; {ledger.path}", {"success": success, **ledger.to_dict()}
 
 
 def _numbers(text: str | None) -> list[float] | None:

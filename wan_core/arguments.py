@@ -107,3 +107,16 @@ def add_job(command: argparse.ArgumentParser) -> None:
     command.add_argument("--crf", type=int, default=18, help="0 best .. 51 smallest (18)")
     command.add_argument("--pix-fmt", default="yuv420p", help="yuv420p plays everywhere")
     command.add_argument("--output", required=True, metavar="FILE.mp4")
+
+
+def add_batch(command: argparse.ArgumentParser) -> None:
+    """Add what holds for all jobs of a file; each line may say otherwise."""
+    command.add_argument("path", help="a file with a JSON object on each line: model, output ...")
+    command.add_argument("--folder", help="where the clips go (default: beside the file)")
+    command.add_argument("--model", help="for lines that name none")
+    command.add_argument("--tries", type=int, default=2, help="before a job is set aside (2)")
+    command.add_argument("--device", help="cuda:0, cpu ... (default: the best there is)")
+    command.add_argument("--devices", help="cards for one clip: a number, all, auto, or 0,2 (1)")
+    command.add_argument("--speed", help=", ".join(SPEEDS))
+    command.add_argument("--json", action="store_true", help="print one JSON object")
+    command.set_defaults(resume="auto")

@@ -1,0 +1,236 @@
+"""A file of jobs: what is a job, in which order they run, what is done twice and what never."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from support.clips import read
+from support.tiny_models import make_folder, open_wan
+
+from wan_core import GenerationConfig, VideoGenerationResult, WanPipelineLoader
+from wan_core.__main__ import main
+from wan_core.errors import InvalidRequest, MissingFile, OutputError
+from wan_core.render import WanPipelineWrapper
+from wan_core.serve import BadLine, Batch, BatchJob, read_jobs
+
+TINY: dict[str, Any] = {"num_frames": 5, "width": 32, "height": 32, "num_inference_steps": 2}
+CPU = {"device": "cpu", "precision": "fp32"}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("batch")
+    make_folder(root / "one", "wan2.1-t2v")
+    make_folder(root / "two", "wan2.1-t2v", seed=1)
+    return root
+
+
+@pytest.fixture(autouse=True)
+def _empty_cache() -> Iterator[None]:
+    yield
+    WanPipelineLoader().clear_cache()
+
+
+def lines(path: Path, *jobs: Any) -> Path:
+    text = [one if isinstance(one, str) else json.dumps(one) for one in jobs]
+    path.write_text("\n".join(text) + "\n", encoding="utf-8")
+    return path
+
+
+def job(models: Path, name: str, model: str = "one", **more: Any) -> dict[str, Any]:
+    return {"model": str(models / model), "output": name, "prompt": f"a {name}", **TINY, **more}
+
+
+class Counted:
+    """Counts what is generated; ``fail`` names outputs, each with the errors of its tries."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.made: list[str] = []
+        self.fail: dict[str, list[BaseException | None]] = {}
+        honest = WanPipelineWrapper.generate
+
+        def generate(wrapper: Any, config: GenerationConfig) -> VideoGenerationResult:
+            name = Path(config.output_path or "").name
+            self.made.append(name)
+            error = self.fail[name].pop(0) if self.fail.get(name) else None
+            if error is not None and not isinstance(error, Exception):
+                raise error
+            if error is not None:
+                return VideoGenerationResult(success=False, error=error, errors=[str(error)])
+            return honest(wrapper, config)
+
+        monkeypatch.setattr(WanPipelineWrapper, "generate", generate)
+
+
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch) -> Counted:
+    return Counted(monkeypatch)
+
+
+def batch(path: Path, told: list[str] | None = None, **more: Any) -> Batch:
+    tell = (told if told is not None else []).append
+    return Batch(path, path.parent / "clips", optimization=CPU, tell=tell, **more)
+
+
+def test_every_line_becomes_the_clip_that_one_render_makes(
+    models: Path, tmp_path: Path, counted: Counted
+) -> None:
+    path = lines(
+        tmp_path / "jobs.jsonl",
+        "# two models in turn, one line empty", "",
+        job(models, "a.mp4"), job(models, "b.mp4", "two"), job(models, "in/c.mp4", seed=3),
+        job(models, "first.mp4", "two", priority=1),
+    )  # fmt: skip
+    ledger = batch(path).run()
+    assert ledger.counts() == {"waiting": 0, "done": 4, "failed": 0, "bad": 0}
+    assert counted.made == ["first.mp4", "a.mp4", "c.mp4", "b.mp4"]
+    for name, model in (("a.mp4", "one"), ("b.mp4", "two")):
+        alone = tmp_path / name
+        config = GenerationConfig(
+            prompt=f"a {name}", **TINY, output_path=alone, return_frames=False
+        )
+        open_wan(models / model).generate(config).raise_for_error()
+        clip = tmp_path / "clips" / name
+        assert (read(alone)[0] == read(clip)[0]).all()
+    summary = json.loads((tmp_path / "clips" / "jobs.summary.json").read_text())
+    assert [one["line"] for one in summary["jobs"]] == [3, 4, 5, 6]
+    assert summary["jobs"][2]["seed"] == 3 and summary["jobs"][2]["tries"] == 1
+    page = (tmp_path / "clips" / "jobs.html").read_text()
+    assert page.count("<video") == 4 and 'src="in/c.mp4"' in page and "<script" not in page
+
+
+def test_the_same_command_goes_on_and_makes_nothing_twice(
+    models: Path, tmp_path: Path, counted: Counted
+) -> None:
+    jobs = [job(models, f"{i}.mp4", seed=i) for i in range(3)]
+    path = lines(tmp_path / "jobs.jsonl", *jobs)
+    counted.fail["1.mp4"] = [KeyboardInterrupt()]
+    with pytest.raises(KeyboardInterrupt):
+        batch(path).run()
+    assert counted.made == ["0.mp4", "1.mp4"]
+    told: list[str] = []
+    assert batch(path, told).run().counts()["done"] == 3
+    assert counted.made[2:] == ["1.mp4", "2.mp4"] and "line 1: 0.mp4 is there already" in told
+    batch(path).run()
+    assert len(counted.made) == 4
+    # Another seed, a clip that was written over, one that is gone: each is made anew.
+    jobs[0]["seed"] = 9
+    (tmp_path / "clips" / "1.mp4").write_bytes(b"x")
+    (tmp_path / "clips" / "2.mp4").unlink()
+    lines(path, *jobs)
+    batch(path).run()
+    assert counted.made[4:] == ["0.mp4", "1.mp4", "2.mp4"]
+    # Lines in another order are the same jobs.
+    lines(path, *reversed(jobs))
+    assert batch(path).run().counts()["done"] == 3 and len(counted.made) == 7
+
+
+def test_another_picture_under_the_same_name_is_another_job(models: Path, tmp_path: Path) -> None:
+    def identity() -> str:
+        path = lines(tmp_path / "jobs.jsonl", job(models, "a.mp4", image="p.png"))
+        (found,) = read_jobs(path, tmp_path)
+        assert isinstance(found, BatchJob)
+        return found.identity()
+
+    Image.new("RGB", (32, 32)).save(tmp_path / "p.png")
+    first = identity()
+    assert identity() == first
+    Image.new("RGB", (64, 64), "red").save(tmp_path / "p.png")
+    assert identity() != first
+
+
+BAD = {
+    "{not json": "the line is not JSON",
+    '["a list"]': "must be a JSON object",
+    '{"output": "b.mp4", "pormpt": "x"}': "did you mean 'prompt'",
+    '{"output": "../b.mp4"}': "is refused",
+    '{"output": "/tmp/b.mp4"}': "is refused",
+    '{"output": "b.txt"}': "must end in .mp4",
+    '{"prompt": "x"}': "output is None",
+    '{"output": "b.mp4", "latents": [1]}': "'latents' is no field",
+    '{"output": "b.mp4", "optimization": {"speeed": 1}}': "has the key 'speeed'",
+    '{"output": "b.mp4", "optimization": {"speed": "slow"}}': "speed is 'slow'",
+    '{"output": "b.mp4", "loras": "x"}': "loras must be a list",
+    '{"output": "b.mp4", "priority": "high"}': "priority is 'high'",
+    '{"output": "b.mp4", "use_recipe": 1}': "use_recipe must be",
+    '{"output": "b.mp4", "control": {"vidio": "x"}}': "control has no field 'vidio'",
+    '{"output": "b.mp4", "image": 5}': "image is 5",
+    '{"output": "a.mp4"}': "as in line 1",
+    '{"output": "A.mp4", "model": ""}': "model is ''",
+    '{"output": "' + "x" * 2**20 + '.mp4"}': "more than 1048576 bytes",
+}  # fmt: skip
+
+
+def test_a_bad_line_is_named_and_the_others_stay(tmp_path: Path) -> None:
+    good = {"output": "a.mp4"}
+    path = lines(tmp_path / "jobs.jsonl", good, *BAD, {"output": "z.mp4"})
+    found = list(read_jobs(path, tmp_path, tmp_path / "model"))
+    assert [one.number for one in found] == list(range(1, len(BAD) + 3))
+    assert isinstance(found[0], BatchJob) and isinstance(found[-1], BatchJob)
+    for one, (line, why) in zip(found[1:-1], BAD.items(), strict=True):
+        assert isinstance(one, BadLine) and why in one.error, line[:80]
+
+
+def test_mistakes_are_told_before_the_first_clip(
+    models: Path, tmp_path: Path, counted: Counted
+) -> None:
+    path = lines(
+        tmp_path / "jobs.jsonl",
+        job(models, "a.mp4"), "{", job(models, "b.mp4", width=-1), job(models, "c.mp4", "none"),
+        job(models, "d.mp4", last_image="gone.png"), job(models, "e.mp4"),
+    )  # fmt: skip
+    told: list[str] = []
+    ledger = batch(path, told).run()
+    assert ledger.counts() == {"waiting": 0, "done": 2, "failed": 3, "bad": 1}
+    assert counted.made == ["a.mp4", "e.mp4"]
+    first = next(i for i, text in enumerate(told) if "try 1" in text)
+    assert [text.split(":")[0] for text in told[:first]] == [f"line {n}" for n in (2, 3, 4, 5)]
+    assert "width" in ledger.entries[3].error and "none" in ledger.entries[4].error
+    page = (tmp_path / "clips" / "jobs.html").read_text()
+    assert page.count("<li>") == 4 and page.count("<video") == 2
+
+
+def test_what_may_go_better_is_tried_again_after_the_others(
+    models: Path, tmp_path: Path, counted: Counted
+) -> None:
+    path = lines(tmp_path / "jobs.jsonl", *(job(models, f"{n}.mp4") for n in "abcd"))
+    full = OutputError("the disk is full <b>")
+    counted.fail = {
+        "a.mp4": [full], "b.mp4": [full, full, full], "c.mp4": [InvalidRequest("no")],
+    }  # fmt: skip
+    ledger = batch(path, tries=3).run()
+    assert counted.made == [f"{n}.mp4" for n in "abcdabb"]
+    assert [ledger.entries[n].state for n in (1, 2, 3, 4)] == ["done", "failed", "failed", "done"]
+    assert [ledger.entries[n].tries for n in (1, 2, 3, 4)] == [2, 3, 1, 1]
+    page = (tmp_path / "clips" / "jobs.html").read_text()
+    assert "disk is full &lt;b&gt;" in page
+
+
+def test_a_summary_that_is_none_and_a_file_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(MissingFile, match="cannot be read"):
+        batch(tmp_path / "jobs.jsonl").run()
+    (tmp_path / "clips" / "jobs.summary.json").write_text("[]")
+    with pytest.raises(InvalidRequest, match="is not the summary of a batch"):
+        batch(lines(tmp_path / "jobs.jsonl"))
+    with pytest.raises(InvalidRequest, match="tries is 0"):
+        batch(lines(tmp_path / "other.jsonl"), tries=0)
+
+
+def test_from_a_shell(models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = lines(tmp_path / "jobs.jsonl", {"output": "a.mp4", "prompt": "a cat", **TINY}, "{")
+    command = ["batch", str(path), "--model", str(models / "one"), "--device", "cpu"]
+    assert main(command) == 1
+    shown = capsys.readouterr()
+    assert "1 done, 1 bad" in shown.out and "line 2: the line is not JSON" in shown.err
+    assert (tmp_path / "a.mp4").is_file()
+    lines(path, {"output": "a.mp4", "prompt": "a cat", **TINY})
+    assert main([*command, "--json"]) == 0
+    shown = capsys.readouterr()
+    assert json.loads(shown.out)["success"] is True
+    assert torch.get_default_dtype() == torch.float32

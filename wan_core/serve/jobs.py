@@ -1,0 +1,252 @@
+"""Lines into jobs: each is checked by itself, and a bad one says what is wrong with it.
+
+A line is a JSON object: ``output`` (a name within the folder of the outputs), ``model`` (a folder
+or file; or the batch's own), fields of ``GenerationConfig`` that text can state, and ``loras``
+(FILE[:EXPERT[:STRENGTH]]), ``use_recipe``, ``optimization`` (fields of ``OptimizationConfig``) and
+``priority`` (higher ones first). Empty lines and lines that begin with # are comments. Paths of
+inputs are relative to the folder of the file.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from ..config import GenerationConfig, WanControl, plain_number
+from ..detect import parse_lora
+from ..errors import InvalidRequest, MissingFile, WanError
+from ..files import contained_path, file_identity
+from ..plan import OptimizationConfig
+
+MOST_LINE, MOST_LINES = 2**20, 1_000_000
+_NOT_IN_A_LINE = frozenset({
+    "latents", "prompt_embeds", "negative_prompt_embeds", "continue_from", "audio", "output_path",
+    "output_metadata", "return_frames", "journal_folder", "warning_callback", "progress_callback",
+    "preview_callback", "chunk_callback", "decode_callback", "load_callback", "interrupt_check",
+})  # fmt: skip
+"""Fields that hold tensors or functions, or that the batch sets itself."""
+_OWN = ("model", "output", "loras", "use_recipe", "optimization", "priority")
+CONFIG_FIELDS = tuple(
+    one.name for one in fields(GenerationConfig) if one.name not in _NOT_IN_A_LINE
+)
+_CONTROL_FILES = ("video", "mask", "reference", "keyframes", "tracks")
+_CONTROL_VALUES = ("positions", "strength", "denoise", "clear_masked")
+
+
+@dataclass(frozen=True, slots=True)
+class BadLine:
+    """A line that is no job, and why."""
+
+    number: int
+    error: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BatchJob:
+    """One job of a batch; ``number`` is its line, counted from 1."""
+
+    number: int
+    model: Path
+    output: Path
+    values: Mapping[str, Any] = field(default_factory=dict)
+    """Fields of ``GenerationConfig``; pictures are absolute paths."""
+    control: Mapping[str, Any] = field(default_factory=dict)
+    """Fields of ``WanControl`` whose tensors are given as paths of files."""
+    loras: tuple[str, ...] = ()
+    use_recipe: bool = False
+    optimization: Mapping[str, Any] = field(default_factory=dict)
+    priority: float = 0.0
+
+    @property
+    def group(self) -> str:
+        """Name what jobs must have in common to run with one model."""
+        return _canonical([str(self.model), self.loras, self.use_recipe, dict(self.optimization)])
+
+    def identity(self) -> str:
+        """Name everything that the clip depends on: the job, and its files as they are now.
+
+        Raises MissingFile where one does not exist.
+        """
+        named = [self.model, *(Path(parse_lora(text).path) for text in self.loras)]
+        named += [Path(self.values[n]) for n in ("image", "last_image") if self.values.get(n)]
+        for value in (self.control.get(name) for name in _CONTROL_FILES):
+            named += [Path(one) for one in ([value] if isinstance(value, str) else value or [])]
+        files = [_state_of(path) for path in named]
+        job = [self.group, dict(self.values), dict(self.control), str(self.output), files]
+        return hashlib.sha256(_canonical(job).encode()).hexdigest()[:32]
+
+    def config(self) -> GenerationConfig:
+        """Return the job as the library takes it; reads the videos of its control."""
+        control = None if not self.control else _control(self.control, self.values)
+        values = {"resume": "auto", **self.values}
+        return GenerationConfig(
+            **values, control=control, output_path=self.output, return_frames=False
+        )
+
+
+def read_jobs(
+    path: Path, folder: Path, model: Path | None = None,
+    optimization: Mapping[str, Any] | None = None,
+) -> Iterator[BatchJob | BadLine]:  # fmt: skip
+    """Yield the jobs of a file in its order, and its bad lines where they are.
+
+    ``folder`` is where outputs go, ``model`` the model of lines that name none, ``optimization``
+    what holds for all lines that do not say otherwise. Raises MissingFile where the file cannot be
+    read, and InvalidRequest for one of more than a million lines.
+    """
+    taken: dict[str, int] = {}
+    try:
+        file = open(path, "rb")  # noqa: SIM115 - closed by the with below
+    except OSError as err:
+        raise MissingFile(f"The jobs {path} cannot be read: {err.strerror}.") from err
+    with file:
+        number = 0
+        while line := file.readline(MOST_LINE + 1):
+            number += 1
+            if number > MOST_LINES:
+                raise InvalidRequest(f"{path} has more than {MOST_LINES:,} lines; cut it up.")
+            whole = line.endswith(b"\n") or len(line) <= MOST_LINE
+            while not line.endswith(b"\n") and (more := file.readline(MOST_LINE)):
+                line = more  # the rest of a line that is too long
+            if whole and (not line.strip() or line.lstrip().startswith(b"#")):
+                continue
+            try:
+                if not whole:
+                    raise InvalidRequest(f"the line has more than {MOST_LINE} bytes.")
+                job = _job(number, line, path.resolve().parent, folder, model, optimization or {})
+                first = taken.setdefault(os.path.normcase(job.output), number)
+                if first != number:
+                    raise InvalidRequest(f"output is {job.output.name!r}, as in line {first}.")
+            except WanError as err:
+                yield BadLine(number, str(err))
+            else:
+                yield job
+
+
+def _job(
+    number: int, line: bytes, here: Path, folder: Path, model: Path | None,
+    optimization: Mapping[str, Any],
+) -> BatchJob:  # fmt: skip
+    values = _object(line)
+    for name in values:
+        if name not in (*_OWN, *CONFIG_FIELDS):
+            near = difflib.get_close_matches(name, (*_OWN, *CONFIG_FIELDS), 1)
+            meant = f"; did you mean {near[0]!r}?" if near else ""
+            raise InvalidRequest(f"{name!r} is no field of a job{meant}", field=name)
+    where = _text(values, "model", None if model is None else str(model.resolve()))
+    output = contained_path(folder.resolve(), _text(values, "output", None))
+    if output.suffix.lower() != ".mp4":
+        raise InvalidRequest(f"output is {output.name!r}; it must end in .mp4.", field="output")
+    loras = values.get("loras", [])
+    if not isinstance(loras, list) or not all(isinstance(one, str) for one in loras):
+        raise InvalidRequest("loras must be a list of FILE[:EXPERT[:STRENGTH]].", field="loras")
+    priority = plain_number(values.get("priority", 0))
+    if priority is None:
+        raise InvalidRequest(f"priority is {values['priority']!r}; a number is needed.")
+    if not isinstance(values.get("use_recipe", False), bool):
+        raise InvalidRequest("use_recipe must be true or false.", field="use_recipe")
+    asked = values.get("optimization", {})
+    if not isinstance(asked, dict):
+        raise InvalidRequest("optimization must be an object.", field="optimization")
+    wishes = {**optimization, **asked}
+    OptimizationConfig.from_mapping(wishes)
+    given = {n: v for n, v in values.items() if n in CONFIG_FIELDS and n != "control"}
+    for name in ("image", "last_image"):
+        if given.get(name) is not None:
+            given[name] = str(here / _text(given, name, None))
+    return BatchJob(
+        number=number,
+        model=(here / os.path.expanduser(where)),
+        output=output,
+        values=given,
+        control=_control_paths(values.get("control"), here),
+        loras=tuple(_placed_lora(text, here) for text in loras),
+        use_recipe=values.get("use_recipe", False),
+        optimization=wishes,
+        priority=priority,
+    )
+
+
+def _object(line: bytes) -> dict[str, Any]:
+    try:
+        values = json.loads(line)
+    except (ValueError, RecursionError) as err:
+        raise InvalidRequest(f"the line is not JSON ({str(err)[:100]}).") from err
+    if not isinstance(values, dict):
+        raise InvalidRequest("the line must be a JSON object.")
+    return values
+
+
+def _text(values: Mapping[str, Any], name: str, usual: str | None) -> str:
+    value = values.get(name, usual)
+    if not isinstance(value, str) or not value:
+        raise InvalidRequest(f"{name} is {value!r}; a path is needed.", field=name)
+    return value
+
+
+def _placed_lora(text: str, here: Path) -> str:
+    lora = parse_lora(text)
+    return f"{here / os.path.expanduser(lora.path)}:{lora.expert}:{lora.strength!r}"
+
+
+def _control_paths(given: Any, here: Path) -> dict[str, Any]:
+    if given is None:
+        return {}
+    if not isinstance(given, dict):
+        raise InvalidRequest("control must be an object.", field="control")
+    found: dict[str, Any] = {}
+    for name, value in given.items():
+        if name not in (*_CONTROL_FILES, *_CONTROL_VALUES):
+            known = ", ".join((*_CONTROL_FILES, *_CONTROL_VALUES))
+            raise InvalidRequest(f"control has no field {name!r}; known are {known}.")
+        if name in _CONTROL_FILES:
+            many = name in ("reference", "keyframes") and isinstance(value, list)
+            paths = value if many else [value]
+            if not paths or not all(isinstance(one, str) and one for one in paths):
+                raise InvalidRequest(f"control.{name} must be the path of a file.", field="control")
+            placed = [str(here / os.path.expanduser(one)) for one in paths]
+            found[name] = placed if name in ("reference", "keyframes") else placed[0]
+        else:
+            found[name] = value
+    return found
+
+
+def _control(given: Mapping[str, Any], values: Mapping[str, Any]) -> WanControl:
+    """Read the files of a control."""
+    from ..files import decode_text
+    from ..render import read_pictures, read_video
+
+    frames = plain_number(values.get("num_frames", 81))
+    most = int(frames or 81) + 3
+    read: dict[str, Any] = {n: v for n, v in given.items() if n in _CONTROL_VALUES}
+    for name in ("video", "mask"):
+        if name in given:
+            read[name] = read_video(given[name], f"control.{name}", most)
+    if "mask" in read:
+        read["mask"] = read["mask"][..., 0]
+    for name in ("reference", "keyframes"):
+        if name in given:
+            read[name] = read_pictures(given[name], f"control.{name}")
+    if "tracks" in given:
+        try:
+            read["tracks"] = decode_text(Path(given["tracks"]).read_bytes())
+        except (OSError, UnicodeDecodeError) as err:
+            raise MissingFile(f"control.tracks cannot be read: {err}.") from err
+    return WanControl(**read)
+
+
+def _state_of(path: Path) -> list[Any]:
+    """Return a file's path, size and time of change; of a folder those of all files in it."""
+    inside = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+    found = [file_identity(one) for one in inside]
+    return [[one.path, one.size, one.mtime_ns] for one in found]
+
+
+def _canonical(value: Any) -> str:
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), default=str)
