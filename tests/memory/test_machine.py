@@ -190,7 +190,6 @@ LINUX: dict[str, Any] = {
     "evictable_bytes": 0,
     "ram_evictable_bytes": 0,
     "process_bytes": GIB,
-    "libraries_in_use": True,  # torch has reserved something
     "supports_bf16": True,
     "supports_fp16": True,
     "supports_fp8": True,
@@ -210,7 +209,6 @@ LINUX: dict[str, Any] = {
     "bus_gb_per_s": 12.6,
 }
 BARE = {
-    "libraries_in_use": False,
     "device": "cpu", "device_name": "arm64", "device_total_bytes": 64 * GIB,
     "device_free_bytes": 40 * GIB, "device_used_by_others_bytes": 0, "supports_bf16": False,
     "supports_fp16": False, "supports_fp8": False, "compute_capability": None,
@@ -315,7 +313,6 @@ def test_the_card_that_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
         "device": "cuda:1", "device_name": "Second", "device_total_bytes": 12 * GIB,
         "device_free_bytes": 11 * GIB, "device_used_by_others_bytes": GIB, "supports_fp8": False,
         "compute_capability": (8, 6), "multiprocessors": 30, "pcie_generation": 3, "pcie_width": 4,
-        "libraries_in_use": False,
         "bus_gb_per_s": 3.2, "evictable_bytes": 3, "ram_evictable_bytes": 4,
     }  # fmt: skip
     assert found.to_dict() == LINUX | differs
@@ -520,22 +517,15 @@ def test_what_this_process_holds_is_read_from_the_system(tmp_path: Path) -> None
         del more
 
 
-@pytest.mark.parametrize(
-    ("held", "in_use", "counted"),
-    [
-        (None, False, 1300), (None, True, 1300), (600, False, 850), (900, True, 900),
-        (1200, False, 1300), (30_000, True, 1300),
-    ],
-)  # fmt: skip
-def test_the_interpreter_counts_as_it_is_and_others_models_do_not(
-    held: int | None, in_use: bool, counted: int
+@pytest.mark.parametrize(("held", "counted"), [(None, 0), (600, 600), (1600, 1600), (30_000, 1600)])
+def test_what_the_interpreter_holds_is_not_asked_of_the_system_again(
+    held: int | None, counted: int
 ) -> None:
+    """And what the process holds for others counts neither as needed nor as there."""
     mib = 2**20
-    system = replace(
-        gpu(24, ram=16), process_bytes=None if held is None else held * mib,
-        libraries_in_use=in_use,
-    )  # fmt: skip
-    assert system.process_ram_bytes == counted * mib
-    # What the process holds already is not in what is available, and must not be asked of it again.
-    assert system.usable_ram_bytes == 15 * 2**30 + min(held or 0, counted) * mib
-    assert replace(cpu(16), process_bytes=None).process_ram_bytes == 450 * mib
+    system = replace(gpu(24, ram=16), process_bytes=None if held is None else held * mib)
+    assert system.process_ram_bytes == 1600 * mib
+    assert system.usable_ram_bytes == 15 * 2**30 + counted * mib
+    on_cpu = replace(cpu(16), process_bytes=30_000 * mib)
+    assert on_cpu.process_ram_bytes == 450 * mib
+    assert on_cpu.usable_ram_bytes == 15 * 2**30 + 450 * mib

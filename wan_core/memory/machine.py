@@ -58,12 +58,11 @@ _REFUSED = {
 _PCIE_GBYTES = {1: 0.25, 2: 0.5, 3: 0.985, 4: 1.969, 5: 3.938, 6: 7.563}  # per lane, one way
 _PROCESS = 450 * MIB
 """RAM of the interpreter with torch, diffusers and transformers."""
-_DEVICE_LIBRARIES = 850 * MIB
-"""RAM that a device's libraries take beside that, once they are in use: cuBLAS, cuDNN, kernels.
-Measured on an H100 (torch 2.11, CUDA 13.0): 940 to 1,380 MiB for both when the first stage was
-over, in three processes. Not measured elsewhere."""
-_LIBRARIES_TO_COME = 250 * MIB
-"""What of it comes after CUDA's context, with the first products: 135 to 300 MiB, there too."""
+_DEVICE_LIBRARIES = 1150 * MIB
+"""RAM that a device's libraries take beside that, once they are in use: cuBLAS, cuDNN, kernels and
+Triton's compiler. Measured on an H100 (torch 2.11, CUDA 13.0) in a process of its own, for both:
+830 MiB when it plans, 1,385 in its first stage, 1,630 while it streams. A process that has rendered
+before takes 940 to 1,350. Not measured elsewhere."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,9 +89,6 @@ class SystemResources:
     """RAM that the caller can free: cached components that are not in use."""
     process_bytes: int | None = None
     """Anonymous memory that this process holds now; None where the system does not tell."""
-    libraries_in_use: bool = False
-    """Whether the device's libraries have been at work in this process: what they hold is in
-    ``process_bytes``."""
     supports_bf16: bool = True
     """Whether the device computes in bf16 natively; torch accepts it everywhere."""
     supports_fp16: bool = True
@@ -121,23 +117,15 @@ class SystemResources:
 
     @property
     def process_ram_bytes(self) -> int:
-        """Return the RAM of the interpreter, its packages and the device's libraries.
-
-        Where the system tells what this process holds, that counts; but what it may hold for
-        others, such as another pack's models in ComfyUI, does not.
-        """
-        if self.device_kind == "cpu":
-            return _PROCESS
-        most, held = _PROCESS + _DEVICE_LIBRARIES, self.process_bytes
-        if held is None:
-            return most
-        return min(most, held + (0 if self.libraries_in_use else _LIBRARIES_TO_COME))
+        """Return the RAM of the interpreter, its packages and the device's libraries."""
+        return _PROCESS + (0 if self.device_kind == "cpu" else _DEVICE_LIBRARIES)
 
     @property
     def usable_ram_bytes(self) -> int:
         """Return the RAM that a run may take, ``process_ram_bytes`` included, beside a reserve."""
         free = self.ram_available_bytes + self.ram_evictable_bytes - RAM_RESERVE
-        # What the interpreter holds already is missing from what is available.
+        # What the interpreter holds already is missing from what is available. What the process
+        # holds for others, such as another pack's models in ComfyUI, is no part of the estimate.
         return max(0, free) + min(self.process_bytes or 0, self.process_ram_bytes)
 
     @property
@@ -259,7 +247,6 @@ def _cuda(name: str, torch: Any, available: int) -> tuple[dict[str, Any], tuple[
         "device_name": properties.name,
         "device_total_bytes": device_total,
         "device_free_bytes": free_to_us,
-        "libraries_in_use": reserved > 0,
         "shares_ram": shares_ram,
         "device_used_by_others_bytes": max(0, device_total - free - reserved),
         "supports_bf16": rocm or capability >= (8, 0),
