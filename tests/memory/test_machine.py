@@ -190,6 +190,7 @@ LINUX: dict[str, Any] = {
     "evictable_bytes": 0,
     "ram_evictable_bytes": 0,
     "process_bytes": GIB,
+    "cards": (),
     "supports_bf16": True,
     "supports_fp16": True,
     "supports_fp8": True,
