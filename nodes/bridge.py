@@ -435,3 +435,11 @@ def add_route() -> None:
         if status == 200:
             _note_watcher(request.headers.get("WanFit-Client"))
         return web.Response(body=body, status=status, content_type="application/json")
+
+    @PromptServer.instance.routes.post("/wanfit/convert")
+    async def convert(request: web.Request) -> web.Response:
+        from .convert import MOST_BYTES, answer
+
+        chunks = request.content.iter_chunked(65536)
+        status, body = await made().answer(request.headers, chunks, answer, MOST_BYTES)
+        return web.Response(body=body, status=status, content_type="application/json")

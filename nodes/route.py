@@ -1,4 +1,4 @@
-"""POST /wanfit/plan: who may ask, how much and how often. Does not import ComfyUI.
+"""POST /wanfit/plan and /wanfit/convert: who may ask, how much, how often. No ComfyUI here.
 
 The answers come from ``live``, one after the other on a thread of their own, so that neither the
 server's loop nor a render waits for one.
@@ -7,8 +7,9 @@ server's loop nor a render waits for one.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterable, Mapping
+from collections.abc import AsyncIterable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 from urllib.parse import urlsplit
 
 from .live import Live, as_json
@@ -45,9 +46,16 @@ class Route:
         self._waiting = 0
 
     async def answer(
-        self, headers: Mapping[str, str], chunks: AsyncIterable[bytes]
+        self,
+        headers: Mapping[str, str],
+        chunks: AsyncIterable[bytes],
+        ask: Callable[[bytes], tuple[int, dict[str, Any]]] | None = None,
+        most: int = MOST_BYTES,
     ) -> tuple[int, bytes]:
-        """Answer a request whose body comes in chunks; more than is allowed is not read."""
+        """Answer a request whose body comes in chunks; more than ``most`` bytes are not read.
+
+        ``ask`` answers the body; None asks for the live plan.
+        """
         refused = refusal(headers)
         if refused is None and self._waiting >= MOST_WAITING:
             refused = 429, "Too many requests wait for an answer; ask again in a second."
@@ -56,13 +64,13 @@ class Route:
         body = bytearray()
         async for chunk in chunks:
             body += chunk
-            if len(body) > MOST_BYTES:
-                return 413, _error(f"The request has more than {MOST_BYTES} bytes.")
+            if len(body) > most:
+                return 413, _error(f"The request has more than {most} bytes.")
         self._waiting += 1
         try:
             loop = asyncio.get_running_loop()
             status, answer = await loop.run_in_executor(
-                self._thread, self._live.answer, bytes(body)
+                self._thread, ask or self._live.answer, bytes(body)
             )
         finally:
             self._waiting -= 1

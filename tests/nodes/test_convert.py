@@ -1,0 +1,305 @@
+"""ComfyUI's own Wan nodes become ours: the same files and settings; the rest is kept, or said."""
+
+from __future__ import annotations
+
+import json
+from types import ModuleType
+from typing import Any
+
+import pytest
+from support.as_pack import load_pack, part
+
+HIGH, LOW = "wan2.2_i2v_high_noise_14B_fp8_scaled.safetensors", "wan2.2_i2v_low_noise.safetensors"
+Nodes = dict[str, dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def pack() -> ModuleType:
+    return load_pack()
+
+
+def node(kind: str, **inputs: Any) -> dict[str, Any]:
+    return {"class_type": kind, "inputs": inputs}
+
+
+def one_sampler(**changed: dict[str, Any]) -> Nodes:
+    """Text to video with one transformer, a LoRA and a shift, as people save it."""
+    nodes = {
+        "37": node("UNETLoader", unet_name="wan2.1_t2v_1.3B.safetensors", weight_dtype="default"),
+        "38": node("CLIPLoader", clip_name="umt5.safetensors", type="wan", device="default"),
+        "39": node("VAELoader", vae_name="wan_2.1_vae.safetensors"),
+        "36": node("LoraLoaderModelOnly", model=["37", 0], lora_name="a.sft", strength_model=0.3),
+        "48": node("ModelSamplingSD3", model=["36", 0], shift=8.000000000000002),
+        "6": node("CLIPTextEncode", clip=["38", 0], text="a fox"),
+        "7": node("CLIPTextEncode", clip=["38", 0], text="bad"),
+        "40": node("EmptyHunyuanLatentVideo", width=832, height=480, length=33, batch_size=1),
+        "3": node(
+            "KSampler", model=["48", 0], positive=["6", 0], negative=["7", 0],
+            latent_image=["40", 0], seed=7, steps=30, cfg=6.0, sampler_name="uni_pc",
+            scheduler="simple", denoise=1.0,
+        ),
+        "8": node("VAEDecode", samples=["3", 0], vae=["39", 0]),
+        "49": node("CreateVideo", images=["8", 0], fps=16.0),
+        "50": node("SaveVideo", video=["49", 0], filename_prefix="video"),
+    }  # fmt: skip
+    return nodes | changed
+
+
+def two_samplers(**changed: dict[str, Any]) -> Nodes:
+    """Image to video with two experts in a subgraph; a switch chooses a few steps with LoRAs."""
+    nodes: Nodes = {
+        "97": node("LoadImage", image="dragon.png"),
+        "129:131": node("PrimitiveBoolean", value=True),
+        "129:90": node("VAELoader", vae_name="wan_2.1_vae.safetensors"),
+        "129:84": node("CLIPLoader", clip_name="umt5.safetensors", type="wan"),
+        "129:93": node("CLIPTextEncode", clip=["129:84", 0], text="a dragon"),
+        "129:89": node("CLIPTextEncode", clip=["129:84", 0], text=""),
+        "129:161": node("PrimitiveFloat", value=5.0),
+        "129:162": node("PrimitiveFloat", value=16.0),
+        "129:163": node(
+            "ComfyMathExpression", expression="floor (a * b + 1)",
+            **{"values.a": ["129:161", 0], "values.b": ["129:162", 0]},
+        ),
+        "129:98": node(
+            "WanImageToVideo", positive=["129:93", 0], negative=["129:89", 0], vae=["129:90", 0],
+            start_image=["97", 0], width=640, height=640, length=["129:163", 1], batch_size=1,
+        ),
+    }  # fmt: skip
+    for at, (few, many) in {"steps": (4, 20), "cfg": (1.0, 3.5), "until": (2, 10)}.items():
+        kind = "PrimitiveFloat" if at == "cfg" else "PrimitiveInt"
+        nodes[f"129:{at}1"], nodes[f"129:{at}0"] = node(kind, value=few), node(kind, value=many)
+        nodes[f"129:{at}"] = switched(f"129:{at}0", f"129:{at}1")
+    for name, file, lora in (("high", HIGH, "high.sft"), ("low", LOW, "low.sft")):
+        at = f"129:{name}"
+        nodes[at + "0"] = node("UNETLoader", unet_name=file, weight_dtype="default")
+        nodes[at + "1"] = node(
+            "LoraLoaderModelOnly", model=[at + "0", 0], lora_name=lora, strength_model=1.0
+        )
+        nodes[at + "2"] = switched(at + "0", at + "1")
+        nodes[at] = node("ModelSamplingSD3", model=[at + "2", 0], shift=5.0)
+    both = {
+        "positive": ["129:98", 0], "negative": ["129:98", 1], "steps": ["129:steps", 0],
+        "cfg": ["129:cfg", 0], "sampler_name": "euler", "scheduler": "simple",
+    }  # fmt: skip
+    nodes["129:86"] = node(
+        "KSamplerAdvanced", model=["129:high", 0], latent_image=["129:98", 2], noise_seed=11,
+        add_noise="enable", start_at_step=0, end_at_step=["129:until", 0], **both,
+    )  # fmt: skip
+    nodes["129:85"] = node(
+        "KSamplerAdvanced", model=["129:low", 0], latent_image=["129:86", 0], noise_seed=0,
+        add_noise="disable", start_at_step=["129:until", 0], end_at_step=10000, **both,
+    )  # fmt: skip
+    nodes["129:87"] = node("VAEDecode", samples=["129:85", 0], vae=["129:90", 0])
+    nodes["129:94"] = node("CreateVideo", images=["129:87", 0], fps=["129:162", 0])
+    nodes["108"] = node("SaveVideo", video=["129:94", 0], filename_prefix="video")
+    return nodes | changed
+
+
+def switched(off: str, on: str) -> dict[str, Any]:
+    return node("ComfySwitchNode", switch=["129:131", 0], on_false=[off, 0], on_true=[on, 0])
+
+
+def converted(pack: ModuleType, nodes: Nodes) -> Any:
+    native, convert = part(pack, "nodes.native"), part(pack, "nodes.convert")
+    found = convert.convert(native.read_prompt(nodes, 200))
+    for name, one in found.prompt.items():  # every link leads to a node that is there
+        links = [v for v in one["inputs"].values() if native.as_link(v)]
+        assert all(link[0] in found.prompt for link in links), (name, one)
+    return found
+
+
+def only(found: Any, kind: str) -> Any:
+    (values,) = [n["inputs"] for n in found.prompt.values() if n["class_type"] == kind]
+    return values
+
+
+def test_one_sampler_becomes_loader_lora_and_sampler(pack: ModuleType) -> None:
+    found = converted(pack, one_sampler())
+    assert sorted(n["class_type"] for n in found.prompt.values()) == [
+        "SaveVideo", "WanGenerate", "WanLoRA", "WanLoader",
+    ]  # fmt: skip
+    assert only(found, "WanLoader") == {
+        "model": "wan2.1_t2v_1.3B.safetensors", "low_noise_model": "none", "use_recipe": False,
+        "text_encoder": "umt5.safetensors", "vae": "wan_2.1_vae.safetensors",
+        "image_encoder": "auto",
+    }  # fmt: skip
+    lora, sampler = only(found, "WanLoRA"), only(found, "WanGenerate")
+    assert (lora["lora"], lora["strength"], lora["expert"]) == ("a.sft", 0.3, "both")
+    wanted = {
+        "prompt": "a fox", "negative_prompt": "bad", "width": 832, "height": 480,
+        "num_frames": 33, "steps": 30, "guidance_scale": 6.0, "flow_shift": 8.0,
+        "scheduler": "unipc", "sigma_schedule": "simple", "seed": 7, "fps": 16.0,
+        "official_negative": True, "guidance_scale_2": 0.0, "switch_step": 0,
+    }  # fmt: skip
+    assert {name: sampler[name] for name in wanted} == wanted
+    assert only(found, "SaveVideo")["video"] == [found.new[-1], 1]
+    assert found.left == [] and found.seeds == {found.new[-1]: "3"}
+    assert set(found.removed) == set(one_sampler()) - {"50"}
+
+
+@pytest.mark.parametrize("few", [True, False])
+def test_two_experts_in_a_subgraph_with_a_switch(pack: ModuleType, few: bool) -> None:
+    nodes = two_samplers()
+    nodes["129:131"]["inputs"]["value"] = few
+    found = converted(pack, nodes)
+    loras = [n["inputs"] for n in found.prompt.values() if n["class_type"] == "WanLoRA"]
+    named = [(one["lora"], one["expert"]) for one in loras]
+    assert named == ([("high.sft", "high"), ("low.sft", "low")] if few else [])
+    sampler, loader = only(found, "WanGenerate"), only(found, "WanLoader")
+    assert (loader["model"], loader["low_noise_model"]) == (HIGH, LOW)
+    steps, scale, switch = (4, 1.0, 2) if few else (20, 3.5, 10)
+    assert (sampler["steps"], sampler["switch_step"]) == (steps, switch)
+    assert (sampler["guidance_scale"], sampler["guidance_scale_2"]) == (scale, scale)
+    assert (sampler["num_frames"], sampler["flow_shift"], sampler["seed"]) == (81, 5.0, 11)
+    assert sampler["start_image"] == ["97", 0] and sampler["official_negative"] is False
+    assert set(found.prompt) == {"97", "108", *found.new}
+    assert found.left == []
+
+
+def test_what_is_known_only_when_it_runs_is_wired(pack: ModuleType) -> None:
+    size = node("GetImageSize", image=["97", 0])
+    text = node("SomeWriter", about="dragons")
+    nodes = two_samplers(**{"129:5": size, "130": text})
+    nodes["129:98"]["inputs"] |= {"width": ["129:5", 0], "height": ["129:5", 1]}
+    nodes["129:93"]["inputs"]["text"] = ["130", 0]
+    sampler = only(converted(pack, nodes), "WanGenerate")
+    assert (sampler["width"], sampler["height"]) == (["129:5", 0], ["129:5", 1])
+    assert sampler["prompt"] == ["130", 0]
+
+
+def test_conditioning_of_other_nodes_goes_to_the_sockets(pack: ModuleType) -> None:
+    nodes = one_sampler(**{"60": node("ConditioningCombine"), "61": node("ConditioningZeroOut")})
+    nodes["3"]["inputs"] |= {"positive": ["60", 0], "negative": ["61", 0]}
+    sampler = only(converted(pack, nodes), "WanGenerate")
+    assert sampler["positive"] == ["60", 0]
+    assert (sampler["negative_prompt"], sampler["official_negative"]) == ("", False)
+
+
+def test_vace_gets_a_control_and_frames_are_not_trimmed_twice(pack: ModuleType) -> None:
+    nodes = one_sampler(**{
+        "40": node(
+            "WanVaceToVideo", positive=["6", 0], negative=["7", 0], vae=["39", 0], width=480,
+            height=480, length=81, batch_size=1, strength=0.8, control_video=["70", 0],
+            control_masks=["71", 0], reference_image=["72", 0],
+        ),
+        "70": node("LoadVideoFrames"), "71": node("LoadMask"), "72": node("LoadImage"),
+        "58": node("TrimVideoLatent", samples=["3", 0], trim_amount=["40", 3]),
+        "8": node("VAEDecode", samples=["58", 0], vae=["39", 0]),
+        "9": node("PreviewImage", images=["8", 0]),
+        "10": node("SaveLatent", samples=["58", 0]),
+    })  # fmt: skip
+    nodes["3"]["inputs"] |= {
+        "positive": ["40", 0],
+        "negative": ["40", 1],
+        "latent_image": ["40", 2],
+    }
+    found = converted(pack, nodes)
+    control, sampler = only(found, "WanControl"), found.new[-1]
+    assert control == {
+        "video": ["70", 0], "mask": ["71", 0], "reference": ["72", 0], "strength": 0.8
+    }  # fmt: skip
+    assert only(found, "PreviewImage")["images"] == [sampler, 0]
+    assert only(found, "SaveLatent")["samples"] == [sampler, 2]
+    assert "58" in found.removed and "8" in found.removed
+
+
+@pytest.mark.parametrize(
+    ("kind", "given", "ours", "sampler"),
+    [
+        ("WanFunControlToVideo", ("start_image", "control_video"), ("video",), "start_image"),
+        ("Wan22FunControlToVideo", ("ref_image", "control_video"), ("reference", "video"), None),
+        ("WanCameraImageToVideo", ("start_image", "camera_conditions"), ("camera",), "start_image"),
+    ],
+)
+def test_fun_models_get_a_control(
+    pack: ModuleType, kind: str, given: tuple[str, ...], ours: tuple[str, ...], sampler: str | None
+) -> None:
+    pictures = {name: [name, 0] for name in given}
+    frame = node(kind, width=480, height=480, length=81, batch_size=1, **pictures)
+    nodes = one_sampler(**{"40": frame}, **{name: node("LoadImage") for name in given})
+    found = converted(pack, nodes)
+    assert set(only(found, "WanControl")) == set(ours)
+    assert only(found, "WanGenerate").get("start_image") == ([sampler, 0] if sampler else None)
+    assert found.left == []
+
+
+def test_what_cannot_be_taken_over_is_said(pack: ModuleType) -> None:
+    nodes = one_sampler(**{"47": node("CFGZeroStar", model=["36", 0])})
+    nodes["48"]["inputs"]["model"] = ["47", 0]
+    nodes["37"]["inputs"]["weight_dtype"] = "fp8_e4m3fn"
+    nodes["3"]["inputs"] |= {"sampler_name": "er_sde", "scheduler": "beta", "denoise": 0.5}
+    left = "\n".join(converted(pack, nodes).left)
+    for word in ("CFGZeroStar", "fp8_e4m3fn", "er_sde", "beta", "denoise 0.5"):
+        assert word in left
+
+
+def test_a_solver_of_several_steps_that_begins_anew_is_said(pack: ModuleType) -> None:
+    nodes = two_samplers()
+    for name in ("129:85", "129:86"):
+        nodes[name]["inputs"]["sampler_name"] = "uni_pc"
+    (left,) = converted(pack, nodes).left
+    assert "begins unipc anew" in left
+
+
+def test_other_samplers_stay_as_they_are(pack: ModuleType) -> None:
+    prepared = node("WanSoundImageToVideo", width=640, height=640, length=77)
+    image = node("EmptyLatentImage", width=512, height=512, batch_size=1)
+    other = node("CLIPLoader", clip_name="t5", type="hunyuan_video")
+    for changed, why in (
+        ({"40": prepared}, "WanSoundImageToVideo prepares"),
+        ({"40": image}, "do not come from a node of Wan"),
+        ({"38": other}, "text encoder is not Wan's"),
+    ):
+        nodes = one_sampler(**changed)
+        found = converted(pack, nodes)
+        assert found.prompt == nodes and found.new == found.removed == []
+        assert why in found.left[0]
+    beside = one_sampler() | {f"x{k}": v for k, v in one_sampler(**{"40": image}).items()}
+    for name in [name for name in beside if name.startswith("x")]:
+        inputs = beside[name]["inputs"]
+        inputs.update({k: ["x" + v[0], v[1]] for k, v in inputs.items() if isinstance(v, list)})
+    found = converted(pack, beside)
+    assert len(found.left) == 1 and "xKSampler" not in found.removed
+    assert {n for n in found.prompt if n.startswith("x")} == {n for n in beside if n[0] == "x"}
+
+
+def test_the_same_model_is_loaded_once(pack: ModuleType) -> None:
+    nodes = one_sampler()
+    again = {"s" + name: node(one["class_type"], **one["inputs"]) for name, one in nodes.items()
+             if name in ("3", "8", "49", "50")}  # fmt: skip
+    again["s8"]["inputs"]["samples"], again["s49"]["inputs"]["images"] = ["s3", 0], ["s8", 0]
+    again["s50"]["inputs"]["video"] = ["s49", 0]
+    kinds = [n["class_type"] for n in converted(pack, nodes | again).prompt.values()]
+    assert kinds.count("WanLoader") == 1 and kinds.count("WanGenerate") == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("floor(a * b) + 1", 81), ("max(4, (int(a) // 16) * 16)", 4), ("-a % 3", 1),
+        ("a ** b", None), ("__import__('os')", None), ("a.real", None), ("open(a)", None),
+        ("a / 0", None), ("c", None), ("(" * 5000, None), ("9" * 300, None), ("'x' * 9", None),
+    ],
+)  # fmt: skip
+def test_arithmetic_is_numbers_and_nothing_else(
+    pack: ModuleType, text: str, value: float | None
+) -> None:
+    assert part(pack, "nodes.native").arithmetic(text, {"a": 5.0, "b": 16.0}) == value
+
+
+def test_circles_and_junk_are_answered(pack: ModuleType) -> None:
+    answer = part(pack, "nodes.convert").answer
+    round_about = one_sampler(**{
+        "37": node("Reroute", x=["48", 0]), "36": node("Reroute", x=["37", 0]),
+        "48": node("Reroute", x=["36", 0]),
+    })  # fmt: skip
+    looped = one_sampler()
+    looped["3"]["inputs"]["latent_image"] = ["3", 0]
+    patched = one_sampler(**{"47": node("Patch", model=["48", 0])})
+    patched["48"]["inputs"]["model"] = ["47", 0]
+    bare = {"3": node("KSampler"), "4": node("KSamplerAdvanced", latent_image=["5", 0])}
+    for nodes in (round_about, looped, patched, bare):
+        status, found = answer(json.dumps({"prompt": nodes}).encode())
+        assert status == 200 and found["new"] == [] and found["left"]
+    for body in (b"", b"[]", b"{}", b"{", b'{"prompt": {"1": 7}}', b'{"prompt": {"1": {}}}'):
+        assert answer(body)[0] == 400

@@ -1,0 +1,233 @@
+"""Convert to WanFit on a real page: ComfyUI's own templates, undone again, and equal latents."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from support import reference_layouts as layouts
+from support.comfy_browser import find_browser, open_page
+from support.comfy_graphs import latent_of
+from support.comfy_server import ComfyServer, find_checkouts, find_python
+from support.tiny_models import make_transformer, make_vae
+
+CHECKOUTS = find_checkouts()
+BROWSER = find_browser()
+MADE = (
+    "image_to_video_wan", "text_to_video_wan", "video_wan2_2_14B_flf2v",
+    "video_wan2.1_fun_camera_v1.1_14B", "video_wan2_2_14B_fun_camera",
+    "video_wan2_2_14B_fun_control", "video_wan2_2_5B_fun_control", "wan2.1_fun_control",
+    "video_wan2_2_14B_fun_inpaint", "video_wan2_2_14B_i2v", "video_wan2_2_14B_t2v",
+    "video_wan2_2_5B_ti2v", "video_wan_ati", "video_wan_vace_14B_ref2v",
+    "video_wan_vace_14B_t2v", "video_wan_vace_14B_v2v", "video_wan_vace_flf2v",
+    "video_wan_vace_inpainting", "video_wan_vace_outpainting", "video_wanmove_480p",
+    "wan2.1_flf2v_720_f16", "wan2.1_fun_inp",
+)  # fmt: skip
+"""Templates whose model is run (docs/templates.md) and that have samplers of their own."""
+LEFT = ("video_wan2_2_14B_s2v", "video_wan2_2_14B_animate", "video_wan_animate2")
+NATIVE = {
+    "KSampler", "KSamplerAdvanced", "UNETLoader", "VAEDecode", "WanImageToVideo", "WanVaceToVideo",
+    "CreateVideo",
+}  # fmt: skip
+API = """async () => Object.fromEntries(Object.entries((await app.graphToPrompt()).output)
+    .map(([id, node]) => [id, {class_type: node.class_type, inputs: node.inputs}]))"""
+
+pytestmark = [
+    pytest.mark.comfyui,
+    pytest.mark.slow,
+    pytest.mark.skipif(not CHECKOUTS, reason="no ComfyUI checkout (set COMFYUI_PATH)"),
+    pytest.mark.skipif(isinstance(BROWSER, str), reason=str(BROWSER)),
+]
+
+
+@pytest.fixture(scope="module", params=CHECKOUTS or ["none"])
+def server(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[ComfyServer]:
+    checkout = CHECKOUTS[request.param]
+    python = find_python(checkout)
+    if isinstance(python, str):
+        pytest.skip(python)
+    with ComfyServer(tmp_path_factory.mktemp("comfyui"), checkout, python) as running:
+        # A fresh profile is greeted with a dialog that hides the graph.
+        running.post("/settings/Comfy.TutorialCompleted", True)
+        yield running
+
+
+@pytest.fixture(scope="module")
+def page(server: ComfyServer) -> Iterator[Any]:
+    assert isinstance(BROWSER, Path)
+    with open_page(server.url, BROWSER, (1600, 1000)) as opened:
+        yield opened
+
+
+def template(server: ComfyServer, name: str) -> dict[str, Any] | None:
+    """Return one of the templates that this ComfyUI ships, or None."""
+    packages = server.python.parent.parent.glob("lib/python*/site-packages")
+    for root in packages:
+        for path in root.glob(f"comfyui_workflow_templates*/templates/{name}.json"):
+            return dict(json.loads(path.read_text()))
+    return None
+
+
+def opened(page: Any, saved: dict[str, Any]) -> dict[str, Any]:
+    """Load a workflow, close what opens over it, and return what Run would send."""
+    page.evaluate("async workflow => { await app.loadGraphData(workflow) }", saved)
+    page.wait_for_timeout(800)
+    for _ in range(20):  # that files are missing, which these tests do not need
+        if not page.query_selector(".p-dialog-mask"):
+            break
+        page.keyboard.press("Escape")
+        page.wait_for_timeout(300)
+    return dict(page.evaluate(API))
+
+
+def convert(page: Any) -> dict[str, Any]:
+    page.evaluate("() => app.extensionManager.command.execute('WanFit.Convert')")
+    page.wait_for_selector(".p-toast-message", state="attached")
+    return dict(page.evaluate(API))
+
+
+def close_toasts(page: Any) -> None:
+    page.evaluate("() => app.extensionManager.toast.removeAll?.()")
+    page.evaluate(
+        "() => document.querySelectorAll('.p-toast-close-button').forEach(b => b.click())"
+    )
+    page.wait_for_function("!document.querySelector('.p-toast-message')")
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_a_shipped_template_becomes_ours(page: Any, server: ComfyServer, name: str) -> None:
+    saved = template(server, name)
+    if saved is None:
+        pytest.skip(f"this ComfyUI ships no {name}")
+    before = opened(page, saved)
+    after = convert(page)
+    kinds = [node["class_type"] for node in after.values()]
+    samplers = [node["inputs"] for node in after.values() if node["class_type"] == "WanGenerate"]
+    files = {value for node in before.values() for value in node["inputs"].values()
+             if isinstance(value, str) and value.endswith(".safetensors")}  # fmt: skip
+    assert samplers and not NATIVE & set(kinds), kinds
+    for node in after.values():
+        if node["class_type"] == "WanLoader":
+            assert {node["inputs"][one] for one in ("model", "text_encoder", "vae")} <= files
+    for sampler in samplers:
+        assert sampler["pipeline"][0] in after and sampler["steps"] >= 3
+        assert sampler["sigma_schedule"] == "simple"
+    assert "SaveVideo" in kinds or "SaveAnimatedWEBP" in kinds
+    for node in after.values():  # nothing hangs in the air
+        links = [v for v in node["inputs"].values() if isinstance(v, list) and len(v) == 2]
+        assert all(str(link[0]) in after for link in links), node
+    close_toasts(page)
+    page.evaluate("() => app.extensionManager.command.execute('Comfy.Undo')")
+    page.wait_for_function("!app.graph._nodes.some(node => node.type === 'WanGenerate')")
+    assert sorted(n["class_type"] for n in page.evaluate(API).values()) == sorted(
+        node["class_type"] for node in before.values()
+    )
+
+
+@pytest.mark.parametrize("name", LEFT)
+def test_a_template_of_another_model_stays_as_it_is(
+    page: Any, server: ComfyServer, name: str
+) -> None:
+    saved = template(server, name)
+    if saved is None:
+        pytest.skip(f"this ComfyUI ships no {name}")
+    before = opened(page, saved)
+    assert convert(page) == before
+    close_toasts(page)
+
+
+def test_the_official_image_to_video_template_is_ours_in_two_clicks(
+    page: Any, server: ComfyServer
+) -> None:
+    saved = template(server, "video_wan2_2_14B_i2v")
+    assert saved is not None
+    opened(page, saved)
+    version = server.get("/system_stats")["system"]["comfyui_version"]
+    entries = page.locator(".litemenu-entry, [role=menuitem]")
+    if version.startswith("0.3."):  # its canvas takes no entries of packs: the main menu has one
+        page.locator(".comfyui-logo-wrapper, .comfy-command-menu-button").first.click()  # one
+        entries.filter(has_text="WanFit").first.hover()
+    else:
+        page.mouse.click(1100, 700, button="right")  # one, where nothing is
+    entries.filter(has_text="Convert to WanFit").last.click()  # two
+    page.wait_for_function("app.graph._nodes.some(node => node.type === 'WanGenerate')")
+    close_toasts(page)
+
+
+def parity_files(folder: Path) -> tuple[str, str]:
+    """Write two small experts as published, which ComfyUI's own loader opens too."""
+    names = []
+    for name, seed in (("high", 3), ("low", 4)):
+        torch.manual_seed(seed)
+        shape = {"num_attention_heads": 1, "attention_head_dim": 128, "text_dim": 4096}
+        model = make_transformer("wan2.1-t2v", **shape)
+        with torch.no_grad():  # a fresh one moves the latents by hardly anything
+            model.proj_out.weight.mul_(4.0)
+        names.append(f"wan2.2_t2v_{name}_noise_14B_fp16.safetensors")
+        save_file(
+            layouts.original_transformer(layouts.state_of(model)),
+            folder / "diffusion_models" / names[-1],
+        )
+    vae = layouts.original_vae(layouts.state_of(make_vae("wan2.1-t2v")), 1)
+    save_file(vae, folder / "vae" / "wan_2.1_vae.safetensors")
+    return names[0], names[1]
+
+
+@pytest.mark.parametrize("two", [True, False])
+def test_the_converted_prompt_makes_the_latents_of_the_native_one(
+    server: ComfyServer, two: bool
+) -> None:
+    """Two experts with euler, or one model with a solver of several steps."""
+    models = server.base / "models"
+    for folder in ("diffusion_models", "vae"):
+        (models / folder).mkdir(exist_ok=True)
+    high, low = parity_files(models)
+    torch.manual_seed(5)
+    for name, tokens in (("good", 9), ("bad", 4)):
+        text = torch.zeros(1, 512, 4096)
+        text[:, :tokens] = torch.randn(1, tokens, 4096)
+        torch.save(text, server.base / "input" / f"{name}.pt")
+    shared = {
+        "positive": ["5", 0], "negative": ["6", 0], "steps": 6, "cfg": 3.5,
+        "sampler_name": "euler" if two else "uni_pc", "scheduler": "simple", "noise_seed": 5,
+    }  # fmt: skip
+    size = {"width": 64, "height": 48, "length": 9, "batch_size": 1}
+    unet = {"weight_dtype": "default"}
+    nodes = {
+        "1": ("UNETLoader", unet | {"unet_name": high}),
+        "2": ("UNETLoader", unet | {"unet_name": low}),
+        "3": ("ModelSamplingSD3", {"model": ["1", 0], "shift": 5.0}),
+        "4": ("ModelSamplingSD3", {"model": ["2", 0], "shift": 5.0}),
+        "5": ("WanFitProbeConditioning", {"name": "good"}),
+        "6": ("WanFitProbeConditioning", {"name": "bad"}),
+        "7": ("EmptyHunyuanLatentVideo", size),
+        "8": ("KSamplerAdvanced", shared | {
+            "model": ["3", 0], "latent_image": ["7", 0], "add_noise": "enable",
+            "start_at_step": 0, "end_at_step": 3, "return_with_leftover_noise": "enable",
+        }),
+        "9": ("KSamplerAdvanced", shared | {
+            "model": ["4", 0], "latent_image": ["8", 0], "add_noise": "disable",
+            "start_at_step": 3, "end_at_step": 10000, "return_with_leftover_noise": "disable",
+        }),
+        "10": ("SaveLatent", {"samples": ["9", 0], "filename_prefix": "latents/native"}),
+    }  # fmt: skip
+    if not two:
+        whole = {"seed": 5, "denoise": 1.0, "model": ["3", 0], "latent_image": ["7", 0]}
+        nodes["9"] = ("KSampler", {k: v for k, v in shared.items() if k != "noise_seed"} | whole)
+        nodes = {name: one for name, one in nodes.items() if name not in ("2", "4", "8")}
+    prompt = {name: {"class_type": kind, "inputs": given} for name, (kind, given) in nodes.items()}
+    server.run(prompt)
+    answer = server.post("/wanfit/convert", {"prompt": prompt})
+    assert answer["ok"] and answer["left"] == [] and len(answer["new"]) == 2
+    answer["prompt"]["10"]["inputs"]["filename_prefix"] = "latents/ours"
+    server.run(answer["prompt"])
+    native, ours = latent_of(server, "native"), latent_of(server, "ours")
+    assert ours.shape == native.shape
+    assert (ours - native).norm() < 1e-4 * native.norm()
