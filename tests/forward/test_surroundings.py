@@ -142,8 +142,13 @@ def made(models: Path, family: str, scheduler: str) -> torch.Tensor:
     return frames
 
 
-@pytest.mark.parametrize("scheduler", SCHEDULERS)
-@pytest.mark.parametrize("family", ["wan2.1-t2v", "wan2.1-i2v", "wan2.2-ti2v-5b"])
+@pytest.mark.parametrize(
+    ("family", "scheduler"),
+    [
+        *(("wan2.1-t2v", scheduler) for scheduler in SCHEDULERS),
+        ("wan2.1-i2v", "unipc"), ("wan2.2-ti2v-5b", "unipc"),
+    ],
+)  # fmt: skip
 def test_a_video_is_the_same_whatever_surrounds_it(
     models: Path, family: str, scheduler: str
 ) -> None:

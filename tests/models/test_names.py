@@ -331,8 +331,8 @@ def test_pieces_smaller_than_a_tensor_change_nothing(
     path = write(tmp_path / "m.safetensors", layouts.original_transformer(stored), metadata)
     dtypes = (None, torch.float16)
     whole = {dtype: layouts.state_of(load_component(path, dtype)) for dtype in dtypes}
-    monkeypatch.setattr("wan_core.loading.reader._PIECE", 1000)
-    monkeypatch.setattr("wan_core.loading.mapped._CHECKED", 64)
+    monkeypatch.setattr("wan_core.loading.reader._PIECE", 5000)
+    monkeypatch.setattr("wan_core.loading.mapped._CHECKED", 512)
     for dtype, state in whole.items():
         assert_equal(load_component(path, dtype), state)
 

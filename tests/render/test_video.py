@@ -280,7 +280,13 @@ def moving(frames: int, width: int, height: int, kind: str) -> torch.Tensor:
     return clip.permute(0, 2, 3, 1)
 
 
-@pytest.mark.parametrize("kind", ["moving", "fading", "noise"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "noise", pytest.param("moving", marks=pytest.mark.slow),
+        pytest.param("fading", marks=pytest.mark.slow),
+    ],
+)  # fmt: skip
 @pytest.mark.parametrize(
     ("codec", "size", "frames"),
     [("h264", (320, 192), 17), ("h264", (96, 128), 17), ("h264", (208, 144), 9),
