@@ -705,7 +705,7 @@ def test_no_lean_forward_is_promised_where_there_is_none(
     manager, job = OptimizationManager(("stream", "fp8")), replace(P720, num_frames=49)
     requested = OptimizationConfig(forward=forward, offload=offload)
     found, plans = architecture(name), []
-    for gib in (6, 12, 80):
+    for gib in (6, 12, 24, 80):
         system = replace(gpu(gib), notes=("no lean forward: a reason",))
         asked = (found, job, system, requested)
         plain = replace(requested, forward="diffusers")
