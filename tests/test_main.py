@@ -243,7 +243,7 @@ def test_an_output_that_cannot_be_written_is_one_line(
 ) -> None:
     (tmp_path / "file").write_bytes(b"")
     (tmp_path / "folder.mp4").mkdir()
-    code, _, err = run(capsys, *generate(model, tmp_path / name))
+    code, _, err = run(capsys, *generate(model, tmp_path / name, "--boundary", 0.95))
     assert code == 1 and err.startswith("error: ") and err.count("\n") == 1
     assert str(tmp_path / name) in err and "name" in err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder.mp4"]

@@ -12,17 +12,19 @@ import codecs
 import contextlib
 import os
 import platform
+import re
 import secrets
 import shutil
 import stat
 import sys
+import unicodedata
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import BinaryIO, Final, cast
 
-from .errors import CorruptFile, MissingFile, OutputError, UnsafeFile
+from .errors import CorruptFile, InvalidRequest, MissingFile, OutputError, UnsafeFile
 
 if sys.platform != "win32":
     import fcntl
@@ -70,7 +72,13 @@ def open_regular(path: Path) -> Iterator[tuple[BinaryIO, int]]:
     except OSError as err:
         raise MissingFile(f"{quoted(path)} cannot be opened: {err.strerror}.") from err
     with file:
-        yield cast(BinaryIO, file), os.fstat(file.fileno()).st_size
+        try:
+            yield cast(BinaryIO, file), os.fstat(file.fileno()).st_size
+        except OSError as err:  # a network drive that went away, a disk that is failing
+            raise MissingFile(
+                f"{quoted(path)} cannot be read: {_why(err)}. Check the disk, or the connection "
+                "to the drive that it is on."
+            ) from err
 
 
 def decode_text(data: bytes) -> str:
@@ -89,7 +97,8 @@ def file_kind(path: Path) -> str:
         mode = os.stat(path).st_mode
     except FileNotFoundError as err:
         link = " (a link to something that is gone)" if path.is_symlink() else ""
-        raise MissingFile(f"{quoted(path)} does not exist{link}. Check the path.") from err
+        hint = _nearly(path) or "Check the path."
+        raise MissingFile(f"{quoted(path)} does not exist{link}. {hint}") from err
     except (OSError, ValueError) as err:
         raise MissingFile(f"{quoted(path)} cannot be read: {_why(err)}. Check the path.") from err
     if stat.S_ISDIR(mode):
@@ -97,6 +106,44 @@ def file_kind(path: Path) -> str:
     if not stat.S_ISREG(mode):
         raise CorruptFile(f"{quoted(path)} is neither a file nor a folder. Name a model file.")
     return "file"
+
+
+def named_path(value: object, field: str) -> Path:
+    """Return the path that a user named; raises InvalidRequest for what is none, or is empty."""
+    if not isinstance(value, str | os.PathLike) or isinstance(os.fspath(value), bytes):
+        raise InvalidRequest(
+            f"{field} is {str(value)[:80]!r} ({type(value).__name__}); the path of a file or "
+            "folder is needed.",
+            field=field,
+        )
+    if isinstance(value, str) and not value.strip():
+        raise InvalidRequest(f"{field} is empty; name a file or folder.", field=field)
+    return Path(value)
+
+
+def _nearly(path: Path) -> str:
+    """Say what is there instead of a path that is not; empty where nothing like it is."""
+    text = str(path)
+    bare = text.strip().strip("\"'").strip()
+    with contextlib.suppress(OSError, ValueError):
+        if bare != text and os.path.exists(bare):
+            return "It is there without the quotation marks or blanks around it."
+        alike = [name for name in os.listdir(path.parent) if _plain(name) == _plain(path.name)]
+        if alike:
+            return f"There is {alike[0]!r}, which is written with other letters ({alike[0]!a})."
+    if re.match(r"file:/", text):
+        return "Give the path alone, without 'file:'."
+    if re.match(r"https?:/", text) or re.fullmatch(r"[\w.-]+/[\w.-]+", text):
+        return (
+            "WanFit fetches nothing unless it is asked to: download the model, then give the path "
+            "of the folder or file."
+        )
+    return ""
+
+
+def _plain(name: str) -> str:
+    """Return a name as a person reads it: the same for other forms of Unicode, and other case."""
+    return unicodedata.normalize("NFKC", name).casefold()
 
 
 def quoted(path: Path) -> str:

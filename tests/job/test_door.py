@@ -191,6 +191,7 @@ CASES = [
     Case("continue_from", model=I2V, job=continued(continue_from=torch.full(LATENTS, NAN))),
     # Pictures.
     Case("image", model=I2V),
+    Case("image", model=I2V, job={"image": " "}),
     Case("image", job={"image": PICTURE}),
     Case("last_image", model=FLF, job={"image": PICTURE}),
     Case("last_image", model=T5B, job={"last_image": PICTURE, "width": 64, "height": 64}),
@@ -293,6 +294,7 @@ CASES = [
     Case("output_path", job={"return_frames": False}),
     Case("output_path", prepare=folder_there),
     Case("journal_folder", job={"journal_folder": 5, "resume": "auto"}),
+    Case("journal_folder", job={"journal_folder": __file__, "resume": "auto"}),
     Case("out.mp4", OutputError, prepare=blocked),
     Case("codec", prepare=no_encoder),
     Case("codec", job={"codec": "h265", "output_path": "out.mp4", "width": 16, "height": 16}),

@@ -15,6 +15,7 @@ from PIL import Image, ImageOps
 
 from wan_core.errors import InvalidRequest, WanError
 from wan_core.job import load_picture, picture_size, to_pil
+from wan_core.job.pictures import describe_loss
 from wan_core.sampling import prepare_picture
 
 ORIENTATION = 0x0112
@@ -266,3 +267,56 @@ def test_a_home_folder_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setenv("USERPROFILE", str(tmp_path))
     Image.fromarray(WIDE).save(tmp_path / "in.png")
     assert picture_size(load_picture("~/in.png", "image")) == (40, 20)
+
+
+# -- what a file is, and what of it is lost -------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("start", "said"),
+    [
+        (b"", "it is empty"),
+        (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "it is HEIC, as phones make"),
+        (b"\0\0\0\x18ftypmif1\0\0\0\0mif1heic", "it is HEIF"),
+        (b"\0\0\0\x18ftypisom\0\0\0\0isomavc1", "it is a video"),
+        (b"<!DOCTYPE html><html>404</html>", "a web page in place of the picture"),
+        (b'\n <svg xmlns="http://www.w3.org/2000/svg"/>', "such as a drawing (SVG)"),
+        (b"\x93NUMPY", "Pillow knows no such format"),
+    ],
+)
+def test_a_file_under_a_picture_s_name_is_told_by_its_content(
+    tmp_path: Path, start: bytes, said: str
+) -> None:
+    path = tmp_path / "photo.jpg"
+    path.write_bytes(start)
+    assert said in refused(path) and "PNG" in refused(path)
+
+
+@pytest.mark.parametrize("text", ["", "  ", "\n"])
+def test_no_name_is_not_the_folder_one_is_in(text: str) -> None:
+    assert "is empty" in refused(text) and "None means no picture" in refused(text)
+
+
+def test_transparency_and_later_pictures_are_said_to_be_lost(tmp_path: Path) -> None:
+    plain = Image.fromarray(WIDE)
+    clear, opaque = plain.copy(), plain.copy()
+    clear.putalpha(Image.linear_gradient("L").resize(plain.size))
+    opaque.putalpha(255)
+    palette = plain.convert("P")
+    palette.info["transparency"] = int(np.asarray(palette)[0, 0])
+    seen = np.dstack([WIDE, np.asarray(clear)[..., 3]])
+    for name, image in {"a.png": clear, "la.png": clear.convert("LA"), "p.png": palette}.items():
+        image.save(tmp_path / name)
+        for given in (image, tmp_path / name, str(tmp_path / name)):
+            assert "transparent pixels" in str(describe_loss(given, "image")), name
+    for numbers in (seen, torch.tensor(seen / 255.0)):
+        assert str(describe_loss(numbers, "image")).startswith("image has transparent pixels")
+    turned = [ImageOps.flip(plain), ImageOps.mirror(plain)]
+    plain.save(tmp_path / "moving.gif", save_all=True, append_images=turned)
+    plain.save(tmp_path / "plain.jpg")
+    said = describe_loss(tmp_path / "moving.gif", "last_image")
+    assert said == "last_image holds 3 pictures; the first is used."
+    whole = np.dstack([WIDE, np.full(WIDE.shape[:2], 255, np.uint8)])
+    for nothing in (plain, opaque, tmp_path / "plain.jpg", WIDE, whole, torch.tensor(WIDE / 255.0),
+                    WIDE[..., 0], plain.convert("L"), plain.convert("CMYK")):  # fmt: skip
+        assert describe_loss(nothing, "image") is None

@@ -298,6 +298,14 @@ def test_a_gguf_file_without_or_with_another_tokenizer(tmp_path: Path, spiece: b
 # Other components --------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("content", ["[1]", "null", "3", '"text"', "[", "", '{"a": '])
+def test_a_configuration_that_is_no_object_is_named(tmp_path: Path, content: str) -> None:
+    make_tokenizer().save_pretrained(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(content)
+    with pytest.raises(CorruptFile, match="The tokenizer in .* cannot be read"):
+        load_tokenizer(tmp_path)
+
+
 def test_image_processor(tmp_path: Path) -> None:
     from PIL import Image
 

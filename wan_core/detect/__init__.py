@@ -11,7 +11,7 @@ from .companions import find_companions
 from .detector import ArchitectureDetector, inspect_file
 from .folders import is_release
 from .identified import IdentifiedFile, identify
-from .lora_files import parse_lora, with_loras
+from .lora_files import lora_list, parse_lora, with_loras
 from .lora_names import read_patches
 from .lora_patches import Patch
 from .pairing import join_vace
@@ -25,6 +25,7 @@ __all__ = [
     "inspect_file",
     "is_release",
     "join_vace",
+    "lora_list",
     "parse_lora",
     "read_patches",
     "with_loras",

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from ..config import WanModelFiles
 from ..errors import MissingFile
-from ..files import file_kind, quoted, some_of
+from ..files import file_kind, named_path, quoted, some_of
 from ..formats import listing, read_json, read_table
 from ..models import ModelArchitecture
 from .configs import check_transformer, check_vae
@@ -37,7 +37,7 @@ class ArchitectureDetector:
         """
         if isinstance(path, WanModelFiles):
             return with_loras(from_files(path, inspect_file), path.loras)
-        root = Path(path)
+        root = named_path(path, "model_path")
         if root.name == "model_index.json":
             root = root.parent
         if file_kind(root) == "file":
@@ -76,4 +76,10 @@ def _refuse_shelf(root: Path) -> None:
         raise MissingFile(
             f"{quoted(root)} is no model itself; it holds the models {some_of(models, 8)}. Choose "
             "one of them."
+        )
+    if (root / "snapshots").is_dir() and (root / "blobs").is_dir():
+        found = [quoted(root / "snapshots" / name) for name in sorted(listing(root / "snapshots"))]
+        raise MissingFile(
+            f"{quoted(root)} is a folder of the Hugging Face cache; the model is below it "
+            f"({some_of(found) or 'nothing is there yet'}). Choose that folder."
         )

@@ -6,6 +6,7 @@ says which expert it changes; a name or metadata that says otherwise leads to a 
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable
 from dataclasses import replace
@@ -14,7 +15,7 @@ from typing import Any
 
 from ..config import EXPERTS, WanLoRA, plain_number
 from ..errors import InvalidRequest, ModelMismatch
-from ..files import quoted
+from ..files import named_path, quoted
 from ..formats import read_table
 from ..models import FoundLora, ModelArchitecture, recipe_of
 from .identified import identify
@@ -41,6 +42,7 @@ def as_lora(given: Any) -> WanLoRA:
             f"loras holds {given!r}; a WanLoRA, a path or (path, expert, strength) is needed.",
             field="loras",
         )
+    named_path(lora.path, "loras")
     if lora.expert not in EXPERTS:
         raise InvalidRequest(
             f"expert of the LoRA {quoted(Path(lora.path))} is {lora.expert!r}; allowed are "
@@ -55,6 +57,17 @@ def as_lora(given: Any) -> WanLoRA:
             field="strength",
         )
     return replace(lora, strength=strength)
+
+
+def lora_list(loras: Any) -> list[Any]:
+    """Return the LoRAs that were given: a single one counts as a list of one."""
+    if isinstance(loras, str | os.PathLike | WanLoRA):
+        return [loras]
+    if not isinstance(loras, Iterable):
+        raise InvalidRequest(
+            f"loras is {str(loras)[:80]!r}; a list of LoRAs is needed.", field="loras"
+        )
+    return list(loras)
 
 
 def parse_lora(text: str) -> WanLoRA:
@@ -82,7 +95,7 @@ def with_loras(
     MissingFile, CorruptFile, ModelMismatch or UnsupportedModel.
     """
     added, warnings = [], []
-    for given in loras:
+    for given in lora_list(loras):
         found, notes = _found(architecture, as_lora(given))
         added.append(found)
         warnings += notes

@@ -20,7 +20,7 @@ from ..models import ModelArchitecture
 from .control import ControlInputs
 from .effects import settings_without_effect
 from .parts import texts_to_encode
-from .pictures import describe_stretch, load_picture
+from .pictures import describe_loss, describe_stretch, load_picture
 from .request import Request
 from .tensors import (
     check_audio,
@@ -94,7 +94,8 @@ def check_inputs(
             continue
         pictures[name] = load_picture(value, name)
         stretched = describe_stretch(pictures[name], name, request.width, request.height)
-        warnings += [stretched] if stretched else []
+        lost = describe_loss(value, name)
+        warnings += [said for said in (stretched, lost) if said]
     control = None
     if request.control is not None:
         control, said = check_control(
@@ -128,6 +129,12 @@ def check_outputs(request: Request) -> None:
 
     Raises OutputError with the path, and InvalidRequest for what the encoder does not take.
     """
+    journal = request.journal_folder
+    if request.resume and journal is not None and journal.exists() and not journal.is_dir():
+        raise InvalidRequest(
+            f"journal_folder is {str(journal)!r}, which is a file; name a folder, new or old.",
+            field="journal_folder",
+        )
     if request.output_path is None:
         return
     for target in output_paths(request):

@@ -17,6 +17,8 @@ from .fields import dense, shown, shown_path
 from .fields import path as path_of
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from PIL import Image
     from torch import Tensor
 
@@ -84,6 +86,8 @@ def _from_file(image: Any, field: str) -> Image.Image:
     from PIL import Image, UnidentifiedImageError
 
     name = os.fspath(image)
+    if not name.strip():
+        raise InvalidRequest(f"{field} is empty; {_WANTED}. None means no picture.", field=field)
     if isinstance(name, str) and name.partition(":")[0] in ("http", "https", "ftp", "data"):
         raise InvalidRequest(
             f"{field} is {shown(name)}; WanFit fetches nothing. Save the picture and give "
@@ -96,14 +100,32 @@ def _from_file(image: Any, field: str) -> Image.Image:
         opened = Image.open(place)
     except UnidentifiedImageError as err:
         raise InvalidRequest(
-            f"{field}: {named} cannot be read as a picture: Pillow knows no such format. Save it "
-            "as PNG, JPEG or WebP.",
+            f"{field}: {named} cannot be read as a picture: {_what_it_is(place)}. Save it as PNG, "
+            "JPEG or WebP.",
             field=field,
         ) from err
     except Exception as err:  # as in _from_pil
         raise _unreadable(field, f"{field}: {named}", err) from err
     with opened:
         return _from_pil(opened, field, f"{field}: {named}")
+
+
+def _what_it_is(place: Path) -> str:
+    """Say what a file is that Pillow does not know, by its first bytes; its name may say another.
+
+    The brands are those of ISO 23008-12 (HEIF) and of AVIF.
+    """
+    with open(place, "rb") as file:
+        start = file.read(64)
+    if not start:
+        return "it is empty"
+    if start[4:8] == b"ftyp":
+        brand = start[8:12].decode("latin-1")
+        kinds = {"av": "AVIF, which this Pillow lacks", "he": "HEIC, as phones make", "mi": "HEIF"}
+        return f"it is {kinds.get(brand[:2], 'a video, or another file of that family')}"
+    if start.lstrip()[:1] in (b"<", b"{"):
+        return "it is text, such as a drawing (SVG) or a web page in place of the picture"
+    return "Pillow knows no such format"
 
 
 def _from_pil(image: Image.Image, field: str, name: str) -> Image.Image:
@@ -263,6 +285,35 @@ def _check_floats(low: float, high: float, name: str, field: str) -> None:
         f"{cure}",
         field=field,
     )
+
+
+def describe_loss(image: Any, field: str) -> str | None:
+    """Say what of a picture as it was given is not used: transparency, or later pictures."""
+    from PIL import Image
+
+    if isinstance(image, str) or hasattr(image, "__fspath__"):
+        with Image.open(path_of(image, field)) as opened:
+            return _lost(opened, field)
+    if isinstance(image, Image.Image):
+        return _lost(image, field)
+    shape = tuple(getattr(image, "shape", ()))
+    if len(shape) > 2 and shape[-1] == 4 and bool((image[..., 3] < image[..., 3].max()).any()):
+        return f"{field} {_TRANSPARENT}"
+    return None
+
+
+_TRANSPARENT: Final = (
+    "has transparent pixels; the colours that lie under them are used. Lay it on a background."
+)
+
+
+def _lost(image: Image.Image, field: str) -> str | None:
+    if (count := getattr(image, "n_frames", 1)) > 1:
+        return f"{field} holds {count} pictures; the first is used."
+    if not image.has_transparency_data:
+        return None
+    least: Any = image.convert("RGBA").getchannel("A").getextrema()[0]
+    return f"{field} {_TRANSPARENT}" if least < 255 else None
 
 
 def describe_stretch(picture: Picture, field: str, width: int, height: int) -> str | None:

@@ -7,13 +7,14 @@ s sigma / (1 + (s - 1) sigma) (Esser et al. 2024, eq. 23).
 
 from __future__ import annotations
 
+import inspect
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ..config import GenerationConfig
-from ..errors import InvalidRequest
+from ..errors import CorruptFile, InvalidRequest
 from ..models import VARIANTS, Defaults, ModelArchitecture, Variant
 from .fields import choice, falling, real, text, whole
 from .noise import NOISES
@@ -42,7 +43,8 @@ def make_scheduler(
 
     ``saved_config`` is the model folder's ``scheduler_config.json``. If it is of the class asked
     for, its settings are kept except for the flow shift and the prediction type; else it is not
-    used. Raises InvalidRequest for a name that diffusers has no scheduler for.
+    used. Raises InvalidRequest for a name that diffusers has no scheduler for, CorruptFile for
+    settings that its class does not take.
     """
     if name not in _CLASS_NAMES:
         raise InvalidRequest(
@@ -55,6 +57,7 @@ def make_scheduler(
     saved = dict(saved_config or {})
     same_class = saved.get("_class_name") == cls.__name__
     config: dict[str, Any] = saved if same_class else {"num_train_timesteps": 1000}
+    _check_saved(cls, config)
     if name == "euler":
         config["shift"] = flow_shift
     else:
@@ -63,7 +66,38 @@ def make_scheduler(
             "use_flow_sigmas": True,
             "flow_shift": flow_shift,
         }
-    return cls.from_config(config)
+    if "use_dynamic_shifting" in config:  # the flow shift is the job's
+        config["use_dynamic_shifting"] = False
+    try:
+        scheduler = cls.from_config(config)
+        cls.from_config(config).set_timesteps(2)
+    except (TypeError, ValueError, ArithmeticError, LookupError, NotImplementedError) as err:
+        raise _bad_settings(str(err).partition("\n")[0][:200]) from err
+    return scheduler
+
+
+def _check_saved(cls: Any, config: Mapping[str, Any]) -> None:
+    """Refuse settings of another type than the class has, and steps that Wan was not trained at.
+
+    They come from a file. Some would fail in the middle of a render, others change the clip.
+    """
+    for name, known in inspect.signature(cls.__init__).parameters.items():
+        value, default = config.get(name), known.default
+        if name not in config or value is None or default is None or default is known.empty:
+            continue
+        takes = (int, float) if isinstance(default, float) else type(default)
+        if not isinstance(value, takes) or isinstance(value, bool) != isinstance(default, bool):
+            raise _bad_settings(f"{name} is {value!r}; {default!r} is what it looks like")
+    trained = config.get("num_train_timesteps", 1000)
+    if trained != 1000:
+        raise _bad_settings(f"num_train_timesteps is {trained!r}; Wan was trained at 1000")
+
+
+def _bad_settings(why: str) -> CorruptFile:
+    return CorruptFile(
+        f"The model's scheduler_config.json cannot be used: {why}. Restore the file from the "
+        "model's download."
+    )
 
 
 def shifted(sigma: float, flow_shift: float) -> float:

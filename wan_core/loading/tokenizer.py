@@ -86,7 +86,10 @@ def _from_folder(folder: Path) -> Any:
             return transformers.AutoTokenizer.from_pretrained(
                 str(folder), local_files_only=True, trust_remote_code=False
             )
-        except (OSError, ValueError, KeyError, TypeError, RuntimeError) as err:
+        except (
+            OSError, ValueError, KeyError, TypeError, RuntimeError, AttributeError,
+            IndexError,
+        ) as err:  # fmt: skip
             raise CorruptFile(
                 f"The tokenizer in {quoted(folder)} cannot be read: {str(err)[:200]}. {_BROKEN}"
             ) from err

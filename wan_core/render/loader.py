@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..config import WanLoRA, WanModelFiles
-from ..detect import ArchitectureDetector, with_loras
+from ..detect import ArchitectureDetector, lora_list, with_loras
 from ..errors import InvalidRequest, MissingFile, UnsupportedModel, WanError
 from ..files import decode_text
 from ..loading import ComponentCache, component_cache
@@ -71,7 +71,7 @@ class WanPipelineLoader:
                 "Wan. Leave it False.",
                 field="trust_remote_code",
             )
-        loras = [_at_home(given) for given in loras]
+        loras = [_at_home(given) for given in lora_list(loras)]
         architecture = ArchitectureDetector().detect_model_architecture(_at_home(model_path))
         if not architecture.variant.supported:
             raise UnsupportedModel(
@@ -140,7 +140,7 @@ def _at_home(given: Any) -> Any:
     if isinstance(given, list | tuple) and given:
         return (_at_home(given[0]), *given[1:])
     if isinstance(given, WanModelFiles):
-        loras = tuple(_at_home(lora) for lora in given.loras)
+        loras = tuple(_at_home(lora) for lora in lora_list(given.loras))
         names = [field.name for field in dataclasses.fields(given) if field.name != "loras"]
         paths = {name: _at_home(getattr(given, name)) for name in names}
         return dataclasses.replace(given, **paths, loras=loras)
