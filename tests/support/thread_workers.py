@@ -30,9 +30,10 @@ def _through_bytes(header: Mapping[str, Any], tensors: Mapping[str, Tensor] | No
 
 class ThreadWorker:
     """Stands for ``WorkerProcess``. ``trouble``, if set on the class, is called with the number of
-    each unit before it is computed, and may raise."""
+    each unit before it is computed, and may raise; so may ``looked``, called at every block."""
 
     trouble: Callable[[ThreadWorker, int], object] | None = None
+    looked: Callable[[ThreadWorker], object] | None = None
     made: list[ThreadWorker] = []
 
     def __init__(self, device: str, told: Callable[[Any, Message | None], object]) -> None:
@@ -50,6 +51,8 @@ class ThreadWorker:
     def _check(self) -> None:
         if self.dead.is_set():
             raise Killed
+        if type(self).looked is not None:
+            type(self).looked(self)
         self._real_check(self._worker)
 
     def _run(self, threads: int) -> None:

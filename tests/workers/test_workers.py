@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -22,6 +25,7 @@ from wan_core.config import WanControl
 from wan_core.errors import WorkerFailed
 from wan_core.workers import close_workers, pool, worker_pool
 
+ROOT = Path(__file__).parents[2]
 CLIP = {"prompt": "a red cat", "width": 32, "height": 32, "num_frames": 29, "seed": 1,
         "num_inference_steps": 4, "max_chunk_size": 17, "window_overlap": 8}  # fmt: skip
 SHORT = {"prompt": "a red cat", "width": 32, "height": 32, "num_frames": 5, "seed": 1,
@@ -40,7 +44,7 @@ def threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[ThreadWorker]]:
     monkeypatch.setattr(pool, "WorkerProcess", ThreadWorker)
     ThreadWorker.trouble, ThreadWorker.made = None, []
     yield ThreadWorker
-    ThreadWorker.trouble = None
+    ThreadWorker.trouble = ThreadWorker.looked = None
     close_workers()
 
 
@@ -313,3 +317,75 @@ def test_processes_give_the_same_bits_also_when_one_is_killed(folder: Any) -> No
     for pid in pids:
         with pytest.raises(ProcessLookupError):
             os.kill(pid, 0)
+
+
+@pytest.mark.slow
+def test_workers_that_die_at_twenty_random_moments(
+    folder: Any, threads: type[ThreadWorker]
+) -> None:
+    """Within a unit, at any look for an interrupt: the same bits, and at most that unit anew."""
+    path, dice = folder("wan2.2-t2v-a14b"), random.Random(5)
+    whole = latents(path, CLIP)
+    left, died = 0, [0]
+    for _ in range(20):
+        close_workers()
+        threads.made, left = [], dice.randint(1, 60)
+        died.clear()
+
+        def look(worker: ThreadWorker) -> None:
+            nonlocal left
+            left -= 1
+            if left == 0:
+                died.append(worker._worker._unit)
+                worker.die()
+
+        threads.looked = look
+        made = open_wan(path, devices=2).generate(GenerationConfig(**CLIP)).raise_for_error()
+        threads.looked = None
+        assert torch.equal(made.latents, whole)
+        counted = [unit["number"] for worker in threads.made for unit in worker.units]
+        assert sorted(counted) in (list(range(1, 17)), sorted([*range(1, 17), *died]))
+        assert len(died) == (left <= 0)
+
+
+DRIVER = """
+import sys
+sys.path[:0] = sys.argv[1:3]
+from pathlib import Path
+from support.tiny_models import open_wan
+from wan_core import GenerationConfig
+from wan_core.workers import worker_pool
+print(*worker_pool(("cpu", "cpu")).pids, flush=True)
+job = JOB
+told = lambda step, *_: print("step", step, flush=True)
+open_wan(Path(sys.argv[3]), devices=2).generate(GenerationConfig(
+    **job, resume="auto", journal_folder=sys.argv[4], progress_callback=told)).raise_for_error()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("step", [1, 3])
+def test_a_driver_that_is_killed_takes_its_workers_along_and_goes_on(
+    folder: Any, tmp_path: Path, step: int
+) -> None:
+    path = folder("wan2.2-t2v-a14b")
+    whole = latents(path, CLIP)
+    code = DRIVER.replace("JOB", repr(CLIP))
+    places = [str(ROOT), str(ROOT / "tests"), str(path), str(tmp_path / "j")]
+    driver = subprocess.Popen(
+        [sys.executable, "-c", code, *places], stdout=subprocess.PIPE, text=True,
+        env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())},
+    )  # fmt: skip
+    assert driver.stdout is not None
+    pids = [int(word) for word in driver.stdout.readline().split()]
+    while f"step {step}" not in (line := driver.stdout.readline()):
+        assert line, "the driver has ended"
+    driver.kill()
+    driver.wait()
+    until = time.perf_counter() + 10
+    while any(Path(f"/proc/{pid}").exists() for pid in pids) and time.perf_counter() < until:
+        time.sleep(0.05)
+    assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
+    kept = CLIP | {"resume": "must", "journal_folder": tmp_path / "j"}
+    made = open_wan(path).generate(GenerationConfig(**kept)).raise_for_error()
+    assert torch.equal(made.latents, whole)
