@@ -20,7 +20,8 @@ no difference (why, is written in ``benchmarks/mutation_reasons.json``).
 With ``--results`` every end is written there at once. The same command goes on where the last one
 stopped, several machines may each take a shard, and ``--again`` tries what survived once more, with
 ``--wider`` against the other tests of its package and of a neighbour too. ``--merge`` makes one
-table of a folder, and ``--write`` puts it into ``benchmarks/mutation.md``.
+table of a folder, and ``--write`` puts it into ``benchmarks/mutation.md``. A ``not_counted.json``
+in the folder says of modules why their mutants told nothing where they ran.
 """
 
 from __future__ import annotations
@@ -345,7 +346,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             kept.with_suffix(".txt").write_text(_facts(words), encoding="utf-8")
         found = run(_chosen(given, known), given, kept)
         known = read_outcomes(given.results) if given.results else found
-    page = report(known, f"python -m tools.mutate {words}", _reasons())
+    page = report(known, f"python -m tools.mutate {words}", _reasons(), _not_counted(given.results))
     print(page)
     if given.write:
         (mutants.ROOT / REPORT).write_text(page, encoding="utf-8")
@@ -355,6 +356,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _reasons() -> dict[str, str]:
     path = mutants.ROOT / REASONS
     found: dict[str, Any] = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+    return found
+
+
+def _not_counted(results: Path | None) -> dict[str, str]:
+    """Return why modules are not counted, which a person has written into a folder of results."""
+    path = results / "not_counted.json" if results else None
+    found: dict[str, str] = (
+        json.loads(path.read_text("utf-8")) if path is not None and path.is_file() else {}
+    )
     return found
 
 

@@ -83,9 +83,19 @@ def _rate(ends: Sequence[str]) -> str:
     return f"{tried} | {tried - lived} | {late} | {lived} | {share} |"
 
 
-def report(outcomes: Sequence[Outcome], command: str, reasons: Mapping[str, str]) -> str:
-    """Format outcomes as a page: a row per package, and every survivor with its reason."""
-    outcomes = in_order(outcomes)
+def report(
+    outcomes: Sequence[Outcome],
+    command: str,
+    reasons: Mapping[str, str],
+    not_counted: Mapping[str, str] | None = None,
+) -> str:
+    """Format outcomes as a page: a row per package, and every survivor with its reason.
+
+    ``not_counted`` says of a module why its mutants tell nothing; they are named, and in no row.
+    """
+    left_out = dict(not_counted or {})
+    aside = [one for one in outcomes if one.module in left_out]
+    outcomes = in_order(one for one in outcomes if one.module not in left_out)
     lines = [
         "# Mutants that tests noticed",
         "",
@@ -108,6 +118,13 @@ def report(outcomes: Sequence[Outcome], command: str, reasons: Mapping[str, str]
     untested = sorted({one.module for one in outcomes if one.end == "untested"})
     if untested:
         lines += ["", f"No test passed where these ran, and they are not counted: {untested}."]
+    for module in sorted({one.module for one in aside}):
+        ends = [one.end for one in aside if one.module == module]
+        lines += [
+            "",
+            f"Not counted: {len(ends)} mutants of `{module}`, of which {ends.count('survived')} "
+            f"survived: {left_out[module]}",
+        ]
     lines += ["", "## Survivors", ""]
     for one in outcomes:
         if one.end == "survived":

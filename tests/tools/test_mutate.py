@@ -193,6 +193,10 @@ def test_shards_are_kept_gone_on_with_and_merged(
     assert again.pop("a > b -> a >= b") == "killed" and set(again.values()) == {"survived"}
     mutate.main(["--merge", "--write", *kept])
     assert "| all | 6 | 4 | 2 | 2 | 67% |" in (small / "benchmarks/mutation.md").read_text()
+    (small / "kept/not_counted.json").write_text('{"memory/thing": "It needs a card."}')
+    mutate.main(["--merge", "--write", *kept])
+    page = (small / "benchmarks/mutation.md").read_text()
+    assert "| all | 0 | 0 | 0 | 0 | - |" in page and "survived: It needs a card." in page
 
 
 def test_only_a_test_that_passes_otherwise_can_kill(
