@@ -33,7 +33,7 @@ class Asked:
 
     ``cell`` is what is to be seen. ``source`` (F, H, W, 3), 0..1, and ``mask`` (F, H, W), 1 = make,
     are given where something is to be kept, ``way`` (F, 2), x and y in pixels, where a drawing
-    leads. ``straight`` says that the cell's direction is asked for.
+    leads. ``straight`` says that the cell's direction is asked for, ``grounded`` its background.
     """
 
     cell: tuple[str, str, str, str]
@@ -41,6 +41,7 @@ class Asked:
     mask: Tensor | None = None
     way: Tensor | None = None
     straight: bool = True
+    grounded: bool = True
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class Verdict:
     colour: bool
     shape: bool
     direction: bool | None
-    background: bool
+    background: bool | None
     kept: float | None
     """Peak signal-to-noise ratio in dB of what the mask keeps."""
     filled: bool | None
@@ -63,7 +64,7 @@ class Verdict:
         return (
             self.colour
             and self.shape
-            and self.background
+            and self.background is not False
             and self.direction is not False
             and self.filled is not False
             and (self.kept is None or self.kept >= KEPT_DB)
@@ -130,7 +131,7 @@ def judge_clip(asked: Asked, frames: Tensor) -> Verdict:
         colour=reading.colour == colour,
         shape=reading.shape == shape,
         direction=reading.direction == direction if asked.straight else None,
-        background=reading.background == background,
+        background=reading.background == background if asked.grounded else None,
         kept=kept,
         filled=filled,
         off=off,
@@ -150,6 +151,7 @@ def asked(lessons: control_clips.Lessons, index: int) -> Asked:
         mask=mask if keeps else None,
         way=lessons.centre[index].cpu() if drawn else None,
         straight=not drawn and template not in ("look", "bare"),
+        grounded=keeps or template not in ("object", "motion"),
     )
 
 

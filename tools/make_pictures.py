@@ -1,8 +1,8 @@
 """Makes the pictures of the README, the help pages and the example workflows, in a real ComfyUI.
 
-Run from the repository's root: ``python tools/make_pictures.py``. Needs what
-tests/nodes/test_comfyui.py needs: a ComfyUI checkout and a Chromium.
-Model and videos are those of the demo model.
+Run from the repository's root: ``python tools/make_pictures.py``, or with the names of some
+workflows for theirs alone. Needs what tests/nodes/test_comfyui.py needs: a ComfyUI checkout and a
+Chromium. Model and videos are those of the demo model.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import sys
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,12 @@ SETTINGS = {
 }
 NODES = ("WanLoader", "WanOptimize", "WanEstimateMemory", "WanGenerate", "WanChunkedSampler")
 WINDOW = (1500, 760)
+CONTROLLED = (
+    "video_to_video", "key_frames", "vace_inpaint", "vace_outpaint", "vace_control",
+    "vace_reference",
+)  # fmt: skip
+"""Workflows that the help page of WanControl shows."""
+WORKFLOWS = ("text_to_video", "long_video", *CONTROLLED)
 LOOK = """([scale, x, y]) => {
   app.canvas.ds.scale = scale; app.canvas.ds.offset = [x, y]; app.canvas.setDirty(true, true);
 }"""
@@ -73,8 +80,9 @@ def main() -> None:
         server = ComfyServer(base, checkout, python)
         with server, open_page(server.url, browser, WINDOW) as page:
             page.wait_for_timeout(2000)
-            help_pictures(page)
-            workflow_pictures(page, server)
+            if not sys.argv[1:]:
+                help_pictures(page)
+            workflow_pictures(page, server, sys.argv[1:] or WORKFLOWS)
 
 
 def help_pictures(page: Any) -> None:
@@ -137,9 +145,9 @@ def node_picture(page: Any, name: str) -> None:
     page.set_viewport_size({"width": WINDOW[0], "height": WINDOW[1]})
 
 
-def workflow_pictures(page: Any, server: ComfyServer) -> None:
-    """Run the example workflows and take the README's picture and the thumbnails."""
-    for name in ("text_to_video", "long_video", "video_to_video", "key_frames"):
+def workflow_pictures(page: Any, server: ComfyServer, names: Iterable[str]) -> None:
+    """Run example workflows and take the README's and the help page's pictures, and thumbnails."""
+    for name in names:
         load(page, name)
         server.free()  # so that every node runs, and reports, again
         before = set(server.get("/history"))
@@ -150,11 +158,14 @@ def workflow_pictures(page: Any, server: ComfyServer) -> None:
         assert entry["status"]["status_str"] == "success", entry["status"]
         page.wait_for_timeout(2500)
         save_thumbnail(server, entry, ROOT / "example_workflows" / f"{name}.jpg")
-        page.evaluate(LOOK, [0.84 if name == "text_to_video" else 0.71, 40, 0])
+        page.evaluate(LOOK, [0.84 if name == "text_to_video" else 0.66, 20, 0])
         page.wait_for_timeout(1000)
         if name == "text_to_video":
             page.screenshot(path=str(ROOT / "docs" / "workflow.png"))
             node_picture(page, "WanOptimize")
+        if name in CONTROLLED:
+            target = ROOT / "web" / "docs" / "images" / f"{name}.jpg"
+            page.screenshot(path=str(target), type="jpeg", quality=75)
         if name == "key_frames":
             node_picture(page, "WanControl")
 

@@ -70,7 +70,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--clips", type=int, default=10, help="clips of each kind")
-    parser.add_argument("--sorts", nargs="*", choices=SORTS, default=list(SORTS))
+    parser.add_argument("--sorts", nargs="*", choices=SORTS, default=["vace"])
     parser.add_argument("--kinds", nargs="*", help="of these kinds alone")
     parser.add_argument("--sheets", type=Path, help="folder for contact sheets")
     args = parser.parse_args()

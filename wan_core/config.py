@@ -99,11 +99,12 @@ class WanModelFiles:
 
 
 DEMO_KINDS = ("t2v", "i2v", "vace", "fun")
-"""The small models that ship along: text to video, image to video, VACE and Fun Control."""
+"""Small models: text to video, image to video and VACE ship along; Fun Control is there only where
+``tools.export_control`` has put what ``tools.train_control`` trained."""
 
 
 def demo_model(kind: str = "t2v") -> Path | WanModelFiles:
-    """Return a small model that ships along, as ``load_wan_pipeline`` takes it.
+    """Return a small model of `DEMO_KINDS`, as ``load_wan_pipeline`` takes it.
 
     VACE is two modules beside the text-to-video model, one for each expert; Fun Control is two
     transformers that share the rest with it. Nothing is opened.

@@ -49,7 +49,10 @@ NODES = [
     "WanLoader", "WanOptimize", "WanEstimateMemory", "WanGenerate", "WanChunkedSampler", "WanLoRA",
     "WanControl",
 ]  # fmt: skip
-WORKFLOWS = ["text_to_video", "long_video", "video_to_video", "key_frames"]
+WORKFLOWS = [
+    "text_to_video", "long_video", "video_to_video", "key_frames", "vace_inpaint", "vace_outpaint",
+    "vace_control", "vace_reference",
+]  # fmt: skip
 FULL_VAE = {"base_dim": 96, "dim_mult": [1, 2, 4, 4], "num_res_blocks": 2}
 CHECKOUT = find_checkout()
 PYTHON = CHECKOUT if isinstance(CHECKOUT, str) else find_python(CHECKOUT)

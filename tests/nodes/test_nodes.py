@@ -78,7 +78,7 @@ def test_every_node_has_a_help_page_and_every_workflow_a_thumbnail() -> None:
             if line.startswith("!["):
                 assert (page.parent / line.split("(")[1].rstrip(")")).is_file(), line
     workflows = list((ROOT / "example_workflows").glob("*.json"))
-    assert len(workflows) == 5
+    assert len(workflows) == 9
     for path in workflows:
         assert path.with_suffix(".jpg").is_file()
         assert json.loads(path.read_text())["nodes"]

@@ -5,18 +5,21 @@ from __future__ import annotations
 import json
 import shutil
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from tools import clips, judge
+from tools import clips, control_clips, judge, judge_control
 from tools.judge_demo import SCALES, Score, first_frame, measure_long, psnr, round_trip, spread
-from wan_core import GenerationConfig, WanModelFiles, WanPipelineLoader
+from tools.measure_control import KINDS, measure
+from wan_core import GenerationConfig, WanControl, WanModelFiles, WanPipelineLoader
+from wan_core.config import demo_model
 
 MODEL = Path(__file__).parents[2] / "wan_core" / "demo_model"
-LIMIT = 20_000_000
+LIMIT = 30_000_000
 CPU = {"device": "cpu", "precision": "fp32"}
 
 
@@ -200,3 +203,46 @@ def test_a_prompt_about_another_thing_is_read_as_that_thing(t2v: Any) -> None:
     reading = judge.read_clip(frames_of(t2v, job("t2v", other, 1)))
     assert (reading.colour, reading.direction) == (other[0], other[2])
     assert (reading.colour, reading.direction) != (cell[0], cell[2])
+
+
+@pytest.fixture(scope="module")
+def vace() -> Any:
+    return open_demo(demo_model("vace"))
+
+
+def obeyed(wrapper: Any, kind: str, count: int) -> judge_control.Score:
+    """Judge clips of lessons that nothing was trained on."""
+    *_, (_, _, total) = measure(wrapper, kind, count)
+    return total
+
+
+@pytest.mark.parametrize("kind", ["inpaint", "edges", "reference"])
+def test_vace_obeys_a_mask_a_drawing_and_a_reference(vace: Any, kind: str) -> None:
+    found = obeyed(vace, kind, 2)
+    assert found.share("obeys") == 1, str(found)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS["vace"])
+def test_most_of_ten_clips_obey(vace: Any, kind: str) -> None:
+    found = obeyed(vace, kind, 10)
+    assert (found.share("obeys") or 0) >= 0.7, str(found)
+
+
+def test_another_control_than_the_judged_one_is_noticed(vace: Any) -> None:
+    """Told of one way and drawn another: the shape goes where it is drawn, and is found out."""
+    generator = torch.Generator().manual_seed(3)
+    some = control_clips.draw_lessons(1, {"dot": 1.0}, "cpu", generator)
+    asked = judge_control.asked(some, 0)
+    drawn = some.video[0].permute(1, 2, 3, 0).roll((16, 16), (1, 2))
+    frames = frames_of(
+        vace,
+        GenerationConfig(
+            prompt=control_clips.sentences()[int(some.row[0])], width=clips.SIZE,
+            height=clips.SIZE, num_frames=clips.FRAMES, seed=0, control=WanControl(video=drawn),
+        ),
+    )  # fmt: skip
+    assert asked.way is not None
+    assert not judge_control.judge_clip(asked, frames).obeys()
+    moved = replace(asked, way=asked.way + 16)
+    assert judge_control.judge_clip(moved, frames).obeys()

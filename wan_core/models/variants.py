@@ -429,7 +429,7 @@ _ALL: Final = (
         name="wanfit-demo-control", title="WanFit demo, Fun Control (two small experts)", experts=2,
         transformer=replace(_T_DEMO, in_channels=52, reference_channels=16), last_image=True,
         defaults=replace(_D_T2V_A14B, guidance_scale=2.0, guidance_scale_2=1.5, **_DEMO_SIZE),
-        note="Ships with WanFit: the structure of wan2.2-fun-control-a14b.", **_FUN,
+        note="wanfit-demo-t2v trained further; the structure of wan2.2-fun-control-a14b.", **_FUN,
     ),
     Variant(
         name="wan2.1-humo-17b", title="HuMo (audio and reference to video)",
