@@ -88,8 +88,7 @@ def opened(page: Any, saved: dict[str, Any]) -> dict[str, Any]:
 
 
 def convert(page: Any) -> dict[str, Any]:
-    page.evaluate("() => app.extensionManager.command.execute('WanFit.Convert')")
-    page.wait_for_selector(".p-toast-message", state="attached")
+    page.evaluate("async () => await app.extensionManager.command.execute('WanFit.Convert')")
     return dict(page.evaluate(API))
 
 

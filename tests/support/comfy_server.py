@@ -3,6 +3,7 @@
 The checkout is looked for at COMFYUI_PATH, then at comfy-cli's default place (~/comfy/ComfyUI);
 its Python at COMFYUI_PYTHON, then in a virtual environment in or beside the checkout. Nothing in
 the checkout is written: models, outputs and custom nodes live below ``--base-directory``.
+COMFYUI_FRONTEND may name the ``static`` folder of another comfyui-frontend-package for the page.
 """
 
 from __future__ import annotations
@@ -65,6 +66,8 @@ class ComfyServer:
     ) -> None:
         self.base, self.checkout, self.python = base, checkout, python
         self.options = (*(("--cpu",) if cpu else ()), *options)
+        if front_end := os.environ.get("COMFYUI_FRONTEND"):
+            self.options += ("--front-end-root", front_end)
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
