@@ -19,7 +19,7 @@ from ..lazy import lazy_names
 if TYPE_CHECKING:
     from .fun import fun_inputs
     from .residual import BlockPasses, block_passes
-    from .sources import why_no_lean
+    from .sources import norms_widen, why_no_lean
     from .surroundings import Surroundings, settings_notes, undisturbed
     from .transformer import hints_in_turn, lean_forward, run_together
     from .vace import blocks_in_order
@@ -30,7 +30,7 @@ __getattr__ = lazy_names(
     {
         "fun": ("fun_inputs",),
         "residual": ("BlockPasses", "block_passes"),
-        "sources": ("why_no_lean",),
+        "sources": ("norms_widen", "why_no_lean"),
         "surroundings": ("Surroundings", "settings_notes", "undisturbed"),
         "transformer": ("hints_in_turn", "lean_forward", "run_together"),
         "vace": ("blocks_in_order",),
@@ -47,6 +47,7 @@ __all__ = [
     "hints_in_turn",
     "lean_decoder",
     "lean_forward",
+    "norms_widen",
     "run_together",
     "settings_notes",
     "undisturbed",

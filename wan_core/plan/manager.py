@@ -40,7 +40,8 @@ class Planner:
 
     ``abilities`` names what plans may use besides placements: "lean" (the lean forward), "rows"
     (products cut by rows in it), "stream" (blocks) and "fp8" (storage). It is all of them unless
-    whoever carries out the plan cannot do some.
+    whoever carries out the plan cannot do some. "wide norms", which is not among them, says that
+    the norms of a VAE in half precision compute in float32.
     """
 
     def __init__(self, abilities: Collection[str] = ABILITIES) -> None:

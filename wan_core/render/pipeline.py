@@ -17,7 +17,7 @@ import torch
 
 from ..config import GenerationConfig, MemoryEstimate, VideoGenerationResult
 from ..errors import DoesNotFit, MissingDependency, first_line, is_oom
-from ..forward import settings_notes, undisturbed, why_no_lean
+from ..forward import norms_widen, settings_notes, undisturbed, why_no_lean
 from ..job import (
     FRAMES_PER_LATENT,
     Inputs,
@@ -80,7 +80,8 @@ class WanPipelineWrapper:
         self._cache = cache
         self._keep = keep_components
         no_lean = why_no_lean(vace=bool(architecture.transformer.vace_layers))
-        self._manager = Planner(ABILITIES if no_lean is None else ABILITIES - {"lean", "rows"})
+        abilities = ABILITIES if no_lean is None else ABILITIES - {"lean", "rows"}
+        self._manager = Planner(abilities | ({"wide norms"} if norms_widen() else set()))
         self._notes: tuple[str, ...] = ()
         if no_lean is not None:
             self._notes = (f"no lean forward or decoder, which need less memory: {no_lean}",)

@@ -452,6 +452,9 @@ class Render:
             writers = [stack.enter_context(self._writer(path)) for path in output_paths(request)]
             progress = Decoding(latents, frames, writers, wanted)
             self.stages.attempt("decode", lambda: self._decode_rest(progress))
+            if progress.overflowed:
+                self.stages.widen_vae(progress.done)
+                self.stages.attempt("decode", lambda: self._decode_rest(progress))
         if frames is not None:
             result.frames = frames.flatten(0, 1)
         result.output_path = request.output_path
@@ -471,6 +474,8 @@ class Render:
                 progress.hand_on()  # frames that an earlier attempt decoded before it failed
                 while not progress.decoder.done:
                     progress.pending = progress.decoder.decode_next(check=stages.check_interrupt)
+                    if progress.overflows():
+                        return
                     progress.hand_on()
                     stages.callbacks.call(
                         self.config.decode_callback, progress.done, progress.wanted

@@ -137,6 +137,16 @@ class StageRunner:
         """Return the dtype that a component computes in."""
         return dtype_of(self.plan.choices.dtypes[component])
 
+    def widen_vae(self, frames: int) -> None:
+        """Have the VAE compute in bf16 from now on: fp16's range did not hold after ``frames``."""
+        dtypes = {**self.plan.choices.dtypes, "vae": "bf16"}
+        self.plan = replace(self.plan, choices=replace(self.plan.choices, dtypes=dtypes))
+        self.result.applied_optimizations = list(self.plan.applied)
+        self.result.warnings.append(
+            f"The VAE's numbers went beyond the range of fp16 after {frames} frames; the frames "
+            "from there on were decoded in bf16."
+        )
+
     def has(self, component: str) -> bool:
         """Say whether the model has this component."""
         return component in self.architecture.components

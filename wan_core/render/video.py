@@ -436,6 +436,18 @@ class Decoding:
     decoder: StreamingDecoder | None = None
     pending: Tensor | None = None
     """Decoded frames (B, 3, f, H, W) that have not been handed on yet."""
+    overflowed: bool = False
+    """Whether the VAE has gone beyond the range of fp16."""
+
+    def overflows(self) -> bool:
+        """Say whether the pending frames are beyond fp16's range; if so, they are taken back."""
+        chunk = self.pending
+        if chunk is None or chunk.dtype != torch.float16 or bool(torch.isfinite(chunk).all()):
+            return False
+        assert self.decoder is not None
+        self.decoder.take_back(chunk)
+        self.pending, self.overflowed = None, True
+        return True
 
     def hand_on(self) -> None:
         """Hand on the pending frames; those beyond ``wanted`` are dropped.

@@ -72,6 +72,12 @@ class StreamingDecoder:
         self._commit(chunk)
         return chunk
 
+    def take_back(self, chunk: Tensor) -> None:
+        """Count a chunk that ``decode_next`` returned as not decoded: it is made once more."""
+        self.position -= 1
+        self.frames_done -= chunk.shape[2]
+        self.close()
+
     def decode_into(self, out: Tensor, *, check: Check | None = None) -> Tensor:
         """Decode what is left into ``out`` (B, F, H, W, 3), values 0..1, and return ``out``.
 

@@ -1,0 +1,69 @@
+"""A decode in fp16 that goes beyond its range goes on in bf16 from there, and says so."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.clips import read
+from support.tiny_models import make_folder, open_wan
+
+from wan_core import GenerationConfig
+from wan_core.render.pipeline import WanPipelineWrapper
+from wan_core.sampling import StreamingDecoder
+
+JOB: dict[str, Any] = {
+    "prompt": "a cat", "width": 64, "height": 32, "num_frames": 13, "num_inference_steps": 2,
+    "seed": 3,
+}  # fmt: skip
+
+
+def vae_in(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = WanPipelineWrapper._plan
+
+    def plan(self: Any, *args: Any, **kwargs: Any) -> Any:
+        found = plain(self, *args, **kwargs)
+        dtypes = {**found.choices.dtypes, "vae": kind}
+        return replace(found, choices=replace(found.choices, dtypes=dtypes))
+
+    monkeypatch.setattr(WanPipelineWrapper, "_plan", plan)
+
+
+def test_frames_beyond_the_range_are_decoded_in_bf16(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    folder = make_folder(tmp_path / "model", "wan2.1-t2v")
+    made: dict[str, torch.Tensor] = {}
+    with pytest.MonkeyPatch.context() as patch:
+        for kind in ("fp16", "bf16"):
+            vae_in(kind, patch)
+            result = open_wan(folder).generate(GenerationConfig(**JOB)).raise_for_error()
+            made[kind] = result.frames
+            assert not any("fp16" in text for text in result.warnings)
+            patch.undo()
+    vae_in("fp16", monkeypatch)
+    run, calls = StreamingDecoder._run, []
+
+    def overflowing(self: Any, index: int, cache: Any) -> Any:
+        chunk = run(self, index, cache)
+        calls.append((index, chunk.dtype))
+        if index == 2 and chunk.dtype == torch.float16:
+            chunk[0, 0, 1, 3, 3] = float("inf")
+        return chunk
+
+    monkeypatch.setattr(StreamingDecoder, "_run", overflowing)
+    config = GenerationConfig(**JOB, output_path=tmp_path / "clip.mp4")
+    result = open_wan(folder).generate(config).raise_for_error()
+    assert torch.equal(result.frames[:5], made["fp16"][:5])
+    # In bf16, of latents that were rounded to fp16 first.
+    assert not torch.equal(result.frames[5:], made["fp16"][5:])
+    assert (result.frames[5:] - made["bf16"][5:]).abs().max() < 0.06
+    half = [(i, torch.float16) for i in range(3)]
+    assert calls == half + [(i, torch.bfloat16) for i in range(4)]
+    (text,) = (text for text in result.warnings if "fp16" in text)
+    assert "after 5 frames" in text and "decoded in bf16" in text
+    assert "vae bf16" in result.applied_optimizations
+    assert len(read(tmp_path / "clip.mp4")) == 13
