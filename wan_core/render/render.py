@@ -463,17 +463,18 @@ class Render:
         """Decode the frames that are left. After a failure the same call goes on from there."""
         stages = self.stages
         with stages.use("decode", "vae") as vae:
-            if progress.decoder is None:
+            decoder = progress.decoder
+            if decoder is None or progress.overflowed:
                 # Cast before denormalising, as diffusers' pipelines do: the order affects rounding.
                 latents = progress.latents.to(stages.device, stages.dtype("vae"))
-                ready = denormalize_latents(latents, vae.config)
-                progress.decoder = StreamingDecoder(vae, ready)
-            else:  # the VAE may have been loaded anew, in the smaller plan's dtype
-                progress.decoder.vae = vae
+                decoder = progress.go_on_with(
+                    StreamingDecoder(vae, denormalize_latents(latents, vae.config))
+                )
+            decoder.vae = vae  # loaded anew, maybe, in the smaller plan's dtype
             try:
                 progress.hand_on()  # frames that an earlier attempt decoded before it failed
-                while not progress.decoder.done:
-                    progress.pending = progress.decoder.decode_next(check=stages.check_interrupt)
+                while not decoder.done:
+                    progress.pending = decoder.decode_next(check=stages.check_interrupt)
                     if progress.overflows():
                         return
                     progress.hand_on()
@@ -481,7 +482,7 @@ class Render:
                         self.config.decode_callback, progress.done, progress.wanted
                     )
             finally:
-                progress.decoder.close()
+                decoder.close()
 
     def _writer(self, path: Path) -> VideoWriter:
         return VideoWriter(

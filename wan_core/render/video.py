@@ -439,6 +439,13 @@ class Decoding:
     overflowed: bool = False
     """Whether the VAE has gone beyond the range of fp16."""
 
+    def go_on_with(self, decoder: StreamingDecoder) -> StreamingDecoder:
+        """Have another decoder go on where the one before is; returns it."""
+        if self.decoder is not None:
+            decoder.go_on_from(self.decoder)
+        self.decoder = decoder
+        return decoder
+
     def overflows(self) -> bool:
         """Say whether the pending frames are beyond fp16's range; if so, they are taken back."""
         chunk = self.pending

@@ -72,6 +72,10 @@ class StreamingDecoder:
         self._commit(chunk)
         return chunk
 
+    def go_on_from(self, other: StreamingDecoder) -> None:
+        """Continue where another decoder of the same clip is; its frames are made once more."""
+        self.position, self.frames_done = other.position, other.frames_done
+
     def take_back(self, chunk: Tensor) -> None:
         """Count a chunk that ``decode_next`` returned as not decoded: it is made once more."""
         self.position -= 1
