@@ -85,6 +85,7 @@ MIRRORS: dict[str, tuple[str, ...]] = {
     "memory/choices": ("memory/test_stages", "plan/test_ladder", "memory/test_forward"),
     "memory/forward_lean": ("memory/test_forward", "memory/test_vace"),
     "memory/stages": (
+        "memory/test_confidence",
         "memory/test_stages",
         "forward/test_vae::test_the_estimate_of_a_decode_follows_the_plan",
     ),
