@@ -332,7 +332,16 @@ class WeightsPatcher(ModelPatcher):  # type: ignore[misc]
         super().__init__(WanFitWeights(), mm.get_torch_device(), torch.device("cpu"), size=size)
 
     def loaded_size(self) -> int:
-        return loaded_bytes(self._files, self.load_device)
+        # Two checkpoints may share an encoder or a VAE, which ComfyUI is to add up once: what an
+        # entry before this one has counts there. A copy of the list, as finalizers take from it.
+        shared: set[str] = set()
+        for entry in list(mm.current_loaded_models):
+            other = entry.model
+            if other is self:
+                break
+            if isinstance(other, WeightsPatcher):
+                shared |= other._files
+        return loaded_bytes(self._files, self.load_device, frozenset(shared))
 
     def model_size(self) -> int:
         return int(self.size)

@@ -95,14 +95,22 @@ def lease_for(architecture: ModelArchitecture, source: WanModelFiles | None = No
         return lease
 
 
-def loaded_bytes(files: frozenset[str], device: torch.device | None = None) -> int:
-    """Return the bytes of weights of ``files`` in memory: on ``device``, or on all if None."""
+def loaded_bytes(
+    files: frozenset[str],
+    device: torch.device | None = None,
+    counted: frozenset[str] = frozenset(),
+) -> int:
+    """Return the bytes of weights of ``files`` in memory: on ``device``, or on all if None.
+
+    Those of files that are ``counted`` elsewhere are left out.
+    """
     from ..wan_core.loading import component_cache
 
     return sum(
         tensor.numel() * tensor.element_size()
         for key, module in component_cache().loaded()
         if any(identity.path in files for identity in key.files) and hasattr(module, "parameters")
+        if not any(identity.path in counted for identity in key.files)
         for tensor in module.parameters()
         if device is None or tensor.device == device
     )

@@ -294,7 +294,6 @@ CASES = [
     Case("output_path", job={"return_frames": False}),
     Case("output_path", prepare=folder_there),
     Case("journal_folder", job={"journal_folder": 5, "resume": "auto"}),
-    Case("journal_folder", job={"journal_folder": __file__, "resume": "auto"}),
     Case("out.mp4", OutputError, prepare=blocked),
     Case("codec", prepare=no_encoder),
     Case("codec", job={"codec": "h265", "output_path": "out.mp4", "width": 16, "height": 16}),

@@ -60,6 +60,18 @@ def test_weights_go_with_the_last_lease(pack: ModuleType) -> None:
     assert loaded(files) == 0
 
 
+def test_what_two_checkpoints_share_counts_once(pack: ModuleType) -> None:
+    """As an encoder that both name: ComfyUI adds up what each entry of its list tells."""
+    loaded = part(pack, "nodes.lease").loaded_bytes
+    for name in ("a", "b", "shared"):
+        use(pack, name)
+    one, files = 4 * (16 * 16 + 16), [frozenset({f"/nowhere/{x}", "/nowhere/shared"}) for x in "ab"]
+    assert loaded(files[0]) == loaded(files[1]) == 2 * one
+    assert loaded(files[1], None, files[0]) == one
+    assert loaded(files[0] | files[1]) == loaded(files[0]) + loaded(files[1], None, files[0])
+    assert loaded(files[0], None, files[0]) == 0
+
+
 def test_a_lease_that_ends_in_the_middle_of_a_look_at_the_cache(pack: ModuleType) -> None:
     """Its finalizer runs in the thread that is in the middle of the entries."""
     cache = part(pack, "wan_core.loading").component_cache()

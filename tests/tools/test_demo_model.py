@@ -152,6 +152,7 @@ def test_seventeen_frames_take_at_most_fifteen_seconds(t2v: Any) -> None:
     assert time.process_time() - began <= 30
 
 
+@pytest.mark.slow
 def test_swapped_experts_are_noticed() -> None:
     folder = MODEL / "t2v"
     swapped = open_demo(
@@ -167,11 +168,13 @@ def test_swapped_experts_are_noticed() -> None:
     assert found.right["colour"] <= 1, str(found)
 
 
+@pytest.mark.slow
 def test_a_wrong_shift_is_noticed(t2v: Any) -> None:
     found = score(t2v, "t2v", 2, flow_shift=0.01)
     assert found.right["steady"] == 0, str(found)
 
 
+@pytest.mark.slow
 def test_latents_that_were_not_denormalised_are_noticed(tmp_path: Path) -> None:
     folder = tmp_path / "t2v"
     shutil.copytree(MODEL / "t2v", folder)
@@ -183,6 +186,7 @@ def test_latents_that_were_not_denormalised_are_noticed(tmp_path: Path) -> None:
     assert found.right["steady"] <= 1, str(found)
 
 
+@pytest.mark.slow
 def test_the_negative_prompt_in_the_prompt_s_place_is_noticed(t2v: Any) -> None:
     found = Score()
     for seed, cell in enumerate(spread(2)):
@@ -191,6 +195,7 @@ def test_the_negative_prompt_in_the_prompt_s_place_is_noticed(t2v: Any) -> None:
     assert found.right["colour"] == found.right["direction"] == 0, str(found)
 
 
+@pytest.mark.slow
 def test_an_ignored_image_is_noticed(i2v: Any) -> None:
     grey = torch.full((clips.SIZE, clips.SIZE, 3), 0.5)
     found = score(i2v, "i2v", 2, image=grey)

@@ -129,12 +129,6 @@ def check_outputs(request: Request) -> None:
 
     Raises OutputError with the path, and InvalidRequest for what the encoder does not take.
     """
-    journal = request.journal_folder
-    if request.resume and journal is not None and journal.exists() and not journal.is_dir():
-        raise InvalidRequest(
-            f"journal_folder is {str(journal)!r}, which is a file; name a folder, new or old.",
-            field="journal_folder",
-        )
     if request.output_path is None:
         return
     for target in output_paths(request):

@@ -197,7 +197,8 @@ class Render:
             self.stages.result.metadata["resumed"] = f"after step {resumed} of {steps.end}{part}"
         signals = self._signals(state, steps, scheduler, journal)
         self._denoise(state, conditions, scheduler, steps, signals)
-        return hold_first_frame(state.latents, conditions)[:, :, conditions.references :]
+        latents, in_front = hold_first_frame(state.latents, conditions), conditions.references
+        return latents[:, :, in_front:] if in_front else latents
 
     def _conditions(self) -> tuple[Conditions, Tensor | None]:
         """Return the conditions, and the latents of a video that the clip starts from."""
