@@ -128,6 +128,7 @@ class _Converter:
         self._seeds: dict[str, str] = {}
         self._left: list[str] = []
         self._loaders: dict[tuple[Any, ...], str] = {}
+        self._rates: dict[str, Any] = {}
 
     def say(self, text: str) -> None:
         if text not in self._left:
@@ -142,6 +143,10 @@ class _Converter:
         frame = self._frame(chain[0])
         values = self._settings(chain, models)
         texts = self._texts(chain[0])
+        if two and self._texts(chain[1]) != texts:
+            raise Unlike("its two samplers have different prompts.")
+        # All that may be refused is looked at before anything is added.
+        values |= self._sizes(frame)
         vae = self._vae(chain[0], last, frame)
         encoder = texts.pop("text_encoder") or ("none" if "positive" in texts else "auto")
         source = self._loader(models, encoder, vae, frame)
@@ -149,7 +154,7 @@ class _Converter:
             for name, strength in model.loras:
                 values_of = {"lora": name, "strength": strength, "expert": expert}
                 source = self._add("WanLoRA", pipeline=source, **values_of)
-        values |= texts | self._sizes(frame) | self._pictures(frame)
+        values |= texts | self._pictures(frame)
         sampler = self._add("WanGenerate", pipeline=source, **values)[0]
         self._seeds[sampler] = chain[0]
         self._rewire(last, sampler)
@@ -220,10 +225,18 @@ class _Converter:
             "sigma_schedule": "simple",
             "seed": self._number_or_link(first, "noise_seed" if advanced else "seed"),
         }
+        self._whole(chain)
+        if values["guidance_scale"] != 1 and self._zeroed(chain):
+            self.say("An empty negative prompt is encoded, where ComfyUI takes zeros.")
         if len(chain) == 1:
-            self._whole(first)
             return values
         second = chain[1]
+        for name in ("steps", "sampler_name", "scheduler"):
+            if get(second, name) != get(first, name):
+                self.say(
+                    f"{name} {get(second, name)} of node {second} is left out: the clip is made "
+                    f"with {get(first, name)}, that of the first sampler."
+                )
         if models[0].file == models[1].file:
             raise Unlike("its two samplers use the same model file.")
         values["guidance_scale_2"] = self._number(second, "cfg")
@@ -243,17 +256,30 @@ class _Converter:
             self.say(f"One flow shift for both experts: {models[0].shift:g}, that of the first.")
         return values
 
-    def _whole(self, node: str) -> None:
-        """Say where a sampler makes a part of the steps only."""
-        start, end = (
-            self._prompt.value(node, "start_at_step"),
-            self._prompt.value(node, "end_at_step"),
-        )
-        steps, denoise = self._prompt.value(node, "steps"), self._prompt.value(node, "denoise")
-        if start not in (None, 0) or (end is not None and end < steps):
-            self.say(f"All {steps} steps are made; node {node} makes those from {start} to {end}.")
-        if denoise not in (None, 1, 1.0):
-            self.say(f"denoise {denoise} of node {node} is left out: set it in a Wan Control.")
+    def _whole(self, chain: list[str]) -> None:
+        """Say where samplers make a part of the steps only, or begin with other noise."""
+        get, first, last = self._prompt.value, chain[0], chain[-1]
+        steps, start, end = (
+            get(first, "steps"), get(first, "start_at_step"), get(last, "end_at_step"),
+        )  # fmt: skip
+        if start not in (None, 0) or (end is not None and end < get(last, "steps")):
+            here = f"node {first}" if len(chain) == 1 else f"nodes {first} and {last}"
+            self.say(f"All {steps} steps are made; {here} make those from {start} to {end}.")
+        if get(first, "add_noise") == "disable":
+            self.say(f"The clip begins with noise; node {first} takes its latents as they are.")
+        for node in chain[1:]:
+            if get(node, "add_noise") == "enable":
+                self.say(f"The noise that node {node} adds between the samplers is left out.")
+        for node in chain:
+            if get(node, "denoise") not in (None, 1, 1.0):
+                self.say(
+                    f"denoise {get(node, 'denoise')} of node {node} is left out: set it in a Wan "
+                    "Control."
+                )
+
+    def _zeroed(self, chain: list[str]) -> bool:
+        at = self._prompt.above(chain[0], "negative", PICTURES)
+        return at is not None and self._prompt.kind(at[0]) == "ConditioningZeroOut"
 
     def _scheduler(self, node: str) -> str:
         name, schedule = (self._constant(node, one) for one in ("sampler_name", "scheduler"))
@@ -397,7 +423,11 @@ class _Converter:
             if self._prompt.kind(user) != "CreateVideo":
                 self._out[user]["inputs"][name] = [sampler, IMAGES]
                 continue
-            inputs["fps"] = self._number_or_link(user, "fps")
+            fps = self._number_or_link(user, "fps", needed=False)
+            if fps is not None:
+                inputs["fps"] = self._rates.setdefault(sampler, fps)
+            if fps is not None and inputs["fps"] != fps:
+                self.say(f"fps {fps} of node {user} is left out: one rate for all its videos.")
             audio = self._prompt.source(user, "audio")
             if audio is not None:
                 inputs["audio"] = list(audio)

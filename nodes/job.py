@@ -152,7 +152,8 @@ def use_windows(config: GenerationConfig, frames: int, overlap: int) -> None:
             "than the window. Lower it to about a fifth of the window.",
             field="window_overlap",
         )
-    config.force_chunked_processing = True
+    # One window may hold the whole clip: then there is nothing to force.
+    config.force_chunked_processing = not 0 < (config.num_frames or 0) <= frames
     config.max_chunk_size = frames
     config.window_overlap = overlap
 

@@ -38,6 +38,9 @@ class Prompt:
 
     def __init__(self, nodes: Mapping[str, Mapping[str, Any]]) -> None:
         self.nodes = nodes
+        # Kept: in a shared workflow the same value may be asked for along very many ways.
+        self._values: dict[tuple[str, str], Any] = {}
+        self._users: dict[str, list[tuple[str, str, int]]] | None = None
 
     def kind(self, node: str) -> str:
         """Return the class of a node, "" for one that is not there."""
@@ -76,6 +79,12 @@ class Prompt:
 
     def value(self, node: str, name: str, depth: int = 0) -> Any:
         """Return an input's plain value, also one that primitives and arithmetic give, or None."""
+        if (node, name) not in self._values:
+            self._values[node, name] = None  # a value that depends on itself is not known
+            self._values[node, name] = self._value(node, name, depth)
+        return self._values[node, name]
+
+    def _value(self, node: str, name: str, depth: int) -> Any:
         given = self.nodes[node]["inputs"].get(name)
         if as_link(given) is None:
             return given if isinstance(given, _PLAIN) else None
@@ -105,12 +114,13 @@ class Prompt:
 
     def users(self, node: str) -> list[tuple[str, str, int]]:
         """Return (node, input, slot) for each link that comes from a node."""
-        return [
-            (other, name, link[1])
-            for other, one in self.nodes.items()
-            for name, value in one["inputs"].items()
-            if (link := as_link(value)) is not None and link[0] == node
-        ]
+        if self._users is None:
+            self._users = {}
+            for other, one in self.nodes.items():
+                for name, value in one["inputs"].items():
+                    if (link := as_link(value)) is not None:
+                        self._users.setdefault(link[0], []).append((other, name, link[1]))
+        return self._users.get(node, [])
 
 
 def as_link(value: Any) -> Link | None:

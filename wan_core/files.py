@@ -133,7 +133,9 @@ def _nearly(path: Path) -> str:
             return f"There is {alike[0]!r}, which is written with other letters ({alike[0]!a})."
     if re.match(r"file:/", text):
         return "Give the path alone, without 'file:'."
-    if re.match(r"https?:/", text) or re.fullmatch(r"[\w.-]+/[\w.-]+", text):
+    # A repository's id looks like a path of two parts; one that begins in a folder is a path.
+    repository = re.fullmatch(r"[\w.-]+/[\w.-]+", text) and not path.parent.is_dir()
+    if re.match(r"https?:/", text) or repository:
         return (
             "WanFit fetches nothing unless it is asked to: download the model, then give the path "
             "of the folder or file."

@@ -240,6 +240,8 @@ CASES = [
     Case("num_frames", job={"num_frames": 0}),
     Case("num_frames", job={"num_frames": 0, "control": WanControl(keyframes=VIDEO[:1])},
          model=T5B),
+    control("video", T5B, video=torch.zeros(1, 1, 1, 1).expand(4 * 1024 * 64 + 1, 8, 8, 3),
+            denoise=0.5, job={"num_frames": 0}),
     control("reference", "wan2.1-vace", reference=[VIDEO[0], torch.zeros(8, 8)]),
     control("reference", "wan2.1-vace", reference=[VIDEO[0], VIDEO[0, :8] * NAN]),
     control("reference", "wan2.1-vace", reference="cat.png"),

@@ -303,3 +303,59 @@ def test_circles_and_junk_are_answered(pack: ModuleType) -> None:
         assert status == 200 and found["new"] == [] and found["left"]
     for body in (b"", b"[]", b"{}", b"{", b'{"prompt": {"1": 7}}', b'{"prompt": {"1": {}}}'):
         assert answer(body)[0] == 400
+
+
+@pytest.mark.parametrize(
+    ("expert", "changed", "said"),
+    [
+        ("second", {"end_at_step": 3}, "make those from 0 to 3"),
+        ("second", {"steps": 30}, "steps 30 of node"),
+        ("second", {"sampler_name": "dpmpp_2m"}, "sampler_name dpmpp_2m of node"),
+        ("second", {"add_noise": "enable"}, "adds between the samplers"),
+        ("first", {"start_at_step": 1}, "make those from 1 to"),
+        ("first", {"add_noise": "disable"}, "takes its latents as they are"),
+    ],
+)
+def test_no_setting_of_a_pair_is_dropped_in_silence(
+    pack: ModuleType, expert: str, changed: dict[str, Any], said: str
+) -> None:
+    convert = part(pack, "nodes.convert")
+    nodes = two_samplers()
+    pair = [name for name, one in nodes.items() if one["class_type"] == "KSamplerAdvanced"]
+    first, second = sorted(pair, key=lambda name: nodes[name]["inputs"]["latent_image"][0] in pair)
+    before = convert.convert(part(pack, "nodes.native").Prompt(nodes))
+    nodes[first if expert == "first" else second]["inputs"] |= changed
+    after = convert.convert(part(pack, "nodes.native").Prompt(nodes))
+    assert not any(said in text for text in before.left)
+    assert any(said in text for text in after.left), after.left
+
+
+def test_other_prompts_for_the_second_sampler_leave_both(pack: ModuleType) -> None:
+    convert = part(pack, "nodes.convert")
+    nodes = two_samplers(other=node("CLIPTextEncode", clip=["129:84", 0], text="a whale"))
+    for one in nodes.values():
+        if one["class_type"] == "KSamplerAdvanced" and one["inputs"]["add_noise"] == "disable":
+            one["inputs"]["positive"] = ["other", 0]
+    found = convert.convert(part(pack, "nodes.native").Prompt(nodes))
+    assert found.new == [] and any("different prompts" in text for text in found.left)
+
+
+def test_shared_values_are_computed_once_and_circles_end(pack: ModuleType) -> None:
+    """Forty levels that each take the one below twice; and one that takes itself twice."""
+    prompt = part(pack, "nodes.native").Prompt
+    nodes: Nodes = {"0": node("PrimitiveInt", value=1)}
+    for level in range(1, 41):
+        below = [str(level - 1), 0 if level == 1 else 1]
+        nodes[str(level)] = node(
+            "ComfyMathExpression", expression="a + b", **{"values.a": below, "values.b": below}
+        )
+    nodes["user"] = node("KSampler", steps=["40", 1])
+    around = ["around", 1]
+    nodes["around"] = node(
+        "ComfyMathExpression", expression="a + b", **{"values.a": around, "values.b": around}
+    )
+    nodes["lost"] = node("KSampler", steps=around)
+    read = prompt(nodes)
+    assert read.value("user", "steps") == 2**40
+    assert read.value("lost", "steps") is None
+    assert len(read.users("39")) == 2 and read.users("user") == []

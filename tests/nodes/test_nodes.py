@@ -268,7 +268,11 @@ def test_an_overlap_as_long_as_the_window_is_refused(pack: ModuleType) -> None:
         job.use_windows(config, 17, 17)
     job.use_windows(config, 17, 16)
     assert (config.max_chunk_size, config.window_overlap) == (17, 16)
-    assert config.force_chunked_processing
+    assert not config.force_chunked_processing  # one window holds the 9 frames
+    for frames in (33, 0):  # 0: as long as a video that is not there yet
+        config.num_frames = frames
+        job.use_windows(config, 17, 16)
+        assert config.force_chunked_processing
 
 
 def test_noise_levels_are_typed_and_the_official_ones_are_left_to_the_model(

@@ -308,7 +308,8 @@ _TRANSPARENT: Final = (
 
 
 def _lost(image: Image.Image, field: str) -> str | None:
-    if (count := getattr(image, "n_frames", 1)) > 1:
+    # MPO is a phone's JPEG with a map of depths or brightness behind the picture.
+    if (count := getattr(image, "n_frames", 1)) > 1 and image.format != "MPO":
         return f"{field} holds {count} pictures; the first is used."
     if not image.has_transparency_data:
         return None

@@ -165,6 +165,12 @@ def _wanted_frames(config: GenerationConfig) -> int:
     video = frames_of_video(config)
     if plain_number(config.num_frames) == 0:
         if video is not None:
+            if video > MOST_FRAMES:
+                raise InvalidRequest(
+                    f"control.video has {video} frames, and {MOST_FRAMES} are the most that a clip "
+                    "can have. Cut it, or set num_frames.",
+                    field="control.video",
+                )
             return video
         raise InvalidRequest(
             "num_frames is 0, which means as many as the control's video has, and there is none. "
