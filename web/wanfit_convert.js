@@ -165,7 +165,8 @@ export async function convert() {
   const { output } = await app.graphToPrompt();
   const before = Object.fromEntries(Object.entries(output).map(([id, { class_type, inputs }]) => [id, { class_type, inputs }]));
   const options = { method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify({ prompt: before }) };
-  const answer = await (await api.fetchApi("/wanfit/convert", options)).json();
+  const answer = await api.fetchApi("/wanfit/convert", options).then((told) => told.json())
+    .catch((error) => ({ ok: false, error: `The server did not answer: ${error.message ?? error}` }));
   if (!answer.ok) return say("error", "Convert to WanFit", [answer.error]);
   if (!answer.new.length) return say("warn", "Convert to WanFit", answer.left);
   const change = new Change(before, answer);
