@@ -26,7 +26,7 @@ def machine(*free: float, names: tuple[str, ...] = ()) -> SystemResources:
         Card(f"cuda:{i}", names[i] if names else "GPU 80", 80 * GIB, int(gib * GIB))
         for i, gib in enumerate(free)
     )
-    return replace(gpu(80), device_free_bytes=int(free[0] * GIB), cards=cards)
+    return replace(gpu(80, ram=1024), device_free_bytes=int(free[0] * GIB), cards=cards)
 
 
 def plan(job: Workload, system: SystemResources, devices: Any, **wishes: Any) -> OptimizationPlan:
@@ -110,9 +110,9 @@ def test_the_plan_fits_the_card_with_the_least_room() -> None:
 
 
 def test_processes_on_a_cpu_are_for_who_asks() -> None:
-    assert plan(SHORT, cpu(128), 2).workers == ("cpu", "cpu")
+    assert plan(SHORT, cpu(512), 2).workers == ("cpu", "cpu")
     for wanted in ("auto", "all", "1"):
-        assert plan(SHORT, cpu(128), wanted).workers == ()
+        assert plan(SHORT, cpu(512), wanted).workers == ()
 
 
 def test_a_smaller_plan_keeps_its_cards() -> None:
@@ -120,3 +120,11 @@ def test_a_smaller_plan_keeps_its_cards() -> None:
     begun = Planner().recommend_optimizations(MODEL, LONG, system, asked)
     smaller = Planner().smaller_plan(MODEL, LONG, system, asked, begun, "denoise")
     assert smaller is not None and smaller.workers == begun.workers
+
+
+def test_no_more_processes_than_ram_has_room_for() -> None:
+    """Each has an interpreter of its own, and its own copy of what does not stay in its file."""
+    found = plan(LONG, replace(machine(*[80] * 8), ram_available_bytes=100 * GIB), "all")
+    each = max(stage.host_bytes for stage in found.estimate.stages)
+    assert len(found.workers) == 99 * GIB // each > 1
+    assert "RAM has room for" in found.reasons[-1]

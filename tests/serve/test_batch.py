@@ -234,3 +234,23 @@ def test_from_a_shell(models: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     shown = capsys.readouterr()
     assert json.loads(shown.out)["success"] is True
     assert torch.get_default_dtype() == torch.float32
+
+
+def test_a_file_that_cannot_be_read_leaves_what_is_known(models: Path, tmp_path: Path) -> None:
+    """The next run would otherwise make every clip again."""
+    path = lines(tmp_path / "jobs.jsonl", job(models, "a.mp4"))
+    Batch(path, tmp_path / "out", optimization=CPU).run()
+    told = (tmp_path / "out" / "jobs.summary.json").read_bytes()
+    path.unlink()
+    with pytest.raises(MissingFile):
+        Batch(path, tmp_path / "out", optimization=CPU).run()
+    assert (tmp_path / "out" / "jobs.summary.json").read_bytes() == told
+
+
+def test_a_line_that_the_system_refuses_is_set_aside(models: Path, tmp_path: Path) -> None:
+    path = lines(
+        tmp_path / "jobs.jsonl", job(models, "a.mp4", image="x" * 5000), job(models, "b.mp4")
+    )
+    ledger = Batch(path, tmp_path / "out", optimization=CPU).run()
+    assert ledger.counts()["done"] == 1
+    assert ledger.entries[1].state in ("failed", "bad")

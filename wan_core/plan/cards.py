@@ -137,10 +137,15 @@ def spread_over(
     devices = devices_asked(requested, system)
     turns = _turns(architecture, workload, plan)
     useful = min(len(devices), turns.most)
+    # Each process has an interpreter of its own, and its own copy of weights that are not mapped.
+    each = max((stage.host_bytes for stage in plan.estimate.stages), default=0)
+    useful = max(1, min(useful, system.usable_ram_bytes // each if each else useful))
     seconds = {n: _seconds(plan, workload, turns, n, architecture) for n in range(1, useful + 1)}
     best = min(seconds, key=lambda n: (seconds[n], n))
     count = best if requested.devices == "auto" else useful
     said = _said(plan, turns, seconds, count, best, devices)
+    if useful < min(len(devices), turns.most):
+        said += f"; RAM has room for {useful} of such processes, {each / GIB:.1f} GiB each"
     reasons = (*plan.reasons, said)
     step = plan.step_seconds * turns.share(count)
     return replace(

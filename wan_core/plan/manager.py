@@ -295,6 +295,8 @@ def _goes_on(choices: Choices, workload: Workload, current: OptimizationPlan) ->
     # would give a result that no uninterrupted render can give.
     same = same and choices.by_rows >= current.choices.by_rows
     same = same and (choices.dtypes["vae"] != "fp32" or current.choices.dtypes["vae"] == "fp32")
+    # From fp16, whose range did not hold, a decode goes on in bf16, and never back.
+    same = same and (choices.dtypes["vae"] != "fp16" or current.choices.dtypes["vae"] != "bf16")
     return (
         same and (choices.window_frames or workload.window_frames) == current.choices.window_frames
     )

@@ -74,7 +74,9 @@ def _half_of(situation: Situation, main: str) -> str:
     encodes = shape.in_channels != shape.out_channels or bool(shape.vace_layers)
     encodes = encodes or situation.workload.image or situation.workload.start_video
     known = vae is not None and not vae.is_residual and "wide norms" in situation.abilities
-    return "fp16" if known and situation.system.supports_fp16 and not encodes else main
+    # With bf16 too: it is what a decode goes on in.
+    able = situation.system.supports_fp16 and situation.system.supports_bf16
+    return "fp16" if known and able and not encodes else main
 
 
 def _half_vae_says(situation: Situation, before: Choices, after: Choices) -> str:

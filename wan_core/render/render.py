@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..config import MIB, GenerationConfig
+from ..errors import OutputError
 from ..files import sweep
 from ..job import (
     Inputs,
@@ -456,6 +457,8 @@ class Render:
             if progress.overflowed:
                 self.stages.widen_vae(progress.done)
                 self.stages.attempt("decode", lambda: self._decode_rest(progress))
+            if progress.done < wanted:
+                raise OutputError(f"Only {progress.done} of {wanted} frames could be decoded.")
         if frames is not None:
             result.frames = frames.flatten(0, 1)
         result.output_path = request.output_path
@@ -473,7 +476,10 @@ class Render:
                 )
             decoder.vae = vae  # loaded anew, maybe, in the smaller plan's dtype
             try:
-                progress.hand_on()  # frames that an earlier attempt decoded before it failed
+                # Frames that an earlier attempt decoded before it failed, looked at or not.
+                if progress.overflows():
+                    return
+                progress.hand_on()
                 while not decoder.done:
                     progress.pending = decoder.decode_next(check=stages.check_interrupt)
                     if progress.overflows():

@@ -62,10 +62,11 @@ class Batch:
         """Carry out what is to be done; return what became of every line.
 
         Raises MissingFile or InvalidRequest where the file of jobs itself cannot be used, and
-        whatever interrupts it; the summary is on disk by then.
+        whatever interrupts it. What was done is in the summary on disk in any case.
         """
+        # Until all lines are known nothing is written: the summary there tells what is done.
+        waiting = in_order(self._checked())
         try:
-            waiting = in_order(self._checked())
             self.ledger.write()
             last = self.tries
             for attempt in range(1, last + 1):
@@ -90,7 +91,7 @@ class Batch:
                 done = self.ledger.finished(entry.identity, job.output)
                 if done is None:
                     self._open(job).check(job.config())
-            except WanError as err:
+            except (WanError, OSError) as err:
                 self._set_aside(entry, err)
                 continue
             if done is not None:
@@ -151,7 +152,11 @@ class Batch:
         entry.prompt = str(result.metadata.get("prompt") or entry.prompt)
         if result.error is not None:
             return result.error
-        entry.state, entry.error, entry.size = "done", "", job.output.stat().st_size
+        try:
+            entry.size = job.output.stat().st_size
+        except OSError as err:
+            return err
+        entry.state, entry.error = "done", ""
         return None
 
     def _set_aside(self, entry: Entry, error: BaseException) -> None:

@@ -226,14 +226,15 @@ class Worker:
 
 def _listen(stream: BinaryIO, worker: Worker) -> None:
     """Hand on what the driver says. When the driver is gone, so is the worker."""
-    while True:
-        message = read_message(stream)
-        if message is None:
-            os._exit(0)
-        if message[0]["type"] == "cancel":
-            worker.cancelled.update(message[0]["numbers"])
-        else:
-            worker.inbox.put(message)
+    try:
+        while (message := read_message(stream)) is not None:
+            if message[0]["type"] == "cancel":
+                worker.cancelled.update(message[0]["numbers"])
+            else:
+                worker.inbox.put(message)
+        os._exit(0)
+    finally:
+        os._exit(1)  # a worker that cannot hear would outlive its driver, and hold the card
 
 
 def main() -> None:
