@@ -492,15 +492,9 @@ class Render:
                 decoder.close()
 
     def _writer(self, path: Path) -> VideoWriter:
+        asked = self.request
         return VideoWriter(
-            path,
-            fps=self.request.fps,
-            width=self.request.width,
-            height=self.request.height,
-            codec=self.request.codec,
-            crf=self.request.crf,
-            pix_fmt=self.request.pix_fmt,
-            metadata=self.config.output_metadata,
-            audio=self.inputs.audio,
-            num_frames=self.request.wanted_frames,
-        )
+            path, fps=asked.fps, width=asked.width, height=asked.height, codec=asked.codec,
+            crf=asked.crf, pix_fmt=asked.pix_fmt, metadata=self.config.output_metadata,
+            audio=self.inputs.audio, num_frames=asked.wanted_frames,
+        )  # fmt: skip
