@@ -216,6 +216,12 @@ def opens_and_runs(page: Any, saved: dict[str, Any]) -> None:
     assert after == before
     page.wait_for_selector(".wanfit-run[data-stage=done] video", state="attached")
     page.wait_for_function("app.ui.lastQueueSize === 0", timeout=120_000)
+    # The queue may look empty before the run is told of.
+    page.wait_for_function(
+        "told.some(one => 'preview' in one) && told.at(-1).stage === 'decode'"
+        " && told.at(-1).frames[0] === told.at(-1).frames[1]",
+        timeout=120_000,
+    )
     told = page.evaluate("told")
     assert [one["step"] for one in told if "preview" in one][-1] == told[-1]["steps"]
     assert told[-1]["stage"] == "decode" and told[-1]["frames"][0] == told[-1]["frames"][1]
