@@ -11,7 +11,6 @@ alone there, in the whole clip here); see docs/differences.md.
 from __future__ import annotations
 
 import json
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support import reference_layouts as layouts
-from support.comfy_server import REPOSITORY, find_checkout, find_python
+from support.comfy_server import find_checkout, find_python, told_by_comfyui
 from support.tiny_models import components, make_folder, make_transformer
 from torch import Tensor
 
@@ -111,14 +110,7 @@ def theirs(files: Path) -> dict[str, Tensor]:
         "size": {"width": WIDTH, "height": HEIGHT, "length": FRAMES}, "seed": SEED,
         "steps": STEPS, "cfg": GUIDANCE, "jobs": jobs,
     }  # fmt: skip
-    (files / "jobs.json").write_text(json.dumps(given))
-    script = REPOSITORY / "tests" / "support" / "comfy_nodes.py"
-    done = subprocess.run(
-        [str(PYTHON), str(script), str(files / "jobs.json"), str(files / "out.safetensors")],
-        cwd=CHECKOUT, capture_output=True, text=True, timeout=240, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-4000:]
-    return load_file(files / "out.safetensors")
+    return told_by_comfyui("comfy_nodes.py", given, files, CHECKOUT, PYTHON)
 
 
 def transformer(files: Path, name: str, expert: str = "high") -> Path:

@@ -7,8 +7,6 @@ their norm.
 
 from __future__ import annotations
 
-import json
-import subprocess
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support import reference_layouts as layouts
-from support.comfy_server import REPOSITORY, find_checkout, find_python
+from support.comfy_server import find_checkout, find_python, told_by_comfyui
 from support.tiny_models import make_transformer, make_vae
 from torch import Tensor
 
@@ -87,14 +85,7 @@ def theirs(files: Path) -> dict[str, Tensor]:
         "embeds": str(files / "embeds.safetensors"),
         "jobs": jobs,
     }
-    (files / "jobs.json").write_text(json.dumps(given))
-    script = REPOSITORY / "tests" / "support" / "comfy_sampling.py"
-    done = subprocess.run(
-        [str(PYTHON), str(script), str(files / "jobs.json"), str(files / "out.safetensors")],
-        cwd=CHECKOUT, capture_output=True, text=True, timeout=240, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-4000:]
-    return load_file(files / "out.safetensors")
+    return told_by_comfyui("comfy_sampling.py", given, files, CHECKOUT, PYTHON)
 
 
 @cache

@@ -21,6 +21,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import load_file
+from torch import Tensor
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 DEAD_WORKER = re.compile(r"Exception in thread [^\n]*prompt_worker")
 """What Python prints when the thread that runs prompts ends: nothing is ever run after it."""
@@ -34,6 +37,23 @@ def find_checkout() -> Path | str:
     if (place / "main.py").is_file():
         return place
     return f"no ComfyUI checkout at {place} (set COMFYUI_PATH to one)"
+
+
+def told_by_comfyui(
+    script: str, given: object, files: Path, checkout: Path | str, python: Path | str
+) -> dict[str, Tensor]:
+    """Run a script of this folder with a ComfyUI's modules; return the tensors that it leaves.
+
+    It is told ``given`` as JSON. Jobs and results lie in ``files``.
+    """
+    jobs, out = files / "jobs.json", files / "out.safetensors"
+    jobs.write_text(json.dumps(given))
+    done = subprocess.run(
+        [str(python), str(REPOSITORY / "tests" / "support" / script), str(jobs), str(out)],
+        cwd=checkout, capture_output=True, text=True, timeout=240, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
+    return load_file(out)
 
 
 def find_checkouts() -> dict[str, Path]:

@@ -134,11 +134,12 @@ def _beyond_the_steps(job: _Job) -> Iterator[str]:
         return
     idle, busy = ("low", "high") if steps.high else ("high", "low")
     if config.switch_step is not None:
-        why, cure = f"switch_step is {request.switch_step}", f"1 to {count - 1}" * (count > 1)
-        cure = f"Give a step from {cure}" if count > 1 else "Make more steps"
+        why, cure = f"switch_step is {request.switch_step}", f"Give a step from 1 to {count - 1}"
     else:
         why = f"at flow_shift {request.flow_shift:g} the boundary {request.boundary:g} parts none"
-        cure = "Set switch_step" if count > 1 else "Make more steps"
+        cure = "Set switch_step"
+    if count == 1:
+        cure = "Make more steps"
     yield (
         f"The {idle}-noise expert has nothing to do: {why} of {count} steps, and the {busy}-noise "
         f"expert takes them all. {cure} to use both."
