@@ -37,7 +37,8 @@ from gpu_estimate import least_room, tidy
 from support.casting import cast_module
 from support.true_models import autoencoder, transformer
 
-from wan_core.forward import lean_decoder, lean_forward, run_together
+from wan_core.decoding import lean_decoder
+from wan_core.forward import lean_forward, run_together
 from wan_core.models import VAE_21, VARIANTS
 from wan_core.placing import stream_blocks
 from wan_core.sampling import StreamingDecoder, to_frames

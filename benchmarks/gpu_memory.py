@@ -64,7 +64,8 @@ from support.machines import architecture, gpu
 from support.true_models import DTYPES, autoencoder, transformer
 
 from wan_core import GenerationConfig, WanPipelineLoader
-from wan_core.forward import lean_decoder, lean_forward
+from wan_core.decoding import lean_decoder
+from wan_core.forward import lean_forward
 from wan_core.journal import versions
 from wan_core.loading import component_cache
 from wan_core.memory import (

@@ -55,7 +55,8 @@ from support.casting import cast_module
 from support.true_models import KEEP_FP32, autoencoder, transformer
 from torch import Tensor, nn
 
-from wan_core.forward import lean_decoder, lean_forward
+from wan_core.decoding import lean_decoder
+from wan_core.forward import lean_forward
 from wan_core.journal import versions
 from wan_core.kernels.attention_ways import ways as attention_kernels
 from wan_core.loading.quantized import fp8_layer, replace_layer

@@ -39,8 +39,8 @@ from support.casting import cast_module
 from support.dry_run import DryModel
 from support.true_models import DTYPES, KEEP_FP32, autoencoder, transformer
 
-from wan_core.forward import host_cache as decode_cache
-from wan_core.forward import lean_decoder
+from wan_core.decoding import host_cache as decode_cache
+from wan_core.decoding import lean_decoder
 from wan_core.forward import timestep as lean_timestep
 from wan_core.forward import transformer as lean_forward
 from wan_core.journal import versions

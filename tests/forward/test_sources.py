@@ -18,10 +18,11 @@ import torch.nn.functional as F
 from support.lean_models import model_of
 from support.vae_models import make_vae
 
-from wan_core.forward import decoder, sources
+from wan_core.decoding import decoder
+from wan_core.decoding.lean import lean_decoder
+from wan_core.forward import sources
 from wan_core.forward.sources import DECODER, TRANSFORMER, VACE, Table, why_no_lean
 from wan_core.forward.transformer import lean_forward
-from wan_core.forward.vae import lean_decoder
 
 NAMES = [
     (table, module, name)

@@ -17,7 +17,7 @@ from support.dry_run import DryModel, LiveBytes
 from support.replay import TracedTape, compare, traced_tapes
 from support.true_models import DTYPES, KEEP_FP32, autoencoder, transformer
 
-from wan_core.forward import host_cache, lean_decoder
+from wan_core.decoding import host_cache, lean_decoder
 from wan_core.memory.forward import transformer_peak
 from wan_core.memory.vae import decode_peak, encode_peak
 from wan_core.memory.vae_lean import lean_decode_bytes

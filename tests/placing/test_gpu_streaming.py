@@ -11,9 +11,9 @@ from support.decoding import decode_frames
 from support.lean_models import model_of
 from support.vae_models import make_latents, make_vae
 
-from wan_core.forward import vae as lean_vae
+from wan_core.decoding import lean as lean_vae
+from wan_core.decoding.lean import lean_decoder
 from wan_core.forward.transformer import lean_forward, run_together
-from wan_core.forward.vae import lean_decoder
 from wan_core.loading.page_lock import pinned_bytes, unpin
 from wan_core.placing.offload import MODES, block_hooks, place
 from wan_core.placing.streaming import pin_ahead, stream_blocks

@@ -1,7 +1,7 @@
 """How a model computes: the same bits as diffusers, with fewer tensors alive at once.
 
 In: a module built by ``loading``. Out: a context manager inside which the module runs the lean
-forward (``lean_forward`` for a transformer, ``lean_decoder`` for a VAE), or computes VACE's hints
+forward (``lean_forward``), or computes VACE's hints
 one at a time (``hints_in_turn``), or the reason why it cannot; inside ``fun_inputs`` it sees the
 reference and the camera of the Fun models; ``why_no_lean`` gives the reason
 that lies in the installed diffusers, before there is a module; ``blocks_in_order`` lists the blocks
@@ -18,38 +18,41 @@ from ..lazy import lazy_names
 
 if TYPE_CHECKING:
     from .fun import fun_inputs
+    from .replaced import Installed, ReplacedForward, unknown_code
     from .residual import BlockPasses, block_passes
-    from .sources import norms_widen, why_no_lean
+    from .sources import DECODER, norms_widen, why_no_lean
     from .surroundings import Surroundings, settings_notes, undisturbed
     from .transformer import hints_in_turn, lean_forward, run_together
     from .vace import blocks_in_order
-    from .vae import lean_decoder
 
 __getattr__ = lazy_names(
     __name__,
     {
         "fun": ("fun_inputs",),
+        "replaced": ("Installed", "ReplacedForward", "unknown_code"),
         "residual": ("BlockPasses", "block_passes"),
-        "sources": ("norms_widen", "why_no_lean"),
+        "sources": ("DECODER", "norms_widen", "why_no_lean"),
         "surroundings": ("Surroundings", "settings_notes", "undisturbed"),
         "transformer": ("hints_in_turn", "lean_forward", "run_together"),
         "vace": ("blocks_in_order",),
-        "vae": ("lean_decoder",),
     },
 )
 
 __all__ = [
+    "DECODER",
     "BlockPasses",
+    "Installed",
+    "ReplacedForward",
     "Surroundings",
     "block_passes",
     "blocks_in_order",
     "fun_inputs",
     "hints_in_turn",
-    "lean_decoder",
     "lean_forward",
     "norms_widen",
     "run_together",
     "settings_notes",
     "undisturbed",
+    "unknown_code",
     "why_no_lean",
 ]

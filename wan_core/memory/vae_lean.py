@@ -1,4 +1,4 @@
-"""The activation memory of the lean decoder: ``forward/decoder.py`` replayed without tensors.
+"""The activation memory of the lean decoder: ``decoding/decoder.py`` replayed without tensors.
 
 It follows the lean decoder as ``memory/vae.py`` follows diffusers'. Variables and every ``del``
 stand for those in the original. A map that is made and not kept stands for a temporary.

@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
-from ..forward import hints_in_turn, lean_decoder, lean_forward
+from ..decoding import lean_decoder
+from ..forward import hints_in_turn, lean_forward
 from ..loading import all_pinned_bytes
 from ..memory import BANDS, pinned_budget_now
 from .offload import place

@@ -14,10 +14,9 @@ from ..lazy import lazy_names
 if TYPE_CHECKING:
     from .audio import read_audio
     from .diffusers_pipeline import PipelineManager
-    from .forecast import Forecast
     from .loader import WanPipelineLoader
     from .pipeline import WanPipelineWrapper
-    from .report import Timeline, format_report
+    from .report import Forecast, Timeline, format_report
     from .video import contact_sheet, read_numbers, read_pictures, read_video
 
 __getattr__ = lazy_names(
@@ -25,10 +24,9 @@ __getattr__ = lazy_names(
     {
         "audio": ("read_audio",),
         "diffusers_pipeline": ("PipelineManager",),
-        "forecast": ("Forecast",),
         "loader": ("WanPipelineLoader",),
         "pipeline": ("WanPipelineWrapper",),
-        "report": ("Timeline", "format_report"),
+        "report": ("Forecast", "Timeline", "format_report"),
         "video": ("contact_sheet", "read_numbers", "read_pictures", "read_video"),
     },
 )

@@ -51,9 +51,8 @@ from ..plan import (
     for_all_cards,
 )
 from ..workers import close_workers
-from .forecast import Forecast
 from .render import Render
-from .report import Timeline, device_bytes, format_report
+from .report import Forecast, Timeline, device_bytes, format_report
 from .stages import Callbacks, StageRunner
 
 _LOCK_WAIT_SECONDS = 0.1

@@ -1,4 +1,4 @@
-"""Measures a run's time and memory stage by stage, and formats a report of it as text."""
+"""What is known of a run before it, and what was measured: seconds and memory, stage by stage."""
 
 from __future__ import annotations
 
@@ -6,14 +6,39 @@ import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ..config import GIB, StageReport, VideoGenerationResult
 
+if TYPE_CHECKING:
+    from ..config import MemoryEstimate
+    from ..job import Request
+    from ..memory import SystemResources, Workload
+    from ..plan import OptimizationPlan
+
 _SAMPLE_SECONDS = 0.05
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Forecast:
+    """Made by ``WanPipelineWrapper.foresee``."""
+
+    request: Request
+    workload: Workload
+    system: SystemResources
+    plan: OptimizationPlan | None
+    """None where nothing fits."""
+    estimate: MemoryEstimate
+    """That of the plan, or of the smallest way to run the job, with ``fits`` False."""
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """Return what the user should know before the run."""
+        return (*self.estimate.warnings, *self.request.warnings)
 
 
 class Timeline:

@@ -26,9 +26,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..forward import norms_widen
 from .decoder_quick import Quick, empty
 from .host_cache import HISTORY, HostCache, HostEntry, frames_known
-from .sources import norms_widen
 
 _REPEAT = "Rep"  # diffusers' marker: this upsampler has seen only the first frame
 _HALF = (torch.float16, torch.bfloat16)

@@ -2,7 +2,7 @@
 
 The decoder's forward is replaced on the instance; no class is changed. The replacement acts only in
 threads that asked for it, other threads get the forward that was there before. A decoder that
-differs in any way from the one that ``forward/decoder.py`` follows keeps its own forward, and the
+differs in any way from the one that ``decoding/decoder.py`` follows keeps its own forward, and the
 caller is told the reason.
 """
 
@@ -16,11 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..forward import DECODER, Installed, ReplacedForward, unknown_code
 from .decoder import DecodeOptions, DecoderWalk
 from .decoder_quick import quick_for
 from .host_cache import HostCache
-from .replaced import Installed, ReplacedForward, unknown_code
-from .sources import DECODER
 
 _DTYPES = {torch.float32, torch.bfloat16, torch.float16}
 

@@ -19,13 +19,13 @@ from support.vae_models import make_latents, make_vae
 from torch import Tensor
 
 from wan_core.config import StageEstimate
-from wan_core.forward import decoder as lean_decode
-from wan_core.forward import host_cache as decode_cache
-from wan_core.forward import vae as lean_vae
-from wan_core.forward.decoder import DecodeOptions, DecoderWalk
-from wan_core.forward.host_cache import HostCache, HostEntry
+from wan_core.decoding import decoder as lean_decode
+from wan_core.decoding import host_cache as decode_cache
+from wan_core.decoding import lean as lean_vae
+from wan_core.decoding.decoder import DecodeOptions, DecoderWalk
+from wan_core.decoding.host_cache import HostCache, HostEntry
+from wan_core.decoding.lean import lean_decoder
 from wan_core.forward.sources import norms_widen
-from wan_core.forward.vae import lean_decoder
 from wan_core.memory.machine import SystemResources
 from wan_core.memory.stages import GIB, Choices, Workload, estimate
 from wan_core.memory.vae import decode_peak

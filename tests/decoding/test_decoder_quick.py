@@ -12,8 +12,9 @@ from support.fused_eager import norm_silu
 from support.vae_models import make_latents, make_vae
 from torch import Tensor
 
-from wan_core.forward import decoder_quick, lean_decoder, vae
-from wan_core.forward.decoder_quick import Quick, quick_for
+from wan_core.decoding import decoder_quick, lean_decoder
+from wan_core.decoding import lean as vae
+from wan_core.decoding.decoder_quick import Quick, quick_for
 from wan_core.sampling import StreamingDecoder
 
 
