@@ -83,16 +83,20 @@ def test_where_nothing_helps_the_plan_says_so() -> None:
         ("int8 scaled per row, rotated by 256", (8, 6), True),
         ("GGUF Q4_K", (9, 0), False),
         ("bf16", (9, 0), False),
+        ("bf16 asked for in fp8", (9, 0), True),
+        ("bf16 asked for in fp8", (8, 6), False),
+        ("GGUF Q4_K asked for in fp8", (9, 0), False),
     ],
 )
 def test_products_of_what_is_stored_in_8_bit(
     stored: str, capability: tuple[int, int], used: bool
 ) -> None:
+    stored, _, wish = stored.partition(" asked for")
     found = architecture(T2V)
     component = replace(found.components["transformer"], stored_as=stored)
     found = replace(found, components={**found.components, "transformer": component})
     situation = speed.Situation(
-        architecture=found, workload=P480, requested=OptimizationConfig(speed="fast"),
+        architecture=found, workload=P480, requested=OptimizationConfig(speed="fast", fp8_storage="always" if wish else "auto"),
         system=replace(gpu(80), compute_capability=capability), abilities=frozenset(ALL),
     )  # fmt: skip
     chosen = speed._eight_bit(situation, Choices(dtypes={"transformer": "bf16"}))

@@ -109,13 +109,17 @@ def _quick_says(situation: Situation, before: Choices, after: Choices) -> str:
 
 _MATRIX_UNITS = {"fp8": (8, 9), "int8": (7, 5)}
 """The first compute capability that multiplies each kind."""
+_PLAIN = ("", "bf16", "fp16", "fp32")
+"""How files are stored of which ``fp8_storage`` makes fp8."""
 
 
 def _eight_bit(situation: Situation, choices: Choices) -> Choices | str:
     component = situation.architecture.components.get("transformer")
     kind = (component.stored_as if component else "").split(" ")[0]
+    if situation.requested.fp8_storage == "always" and kind in _PLAIN:
+        kind = "fp8"
     if kind not in _MATRIX_UNITS:
-        return "the file is not stored in fp8 or int8"
+        return "the file is not stored in fp8 or int8, and fp8_storage is not always"
     capability = situation.system.compute_capability
     if situation.system.device_kind != "cuda" or (capability or (0, 0)) < _MATRIX_UNITS[kind]:
         return f"this device does not multiply {kind}"
