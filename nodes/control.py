@@ -22,7 +22,7 @@ class WanControl(io.ComfyNode):  # type: ignore[misc]
             description="Guides a clip: a video to start from or to follow, a mask, reference "
             "pictures, key frames, a camera, tracks. The model decides what applies; a sampler "
             "refuses the rest by name, before anything is read.",
-            inputs=[*_pictures(), *_places(), *_amounts()],
+            inputs=[*_pictures(), *_places(), *_amounts(), *_characters()],
             outputs=[
                 ControlSocket.Output(
                     "control",
@@ -43,18 +43,20 @@ def _pictures() -> list[io.Input]:
             "video",
             optional=True,
             tooltip="Text-to-video models, Wan 2.2 image to video and TI2V-5B start from it as far "
-            "as denoise says; VACE and Fun Control follow it.",
+            "as denoise says; VACE and Fun Control follow it. Animate: the drawn pose, Animate 2: "
+            "the driving video itself.",
         ),
         io.Mask.Input(
             "mask",
             optional=True,
-            tooltip="White = make something new, black = keep. One, or one for each frame.",
+            tooltip="White = make something new, black = keep. One, or one for each frame. "
+            "Animate: white where the character of background_video is.",
         ),
         io.Image.Input(
             "reference",
             optional=True,
             tooltip="Pictures of what shall appear: VACE takes all, Fun Control (2.1 V1.1 and 2.2) "
-            "the first.",
+            "the first, Animate the picture of the character.",
         ),
         io.Image.Input(
             "keyframes",
@@ -114,5 +116,21 @@ def _amounts() -> list[io.Input]:
             optional=True,
             tooltip="Make the masked area of the video grey, for inpainting. Off: what is under "
             "the mask guides the model, as a drawing does.",
+        ),
+    ]
+
+
+def _characters() -> list[io.Input]:
+    # Sockets that came later: at the end, because saved workflows number them.
+    return [
+        io.Image.Input(
+            "face_video",
+            optional=True,
+            tooltip="For Animate: crops of a face that the character's face moves like, 512x512.",
+        ),
+        io.Image.Input(
+            "background_video",
+            optional=True,
+            tooltip="For Animate: the video whose character is replaced, where the mask is white.",
         ),
     ]

@@ -222,7 +222,7 @@ def _control(arguments: argparse.Namespace, most: int) -> WanControl:
 
     videos = {
         name: read_video(path(name), f"control.{name}", most)
-        for name in ("video", "mask")
+        for name in ("video", "mask", "face_video", "background_video")
         if path(name) is not None
     }
     pictures: dict[str, Any] = {}

@@ -55,6 +55,8 @@ def add_control(command: argparse.ArgumentParser) -> None:
         ("keyframes", "+", "pictures that the clip shows at --control-positions"),
         ("camera", None, "a .npy file of WanCameraEmbedding's rays, for Fun Camera"),
         ("tracks", None, "a JSON file of tracks, for image-to-video models trained on them"),
+        ("face-video", None, "crops of a face that a character's face moves like (Animate)"),
+        ("background-video", None, "the video whose character is replaced (Animate)"),
     ):
         command.add_argument(f"--control-{name}", nargs=many, metavar="FILE", help=what)
     command.add_argument("--control-positions", default="", help="'0, 40, -1' (evenly spread)")

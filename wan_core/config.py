@@ -131,10 +131,10 @@ def demo_model(kind: str = "t2v") -> Path | WanModelFiles:
 class WanControl:
     """What guides a clip besides its texts: pictures, masks, a camera, tracks.
 
-    Tensors are laid out as in ComfyUI: ``video``, ``reference`` and ``keyframes`` (N, H, W, 3),
-    0..1, ``mask`` (N, H, W) or (H, W), 1 = make, 0 = keep. Frames are those of the clip: a longer
-    video is cut, a shorter one refused. The checkpoint decides what applies; what the model cannot
-    use is refused with its name, before anything is read.
+    Tensors are laid out as in ComfyUI: videos, ``reference`` and ``keyframes`` (N, H, W, 3), 0..1,
+    ``mask`` (N, H, W) or (H, W), 1 = make, 0 = keep. Frames are those of the clip: a longer video
+    is cut, a shorter one refused, or played back and forth for a character. The checkpoint decides
+    what applies; what the model cannot use is refused with its name, before anything is read.
     """
 
     video: torch.Tensor | None = None
@@ -162,6 +162,10 @@ class WanControl:
     clear_masked: bool = False
     """Make the masked area of ``video`` grey, so that nothing of it is seen: for inpainting. What
     is left under the mask guides the model, as a drawing does."""
+    face_video: torch.Tensor | None = None
+    """Crops of a face, best 512x512, that a character's face moves like (Animate 1)."""
+    background_video: torch.Tensor | None = None
+    """The video that a character is put into, where ``mask`` is white (Animate 1)."""
 
 
 @dataclass(slots=True, kw_only=True)

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from wan_core.errors import InvalidRequest
+from wan_core.job.fields import parse_prompts
 from wan_core.job.noise import NOISES, draw_noise
-from wan_core.job.prompts import parse_prompts
 from wan_core.job.windows import plan_windows
 
 WINDOWS = plan_windows(23, window=17, overlap=8)  # 5 latent frames, 2 shared

@@ -283,6 +283,7 @@ def _transformer(file: _Own) -> IdentifiedFile:
     animate = _says_animate_2(table) if family == "i2v" and shape.image_dim is not None else ""
     if animate:
         family, title, what = "animate2", "Animate 2", f"{animate} says that it is Animate 2"
+        shape = replace(shape, animate=2)
     if tag is not None:
         what += f"; it is tagged {tag.removeprefix(TAG)!r}"
     expected = transformer_tensors(shape, layout)

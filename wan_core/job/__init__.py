@@ -11,6 +11,7 @@ from headers and from what it is given is checked here, before the first weight 
 
 from __future__ import annotations
 
+from .animate import back_and_forth, with_character
 from .control import (
     ControlInputs,
     ControlRequest,
@@ -92,6 +93,7 @@ __all__ = [
     "StepPlan",
     "Window",
     "WindowPlan",
+    "back_and_forth",
     "check_files",
     "check_inputs",
     "check_outputs",
@@ -127,4 +129,5 @@ __all__ = [
     "video_frames",
     "whole",
     "window_settings_without_effect",
+    "with_character",
 ]

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any, Final
 from ..config import GenerationConfig, WanControl, plain_number
 from ..errors import InvalidRequest
 from ..models import ModelArchitecture
-from .fields import flag, real, shown
+from .animate import MOVED_BY, check_character
+from .fields import batches, flag, real, shape_of, shown
 from .windows import FRAMES_PER_LATENT
 
 if TYPE_CHECKING:
@@ -23,7 +24,9 @@ if TYPE_CHECKING:
 
     from .pictures import Picture
 
-_SOCKETS: Final = ("video", "mask", "reference", "keyframes", "camera", "tracks")
+_SOCKETS: Final = (
+    "video", "mask", "reference", "keyframes", "camera", "tracks", "face_video", "background_video",
+)  # fmt: skip
 _MOST_STRENGTH: Final = 10.0
 
 
@@ -33,7 +36,8 @@ class ControlRequest:
 
     ``positions`` are the video frames of the key frames, in order, the start and the end image
     included. ``video`` says what a video is here: "start" (the clip begins with it, noised),
-    "control" (the model reads it) or "" (there is none).
+    "control" (the model reads it), "pose" or "driving" (a character moves like it) or "" (there is
+    none).
     """
 
     video: str = ""
@@ -46,11 +50,16 @@ class ControlRequest:
     strength: tuple[float, ...] = (1.0,)
     denoise: float = 1.0
     clear_masked: bool = False
+    frames: int = 0
+    """Frames of the video that a character moves like; it is played back and forth beyond them."""
+    background: bool = False
+    """Whether the character replaces one of a background video."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ControlInputs:
-    """The tensors of a job's control, checked. Videos have exactly the clip's frames.
+    """The tensors of a job's control, checked. Videos have exactly the clip's frames; those that
+    move a character may have fewer.
 
     ``video`` (F, H, W, 3) and ``mask`` (F or 1, H, W) are floats 0..1 of any size. ``keyframes``
     are pairs (video frame, picture) in order; ``references`` and they are pictures as
@@ -64,14 +73,19 @@ class ControlInputs:
     camera: Tensor | None = None
     tracks: Tensor | None = None
     """(121 points of time or frames, tracks, 3): x and y in pixels, and 1 where it is seen."""
+    face_video: Tensor | None = None
+    background_video: Tensor | None = None
 
 
 def reads(architecture: ModelArchitecture) -> Mapping[str, str]:
     """Return what of a control a model can use: the input's name, and what it is there.
 
-    ``video`` is "start" or "control", ``keyframes`` "any" or "leading" (the first frames only).
+    ``video`` is "start" or "control", ``keyframes`` "any" or "leading" (the first frames only); of
+    the Animate models see ``animate``.
     """
     variant, shape = architecture.variant, architecture.transformer
+    if shape.animate is not None:
+        return MOVED_BY[shape.animate]
     if shape.vace_in_channels is not None:
         names = ("mask", "reference", "strength", "clear_masked")
         return {"video": "control", "keyframes": "any", **dict.fromkeys(names, "control")}
@@ -123,12 +137,17 @@ def has_keyframes(config: GenerationConfig) -> bool:
     return control is not None and control.keyframes is not None
 
 
-def frames_of_video(config: GenerationConfig) -> int | None:
-    """Return the longest 4n+1 frames that a control video has; None without one."""
+def frames_of_video(config: GenerationConfig, architecture: ModelArchitecture) -> int | None:
+    """Return the longest 4n+1 frames that a control video has; None without one.
+
+    Of a video that moves a character it is all of them: the clip is cut to its length.
+    """
     control = control_of(config)
     if control is None or control.video is None:
         return None
     frames = shape_of("video", control.video, 4)[0]
+    if architecture.transformer.animate is not None:
+        return frames
     return (frames - 1) // FRAMES_PER_LATENT * FRAMES_PER_LATENT + 1
 
 
@@ -140,11 +159,13 @@ def resolve_control(
     ``wanted`` frames were asked for and ``made`` are made. Raises InvalidRequest naming the input
     and the model.
     """
-    control = control_of(config)
+    control, animate = control_of(config), architecture.transformer.animate
+    title = architecture.variant.title
     if control is None:
+        if animate is not None:
+            check_character(None, animate, title, wanted)
         return None, []
     known, warnings = reads(architecture), []
-    title = architecture.variant.title
     for name in _SOCKETS:
         if getattr(control, name) is not None and name not in known:
             raise _unread(name, title, known)
@@ -160,7 +181,11 @@ def resolve_control(
         )
     video = known["video"] if control.video is not None else ""
     _check_start(config, control, denoise, video, title)
-    for name in ("video", "mask"):
+    frames = 0
+    if animate is not None:
+        frames, said = check_character(control, animate, title, wanted)
+        warnings += said
+    for name in () if animate is not None else ("video", "mask"):
         if getattr(control, name) is not None:
             warnings += _length(name, getattr(control, name), wanted, made)
     if isinstance(control.reference, list | tuple) and not control.reference:
@@ -168,7 +193,7 @@ def resolve_control(
             "control.reference is an empty list; give pictures, or None.", field="control.reference"
         )
     references = sum(shape_of("reference", one, 4)[0] for one in batches(control.reference))
-    if references > 1 and architecture.transformer.vace_in_channels is None:
+    if references > 1 and not animate and architecture.transformer.vace_in_channels is None:
         warnings.append(
             f"control.reference holds {references} pictures; {title} reads one, the first."
         )
@@ -185,6 +210,8 @@ def resolve_control(
         strength=strength,
         denoise=denoise,
         clear_masked=clear,
+        frames=frames,
+        background=control.background_video is not None,
     ), warnings
 
 
@@ -207,8 +234,10 @@ def _unread(name: str, title: str, known: Mapping[str, str]) -> InvalidRequest:
     what = [one for one in _SOCKETS if one in known]
     hints = {
         "video": "Load a text-to-video model to start from it, or a VACE model to follow it.",
-        "mask": "Load a VACE model.",
-        "reference": "Load a VACE model, or Fun Control of version 1.1 or 2.2.",
+        "mask": "Load a VACE model, or Animate.",
+        "reference": "Load a VACE model, Fun Control of version 1.1 or 2.2, or Animate.",
+        "face_video": "It is for Wan 2.2 Animate; Animate 2 sees the face in its driving video.",
+        "background_video": "It is for Wan 2.2 Animate, which replaces a character.",
         "keyframes": "Load an image-to-video or a VACE model.",
         "camera": "Load a Fun Camera model.",
         "tracks": "Load an image-to-video model that was trained on tracks (ATI, WanMove).",
@@ -239,8 +268,8 @@ def _strength(
     if "strength" not in known and many != (1.0,):
         raise InvalidRequest(
             f"control.strength is {shown(value)}, and {architecture.variant.title} has nothing "
-            "that it weighs: it is for VACE. Leave it at 1; denoise says how much of a video is "
-            "kept.",
+            "that it weighs: it is for VACE and Animate 2. Leave it at 1; denoise says how much of "
+            "a video is kept.",
             field="control.strength",
         )
     return many
@@ -275,13 +304,6 @@ def _check_start(
         )
 
 
-def batches(reference: Any) -> list[Any]:
-    """Return the batches of a control's references, one for each picture of a list."""
-    if not isinstance(reference, list | tuple):
-        return [] if reference is None else [reference]
-    return [one[None] if getattr(one, "ndim", 0) == 3 else one for one in reference]
-
-
 def _length(name: str, value: Any, wanted: int, made: int) -> list[str]:
     """Check the number of frames of a video or mask; return what is said of it."""
     shape = shape_of(name, value, 4 if name == "video" else 3, or_fewer=name == "mask")
@@ -303,23 +325,6 @@ def _length(name: str, value: Any, wanted: int, made: int) -> list[str]:
             f"{made - frames} times."
         ]
     return []
-
-
-def shape_of(name: str, value: Any, axes: int, *, or_fewer: bool = False) -> tuple[int, ...]:
-    """Return the shape of one of a control's tensors, or refuse it."""
-    shape = tuple(getattr(value, "shape", ()))
-    wanted = "(frames, height, width)" if name == "mask" else "(pictures, height, width, 3)"
-    right = len(shape) == axes or (or_fewer and len(shape) == axes - 1)
-    channels = name != "mask"
-    if not right or not all(shape) or (channels and shape[-1] not in (1, 3, 4)):
-        hint = ""
-        if channels and len(shape) == axes and shape[1] in (1, 3, 4):
-            hint = " This one has its channels second: permute it to (0, 2, 3, 1)."
-        raise InvalidRequest(
-            f"control.{name} is {shown(value)}; a tensor {wanted} is needed.{hint}",
-            field=f"control.{name}",
-        )
-    return shape
 
 
 # Key frames --------------------------------------------------------------------------------------

@@ -1,14 +1,17 @@
 """Checks of single values: each returns the value in its plain form, or raises InvalidRequest.
 
 Numbers may come from any library (``config.plain_number``). A message names the field, the value
-and what is allowed.
+and what is allowed. Some values have a form of their own: the lines of ``prompts``, and the batches
+of pictures of a control.
 """
 
 from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Iterable
+from dataclasses import dataclass
 from itertools import islice, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +24,8 @@ if TYPE_CHECKING:
 
 _SHOWN = 80
 _NAME = 1000
+MAX_PARTS = 256
+_LINE = re.compile(r"\s*(\d{1,7})\s*:\s*(.*)")
 
 
 def whole(value: Any, field: str, low: int, high: int) -> int:
@@ -154,3 +159,76 @@ def shown(value: Any) -> str:
     except ValueError:  # an int of more digits than Python prints
         return f"a {type(value).__name__} with too many digits to show"
     return said if len(said) <= _SHOWN else said[: _SHOWN - 3] + "..."
+
+
+# A text for each part of a clip: lines with frame counts -> the text of every frame ---------------
+
+
+@dataclass(frozen=True, slots=True)
+class PromptPart:
+    """A text and the video frame from which it holds; it lasts until the next part begins."""
+
+    start: int
+    text: str
+
+
+def parse_prompts(text: str) -> tuple[PromptPart, ...]:
+    """Read lines ``frames: text`` in the order of the clip; blank lines are skipped.
+
+    ``81: a red fox runs`` lasts for 81 video frames. The last part lasts until the clip ends, so
+    its count may be left out. Raises InvalidRequest, naming the line.
+    """
+    # A text read from a file may begin with a byte order mark.
+    lines = [line for line in text.removeprefix("\ufeff").splitlines() if line.strip()]
+    if not 1 <= len(lines) <= MAX_PARTS:
+        raise InvalidRequest(
+            f"prompts has {len(lines)} lines; 1 to {MAX_PARTS} like '81: a red fox' are needed.",
+            field="prompts",
+        )
+    parts: list[PromptPart] = []
+    start = 0
+    for number, line in enumerate(lines, 1):
+        found = _LINE.fullmatch(line)
+        if found is None and number < len(lines):
+            raise InvalidRequest(
+                f"prompts line {number} is {line.strip()!r}; it must begin with a number of "
+                "frames and a colon, as in '81: a red fox'.",
+                field="prompts",
+            )
+        count, words = (0, line) if found is None else (int(found[1]), found[2])
+        if found is not None and count < 1 or not words.strip():
+            raise InvalidRequest(
+                f"prompts line {number} is {line.strip()!r}; a count of 1 or more and a text are "
+                "needed, as in '81: a red fox'.",
+                field="prompts",
+            )
+        parts.append(PromptPart(start, words.strip()))
+        start += count
+    return tuple(parts)
+
+
+# Batches of pictures, as a control has them -------------------------------------------------------
+
+
+def batches(reference: Any) -> list[Any]:
+    """Return the batches of a control's references, one for each picture of a list."""
+    if not isinstance(reference, list | tuple):
+        return [] if reference is None else [reference]
+    return [one[None] if getattr(one, "ndim", 0) == 3 else one for one in reference]
+
+
+def shape_of(name: str, value: Any, axes: int, *, or_fewer: bool = False) -> tuple[int, ...]:
+    """Return the shape of one of a control's tensors, or refuse it."""
+    shape = tuple(getattr(value, "shape", ()))
+    wanted = "(frames, height, width)" if name == "mask" else "(pictures, height, width, 3)"
+    right = len(shape) == axes or (or_fewer and len(shape) == axes - 1)
+    channels = name != "mask"
+    if not right or not all(shape) or (channels and shape[-1] not in (1, 3, 4)):
+        hint = ""
+        if channels and len(shape) == axes and shape[1] in (1, 3, 4):
+            hint = " This one has its channels second: permute it to (0, 2, 3, 1)."
+        raise InvalidRequest(
+            f"control.{name} is {shown(value)}; a tensor {wanted} is needed.{hint}",
+            field=f"control.{name}",
+        )
+    return shape

@@ -15,6 +15,7 @@ from typing import Any
 from ..config import GenerationConfig, plain_number
 from ..errors import InvalidRequest, MissingFile
 from ..models import IMAGE_TOKENS, ModelArchitecture
+from .animate import refuse_picture
 from .control import (
     ControlRequest,
     control_of,
@@ -23,9 +24,8 @@ from .control import (
     has_keyframes,
     resolve_control,
 )
-from .fields import choice, flag, function, real, text, whole
+from .fields import PromptPart, choice, flag, function, parse_prompts, real, text, whole
 from .output import audio_rate, check_metadata, output_fields
-from .prompts import PromptPart, parse_prompts
 from .steps import recipe_warnings, sampling_fields, start_notes
 from .windows import (
     DEFAULT_WINDOW,
@@ -128,7 +128,7 @@ def resolve(
     check_metadata(config.output_metadata)
     if config.audio is not None:
         audio_rate(config.audio)
-    frames = _wanted_frames(config)
+    frames = _wanted_frames(config, architecture)
     num_frames = _made_frames(config, frames, warnings)
     control, said = resolve_control(config, architecture, wanted=frames, made=num_frames)
     warnings += said
@@ -160,9 +160,9 @@ def resolve(
     return replace(request, warnings=more)
 
 
-def _wanted_frames(config: GenerationConfig) -> int:
+def _wanted_frames(config: GenerationConfig, architecture: ModelArchitecture) -> int:
     """Return the frames that are asked for; 0 means as many as the control's video has."""
-    video = frames_of_video(config)
+    video = frames_of_video(config, architecture)
     if plain_number(config.num_frames) == 0:
         if video is not None:
             if video > MOST_FRAMES:
@@ -293,7 +293,7 @@ def _check_mode(config: GenerationConfig, architecture: ModelArchitecture) -> No
             )
         return
     title = architecture.variant.title
-    if architecture.variant.image_input == "none":
+    if architecture.variant.image_input == "none" and architecture.transformer.animate is None:
         raise InvalidRequest(
             f"window_mode is 'continuation', but {title} cannot be given the frames to go on "
             "from. Use window_mode 'windows', an image-to-video model, or the 5B.",
@@ -382,18 +382,23 @@ def seen_by_clip(architecture: ModelArchitecture) -> int:
 def needs_clip(config: GenerationConfig, architecture: ModelArchitecture) -> bool:
     """Say whether the image encoder is needed: by a model with an image branch, for a picture.
 
-    Fun Control and Fun Camera see a reference, else the start image, and do without both.
+    Fun Control and Fun Camera see a reference, else the start image, and do without both; the
+    Animate models see their character.
     """
     if architecture.transformer.image_dim is None:
         return False
     control = control_of(config)
     reference = control is not None and control.reference is not None
     required = architecture.variant.image_input == "required"
+    required = required or architecture.transformer.animate is not None
     return required or reference or config.image is not None
 
 
 def _check_images(config: GenerationConfig, architecture: ModelArchitecture) -> None:
     variant = architecture.variant
+    if architecture.transformer.animate is not None:
+        refuse_picture(config, variant.title)
+        return
     if has_keyframes(config):
         return  # the start and the end image are two of them: ``resolve_control`` checks all
     if config.image is None and variant.image_input == "required":

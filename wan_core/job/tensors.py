@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, Final
 from ..config import GenerationConfig
 from ..errors import InvalidRequest
 from ..models import TEXT_TOKENS, ModelArchitecture
-from .control import ControlInputs, ControlRequest, batches, control_of
-from .fields import dense, shown
+from .control import ControlInputs, ControlRequest, control_of
+from .fields import batches, dense, shown
 from .output import audio_rate
 from .pictures import load_picture
 from .windows import FRAMES_PER_LATENT, latent_frames
@@ -156,35 +156,51 @@ def check_control(
     *,
     made: int,
     size: tuple[int, int],
+    face: tuple[int, int] = (512, 512),
 ) -> tuple[ControlInputs, list[str]]:
     """Check the values of a job's control and return its tensors, and warnings.
 
     ``pictures`` holds the start and the end image as far as they were given, ``size`` is the clip's
-    (width, height). No tensor is copied that has its form already.
+    (width, height) and ``face`` that of a face's crops. No tensor is copied that has its form
+    already.
     """
     control = control_of(config)
     assert control is not None
     warnings: list[str] = []
     video = None
+    # A character's videos keep their frames: what is made in segments is longer than the clip.
+    moved = request.frames > 0
     if control.video is not None:
-        video = _padded(_pixels("video", control.video), made)
+        video = _pixels("video", control.video)
+        video = video[: request.frames] if moved else _padded(video, made)
         warnings += _resized("video", (video.shape[2], video.shape[1]), size)
-    mask = None if control.mask is None else _mask(control.mask, made, size, warnings)
+    mask = None
+    if control.mask is not None:
+        mask = _mask(control.mask, None if moved else made, size, warnings)
+    characters: dict[str, Tensor] = {}
+    for name, wanted in (("face_video", face), ("background_video", size)):
+        if getattr(control, name) is not None:
+            characters[name] = found = _pixels(name, getattr(control, name))
+            warnings += _resized(name, (found.shape[2], found.shape[1]), wanted)
     keyframes: list[tuple[int, Picture]] = []
     if control.keyframes is not None:
         many = _each("keyframes", control.keyframes)
         given = [*many, *(pictures[name] for name in ("image", "last_image") if name in pictures)]
         keyframes = sorted(zip(request.positions, given, strict=True), key=lambda pair: pair[0])
         warnings += _resized("keyframes", (many[0].shape[1], many[0].shape[0]), size)
+    references = tuple(
+        picture for batch in batches(control.reference) for picture in _each("reference", batch)
+    )
+    if moved:
+        warnings += _fitted("reference", (references[0].shape[1], references[0].shape[0]), size)
     return ControlInputs(
         video=video,
         mask=mask,
-        references=tuple(
-            picture for batch in batches(control.reference) for picture in _each("reference", batch)
-        ),
+        references=references,
         keyframes=tuple(keyframes),
         camera=None if control.camera is None else _camera(control.camera, made, size, warnings),
         tracks=_tracks(control.tracks, request.tracks, made),
+        **characters,
     ), warnings
 
 
@@ -222,14 +238,17 @@ def _padded(frames: Tensor, made: int) -> Tensor:
     return torch.cat([frames, frames[-1:].expand(made - len(frames), *frames.shape[1:])])
 
 
-def _mask(value: Any, made: int, size: tuple[int, int], warnings: list[str]) -> Tensor:
-    """Return a mask (made or 1, H, W), floats 0..1. Raises InvalidRequest for an empty one."""
+def _mask(value: Any, made: int | None, size: tuple[int, int], warnings: list[str]) -> Tensor:
+    """Return a mask (made or 1, H, W), floats 0..1; without ``made``, of all its frames.
+
+    Raises InvalidRequest for an empty one.
+    """
     import torch
 
     whole = torch.as_tensor(value)
     whole = whole.unsqueeze(0) if whole.ndim == 2 else whole
     mask = torch.stack([_picture("mask", one)[..., 0] for one in whole])
-    mask = mask if len(mask) == 1 else _padded(mask, made)
+    mask = mask if len(mask) == 1 or made is None else _padded(mask, made)
     if float(mask.max()) <= 0:
         raise InvalidRequest(
             "control.mask is all black: there is nothing to make. White is what is made; invert "
@@ -240,10 +259,23 @@ def _mask(value: Any, made: int, size: tuple[int, int], warnings: list[str]) -> 
     return mask.clamp(0, 1)
 
 
+def _differs(have: tuple[int, int], size: tuple[int, int]) -> bool:
+    return abs(have[0] * size[1] / (have[1] * size[0]) - 1) > _STRETCHED
+
+
+def _fitted(name: str, have: tuple[int, int], size: tuple[int, int]) -> list[str]:
+    if not _differs(have, size):
+        return []
+    return [
+        f"control.{name} is {have[0]}x{have[1]} and is fitted into {size[0]}x{size[1]}, with black "
+        "beside it."
+    ]
+
+
 def _resized(name: str, have: tuple[int, int], size: tuple[int, int]) -> list[str]:
     if have == size:
         return []
-    stretched = abs(have[0] * size[1] / (have[1] * size[0]) - 1) > _STRETCHED
+    stretched = _differs(have, size)
     how = "is stretched" if stretched else "is scaled"
     cure = "; crop it to keep its proportions" if stretched else ""
     return [f"control.{name} is {have[0]}x{have[1]} and {how} to {size[0]}x{size[1]}{cure}."]

@@ -119,6 +119,7 @@ def read_transformer(shapes: Shapes, layout: str) -> TransformerShape:
         if "ref_conv.weight" in shapes
         else None,
         camera_channels=_size(shapes, camera, 1) // UNSHUFFLED**2 if camera in shapes else None,
+        animate=1 if "pose_patch_embedding.weight" in shapes else None,
     )
 
 

@@ -91,6 +91,9 @@ class TransformerShape:
     (``ref_conv``); None where the model takes no reference that way."""
     camera_channels: int | None = None
     """Channels of the camera's rays that Fun Camera reads (``control_adapter``): 24, or None."""
+    animate: int | None = None
+    """1: Animate, with a face adapter and a patch convolution for poses. 2: Animate 2, which reads
+    a driving video in a second stream. None in other models."""
 
     @property
     def dim(self) -> int:
@@ -334,16 +337,16 @@ _ALL: Final = (
     ),
     Variant(
         name="wan2.2-animate-14b", title="Wan 2.2 Animate 14B",
-        transformer=_T_I2V_21, image_input="required", vae=VAE_21,
+        transformer=replace(_T_I2V_21, animate=1), vae=VAE_21,
         transformer_class="WanAnimateTransformer3DModel", pipeline_class="WanAnimatePipeline",
-        supported=False, why_not="it needs a pose and a face video, which WanFit has no inputs for",
+        supported=False, why_not="WanFit has no forward for its face adapter",
         defaults=Defaults(
             num_inference_steps=20, guidance_scale=1.0, flow_shift=5.0, fps=30, num_frames=77
         ),
     ),
     Variant(
-        name="wan-animate-2-14b", title="Wan Animate 2 14B", image_input="required",
-        transformer=_T_I2V_21, **{
+        name="wan-animate-2-14b", title="Wan Animate 2 14B",
+        transformer=replace(_T_I2V_21, animate=2), **{
             **_NO_CLASS,
             "why_not": "it follows a driving video in a second stream, which WanFit has no forward "
             "for",

@@ -36,6 +36,7 @@ from ..job import (
     round_up_frames,
     texts_to_encode,
     video_frames,
+    with_character,
 )
 from ..kernels import slid_from_cudnn
 from ..loading import ComponentCache, unpin
@@ -171,6 +172,9 @@ class WanPipelineWrapper:
 
     def _with_pictures(self, config: GenerationConfig) -> GenerationConfig:
         """Put names in the place of pictures that the model needs, where none are looked at."""
+        animate = self.architecture.transformer.animate
+        if animate is not None:
+            return replace(config, control=with_character(config, animate))
         needed = () if has_keyframes(config) else pictures_needed(self.architecture)
         missing: dict[str, Any] = {n: n for n in needed if getattr(config, n) is None}
         return replace(config, **missing)

@@ -22,6 +22,7 @@ from ..config import GenerationConfig, WanControl, plain_number
 from ..detect import parse_lora
 from ..errors import InvalidRequest, MissingFile, WanError
 from ..files import contained_path, file_identity
+from ..job import MOST_FRAMES
 from ..plan import OptimizationConfig
 
 MOST_LINE, MOST_LINES = 2**20, 1_000_000
@@ -35,7 +36,8 @@ _OWN = ("model", "output", "loras", "use_recipe", "optimization", "priority")
 CONFIG_FIELDS = tuple(
     one.name for one in fields(GenerationConfig) if one.name not in _NOT_IN_A_LINE
 )
-_CONTROL_FILES = ("video", "mask", "reference", "keyframes", "tracks")
+_CONTROL_VIDEOS = ("video", "mask", "face_video", "background_video")
+_CONTROL_FILES = (*_CONTROL_VIDEOS, "reference", "keyframes", "tracks")
 _CONTROL_VALUES = ("positions", "strength", "denoise", "clear_masked")
 
 
@@ -222,10 +224,10 @@ def _control(given: Mapping[str, Any], values: Mapping[str, Any]) -> WanControl:
     from ..files import decode_text
     from ..render import read_pictures, read_video
 
-    frames = plain_number(values.get("num_frames", 81))
-    most = int(frames or 81) + 3
+    frames = int(plain_number(values.get("num_frames", 81)) or 0)
+    most = (frames if frames > 0 else MOST_FRAMES) + 3  # 0: as long as the control's video
     read: dict[str, Any] = {n: v for n, v in given.items() if n in _CONTROL_VALUES}
-    for name in ("video", "mask"):
+    for name in _CONTROL_VIDEOS:
         if name in given:
             read[name] = read_video(given[name], f"control.{name}", most)
     if "mask" in read:
