@@ -95,8 +95,9 @@ def test_products_of_what_is_stored_in_8_bit(
     found = architecture(T2V)
     component = replace(found.components["transformer"], stored_as=stored)
     found = replace(found, components={**found.components, "transformer": component})
+    requested = OptimizationConfig(speed="fast", fp8_storage="always" if wish else "auto")
     situation = speed.Situation(
-        architecture=found, workload=P480, requested=OptimizationConfig(speed="fast", fp8_storage="always" if wish else "auto"),
+        architecture=found, workload=P480, requested=requested,
         system=replace(gpu(80), compute_capability=capability), abilities=frozenset(ALL),
     )  # fmt: skip
     chosen = speed._eight_bit(situation, Choices(dtypes={"transformer": "bf16"}))
