@@ -128,3 +128,12 @@ def test_no_more_processes_than_ram_has_room_for() -> None:
     each = max(stage.host_bytes for stage in found.estimate.stages)
     assert len(found.workers) == 99 * GIB // each > 1
     assert "RAM has room for" in found.reasons[-1]
+    assert "nothing to do" not in found.reasons[-1]
+    alone = plan(LONG, replace(machine(*[80] * 8), ram_available_bytes=int(1.5 * each)), "all")
+    assert alone.workers == () and "one card computes: RAM has room for 1" in alone.reasons[-1]
+
+
+def test_equal_bits_are_promised_with_speed_exact_only() -> None:
+    assert "with the bits of one" in plan(LONG, machine(80, 80), 2).reasons[-1]
+    fast = plan(LONG, machine(80, 80), 2, speed="fast").reasons[-1]
+    assert "with the bits of one" not in fast and "may round differently" in fast

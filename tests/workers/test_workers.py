@@ -23,7 +23,7 @@ from support.tiny_models import folders, open_wan
 from wan_core import GenerationConfig
 from wan_core.config import WanControl
 from wan_core.errors import WorkerFailed
-from wan_core.workers import close_workers, pool, worker_pool
+from wan_core.workers import child, close_workers, pool, worker_pool
 
 ROOT = Path(__file__).parents[2]
 CLIP = {"prompt": "a red cat", "width": 32, "height": 32, "num_frames": 29, "seed": 1,
@@ -184,6 +184,43 @@ def test_a_worker_that_hangs_is_ended(folder: Any, threads: type[ThreadWorker]) 
     assert any("said nothing for" in text for text in made.warnings)
 
 
+def test_what_is_new_to_a_worker_may_take_long(
+    folder: Any, threads: type[ThreadWorker], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Kernels may be compiled in the first unit of other weights or shapes: it does not hang."""
+    monkeypatch.setattr(pool, "_QUIET_SECONDS", 0.5)
+    monkeypatch.setattr(pool, "_QUIET_FACTOR", 1.0)
+    met: list[str] = []
+
+    def trouble(worker: ThreadWorker, number: int) -> None:
+        weights = worker.units[-1]["weights"]
+        if worker is threads.made[0] and weights not in met:
+            met.append(weights)
+            time.sleep(1.5)
+
+    threads.trouble = trouble
+    made = open_wan(folder("wan2.2-t2v-a14b"), devices=2).generate(GenerationConfig(**SHORT))
+    assert made.success and len(met) == 2 and not made.warnings
+    assert len(threads.made) == 2
+
+
+def test_a_peak_is_that_of_its_unit(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[dict[str, Any]] = []
+    held = [7]
+    worker = child.Worker("cuda:0", lambda header, *_: told.append(header))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: max(held))
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: held.clear())
+
+    def compute(*_: object) -> tuple[torch.Tensor, None]:
+        held.append(3)
+        return torch.zeros(1), None
+
+    monkeypatch.setattr(worker, "_compute", compute)
+    worker._next_beat = float("inf")
+    worker._work({"number": 1}, {})
+    assert told[-1]["peak_bytes"] == 3
+
+
 def test_running_out_of_memory_ends_in_a_smaller_plan(
     folder: Any, threads: type[ThreadWorker], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -246,6 +283,22 @@ def test_an_interrupt_ends_the_units_and_the_next_render_is_whole(
         wrapper.generate(GenerationConfig(**CLIP)).raise_for_error().latents, latents(path, CLIP)
     )
     assert len(threads.made) == 2  # the same workers
+
+
+def test_an_interrupt_is_told_also_where_the_workers_fail(
+    folder: Any, threads: type[ThreadWorker], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(self: Any, **_: Any) -> None:
+        raise WorkerFailed("No worker is left")
+
+    def stop(step: int, *_: Any) -> None:
+        raise Interrupt
+
+    monkeypatch.setattr(pool.WorkerPool, "release", fails)
+    with pytest.raises(Interrupt):
+        open_wan(folder("wan2.1-t2v"), devices=2).generate(
+            GenerationConfig(**SHORT, progress_callback=stop)
+        )
 
 
 def test_one_process_goes_on_where_workers_stopped(

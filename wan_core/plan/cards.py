@@ -139,13 +139,15 @@ def spread_over(
     useful = min(len(devices), turns.most)
     # Each process has an interpreter of its own, and its own copy of weights that are not mapped.
     each = max((stage.host_bytes for stage in plan.estimate.stages), default=0)
-    useful = max(1, min(useful, system.usable_ram_bytes // each if each else useful))
+    room = system.usable_ram_bytes // each if each else useful
+    short = ""
+    if room < useful:
+        useful = max(1, room)
+        short = f"RAM has room for {useful} of such processes, {each / GIB:.1f} GiB each"
     seconds = {n: _seconds(plan, workload, turns, n, architecture) for n in range(1, useful + 1)}
     best = min(seconds, key=lambda n: (seconds[n], n))
     count = best if requested.devices == "auto" else useful
-    said = _said(plan, turns, seconds, count, best, devices)
-    if useful < min(len(devices), turns.most):
-        said += f"; RAM has room for {useful} of such processes, {each / GIB:.1f} GiB each"
+    said = _said(turns, seconds, count, best, devices, short, requested.speed)
     reasons = (*plan.reasons, said)
     step = plan.step_seconds * turns.share(count)
     return replace(
@@ -186,25 +188,39 @@ def _seconds(
 
 
 def _said(
-    plan: OptimizationPlan, turns: _Turns, seconds: dict[int, float], count: int, best: int,
-    devices: tuple[str, ...],
+    turns: _Turns, seconds: dict[int, float], count: int, best: int, devices: tuple[str, ...],
+    short: str, speed: str,
 ) -> str:  # fmt: skip
-    """Return the reason, in words."""
+    """Return the reason, in words; ``short`` says that RAM has no room for more."""
     units = " or ".join(str(units) for units in dict.fromkeys(turns.units))
     each = f"a step has {units} passes that do not wait for each other"
     one = f"{seconds[1]:.0f} s"
     if count == 1:
-        tried = "; ".join(f"{n} cards {s:.0f} s" for n, s in seconds.items() if n > 1)
-        why = f" (one card {one}; {tried})" if tried else ""
         if len(devices) == 1:
             return "one card computes: no other is free and alike"
-        return f"one card is faster: {each}{why}"
+        if short and len(seconds) == 1:
+            return f"one card computes: {short}"
+        tried = "; ".join(f"{n} cards {s:.0f} s" for n, s in seconds.items() if n > 1)
+        why = f" (one card {one}; {tried})" if tried else ""
+        return f"one card is faster: {each}{why}" + (f"; {short}" if short else "")
     text = (
         f"{count} cards ({', '.join(devices[:count])}): {each}; about {seconds[count]:.0f} s "
-        f"instead of {one}, with the bits of one"
+        f"instead of {one}, {_bits(speed)}"
     )
-    if len(devices) > count:
+    if short:
+        text += f"; {short}"
+    elif len(devices) > count:
         text += f"; {len(devices) - count} more would have nothing to do"
     if best == 1:
         text += ". One card is expected to be faster: devices 'auto' would take it"
     return text
+
+
+def _bits(speed: str) -> str:
+    """Say what sharing passes out does to the bits."""
+    if speed == "exact":
+        return "with the bits of one"
+    return (
+        f"in the same way as one; with speed {speed!r} each card takes the kernels it is fastest "
+        "with, which may round differently"
+    )

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import replace
 from typing import Any
 
 import torch
 
+from ..errors import WorkerFailed
 from ..forward import run_together
 from ..sampling import Expert
 from .stages import StageRunner
@@ -50,11 +51,15 @@ def _elsewhere(stages: StageRunner, component: str, plain: bool) -> Iterator[Any
     if stages.device.type == "cuda":
         torch.cuda.empty_cache()
     try:
-        yield pool.expert(stages.weights(component, distilled=not plain))
-    finally:
         try:
-            pool.release()
-        finally:
-            stages.result.metadata["workers"] = pool.describe()
-            for note in pool.notes:
-                stages.say_once(note)
+            yield pool.expert(stages.weights(component, distilled=not plain))
+        except BaseException:
+            # What ended the stage is what is told, whatever becomes of the workers meanwhile.
+            with suppress(WorkerFailed):
+                pool.release()
+            raise
+        pool.release()
+    finally:
+        stages.result.metadata["workers"] = pool.describe()
+        for note in pool.notes:
+            stages.say_once(note)

@@ -110,6 +110,8 @@ class Worker:
         """Compute a unit and answer it, or say why not."""
         self._unit = header["number"]
         started = time.perf_counter()
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
         told: dict[str, Any] | None = None
         try:
             self.check()

@@ -8,6 +8,7 @@ workers give back what they hold, and the error goes to the caller, which makes 
 from __future__ import annotations
 
 import atexit
+import contextlib
 import queue
 import time
 from collections import deque
@@ -30,7 +31,7 @@ _TICK = 0.05
 _START_SECONDS = 180.0
 """How long a worker may take to import its packages. Assumed, not measured on a slow disk."""
 _FIRST_SECONDS = 180.0
-"""How long it may say nothing before its first result: kernels may be compiled then. Assumed."""
+"""How long it may say nothing in a unit that is new to it: kernels may be compiled. Assumed."""
 _QUIET_SECONDS, _QUIET_FACTOR = 15.0, 8.0
 """After that: how long it may say nothing, and how many times the longest pause it has made. It
 speaks at every block of the model. Assumed."""
@@ -49,6 +50,10 @@ class _Worker:
     ready: bool = False
     device_name: str = ""
     unit: int | None = None
+    kind: tuple[object, ...] = ()
+    """Weights and shapes of the unit in work."""
+    kinds: set[tuple[object, ...]] = field(default_factory=set)
+    """Those of the units that it has finished."""
     weights: set[str] = field(default_factory=set)
     conditions: int = -1
     released: bool = True
@@ -56,7 +61,7 @@ class _Worker:
     seconds: float = 0.0
     peak_bytes: int = 0
     pause: float = 0.0
-    """The longest time between two of its messages within a unit, since its first result."""
+    """The longest time between two of its messages within a unit of a kind that it knows."""
 
 
 @dataclass(slots=True)
@@ -136,6 +141,8 @@ class WorkerPool:
         WorkerFailed where a unit cannot be computed; all workers are then free of their weights.
         """
         while (job := self._jobs[number]).result is None:
+            if not self._workers:
+                raise WorkerFailed(f"No worker is left: {'; '.join(self.notes)}")
             self._pump(_TICK)
             check()
         del self._jobs[number]
@@ -239,7 +246,7 @@ class WorkerPool:
             self._lose(worker, "has ended")
             return
         now = time.perf_counter()
-        if worker.done and worker.unit is not None:
+        if worker.unit is not None and worker.kind in worker.kinds:
             worker.pause = max(worker.pause, now - worker.heard)
         worker.heard = now
         header, tensors = message
@@ -283,6 +290,7 @@ class WorkerPool:
 
     def _take(self, worker: _Worker, header: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         worker.done += 1
+        worker.kinds.add(worker.kind)
         worker.seconds += header["seconds"]
         worker.peak_bytes = max(worker.peak_bytes, header["peak_bytes"])
         job = self._jobs.get(header["number"])
@@ -292,7 +300,8 @@ class WorkerPool:
     def _fail(self, worker: _Worker, header: dict[str, Any]) -> None:
         """Raise what went wrong in a worker: it would go wrong on the others too."""
         why, text = header["why"], f"{header['text']} (on {worker.name})"
-        self.release()
+        with contextlib.suppress(WorkerFailed):  # the first failure is the one to tell
+            self.release()
         if why == "oom":
             raise torch.OutOfMemoryError(text)
         if why == "host_oom":
@@ -312,7 +321,7 @@ class WorkerPool:
         """Return how long a worker may say nothing in the middle of a unit."""
         if self.quiet_seconds is not None:
             return self.quiet_seconds
-        if not worker.done:
+        if worker.kind not in worker.kinds:
             return _FIRST_SECONDS
         return max(_QUIET_SECONDS, _QUIET_FACTOR * worker.pause)
 
@@ -372,6 +381,7 @@ class WorkerPool:
             tensors["residual"] = unit.residual
         # To the CPU now, in the driver's thread and stream: the latents are written over later.
         worker.unit, worker.heard = number, time.perf_counter()
+        worker.kind = (job.weights.key, *unit.latents.shape, unit.residual is None)
         worker.process.send(header, {name: tensor.to("cpu") for name, tensor in tensors.items()})
 
 
