@@ -28,6 +28,7 @@ from comfy_execution.graph_utils import ExecutionBlocker
 from server import PromptServer
 
 from ..wan_core.config import MIB
+from ..wan_core.preferences import read_preferences
 from .files import Folders
 from .lease import loaded_bytes, unload
 from .pipeline import WanPipeline, is_offered, portable
@@ -257,7 +258,8 @@ def watch(
     def tell(message: dict[str, Any]) -> None:
         PromptServer.instance.send_sync("wanfit.run", {"node": node, **message}, client)
 
-    return Watch(request, plan, pipeline.architecture, tell, _memory_now, _moving(pipeline))
+    moving = None if read_preferences().preview is False else _moving(pipeline)
+    return Watch(request, plan, pipeline.architecture, tell, _memory_now, moving)
 
 
 def _moving(pipeline: WanPipeline) -> Callable[[torch.Tensor, float], Any] | None:

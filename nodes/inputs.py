@@ -11,6 +11,7 @@ from comfy_api.latest import io
 
 from ..wan_core.config import CODECS
 from ..wan_core.job import PIXEL_FORMATS, SCHEDULERS, SIGMA_SCHEDULES
+from ..wan_core.preferences import read_preferences
 from . import bridge
 
 SIZE = {"min": 16, "max": 8192, "step": 16}
@@ -92,7 +93,7 @@ def video_inputs() -> list[io.Input]:
             "codec",
             optional=True,
             options=list(CODECS),
-            default=CODECS[0],
+            default=read_preferences().codec or CODECS[0],
             tooltip="Codec of the VIDEO. h264 plays everywhere; h265 is smaller and slower.",
             **hidden,
         ),

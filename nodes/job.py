@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..wan_core.config import CODECS, PRECISIONS, RESUME, GenerationConfig
+from ..wan_core.config import CODECS, PRECISIONS, RESUME, SPEEDS, GenerationConfig
 from ..wan_core.errors import InvalidRequest
 from ..wan_core.job import (
     FUSIONS,
@@ -21,10 +21,10 @@ from ..wan_core.job import (
     SIGMA_SCHEDULES,
     latent_frames,
 )
-from ..wan_core.plan import FORWARDS, FP8, OFFLOADS, SPEEDS, STEP_CACHES
+from ..wan_core.plan import FORWARDS, FP8, OFFLOADS, STEP_CACHES
 
 LATER: dict[str, Any] = {
-    "codec": CODECS[0],
+    "codec": None,  # as the user prefers
     "crf": 18,
     "pix_fmt": PIXEL_FORMATS[0],
     "official_negative": True,
@@ -44,7 +44,7 @@ OPTIMIZE: dict[str, Any] = {
     "resident_blocks": -1,
     "forward": "auto",
     "fp8_storage": "auto",
-    "speed": "exact",
+    "speed": None,  # as the user prefers
     "step_cache": "auto",
     "step_cache_threshold": -1.0,
     "guidance_gate": 0.0,
@@ -74,6 +74,11 @@ def require_choice(field: str, value: str, allowed: Sequence[str]) -> str:
     return value
 
 
+def _or_preferred(field: str, value: str | None, allowed: Sequence[str]) -> str | None:
+    """Return ``value`` if it is allowed; None, for an input that a prompt leaves out, is kept."""
+    return None if value is None else require_choice(field, value, allowed)
+
+
 def generation_config(values: Mapping[str, Any]) -> GenerationConfig:
     """Turn the shared inputs into a GenerationConfig; raises InvalidRequest naming the input."""
     values = {**LATER, **values}
@@ -99,7 +104,7 @@ def generation_config(values: Mapping[str, Any]) -> GenerationConfig:
         last_image=_one_image("end_image", values.get("end_image")),
         prompt_embeds=positive,
         negative_prompt_embeds=negative,
-        codec=require_choice("codec", values["codec"], CODECS),
+        codec=_or_preferred("codec", values["codec"], CODECS),
         crf=values["crf"],
         pix_fmt=require_choice("pix_fmt", values["pix_fmt"], PIXEL_FORMATS),
         audio=_one_sound("audio", values.get("audio")),
@@ -192,7 +197,8 @@ def optimization_options(values: Mapping[str, Any]) -> dict[str, Any]:
     values = {**OPTIMIZE, **values}
     frames, blocks = values["fallback_window_frames"], values["resident_blocks"]
     threshold = values["step_cache_threshold"]
-    return {
+    speed = _or_preferred("speed", values["speed"], SPEEDS)
+    return ({} if speed is None else {"speed": speed}) | {
         "precision": require_choice("precision", values["precision"], PRECISIONS),
         "offload": require_choice("offload", values["offload"], OFFLOADS),
         "vram_limit_gb": values["vram_limit_gb"] or None,
@@ -201,7 +207,6 @@ def optimization_options(values: Mapping[str, Any]) -> dict[str, Any]:
         "resident_blocks": None if blocks < 0 else blocks,
         "forward": require_choice("forward", values["forward"], FORWARDS),
         "fp8_storage": require_choice("fp8_storage", values["fp8_storage"], FP8),
-        "speed": require_choice("speed", values["speed"], SPEEDS),
         "step_cache": require_choice("step_cache", values["step_cache"], STEP_CACHES),
         "step_cache_threshold": None if threshold < 0 else threshold,
         "guidance_gate": values["guidance_gate"] or None,

@@ -61,13 +61,15 @@ class WeightsLease:
         holds it describes another model.
         """
         from ..wan_core.job import check_files
+        from ..wan_core.preferences import read_preferences
         from ..wan_core.render import WanPipelineLoader
 
         check_files(self._known)
-        key = (tuple(sorted(optimization_config.items())), loras, use_recipe)
+        preferences = read_preferences()
+        key = (tuple(sorted(optimization_config.items())), loras, use_recipe, preferences)
         with _lock:
             if key not in self._wrappers:
-                self._wrappers[key] = WanPipelineLoader().load_wan_pipeline(
+                self._wrappers[key] = WanPipelineLoader(preferences=preferences).load_wan_pipeline(
                     self._source,
                     optimization_config=optimization_config,
                     loras=loras,

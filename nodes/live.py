@@ -20,6 +20,7 @@ from ..wan_core.config import GenerationConfig, WanLoRA, WanModelFiles
 from ..wan_core.errors import InvalidRequest, MissingFile, WanError, first_line
 from ..wan_core.files import file_identity
 from ..wan_core.job import check_parts
+from ..wan_core.preferences import read_preferences
 from .answer import described, failed
 from .files import Folders, model_source
 from .fixes import fixes, swap_fix
@@ -177,8 +178,9 @@ class Live:
         options: Mapping[str, Any],
     ) -> WanPipelineWrapper:  # fmt: skip
         """Return the model with its LoRAs and options, opened once for each state of its files."""
+        preferences = read_preferences()
         prints = tuple((fingerprint(Path(lora.path)), lora.expert, lora.strength) for lora in loras)
-        key = (fingerprint(source), prints, recipe, tuple(sorted(options.items())))
+        key = (fingerprint(source), prints, recipe, tuple(sorted(options.items())), preferences)
 
         def opened() -> WanPipelineWrapper:
             from ..wan_core.detect import ArchitectureDetector, with_loras
@@ -190,9 +192,11 @@ class Live:
             if architecture.incomplete:
                 raise MissingFile(architecture.incomplete)
             architecture = with_loras(architecture, loras, use_recipe=recipe)
-            optimization = OptimizationConfig.from_mapping(options)
             return WanPipelineWrapper(
-                architecture, optimization=optimization, cache=component_cache()
+                architecture,
+                optimization=OptimizationConfig.from_mapping(preferences.under(options)),
+                cache=component_cache(),
+                preferences=preferences.besides(options),
             )
 
         return _kept(self._models, key, opened, _KEPT_MODELS)

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 from comfy_api.latest import io, ui
 
-from ..wan_core.config import GIB, PRECISIONS, WanModelFiles
+from ..wan_core.config import GIB, PRECISIONS, SPEEDS, WanModelFiles
 from ..wan_core.errors import MissingFile, WanError
-from ..wan_core.plan import FORWARDS, FP8, OFFLOADS, SPEEDS, STEP_CACHES
+from ..wan_core.plan import FORWARDS, FP8, OFFLOADS, STEP_CACHES
+from ..wan_core.preferences import read_preferences
 from . import bridge
 from .files import AUTO, MODULES, NONE, PARTS, model_source
 from .inputs import Pipeline, pipeline_input
@@ -197,7 +198,7 @@ class WanOptimize(io.ComfyNode):  # type: ignore[misc]
         resident_blocks: int = -1,
         forward: str = "auto",
         fp8_storage: str = "auto",
-        speed: str = "exact",
+        speed: str | None = None,
         step_cache: str = "auto",
         step_cache_threshold: float = -1.0,
         guidance_gate: float = 0.0,
@@ -224,7 +225,8 @@ def _limit_inputs() -> list[io.Input]:
             min=0.0,
             max=1024.0,
             step=0.5,
-            tooltip="Use at most so much of the card's memory, in GiB. 0 = what is free.",
+            tooltip="Use at most so much of the card's memory, in GiB. 0 = as preferred, else "
+            "what is free.",
             **bridge.known(io.Float.Input, advanced=True),
         ),
         io.Float.Input(
@@ -234,7 +236,7 @@ def _limit_inputs() -> list[io.Input]:
             min=0.0,
             max=4096.0,
             step=1.0,
-            tooltip="Use at most so much RAM, in GiB. 0 = what is available.",
+            tooltip="Use at most so much RAM, in GiB. 0 = as preferred, else what is available.",
             **bridge.known(io.Float.Input, advanced=True),
         ),
         io.Int.Input(
@@ -290,7 +292,7 @@ def _speed_inputs() -> list[io.Input]:
         io.Combo.Input(
             "speed",
             options=list(SPEEDS),
-            default="exact",
+            default=read_preferences().speed or SPEEDS[0],
             optional=True,
             tooltip="exact: only what changes no bit. fast: also what changes rounding. fastest: "
             "also what changes the video a little. The plan below says what that is here.",

@@ -3,8 +3,15 @@
 from __future__ import annotations
 
 import gc
+import os
+import tempfile
 
 import pytest
+
+# No test reads what whoever runs it prefers; ComfyUIs that tests start inherit this.
+os.environ["WANFIT_PREFERENCES"] = os.path.join(
+    tempfile.mkdtemp(prefix="wanfit-tests-"), "preferences.json"
+)
 
 
 @pytest.fixture(autouse=True, scope="module")

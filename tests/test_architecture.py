@@ -21,7 +21,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 CORE = ROOT / "wan_core"
 
-GROUND = ("errors", "lazy", "config", "files")
+GROUND = ("errors", "lazy", "config", "files", "preferences")
 """Modules anyone may import, in their own order."""
 TORCH_FREE = ("formats", "models", "detect", "job", "memory", "plan")
 WITH_TORCH = (

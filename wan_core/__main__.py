@@ -1,4 +1,5 @@
-"""Command line: ``python -m wan_core inspect | estimate | generate | batch | demo | download``.
+"""Command line: ``python -m wan_core inspect | estimate | generate | batch | demo | download |
+preferences``.
 
 The exit code is 0 on success, 1 for an expected error (one line on stderr) or a batch with jobs
 that failed, 2 for a wrong command line, and 130 after Ctrl-C. With ``--json`` stdout is one object
@@ -16,12 +17,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-from .arguments import add_batch, add_control, add_job, add_plan, add_size
+from .arguments import add_batch, add_control, add_job, add_plan, add_preferences, add_size
 from .config import MIB, GenerationConfig, WanControl, demo_model
 from .errors import InvalidRequest, WanError
 from .files import decode_text
 from .job import MOST_FRAMES, reads
 from .memory import close_gaps
+from .preferences import FIELDS, Preferences, preferences_path, read_preferences, write_preferences
 
 _READ_AS = {"start": "to start from", "leading": "the first frames"}
 """What ``job.reads`` says of an input, in words; the rest says itself."""
@@ -86,6 +88,7 @@ def _parser() -> argparse.ArgumentParser:
         "estimate": (_estimate, "say what a run needs, without running it", "MODEL --frames 81"),
         "generate": (_generate, "make a video", 'MODEL --prompt "a fox runs" --output fox.mp4'),
         "batch": (_batch, "make a video for every line of a file", "jobs.jsonl --folder clips"),
+        "preferences": (_preferences, "what jobs take where they say nothing", "--speed fast"),
     }
     examples = [f"  python -m wan_core {name} {given}" for name, (*_, given) in table.items()]
     parser = argparse.ArgumentParser(
@@ -98,7 +101,7 @@ def _parser() -> argparse.ArgumentParser:
     made = {name: commands.add_parser(name, help=what) for name, (_, what, _) in table.items()}
     for name, command in made.items():
         command.set_defaults(run=table[name][0])
-    demo, download, inspect, estimate, generate, batch = made.values()
+    demo, download, inspect, estimate, generate, batch, preferences = made.values()
 
     download.add_argument("variant", help="wan2.2-ti2v-5b, wan2.2-t2v-a14b ...")
     download.add_argument("--to", default="models", metavar="FOLDER", help="(models)")
@@ -116,6 +119,7 @@ def _parser() -> argparse.ArgumentParser:
         add_control(command)
     add_job(generate)
     add_batch(batch)
+    add_preferences(preferences)
     demo.add_argument("--prompt", default=DEMO_PROMPT)
     demo.add_argument("--seed", type=int, default=0)
     demo.add_argument("--output", default="output/demo.mp4", metavar="FILE.mp4")
@@ -203,6 +207,7 @@ def _open(arguments: argparse.Namespace) -> Any:
         "device": arguments.device,
         "devices": arguments.devices,
         "vram_limit_gb": arguments.vram_limit_gb,
+        "ram_limit_gb": arguments.ram_limit_gb,
     }
     given = {name: value for name, value in options.items() if value is not None}
     return WanPipelineLoader().load_wan_pipeline(
@@ -417,6 +422,29 @@ def _download(arguments: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     found = fetch(plan, lambda line: print(line, file=sys.stderr))
     text = f"{plan.folder} is whole and was recognised: {found.variant.title} ({found.name})"
     return text, {"folder": str(plan.folder), "bytes": plan.nbytes, "variant": found.name}
+
+
+def _preferences(arguments: argparse.Namespace) -> tuple[str, dict[str, Any]]:
+    """Show what is preferred; with values, keep them first. An empty one is forgotten."""
+    found = read_preferences()
+    given = {name: getattr(arguments, name) for name in FIELDS}
+    asked = {name: text for name, text in given.items() if text is not None}
+    if asked:
+        read = {name: _plain(text) for name, text in asked.items()}
+        write_preferences(Preferences(**{**found.chosen(), **read}))
+        found = read_preferences()
+    lines = [str(preferences_path())] + [f"warning: {text}" for text in found.warnings]
+    chosen = found.chosen()
+    lines += [f"  {name:<14} {chosen.get(name, 'built-in')}" for name in FIELDS]
+    return "\n".join(lines), {"path": str(preferences_path()), "preferences": chosen}
+
+
+def _plain(text: str) -> Any:
+    """Return a word of the command line as JSON has it; None for an empty one."""
+    try:
+        return json.loads(text) if text else None
+    except ValueError:
+        return text
 
 
 def _demo(arguments: argparse.Namespace) -> tuple[str, dict[str, Any]]:

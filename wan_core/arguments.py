@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import argparse
 
-from .config import CODECS
+from .config import CODECS, SPEEDS
 from .job import FUSIONS, SCHEDULERS
-from .plan import FORWARDS, FP8, OFFLOADS, SPEEDS, STEP_CACHES
+from .plan import FORWARDS, FP8, OFFLOADS, STEP_CACHES
+from .preferences import FIELDS
+
+_PREFERRED = {
+    "speed": "|".join(SPEEDS), "vram_limit_gb": "GIB", "ram_limit_gb": "GIB",
+    "preview": "true|false", "codec": "|".join(CODECS),
+}  # fmt: skip
 
 
 def add_size(command: argparse.ArgumentParser) -> None:
@@ -28,7 +34,7 @@ def add_plan(command: argparse.ArgumentParser) -> None:
     command.add_argument("--resident-blocks", type=int, help="stream, and keep so many blocks")
     command.add_argument("--forward", default="auto", help=", ".join(FORWARDS))
     command.add_argument("--fp8-storage", default="auto", help=", ".join(FP8))
-    command.add_argument("--speed", default="exact", help=", ".join(SPEEDS))
+    command.add_argument("--speed", help=", ".join(SPEEDS) + " (as preferred, else exact)")
     command.add_argument("--step-cache", default="auto", help=", ".join(STEP_CACHES))
     command.add_argument("--step-cache-threshold", type=float, metavar="0..1")
     command.add_argument("--step-cache-factor", type=float, metavar="1..4", help="for magcache")
@@ -36,6 +42,7 @@ def add_plan(command: argparse.ArgumentParser) -> None:
     command.add_argument("--device", help="cuda:0, cpu ... (default: the best there is)")
     command.add_argument("--devices", default="1", help="cards: a number, all, auto, or 0,2 (1)")
     command.add_argument("--vram-limit-gb", type=float, help="use at most so much of the card")
+    command.add_argument("--ram-limit-gb", type=float, help="use at most so much RAM")
     command.add_argument(
         "--lora", action="append", default=[], metavar="FILE[:EXPERT[:STRENGTH]]",
         help="a LoRA; expert both, high or low, strength 1.0; may be given several times",
@@ -105,7 +112,7 @@ def add_job(command: argparse.ArgumentParser) -> None:
         help="auto: go on with this render if it was cut off; must: only that; never: anew",
     )  # fmt: skip
     command.add_argument("--audio", metavar="FILE", help="sound that goes into the video")
-    command.add_argument("--codec", default="h264", help=", ".join(CODECS))
+    command.add_argument("--codec", help=", ".join(CODECS) + " (as preferred, else h264)")
     command.add_argument("--crf", type=int, default=18, help="0 best .. 51 smallest (18)")
     command.add_argument("--pix-fmt", default="yuv420p", help="yuv420p plays everywhere")
     command.add_argument("--output", required=True, metavar="FILE.mp4")
@@ -122,3 +129,10 @@ def add_batch(command: argparse.ArgumentParser) -> None:
     command.add_argument("--speed", help=", ".join(SPEEDS))
     command.add_argument("--json", action="store_true", help="print one JSON object")
     command.set_defaults(resume="auto")
+
+
+def add_preferences(command: argparse.ArgumentParser) -> None:
+    """Add what a user may prefer (``Preferences``); an empty text goes back to what is built in."""
+    for name in FIELDS:
+        command.add_argument(f"--{name.replace('_', '-')}", metavar=_PREFERRED[name])
+    command.add_argument("--json", action="store_true", help="print one JSON object")

@@ -26,6 +26,8 @@ CODECS = ("h264", "h265")
 """Codecs an mp4 can have."""
 EXPERTS = ("both", "high", "low")
 """Which expert a LoRA changes: both transformers of an A14B, or one of them."""
+SPEEDS = ("exact", "fast", "fastest")
+"""What a plan may change for speed's sake, from nothing to the video (``plan.speed``)."""
 PRECISIONS = ("auto", "bf16", "fp16", "fp32")
 """The dtypes a transformer can be asked to compute in; "auto" leaves it to the plan."""
 RESUME = ("auto", "never", "must")
@@ -294,8 +296,9 @@ class GenerationConfig:
     """Where to write the mp4; None writes none."""
     output_metadata: Mapping[str, str] = field(default_factory=dict)
     """Stored in the mp4's container (ComfyUI reads its workflow from there)."""
-    codec: str = "h264"
-    """Codec of the mp4: "h264" plays everywhere, "h265" is smaller and slower."""
+    codec: str | None = None
+    """Codec of the mp4: "h264" plays everywhere, "h265" is smaller and slower. None means the one
+    that the user prefers (``preferences``), else "h264"."""
     crf: int = 18
     """Constant rate factor of the mp4: 0 is the best quality, 51 the worst."""
     pix_fmt: str = "yuv420p"

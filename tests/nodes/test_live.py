@@ -109,6 +109,32 @@ def test_a_plan_is_what_the_run_would_be(pack: ModuleType, asker: Asker) -> None
     assert not part(pack, "wan_core.loading").component_cache().loaded()
 
 
+def test_what_the_user_prefers_counts_below_what_the_nodes_say(
+    asker: Asker, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    file = tmp_path / "preferences.json"
+    monkeypatch.setenv("WANFIT_PREFERENCES", str(file))
+    size = {"width": 832, "height": 480, "num_frames": 81}
+    free = asker.ask(graph(**size))
+    file.write_text('{"vram_limit_gb": 14, "speed": "fast"}')
+    found = asker.ask(graph(**size))  # no new start of ComfyUI, and no other wiring
+    assert 13 < found["usable_gib"] <= 14 < free["usable_gib"]
+    assert any("vram_limit_gb 14" in text for text in found["reasons"])
+    nodes = graph(**size)
+    nodes["2"] = {
+        "class_type": "WanOptimize",
+        "inputs": {"pipeline": ["1", 0], "vram_limit_gb": 18.0, "speed": "exact"},
+    }
+    nodes["3"]["inputs"]["pipeline"] = ["2", 0]
+    found = asker.ask(nodes)
+    assert 14 < found["usable_gib"] <= 18 < free["usable_gib"]
+    assert not any("preferences" in text for text in found["reasons"])
+    file.write_text("{")
+    found = asker.ask(graph(**size))
+    assert found["usable_gib"] == free["usable_gib"]
+    assert any("Preferences not used" in text for text in found["warnings"])
+
+
 def test_a_clip_as_long_as_its_video_is_shown_with_the_usual_length(asker: Asker) -> None:
     """How long the video is, is known when it has run; that it is not counted is said."""
     nodes = graph(num_frames=0, control=["9", 0])

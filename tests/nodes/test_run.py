@@ -189,7 +189,8 @@ def test_an_error_of_the_library_names_the_input(
 # -- the mp4 ------------------------------------------------------------------------------------
 def test_what_the_video_shall_be_reaches_the_job(pack: ModuleType) -> None:
     config = part(pack, "nodes.job").generation_config(VALUES)
-    assert (config.codec, config.crf, config.pix_fmt) == ("h264", 18, "yuv420p")
+    # A prompt that names no codec leaves it to the user's preference.
+    assert (config.codec, config.crf, config.pix_fmt) == (None, 18, "yuv420p")
     assert config.audio is None
     sound = {"waveform": torch.rand(1, 2, 100), "sample_rate": 44100}
     asked = {"codec": "h265", "crf": 0, "pix_fmt": "yuv444p", "audio": sound}

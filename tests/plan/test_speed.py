@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 
 from tests.support.machines import architecture, cpu, gpu
+from wan_core.config import SPEEDS
 from wan_core.errors import InvalidRequest
 from wan_core.memory import AttentionTimes, Choices
-from wan_core.plan import SPEEDS, OptimizationConfig, speed
+from wan_core.plan import OptimizationConfig, speed
 
 from .test_manager import P480, SMALL, T2V, recommend
 

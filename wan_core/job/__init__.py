@@ -27,6 +27,7 @@ from .inputs import (
     Inputs,
     check_inputs,
     check_outputs,
+    codec_takes,
     encoder_options,
     output_paths,
 )
@@ -97,6 +98,7 @@ __all__ = [
     "check_files",
     "check_inputs",
     "check_outputs",
+    "codec_takes",
     "check_parts",
     "control_of",
     "draw_noise",

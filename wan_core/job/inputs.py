@@ -124,6 +124,11 @@ def output_paths(request: Request) -> list[Path]:
     return [first, *(first.with_name(f"{first.stem}_{n}{first.suffix}") for n in more)]
 
 
+def codec_takes(codec: str, request: Request) -> bool:
+    """Say whether a codec takes clips of this size: x265 is not reliable for very small ones."""
+    return codec != "h265" or min(request.width, request.height) >= _H265_SIDE
+
+
 def check_outputs(request: Request) -> None:
     """Check that every file of the result can be written, by trying it, and open its encoder.
 
@@ -136,8 +141,7 @@ def check_outputs(request: Request) -> None:
     import av
 
     name = ENCODERS[request.codec]
-    smallest = min(request.width, request.height)
-    if request.codec == "h265" and smallest < _H265_SIDE:
+    if not codec_takes(request.codec, request):
         raise InvalidRequest(
             f"codec is 'h265' and the video {request.width}x{request.height}; x265 is not reliable "
             f"below {_H265_SIDE} pixels a side. Choose 'h264'.",

@@ -28,7 +28,7 @@ def output_fields(config: GenerationConfig) -> dict[str, Any]:
         "resume": _resume(config),
         "journal_folder": None if folder is None else path(folder, "journal_folder"),
         "output_path": output,
-        "codec": choice(config.codec, "codec", CODECS),
+        "codec": choice(CODECS[0] if config.codec is None else config.codec, "codec", CODECS),
         "crf": whole(config.crf, "crf", 0, 51),
         "pix_fmt": choice(config.pix_fmt, "pix_fmt", PIXEL_FORMATS),
     }

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from ..lazy import lazy_names
 from .cards import for_all_cards
-from .config import FORWARDS, FP8, OFFLOADS, SPEEDS, STEP_CACHES, OptimizationConfig
+from .config import FORWARDS, FP8, OFFLOADS, STEP_CACHES, OptimizationConfig
 from .fits import Remedies
 from .ladder import ABILITIES
 from .manager import Planner
@@ -30,7 +30,6 @@ __all__ = [
     "OptimizationPlan",
     "Planner",
     "Remedies",
-    "SPEEDS",
     "STEP_CACHES",
     "computed_in",
     "for_all_cards",

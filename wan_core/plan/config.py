@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any
 
-from ..config import MIB, PRECISIONS, plain_number
+from ..config import MIB, PRECISIONS, SPEEDS, plain_number
 from ..errors import InvalidRequest
 
 if TYPE_CHECKING:
@@ -18,8 +18,6 @@ OFFLOADS = ("auto", "none", "model", "sequential", "stream", "group")
 FORWARDS = ("auto", "diffusers", "lean", "lean_rows")
 FP8 = ("auto", "never", "always")
 STEP_CACHES = ("auto", "never", "easycache", "magcache")
-SPEEDS = ("exact", "fast", "fastest")
-"""What a plan may change for speed's sake, from nothing to the video (``plan.speed``)."""
 SHORTER_WINDOWS = (49, 33, 17)
 """Video frames of the windows to try where windows of the model's own length do not fit."""
 

@@ -12,10 +12,11 @@ from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
+from ..config import SPEEDS
 from ..errors import InvalidRequest
 from ..memory import AttentionTimes, Choices, Workload, latent_size, window_tokens
 from ..models import ModelArchitecture
-from .config import SPEEDS, OptimizationConfig
+from .config import OptimizationConfig
 from .shortcuts import (
     Situation,
     cache_asked,

@@ -18,6 +18,7 @@ from ..errors import InvalidRequest, MissingFile, UnsupportedModel, WanError
 from ..files import decode_text
 from ..loading import ComponentCache, component_cache
 from ..plan import OptimizationConfig, Planner
+from ..preferences import Preferences, read_preferences
 
 if TYPE_CHECKING:
     from .pipeline import WanPipelineWrapper
@@ -28,13 +29,16 @@ class WanPipelineLoader:
 
     All loaders of a process share one cache of components. A loader with ``enable_caching=False``
     has a cache of its own and keeps a component only while it is in use.
-    ``optimization_config_path`` is a JSON file with keys of ``OptimizationConfig``.
+    ``optimization_config_path`` is a JSON file with keys of ``OptimizationConfig``. What neither it
+    nor a call names is as the user prefers: ``preferences``, or None for those of the user's file.
     """
 
     def __init__(
-        self, optimization_config_path: str | Path | None = None, enable_caching: bool = True
-    ) -> None:
+        self, optimization_config_path: str | Path | None = None, enable_caching: bool = True,
+        *, preferences: Preferences | None = None,
+    ) -> None:  # fmt: skip
         self._optimization = _read_optimization(optimization_config_path)
+        self._preferences = preferences
         self._caching = enable_caching
         self._cache = component_cache() if enable_caching else ComponentCache()
 
@@ -79,7 +83,9 @@ class WanPipelineLoader:
                 f"{architecture.variant.why_not}."
             )
         architecture = with_loras(architecture, loras, use_recipe=use_recipe)
-        optimization = self._optimization_for(optimization_config, pipeline_kwargs)
+        preferences = read_preferences() if self._preferences is None else self._preferences
+        named = self._named(optimization_config, pipeline_kwargs)
+        optimization = OptimizationConfig.from_mapping(preferences.under(named))
         if not apply_optimizations:
             optimization = dataclasses.replace(optimization, offload="none", precision="stored")
         return WanPipelineWrapper(
@@ -87,14 +93,18 @@ class WanPipelineLoader:
             optimization=optimization,
             cache=self._cache,
             keep_components=self._caching,
+            preferences=preferences.besides(named),
         )
 
-    def _optimization_for(
+    def _named(
         self, given: Mapping[str, Any] | OptimizationConfig | None, more: Mapping[str, Any]
-    ) -> OptimizationConfig:
+    ) -> Mapping[str, Any]:
+        """Return what the loader's file and a call ask for; an OptimizationConfig stands alone."""
         if isinstance(given, OptimizationConfig):
-            return dataclasses.replace(given, **more)
-        return OptimizationConfig.from_mapping({**self._optimization, **(given or {}), **more})
+            return {**given.to_dict(), **more}
+        if given is not None and not isinstance(given, Mapping):
+            OptimizationConfig.from_mapping(given)  # says what is needed
+        return {**self._optimization, **(given or {}), **more}
 
     def preload_pipeline(self, model_path: str | Path | WanModelFiles, **kwargs: Any) -> bool:
         """Read every component of a model into the cache; return True if that succeeded.

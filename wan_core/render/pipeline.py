@@ -25,6 +25,7 @@ from ..job import (
     check_files,
     check_inputs,
     check_parts,
+    codec_takes,
     expected_steps,
     files_of,
     has_keyframes,
@@ -51,6 +52,7 @@ from ..plan import (
     Remedies,
     for_all_cards,
 )
+from ..preferences import Preferences
 from ..workers import close_workers
 from .render import Render
 from .report import Forecast, Timeline, device_bytes, format_report
@@ -74,9 +76,12 @@ class WanPipelineWrapper:
         optimization: OptimizationConfig,
         cache: ComponentCache,
         keep_components: bool = True,
+        preferences: Preferences | None = None,
     ) -> None:
         self.architecture = architecture
         self.optimization = optimization
+        self._preferences = Preferences() if preferences is None else preferences
+        """Those that count here: ``optimization`` holds them, and does not tell them apart."""
         self._cache = cache
         self._keep = keep_components
         no_lean = why_no_lean(vace=bool(architecture.transformer.vace_layers))
@@ -85,6 +90,7 @@ class WanPipelineWrapper:
         self._notes: tuple[str, ...] = ()
         if no_lean is not None:
             self._notes = (f"no lean forward or decoder, which need less memory: {no_lean}",)
+        self._notes += self._preferences.reasons()
         self._calibrations = Calibrations()
         self.evictable_bytes = 0
         """Device bytes that the host program (ComfyUI) would free for a render."""
@@ -123,7 +129,7 @@ class WanPipelineWrapper:
         job = _job(request, config, self.architecture)
         system = self._system(optimization)
         estimate = self._manager.estimate(self.architecture, job, system, optimization)
-        warnings = [*estimate.warnings, *request.warnings]
+        warnings = [*estimate.warnings, *self._preferences.warnings, *request.warnings]
         if texts_to_encode(config, request) and not job.encode_text:
             warnings.append(
                 "The text encoder is not counted: the model was opened without one, and runs with "
@@ -143,6 +149,8 @@ class WanPipelineWrapper:
         workload = _job(request, config, self.architecture)
         system = self._system(optimization, machine)
         plan, estimate = self._manager.foresee(self.architecture, workload, system, optimization)
+        warnings = (*estimate.warnings, *self._preferences.warnings)
+        estimate = replace(estimate, warnings=warnings)
         return Forecast(
             request=request, workload=workload, system=system, plan=plan, estimate=estimate
         )
@@ -168,7 +176,11 @@ class WanPipelineWrapper:
     def _resolve(self, config: GenerationConfig) -> Request:
         """Check the values of a job. Windows without a length are as long as ``chunk_size``."""
         size = self.optimization.chunk_size
-        return resolve(config, self.architecture, window=video_frames(size) if size else None)
+        request = resolve(config, self.architecture, window=video_frames(size) if size else None)
+        codec = self._preferences.codec
+        if config.codec is None and codec is not None and codec_takes(codec, request):
+            request = replace(request, codec=codec)
+        return request
 
     def _with_pictures(self, config: GenerationConfig) -> GenerationConfig:
         """Put names in the place of pictures that the model needs, where none are looked at."""
@@ -268,6 +280,7 @@ class WanPipelineWrapper:
     def _render(
         self, config: GenerationConfig, callbacks: Callbacks, result: VideoGenerationResult
     ) -> None:
+        result.warnings += self._preferences.warnings
         request, inputs = self._checked(config)
         plan = self._plan(request, config)
         if "group" in plan.choices.part_offload.values():
