@@ -66,6 +66,12 @@ def find_checkouts() -> dict[str, Path]:
     return {place.name: place for place in found if (place / "main.py").is_file()}
 
 
+def checkout_with(file: str) -> Path | str:
+    """Return the newest checkout that has a file, or a sentence that says that there is none."""
+    found = [place for place in find_checkouts().values() if (place / file).is_file()]
+    return found[-1] if found else f"no ComfyUI checkout with {file} (set COMFYUI_PATH to one)"
+
+
 def find_python(checkout: Path) -> Path | str:
     """Return the Python that runs ``checkout``, or a sentence that says what is missing."""
     named = os.environ.get("COMFYUI_PYTHON")

@@ -3,7 +3,8 @@
 In: a module built by ``loading``. Out: a context manager inside which the module runs the lean
 forward (``lean_forward``), or computes VACE's hints
 one at a time (``hints_in_turn``), or the reason why it cannot; inside ``fun_inputs`` it sees the
-reference and the camera of the Fun models; ``why_no_lean`` gives the reason
+reference and the camera of the Fun models; a ``DrivingStream`` given to
+the lean forward is Animate 2's second stream; ``why_no_lean`` gives the reason
 that lies in the installed diffusers, before there is a module; ``blocks_in_order`` lists the blocks
 as they compute; and ``undisturbed``, inside which nothing that the caller has set for torch counts.
 Nothing here knows on which device weights are or how they get there. Names are resolved on first
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING
 from ..lazy import lazy_names
 
 if TYPE_CHECKING:
+    from .animate2 import DrivingStream
     from .fun import fun_inputs
     from .replaced import Installed, ReplacedForward, unknown_code
     from .residual import BlockPasses, block_passes
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
 __getattr__ = lazy_names(
     __name__,
     {
+        "animate2": ("DrivingStream",),
         "fun": ("fun_inputs",),
         "replaced": ("Installed", "ReplacedForward", "unknown_code"),
         "residual": ("BlockPasses", "block_passes"),
@@ -41,6 +44,7 @@ __getattr__ = lazy_names(
 __all__ = [
     "DECODER",
     "BlockPasses",
+    "DrivingStream",
     "Installed",
     "ReplacedForward",
     "Surroundings",

@@ -77,6 +77,40 @@ class LeanOptions:
         return self.eight_bit and self.eight_bit_projections
 
 
+@dataclass(frozen=True, slots=True)
+class Beside:
+    """Tokens of another stream that frames see in self attention besides their own (Animate 2).
+
+    ``key`` and ``value`` are (1, n * frame_tokens, dim), rotated; frame j of the L tokens attends
+    to all L and to the frame j - 1 of these, the first to its own stream only.
+    """
+
+    key: Tensor
+    value: Tensor
+    frame_tokens: int
+
+    def widened(self, own: Tensor) -> Tensor:
+        """Copy keys or values (B, L, dim) into a tensor with room for a frame after them."""
+        batch, tokens, dim = own.shape
+        wide = own.new_empty(batch, tokens + self.frame_tokens, dim)
+        wide[:, :tokens] = own
+        return wide
+
+    def attend(
+        self, attn: Any, query: Tensor, key: Tensor, value: Tensor, options: LeanOptions
+    ) -> Tensor:
+        """Attend frame by frame; each frame's result is written over its queries."""
+        each, own = self.frame_tokens, query.shape[1]
+        for begin in range(0, own, each):
+            end = own
+            if begin:
+                end, seen = own + each, slice(begin - each, begin)
+                key[:, own:], value[:, own:] = self.key[:, seen], self.value[:, seen]
+            rows = query[:, begin : begin + each]
+            rows.copy_(_attend(attn, rows, key[:, :end], value[:, :end], attn.heads, options))
+        return query
+
+
 def run_block(
     block: Any,
     options: LeanOptions,
@@ -85,14 +119,18 @@ def run_block(
     temb: Tensor | TimestepRuns,
     rotary: tuple[Tensor, Tensor],
     fused: Fused = NOTHING,
+    *,
+    beside: Beside | None = None,
+    keep: list[tuple[Tensor, Tensor]] | None = None,
 ) -> Tensor:
     """Run a ``WanTransformerBlock``, or the part of a VACE block that is like one, on ``hidden``.
 
     ``hidden`` is (B, L, dim); it is overwritten and returned.
 
     ``context`` is (B, image + text tokens, dim), ``temb`` has six parts (see Modulation),
-    ``rotary`` cos and sin (1, L, 1, head_dim); ``fused`` says which fused kernels may be used. Not
-    for use with gradients.
+    ``rotary`` cos and sin (1, L, 1, head_dim); ``fused`` says which fused kernels may be used.
+    ``beside`` are tokens of another stream; ``keep`` gets the keys and values of self attention.
+    With either of them self attention is not split. Not for use with gradients.
     """
     modulation = Modulation(
         block.scale_shift_table, temb, hidden.shape[1], options.rows, upcast=True, fused=fused
@@ -100,12 +138,19 @@ def run_block(
     if options.exact:
         # What a part of the block adds to the hidden states is added by the next part, which takes
         # it from the list: the only reference to it, so that it is freed as soon as it is used.
-        held = [_self_attention(block, hidden, modulation, rotary, fused, options)]
+        held = [_self_attention(block, hidden, modulation, rotary, fused, options, beside, keep)]
         held.append(_cross_attention(block, hidden, held, context, modulation, fused, options))
         change = _feed_forward(block, hidden, held, modulation, options.eight_bit)
         modulation.add_all_gated(hidden, change, 5)
     else:
-        _self_attention_by_heads(block, options, hidden, modulation, rotary, fused)
+        if beside is None and keep is None:
+            _self_attention_by_heads(block, options, hidden, modulation, rotary, fused)
+        else:
+            change = _self_attention(
+                block, hidden, modulation, rotary, fused, options, beside, keep
+            )
+            modulation.add_all_gated(hidden, change, 2)
+            del change
         _rest_by_rows(block, hidden, context, modulation, fused, options)
     return hidden
 
@@ -154,6 +199,8 @@ def _self_attention(
     rotary: tuple[Tensor, Tensor],
     fused: Fused,
     options: LeanOptions,
+    beside: Beside | None = None,
+    keep: list[tuple[Tensor, Tensor]] | None = None,
 ) -> Tensor:
     """Return what self attention adds to the hidden states, before its gate."""
     attn, spans, coded = block.attn1, modulation.spans, options.coded_attention
@@ -163,10 +210,18 @@ def _self_attention(
     layers.read(modulation.all_normed_as(layers.kind, block.norm1, hidden, 0))
     query = rotate_all(attn.norm_q, layers.project(0), attn.heads, spans, rotary, fused)
     key = rotate_all(attn.norm_k, layers.project(1), attn.heads, spans, rotary, fused)
+    if beside is not None:
+        key = beside.widened(key)
     # v is the last to need the normed input. Released now, it makes way for the attention output:
     # the peak of the block is h, q, k, v and that output.
     value = layers.project(2, last=True)
-    held = [_attend(attn, query, key, value, attn.heads, options)]
+    if keep is not None:
+        keep.append((key, value))
+    if beside is not None:
+        value = beside.widened(value)
+        held = [beside.attend(attn, query, key, value, options)]
+    else:
+        held = [_attend(attn, query, key, value, attn.heads, options)]
     # q, k and v go before the output projection allocates its result.
     del query, key, value
     return _project_out(attn, held, coded)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ..kernels import NOTHING, Fused, Modulation, TimestepRuns, fused_for
 from ..memory import LEAN_HEAD_GROUPS, LEAN_ROWS
+from .animate2 import DrivenBlock, DrivingStream, DrivingWalk
 from .block import LeanOptions, run_block
 from .replaced import Installed, ReplacedForward, unknown_code
 from .sources import TRANSFORMER, VACE
@@ -187,6 +188,7 @@ def _block_forward(
     encoder_hidden_states: Tensor,
     temb: Tensor | TimestepRuns,
     rotary_emb: tuple[Tensor, Tensor],
+    driven: DrivenBlock | None = None,
 ) -> Tensor:
     options = installed.mine()
     if options is None or not options.blocks:
@@ -195,7 +197,8 @@ def _block_forward(
     if not inner:
         options = replace(options, eight_bit=False)
     fused = _fused(options, hidden_states, block.attn1.heads, temb)
-    return run_block(block, options, hidden_states, encoder_hidden_states, temb, rotary_emb, fused)
+    states = (block, options, hidden_states, encoder_hidden_states, temb, rotary_emb, fused)
+    return run_block(*states) if driven is None else driven.through(*states)
 
 
 def _fused(options: LeanOptions, hidden: Tensor, heads: int, temb: Embedding) -> Fused:
@@ -227,8 +230,8 @@ def _model_forward(
         return before(*a, **k)
     state = _State(transformer, options, call)
     # Each block is called as a module, so that hooks which bring its weights still act.
-    for block in blocks_in_order(transformer):
-        state.through(block)
+    for index, block in enumerate(blocks_in_order(transformer)):
+        state.through(block, index)
     return call.wrap(state.finish())
 
 
@@ -247,6 +250,10 @@ class _Call:
     control_hidden_states: Tensor | None = None
     control_hidden_states_scale: Tensor | None = None
     return_dict: bool = True
+    driving: DrivingStream | None = None
+    """Animate 2's second stream; no model of diffusers' takes it, so that it is refused there."""
+    unconditional: bool = False
+    """Whether a call with ``driving`` is guidance's unconditional pass."""
 
     @classmethod
     def accept(cls, transformer: Any, *args: Any, **kwargs: Any) -> _Call | None:
@@ -285,8 +292,14 @@ def _runs_of(timestep: Tensor) -> tuple[int, ...] | None:
 class _State:
     """One call of the model: its conditions, and its hidden states between two blocks."""
 
-    def __init__(self, transformer: Any, options: LeanOptions, call: _Call) -> None:
+    def __init__(
+        self, transformer: Any, options: LeanOptions, call: _Call, walk: DrivingWalk | None = None
+    ) -> None:
         self._model, self._options = transformer, options
+        self._unconditional = call.unconditional
+        self.walk = walk
+        if call.driving is not None and (walk is None or not walk.stands_for(call.driving)):
+            self.walk = DrivingWalk(call.driving, transformer)
         self._grid = call.hidden_states.shape
         self._temb, self._parts, self._context = self._conditions(call)
         self._rotary = transformer.rope(call.hidden_states)
@@ -316,8 +329,13 @@ class _State:
             context = torch.concat([image, context], dim=1)
         return temb, parts, context
 
-    def through(self, block: nn.Module) -> None:
+    def through(self, block: nn.Module, index: int) -> None:
         """Take the hidden states, or the VACE branch beside them, through one block."""
+        if self.walk is not None:
+            driven = DrivenBlock(self.walk, index, self._unconditional)
+            states = self.hidden, self._context, self._parts, self._rotary
+            self.hidden = block(*states, driven=driven)
+            return
         hints = self._hints
         if hints is not None and block in hints:
             hints.through(block, self.hidden, self._context, self._parts, self._rotary)
@@ -328,6 +346,8 @@ class _State:
 
     def finish(self) -> Tensor:
         """Return the prediction (B, channels, frames, height, width)."""
+        if self.walk is not None:
+            self.walk.end()
         model, hidden = self._model, self.hidden
         table = model.scale_shift_table.to(hidden.device)
         temb = self._temb
@@ -370,9 +390,11 @@ def run_together(transformer: Any, calls: Sequence[Mapping[str, Any]]) -> list[A
     known = [call for call in accepted if call is not None]
     if options is None or len(known) < len(calls):
         return [transformer(**call) for call in calls]
-    states = [_State(transformer, options, call) for call in known]
+    states: list[_State] = []
+    for call in known:  # calls beside one driving stream share its way through the blocks
+        states.append(_State(transformer, options, call, states[-1].walk if states else None))
     # Blocks outside, calls inside: a block's weights are used for every call while they are here.
-    for block in blocks_in_order(transformer):
+    for index, block in enumerate(blocks_in_order(transformer)):
         for state in states:
-            state.through(block)
+            state.through(block, index)
     return [call.wrap(state.finish()) for call, state in zip(known, states, strict=True)]
