@@ -153,7 +153,7 @@ def test_strength_weighs_the_driving_values_and_rows_stay_near() -> None:
             model(**call_of(given, stream_of(given, keep, strength=0.5)))[0]
             for keep in ("kv", "inputs", "again")
         ]
-    assert (moved - plain).norm() > 1e-3 * plain.norm()
+    assert (moved - plain).norm() > 1e-4 * plain.norm()
     assert (deaf - plain).norm() > 1e-3 * plain.norm()
     # Its keys still count in the softmax, so that it is not gone.
     assert (still - deaf).norm() > 1e-4 * deaf.norm()
