@@ -1,4 +1,4 @@
-"""Builds a diffusers pipeline from any model that WanFit can open."""
+"""Builds a diffusers pipeline from any model that WanFit opens; says where diffusers is broken."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from ..config import WanModelFiles
 from ..detect import ArchitectureDetector
-from ..errors import InvalidRequest, UnsupportedModel
+from ..errors import InvalidRequest, MissingDependency, UnsupportedModel, first_line
 from ..models import ModelArchitecture
 
 _PIPELINES = ("WanPipeline", "WanImageToVideoPipeline", "WanVACEPipeline")
@@ -113,3 +113,18 @@ class PipelineManager:
         if name != "WanVACEPipeline":
             settings["expand_timesteps"] = variant.expand_timesteps
         return getattr(diffusers, name)(**(parts | settings | arguments))
+
+
+def check_diffusers() -> None:
+    """Raise MissingDependency if diffusers cannot be imported, before any weight is read.
+
+    Planning does without it. An import may also fail because another package is too new for it.
+    """
+    try:
+        from diffusers import AutoencoderKLWan, WanTransformer3DModel  # noqa: F401
+        from diffusers.pipelines.wan import pipeline_wan  # noqa: F401
+    except (ImportError, AttributeError, RuntimeError) as err:
+        raise MissingDependency(
+            f"diffusers cannot be imported ({first_line(err)}). Install diffusers 0.35 or newer "
+            "and a transformers that it works with: pip install -U diffusers transformers."
+        ) from err

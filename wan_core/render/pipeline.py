@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from ..config import GenerationConfig, MemoryEstimate, VideoGenerationResult
-from ..errors import DoesNotFit, MissingDependency, first_line, is_oom
+from ..errors import DoesNotFit, first_line, is_oom
 from ..forward import norms_widen, settings_notes, undisturbed, why_no_lean
 from ..job import (
     FRAMES_PER_LATENT,
@@ -54,6 +54,7 @@ from ..plan import (
 )
 from ..preferences import Preferences
 from ..workers import close_workers
+from .diffusers_pipeline import check_diffusers
 from .render import Render
 from .report import Forecast, Timeline, device_bytes, format_report
 from .stages import Callbacks, StageRunner
@@ -196,7 +197,7 @@ class WanPipelineWrapper:
         check_files(self._files)
         check_parts(config, request, self.architecture)
         inputs = check_inputs(config, request, self.architecture)
-        _check_diffusers()
+        check_diffusers()
         return request, inputs
 
     def _plan(self, request: Request, config: GenerationConfig) -> OptimizationPlan:
@@ -409,21 +410,6 @@ class WanPipelineWrapper:
     def report(self, result: VideoGenerationResult) -> str:
         """Format a result of this pipeline as text."""
         return format_report(result)
-
-
-def _check_diffusers() -> None:
-    """Raise MissingDependency if diffusers cannot be imported, before any weight is read.
-
-    Planning does without it. An import may also fail because another package is too new for it.
-    """
-    try:
-        from diffusers import AutoencoderKLWan, WanTransformer3DModel  # noqa: F401
-        from diffusers.pipelines.wan import pipeline_wan  # noqa: F401
-    except (ImportError, AttributeError, RuntimeError) as err:
-        raise MissingDependency(
-            f"diffusers cannot be imported ({first_line(err)}). Install diffusers 0.35 or newer "
-            "and a transformers that it works with: pip install -U diffusers transformers."
-        ) from err
 
 
 def _job(request: Request, config: GenerationConfig, model: ModelArchitecture) -> Workload:
