@@ -46,6 +46,10 @@ def inputs_of(model: Any, dtype: torch.dtype, batch: int = 1, seed: int = 0) -> 
         call["control_hidden_states"] = noise(batch, config.vace_in_channels, *GRID)
         scale = torch.linspace(1, 0.3, len(config.vace_layers)).to(dtype)
         call["control_hidden_states_scale"] = scale
+    if "motion_encoder_size" in config:
+        frames, size = GRID[0], config.motion_encoder_size
+        call["pose_hidden_states"] = noise(batch, config.latent_channels, frames - 1, *GRID[1:])
+        call["face_pixel_values"] = noise(batch, 3, 4 * frames - 7, size, size)
     if config.in_channels == 48:
         per_token = torch.full((batch, TOKENS), 777.7)
         per_token[:, :15] = 0  # the first frame is held

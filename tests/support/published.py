@@ -33,6 +33,7 @@ FINGERPRINTS = {
     "fun-camera-1.3b": "ac6a5aa74f4a0aab6f64eb9a72f19901",
     "fun-camera-14b": "b61c605c2adbd23124d152ed28e049ae",
     "fun-camera-a14b": "47dbeab5e560db3180adf51dc0232fb1",
+    "animate-14b": "31fa352acb8a1b1d33cd8764273d80a2",
 }  # fmt: skip
 
 

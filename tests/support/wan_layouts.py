@@ -7,6 +7,7 @@ header and a hole for its weights: the 28 GB of a 14B model take a few kilobytes
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import re
@@ -81,6 +82,7 @@ def vace_module(dim: int, ffn: int, blocks: int) -> Shapes:
     return {name: size for name, size in whole.items() if name.startswith("vace_")}
 
 
+_WIDTHS = (32, 64, 128, 256, 512, 512, 512, 512)
 _SMALL, _LARGE, _FIVE = (1536, 8960, 30), (5120, 13824, 40), (3072, 14336, 30)
 
 
@@ -96,9 +98,44 @@ _REF = {"ref_conv.weight": (5120, 16, 2, 2), "ref_conv.bias": (5120,)}
 _REF_5B = {"ref_conv.weight": (3072, 48, 2, 2), "ref_conv.bias": (3072,)}
 _AUDIO = {"casual_audio_encoder.encoder.final_linear.weight": (5120, 512),
           "trainable_cond_mask.weight": (3, 5120)}  # fmt: skip
-_ANIMATE = {"face_adapter.fuser_blocks.0.k_norm.weight": (128,),
-            "motion_encoder.dec.direction.weight": (512, 20),
-            "pose_patch_embedding.weight": (5120, 16, 1, 2, 2)}  # fmt: skip
+
+
+def animate(
+    dim: int = 5120, head: int = 128, adapters: int = 8, widths: tuple[int, ...] = _WIDTHS,
+    style: int = 512, motion: int = 20, hidden: int = 1024, heads: int = 4,
+) -> Shapes:  # fmt: skip
+    """What Animate has besides an image-to-video transformer, ``wan/modules/animate``."""
+    out: Shapes = {}
+    _pair(out, "pose_patch_embedding", dim, 16, 1, 2, 2)
+    for index in range(adapters):
+        block = f"face_adapter.fuser_blocks.{index}"
+        _pair(out, f"{block}.linear1_kv", 2 * dim, dim)
+        _pair(out, f"{block}.linear1_q", dim, dim)
+        _pair(out, f"{block}.linear2", dim, dim)
+        out[f"{block}.q_norm.weight"] = out[f"{block}.k_norm.weight"] = (head,)
+    _pair(out, "face_encoder.conv1_local.conv", hidden * heads, style, 3)
+    _pair(out, "face_encoder.conv2.conv", hidden, hidden, 3)
+    _pair(out, "face_encoder.conv3.conv", hidden, hidden, 3)
+    _pair(out, "face_encoder.out_proj", dim, hidden)
+    out["face_encoder.padding_tokens"] = (1, 1, 1, dim)
+    convs = "motion_encoder.enc.net_app.convs"
+    out[f"{convs}.0.0.weight"] = (widths[0], 3, 1, 1)
+    out[f"{convs}.0.1.bias"] = (1, widths[0], 1, 1)
+    for index, (before, after) in enumerate(itertools.pairwise(widths), 1):
+        block = f"{convs}.{index}"
+        out[f"{block}.conv1.0.weight"] = (before, before, 3, 3)
+        out[f"{block}.conv1.1.bias"] = (1, before, 1, 1)
+        out[f"{block}.conv2.0.kernel"] = out[f"{block}.skip.0.kernel"] = (4, 4)
+        out[f"{block}.conv2.1.weight"] = (after, before, 3, 3)
+        out[f"{block}.conv2.2.bias"] = (1, after, 1, 1)
+        out[f"{block}.skip.1.weight"] = (after, before, 1, 1)
+    out[f"{convs}.{len(widths)}.weight"] = (style, widths[-1], 4, 4)
+    for index in range(5):
+        _pair(out, f"motion_encoder.enc.fc.{index}", motion if index == 4 else style, style)
+    out["motion_encoder.dec.direction.weight"] = (style, motion)
+    return out
+
+
 _HUMO = {"audio_proj.audio_proj_glob_1.layer.bias": (512,)}
 
 # published file: (its names and shapes, the variants it may be, the first being the answer)
@@ -111,7 +148,7 @@ FILES: dict[str, tuple[Shapes, tuple[str, ...]]] = {
     "vace-14b": (transformer(*_LARGE, 16, vace=8), ("wan2.1-vace-14b", "wan2.2-vace-fun-a14b")),
     "i2v-a14b": (transformer(*_LARGE, 36), ("wan2.2-i2v-a14b",)),
     "ti2v-5b": (transformer(*_FIVE, 48, 48), ("wan2.2-ti2v-5b",)),
-    "animate-14b": (transformer(*_LARGE, 36, image=True, extra=_ANIMATE), ("wan2.2-animate-14b",)),
+    "animate-14b": (transformer(*_LARGE, 36, image=True, extra=animate()), ("wan2.2-animate-14b",)),
     "s2v-14b": (transformer(*_LARGE, 16, extra=_AUDIO), ("wan2.2-s2v-14b",)),
     "fun-inp-1.3b": (transformer(*_SMALL, 36, image=True), ("wan2.1-fun-inp-1.3b",)),
     "fun-control-1.3b": (

@@ -39,10 +39,11 @@ _WANTED: Final = {
 def require_whole(part: IdentifiedFile, choice: Choice) -> None:
     """Refuse a transformer that lacks tensors its shape calls for, or has others besides.
 
-    Only families whose tensors are known are checked (plain Wan, VACE and Fun); the rest are
-    refused later, by the name of their variant.
+    Only families whose tensors are known are checked; the rest are refused later, by the name of
+    their variant.
     """
-    if part.family not in ("t2v", "i2v", "flf2v", "vace", "control", "camera"):
+    known = ("t2v", "i2v", "flf2v", "vace", "control", "camera", "animate", "animate2")
+    if part.family not in known:
         return
     total = len(part.own.tensors)
     if part.missing in _POSITIONS:

@@ -3,8 +3,9 @@
 In: a module built by ``loading``. Out: a context manager inside which the module runs the lean
 forward (``lean_forward``), or computes VACE's hints
 one at a time (``hints_in_turn``), or the reason why it cannot; inside ``fun_inputs`` it sees the
-reference and the camera of the Fun models; a ``DrivingStream`` given to
-the lean forward is Animate 2's second stream; ``why_no_lean`` gives the reason
+reference and the camera of the Fun models, inside ``known_faces`` a face's tokens that
+``encode_faces`` made once; a ``DrivingStream`` given to the lean forward is Animate 2's second
+stream; ``why_no_lean`` gives the reason
 that lies in the installed diffusers, before there is a module; ``blocks_in_order`` lists the blocks
 as they compute; and ``undisturbed``, inside which nothing that the caller has set for torch counts.
 Nothing here knows on which device weights are or how they get there. Names are resolved on first
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING
 from ..lazy import lazy_names
 
 if TYPE_CHECKING:
+    from .animate import as_pixels, encode_faces, known_faces, reads_faces
     from .animate2 import DrivingStream
     from .fun import fun_inputs
     from .replaced import Installed, ReplacedForward, unknown_code
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
 __getattr__ = lazy_names(
     __name__,
     {
+        "animate": ("as_pixels", "encode_faces", "known_faces", "reads_faces"),
         "animate2": ("DrivingStream",),
         "fun": ("fun_inputs",),
         "replaced": ("Installed", "ReplacedForward", "unknown_code"),
@@ -48,12 +51,16 @@ __all__ = [
     "Installed",
     "ReplacedForward",
     "Surroundings",
+    "as_pixels",
     "block_passes",
     "blocks_in_order",
+    "encode_faces",
     "fun_inputs",
     "hints_in_turn",
+    "known_faces",
     "lean_forward",
     "norms_widen",
+    "reads_faces",
     "run_together",
     "settings_notes",
     "undisturbed",

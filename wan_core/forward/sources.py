@@ -64,6 +64,20 @@ VACE: Table = {
 }  # fmt: skip
 """The same for a transformer with VACE blocks."""
 
+_WAN = "models.transformers.transformer_wan"
+ANIMATE: Table = {
+    **{module: names for module, names in TRANSFORMER.items() if module != _WAN},
+    # Copies of the plain classes in a module of their own, and what is between the blocks.
+    "models.transformers.transformer_wan_animate": {
+        **{name: TRANSFORMER[_WAN][name] for name in TRANSFORMER[_WAN] if "3DModel" not in name},
+        "WanTimeTextImageEmbedding.forward": ("4008f852bdc5",),  # 0.37 on
+        "WanAnimateTransformer3DModel.forward": ("a2f573bfd50d",),  # 0.37 on
+        "WanAnimateFaceBlockCrossAttention.forward": ("de3fb3b721c6",),
+        "WanAnimateFaceBlockAttnProcessor.__call__": ("a62f0304d040",),  # 0.38 on
+    },
+}  # fmt: skip
+"""The same for Animate. Before 0.38 its adapters compute in another way, not compared here."""
+
 _VAE = "models.autoencoders.autoencoder_kl_wan"
 _NARROW_NORM, _WIDE_NORM = "8237d2b5d90e", "8c411cf20f89"
 DECODER: Table = {
@@ -99,12 +113,13 @@ class Definition:
         return computation_digest(self.node)
 
 
-def why_no_lean(*, vace: bool = False) -> str | None:
+def why_no_lean(*, vace: bool = False, faces: bool = False) -> str | None:
     """Return why a plan must do without lean forward and decoder, or None if both can be used.
 
-    ``vace`` says whether the transformer has VACE blocks.
+    ``vace`` says whether the transformer has VACE blocks, ``faces`` whether it has face adapters.
     """
-    return _unknown(VACE if vace else TRANSFORMER) or _unknown(DECODER)
+    table = VACE if vace else ANIMATE if faces else TRANSFORMER
+    return _unknown(table) or _unknown(DECODER)
 
 
 def why_not(table: Table) -> str | None:

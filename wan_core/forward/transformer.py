@@ -19,10 +19,18 @@ from torch import Tensor, nn
 
 from ..kernels import NOTHING, Fused, Modulation, TimestepRuns, fused_for
 from ..memory import LEAN_HEAD_GROUPS, LEAN_ROWS
+from .animate import (
+    FaceBranch,
+    adapters_by_block,
+    add_pose,
+    reads_faces,
+    run_adapter,
+    why_not_adapter,
+)
 from .animate2 import DrivenBlock, DrivingStream, DrivingWalk
 from .block import LeanOptions, run_block
 from .replaced import Installed, ReplacedForward, unknown_code
-from .sources import TRANSFORMER, VACE
+from .sources import ANIMATE, TRANSFORMER, VACE
 from .timestep import Embedding, embed_timestep
 from .vace import HintBranch, blocks_in_order, run_vace_block
 
@@ -37,25 +45,43 @@ def why_not(transformer: Any) -> str | None:
     reason = _why_not_around(transformer)
     if reason is not None:
         return reason
+    code = _module_of(transformer)
     kinds: Mapping[str, tuple[Any, Any]] = {
-        "block": (transformer.blocks, transformer_wan.WanTransformerBlock),
+        "block": (transformer.blocks, code.WanTransformerBlock),
         "VACE block": (_vace_blocks(transformer), transformer_wan_vace.WanVACETransformerBlock),
     }
     for name, (blocks, kind) in kinds.items():
         for index, block in enumerate(blocks):
-            reason = _why_not_block(block, kind)
+            reason = _why_not_block(block, kind, code if name == "block" else transformer_wan)
             if reason is not None:
                 return f"{name} {index}: {reason}"
+    for index, adapter in enumerate(adapters_by_block(transformer).values()):
+        hooked = "a diffusers hook is attached" if _hooked(adapter) else None
+        reason = hooked or why_not_adapter(adapter)
+        if reason is not None:
+            return f"face adapter {index}: {reason}"
     return None
+
+
+def _module_of(transformer: Any) -> Any:
+    """Return diffusers' module that has the classes of a transformer's blocks."""
+    from diffusers.models import transformers
+
+    if reads_faces(transformer):
+        return transformers.transformer_wan_animate
+    return transformers.transformer_wan
 
 
 def _why_not_around(transformer: Any) -> str | None:
     """Return why what is around this model's blocks cannot be replaced, or None if it can."""
-    from diffusers import WanTransformer3DModel, WanVACETransformer3DModel
+    import diffusers
 
-    vace = isinstance(transformer, WanVACETransformer3DModel)
-    kind: Any = WanVACETransformer3DModel if vace else WanTransformer3DModel
-    reason = unknown_code(transformer, kind, transformer, VACE if vace else TRANSFORMER)
+    name, table = "WanTransformer3DModel", TRANSFORMER
+    if isinstance(transformer, diffusers.WanVACETransformer3DModel):
+        name, table = "WanVACETransformer3DModel", VACE
+    elif reads_faces(transformer):
+        name, table = "WanAnimateTransformer3DModel", ANIMATE
+    reason = unknown_code(transformer, getattr(diffusers, name), transformer, table)
     if reason is not None:
         return reason
     if _hooked(transformer):
@@ -77,10 +103,9 @@ def _hooked(module: nn.Module) -> bool:
     return registry is not None and bool(registry.hooks)
 
 
-def _why_not_block(block: Any, kind: Any) -> str | None:
+def _why_not_block(block: Any, kind: Any, code: Any) -> str | None:
     from diffusers.models.attention import FeedForward
     from diffusers.models.normalization import FP32LayerNorm
-    from diffusers.models.transformers import transformer_wan as wan
 
     if type(block) is not kind:
         return f"it is a {type(block).__name__}"
@@ -92,7 +117,7 @@ def _why_not_block(block: Any, kind: Any) -> str | None:
         processor: Any = attn.processor
         # diffusers 0.35 cannot split tokens over devices and has no such attribute.
         parallel = getattr(processor, "_parallel_config", None)
-        if type(processor) is not wan.WanAttnProcessor or parallel is not None:
+        if type(processor) is not code.WanAttnProcessor or parallel is not None:
             return f"its attention is computed by {type(processor).__name__}"
         if getattr(attn, "fused_projections", False):
             return "its projections are fused"
@@ -172,6 +197,8 @@ def _put_on(transformer: Any, installed: Installed[LeanOptions]) -> None:
         inner = 0 < index < len(branch) - 1
         forward = functools.partial(_vace_block_forward, block, inner, installed)
         installed.set_forward(block, forward)
+    for adapter in adapters_by_block(transformer).values():
+        installed.set_forward(adapter, functools.partial(_adapter_forward, adapter, installed))
     forward = functools.partial(_model_forward, transformer, installed)
     installed.set_forward(transformer, forward)
 
@@ -220,6 +247,16 @@ def _vace_block_forward(
     return run_vace_block(block, options, hidden, context, control, temb, rotary, fused)
 
 
+def _adapter_forward(
+    adapter: Any, installed: Installed[LeanOptions], before: Any, hidden: Tensor, tokens: Tensor
+) -> Tensor:
+    options = installed.mine()
+    if options is None or not options.blocks:
+        result: Tensor = before(hidden, tokens)
+        return result
+    return run_adapter(adapter, options, hidden, tokens)
+
+
 def _model_forward(
     transformer: Any, installed: Installed[LeanOptions], before: Any, *a: Any, **k: Any
 ) -> Any:
@@ -237,6 +274,7 @@ def _model_forward(
 
 _PLAIN = ("hidden_states", "timestep", "encoder_hidden_states", "encoder_hidden_states_image")
 _CONTROL = ("control_hidden_states", "control_hidden_states_scale")
+_FACES = ("pose_hidden_states", "face_pixel_values", "motion_encode_batch_size")
 
 
 @dataclass(frozen=True)
@@ -249,6 +287,9 @@ class _Call:
     encoder_hidden_states_image: Tensor | None = None
     control_hidden_states: Tensor | None = None
     control_hidden_states_scale: Tensor | None = None
+    pose_hidden_states: Tensor | None = None
+    face_pixel_values: Tensor | None = None
+    motion_encode_batch_size: int | None = None
     return_dict: bool = True
     driving: DrivingStream | None = None
     """Animate 2's second stream; no model of diffusers' takes it, so that it is refused there."""
@@ -258,11 +299,17 @@ class _Call:
     @classmethod
     def accept(cls, transformer: Any, *args: Any, **kwargs: Any) -> _Call | None:
         """Return the call, or None if its arguments need the model's own forward."""
-        vace = len(_vace_blocks(transformer))
-        names = (*_PLAIN, *(_CONTROL if vace else ()), "return_dict")
+        vace, faces = len(_vace_blocks(transformer)), reads_faces(transformer)
+        names = (*_PLAIN, *(_CONTROL if vace else _FACES if faces else ()), "return_dict")
         if kwargs.pop("attention_kwargs", None) is not None or len(args) > len(names):
             return None
         call = cls(**dict(zip(names, args, strict=False)), **kwargs)
+        if faces:
+            pose = call.pose_hidden_states
+            known = pose is not None and call.face_pixel_values is not None
+            known = known and call.timestep.ndim == 1
+            frames = call.hidden_states.shape[2] - 1
+            return call if known and pose is not None and pose.shape[2] == frames else None
         if not vace:
             return call
         # What follows is refused, or not foreseen, by diffusers: its own words are the best.
@@ -304,6 +351,8 @@ class _State:
         self._temb, self._parts, self._context = self._conditions(call)
         self._rotary = transformer.rope(call.hidden_states)
         patched = transformer.patch_embedding(call.hidden_states)
+        if call.pose_hidden_states is not None:
+            add_pose(transformer, patched, call.pose_hidden_states)
         # A copy of its own, contiguous as in diffusers: the blocks will write into it.
         self.hidden = patched.flatten(2).transpose(1, 2).contiguous()
         del patched
@@ -311,6 +360,10 @@ class _State:
         if call.control_hidden_states is not None:
             scale = call.control_hidden_states_scale
             self._hints = HintBranch(transformer, call.control_hidden_states, scale, self.hidden)
+        self._faces: FaceBranch | None = None
+        if call.face_pixel_values is not None:
+            size = call.motion_encode_batch_size
+            self._faces = FaceBranch(transformer, call.face_pixel_values, size)
 
     def _conditions(self, call: _Call) -> tuple[Embedding, Embedding, Tensor]:
         """Embed timestep, text and image.
@@ -330,13 +383,16 @@ class _State:
         return temb, parts, context
 
     def through(self, block: nn.Module, index: int) -> None:
-        """Take the hidden states, or the VACE branch beside them, through one block."""
+        """Take the hidden states, or a branch beside them, through one block."""
         if self.walk is not None:
             driven = DrivenBlock(self.walk, index, self._unconditional)
             states = self.hidden, self._context, self._parts, self._rotary
             self.hidden = block(*states, driven=driven)
             return
         hints = self._hints
+        if self._faces is not None and block in self._faces:
+            self._faces.through(block, self.hidden)
+            return
         if hints is not None and block in hints:
             hints.through(block, self.hidden, self._context, self._parts, self._rotary)
             return

@@ -15,23 +15,26 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels import NOTHING, Fused, TimestepRuns
+from .animate import adapters_by_block
 from .block import LeanOptions, run_block
 
 
 def blocks_in_order(transformer: Any) -> list[nn.Module]:
-    """Return the blocks in the order in which they compute, a VACE block before its base block.
+    """Return the blocks in the order in which they compute.
 
-    diffusers adds the hints in the order of the base blocks, however ``vace_layers`` are sorted.
+    A VACE block comes before its base block, Animate's face adapter after the block whose output it
+    reads. diffusers adds the hints in the order of the base blocks, however ``vace_layers`` are
+    sorted.
     """
-    vace = getattr(transformer, "vace_blocks", None)
-    if vace is None:
-        return list(transformer.blocks)
-    hints = dict(zip(sorted(transformer.config.vace_layers), vace, strict=True))
+    vace, adapters = getattr(transformer, "vace_blocks", None), adapters_by_block(transformer)
+    hints: dict[int, nn.Module] = {}
+    if vace is not None:
+        hints = dict(zip(sorted(transformer.config.vace_layers), vace, strict=True))
     order: list[nn.Module] = []
     for index, block in enumerate(transformer.blocks):
-        if index in hints:
-            order.append(hints[index])
+        order += [hints[index]] if index in hints else []
         order.append(block)
+        order += [adapters[index]] if index in adapters else []
     return order
 
 

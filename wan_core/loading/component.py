@@ -357,7 +357,7 @@ class _Filling:
         """Store a matrix of a block in fp8, before the next one is read; False for all others."""
         layer_name, _, leaf = name.rpartition(".")
         layer = self.module.get_submodule(layer_name)
-        in_block = name.startswith(("blocks.", "vace_blocks."))
+        in_block = name.startswith(("blocks.", "vace_blocks.", "face_adapter."))
         if type(layer) is not nn.Linear or leaf != "weight" or not in_block:
             return False
         replace_layer(self.module, layer_name, fp8_layer(layer, weight))

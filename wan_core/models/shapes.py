@@ -4,7 +4,8 @@ Works on names and shapes alone; reads no file. The layout ``original`` means th
 Wan-Video repositories, which ComfyUI and GGUF files keep; ``diffusers`` means those of diffusers'
 classes.
 Sources of the names: ``wan/modules/model.py``, ``vae2_1.py``, ``vae2_2.py`` (Wan-Video/Wan2.2) and
-diffusers' ``transformer_wan.py``, ``transformer_wan_vace.py``, ``autoencoder_kl_wan.py``.
+diffusers' ``transformer_wan.py``, ``transformer_wan_vace.py``, ``transformer_wan_animate.py``,
+``autoencoder_kl_wan.py``.
 """
 
 from __future__ import annotations
@@ -15,11 +16,14 @@ from collections.abc import Iterable, Mapping
 from typing import Final
 
 from ..errors import CorruptFile
+from .faces import face_tensors
+from .names import map_names
 from .variants import (
     LATENTS_MEAN_21,
     LATENTS_MEAN_22,
     LATENTS_STD_21,
     LATENTS_STD_22,
+    FaceShape,
     TransformerShape,
     VaeShape,
 )
@@ -70,6 +74,7 @@ _TOP: Final = {
     "condition_embedder.image_embedder.norm2": "img_emb.proj.4",
     "proj_out": "head.head",
     "vace_patch_embedding": "vace_patch_embedding",
+    "pose_patch_embedding": "pose_patch_embedding",
     "ref_conv": "ref_conv",
     "control_adapter.conv": "control_adapter.conv",
     "control_adapter.residual_blocks.0.conv1": "control_adapter.residual_blocks.0.conv1",
@@ -120,6 +125,30 @@ def read_transformer(shapes: Shapes, layout: str) -> TransformerShape:
         else None,
         camera_channels=_size(shapes, camera, 1) // UNSHUFFLED**2 if camera in shapes else None,
         animate=1 if "pose_patch_embedding.weight" in shapes else None,
+        face=_read_face(shapes, layout) if "pose_patch_embedding.weight" in shapes else None,
+    )
+
+
+def _read_face(shapes: Shapes, layout: str) -> FaceShape:
+    """Return the numbers of Animate's motion encoder, face encoder and face adapters."""
+    if layout != "diffusers":
+        shapes = {
+            name: shapes[source.name]
+            for name, source in map_names("transformer", shapes).sources.items()
+        }
+    width = _size(shapes, "motion_encoder.conv_in.weight", 0)
+    blocks = count_blocks(shapes, "motion_encoder.res_blocks.")
+    many = (f"motion_encoder.res_blocks.{index}.conv2.weight" for index in range(blocks))
+    hidden = _size(shapes, "face_encoder.conv2.weight", 0)
+    return FaceShape(
+        widths=(width, *(_size(shapes, name, 0) for name in many)),
+        style_dim=_size(shapes, "motion_encoder.conv_out.weight", 0),
+        motion_dim=_size(shapes, "motion_encoder.motion_synthesis_weight", 1),
+        out_dim=_size(shapes, "motion_encoder.motion_synthesis_weight", 0),
+        linears=count_blocks(shapes, "motion_encoder.motion_network."),
+        hidden=hidden,
+        heads=_size(shapes, "face_encoder.conv1_local.weight", 0) // hidden,
+        adapters=max(1, count_blocks(shapes, "face_adapter.")),
     )
 
 
@@ -178,6 +207,8 @@ def transformer_tensors(shape: TransformerShape, layout: str) -> dict[str, tuple
     if shape.vace_in_channels is not None:
         linear["vace_patch_embedding"] = (dim, shape.vace_in_channels, *shape.patch_size)
     linear |= _control(shape)
+    if shape.animate == 1:
+        linear["pose_patch_embedding"] = (dim, shape.out_channels, *shape.patch_size)
     tensors: dict[str, tuple[int, ...]] = {}
     original = layout == "original"
     for name, size in linear.items():
@@ -198,6 +229,8 @@ def transformer_tensors(shape: TransformerShape, layout: str) -> dict[str, tuple
         for name in projections:
             tensors[block + name + ".weight"] = (dim, dim)
             tensors[block + name + ".bias"] = (dim,)
+    if shape.face is not None:
+        tensors |= face_tensors(shape.face, dim, shape.head_dim, layout)
     return tensors
 
 

@@ -12,6 +12,7 @@ from functools import lru_cache
 from typing import TypeVar
 
 from .architecture import ModelArchitecture
+from .faces import adapter_parameters, face_parameters
 from .shapes import UNSHUFFLED
 from .stored import StoredSizes, cast_at_use
 from .variants import TransformerShape
@@ -72,16 +73,21 @@ def block_count(shape: TransformerShape) -> int:
 T = TypeVar("T")
 
 
-def in_order(shape: TransformerShape, blocks: Sequence[T], vace: Sequence[T]) -> list[T]:
+def in_order(
+    shape: TransformerShape, blocks: Sequence[T], vace: Sequence[T] = (), faces: Sequence[T] = ()
+) -> list[T]:
     """Return what is given of each block in the order in which the blocks compute.
 
-    A VACE block computes just before the block that its hint is added to.
+    A VACE block computes just before the block that its hint is added to, a face adapter just after
+    the block whose output it reads.
     """
     hints = dict(zip(sorted(shape.vace_layers), vace, strict=False))
+    adapters = {index * shape.face_every: one for index, one in enumerate(faces)}
     order: list[T] = []
     for index, block in enumerate(blocks):
         order += [hints[index]] if index in hints else []
         order.append(block)
+        order += [adapters[index]] if index in adapters else []
     return order
 
 
@@ -98,6 +104,9 @@ def rest_parameters(shape: TransformerShape) -> tuple[int, int]:
     if shape.vace_in_channels:
         total += shape.vace_in_channels * patch * d + d
     total += fun_parameters(shape)
+    if shape.face is not None:
+        total += shape.out_channels * patch * d + d + face_parameters(shape.face, d, shape.head_dim)
+        kept += shape.face.out_dim * shape.face.motion_dim
     if shape.image_dim:
         wide = shape.image_dim
         norms = 2 * wide + 2 * d
@@ -121,8 +130,10 @@ def fun_parameters(shape: TransformerShape) -> int:
 
 def transformer_parameters(shape: TransformerShape) -> int:
     """Return the number of parameters of a whole transformer."""
-    vace = sum(total for total, _ in vace_block_parameters(shape))
-    return shape.layers * block_parameters(shape)[0] + vace + rest_parameters(shape)[0]
+    more = sum(total for total, _ in vace_block_parameters(shape))
+    if shape.face is not None:
+        more += shape.face.adapters * adapter_parameters(shape.dim, shape.head_dim)
+    return shape.layers * block_parameters(shape)[0] + more + rest_parameters(shape)[0]
 
 
 def stored_of(architecture: ModelArchitecture, name: str) -> StoredSizes | None:
@@ -148,18 +159,19 @@ def all_blocks(
     """
     stored, shape = stored_of(architecture, name), architecture.transformer
     if stored is not None and stored.blocks and (stored.quantised or not fp8):
-        own, vace = (
+        own, vace, faces = (
             [block.nbytes(BYTES[dtype]) for block in blocks]
-            for blocks in (stored.blocks, stored.vace)
+            for blocks in (stored.blocks, stored.vace, stored.faces)
         )
-        return tuple(in_order(shape, own, vace) if vace else own)
+        return tuple(in_order(shape, own, vace, faces) if vace or faces else own)
     if name == "text_encoder":
         return (text_block_bytes(architecture, dtype),) * _UMT5_BLOCKS
     size = BYTES["fp8"] if fp8 else BYTES[dtype]
     base = [_mixed(*block_parameters(shape), size)] * shape.layers
-    return tuple(
-        in_order(shape, base, [_mixed(*numbers, size) for numbers in vace_block_parameters(shape)])
-    )
+    vace = [_mixed(*numbers, size) for numbers in vace_block_parameters(shape)]
+    count = 0 if shape.face is None else shape.face.adapters
+    adapters = [adapter_parameters(shape.dim, shape.head_dim) * size] * count
+    return tuple(in_order(shape, base, vace, adapters))
 
 
 def rest_bytes(architecture: ModelArchitecture, name: str, dtype: str) -> int:

@@ -16,11 +16,22 @@ from .names import map_names
 from .shapes import count_blocks
 
 _WIDE: Final[Mapping[str, frozenset[str]]] = {
-    "transformer": frozenset({"time_embedder", "scale_shift_table", "norm1", "norm2", "norm3"}),
+    "transformer": frozenset(
+        {
+            "time_embedder",
+            "scale_shift_table",
+            "norm1",
+            "norm2",
+            "norm3",
+            "motion_synthesis_weight",
+        }
+    ),
 }
-"""``_keep_in_fp32_modules`` of ``WanTransformer3DModel`` (diffusers 0.42): parts of a name."""
+"""``_keep_in_fp32_modules`` of ``WanTransformer3DModel`` and ``WanAnimateTransformer3DModel``
+(diffusers 0.42): parts of a name."""
 _BLOCKS: Final = {"transformer": "blocks.", "text_encoder": "encoder.block."}
 _VACE: Final = "vace_blocks."
+_FACES: Final = "face_adapter."
 _TABLES: Final = ("shared.weight", "encoder.embed_tokens.weight")
 _HALF: Final = ("F16", "BF16")
 
@@ -62,11 +73,13 @@ class StoredSizes:
     """Numbers of the largest matrix that is taken apart at each use; 0 where none is."""
     vace: tuple[StoredSize, ...] = ()
     """VACE blocks, which are streamed among the others."""
+    faces: tuple[StoredSize, ...] = ()
+    """Animate's face adapters, likewise."""
 
     @property
     def whole(self) -> StoredSize:
         """All weights of the component."""
-        return sum((*self.blocks, *self.vace), self.rest + self.tables)
+        return sum((*self.blocks, *self.vace, *self.faces), self.rest + self.tables)
 
     @property
     def quantised(self) -> bool:
@@ -108,7 +121,8 @@ def stored_sizes(
     own = {n[len(prefix) :]: info for n, info in table.tensors.items() if n.startswith(prefix)}
     sources = map_names(kind, table.tensors, prefix).sources
     lists = {
-        start: [StoredSize()] * count_blocks(sources, start) for start in (_BLOCKS[kind], _VACE)
+        start: [StoredSize()] * count_blocks(sources, start)
+        for start in (_BLOCKS[kind], _VACE, _FACES)
     }
     rest = tables = StoredSize()
     largest = 0
@@ -125,15 +139,16 @@ def stored_sizes(
             lists[found][index] = lists[found][index] + size
         else:
             rest = rest + size
-    blocks, vace = (tuple(sizes) for sizes in lists.values())
-    return StoredSizes(blocks, rest, tables, largest, vace)
+    blocks, vace, faces = (tuple(sizes) for sizes in lists.values())
+    return StoredSizes(blocks, rest, tables, largest, vace, faces)
 
 
 def _size_of(
     kind: str, target: str, info: TensorInfo, stored: Storage | None,
     own: Mapping[str, TensorInfo], parts: int,
 ) -> StoredSize:  # fmt: skip
-    if stays_stored(kind, target, stored):
+    # A part of a fused tensor becomes plain numbers.
+    if stays_stored(kind, target, stored) and parts == 1:
         assert stored is not None
         scales = own[stored.scale].numel if stored.scale else 0
         # float32, or a byte for each block; one number for a whole weight is not counted.

@@ -64,6 +64,27 @@ LATENTS_STD_22: Final = (
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class FaceShape:
+    """The numbers of what Animate reads faces with: motion encoder, face encoder and adapters."""
+
+    widths: tuple[int, ...] = (32, 64, 128, 256, 512, 512, 512, 512)
+    """Channels of the motion encoder at each resolution, which halves down to 4 x 4."""
+    style_dim: int = 512
+    motion_dim: int = 20
+    out_dim: int = 512
+    linears: int = 5
+    hidden: int = 1024
+    heads: int = 4
+    adapters: int = 8
+    """Cross attentions to the face: one after each of so many blocks, evenly from the first on."""
+
+    @property
+    def size(self) -> int:
+        """Width and height of a crop of the face, in pixels."""
+        return 4 << (len(self.widths) - 1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TransformerShape:
     """The numbers that define a Wan transformer. Detection reads them from the file."""
 
@@ -94,11 +115,18 @@ class TransformerShape:
     animate: int | None = None
     """1: Animate, with a face adapter and a patch convolution for poses. 2: Animate 2, which reads
     a driving video in a second stream. None in other models."""
+    face: FaceShape | None = None
+    """What Animate reads faces with; None in other models."""
 
     @property
     def dim(self) -> int:
         """Width of the hidden states, heads x head_dim."""
         return self.heads * self.head_dim
+
+    @property
+    def face_every(self) -> int:
+        """Blocks from one face adapter to the next; 0 where there is none."""
+        return 0 if self.face is None else -(-self.layers // self.face.adapters)
 
     @property
     def mask_channels(self) -> int:
@@ -337,7 +365,7 @@ _ALL: Final = (
     ),
     Variant(
         name="wan2.2-animate-14b", title="Wan 2.2 Animate 14B",
-        transformer=replace(_T_I2V_21, animate=1), vae=VAE_21,
+        transformer=replace(_T_I2V_21, animate=1, face=FaceShape()), vae=VAE_21,
         transformer_class="WanAnimateTransformer3DModel", pipeline_class="WanAnimatePipeline",
         supported=False, why_not="WanFit has no forward for its face adapter",
         defaults=Defaults(

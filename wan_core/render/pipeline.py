@@ -85,7 +85,8 @@ class WanPipelineWrapper:
         """Those that count here: ``optimization`` holds them, and does not tell them apart."""
         self._cache = cache
         self._keep = keep_components
-        no_lean = why_no_lean(vace=bool(architecture.transformer.vace_layers))
+        shape = architecture.transformer
+        no_lean = why_no_lean(vace=bool(shape.vace_layers), faces=shape.face is not None)
         abilities = ABILITIES if no_lean is None else ABILITIES - {"lean", "rows"}
         self._manager = Planner(abilities | ({"wide norms"} if norms_widen() else set()))
         self._notes: tuple[str, ...] = ()
