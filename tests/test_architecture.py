@@ -306,12 +306,15 @@ BANNED = (
 )  # fmt: skip
 
 
-STARTS_PROCESSES = {"wan_core/workers/process.py": ("subprocess",)}
+STARTS_PROCESSES = {
+    "wan_core/workers/process.py": ("subprocess",), "wan_core/serve/processes.py": ("subprocess",),
+}  # fmt: skip
 """Where a process is started: of this interpreter, with this package, without a shell."""
 
 
-def test_workers_are_this_interpreter_with_this_package() -> None:
-    text = (CORE / "workers/process.py").read_text(encoding="utf-8")
+@pytest.mark.parametrize("module", STARTS_PROCESSES)
+def test_workers_are_this_interpreter_with_this_package(module: str) -> None:
+    text = (ROOT / module).read_text(encoding="utf-8")
     assert "[sys.executable, " in text and text.count("subprocess.Popen(") == 1
     assert not any(word in text for word in ("shell=", "os.popen", "subprocess.run", "pickle"))
 

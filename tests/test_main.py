@@ -432,7 +432,7 @@ def test_without_a_command_there_is_an_example_of_each() -> None:
     code, shown = printed_here("utf-8")
     text = shown.decode()
     assert code == 0 and all(len(line) <= 80 for line in text.splitlines())
-    for command in ("demo", "download", "inspect", "estimate", "generate", "batch"):
+    for command in ("demo", "download", "inspect", "estimate", "generate", "batch", "serve"):
         assert f"python -m wan_core {command} " in text
     examples = [line.split("wan_core ")[1] for line in text.splitlines() if "  python" in line]
     for example in examples:

@@ -1,5 +1,4 @@
-"""Command line: ``python -m wan_core inspect | estimate | generate | batch | demo | download |
-preferences``.
+"""Command line: ``python -m wan_core`` with a command; without one it names them all.
 
 The exit code is 0 on success, 1 for an expected error (one line on stderr) or a batch with jobs
 that failed, 2 for a wrong command line, and 130 after Ctrl-C. With ``--json`` stdout is one object
@@ -17,7 +16,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-from .arguments import add_batch, add_control, add_job, add_plan, add_preferences, add_size
+from .arguments import (
+    add_batch,
+    add_control,
+    add_job,
+    add_plan,
+    add_preferences,
+    add_serve,
+    add_size,
+)  # fmt: skip
 from .config import MIB, GenerationConfig, WanControl, demo_model
 from .errors import InvalidRequest, WanError
 from .files import decode_text
@@ -88,6 +95,7 @@ def _parser() -> argparse.ArgumentParser:
         "estimate": (_estimate, "say what a run needs, without running it", "MODEL --frames 81"),
         "generate": (_generate, "make a video", 'MODEL --prompt "a fox runs" --output fox.mp4'),
         "batch": (_batch, "make a video for every line of a file", "jobs.jsonl --folder clips"),
+        "serve": (_serve, "make videos for who asks over HTTP", "models/wan2.2-ti2v-5b"),
         "preferences": (_preferences, "what jobs take where they say nothing", "--speed fast"),
     }
     examples = [f"  python -m wan_core {name} {given}" for name, (*_, given) in table.items()]
@@ -101,7 +109,7 @@ def _parser() -> argparse.ArgumentParser:
     made = {name: commands.add_parser(name, help=what) for name, (_, what, _) in table.items()}
     for name, command in made.items():
         command.set_defaults(run=table[name][0])
-    demo, download, inspect, estimate, generate, batch, preferences = made.values()
+    demo, download, inspect, estimate, generate, batch, serve, preferences = made.values()
 
     download.add_argument("variant", help="wan2.2-ti2v-5b, wan2.2-t2v-a14b ...")
     download.add_argument("--to", default="models", metavar="FOLDER", help="(models)")
@@ -120,6 +128,7 @@ def _parser() -> argparse.ArgumentParser:
     add_job(generate)
     add_batch(batch)
     add_preferences(preferences)
+    add_serve(serve)
     demo.add_argument("--prompt", default=DEMO_PROMPT)
     demo.add_argument("--seed", type=int, default=0)
     demo.add_argument("--output", default="output/demo.mp4", metavar="FILE.mp4")
@@ -317,7 +326,7 @@ def _generate(arguments: argparse.Namespace) -> tuple[str, dict[str, Any]]:
 
 def _batch(arguments: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     """Carry out a file of jobs; what happens is told on stderr, line by line."""
-    from .serve import Batch
+    from .serve import Batch, crew_for
 
     def tell(text: str) -> None:
         if not arguments.json:
@@ -326,14 +335,30 @@ def _batch(arguments: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     path = Path(os.path.expanduser(arguments.path))
     folder = path.parent if arguments.folder is None else Path(os.path.expanduser(arguments.folder))
     model = None if arguments.model is None else Path(os.path.expanduser(arguments.model))
-    wishes = {"device": arguments.device, "devices": arguments.devices, "speed": arguments.speed}
-    given = {name: value for name, value in wishes.items() if value is not None}
-    batch = Batch(path, folder, model=model, tries=arguments.tries, optimization=given, tell=tell)
+    given = _wishes(arguments)
+    batch = Batch(
+        path, folder, model=model, tries=arguments.tries, optimization=given, tell=tell,
+        crew=crew_for(arguments.at_once, arguments.cluster, given, tell),
+        plan=arguments.cluster is None,
+    )  # fmt: skip
     ledger = batch.run()
     counts = ledger.counts()
     said = ", ".join(f"{number} {state}" for state, number in counts.items() if number)
     success = not (counts["failed"] or counts["bad"])
     return f"{said or 'no jobs'}; {ledger.path}", {"success": success, **ledger.to_dict()}
+
+
+def _wishes(arguments: argparse.Namespace) -> dict[str, Any]:
+    wishes = {"device": arguments.device, "devices": arguments.devices, "speed": arguments.speed}
+    return {name: value for name, value in wishes.items() if value is not None}
+
+
+def _serve(arguments: argparse.Namespace) -> tuple[str, dict[str, Any]]:
+    """Serve until Ctrl-C or SIGTERM."""
+    from .serve import options_of, serve
+
+    serve(options_of(vars(arguments), _wishes(arguments)), lambda text: _say(text, sys.stderr))
+    return "ended; what was in work goes on when the server starts again", {}
 
 
 def _numbers(text: str | None) -> list[float] | None:

@@ -127,6 +127,7 @@ def add_batch(command: argparse.ArgumentParser) -> None:
     command.add_argument("--device", help="cuda:0, cpu ... (default: the best there is)")
     command.add_argument("--devices", help="cards for one clip: a number, all, auto, or 0,2 (1)")
     command.add_argument("--speed", help=", ".join(SPEEDS))
+    add_crew(command)
     command.add_argument("--json", action="store_true", help="print one JSON object")
     command.set_defaults(resume="auto")
 
@@ -136,3 +137,36 @@ def add_preferences(command: argparse.ArgumentParser) -> None:
     for name in FIELDS:
         command.add_argument(f"--{name.replace('_', '-')}", metavar=_PREFERRED[name])
     command.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def add_crew(command: argparse.ArgumentParser) -> None:
+    """Add who carries jobs out: how many at once, and where."""
+    command.add_argument(
+        "--at-once", metavar="N",
+        help="jobs at the same time, each on cards of its own; all: as many as there is room for",
+    )  # fmt: skip
+    command.add_argument(
+        "--cluster", metavar="ADDRESS", help="let machines of a Ray cluster do it: auto, HOST:PORT"
+    )
+
+
+def add_serve(command: argparse.ArgumentParser) -> None:
+    """Add what a server has and who may use it."""
+    command.add_argument("model", help="a diffusers folder or a model file")
+    command.add_argument("--folder", default="videos", help="queue, inputs and clips (videos)")
+    command.add_argument("--host", default="127.0.0.1", help="others can reach it: needs a token")
+    command.add_argument("--port", type=int, default=8091, help="(8091; 0: any that is free)")
+    command.add_argument("--token-file", metavar="FILE", help="(else the variable WANFIT_TOKEN)")
+    command.add_argument("--upload-mb", type=float, default=64.0, help="largest upload, MiB (64)")
+    command.add_argument("--tries", type=int, default=2, help="before a job fails for good (2)")
+    command.add_argument("--device", help="cuda:0, cpu ... (default: the best there is)")
+    command.add_argument("--devices", help="cards for one clip: a number, all, auto, or 0,2 (1)")
+    command.add_argument("--speed", help=", ".join(SPEEDS))
+    command.add_argument(
+        "--lora", action="append", default=[], metavar="FILE[:EXPERT[:STRENGTH]]",
+        help="for all clips; may be given several times",
+    )  # fmt: skip
+    command.add_argument("--use-recipe", action="store_true", help="as of generate")
+    command.add_argument("--lora-folder", metavar="FOLDER", help="LoRAs that requests may name")
+    add_crew(command)
+    command.set_defaults(json=False)

@@ -89,7 +89,8 @@ def test_every_line_becomes_the_clip_that_one_render_makes(
     )  # fmt: skip
     ledger = batch(path).run()
     assert ledger.counts() == {"waiting": 0, "done": 4, "failed": 0, "bad": 0}
-    assert counted.made == ["first.mp4", "a.mp4", "c.mp4", "b.mp4"]
+    # The model that is open goes on, then the one of the first line.
+    assert counted.made == ["first.mp4", "b.mp4", "a.mp4", "c.mp4"]
     for name, model in (("a.mp4", "one"), ("b.mp4", "two")):
         alone = tmp_path / name
         config = GenerationConfig(

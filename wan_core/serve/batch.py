@@ -2,36 +2,23 @@
 
 Every job is checked from headers before the first one runs. Jobs of a higher priority come first;
 within one priority those that share a model run together, in the order of their lines. What may go
-better another time is tried again after the others; what cannot is set aside at once.
+better another time is tried again after the others; what cannot is set aside at once. A job whose
+process died goes back into the queue, and its journal goes on.
 """
 
 from __future__ import annotations
 
-import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..config import VideoGenerationResult
-from ..errors import (
-    DoesNotFit,
-    InvalidRequest,
-    MissingDependency,
-    ModelFileError,
-    ModelMismatch,
-    UnsupportedModel,
-    WanError,
-)
+from ..errors import InvalidRequest, WanError
 from ..files import atomic_write
-from ..render import WanPipelineLoader
+from .carry import MOST_LOSSES, Carrier, Outcome
+from .crew import Crew, Here, carry_out
 from .jobs import BadLine, BatchJob, read_jobs
-from .ledger import Entry, Ledger
-from .page import as_page
-
-_FINAL = (
-    InvalidRequest, DoesNotFit, MissingDependency, ModelFileError, ModelMismatch, UnsupportedModel,
-)  # fmt: skip
-"""Errors that the same job on the same machine would meet again."""
+from .ledger import Entry, Ledger, as_page
 
 
 def _silent(_: str) -> None:
@@ -42,12 +29,15 @@ class Batch:
     """The jobs of one file. ``run`` makes what is not there yet, and may be called again.
 
     ``folder`` is where the clips, the summary (``<name>.summary.json``) and the page
-    (``<name>.html``) go. ``tell`` is called with a line for everything that happens.
+    (``<name>.html``) go. ``tell`` is called with a line for everything that happens. ``crew``
+    returns who carries the jobs out; without it this process does. ``plan`` False leaves out the
+    question whether a job fits this machine: for a crew on others.
     """
 
     def __init__(
         self, path: Path, folder: Path, *, model: Path | None = None, tries: int = 2,
         optimization: Mapping[str, Any] | None = None, tell: Callable[[str], object] = _silent,
+        crew: Callable[[], Crew] | None = None, plan: bool = True,
     ) -> None:  # fmt: skip
         if tries < 1:
             raise InvalidRequest(f"tries is {tries}; 1 or more are needed.", field="tries")
@@ -55,8 +45,11 @@ class Batch:
         self._model, self._optimization = model, dict(optimization or {})
         folder.mkdir(parents=True, exist_ok=True)
         self.ledger = Ledger(folder / f"{path.stem}.summary.json")
-        self._loader = WanPipelineLoader()
-        self._wrapper: tuple[str, Any] = ("", None)
+        self._carrier = Carrier()
+        self._crew, self._plan = crew, plan
+        self._waiting: dict[int, BatchJob] = {}
+        self._in_work: dict[int, str] = {}
+        self._first: dict[tuple[float, str], int] = {}
 
     def run(self) -> Ledger:
         """Carry out what is to be done; return what became of every line.
@@ -65,12 +58,15 @@ class Batch:
         whatever interrupts it. What was done is in the summary on disk in any case.
         """
         # Until all lines are known nothing is written: the summary there tells what is done.
-        waiting = in_order(self._checked())
+        jobs = self._checked()
+        self._waiting, self._in_work, self._first = {job.number: job for job in jobs}, {}, {}
+        for job in jobs:
+            self._first.setdefault((job.priority, job.group), job.number)
         try:
             self.ledger.write()
-            last = self.tries
-            for attempt in range(1, last + 1):
-                waiting = [job for job in waiting if not self._try(job, attempt == last)]
+            if jobs:
+                make = self._crew
+                carry_out(self, Here(carrier=self._carrier) if make is None else make())
         finally:
             self._finish()
         return self.ledger
@@ -90,9 +86,9 @@ class Batch:
                 entry.identity = job.identity()
                 done = self.ledger.finished(entry.identity, job.output)
                 if done is None:
-                    self._open(job).check(job.config())
+                    self._check(job)
             except (WanError, OSError) as err:
-                self._set_aside(entry, err)
+                self._set_aside(entry, str(err) or type(err).__name__)
                 continue
             if done is not None:
                 done.line = job.number
@@ -102,65 +98,66 @@ class Batch:
             waiting.append(job)
         return waiting
 
-    def _open(self, job: BatchJob) -> Any:
-        """Return the model of a job; the last one that was opened is kept."""
-        from ..detect import parse_lora
+    def _check(self, job: BatchJob) -> None:
+        wrapper, config = self._carrier.open(job), job.config()
+        wrapper.check(config)
+        if self._plan:
+            wrapper.plan(config)
 
-        if self._wrapper[0] != job.group:
-            wrapper = self._loader.load_wan_pipeline(
-                job.model,
-                optimization_config=job.optimization,
-                loras=[parse_lora(text) for text in job.loras],
-                use_recipe=job.use_recipe,
-            )
-            self._wrapper = (job.group, wrapper)
-        return self._wrapper[1]
+    def waiting(self) -> int:
+        """Return how many jobs no hand has and none is done with."""
+        return len(self._waiting)
 
-    def _try(self, job: BatchJob, last: bool) -> bool:
-        """Run a job; say whether it is settled, one way or the other."""
+    def take(self, group: str) -> BatchJob | None:
+        """Return the job that comes next for a hand with the model ``group`` open.
+
+        That is one that was tried less often, then one of a higher priority, then one of the open
+        model, then one of a model that few hands have, each in the order of lines.
+        """
+        if not self._waiting:
+            return None
+        hands = Counter(self._in_work.values())
+
+        def rank(job: BatchJob) -> tuple[float, ...]:
+            first = self._first[job.priority, job.group]
+            here = job.group != group
+            tries = self.ledger.entries[job.number].tries
+            return (tries, -job.priority, here, hands[job.group] * here, first, job.number)
+
+        job = self._waiting.pop(min(self._waiting.values(), key=rank).number)
+        self._in_work[job.number] = job.group
         entry = self.ledger.entries[job.number]
         entry.tries += 1
         self._tell(f"line {job.number}: {job.output.name}, try {entry.tries}")
-        began = time.perf_counter()
-        error: BaseException | None = None
-        try:
-            job.output.parent.mkdir(parents=True, exist_ok=True)
-            result = self._open(job).generate(job.config())
-        except (WanError, OSError) as err:
-            error = err
-        else:
-            error = self._made(entry, job, result)
-        entry.seconds = round(time.perf_counter() - began, 3)
-        if error is None:
+        return job
+
+    def settle(self, job: BatchJob, outcome: Outcome) -> None:
+        """Note what a try gave: the clip, an error that is final, or one to try again after."""
+        entry = self.ledger.entries[job.number]
+        del self._in_work[job.number]
+        entry.seconds, entry.warnings = outcome.seconds, list(outcome.warnings)
+        if outcome.lost:  # not a try: where it was is on disk
+            entry.tries, entry.losses = entry.tries - 1, entry.losses + 1
+        if not outcome.error:
+            entry.seed, entry.size = outcome.seed, outcome.size
+            entry.prompt = outcome.prompt or entry.prompt
+            entry.state, entry.error = "done", ""
             self._tell(f"line {job.number}: done in {entry.seconds:.0f} s")
-        elif last or isinstance(error, _FINAL):
-            self._set_aside(entry, error)
+        elif outcome.final or entry.tries >= self.tries or entry.losses >= MOST_LOSSES:
+            self._set_aside(entry, outcome.error)
         else:
-            entry.error = str(error)
-            self._tell(f"line {job.number}: {error} It is tried again after the others.")
-            self.ledger.write()
-            return False
+            entry.error = outcome.error
+            then = "goes on elsewhere" if outcome.lost else "is tried again after the others"
+            self._tell(f"line {job.number}: {outcome.error} It {then}.")
+            self._waiting[job.number] = job
         self.ledger.write()
-        return True
 
-    def _made(
-        self, entry: Entry, job: BatchJob, result: VideoGenerationResult
-    ) -> BaseException | None:
-        """Note what a run gave; return what went wrong in it."""
-        entry.warnings = list(result.warnings)
-        entry.seed = result.metadata.get("seed", entry.seed)
-        entry.prompt = str(result.metadata.get("prompt") or entry.prompt)
-        if result.error is not None:
-            return result.error
-        try:
-            entry.size = job.output.stat().st_size
-        except OSError as err:
-            return err
-        entry.state, entry.error = "done", ""
-        return None
+    def rest(self) -> bool:
+        """A file brings no more jobs."""
+        return False
 
-    def _set_aside(self, entry: Entry, error: BaseException) -> None:
-        entry.state, entry.error = "failed", str(error) or type(error).__name__
+    def _set_aside(self, entry: Entry, error: str) -> None:
+        entry.state, entry.error = "failed", error
         self._tell(f"line {entry.line}: set aside: {entry.error}")
 
     def _finish(self) -> None:
@@ -169,14 +166,6 @@ class Batch:
         atomic_write(
             self.folder / f"{self.path.stem}.html", as_page(self.path.stem, rows, self.folder)
         )
-
-
-def in_order(jobs: list[BatchJob]) -> list[BatchJob]:
-    """Return jobs by priority, and within one priority by model, each in the order of lines."""
-    first: dict[tuple[float, str], int] = {}
-    for job in jobs:
-        first.setdefault((job.priority, job.group), job.number)
-    return sorted(jobs, key=lambda job: (-job.priority, first[job.priority, job.group], job.number))
 
 
 def _entry_of(job: BatchJob) -> Entry:

@@ -14,7 +14,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +82,16 @@ class BatchJob:
         files = [_state_of(path) for path in named]
         job = [self.group, dict(self.values), dict(self.control), str(self.output), files]
         return hashlib.sha256(_canonical(job).encode()).hexdigest()[:32]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values, ready for JSON."""
+        return asdict(self) | {"model": str(self.model), "output": str(self.output)}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> BatchJob:
+        """Return the job that ``to_dict`` made these values of."""
+        places = {name: Path(values[name]) for name in ("model", "output")}
+        return cls(**{**values, **places, "loras": tuple(values["loras"])})
 
     def config(self) -> GenerationConfig:
         """Return the job as the library takes it; reads the videos of its control."""
@@ -168,7 +178,7 @@ def _job(
         output=output,
         values=given,
         control=_control_paths(values.get("control"), here),
-        loras=tuple(_placed_lora(text, here) for text in loras),
+        loras=tuple(placed_lora(text, here) for text in loras),
         use_recipe=values.get("use_recipe", False),
         optimization=wishes,
         priority=priority,
@@ -192,7 +202,8 @@ def _text(values: Mapping[str, Any], name: str, usual: str | None) -> str:
     return value
 
 
-def _placed_lora(text: str, here: Path) -> str:
+def placed_lora(text: str, here: Path) -> str:
+    """Return a LoRA's text, FILE[:EXPERT[:STRENGTH]], whole and with the file below ``here``."""
     lora = parse_lora(text)
     return f"{here / os.path.expanduser(lora.path)}:{lora.expert}:{lora.strength!r}"
 

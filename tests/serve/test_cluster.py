@@ -1,0 +1,104 @@
+"""Jobs on a Ray cluster that the test starts: each made once, with the bits of one process."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.tiny_models import make_folder
+
+from wan_core.serve import Batch, BatchJob, Cluster, Outcome
+
+ray = pytest.importorskip("ray", reason="pip install 'wanfit[cluster]': jobs on a Ray cluster")
+
+CPU = {"device": "cpu", "precision": "fp32"}
+SHAPE = {"num_frames": 5, "width": 32, "height": 32, "num_inference_steps": 30}
+
+
+@pytest.fixture
+def nodes(
+    monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Any]:
+    """A head without room for jobs, and two machines with room for one each."""
+    from ray.cluster_utils import Cluster as Nodes
+
+    monkeypatch.setenv("HOME", str(tmp_path_factory.mktemp("home")))
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    found = Nodes(initialize_head=True, head_node_args={"num_cpus": 0})
+    found.machines = [found.add_node(num_cpus=1) for _ in range(2)]
+    yield found
+    ray.shutdown()
+    found.shutdown()
+
+
+def lines(path: Path, count: int) -> Path:
+    jobs = [
+        {"model": "tiny", "output": f"{i}.mp4", "prompt": f"{i}", "seed": i, **SHAPE}
+        for i in range(count)
+    ]
+    path.write_text("\n".join(json.dumps(one) for one in jobs))
+    return path
+
+
+@pytest.mark.slow
+def test_twenty_jobs_and_two_machines_that_are_lost(nodes: Any, tmp_path: Path) -> None:
+    make_folder(tmp_path / "tiny", "wan2.1-t2v")
+    path = lines(tmp_path / "jobs.jsonl", 20)
+    serial = Batch(path, tmp_path / "serial", optimization=CPU).run()
+    assert serial.counts()["done"] == 20
+    told: list[str] = []
+    lost: list[int] = []
+    made: list[Cluster] = []
+
+    def progress(number: int, percent: int) -> None:
+        """Kill a machine while its job is at work: in the 3rd and in the 9th job."""
+        if percent > 10 and number in (3, 9) and number not in lost:
+            lost.append(number)
+            hand = next(h for h in made[0].hands if h.job is not None and h.job.number == number)
+            machine = node_of(hand, nodes)
+            threading.Thread(target=replace, args=(machine,)).start()
+
+    def replace(machine: Any) -> None:
+        nodes.remove_node(machine, allow_graceful=False)
+        nodes.add_node(num_cpus=1)
+
+    def crew() -> Cluster:
+        made.append(Cluster(nodes.address, progress=progress, tell=told.append))
+        return made[0]
+
+    ledger = Batch(path, tmp_path / "many", optimization=CPU, crew=crew, tell=told.append).run()
+    assert ledger.counts()["done"] == 20, told
+    assert len(lost) == 2 and sum(one.losses for one in ledger.entries.values()) >= 2, told
+    assert sum("was lost" in text for text in told) >= 2
+    # Done once: a job that was lost was begun again, and no other.
+    for line, entry in ledger.entries.items():
+        assert sum(f"line {line}: done" in text for text in told) == 1 and entry.tries == 1
+    for i in range(20):
+        one, other = (
+            (tmp_path / folder / f"{i}.mp4").read_bytes() for folder in ("serial", "many")
+        )
+        assert one == other, i
+
+
+def node_of(hand: Any, nodes: Any) -> Any:
+    """The machine on which an actor runs."""
+    from ray.util.state import get_actor
+
+    found = get_actor(hand.actor._actor_id.hex(), address=nodes.address)
+    return next(n for n in nodes.worker_nodes if n.node_id == found.node_id)
+
+
+def test_what_travels_is_small(tmp_path: Path) -> None:
+    """Ray sends what is below 100 KB with the call, and puts nothing into its store of objects."""
+    job = BatchJob(
+        number=1, model=tmp_path / "model", output=tmp_path / "clip.mp4",
+        values={"prompt": "word " * 500, "image": "/in.png"}, optimization=CPU,
+    )  # fmt: skip
+    outcome = Outcome(warnings=["a warning " * 20] * 20, seed=1, prompt="word " * 500, size=1)
+    assert len(pickle.dumps(job.to_dict())) < 10_000
+    assert len(pickle.dumps(outcome.to_dict())) < 10_000

@@ -1,0 +1,128 @@
+"""Processes that carry jobs out: cards of their own, deaths, and the same clips as one process."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.tiny_models import make_folder
+
+from wan_core.errors import InvalidRequest
+from wan_core.memory import Card
+from wan_core.serve import Batch, BatchJob, Processes, processes_for
+from wan_core.serve.processes import visible
+
+CPU = {"device": "cpu", "precision": "fp32"}
+
+
+def test_a_process_sees_cards_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert visible([], {"CUDA_VISIBLE_DEVICES": "3"}) == {}
+    assert visible([1, 2], {}) == {"CUDA_VISIBLE_DEVICES": "1,2"}
+    # Counted among those that this process is shown.
+    assert visible([1], {"CUDA_VISIBLE_DEVICES": "4, GPU-7"}) == {"CUDA_VISIBLE_DEVICES": "GPU-7"}
+    assert visible([0], {"HIP_VISIBLE_DEVICES": "2"}) == {"HIP_VISIBLE_DEVICES": "2"}
+    cards = tuple(Card(f"cuda:{i}", "H100", 8, 8) for i in range(4))
+    monkeypatch.setattr("wan_core.memory.all_cards", lambda: cards)
+    seen = [hand._seen for hand in processes_for("all", {"devices": "2"}).hands]
+    assert seen == [{"CUDA_VISIBLE_DEVICES": "0,1"}, {"CUDA_VISIBLE_DEVICES": "2,3"}]
+    assert processes_for("all", {}).hands[3]._place == {"device": None, "devices": "1"}
+    # One job has the host as it is; without cards all share the CPU.
+    assert [hand._seen for hand in processes_for("1", {"devices": "auto"}).hands] == [{}]
+    assert [hand._seen for hand in processes_for("2", {"device": "cpu"}).hands] == [{}, {}]
+
+
+@pytest.mark.parametrize(("at_once", "devices", "why"), [
+    ("5", "1", "need 5 cards; there are 4"), ("3", "2", "need 6 cards; there are 4"),
+    ("0", "1", "at_once is '0'"), ("many", "1", "or all"), ("2", "auto", "devices is 'auto'"),
+])  # fmt: skip
+def test_numbers_that_do_not_go_together(
+    monkeypatch: pytest.MonkeyPatch, at_once: str, devices: str, why: str
+) -> None:
+    cards = tuple(Card(f"cuda:{i}", "H100", 8, 8) for i in range(4))
+    monkeypatch.setattr("wan_core.memory.all_cards", lambda: cards)
+    with pytest.raises(InvalidRequest, match=why):
+        processes_for(at_once, {"devices": devices})
+
+
+def test_a_job_travels_as_json(tmp_path: Path) -> None:
+    job = BatchJob(
+        number=3, model=tmp_path / "m", output=tmp_path / "o.mp4", values={"prompt": "ü"},
+        control={"video": "v.mp4"}, loras=("a:both:1.0",), use_recipe=True, priority=2.0,
+        optimization={"speed": "fast"},
+    )  # fmt: skip
+    assert BatchJob.from_dict(json.loads(json.dumps(job.to_dict()))) == job
+
+
+@pytest.mark.slow
+def test_two_processes_of_which_one_is_killed_make_the_clips_of_one(tmp_path: Path) -> None:
+    make_folder(tmp_path / "one", "wan2.1-t2v")
+    shape = {"num_frames": 5, "width": 32, "height": 32, "num_inference_steps": 12}
+    jobs = [
+        {"model": "one", "output": f"{i}.mp4", "prompt": f"{i}", "seed": i, **shape}
+        for i in range(4)
+    ]
+    path = tmp_path / "jobs.jsonl"
+    path.write_text("\n".join(json.dumps(one) for one in jobs))
+    serial = Batch(path, tmp_path / "serial", optimization=CPU).run()
+    killed: list[int] = []
+    made: list[Processes] = []
+
+    def crew() -> Processes:
+        def progress(number: int, percent: int) -> None:
+            pid = made[0].hands[0].pid
+            if pid is not None and made[0].hands[0].job and not killed and percent > 20:
+                killed.append(number)
+                os.kill(pid, signal.SIGKILL)
+
+        made.append(Processes(2, progress=progress))
+        return made[0]
+
+    told: list[str] = []
+    ledger = Batch(path, tmp_path / "two", optimization=CPU, crew=crew, tell=told.append).run()
+    assert ledger.counts()["done"] == serial.counts()["done"] == 4, told
+    assert killed and sum(entry.losses for entry in ledger.entries.values()) == 1
+    assert all(entry.tries == 1 for entry in ledger.entries.values())
+    for i in range(4):
+        same = [(tmp_path / folder / f"{i}.mp4").read_bytes() for folder in ("serial", "two")]
+        assert same[0] == same[1], i
+    assert all(hand.pid is None for hand in made[0].hands)
+
+
+@pytest.mark.slow
+def test_a_process_ends_with_its_driver_and_stops_when_told(tmp_path: Path) -> None:
+    make_folder(tmp_path / "m", "wan2.1-t2v")
+    unwanted: set[int] = set()
+    seen: list[int] = []
+    values: dict[str, Any] = {"prompt": "x", "num_frames": 17, "width": 128, "height": 128,
+                              "num_inference_steps": 500, "resume": "auto"}  # fmt: skip
+    crew = Processes(1, progress=lambda number, percent: seen.append(percent),
+                     stopped=lambda number: number in unwanted)  # fmt: skip
+    job = BatchJob(number=1, model=tmp_path / "m", output=tmp_path / "o" / "x.mp4", values=values,
+                   optimization=CPU)  # fmt: skip
+    crew.begin(crew.hands[0], job)
+    while not seen:
+        assert crew.wait(0.2) == []
+    unwanted.add(1)
+    ended = []
+    while not ended:
+        ended = crew.wait(0.2)
+    assert ended[0][1].stopped and not (tmp_path / "o" / "x.mp4").exists()
+    unwanted.clear()
+    crew.begin(crew.hands[0], job)
+    seen.clear()
+    while not seen:
+        assert crew.wait(0.2) == []
+    pid = crew.hands[0].pid
+    assert pid is not None
+    began = time.monotonic()
+    crew.close()
+    assert time.monotonic() - began < 4
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
+    shutil.rmtree(tmp_path / "o")

@@ -1,0 +1,432 @@
+"""The server: who may ask, what is refused before it is read, and that no accepted job is lost."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import socket
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+from support.clips import read
+from support.tiny_models import make_folder, open_wan
+
+pytest.importorskip("fastapi", reason="pip install 'wanfit[serve]': the server (wanfit serve)")
+pytest.importorskip("uvicorn", reason="pip install 'wanfit[serve]': the server (wanfit serve)")
+
+from support.http_server import Client, form, serving
+
+from wan_core import GenerationConfig
+from wan_core.errors import InvalidRequest, OutputError
+from wan_core.serve.carry import Outcome
+from wan_core.serve.crew import Hand
+from wan_core.serve.http import Guard
+from wan_core.serve.jobs import BatchJob
+from wan_core.serve.queue import Queue, new_id
+from wan_core.serve.server import check_token, read_token
+
+TINY = {"num_frames": 5, "width": 32, "height": 32, "num_inference_steps": 2}
+TOKEN = "a-token-of-some-length"
+PNG = BytesIO()
+Image.new("RGB", (32, 32), "red").save(PNG, "PNG")
+
+
+class Idle:
+    """A crew that takes a job and keeps it, until it is told how the job ended."""
+
+    def __init__(self) -> None:
+        self.hand = Hand("idle")
+        self.ends: list[Outcome] = []
+
+    def __call__(self, queue: Any) -> Idle:
+        self.queue = queue
+        return self
+
+    def free(self, waiting: int) -> Sequence[Hand]:
+        return () if self.hand.job is not None else (self.hand,)
+
+    def begin(self, hand: Hand, job: BatchJob) -> None:
+        hand.job = job
+
+    def wait(self, seconds: float) -> list[tuple[BatchJob, Outcome]]:
+        job = self.hand.job
+        assert job is not None
+        if self.queue.stopped(job.number):
+            self.ends.append(Outcome(error="stopped", kind="Stopped", stopped=True))
+        if not self.ends:
+            time.sleep(0.01)
+            return []
+        self.hand.job = None
+        return [(job, self.ends.pop(0))]
+
+    def close(self) -> None:
+        self.hand.job = None
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_folder(tmp_path_factory.mktemp("served") / "tiny", "wan2.1-t2v")
+
+
+@pytest.fixture(scope="module")
+def idle(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Client, Any]]:
+    """A server that accepts and refuses, and renders nothing."""
+    folder = tmp_path_factory.mktemp("idle")
+    loras = folder / "loras"
+    loras.mkdir()
+    with serving(
+        model, folder / "videos", token=TOKEN, crew=Idle(), most_bytes=2**20, lora_folder=loras
+    ) as found:
+        yield found
+
+
+def test_a_prompt_becomes_the_clip_that_one_render_makes(model: Path, tmp_path: Path) -> None:
+    with serving(model, tmp_path / "videos") as (client, desk):
+        status, video = client.create(prompt="a cat", seed=3, **TINY)
+        assert status == 200 and video["object"] == "video", video
+        assert video["status"] in ("queued", "in_progress") and video["size"] == "32x32"
+        done = client.settled(video["id"])
+        assert done["status"] == "completed" and done["progress"] == 100, done
+        assert done["model"] == "tiny" and done["prompt"] == "a cat" and done["error"] is None
+        assert done["inference_time_s"] > 0 and "denoise" in done["stage_durations"]
+        status, clip = client.ask("GET", f"/v1/videos/{video['id']}/content")
+        assert status == 200
+        (tmp_path / "served.mp4").write_bytes(clip)
+        part = client.ask("GET", f"/v1/videos/{video['id']}/content", None, {"Range": "bytes=4-7"})
+        assert part == (206, b"ftyp")
+        metrics = client.ask("GET", "/metrics")[1].decode()
+        assert (
+            'wanfit_tries_total{result="completed"} 1\n' in metrics and "wanfit_up 1\n" in metrics
+        )
+        folder = desk.queue.folder_of(video["id"])
+        assert [path.name for path in folder.iterdir()] == ["clip.mp4"]
+        assert client.ask("DELETE", f"/v1/videos/{video['id']}")[1]["deleted"] is True
+        assert client.ask("GET", f"/v1/videos/{video['id']}")[0] == 404 and not folder.exists()
+    config = GenerationConfig(prompt="a cat", seed=3, output_path=tmp_path / "a.mp4", **TINY)
+    open_wan(model).generate(config).raise_for_error()
+    assert (read(tmp_path / "a.mp4")[0] == read(tmp_path / "served.mp4")[0]).all()
+
+
+BAD: list[tuple[dict[str, Any], str, str]] = [
+    ({"pormpt": "x"}, "pormpt", "did you mean 'prompt'"),
+    ({"output": "/etc/x.mp4"}, "output", "chooses the place"),
+    ({"image_reference": "{}"}, "image_reference", "nothing is fetched"),
+    ({"prompt": " "}, "prompt", "say what is to be seen"),
+    ({"prompt": "x" * 70_000}, "prompt", "65,536 are read"),
+    ({"width": "wide"}, "width", "a whole number is needed"),
+    ({"width": "1e9"}, "width", "a whole number is needed"),
+    ({"width": 33_000_000}, "width", "width"),
+    ({"flow_shift": "nan"}, "flow_shift", "a number is needed"),
+    ({"size": "32 by 32"}, "size", "WIDTHxHEIGHT"),
+    ({"size": "48x32", "width": 32}, "size", "give one of them"),
+    ({"seconds": "-1"}, "seconds", "above 0"),
+    ({"seconds": "4", "num_frames": 5}, "seconds", "give one of them"),
+    ({"model": "other"}, "model", "'tiny' only"),
+    ({"guidance_scale_2": 3}, "guidance_scale_2", "one transformer"),
+    ({"boundary_ratio": 7}, "boundary_ratio", "boundary"),
+    ({"extra_params": "{"}, "extra_params", "is not JSON"),
+    ({"extra_params": '{"image": "/etc/passwd"}'}, "extra_params", "has no 'image'"),
+    ({"extra_params": '{"output_path": "/x.mp4"}'}, "extra_params", "has no 'output_path'"),
+    ({"extra_params": '{"control": {"video": "/x"}}'}, "extra_params", "has no 'video'"),
+    ({"lora": '{"name": "../../x.safetensors"}'}, "lora", "is refused"),
+    ({"lora": '{"name": "/x.safetensors"}'}, "lora", "is refused"),
+    ({"lora": '{"path": "/x.safetensors"}'}, "lora", "lora must be"),
+    ({"input_reference": "/etc/passwd"}, "input_reference", "send the file itself"),
+]  # fmt: skip
+
+
+def test_what_is_wrong_is_named_and_leaves_nothing(idle: tuple[Client, Any]) -> None:
+    client, desk = idle
+    for fields, param, why in BAD:
+        status, told = client.create(**{"prompt": "x", **TINY, **fields})
+        assert status == 400 and told["error"]["param"] == param, (fields, told)
+        assert why in told["error"]["message"], (fields, told)
+    for body, kind, why in (
+        (b"{", "application/json", "is not JSON"), (b"[]", "application/json", "JSON object"),
+        (b"x", "text/plain", "text/plain"), (b"x", "multipart/form-data", "no boundary"),
+        (b"x", "multipart/form-data; boundary=b", "broken"),
+        (b'--b\r\nContent-Disposition: form-data; name="prompt"\r\n\r\nx',
+         "multipart/form-data; boundary=b", "ends too early"),
+    ):  # fmt: skip
+        status, told = client.ask("POST", "/v1/videos", body, {"Content-Type": kind})
+        assert status == 400 and why in told["error"]["message"], told
+    assert sum(desk.queue.by_status().values()) == 0
+    assert [
+        path for path in desk.uploads.parent.rglob("*") if path.suffix in (".part", ".mp4")
+    ] == []
+    assert not list(desk.uploads.parent.glob("jobs/*"))
+
+
+def test_ids_are_looked_up_and_never_become_paths(idle: tuple[Client, Any]) -> None:
+    client, _ = idle
+    good = new_id()
+    for id in (good, "../../queue.sqlite3", "..%2f..%2fqueue.sqlite3", "%2e%2e", f"{good}%00",
+               f"{good}/../../queue.sqlite3", "' OR 1=1 --".replace(" ", "%20")):  # fmt: skip
+        for method, path in (("GET", id), ("GET", f"{id}/content"), ("DELETE", id)):
+            status, _ = client.ask(method, f"/v1/videos/{path}")
+            assert status == 404, (method, path)
+
+
+def test_a_token_is_needed_and_must_be_right(idle: tuple[Client, Any]) -> None:
+    client, _ = idle
+    body, kind = form({"prompt": "x", **TINY})
+    for given in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": f"Bearer {TOKEN}x"},
+                  {"Authorization": f"Basic {TOKEN}"}, {"Authorization": "Bearer "}):  # fmt: skip
+        bare = Client(client.port)
+        for method, path in (("GET", "/v1/videos"), ("GET", "/metrics"), ("POST", "/v1/videos"),
+                             ("DELETE", f"/v1/videos/{new_id()}"), ("GET", "/none")):  # fmt: skip
+            status, told = bare.ask(method, path, body, {"Content-Type": kind, **given})
+            assert status == 401 and "token" in told["error"]["message"], (given, path)
+        assert bare.ask("GET", "/health", None, given)[0] == 200  # tells nothing of any job
+    assert client.ask("GET", "/v1/videos")[0] == 200
+    # A page of another site is refused even with it.
+    assert client.ask("GET", "/v1/videos", None, {"Origin": "https://evil.example"})[0] == 403
+    own = {"Origin": f"http://127.0.0.1:{client.port}"}
+    assert client.ask("GET", "/v1/videos", None, own)[0] == 200
+
+
+@pytest.mark.parametrize(("host", "passes"), [
+    ("localhost:8091", True), ("127.0.0.1", True), ("[::1]:8091", True),
+    ("evil.example", False), ("evil.example:8091", False), ("127.0.0.1.evil.example:80", False),
+    ("", False),
+])  # fmt: skip
+def test_without_a_token_only_this_machine_is_answered(host: str, passes: bool) -> None:
+    guard = Guard(None, None)
+    assert (guard._refused("/v1/videos", {b"host": host.encode()}) is None) is passes
+
+
+def test_nobody_listens_to_others_without_a_token(tmp_path: Path) -> None:
+    for host in ("0.0.0.0", "::", "192.168.0.7", "example.org", ""):
+        with pytest.raises(InvalidRequest, match="a token is needed"):
+            check_token(host, None)
+        check_token(host, TOKEN)
+    for host in ("127.0.0.1", "127.8.8.8", "::1", "localhost"):
+        check_token(host, None)
+    with pytest.raises(InvalidRequest, match="16 or more"):
+        check_token("0.0.0.0", "short")
+    (tmp_path / "token").write_text(f"{TOKEN}\n")
+    assert read_token(str(tmp_path / "token")) == TOKEN
+
+
+def test_a_body_that_is_too_large_is_refused_before_it_is_read(idle: tuple[Client, Any]) -> None:
+    """2 GB that are announced, of which not one byte is sent."""
+    client, desk = idle
+    with socket.create_connection(("127.0.0.1", client.port), timeout=10) as connection:
+        head = (
+            f"POST /v1/videos HTTP/1.1\r\nHost: 127.0.0.1\r\nAuthorization: Bearer {TOKEN}\r\n"
+            "Content-Type: multipart/form-data; boundary=b\r\nContent-Length: 2000000000\r\n\r\n"
+        )
+        connection.sendall(head.encode())
+        assert b" 413 " in connection.recv(4096).split(b"\r\n")[0]
+    assert not list(desk.uploads.iterdir())
+
+
+def test_a_body_without_a_length_is_left_off_where_it_gets_too_large(
+    idle: tuple[Client, Any],
+) -> None:
+    client, desk = idle
+    sent = 0
+    most = 0
+
+    def chunks() -> Iterator[bytes]:
+        nonlocal sent, most
+        yield b'--b\r\nContent-Disposition: form-data; name="input_reference"; filename="x"\r\n\r\n'
+        while sent < 2**31:
+            sent += 2**16
+            most = max([most, *(path.stat().st_size for path in desk.uploads.iterdir())])
+            yield bytes(2**16)
+
+    connection = http.client.HTTPConnection("127.0.0.1", client.port, timeout=30)
+    head = {"Authorization": f"Bearer {TOKEN}", "Content-Type": "multipart/form-data; boundary=b"}
+    status = 0
+    try:
+        connection.request("POST", "/v1/videos", chunks(), head, encode_chunked=True)
+        status = connection.getresponse().status
+    except OSError:
+        pass  # it has hung up while we were still sending
+    assert status in (0, 413) and sent < 2**26, f"{sent:,} bytes were taken"
+    assert most <= 2**20
+    for _ in range(100):
+        if not list(desk.uploads.iterdir()):
+            return
+        time.sleep(0.02)
+    raise AssertionError("a part of an upload is left")
+
+
+def test_what_an_upload_is_is_seen_in_it(
+    idle: tuple[Client, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client, desk = idle
+    playlist = b"#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\nfile:///etc/passwd\n"
+    for data, why in (
+        (b"", "is empty"), (b"no picture", "no picture or video"),
+        (playlist, "no picture or video"),
+        (b"ffconcat version 1.0\nfile /etc/passwd\n", "no picture or video"),
+        (b"\0\0\0\x18ftypisom" + bytes(64), "no video that can be read"),
+        (PNG.getvalue()[:40], "no picture or video"),
+    ):  # fmt: skip
+        status, told = client.create(("../../x.png", data), prompt="x", **TINY)
+        assert status == 400 and told["error"]["param"] == "input_reference", (data, told)
+        assert why in told["error"]["message"], told
+    monkeypatch.setattr("wan_core.serve.uploads.MOST_PICTURE", 32 * 32 - 1)
+    status, told = client.create(("x.png", PNG.getvalue()), prompt="x", **TINY)
+    assert status == 400 and "32x32 pixels" in told["error"]["message"]
+    # A picture for a model that reads none, in the model's own words.
+    monkeypatch.setattr("wan_core.serve.uploads.MOST_PICTURE", 32 * 32)
+    status, told = client.create(("x.png", PNG.getvalue()), prompt="x", **TINY)
+    assert status == 400 and told["error"]["param"] == "image", told
+    assert not list(desk.uploads.iterdir()) and not list(desk.uploads.parent.glob("jobs/*"))
+
+
+def test_a_job_that_never_fits_is_refused_and_the_queue_goes_on(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dataclasses import replace
+
+    crew = Idle()
+    with serving(model, tmp_path, crew=crew) as (client, desk):
+        some = 2**31
+        desk._machine = replace(desk._machine, device_free_bytes=some, ram_available_bytes=some)
+        status, told = client.create(prompt="x", width=4096, height=4096, num_frames=401)
+        assert status == 422 and told["error"]["type"] == "DoesNotFit", told
+        assert (
+            "MiB are free" in told["error"]["message"] and "would fit" in told["error"]["message"]
+        )
+        assert client.create(prompt="x", **TINY)[0] == 200
+
+
+def test_deleting_failing_listing(model: Path, tmp_path: Path) -> None:
+    crew = Idle()
+    with serving(model, tmp_path, crew=crew) as (client, desk):
+        ids = [client.create(prompt=f"{i}", **TINY)[1]["id"] for i in range(4)]
+        wait_for(lambda: client.ask("GET", f"/v1/videos/{ids[0]}")[1]["status"] == "in_progress")
+        desk.queue.progress(1, 40)
+        assert client.ask("GET", f"/v1/videos/{ids[0]}")[1]["progress"] == 40
+        assert client.ask("GET", f"/v1/videos/{ids[0]}/content")[0] == 409
+        page = client.ask("GET", "/v1/videos?limit=2")[1]
+        assert [one["id"] for one in page["data"]] == ids[:1:-1] and page["has_more"]
+        rest = client.ask("GET", f"/v1/videos?after={page['last_id']}&limit=9")[1]
+        assert [one["id"] for one in rest["data"]] == ids[1::-1] and not rest["has_more"]
+        for query in ("limit=0", "limit=x", "order=up", "after=none"):
+            assert client.ask("GET", f"/v1/videos?{query}")[0] == 400
+        # In work: it stops, and is gone at once for its client.
+        assert client.ask("DELETE", f"/v1/videos/{ids[0]}")[0] == 200
+        assert client.ask("GET", f"/v1/videos/{ids[0]}")[0] == 404
+        wait_for(lambda: client.ask("GET", f"/v1/videos/{ids[1]}")[1]["status"] == "in_progress")
+        assert desk.queue.counts["deleted"] == 1
+        # A try that failed is made again after the others; the second is the last.
+        assert client.ask("DELETE", f"/v1/videos/{ids[3]}")[0] == 200
+        crew.ends.append(Outcome(error="the disk was full", kind="OutputError"))
+        wait_for(lambda: client.ask("GET", f"/v1/videos/{ids[2]}")[1]["status"] == "in_progress")
+        crew.ends.append(Outcome(error="no such value", kind="InvalidRequest", final=True))
+        assert client.settled(ids[2])["error"]["message"] == "no such value"
+        crew.ends.append(Outcome(error="still full", kind="OutputError"))
+        failed = client.settled(ids[1])
+        assert failed["error"] == {"code": "OutputError", "message": "still full"}
+        assert failed["tries"] == 2
+
+
+def test_a_crew_that_falls_is_told_and_its_jobs_stay(model: Path, tmp_path: Path) -> None:
+    def none(_: Any) -> Any:
+        raise OSError("no crew today")
+
+    with serving(model, tmp_path, crew=none) as (client, _):
+        wait_for(lambda: client.ask("GET", "/health")[0] == 503)
+        assert "no crew today" in client.ask("GET", "/health")[1]["error"]
+        assert client.create(prompt="x", **TINY)[1]["status"] == "queued"
+
+
+def wait_for(true: Any, seconds: float = 20) -> None:
+    deadline = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def job(folder: Path, number: int = 0, **more: Any) -> BatchJob:
+    return BatchJob(number=number, model=folder, output=folder / "x.mp4", **more)
+
+
+def test_a_queue_takes_up_what_was_in_work(tmp_path: Path) -> None:
+    path = tmp_path / "queue.sqlite3"
+    queue = Queue(path)
+    ids = [new_id() for _ in range(3)]
+    for i, id in enumerate(ids):
+        queue.add(id, job(tmp_path, priority=float(i == 2)), {"prompt": str(i)})
+    first = queue.take("")
+    assert first is not None and first.number == 3  # of the highest priority
+    second = queue.take("")
+    assert second is not None and second.number == 1
+    queue.delete(ids[0])
+    with pytest.raises(OutputError, match="Another server"):
+        Queue(path)
+    queue.close()  # as a kill leaves it
+    queue = Queue(path)
+    assert queue.by_status() == {"queued": 2, "in_progress": 0, "completed": 0, "failed": 0}
+    assert queue.get(ids[0]) is None
+    again = queue.take("")
+    assert again is not None and again.number == 3
+    # A process that dies under a job is no try, but three of them are a reason.
+    for _ in range(3):
+        queue.settle(again, Outcome(lost=True, error="died", kind="Lost"))
+        assert (row := queue.get(ids[2])) is not None
+        again = queue.take("") or again
+    assert row.status == "failed" and again.number == 2
+    queue.end()
+    queue.settle(again, Outcome(stopped=True, error="x"))
+    assert queue.waiting() == 0 and queue.take("") is None
+    queue.close()
+    queue = Queue(path)
+    assert queue.by_status()["queued"] == 1
+    row = queue.get(ids[1])
+    assert row is not None and row.tries == 0
+    queue.close()
+    (tmp_path / "other").write_text("no database, for certain" * 100)
+    with pytest.raises(InvalidRequest, match="is not the queue"):
+        Queue(tmp_path / "other")
+
+
+def test_200_clients_at_once(model: Path, tmp_path: Path) -> None:
+    """Each asks for one video and looks it up: all are accepted, each under its own id."""
+    with serving(model, tmp_path, crew=Idle()) as (client, desk):
+        found: list[str] = []
+        errors: list[Any] = []
+        begin = threading.Barrier(200)
+
+        def ask(number: int) -> None:
+            begin.wait()
+            try:
+                status, video = client.create(prompt=f"number {number}", **TINY)
+                assert status == 200, video
+                assert (
+                    client.ask("GET", f"/v1/videos/{video['id']}")[1]["prompt"]
+                    == f"number {number}"
+                )
+                found.append(video["id"])
+            except Exception as err:  # noqa: BLE001 - shown by the main thread
+                errors.append(err)
+
+        threads = [threading.Thread(target=ask, args=(number,)) for number in range(200)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert not errors, errors[:3]
+        assert len(set(found)) == 200 and sum(desk.queue.by_status().values()) == 200
+
+
+def test_json_is_taken_too(idle: tuple[Client, Any]) -> None:
+    client, desk = idle
+    body = json.dumps({"prompt": "x", **TINY, "fps": 8, "seconds": None,
+                       "extra_params": {"scheduler": "euler"}})  # fmt: skip
+    status, video = client.ask("POST", "/v1/videos", body, {"Content-Type": "application/json"})
+    assert status == 200 and video["seconds"] == "0.625", video
+    row = desk.queue.get(video["id"])
+    assert row is not None and row.output == desk.queue.folder_of(video["id"]) / "clip.mp4"
+    client.ask("DELETE", f"/v1/videos/{video['id']}")

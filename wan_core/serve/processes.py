@@ -1,0 +1,259 @@
+"""A crew of processes on this host: a job each, on cards of their own.
+
+A process is this interpreter with this package, started anew. It is told jobs as lines of JSON and
+answers in lines of JSON; it ends when its driver does. One that dies costs its driver nothing: the
+job's journal is on disk, and another process goes on from there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import queue
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+from ..errors import InvalidRequest
+from .carry import Carrier, Outcome
+from .crew import Hand, Progress
+from .jobs import BatchJob
+
+_ROOT = Path(__file__).resolve().parents[2]
+# By path, not by the package's name: inside ComfyUI that is the pack's.
+_START = "import sys; sys.path.insert(0, sys.argv[1]); from wan_core.serve import processes; "
+_START += "processes.main()"
+_VISIBLE = ("HIP_VISIBLE_DEVICES", "CUDA_VISIBLE_DEVICES")
+_END_SECONDS = 5.0
+
+Line = dict[str, Any]
+
+
+class _Process(Hand):
+    """A hand that is a process, started with its first job and again after a death."""
+
+    def __init__(
+        self, name: str, place: Mapping[str, Any], seen: Mapping[str, str],
+        told: Callable[[_Process, Line | None], object],
+    ) -> None:  # fmt: skip
+        super().__init__(name)
+        self._place, self._seen, self._told = dict(place), dict(seen), told
+        self._process: subprocess.Popen[bytes] | None = None
+        self.asked_to_stop = False
+
+    @property
+    def pid(self) -> int | None:
+        """Return the number of the process; None where it does not run."""
+        return None if self._process is None else self._process.pid
+
+    def send(self, line: Line) -> None:
+        """Send a line, starting the process first where it does not run."""
+        process = self._process
+        if process is None:
+            arguments = [sys.executable, "-P", "-c", _START, str(_ROOT), json.dumps(self._place)]
+            process = subprocess.Popen(
+                arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                env={**os.environ, **self._seen},
+            )  # fmt: skip
+            self._process = process
+            assert process.stdout is not None
+            read = threading.Thread(target=self._read, args=(process.stdout,), daemon=True)
+            read.start()
+        assert process.stdin is not None
+        # A broken pipe: the process has ended, which the reading thread tells.
+        with contextlib.suppress(OSError):
+            process.stdin.write((json.dumps(line) + "\n").encode())
+            process.stdin.flush()
+
+    def _read(self, stream: IO[bytes]) -> None:
+        for line in stream:
+            with contextlib.suppress(ValueError):
+                self._told(self, json.loads(line))
+        self._told(self, None)
+
+    def ended(self) -> int | None:
+        """Forget a process that has ended; return its exit code."""
+        process, self._process = self._process, None
+        if process is None:
+            return None
+        assert process.stdin is not None
+        with contextlib.suppress(OSError):
+            process.stdin.close()
+        try:
+            return process.wait(_END_SECONDS)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            return process.wait()
+
+
+class Processes:
+    """``count`` processes, each with ``cards`` of the host's cards, or on its CPU.
+
+    ``seen`` are the numbers of the cards that may be used, as torch counts them; an empty list is
+    for hosts without, where all processes share the CPU. Raises InvalidRequest where there are too
+    few cards. ``progress`` and ``stopped`` are called from the thread that waits.
+    """
+
+    def __init__(
+        self,
+        count: int,
+        *,
+        cards: int = 1,
+        seen: Sequence[int] = (),
+        progress: Progress | None = None,
+        stopped: Callable[[int], bool] | None = None,
+    ) -> None:
+        if count < 1 or (seen and count * cards > len(seen)):
+            raise InvalidRequest(
+                f"{count} jobs at once with {cards} card(s) each need {count * cards} cards; "
+                f"there are {len(seen)}. Ask for fewer jobs at once, or fewer devices for each.",
+                field="at_once",
+            )
+        self._progress, self._stopped = progress, stopped
+        self._told: queue.Queue[tuple[_Process, Line | None]] = queue.Queue()
+        self.hands = [self._hand(i, cards, seen) for i in range(count)]
+
+    def _hand(self, index: int, cards: int, seen: Sequence[int]) -> _Process:
+        own = seen[index * cards : (index + 1) * cards]
+        # Where cards are hidden from all others, the ones in sight are this process' own.
+        place: Mapping[str, Any] = {}
+        if own:
+            place = {"device": None, "devices": "1" if cards == 1 else "all"}
+        return _Process(f"process {index}", place, visible(own, os.environ), self._hear)
+
+    def _hear(self, hand: _Process, line: Line | None) -> None:
+        self._told.put((hand, line))
+
+    def free(self, waiting: int) -> Sequence[Hand]:
+        """Return the processes without a job; they start with their first."""
+        return [hand for hand in self.hands if hand.job is None]
+
+    def begin(self, hand: Hand, job: BatchJob) -> None:
+        """Send the job to its process."""
+        assert isinstance(hand, _Process)
+        hand.job, hand.asked_to_stop = job, False
+        hand.send({"job": job.to_dict()})
+
+    def wait(self, seconds: float) -> list[tuple[BatchJob, Outcome]]:
+        """Listen to the processes until a job ended, or for so long."""
+        for hand in self.hands:
+            ask = self._stopped is not None and hand.job is not None and not hand.asked_to_stop
+            if ask and self._stopped is not None and hand.job is not None:
+                hand.asked_to_stop = self._stopped(hand.job.number)
+                if hand.asked_to_stop:
+                    hand.send({"stop": hand.job.number})
+        found: list[tuple[BatchJob, Outcome]] = []
+        with contextlib.suppress(queue.Empty):
+            hand, line = self._told.get(timeout=seconds)
+            while True:
+                found += self._heard(hand, line)
+                hand, line = self._told.get_nowait()
+        return found
+
+    def _heard(self, hand: _Process, line: Line | None) -> list[tuple[BatchJob, Outcome]]:
+        job = hand.job
+        if line is None:
+            code = hand.ended()
+            hand.job = None
+            hand.group = ""
+            lost = Outcome(lost=True, kind="Lost", error=f"Its process ended with code {code}.")
+            return [] if job is None else [(job, lost)]
+        if job is None or line.get("number") != job.number:
+            return []
+        if "percent" in line:
+            if self._progress is not None:
+                self._progress(job.number, line["percent"])
+            return []
+        hand.job = None
+        return [(job, Outcome(**line["outcome"]))]
+
+    def close(self) -> None:
+        """End the processes. What they had in work is on disk up to its last step."""
+        for hand in self.hands:
+            hand.ended()
+
+
+def processes_for(at_once: str, optimization: Mapping[str, Any], **told: Any) -> Processes:
+    """Return a crew for this host: ``at_once`` is a number, or "all" for as many as fit its cards.
+
+    ``optimization`` says with ``devices`` how many cards a job has, and with ``device`` "cpu" that
+    none is used. Raises InvalidRequest for numbers that do not go together.
+    """
+    from ..memory import all_cards
+
+    cpu = str(optimization.get("device") or "").startswith("cpu")
+    cards = () if cpu else all_cards()
+    count = None if at_once == "all" else _number(at_once, "at_once")
+    if count == 1:  # the one job has this host as it is, and its plan chooses
+        return Processes(1, **told)
+    each = _number(str(optimization.get("devices", "1")), "devices")
+    count = max(1, len(cards) // each) if count is None else count
+    return Processes(count, cards=each, seen=range(len(cards)), **told)
+
+
+def _number(text: str, name: str) -> int:
+    if not (text.isascii() and text.isdigit() and int(text) > 0):
+        raise InvalidRequest(
+            f"{name} is {text!r}; with several jobs at once a number from 1 on is needed"
+            f"{', or all' if name == 'at_once' else ''}.",
+            field=name,
+        )
+    return int(text)
+
+
+def visible(cards: Sequence[int], given: Mapping[str, str]) -> dict[str, str]:
+    """Return what of the environment lets a process see these cards alone, in their order.
+
+    ``cards`` are counted among those that ``given``, this process' environment, shows it.
+    """
+    if not cards:
+        return {}
+    name = next((one for one in _VISIBLE if given.get(one)), _VISIBLE[-1])
+    seen = [one.strip() for one in given.get(name, "").split(",") if one.strip()]
+    return {name: ",".join(seen[card] if seen else str(card) for card in cards)}
+
+
+def main() -> None:
+    """Be a process of a crew: carry out the jobs that come by stdin until it closes."""
+    # What a library prints must not be taken for an answer.
+    answers = os.fdopen(os.dup(1), "wb", buffering=0)
+    os.dup2(2, 1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the driver, which closes stdin
+    inbox: queue.Queue[BatchJob] = queue.Queue()
+    unwanted: set[int] = set()
+
+    def listen() -> None:
+        for text in sys.stdin.buffer:
+            line = json.loads(text)
+            if "job" in line:
+                inbox.put(BatchJob.from_dict(line["job"]))
+            else:
+                unwanted.add(line["stop"])
+        os._exit(0)  # the driver is gone, however: the journal is whole after every step
+
+    threading.Thread(target=listen, daemon=True).start()
+
+    def answer(line: Line) -> None:
+        answers.write((json.dumps(line, default=str) + "\n").encode())
+
+    carrier = Carrier(json.loads(sys.argv[2]))
+    while True:
+        job = inbox.get()
+        number, last = job.number, [-1]
+
+        def tell(percent: int, number: int = number, last: list[int] = last) -> None:
+            if percent != last[0]:
+                last[0] = percent
+                answer({"number": number, "percent": percent})
+
+        def stop(number: int = number) -> bool:
+            return number in unwanted
+
+        outcome = carrier.carry_out(job, tell, stop)
+        unwanted.discard(number)
+        answer({"number": number, "outcome": outcome.to_dict()})

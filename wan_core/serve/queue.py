@@ -1,0 +1,322 @@
+"""The queue of a server, in one SQLite file: what was accepted is never lost.
+
+A job is accepted when its row is on the disk. Jobs that were in work when the server ended wait
+again when it starts, and their journals go on. How far a job is changes many times a second and is
+kept in memory only.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+import shutil
+import sqlite3
+import threading
+import time
+from collections import Counter
+from collections.abc import Mapping
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import InvalidRequest, OutputError
+from .carry import MOST_LOSSES, Outcome
+from .jobs import BatchJob
+
+STATES = ("queued", "in_progress", "completed", "failed")
+MOST_WAITING = 10_000
+"""More jobs than these are refused until some are done."""
+_VERSION = 1
+_TABLE = """
+CREATE TABLE IF NOT EXISTS jobs (
+    number INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT UNIQUE NOT NULL, status TEXT NOT NULL,
+    priority REAL NOT NULL, grp TEXT NOT NULL, created REAL NOT NULL, ended REAL, job TEXT NOT NULL,
+    shown TEXT NOT NULL, tries INTEGER NOT NULL DEFAULT 0,
+    losses INTEGER NOT NULL DEFAULT 0, unwanted INTEGER NOT NULL DEFAULT 0, outcome TEXT
+)
+"""
+_INDEX = "CREATE INDEX IF NOT EXISTS by_status ON jobs (status, tries, priority)"
+_NEXT = """
+SELECT * FROM jobs WHERE status = 'queued' AND unwanted = 0
+ORDER BY tries, priority DESC, grp != ?, number LIMIT 1
+"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """A job of the queue as it is now."""
+
+    number: int
+    id: str
+    status: str
+    created: float
+    ended: float | None
+    output: Path
+    shown: Mapping[str, Any]
+    """What its client is told of the request."""
+    outcome: Mapping[str, Any]
+    """The last try's ``Outcome`` as plain values; empty before the first ended."""
+    percent: int
+    tries: int
+
+
+def new_id() -> str:
+    """Return a name for a job, which nobody can guess."""
+    return f"video_gen_{secrets.token_hex(16)}"
+
+
+class QueueFull(InvalidRequest):
+    """So many jobs wait that no more are taken."""
+
+
+class Queue:
+    """The jobs of one server; safe to use from several threads. Is a ``Work`` for a crew.
+
+    ``tries`` is how often a job is tried before it is failed for good. Raises InvalidRequest for a
+    file that is no queue, OutputError where it cannot be written.
+    """
+
+    def __init__(self, path: Path, tries: int = 2) -> None:
+        self.path, self._tries = path, tries
+        self._lock = threading.RLock()
+        self._news = threading.Event()
+        self._percent: dict[int, int] = {}
+        self._unwanted: set[int] = set()
+        self.counts: Counter[str] = Counter()
+        """How many jobs ended since the server began, by how they did."""
+        self.seconds = 0.0
+        """Seconds of all renders that ended since."""
+        self.closed = False
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = sqlite3.connect(
+                path, timeout=1, check_same_thread=False, isolation_level=None
+            )
+            self._file.row_factory = sqlite3.Row
+            self._begin()
+        except sqlite3.DatabaseError as err:
+            if isinstance(err, sqlite3.OperationalError):
+                raise OutputError(
+                    f"The queue {path} cannot be used: {err}. Another server may use this folder."
+                ) from err
+            raise InvalidRequest(
+                f"{path} is not the queue of a server ({err}). Move it away, or name another."
+            ) from err
+
+    def _begin(self) -> None:
+        """Make the table, take the file for this process alone, and take up what was in work."""
+        self._file.execute("PRAGMA locking_mode = EXCLUSIVE")
+        self._file.execute("PRAGMA journal_mode = WAL")
+        self._file.execute("PRAGMA synchronous = FULL")
+        version = self._file.execute("PRAGMA user_version").fetchone()[0]
+        if version not in (0, _VERSION):
+            raise InvalidRequest(
+                f"{self.path} was made by another version of WanFit (format {version}; this one "
+                f"reads {_VERSION}). Name another folder."
+            )
+        self._file.execute(_TABLE)
+        self._file.execute(_INDEX)
+        self._file.execute(f"PRAGMA user_version = {_VERSION}")
+        with self._lock:
+            # A kill is no loss: whoever ended the server did not mean the job.
+            self._file.execute(
+                "UPDATE jobs SET status = 'queued', tries = MAX(0, tries - 1)"
+                " WHERE status = 'in_progress'"
+            )
+            gone = self._file.execute("SELECT * FROM jobs WHERE unwanted = 1").fetchall()
+        for row in gone:
+            self._remove(row)
+
+    def folder_of(self, id: str) -> Path:
+        """Return the folder with all that belongs to a job: input, journal and clip."""
+        return self.path.parent / "jobs" / id
+
+    def remove_folder(self, id: str) -> None:
+        """Remove all files of a job."""
+        shutil.rmtree(self.folder_of(id), ignore_errors=True)
+
+    def add(self, id: str, job: BatchJob, shown: Mapping[str, Any]) -> Row:
+        """Accept a job; it is on the disk when this returns.
+
+        Raises QueueFull where too many wait, OutputError where the disk is full.
+        """
+        with self._lock:
+            if self.waiting() >= MOST_WAITING:
+                raise QueueFull(f"{MOST_WAITING:,} jobs wait already; try again later.")
+            values = (
+                id, job.priority, job.group, time.time(), json.dumps(job.to_dict()),
+                json.dumps(dict(shown)),
+            )  # fmt: skip
+            try:
+                self._file.execute(
+                    "INSERT INTO jobs (id, status, priority, grp, created, job, shown)"
+                    " VALUES (?, 'queued', ?, ?, ?, ?, ?)",
+                    values,
+                )
+            except sqlite3.OperationalError as err:
+                raise OutputError(f"The job cannot be kept: {err}. Free some space.") from err
+            row = self.get(id)
+        self._news.set()
+        assert row is not None
+        return row
+
+    def get(self, id: str) -> Row | None:
+        """Return a job; None for one that is not there, or was deleted."""
+        with self._lock, closing(self._file.cursor()) as cursor:
+            cursor.execute("SELECT * FROM jobs WHERE id = ? AND unwanted = 0", (id,))
+            row = cursor.fetchone()
+        return None if row is None else self._row(row)
+
+    def list(self, limit: int, after: str | None = None, newest: bool = True) -> list[Row]:
+        """Return at most so many jobs, those behind ``after`` in the order of their numbers.
+
+        Raises InvalidRequest for an ``after`` that is not there.
+        """
+        order, sign = ("DESC", "<") if newest else ("ASC", ">")
+        with self._lock, closing(self._file.cursor()) as cursor:
+            edge = 2**62 if newest else -1
+            if after is not None:
+                found = cursor.execute("SELECT number FROM jobs WHERE id = ?", (after,)).fetchone()
+                if found is None:
+                    raise InvalidRequest(
+                        f"after is {after!r}; there is no such job.", field="after"
+                    )
+                edge = found[0]
+            cursor.execute(
+                f"SELECT * FROM jobs WHERE unwanted = 0 AND number {sign} ?"
+                f" ORDER BY number {order} LIMIT ?",
+                (edge, limit),
+            )
+            return [self._row(row) for row in cursor.fetchall()]
+
+    def by_status(self) -> dict[str, int]:
+        """Return how many jobs are in each state."""
+        with self._lock:
+            rows = self._file.execute(
+                "SELECT status, COUNT(*) FROM jobs WHERE unwanted = 0 GROUP BY status"
+            ).fetchall()
+        return dict.fromkeys(STATES, 0) | {row[0]: row[1] for row in rows}
+
+    def delete(self, id: str) -> bool:
+        """Take a job out, with all that belongs to it; one in work stops at its next block."""
+        with self._lock:
+            row = self._file.execute(
+                "SELECT * FROM jobs WHERE id = ? AND unwanted = 0", (id,)
+            ).fetchone()
+            if row is None:
+                return False
+            if row["status"] == "in_progress":
+                self._file.execute("UPDATE jobs SET unwanted = 1 WHERE id = ?", (id,))
+                self._unwanted.add(row["number"])
+            else:
+                self._remove(row)
+        return True
+
+    def _remove(self, row: sqlite3.Row) -> None:
+        """Take a row out of the table, after its files: a kill between leaves no orphan."""
+        self.remove_folder(row["id"])
+        with self._lock:
+            self._file.execute("DELETE FROM jobs WHERE number = ?", (row["number"],))
+            self._unwanted.discard(row["number"])
+            self._percent.pop(row["number"], None)
+
+    def _row(self, row: sqlite3.Row) -> Row:
+        done = row["status"] == "completed"
+        return Row(
+            number=row["number"],
+            id=row["id"],
+            status=row["status"],
+            created=row["created"],
+            ended=row["ended"],
+            output=Path(json.loads(row["job"])["output"]),
+            shown=json.loads(row["shown"]),
+            outcome=json.loads(row["outcome"] or "{}"),
+            percent=100 if done else self._percent.get(row["number"], 0),
+            tries=row["tries"],
+        )
+
+    # -- what a crew asks -------------------------------------------------------------------------
+
+    def waiting(self) -> int:
+        """Return how many jobs are queued; none once the server ends."""
+        if self.closed:
+            return 0
+        with self._lock:
+            found = self._file.execute("SELECT COUNT(*) FROM jobs WHERE status = 'queued'")
+            return int(found.fetchone()[0])
+
+    def take(self, group: str) -> BatchJob | None:
+        """Return the next job: tried least, of the highest priority, of the open model, oldest."""
+        if self.closed:
+            return None
+        with self._lock:
+            row = self._file.execute(_NEXT, (group,)).fetchone()
+            if row is None:
+                return None
+            self._file.execute(
+                "UPDATE jobs SET status = 'in_progress', tries = tries + 1 WHERE number = ?",
+                (row["number"],),
+            )
+        values = json.loads(row["job"])
+        return BatchJob.from_dict({**values, "number": row["number"]})
+
+    def settle(self, job: BatchJob, outcome: Outcome) -> None:
+        """Note what became of a job; remove it where it was deleted while in work."""
+        with self._lock:
+            row = self._file.execute(
+                "SELECT * FROM jobs WHERE number = ?", (job.number,)
+            ).fetchone()
+            if row is None:
+                return
+            self._percent.pop(job.number, None)
+            if row["unwanted"]:
+                self._remove(row)
+                self.counts["deleted"] += 1
+                return
+            tries, losses = row["tries"] - outcome.lost, row["losses"] + outcome.lost
+            status = "completed"
+            if outcome.stopped:  # the server ends: as if it had not been begun
+                tries, status = tries - 1, "queued"
+            elif outcome.error:
+                last = outcome.final or tries >= self._tries or losses >= MOST_LOSSES
+                status = "failed" if last else "queued"
+            ended = time.time() if status in ("completed", "failed") else None
+            self._file.execute(
+                "UPDATE jobs SET status = ?, tries = ?, losses = ?, ended = ?, outcome = ?"
+                " WHERE number = ?",
+                (
+                    status,
+                    tries,
+                    losses,
+                    ended,
+                    json.dumps(outcome.to_dict(), default=str),
+                    job.number,
+                ),
+            )
+            self.counts["lost" if outcome.lost else "again" if status == "queued" else status] += 1
+            self.seconds += outcome.seconds
+
+    def progress(self, number: int, percent: int) -> None:
+        """Note how far a job is."""
+        self._percent[number] = percent
+
+    def stopped(self, number: int) -> bool:
+        """Return whether a job in work is not wanted any more."""
+        return self.closed or number in self._unwanted
+
+    def rest(self) -> bool:
+        """Wait until a job comes; False once the server ends."""
+        self._news.wait(0.5)
+        self._news.clear()
+        return not self.closed
+
+    def end(self) -> None:
+        """Give out no more jobs, and stop those in work; their journals stay."""
+        self.closed = True
+        self._news.set()
+
+    def close(self) -> None:
+        """Close the file, when nobody uses it any more."""
+        with self._lock:
+            self._file.close()
