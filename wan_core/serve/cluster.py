@@ -39,6 +39,7 @@ class _Actor:
 
     def prove(self) -> dict[str, Any]:
         """Return what must be equal on all machines for equal clips: versions, and the card."""
+        import ray
         import torch
 
         from ..journal import device_name, versions
@@ -46,6 +47,7 @@ class _Actor:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         return {
             "versions": versions(), "device": device_name(device), "machine": platform.node(),
+            "node": ray.get_runtime_context().get_node_id(),
         }  # fmt: skip
 
     def carry_out(self, values: dict[str, Any]) -> dict[str, Any]:
@@ -72,7 +74,7 @@ class _Placed(Hand):
         super().__init__(name)
         self.actor, self.placement = actor, group
         self.starting: Any = actor.prove.remote()
-        self.machine = ""
+        self.machine = self.node = ""
         self.result: Any = None
         self.state: Any = None
         self.asked = 0.0
@@ -205,7 +207,7 @@ class Cluster:
                 ) from error
             return
         self._failed_starts = 0
-        hand.machine = proof["machine"]
+        hand.machine, hand.node = proof["machine"], proof["node"]
         self._compare(hand, proof)
 
     def _compare(self, hand: _Placed, proof: dict[str, Any]) -> None:
