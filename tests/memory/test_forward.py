@@ -471,3 +471,58 @@ def test_unipc_holds_as_many_latents_as_are_counted() -> None:
     storages = {tensor.untyped_storage()._cdata for tensor in held if tensor is not None}
     # The state, what the scheduler keeps, and the velocities of the pass before.
     assert 1 + len(storages - {latents.untyped_storage()._cdata}) + 1 <= memory._LATENT_COPIES
+
+
+class Alone:
+    """One of several processes; the others send nothing in particular."""
+
+    rank = 0
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def all_to_all(self, parts: torch.Tensor) -> torch.Tensor:
+        return torch.empty_like(parts)
+
+    def all_gather(self, part: torch.Tensor) -> torch.Tensor:
+        return part.new_empty((self.size, *part.shape))
+
+
+@pytest.mark.parametrize(
+    ("name", "exact", "cards", "batch"),
+    [
+        ("wan2.1-t2v-14b", True, 2, 1),
+        ("wan2.1-t2v-14b", False, 4, 2),
+        ("wan2.1-i2v-14b", True, 4, 2),
+        ("wan2.2-ti2v-5b", True, 4, 1),
+        ("wan2.2-ti2v-5b", False, 2, 1),
+    ],
+)
+def test_a_forward_that_is_cut_agrees_with_the_dry_run(
+    monkeypatch: pytest.MonkeyPatch, name: str, exact: bool, cards: int, batch: int
+) -> None:
+    found, kind = architecture(name), torch.bfloat16
+    shape, (frames, height, width) = found.transformer, (9, 60, 104)
+    per_token, frame = found.variant.expand_timesteps, 30 * 52
+    monkeypatch.setattr(lean_forward, "_runs_of", lambda timestep: (0, frame))
+
+    def run(model: torch.nn.Module) -> object:
+        with (
+            lean_forward.lean_forward(model, exact=exact),
+            lean_forward.cut_tokens(model, Alone(cards)),
+        ):
+            return model(
+                torch.empty(batch, shape.in_channels, frames, height, width, dtype=kind),
+                torch.empty(batch, frames * frame) if per_token else torch.empty(batch),
+                torch.empty(batch, 512, shape.text_dim, dtype=kind),
+                torch.empty(batch, 257, 1280, dtype=kind) if shape.image_dim else None,
+                return_dict=False,
+            )
+
+    numbers = {
+        "batch": batch, "latent_frames": frames, "latent_height": height, "latent_width": width,
+        "size": 2, "per_token": per_token, "exact": exact,
+    }  # fmt: skip
+    live = dry_transformer(shape, "bf16").peak(run)
+    assert lean_peak(shape, cut=cards, **numbers) == pytest.approx(live, rel=0.005)
+    assert live < lean_peak(shape, **numbers) / 1.3

@@ -12,8 +12,8 @@ from support.machines import architecture, cpu, gpu
 from wan_core import OptimizationConfig
 from wan_core.config import GIB
 from wan_core.errors import InvalidRequest
-from wan_core.memory import Card, SystemResources, Workload
-from wan_core.plan import OptimizationPlan, Planner, for_all_cards
+from wan_core.memory import Card, Link, SystemResources, Trial, Workload, cut_kind, link_name
+from wan_core.plan import OptimizationPlan, Planner, for_all_cards, gangs
 
 LONG = Workload(width=832, height=480, num_frames=401, window_frames=81, steps=40)
 SHORT = Workload(width=832, height=480, num_frames=81, steps=40)
@@ -47,12 +47,113 @@ def test_a_step_takes_as_many_turns_as_the_passes_need(count: int) -> None:
     assert f"on {count} cards" in shared.applied
 
 
-def test_a_clip_in_one_window_has_two_passes_to_share() -> None:
-    found = plan(SHORT, machine(80, 80, 80, 80), "all")
-    assert found.workers == ("cuda:0", "cuda:1")
-    assert "2 more would have nothing to do" in found.reasons[-1]
-    alone = plan(replace(SHORT, guidance_high=False), machine(80, 80), 2)
-    assert alone.workers == () and "one card is faster" in alone.reasons[-1]
+def known(system: SystemResources, cards: int, **facts: Any) -> SystemResources:
+    """The machine after links or a trial between so many cards were measured."""
+    between = system.between
+    if "link" in facts:
+        name = link_name(gangs.machine(system), cards)
+        between = replace(between, links={**between.links, name: Link(*facts["link"])})
+    if "equal" in facts:
+        kind = cut_kind(facts["what"], 1, facts["tokens"], cards)
+        trial = Trial(facts["equal"], 0.0 if facts["equal"] else 3e-3)
+        between = replace(between, trials={**between.trials, kind: trial})
+    return replace(system, between=between)
+
+
+NVLINK = (3.5e11, 5e-5)
+TOKENS = 21 * 30 * 52
+FOUR = known(known(machine(80, 80, 80, 80), 2, link=NVLINK), 4, link=NVLINK)
+
+
+def test_cards_that_windows_and_guidance_leave_over_cut_passes() -> None:
+    """81 frames are one window: two passes, and four cards."""
+    found = plan(SHORT, FOUR, "all")
+    assert found.workers == tuple(f"cuda:{i}" for i in range(4)) and found.gang == 2
+    assert "each pass cut over 2" in found.applied and found.must_equal
+    # Nothing is promised of a cut that was not tried: until then two cards compute, as now.
+    two = plan(SHORT, FOUR, 2)
+    assert two.gang == 1 and found.step_seconds == two.step_seconds
+    assert "was not tried here" in found.reasons[-1] and "350 GB/s measured" in found.reasons[-1]
+
+    tried = known(FOUR, 2, equal=True, what=found.tried_as, tokens=TOKENS)
+    sure = plan(SHORT, tried, "all")
+    assert sure.gang == 2 and "exact: tried here, every bit was equal" in sure.reasons[-1]
+    assert sure.step_seconds == pytest.approx(two.step_seconds / 2, rel=0.1)
+    assert sure.step_seconds > two.step_seconds / 2  # the exchanges
+    assert sure.card_peak_bytes < two.card_peak_bytes < found.card_peak_bytes + GIB
+
+    alone = plan(replace(SHORT, guidance_high=False), FOUR, "all", speed="fast")
+    assert alone.gang == 4 and len(alone.workers) == 4 and not alone.must_equal
+
+
+def test_what_has_other_bits_is_for_fast_only() -> None:
+    what = plan(SHORT, FOUR, "all").tried_as
+    other = known(FOUR, 2, equal=False, what=what, tokens=TOKENS)
+    exact = plan(SHORT, other, "all")
+    assert exact.gang == 1 and exact.workers == ("cuda:0", "cuda:1")
+    assert "2 more would have nothing to do (cut over 2 a pass has other bits" in exact.reasons[-1]
+    quick = plan(SHORT, FOUR, "all", speed="fast")
+    assert quick.tried_as != what  # other kernels: a trial of their own
+    other = known(FOUR, 2, equal=False, what=quick.tried_as, tokens=TOKENS)
+    fast = plan(SHORT, other, "all", speed="fast")
+    assert fast.gang == 2 and "rounding: tried here, relative error 3.0e-03" in fast.reasons[-1]
+
+
+def test_windows_and_guidance_come_before_a_cut() -> None:
+    """Twelve passes fill four cards; ten do not, and a trial may not cost turns."""
+    assert plan(LONG, FOUR, "all").gang == 1
+    ten = replace(LONG, num_frames=321)
+    untried = plan(ten, FOUR, "all")
+    assert untried.gang == 1 and len(untried.workers) == 4
+    tried = known(FOUR, 2, equal=True, what=untried.tried_as, tokens=TOKENS)
+    found = plan(ten, tried, "all")  # five turns of half a pass rather than three of a whole one
+    assert found.gang == 2 and found.step_seconds < 0.95 * untried.step_seconds
+
+
+def test_slow_links_and_odd_numbers_cut_nothing() -> None:
+    slow = known(machine(80, 80, 80, 80), 2, link=(1e8, 1e-3))
+    found = plan(SHORT, slow, "all", speed="fast")
+    assert found.gang == 1 and "would not pay" in found.reasons[-1]
+    three = plan(replace(SHORT, guidance_high=False), machine(80, 80, 80), 3, speed="fast")
+    assert three.gang == 2 and len(three.workers) == 2  # 40 heads
+    assert "1 more would have nothing to do" in three.reasons[-1]
+    windows = plan(SHORT, replace(FOUR, os="Windows"), "all")
+    assert windows.gang == 1 and "Windows does not have" in windows.reasons[-1]
+    own = plan(SHORT, FOUR, "all", forward="diffusers")
+    assert own.gang == 1 and "only the lean forward" in own.reasons[-1]
+
+
+def test_eight_cards_share_guidance_and_cut_over_four() -> None:
+    eight = machine(*[80] * 8)
+    for cards in (2, 4, 8):
+        eight = known(eight, cards, link=NVLINK)
+    found = plan(SHORT, eight, "all", speed="fast")
+    assert found.gang == 4 and len(found.workers) == 8
+
+
+def test_a_smaller_plan_keeps_the_gangs() -> None:
+    asked = OptimizationConfig(devices="all")
+    begun = Planner().recommend_optimizations(MODEL, SHORT, FOUR, asked)
+    smaller = Planner().smaller_plan(MODEL, SHORT, FOUR, asked, begun, "denoise")
+    assert smaller is not None and (smaller.gang, smaller.workers) == (2, begun.workers)
+    assert smaller.tried_as == gangs.tried_as(
+        gangs.wishes(MODEL, SHORT, smaller.choices, FOUR, asked, lean=True)
+    )
+
+
+def test_one_pass_for_one_card() -> None:
+    alone = plan(replace(SHORT, guidance_high=False), machine(80, 80), 2, forward="diffusers")
+    assert alone.workers == () and "one card is faster: a step is one pass" in alone.reasons[-1]
+
+
+def test_segments_wait_for_each_other() -> None:
+    """401 frames in segments of 81 are six times two passes: more than two cards cannot share."""
+    segments = replace(LONG, in_turn=True)
+    found, alone = plan(segments, machine(*[80] * 8), 2), plan(LONG, machine(80), 1)
+    assert "a step has 2 passes" in found.reasons[-1]
+    assert found.step_seconds == pytest.approx(alone.step_seconds / 2)
+    more = plan(segments, machine(*[80] * 8), 8, forward="diffusers")
+    assert more.workers == found.workers and more.gang == 1
 
 
 def test_auto_takes_as_many_as_pay() -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from support.thread_gang import ThreadGroup
 from wan_core.workers.child import Cancelled, Worker
 from wan_core.workers.messages import Message, read_message, write_message
 
@@ -40,13 +41,20 @@ class ThreadWorker:
         self.device, self.pid, self._told = device, 0, told
         self.dead = threading.Event()
         self.units: list[dict[str, Any]] = []
-        self._worker = Worker(device, self._answer)
+        self.group: ThreadGroup | None = None
+        self._worker = Worker(device, self._answer, self._join)
         self._worker.check = self._check  # type: ignore[method-assign]
         self._real_check = Worker.check
         threads = torch.get_num_threads()
         self.thread = threading.Thread(target=self._run, args=(threads,), daemon=True)
         type(self).made.append(self)
         self.thread.start()
+
+    def _join(self, *where: Any) -> ThreadGroup:
+        self.group = ThreadGroup(*where)
+        if self.dead.is_set():
+            self.group.meeting.break_off()
+        return self.group
 
     def _check(self) -> None:
         if self.dead.is_set():
@@ -57,17 +65,19 @@ class ThreadWorker:
 
     def _run(self, threads: int) -> None:
         torch.set_num_threads(threads)
-        compute = self._worker._compute
+        given = self._worker._given
 
         def watched(header: dict[str, Any], tensors: dict[str, Tensor]) -> Any:
             self.units.append(header)
             if type(self).trouble is not None:
                 type(self).trouble(self, header["number"])
-            return compute(header, tensors)
+            return given(header, tensors)
 
-        self._worker._compute = watched  # type: ignore[method-assign]
+        self._worker._given = watched  # type: ignore[method-assign]
         with contextlib.suppress(Killed):
             self._worker.serve()
+        if self.group is not None:
+            self.group.meeting.break_off()
         if not self.dead.is_set():
             self.dead.set()
             self._told(self, None)
@@ -89,6 +99,8 @@ class ThreadWorker:
 
     def kill(self) -> None:
         self.dead.set()
+        if self.group is not None:
+            self.group.meeting.break_off()
         self._worker.inbox.put(({"type": "stop"}, {}))
 
     def stop(self) -> None:

@@ -23,7 +23,7 @@ from support.tiny_models import folders, open_wan
 from wan_core import GenerationConfig
 from wan_core.config import WanControl
 from wan_core.errors import WorkerFailed
-from wan_core.workers import child, close_workers, pool, worker_pool
+from wan_core.workers import child, close_workers, gang, pool, worker_pool
 
 ROOT = Path(__file__).parents[2]
 CLIP = {"prompt": "a red cat", "width": 32, "height": 32, "num_frames": 29, "seed": 1,
@@ -41,7 +41,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Any:
 def threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[ThreadWorker]]:
     """Workers that are threads; none is left over."""
     close_workers()
-    monkeypatch.setattr(pool, "WorkerProcess", ThreadWorker)
+    monkeypatch.setattr(gang, "WorkerProcess", ThreadWorker)
     ThreadWorker.trouble, ThreadWorker.made = None, []
     yield ThreadWorker
     ThreadWorker.trouble = ThreadWorker.looked = None
@@ -188,8 +188,8 @@ def test_what_is_new_to_a_worker_may_take_long(
     folder: Any, threads: type[ThreadWorker], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Kernels may be compiled in the first unit of other weights or shapes: it does not hang."""
-    monkeypatch.setattr(pool, "_QUIET_SECONDS", 0.5)
-    monkeypatch.setattr(pool, "_QUIET_FACTOR", 1.0)
+    monkeypatch.setattr(gang, "_QUIET_SECONDS", 0.5)
+    monkeypatch.setattr(gang, "_QUIET_FACTOR", 1.0)
     met: list[str] = []
 
     def trouble(worker: ThreadWorker, number: int) -> None:
@@ -215,9 +215,10 @@ def test_a_peak_is_that_of_its_unit(monkeypatch: pytest.MonkeyPatch) -> None:
         held.append(3)
         return torch.zeros(1), None
 
-    monkeypatch.setattr(worker, "_compute", compute)
+    monkeypatch.setattr(worker, "_given", lambda *_: (None, None, None, None))
+    monkeypatch.setattr(child, "compute_unit", compute)
     worker._next_beat = float("inf")
-    worker._work({"number": 1}, {})
+    worker._work({"number": 1, "cut": False, "both": False, "weights": ""}, {})
     assert told[-1]["peak_bytes"] == 3
 
 

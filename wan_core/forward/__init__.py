@@ -7,7 +7,8 @@ reference and the camera of the Fun models, inside ``known_faces`` a face's toke
 ``encode_faces`` made once; a ``DrivingStream`` given to the lean forward is Animate 2's second
 stream; ``why_no_lean`` gives the reason
 that lies in the installed diffusers, before there is a module; ``blocks_in_order`` lists the blocks
-as they compute; and ``undisturbed``, inside which nothing that the caller has set for torch counts.
+as they compute; ``cut_tokens`` cuts a call over several processes;
+and ``undisturbed``, inside which nothing that the caller has set for torch counts.
 Nothing here knows on which device weights are or how they get there. Names are resolved on first
 use, so that importing this package does not import torch.
 """
@@ -21,12 +22,13 @@ from ..lazy import lazy_names
 if TYPE_CHECKING:
     from .animate import as_pixels, encode_faces, known_faces, reads_faces
     from .animate2 import DrivingStream
+    from .cut import Cut, Exchange, alike
     from .fun import fun_inputs
     from .replaced import Installed, ReplacedForward, unknown_code
     from .residual import BlockPasses, block_passes
     from .sources import DECODER, norms_widen, why_no_lean
     from .surroundings import Surroundings, settings_notes, undisturbed
-    from .transformer import hints_in_turn, lean_forward, run_together
+    from .transformer import can_be_cut, cut_tokens, hints_in_turn, lean_forward, run_together
     from .vace import blocks_in_order
 
 __getattr__ = lazy_names(
@@ -34,12 +36,19 @@ __getattr__ = lazy_names(
     {
         "animate": ("as_pixels", "encode_faces", "known_faces", "reads_faces"),
         "animate2": ("DrivingStream",),
+        "cut": ("Cut", "Exchange", "alike"),
         "fun": ("fun_inputs",),
         "replaced": ("Installed", "ReplacedForward", "unknown_code"),
         "residual": ("BlockPasses", "block_passes"),
         "sources": ("DECODER", "norms_widen", "why_no_lean"),
         "surroundings": ("Surroundings", "settings_notes", "undisturbed"),
-        "transformer": ("hints_in_turn", "lean_forward", "run_together"),
+        "transformer": (
+            "can_be_cut",
+            "cut_tokens",
+            "hints_in_turn",
+            "lean_forward",
+            "run_together",
+        ),
         "vace": ("blocks_in_order",),
     },
 )
@@ -47,13 +56,18 @@ __getattr__ = lazy_names(
 __all__ = [
     "DECODER",
     "BlockPasses",
+    "Cut",
     "DrivingStream",
+    "Exchange",
     "Installed",
     "ReplacedForward",
     "Surroundings",
+    "alike",
     "as_pixels",
     "block_passes",
     "blocks_in_order",
+    "can_be_cut",
+    "cut_tokens",
     "encode_faces",
     "fun_inputs",
     "hints_in_turn",

@@ -42,6 +42,7 @@ from ..kernels import (
 )
 from ..memory import LEAN_HEAD_GROUPS, LEAN_ROWS
 from ..models import TEXT_TOKENS
+from .cut import Cut
 
 _EVERY: Span = (slice(None), 0)
 
@@ -70,6 +71,8 @@ class LeanOptions:
 
     attention_8bit: bool = False
     """Whether, with ``quick``, attention itself may be computed by kernels that round to 8 bit."""
+    cut: Cut | None = None
+    """Where the tokens are cut over several processes: which are computed here."""
 
     @property
     def coded_attention(self) -> bool:
@@ -217,13 +220,21 @@ def _self_attention(
     value = layers.project(2, last=True)
     if keep is not None:
         keep.append((key, value))
+    heads, cut = attn.heads, options.cut
+    if cut is not None:
+        heads = cut.heads(heads)
+        query = cut.to_heads(query)  # one after the other: each takes the place of its own
+        key = cut.to_heads(key)
+        value = cut.to_heads(value)
     if beside is not None:
         value = beside.widened(value)
         held = [beside.attend(attn, query, key, value, options)]
     else:
-        held = [_attend(attn, query, key, value, attn.heads, options)]
+        held = [_attend(attn, query, key, value, heads, options)]
     # q, k and v go before the output projection allocates its result.
     del query, key, value
+    if cut is not None:
+        held.append(cut.to_tokens(held.pop()))
     return _project_out(attn, held, coded)
 
 
@@ -322,8 +333,7 @@ def _self_attention_by_heads(
     fused: Fused,
 ) -> None:
     """Self attention with q and k whole, but v for one group of heads at a time."""
-    attn, groups = block.attn1, options.head_groups
-    coded = options.coded_attention
+    attn, cut, coded = block.attn1, options.cut, options.coded_attention
     # q and k cannot be made by groups: their norms average over all heads of a token.
     query, key = torch.empty_like(hidden), torch.empty_like(hidden)
     for span in modulation.spans:
@@ -332,20 +342,27 @@ def _self_attention_by_heads(
         for index, (norm, whole) in enumerate(((attn.norm_q, query), (attn.norm_k, key))):
             rows = layers.project(index, last=index == 1)
             rotate_span(norm, rows, attn.heads, span, rotary, whole[:, span[0]], fused)
-            del rows
+            del rows, whole
     values = None
     # v by groups multiplies with rows of the weight. A quantised layer has no such rows, and a
-    # hook (a LoRA's, for one) expects the whole output: then v is made whole.
-    if not is_plain_linear(attn.to_v):
+    # hook (a LoRA's, for one) expects the whole output: then v is made whole. So it is where other
+    # processes need their heads of it.
+    if cut is not None or not is_plain_linear(attn.to_v):
         values = torch.empty_like(hidden)
         for span in modulation.spans:
             layer = shared_by((attn.to_v,), hidden.dtype, coded)
             layer.read(modulation.normed(block.norm1, hidden, 0, span))
             values[:, span[0]] = layer.project(last=True)
-    size = query.shape[-1] // attn.heads
-    heads_each = -(-attn.heads // groups)
-    for first in range(0, attn.heads, heads_each):
-        heads = min(heads_each, attn.heads - first)
+    here = attn.heads
+    if cut is not None and values is not None:
+        here = cut.heads(here)
+        query = cut.to_heads(query)
+        key = cut.to_heads(key)
+        values = cut.to_heads(values)
+    size = query.shape[-1] // here
+    heads_each = -(-here // options.head_groups)
+    for first in range(0, here, heads_each):
+        heads = min(heads_each, here - first)
         lanes = slice(first * size, (first + heads) * size)
         if values is None:
             value = _value_of_heads(block, hidden, modulation, lanes)
@@ -355,6 +372,8 @@ def _self_attention_by_heads(
         query[..., lanes] = _attend(attn, query[..., lanes], key[..., lanes], value, heads, options)
         del value
     del key, values
+    if cut is not None:
+        query = cut.to_tokens(query)
     for span in modulation.spans:
         out = _project_out(attn, [query[:, span[0]]], coded)
         modulation.add_gated(hidden, out, 2, span)

@@ -29,6 +29,7 @@ from .animate import (
 )
 from .animate2 import DrivenBlock, DrivingStream, DrivingWalk
 from .block import LeanOptions, run_block
+from .cut import Cut, Exchange
 from .replaced import Installed, ReplacedForward, unknown_code
 from .sources import ANIMATE, TRANSFORMER, VACE
 from .timestep import Embedding, embed_timestep
@@ -165,6 +166,36 @@ def lean_forward(
     )  # fmt: skip
     with _lean(transformer, options):
         yield None
+
+
+@contextmanager
+def cut_tokens(transformer: nn.Module, among: Exchange | None) -> Iterator[None]:
+    """Cut this thread's calls of ``transformer`` along its tokens over the processes of ``among``.
+
+    All of them must make the same calls at the same time; each is given the whole result. None
+    leaves the model as it is. Raises ValueError where the lean forward is not on (``can_be_cut``),
+    or where heads or tokens leave a rest.
+    """
+    if among is None:
+        yield
+        return
+    installed = _lean.on(transformer)
+    options = None if installed is None else installed.mine()
+    if options is None or not options.blocks:
+        raise ValueError("only the lean forward can be cut over several processes")
+    with _lean(transformer, replace(options, cut=Cut(among))):
+        yield
+
+
+def can_be_cut(transformer: nn.Module) -> bool:
+    """Say whether the lean forward, which ``cut_tokens`` cuts, is on in this thread.
+
+    Not those of Animate: their faces and driving frames are attended to frame by frame.
+    """
+    installed = _lean.on(transformer)
+    options = None if installed is None else installed.mine()
+    plain = type(transformer).__name__ in ("WanTransformer3DModel", "WanVACETransformer3DModel")
+    return options is not None and options.blocks and plain
 
 
 @contextmanager
@@ -353,13 +384,21 @@ class _State:
         patched = transformer.patch_embedding(call.hidden_states)
         if call.pose_hidden_states is not None:
             add_pose(transformer, patched, call.pose_hidden_states)
+        length, own, cut = patched[0, 0].numel(), slice(None), options.cut
+        if cut is not None:
+            if self.walk is not None or call.face_pixel_values is not None:
+                raise ValueError("Animate's forward cannot be cut over several processes")
+            own = cut.own(length)
+            self._rotary = cut.rotary(self._rotary)
+            self._temb, self._parts = (cut.embedding(e, length) for e in (self._temb, self._parts))
         # A copy of its own, contiguous as in diffusers: the blocks will write into it.
-        self.hidden = patched.flatten(2).transpose(1, 2).contiguous()
+        self.hidden = patched.flatten(2).transpose(1, 2)[:, own].contiguous()
         del patched
         self._hints: HintBranch | None = None
         if call.control_hidden_states is not None:
             scale = call.control_hidden_states_scale
-            self._hints = HintBranch(transformer, call.control_hidden_states, scale, self.hidden)
+            control = call.control_hidden_states
+            self._hints = HintBranch(transformer, control, scale, length, own)
         self._faces: FaceBranch | None = None
         if call.face_pixel_values is not None:
             size = call.motion_encode_batch_size
@@ -418,7 +457,8 @@ class _State:
             table, both, hidden.shape[1], self._options.rows, upcast=False, fused=fused
         )
         out = model.proj_out(modulation.all_normed(model.norm_out, hidden, 0))
-        return self._unpatched(out)
+        cut = self._options.cut
+        return self._unpatched(out if cut is None else cut.whole(out))
 
     def _unpatched(self, out: Tensor) -> Tensor:
         batch, _, frames, height, width = self._grid

@@ -41,20 +41,21 @@ def blocks_in_order(transformer: Any) -> list[nn.Module]:
 class HintBranch:
     """The VACE branch in one call of the model: its state, and the hint for the next block.
 
-    ``control`` is (B, 96, T, h, w), ``scale`` has one number for each VACE block, and ``hidden`` is
-    the patched latents, (B, L, dim).
+    ``control`` is (B, 96, T, h, w), ``scale`` has one number for each VACE block, and ``length`` is
+    the number of tokens of the latents, of which those in ``own`` are computed here.
     """
 
-    def __init__(self, model: Any, control: Tensor, scale: Tensor | None, hidden: Tensor) -> None:
+    def __init__(
+        self, model: Any, control: Tensor, scale: Tensor | None, length: int, own: slice
+    ) -> None:
         self._numbers = {block: number for number, block in enumerate(model.vace_blocks)}
         ones = control.new_ones(len(self._numbers))
         self._scales = torch.unbind(ones if scale is None else scale)
         tokens = model.vace_patch_embedding(control).flatten(2).transpose(1, 2)
         # A control of fewer tokens than the latents have is filled up with zeros, as in diffusers.
-        padding = tokens.new_zeros(
-            hidden.shape[0], hidden.shape[1] - tokens.shape[1], tokens.shape[2]
-        )
-        self._states: Tensor | None = torch.cat([tokens, padding], dim=1)
+        padding = tokens.new_zeros(tokens.shape[0], length - tokens.shape[1], tokens.shape[2])
+        states = torch.cat([tokens, padding], dim=1)
+        self._states: Tensor | None = states[:, own].contiguous()
         self._hint: Tensor | None = None
 
     def __contains__(self, block: nn.Module) -> bool:

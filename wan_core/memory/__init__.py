@@ -8,6 +8,7 @@ measured. Estimates are pure arithmetic; torch is imported only to ask the devic
 from __future__ import annotations
 
 from .calibration import AttentionTimes, Calibrations, RunRecord, forward_name
+from .card_records import Between, CardRecords, Link, Trial, cut_kind, link_name
 from .cards import Card, all_cards
 from .choices import (
     STREAM_BUFFERS,
@@ -40,26 +41,32 @@ Job = Workload
 __all__ = [
     "AttentionTimes",
     "BANDS",
+    "Between",
     "CHUNKS",
     "Calibrations",
     "Card",
+    "CardRecords",
     "Choices",
     "Job",
     "LEAN_HEAD_GROUPS",
     "LEAN_ROWS",
+    "Link",
     "RAM_RESERVE",
     "RunRecord",
     "STREAM_BUFFERS",
     "SystemResources",
+    "Trial",
     "Workload",
     "all_cards",
     "close_gaps",
+    "cut_kind",
     "decode_peak",
     "encode_peak",
     "estimate",
     "format_estimate",
     "forward_name",
     "latent_size",
+    "link_name",
     "lean_decode_bytes",
     "lean_peak",
     "pinned_budget_now",

@@ -41,6 +41,8 @@ class Workload:
     """Whether only a part of the schedule's steps is made."""
     moving_windows: bool = False
     """Whether windows are at other places in each step."""
+    in_turn: bool = False
+    """Whether each window is denoised to its end before the next one begins (continuation)."""
     references: int = 0
     """Latent frames in front of the clip's: the references that VACE denoises with it, or the one
     that Fun Control sees."""

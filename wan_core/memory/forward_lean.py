@@ -38,8 +38,9 @@ class _Lean:
     ``span`` is the number of tokens in the longest span, ``groups`` the number of head groups.
     """
 
-    def __init__(self, tape: Tape, dims: Dims, span: int, groups: int) -> None:
+    def __init__(self, tape: Tape, dims: Dims, span: int, groups: int, cut: int = 1) -> None:
         self.tape, self.d, self.span, self.groups = tape, dims, span, groups
+        self.cut = cut
         self.row_elements = dims.batch * span * dims.dim
 
     def whole(self) -> Blob:
@@ -98,6 +99,21 @@ def _attend_whole(x: _Lean) -> Blob:
     return out
 
 
+def _exchange(x: _Lean, states: Blob) -> Blob:
+    """``Cut.to_heads`` and ``to_tokens``: what is sent and what comes; as many numbers as before.
+
+    A batch of one travels as it lies; of more, what came is copied into its order.
+    """
+    if x.cut == 1:
+        return states
+    sent = x.whole()
+    given = x.whole()
+    del sent
+    copied = x.whole() if x.d.batch > 1 else given
+    x.tape.during(given)
+    return copied
+
+
 def _self_attention(x: _Lean) -> Blob:
     normed = _all_normed(x)
     query = x.whole()
@@ -106,9 +122,12 @@ def _self_attention(x: _Lean) -> Blob:
     _rotate(x)
     value = x.whole()
     del normed
+    query = _exchange(x, query)
+    key = _exchange(x, key)
+    value = _exchange(x, value)
     out = _attend_whole(x)
     del query, key, value
-    return _project(x, out)
+    return _project(x, _exchange(x, out))
 
 
 def _add_and_norm(x: _Lean, change: Blob) -> Blob:
@@ -166,14 +185,20 @@ def _self_attention_by_heads(x: _Lean, whole_values: bool) -> None:
         _rotate(x)
         del projected
     del normed
-    heads = -(-d.heads // x.groups)
-    lanes = d.batch * d.tokens * heads * (d.dim // d.heads)
+    here = d.heads // x.cut
+    heads = -(-here // x.groups)
+    every = d.tokens * x.cut  # of these heads there are the tokens of all cards
+    lanes = d.batch * every * heads * (d.dim // d.heads)
     # One group of heads; the next one begins when this one's tensors are gone.
     value = x.whole() if whole_values else x.tape.new(lanes, d.size)
     normed = _normed(x)
     x.rows() if whole_values else x.rows(elements=lanes * x.span // d.tokens)
     del normed
-    lse = x.lse(d.tokens, heads)
+    if x.cut > 1:
+        query = _exchange(x, query)
+        key = _exchange(x, key)
+        value = _exchange(x, value)
+    lse = x.lse(every, heads)
     out = x.tape.new(lanes, d.size)
     del lse, value, out, key
     projected = x.rows()
@@ -256,7 +281,7 @@ def lean_peak(
     shape: TransformerShape, *, batch: int, latent_frames: int, latent_height: int,
     latent_width: int, size: int, per_token: bool = False, exact: bool = True, passes: int = 1,
     rows: int = LEAN_ROWS, groups: int = LEAN_HEAD_GROUPS, embed_every_token: bool = False,
-    whole_values: bool = False,
+    whole_values: bool = False, cut: int = 1,
 ) -> int:  # fmt: skip
     """Return the peak bytes of the lean forward, with its inputs but without weights.
 
@@ -264,7 +289,8 @@ def lean_peak(
     first frame and that of the rest). ``exact`` False splits matrix products. ``passes`` calls go
     through the blocks together (guidance with streamed weights). ``embed_every_token`` is what an
     exact forward with ``per_token`` does on a GPU. ``whole_values`` means that the value projection
-    is quantised or has a LoRA and cannot be split by heads.
+    is quantised or has a LoRA and cannot be split by heads. ``cut`` is over how many cards the
+    tokens are cut; what is around the blocks is computed whole on each.
     """
     tape = Tape()
     tokens = window_tokens(shape, latent_frames, latent_height, latent_width)
@@ -272,8 +298,9 @@ def lean_peak(
     images = 2 if shape.pos_embed_seq_len else 1
     image_tokens = 0 if shape.image_dim is None else IMAGE_TOKENS * images
     d = Dims(shape, batch, tokens, size, False, image_tokens)
-    span = _longest_span(tokens, frame if per_token else 0, rows)
-    lean = _Lean(tape, d, span, groups)
+    own = Dims(shape, batch, tokens // cut, size, False, image_tokens)
+    span = _longest_span(own.tokens, min(frame, own.tokens) if per_token else 0, rows)
+    lean, whole_values = _Lean(tape, own, span, groups, cut), whole_values or cut > 1
     latent = (latent_frames, latent_height, latent_width)
     held = [forward_inputs(tape, shape, d, latent, per_token=per_token)]
     held += [(tape.new(batch * TEXT_TOKENS * shape.text_dim, size),) for _ in range(passes - 1)]
@@ -287,10 +314,13 @@ def lean_peak(
         runs = 2 * _REPEATED_TIMESTEPS if per_token else 1
         times = time_embedding(tape, shape, d, rows=batch * runs)
         held += [rope, times, text_embedding(tape, d)[:1]]
-        embedded = lean.whole()
+        embedded = tape.new(d.hidden, size)
         held.append((lean.whole(),))
         del embedded
-        branches += [control_tokens(tape, d)] if vace else []
+        if vace:
+            controls = control_tokens(tape, d)
+            branches.append(controls if cut == 1 else lean.whole())
+            del controls
     # A block leaves nothing behind but the hidden states it overwrites, and one pass's temporaries
     # are gone before the next pass takes the block.
     for number in range(min(shape.layers, 2)):
@@ -303,8 +333,10 @@ def lean_peak(
         tape.during(*hints)
     normed = _all_normed(lean)
     patch = prod(shape.patch_size) * shape.out_channels
-    out = tape.new(batch * tokens * patch, size)
+    out = tape.new(batch * own.tokens * patch, size)
     del normed
+    if cut > 1:
+        out = tape.new(batch * tokens * patch, size)
     tape.new(batch * tokens * patch, size)
     tape.during(out, *(blob for group in held for blob in group))
     return tape.peak

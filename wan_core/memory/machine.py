@@ -13,7 +13,7 @@ import re
 import shutil
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib import import_module
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -21,6 +21,7 @@ from typing import Any
 from ..config import GIB, MIB
 from ..errors import InvalidRequest, MissingDependency
 from .calibration import Calibration
+from .card_records import Between
 from .cards import Card
 
 PINNED_SHARE_WINDOWS, PINNED_SHARE = 0.4, 0.5
@@ -114,6 +115,8 @@ class SystemResources:
     """The GPUs of the machine, looked at only where several may be used."""
     calibration: Calibration = Calibration()
     """What earlier runs of the same model on this machine have measured."""
+    between: Between = field(default_factory=Between)
+    """What was measured between its cards, looked at only where several may be used."""
 
     @property
     def process_ram_bytes(self) -> int:

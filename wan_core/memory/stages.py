@@ -67,15 +67,17 @@ _MEASURED = {(9, 0)}
 
 def estimate(
     architecture: ModelArchitecture, workload: Workload, choices: Choices, system: SystemResources,
-    *, available: int | None = None,
+    *, available: int | None = None, cut: int = 1,
 ) -> MemoryEstimate:  # fmt: skip
     """Return what ``workload`` needs when it is run with ``choices``.
+
+    ``cut`` is over how many cards each pass of the lean forward is cut; the bytes are one's.
 
     ``available`` is how many bytes may be used on the device. If it is given, the estimate says
     whether the workload fits, with the allocator's gaps. On a CPU the device's memory is the RAM,
     and the finished frames count as well.
     """
-    ledger = _Ledger(architecture, workload, choices, system)
+    ledger = _Ledger(architecture, workload, choices, system, cut)
     stages = ledger.stages()
     reserved = max(reserved_bytes(stage, choices, system) for stage in stages)
     gaps = reserved - max(stage.device_bytes for stage in stages)
@@ -137,7 +139,9 @@ class _Ledger:
         workload: Workload,
         choices: Choices,
         system: SystemResources,
+        cut: int = 1,
     ) -> None:
+        self.cut = cut
         self.arch, self.workload, self.choices = architecture, workload, choices
         self.system = system
         self.on_cpu = system.device_kind == "cpu"
@@ -452,6 +456,7 @@ class _Ledger:
             exact=not choices.by_rows,
             embed_every_token=not self.on_cpu,
             passes=passes,
+            cut=self.cut,
             whole_values=bool(self._unpacked(part)) or bool(self.arch.loras_of(part)),
             **numbers,
         )

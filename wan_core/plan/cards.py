@@ -1,7 +1,8 @@
 """How many cards compute a clip, which, and what that is expected to save.
 
 The passes of a step, one for each window and each half of guidance, do not wait for each other.
-With U of them on N cards a step takes ceil(U / N) turns instead of U, and changes no bit. What does
+With U of them on N cards a step takes ceil(U / N) turns instead of U, and changes no bit. Where
+cards are left over, or turns half full, several may compute a pass together (``gangs``). What does
 not get shorter is the start of the processes, the encoders and the decode; the plan may therefore
 say that one card is faster.
 """
@@ -14,9 +15,10 @@ from typing import TYPE_CHECKING
 
 from ..config import GIB
 from ..errors import InvalidRequest
-from ..memory import latent_size, window_latents
+from ..memory import estimate, latent_size, window_latents
 from ..models import ModelArchitecture
 from .config import OptimizationConfig
+from .gangs import Cutting, tried_as, wishes
 from .plan import OptimizationPlan
 from .timing import windows_per_step
 
@@ -34,16 +36,28 @@ _IN_USE = 0.3
 """Share of a card that others may use where "auto" is to take it. Assumed."""
 
 
+_GAIN = 0.95
+"""A step's seconds beside those without a further cut that make up for it: links are uncertain."""
+
+
 @dataclass(frozen=True, slots=True)
 class _Turns:
     """The passes of one step of each expert, and how many turns they take on some cards."""
 
     units: tuple[int, ...]
+    """Those that do not wait for each other."""
+    segments: int = 1
+    """How many times a step has them: windows that are made one after the other."""
 
-    def share(self, cards: int) -> float:
-        """Return how long a step takes on so many cards, compared with one; the experts' mean."""
-        turns = sum(ceil(units / cards) for units in self.units)
-        return turns / sum(self.units)
+    def turns(self, gangs: int) -> float:
+        """Return how many turns a step takes with so many at work, the experts' mean."""
+        turns = sum(ceil(units / gangs) for units in self.units)
+        return self.segments * turns / len(self.units)
+
+    @property
+    def passes(self) -> float:
+        """Return the passes of a step, the experts' mean."""
+        return self.segments * sum(self.units) / len(self.units)
 
     @property
     def most(self) -> int:
@@ -121,43 +135,83 @@ def for_all_cards(system: SystemResources, requested: OptimizationConfig) -> Sys
     return replace(system, device_free_bytes=max(0, least), notes=(*system.notes, *more))
 
 
+@dataclass(frozen=True, slots=True)
+class _Way:
+    """Some gangs of some cards each, and the seconds of a step and of the whole job."""
+
+    gangs: int
+    cut: int
+    step: float
+    seconds: float
+    tried: bool = True
+    """Whether it is known what the cut does to the bits."""
+
+    @property
+    def cards(self) -> int:
+        return self.gangs * self.cut
+
+
 def spread_over(
     plan: OptimizationPlan,
     architecture: ModelArchitecture,
     workload: Workload,
     system: SystemResources,
     requested: OptimizationConfig,
+    *,
+    lean: bool = True,
+    available: int | None = None,
 ) -> OptimizationPlan:
     """Return the plan for as many of the cards that are asked for as it pays, or was asked for.
 
-    Its ``workers`` name them; empty means that one process computes all.
+    Its ``workers`` name them, ``gang`` says how many compute a pass together; no workers means that
+    one process computes all. With speed "exact" passes are cut only where a trial has shown equal
+    bits, or where cards that would have nothing to do can make the trial. ``lean`` says whether the
+    lean forward may be used, ``available`` how many bytes of the device.
     """
     if requested.devices == "1":
         return plan
     devices = devices_asked(requested, system)
     turns = _turns(architecture, workload, plan)
-    useful = min(len(devices), turns.most)
+    job = wishes(architecture, workload, plan.choices, system, requested, lean)
     # Each process has an interpreter of its own, and its own copy of weights that are not mapped.
     each = max((stage.host_bytes for stage in plan.estimate.stages), default=0)
-    room = system.usable_ram_bytes // each if each else useful
+    room = max(1, min(len(devices), system.usable_ram_bytes // each if each else len(devices)))
+    auto = requested.devices == "auto"
+    ways = _ways(plan, job, turns, room, every=auto)
+    chosen = ways[0]
+    for way in ways[1:]:
+        # Windows and guidance first: a cut has to be worth it.
+        least = _GAIN if way.cut > chosen.cut else 1
+        spent = (way.seconds, chosen.seconds) if auto else (way.step, chosen.step)
+        if spent[0] < spent[1] * least:
+            chosen = way
+    told = _Telling(job, plan, turns, devices, ways, chosen)
     short = ""
-    if room < useful:
-        useful = max(1, room)
-        short = f"RAM has room for {useful} of such processes, {each / GIB:.1f} GiB each"
-    seconds = {n: _seconds(plan, workload, turns, n, architecture) for n in range(1, useful + 1)}
-    best = min(seconds, key=lambda n: (seconds[n], n))
-    count = best if requested.devices == "auto" else useful
-    said = _said(turns, seconds, count, best, devices, short, requested.speed)
-    reasons = (*plan.reasons, said)
-    step = plan.step_seconds * turns.share(count)
+    if room < len(devices) and chosen.cards == room:
+        short = f"RAM has room for {room} of such processes, {each / GIB:.1f} GiB each"
+    choices = plan.choices
+    found = plan.estimate
+    if chosen.cut > 1 and not choices.lean:
+        choices = replace(choices, lean=True)  # the same bits
+        warnings = found.warnings
+        found = estimate(architecture, workload, choices, system, available=available)
+        found = replace(found, warnings=warnings)
+        job = replace(job, choices=choices)
+    reasons = (*plan.reasons, told.reason(short))
+    expected = told.expected
     return replace(
         plan,
-        workers=devices[:count] if count > 1 else (),
-        step_seconds=step,
-        seconds=seconds[count],
-        cold_seconds=plan.cold_seconds + seconds[count] - seconds[1],
+        choices=choices,
+        workers=devices[: chosen.cards] if chosen.cards > 1 else (),
+        gang=chosen.cut,
+        tried_as=tried_as(job),
+        must_equal=requested.speed == "exact",
+        card_peak_bytes=told.peak if chosen.cards > 1 else 0,
+        step_seconds=expected.step,
+        seconds=expected.seconds,
+        cold_seconds=plan.cold_seconds + expected.seconds - plan.seconds,
         reasons=reasons,
-        estimate=replace(plan.estimate, reasons=reasons),
+        estimate=replace(found, reasons=reasons),
     )
 
 
@@ -168,59 +222,158 @@ def _turns(architecture: ModelArchitecture, workload: Workload, plan: Optimizati
         guided.append(workload.guidance_low)
         names = ("transformer", "transformer_2")
         guided = [g for g, name in zip(guided, names, strict=True) if name not in workload.idle]
-    return _Turns(tuple(windows * (2 if one else 1) for one in guided or [True]))
+    segments, windows = (windows, 1) if workload.in_turn else (1, windows)
+    return _Turns(tuple(windows * (2 if one else 1) for one in guided or [True]), segments)
+
+
+def _ways(
+    plan: OptimizationPlan, job: Cutting, turns: _Turns, cards: int, *, every: bool
+) -> list[_Way]:
+    """Return the ways to use the cards, those with fewer in a gang first.
+
+    With ``every`` they may use fewer cards than there are; else as many as have something to do.
+    """
+    found = []
+    whole = min(cards, turns.most)
+    for cut in range(1, cards + 1):
+        most = min(cards // cut, turns.most)
+        trial = job.trial(cut) if cut > 1 else None
+        if cut > 1:
+            if job.why_not is not None or not job.divides(cut):
+                continue
+            if job.exact and trial is not None and not trial.equal:
+                continue
+            # A trial that fails must cost nothing but itself.
+            if job.exact and trial is None and most < whole:
+                continue
+        for gangs in range(1, most + 1) if every else (most,):
+            step, seconds = _seconds(plan, job, turns, gangs, cut)
+            found.append(_Way(gangs, cut, step, seconds, cut == 1 or trial is not None))
+    return found
 
 
 def _seconds(
-    plan: OptimizationPlan, workload: Workload, turns: _Turns, cards: int,
-    architecture: ModelArchitecture,
-) -> float:  # fmt: skip
-    """Return the predicted seconds of the whole job on so many cards."""
-    if cards == 1:
-        return plan.seconds
-    frames, height, width = latent_size(architecture, workload)
+    plan: OptimizationPlan, job: Cutting, turns: _Turns, gangs: int, cut: int
+) -> tuple[float, float]:
+    """Return the predicted seconds of a step, and of the whole job."""
+    if gangs * cut == 1:
+        return plan.step_seconds, plan.seconds
+    workload, shape = job.workload, job.architecture.transformer
+    frames, height, width = latent_size(job.architecture, workload)
     window = window_latents(workload, plan.choices, frames) + workload.references
-    channels = architecture.transformer.in_channels + architecture.transformer.out_channels
+    channels = shape.in_channels + shape.out_channels
     moved = workload.batch_size * channels * window * height * width * 4 / _PIPE
-    passes = sum(turns.units) / len(turns.units)
-    step = turns.share(cards) * (plan.step_seconds + moved * passes)
-    return plan.seconds + workload.steps * (step - plan.step_seconds) + START_SECONDS
+    alone = plan.step_seconds / turns.passes
+    step = turns.turns(gangs) * job.pass_seconds(alone, cut)
+    piped = turns.turns(gangs) * moved * cut
+    steps = workload.steps * (step + piped - plan.step_seconds)
+    return step, plan.seconds + steps + START_SECONDS
 
 
-def _said(
-    turns: _Turns, seconds: dict[int, float], count: int, best: int, devices: tuple[str, ...],
-    short: str, speed: str,
-) -> str:  # fmt: skip
-    """Return the reason, in words; ``short`` says that RAM has no room for more."""
-    units = " or ".join(str(units) for units in dict.fromkeys(turns.units))
-    each = f"a step has {units} passes that do not wait for each other"
-    one = f"{seconds[1]:.0f} s"
-    if count == 1:
-        if len(devices) == 1:
-            return "one card computes: no other is free and alike"
-        if short and len(seconds) == 1:
-            return f"one card computes: {short}"
-        tried = "; ".join(f"{n} cards {s:.0f} s" for n, s in seconds.items() if n > 1)
-        why = f" (one card {one}; {tried})" if tried else ""
-        return f"one card is faster: {each}{why}" + (f"; {short}" if short else "")
-    text = (
-        f"{count} cards ({', '.join(devices[:count])}): {each}; about {seconds[count]:.0f} s "
-        f"instead of {one}, {_bits(speed)}"
-    )
-    if short:
-        text += f"; {short}"
-    elif len(devices) > count:
-        text += f"; {len(devices) - count} more would have nothing to do"
-    if best == 1:
-        text += ". One card is expected to be faster: devices 'auto' would take it"
-    return text
+@dataclass(frozen=True, slots=True)
+class _Telling:
+    """What a plan says of the cards it takes."""
 
+    job: Cutting
+    plan: OptimizationPlan
+    turns: _Turns
+    devices: tuple[str, ...]
+    ways: list[_Way]
+    chosen: _Way
 
-def _bits(speed: str) -> str:
-    """Say what sharing passes out does to the bits."""
-    if speed == "exact":
-        return "with the bits of one"
-    return (
-        f"in the same way as one; with speed {speed!r} each card takes the kernels it is fastest "
-        "with, which may round differently"
-    )
+    @property
+    def expected(self) -> _Way:
+        """Return the way that is promised: without a cut while it is not known to be kept."""
+        if self.chosen.tried or not self.job.exact:
+            return self.chosen
+        step, seconds = _seconds(self.plan, self.job, self.turns, self.chosen.gangs, 1)
+        return _Way(self.chosen.gangs, 1, step, seconds)
+
+    @property
+    def peak(self) -> int:
+        """Return the bytes that a card is expected to hold: more where both ways are computed."""
+        cuts = {1, self.chosen.cut} if not self.chosen.tried else {self.chosen.cut}
+        return max(self.job.card_peak(cut) for cut in cuts)
+
+    def reason(self, short: str) -> str:
+        """Return the reason, in words; ``short`` says that RAM has no room for more."""
+        units = " or ".join(str(units) for units in dict.fromkeys(self.turns.units))
+        passes = f"a step has {units} passes that do not wait for each other"
+        if self.turns.units == (1,):
+            passes = "a step is one pass"
+        one = f"{self.plan.seconds:.0f} s"
+        if self.chosen.cards == 1:
+            if len(self.devices) == 1:
+                return "one card computes: no other is free and alike"
+            if short:
+                return f"one card computes: {short}"
+            tried = "; ".join(
+                f"{w.cards} cards {w.seconds:.0f} s" for w in self.ways if w.cards > 1
+            )
+            why = f" (one card {one}; {tried})" if tried else self._no_cut
+            return f"one card is faster: {passes}{why}"
+        count, expected = self.chosen.cards, self.expected
+        text = (
+            f"{count} cards ({', '.join(self.devices[:count])}): {passes}; about "
+            f"{expected.seconds:.0f} s instead of {one}, {self._bits}"
+        )
+        if self.chosen.cut > 1:
+            text += f"; {self._cut}"
+        text += f"; up to {self.peak / GIB:.1f} GiB on each card"
+        if short:
+            text += f"; {short}"
+        elif len(self.devices) > count:
+            text += f"; {len(self.devices) - count} more would have nothing to do{self._no_cut}"
+        if self.plan.seconds < expected.seconds:
+            text += ". One card is expected to be faster: devices 'auto' would take it"
+        return text
+
+    @property
+    def _bits(self) -> str:
+        """Say what sharing passes out does to the bits."""
+        if self.job.exact:
+            return "with the bits of one"
+        speed = "fastest kernels" if self.plan.choices.quick else "own kernels"
+        return (
+            f"passes are computed as on one, but that each card takes its {speed}, which may round "
+            "differently"
+        )
+
+    @property
+    def _cut(self) -> str:
+        """Say what the cut does, and what is known of it."""
+        cut = self.chosen.cut
+        link, measured = self.job.link(cut)
+        origin = "measured" if measured else "assumed"
+        text = f"each pass is cut along its tokens over {cut} (Ulysses, {link.rate / 1e9:.3g} GB/s "
+        text += f"{origin} between them), "
+        trial = self.job.trial(cut)
+        if trial is None:
+            _, seconds = _seconds(self.plan, self.job, self.turns, self.chosen.gangs, cut)
+            text += "which was not tried here at this size: the first pass is computed both ways"
+            if self.job.exact:
+                text += f", and the cut is kept if every bit is equal; about {seconds:.0f} s then"
+            return text
+        if trial.equal:
+            return f"{text}exact: tried here, every bit was equal"
+        return f"{text}rounding: tried here, relative error {trial.error:.1e}"
+
+    @property
+    def _no_cut(self) -> str:
+        """Say why no pass is cut over cards that are left over."""
+        if self.chosen.cut > 1:
+            return ""
+        if self.job.why_not is not None:
+            return f" ({self.job.why_not})"
+        counts = range(2, len(self.devices) + 1)
+        divided = [cut for cut in counts if self.job.divides(cut)]
+        heads, tokens = self.job.architecture.transformer.heads, self.job.tokens
+        if not divided:
+            return f" (neither {heads} heads nor {tokens} tokens can be shared out evenly)"
+        unequal = [cut for cut in divided if (t := self.job.trial(cut)) and not t.equal]
+        if self.job.exact and unequal:
+            return (
+                f" (cut over {' or '.join(map(str, unequal))} a pass has other bits here, which "
+                "speed 'fast' allows)"
+            )
+        return " (cutting a pass over them would not pay)"

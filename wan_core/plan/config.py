@@ -96,8 +96,10 @@ class OptimizationConfig:
     """Share of each expert's steps, from its first on, that compute both passes of guidance; after
     it the last difference of the two is used. None means 1 (all), with speed "fastest" 0.5."""
     devices: str = "1"
-    """How many cards compute one clip, with the same bits: a number, "all", "auto" (as many as pay,
-    of those that are alike and free), or which ones: "0,2". On a CPU a number of processes."""
+    """How many cards compute one clip: a number, "all", "auto" (as many as pay, of those that are
+    alike and free), or which ones: "0,2". Windows first, then the two passes of guidance, then
+    each pass cut along its tokens; with speed "exact" only where that has shown equal bits. On a
+    CPU a number of processes."""
 
     def __post_init__(self) -> None:
         _choice("precision", self.precision, PRECISIONS_AND_STORED)

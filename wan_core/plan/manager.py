@@ -114,14 +114,15 @@ class Planner:
             chosen = best(candidates, limits)
             if chosen is not None:
                 found = (architecture, workload, system, requested, limits, chosen, candidates)
-                return _plan(*found), chosen
+                return _plan(*found, "lean" in self.abilities), chosen
             weighed += candidates
         # No tier has a candidate that fits.
         smallest = _smallest(weighed, limits)
         if not _obeyed(smallest.estimate, system, requested):
             return None, smallest
         told = replace(smallest, estimate=_with_warning(smallest.estimate, limits))
-        return _plan(architecture, workload, system, requested, limits, told, []), told
+        lean = "lean" in self.abilities
+        return _plan(architecture, workload, system, requested, limits, told, [], lean), told
 
     def remedies(
         self,
@@ -193,8 +194,9 @@ class Planner:
                 less, key=lambda candidate: candidate.timing.step, default=None
             )
             if chosen is not None:
-                found = _plan(architecture, workload, system, requested, limits, chosen, less)
-                return replace(found, workers=current.workers)
+                lean = "lean" in self.abilities
+                found = _plan(architecture, workload, system, requested, limits, chosen, less, lean)
+                return replace(found, workers=current.workers, gang=current.gang)
         return None
 
     def what_fits(
@@ -336,6 +338,7 @@ def _with_warning(found: MemoryEstimate, limits: Limits) -> MemoryEstimate:
 def _plan(
     architecture: ModelArchitecture, workload: Workload, system: SystemResources,
     requested: OptimizationConfig, limits: Limits, candidate: Candidate, others: list[Candidate],
+    lean: bool,
 ) -> OptimizationPlan:  # fmt: skip
     choices = candidate.choices
     _, precision = main_dtype(architecture, workload, system, requested, limits)
@@ -367,4 +370,6 @@ def _plan(
         paced=system.calibration.paced,
         pin_limit=None if requested.ram_limit_gb is None else limits.ram,
     )
-    return spread_over(found, architecture, workload, system, requested)
+    return spread_over(
+        found, architecture, workload, system, requested, lean=lean, available=limits.device
+    )

@@ -35,6 +35,15 @@ class OptimizationPlan:
     """Whether a step's transfers hide behind its compute."""
     workers: tuple[str, ...] = ()
     """The devices on which processes compute the passes of a step; empty: this process does."""
+    gang: int = 1
+    """How many of them, in their order, compute a pass together, each a part of its tokens."""
+    tried_as: str = ""
+    """What decides, beside the number of tokens, whether a pass that is cut keeps its bits: the
+    card and its software; the model, dtype and forward. A trial is kept under it."""
+    must_equal: bool = True
+    """Whether passes are cut only where that keeps every bit (speed "exact")."""
+    card_peak_bytes: int = 0
+    """What a worker's card is expected to hold at most; 0 without workers."""
 
     def __getattr__(self, name: str) -> Any:
         # Called only for names that the plan itself does not have. Private names are not looked up
@@ -90,6 +99,7 @@ class OptimizationPlan:
                 f"windows of {choices.window_frames} frames, {choices.window_overlap} shared"
             )
         words += [f"on {len(self.workers)} cards"] * (len(self.workers) > 1)
+        words += [f"each pass cut over {self.gang}"] * (self.gang > 1)
         return tuple(words)
 
     def to_dict(self) -> dict[str, Any]:

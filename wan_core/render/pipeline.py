@@ -41,7 +41,15 @@ from ..job import (
 )
 from ..kernels import slid_from_cudnn
 from ..loading import ComponentCache, unpin
-from ..memory import Calibrations, RunRecord, SystemResources, Workload, all_cards, forward_name
+from ..memory import (
+    Calibrations,
+    CardRecords,
+    RunRecord,
+    SystemResources,
+    Workload,
+    all_cards,
+    forward_name,
+)
 from ..models import ModelArchitecture
 from ..placing import require_groups
 from ..plan import (
@@ -227,7 +235,8 @@ class WanPipelineWrapper:
         """
         system = machine or self.machine(optimization.device)
         if optimization.devices != "1":
-            system = for_all_cards(replace(system, cards=all_cards()), optimization)
+            known = CardRecords().between(torch.get_num_threads())
+            system = for_all_cards(replace(system, cards=all_cards(), between=known), optimization)
         return replace(
             system,
             notes=system.notes + self._notes,
@@ -434,6 +443,7 @@ def _job(request: Request, config: GenerationConfig, model: ModelArchitecture) -
         high_steps=len(steps.high) if model.two_experts else None,
         partial_steps=len(steps.high) + len(steps.low) < request.num_inference_steps,
         moving_windows=window is not None and request.window_schedule != "static",
+        in_turn=request.window_mode == "continuation",
         image=not vace and (_pictures(config) > 0 or keyframes > 0),
         last_image=not vace and (config.last_image is not None or keyframes > 1),
         references=references_in_front(request, model) + (reference is not None),

@@ -286,12 +286,13 @@ class StageRunner:
             mapped=self._mapped(component),
             nbytes=self._ram_bytes(component),
             pin_limit=pin_budget(self.plan) // len(self.plan.workers),
+            shape=self.architecture.transformer,
         )
 
     def workers(self) -> WorkerPool:
         """Return the processes that the plan wants, the same ones to the end of the render."""
         if self._pool is None:
-            self._pool = worker_pool(self.plan.workers)
+            self._pool = worker_pool(self.plan.workers, self.plan.gang)
             self._pool.begin(self.callbacks.loaded)
         return self._pool
 

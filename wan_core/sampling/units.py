@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..forward import BlockPasses, block_passes, fun_inputs
+from ..forward import BlockPasses, Cut, Exchange, block_passes, cut_tokens, fun_inputs
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -192,9 +192,12 @@ class Unit:
 
 
 def compute_unit(
-    unit: Unit, model: Any, dtype: torch.dtype, conditions: Conditions
-) -> tuple[Tensor, Tensor | None]:
+    unit: Unit, model: Any, dtype: torch.dtype, conditions: Conditions,
+    among: Exchange | None = None,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """Return a unit's velocity (B, C, T, h, w) in ``dtype``, and what the blocks added if kept.
+
+    With ``among`` the processes of a gang compute it together, each a part of the tokens.
 
     ``conditions`` are the whole clip's; they and the unit's tensors are on the model's device, as
     ``Conditions`` says.
@@ -206,16 +209,19 @@ def compute_unit(
         assert conditions.negative_prompt_embeds is not None
         call["encoder_hidden_states"] = conditions.negative_prompt_embeds
     blocks = None
+    cut = None if among is None else Cut(among)
     if unit.residual is not None or unit.keep:
-        blocks = BlockPasses([unit.residual])
+        blocks = BlockPasses([unit.residual if cut is None else cut.residual(unit.residual)])
     with (
+        cut_tokens(model, among),
         fun_inputs(model, conditions.reference, conditions.camera),
         nullcontext() if blocks is None else block_passes(model, blocks),
     ):
         velocity = model(**call)[0]
     if conditions.reference is not None:
         velocity = velocity[:, :, 1:]
-    return velocity, None if blocks is None else blocks.made[0]
+    made = None if blocks is None else blocks.made[0]
+    return velocity, made if cut is None or made is None else cut.whole(made)
 
 
 class Elsewhere(Protocol):

@@ -24,9 +24,11 @@ import torch
 from torch import Tensor
 
 from ..errors import first_line, is_host_oom, is_oom
+from ..forward import alike, can_be_cut
 from ..journal import device_name, versions
 from ..loading import ComponentCache, ComponentKey, dtype_of, load_component, unpin
 from ..sampling import Conditions, Unit, compute_unit
+from .group import GangBroken, Group, Join, ProcessGroup, measured_link
 from .messages import Message, read_message, write_message
 from .placement import placed
 from .weights import Weights
@@ -38,6 +40,10 @@ _MAY_STAY = ("concat", "vace", "camera")
 
 class Cancelled(BaseException):
     """Ends the unit in work: its driver does not want it any more."""
+
+
+class CannotBeCut(Exception):
+    """The model computes in a way that cannot be cut over several processes."""
 
 
 def conditions_message(conditions: Conditions, key: int) -> Message:
@@ -72,7 +78,7 @@ def conditions_from(message: Message, device: torch.device) -> Conditions:
 class Worker:
     """One worker: its card, the weights that are in their place, and what it is told."""
 
-    def __init__(self, device: str, answer: Callable[..., None]) -> None:
+    def __init__(self, device: str, answer: Callable[..., None], join: Join = ProcessGroup) -> None:
         self.device = torch.device(device)
         self.inbox: queue.Queue[Message] = queue.Queue()
         self.cancelled: set[int] = set()
@@ -84,6 +90,11 @@ class Worker:
         self._placed: tuple[str, Any] = ("", None)
         self._unit = -1
         self._next_beat = 0.0
+        self._join = join
+        self._group: Group | None = None
+        """The gang that this worker is one of, if it is not alone."""
+        self._together: Group | None = None
+        """The same while it computes a part of a unit: decisions are then those of rank 0."""
 
     def serve(self) -> None:
         """Answer messages until there is one that says to stop."""
@@ -99,6 +110,8 @@ class Worker:
             if kind == "release":
                 self._release(everything=header["everything"])
                 self._answer({"type": "released"})
+            elif kind == "gang":
+                self._meet(header)
             elif kind == "weights":
                 self._known[header["key"]] = Weights.from_plain(header["weights"])
             elif kind == "conditions":
@@ -106,39 +119,71 @@ class Worker:
             elif kind == "unit":
                 self._work(header, tensors)
 
+    def _meet(self, header: dict[str, Any]) -> None:
+        """Become one of a gang, together with its other processes."""
+        group = self._join(header["rank"], header["size"], header["place"], self.device)
+        self._group = group
+        link = measured_link(group, self.device)
+        self._answer({"type": "joined", "link": [link.rate, link.seconds]})
+
     def _work(self, header: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-        """Compute a unit and answer it, or say why not."""
+        """Compute a unit, alone or with the gang, and answer it, or say why not."""
         self._unit = header["number"]
         started = time.perf_counter()
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
+        together = self._group if header["cut"] else None
         told: dict[str, Any] | None = None
         try:
-            self.check()
             with torch.inference_mode(False), torch.no_grad():
-                velocity, residual = self._compute(header, tensors)
+                given = self._prepared(header, tensors, together)
+                self._together = together
+                made, told_of = self._computed(given, header["both"])
         except Cancelled:
             told = {"type": "cancelled"}
         except Exception as err:  # noqa: BLE001 - told to the driver, which raises it
-            oom = ("host_oom" if is_host_oom(err) else "oom") if is_oom(err) else "error"
-            told = {"type": "failed", "why": oom, "error": type(err).__name__}
-            told["text"] = str(err) if oom == "error" else first_line(err)
+            midway = self._together is not None
+            told = _failure(err) | {"midway": midway, "weights": header["weights"]}
             # The frames of the traceback hold the tensors that filled the memory.
             traceback.clear_frames(err.__traceback__)
+        self._together = None
         if told is not None:
             if told["type"] == "failed":
                 self._release(everything=False)
             self._answer(told | {"number": self._unit})
             return
-        made = {"velocity": velocity} | ({} if residual is None else {"residual": residual})
-        peak = torch.cuda.max_memory_allocated() if self.device.type == "cuda" else 0
         seconds = time.perf_counter() - started
-        done = {"type": "done", "number": self._unit, "seconds": seconds, "peak_bytes": peak}
-        self._answer(done, made)
+        done = {"type": "done", "number": self._unit, "seconds": seconds, "cut": header["cut"]}
+        self._answer(done | told_of, made)
 
-    def _compute(
+    def _prepared(
+        self, header: dict[str, Any], tensors: dict[str, Tensor], together: Group | None
+    ) -> tuple[Any, torch.dtype, Conditions, Unit]:
+        """Have everything in its place; with a gang, wait until all its processes have.
+
+        Raises Cancelled where another one could not.
+        """
+        failed: BaseException | None = None
+        given = None
+        try:
+            self.check()
+            given = self._given(header, tensors)
+            if together is not None and not can_be_cut(given[0]):
+                raise CannotBeCut("only the lean forward can be cut over several processes")
+        except (Exception, Cancelled) as err:  # noqa: BLE001 - raised when the others know
+            failed = err
+        all_are = together is None or together.all_say(failed is None)
+        if failed is not None:
+            raise failed
+        if not all_are:
+            raise Cancelled
+        assert given is not None
+        return given
+
+    def _given(
         self, header: dict[str, Any], tensors: dict[str, Tensor]
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> tuple[Any, torch.dtype, Conditions, Unit]:
+        """Return the module in its place, its dtype, the clip's conditions and the unit."""
         weights = self._known[header["weights"]]
         module = self._in_place(weights)
         key, conditions = self._conditions
@@ -152,9 +197,31 @@ class Worker:
             residual=tensors.get("residual"),
             keep=header["keep"],
         )
-        velocity, residual = compute_unit(unit, module, dtype_of(weights.dtype), conditions)
+        return module, dtype_of(weights.dtype), conditions, unit
+
+    def _computed(
+        self, given: tuple[Any, torch.dtype, Conditions, Unit], both: bool
+    ) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Compute a unit; return its tensors, and what is told of it: the peak, and a trial.
+
+        With ``both`` rank 0 computes it alone as well, and that is what counts.
+        """
+        module, dtype, conditions, unit = given
+        among = self._together
+        velocity, residual = compute_unit(unit, module, dtype, conditions, among)
         # To the CPU here, so that kernels that fail do so inside the try of the caller.
-        return velocity.to("cpu"), residual
+        velocity = velocity.to("cpu")
+        on_card = self.device.type == "cuda"
+        told: dict[str, Any] = {"peak_bytes": torch.cuda.max_memory_allocated() if on_card else 0}
+        if among is not None and among.rank > 0:
+            return {}, told
+        if both and among is not None:
+            self._together = None  # the others have done their part
+            whole, residual = compute_unit(unit, module, dtype, conditions)
+            equal, error = alike(whole.to("cpu"), velocity)
+            velocity = whole.to("cpu")
+            told |= {"equal": equal, "error": error}
+        return {"velocity": velocity} | ({} if residual is None else {"residual": residual}), told
 
     def _in_place(self, weights: Weights) -> Any:
         """Return the module of these weights, placed; others leave the device first."""
@@ -218,12 +285,27 @@ class Worker:
 
     def check(self) -> None:
         """Say that the worker is alive; raise Cancelled where the unit is not wanted any more."""
-        if self._unit in self.cancelled:
+        cancelled = self._unit in self.cancelled
+        if self._together is not None:
+            # All leave at the same block: one that left alone would be waited for.
+            cancelled = self._together.agreed(cancelled)
+        if cancelled:
             raise Cancelled
         now = time.perf_counter()
         if now >= self._next_beat:
             self._next_beat = now + _BEAT_SECONDS
             self._answer({"type": "beat"})
+
+
+def _failure(err: Exception) -> dict[str, Any]:
+    """Return what a driver is told of an error."""
+    why = "error"
+    if isinstance(err, GangBroken | CannotBeCut):
+        why = "gang" if isinstance(err, GangBroken) else "uncut"
+    elif is_oom(err):
+        why = "host_oom" if is_host_oom(err) else "oom"
+    text = str(err) if why == "error" else first_line(err)
+    return {"type": "failed", "why": why, "error": type(err).__name__, "text": text}
 
 
 def _listen(stream: BinaryIO, worker: Worker) -> None:

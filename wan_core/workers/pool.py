@@ -1,8 +1,11 @@
 """The workers of one host: who computes which unit, and what happens when one dies or hangs.
 
-All decisions are made in the thread that asks for a result. A unit whose worker dies goes to
-another; one that ended three workers is given up. Running out of memory is the driver's matter: all
-workers give back what they hold, and the error goes to the caller, which makes a smaller plan.
+All decisions are made in the thread that asks for a result. A unit whose gang ends goes to another;
+one that ended three gangs is given up. Running out of memory is the driver's matter: all workers
+give back what they hold, and the error goes to the caller, which makes a smaller plan.
+
+A gang of several computes a unit cut along its tokens where that is known to keep the bits, or may
+change them. Where it is not known, the first unit is computed both ways, and the whole one counts.
 """
 
 from __future__ import annotations
@@ -13,7 +16,7 @@ import queue
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,47 +24,20 @@ from torch import Tensor
 
 from ..errors import WorkerFailed
 from ..journal import versions
+from ..memory import CardRecords, Link, Trial, cut_kind
 from ..sampling import Conditions, Unit
 from .child import conditions_message
+from .gang import Gang, Rank
 from .messages import Message
 from .process import WorkerProcess
 from .weights import Weights
 
 _TICK = 0.05
-_START_SECONDS = 180.0
-"""How long a worker may take to import its packages. Assumed, not measured on a slow disk."""
-_FIRST_SECONDS = 180.0
-"""How long it may say nothing in a unit that is new to it: kernels may be compiled. Assumed."""
-_QUIET_SECONDS, _QUIET_FACTOR = 15.0, 8.0
-"""After that: how long it may say nothing, and how many times the longest pause it has made. It
-speaks at every block of the model. Assumed."""
-_RELEASE_SECONDS = 30.0
+_RELEASE_SECONDS = 15.0
+"""How long workers may take to give back their memory, a block of the model included. Assumed."""
 _TRIES = 3
 
 Loaded = Callable[[str, int, int], object]
-
-
-@dataclass(slots=True)
-class _Worker:
-    process: WorkerProcess
-    name: str
-    began: float
-    heard: float
-    ready: bool = False
-    device_name: str = ""
-    unit: int | None = None
-    kind: tuple[object, ...] = ()
-    """Weights and shapes of the unit in work."""
-    kinds: set[tuple[object, ...]] = field(default_factory=set)
-    """Those of the units that it has finished."""
-    weights: set[str] = field(default_factory=set)
-    conditions: int = -1
-    released: bool = True
-    done: int = 0
-    seconds: float = 0.0
-    peak_bytes: int = 0
-    pause: float = 0.0
-    """The longest time between two of its messages within a unit of a kind that it knows."""
 
 
 @dataclass(slots=True)
@@ -70,8 +46,15 @@ class _Job:
     weights: Weights
     conditions: int
     lost: int = 0
-    """How many workers have ended while they computed it."""
+    """How many gangs have ended while they computed it."""
     result: tuple[Tensor, Tensor | None] | None = None
+
+    def tokens(self, given: Conditions) -> int:
+        """Return how many tokens the model sees of each sample."""
+        frames, height, width = self.unit.latents.shape[2:]
+        frames += given.reference is not None  # Fun Control's stands in front
+        deep, high, wide = self.weights.patch
+        return int((frames // deep) * (height // high) * (width // wide))
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,26 +80,39 @@ class Experts:
 class WorkerPool:
     """Workers on ``devices``; a device that is named twice gets two. They start with the pool.
 
-    To be used by one thread at a time. ``quiet_seconds`` says how long a worker may say nothing in
-    the middle of a unit; None takes what its own pace suggests.
+    ``gang`` of them at a time, in their order, compute a unit together; what is left over is not
+    used. To be used by one thread at a time. ``quiet_seconds`` says how long a gang may say nothing
+    in the middle of a unit; None takes what its own pace suggests.
     """
 
-    def __init__(self, devices: Sequence[str], *, quiet_seconds: float | None = None) -> None:
-        self.devices = tuple(devices)
+    def __init__(
+        self, devices: Sequence[str], gang: int = 1, *, quiet_seconds: float | None = None
+    ) -> None:
+        self.devices, self.gang = tuple(devices), gang
         self.notes: list[str] = []
         """What happened to workers, in words, for the result's warnings."""
         self.loaded: Loaded = lambda *_: None
         self.quiet_seconds = quiet_seconds
+        self.records = CardRecords()
+        self._trials: dict[str, Trial | None] = {}
+        self._uncut: set[str] = set()
+        """Keys of weights whose model computes in a way that cannot be cut."""
         self._events: queue.Queue[tuple[WorkerProcess, Message | None]] = queue.Queue()
-        self._workers: list[_Worker] = []
+        self._gangs: list[Gang] = []
         self._jobs: dict[int, _Job] = {}
         self._waiting: deque[int] = deque()
         self._next = 0
         self._conditions: tuple[int, Conditions | None] = (0, None)
         self._restarts = 2 * len(self.devices)
         self._closed = False
-        for number, device in enumerate(self.devices):
-            self._start(device, f"{device} (worker {number + 1})")
+        self._link: Link | None = None
+        """What a gang has measured between its cards, until it is kept."""
+        for first in range(0, len(self.devices) - gang + 1, gang):
+            together = self.devices[first : first + gang]
+            name = f"{together[0]} (worker {first + 1})"
+            if gang > 1:
+                name = f"{', '.join(together)} (workers {first + 1} to {first + gang})"
+            self._start(together, name)
 
     # -- what a render asks -------------------------------------------------------------------
 
@@ -141,7 +137,7 @@ class WorkerPool:
         WorkerFailed where a unit cannot be computed; all workers are then free of their weights.
         """
         while (job := self._jobs[number]).result is None:
-            if not self._workers:
+            if not self._gangs:
                 raise WorkerFailed(f"No worker is left: {'; '.join(self.notes)}")
             self._pump(_TICK)
             check()
@@ -151,52 +147,53 @@ class WorkerPool:
     def forget(self) -> None:
         """Give up every unit whose result has not been taken; workers stop at the next block."""
         self._waiting.clear()
-        for worker in self._workers:
-            if worker.unit is not None:
-                worker.process.send({"type": "cancel", "numbers": [worker.unit]})
+        for gang in self._gangs:
+            if gang.unit is not None:
+                gang.send({"type": "cancel", "numbers": [gang.unit]})
         self._jobs.clear()
 
     def release(self, *, everything: bool = False) -> None:
         """Have all workers take their weights off their devices, and wait until they have.
 
         With ``everything`` they also forget the modules and conditions they hold. A worker that
-        does not answer is ended.
+        does not answer is ended, with its gang.
         """
         self.forget()
-        waited = [worker for worker in self._workers if worker.ready]
-        for worker in waited:
-            worker.released = False
-            worker.process.send({"type": "release", "everything": everything})
-            if everything:
-                worker.conditions = -1
+        waited = [gang for gang in self._gangs if gang.ready]
+        for gang in waited:
+            gang.send({"type": "release", "everything": everything})
+            for rank in gang.ranks:
+                rank.released = False
+                rank.conditions = -1 if everything else rank.conditions
         if everything:
             self._conditions = (self._conditions[0] + 1, None)
         end = time.perf_counter() + _RELEASE_SECONDS
-        while any(not worker.released for worker in waited if worker in self._workers):
+
+        def late() -> list[Gang]:
+            return [g for g in self._gangs if g in waited and not all(r.released for r in g.ranks)]
+
+        while late():
             self._pump(_TICK)
             if time.perf_counter() > end:
-                for worker in [w for w in self._workers if not w.released]:
-                    self._lose(worker, "did not give back its memory")
+                for gang in late():
+                    self._lose(gang, "did not give back its memory")
 
     def describe(self) -> list[dict[str, Any]]:
-        """Return what each worker has done: device, name, units, seconds and peak bytes."""
-        return [
-            {
-                "device": worker.process.device, "name": worker.device_name, "units": worker.done,
-                "seconds": round(worker.seconds, 3), "peak_bytes": worker.peak_bytes,
-            }
-            for worker in self._workers
-        ]  # fmt: skip
+        """Return what each worker has done: device, name, units, seconds and peak bytes.
+
+        Of a gang of several also its name, and how many of its units were cut.
+        """
+        return [one for gang in self._gangs for one in gang.describe()]
 
     @property
     def pids(self) -> list[int]:
         """Return the numbers of the workers' processes."""
-        return [worker.process.pid for worker in self._workers]
+        return [rank.process.pid for gang in self._gangs for rank in gang.ranks]
 
     @property
     def usable(self) -> bool:
         """Whether all its workers are there."""
-        return not self._closed and len(self._workers) == len(self.devices)
+        return not self._closed and len(self._gangs) == len(self.devices) // self.gang
 
     def begin(self, loaded: Loaded) -> None:
         """Begin a render: what is counted and said is its own, and so are the new starts.
@@ -205,25 +202,25 @@ class WorkerPool:
         """
         self.notes, self.loaded = [], loaded
         self._restarts = 2 * len(self.devices)
-        for worker in self._workers:
-            worker.done, worker.seconds, worker.peak_bytes = 0, 0.0, 0
+        self._trials.clear()
+        for gang in self._gangs:
+            gang.counts_anew()
 
     def close(self) -> None:
         """End all workers."""
         self._closed = True
         self.forget()
-        workers, self._workers = self._workers, []
-        for worker in workers:
-            worker.process.send({"type": "stop"})
-        for worker in workers:
-            worker.process.stop()
+        gangs, self._gangs = self._gangs, []
+        for gang in gangs:
+            gang.send({"type": "stop"})
+        for gang in gangs:
+            gang.stop()
 
     # -- how the work goes on -----------------------------------------------------------------
 
-    def _start(self, device: str, name: str) -> None:
-        now = time.perf_counter()
-        process = WorkerProcess(device, lambda which, message: self._events.put((which, message)))
-        self._workers.append(_Worker(process, name, now, now))
+    def _start(self, devices: Sequence[str], name: str) -> None:
+        put = self._events.put
+        self._gangs.append(Gang(devices, name, lambda which, message: put((which, message))))
 
     def _pump(self, seconds: float) -> None:
         """Wait so long for something to happen; look after the workers and hand out units."""
@@ -235,72 +232,107 @@ class WorkerPool:
             self._hear(*event)
             while not self._events.empty():
                 self._hear(*self._events.get())
-        self._look_after()
+        for gang in list(self._gangs):
+            if (why := gang.trouble(self.quiet_seconds)) is not None:
+                self._lose(gang, why)
         self._dispatch()
 
     def _hear(self, process: WorkerProcess, message: Message | None) -> None:
-        worker = next((one for one in self._workers if one.process is process), None)
-        if worker is None:
+        found = [(g, rank) for g in self._gangs if (rank := g.of(process)) is not None]
+        if not found:
             return  # one that was ended
+        gang, rank = found[0]
         if message is None:
-            self._lose(worker, "has ended")
+            self._lose(gang, "has ended")
             return
-        now = time.perf_counter()
-        if worker.unit is not None and worker.kind in worker.kinds:
-            worker.pause = max(worker.pause, now - worker.heard)
-        worker.heard = now
+        gang.hears()
         header, tensors = message
         kind = header["type"]
         if kind == "hello":
-            self._greet(worker, header)
+            self._greet(gang, rank, header)
+        elif kind == "joined":
+            rank.joined = True
+            self._link = Link(*header["link"])
         elif kind == "loaded":
-            if worker is self._workers[0]:
+            if rank is self._gangs[0].ranks[0]:
                 self.loaded(header["component"], header["done"], header["total"])
         elif kind == "note":
             self._say(header["text"])
         elif kind == "released":
-            worker.released = True
-        elif kind in ("done", "cancelled", "failed") and worker.unit == header["number"]:
-            worker.unit = None
-            if kind == "done":
-                self._take(worker, header, tensors)
-            elif kind == "failed" and header["number"] in self._jobs:
-                self._fail(worker, header)
+            rank.released = True
+        elif kind in ("done", "cancelled", "failed") and rank.busy:
+            self._answer(gang, rank, header, tensors)
 
-    def _greet(self, worker: _Worker, header: dict[str, Any]) -> None:
+    def _answer(
+        self, gang: Gang, rank: Rank, header: dict[str, Any], tensors: dict[str, Tensor]
+    ) -> None:
+        """Hear what became of a unit in one process of its gang."""
+        number, kind = header["number"], header["type"]
+        free = gang.answered(rank)
+        if kind == "done":
+            self._take(gang, rank, header, tensors)
+        elif kind == "failed" and header["why"] == "gang":
+            gang.broken = gang.broken or (time.perf_counter(), header["text"])
+            gang.unit, rank.busy = number, True  # until it is known which of them has failed
+        elif kind == "failed" and header["why"] == "uncut":
+            self._uncut.add(header["weights"])
+        elif kind == "failed" and number in self._jobs:
+            self._fail(gang, rank, header)
+        job = self._jobs.get(number)
+        if free and kind != "done" and job is not None and job.result is None:
+            self._waiting.appendleft(number)  # it could not be cut
+
+    def _greet(self, gang: Gang, rank: Rank, header: dict[str, Any]) -> None:
         """Compare versions and devices before the first unit: other ones give other bits."""
         own = versions()
         others = [
             f"{k} {v} (here {own.get(k)})" for k, v in header["versions"].items() if own.get(k) != v
         ]
-        worker.device_name = header["device_name"]
-        first = self._workers[0].device_name or worker.device_name
+        where = gang.name if gang.size == 1 else f"{rank.process.device} of {gang.name}"
+        rank.device_name = header["device_name"]
+        first = self._gangs[0].ranks[0].device_name or rank.device_name
         if others:
             self.close()
             raise WorkerFailed(
-                f"The worker on {worker.name} has other versions: {', '.join(others)}. Start it "
-                "from the same environment."
+                f"The worker on {where} has other versions: {', '.join(others)}. Start it from the "
+                "same environment."
             )
-        if worker.device_name != first:
+        if rank.device_name != first:
             self._say(
-                f"{worker.name} is a {worker.device_name}, the first worker's a {first}: their "
-                "bits may differ."
+                f"{where} is a {rank.device_name}, the first worker's a {first}: their bits may "
+                "differ."
             )
-        worker.ready = True
+        gang.started(rank)
 
-    def _take(self, worker: _Worker, header: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-        worker.done += 1
-        worker.kinds.add(worker.kind)
-        worker.seconds += header["seconds"]
-        worker.peak_bytes = max(worker.peak_bytes, header["peak_bytes"])
+    def _take(
+        self, gang: Gang, rank: Rank, header: dict[str, Any], tensors: dict[str, Tensor]
+    ) -> None:
+        rank.peak_bytes = max(rank.peak_bytes, header["peak_bytes"])
+        if rank is not gang.ranks[0]:
+            return
+        gang.done += 1
+        gang.cut += header["cut"]
+        gang.seconds += header["seconds"]
+        gang.kinds.add(gang.kind)
         job = self._jobs.get(header["number"])
-        if job is not None:
-            job.result = tensors["velocity"], tensors.get("residual")
+        if job is None:
+            return
+        job.result = tensors["velocity"], tensors.get("residual")
+        if "equal" in header:
+            trial, kind = Trial(header["equal"], header["error"]), self._trial_of(job, gang)
+            self.records.keep_trial(kind, trial)
+            self._trials[kind] = trial
 
-    def _fail(self, worker: _Worker, header: dict[str, Any]) -> None:
+    def _fail(self, gang: Gang, rank: Rank, header: dict[str, Any]) -> None:
         """Raise what went wrong in a worker: it would go wrong on the others too."""
-        why, text = header["why"], f"{header['text']} (on {worker.name})"
+        where = gang.name if gang.size == 1 else f"{rank.process.device} of {gang.name}"
+        why, text = header["why"], f"{header['text']} (on {where})"
         with contextlib.suppress(WorkerFailed):  # the first failure is the one to tell
+            if header["midway"]:
+                # The others wait in the middle of the unit for what this one will not send.
+                self._gangs.remove(gang)
+                gang.kill()
+                self._start(gang.devices, gang.name)
             self.release()
         if why == "oom":
             raise torch.OutOfMemoryError(text)
@@ -308,42 +340,26 @@ class WorkerPool:
             raise MemoryError(text)
         raise WorkerFailed(f"{header['error']}: {text}")
 
-    def _look_after(self) -> None:
-        now = time.perf_counter()
-        for worker in list(self._workers):
-            quiet = now - worker.heard
-            if not worker.ready and quiet > _START_SECONDS:
-                self._lose(worker, f"did not start within {quiet:.0f} s")
-            elif worker.unit is not None and quiet > self._patience(worker):
-                self._lose(worker, f"said nothing for {quiet:.0f} s")
-
-    def _patience(self, worker: _Worker) -> float:
-        """Return how long a worker may say nothing in the middle of a unit."""
-        if self.quiet_seconds is not None:
-            return self.quiet_seconds
-        if worker.kind not in worker.kinds:
-            return _FIRST_SECONDS
-        return max(_QUIET_SECONDS, _QUIET_FACTOR * worker.pause)
-
-    def _lose(self, worker: _Worker, why: str) -> None:
-        """End a worker; its unit goes to another, and a new one is started in its place."""
-        self._workers.remove(worker)
-        worker.process.kill()
-        job = None if worker.unit is None else self._jobs.get(worker.unit)
+    def _lose(self, gang: Gang, why: str) -> None:
+        """End a gang; its unit goes to another, and a new one is started in its place."""
+        self._gangs.remove(gang)
+        gang.kill()
+        job = None if gang.unit is None else self._jobs.get(gang.unit)
+        job = None if job is None or job.result is not None else job
         went = ""
-        if worker.unit is not None and job is not None:
+        if gang.unit is not None and job is not None:
             job.lost += 1
             went = "; its unit was given to another"
-            self._waiting.appendleft(worker.unit)
-        self._say(f"{worker.name} {why}{went}.")
+            self._waiting.appendleft(gang.unit)
+        self._say(f"{gang.name} {why}{went}.")
         again = self._restarts > 0 and not self._closed
         if again:
             self._restarts -= 1
-            self._start(worker.process.device, worker.name)
+            self._start(gang.devices, gang.name)
         if job is not None and job.lost >= _TRIES:
             self.forget()
             raise WorkerFailed(f"A unit of work ended {job.lost} workers; the last one {why}.")
-        if not self._workers:
+        if not self._gangs:
             self.forget()
             raise WorkerFailed(f"No worker is left: {'; '.join(self.notes)}")
 
@@ -351,52 +367,96 @@ class WorkerPool:
         if text not in self.notes:
             self.notes.append(text)
 
+    # -- who computes what --------------------------------------------------------------------
+
     def _dispatch(self) -> None:
-        """Give waiting units, in their order, to workers that have none."""
-        for worker in self._workers:
+        """Give waiting units, in their order, to gangs that have none."""
+        for gang in self._gangs:
             if not self._waiting:
                 return
-            if worker.ready and worker.unit is None and worker.released:
-                self._give(worker, self._waiting.popleft())
+            if gang.idle:
+                self._give(gang, self._waiting.popleft())
 
-    def _give(self, worker: _Worker, number: int) -> None:
+    def _give(self, gang: Gang, number: int) -> None:
         job = self._jobs[number]
-        key, conditions = self._conditions
-        if job.weights.key not in worker.weights:
-            worker.weights.add(job.weights.key)
-            plain = {"type": "weights", "key": job.weights.key, "weights": job.weights.plain()}
-            worker.process.send(plain)
-        if worker.conditions != job.conditions:
-            assert conditions is not None and job.conditions == key
-            worker.conditions = key
-            worker.process.send(*conditions_message(conditions, key))
-        unit = job.unit
+        cut, both = self._ways(job, gang)
+        if self._link is not None:
+            machine = job.weights.tried_as.partition("; ")[0]
+            if self.records.link(machine, gang.size) is None:
+                self.records.keep_link(machine, gang.size, self._link)
+            self._link = None
+        unit, ranks = job.unit, gang.ranks if cut else gang.ranks[:1]
         header = {
-            "type": "unit", "number": number, "weights": job.weights.key, "conditions": key,
-            "indices": unit.indices, "middle": unit.middle, "second": unit.second,
-            "keep": unit.keep,
+            "type": "unit", "number": number, "weights": job.weights.key,
+            "conditions": job.conditions, "indices": unit.indices, "middle": unit.middle,
+            "second": unit.second, "keep": unit.keep, "cut": cut, "both": both,
         }  # fmt: skip
         tensors = {"latents": unit.latents, "timestep": unit.timestep}
         if unit.residual is not None:
             tensors["residual"] = unit.residual
         # To the CPU now, in the driver's thread and stream: the latents are written over later.
-        worker.unit, worker.heard = number, time.perf_counter()
-        worker.kind = (job.weights.key, *unit.latents.shape, unit.residual is None)
-        worker.process.send(header, {name: tensor.to("cpu") for name, tensor in tensors.items()})
+        here = {name: tensor.to("cpu") for name, tensor in tensors.items()}
+        shape = (*unit.latents.shape, unit.residual is None)
+        gang.begins(number, (job.weights.key, cut, both, *shape), ranks)
+        for rank in ranks:
+            self._tell(rank, job)
+            rank.process.send(header, here)
+
+    def _tell(self, rank: Rank, job: _Job) -> None:
+        """Send what a process does not know yet of the weights and conditions of a unit."""
+        key, conditions = self._conditions
+        if job.weights.key not in rank.weights:
+            rank.weights.add(job.weights.key)
+            plain = {"type": "weights", "key": job.weights.key, "weights": job.weights.plain()}
+            rank.process.send(plain)
+        if rank.conditions != job.conditions:
+            assert conditions is not None and job.conditions == key
+            rank.conditions = key
+            rank.process.send(*conditions_message(conditions, key))
+
+    def _ways(self, job: _Job, gang: Gang) -> tuple[bool, bool]:
+        """Return whether a gang computes a unit cut, and whether it does so both ways."""
+        given = self._conditions[1]
+        if gang.size == 1 or given is None or not job.weights.choices.lean:
+            return False, False
+        if job.weights.key in self._uncut or job.weights.heads % gang.size:
+            return False, False
+        if job.tokens(given) % gang.size:
+            return False, False
+        kind = self._trial_of(job, gang)
+        if kind not in self._trials:
+            self._trials[kind] = self.records.trial(kind)
+        trial = self._trials[kind]
+        if trial is None or trial.equal:
+            return True, trial is None
+        each = f"Cut over {gang.size} cards a pass has other bits than on one (relative error "
+        each += f"{trial.error:.1e})"
+        if job.weights.must_equal:
+            self._say(f"{each}: every pass was computed on one card.")
+            return False, False
+        self._say(f"{each}: rounding, as speed 'fast' allows.")
+        return True, False
+
+    def _trial_of(self, job: _Job, gang: Gang) -> str:
+        given = self._conditions[1]
+        assert given is not None
+        batch = job.unit.latents.shape[0]
+        return cut_kind(job.weights.tried_as, batch, job.tokens(given), gang.size)
 
 
 _pools: list[WorkerPool] = []
 
 
-def worker_pool(devices: Sequence[str]) -> WorkerPool:
+def worker_pool(devices: Sequence[str], gang: int = 1) -> WorkerPool:
     """Return this process's workers on ``devices``, started if they are not there.
 
     They stay for the next render until ``close_workers`` or other devices are asked for.
     """
-    found = next((pool for pool in _pools if pool.devices == tuple(devices) and pool.usable), None)
+    wanted = tuple(devices), gang
+    found = next((p for p in _pools if (p.devices, p.gang) == wanted and p.usable), None)
     if found is None:
         close_workers()
-        found = WorkerPool(devices)
+        found = WorkerPool(devices, gang)
         _pools.append(found)
     return found
 

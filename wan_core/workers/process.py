@@ -26,6 +26,7 @@ _ROOT = Path(__file__).resolve().parents[2]
 _START = "import sys; sys.path.insert(0, sys.argv[1]); from wan_core.workers import child; "
 _START += "child.main()"
 _VISIBLE = "CUDA_VISIBLE_DEVICES"
+_LOOPBACK = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
 _END_SECONDS = 5.0
 
 
@@ -107,6 +108,8 @@ def environment(device: str, given: Mapping[str, str]) -> dict[str, str]:
 
     ``device`` is the driver's name of it, counted among the cards that the driver sees.
     """
+    # What the processes of a gang listen on is not to be reached from elsewhere.
+    given = {**given, **_LOOPBACK} if sys.platform == "linux" else given
     if device == "cpu":
         return dict(given)
     index = int(device.partition(":")[2] or 0)

@@ -20,7 +20,7 @@ from ..errors import ModelMismatch
 from ..files import FileIdentity, file_identity
 from ..loading import component_key
 from ..memory import Choices
-from ..models import Component
+from ..models import Component, TransformerShape
 from ..plan import OptimizationPlan
 
 
@@ -46,11 +46,18 @@ class Weights:
     choices: Choices
     pin_limit: int | None = None
     """Bytes of RAM that one worker may page-lock."""
+    heads: int = 1
+    patch: tuple[int, int, int] = (1, 2, 2)
+    """Frames, rows and columns of latents that are one token."""
+    tried_as: str = ""
+    """What a trial of a cut forward depends on beside shapes; see ``OptimizationPlan.tried_as``."""
+    must_equal: bool = True
+    """Whether a forward is cut over several cards only where that keeps every bit."""
 
     @staticmethod
     def of(
         name: str, part: Component, plan: OptimizationPlan, loras: tuple[WanLoRA, ...], *,
-        fp8: bool, mapped: bool, nbytes: int, pin_limit: int | None,
+        fp8: bool, mapped: bool, nbytes: int, pin_limit: int | None, shape: TransformerShape,
     ) -> Weights:  # fmt: skip
         """Return what describes the component ``part``, called ``name`` in the plan."""
         files = component_key(part, "").files
@@ -70,6 +77,10 @@ class Weights:
             ),
             choices=plan.choices,
             pin_limit=pin_limit,
+            heads=shape.heads,
+            patch=shape.patch_size,
+            tried_as=plan.tried_as,
+            must_equal=plan.must_equal,
         )
 
     def plain(self) -> dict[str, Any]:
@@ -91,6 +102,7 @@ class Weights:
             "files": tuple(FileIdentity(**one) for one in values["files"]),
             "loras": tuple(WanLoRA(*one) for one in values["loras"]),
             "choices": Choices(**values["choices"]),
+            "patch": tuple(values["patch"]),
         }
         return Weights(**(dict(values) | more))
 

@@ -1,0 +1,157 @@
+"""What cutting a pass over several cards (Ulysses) is expected to take, need and keep.
+
+A gang of N cards computes a pass together: each a part of the tokens, exchanged for a part of the
+heads round self attention. A block exchanges four tensors of S d numbers (q, k, v and the output;
+S tokens, d width), of which each card sends (N - 1) / N of its N-th part.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from ..config import GIB
+from ..memory import (
+    Choices,
+    Link,
+    Trial,
+    Workload,
+    cut_kind,
+    estimate,
+    latent_size,
+    link_name,
+    seen_latents,
+    window_tokens,
+)
+from ..models import BYTES, ModelArchitecture, block_count, experts_of
+from .config import OptimizationConfig
+from .timing import stream_seconds, windows_per_step
+
+if TYPE_CHECKING:
+    from ..memory import SystemResources
+
+_LINK = {"cuda": 1e10, "cpu": 5e8}
+"""Bytes a second that a card sends while all do, until it was measured: that of cards which talk
+through host memory, a third of which LightX2V's times on eight 4090D imply. Assumed."""
+_EXCHANGE_SECONDS = 2e-4
+"""What an exchange takes beside its bytes: 0.05 to 0.07 s for 320 of them at 832x480 and 81 frames,
+fitted to LightX2V's published times. Not measured here."""
+_BUFFERS = 0.4 * GIB
+"""What NCCL allocates on a card beside tensors. Assumed, not measured."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cutting:
+    """A job whose passes may be cut: all that the gain and the bits depend on."""
+
+    architecture: ModelArchitecture
+    workload: Workload
+    choices: Choices
+    system: SystemResources
+    exact: bool
+    """Whether every bit must stay (speed "exact")."""
+    possible: bool
+    """Whether the lean forward, which is the one that can be cut, may be used."""
+
+    @property
+    def why_not(self) -> str | None:
+        """Return why no pass can be cut, or None."""
+        if self.system.os not in ("", "Linux"):
+            return f"cutting a pass over cards needs NCCL, which {self.system.os} does not have"
+        if not self.possible:
+            return "only the lean forward can be cut over cards"
+        if self.choices.offload_of("transformer") not in ("none", "model", "stream"):
+            return "a transformer whose layers or groups are offloaded cannot be cut over cards"
+        if self.architecture.transformer.animate is not None:
+            return "Animate's forward cannot be cut over cards"
+        if not self.architecture.transformer.heads_known:
+            return "how the model's width divides into heads is not known"
+        return None
+
+    @property
+    def tokens(self) -> int:
+        """Return the tokens of a pass."""
+        frames, height, width = latent_size(self.architecture, self.workload)
+        seen = seen_latents(self.workload, self.choices, frames)
+        return window_tokens(self.architecture.transformer, seen, height, width)
+
+    def divides(self, cards: int) -> bool:
+        """Say whether heads and tokens can be shared out to so many cards without a rest."""
+        heads = self.architecture.transformer.heads
+        return heads % cards == 0 and self.tokens % cards == 0
+
+    def trial(self, cards: int) -> Trial | None:
+        """Return what a trial on this machine has shown, or None."""
+        kind = cut_kind(tried_as(self), self.workload.batch_size, self.tokens, cards)
+        return self.system.between.trials.get(kind)
+
+    def link(self, cards: int) -> tuple[Link, bool]:
+        """Return how fast so many cards exchange, and whether that was measured."""
+        name, links = machine(self.system), self.system.between.links
+        known = links.get(link_name(name, cards))
+        if known is not None:
+            return known, True
+        # What other numbers of these cards have shown is nearer than a guess.
+        others = [links[n] for count in range(2, 100) if (n := link_name(name, count)) in links]
+        guess = Link(_LINK[self.system.device_kind], _EXCHANGE_SECONDS)
+        return min(others, key=lambda link: link.rate, default=guess), False
+
+    def pass_seconds(self, alone: float, cards: int) -> float:
+        """Return what a pass takes, of which one card computes for ``alone`` seconds."""
+        if cards == 1:
+            return alone
+        shape, choices = self.architecture.transformer, self.choices
+        blocks = block_count(shape)
+        size = BYTES[choices.dtypes["transformer"]]
+        tensor = self.workload.batch_size * self.tokens * shape.dim * size / cards
+        sent = blocks * 4 * tensor * (cards - 1) / cards
+        computed = alone / cards
+        if choices.offload_of("transformer") == "stream":
+            # Each card reads all weights, however few tokens it computes.
+            given = (self.architecture, self.workload, choices, self.system)
+            arrives = stream_seconds(*given, 1) / windows_per_step(*given[:3])
+            computed = max(computed, min(alone, arrives))
+        link, _ = self.link(cards)
+        return computed + sent / link.rate + 4 * blocks * link.seconds
+
+    def card_peak(self, cards: int) -> int:
+        """Return the bytes that a card is expected to hold at most while passes are computed."""
+        choices = replace(self.choices, lean=True) if cards > 1 else self.choices
+        given = (self.architecture, self.workload, choices, self.system)
+        stages = estimate(*given, cut=cards).stages
+        most = max(s.device_bytes for s in stages if s.name.startswith("denoise"))
+        on_cards = cards > 1 and self.system.device_kind == "cuda"
+        return most + int(_BUFFERS) * on_cards
+
+
+def machine(system: SystemResources) -> str:
+    """Name card and software as links and trials are kept under."""
+    threads = f", {system.between.threads} threads" if system.device_kind == "cpu" else ""
+    return f"{system.device_name}, {system.backend}, torch {system.torch_version}{threads}"
+
+
+def tried_as(job: Cutting) -> str:
+    """Name what decides, beside the tokens, whether a pass that is cut keeps its bits."""
+    shape, choices = job.architecture.transformer, job.choices
+    parts = [job.architecture.components.get(name) for name in experts_of(job.architecture)]
+    kinds = [part.stored_as if part else "" for part in parts]
+    kinds = [kind or job.architecture.weight_kind for kind in kinds]
+    words = [f"{job.architecture.name} of {shape.layers} x {shape.dim}/{shape.heads}"]
+    words.append(f"{choices.dtypes['transformer']} of {'/'.join(dict.fromkeys(kinds))}")
+    words += ["fp8 storage"] * choices.fp8_storage + ["LoRA"] * bool(job.architecture.loras)
+    words.append("lean by rows" if choices.by_rows else "lean")
+    words += ["fastest kernels"] * choices.quick + ["products in 8 bit"] * choices.eight_bit
+    words += ["attention in 8 bit"] * choices.attention_8bit
+    return f"{machine(job.system)}; {', '.join(words)}"
+
+
+def wishes(
+    architecture: ModelArchitecture, workload: Workload, choices: Choices,
+    system: SystemResources, requested: OptimizationConfig, lean: bool,
+) -> Cutting:  # fmt: skip
+    """Return what can be cut of a job; ``lean`` says whether the lean forward can be used."""
+    return Cutting(
+        architecture=architecture, workload=workload, choices=choices, system=system,
+        exact=requested.speed == "exact",
+        possible=choices.lean or (lean and requested.forward == "auto"),
+    )  # fmt: skip

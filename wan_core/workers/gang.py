@@ -1,0 +1,185 @@
+"""A gang: the processes that compute one unit together, as the driver sees them. Mostly one.
+
+Several cut the tokens of a unit among them (``group``). They start together, get every cut unit
+together, and end together: where one dies, hangs or runs out of memory in the middle, all are
+ended, because the others wait for it.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from .messages import Message
+from .process import WorkerProcess
+
+START_SECONDS = 180.0
+"""How long processes may take to import their packages and to meet. Assumed, not measured on a slow
+disk."""
+_FIRST_SECONDS = 180.0
+"""How long one may say nothing in a unit that is new to it: kernels may be compiled. Assumed."""
+_QUIET_SECONDS, _QUIET_FACTOR = 15.0, 8.0
+"""After that: how long it may say nothing, and how many times the longest pause it has made. It
+speaks at every block of the model. Assumed."""
+_CAUSE_SECONDS = 2.0
+"""How long a gang that is broken is given to say why. The first to speak is often not the cause."""
+
+Told = Callable[[WorkerProcess, Message | None], object]
+
+
+@dataclass(slots=True)
+class Rank:
+    """One process of a gang."""
+
+    process: WorkerProcess
+    device_name: str = ""
+    started: bool = False
+    joined: bool = False
+    weights: set[str] = field(default_factory=set)
+    conditions: int = -1
+    released: bool = True
+    busy: bool = False
+    """Whether it has the gang's unit in work."""
+    peak_bytes: int = 0
+
+
+class Gang:
+    """Processes on ``devices`` that compute units together; ``told`` hears what they say."""
+
+    def __init__(self, devices: Sequence[str], name: str, told: Told) -> None:
+        self.devices, self.name = tuple(devices), name
+        self.began = self.heard = time.perf_counter()
+        self.unit: int | None = None
+        self.kind: tuple[object, ...] = ()
+        """Weights and shapes of the unit in work."""
+        self.kinds: set[tuple[object, ...]] = set()
+        """Those of the units that it has finished."""
+        self.done, self.cut, self.seconds = 0, 0, 0.0
+        self.pause = 0.0
+        """The longest time between two messages within a unit of a kind that it knows."""
+        self.broken: tuple[float, str] | None = None
+        """Since when one process has missed another, and what it said."""
+        self._place = Path(tempfile.mkdtemp(prefix="wanfit_gang_")) if self.size > 1 else None
+        self.ranks = [Rank(WorkerProcess(device, told)) for device in self.devices]
+
+    @property
+    def size(self) -> int:
+        """Return of how many processes it is."""
+        return len(self.devices)
+
+    @property
+    def ready(self) -> bool:
+        """Whether all its processes have started and met."""
+        return all(rank.joined for rank in self.ranks)
+
+    @property
+    def idle(self) -> bool:
+        """Whether it can be given a unit."""
+        free = all(rank.released and not rank.busy for rank in self.ranks)
+        return self.ready and self.unit is None and free
+
+    def of(self, process: WorkerProcess) -> Rank | None:
+        """Return the rank of a process, or None if it is another gang's."""
+        return next((rank for rank in self.ranks if rank.process is process), None)
+
+    def hears(self) -> None:
+        """Note that one of them has said something."""
+        now = time.perf_counter()
+        if self.unit is not None and self.kind in self.kinds:
+            self.pause = max(self.pause, now - self.heard)
+        self.heard = now
+
+    def started(self, rank: Rank) -> None:
+        """Note that a process has started; when all have, they are told to meet."""
+        rank.started = True
+        if self.size == 1:
+            rank.joined = True
+        elif all(one.started for one in self.ranks):
+            for number, one in enumerate(self.ranks):
+                where = {"rank": number, "size": self.size, "place": str(self._met)}
+                one.process.send({"type": "gang", **where})
+
+    @property
+    def _met(self) -> Path:
+        assert self._place is not None
+        return self._place / "meeting"
+
+    def send(self, header: Mapping[str, Any], tensors: Mapping[str, Tensor] | None = None) -> None:
+        """Send a message to all its processes; never waits."""
+        for rank in self.ranks:
+            rank.process.send(header, tensors)
+
+    def begins(self, number: int, kind: tuple[object, ...], ranks: Sequence[Rank]) -> None:
+        """Note that some of its processes, or all, are given a unit."""
+        self.unit, self.kind, self.heard = number, kind, time.perf_counter()
+        for rank in ranks:
+            rank.busy = True
+
+    def answered(self, rank: Rank) -> bool:
+        """Note that a process has done with its unit; return whether all have, and it is free."""
+        rank.busy = False
+        if any(one.busy for one in self.ranks):
+            return False
+        self.unit = None
+        return True
+
+    def trouble(self, quiet_seconds: float | None) -> str | None:
+        """Return why the gang is to be ended, or None; ``quiet_seconds`` as for the pool."""
+        now = time.perf_counter()
+        if self.broken is not None:
+            since, why = self.broken
+            return f"has fallen apart ({why})" if now - since > _CAUSE_SECONDS else None
+        quiet = now - self.heard
+        if not self.ready:
+            return f"did not start within {quiet:.0f} s" if quiet > START_SECONDS else None
+        if self.unit is not None and quiet > self._patience(quiet_seconds):
+            return f"said nothing for {quiet:.0f} s"
+        return None
+
+    def _patience(self, quiet_seconds: float | None) -> float:
+        """Return how long it may say nothing in the middle of a unit."""
+        if quiet_seconds is not None:
+            return quiet_seconds
+        if self.kind not in self.kinds:
+            return _FIRST_SECONDS
+        return max(_QUIET_SECONDS, _QUIET_FACTOR * self.pause)
+
+    def counts_anew(self) -> None:
+        """Forget what was counted: a render begins."""
+        self.done, self.cut, self.seconds = 0, 0, 0.0
+        for rank in self.ranks:
+            rank.peak_bytes = 0
+
+    def describe(self) -> list[dict[str, Any]]:
+        """Return what each process has done: device, name, units, seconds and peak bytes."""
+        more: dict[str, Any] = {"gang": self.name, "cut": self.cut} if self.size > 1 else {}
+        return [
+            {
+                "device": rank.process.device, "name": rank.device_name, "units": self.done,
+                "seconds": round(self.seconds, 3), "peak_bytes": rank.peak_bytes, **more,
+            }
+            for rank in self.ranks
+        ]  # fmt: skip
+
+    def kill(self) -> None:
+        """End all its processes at once."""
+        for rank in self.ranks:
+            rank.process.kill()
+        self._leave()
+
+    def stop(self) -> None:
+        """Wait until all, which have been asked to, have ended; kill those that do not."""
+        for rank in self.ranks:
+            rank.process.stop()
+        self._leave()
+
+    def _leave(self) -> None:
+        if self._place is not None:
+            shutil.rmtree(self._place, ignore_errors=True)

@@ -1,0 +1,134 @@
+"""A worker's side of a gang: the processes that compute one unit together, and how they talk.
+
+torch.distributed is set up here, in a worker and never in its driver: gloo between CPUs, NCCL
+between cards, one group of processes for each gang, which meet in a file. Every decision is that
+of rank 0. Whoever hangs or ends here is ended, with the gang, by the driver: no collective is
+waited for by a clock.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import contextmanager
+from datetime import timedelta
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ..errors import is_oom
+from ..forward import Exchange
+from ..memory import Link
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+_TIMEOUT = timedelta(hours=1)
+"""A rank may wait as long for another that reads weights. The driver ends a gang that hangs."""
+_TRIES = 3
+
+
+class GangBroken(Exception):
+    """Another process of the gang has ended, or cannot be reached."""
+
+
+class Group(Exchange, Protocol):
+    """``forward.Exchange`` with what the processes of a gang agree on."""
+
+    def agreed(self, word: bool) -> bool:
+        """Return the word of rank 0."""
+
+    def all_say(self, word: bool) -> bool:
+        """Return whether all say yes."""
+
+
+Join = Callable[[int, int, str, torch.device], Group]
+
+
+class ProcessGroup:
+    """Processes of one gang, by torch.distributed. ``place`` is a path for the file they meet in.
+
+    Made by all of them at the same time. Raises GangBroken, here and in every call, when another
+    one is gone.
+    """
+
+    def __init__(self, rank: int, size: int, place: str, device: torch.device) -> None:
+        # As an untyped module: it does not name what it exports.
+        dist: Any = import_module("torch.distributed")
+        self.rank, self.size, self._device, self._dist = rank, size, device, dist
+        on_card = device.type == "cuda"
+        if on_card:
+            torch.cuda.set_device(device)
+        with _told():
+            dist.init_process_group(
+                "cpu:gloo,cuda:nccl" if on_card else "gloo",
+                store=dist.FileStore(place, size),
+                rank=rank,
+                world_size=size,
+                timeout=_TIMEOUT,
+            )
+
+    def all_to_all(self, parts: Tensor) -> Tensor:
+        """Give ``parts[i]`` to process i, and return what they gave, (size, ...)."""
+        given = torch.empty_like(parts)
+        with _told():
+            self._dist.all_to_all_single(given, parts)
+        return given
+
+    def all_gather(self, part: Tensor) -> Tensor:
+        """Return the parts of all processes, (size, ...)."""
+        gathered = part.new_empty((self.size * part.shape[0], *part.shape[1:]))
+        with _told():
+            self._dist.all_gather_into_tensor(gathered, part)
+        return gathered.view(self.size, *part.shape)
+
+    def agreed(self, word: bool) -> bool:
+        """Return the word of rank 0."""
+        said = torch.tensor([int(word)])
+        with _told():
+            self._dist.broadcast(said, 0)
+        return bool(said)
+
+    def all_say(self, word: bool) -> bool:
+        """Return whether all say yes."""
+        said = torch.tensor([int(word)])
+        with _told():
+            self._dist.all_reduce(said, self._dist.ReduceOp.MIN)
+        return bool(said)
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    """Call what goes wrong between processes by one name; a shortage of memory keeps its own."""
+    try:
+        yield
+    except RuntimeError as err:
+        if is_oom(err):
+            raise
+        raise GangBroken(str(err)) from err
+
+
+def measured_link(group: Group, device: torch.device) -> Link:
+    """Return how fast the processes of a gang exchange tensors; to be called by all of them.
+
+    Measured as the exchanges of a forward are: 64 MiB each between cards, 4 MiB between processes
+    on a CPU, and nearly nothing; the best of three.
+    """
+    on_card = device.type == "cuda"
+    count = (64 if on_card else 4) * 2**20 // group.size
+    times = []
+    for each in (16, count):
+        parts = torch.zeros(group.size, each, dtype=torch.uint8, device=device)
+        best = float("inf")
+        for _ in range(_TRIES + 1):  # the first time connections are made
+            group.agreed(True)
+            begun = time.perf_counter()
+            group.all_to_all(parts)
+            if on_card:
+                torch.cuda.synchronize(device)
+            best = min(best, time.perf_counter() - begun)
+        times.append(best)
+    short, long = times
+    return Link((group.size - 1) * count / max(long - short, 1e-9), short)
