@@ -3,11 +3,14 @@
     python benchmarks/many.py [--devices 1 2 4] [--budget 480] [--output FOLDER] [--tiny]
 
 Writes a Wan 2.2 T2V-A14B with random weights of true shape to ``--folder`` (41 GB; /dev/shm), then
-runs each case on each number of cards in turn, the same bits expected of all. Only the high-noise
-expert's steps are made and nothing is decoded: a run is stopped after its last step. A step's
-seconds are the median from callback to callback, without the first. Parts that the budget does not
-allow are left out and named. Writes ``many_<device>.json`` and ``.md``. ``--tiny`` runs small
-models on the CPU.
+runs each case on each number of cards in turn, the same bits expected of all. Windows come first,
+then guidance, then a cut of each pass along its tokens (Ulysses): "cards" says how many gangs of
+how many. Whether a cut keeps the bits is tried by its first pass, which is computed both ways; what
+the trial and the links between the cards showed is listed. Records of earlier runs are not read, so
+that each trial is made here. Only the high-noise expert's steps are made and nothing is decoded: a
+run is stopped after its last step. A step's seconds are the median from callback to callback,
+without the first, in which the trial is. Parts that the budget does not allow are left out and
+named. Writes ``many_<device>.json`` and ``.md``. ``--tiny`` runs small models on the CPU.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import os
 import shutil
 import sys
 import tempfile
@@ -28,7 +32,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from wan_core.memory import close_gaps
+from wan_core.memory import CardRecords, Link, close_gaps
 
 close_gaps()
 
@@ -55,16 +59,20 @@ class Case:
     steps: int
     seconds: float
     """About what a step takes on one H100, to keep to the budget."""
+    guidance: float | None = None
+    """None: the model's own; 1 makes a step one pass, which only a cut can share out."""
 
 
 CASES = (
     Case("480p81", 832, 480, 81, None, 2, 4, 6.6),
+    Case("480p81 without guidance", 832, 480, 81, None, 1, 4, 3.3, 1.0),
     Case("480p321 in windows of 81", 832, 480, 321, 81, 10, 2, 33.0),
     Case("720p81", 1280, 720, 81, None, 2, 3, 26.0),
 )
 TINY = (
-    Case("whole", 32, 32, 17, None, 2, 3, 0.3),
-    Case("windows", 32, 32, 33, 17, 6, 3, 0.5),
+    Case("whole", 64, 64, 17, None, 2, 3, 0.3),
+    Case("whole without guidance", 64, 64, 17, None, 1, 3, 0.2, 1.0),
+    Case("windows", 64, 64, 33, 17, 6, 3, 0.5),
 )
 OVERLAP = 16
 SETUP = 45.0
@@ -103,8 +111,15 @@ def run(folder: Path, case: Case, devices: int, tiny: bool) -> dict[str, Any]:
         switch_step=case.steps if wrapper.architecture.two_experts else None,
         max_chunk_size=case.window, window_overlap=8 if tiny else OVERLAP,
         force_chunked_processing=case.window is not None, progress_callback=progress,
+        guidance_scale=case.guidance,
     )  # fmt: skip
     _, plan = wrapper.plan(config)
+    if tiny and devices > 1:
+        # Nobody would cut these on a CPU: it is made to believe that exchanges take no time.
+        machine = plan.tried_as.partition("; ")[0]
+        for cards in range(2, devices + 1):
+            CardRecords().keep_link(machine, cards, Link(1e18, 0.0))
+        _, plan = wrapper.plan(config)
     if not tiny:
         torch.cuda.reset_peak_memory_stats()
     began = time.perf_counter()
@@ -113,21 +128,30 @@ def run(folder: Path, case: Case, devices: int, tiny: bool) -> dict[str, Any]:
         found["errors"] = result.errors
     except Done:
         pass
+    # Planned again, now that links and trial are known: what the next job would be told.
+    _, after = wrapper.plan(config)
+    after = after if (after.gang, after.workers) == (plan.gang, plan.workers) else plan
     steps = [b - a for a, b in zip(ends, ends[1:], strict=False)]
     peaks = []
+    cut = 0
     if plan.workers and "errors" not in found:
-        peaks = [one["peak_bytes"] for one in worker_pool(plan.workers).describe()]
+        told = worker_pool(plan.workers, plan.gang).describe()
+        peaks = [one["peak_bytes"] for one in told]
+        cut = sum({one["gang"]: one["cut"] for one in told if "gang" in one}.values())
     elif not tiny:
         peaks = [torch.cuda.max_memory_allocated()]
     denoise = next((s for s in plan.estimate.stages if s.name.startswith("denoise")), None)
     found |= {
-        "case": case.name, "devices": devices, "workers": list(plan.workers),
+        "case": case.name, "devices": devices, "workers": list(plan.workers), "gang": plan.gang,
+        "cut_passes": cut,
         "units": case.units, "step_seconds": median(steps) if steps else None, "steps": steps,
         "first_step_after": ends[0] - began if ends else None,
-        "predicted_step_seconds": plan.step_seconds, "predicted_seconds": plan.seconds,
-        "reason": plan.reasons[-1], "applied": list(plan.applied),
+        "predicted_step_seconds": after.step_seconds, "predicted_seconds": after.seconds,
+        "reason": after.reasons[-1], "applied": list(after.applied),
         "peak_mib": [round(peak / MIB) for peak in peaks],
-        "predicted_peak_mib": None if denoise is None else round(denoise.device_bytes / MIB),
+        "predicted_peak_mib": round(
+            (after.card_peak_bytes or (0 if denoise is None else denoise.device_bytes)) / MIB
+        ),
     }  # fmt: skip
     close_workers()
     loader.clear_cache()
@@ -153,15 +177,31 @@ def table(found: dict[str, Any]) -> str:
             continue
         speed = base["step_seconds"] / step
         cards = max(1, len(one["workers"]))
-        ideal = one["units"] / ceil(one["units"] / cards)
+        gangs = cards // one["gang"]
+        ideal = one["gang"] * one["units"] / ceil(one["units"] / gangs)
+        shown = f"{gangs} x {one['gang']}" if one["gang"] > 1 else str(cards)
         same = "equal" if one["bits"] == base["bits"] else "OTHER"
         lines.append(
-            f"| {one['case']} | {cards} of {one['devices']} | {step:.2f} | "
+            f"| {one['case']} | {shown} of {one['devices']} | {step:.2f} | "
             f"{one['predicted_step_seconds']:.2f} | {speed:.2f} | {speed / ideal:.2f} of "
             f"{ideal:.2f} | {same} | {', '.join(map(str, one['peak_mib']))} "
             f"({one['predicted_peak_mib']}) |"
         )
     return "\n".join([*lines, "", *(f"- {note}" for note in found["notes"]), ""])
+
+
+def measured_between() -> list[str]:
+    """Return what the runs have shown of links and cuts, a line each."""
+    known = CardRecords().between()
+    lines = [
+        f"link, {name}: {link.rate / 1e9:.3g} GB/s, {1e6 * link.seconds:.0f} us an exchange"
+        for name, link in known.links.items()
+        if link.rate < 1e18
+    ]
+    for kind, trial in known.trials.items():
+        told = "every bit equal" if trial.equal else f"rounding, relative error {trial.error:.1e}"
+        lines.append(f"trial, {kind}: {told}")
+    return lines
 
 
 def write(found: dict[str, Any], output: Path) -> None:
@@ -176,7 +216,8 @@ def model_folder(folder: Path, tiny: bool) -> Path:
     if tiny:
         from support.tiny_models import make_folder
 
-        return make_folder(folder / "tiny", "wan2.2-t2v-a14b")
+        heads = {"num_attention_heads": 4}
+        return make_folder(folder / "tiny", "wan2.2-t2v-a14b", transformer=heads)
     from random_model import Shapes, write_model
 
     write_model(folder / "model", Shapes())
@@ -192,7 +233,7 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="small models on the CPU")
     arguments = parser.parse_args()
     began, tiny = time.perf_counter(), arguments.tiny
-    there = 2 if tiny else torch.cuda.device_count()
+    there = 4 if tiny else torch.cuda.device_count()
     devices = arguments.devices or sorted({1, 2, there} & set(range(1, there + 1)))
     found: dict[str, Any] = {
         "command": " ".join(["python", "benchmarks/many.py", *sys.argv[1:]]),
@@ -200,17 +241,17 @@ def main() -> None:
         "device": "cpu" if tiny else f"{there} {torch.cuda.get_device_name(0)}",
     }  # fmt: skip
     folder = Path(tempfile.mkdtemp(prefix="wanfit_many_", dir=arguments.folder))
+    os.environ["XDG_CACHE_HOME"] = str(folder / "records")
     try:
         model = model_folder(folder, tiny)
         found["notes"].append(f"the model was written in {time.perf_counter() - began:.0f} s")
         for case in TINY if tiny else CASES:
             for count in devices:
-                if count > 1 and min(count, case.units) in [
-                    min(d, case.units) for d in devices if d < count
-                ]:
-                    continue  # more cards than passes
-                turns = ceil(case.units / min(count, case.units))
-                needed = SETUP + case.steps * case.seconds * turns / case.units
+                share = 1 / min(count, case.units)
+                if count > case.units:  # a cut
+                    share = 1 / count
+                # A trial computes one pass alone.
+                needed = SETUP + case.seconds * (case.steps * share + 1 / case.units)
                 if not tiny and time.perf_counter() - began + needed > arguments.budget:
                     found["notes"].append(f"{case.name} on {count}: left out, {needed:.0f} s")
                     continue
@@ -218,6 +259,7 @@ def main() -> None:
                 print(json.dumps(found["runs"][-1]), flush=True)
                 write(found, arguments.output)
     finally:
+        found["notes"] += measured_between()
         shutil.rmtree(folder, ignore_errors=True)
     found["notes"].append(f"{time.perf_counter() - began:.0f} s in all")
     write(found, arguments.output)

@@ -46,7 +46,7 @@ def devices_input() -> io.Input:
         optional=True,
         tooltip="Cards that compute this clip together, with the same bits: a number, all, auto "
         "(as many as pay), or which ones, like '0,2'. The windows and the two halves of guidance "
-        "are shared out.",
+        "are shared out; cards that are left over cut each half where that keeps the bits.",
         **bridge.known(io.String.Input, advanced=True),
     )
 

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import functools
 import os
+import random
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +40,7 @@ from wan_core.errors import WorkerFailed
 from wan_core.memory import CardRecords, Trial
 from wan_core.workers import child, close_workers, gang, worker_pool
 
+ROOT = Path(__file__).parents[2]
 PLAIN = {"guidance_scale": 1.0}
 
 
@@ -370,3 +375,100 @@ def test_processes_over_gloo_keep_every_bit_and_end_together(folder: Any) -> Non
         with pytest.raises(ProcessLookupError):
             os.kill(pid, 0)
     close_workers()
+
+
+@pytest.mark.slow
+def test_four_processes_share_guidance_and_cut_also_when_some_are_stopped(folder: Any) -> None:
+    """Two gangs of two: one process is killed, another one stopped so that it hangs."""
+    path, job = folder("wan2.2-t2v-a14b"), CLIP | {"num_inference_steps": 6}
+    whole = made(open_wan(path), job)
+    close_workers()
+    pool = worker_pool(("cpu",) * 4, 2)
+    first = made(open_wan(path, devices=4), job)
+    assert equal(first, whole) and cut_units(first) == 12
+    pids, ends = pool.pids, []
+
+    def harm(step: int, *_: Any) -> None:
+        ends.append(time.perf_counter())
+        if step == 2:
+            os.kill(pids[3], signal.SIGKILL)
+        if step == 4:
+            pool.quiet_seconds = 3.0
+            os.kill(pool.pids[0], signal.SIGSTOP)
+
+    found = made(open_wan(path, devices=4), job, progress_callback=harm)
+    assert equal(found, whole)
+    assert sum("has ended" in text for text in found.warnings) == 1
+    assert sum("said nothing for" in text for text in found.warnings) == 1
+    assert len(pool.pids) == 4 and not set(pids) & set(pool.pids)
+    assert max(b - a for a, b in pairwise(ends)) < 90  # a gang starts anew, on a busy machine
+    close_workers()
+
+
+@pytest.mark.slow
+def test_ranks_that_die_at_twenty_random_moments(folder: Any, threads: type[ThreadWorker]) -> None:
+    """Any rank, in the middle of a pass or between: the same bits, at most that pass anew."""
+    path, dice = folder("wan2.2-t2v-a14b"), random.Random(7)
+    whole = made(open_wan(path), CLIP)
+    left, died, lock = 0, [0], threading.Lock()
+    for _ in range(20):
+        close_workers()
+        threads.made, left = [], dice.randint(1, 30)
+        died.clear()
+
+        def look(worker: ThreadWorker) -> None:
+            nonlocal left
+            with lock:
+                left -= 1
+                now = left == 0
+            if now:
+                died.append(worker._worker._unit)
+                worker.die()
+
+        threads.looked = look
+        found = made(open_wan(path, devices=4), CLIP)
+        threads.looked = None
+        assert equal(found, whole)
+        numbers = [unit["number"] for worker in threads.made[::2] for unit in worker.units]
+        assert len(numbers) <= 4 + len(died) and set(numbers) == {1, 2, 3, 4}
+        assert len(died) == (left <= 0)
+
+
+DRIVER = """
+import sys
+sys.path[:0] = sys.argv[1:3]
+from pathlib import Path
+from support.tiny_models import open_wan
+from wan_core import GenerationConfig
+from wan_core.workers import worker_pool
+print(*worker_pool(("cpu", "cpu"), 2).pids, flush=True)
+told = lambda step, *_: print("step", step, flush=True)
+open_wan(Path(sys.argv[3]), devices=2).generate(GenerationConfig(
+    **JOB, resume="auto", journal_folder=sys.argv[4], progress_callback=told)).raise_for_error()
+"""
+
+
+@pytest.mark.slow
+def test_a_driver_that_is_killed_takes_its_gang_along_and_goes_on(
+    folder: Any, tmp_path: Path
+) -> None:
+    path, job = folder("wan2.1-t2v"), CLIP | PLAIN | {"num_inference_steps": 4}
+    whole = made(open_wan(path), job)
+    places = [str(ROOT), str(ROOT / "tests"), str(path), str(tmp_path / "j")]
+    driver = subprocess.Popen(
+        [sys.executable, "-c", DRIVER.replace("JOB", repr(job)), *places],
+        stdout=subprocess.PIPE, text=True,
+        env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())},
+    )  # fmt: skip
+    assert driver.stdout is not None
+    pids = [int(word) for word in driver.stdout.readline().split()]
+    while "step 2" not in (line := driver.stdout.readline()):
+        assert line, "the driver has ended"
+    driver.kill()
+    driver.wait()
+    until = time.perf_counter() + 10
+    while any(Path(f"/proc/{pid}").exists() for pid in pids) and time.perf_counter() < until:
+        time.sleep(0.05)
+    assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
+    kept = job | {"resume": "must", "journal_folder": tmp_path / "j"}
+    assert equal(made(open_wan(path), kept), whole)

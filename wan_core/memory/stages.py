@@ -134,13 +134,9 @@ class _Ledger:
     """Adds up the stages of one workload."""
 
     def __init__(
-        self,
-        architecture: ModelArchitecture,
-        workload: Workload,
-        choices: Choices,
-        system: SystemResources,
-        cut: int = 1,
-    ) -> None:
+        self, architecture: ModelArchitecture, workload: Workload, choices: Choices,
+        system: SystemResources, cut: int,
+    ) -> None:  # fmt: skip
         self.cut = cut
         self.arch, self.workload, self.choices = architecture, workload, choices
         self.system = system

@@ -57,7 +57,10 @@ class ProcessGroup:
     def __init__(self, rank: int, size: int, place: str, device: torch.device) -> None:
         # As an untyped module: it does not name what it exports.
         dist: Any = import_module("torch.distributed")
-        self.rank, self.size, self._device, self._dist = rank, size, device, dist
+        self.rank, self.size, self._dist = rank, size, dist
+        # The name that is not deprecated: torch 2.13 has another one than those before.
+        newer = hasattr(dist, "all_gather_single")
+        self._gather: Any = dist.all_gather_single if newer else dist.all_gather_into_tensor
         on_card = device.type == "cuda"
         if on_card:
             torch.cuda.set_device(device)
@@ -81,7 +84,7 @@ class ProcessGroup:
         """Return the parts of all processes, (size, ...)."""
         gathered = part.new_empty((self.size * part.shape[0], *part.shape[1:]))
         with _told():
-            self._dist.all_gather_into_tensor(gathered, part)
+            self._gather(gathered, part)
         return gathered.view(self.size, *part.shape)
 
     def agreed(self, word: bool) -> bool:
