@@ -13,9 +13,10 @@ from support.machines import architecture
 
 from wan_core.config import GenerationConfig, WanControl
 from wan_core.errors import InvalidRequest
-from wan_core.job import animate, back_and_forth, check_inputs, reads, resolve
+from wan_core.job import CharacterPlan, animate, back_and_forth, check_inputs, reads, resolve
 from wan_core.job.request import needs_clip
 
+CONFIG = ("image", "continue_from", "window_overlap", "max_chunk_size", "end_step")
 ANIMATE, ANIMATE_2 = "wan2.2-animate-14b", "wan-animate-2-14b"
 
 
@@ -29,7 +30,7 @@ def job(model: str = ANIMATE, frames: int = 9, wanted: int | None = None, **more
     if model == ANIMATE:
         given["face_video"] = clip(frames, 512, 512)
     number = frames if wanted is None else wanted
-    config = {name: more.pop(name) for name in ("image", "continue_from") if name in more}
+    config = {name: more.pop(name) for name in CONFIG if name in more}
     return GenerationConfig(
         prompt="x", num_frames=number, width=32, height=16, control=WanControl(**given | more),
         **config,
@@ -70,6 +71,11 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
      r"control\.mask has 8 frames and control\.background_video 9"),
     (ANIMATE, {"background_video": clip(9), "mask": torch.ones(16, 32), "clear_masked": True},
      r"clear_masked was given, and Wan 2.2 Animate"),
+    (ANIMATE, {"window_overlap": 8}, r"window_overlap is 8.*begin with 1 or 5 frames"),
+    (ANIMATE_2, {"window_overlap": 5}, r"window_overlap is 5.*begin with 1 frames"),
+    (ANIMATE, {"window_overlap": 5, "max_chunk_size": 5}, r"max_chunk_size is 5, and 5 frames"),
+    (ANIMATE, {"continue_from": torch.zeros(1, 16, 2, 2, 4)}, r"continue_from was given, but Wan"),
+    (ANIMATE, {"end_step": 3}, r"end_step was given, but Wan 2.2 Animate"),
     (ANIMATE, {"image": "x.png"}, r"image was given.*takes its character as control\.reference"),
 ]  # fmt: skip
 
@@ -162,3 +168,27 @@ def test_an_estimate_needs_no_picture() -> None:
             config.control = with_character(config, number)
             request = resolve(config, architecture(name))
             assert request.wanted_frames == 20 and request.control is not None
+
+
+def test_the_segments_are_those_of_the_pipeline() -> None:
+    """Their number and places, against the arithmetic of ``WanAnimatePipeline.__call__``."""
+    for length, carried in ((77, 1), (77, 5), (13, 1), (13, 5)):
+        for frames in range(carried + 1, 400, 7):
+            step = length - carried
+            rest = (frames - carried) % step
+            target = frames + (step - rest if rest else 0)
+            plan = CharacterPlan(frames, length, carried)
+            assert plan.count == target // step
+            starts = [plan.frames_of(number).start for number in range(plan.count)]
+            assert starts == list(range(0, plan.count * step, step))
+
+
+def test_a_short_clip_is_one_segment_and_a_long_one_has_the_official_length() -> None:
+    for frames, given, wanted in (
+        (20, {}, (21, 1)), (200, {}, (77, 1)), (200, {"window_overlap": 5}, (77, 5)),
+        (200, {"max_chunk_size": 34}, (37, 1)),
+    ):  # fmt: skip
+        request = resolve(job(frames=frames, face_video=clip(1), **given), architecture(ANIMATE))
+        assert (request.window_frames, request.window_overlap) == wanted
+        assert request.window_mode == "continuation" and request.flow_shift == 5
+        assert any("made 37" in text for text in request.warnings) == ("max_chunk_size" in given)

@@ -67,7 +67,7 @@ def test_what_is_supported() -> None:
     assert [name for name, v in PUBLISHED.items() if v.supported] == [
         "wan2.1-t2v-1.3b", "wan2.1-t2v-14b", "wan2.1-i2v-14b", "wan2.1-flf2v-14b",
         "wan2.1-vace-1.3b", "wan2.1-vace-14b", "wan2.2-t2v-a14b", "wan2.2-i2v-a14b",
-        "wan2.2-ti2v-5b", "wan2.2-vace-fun-a14b", "wan2.1-fun-inp-1.3b",
+        "wan2.2-ti2v-5b", "wan2.2-vace-fun-a14b", "wan2.2-animate-14b", "wan2.1-fun-inp-1.3b",
         "wan2.1-fun-control-1.3b", "wan2.1-fun-control-14b", "wan2.1-fun-camera-1.3b",
         "wan2.1-fun-camera-14b", "wan2.2-fun-control-a14b", "wan2.2-fun-camera-a14b",
         "wan2.2-fun-inp-5b", "wan2.2-fun-control-5b",

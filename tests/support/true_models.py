@@ -14,6 +14,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 def transformer(shape: TransformerShape, layers: int | None = None) -> torch.nn.Module:
     """A transformer of published shape, with so many blocks (None: all)."""
+    import diffusers
     from diffusers import WanTransformer3DModel, WanVACETransformer3DModel
 
     kind: Any = WanTransformer3DModel
@@ -21,6 +22,9 @@ def transformer(shape: TransformerShape, layers: int | None = None) -> torch.nn.
     if shape.vace_layers:
         kind = WanVACETransformer3DModel
         more = {"vace_layers": list(shape.vace_layers), "vace_in_channels": shape.vace_in_channels}
+    if shape.face is not None:
+        kind = diffusers.WanAnimateTransformer3DModel
+        more = {"inject_face_latents_blocks": shape.face_every}
     model: torch.nn.Module = kind(
         num_attention_heads=shape.heads,
         attention_head_dim=shape.head_dim,

@@ -29,20 +29,23 @@ def reads_faces(transformer: Any) -> bool:
 
 
 def encode_faces(
-    transformer: Any, faces: Tensor, check: Callable[[], object] = lambda: None
+    transformer: Any,
+    faces: Tensor,
+    check: Callable[[], object] = lambda: None,
+    device: torch.device | None = None,
 ) -> Tensor:
     """Return the tokens (B, T, heads + 1, dim) of a face's crops (B, 3, F, size, size), -1..1.
 
     T is (F - 1) / 4 + 1. As the model does it itself: in batches of the size that its
     configuration names, because a batch of another size may round otherwise; ``check`` runs before
-    each. ``faces`` have the model's dtype.
+    each. ``faces`` have the model's dtype; each batch of them is moved to ``device``.
     """
     batch, channels, count, height, width = faces.shape
     flat = faces.permute(0, 2, 1, 3, 4).reshape(-1, channels, height, width)
     found = []
     for some in torch.split(flat, transformer.config.motion_encoder_batch_size):
         check()
-        found.append(transformer.motion_encoder(some))
+        found.append(transformer.motion_encoder(some.to(device)))
     tokens: Tensor = transformer.face_encoder(torch.cat(found).view(batch, count, -1))
     return tokens
 

@@ -11,7 +11,7 @@ from headers and from what it is given is checked here, before the first weight 
 
 from __future__ import annotations
 
-from .animate import back_and_forth, with_character
+from .animate import CharacterPlan, back_and_forth, with_character
 from .control import (
     ControlInputs,
     ControlRequest,
@@ -29,6 +29,7 @@ from .inputs import (
     check_outputs,
     codec_takes,
     encoder_options,
+    face_size,
     output_paths,
 )
 from .noise import NOISES, StepNoise, draw_noise
@@ -73,6 +74,7 @@ from .windows import (
 
 __all__ = [
     "AUDIO_RATES",
+    "CharacterPlan",
     "ControlInputs",
     "ControlRequest",
     "ENCODERS",
@@ -104,6 +106,7 @@ __all__ = [
     "draw_noise",
     "encoder_options",
     "expected_steps",
+    "face_size",
     "files_of",
     "has_control",
     "has_keyframes",

@@ -9,11 +9,13 @@ back and forth, as ``WanAnimatePipeline.pad_video_frames`` of diffusers does.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, Final
 
 from ..config import GenerationConfig, WanControl
 from ..errors import InvalidRequest
-from .fields import batches, shape_of
+from .fields import batches, flag, shape_of, whole
+from .windows import latent_frames, round_up_frames, video_frames
 
 MOVED_BY: Final[Mapping[int, Mapping[str, str]]] = {
     1: {
@@ -161,3 +163,99 @@ def back_and_forth(index: int, frames: int) -> int:
         return 0
     place = index % (2 * (frames - 1))
     return min(place, 2 * (frames - 1) - place)
+
+
+# Segments: each is a video of its own, begun with the last pictures of the one before ------------
+
+CARRIED: Final[Mapping[int, tuple[int, ...]]] = {1: (1, 5), 2: (1,)}
+"""How many frames a segment can take over from the one before; the first number is official."""
+_UNSET: Final = 16
+"""``window_overlap`` as it is when nobody has set it."""
+_MOST: Final = 4093
+
+
+@dataclass(frozen=True, slots=True)
+class CharacterPlan:
+    """The segments of a clip of ``frames`` video frames, all ``length`` frames long (4n + 1).
+
+    Each begins with the last ``carried`` frames of the one before. What the last one makes beyond
+    the clip is cut off.
+    """
+
+    frames: int
+    length: int
+    carried: int
+
+    @property
+    def step(self) -> int:
+        """New frames of every segment but the first, which makes ``carried`` more."""
+        return self.length - self.carried
+
+    @property
+    def count(self) -> int:
+        """How many segments there are."""
+        return max(1, -(-(self.frames - self.carried) // self.step))
+
+    @property
+    def latents(self) -> int:
+        """Latent frames of a segment."""
+        return latent_frames(self.length)
+
+    def frames_of(self, number: int) -> range:
+        """Return the video frames of segment ``number``, those taken over included."""
+        return range(number * self.step, number * self.step + self.length)
+
+    def describe(self) -> str:
+        """Describe the segments in one line."""
+        made = self.carried + self.count * self.step
+        return (
+            f"{self.count} segments of {self.length} frames, each begun with the last "
+            f"{self.carried} before it, {made} frames made for {self.frames}"
+        )
+
+
+def character_segments(
+    config: GenerationConfig, number: int, official: int, wanted: int, warnings: list[str]
+) -> tuple[int, int]:
+    """Return length and carried frames of an Animate's segments, as video frames.
+
+    ``official`` is the length that the model was trained with. Without ``max_chunk_size`` a shorter
+    clip is made in a segment of its own length; ``force_chunked_processing`` keeps the length that
+    was asked for. Raises InvalidRequest naming the field.
+    """
+    allowed = CARRIED[number]
+    carried = whole(config.window_overlap, "window_overlap", 0, 4096)
+    carried = allowed[0] if carried == _UNSET else carried
+    if carried not in allowed:
+        raise InvalidRequest(
+            f"window_overlap is {carried}; the segments of an Animate begin with "
+            f"{' or '.join(map(str, allowed))} frames of the one before. Leave it at {_UNSET} for "
+            f"{allowed[0]}, or set one of these.",
+            field="window_overlap",
+        )
+    asked = official
+    if config.max_chunk_size is not None:
+        asked = whole(config.max_chunk_size, "max_chunk_size", 5, _MOST)
+    length = round_up_frames(asked)
+    if length != asked:
+        warnings.append(f"max_chunk_size {asked} is made {length}: Wan makes 4n+1 frames.")
+    if not flag(config.force_chunked_processing, "force_chunked_processing"):
+        length = min(length, round_up_frames(wanted))
+    if wanted > length <= carried:
+        raise InvalidRequest(
+            f"max_chunk_size is {asked}, and {carried} frames of each segment are taken over: "
+            f"nothing would be made. Set {video_frames(latent_frames(carried) + 1)} or more.",
+            field="max_chunk_size",
+        )
+    return length, carried
+
+
+def refuse_continuing(config: GenerationConfig, title: str) -> None:
+    """Refuse what goes on from latents, or makes a part of the steps: segments make them all."""
+    for name, unset in (("continue_from", None), ("start_step", 0), ("end_step", None)):
+        if getattr(config, name) != unset if unset == 0 else getattr(config, name) is not None:
+            raise InvalidRequest(
+                f"{name} was given, but {title} makes a clip in segments, each from noise and from "
+                "the last pictures of the one before. Leave it out.",
+                field=name,
+            )

@@ -31,6 +31,7 @@ from .tensors import (
     latent_shape,
     references_in_front,
 )
+from .windows import latent_frames
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -79,7 +80,10 @@ def check_inputs(
         if value is not None and (name == "prompt" or request.guided)
     }
     in_front = references_in_front(request, architecture)
-    made = (*shape[:2], shape[2] + in_front, *shape[3:])
+    frames = shape[2]
+    if architecture.transformer.animate is not None and request.window_frames is not None:
+        frames = latent_frames(request.window_frames)  # of the first segment
+    made = (*shape[:2], frames + in_front, *shape[3:])
     latents = None if config.latents is None else check_latents(config.latents, made)
     continued = config.continue_from
     continued = None if continued is None else check_continued(continued, shape)
@@ -100,7 +104,7 @@ def check_inputs(
     if request.control is not None:
         control, said = check_control(
             config, request.control, pictures, made=request.num_frames,
-            size=(request.width, request.height),
+            size=(request.width, request.height), face=face_size(architecture),
         )  # fmt: skip
         warnings += said
     return Inputs(
@@ -113,6 +117,12 @@ def check_inputs(
         control=control,
         warnings=tuple(warnings),
     )
+
+
+def face_size(architecture: ModelArchitecture) -> tuple[int, int]:
+    """Return width and height of the crops of a face that an Animate reads, in pixels."""
+    face = architecture.transformer.face
+    return (512, 512) if face is None else (face.size, face.size)
 
 
 def output_paths(request: Request) -> list[Path]:

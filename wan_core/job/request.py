@@ -15,7 +15,7 @@ from typing import Any
 from ..config import GenerationConfig, plain_number
 from ..errors import InvalidRequest, MissingFile
 from ..models import IMAGE_TOKENS, ModelArchitecture
-from .animate import refuse_picture
+from .animate import character_segments, refuse_continuing, refuse_picture
 from .control import (
     ControlRequest,
     control_of,
@@ -123,6 +123,8 @@ def resolve(
         raise MissingFile(architecture.incomplete)
     warnings: list[str] = []
     _check_images(config, architecture)
+    if architecture.transformer.animate is not None:
+        refuse_continuing(config, architecture.variant.title)
     _check_mode(config, architecture)
     _check_functions(config)
     check_metadata(config.output_metadata)
@@ -146,7 +148,7 @@ def resolve(
         batch_size=whole(config.batch_size, "batch_size", 1, 64),
         control=control,
         **sampling_fields(config, architecture, width, height),
-        **_windowing(config, num_frames, window),
+        **_windowing(config, num_frames, window, architecture, frames, warnings),
         **output_fields(config),
     )
     if control is not None and control.video == "start":
@@ -154,7 +156,7 @@ def resolve(
         request = replace(request, start_step=start)
         warnings += start_notes(request, control.denoise)
     _check_steps(config, request)
-    if request.window_mode == "continuation":
+    if request.window_mode == "continuation" and architecture.transformer.animate is None:
         _check_segments(config, request)
     more = (*warnings, *recipe_warnings(request, architecture))
     return replace(request, warnings=more)
@@ -195,8 +197,23 @@ def _made_frames(config: GenerationConfig, frames: int, warnings: list[str]) -> 
     return made
 
 
-def _windowing(config: GenerationConfig, num_frames: int, length: int | None) -> dict[str, Any]:
+def _windowing(
+    config: GenerationConfig, num_frames: int, length: int | None,
+    architecture: ModelArchitecture, wanted: int, warnings: list[str],
+) -> dict[str, Any]:  # fmt: skip
     """Check the fields that say how a long clip is divided into windows or segments."""
+    animate = architecture.transformer.animate
+    if animate is not None:
+        official = architecture.variant.defaults.num_frames
+        size, carried = character_segments(config, animate, official, wanted, warnings)
+        asked = replace(config, max_chunk_size=None, force_chunked_processing=False)
+        asked = replace(asked, window_overlap=carried, window_mode="windows")
+        found = _windows_of(asked, min(num_frames, size), None)
+        return found | {"window_frames": size, "window_mode": "continuation"}
+    return _windows_of(config, num_frames, length)
+
+
+def _windows_of(config: GenerationConfig, num_frames: int, length: int | None) -> dict[str, Any]:
     window = _window(config, num_frames, length)
     if window is None and latent_frames(num_frames) > MAX_LATENT_FRAMES:
         raise InvalidRequest(

@@ -44,8 +44,13 @@ def latent_shape(request: Request, architecture: ModelArchitecture) -> Shape:
 
 
 def references_in_front(request: Request, architecture: ModelArchitecture) -> int:
-    """Return how many latent frames of reference pictures are denoised before the clip's (VACE)."""
+    """Return how many latent frames of pictures are denoised before the clip's.
+
+    References of VACE, and the character of the Animate models.
+    """
     control = request.control
+    if architecture.transformer.animate is not None:
+        return 1
     reads = architecture.transformer.vace_in_channels is not None
     return control.references if reads and control is not None else 0
 

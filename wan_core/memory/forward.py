@@ -330,7 +330,11 @@ def window_tokens(shape: TransformerShape, frames: int, height: int, width: int)
 def forward_inputs(
     tape: Tape, shape: TransformerShape, d: Dims, latent: tuple[int, int, int], *, per_token: bool
 ) -> tuple[Blob, ...]:
-    """Return the arguments of the model's forward: latents, timesteps, text, image and control."""
+    """Return the arguments of the model's forward: latents, timesteps, text, image and control.
+
+    Of Animate also the pose's latents, and the face's tokens as they are given and with the
+    character's frame in front.
+    """
     frames, height, width = latent
     inputs = [tape.new(d.batch * shape.in_channels * frames * height * width, d.size)]
     inputs.append(tape.new(d.batch * (d.tokens if per_token else 1), FP32))
@@ -339,7 +343,41 @@ def forward_inputs(
         inputs.append(tape.new(d.batch * d.image_tokens * shape.image_dim, d.size))
     if shape.vace_in_channels is not None:
         inputs.append(tape.new(d.batch * shape.vace_in_channels * frames * height * width, d.size))
+    if shape.face is not None:
+        pose = d.batch * shape.out_channels * (frames - 1) * height * width
+        tokens = d.batch * (shape.face.heads + 1) * d.dim
+        inputs.append(tape.new(pose, d.size))
+        inputs += [tape.new(tokens * count, d.size) for count in (frames - 1, frames)]
     return tuple(inputs)
+
+
+def _face_adapter(x: Blob, d: Dims) -> Blob:
+    """One ``WanAnimateFaceBlockAttnProcessor``; keys and values are few and not counted."""
+    normed = x.tape.new(x.elements, x.size)
+    query = _out(x)
+    query = _out(query)
+    del normed
+    attended = _attend(query, d)
+    return _out(attended)
+
+
+def face_tokens(shape: TransformerShape, frames: int) -> int:
+    """Return how many numbers the tokens of a face are for so many latent frames."""
+    return 0 if shape.face is None else frames * (shape.face.heads + 1) * shape.dim
+
+
+def face_peak(shape: TransformerShape, *, size: int, frames: int, together: int = 8) -> int:
+    """Return the bytes that encoding a face takes at most (``forward.encode_faces``).
+
+    ``frames`` crops are in RAM; ``together`` of them are encoded at once. The peak lies in the
+    first residual block: its input, what the first convolution has made of it, and the steps of
+    the activation.
+    """
+    if shape.face is None:
+        return 0
+    pixels = shape.face.size**2 * together
+    tokens = face_tokens(shape, frames)
+    return (pixels * (3 + 5 * shape.face.widths[0]) + 2 * tokens) * size
 
 
 @lru_cache(maxsize=512)
@@ -365,6 +403,9 @@ def transformer_peak(
     embedded = tape.new(d.hidden, size)
     hidden = _out(embedded)
     del embedded
+    pose = added = None
+    if shape.face is not None:
+        pose = tape.new(d.hidden * (latent_frames - 1) // latent_frames, size)
     vace = len(shape.vace_layers)
     hints = _Hints(tape, d, vace, hints_at_once) if vace else None
     temb, projection = time_embedding(tape, shape, d, batch * (tokens if per_token else 1))
@@ -376,13 +417,18 @@ def transformer_peak(
         hidden = _block(hidden, d)
         if hints is not None:
             hidden = hints.after(hidden)
+        # What an adapter adds stays alive until the next one has made its own.
+        if shape.face is not None and number % shape.face_every == 0:
+            added = _face_adapter(hidden, d)
+            hidden = _out(hidden, added)
     modulation = d.hidden if per_token else batch * d.dim
     head = tape.new(2 * modulation, FP32)
     hidden = _modulated_norm(hidden, d, modulation)
     patch = prod(shape.patch_size) * shape.out_channels
     hidden = tape.new(batch * tokens * patch, size)
     _out(hidden)
-    tape.during(*inputs, *rope, temb, projection, *text, head)
+    held = (blob for blob in (pose, added) if blob is not None)
+    tape.during(*inputs, *rope, temb, projection, *text, head, *held)
     return tape.peak
 
 

@@ -37,9 +37,17 @@ from .choices import (
     spread,
     windows_of,
 )
-from .forward import camera_peak, text_encoder_peak, transformer_peak, window_tokens
+from .forward import (
+    camera_peak,
+    face_peak,
+    face_tokens,
+    text_encoder_peak,
+    transformer_peak,
+    window_tokens,
+)
 from .forward_lean import lean_peak
 from .machine import RAM_RESERVE, fewer_gaps, unpinned_reserve
+from .text import basis, confidence
 from .vae import decode_peak, encode_peak
 from .vae_lean import BANDS, lean_decode_bytes
 
@@ -61,8 +69,6 @@ forward, 30 % for the lean one, 4 to 10 % with products by rows, 20 to 30 % for 
 pool ("async") was not measured; the same shares are assumed for it."""
 _ROOM_EXPANDABLE = {"diffusers": 0.025, "lean": 0.025, "rows": 0.025, "vae": 0.05, "other": 0.05}
 """The same with expandable segments: 1 to 2 % for the forwards, 4 % for the VAE."""
-_MEASURED = {(9, 0)}
-"""Compute capabilities on which estimates were compared with runs, see benchmarks/results."""
 
 
 def estimate(
@@ -92,8 +98,8 @@ def estimate(
         output_tensors_mb=output / MIB,
         total_estimated_mb=(weights + overhead + output) / MIB,
         peak_usage_mb=peak.device_bytes / MIB,
-        confidence=_confidence(architecture, system, choices),
-        basis=_basis(system),
+        confidence=confidence(architecture, system, choices),
+        basis=basis(system),
         warnings=(*_warnings(architecture), *_gaps(peak.device_bytes, reserved, available, system)),
         stages=stages,
         host_ram_mb=max(stage.host_bytes for stage in stages) / MIB,
@@ -356,7 +362,8 @@ class _Ledger:
 
         A model with a mask of known frames is shown the whole clip, grey where nothing is known.
         """
-        masked = self.arch.transformer.mask_channels > 0 and self.workload.image
+        shape, image = self.arch.transformer, self.workload.image
+        masked = shape.mask_channels > 0 and (image or shape.animate is not None)
         frames = self.workload.num_frames if whole or masked else max(1, self.workload.keyframes)
         return encode_peak(
             self.vae,
@@ -398,12 +405,16 @@ class _Ledger:
         guided = workload.guidance_low if part == "transformer_2" else workload.guidance_high
         size = BYTES[self._dtype(part)]
         # Only the part of the condition that a window sees is on the device.
-        seen = seen_latents(workload, self.choices, self.frames) / self.frames
+        frames = seen_latents(workload, self.choices, self.frames)
+        seen = frames / self.frames
         more = max(0, shape.in_channels - self.vae.z_dim) / self.vae.z_dim
         condition = int(more * seen * self.latent_bytes)
         if workload.camera:  # rays for every pixel, and four frames a latent frame
             rays = (shape.camera_channels or 0) * workload.height * workload.width
             condition += int(seen * self.frames) * rays * size
+        if shape.face is not None:  # the pose's latents, and the face's tokens of both passes
+            condition += int(seen * self.latent_bytes) * size // 4
+            condition += (1 + guided) * workload.batch_size * face_tokens(shape, frames) * size
         texts = (1 if guided else 0) * workload.batch_size * TEXT_TOKENS * shape.text_dim * size
         cast = self._unpacked(part)
         # References are denoised as frames in front of the clip's.
@@ -440,12 +451,14 @@ class _Ledger:
             "size": size,
         }
         shape = self.arch.transformer
+        face = face_peak(shape, size=size, frames=numbers["latent_frames"])
         per_token = self.arch.variant.expand_timesteps and self.workload.image
         # Both passes go through a streamed block together, so that it crosses the bus once.
         passes = 2 if guided and choices.stream else 1
         if not choices.lean:
             at_once = choices.hints_at_once(part)
-            return transformer_peak(shape, per_token=per_token, hints_at_once=at_once, **numbers)
+            peak = transformer_peak(shape, per_token=per_token, hints_at_once=at_once, **numbers)
+            return max(peak, face)
         peak = lean_peak(
             shape,
             per_token=per_token,
@@ -457,37 +470,7 @@ class _Ledger:
             **numbers,
         )
         camera = camera_peak(shape, passes=passes, **numbers) if self.workload.camera else 0
-        return max(camera, peak)
-
-
-def _confidence(
-    architecture: ModelArchitecture, system: SystemResources, choices: Choices
-) -> float:
-    """Rate an estimate from 0 to 1.
-
-    Arithmetic alone is rated 0.8. Measured runs raise the rating, assumptions lower it.
-    """
-    rating = 0.9 if system.compute_capability in _MEASURED else 0.8
-    if system.calibration.runs:
-        rating = 0.95
-    if system.device_kind == "cpu":
-        rating -= 0.15  # there the whole process counts, which no arithmetic covers
-    if assumed_parts(architecture):
-        rating -= 0.1
-    if not architecture.transformer.heads_known:
-        rating -= 0.2
-    if choices.offload == "sequential":
-        rating -= 0.05
-    return round(max(0.1, rating), 2)
-
-
-def _basis(system: SystemResources) -> str:
-    runs = system.calibration.runs
-    if runs:
-        return f"arithmetic and {runs} run{'s' * (runs > 1)} on this machine"
-    if system.compute_capability in _MEASURED:
-        return "arithmetic, compared with runs on such a card"
-    return "arithmetic"
+        return max(camera, peak, face)
 
 
 def _warnings(architecture: ModelArchitecture) -> tuple[str, ...]:

@@ -1,8 +1,18 @@
-"""An estimate as text, for people."""
+"""An estimate as text, for people, and how far it can be trusted."""
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from ..config import GIB, MemoryEstimate
+from ..models import ModelArchitecture, assumed_parts
+from .choices import Choices
+
+if TYPE_CHECKING:
+    from .machine import SystemResources
+
+_MEASURED = {(9, 0)}
+"""Compute capabilities on which estimates were compared with runs, see benchmarks/results."""
 
 
 def format_estimate(estimate: MemoryEstimate) -> str:
@@ -34,3 +44,32 @@ def _verdict(estimate: MemoryEstimate) -> str:
     there = f"{estimate.available_mb / 1024:.2f} GiB can be used"
     fits = "fits" if estimate.fits else "DOES NOT FIT"
     return f"{peak}, {there}: {fits} (confidence {estimate.confidence:.0%}, by {estimate.basis})"
+
+
+def confidence(architecture: ModelArchitecture, system: SystemResources, choices: Choices) -> float:
+    """Rate an estimate from 0 to 1.
+
+    Arithmetic alone is rated 0.8. Measured runs raise the rating, assumptions lower it.
+    """
+    rating = 0.9 if system.compute_capability in _MEASURED else 0.8
+    if system.calibration.runs:
+        rating = 0.95
+    if system.device_kind == "cpu":
+        rating -= 0.15  # there the whole process counts, which no arithmetic covers
+    if assumed_parts(architecture):
+        rating -= 0.1
+    if not architecture.transformer.heads_known:
+        rating -= 0.2
+    if choices.offload == "sequential":
+        rating -= 0.05
+    return round(max(0.1, rating), 2)
+
+
+def basis(system: SystemResources) -> str:
+    """Say what an estimate rests on."""
+    runs = system.calibration.runs
+    if runs:
+        return f"arithmetic and {runs} run{'s' * (runs > 1)} on this machine"
+    if system.compute_capability in _MEASURED:
+        return "arithmetic, compared with runs on such a card"
+    return "arithmetic"

@@ -97,7 +97,12 @@ def read_transformer(shapes: Shapes, layout: str) -> TransformerShape:
     # From the element count and not from an axis: some GGUF writers flatten the 5-D weight.
     patch_volume = 4
     in_channels = math.prod(_shape(shapes, "patch_embedding.weight")) // (dim * patch_volume)
-    known = dim % HEAD_DIM == 0
+    animate = "pose_patch_embedding.weight" in shapes
+    # The norms of Animate's face adapters are as wide as a head; no other tensor of a model is.
+    norm = "face_adapter.fuser_blocks.0.q_norm.weight"
+    norm = norm if layout == "original" else "face_adapter.0.norm_q.weight"
+    head = _size(shapes, norm, 0) if animate else HEAD_DIM
+    known = dim % head == 0
     positions = shapes.get(names["positions"], ())
     image_key = names["image_key"]
     vace = shapes.get("vace_patch_embedding.weight")
@@ -105,8 +110,8 @@ def read_transformer(shapes: Shapes, layout: str) -> TransformerShape:
     vace_blocks = count_blocks(shapes, "vace_blocks.") if vace else 0
     camera = "control_adapter.conv.weight"
     return TransformerShape(
-        heads=dim // HEAD_DIM if known else 1,
-        head_dim=HEAD_DIM if known else dim,
+        heads=dim // head if known else 1,
+        head_dim=head if known else dim,
         heads_known=known,
         ffn_dim=_size(shapes, names["ffn"], 0),
         layers=layers,
@@ -124,8 +129,8 @@ def read_transformer(shapes: Shapes, layout: str) -> TransformerShape:
         if "ref_conv.weight" in shapes
         else None,
         camera_channels=_size(shapes, camera, 1) // UNSHUFFLED**2 if camera in shapes else None,
-        animate=1 if "pose_patch_embedding.weight" in shapes else None,
-        face=_read_face(shapes, layout) if "pose_patch_embedding.weight" in shapes else None,
+        animate=1 if animate else None,
+        face=_read_face(shapes, layout) if animate else None,
     )
 
 

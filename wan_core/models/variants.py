@@ -367,7 +367,6 @@ _ALL: Final = (
         name="wan2.2-animate-14b", title="Wan 2.2 Animate 14B",
         transformer=replace(_T_I2V_21, animate=1, face=FaceShape()), vae=VAE_21,
         transformer_class="WanAnimateTransformer3DModel", pipeline_class="WanAnimatePipeline",
-        supported=False, why_not="WanFit has no forward for its face adapter",
         defaults=Defaults(
             num_inference_steps=20, guidance_scale=1.0, flow_shift=5.0, fps=30, num_frames=77
         ),

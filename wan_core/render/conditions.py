@@ -58,6 +58,8 @@ class ConditionMaker:
             image_embeds = self.stages.attempt("image_encode", self._seen_by_fun)
             fun = fun_conditions(self.stages, self.request, self.inputs)
             concat, first_frame = fun.pop("concat"), fun.pop("first_frame")
+        elif self.stages.architecture.transformer.animate is not None:
+            image_embeds = self.stages.attempt("image_encode", self._seen_of_the_character)
         elif pictures and not vace:
             image_embeds = self.stages.attempt("image_encode", lambda: self._clip(pictures))
             concat, first_frame = self.stages.attempt(
@@ -196,6 +198,11 @@ class ConditionMaker:
         if width is None or not seen:
             return None if width is None else torch.zeros(1, IMAGE_TOKENS, width)
         return self._clip({"image": seen[0]})
+
+    def _seen_of_the_character(self) -> Tensor | None:
+        control = self.inputs.control
+        assert control is not None  # ``resolve`` refuses an Animate without one
+        return self._clip({"image": control.references[0]})
 
     def _start_latents(self, pictures: Mapping[str, Any]) -> tuple[Tensor | None, Tensor | None]:
         """Return (concat, first_frame), one of which is None.

@@ -1,4 +1,7 @@
-"""An expert in its place for a stage: in this process, or in the workers that the plan wants."""
+"""An expert in its place for a stage: in this process, or in the workers that the plan wants.
+
+And what a result says of the job before any stage.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,8 @@ import torch
 
 from ..errors import WorkerFailed
 from ..forward import run_together
+from ..job import Request
+from ..journal import device_name, versions
 from ..sampling import Expert
 from .stages import StageRunner
 
@@ -63,3 +68,31 @@ def _elsewhere(stages: StageRunner, component: str, plain: bool) -> Iterator[Any
         stages.result.metadata["workers"] = pool.describe()
         for note in pool.notes:
             stages.say_once(note)
+
+
+def describe_job(stages: StageRunner, request: Request) -> None:
+    """Put the job's settings, the plan and the versions into the result's metadata."""
+    settings = (
+        "seed", "width", "height", "fps", "num_inference_steps", "guidance_scale",
+        "guidance_scale_2", "flow_shift", "scheduler", "sigma_schedule", "sigmas",
+        "guided_steps", "prompt", "negative_prompt",
+    )  # fmt: skip
+    window, asked = stages.plan.choices.window_frames, request.window_frames
+    if window is not None and (asked is None or window < asked):
+        stages.result.warnings.append(
+            f"Made in windows of {stages.plan.choices.window_frames} frames, which changes the "
+            "result: the clip does not fit as a whole."
+        )
+    on_card = stages.device.type == "cuda"
+    stages.result.metadata |= {
+        "model": stages.architecture.variant.title,
+        "variant": stages.architecture.name,
+        "loras": [found.describe() for found in stages.architecture.loras],
+        **{name: getattr(request, name) for name in settings},
+        "num_frames": request.wanted_frames,
+        "device": device_name(stages.device),
+        "plan": list(stages.plan.reasons),
+        "versions": versions(),
+        "memory_origin": "predicted from headers and shapes; measured "
+        + ("by the allocator" if on_card else "as the process's RAM"),
+    }

@@ -428,11 +428,12 @@ def _job(request: Request, config: GenerationConfig, model: ModelArchitecture) -
     made = {"transformer": steps.high, "transformer_2": steps.low}
     keyframes = 0 if control is None else len(control.positions)
     vace = model.transformer.vace_in_channels is not None
+    animate = model.transformer.animate
     reference = model.transformer.reference_channels
     return Workload(
         width=request.width,
         height=request.height,
-        num_frames=request.num_frames,
+        num_frames=request.num_frames if animate is None else max(request.num_frames, window or 0),
         batch_size=request.batch_size,
         guidance_high=max(request.guidance_scale, request.guided_scale or 0.0) > 1.0,
         guidance_low=request.guidance_scale_2 > 1.0,

@@ -36,7 +36,7 @@ from ..job import (
     references_in_front,
     window_settings_without_effect,
 )
-from ..journal import RenderJournal, device_name, open_journal, versions
+from ..journal import RenderJournal, open_journal
 from ..loading import load_scheduler_config
 from ..models import magcache_curve
 from ..sampling import (
@@ -45,7 +45,6 @@ from ..sampling import (
     DenoiseState,
     Shortcuts,
     Signals,
-    StreamingDecoder,
     chosen_shortcuts,
     denoise_steps,
     denormalize_latents,
@@ -54,8 +53,9 @@ from ..sampling import (
     noised,
     start_latents,
 )
+from .animate import CharacterSegments, character_plan, character_segments, decoder_of, with_faces
 from .conditions import ConditionMaker
-from .experts import expert_in_place
+from .experts import describe_job, expert_in_place
 from .report import device_bytes
 from .stages import StageRunner
 from .video import Decoding, VideoWriter
@@ -71,6 +71,8 @@ class Render:
     inputs: Inputs
     segment: int = 0
     """The segment that is being made, in continuation mode."""
+    character: CharacterSegments | None = None
+    """The segments of a clip that moves a character."""
 
     def run(self) -> None:
         """Make the video. Raises what goes wrong; the result then holds what was finished."""
@@ -120,7 +122,7 @@ class Render:
 
     def _render(self, journal: RenderJournal | None) -> None:
         result = self.stages.result
-        self._describe()
+        describe_job(self.stages, self.request)
         self.stages.callbacks.tell(result.warnings)
         latents = None if journal is None else journal.finished_latents
         if latents is None:
@@ -141,33 +143,6 @@ class Render:
             result.metadata["journal"] = journal.describe()
             journal.finish()
 
-    def _describe(self) -> None:
-        request, stages = self.request, self.stages
-        settings = (
-            "seed", "width", "height", "fps", "num_inference_steps", "guidance_scale",
-            "guidance_scale_2", "flow_shift", "scheduler", "sigma_schedule", "sigmas",
-            "guided_steps", "prompt", "negative_prompt",
-        )  # fmt: skip
-        window, asked = stages.plan.choices.window_frames, request.window_frames
-        if window is not None and (asked is None or window < asked):
-            stages.result.warnings.append(
-                f"Made in windows of {stages.plan.choices.window_frames} frames, which changes the "
-                "result: the clip does not fit as a whole."
-            )
-        on_card = stages.device.type == "cuda"
-        stages.result.metadata |= {
-            "model": stages.architecture.variant.title,
-            "variant": stages.architecture.name,
-            "loras": [found.describe() for found in stages.architecture.loras],
-            **{name: getattr(request, name) for name in settings},
-            "num_frames": request.wanted_frames,
-            "device": device_name(stages.device),
-            "plan": list(stages.plan.reasons),
-            "versions": versions(),
-            "memory_origin": "predicted from headers and shapes; measured "
-            + ("by the allocator" if on_card else "as the process's RAM"),
-        }
-
     def _vae_config(self) -> dict[str, Any]:
         vae = self.stages.architecture.vae or self.stages.architecture.variant.vae
         return {"latents_mean": vae.latents_mean, "latents_std": vae.latents_std}
@@ -179,6 +154,16 @@ class Render:
         scheduler, steps = self._scheduler()
         if self.stages.plan.workers:
             self.stages.workers()  # they start while texts are encoded
+        if character_plan(self.stages, self.request) is not None:
+            conditions, _ = self._conditions()
+
+            def begun(noise: Tensor) -> Tensor:
+                return start_latents(noise, scheduler, steps.start)
+
+            self.character = character_segments(
+                self.stages, self.request, self.inputs, conditions, begun
+            )
+            return self._make_segments(self.character, scheduler, steps, journal)
         if self.request.window_mode == "continuation":
             return self._sample_segments(self._segments(), journal)
         windows = self._windows(self.request.latent_frames)
@@ -231,7 +216,7 @@ class Render:
 
     def _sample_segments(self, plan: SegmentPlan, journal: RenderJournal | None) -> Tensor:
         """Make one segment after the other, each with all denoising steps."""
-        request, stages, result = self.request, self.stages, self.stages.result
+        request, result = self.request, self.stages.result
         conditions, start = self._conditions()
         given = self.inputs.continue_from
         scheduler, steps = self._scheduler()
@@ -246,6 +231,16 @@ class Render:
             self._warn(window_settings_without_effect(self.config))
         result.metadata["windows"] = plan.describe(0 if given is None else given.shape[2])
         result.warnings += plan.windows.notes
+        return self._make_segments(segments, scheduler, steps, journal)
+
+    def _make_segments(
+        self,
+        segments: ClipSegments | CharacterSegments,
+        scheduler: Any,
+        steps: StepPlan,
+        journal: RenderJournal | None,
+    ) -> Tensor:
+        result = self.stages.result
         state = segments.begin(0, steps.start)
         if journal is not None and (resumed := journal.restore(state, scheduler)) > steps.start:
             segments.go_on(state)
@@ -256,8 +251,8 @@ class Render:
         while True:
             self.segment = state.segment
             # Segments may differ in length, and their steps in time.
-            stages.timeline.work_on(len(plan.ranges[state.segment]))
-            stages.callbacks.call(self.config.chunk_callback, state.segment, len(segments))
+            self.stages.timeline.work_on(len(segments.frames(state.segment)))
+            self.stages.callbacks.call(self.config.chunk_callback, state.segment, len(segments))
             told = segments.conditions_of(state.segment)
             signals = self._signals(state, steps, scheduler, journal, len(segments))
             self._denoise(state, told, scheduler, steps, signals)
@@ -323,7 +318,7 @@ class Render:
         """
         request, plan = self.request, self.stages.plan
         length = plan.choices.window_frames or request.window_frames
-        if length is None:
+        if length is None or self.character is not None:
             return None
         windows = plan_windows(
             frames,
@@ -370,12 +365,13 @@ class Render:
                 ahead = self._next_ahead(component, steps)
                 found = expert_in_place(stages, name, stage, component, scale, plain, ahead)
                 with found as expert:
+                    told = with_faces(self.character, conditions, state.segment, expert)
                     denoise_steps(
                         state,
                         wanted,
                         expert,
                         scheduler,
-                        conditions,
+                        told,
                         windows=self._windows(state.latents.shape[2] - self._references),
                         anchor=request.window_anchor,
                         signals=signals,
@@ -471,9 +467,9 @@ class Render:
             if decoder is None or progress.overflowed:
                 # Cast before denormalising, as diffusers' pipelines do: the order affects rounding.
                 latents = progress.latents.to(stages.device, stages.dtype("vae"))
-                decoder = progress.go_on_with(
-                    StreamingDecoder(vae, denormalize_latents(latents, vae.config))
-                )
+                latents = denormalize_latents(latents, vae.config)
+                made = decoder_of(stages, self.request, self.character, vae, latents)
+                decoder = progress.go_on_with(made)
             decoder.vae = vae  # loaded anew, maybe, in the smaller plan's dtype
             try:
                 # Frames that an earlier attempt decoded before it failed, looked at or not.
@@ -492,9 +488,4 @@ class Render:
                 decoder.close()
 
     def _writer(self, path: Path) -> VideoWriter:
-        asked = self.request
-        return VideoWriter(
-            path, fps=asked.fps, width=asked.width, height=asked.height, codec=asked.codec,
-            crf=asked.crf, pix_fmt=asked.pix_fmt, metadata=self.config.output_metadata,
-            audio=self.inputs.audio, num_frames=asked.wanted_frames,
-        )  # fmt: skip
+        return VideoWriter.of(path, self.request, self.config.output_metadata, self.inputs.audio)

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from ..errors import InvalidRequest, OutputError, first_line
 from ..files import atomic_path
-from ..job import ENCODERS, encoder_options, load_picture
+from ..job import ENCODERS, Request, encoder_options, load_picture
 from ..sampling import StreamingDecoder, to_frames
 
 _BT709 = 1  # ffmpeg's AVCOL_PRI_BT709, AVCOL_TRC_BT709 and AVCOL_SPC_BT709
@@ -150,6 +150,18 @@ class VideoWriter:
         self._failed: BaseException | None = None
         self._container: Any = None
         self._stack = contextlib.ExitStack()
+
+    @classmethod
+    def of(
+        cls, path: Path, asked: Request, metadata: Mapping[str, str],
+        audio: tuple[Tensor, int] | None,
+    ) -> VideoWriter:  # fmt: skip
+        """Return the writer of a request's video."""
+        return cls(
+            path, fps=asked.fps, width=asked.width, height=asked.height, codec=asked.codec,
+            crf=asked.crf, pix_fmt=asked.pix_fmt, metadata=metadata, audio=audio,
+            num_frames=asked.wanted_frames,
+        )  # fmt: skip
 
     def __enter__(self) -> VideoWriter:
         with contextlib.ExitStack() as stack:

@@ -12,6 +12,15 @@ from typing import TYPE_CHECKING
 from ..lazy import lazy_names
 
 if TYPE_CHECKING:
+    from .animate import (
+        SegmentsDecoder,
+        background_mask,
+        carried_latents,
+        character_latents,
+        encode_frames,
+        last_frames,
+        moved_frames,
+    )
     from .control import encode_keyframes, encode_video, keyframe_mask, noised
     from .denoise import DenoiseState, Expert, Signals, denoise_steps
     from .encode import (
@@ -41,6 +50,15 @@ __getattr__ = lazy_names(
     __name__,
     {
         "vace": ("ControlClip", "encode_grey", "encode_vace"),
+        "animate": (
+            "SegmentsDecoder",
+            "background_mask",
+            "carried_latents",
+            "character_latents",
+            "encode_frames",
+            "last_frames",
+            "moved_frames",
+        ),
         "control": ("encode_keyframes", "encode_video", "keyframe_mask", "noised"),
         "denoise": ("DenoiseState", "Expert", "Signals", "denoise_steps"),
         "encode": (
@@ -75,14 +93,18 @@ __all__ = [
     "Elsewhere",
     "Expert",
     "Memory",
+    "SegmentsDecoder",
     "Shortcuts",
     "Signals",
     "Solver",
     "StreamingDecoder",
     "Unit",
     "apply_loras",
+    "background_mask",
     "by_paths",
     "by_points",
+    "carried_latents",
+    "character_latents",
     "chosen_shortcuts",
     "compute_unit",
     "denoise_steps",
@@ -90,6 +112,7 @@ __all__ = [
     "encode_clip",
     "encode_condition",
     "encode_first_frame",
+    "encode_frames",
     "encode_grey",
     "encode_keyframes",
     "encode_latents",
@@ -98,7 +121,9 @@ __all__ = [
     "encode_video",
     "hold_first_frame",
     "keyframe_mask",
+    "last_frames",
     "make_solver",
+    "moved_frames",
     "noised",
     "normalize_latents",
     "prepare_picture",

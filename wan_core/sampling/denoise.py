@@ -16,10 +16,18 @@ import torch
 from torch import Tensor
 
 from ..errors import InvalidRequest, NonFiniteLatents
-from ..forward import BlockPasses, block_passes, fun_inputs
+from ..forward import BlockPasses, block_passes, fun_inputs, known_faces
 from ..job import Window, WindowPlan
 from .shortcuts import Memory, Shortcuts, Step
-from .units import Conditions, Elsewhere, FarPasses, Unit, hold_first_frame, model_call
+from .units import (
+    Conditions,
+    Elsewhere,
+    FarPasses,
+    Unit,
+    hold_first_frame,
+    model_call,
+    second_pass,
+)
 
 __all__ = [
     "Conditions",
@@ -110,9 +118,10 @@ def predict(
         # Two calls of batch B rather than one of 2B: half the activations, and as diffusers does.
         calls = [model_call(latents, timestep, expert.dtype, conditions, seen)]
         if passes > 1:
-            calls.append(calls[0] | {"encoder_hidden_states": conditions.negative_prompt_embeds})
+            calls.append(calls[0] | second_pass(conditions))
         with (
             fun_inputs(model, conditions.reference, conditions.camera),
+            known_faces(model, conditions.face is not None),
             nullcontext() if blocks is None else block_passes(model, blocks),
         ):
             if passes > 1 and expert.together is not None:

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..forward import BlockPasses, Cut, Exchange, block_passes, cut_tokens, fun_inputs
+from ..forward import BlockPasses, Cut, Exchange, block_passes, cut_tokens, fun_inputs, known_faces
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,6 +43,10 @@ class Conditions:
     ``reference`` (1, C, h, w) and ``camera`` (1, 24, T, H, W) are for the Fun models that have
     layers for them. The model then sees a frame of the reference in front of every window, which is
     no part of the latents.
+
+    ``pose`` (B, C, T, h, w) are the latents of the pose that Animate follows; its latents have a
+    frame of the character in front. ``face`` and ``no_face`` are the face's tokens as
+    ``forward.as_pixels`` gives them, and those that the unconditional pass sees.
     """
 
     prompt_embeds: Tensor
@@ -59,6 +63,9 @@ class Conditions:
     held: bool = False
     reference: Tensor | None = None
     camera: Tensor | None = None
+    pose: Tensor | None = None
+    face: Tensor | None = None
+    no_face: Tensor | None = None
 
     def places(self, indices: Iterable[int]) -> list[int]:
         """Return where the references and the frames with these indices are in the latents."""
@@ -153,13 +160,16 @@ def model_call(
     """Return the arguments of the conditional call of a transformer.
 
     ``conditions`` are those of the frames ``indices``, which ``latents`` are besides references in
-    front of them. The unconditional call differs in ``encoder_hidden_states`` only.
+    front of them. What differs in the unconditional call is in ``second_pass``.
     """
     hidden_states, timesteps = _model_inputs(latents, timestep, dtype, conditions, indices)
     control: dict[str, Any] = {}
     if conditions.vace is not None:
         control["control_hidden_states"] = conditions.vace
         control["control_hidden_states_scale"] = conditions.vace_scale
+    if conditions.pose is not None:
+        control["pose_hidden_states"] = conditions.pose
+        control["face_pixel_values"] = conditions.face
     return {
         "hidden_states": hidden_states,
         "timestep": timesteps,
@@ -168,6 +178,14 @@ def model_call(
         **control,
         "return_dict": False,
     }
+
+
+def second_pass(conditions: Conditions) -> dict[str, Any]:
+    """Return the arguments in which the unconditional call differs: text, and Animate's face."""
+    other: dict[str, Any] = {"encoder_hidden_states": conditions.negative_prompt_embeds}
+    if conditions.no_face is not None:
+        other["face_pixel_values"] = conditions.no_face
+    return other
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -207,7 +225,7 @@ def compute_unit(
     call = model_call(unit.latents, unit.timestep, dtype, conditions, unit.indices)
     if unit.second:
         assert conditions.negative_prompt_embeds is not None
-        call["encoder_hidden_states"] = conditions.negative_prompt_embeds
+        call |= second_pass(conditions)
     blocks = None
     cut = None if among is None else Cut(among)
     if unit.residual is not None or unit.keep:
@@ -215,6 +233,7 @@ def compute_unit(
     with (
         cut_tokens(model, among),
         fun_inputs(model, conditions.reference, conditions.camera),
+        known_faces(model, conditions.face is not None),
         nullcontext() if blocks is None else block_passes(model, blocks),
     ):
         velocity = model(**call)[0]

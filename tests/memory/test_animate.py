@@ -1,0 +1,133 @@
+"""Animate in estimates: weights of the real class, activations against a dry run of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from support.dry_run import DryModel
+from support.machines import architecture, gpu
+from support.true_models import DTYPES, KEEP_FP32, transformer
+
+from wan_core.forward import as_pixels, encode_faces, known_faces, lean_forward, run_together
+from wan_core.memory import Choices, Workload, estimate, lean_peak, transformer_peak
+from wan_core.memory.forward import face_peak
+from wan_core.models import VARIANTS, all_blocks, rest_bytes, sizes
+from wan_core.models.variants import FaceShape, TransformerShape
+
+NAME = "wan2.2-animate-14b"
+WHOLE = VARIANTS[NAME].transformer
+# Two adapters on four blocks: what an adapter adds is alive while the next block computes.
+SHAPE = replace(WHOLE, layers=4, face=replace(FaceShape(), adapters=2))
+NUMBERS: Mapping[str, Any] = {
+    "batch": 1, "latent_frames": 21, "latent_height": 60, "latent_width": 104,
+}  # fmt: skip
+HIDDEN = 21 * 30 * 52 * WHOLE.dim
+FORWARDS: Mapping[str, tuple[Callable[..., Any], Callable[..., int], dict[str, Any]]] = {
+    "diffusers": (lambda model: nullcontext(None), transformer_peak, {}),
+    "lean": (lean_forward, lean_peak, {}),
+    "rows": (lambda m: lean_forward(m, exact=False), lean_peak, {"exact": False}),
+}
+# Hidden states alive at the peak at 480x832x77 in bf16, besides what the model is given.
+STATES = {"diffusers": 13.09, "lean": 5.13, "rows": 3.87}
+
+
+@cache
+def dry(shape: TransformerShape, dtype: str) -> DryModel:
+    keep = (*KEEP_FP32, "motion_synthesis_weight")
+    return DryModel(lambda: transformer(shape), DTYPES[dtype], keep)
+
+
+def call(kind: torch.dtype) -> dict[str, Any]:
+    """A call of 77 video frames at 480x832, with the face as tokens."""
+    return {
+        "hidden_states": torch.empty(1, 36, 21, 60, 104, dtype=kind),
+        "timestep": torch.empty(1),
+        "encoder_hidden_states": torch.empty(1, 512, 4096, dtype=kind),
+        "encoder_hidden_states_image": torch.empty(1, 257, 1280, dtype=kind),
+        "pose_hidden_states": torch.empty(1, 16, 20, 60, 104, dtype=kind),
+        "face_pixel_values": as_pixels(torch.empty(1, 20, 5, WHOLE.dim, dtype=kind)),
+        "return_dict": False,
+    }
+
+
+@pytest.mark.parametrize(
+    ("way", "dtype"),
+    [
+        ("diffusers", "bf16"),
+        ("lean", "bf16"),
+        pytest.param("rows", "bf16", marks=pytest.mark.slow),
+        pytest.param("lean", "fp32", marks=pytest.mark.slow),
+    ],
+)
+def test_a_forward_agrees_with_the_dry_run(way: str, dtype: str) -> None:
+    kind = DTYPES[dtype]
+    attach, predict, more = FORWARDS[way]
+
+    def run(model: torch.nn.Module) -> object:
+        with attach(model) as refused, known_faces(model):
+            assert refused is None
+            return model(**call(kind))
+
+    live = dry(SHAPE, dtype).peak(run)
+    assert predict(SHAPE, size=kind.itemsize, **NUMBERS, **more) == pytest.approx(live, rel=0.01)
+    if dtype == "bf16":
+        given = sum(v.nbytes for v in call(kind).values() if v is not False)
+        assert (live - given) / (HIDDEN * 2) == pytest.approx(STATES[way], abs=0.02)
+
+
+@pytest.mark.slow
+def test_both_passes_through_one_block_at_a_time() -> None:
+    def run(model: torch.nn.Module) -> object:
+        one = call(torch.bfloat16)
+        other = one | {"encoder_hidden_states": torch.empty(1, 512, 4096, dtype=torch.bfloat16)}
+        with lean_forward(model), known_faces(model):
+            return run_together(model, [one, other])
+
+    live = dry(SHAPE, "bf16").peak(run)
+    assert lean_peak(SHAPE, size=2, passes=2, **NUMBERS) == pytest.approx(live, rel=0.03)
+
+
+def test_encoding_a_face_takes_what_is_said() -> None:
+    def run(model: torch.nn.Module) -> object:
+        return encode_faces(model, torch.empty(1, 3, 17, 512, 512, dtype=torch.bfloat16))
+
+    pixels = 3 * 17 * 512**2 * 2  # in RAM in a render
+    live = dry(SHAPE, "bf16").peak(run) - pixels
+    assert live <= face_peak(WHOLE, size=2, frames=5) <= 1.1 * live
+
+
+def test_bytes_are_those_of_the_real_class() -> None:
+    model = dry(SHAPE, "bf16").module
+    names = dict(model.named_parameters())
+
+    def bytes_of(prefix: str) -> int:
+        return sum(p.numel() * p.element_size() for n, p in names.items() if n.startswith(prefix))
+
+    bare = replace(architecture(NAME, bare=True), transformer=SHAPE)
+    blocks = all_blocks(bare, "transformer", "bf16")
+    order = ("blocks.0.", "face_adapter.0.", "blocks.1.", "blocks.2.", "face_adapter.1.")
+    assert blocks[:5] == tuple(bytes_of(name) for name in order) and len(blocks) == 6
+    rest = dry(SHAPE, "bf16").weight_bytes - sum(blocks)
+    assert rest_bytes(bare, "transformer", "bf16") == rest
+    total = sum(p.numel() for p in names.values())
+    assert sizes.transformer_parameters(SHAPE) == total
+    assert sizes.transformer_parameters(WHOLE) == 17_274_816_884  # the published file
+
+
+def test_a_stage_counts_the_character_s_frame() -> None:
+    """The denoising stage of a segment: its forward has a latent frame more than the segment."""
+    work = Workload(
+        width=832, height=480, num_frames=153, window_frames=77, references=1,
+        guidance_high=False, guidance_low=False, start_video=True, reference_picture=True,
+    )  # fmt: skip
+    choices = Choices(dtypes={"transformer": "bf16", "vae": "bf16"}, lean=True)
+    stages = {s.name: s for s in estimate(architecture(NAME), work, choices, gpu(80)).stages}
+    assert list(stages)[:4] == ["text_encode", "image_encode", "condition_encode", "control_encode"]
+    forward = lean_peak(WHOLE, size=2, **NUMBERS)
+    assert 0 < stages["denoise"].activation_bytes - forward < 0.08 * forward
