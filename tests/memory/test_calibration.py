@@ -63,6 +63,18 @@ def test_nothing_is_known_before_the_first_run(tmp_path: Path) -> None:
     assert default_path().name == "measured.json"
 
 
+@pytest.mark.parametrize(
+    ("measured", "extra", "pace", "kept"),
+    [(10, -0.02, 0.01, 0.1), (30, 0.0, 0.1, 0.1), (32, 0.2, 10.0, 10.0), (90, 0.25, 10.1, 10.0)],
+)
+def test_what_has_another_cause_teaches_no_more_than_the_bounds(
+    measured: float, extra: float, pace: float, kept: float
+) -> None:
+    """A second program on the card, say. -2 to 25 % of the activations, a tenth to ten fold."""
+    found = run_of(measured, pace=pace)
+    assert (found.extra, found.pace) == (pytest.approx(extra), kept)
+
+
 def test_the_medians_count(tmp_path: Path) -> None:
     kept = Calibrations(tmp_path / "deep" / "measured.json")
     for measured, pace in ((31, 1.0), (32, 1.4), (30, 5.0), (31, None)):

@@ -34,6 +34,23 @@ def plan(job: Workload, system: SystemResources, devices: Any, **wishes: Any) ->
     return Planner().recommend_optimizations(MODEL, job, system, asked)
 
 
+@pytest.mark.parametrize("guided", [True, False])
+@pytest.mark.parametrize("references", [0, 3])
+def test_seconds_on_several_cards_count_the_pipe_and_the_start(
+    guided: bool, references: int
+) -> None:
+    """Six windows of 21 latent frames and the references, their 16 + 16 channels in fp32 through a
+    pipe of 0.5 GB/s for each pass, and ten seconds for processes to start."""
+    job = replace(LONG, guidance_high=guided, references=references, batch_size=2)
+    alone, shared = (plan(job, machine(80, 80, 80), count) for count in (1, 3))
+    passes = 12 if guided else 6
+    moved = 2 * 32 * (21 + references) * 60 * 104 * 4 / 5e8
+    step = (alone.step_seconds + passes * moved) / 3
+    expected = alone.seconds + 40 * (step - alone.step_seconds) + 10
+    assert shared.seconds == pytest.approx(expected, rel=1e-9)
+    assert shared.cold_seconds - alone.cold_seconds == pytest.approx(expected - alone.seconds)
+
+
 @pytest.mark.parametrize("count", [2, 3, 4, 8])
 def test_a_step_takes_as_many_turns_as_the_passes_need(count: int) -> None:
     """401 frames in windows of 81 that share 16 are 6 windows of 2 passes each."""

@@ -35,6 +35,24 @@ def test_numbers_of_other_libraries_are_kept_as_plain_ones() -> None:
         assert getattr(OptimizationConfig(), name) is None
 
 
+@pytest.mark.parametrize(
+    ("field", "least", "most"),
+    [("step_cache_threshold", 0, 1), ("guidance_gate", 0.05, 1), ("step_cache_factor", 1, 4)],
+)
+def test_shares_and_factors_have_two_ends(field: str, least: float, most: float) -> None:
+    for inside in (least, (least + most) / 2, most):
+        assert getattr(OptimizationConfig.from_mapping({field: inside}), field) == inside
+    for outside in (least - 0.01, most + 0.01):
+        with pytest.raises(InvalidRequest, match=f"a number from {least} to {most}") as caught:
+            OptimizationConfig.from_mapping({field: outside})
+        assert caught.value.field == field
+
+
+@pytest.mark.parametrize("field", ["vram_limit_gb", "ram_limit_gb", "min_vram_mb"])
+def test_half_a_gigabyte_is_a_limit(field: str) -> None:
+    assert getattr(OptimizationConfig.from_mapping({field: 0.5}), field) == 0.5
+
+
 @pytest.mark.parametrize("value", ["8", True, [8], float("nan"), 0, -0.5, b"8"])
 @pytest.mark.parametrize("field", ["vram_limit_gb", "ram_limit_gb", "min_vram_mb"])
 def test_a_limit_is_a_number_above_zero(field: str, value: object) -> None:

@@ -348,6 +348,22 @@ def test_the_next_smaller_plan_shrinks_what_failed_and_not_the_rest(
     assert seen
 
 
+@pytest.mark.parametrize("forward", ["auto", "lean", "lean_rows", "diffusers"])
+def test_a_smaller_plan_may_cut_products_unless_that_was_asked_for_already(forward: str) -> None:
+    """A forward of more memory is given up; products by rows stay by rows, on every rung."""
+    manager, card = OptimizationManager(ALL), gpu(24, ram=64)
+    found, wishes = architecture(T2V), OptimizationConfig(forward=forward)
+    plan: OptimizationPlan | None
+    plan = manager.recommend_optimizations(found, P480, card, wishes)
+    seen = []
+    while plan is not None and len(seen) < 32:
+        seen.append(plan)
+        plan = manager.smaller_plan(found, P480, card, wishes, plan, "denoise_high")
+    assert seen[-1].lean and seen[-1].by_rows
+    if forward == "lean_rows":
+        assert all(one.lean and one.by_rows for one in seen)
+
+
 def test_a_jobs_own_window_is_kept() -> None:
     job = replace(P480, num_frames=401, window_frames=81, window_overlap=20)
     plan = recommend(SMALL, job, gpu(24))

@@ -70,6 +70,7 @@ def test_where_the_seconds_come_from() -> None:
 def test_the_vae_s_dtype() -> None:
     assert "vae fp32: as published" in told(SMALL, JOB, gpu(24))
     assert "vae bf16: no plan with fp32 fits" in told(SMALL, JOB, gpu(6), forward="diffusers")
+    assert "vae bf16: for speed, as asked for" in told(SMALL, JOB, gpu(24), speed="fast")
     wasteful = told(SMALL, JOB, gpu(24, wasteful_half_conv3d=True))
     assert "vae fp32: this torch and cuDNN" in wasteful
 

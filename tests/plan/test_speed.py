@@ -16,6 +16,7 @@ from wan_core.plan import OptimizationConfig, speed
 
 from .test_manager import P480, SMALL, T2V, recommend
 
+VACE = "wan2.1-vace-14b"
 ALL = ("lean", "rows", "stream", "fp8")
 
 
@@ -53,6 +54,27 @@ def test_fast_rounds_the_decode_and_says_what_it_saves() -> None:
     assert "vae bf16: for speed, as asked for; changes rounding only" in fast.reasons
     assert fast.choices == replace(exact.choices, dtypes=fast.choices.dtypes, quick=True)
     assert "fastest kernels" in fast.applied and "fastest kernels" not in exact.applied
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "why"),
+    [
+        (VACE, {}, "VACE's hints are added between them"),
+        ("wan2.1-fun-inp-1.3b", {"image": True}, "no curve of MagCache is published for"),
+        (SMALL, {"partial_steps": True}, "this job makes a part"),
+        (SMALL, {"moving_windows": True}, "none has a step before it"),
+        (SMALL, {}, None),
+    ],
+)
+def test_where_magcache_has_no_place(name: str, change: dict[str, Any], why: str | None) -> None:
+    job = replace(P480, steps=50, **change)
+    wishes = {"speed": "fastest", "step_cache": "magcache"}
+    if why is None:
+        assert recommend(name, job, gpu(80), ALL, **wishes).magcache
+        return
+    with pytest.raises(InvalidRequest, match=why) as caught:
+        recommend(name, job, gpu(80), ALL, **wishes)
+    assert caught.value.field == "step_cache"
 
 
 def test_where_nothing_helps_the_plan_says_so() -> None:

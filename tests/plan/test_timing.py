@@ -10,6 +10,7 @@ from support.machines import architecture, cpu, gpu
 from wan_core.config import GIB
 from wan_core.memory.calibration import Calibration
 from wan_core.memory.choices import Choices, Workload
+from wan_core.models import magcache_curve, magcache_plan
 from wan_core.models.sizes import PARTS, part_bytes, parts_of
 from wan_core.plan import timing as constants
 from wan_core.plan.timing import (
@@ -44,6 +45,35 @@ def test_operations_of_one_forward(
     job = Workload(width=width, height=height, num_frames=frames)
     counted = forward_operations(architecture(name), job, BF16)
     assert counted == pytest.approx(tera * 1e12, rel=0.02)
+
+
+def test_a_vace_block_is_a_block_and_a_projection() -> None:
+    """Six square matrices (keys and values of the text are few tokens' work), the projection to the
+    hint, the two of the feed-forward, and attention to all tokens and to 512 of the text."""
+    found = architecture("wan2.1-vace-1.3b")
+    shape, tokens = found.transformer, 21 * 30 * 52
+    more, less = (
+        forward_operations(
+            replace(found, transformer=replace(shape, vace_layers=layers)), JOB, BF16
+        )
+        for layers in ((0, 2), (0,))
+    )
+    weights = 7 * shape.dim**2 + 2 * shape.dim * shape.ffn_dim
+    expected = 2 * tokens * weights + 4 * tokens * (tokens + 512) * shape.dim
+    assert more - less == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.parametrize("factor", [1.5, 2.0, 3.0])
+def test_magcache_computes_its_share_of_the_passes(factor: float) -> None:
+    """Two passes in each of 50 steps, of which the curve leaves some out; by its own count."""
+    small, job = architecture("wan2.1-t2v-1.3b"), replace(JOB, steps=50)
+    curve = magcache_curve("wan2.1-t2v-1.3b", 832, 480, False)
+    assert curve is not None
+    skips = magcache_plan(curve, 50, 50, factor)[1]
+    share = 1 - sum(skip for pair in skips for skip in pair) / 100
+    assert 0.3 < share < 0.9
+    cached = timing(small, job, replace(BF16, magcache=factor), H100).step
+    assert cached == pytest.approx(share * timing(small, job, BF16, H100).step)
 
 
 def test_a_camera_s_layers_are_counted_as_torch_counts_them() -> None:

@@ -62,7 +62,7 @@ def confidence(architecture: ModelArchitecture, system: SystemResources, choices
         rating -= 0.2
     if choices.offload == "sequential":
         rating -= 0.05
-    return round(max(0.1, rating), 2)
+    return round(rating, 2)
 
 
 def basis(system: SystemResources) -> str:

@@ -55,8 +55,7 @@ def most_that_fits(
         found.append(f"{text} ({end})" if long == most else text)
     # One step beyond the largest size: ``largest_size`` begins below the one it is given.
     width = MAX_SIZE * workload.width // max(workload.width, workload.height) // multiple * multiple
-    height = max(multiple, round(width * workload.height / workload.width))
-    beyond = replace(workload, width=width + multiple, height=height + multiple)
+    beyond = replace(workload, width=width + multiple)
     size = largest_size(beyond, multiple, fits, proportions=(workload.width, workload.height))
     if size is not None:
         text = f"{frames_text(workload.num_frames)} at {size[0]}x{size[1]}"
