@@ -78,7 +78,7 @@ def _smaller_encoder(live: Live, job: Job) -> list[dict[str, Any]]:
     for name, path in live.folders().files["text_encoder"].items():
         try:
             part = live.inspect(path).of_kind("text_encoder")
-            if part is None or part.weights.name not in ("fp8_scaled", "gguf", "fp8"):
+            if part is None or part.weights.why_not or not part.weights.weights:
                 continue
             other = live.open(job.wired, text_encoder=name)
             forecast = other.wrapper.foresee(other.config, live.machine(other.wrapper))

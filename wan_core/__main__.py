@@ -299,6 +299,7 @@ def _generate(arguments: argparse.Namespace) -> tuple[str, dict[str, Any]]:
         guidance_scale_2=arguments.guidance_scale_2,
         flow_shift=arguments.flow_shift,
         boundary=arguments.boundary,
+        switch_step=arguments.switch_step,
         scheduler=arguments.scheduler,
         sigma_schedule=arguments.sigma_schedule,
         sigmas=_numbers(arguments.sigmas),

@@ -85,6 +85,7 @@ def add_job(command: argparse.ArgumentParser) -> None:
     command.add_argument("--guidance-scale-2", type=float, help="of the low-noise expert")
     command.add_argument("--flow-shift", type=float)
     command.add_argument("--boundary", type=float, help="share of timesteps where experts switch")
+    command.add_argument("--switch-step", type=int, help="first step of the low-noise expert")
     command.add_argument("--scheduler", help=", ".join(SCHEDULERS))
     command.add_argument(
         "--sigma-schedule", help="noise levels: official (Wan's), or simple (ComfyUI's)"

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from support import wan_layouts as layouts
 
 from wan_core.config import WanModelFiles
-from wan_core.detect.companions import find_companions
+from wan_core.detect.companions import Found, find_companions
 from wan_core.detect.detector import ArchitectureDetector, inspect_file
+from wan_core.detect.identified import IdentifiedFile
 from wan_core.errors import MissingFile, UnsupportedModel
+from wan_core.formats import KINDS, TensorInfo, TensorTable, WeightKind
+from wan_core.models.variants import VAE_21, VARIANTS
 
 FILES = {
     "diffusion_models": {
@@ -299,6 +306,7 @@ PARTNERS = {
     "the same role again": ("mix_high", ["mix-high", "MIX_High"], None),
     "given the low one": ("mix_low", ["mix_high"], None),
     "two that would do": ("mix_high", ["mix-low", "mix_low"], "mix-low"),
+    "two that would do, by name": ("mix_high", ["mix low", "mix_low"], "mix low"),
     "in the same folder first": ("mix_high", ["a/mix_low", "mix_low"], "mix_low"),
 }  # fmt: skip
 
@@ -319,6 +327,8 @@ def test_partners(tmp_path: Path, case: str) -> None:
         partner = found.files.transformer_2
         wanted = None if expected is None else tmp_path / f"{expected}.safetensors"
         assert partner == wanted
+        for other in others if case.startswith("two that") else ():
+            assert f"{other}.safetensors" in found.reasons[0]
 
 
 def test_a_partner_must_be_whole_and_of_the_same_structure(tmp_path: Path) -> None:
@@ -343,3 +353,93 @@ def test_the_linked_file_itself_is_no_partner(tmp_path: Path) -> None:
         inspect_file,
     )
     assert found.files.transformer_2 is None
+
+
+# Any folder ---------------------------------------------------------------------------------------
+
+TRANSFORMER = VARIANTS["wan2.1-t2v-14b"].transformer
+
+
+@dataclass(frozen=True)
+class Made:
+    """A VAE or text encoder as it could lie in a folder."""
+
+    name: str
+    kind: str
+    precision: str = "bf16"
+    usable: bool = True
+    whole: bool = True
+    size: bool = True
+    """Of the published size, or with a tokenizer."""
+
+    def identified(self, path: Path) -> IdentifiedFile:
+        tensors = {"spiece_model": TensorInfo("spiece_model", "U8", (9,), path, 0, 9)}
+        has = tensors if self.size and self.kind == "text_encoder" else {}
+        table = TensorTable(path, (path,), has)
+        name = "gguf" if self.precision.startswith(("Q", "IQ")) else self.precision
+        weights = WeightKind(name, "" if self.usable else "it is of another kind",
+                             title=f"GGUF {self.precision}")  # fmt: skip
+        vae = replace(VAE_21, base_dim=96 if self.size else 32)
+        return IdentifiedFile(
+            kind=self.kind, title="a file", table=table, own=table, weights=weights,
+            vae=vae if self.kind == "vae" else None, width=4096,
+            missing=() if self.whole else ("x",),
+        )  # fmt: skip
+
+    def rank(self) -> tuple[Any, ...]:
+        """Usable, same family and complete; then precision; then name: by the words of the rule."""
+        name = self.name.lower()
+        if self.kind == "vae":
+            fit = (self.whole, "qwen" not in name, self.size, "wan" in name or "qwen" in name)
+        else:
+            fit = (self.size, self.whole)
+        worse = tuple(not one for one in fit)
+        return (not self.usable, *worse, KINDS.index(self.precision), name)
+
+
+def folders_of(kind: str) -> st.SearchStrategy[list[Made]]:
+    names = st.sampled_from([f"{stem}_{n}" for stem in ("wan", "qwen", "ae") for n in range(6)])
+    made = st.builds(
+        Made, name=names, kind=st.just(kind), precision=st.sampled_from(KINDS),
+        usable=st.booleans(), whole=st.booleans(), size=st.booleans(),
+    )  # fmt: skip
+    return st.lists(made, max_size=4, unique_by=lambda one: one.name)
+
+
+@pytest.mark.parametrize("kind", ["vae", "text_encoder"])
+@settings(max_examples=80, deadline=None)
+@given(data=st.data())
+def test_of_any_folder_the_fittest_is_taken_and_the_others_are_named(
+    kind: str, data: st.DataObject
+) -> None:
+    there = data.draw(folders_of(kind))
+    order = data.draw(st.permutations(there))
+    by_path = {Path("models") / f"{one.name}.safetensors": one for one in order}
+    main = Path("models") / "x.safetensors"
+    table = TensorTable(main, (main,), {})
+    own = IdentifiedFile(kind="transformer", title="a Wan transformer", table=table, own=table,
+                         transformer=TRANSFORMER)  # fmt: skip
+
+    def inspect(path: str | Path) -> IdentifiedFile:
+        return own if Path(path) == main else by_path[Path(path)].identified(Path(path))
+
+    def find() -> Found:
+        return find_companions(WanModelFiles(transformer=main), {kind: [*by_path]}, inspect)
+
+    usable = sorted((one for one in there if one.usable), key=Made.rank)
+    if not usable:
+        with pytest.raises(MissingFile) as caught:
+            find()
+        named = sum(one.name in str(caught.value) for one in there)
+        assert named == min(3, len(there)), "of many the first three"
+        return
+    found = find()
+    best = getattr(found.files, kind)
+    assert by_path[best] == usable[0]
+    (reason,) = found.reasons
+    assert all(one.name in reason for one in there)
+    said, _, passed = reason.partition("; passed over")
+    for one in there:
+        assert one.usable or one.name in passed
+        fit = one.rank()[:-2] == usable[0].rank()[:-2]
+        assert one is usable[0] or (one.name in said.partition("would do too")[0]) == fit, reason

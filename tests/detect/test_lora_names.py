@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
 from support import published
 from support import wan_layouts as layouts
 
-from wan_core.config import WanLoRA
+from wan_core.config import WanLoRA, WanModelFiles
 from wan_core.detect.detector import ArchitectureDetector, inspect_file
 from wan_core.detect.lora_files import with_loras
 from wan_core.detect.lora_names import LoraPatches, read_patches
@@ -325,3 +327,79 @@ def test_configurations_that_cannot_be_followed(
     (tmp_path / "adapter_config.json").write_text(text)
     with pytest.raises(error, match=words):
         with_loras(model, [tmp_path])
+
+
+# What has no effect, or one that was hardly meant ------------------------------------------------
+
+
+def warned(model: ModelArchitecture, *loras: Any) -> list[str]:
+    return [text for text in with_loras(model, loras).warnings if "The LoRA" in text]
+
+
+def scaled(path: Path, alphas: tuple[float, ...], *more: str) -> Path:
+    """Write a LoRA with a patch for each alpha, and a difference for each of ``more``."""
+    tensors: dict[str, Any] = {}
+    for alpha, stem in zip(alphas, list(MODULES)[:3], strict=False):
+        rows, columns = MODULES[stem][1]
+        tensors[f"{stem}.lora_down.weight"] = torch.ones(RANK, columns)
+        tensors[f"{stem}.lora_up.weight"] = torch.ones(rows, RANK)
+        tensors[f"{stem}.alpha"] = torch.tensor(alpha)
+    tensors |= {f"{stem}.diff_b": torch.ones(MODULES[stem][1][0]) for stem in more}
+    save_file(tensors, path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("alphas", "more", "idle"),
+    [
+        ((0.0,), (), True), ((0.0, 0.0, 0.0), (), True), ((0.0, 1.0), (), False),
+        ((1.0, 0.0), (), False), ((1e-30,), (), False), ((0.0,), ("blocks.1.ffn.0",), False),
+    ],
+)  # fmt: skip
+def test_an_alpha_of_0_is_said(
+    tmp_path: Path, model: ModelArchitecture, alphas: tuple[float, ...], more: tuple[str, ...],
+    idle: bool,
+) -> None:  # fmt: skip
+    path = scaled(tmp_path / "style.safetensors", alphas, *more)
+    found = warned(model, path)
+    assert [("alpha is 0" in text, "style" in text) for text in found] == [(True, True)] * idle
+
+
+@pytest.mark.parametrize("alpha", [0, 0.0, 4])
+def test_an_alpha_of_0_in_a_configuration_is_said(
+    tmp_path: Path, model: ModelArchitecture, alpha: float
+) -> None:
+    path = write(tmp_path / "adapter_model.safetensors", pair("transformer.blocks.0.attn1.to_q"))
+    config = {"peft_type": "LORA", "lora_alpha": alpha}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    assert ["alpha is 0" in text for text in warned(model, path)] == [True] * (alpha == 0)
+
+
+def test_a_strength_of_0_and_a_file_given_twice_are_said(
+    tmp_path: Path, model: ModelArchitecture
+) -> None:
+    one, other = (scaled(tmp_path / f"{name}.safetensors", (1.0,)) for name in ("one", "other"))
+    assert warned(model, one, other) == []
+    (text,) = warned(model, (one, "both", 0.0))
+    assert "one.safetensors" in text and "strength is 0" in text
+    (text,) = warned(model, one, (other, "both", 2.0), (one, "both", -0.5))
+    assert "one.safetensors" in text and "given 2 times" in text and "1 + -0.5" in text
+    assert "given 3 times" in warned(model, one, one, one)[-1]
+    # One of strength 0 adds nothing to the other.
+    assert not any("times" in text for text in warned(model, one, (one, "both", 0.0)))
+    # Given to the description first, and with the call then.
+    assert "given 2 times" in warned(with_loras(model, [one]), one)[-1]
+
+
+def test_a_file_for_each_expert_is_not_given_twice(tmp_path: Path) -> None:
+    shapes = layouts.transformer(DIM, 512, 2, 16)
+    high, low = (
+        layouts.write_sparse(tmp_path / f"{e}_noise.safetensors", layouts.stored(shapes, "bf16"))
+        for e in ("high", "low")
+    )
+    files = WanModelFiles(transformer=high, transformer_2=low)
+    pair_of = ArchitectureDetector().detect_model_architecture(files)
+    one = scaled(tmp_path / "one.safetensors", (1.0,))
+    assert warned(pair_of, (one, "high", 1.0), (one, "low", 0.8)) == []
+    for again in ("high", "both"):
+        assert "2 times" in warned(pair_of, (one, "high", 1.0), (one, again, 0.8))[-1]

@@ -6,6 +6,7 @@ import json
 import re
 import struct
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from wan_core.errors import CorruptFile, UnsupportedModel, WanError
 from wan_core.formats import read_table
 from wan_core.formats.foreign import FOREIGN
 from wan_core.formats.gguf import GGML_TYPES
-from wan_core.formats.storage import GGUF_TYPES, MAX_NOTES, read_weight_kind
+from wan_core.formats.storage import GGUF_TYPES, KINDS, MAX_NOTES, read_weight_kind
 from wan_core.loading.component import load_component
 from wan_core.loading.reader import TensorReader
 
@@ -562,3 +563,59 @@ def test_files_that_mix_are_whole(tmp_path: Path, model: Any, kind: str, style: 
         for wide in (torch.float32, torch.float16):
             tensors[f"{A}.bias"] = tensors[f"{A}.bias"].to(wide)
             load_component(files.write(path, tensors, metadata), torch.bfloat16)
+
+
+# -- which kind keeps more ------------------------------------------------------------------------
+
+
+def test_kinds_are_ranked_by_what_they_keep_of_a_weight() -> None:
+    """Errors on normally distributed weights of 0.02, by the same quantisers as the files here;
+    GGUF's types that the package cannot write by their bits."""
+    weight = 0.02 * torch.randn(64, 2048, generator=torch.Generator().manual_seed(0))
+
+    def error(found: Tensor) -> float:
+        return float((found.float() - weight).pow(2).mean().sqrt() / 0.02)
+
+    errors = {
+        "fp8": error(weight.to(torch.float8_e4m3fn)),
+        "fp8_e5m2": error(weight.to(torch.float8_e5m2)),
+        "fp8_scaled": error(files.fp8(weight).meaning(torch.float32)),
+        "int8": error(files.int8(weight).meaning(torch.float32)),
+        "mxfp8": error(files.mxfp8(weight).meaning(torch.float32)),
+        "nvfp4": error(files.nvfp4(weight).meaning(torch.float32)),
+    }
+    for kind in ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"):
+        data = files.gguf_blocks(weight, kind)
+        errors[kind] = error(files.gguf_meaning(data, kind, torch.float32))
+    by_error = sorted(errors, key=lambda kind: errors[kind])
+    assert by_error == sorted(errors, key=KINDS.index), errors
+    bits = {name: nbytes / numbers for name, numbers, nbytes in GGML_TYPES.values()}
+    fitted = [kind for kind in KINDS if kind.endswith("_K") or kind.startswith("IQ")]
+    assert fitted == sorted(fitted, key=lambda kind: -bits[kind])
+    assert KINDS[:3] == ("fp32", "bf16", "fp16")
+
+
+@pytest.mark.parametrize("kind", [*files.KINDS, *files.GGUF_KINDS, "F32", "F16", "BF16"])
+def test_every_kind_of_file_has_its_place(tmp_path: Path, model: Any, kind: str) -> None:
+    if kind in files.KINDS:
+        state, metadata = packed(model, kind)
+        table = read_table(files.write(tmp_path / "m.safetensors", state, metadata))
+    else:
+        writer = gguf.GGUFWriter(tmp_path / "m.gguf", "wan")
+        quant = gguf.GGMLQuantizationType[kind]
+        numbers = np.zeros((4, 256), np.float16 if kind == "F16" else np.float32)
+        if kind == "BF16":
+            numbers = np.zeros((4, 512), np.uint8)
+        if kind in files.GGUF_KINDS:
+            numbers = files.gguf_blocks(torch.zeros(4, 256), kind)
+        writer.add_tensor("blocks.0.self_attn.q.weight", numbers, raw_dtype=quant)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        table = read_table(tmp_path / "m.gguf")
+    found = read_weight_kind(table, table.tensors)
+    assert found.kind in KINDS and found.rank == KINDS.index(found.kind) < len(KINDS)
+    assert replace(found, name="int5").rank == len(KINDS)
+    if kind in files.GGUF_KINDS:
+        assert found.kind == kind

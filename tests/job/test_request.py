@@ -116,6 +116,8 @@ IDLE = [
     (ONE, {"negative_prompt_embeds": torch.zeros(1, 4, 32), "guidance_scale": 1.0},
      "negative_prompt_embeds"),
     (ONE, {"noise": "frame", "latents": torch.zeros(1, 16, 3, 4, 8)}, "noise"),
+    (ONE, {"seed": 9, "latents": torch.zeros(1, 16, 3, 4, 8)}, "seed"),
+    (ONE, {"seed": 9, "noise": "frame", "latents": torch.zeros(1, 16, 3, 4, 8)}, "seed and noise"),
     (ONE, {"codec": "h265"}, "codec"),
     (ONE, {"crf": 30}, "crf"),
     (ONE, {"pix_fmt": "yuv444p"}, "pix_fmt"),
@@ -130,6 +132,9 @@ EFFECTIVE = [
     (ONE, {}),
     (ONE, {"guidance_scale": 4.0, "guidance_scale_2": 4.0}),
     (ONE, {"guidance_scale": 1.0, "negative_prompt": ""}),
+    (ONE, {"latents": torch.zeros(1, 16, 3, 4, 8)}),
+    (ONE, {"latents": torch.zeros(1, 16, 3, 4, 8), "seed": 9, "noise": "frame",
+           "scheduler": "lcm"}),  # which draws noise for each step
     (ONE, {"output_path": "o.mp4", "codec": "h265", "crf": 30, "pix_fmt": "yuv444p",
            "output_metadata": {"a": "b"}, "audio": (torch.zeros(1, 400), 16000)}),
     (ONE, {"output_path": "o.mp4", "resume": "auto", "journal_folder": "here"}),
@@ -152,7 +157,7 @@ def test_a_setting_without_effect_is_said(
     models: dict[str, ModelArchitecture], family: str, job: dict[str, Any], name: str
 ) -> None:
     (text,) = (text for text in said(models, family, job) if "no effect" in text)
-    assert text.startswith(f"{name} has no effect: ")
+    assert text.startswith(f"{name} ha{'ve' if ' and ' in name else 's'} no effect: ")
 
 
 @pytest.mark.parametrize(("family", "job"), EFFECTIVE)

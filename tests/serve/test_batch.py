@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -144,6 +145,22 @@ def test_another_picture_under_the_same_name_is_another_job(models: Path, tmp_pa
     assert identity() == first
     Image.new("RGB", (64, 64), "red").save(tmp_path / "p.png")
     assert identity() != first
+
+
+def test_a_camera_and_references_of_two_sizes(models: Path, tmp_path: Path) -> None:
+    rays = np.random.default_rng(0).random((1, 24, 5, 32, 32), np.float32)
+    np.save(tmp_path / "rays.npy", rays)
+    for name, size in (("a", (32, 16)), ("b", (16, 48))):
+        Image.new("RGB", size, "red").save(tmp_path / f"{name}.png")
+    control = {"camera": "rays.npy", "reference": ["a.png", "b.png"]}
+    path = lines(tmp_path / "jobs.jsonl", job(models, "a.mp4", control=control))
+    (found,) = read_jobs(path, tmp_path)
+    assert isinstance(found, BatchJob)
+    made, before = found.config().control, found.identity()
+    assert made is not None and torch.equal(made.camera, torch.from_numpy(rays))
+    assert [tuple(one.shape) for one in made.reference] == [(1, 16, 32, 3), (1, 48, 16, 3)]
+    np.save(tmp_path / "rays.npy", rays[:, :, :4])
+    assert found.identity() != before
 
 
 BAD = {

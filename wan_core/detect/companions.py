@@ -34,8 +34,6 @@ from .single_files import find_tokenizer
 
 Inspect = Callable[[str | Path], IdentifiedFile]
 
-# Full precision first: a VAE or encoder costs little, and a rounded one costs quality.
-_KINDS: Final = ("fp32", "bf16", "fp16", "fp8_scaled", "gguf", "fp8", "fp8_e5m2")
 _WANTED: Final = {
     "vae": "VAE",
     "text_encoder": "umT5 text encoder",
@@ -88,10 +86,12 @@ class _Offer:
         return tuple(bool(doubt) for doubt in self.doubts)
 
     def rank(self) -> tuple[object, ...]:
-        """Return what offers are sorted by, the best first."""
-        kind = self.part.weights.name
-        precision = _KINDS.index(kind) if kind in _KINDS else len(_KINDS)
-        return (self.grade, not self.inside, precision, self.path.name.lower())
+        """Return what offers are sorted by, the best first.
+
+        Full precision first: a VAE or encoder costs little, and a rounded one costs quality.
+        """
+        name = self.path.name
+        return (self.grade, not self.inside, self.part.weights.rank, name.lower(), str(self.path))
 
     def against(self) -> str:
         """Say what speaks against it."""
@@ -272,11 +272,15 @@ def _partner(
             offers.append((other.parent != path.parent, other.suffix != path.suffix, str(other)))
     if not offers:
         return None
-    best = Path(min(offers)[2])
-    return best, (
+    best, *others = (Path(offer[2]) for offer in sorted(offers))
+    sentence = (
         f"low-noise model: {best.name}, a proposal: it has the structure and the name of "
         f"{path.name} but for the word high or low"
     )
+    if others:
+        names = [one.name if one.name != best.name else str(one) for one in others]
+        sentence += f"; {some_of(names)} would do too"
+    return best, sentence
 
 
 def _same_but_role(path: Path, other: Path) -> bool:

@@ -16,7 +16,7 @@ from typing import Any
 from ..config import EXPERTS, WanLoRA, plain_number
 from ..errors import InvalidRequest, ModelMismatch
 from ..files import named_path, quoted
-from ..formats import read_table
+from ..formats import read_small, read_table
 from ..models import FoundLora, ModelArchitecture, recipe_of
 from .identified import identify
 from .lora_names import LoraPatches, adapter_config_of, read_patches
@@ -94,11 +94,12 @@ def with_loras(
     model's defaults, which are what None in a GenerationConfig means. Raises InvalidRequest,
     MissingFile, CorruptFile, ModelMismatch or UnsupportedModel.
     """
-    added, warnings = [], []
+    added: list[FoundLora] = []
+    warnings: list[str] = []
     for given in lora_list(loras):
         found, notes = _found(architecture, as_lora(given))
+        warnings += [*notes, *_given_before(found, [*architecture.loras, *added])]
         added.append(found)
-        warnings += notes
     result = replace(
         architecture,
         loras=(*architecture.loras, *added),
@@ -125,6 +126,13 @@ def _found(architecture: ModelArchitecture, lora: WanLoRA) -> tuple[FoundLora, l
             f"The LoRA {quoted(path)} is used for expert {lora.expert!r}, but {hint[1]} says "
             f"{hint[0]}. Check that it is where it belongs."
         )
+    if lora.strength == 0:
+        notes.append(f"The LoRA {quoted(path)} has no effect: its strength is 0.")
+    elif _scaled_to_nothing(patches):
+        notes.append(
+            f"The LoRA {quoted(path)} has no effect: its alpha is 0, which every change is "
+            "multiplied with. Get another version of it."
+        )
     used = sum(
         patches.table.tensors[name].numel
         for patch in patches.patches
@@ -136,6 +144,38 @@ def _found(architecture: ModelArchitecture, lora: WanLoRA) -> tuple[FoundLora, l
     return FoundLora(
         lora=lora, parameters=used, rank=patches.rank, recipe=recipe, files=files
     ), notes
+
+
+def _given_before(found: FoundLora, others: Iterable[FoundLora]) -> list[str]:
+    """Say that a file is given a second time for an expert, as happens when nodes are copied."""
+    experts = ("transformer", "transformer_2")
+    same = [
+        other.lora.strength
+        for other in others
+        if set(other.files) == set(found.files)
+        and any(other.works_on(one) and found.works_on(one) for one in experts)
+    ]
+    if not same:
+        return []
+    sums = " + ".join(f"{strength:g}" for strength in (*same, found.lora.strength))
+    return [
+        f"The LoRA {quoted(Path(found.lora.path))} is given {len(same) + 1} times, and the "
+        f"strengths add up: {sums}. Leave all but one out unless that is meant."
+    ]
+
+
+def _scaled_to_nothing(patches: LoraPatches) -> bool:
+    """Whether all that a LoRA does is multiplied with 0; reads alphas until one is not."""
+    for patch in patches.patches:
+        if patch.tensors.keys() & {"diff", "diff_bias"}:
+            return False
+        name = patch.tensors.get("alpha")
+        if name is None:
+            if patch.stated_scale != 0:
+                return False
+        elif any(read_small([patches.table.tensors[name]])[0]):
+            return False
+    return True
 
 
 def check_file(path: Path, architecture: ModelArchitecture) -> LoraPatches:

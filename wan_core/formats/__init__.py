@@ -12,10 +12,11 @@ from __future__ import annotations
 from .charsmap import charsmap_problem
 from .gguf_tokenizer import GgufTokenizer, has_gguf_tokenizer, read_gguf_tokenizer
 from .index import listing
-from .open import read_table
+from .open import read_small, read_table
 from .small_json import read_json
 from .storage import (
     GGUF_TYPES,
+    KINDS,
     QUANT_SUFFIXES,
     Storage,
     WeightKind,
@@ -28,6 +29,7 @@ from .table import TensorInfo, TensorTable
 __all__ = [
     "GGUF_TYPES",
     "GgufTokenizer",
+    "KINDS",
     "QUANT_SUFFIXES",
     "Storage",
     "TensorInfo",
@@ -39,6 +41,7 @@ __all__ = [
     "logical_shape",
     "read_gguf_tokenizer",
     "read_json",
+    "read_small",
     "read_table",
     "read_weight_kind",
     "split_companions",

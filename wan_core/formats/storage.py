@@ -49,6 +49,15 @@ GGUF_TYPES: Final = frozenset(
     )
 )  # fmt: skip
 """GGUF tensor types that diffusers 0.42 can dequantise (``quantizers/gguf/utils.py``)."""
+KINDS: Final = (
+    "fp32", "bf16", "fp16",
+    "Q8_0", "int8_convrot", "int8", "Q6_K", "mxfp8", "fp8_scaled", "fp8", "Q5_1", "Q5_K", "Q5_0",
+    "fp8_e5m2", "Q4_1", "Q4_K", "IQ4_NL", "IQ4_XS", "Q4_0", "nvfp4", "Q3_K", "Q2_K",
+)  # fmt: skip
+"""Every kind of storage that can be loaded (``WeightKind.kind``), those first that keep the most of
+a weight. Plain numbers stand in the order of publication: what was trained in bf16 loses in fp16
+what is beyond its range. Of the others those with the smaller error on normally distributed
+weights come first; GGUF's K types, which are fitted, by their bits."""
 MAX_NOTES: Final = 2048
 """``comfy_quant`` notes that are read, of at most 512 bytes each; in truth some 30 to 90."""
 
@@ -100,6 +109,17 @@ class WeightKind:
     weights: Mapping[str, Storage] = field(default_factory=dict)
     title: str = ""
     """What most of the bytes are, in words: "fp8 scaled per row", "GGUF Q4_K"."""
+
+    @property
+    def kind(self) -> str:
+        """Return the name in ``KINDS``: that of a GGUF file is the type of most of its bytes."""
+        kind = self.title.removeprefix("GGUF ") if self.name == "gguf" else self.name
+        return _FLOATS.get(kind, kind)
+
+    @property
+    def rank(self) -> int:
+        """Return the place in ``KINDS``, the most precise first; behind all where unknown."""
+        return KINDS.index(self.kind) if self.kind in KINDS else len(KINDS)
 
     @property
     def packed(self) -> bool:

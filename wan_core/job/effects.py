@@ -80,7 +80,12 @@ _IDLE: tuple[tuple[tuple[str, ...], _Test, str], ...] = (
         lambda job: not job.request.guided_steps,
         "guided_steps is 0, so every step has guidance_scale",
     ),
-    (("noise",), lambda job: job.config.latents is not None, "latents are given in its place"),
+    (
+        ("seed", "noise"),
+        # "lcm" draws noise for each step, too.
+        lambda job: job.config.latents is not None and job.request.scheduler != "lcm",
+        "latents are given, so no noise is drawn",
+    ),
     (
         ("codec", "crf", "pix_fmt", "audio", "output_metadata"),
         lambda job: job.request.output_path is None,

@@ -37,7 +37,7 @@ CONFIG_FIELDS = tuple(
     one.name for one in fields(GenerationConfig) if one.name not in _NOT_IN_A_LINE
 )
 _CONTROL_VIDEOS = ("video", "mask", "face_video", "background_video")
-_CONTROL_FILES = (*_CONTROL_VIDEOS, "reference", "keyframes", "tracks")
+_CONTROL_FILES = (*_CONTROL_VIDEOS, "reference", "keyframes", "camera", "tracks")
 _CONTROL_VALUES = ("positions", "strength", "denoise", "clear_masked")
 
 
@@ -233,7 +233,7 @@ def _control_paths(given: Any, here: Path) -> dict[str, Any]:
 def _control(given: Mapping[str, Any], values: Mapping[str, Any]) -> WanControl:
     """Read the files of a control."""
     from ..files import decode_text
-    from ..render import read_pictures, read_video
+    from ..render import read_numbers, read_pictures, read_video
 
     frames = int(plain_number(values.get("num_frames", 81)) or 0)
     most = (frames if frames > 0 else MOST_FRAMES) + 3  # 0: as long as the control's video
@@ -243,9 +243,14 @@ def _control(given: Mapping[str, Any], values: Mapping[str, Any]) -> WanControl:
             read[name] = read_video(given[name], f"control.{name}", most)
     if "mask" in read:
         read["mask"] = read["mask"][..., 0]
-    for name in ("reference", "keyframes"):
-        if name in given:
-            read[name] = read_pictures(given[name], f"control.{name}")
+    if "keyframes" in given:
+        read["keyframes"] = read_pictures(given["keyframes"], "control.keyframes")
+    if "reference" in given:  # of several sizes, if they like
+        read["reference"] = [
+            read_pictures([one], "control.reference") for one in given["reference"]
+        ]
+    if "camera" in given:
+        read["camera"] = read_numbers(given["camera"], "control.camera")
     if "tracks" in given:
         try:
             read["tracks"] = decode_text(Path(given["tracks"]).read_bytes())
