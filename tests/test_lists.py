@@ -17,7 +17,7 @@ from support.comfy_schemas import schemas
 from wan_core import arguments, config, job, plan, preferences
 from wan_core.config import GenerationConfig, WanControl
 from wan_core.formats.gguf import GGML_TYPES
-from wan_core.formats.storage import GGUF_TYPES, KINDS
+from wan_core.formats.kinds import GGUF_TYPES, KINDS
 from wan_core.job import Request
 from wan_core.journal import identity
 from wan_core.loading import dequantize

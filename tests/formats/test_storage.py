@@ -25,7 +25,8 @@ from wan_core.errors import CorruptFile, UnsupportedModel, WanError
 from wan_core.formats import read_table
 from wan_core.formats.foreign import FOREIGN
 from wan_core.formats.gguf import GGML_TYPES
-from wan_core.formats.storage import GGUF_TYPES, KINDS, MAX_NOTES, read_weight_kind
+from wan_core.formats.kinds import GGUF_TYPES, KINDS
+from wan_core.formats.storage import MAX_NOTES, read_weight_kind
 from wan_core.loading.component import load_component
 from wan_core.loading.reader import TensorReader
 

@@ -12,18 +12,10 @@ from __future__ import annotations
 from .charsmap import charsmap_problem
 from .gguf_tokenizer import GgufTokenizer, has_gguf_tokenizer, read_gguf_tokenizer
 from .index import listing
+from .kinds import GGUF_TYPES, KINDS, Storage, WeightKind
 from .open import read_small, read_table
 from .small_json import read_json
-from .storage import (
-    GGUF_TYPES,
-    KINDS,
-    QUANT_SUFFIXES,
-    Storage,
-    WeightKind,
-    logical_shape,
-    read_weight_kind,
-    split_companions,
-)
+from .storage import QUANT_SUFFIXES, logical_shape, read_weight_kind, split_companions
 from .table import TensorInfo, TensorTable
 
 __all__ = [

@@ -14,13 +14,13 @@ import json
 import math
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
 from typing import Any, Final
 
 from ..errors import CorruptFile, UnsupportedModel
 from ..files import quoted, some_of
 from .foreign import FOREIGN
 from .gguf import GGML_TYPES
+from .kinds import FLOATS, GGUF_TYPES, Storage, WeightKind
 from .open import read_small
 from .table import TensorInfo, TensorTable
 
@@ -39,92 +39,10 @@ _IN_BLOCK: Final = re.compile(r"\b((?:blocks?|layers|blk)\.)\d+")
 """The number of a block in a name: layers that differ by it alone are equal."""
 
 _BLOCKS: Final = {name: numbers for name, numbers, _ in GGML_TYPES.values()}
-_FLOATS: Final = {"F32": "fp32", "BF16": "bf16", "F16": "fp16"}
 _FP8: Final = {"F8_E4M3": "fp8", "F8_E5M2": "fp8_e5m2"}
 _NOTE_DTYPES: Final = {"float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2"}
-GGUF_TYPES: Final = frozenset(
-    (
-        "F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0",
-        "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS",
-    )
-)  # fmt: skip
-"""GGUF tensor types that diffusers 0.42 can dequantise (``quantizers/gguf/utils.py``)."""
-KINDS: Final = (
-    "fp32", "bf16", "fp16",
-    "Q8_0", "int8_convrot", "int8", "Q6_K", "mxfp8", "fp8_scaled", "fp8", "Q5_1", "Q5_K", "Q5_0",
-    "fp8_e5m2", "Q4_1", "Q4_K", "IQ4_NL", "IQ4_XS", "Q4_0", "nvfp4", "Q3_K", "Q2_K",
-)  # fmt: skip
-"""Every kind of storage that can be loaded (``WeightKind.kind``), those first that keep the most of
-a weight. Plain numbers stand in the order of publication: what was trained in bf16 loses in fp16
-what is beyond its range. Of the others those with the smaller error on normally distributed
-weights come first; GGUF's K types, which are fitted, by their bits."""
 MAX_NOTES: Final = 2048
 """``comfy_quant`` notes that are read, of at most 512 bytes each; in truth some 30 to 90."""
-
-
-@dataclass(frozen=True, slots=True)
-class Storage:
-    """How one weight is stored that is not plain fp32, fp16 or bf16."""
-
-    kind: str
-    """"fp8", "int8", "nvfp4", "mxfp8" or "gguf"."""
-    dtype: str
-    """What the bytes are: F8_E4M3, F8_E5M2, I8, U8 (two nvfp4 codes) or a GGUF type."""
-    shape: tuple[int, ...]
-    """The weight's own shape, whatever the stored tensor's: (out, in) of a linear layer."""
-    scale: str = ""
-    """Name of the tensor of scales, without the part's prefix; "" where there is none."""
-    second_scale: str = ""
-    per: str = ""
-    """What has a scale of its own: "tensor", "row", "block" or "" (nothing)."""
-    group: int = 0
-    """Columns that were rotated together (convrot), 0 where the weight is not rotated."""
-    by_rows: bool = True
-    """Whether rows can be taken apart alone; False where a GGUF block runs across rows."""
-
-    @property
-    def title(self) -> str:
-        """Return what a person calls it: "fp8 scaled per tensor", "GGUF Q4_K"."""
-        if self.kind == "gguf":
-            return f"GGUF {self.dtype}"
-        name = "fp8 e5m2" if self.dtype == "F8_E5M2" and self.kind == "fp8" else self.kind
-        rotated = f", rotated by {self.group}" if self.group else ""
-        return f"{name} scaled per {self.per}{rotated}" if self.per else name
-
-
-@dataclass(frozen=True, slots=True)
-class WeightKind:
-    """How the weights of a file are stored.
-
-    ``why_not`` says why they cannot be loaded, empty when they can. ``weights`` has every weight
-    that is not plain floating point, by its name without the part's prefix.
-    """
-
-    name: str
-    """"fp32", "bf16", "fp16", "fp8", "fp8_e5m2", "fp8_scaled", "int8", "int8_convrot", "nvfp4",
-    "mxfp8", "gguf", or the name of a kind that cannot be loaded."""
-    why_not: str = ""
-    detail: str = ""
-    warnings: tuple[str, ...] = ()
-    weights: Mapping[str, Storage] = field(default_factory=dict)
-    title: str = ""
-    """What most of the bytes are, in words: "fp8 scaled per row", "GGUF Q4_K"."""
-
-    @property
-    def kind(self) -> str:
-        """Return the name in ``KINDS``: that of a GGUF file is the type of most of its bytes."""
-        kind = self.title.removeprefix("GGUF ") if self.name == "gguf" else self.name
-        return _FLOATS.get(kind, kind)
-
-    @property
-    def rank(self) -> int:
-        """Return the place in ``KINDS``, the most precise first; behind all where unknown."""
-        return KINDS.index(self.kind) if self.kind in KINDS else len(KINDS)
-
-    @property
-    def packed(self) -> bool:
-        """Whether shapes of weights in the file are not those of the model."""
-        return bool(self.why_not)
 
 
 def split_companions(names: Iterable[str]) -> tuple[list[str], list[str]]:
@@ -190,10 +108,10 @@ def _gguf_kind(own: Mapping[str, TensorInfo]) -> WeightKind:
             by_rows=math.prod(info.shape[1:]) % _BLOCKS[info.dtype] == 0,
         )
         for name, info in own.items()
-        if info.dtype not in _FLOATS
+        if info.dtype not in FLOATS
     }  # fmt: skip
     # Of a small model the tensors that are plain numbers may be the larger part.
-    title = next((kind for kind in sizes if kind not in _FLOATS), most)
+    title = next((kind for kind in sizes if kind not in FLOATS), most)
     return WeightKind("gguf", why, most, weights=weights, title=f"GGUF {title}")
 
 
@@ -216,7 +134,7 @@ def _summary(
     quantised = sum(titles.values())
     plain = sum(info.numel for name, info in own.items() if name not in weights)
     if 10 * quantised < plain:  # a few layers do not make the file
-        name = _FLOATS.get(largest, "bf16")
+        name = FLOATS.get(largest, "bf16")
         title = f"{name}, with {', '.join(titles)}" if titles else name
         return WeightKind(name, detail=largest, warnings=warnings, weights=weights, title=title)
     title = max(titles, key=lambda title: titles[title])
@@ -343,7 +261,7 @@ class _Reader:
                     "whether it is rotated, as they do of others. Get another version of the file."
                 )
             return "int8_tensorwise"  # LightX2V's: rows, never rotated
-        if info.dtype in _FLOATS and scale:
+        if info.dtype in FLOATS and scale:
             raise CorruptFile(
                 f"Weight {name!r} of {self._where} is stored as {info.dtype} and has a scale; only "
                 "fp8, int8 and packed weights have one. The file is mixed; download it again."
@@ -412,7 +330,7 @@ class _Reader:
                 scale, f"{wanted:,} bytes ({' or '.join(allowed)}), one per {per_scale} columns"
             )
         single = self._own.get(second)
-        if form == "nvfp4" and (single is None or single.numel != 1 or single.dtype not in _FLOATS):
+        if form == "nvfp4" and (single is None or single.numel != 1 or single.dtype not in FLOATS):
             self._odd_scale(second, "one number, F32, F16 or BF16")
         return Storage(
             form, info.dtype, (rows, columns), scale, second if form == "nvfp4" else "", "block"
@@ -421,7 +339,7 @@ class _Reader:
     def _per(self, name: str, shape: tuple[int, ...], scale: str) -> str:
         """Say what has a scale of its own: the whole weight, or each of its rows."""
         info = self._own[scale]
-        if info.dtype not in _FLOATS:
+        if info.dtype not in FLOATS:
             self._odd_scale(scale, "F32, F16 or BF16")
         rows = shape[0] if shape else 1
         if info.numel == 1:
@@ -480,7 +398,7 @@ class _Reader:
                         f"{self._where} has the scale {name!r}, and no weight that it belongs to. "
                         "The file is incomplete or mixed; download it again."
                     )
-            if name in weights or info.dtype in _FLOATS or name.endswith(QUANT_SUFFIXES):
+            if name in weights or info.dtype in FLOATS or name.endswith(QUANT_SUFFIXES):
                 continue
             if name.rpartition(".")[2] in (MARKER, "spiece_model"):
                 continue
