@@ -119,6 +119,7 @@ MIRRORS: dict[str, tuple[str, ...]] = {
         "memory/test_vace",
         "memory/test_forward",
     ),
+    "memory/text": ("memory/test_confidence", "memory/test_stages"),
     "memory/vae": ("memory/test_replay", "memory/test_forward", "memory/test_stages"),
     "memory/vae_lean": (
         "memory/test_replay",
