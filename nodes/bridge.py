@@ -454,3 +454,13 @@ def add_route() -> None:
         chunks = request.content.iter_chunked(65536)
         status, body = await made().answer(request.headers, chunks, answer, MOST_BYTES)
         return web.Response(body=body, status=status, content_type="application/json")
+
+    @PromptServer.instance.routes.post("/wanfit/tab")
+    async def tab(request: web.Request) -> web.Response:
+        from .session import SESSION
+        from .tab import MOST_BYTES, Tab
+
+        chunks = request.content.iter_chunked(65536)
+        answer = Tab(SESSION, journal_folder).answer
+        status, body = await made().answer(request.headers, chunks, answer, MOST_BYTES)
+        return web.Response(body=body, status=status, content_type="application/json")

@@ -20,6 +20,7 @@ from .inputs import (
 from .job import LONG_CLIP, device_options, generation_config, use_long_clip, use_windows
 from .pipeline import WanPipeline
 from .progress import Progress
+from .session import SESSION
 from .words import in_words_of_the_nodes, said_in_words_of_the_nodes
 
 _HIDDEN = [io.Hidden.prompt, io.Hidden.extra_pnginfo, io.Hidden.unique_id]
@@ -264,9 +265,12 @@ def _run(
             wrapper.evictable_bytes = 0
             request, plan = wrapper.plan(config)
             show = bridge.progress_bar(pipeline)
-            watch = bridge.watch(pipeline, request, plan, getattr(hidden, "unique_id", None))
+            node = getattr(hidden, "unique_id", None)
+            watch = bridge.watch(pipeline, request, plan, node)
             Progress(request, plan, config, show, watch).listen()
-            result = wrapper.generate(config)
+            with SESSION.render(node, request, plan, pipeline.architecture) as ended:
+                result = wrapper.generate(config)
+                ended(result, result.output_path and bridge.as_shown(result.output_path))
         if is_oom(result.error):
             bridge.after_out_of_memory()
         result.raise_for_error()

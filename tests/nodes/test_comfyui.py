@@ -121,6 +121,28 @@ def test_lists_the_nodes_with_a_tooltip_on_every_input(server: ComfyServer) -> N
         assert all(info[name]["output_tooltips"]), name
 
 
+@pytest.mark.parametrize("name", NODES)
+def test_the_english_texts_are_those_of_the_node(server: ComfyServer, name: str) -> None:
+    """Translations are held against these (``tests/test_locales.py``)."""
+    info = server.get(f"/object_info/{name}")[name]
+    texts = json.loads((REPOSITORY / "locales" / "en" / "nodeDefs.json").read_text())
+    assert set(texts) == set(NODES)
+    inputs = {**info["input"].get("required", {}), **info["input"].get("optional", {})}
+    assert texts[name] == {
+        "display_name": info["display_name"],
+        "description": info["description"],
+        "inputs": {
+            field: {"name": field, "tooltip": spec[1]["tooltip"]} for field, spec in inputs.items()
+        },
+        "outputs": {
+            str(slot): {"name": output, "tooltip": tooltip}
+            for slot, (output, tooltip) in enumerate(
+                zip(info["output_name"], info["output_tooltips"], strict=True)
+            )
+        },
+    }
+
+
 def test_lists_model_folders_two_levels_deep(server: ComfyServer) -> None:
     options = server.get("/object_info/WanLoader")["WanLoader"]["input"]["required"]["model"]
     listed = options[1].get("options", options[0])

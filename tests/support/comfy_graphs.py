@@ -109,6 +109,8 @@ def with_values(saved: dict[str, Any], **values: Any) -> dict[str, Any]:
     saved = copy.deepcopy(saved)
     for node in saved["nodes"]:
         names = [entry["name"] for entry in node["inputs"] if "widget" in entry]
+        if "seed" in names:  # what becomes of it after a run is a widget too, without an input
+            names.insert(names.index("seed") + 1, "control_after_generate")
         for name in names:
             if name in values:
                 node["widgets_values"][names.index(name)] = values[name]

@@ -1,10 +1,10 @@
 """What survives a crash: a render's identity, its states on disk, and how it goes on from them.
 
 In: a request with its plan, and a ``DenoiseState`` after each step. Out: a folder of states that
-are complete or absent, and ``RenderJournal``, which a render asks where to begin. Knows a render
-only by its identity and its states; a journal never stops one. Also here are ``versions`` and
-``device_name``, which results and measurements are told with. Imports sampling, plan, loading and
-what is below. Names are resolved on first use.
+are complete or absent, and ``RenderJournal``, which a render asks where to begin; ``saved_renders``
+lists those that can go on. Knows a render only by its identity and its states; a journal never
+stops one. Also here are ``versions`` and ``device_name``, which results and measurements are told
+with. Imports sampling, plan, loading and what is below. Names are resolved on first use.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .identity import device_name, versions
     from .journal import Journal
     from .resume import RenderJournal, open_journal
+    from .saved import SavedRender, remove_saved, saved_renders
 
 __getattr__ = lazy_names(
     __name__,
@@ -24,7 +25,17 @@ __getattr__ = lazy_names(
         "identity": ("device_name", "versions"),
         "journal": ("Journal",),
         "resume": ("RenderJournal", "open_journal"),
+        "saved": ("SavedRender", "remove_saved", "saved_renders"),
     },
 )
 
-__all__ = ["Journal", "RenderJournal", "device_name", "open_journal", "versions"]
+__all__ = [
+    "Journal",
+    "RenderJournal",
+    "SavedRender",
+    "device_name",
+    "open_journal",
+    "remove_saved",
+    "saved_renders",
+    "versions",
+]

@@ -140,13 +140,23 @@ def read_state(path: Path, key: str) -> JournalState:
 
 def state_sequence(path: Path, key: str) -> int | None:
     """Return a state's running number from its header; None if it is not one of this ``key``."""
+    head = state_head(path, key)
+    return None if head is None else int(head["sequence"])
+
+
+def state_head(path: Path, key: str) -> dict[str, Any] | None:
+    """Return what a state's header says besides tensors; None if it is not one of this ``key``.
+
+    It has "sequence", a number, and "scalars", a dictionary.
+    """
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, framework="pt") as file:
             head = json.loads((file.metadata() or {})["journal"])
             ours = head["format"] == FORMAT and head["key"] == key
-            return int(head["sequence"]) if ours else None
+            whole = ours and isinstance(head["scalars"], dict)
+            return {**head, "sequence": int(head["sequence"])} if whole else None
     except (SafetensorError, *_NO_STATE):
         return None
 

@@ -78,6 +78,8 @@ __all__ = ["Journal", "JournalState", "restore_scheduler", "scheduler_state"]
 DENOISE, LATENTS, DECODE = "denoise", "latents", "decode"
 """Stages of a state: in the denoising loop, after it, and in the decode. A caller may use its own
 names for parts of the loop."""
+_MOST_KEPT = 4 << 20
+"""Characters that are kept beside the identity at most."""
 
 
 class Journal:
@@ -88,13 +90,16 @@ class Journal:
     """
 
     def __init__(
-        self, root: str | os.PathLike[str], identity: Mapping[str, object], max_share: float
-    ) -> None:
+        self, root: str | os.PathLike[str], identity: Mapping[str, object], max_share: float,
+        keep: Mapping[str, str] | None = None,
+    ) -> None:  # fmt: skip
         self.identity = plain_identity(identity)
         self.key = identity_key(self.identity)
         self.root = Path(root)
         self.folder = self.root / self.key
         self.max_share = max_share
+        kept = dict(keep or {})
+        self._kept = kept if sum(map(len, kept.values())) <= _MOST_KEPT else {}
         self.enabled = True
         self.resuming = False
         self.warnings: list[str] = []
@@ -121,12 +126,14 @@ class Journal:
         resume: str = "auto",
         *,
         max_share: float = 0.01,
+        keep: Mapping[str, str] | None = None,
     ) -> Journal:
         """Open the journal of the render that ``identity`` describes, below ``root``.
 
         ``root`` is a folder that holds nothing but journals. ``identity`` may hold whatever
         ``plain_identity`` accepts. ``max_share`` is the share of the time that ``due`` allows for
-        saving; with infinity it is always due. ``resume`` is one of
+        saving; with infinity it is always due. ``keep`` are texts for whoever looks at the saved
+        render, such as a workflow; very long ones are left out. ``resume`` is one of
 
         - "auto": continue if there is a saved state, else start anew;
         - "never": start anew;
@@ -140,7 +147,7 @@ class Journal:
                 f"resume is {resume!r}; allowed: {', '.join(RESUME)}.", field="resume"
             )
         # Looked for before the folder is prepared: "must" without a state leaves nothing behind.
-        journal = cls(root, identity, max_share)
+        journal = cls(root, identity, max_share, keep)
         journal._must = resume == "must"
         journal.resuming = resume != "never" and journal._has_state()
         if journal._must and not journal.resuming:
@@ -377,7 +384,7 @@ class Journal:
     def _write_identity(self) -> None:
         record = {
             "format": FORMAT, "identity": self.identity, "owner": self._owner,
-            "opened": self._opened_as,
+            "opened": self._opened_as, "kept": self._kept,
         }  # fmt: skip
         atomic_write(self.folder / IDENTITY, canonical_json(record))
 

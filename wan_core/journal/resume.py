@@ -177,7 +177,9 @@ def open_journal(
     if request.resume is None:
         return None
     identity = render_identity(config, request, architecture, plan)
-    opened = Journal.open(journal_folder(request), identity, request.resume)
+    opened = Journal.open(
+        journal_folder(request), identity, request.resume, keep=config.output_metadata
+    )
     stack.callback(opened.close)
     journal = RenderJournal(opened)
     stack.callback(journal.close)

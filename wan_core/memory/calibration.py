@@ -146,6 +146,14 @@ class Calibrations:
             paced=bool(paces),
         )
 
+    def keys(self) -> list[str]:
+        """Return under what something is known: device, software and model."""
+        return sorted(self._read())
+
+    def forget(self) -> None:
+        """Forget everything; raises OutputError where the file cannot be removed."""
+        _remove(self.path)
+
     def add(self, key: str, record: RunRecord) -> None:
         """Add what a run taught; of each key only the latest records are kept."""
         known = self._read()
@@ -196,6 +204,10 @@ class AttentionTimes:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             atomic_write(self.path, json.dumps(known, indent=1).encode())
 
+    def forget(self) -> None:
+        """Forget everything; raises OutputError where the file cannot be removed."""
+        _remove(self.path)
+
     def _read(self) -> dict[str, dict[str, Any]]:
         try:
             plain = json.loads(self.path.read_text("utf-8"))
@@ -211,6 +223,15 @@ class AttentionTimes:
             }
         except (OSError, ValueError, TypeError, KeyError, AttributeError):
             return {}
+
+
+def _remove(path: Path) -> None:
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as err:
+        raise OutputError(
+            f"{str(path)!r} cannot be removed: {err.strerror}. Remove it by hand."
+        ) from err
 
 
 def _record(plain: Any) -> RunRecord:
