@@ -190,8 +190,17 @@ def _unused(asking: Node, architecture: ModelArchitecture) -> dict[str, str]:
 
 def _uncounted(job: Job) -> list[str]:
     """Warn of what comes from other nodes and changes what is needed."""
-    names = [name for name in ("control", "continue_from") if name in job.wired.asking.wired]
-    return [f"What comes in at {name!r} is known when it has run: not counted." for name in names]
+    asking = job.wired.asking
+    names = [name for name in ("control", "continue_from") if name in asking.wired]
+    length = []
+    if "control" in names and asking.values.get("num_frames") == 0:
+        length.append(
+            "num_frames is 0, as many as the control's video has: how many is known when it has "
+            f"run. Shown is the model's usual length, {job.config.num_frames} frames."
+        )
+    return length + [
+        f"What comes in at {name!r} is known when it has run: not counted." for name in names
+    ]
 
 
 def _beside(job: Job) -> list[str]:

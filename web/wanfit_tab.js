@@ -52,6 +52,7 @@ async function carryOut(request) {
 const line = (text, style = "") => make("div", style, text);
 const faint = (text) => line(text, "opacity:.7");
 const number = (value, digits = 2) => (value == null ? "–" : value.toFixed(digits));
+const gib = (value) => (value == null ? "–" : `${value.toFixed(2)} GiB`);
 const at = (seconds) => new Date(seconds * 1000).toLocaleTimeString([], { hour: "2-digit", minute: "2-digit" });
 const on = (seconds) => new Date(seconds * 1000).toLocaleString([], { dateStyle: "short", timeStyle: "short" });
 
@@ -95,7 +96,7 @@ function stages(one) {
     return tr;
   };
   table.append(cells("th", "stage", "seconds", "predicted", "measured"));
-  for (const stage of one.stages) table.append(cells("td", stage.name, number(stage.seconds, 1), `${number(stage.predicted_gib)} GiB`, `${number(stage.measured_gib)} GiB`));
+  for (const stage of one.stages) table.append(cells("td", stage.name, number(stage.seconds, 1), gib(stage.predicted_gib), gib(stage.measured_gib)));
   return table;
 }
 
@@ -241,7 +242,7 @@ function draw() {
   const all = answer.learnt.length ? [...answer.learnt.map(learnt), twice("Forget all of it", "Forget for good?", () => carryOut({ do: "forget" }))] : [];
   root.replaceChildren(
     ...answer.warnings.map((text) => line(`⚠ ${text}`, `color:${COLOURS.warn};margin-bottom:6px`)),
-    section("Can go on", "Nothing was cut off. Renders of Wan Chunked Sampler that are show up here.", answer.saved.map(saved)),
+    section("Can go on", "Nothing was cut off. A render of Wan Chunked Sampler that was interrupted shows up here.", answer.saved.map(saved)),
     section("This session", "No render yet.", answer.renders.map(rendered)),
     section("Preferences", "", [form]),
     section("Learnt on this machine", "Nothing yet: finished renders on a card correct later estimates.", all),

@@ -141,7 +141,10 @@ def test_a_clip_as_long_as_its_video_is_shown_with_the_usual_length(asker: Asker
     nodes["9"] = {"class_type": "WanControl", "inputs": {}}
     found = asker.ask(nodes)
     assert found["ok"] and found["resolved"][0].startswith("832x480, 81 frames")
+    assert "num_frames is 0" in found["warnings"][0] and "81 frames" in found["warnings"][0]
     assert any("'control' is known when it has run" in text for text in found["warnings"])
+    nodes["3"]["inputs"]["num_frames"] = 49
+    assert not any("num_frames is 0" in text for text in asker.ask(nodes)["warnings"])
 
 
 def test_what_is_official_is_told_and_what_is_set_too(asker: Asker) -> None:

@@ -84,6 +84,26 @@ def test_every_node_has_a_help_page_and_every_workflow_a_thumbnail() -> None:
         assert json.loads(path.read_text())["nodes"]
 
 
+def test_files_that_a_workflow_names_can_be_fetched_from_it() -> None:
+    """ComfyUI's dialog of missing models reads them; the demo models ship along and need none."""
+    named = {}
+    for path in (ROOT / "example_workflows").glob("*.json"):
+        saved = json.loads(path.read_text())
+        loader = next(node for node in saved["nodes"] if node["type"] == "WanLoader")
+        files = [value for value in loader["widgets_values"] if str(value).endswith("tensors")]
+        models = loader["properties"].get("models", [])
+        assert set(files) <= {model["name"] for model in models}, path.name
+        note = json.dumps([node for node in saved["nodes"] if node["type"] == "MarkdownNote"])
+        for model in models:
+            assert model["name"] in note and f"models/{model['directory']}" in note
+            assert model["url"].startswith("https://huggingface.co/Comfy-Org/")
+            assert model["url"].endswith(f"/{model['directory']}/{model['name']}")
+            named[model["name"]] = model["directory"]
+    assert sorted(named.values()) == [
+        "diffusion_models", "diffusion_models", "text_encoders", "vae"
+    ]  # fmt: skip
+
+
 # -- folders ------------------------------------------------------------------------------------
 def test_lists_folders_two_levels_deep_in_every_root(pack: ModuleType, models: Path) -> None:
     pipeline = part(pack, "nodes.pipeline")
