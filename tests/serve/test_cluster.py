@@ -87,6 +87,7 @@ def test_twenty_jobs_and_two_machines_that_are_lost(
     # Done once: a job that was lost was begun again, and no other.
     for line, entry in ledger.entries.items():
         assert sum(f"line {line}: done" in text for text in told) == 1 and entry.tries == 1
+    assert all(ledger.entries[line].resumed.startswith("after step") for line in KILLED)
     for i in range(20):
         one, other = (
             (tmp_path / folder / f"{i}.mp4").read_bytes() for folder in ("serial", "many")

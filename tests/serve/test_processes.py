@@ -87,6 +87,7 @@ def test_two_processes_of_which_one_is_killed_make_the_clips_of_one(tmp_path: Pa
     ledger = Batch(path, tmp_path / "two", optimization=CPU, crew=crew, tell=told.append).run()
     assert ledger.counts()["done"] == serial.counts()["done"] == 4, told
     assert killed and sum(entry.losses for entry in ledger.entries.values()) == 1
+    assert sum(entry.resumed.startswith("after step") for entry in ledger.entries.values()) == 1
     assert all(entry.tries == 1 for entry in ledger.entries.values())
     for i in range(4):
         same = [(tmp_path / folder / f"{i}.mp4").read_bytes() for folder in ("serial", "two")]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import http.client
 import json
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -430,3 +432,85 @@ def test_json_is_taken_too(idle: tuple[Client, Any]) -> None:
     row = desk.queue.get(video["id"])
     assert row is not None and row.output == desk.queue.folder_of(video["id"]) / "clip.mp4"
     client.ask("DELETE", f"/v1/videos/{video['id']}")
+
+
+class Started:
+    """A server as a user starts it, in its own process, that can be killed and started again."""
+
+    def __init__(self, model: Path, folder: Path) -> None:
+        self.command = [
+            sys.executable, "-m", "wan_core", "serve", str(model), "--folder", str(folder),
+            "--device", "cpu",
+        ]  # fmt: skip
+        self.port = 0
+        self.start()
+
+    def start(self) -> None:
+        root = Path(__file__).parents[2]
+        self.process = subprocess.Popen(
+            [*self.command, "--port", str(self.port)], cwd=root, stderr=subprocess.PIPE, text=True
+        )
+        assert self.process.stderr is not None
+        for line in self.process.stderr:
+            if line.startswith("http://"):
+                self.port = int(line.split("/")[2].rpartition(":")[2])
+                break
+        # What it says later must not fill the pipe.
+        threading.Thread(target=self.process.stderr.read, daemon=True).start()
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+
+@pytest.mark.slow
+def test_200_clients_and_restarts_lose_no_job(model: Path, tmp_path: Path) -> None:
+    """Killed twice while 200 clients ask, and once in the middle of a render."""
+    server = Started(model, tmp_path / "videos")
+    client = Client(server.port)
+    accepted: dict[str, str] = {}
+    long = {**TINY, "num_inference_steps": 300}
+    first = client.create(prompt="first", seed=7, **long)[1]["id"]
+
+    def ask(number: int) -> None:
+        for _ in range(600):
+            try:
+                status, video = client.create(prompt=f"number {number}", seed=number, **TINY)
+            except (OSError, http.client.HTTPException):
+                time.sleep(0.1)  # it is down just now
+                continue
+            assert status == 200, video
+            accepted[video["id"]] = f"number {number}"
+            return
+
+    threads = [threading.Thread(target=ask, args=(number,)) for number in range(200)]
+    try:
+        for thread in threads:
+            thread.start()
+        for least in (20, 100):
+            wait_for(lambda least=least: len(accepted) >= least, 60)
+            server.kill()
+            server.start()
+        for thread in threads:
+            thread.join()
+        assert len(accepted) == 200
+        wait_for(lambda: client.ask("GET", f"/v1/videos/{first}")[1]["progress"] > 30, 60)
+        server.kill()
+        server.start()
+        for id, prompt in accepted.items():
+            assert client.ask("GET", f"/v1/videos/{id}")[1]["prompt"] == prompt
+        keep = list(accepted)[:5]
+        for id in list(accepted)[5:]:
+            assert client.ask("DELETE", f"/v1/videos/{id}")[0] == 200
+        for id in (first, *keep):
+            video = client.settled(id, 120)
+            assert video["status"] == "completed" and video["tries"] == 1, video
+        step = int(client.settled(first)["resumed"].split()[2])
+        assert step >= 90, f"it began again at step {step}, and was beyond 30 % of 300"
+        clip = client.ask("GET", f"/v1/videos/{first}/content")[1]
+        (tmp_path / "served.mp4").write_bytes(clip)
+    finally:
+        server.kill()
+    config = GenerationConfig(prompt="first", seed=7, output_path=tmp_path / "a.mp4", **long)
+    open_wan(model, precision="auto").generate(config).raise_for_error()
+    assert (read(tmp_path / "a.mp4")[0] == read(tmp_path / "served.mp4")[0]).all()

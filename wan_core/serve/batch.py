@@ -141,6 +141,7 @@ class Batch:
         if not outcome.error:
             entry.seed, entry.size = outcome.seed, outcome.size
             entry.prompt = outcome.prompt or entry.prompt
+            entry.resumed = outcome.resumed
             entry.state, entry.error = "done", ""
             self._tell(f"line {job.number}: done in {entry.seconds:.0f} s")
         elif outcome.final or entry.tries >= self.tries or entry.losses >= MOST_LOSSES:

@@ -58,6 +58,8 @@ class Outcome:
     size: int = 0
     """Bytes of the clip."""
     seconds: float = 0.0
+    resumed: str = ""
+    """From where an earlier render of the same job was gone on with; empty where it began anew."""
     stages: dict[str, float] = field(default_factory=dict)
     """Seconds of each stage of the render."""
 
@@ -164,6 +166,7 @@ def _made(job: BatchJob, result: VideoGenerationResult, seconds: float) -> Outco
         "seed": result.metadata.get("seed", job.values.get("seed", 0)),
         "prompt": str(result.metadata.get("prompt") or ""),
         "size": size,
+        "resumed": str(result.metadata.get("resumed", "")),
         "seconds": seconds,
         "stages": {stage.name: round(stage.seconds, 3) for stage in result.stages},
     }

@@ -121,6 +121,7 @@ def shown(row: Row) -> dict[str, Any]:
         "file_name": f"{row.id}.mp4" if done else None,
         "inference_time_s": outcome.get("seconds") if done else None,
         "stage_durations": outcome.get("stages", {}) if done else {},
+        "resumed": outcome.get("resumed", ""),
         "warnings": outcome.get("warnings", []),
         "tries": row.tries,
         "error": {"code": outcome["kind"], "message": outcome["error"]} if failed else None,

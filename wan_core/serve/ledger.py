@@ -43,6 +43,7 @@ class Entry:
     """How often the process that carried it out died."""
     seconds: float = 0.0
     error: str = ""
+    resumed: str = ""
     prompt: str = ""
     seed: Any = None
     warnings: list[str] = field(default_factory=list)
