@@ -226,6 +226,9 @@ def test_a_body_that_is_too_large_is_refused_before_it_is_read(idle: tuple[Clien
         )
         connection.sendall(head.encode())
         assert b" 413 " in connection.recv(4096).split(b"\r\n")[0]
+    # One byte more than a file may have, in a request that is not too large as a whole.
+    status, told = client.create(("x.png", bytes(2**20 + 1)), prompt="x", **TINY)
+    assert status == 413 and told["error"]["type"] == "TooLarge"
     assert not list(desk.uploads.iterdir())
 
 
@@ -295,7 +298,7 @@ def test_a_job_that_never_fits_is_refused_and_the_queue_goes_on(
     with serving(model, tmp_path, crew=crew) as (client, desk):
         some = 2**31
         desk._machine = replace(desk._machine, device_free_bytes=some, ram_available_bytes=some)
-        status, told = client.create(prompt="x", width=4096, height=4096, num_frames=401)
+        status, told = client.create(prompt="x", width=2048, height=2048, num_frames=161)
         assert status == 422 and told["error"]["type"] == "DoesNotFit", told
         assert (
             "MiB are free" in told["error"]["message"] and "would fit" in told["error"]["message"]
