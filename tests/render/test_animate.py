@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from support.tiny_models import ANIMATE, FACE_SIZE, components, make_folder, pipeline
 
 from wan_core import GenerationConfig, WanControl, WanPipelineLoader
+from wan_core.detect.detector import inspect_file
 from wan_core.job import make_scheduler
+from wan_core.loading import load_component
+from wan_core.models import map_names, read_transformer, transformer_tensors
 
 WIDTH, HEIGHT, STEPS = 32, 48, 2
 TEXT = {"prompt": "a red cat moves right", "negative_prompt": "a dog"}
@@ -59,7 +64,7 @@ def nothing_kept() -> Iterator[None]:
     WanPipelineLoader().clear_cache()
 
 
-def opened(path: Path, **wishes: Any) -> Any:
+def opened(path: Any, **wishes: Any) -> Any:
     wishes = {"device": "cpu", "precision": "fp32", "offload": "none"} | wishes
     return WanPipelineLoader().load_wan_pipeline(path, optimization_config=wishes)
 
@@ -166,6 +171,7 @@ def test_it_goes_on_in_the_second_segment_and_after_the_last_step(
     assert torch.equal(last.frames, plain())
 
 
+@pytest.mark.slow
 def test_a_short_clip_is_a_segment_of_its_own_length(folder: Path) -> None:
     """As diffusers with a segment as long as the video; a longer one is asked for by force."""
     wrapper = opened(folder)
@@ -225,3 +231,58 @@ def test_the_estimate_names_what_is_encoded_and_needs_no_picture(folder: Path) -
     result = made(wrapper)
     assert set(names) - {"output"} <= {one.name for one in result.stages}
     assert result.metadata["windows"].startswith("2 segments of 13 frames")
+
+
+def test_a_single_file_with_official_names_is_the_same_module(folder: Path, tmp_path: Path) -> None:
+    state = load_file(folder / "transformer/diffusion_pytorch_model.safetensors")
+    file = tmp_path / "wan2.2_animate_14B_bf16.safetensors"
+    save_file(official(state), file)
+    found = load_component(file).state_dict()
+    assert found.keys() == state.keys()
+    assert all(torch.equal(found[name], value) for name, value in state.items())
+    shape = inspect_file(file).transformer
+    assert shape is not None and (shape.heads, shape.head_dim, shape.animate) == (2, 12, 1)
+    assert shape == inspect_file(folder / "transformer").transformer
+
+
+@pytest.mark.slow
+def test_weights_as_stored_and_a_lora_for_image_to_video(folder: Path, tmp_path: Path) -> None:
+    stored = shutil.copytree(folder, tmp_path / "fp8")
+    file = stored / "transformer/diffusion_pytorch_model.safetensors"
+    state = load_file(file)
+    for name, value in state.items():
+        if name.startswith(("blocks.", "face_adapter.")) and value.dim() == 2:
+            state[name] = value.to(torch.float8_e4m3fn)
+    save_file(state, file, {"format": "pt"})
+    wrapper = opened(stored)
+    assert wrapper.architecture.components["transformer"].stored.quantised
+    first = made(wrapper, num_frames=13).frames
+    assert 0 < (first - plain()[:13]).abs().max() < 0.2
+    streamed = opened(stored, offload="stream", resident_blocks=2)
+    assert torch.equal(made(streamed, num_frames=13).frames, first)
+    lora, g = tmp_path / "lora.safetensors", torch.Generator().manual_seed(1)
+    name = "diffusion_model.blocks.1.self_attn.q.lora_{}.weight"
+    sides = {"A": (2, 24), "B": (24, 2)}
+    save_file({name.format(k): torch.randn(v, generator=g) for k, v in sides.items()}, lora)
+    tuned = WanPipelineLoader().load_wan_pipeline(
+        stored, optimization_config={"device": "cpu", "precision": "fp32"}, loras=[str(lora)]
+    )
+    assert not torch.equal(made(tuned, num_frames=13).frames, first)
+
+
+def official(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Give the tensors their official names: keys and values in one, biases of activations wide."""
+    mapped = map_names("transformer", transformer_tensors(_shape(state), "original")).sources
+    out: dict[str, torch.Tensor] = {}
+    for name, source in sorted(mapped.items(), key=lambda pair: pair[1].part):
+        value = state[name]
+        if name.endswith("act_fn.bias"):
+            value = value.view(1, -1, 1, 1)
+        if source.name in out:
+            value = torch.cat([out[source.name], value])
+        out[source.name] = value.contiguous()
+    return out
+
+
+def _shape(state: dict[str, torch.Tensor]) -> Any:
+    return read_transformer({name: tuple(v.shape) for name, v in state.items()}, "diffusers")
