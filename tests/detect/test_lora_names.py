@@ -403,3 +403,40 @@ def test_a_file_for_each_expert_is_not_given_twice(tmp_path: Path) -> None:
     assert warned(pair_of, (one, "high", 1.0), (one, "low", 0.8)) == []
     for again in ("high", "both"):
         assert "2 times" in warned(pair_of, (one, "high", 1.0), (one, again, 0.8))[-1]
+
+
+OTHER_MODELS = {
+    "LTX": "diffusion_model.transformer_blocks.0.attn1.to_q",
+    "CogVideoX": "transformer.transformer_blocks.0.attn1.to_q",
+    "without a prefix": "transformer_blocks.0.attn1.to_q",
+}
+
+
+@pytest.mark.parametrize("other", OTHER_MODELS)
+def test_blocks_of_another_model_are_not_wans(
+    tmp_path: Path, model: ModelArchitecture, other: str
+) -> None:
+    """Of the same width, too: a LoRA of CogVideoX 5B is as wide as Wan 2.2 5B."""
+    path = write(tmp_path / "other.safetensors", pair(OTHER_MODELS[other]))
+    found = inspect_file(path)
+    assert found.kind == "lora" and "for Wan" not in found.title
+    with pytest.raises(ModelMismatch, match=r"match nothing in the transformer"):
+        with_loras(model, [path])
+
+
+@pytest.mark.parametrize(
+    ("stem", "words"),
+    [("vace_blocks.0.self_attn.q", "VACE"), ("vace_patch_embedding", "VACE"),
+     ("face_adapter.fuser_blocks.0.linear1_q", "Animate"),
+     ("motion_encoder.enc.fc.0", "Animate"), ("pose_patch_embedding", "Animate")],
+)  # fmt: skip
+def test_parts_of_vace_and_animate_do_not_refuse_the_rest(
+    tmp_path: Path, model: ModelArchitecture, stem: str, words: str
+) -> None:
+    tensors = {**pair("diffusion_model.blocks.0.self_attn.q"), **pair(f"diffusion_model.{stem}")}
+    path = write(tmp_path / "l.safetensors", tensors)
+    (note,) = read(path, model.transformer).notes
+    assert words in note and "2 of 4 tensors" in note and "left out" in note
+    alone = write(tmp_path / "alone.safetensors", pair(f"diffusion_model.{stem}"))
+    with pytest.raises(ModelMismatch, match="Nothing in the LoRA"):
+        read(alone, model.transformer)

@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
 from support import wan_layouts as layouts
 
 from wan_core.config import WanModelFiles
@@ -107,3 +109,14 @@ def test_a_damaged_tokenizer_is_told_from_the_header(
     metadata = GOOD | {KEY + name: value for name, value in change.items()}
     with pytest.raises(error, match=f"umt5.gguf'.*{words}.*spiece.model of umT5"):
         detect(transformer, text_encoder=gguf(tmp_path / "text", metadata))
+
+
+@pytest.mark.parametrize("part", ["vae", "text_encoder", "image_encoder"])
+def test_what_is_no_vae_is_not_measured_by_a_transformer(
+    tmp_path: Path, transformer: Path, part: str
+) -> None:
+    save_file({"decoder.1.weight": torch.zeros(4, 4)}, tmp_path / "taew2_1.safetensors")
+    files = WanModelFiles(transformer=transformer, **{part: tmp_path / "taew2_1.safetensors"})  # type: ignore[arg-type]
+    with pytest.raises(UnsupportedModel, match="taew2_1.* not a .*Choose the right") as caught:
+        ArchitectureDetector().detect_model_architecture(files)
+    assert "every Wan transformer" not in str(caught.value)

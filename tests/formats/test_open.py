@@ -11,6 +11,8 @@ import tracemalloc
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 from support import bad_files
 
 from wan_core.errors import CorruptFile, MissingFile, ModelFileError, UnsafeFile
@@ -131,6 +133,15 @@ def test_foreign_files_are_named(tmp_path: Path) -> None:
         with pytest.raises(ModelFileError) as caught:
             read_table(put(tmp_path, data))
         assert word in str(caught.value), name
+
+
+@pytest.mark.parametrize("name", ["m.gguf", "m.pth", "m.bin"])
+def test_a_safetensors_file_under_another_name_is_to_be_renamed(tmp_path: Path, name: str) -> None:
+    """A good file is not to be downloaded again."""
+    save_file({"a": torch.zeros(3)}, tmp_path / name)
+    with pytest.raises(CorruptFile, match="Rename it to .safetensors") as caught:
+        read_table(tmp_path / name)
+    assert "ownload" not in str(caught.value)
 
 
 def test_not_regular_files(tmp_path: Path) -> None:

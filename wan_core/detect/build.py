@@ -97,7 +97,9 @@ def require_kind(part: IdentifiedFile, kind: str, path: Path) -> None:
     """Refuse a file whose kind is not the one its place needs, naming what it is."""
     if part.kind != kind:
         wanted = _WANTED[kind]
-        why = f" ({part.reasons[0]})" if part.kind == "other" and part.reasons else ""
+        # What is missing of a transformer explains nothing where a VAE is wanted.
+        known = part.kind == "other" and part.reasons and kind.startswith("transformer")
+        why = f" ({part.reasons[0]})" if known else ""
         advice = "Choose the right file."
         if part.kind == "vace" and kind == "transformer":
             advice = (

@@ -46,8 +46,13 @@ def _refuse_other_formats(start: bytes, path: Path, size: int) -> None:
     """Raise an error that names the format when the first bytes, or the suffix, show another."""
     # A safetensors file begins with its header's length, which can look like the magic number of
     # another format: 640 is 80 02, the start of a pickle. The zeros and brace after it decide.
-    kind = None if start[3:9] == b"\0\0\0\0\0{" else kind_of(start)
+    safe = start[3:9] == b"\0\0\0\0\0{"
+    kind = None if safe else kind_of(start)
     named = path.suffix.lower() in PICKLE_SUFFIXES
+    if safe and (named or path.suffix.lower() == ".gguf"):
+        raise CorruptFile(
+            f"{quoted(path)} is a safetensors file under another name. Rename it to .safetensors."
+        )
     if kind == "a pickle" or (kind == "a zip archive" and b"data.pkl" in start):
         raise UnsafeFile(
             f"{quoted(path)} is a PyTorch pickle{'' if named else ' under another name'}, which "
@@ -62,6 +67,4 @@ def _refuse_other_formats(start: bytes, path: Path, size: int) -> None:
         raise CorruptFile(f"{quoted(path)} is a GGUF file under another name. Rename it to .gguf.")
     if (kind and size >= 8) or named:
         what = kind or "neither a PyTorch zip file nor a pickle"
-        if start[3:9] == b"\0\0\0\0\0{":
-            what = "a safetensors file under another name; rename it to .safetensors"
         raise CorruptFile(f"{quoted(path)} is {what} ({size:,} bytes). {AGAIN}")

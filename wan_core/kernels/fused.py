@@ -8,13 +8,12 @@ Whether they give its bits depends on the card, the versions of torch and Triton
 from __future__ import annotations
 
 import functools
-import logging
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
-_log = logging.getLogger(__name__)
+from ..lazy import module_or_none
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,12 +32,8 @@ NOTHING = Fused()
 @functools.cache
 def triton_kernels() -> Any:
     """Return the module of Triton kernels, or None where it cannot be imported."""
-    try:
-        from . import fused_kernels
-    except Exception as err:  # noqa: BLE001 - a broken Triton fails in many ways, and is an extra
-        _log.info("Elementwise work runs without Triton (%s), more slowly.", err)
-        return None
-    return fused_kernels
+    without = "Elementwise work runs without Triton, more slowly"
+    return module_or_none(__package__ or "", "fused_kernels", without)
 
 
 def layer_norm_is_plain(norm: nn.Module, hidden: Tensor) -> bool:

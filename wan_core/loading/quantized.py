@@ -16,6 +16,7 @@ import torch.nn.functional as functional
 from torch import Tensor, nn
 
 from ..formats import Storage
+from ..lazy import module_or_none
 from .dequantize import Scales, dequantize, numbers_that_may_be_wild
 
 _FP8_NAMES = {torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2"}
@@ -77,12 +78,8 @@ class _Stored:
 @functools.cache
 def _kernels() -> Any:
     """Return the module of Triton kernels, or None where it cannot be imported."""
-    try:
-        from . import dequantize_kernels
-    except Exception as err:  # noqa: BLE001 - a broken Triton fails in many ways, and is an extra
-        _log.info("Quantised weights are taken apart without Triton (%s), more slowly.", err)
-        return None
-    return dequantize_kernels
+    without = "Quantised weights are taken apart without Triton, more slowly"
+    return module_or_none(__package__ or "", "dequantize_kernels", without)
 
 
 def _kernel_works(stored: Storage, device: torch.device, dtype: torch.dtype) -> bool:

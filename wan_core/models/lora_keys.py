@@ -70,6 +70,7 @@ _PREFIXES: Final = tuple(re.sub(r"[._]+", "_", prefix) + "_" for prefix in PREFI
 _WAN_LINEAR: Final = re.compile(
     r"blocks_\d+_(?:self_attn_[qkvo]|cross_attn_[qo]|attn1_to_[qkv]|attn2_to_q|ffn_0|ffn_net_0_proj)"
 )
+_OTHER_BLOCKS: Final = re.compile(r"(?<![^.])transformer_blocks(?=\.)")
 # Endings that other models have too; only before a module of Wan do they mean a LoRA.
 _WEAK: Final = frozenset({"alpha", "GLoRA"})
 _BOTH_EXPERTS: Final = re.compile(r"(?:^|_)transformer_[12]_")
@@ -79,6 +80,10 @@ _TEXT_ENCODER: Final = re.compile(
 _IMAGE_BRANCH: Final = re.compile(
     r"(?:^|_)(?:k_img|v_img|norm_k_img|img_emb|add_k_proj|add_v_proj|norm_added_[kq]"
     r"|image_embedder)(?:_|$)"
+)
+_VACE: Final = re.compile(r"(?:^|_)vace_(?:blocks|patch_embedding)(?:_|$)")
+_FACES: Final = re.compile(
+    r"(?:^|_)(?:face_adapter|face_encoder|motion_encoder|pose_patch_embedding)(?:_|$)"
 )
 _POSITIONS: Final = re.compile(r"(?:^|_)(?:img_emb_emb_pos|image_embedder_pos_embed)$")
 
@@ -123,7 +128,9 @@ def is_lora(names: Iterable[str]) -> bool:
 
 def flat_stem(stem: str) -> str:
     """Return a module's name with single underscores between its parts, however it is written."""
-    return re.sub(r"[._$]+", "_", stem.replace("_orig_mod.", "")).strip("_")
+    # Other models have "transformer_blocks": one word, not Wan's blocks with a prefix before them.
+    stem = _OTHER_BLOCKS.sub("transformerblocks", stem.replace("_orig_mod.", ""))
+    return re.sub(r"[._$]+", "_", stem).strip("_")
 
 
 def spellings(stem: str) -> Iterator[str]:
@@ -153,6 +160,10 @@ def foreign_part(stem: str, shape: TransformerShape) -> str | None:
         return "a text encoder, which WanFit does not patch"
     if shape.image_dim is None and _IMAGE_BRANCH.search(flat):
         return "the CLIP image branch, which this model does not have"
+    if not shape.vace_layers and _VACE.search(flat):
+        return "VACE's own blocks, which this model does not have"
+    if shape.animate is None and _FACES.search(flat):
+        return "Animate's faces and poses, which this model does not read"
     if shape.pos_embed_seq_len is None and _POSITIONS.search(flat):
         return "the learned positions of a first-and-last-frame model, which this model is not"
     return None
