@@ -265,7 +265,7 @@ def test_animate_2_is_told_from_image_to_video(
 ) -> None:
     file = layouts.Stored(layouts.stored(IMAGE, "bf16").tensors, metadata)
     found = detect(sparse(tmp_path / f"{name}.safetensors", file))
-    assert found.name == "wan-animate-2-14b" and not found.variant.supported
+    assert found.name == "wan-animate-2-14b" and found.transformer.animate == 2
     assert any("says that it is Animate 2" in reason for reason in found.reasons)
 
 
@@ -289,8 +289,22 @@ def test_image_to_video_stays_image_to_video(
 def test_animate_2_in_the_names_of_its_release(tmp_path: Path) -> None:
     shapes = {n.replace("blocks.0.", "blocks.0.block."): s for n, s in IMAGE.items()}
     shapes = {n.replace("blocks.1.", "blocks.1.block."): s for n, s in shapes.items()}
-    with pytest.raises(UnsupportedModel, match="is a Wan Animate 2 transformer"):
-        detect(sparse(tmp_path / "x.safetensors", layouts.stored(shapes, "bf16")))
+    found = detect(sparse(tmp_path / "x.safetensors", layouts.stored(shapes, "bf16")))
+    assert found.name == "wan-animate-2-14b" and found.transformer.animate == 2
+
+
+def test_animate_2_in_the_names_of_diffusers_class(tmp_path: Path) -> None:
+    renamed = {
+        "q": "to_q", "k": "to_k", "v": "to_v", "o": "to_out.0", "k_img": "add_k_proj",
+        "v_img": "add_v_proj", "norm_k_img": "norm_added_k",
+    }  # fmt: skip
+    shapes = {}
+    for name, shape in IMAGE.items():
+        for old, new in renamed.items():
+            name = name.replace(f"_attn.{old}.", f"_attn.{new}.")
+        shapes[name] = shape
+    found = detect(sparse(tmp_path / "x.safetensors", layouts.stored(shapes, "bf16")))
+    assert found.name == "wan-animate-2-14b" and "_attn." in " ".join(found.reasons)
 
 
 # What the Fun models read ------------------------------------------------------------------------

@@ -9,7 +9,15 @@ from typing import Any
 
 import pytest
 import torch
-from support.animate2_models import FRAMES, HEIGHT, WIDTH, diffusers_model, inputs, plain_model
+from support.animate2_models import (
+    FRAMES,
+    HEIGHT,
+    WIDTH,
+    dense_flex,
+    diffusers_model,
+    inputs,
+    plain_model,
+)
 from torch import Tensor
 
 from wan_core.forward import DrivingStream, lean_forward, run_together
@@ -44,11 +52,7 @@ def theirs(model: Any, given: dict[str, Tensor], unconditional: bool, dense: Any
     grid = torch.tensor([[FRAMES, HEIGHT // 2, WIDTH // 2]])
     tokens = math.prod(grid[0].tolist())
     driving = given["driving"][0]
-    dense.setattr(
-        source, "create_block_mask",
-        lambda *a, _compile, **k: create(*a, _compile=False, **k),
-    )  # fmt: skip
-    create = torch.nn.attention.flex_attention.create_block_mask
+    dense_flex(dense)
     model(
         [driving[:16]], timestep=torch.tensor([777.7]),
         encoder_hidden_states=[given["driving_text"][0]],

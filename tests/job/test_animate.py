@@ -13,7 +13,15 @@ from support.machines import architecture
 
 from wan_core.config import GenerationConfig, WanControl
 from wan_core.errors import InvalidRequest
-from wan_core.job import CharacterPlan, animate, back_and_forth, check_inputs, reads, resolve
+from wan_core.job import (
+    CharacterPlan,
+    animate,
+    back_and_forth,
+    check_inputs,
+    mirrored,
+    reads,
+    resolve,
+)
 from wan_core.job.request import needs_clip
 
 CONFIG = ("image", "continue_from", "window_overlap", "max_chunk_size", "end_step")
@@ -192,3 +200,9 @@ def test_a_short_clip_is_one_segment_and_a_long_one_has_the_official_length() ->
         assert (request.window_frames, request.window_overlap) == wanted
         assert request.window_mode == "continuation" and request.flow_shift == 5
         assert any("made 37" in text for text in request.warnings) == ("max_chunk_size" in given)
+
+
+def test_mirrored_is_the_zigzag_of_animate_2() -> None:
+    """[0 1 2 3 4 | 4 3 2], as diffusers says it, and on for ever."""
+    assert [mirrored(at, 5) for at in range(11)] == [0, 1, 2, 3, 4, 4, 3, 2, 1, 0, 0]
+    assert {mirrored(at, 1) for at in range(9)} == {0}

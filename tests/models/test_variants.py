@@ -57,8 +57,9 @@ def test_the_table_agrees_with_itself() -> None:
         assert variant.defaults.height % variant.size_multiple == 0
         assert variant.size_multiple == (32 if variant.vae is VAE_22 else 16)
         assert variant.image_encoder == (variant.transformer.image_dim is not None)
-        # Of what diffusers has no pipeline for, only the Fun models are run.
-        assert not variant.supported or variant.pipeline_class or "-fun-" in variant.name
+        # Of what diffusers has no plain pipeline for, the Fun models and Animate 2 are run.
+        own = "-fun-" in variant.name or variant.transformer.animate == 2
+        assert not variant.supported or variant.pipeline_class or own
         if variant.transformer.added_kv_dim:
             assert variant.transformer.added_kv_dim == variant.transformer.dim
 
@@ -67,7 +68,8 @@ def test_what_is_supported() -> None:
     assert [name for name, v in PUBLISHED.items() if v.supported] == [
         "wan2.1-t2v-1.3b", "wan2.1-t2v-14b", "wan2.1-i2v-14b", "wan2.1-flf2v-14b",
         "wan2.1-vace-1.3b", "wan2.1-vace-14b", "wan2.2-t2v-a14b", "wan2.2-i2v-a14b",
-        "wan2.2-ti2v-5b", "wan2.2-vace-fun-a14b", "wan2.2-animate-14b", "wan2.1-fun-inp-1.3b",
+        "wan2.2-ti2v-5b", "wan2.2-vace-fun-a14b", "wan2.2-animate-14b", "wan-animate-2-14b",
+        "wan2.1-fun-inp-1.3b",
         "wan2.1-fun-control-1.3b", "wan2.1-fun-control-14b", "wan2.1-fun-camera-1.3b",
         "wan2.1-fun-camera-14b", "wan2.2-fun-control-a14b", "wan2.2-fun-camera-a14b",
         "wan2.2-fun-inp-5b", "wan2.2-fun-control-5b",

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from support.casting import cast_module
 from support.tiny_models import TEXT_DIM, make_transformer
+from wan_core.loading.tokenizer import _pillow_processor
 
 LAYERS = 11  # the unconditional pass leaves out block 9
 FRAMES, HEIGHT, WIDTH = 2, 4, 6  # of the driving latents: six tokens a frame
@@ -95,3 +96,27 @@ def inputs(
         "driving_text": noise(1, 512, text_dim),
         "driving_image": noise(1, 257, 1280),
     }
+
+
+def clip_encoder() -> tuple[Any, Any]:
+    """Make a CLIP of the published width, which diffusers' class for Animate 2 has built in."""
+    from transformers import CLIPVisionConfig, CLIPVisionModel
+
+    torch.manual_seed(4)
+    config = CLIPVisionConfig(
+        hidden_size=1280, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+        image_size=224, patch_size=14, projection_dim=16,
+    )  # fmt: skip
+    return CLIPVisionModel(config).eval(), _pillow_processor()()
+
+
+def dense_flex(patch: Any) -> None:
+    """Have diffusers make its block masks without a compiler, which a CPU need not have."""
+    from diffusers.models.transformers import transformer_wan_animate_2 as source
+
+    make = torch.nn.attention.flex_attention.create_block_mask
+
+    def without_compiler(*args: Any, _compile: bool, **more: Any) -> Any:
+        return make(*args, _compile=False, **more)
+
+    patch.setattr(source, "create_block_mask", without_compiler)

@@ -36,6 +36,7 @@ from ..models import (
     find_layouts,
     find_leftovers,
     is_lora,
+    nests_blocks,
     own_names,
     read_transformer,
     read_vae,
@@ -342,8 +343,12 @@ def _says_animate_2(table: TensorTable) -> str:
 
     Its weights have exactly the shapes of Wan 2.1 I2V-14B (``model_animate2.py`` of ComfyUI, which
     tells them apart by ``transformer.model_type`` of the metadata's ``config``), so that its name
-    counts too: run as image to video it would make a wrong picture without an error.
+    counts too: run as image to video it would make a wrong picture without an error. The official
+    release and diffusers' class have tensor names of their own.
     """
+    named = next((name for name in table.tensors if nests_blocks(name)), "")
+    if named:
+        return f"the name of its tensor {named!r}"
     try:
         config = json.loads(table.metadata.get("config", "{}"))
     except (ValueError, RecursionError):

@@ -15,7 +15,6 @@ from ..models import is_wan_linear, read_lora_key
 
 # (what it is, texts that must all occur in its tensor names). The first match decides.
 _FOREIGN: Final = (
-    ("a Wan Animate 2 transformer in its official layout", ("blocks.0.block.", "patch_embedding")),
     (
         "a MultiTalk module without its base model",
         ("audio_cross_attn", "audio_proj"),

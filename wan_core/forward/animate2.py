@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from ..kernels import NOTHING, Fused, Modulation, TimestepRuns, fused_for, rotate_all, shared_by
-from ..loading import Slab
+from ..loading import Slab, lock_within
 from .block import Beside, LeanOptions, run_block
 from .timestep import embed_timestep
 
@@ -44,8 +44,9 @@ class DrivingStream:
 
     ``latents`` (1, C, T, h, w) are the model's whole input, mask and condition included; ``text``
     (1, 512, text_dim) and ``image`` (1, 257, image_dim) its own. ``strength`` weighs what the
-    generated frames read of it (1: as trained). ``keep`` is one of ``WAYS``. ``lock`` page-locks
-    what goes to RAM. Not for use by several threads.
+    generated frames read of it (1: as trained). ``keep`` is one of ``WAYS``. What goes to RAM is
+    page-locked as far as ``pin_bytes`` allows, the limit for the whole process. Not for use by
+    several threads.
     """
 
     latents: Tensor
@@ -53,7 +54,7 @@ class DrivingStream:
     image: Tensor | None = None
     strength: float = 1.0
     keep: str = "again"
-    lock: bool = False
+    pin_bytes: int = 0
     _keys: dict[int, Keys] = field(default_factory=dict)
     _host: _Host | None = None
     _full: bool = False
@@ -62,6 +63,12 @@ class DrivingStream:
     def full(self) -> bool:
         """Whether what the first forward keeps is there for all blocks."""
         return self._full
+
+    def keep_as(self, way: str, pin_bytes: int = 0) -> None:
+        """Keep it in another way from the next forward on, where a new plan says so."""
+        if way != self.keep:
+            self.empty()
+        self.keep, self.pin_bytes = way, pin_bytes
 
     def empty(self) -> None:
         """Forget what is kept; the next forward runs the stream anew."""
@@ -76,7 +83,7 @@ class DrivingStream:
 
     def _put(self, index: int, hidden: Tensor) -> None:
         if self._host is None:
-            self._host = _Host(self.lock)
+            self._host = _Host(self.pin_bytes)
         self._host.put(index, hidden)
 
 
@@ -86,8 +93,8 @@ class _Host:
     They are taken in the order of the blocks.
     """
 
-    def __init__(self, lock: bool) -> None:
-        self._lock = lock
+    def __init__(self, pin_bytes: int) -> None:
+        self._pin_bytes = pin_bytes
         self._slabs: dict[int, Slab] = {}
         self._kept: dict[int, Tensor] = {}
         self._side: Any = None
@@ -97,8 +104,8 @@ class _Host:
         """Copy ``hidden``; whoever writes over it afterwards is queued behind the copy."""
         if index not in self._slabs:
             slab = self._slabs[index] = Slab(hidden.numel() * hidden.element_size())
-            if self._lock and hidden.device.type == "cuda":
-                slab.lock()
+            if hidden.device.type == "cuda":
+                lock_within(slab, self._pin_bytes)
             self._kept[index] = slab.memory.view(hidden.dtype).view(hidden.shape)
         self._kept[index].copy_(hidden, non_blocking=True)
 

@@ -11,7 +11,7 @@ from headers and from what it is given is checked here, before the first weight 
 
 from __future__ import annotations
 
-from .animate import CharacterPlan, back_and_forth, with_character
+from .animate import CharacterPlan, back_and_forth, mirrored, with_character
 from .control import (
     ControlInputs,
     ControlRequest,
@@ -124,6 +124,7 @@ __all__ = [
     "plan_windows",
     "reads",
     "real",
+    "mirrored",
     "references_in_front",
     "resolve",
     "round_up_frames",

@@ -165,6 +165,16 @@ def back_and_forth(index: int, frames: int) -> int:
     return min(place, 2 * (frames - 1) - place)
 
 
+def mirrored(index: int, frames: int) -> int:
+    """Return which of ``frames`` frames stands at ``index`` of a driving video of Animate 2.
+
+    0 1 2 2 1 0 0 1 ...: beyond its end it is played back, the last frame twice
+    (``WanAnimate2ProcessVideosInputStep`` of diffusers, which ends where it is played back once).
+    """
+    place = index % (2 * frames)
+    return min(place, 2 * frames - 1 - place)
+
+
 # Segments: each is a video of its own, begun with the last pictures of the one before ------------
 
 CARRIED: Final[Mapping[int, tuple[int, ...]]] = {1: (1, 5), 2: (1,)}

@@ -21,6 +21,7 @@ from .choices import (
     windows_of,
 )
 from .forward import text_encoder_peak, transformer_peak, window_tokens
+from .forward_driven import DRIVING_WAYS, driven_peak, kept_bytes, kept_of
 from .forward_lean import LEAN_HEAD_GROUPS, LEAN_ROWS, lean_peak
 from .machine import (
     RAM_RESERVE,
@@ -47,6 +48,7 @@ __all__ = [
     "Card",
     "CardRecords",
     "Choices",
+    "DRIVING_WAYS",
     "Job",
     "LEAN_HEAD_GROUPS",
     "LEAN_ROWS",
@@ -61,10 +63,13 @@ __all__ = [
     "close_gaps",
     "cut_kind",
     "decode_peak",
+    "driven_peak",
     "encode_peak",
     "estimate",
     "format_estimate",
     "forward_name",
+    "kept_bytes",
+    "kept_of",
     "latent_size",
     "link_name",
     "lean_decode_bytes",

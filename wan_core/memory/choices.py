@@ -107,6 +107,10 @@ class Choices:
     """Whether the lean forward multiplies layers that a file stores in 8 bit in 8 bit."""
     attention_8bit: bool = False
     """Whether attention may be computed by installed kernels that round to 8 bit."""
+    driving: str = ""
+    """What of Animate 2's driving stream is kept between forwards, the bits being the same: "kv"
+    (keys and values on the device), "inputs" (the blocks' inputs in page-locked RAM), "again"
+    (nothing, it runs beside every forward); "" for other models."""
     hints_in_turn: bool = True
     """Whether a VACE model's hints can be computed one at a time; not where the installed diffusers
     computes them in a way that is not known."""

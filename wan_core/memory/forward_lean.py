@@ -32,7 +32,7 @@ hidden state already, and each group costs another pass of the norm over the inp
 _REPEATED_TIMESTEPS = 16  # rows per distinct timestep, ``_REPEAT`` in ``forward/timestep.py``
 
 
-class _Lean:
+class Lean:
     """The numbers of one lean forward, and the kinds of tensors it makes.
 
     ``span`` is the number of tokens in the longest span, ``groups`` the number of head groups.
@@ -60,7 +60,7 @@ class _Lean:
         return self.tape.new(self.d.batch * heads * tokens, FP32)
 
 
-def _widened_rows(x: _Lean) -> Blob:
+def _widened_rows(x: Lean) -> Blob:
     """``norm(rows.float())``; the widened rows are freed when the norm returns."""
     wide = x.rows(FP32) if x.d.size != FP32 else None
     normed = x.rows(FP32)
@@ -68,19 +68,19 @@ def _widened_rows(x: _Lean) -> Blob:
     return normed
 
 
-def _normed(x: _Lean) -> Blob:
+def _normed(x: Lean) -> Blob:
     """``Modulation.normed``: in place, except for the cast back."""
     normed = _widened_rows(x)
     return normed if x.d.size == FP32 else x.rows()
 
 
-def _all_normed(x: _Lean) -> Blob:
+def all_normed(x: Lean) -> Blob:
     out = x.whole()
     _widened_rows(x)
     return out
 
 
-def _rotate(x: _Lean) -> None:
+def rotate(x: Lean) -> None:
     normed = x.rows()
     half = x.row_elements // 2
     left = x.rows(FP32, half)
@@ -88,18 +88,18 @@ def _rotate(x: _Lean) -> None:
     x.tape.during(normed, left)
 
 
-def _add_gated(x: _Lean) -> None:
+def add_gated(x: Lean) -> None:
     x.rows(FP32)
 
 
-def _attend_whole(x: _Lean) -> Blob:
+def _attend_whole(x: Lean) -> Blob:
     lse = x.lse(x.d.tokens, x.d.heads)
     out = x.whole()
     x.tape.during(lse)
     return out
 
 
-def _exchange(x: _Lean, states: Blob) -> Blob:
+def _exchange(x: Lean, states: Blob) -> Blob:
     """``Cut.to_heads`` and ``to_tokens``: what is sent and what comes; as many numbers as before.
 
     A batch of one travels as it lies; of more, what came is copied into its order.
@@ -114,12 +114,12 @@ def _exchange(x: _Lean, states: Blob) -> Blob:
     return copied
 
 
-def _self_attention(x: _Lean) -> Blob:
-    normed = _all_normed(x)
+def _self_attention(x: Lean) -> Blob:
+    normed = all_normed(x)
     query = x.whole()
-    _rotate(x)
+    rotate(x)
     key = x.whole()
-    _rotate(x)
+    rotate(x)
     value = x.whole()
     del normed
     query = _exchange(x, query)
@@ -127,23 +127,23 @@ def _self_attention(x: _Lean) -> Blob:
     value = _exchange(x, value)
     out = _attend_whole(x)
     del query, key, value
-    return _project(x, _exchange(x, out))
+    return project(x, _exchange(x, out))
 
 
-def _add_and_norm(x: _Lean, change: Blob) -> Blob:
+def _add_and_norm(x: Lean, change: Blob) -> Blob:
     """``Modulation.add_and_norm``, which writes the norm over what was added."""
-    _add_gated(x)
+    add_gated(x)
     _widened_rows(x)
     return change
 
 
-def _project(x: _Lean, out: Blob) -> Blob:
+def project(x: Lean, out: Blob) -> Blob:
     projected = x.whole()
     del out
     return projected
 
 
-def _context(x: _Lean) -> tuple[Blob, ...]:
+def _context(x: Lean) -> tuple[Blob, ...]:
     image: tuple[Blob, ...] = ()
     if x.d.image_tokens:
         key = x.image()
@@ -153,7 +153,7 @@ def _context(x: _Lean) -> tuple[Blob, ...]:
     return (*image, x.text(), x.text())
 
 
-def _cross_attention(x: _Lean, held: list[Blob]) -> Blob:
+def cross_attention(x: Lean, held: list[Blob]) -> Blob:
     keys = _context(x)
     normed = _add_and_norm(x, held.pop())
     query = x.whole()
@@ -162,12 +162,12 @@ def _cross_attention(x: _Lean, held: list[Blob]) -> Blob:
     image = _attend_whole(x) if x.d.image_tokens else None
     out = _attend_whole(x)
     del image
-    projected = _project(x, out)
+    projected = project(x, out)
     x.tape.during(*keys, query)
     return projected
 
 
-def _feed_forward(x: _Lean, held: list[Blob]) -> Blob:
+def feed_forward(x: Lean, held: list[Blob]) -> Blob:
     normed = _add_and_norm(x, held.pop())
     inner = x.tape.new(x.d.batch * x.d.tokens * x.d.ffn, x.d.size)
     del normed
@@ -176,13 +176,13 @@ def _feed_forward(x: _Lean, held: list[Blob]) -> Blob:
     return out
 
 
-def _self_attention_by_heads(x: _Lean, whole_values: bool) -> None:
+def _self_attention_by_heads(x: Lean, whole_values: bool) -> None:
     d = x.d
     query, key = x.whole(), x.whole()  # filled span by span
     normed = _normed(x)
     for _ in range(2):
         projected = x.rows()
-        _rotate(x)
+        rotate(x)
         del projected
     del normed
     here = d.heads // x.cut
@@ -202,11 +202,11 @@ def _self_attention_by_heads(x: _Lean, whole_values: bool) -> None:
     out = x.tape.new(lanes, d.size)
     del lse, value, out, key
     projected = x.rows()
-    _add_gated(x)
+    add_gated(x)
     x.tape.during(query, projected)
 
 
-def _rest_by_rows(x: _Lean) -> None:
+def rest_by_rows(x: Lean) -> None:
     d = x.d
     keys = _context(x)
     normed = _normed(x)
@@ -224,24 +224,24 @@ def _rest_by_rows(x: _Lean) -> None:
     del normed
     fed = x.rows()
     del inner
-    _add_gated(x)
+    add_gated(x)
     x.tape.during(*keys, fed)
 
 
-def _block(x: _Lean, exact: bool, whole_values: bool) -> None:
+def _block(x: Lean, exact: bool, whole_values: bool) -> None:
     if exact:
         held = [_self_attention(x)]
-        held.append(_cross_attention(x, held))
-        change = _feed_forward(x, held)
-        _add_gated(x)
+        held.append(cross_attention(x, held))
+        change = feed_forward(x, held)
+        add_gated(x)
         x.tape.during(change)
     else:
         _self_attention_by_heads(x, whole_values)
-        _rest_by_rows(x)
+        rest_by_rows(x)
 
 
 def _vace_block(
-    x: _Lean, branches: list[Blob], index: int, first: bool, exact: bool, whole_values: bool
+    x: Lean, branches: list[Blob], index: int, first: bool, exact: bool, whole_values: bool
 ) -> Blob:
     """``run_vace_block`` for one pass: the hint; ``branches`` holds the state of every pass."""
     if first:
@@ -255,7 +255,7 @@ def _vace_block(
     return x.whole()
 
 
-def _longest_span(tokens: int, first: int, rows: int) -> int:
+def longest_span(tokens: int, first: int, rows: int) -> int:
     """Return the length of the longest span when ``first`` tokens and the rest are two runs."""
     runs = [tokens] if first == 0 else [first, tokens - first]
     return max(-(-run // max(1, -(-run // rows))) for run in runs if run)
@@ -299,8 +299,8 @@ def lean_peak(
     image_tokens = 0 if shape.image_dim is None else IMAGE_TOKENS * images
     d = Dims(shape, batch, tokens, size, False, image_tokens)
     own = Dims(shape, batch, tokens // cut, size, False, image_tokens)
-    span = _longest_span(own.tokens, min(frame, own.tokens) if per_token else 0, rows)
-    lean, whole_values = _Lean(tape, own, span, groups, cut), whole_values or cut > 1
+    span = longest_span(own.tokens, min(frame, own.tokens) if per_token else 0, rows)
+    lean, whole_values = Lean(tape, own, span, groups, cut), whole_values or cut > 1
     latent = (latent_frames, latent_height, latent_width)
     held = [forward_inputs(tape, shape, d, latent, per_token=per_token)]
     held += [(tape.new(batch * TEXT_TOKENS * shape.text_dim, size),) for _ in range(passes - 1)]
@@ -331,7 +331,7 @@ def lean_peak(
             branches.clear()
         _block(lean, exact, whole_values)
         tape.during(*hints)
-    normed = _all_normed(lean)
+    normed = all_normed(lean)
     patch = prod(shape.patch_size) * shape.out_channels
     out = tape.new(batch * own.tokens * patch, size)
     del normed

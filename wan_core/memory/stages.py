@@ -45,6 +45,7 @@ from .forward import (
     transformer_peak,
     window_tokens,
 )
+from .forward_driven import driven_peak, kept_of
 from .forward_lean import lean_peak
 from .machine import RAM_RESERVE, fewer_gaps, unpinned_reserve
 from .text import basis, confidence
@@ -433,13 +434,14 @@ class _Ledger:
         return self.workload.batch_size * tokens * shape.dim * size
 
     def _remembered(self, part: str) -> int:
-        """Return the RAM that MagCache takes: the residuals of both passes of every window."""
-        if not self.choices.magcache:
-            return 0
+        """Return the RAM of MagCache's residuals, and of what is kept of a driving stream."""
         workload = self.workload
+        kept = kept_of(self.arch, workload, self.choices)[1]
+        if not self.choices.magcache:
+            return kept
         guided = workload.guidance_low if part == "transformer_2" else workload.guidance_high
         windows = windows_of(workload, self.choices, self.frames)
-        return windows * (2 if guided else 1) * self._hidden_state(BYTES[self._dtype(part)])
+        return kept + windows * (2 if guided else 1) * self._hidden_state(BYTES[self._dtype(part)])
 
     def _forward(self, part: str, size: int, *, guided: bool) -> int:
         choices = self.choices
@@ -455,6 +457,9 @@ class _Ledger:
         per_token = self.arch.variant.expand_timesteps and self.workload.image
         # Both passes go through a streamed block together, so that it crosses the bus once.
         passes = 2 if guided and choices.stream else 1
+        if shape.animate == 2:  # it has no other forward
+            way, exact = choices.driving or "again", not choices.by_rows
+            return driven_peak(shape, way=way, exact=exact, passes=passes, **numbers)
         if not choices.lean:
             at_once = choices.hints_at_once(part)
             peak = transformer_peak(shape, per_token=per_token, hints_at_once=at_once, **numbers)

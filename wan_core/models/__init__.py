@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from .architecture import Component, FoundLora, ModelArchitecture
 from .labels import Role, differ_in_h_and_l, role_of, without_role, words_of
-from .layouts import LAYOUTS, Layout, find_layouts, own_names, tokenizer_tensor
+from .layouts import LAYOUTS, Layout, find_layouts, nests_blocks, own_names, tokenizer_tensor
 from .leftovers import TAG, Leftover, find_leftovers
 from .lora_keys import (
     flat_stem,
@@ -114,6 +114,7 @@ __all__ = [
     "magcache_skips",
     "map_names",
     "names_both_experts",
+    "nests_blocks",
     "own_names",
     "part_bytes",
     "parts_of",

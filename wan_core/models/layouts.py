@@ -7,6 +7,7 @@ standard library only. The names are those of the models' own repositories (see 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Final
@@ -131,12 +132,43 @@ def own_names(names: Iterable[str], prefix: str) -> dict[str, str]:
 def plain_names(names: Iterable[str]) -> Mapping[str, str]:
     """Map names without what ``torch.compile`` puts into them to the names in the file.
 
-    At the beginning of a name it stays: there it is a prefix like any other.
+    At the beginning of a name it stays: there it is a prefix like any other. Blocks of Animate 2
+    are named as in every other Wan (see ``nests_blocks``).
     """
     return {
-        name[:1] + name[1:].replace(WRAPPER, "") if WRAPPER in name else name: name
+        _plain_block(name[:1] + name[1:].replace(WRAPPER, "") if WRAPPER in name else name): name
         for name in names
     }
+
+
+_NESTED: Final = re.compile(r"((?:^|\.)blocks\.\d+\.)block\.")
+_RENAMED: Final = re.compile(
+    r"((?:^|\.)blocks\.\d+\.(?:block\.)?(?:self|cross)_attn\.)"
+    r"(to_q|to_k|to_v|to_out\.0|add_k_proj|add_v_proj|norm_added_k)(?=\.)"
+)
+_ATTENTION: Final = {
+    "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "o", "add_k_proj": "k_img",
+    "add_v_proj": "v_img", "norm_added_k": "norm_k_img",
+}  # fmt: skip
+
+
+def nests_blocks(name: str) -> bool:
+    """Say whether a tensor's name is one that only releases of Animate 2 have.
+
+    The official files nest each block in another (``blocks.N.block.X``); diffusers' class keeps the
+    original names, but for the layers of attention.
+    """
+    if "blocks." not in name:
+        return False
+    return _NESTED.search(name) is not None or _RENAMED.search(name) is not None
+
+
+def _plain_block(name: str) -> str:
+    if ".block." in name:
+        name = _NESTED.sub(r"\1", name)
+    if "_attn." in name:
+        name = _RENAMED.sub(lambda found: found[1] + _ATTENTION[found[2]], name)
+    return name
 
 
 def tokenizer_tensor(names: Iterable[str]) -> str | None:

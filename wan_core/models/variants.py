@@ -373,12 +373,11 @@ _ALL: Final = (
     ),
     Variant(
         name="wan-animate-2-14b", title="Wan Animate 2 14B",
-        transformer=replace(_T_I2V_21, animate=2), **{
-            **_NO_CLASS,
-            "why_not": "it follows a driving video in a second stream, which WanFit has no forward "
-            "for",
-        },
-        defaults=Defaults(num_inference_steps=40, guidance_scale=5.0, flow_shift=5.0, fps=24),
+        transformer=replace(_T_I2V_21, animate=2), vae=VAE_21, pipeline_class=None,
+        defaults=Defaults(
+            num_inference_steps=40, guidance_scale=3.0, flow_shift=5.0, fps=24, width=640,
+            height=800,
+        ),
         note="Its weights have exactly the shapes of wan2.1-i2v-14b; metadata tells it apart.",
     ),
     Variant(

@@ -170,6 +170,10 @@ def spread_over(
     """
     if requested.devices == "1":
         return plan
+    if plan.choices.driving:
+        said = "one card computes: the driving stream is kept in one process"
+        reasons = (*plan.reasons, said)
+        return replace(plan, reasons=reasons, estimate=replace(plan.estimate, reasons=reasons))
     devices = devices_asked(requested, system)
     turns = _turns(architecture, workload, plan)
     job = wishes(architecture, workload, plan.choices, system, requested, lean)

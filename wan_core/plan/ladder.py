@@ -15,7 +15,9 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from ..config import GIB, MemoryEstimate, StageEstimate
+from ..errors import InvalidRequest
 from ..memory import (
+    DRIVING_WAYS,
     STREAM_BUFFERS,
     Choices,
     Workload,
@@ -118,6 +120,8 @@ def ladder(
     requested: OptimizationConfig, limits: Limits, abilities: Collection[str] = ABILITIES,
 ) -> Iterator[list[Candidate]]:  # fmt: skip
     """Yield the tiers, each a list of candidates. Of two equally fast ones the simpler is first."""
+    if architecture.transformer.animate == 2:
+        _check_driven(architecture, requested, abilities)
     main, _ = main_dtype(architecture, workload, system, requested, limits)
     situation = situation_of(architecture, workload, system, requested, abilities)
     # What is changed for speed is changed in every tier; two may then have become the same, of
@@ -130,8 +134,12 @@ def ladder(
     changed = any(start != plain for start, plain in starts.items())
     for tier, (start, plain) in enumerate(starts.items(), start=changed):
         candidates = []
-        for choices in _placements(
-            architecture, workload, system, requested, limits, start, abilities
+        for choices in (
+            choices
+            for driven in _driven(architecture, start)
+            for choices in _placements(
+                architecture, workload, system, requested, limits, driven, abilities
+            )
         ):
             found = estimate(architecture, workload, choices, system, available=limits.device)
             took = timing(architecture, workload, choices, system)
@@ -139,6 +147,39 @@ def ladder(
             without = _changed_back(choices, start, plain)
             candidates.append(Candidate(tier, choices, found, took, *peak, without, situation))
         yield candidates
+
+
+def _driven(architecture: ModelArchitecture, start: Choices) -> Iterator[Choices]:
+    """Yield the ways to keep Animate 2's driving stream, the fastest first: all change no bit.
+
+    Other models have none.
+    """
+    if architecture.transformer.animate != 2:
+        yield start
+        return
+    for way in DRIVING_WAYS:
+        yield replace(start, driving=way, lean=True)
+
+
+def _check_driven(
+    architecture: ModelArchitecture, requested: OptimizationConfig, abilities: Collection[str]
+) -> None:
+    """Refuse what cannot be had of Animate 2, whose two streams only WanFit's forward computes."""
+    title = architecture.variant.title
+    if "lean" not in abilities:
+        raise InvalidRequest(
+            f"{title} needs WanFit's own forward, which does not know how the installed diffusers "
+            "computes. Install a diffusers from 0.35 to 0.42.",
+            field="forward",
+        )
+    asked = {"forward": requested.forward == "diffusers", "offload": requested.placement == "group"}
+    for field, wrong in asked.items():
+        if wrong:
+            raise InvalidRequest(
+                f"{field} is {'diffusers' if field == 'forward' else 'group'!r}, and the two "
+                f"streams of {title} are computed by WanFit's own forward. Set it to auto.",
+                field=field,
+            )
 
 
 def _changed_back(choices: Choices, start: Choices, plain: Choices) -> Choices:
@@ -168,7 +209,9 @@ def _tiers(
     the choices that change rounding least come first.
     """
     own = architecture.variant.defaults.num_frames
-    windows = (None, *requested.fallback_windows(workload, own))
+    windows: tuple[int | None, ...] = (None, *requested.fallback_windows(workload, own))
+    if architecture.transformer.animate == 2:  # its segments are part of what is asked for
+        windows = (None,)
     quantised = [_is_quantised(architecture, expert) for expert in experts_of(architecture)]
     fp8 = requested.fp8_storage == "always" and not all(quantised)
     larger = [(window, fp8) for window in windows]
@@ -251,7 +294,7 @@ def _leans(
     requested: OptimizationConfig, start: Choices, abilities: Collection[str]
 ) -> tuple[bool, ...]:
     """Return which forwards to try: diffusers' own (False), the lean one (True), or both."""
-    if start.by_rows or requested.forward == "lean":
+    if start.by_rows or requested.forward == "lean" or start.driving:
         return (True,)
     if requested.forward == "diffusers" or "lean" not in abilities:
         return (False,)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ..config import GIB
-from ..memory import Choices, Workload
+from ..memory import Choices, Workload, kept_of
 from ..models import ModelArchitecture, block_bytes, block_count, experts_of
 from .config import OptimizationConfig
 from .ladder import Candidate, Limits
@@ -45,6 +45,8 @@ def reasons_for(
     if choices.by_rows:
         asked = "; asked for" if requested.forward == "lean_rows" else ""
         reasons.append(f"products cut by rows and heads: less memory; changes rounding only{asked}")
+    if choices.driving:
+        reasons.append(_driving(architecture, workload, choices))
     if choices.cache_in_ram:
         reasons.append("decode's feature cache in RAM: it does not fit beside a frame; equal bits")
     if choices.fp8_storage:
@@ -82,6 +84,16 @@ def reasons_for(
             f"files are read from disk first ({_origin(system)})"
         )
     return (*reasons, *system.notes)
+
+
+def _driving(architecture: ModelArchitecture, workload: Workload, choices: Choices) -> str:
+    device, ram = kept_of(architecture, workload, choices)
+    text = {
+        "kv": f"keys and values of every block stay on the device, {device / GIB:.1f} GiB",
+        "inputs": f"the blocks' inputs stay in RAM, {ram / GIB:.1f} GiB, and cross the bus",
+        "again": "runs again beside every forward: nothing of it is kept",
+    }[choices.driving]
+    return f"driving stream: {text}; equal bits"
 
 
 def _as_stored(architecture: ModelArchitecture, choices: Choices) -> list[str]:

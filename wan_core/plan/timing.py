@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 from ..memory import (
     Choices,
     Workload,
+    kept_of,
     latent_size,
     spread,
     window_latents,
@@ -122,9 +123,44 @@ def forward_operations(
     weights = shape.layers * each
     weights += sum(total - 2 * shape.dim**2 for total, _ in vace_block_parameters(shape))
     weights += fun_parameters(shape) if workload.camera else 0
-    attention = 4.0 * tokens * tokens * shape.dim + 4.0 * tokens * TEXT_TOKENS * shape.dim
+    seen = tokens
+    if shape.animate == 2:  # a frame of the driving stream besides
+        seen += window_tokens(shape, shape.patch_size[0], height, width)
+    attention = 4.0 * tokens * seen * shape.dim + 4.0 * tokens * TEXT_TOKENS * shape.dim
     once = (2.0 * weights * tokens + block_count(shape) * attention) * workload.batch_size
     return once * windows_of(workload, choices, frames)
+
+
+@dataclass(frozen=True, slots=True)
+class _Driving:
+    """What Animate 2's driving stream costs beside the generated one."""
+
+    whole: float = 0.0
+    """Operations of its forward."""
+    each: float = 0.0
+    """Operations beside each forward, or beside several that run together."""
+    sent: int = 0
+    """Bytes from RAM beside them."""
+
+
+def _driving(architecture: ModelArchitecture, workload: Workload, choices: Choices) -> _Driving:
+    shape = architecture.transformer
+    if not choices.driving:
+        return _Driving()
+    frames, height, width = latent_size(architecture, workload)
+    window = window_latents(workload, choices, frames)
+    tokens = window_tokens(shape, window, height, width)
+    weights = shape.layers * (block_parameters(shape)[0] - 2 * shape.dim**2)
+    attention = 4.0 * tokens * (tokens + TEXT_TOKENS) * shape.dim
+    segments = windows_of(workload, choices, frames)
+    whole = (2.0 * weights * tokens + shape.layers * attention) * segments
+    if choices.driving == "again":
+        return _Driving(whole, whole)
+    if choices.driving == "kv":
+        return _Driving(whole)
+    projected = 2.0 * shape.layers * 2 * shape.dim**2 * tokens * segments
+    sent = kept_of(architecture, workload, choices)[1]
+    return _Driving(whole, projected, sent * segments)
 
 
 def blocks_share(architecture: ModelArchitecture, workload: Workload, choices: Choices) -> float:
@@ -162,10 +198,13 @@ def timing(
 ) -> Timing:
     """Return the predicted time of ``workload`` when it is run as ``choices`` say."""
     dtype = choices.dtypes["transformer"]
-    compute = forward_operations(architecture, workload, choices) / device_rate(system, dtype)
-    compute *= _CAST_COST if _taken_apart(architecture, choices) else 1.0
-    compute *= _forward_cost(choices, system)
-    compute *= system.calibration.pace
+    rate = device_rate(system, dtype)
+    cost = _CAST_COST if _taken_apart(architecture, choices) else 1.0
+    cost *= _forward_cost(choices, system) * system.calibration.pace
+    driving = _driving(architecture, workload, choices)
+    # Streamed blocks compute both passes of guidance beside one driving stream.
+    beside = driving.each / (2 if choices.stream and workload.guidance_high else 1)
+    compute = cost * (forward_operations(architecture, workload, choices) + beside) / rate
     second = workload.guidance_low if architecture.two_experts else workload.guidance_high
     guided = [workload.guidance_high, second]
     if "transformer" in workload.idle:
@@ -180,6 +219,8 @@ def timing(
     step = sum(steps) / len(steps)
     bound = step <= compute * sum(both if g else 1 for g in guided) / len(guided)
     warm = step * workload.steps + _moves(architecture, workload, choices, system)
+    if choices.driving in ("kv", "inputs"):
+        warm += cost * driving.whole / rate
     warm += decode_seconds(workload, choices, system) + _TEXT_SECONDS
     return Timing(step, warm, warm + _reads(architecture, workload), bound)
 
@@ -198,13 +239,14 @@ def _step(
 ) -> float:  # fmt: skip
     """Return the seconds of one step; with streaming, the longer of compute and transfers."""
     how = choices.offload_of("transformer")
+    sent = _driving(architecture, workload, choices).sent / system.bus_bytes_per_second
     if how in ("stream", "group"):
-        arriving = stream_seconds(architecture, workload, choices, system, passes)
+        arriving = sent + stream_seconds(architecture, workload, choices, system, passes)
         if choices.stream_buffers == 1:  # a block is copied only when the one before is done
             return passes * compute + arriving
         return max(passes * compute, arriving)
     if how != "sequential":
-        return passes * compute
+        return passes * max(compute, sent)
     bytes_moved = part_bytes(architecture, "transformer", choices.dtypes["transformer"])
     copy = bytes_moved / _rate(architecture, choices, system, _PAGEABLE)
     hooks = block_count(architecture.transformer) * _LAYERS_PER_BLOCK * _LAYER_LATENCY

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..forward import as_pixels, encode_faces
+from ..forward import DrivingStream, as_pixels, encode_faces
 from ..job import (
     CharacterPlan,
     Inputs,
@@ -23,10 +23,13 @@ from ..job import (
     face_size,
     latent_index,
     latent_shape,
+    mirrored,
     references_in_front,
 )
 from ..models import ModelArchitecture
+from ..placing import pin_budget
 from ..sampling import (
+    DRIVING_PROMPT,
     Conditions,
     DenoiseState,
     Expert,
@@ -36,11 +39,16 @@ from ..sampling import (
     carried_latents,
     character_latents,
     denormalize_latents,
+    encode_carried,
+    encode_character,
+    encode_driving,
     encode_frames,
+    encode_whole_clip,
+    in_black_frame,
     last_frames,
     moved_frames,
 )
-from .conditions import rows
+from .conditions import ConditionMaker, rows
 from .stages import StageRunner
 
 
@@ -214,6 +222,107 @@ class CharacterSegments:
         self._made.append(state.latents[:, :, 1:].clone())
 
 
+class DrivenSegments(CharacterSegments):
+    """The segments of Animate 2, which follow a driving video in a second stream.
+
+    As diffusers' ``modular_pipelines/wan_animate_2``: each segment encodes its own stretch of the
+    driving video, and goes on from the last frame of the segment before.
+    """
+
+    _seen: tuple[Tensor, Tensor] | None = None
+    _driving_text: Tensor | None = None
+    _first: Tensor | None = None
+
+    def conditions_of(self, number: int) -> Conditions:
+        """Encode what segment ``number`` is given."""
+        stages, frames = self.stages, self.plan.frames_of(number)
+        if self._driving_text is None:
+            self._driving_text = self._to_model(stages.attempt("text_encode", self._text))[:1]
+        if self._seen is None and stages.architecture.transformer.image_dim is not None:
+            seen = stages.attempt("image_encode", self._clip)
+            self._seen = self._to_model(seen[:1]), self._to_model(seen[1:])
+        carried = stages.attempt("decode", self._carried) if number else None
+        if self._first is None:
+            self._first = stages.attempt("condition_encode", self._of_the_character)
+        known, driving = stages.attempt("control_encode", lambda: self._encoded(frames, carried))
+        concat = torch.cat([rows(self._first, len(known)), known], dim=2)
+        batch, control = self.request.batch_size, self.request.control
+        return replace(
+            self.conditions,
+            image_embeds=None if self._seen is None else rows(self._seen[0], batch),
+            concat=rows(concat, batch).to(stages.device),
+            references=1,
+            driving=DrivingStream(
+                latents=self._to_model(driving),
+                text=self._driving_text,
+                image=None if self._seen is None else self._seen[1],
+                strength=1.0 if control is None else control.strength[0],
+                keep=stages.plan.choices.driving or "again",
+            ),
+        )
+
+    def _to_model(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self.stages.device, self.stages.dtype("transformer"))
+
+    @property
+    def _pictures(self) -> tuple[Any, Tensor]:
+        control = self.inputs.control
+        assert control is not None and control.video is not None  # ``resolve`` has seen to it
+        return control.references[0], control.video
+
+    @property
+    def _size(self) -> tuple[int, int]:
+        return self.request.width, self.request.height
+
+    def _text(self) -> Tensor:
+        """Return the driving stream's text.
+
+        A text encoder is not read for that sentence alone: embeddings that were given stand for
+        it, as in ComfyUI's node.
+        """
+        if not self.inputs.texts:
+            return self.conditions.prompt_embeds
+        maker = ConditionMaker(stages=self.stages, request=self.request, inputs=self.inputs)
+        (found,) = maker.encode_texts([("control.video", DRIVING_PROMPT)])
+        return found
+
+    def _clip(self) -> Tensor:
+        picture, video = self._pictures
+        frames = (
+            in_black_frame(picture, *self._size),
+            in_black_frame(video[0], *self._size, video=True),
+        )
+        with self.stages.use("image_encode", "image_encoder") as encoder:
+            self.stages.check_interrupt()
+            # One by one: a product of another shape may round differently.
+            found = [encode_whole_clip(encoder, one, self.stages.device) for one in frames]
+            return torch.cat(found).cpu()
+
+    def _of_the_character(self) -> Tensor:
+        picture = in_black_frame(self._pictures[0], *self._size)
+        with self.stages.use("condition_encode", "vae") as vae:
+            return encode_character(
+                vae, picture, device=self.stages.device, check=self.stages.check_interrupt
+            )
+
+    def _encoded(self, frames: range, carried: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return mask and latents of a segment's frames, and the driving stream's input."""
+        video, check = self._pictures[1], self.stages.check_interrupt
+        last = None if carried is None else carried[:, :, -1]
+        indices = [mirrored(at, len(video)) for at in frames]
+        with self.stages.use("control_encode", "vae") as vae:
+            known = encode_carried(
+                vae, last, self._size, len(frames), device=self.stages.device, check=check
+            )
+            return known, encode_driving(vae, video, indices, self._size, check=check)
+
+    def finish(self, state: DenoiseState, conditions: Conditions) -> None:
+        """Keep a segment's latents, and nothing of its driving stream."""
+        if conditions.driving is not None:
+            conditions.driving.empty()
+        super().finish(state, conditions)
+
+
 def character_segments(
     stages: StageRunner,
     request: Request,
@@ -225,7 +334,8 @@ def character_segments(
     plan = character_plan(stages, request)
     assert plan is not None
     stages.result.metadata["windows"] = plan.describe()
-    return CharacterSegments(
+    kind = DrivenSegments if stages.architecture.transformer.animate == 2 else CharacterSegments
+    return kind(
         stages=stages, request=request, inputs=inputs, plan=plan, conditions=conditions, start=start
     )
 
@@ -237,6 +347,9 @@ def with_faces(
 
     Workers are sent the face's tokens: the model is then taken here for as long as it encodes.
     """
+    if conditions.driving is not None and made is not None:  # a smaller plan may keep less of it
+        plan = made.stages.plan
+        conditions.driving.keep_as(plan.choices.driving or "again", pin_budget(plan))
     if made is None or conditions.face is not None or conditions.pose is None:
         return conditions
     if expert.elsewhere is None:

@@ -44,7 +44,7 @@ class ConditionMaker:
         condition of a clip that is made in windows.
         """
         batch = self.request.batch_size
-        prompts, negative = self.stages.attempt("text_encode", self._texts)
+        prompts, negative = self.stages.attempt("text_encode", self.texts)
         ready = [self._to_model(rows(prompt, batch)) for prompt in prompts]
         starts = [latent_index(part.start) for part in self.request.prompts]
         text = Conditions(
@@ -59,7 +59,8 @@ class ConditionMaker:
             fun = fun_conditions(self.stages, self.request, self.inputs)
             concat, first_frame = fun.pop("concat"), fun.pop("first_frame")
         elif self.stages.architecture.transformer.animate is not None:
-            image_embeds = self.stages.attempt("image_encode", self._seen_of_the_character)
+            if self.stages.architecture.transformer.animate == 1:  # 2 sees whole frames
+                image_embeds = self.stages.attempt("image_encode", self._seen_of_the_character)
         elif pictures and not vace:
             image_embeds = self.stages.attempt("image_encode", lambda: self._clip(pictures))
             concat, first_frame = self.stages.attempt(
@@ -97,7 +98,7 @@ class ConditionMaker:
 
     # -- texts --------------------------------------------------------------------------------
 
-    def _texts(self) -> tuple[list[Tensor], Tensor | None]:
+    def texts(self) -> tuple[list[Tensor], Tensor | None]:
         """Return (positive embeddings, negative embeddings or None).
 
         There is one positive tensor for each prompt of the clip, in their order. What is encoded

@@ -468,7 +468,7 @@ def _used_overlap(request: Request) -> int:
 
     Planned for a clip so long that windows of the full length occur.
     """
-    if request.window_frames is None:
+    if request.window_frames is None or request.control and request.control.video == "driving":
         return request.window_overlap
     endless = request.latent_frames + latent_frames(round_up_frames(request.window_frames))
     windows = plan_windows(endless, request.window_frames, request.window_overlap)

@@ -21,6 +21,14 @@ if TYPE_CHECKING:
         last_frames,
         moved_frames,
     )
+    from .characters import (
+        DRIVING_PROMPT,
+        encode_carried,
+        encode_character,
+        encode_driving,
+        encode_whole_clip,
+        in_black_frame,
+    )
     from .control import encode_keyframes, encode_video, keyframe_mask, noised
     from .denoise import DenoiseState, Expert, Signals, denoise_steps
     from .encode import (
@@ -49,6 +57,14 @@ if TYPE_CHECKING:
 __getattr__ = lazy_names(
     __name__,
     {
+        "characters": (
+            "DRIVING_PROMPT",
+            "encode_carried",
+            "encode_character",
+            "encode_driving",
+            "encode_whole_clip",
+            "in_black_frame",
+        ),
         "vace": ("ControlClip", "encode_grey", "encode_vace"),
         "animate": (
             "SegmentsDecoder",
@@ -89,6 +105,7 @@ __all__ = [
     "ClipSegments",
     "Conditions",
     "ControlClip",
+    "DRIVING_PROMPT",
     "DenoiseState",
     "Elsewhere",
     "Expert",
@@ -109,8 +126,11 @@ __all__ = [
     "compute_unit",
     "denoise_steps",
     "denormalize_latents",
+    "encode_carried",
+    "encode_character",
     "encode_clip",
     "encode_condition",
+    "encode_driving",
     "encode_first_frame",
     "encode_frames",
     "encode_grey",
@@ -119,7 +139,9 @@ __all__ = [
     "encode_text",
     "encode_vace",
     "encode_video",
+    "encode_whole_clip",
     "hold_first_frame",
+    "in_black_frame",
     "keyframe_mask",
     "last_frames",
     "make_solver",

@@ -16,7 +16,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..forward import BlockPasses, Cut, Exchange, block_passes, cut_tokens, fun_inputs, known_faces
+from ..forward import (
+    BlockPasses,
+    Cut,
+    DrivingStream,
+    Exchange,
+    block_passes,
+    cut_tokens,
+    fun_inputs,
+    known_faces,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,6 +75,8 @@ class Conditions:
     pose: Tensor | None = None
     face: Tensor | None = None
     no_face: Tensor | None = None
+    driving: DrivingStream | None = None
+    """Animate 2's second stream, for a segment; its latents have the character's frame in front."""
 
     def places(self, indices: Iterable[int]) -> list[int]:
         """Return where the references and the frames with these indices are in the latents."""
@@ -170,6 +181,8 @@ def model_call(
     if conditions.pose is not None:
         control["pose_hidden_states"] = conditions.pose
         control["face_pixel_values"] = conditions.face
+    if conditions.driving is not None:
+        control["driving"] = conditions.driving
     return {
         "hidden_states": hidden_states,
         "timestep": timesteps,
@@ -185,6 +198,8 @@ def second_pass(conditions: Conditions) -> dict[str, Any]:
     other: dict[str, Any] = {"encoder_hidden_states": conditions.negative_prompt_embeds}
     if conditions.no_face is not None:
         other["face_pixel_values"] = conditions.no_face
+    if conditions.driving is not None:
+        other["unconditional"] = True
     return other
 
 

@@ -72,7 +72,7 @@ class StreamingDecoder:
         self._commit(chunk)
         return chunk
 
-    def go_on_from(self, other: StreamingDecoder) -> None:
+    def go_on_from(self, other: Any) -> None:
         """Continue where another decoder of the same clip is; its frames are made once more."""
         self.position, self.frames_done = other.position, other.frames_done
 

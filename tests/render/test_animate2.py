@@ -1,0 +1,123 @@
+"""Animate 2 from pictures to frames: diffusers' modular pipeline over two segments, and resume."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.animate2_models import clip_encoder, dense_flex, diffusers_model, plain_model
+from support.tiny_models import components, make_scheduler, open_wan
+
+from wan_core import GenerationConfig, WanControl
+from wan_core.config import WanModelFiles
+
+WIDTH, HEIGHT, FRAMES, LENGTH = 64, 48, 9, 5
+
+
+@pytest.fixture(scope="module")
+def parts() -> dict[str, Any]:
+    found = components("wan2.1-i2v", seed=3)
+    found["transformer"] = plain_model(
+        num_layers=10, num_attention_heads=1, attention_head_dim=128, added_kv_proj_dim=128
+    )
+    found["image_encoder"], found["image_processor"] = clip_encoder()
+    return found
+
+
+@pytest.fixture(scope="module")
+def files(parts: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> WanModelFiles:
+    """Write every part; the transformer as diffusers' own class for Animate 2 saves it."""
+    path = tmp_path_factory.mktemp("models")
+    diffusers_model(parts["transformer"]).save_pretrained(path / "transformer")
+    for name in ("vae", "text_encoder", "tokenizer", "image_encoder"):
+        parts[name].save_pretrained(path / name)
+    return WanModelFiles(
+        transformer=path / "transformer", vae=path / "vae", text_encoder=path / "text_encoder",
+        tokenizer=path / "tokenizer", image_encoder=path / "image_encoder",
+    )  # fmt: skip
+
+
+def pictures(frames: int = FRAMES) -> tuple[torch.Tensor, torch.Tensor]:
+    """A character and a driving video of the clip's size, in whole 8-bit values."""
+    g = torch.Generator().manual_seed(0)
+    video = torch.randint(0, 256, (frames, HEIGHT, WIDTH, 3), generator=g)
+    return torch.randint(0, 256, (1, HEIGHT, WIDTH, 3), generator=g) / 255, video / 255
+
+
+def config(**changes: Any) -> GenerationConfig:
+    character, video = pictures()
+    wanted: dict[str, Any] = {
+        "prompt": "a red cat", "negative_prompt": "blue", "width": WIDTH, "height": HEIGHT,
+        "num_frames": 0, "num_inference_steps": 2, "guidance_scale": 3.0, "seed": 7,
+        "max_chunk_size": LENGTH, "flow_shift": 3.0,
+        "control": WanControl(reference=character, video=video),
+    }  # fmt: skip
+    return GenerationConfig(**(wanted | changes))
+
+
+def theirs(parts: dict[str, Any], monkeypatch: pytest.MonkeyPatch, frames: int) -> torch.Tensor:
+    """Return the frames that diffusers' own modular pipeline makes, (F, H, W, 3)."""
+    from diffusers import UniPCMultistepScheduler
+    from diffusers.modular_pipelines import WanAnimate2Blocks
+    from PIL import Image
+
+    class UniPC(UniPCMultistepScheduler):  # type: ignore[misc]
+        """The pipeline hands its generator to whatever scheduler it has."""
+
+        def step(self, *args: Any, generator: object = None, **more: Any) -> Any:
+            return super().step(*args, **more)
+
+    dense_flex(monkeypatch)
+    pipe = WanAnimate2Blocks().init_pipeline()
+    pipe.update_components(
+        text_encoder=parts["text_encoder"], tokenizer=parts["tokenizer"], vae=parts["vae"],
+        image_encoder=parts["image_encoder"], scheduler=UniPC.from_config(make_scheduler().config),
+        transformer=diffusers_model(parts["transformer"]),
+    )  # fmt: skip
+    character, video = pictures(frames)
+    as_pil = lambda one: Image.fromarray((one * 255).round().to(torch.uint8).numpy())  # noqa: E731
+    made = pipe(
+        image=as_pil(character[0]), driving_video=[as_pil(one) for one in video],
+        prompt="a red cat", negative_prompt="blue", height=HEIGHT, width=WIDTH,
+        segment_frame_length=LENGTH, num_inference_steps=2, output_type="pt",
+        generator=torch.Generator().manual_seed(7), output="videos",
+    )  # fmt: skip
+    return made[0].permute(0, 2, 3, 1)
+
+
+@pytest.mark.parametrize("frames", [8, pytest.param(9, marks=pytest.mark.slow)])
+def test_as_diffusers_modular_pipeline_over_two_segments(
+    parts: dict[str, Any], files: WanModelFiles, monkeypatch: pytest.MonkeyPatch, frames: int
+) -> None:
+    expected = theirs(parts, monkeypatch, frames)
+    character, video = pictures(frames)
+    control = WanControl(reference=character, video=video)
+    result = open_wan(files).generate(config(control=control)).raise_for_error()
+    assert result.frames is not None and result.frames.shape == expected.shape
+    assert (result.frames - expected).abs().max() < 2e-4
+    assert result.latents is not None and result.latents.shape[2] == 2 * 2
+    assert "2 segments of 5" in result.metadata["windows"]
+
+
+def test_killed_in_the_second_segment_goes_on_with_equal_bits(
+    files: WanModelFiles, tmp_path: Path
+) -> None:
+    whole = open_wan(files).generate(config()).raise_for_error()
+    calls: list[int] = []
+
+    def stop(step: int, total: int, latents: torch.Tensor) -> None:
+        calls.append(step)
+        assert total == 4
+        if step == 3:
+            raise KeyboardInterrupt
+
+    job = config(resume="auto", journal_folder=tmp_path, progress_callback=stop)
+    with pytest.raises(KeyboardInterrupt):
+        open_wan(files).generate(job)
+    assert calls == [1, 2, 3]
+    again = open_wan(files).generate(config(resume="auto", journal_folder=tmp_path))
+    again.raise_for_error()
+    assert again.metadata["resumed"] == "segment 2 of 2, after step 1 of 2"
+    assert torch.equal(again.frames, whole.frames) and torch.equal(again.latents, whole.latents)
