@@ -148,6 +148,13 @@ def test_eight_cards_share_guidance_and_cut_over_four() -> None:
     assert found.gang == 4 and len(found.workers) == 8
 
 
+def test_auto_cuts_where_that_pays() -> None:
+    found = plan(SHORT, FOUR, "auto")
+    assert found.gang == 2 and len(found.workers) == 4
+    brief = plan(replace(SHORT, width=256, height=256, num_frames=17, steps=1), FOUR, "auto")
+    assert brief.workers == ()  # processes take longer to start than they would save
+
+
 def test_a_smaller_plan_keeps_the_gangs() -> None:
     asked = OptimizationConfig(devices="all")
     begun = Planner().recommend_optimizations(MODEL, SHORT, FOUR, asked)
@@ -193,7 +200,10 @@ def test_different_cards_are_refused_where_bits_shall_be_equal() -> None:
     with pytest.raises(InvalidRequest, match="their bits differ") as caught:
         plan(LONG, system, 2)
     assert caught.value.field == "devices" and "cuda:1 another" in str(caught.value)
-    assert plan(LONG, system, 2, speed="fast").workers == ("cuda:0", "cuda:1")
+    found = plan(LONG, system, 2, speed="fast")
+    assert found.workers == ("cuda:0", "cuda:1") and "of different kinds" in found.reasons[-1]
+    alone = plan(replace(SHORT, guidance_high=False), system, 2, speed="fast")
+    assert alone.workers == () and "do not compute a pass together" in alone.reasons[-1]
 
 
 def test_cards_by_their_numbers_and_cards_that_are_not_there() -> None:

@@ -176,7 +176,9 @@ def spread_over(
         return replace(plan, reasons=reasons, estimate=replace(plan.estimate, reasons=reasons))
     devices = devices_asked(requested, system)
     turns = _turns(architecture, workload, plan)
+    names = {card.name for card in system.cards if card.device in devices}
     job = wishes(architecture, workload, plan.choices, system, requested, lean)
+    job = replace(job, alike=len(names) < 2)
     # Each process has an interpreter of its own, and its own copy of weights that are not mapped.
     each = max((stage.host_bytes for stage in plan.estimate.stages), default=0)
     room = max(1, min(len(devices), system.usable_ram_bytes // each if each else len(devices)))
@@ -324,6 +326,8 @@ class _Telling:
         if self.chosen.cut > 1:
             text += f"; {self._cut}"
         text += f"; up to {self.peak / GIB:.1f} GiB on each card"
+        if not self.job.alike:
+            text += "; the cards are of different kinds, and so may be their bits and their pace"
         if short:
             text += f"; {short}"
         elif len(self.devices) > count:

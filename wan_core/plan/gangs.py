@@ -52,12 +52,16 @@ class Cutting:
     """Whether every bit must stay (speed "exact")."""
     possible: bool
     """Whether the lean forward, which is the one that can be cut, may be used."""
+    alike: bool = True
+    """Whether the cards are of one kind."""
 
     @property
     def why_not(self) -> str | None:
         """Return why no pass can be cut, or None."""
         if self.system.os not in ("", "Linux"):
             return f"cutting a pass over cards needs NCCL, which {self.system.os} does not have"
+        if not self.alike:
+            return "cards of different kinds do not compute a pass together"
         if not self.possible:
             return "only the lean forward can be cut over cards"
         if self.choices.offload_of("transformer") not in ("none", "model", "stream"):

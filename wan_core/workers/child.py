@@ -148,7 +148,9 @@ class Worker:
             traceback.clear_frames(err.__traceback__)
         self._together = None
         if told is not None:
-            if told["type"] == "failed":
+            # One that fails in the middle of a cut unit is ended, with those that wait for it: on a
+            # card it could wait for them itself, before its weights may leave.
+            if told["type"] == "failed" and not told["midway"]:
                 self._release(everything=False)
             self._answer(told | {"number": self._unit})
             return

@@ -55,7 +55,7 @@ class Gang:
 
     def __init__(self, devices: Sequence[str], name: str, told: Told) -> None:
         self.devices, self.name = tuple(devices), name
-        self.began = self.heard = time.perf_counter()
+        self.heard = time.perf_counter()
         self.unit: int | None = None
         self.kind: tuple[object, ...] = ()
         """Weights and shapes of the unit in work."""
