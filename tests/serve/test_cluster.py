@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -105,3 +106,38 @@ def test_what_travels_is_small(tmp_path: Path) -> None:
     outcome = Outcome(warnings=["a warning " * 20] * 20, seed=1, prompt="word " * 500, size=1)
     assert len(pickle.dumps(job.to_dict())) < 10_000
     assert len(pickle.dumps(outcome.to_dict())) < 10_000
+
+
+@pytest.mark.slow
+def test_a_gang_is_placed_on_one_machine_as_a_whole(nodes: Any, tmp_path: Path) -> None:
+    """Two nodes of one CPU cannot hold a job of two; a third of two can."""
+    make_folder(tmp_path / "tiny", "wan2.1-t2v")
+    told: list[str] = []
+    crew = Cluster(nodes.address, devices="2", tell=told.append)
+    assert crew.free(1) == [] and crew.free(1) == []
+    assert [text for text in told if "No machine of the cluster has 2 CPUs" in text] == told
+    assert len(told) == 1 and len(crew.hands) == 1
+    machine = nodes.add_node(num_cpus=2)
+    deadline = time.monotonic() + 100
+    while not crew.free(1):
+        assert time.monotonic() < deadline, told
+        time.sleep(0.2)
+    hand = crew.hands[0]
+    assert hand.placement is not None and hand.node == machine.node_id
+    job = BatchJob(
+        number=1, model=tmp_path / "tiny", output=tmp_path / "x.mp4", optimization=CPU,
+        values={"prompt": "x", **SHAPE},
+    )  # fmt: skip
+    missing = BatchJob(number=2, model=tmp_path / "none", output=tmp_path / "y.mp4")
+    outcomes = []
+    for one in (missing, job):
+        crew.begin(hand, one)
+        while not (ended := crew.wait(0.5)):
+            pass
+        outcomes.append(ended[0][1])
+    # Another machine may have the file: the error names this one, and is not final.
+    assert outcomes[0].kind == "MissingFile" and not outcomes[0].final
+    assert outcomes[0].error.startswith(f"On {hand.machine}: ")
+    assert outcomes[1].error == "" and (tmp_path / "x.mp4").is_file()
+    crew.close()
+    assert crew.hands == []

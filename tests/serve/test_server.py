@@ -10,11 +10,13 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 from support.clips import read
 from support.tiny_models import make_folder, open_wan
@@ -26,8 +28,10 @@ from support.http_server import Client, form, serving
 
 from wan_core import GenerationConfig
 from wan_core.errors import InvalidRequest, OutputError
+from wan_core.render.video import VideoWriter
 from wan_core.serve.carry import Outcome
 from wan_core.serve.crew import Hand
+from wan_core.serve.fields import Upload, read_job
 from wan_core.serve.http import Guard
 from wan_core.serve.jobs import BatchJob
 from wan_core.serve.queue import Queue, new_id
@@ -289,11 +293,42 @@ def test_what_an_upload_is_is_seen_in_it(
     assert not list(desk.uploads.iterdir()) and not list(desk.uploads.parent.glob("jobs/*"))
 
 
+def test_a_picture_and_a_video_become_inputs(idle: tuple[Client, Any], tmp_path: Path) -> None:
+    client, desk = idle
+    with VideoWriter(tmp_path / "v.mp4", fps=8, width=32, height=32) as writer:
+        writer.write(torch.zeros(9, 32, 32, 3))
+    extra = json.dumps({"control": {"denoise": 0.5}})
+    data = (tmp_path / "v.mp4").read_bytes()
+    status, video = client.create(("../v.exe", data), prompt="x", extra_params=extra, **TINY)
+    assert status == 200, video
+    folder = desk.queue.folder_of(video["id"])
+    assert (folder / "input.mp4").read_bytes() == data and not list(desk.uploads.iterdir())
+    row = desk.queue._file.execute("SELECT job FROM jobs WHERE id = ?", (video["id"],)).fetchone()
+    assert json.loads(row[0])["control"] == {"denoise": 0.5, "video": str(folder / "input.mp4")}
+    client.ask("DELETE", f"/v1/videos/{video['id']}")
+    upload = Upload(path=tmp_path / "input.png", kind="image")
+    made, _ = read_job({"prompt": "x"}, upload, desk.served, tmp_path / "clip.mp4")
+    assert made.values["image"] == str(tmp_path / "input.png") and made.output.parent == tmp_path
+
+
+@pytest.mark.parametrize(("given", "low", "high"), [
+    ({"guidance_scale": "2"}, 2.0, 2.0), ({"guidance_scale": 2, "guidance_scale_2": 3}, 2.0, 3.0),
+    ({"guidance_scale_2": 3}, None, 3.0), ({}, None, None),
+])  # fmt: skip
+def test_of_two_experts_the_first_scale_is_the_low_one(
+    idle: tuple[Client, Any], tmp_path: Path, given: dict[str, Any], low: Any, high: Any
+) -> None:
+    served = replace(idle[1].served, two_experts=True)
+    values = read_job({"prompt": "x", **given}, None, served, tmp_path / "clip.mp4")[0].values
+    assert (values.get("guidance_scale_2"), values.get("guidance_scale")) == (low, high)
+    assert isinstance(values["seed"], int)  # drawn here: a job that goes on is the same job
+    other = read_job({"prompt": "x", **given}, None, served, tmp_path / "clip.mp4")[0].values
+    assert other["seed"] != values["seed"]
+
+
 def test_a_job_that_never_fits_is_refused_and_the_queue_goes_on(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from dataclasses import replace
-
     crew = Idle()
     with serving(model, tmp_path, crew=crew) as (client, desk):
         some = 2**31
