@@ -170,4 +170,4 @@ def add_serve(command: argparse.ArgumentParser) -> None:
     command.add_argument("--use-recipe", action="store_true", help="as of generate")
     command.add_argument("--lora-folder", metavar="FOLDER", help="LoRAs that requests may name")
     add_crew(command)
-    command.set_defaults(json=False)
+    command.set_defaults(json=False, resume="auto")
