@@ -14,7 +14,7 @@ import argparse
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -73,8 +73,10 @@ INTRODUCTION = """\
 # What is planned on which computer
 
 Made by `python benchmarks/machines_table.py` from headers of true shape: T2V-A14B as a pair of
-single files in five kinds of storage, TI2V-5B and T2V-1.3B in fp16, each with umT5 in scaled fp8;
-20 guided steps. *Card* is the predicted peak. *RAM* is what nothing else can have meanwhile, *file*
+single files in five kinds of storage, TI2V-5B and T2V-1.3B in fp16, a segment of Animate 2 in two
+kinds, each with umT5 in scaled fp8; 20 guided steps. *driving* says what is kept of Animate 2's
+driving stream: keys and values on the card (kv), the blocks' inputs in RAM (inputs), or nothing
+(again). *Card* is the predicted peak. *RAM* is what nothing else can have meanwhile, *file*
 the weights that are read from their mapped file: RAM that the system takes back when it needs it.
 Seconds are predicted (`wan_core/plan/timing.py`: good to a factor of two until a run on the machine
 was measured), *cold* with every file read from disk first.
@@ -124,6 +126,13 @@ def models(
         path = write_expert(folder / model, model, "fp16")
         files = WanModelFiles(transformer=path, text_encoder=encoder)
         yield title, detector.detect_model_architecture(files), sizes
+    # Animate 2 has the shapes of Wan 2.1 I2V-14B, and is known by its name.
+    for kind in ("int8_convrot new", "Q4_K"):
+        path = write_expert(folder / "wan_animate_2", "i2v-14b", kind)
+        files = WanModelFiles(transformer=path, text_encoder=encoder)
+        title = NAMES[kind].replace("A14B", "Animate 2")
+        yield title, detector.detect_model_architecture(files), (P480, P720)
+        path.unlink()
 
 
 def plan_of(
@@ -134,6 +143,8 @@ def plan_of(
     workload = Workload(
         width=width, height=height, num_frames=frames, steps=steps, return_frames=False
     )
+    if found.transformer.animate == 2:  # one segment, with the character's frame in front
+        workload = replace(workload, references=1, reference_picture=True, start_video=True)
     try:
         return Planner().recommend_optimizations(found, workload, machine.resources())
     except DoesNotFit as refusal:
@@ -149,6 +160,7 @@ def words(plan: OptimizationPlan, layers: int) -> str:
             said = "streamed" + (", one block at a time" if choices.stream_buffers == 1 else "")
     else:
         said = {"none": "all resident", "model": "expert resident"}.get(choices.offload, "by layer")
+    said += f", driving {choices.driving}" if choices.driving else ""
     said += ", lean" * choices.lean + ", by rows" * choices.by_rows
     said += ", VAE bf16" * (choices.dtypes["vae"] != "fp32") + ", fp8 storage" * choices.fp8_storage
     return said + (f", windows of {choices.window_frames}" if choices.window_frames else "")

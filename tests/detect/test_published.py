@@ -286,6 +286,18 @@ def test_image_to_video_stays_image_to_video(
     assert detect(sparse(tmp_path / f"{name}.safetensors", file)).name == "wan2.1-i2v-14b"
 
 
+def test_animate_2_distilled_has_a_recipe(tmp_path: Path) -> None:
+    file = layouts.stored(IMAGE, "bf16")
+    found = detect(sparse(tmp_path / "wan_animate_2_distill_int8_convrot.safetensors", file))
+    assert found.name == "wan-animate-2-14b" and found.recipe is not None
+    assert (found.recipe.num_inference_steps, found.recipe.guidance_scale) == (10, 1.0)
+    assert (found.recipe.scheduler, found.recipe.flow_shift) == ("lcm", 5.0)
+    place = tmp_path / "plain"  # a folder's name counts too, and this test's is in tmp_path's
+    place.mkdir()
+    plain = detect(sparse(place / "wan_animate_2_int8_convrot.safetensors", file))
+    assert plain.recipe is None
+
+
 def test_animate_2_in_the_names_of_its_release(tmp_path: Path) -> None:
     shapes = {n.replace("blocks.0.", "blocks.0.block."): s for n, s in IMAGE.items()}
     shapes = {n.replace("blocks.1.", "blocks.1.block."): s for n, s in shapes.items()}

@@ -119,6 +119,9 @@ _FASTWAN: Final = Recipe(
     name="FastWan", num_inference_steps=3, scheduler="lcm", sigmas=(1.0, 0.757, 0.522)
 )
 _CAUSVID: Final = Recipe(name="CausVid", num_inference_steps=4, scheduler="unipc", flow_shift=8.0)
+_ANIMATE_2: Final = Recipe(name="Animate 2 distilled", num_inference_steps=10, scheduler="lcm")
+"""Steps and guidance as in diffusers' ``WanAnimate2DistilledBlocks``; sampler and shift as in
+ComfyUI's template ``video_wan_animate2_distilled``."""
 
 # Words that name a family by themselves.
 _FAMILIES: Final[Mapping[str, Recipe]] = {
@@ -176,6 +179,8 @@ def _family(words: list[str]) -> tuple[Recipe | None, list[str]]:
     if named:
         recipe = _FAMILIES[named[0]]
         return (_RCM_IMAGE if recipe is _RCM and "i2v" in words else recipe), named[:1]
+    if "animate" in words and "2" in words and not _DISTILLED.isdisjoint(words):
+        return _ANIMATE_2, [word for word in words if word == "animate" or word in _DISTILLED]
     marks = _marks(words)
     return (_LIGHTX2V if marks else None), marks
 
