@@ -306,6 +306,16 @@ def test_a_picture_and_a_video_become_inputs(idle: tuple[Client, Any], tmp_path:
     row = desk.queue._file.execute("SELECT job FROM jobs WHERE id = ?", (video["id"],)).fetchone()
     assert json.loads(row[0])["control"] == {"denoise": 0.5, "video": str(folder / "input.mp4")}
     client.ask("DELETE", f"/v1/videos/{video['id']}")
+    # Frames are decoded only where they are few enough: a small file may hold very many.
+    for frames, param in ((2**19, "input_reference"), (0, "num_frames"), (-1, "num_frames")):
+        told = client.create(("v", data), prompt="x", **{**TINY, "num_frames": frames})
+        assert told[0] == 400 and told[1]["error"]["param"] == param, told
+    assert (
+        "pixels are read"
+        in client.create(("v", data), prompt="x", **{**TINY, "num_frames": 2**19})[1]["error"][
+            "message"
+        ]
+    )
     upload = Upload(path=tmp_path / "input.png", kind="image")
     made, _ = read_job({"prompt": "x"}, upload, desk.served, tmp_path / "clip.mp4")
     assert made.values["image"] == str(tmp_path / "input.png") and made.output.parent == tmp_path

@@ -18,7 +18,7 @@ from .crew import Crew, carry_out
 from .fields import Served, name_of, read_job
 from .jobs import BatchJob
 from .queue import Queue, Row, new_id
-from .uploads import MOST_BYTES, Form, look_at, remove_parts
+from .uploads import MOST_BYTES, Form, check_frames, look_at, remove_parts
 
 _PAGE = Path(__file__).with_name("watch.html")
 
@@ -92,6 +92,8 @@ class Desk:
         try:
             upload = None if form.file is None else look_at(form.file, folder / "input")
             job, told = read_job(form.fields, upload, self.served, folder / "clip.mp4")
+            if upload is not None:  # before any frame is decoded
+                check_frames(upload, job.values["num_frames"])
             with self._check_lock:
                 self._check(job)
             row = self.queue.add(id, job, told)

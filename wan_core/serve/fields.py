@@ -75,6 +75,8 @@ class Upload:
 
     path: Path
     kind: str
+    pixels: int = 0
+    """Of a video's frame."""
 
 
 def name_of(field: str | None, served: Served) -> str | None:

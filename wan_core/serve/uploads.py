@@ -22,9 +22,9 @@ MOST_BYTES = 64 * 2**20
 _SLACK = 2**20
 """Bytes of a request besides its file: its texts, and what multipart puts between."""
 MOST_FIELDS = 64
-MOST_PICTURE, MOST_FRAME = 7680 * 4320, 4096 * 2304
-"""Pixels of a picture, and of a video's frame; of a video no more frames are read than the clip
-has."""
+MOST_PICTURE, MOST_FRAME, MOST_VIDEO = 7680 * 4320, 4096 * 2304, 2**28
+"""Pixels of a picture, of a video's frame, and of as many frames as a clip reads: 268 million are
+129 frames of 1920x1080, and 0.8 GB as bytes."""
 _PICTURES = {"PNG": ".png", "JPEG": ".jpg", "WEBP": ".webp", "BMP": ".bmp"}
 
 
@@ -220,10 +220,9 @@ def look_at(path: Path, target: Path) -> Upload:
     suffix = _video_suffix(start)
     kind = "image" if suffix is None else "video"
     suffix = _check_picture(path) if suffix is None else suffix
-    if kind == "video":
-        _check_video(path)
+    pixels = _check_video(path) if kind == "video" else 0
     target.parent.mkdir(parents=True, exist_ok=True)
-    return Upload(path=path.rename(target.with_suffix(suffix)), kind=kind)
+    return Upload(path=path.rename(target.with_suffix(suffix)), kind=kind, pixels=pixels)
 
 
 def _video_suffix(start: bytes) -> str | None:
@@ -254,7 +253,7 @@ def _check_picture(path: Path) -> str:
     return _PICTURES[name]
 
 
-def _check_video(path: Path) -> None:
+def _check_video(path: Path) -> int:
     import av
 
     try:
@@ -264,6 +263,22 @@ def _check_video(path: Path) -> None:
     except (OSError, ValueError, IndexError, av.FFmpegError) as err:
         raise InvalidRequest(f"{UPLOAD} is no video that can be read.", field=UPLOAD) from err
     _check_pixels(size, MOST_FRAME, "a video's frame")
+    return int(size[0] * size[1])
+
+
+def check_frames(upload: Upload, frames: int) -> None:
+    """Raise InvalidRequest where a clip of so many frames would read too much of a video."""
+    if upload.kind == "video" and frames < 1:  # elsewhere 0 means as many as the video has
+        raise InvalidRequest(
+            f"num_frames is {frames}; with a video say how many frames, 1 or more.",
+            field="num_frames",
+        )
+    if upload.pixels * frames > MOST_VIDEO:
+        raise InvalidRequest(
+            f"{UPLOAD} has {upload.pixels:,} pixels a frame, and num_frames is {frames}; "
+            f"{MOST_VIDEO:,} pixels are read. Make the video smaller, or the clip shorter.",
+            field=UPLOAD,
+        )
 
 
 def _check_pixels(size: tuple[int, int], most: int, what: str) -> None:
