@@ -39,7 +39,10 @@ log = logging.getLogger("wanfit")
 
 FOLDERS_SECONDS, MACHINE_SECONDS = 2.0, 1.0
 """How long a look at the folders and at the machine is believed."""
-_KEPT_HEADERS, _KEPT_MODELS = 128, 16
+FILES_SECONDS = 1.0
+"""How long a look at a model's files and at the preferences is believed. Each question to the disk
+lets go of the interpreter, and while a render computes it takes milliseconds to get it back."""
+_KEPT_HEADERS, _KEPT_MODELS, _KEPT_LOOKS = 128, 16, 64
 T = TypeVar("T")
 
 
@@ -74,6 +77,7 @@ class Live:
         self._machine: tuple[float, SystemResources] | None = None
         self._headers: OrderedDict[Any, IdentifiedFile | WanError] = OrderedDict()
         self._models: OrderedDict[Any, WanPipelineWrapper] = OrderedDict()
+        self._looks: OrderedDict[Any, tuple[float, Any]] = OrderedDict()
 
     def answer(self, body: bytes) -> tuple[int, dict[str, Any]]:
         """Return an HTTP status and a JSON object for a request; never raises.
@@ -118,7 +122,11 @@ class Live:
             )
         model = str(values.get("model", ""))
         chosen = {n: str(v) for n, v in values.items() if n not in ("model", "use_recipe")}
-        source, found = model_source(model, chosen, self.folders(), self.inspect)
+        folders = self.folders()
+        source, found = self._lately(
+            ("source", model, tuple(sorted(chosen.items()))),
+            lambda: model_source(model, chosen, folders, self.inspect),
+        )
         loras = tuple(self._lora(node) for node in wired.of_kind("WanLoRA"))
         recipe = any(
             node.values["use_recipe"] for node in wired.chain if "use_recipe" in node.values
@@ -162,6 +170,20 @@ class Live:
             raise found
         return found
 
+    def _print_of(self, source: Path | WanModelFiles) -> str:
+        return self._lately(("print", source), lambda: fingerprint(source))
+
+    def _lately(self, key: Any, look: Callable[[], T]) -> T:
+        """Return what was seen at most ``FILES_SECONDS`` ago, or look now; errors are not kept."""
+        now = self._clock()
+        if key not in self._looks or now - self._looks[key][0] > FILES_SECONDS:
+            self._looks.pop(key, None)
+            while len(self._looks) >= _KEPT_LOOKS:
+                self._looks.popitem(last=False)
+            self._looks[key] = now, look()
+        seen: T = self._looks[key][1]
+        return seen
+
     def _lora(self, node: Node) -> WanLoRA:
         name = str(node.values.get("lora", ""))
         path = self.folders().lora(name)
@@ -178,9 +200,11 @@ class Live:
         options: Mapping[str, Any],
     ) -> WanPipelineWrapper:  # fmt: skip
         """Return the model with its LoRAs and options, opened once for each state of its files."""
-        preferences = read_preferences()
-        prints = tuple((fingerprint(Path(lora.path)), lora.expert, lora.strength) for lora in loras)
-        key = (fingerprint(source), prints, recipe, tuple(sorted(options.items())), preferences)
+        preferences = self._lately("preferences", read_preferences)
+        prints = tuple(
+            (self._print_of(Path(lora.path)), lora.expert, lora.strength) for lora in loras
+        )
+        key = (self._print_of(source), prints, recipe, tuple(sorted(options.items())), preferences)
 
         def opened() -> WanPipelineWrapper:
             from ..wan_core.detect import ArchitectureDetector, with_loras

@@ -1,10 +1,12 @@
 """The translations: complete, without leftovers, with the names and words that must stay.
 
-That the English texts are those of the nodes is looked at in a running ComfyUI (``tests/nodes``).
+That the English texts are those of the nodes, all of them, is looked at in a running ComfyUI
+(``tests/nodes``); here, that each tooltip in the sources is among them.
 """
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 from collections.abc import Iterator
@@ -65,6 +67,27 @@ def test_an_input_that_has_another_name_tells_the_one_that_errors_use(language: 
     for node, texts in read(language, "nodeDefs.json").items():
         for name, one in texts["inputs"].items():
             assert one["name"].lower() == name or one["tooltip"].endswith(f"({name})"), node
+
+
+def tooltips() -> Iterator[str]:
+    """Yield the tooltips that are written out in the nodes."""
+    for path in (ROOT / "nodes").glob("*.py"):
+        for call in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(call, ast.Call):
+                named = [word.value for word in call.keywords if word.arg == "tooltip"]
+                for value in (
+                    *named,
+                    *(call.args[1:2] if ast.unparse(call.func) == "_float" else ()),
+                ):
+                    if isinstance(value, ast.Constant):
+                        yield str(value.value)
+
+
+def test_a_tooltip_that_is_changed_is_missed() -> None:
+    english = set(dict(leaves(read("en", "nodeDefs.json"))).values())
+    found = list(tooltips())
+    assert len(found) > 70
+    assert [text for text in found if text not in english] == []
 
 
 def test_what_must_stay_is_noticed() -> None:

@@ -135,6 +135,24 @@ def test_what_the_user_prefers_counts_below_what_the_nodes_say(
     assert any("Preferences not used" in text for text in found["warnings"])
 
 
+def test_the_disk_is_asked_once_a_second(asker: Asker, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each question to the disk waits for the interpreter, which a render holds."""
+    asked = graph(width=832)
+    asker.ask(asked)
+    with monkeypatch.context() as patch:
+        for name in ("stat", "lstat", "scandir"):
+            patch.setattr(f"os.{name}", lambda *_, **__: pytest.fail("the disk was asked"))
+        for width in (640, 832):
+            request = {"node": "3", "nodes": graph(width=width)}
+            assert asker.live.answer(json.dumps(request).encode())[1]["size"][0] == width
+    looks = []
+    monkeypatch.setattr(
+        "wanfit_as_a_pack.nodes.live.fingerprint", lambda source: looks.append(source) or "other"
+    )
+    asker.ask(asked)  # ten seconds later
+    assert len(looks) == 1
+
+
 def test_a_clip_as_long_as_its_video_is_shown_with_the_usual_length(asker: Asker) -> None:
     """How long the video is, is known when it has run; that it is not counted is said."""
     nodes = graph(num_frames=0, control=["9", 0])
