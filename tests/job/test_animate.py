@@ -194,6 +194,7 @@ def test_the_segments_are_those_of_the_pipeline() -> None:
 def test_a_short_clip_is_one_segment_and_a_long_one_has_the_official_length() -> None:
     for frames, given, wanted in (
         (20, {}, (21, 1)), (200, {}, (77, 1)), (200, {"window_overlap": 5}, (77, 5)),
+        (200, {"window_overlap": 4}, (77, 5)),
         (200, {"max_chunk_size": 34}, (37, 1)),
     ):  # fmt: skip
         request = resolve(job(frames=frames, face_video=clip(1), **given), architecture(ANIMATE))

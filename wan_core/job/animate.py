@@ -15,7 +15,7 @@ from typing import Any, Final
 from ..config import GenerationConfig, WanControl
 from ..errors import InvalidRequest
 from .fields import batches, flag, shape_of, whole
-from .windows import latent_frames, round_up_frames, video_frames
+from .windows import FRAMES_PER_LATENT, latent_frames, round_up_frames, video_frames
 
 MOVED_BY: Final[Mapping[int, Mapping[str, str]]] = {
     1: {
@@ -236,6 +236,11 @@ def character_segments(
     allowed = CARRIED[number]
     carried = whole(config.window_overlap, "window_overlap", 0, 4096)
     carried = allowed[0] if carried == _UNSET else carried
+    if carried == FRAMES_PER_LATENT and carried + 1 in allowed:  # widgets go by fours
+        carried += 1
+        warnings.append(
+            "window_overlap 4 is made 5: pictures are taken over, of two latent frames."
+        )
     if carried not in allowed:
         raise InvalidRequest(
             f"window_overlap is {carried}; the segments of an Animate begin with "
