@@ -1,0 +1,88 @@
+"""A character in a running ComfyUI: replaced in a video, segment by segment, to an mp4.
+
+Small weights of the true class; pictures from ComfyUI's own nodes. Killed in the second segment
+and queued again, the render goes on and gives the frames of an undisturbed one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support import tiny_models
+from support.comfy_graphs import frames_of, graph, read_video, saved_video
+from support.comfy_server import ComfyServer, find_checkout, find_python
+
+CHECKOUT = find_checkout()
+PYTHON = CHECKOUT if isinstance(CHECKOUT, str) else find_python(CHECKOUT)
+WIDTH, HEIGHT, FRAMES, STEPS = 64, 48, 22, 20
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.comfyui,
+    pytest.mark.skipif(isinstance(PYTHON, str), reason=str(PYTHON)),
+]
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ComfyServer]:
+    assert isinstance(CHECKOUT, Path)
+    assert isinstance(PYTHON, Path)
+    running = ComfyServer(tmp_path_factory.mktemp("comfyui"), CHECKOUT, PYTHON)
+    # Deep enough that a segment lasts longer than it takes to kill the server.
+    deep = {"num_layers": 40, "inject_face_latents_blocks": 20, "ffn_dim": 2048}
+    tiny_models.make_folder(
+        running.base / "models" / "diffusers" / "tiny-animate", tiny_models.ANIMATE,
+        transformer=deep,
+    )  # fmt: skip
+    with running:
+        yield running
+
+
+def picture(frames: int, width: int, height: int, colour: int) -> dict[str, Any]:
+    inputs = {"width": width, "height": height, "batch_size": frames, "color": colour}
+    return {"class_type": "EmptyImage", "inputs": inputs}
+
+
+def replaced(**more: Any) -> dict[str, Any]:
+    """Loader, WanControl with all that Animate reads, WanChunkedSampler, SaveVideo."""
+    prompt = graph(
+        "WanChunkedSampler", "tiny-animate", name="replaced", control=["30", 0], width=WIDTH,
+        height=HEIGHT, num_frames=0, steps=STEPS, window_frames=13, window_overlap=1, **more,
+    )  # fmt: skip
+    size = tiny_models.FACE_SIZE
+    prompt |= {
+        "31": picture(FRAMES, WIDTH, HEIGHT, 0x204060), "32": picture(1, 40, 40, 0xC08040),
+        "33": picture(FRAMES, size, size, 0x907060), "34": picture(FRAMES, WIDTH, HEIGHT, 0x30A050),
+        "35": {
+            "class_type": "SolidMask", "inputs": {"value": 1.0, "width": WIDTH, "height": HEIGHT},
+        },
+    }  # fmt: skip
+    given = {
+        "video": ["31", 0], "reference": ["32", 0], "face_video": ["33", 0],
+        "background_video": ["34", 0], "mask": ["35", 0],
+    }  # fmt: skip
+    prompt["30"] = {"class_type": "WanControl", "inputs": given}
+    prompt["21"] = {"class_type": "WanFitProbeText", "inputs": {"value": ["3", 3]}}
+    return prompt
+
+
+def test_a_character_is_replaced_and_goes_on_after_the_server_was_killed(
+    server: ComfyServer,
+) -> None:
+    server.queue(replaced())
+    server.wait_until(lambda: server.state()["progress"].get("3", [0, 0])[0] > STEPS, 240)
+    server.kill()
+    server.start()
+    server.await_start()
+    outputs = server.run(replaced())
+    assert "\nresumed: segment 2 of 2" in outputs["21"]["value"][0]
+    frames, _, rate = read_video(saved_video(server, outputs, "5"))
+    assert len(frames) == FRAMES and frames[0].shape == (HEIGHT, WIDTH, 3) and rate == 30.0
+    after = frames_of(server, "replaced")
+    server.run(replaced(resume="never"))
+    assert torch.equal(frames_of(server, "replaced"), after)
+    assert after.std() > 0.01  # not one flat colour
