@@ -219,7 +219,8 @@ def _latent_format(pipeline: WanPipeline) -> Any:
     """Return ComfyUI's description of the latents of this VAE, or None for one it has not."""
     vae = pipeline.vae
     for kind in (comfy.latent_formats.Wan21, comfy.latent_formats.Wan22):
-        found = kind()
+        with torch.device("cpu"):  # whatever another pack has made the default
+            found = kind()
         if same_latents(vae, found.latents_mean.flatten().tolist()):
             return found
     return None

@@ -401,7 +401,9 @@ class _Converter:
     def _add(self, kind: str, **values: Any) -> list[Any]:
         """Add one of our nodes; returns the link to its first output."""
         name = f"wanfit{len(self._new) + 1}"
-        inputs = {**DEFAULTS.get(kind, {}), **values}
+        # None is what the user prefers: the node knows it.
+        usual = {name: one for name, one in DEFAULTS.get(kind, {}).items() if one is not None}
+        inputs = {**usual, **values}
         self._out[name] = {"class_type": kind, "inputs": inputs}
         self._new.append(name)
         return [name, 0]

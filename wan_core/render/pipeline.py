@@ -276,9 +276,9 @@ class WanPipelineWrapper:
                 _held(self._cache.render_lock, callbacks.check),
             ):
                 self._render(config, callbacks, result)
-        except Exception as err:
-            if err is callbacks.raised:
-                raise
+        except Exception as err:  # noqa: BLE001 - all failures are reported in the result
+            if callbacks.raised is not None:  # whatever a reader or a generator made of it
+                raise callbacks.raised from callbacks.raised.__cause__
             error = err
         if callbacks.around is not None:
             result.warnings += [n for n in callbacks.around.notes if n not in result.warnings]

@@ -385,7 +385,7 @@ class StageRunner:
             try:
                 return action()
             except Exception as err:
-                ours = err is not self.callbacks.raised and not isinstance(err, DoesNotFit)
+                ours = self.callbacks.raised is None and not isinstance(err, DoesNotFit)
                 if not ours or not is_oom(err):
                     raise
                 failure, spilled_only = first_line(err), isinstance(err, SpilledMemory)
