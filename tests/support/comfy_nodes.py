@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -67,6 +68,8 @@ def main() -> None:
     results = {"rays": rays.contiguous()}
     for name, job in given["jobs"].items():
         inputs = {key: tensors.get(value, value) for key, value in job["inputs"].items()}
+        for key in [key for key in inputs if key.startswith("clip_vision_output")]:
+            inputs[key] = SimpleNamespace(penultimate_hidden_states=inputs[key])
         texts = ([[tensors[side], {}]] for side in ("positive", "negative"))
         with torch.no_grad():
             node = getattr(nodes_wan, job["node"])
@@ -83,7 +86,7 @@ def main() -> None:
             model, noise, given["steps"], given["cfg"], "euler", "simple", positive, negative,
             latent["samples"], seed=given["seed"], disable_pbar=True,
         )  # fmt: skip
-        results[f"{name}.latents"] = sampled[:, :, sum(trim) :].contiguous()
+        results[f"{name}.latents"] = sampled[:, :, sum(trim[:1]) :].contiguous()
     save_file(results, sys.argv[2])
 
 
