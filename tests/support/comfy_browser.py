@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from support.comfy_server import ComfyServer
 
 FLAGS = [
     "--no-sandbox",
@@ -73,3 +76,38 @@ def api_prompt(page: Any, workflow: dict[str, Any]) -> dict[str, Any]:
         key: {"class_type": node["class_type"], "inputs": node["inputs"]}
         for key, node in prompt.items()
     }
+
+
+def run_in(page: Any, server: ComfyServer, seconds: float = 240) -> None:
+    """Press Run in the page and wait until ComfyUI has run it; ``told`` is what its nodes say.
+
+    That it has run is asked of ComfyUI itself: what the page is told comes on another way, at
+    another time. Fails where the run failed.
+    """
+    page.evaluate(
+        "() => { window.told = []; if (window.tells) return; window.tells = true;"
+        "window.comfyAPI.api.api.addEventListener('wanfit.run', e => window.told.push(e.detail)); }"
+    )
+    before = set(server.get("/history"))
+    page.evaluate("() => app.queuePrompt(0)")
+
+    def ended() -> list[dict[str, Any]]:
+        return [entry for key, entry in server.get("/history").items() if key not in before]
+
+    (entry,) = server.wait_until(ended, seconds, pause=0.1)
+    assert entry["status"]["status_str"] == "success", str(entry["status"])[:6000]
+
+
+def shows(page: Any, condition: str, seconds: float = 60) -> None:
+    """Wait until an expression is true in the page, asked ten times a second.
+
+    Not with each picture that it draws, which is how Playwright waits unless told otherwise: on a
+    busy machine a page that nobody looks at may draw none. What the page was told goes into the
+    error.
+    """
+    end = time.monotonic() + seconds
+    while not page.evaluate(f"() => Boolean({condition})"):
+        if time.monotonic() > end:
+            told = page.evaluate("() => (window.told ?? []).map(({preview, ...rest}) => rest)")
+            raise AssertionError(f"waited {seconds} s in vain for {condition}; told: {told}")
+        page.wait_for_timeout(100)
