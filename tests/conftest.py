@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import tempfile
+from pathlib import Path
 
 import pytest
 
@@ -19,3 +20,18 @@ def few_objects_to_collect() -> None:
     """Have garbage collections pass over what was imported: a million objects, 0.25 s each time."""
     gc.collect()
     gc.freeze()
+
+
+LONG = (
+    "nodes/test_comfyui.py", "render/test_resume.py", "tools/test_demo_model.py",
+    "render/test_pipeline.py", "render/test_stored_weights.py", "workers/test_workers.py",
+    "tools/test_mutate.py", "tools/test_benchmarks.py",
+)  # fmt: skip
+"""Files of many seconds, each run by one process: begun last, one would keep the other waiting."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the files that take longest; all others stay in their order."""
+    here = Path(__file__).parent
+    places = {here / name: place for place, name in enumerate(LONG)}
+    items.sort(key=lambda item: places.get(item.path, len(LONG)))

@@ -415,13 +415,13 @@ def test_ctrl_c_ends_with_130_and_leaves_only_the_journal(model: Path, tmp_path:
     )  # fmt: skip
     assert process.stderr is not None
     seen = ""
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 180
     while "step/s" not in seen and time.monotonic() < deadline:
         seen += process.stderr.read(1)
     assert "step/s" in seen, seen
     process.send_signal(signal.SIGINT)
     rest = process.stderr.read()
-    assert process.wait(timeout=30) == 130
+    assert process.wait(timeout=120) == 130
     assert "interrupted" in rest and "Traceback" not in rest
     assert "Run the same command again to go on." in rest
     # No video, nothing half written: only the journal the same command goes on from.

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.cases import slow_but
 from support.decoding import decode_frames
 from support.dry_run import DryModel
 from support.machines import architecture, cpu, gpu
@@ -248,9 +249,12 @@ CASES = [
     (VAE_22, "fp32", 2, False, 22, 40),
     (VAE_22, "bf16", 3, True, 44, 80),
 ]
+QUICK = (CASES[1], CASES[2], CASES[3])
 
 
-@pytest.mark.parametrize(("shape", "dtype", "bands", "on_host", "height", "width"), CASES)
+@pytest.mark.parametrize(
+    ("shape", "dtype", "bands", "on_host", "height", "width"), slow_but(QUICK.__contains__, CASES)
+)
 def test_arithmetic_agrees_with_the_dry_run(
     monkeypatch: pytest.MonkeyPatch, shape: VaeShape, dtype: str, bands: int, on_host: bool,
     height: int, width: int,

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from support import wan_layouts as layouts
+from support.pace import pace
 
 from wan_core.detect.detector import ArchitectureDetector, inspect_file
 from wan_core.errors import CorruptFile, MissingFile, UnsupportedModel
@@ -100,12 +101,12 @@ def test_time_and_bytes(tmp_path: Path, counter: Counter, kind: str) -> None:
     file = layouts.stored(layouts.FILES["i2v-14b"][0], kind)
     path = layouts.write_sparse(tmp_path / "x.safetensors", file)
     check(path, "original", kind)
-    best = min(timed(path, kind) for _ in range(5))
+    # On a machine that has other work the best of three still counts.
+    best = min(timed(path, kind) for _ in range(3))
     counter.total[0] = 0
     check(path, "original", kind)
     assert counter.total[0] - header.read_table(path).header_bytes <= 2**20
-    # On a machine that has other work the best of five still counts.
-    assert best < 0.1, f"{best * 1000:.0f} ms"
+    assert best < 0.1 * pace(), f"{best * 1000:.0f} ms"
 
 
 def timed(path: Path, kind: str) -> float:
@@ -160,11 +161,11 @@ def test_a_20_shard_index_is_quick(tmp_path: Path, counter: Counter) -> None:
     layouts.write_shards(tmp_path, tensors, 20)
     detect(tmp_path)
     counter.total[0] = 0
-    start = time.perf_counter()
+    start = time.process_time()
     found = detect(tmp_path)
-    elapsed = time.perf_counter() - start
+    elapsed = time.process_time() - start
     assert found.name == "wan2.1-i2v-14b" and found.nbytes > 32e9
-    assert elapsed < 0.5 and counter.total[0] < 2 * 2**20
+    assert elapsed < 0.5 * pace() and counter.total[0] < 2 * 2**20
 
 
 VAES = {"vae 2.1": (layouts.vae_21(), 16), "vae 2.2": (layouts.vae_22(), 48)}
@@ -337,7 +338,7 @@ def test_a_umt5_gguf_with_its_vocabulary_is_quick(tmp_path: Path) -> None:
         part = inspect_file(path)
         best = min(best, time.process_time() - start)
     assert (part.kind, part.width, part.layers) == ("text_encoder", 4096, 24)
-    assert best < 0.4, f"{best:.3f} s"
+    assert best < 0.4 * pace(), f"{best:.3f} s"
 
 
 def test_paths_that_cannot_be(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from support import bad_files
+from support.pace import pace
 
 from wan_core.errors import CorruptFile, MissingFile, ModelFileError, UnsafeFile
 from wan_core.formats.index import find_weights, listing
@@ -437,4 +438,4 @@ def test_reads_only_the_header_of_a_sparse_28_gb_file(tmp_path: Path) -> None:
         file.truncate(8 + len(text) + 28_000_000_000)
     start = time.process_time()
     assert read_table(path).nbytes == 28_000_000_000
-    assert time.process_time() - start < 0.1
+    assert time.process_time() - start < 0.1 * pace()

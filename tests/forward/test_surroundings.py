@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from support.cases import in_turn
 from support.tiny_models import make_folder
 
 from wan_core import GenerationConfig, WanPipelineLoader
@@ -142,21 +144,29 @@ def made(models: Path, family: str, scheduler: str) -> torch.Tensor:
     return frames
 
 
-@pytest.mark.parametrize(
-    ("family", "scheduler"),
-    [
-        *(("wan2.1-t2v", scheduler) for scheduler in SCHEDULERS),
-        ("wan2.1-i2v", "unipc"), ("wan2.2-ti2v-5b", "unipc"),
-    ],
+@pytest.fixture(scope="module")
+def expected(models: Path) -> Callable[[str, str], torch.Tensor]:
+    return cache(partial(made, models))
+
+
+JOBS = (
+    *(("wan2.1-t2v", scheduler) for scheduler in SCHEDULERS),
+    ("wan2.1-i2v", "unipc"), ("wan2.2-ti2v-5b", "unipc"),
 )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "job"),
+    in_turn(SURROUNDINGS, JOBS),
+    ids=lambda value: "-".join(value) if isinstance(value, tuple) else value,
+)
 def test_a_video_is_the_same_whatever_surrounds_it(
-    models: Path, family: str, scheduler: str
+    models: Path, expected: Callable[[str, str], torch.Tensor], name: str, job: tuple[str, str]
 ) -> None:
-    expected = made(models, family, scheduler)
-    for name, surrounding in SURROUNDINGS.items():
-        with surrounding():
-            found = made(models, family, scheduler)
-        assert torch.equal(found, expected), name
+    wanted = expected(*job)
+    with SURROUNDINGS[name]():
+        found = made(models, *job)
+    assert torch.equal(found, wanted)
 
 
 def test_a_run_inside_autocast_spoils_no_later_one(models: Path) -> None:

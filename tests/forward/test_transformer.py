@@ -311,7 +311,7 @@ def _peak(
     ("family", "video", "equal", "further"),
     [
         ("wan2.1-t2v", (832, 480, 81), 0.48, 0.36),
-        ("wan2.1-t2v", (1280, 720, 81), 0.48, 0.36),
+        pytest.param("wan2.1-t2v", (1280, 720, 81), 0.48, 0.36, marks=pytest.mark.slow),
         ("wan2.2-ti2v-5b", (1280, 704, 121), 0.25, 0.15),
     ],
 )

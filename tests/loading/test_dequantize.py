@@ -11,6 +11,7 @@ import pytest
 import torch
 from support import reference_layouts as layouts
 from support import stored_files as files
+from support.cases import in_turn, slow_but
 from support.tiny_models import make_transformer
 from torch import Tensor, nn
 
@@ -223,8 +224,7 @@ def inputs(dtype: torch.dtype) -> dict[str, Tensor]:
 ALL_KINDS = (*files.KINDS, *files.GGUF_KINDS)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("kind", ALL_KINDS)
+@pytest.mark.parametrize(("kind", "dtype"), in_turn(ALL_KINDS, DTYPES), ids=str)
 def test_kept_and_dequantised_are_what_the_file_means(
     tmp_path: Path, model: nn.Module, kind: str, dtype: torch.dtype,
     monkeypatch: pytest.MonkeyPatch,
@@ -264,7 +264,12 @@ def digest(module: nn.Module) -> str:
     return total.hexdigest()
 
 
-@pytest.mark.parametrize("kind", ALL_KINDS)
+@pytest.mark.parametrize(
+    "kind",
+    slow_but(
+        {"fp8_rows", "int8_convrot", "mxfp8", "nvfp4", "Q4_K", "Q8_0"}.__contains__, ALL_KINDS
+    ),
+)
 def test_placements_and_forwards_change_no_bit(
     tmp_path: Path, model: nn.Module, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

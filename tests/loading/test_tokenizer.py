@@ -14,6 +14,7 @@ import torch
 import transformers
 from safetensors.torch import save_file
 from support import bad_files, gguf_umt5
+from support.cases import in_turn
 from support.tiny_models import make_image_encoder, make_tokenizer
 
 from wan_core.errors import CorruptFile, MissingFile, ModelMismatch, UnsupportedModel, WanError
@@ -211,8 +212,9 @@ def random_texts(count: int) -> list[str]:
     return ["".join(generator.choices(pool, k=generator.randrange(40))) for _ in range(count)]
 
 
-@pytest.mark.parametrize("rule", ["nmt_nfkc", "nmt_nfkc_cf", "identity"])
-@pytest.mark.parametrize("byte_fallback", [True, False])
+@pytest.mark.parametrize(
+    ("rule", "byte_fallback"), in_turn(("nmt_nfkc", "nmt_nfkc_cf", "identity"), (True, False))
+)
 def test_a_gguf_file_gives_the_ids_of_the_safetensors_file(
     tmp_path: Path, rule: str, byte_fallback: bool
 ) -> None:

@@ -93,7 +93,15 @@ VAE_CASES: dict[tuple[str, str, int, str], tuple[int, int, float, float]] = {
 }
 
 
-@pytest.mark.parametrize("case", VAE_CASES, ids=lambda case: " ".join(map(str, case)))
+SLOW = (("2.1", "bf16", 2, "encode"), ("2.1", "bf16", 2, "1 band"), ("2.2", "fp32", 1, "decode"),
+        ("2.2", "fp32", 1, "2 bands"))  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(case, marks=[pytest.mark.slow] * (case in SLOW)) for case in VAE_CASES],
+    ids=lambda case: " ".join(map(str, case)),
+)
 def test_vae(case: tuple[str, str, int, str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(host_cache, "_HOST", torch.device("meta"))  # told apart from the device
     within(VAE_CASES[case], *vae_runs(*case))

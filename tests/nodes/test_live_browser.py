@@ -86,7 +86,7 @@ def widget(page: Any, kind: str, name: str) -> Any:
     )
 
 
-def says(page: Any, text: str, seconds: float = 30) -> None:
+def says(page: Any, text: str, seconds: float = 120) -> None:
     try:
         page.wait_for_function(f"t => ({PANEL}).includes(t)", arg=text, timeout=seconds * 1000)
     finally:
@@ -123,7 +123,7 @@ def test_a_clip_that_does_not_fit_has_buttons_that_make_it_fit(
         set_widget(page, "WanGenerate", name, value)
     says(page, "Does not fit: ")
     button = page.locator(".wanfit-plan button", has_text="Make it").first
-    button.wait_for(timeout=60_000)
+    button.wait_for()
     shoot(page, server, "does-not-fit")
     button.dispatch_event("click")
     says(page, "Fits: ")
@@ -141,7 +141,7 @@ def test_swapped_experts_are_swapped_back_by_a_button(page: Any, server: ComfySe
     says(page, "Fits: ")
     assert widget(page, "WanLoader", "model") == single_files.HIGH
     assert widget(page, "WanLoader", "low_noise_model") == single_files.LOW
-    says(page, "switch of experts after step", 90)
+    says(page, "switch of experts after step")
     assert page.wanfit_errors == []
 
 
@@ -157,7 +157,7 @@ def test_a_render_is_watched_on_its_node(page: Any, server: ComfyServer) -> None
     page.wait_for_selector(".wanfit-run img[src^='data:image/webp']", state="attached")
     page.wait_for_function("document.querySelector('.wanfit-run').innerText.includes('so far')")
     shoot(page, server, "running")
-    page.wait_for_selector(".wanfit-run[data-stage=done]", state="attached", timeout=120_000)
+    page.wait_for_selector(".wanfit-run[data-stage=done]", state="attached")
     told = page.evaluate("told")
     steps = [one for one in told if one["stage"].startswith("denoise")]
     assert [one["step"] for one in steps] == list(range(1, 13))
@@ -204,7 +204,7 @@ def test_both_renderers_show_it(page: Any, server: ComfyServer) -> None:
     page.evaluate(setting, True)
     try:
         load(page, with_values(workflow("text_to_video")))
-        page.wait_for_selector("[data-node-id] .wanfit-plan", timeout=30_000)
+        page.wait_for_selector("[data-node-id] .wanfit-plan")
         says(page, "Fits: ")
         shoot(page, server, "nodes-2")
         set_widget(page, "WanGenerate", "width", 160)

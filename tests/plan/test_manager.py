@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from support.cases import pairs
 from support.machines import architecture, cpu, gpu
 
 from wan_core import OptimizationConfig, OptimizationManager
@@ -668,7 +669,7 @@ def attempt(
 
 
 @settings(
-    max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(
     name=NAMES, job=JOBS, system=MACHINES, wishes=WISHES, abilities=ABILITIES,
@@ -711,9 +712,10 @@ def test_on_any_machine(
 # ------------------------------------------------------------------- what cannot be carried out
 
 
-@pytest.mark.parametrize("forward", ["auto", "diffusers", "lean", "lean_rows"])
-@pytest.mark.parametrize("offload", ["auto", "model", "stream"])
-@pytest.mark.parametrize("name", [T2V, TI2V])
+@pytest.mark.parametrize(
+    ("name", "offload", "forward"),
+    pairs((T2V, TI2V), ("auto", "model", "stream"), ("auto", "diffusers", "lean", "lean_rows")),
+)
 def test_no_lean_forward_is_promised_where_there_is_none(
     name: str, offload: str, forward: str
 ) -> None:
@@ -727,7 +729,8 @@ def test_no_lean_forward_is_promised_where_there_is_none(
         plain = replace(requested, forward="diffusers")
         estimate = manager.estimate(*asked)
         assert estimate == manager.estimate(found, job, system, plain)
-        assert manager.what_fits(*asked) == manager.what_fits(found, job, system, plain)
+        if gib in (6, 24):  # a hundred estimates each
+            assert manager.what_fits(*asked) == manager.what_fits(found, job, system, plain)
         if not estimate.fits:
             try:
                 plans.append(manager.recommend_optimizations(*asked))

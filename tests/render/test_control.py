@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from support.tiny_models import components, folders, open_wan, pipeline
+from support.tiny_models import components, folders, open_kept, open_wan, pipeline
 
-from wan_core import GenerationConfig, WanControl
+from wan_core import GenerationConfig, WanControl, WanPipelineLoader
 from wan_core.errors import WanError
 from wan_core.job.steps import make_scheduler
 
@@ -21,6 +22,12 @@ TEXT = {"prompt": "a red cat moves right", "negative_prompt": "a dog", "seed": 7
 def pictures(count: int, seed: int = 0, width: int = 64, height: int = 32) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.rand(count, height, width, 3, generator=generator)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def nothing_is_left() -> Iterator[None]:
+    yield
+    WanPipelineLoader().clear_cache()
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +63,7 @@ def test_a_video_is_changed_as_diffusers_does(folder: Any, scheduler: str, denoi
             generator=torch.Generator().manual_seed(7), output_type=kind,
         ).frames  # fmt: skip
 
-    wrapper = open_wan(folder("wan2.1-t2v"))
+    wrapper = open_kept(folder("wan2.1-t2v"))
     result = make(
         wrapper, control=WanControl(video=video, denoise=denoise), scheduler=scheduler,
         flow_shift=3.0, guidance_scale=4.0,
@@ -134,7 +141,7 @@ def test_both_experts_or_only_the_one_that_makes_steps(
 
 
 def test_a_plan_without_the_idle_expert_needs_less(folder: Any) -> None:
-    wrapper = open_wan(folder("wan2.2-t2v-a14b"), offload="none")
+    wrapper = open_kept(folder("wan2.2-t2v-a14b"), offload="none")
     job = SIZE | TEXT | {"num_inference_steps": 8, "num_frames": 5}
     needs = {
         denoise: wrapper.estimate_memory_usage(
@@ -149,7 +156,7 @@ def test_the_5b_and_image_to_video_start_from_a_video_too(folder: Any) -> None:
     """The first frame of the 5B stays the given one; the I2V model keeps its condition."""
     video = pictures(9, 5)
     for family in ("wan2.2-ti2v-5b", "wan2.2-i2v-a14b"):
-        wrapper = open_wan(folder(family))
+        wrapper = open_kept(folder(family))
         job: dict[str, Any] = {"image": pictures(1, 6)[0]}
         plain = make(wrapper, **job)
         far, near = (
@@ -165,7 +172,7 @@ def test_the_5b_and_image_to_video_start_from_a_video_too(folder: Any) -> None:
 
 def test_windows_make_the_shortened_schedule(folder: Any) -> None:
     """Windows that cover the clip are the clip; shorter ones make as many steps from the video."""
-    wrapper, video = open_wan(folder("wan2.1-t2v")), pictures(33, 8)
+    wrapper, video = open_kept(folder("wan2.1-t2v")), pictures(33, 8)
     job: dict[str, Any] = {"num_frames": 33, "control": WanControl(video=video, denoise=0.6)}
     whole = make(wrapper, **job)
     covered = make(wrapper, **job, max_chunk_size=33, force_chunked_processing=True)
@@ -187,7 +194,7 @@ def test_windows_make_the_shortened_schedule(folder: Any) -> None:
 
 def test_every_segment_makes_the_shortened_schedule(folder: Any) -> None:
     """In continuation mode each segment starts from its own part of the video."""
-    wrapper, video = open_wan(folder("wan2.2-ti2v-5b")), pictures(33, 8)
+    wrapper, video = open_kept(folder("wan2.2-ti2v-5b")), pictures(33, 8)
     steps: list[int] = []
     made = make(
         wrapper, num_frames=33, image=pictures(1, 2)[0], window_mode="continuation",
@@ -207,7 +214,7 @@ def test_every_segment_makes_the_shortened_schedule(folder: Any) -> None:
 
 
 def test_a_render_from_a_video_that_was_cut_off_goes_on(folder: Any, tmp_path: Path) -> None:
-    wrapper, video = open_wan(folder("wan2.1-t2v")), pictures(9, 3)
+    wrapper, video = open_kept(folder("wan2.1-t2v")), pictures(9, 3)
 
     def job(video: torch.Tensor, **more: Any) -> dict[str, Any]:
         return {
@@ -233,7 +240,7 @@ def test_a_control_that_asks_for_nothing_is_none(folder: Any) -> None:
     """The bits, the plan and the identity of a job stay what they were."""
     from wan_core.journal.identity import identity_key, plain_identity, render_identity
 
-    wrapper = open_wan(folder("wan2.1-t2v"))
+    wrapper = open_kept(folder("wan2.1-t2v"))
     plain, empty = GenerationConfig(**SIZE, **TEXT), GenerationConfig(**SIZE, **TEXT)
     empty.control = WanControl()
     keys = []
@@ -252,7 +259,7 @@ def test_a_control_that_asks_for_nothing_is_none(folder: Any) -> None:
 @pytest.mark.parametrize("family", ["wan2.1-flf2v", "wan2.1-i2v"])
 def test_first_and_last_frame_are_key_frames(folder: Any, family: str) -> None:
     """A start and an end image equal key frames 0 and -1, given in any way and order."""
-    wrapper, (first, last) = open_wan(folder(family)), pictures(2, 1)
+    wrapper, (first, last) = open_kept(folder(family)), pictures(2, 1)
     today = make(wrapper, image=first, last_image=last)
     both = torch.stack([last, first])
     for more in (
@@ -266,7 +273,7 @@ def test_first_and_last_frame_are_key_frames(folder: Any, family: str) -> None:
 
 
 def test_one_key_frame_is_a_start_image(folder: Any) -> None:
-    wrapper, first = open_wan(folder("wan2.1-i2v")), pictures(1, 1)
+    wrapper, first = open_kept(folder("wan2.1-i2v")), pictures(1, 1)
     today = make(wrapper, image=first[0])
     assert torch.equal(make(wrapper, control=WanControl(keyframes=first)).latents, today.latents)
 
@@ -277,7 +284,7 @@ def test_leading_frames_of_the_5b(folder: Any) -> None:
     from wan_core.sampling import normalize_latents
 
     path, frames = folder("wan2.2-ti2v-5b"), pictures(5, 2)
-    wrapper = open_wan(path)
+    wrapper = open_kept(path)
     one = make(wrapper, control=WanControl(keyframes=frames[:1], positions="0"))
     assert torch.equal(one.latents, make(wrapper, image=frames[0]).latents)
     five = make(wrapper, control=WanControl(keyframes=frames, positions=range(5)))
@@ -289,7 +296,7 @@ def test_leading_frames_of_the_5b(folder: Any) -> None:
 
 
 def test_a_middle_frame_reaches_the_clip(folder: Any) -> None:
-    wrapper, frames = open_wan(folder("wan2.2-i2v-a14b")), pictures(3, 1)
+    wrapper, frames = open_kept(folder("wan2.2-i2v-a14b")), pictures(3, 1)
     places = {
         at: make(wrapper, control=WanControl(keyframes=frames[:2], positions=[0, at])).latents
         for at in (3, 4, 5)
@@ -299,7 +306,7 @@ def test_a_middle_frame_reaches_the_clip(folder: Any) -> None:
 
 def test_key_frames_in_windows(folder: Any) -> None:
     """A window that covers the clip is the clip, key frames and all."""
-    wrapper, frames = open_wan(folder("wan2.2-i2v-a14b")), pictures(2, 1)
+    wrapper, frames = open_kept(folder("wan2.2-i2v-a14b")), pictures(2, 1)
     job: dict[str, Any] = {"control": WanControl(keyframes=frames, positions=[2, 7])}
     whole = make(wrapper, **job)
     covered = make(wrapper, **job, max_chunk_size=9, force_chunked_processing=True)
@@ -307,7 +314,7 @@ def test_key_frames_in_windows(folder: Any) -> None:
 
 
 def test_an_estimate_knows_the_pictures(folder: Any) -> None:
-    wrapper = open_wan(folder("wan2.2-i2v-a14b"))
+    wrapper = open_kept(folder("wan2.2-i2v-a14b"))
     control = WanControl(keyframes=pictures(2), positions=[2, 7])
     config = GenerationConfig(**SIZE, **TEXT, control=control)
     stages = [stage.name for stage in wrapper.estimate_memory_usage(config).stages]
@@ -318,7 +325,7 @@ def test_an_estimate_knows_the_pictures(folder: Any) -> None:
 
 
 def test_what_is_done_to_a_video_is_said(folder: Any) -> None:
-    wrapper = open_wan(folder("wan2.1-t2v"))
+    wrapper = open_kept(folder("wan2.1-t2v"))
     config = GenerationConfig(**SIZE, **TEXT)
     for video, said in (
         (pictures(12), "12 frames; the first 9 are used"),
@@ -333,7 +340,7 @@ def test_what_is_done_to_a_video_is_said(folder: Any) -> None:
 
 
 def test_no_frames_means_those_of_the_video(folder: Any) -> None:
-    wrapper = open_wan(folder("wan2.1-t2v"))
+    wrapper = open_kept(folder("wan2.1-t2v"))
     result = make(wrapper, num_frames=0, control=WanControl(video=pictures(12), denoise=0.4))
     assert len(result.frames) == 9
 
@@ -351,7 +358,7 @@ def paths(frames: int = 9) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("family", ["wan2.1-i2v", "wan2.2-i2v-a14b"])
 def test_tracks_reach_the_condition(folder: Any, family: str) -> None:
     """As a start image and as key frame 0 they make the same clip, each form another one."""
-    wrapper, first = open_wan(folder(family)), pictures(1, 1)
+    wrapper, first = open_kept(folder(family)), pictures(1, 1)
     plain = make(wrapper, image=first[0]).latents
     for tracks in (ATI, paths()):
         a = make(wrapper, image=first[0], control=WanControl(tracks=tracks)).latents

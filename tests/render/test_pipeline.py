@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from support.cases import in_turn, pairs, slow_but
 from support.tiny_models import FAMILIES, components, folders, make_folder, open_wan, pipeline
 from support.traced import TracedMemory
 
@@ -87,12 +88,15 @@ CASES = [(f, f in IMAGE_FAMILIES) for f in FAMILIES if f != "wan2.2-ti2v-5b"]
 CASES.append(("wan2.2-ti2v-5b", True))
 
 
-@pytest.mark.parametrize("scales", [(4.0, 3.0), (1.0, 1.0)], ids=["guided", "unguided"])
-@pytest.mark.parametrize("scheduler", SCHEDULERS)
-@pytest.mark.parametrize(("family", "image"), CASES, ids=[f for f, _ in CASES])
+@pytest.mark.parametrize(
+    ("case", "scheduler", "scales"),
+    pairs(CASES, SCHEDULERS, ((4.0, 3.0), (1.0, 1.0))),
+    ids=lambda value: str(value[0] if isinstance(value, tuple) else value),
+)
 def test_equals_diffusers_bit_for_bit(
-    folder: Any, family: str, image: bool, scheduler: str, scales: tuple[float, float]
+    folder: Any, case: tuple[str, bool], scheduler: str, scales: tuple[float, float]
 ) -> None:
+    family, image = case
     images = images_of(family, image)
     latents, frames = reference(family, images, scheduler, scales)
     result = ours(folder(family), family, images, scheduler, scales)
@@ -253,7 +257,10 @@ PLANS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("family", ["wan2.1-flf2v", "wan2.2-i2v-a14b", "wan2.2-ti2v-5b"])
+@pytest.mark.parametrize(
+    "family",
+    slow_but("wan2.1-flf2v".__ne__, ["wan2.1-flf2v", "wan2.2-i2v-a14b", "wan2.2-ti2v-5b"]),
+)
 def test_every_way_to_run_a_plan_gives_the_same_bits(folder: Any, family: str) -> None:
     """The ways a large model is run on a card, carried out here on a CPU."""
     # A size with more than 16 tokens: CPU products of fewer rows round in another way.
@@ -314,8 +321,7 @@ def test_windows_that_cover_the_clip_equal_the_plain_run(folder: Any) -> None:
     assert torch.equal(plain.frames, windowed.frames)
 
 
-@pytest.mark.parametrize("frames", [9, 13, 16, 32, 33])
-@pytest.mark.parametrize("size", [None, 2, 4])
+@pytest.mark.parametrize(("frames", "size"), in_turn((9, 13, 16, 32, 33), (None, 2, 4)))
 def test_forced_windows_are_made_and_called(folder: Any, frames: int, size: int | None) -> None:
     """Their length is the plan's chunk_size, and what the result says of them is true."""
     wrapper = open_wan(folder("wan2.1-t2v"), chunk_size=size)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from support.cases import in_turn
 from support.clips import read
 from support.failures import failing
 from support.tiny_models import folders, make_folder, open_wan
@@ -54,21 +55,28 @@ def picture() -> Image.Image:
     return Image.fromarray(pixels)
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_the_run_goes_on_with_a_smaller_plan_and_the_same_bits(folder: Any, stage: str) -> None:
+@pytest.fixture(scope="module")
+def plain(folder: Any) -> Any:
+    """The run in which memory does not run out."""
     config = GenerationConfig(**JOB, image=picture())
-    plain = open_wan(folder("wan2.1-i2v")).generate(config).raise_for_error()
+    return open_wan(folder("wan2.1-i2v")).generate(config).raise_for_error()
+
+
+@pytest.mark.parametrize(("stage", "kind"), in_turn(STAGES, KINDS))
+def test_the_run_goes_on_with_a_smaller_plan_and_the_same_bits(
+    folder: Any, plain: Any, stage: str, kind: str
+) -> None:
     component, inner, at = STAGES[stage]
-    for kind in KINDS:
-        wrapper = open_wan(folder("wan2.1-i2v"))
-        failing(wrapper, component, inner, at, KINDS[kind])
-        steps: list[int] = []
-        config.progress_callback = lambda step, *_, to=steps: to.append(step)
-        result = wrapper.generate(config).raise_for_error()
-        assert torch.equal(result.latents, plain.latents), kind
-        assert torch.equal(result.frames, plain.frames), kind
-        assert steps == [1, 2, 3, 4], kind  # no finished step was made again
-        assert any("Memory ran out in stage" in text for text in result.warnings), kind
+    wrapper = open_wan(folder("wan2.1-i2v"))
+    failing(wrapper, component, inner, at, KINDS[kind])
+    steps: list[int] = []
+    config = GenerationConfig(**JOB, image=picture())
+    config.progress_callback = lambda step, *_: steps.append(step)
+    result = wrapper.generate(config).raise_for_error()
+    assert torch.equal(result.latents, plain.latents)
+    assert torch.equal(result.frames, plain.frames)
+    assert steps == [1, 2, 3, 4]  # no finished step was made again
+    assert any("Memory ran out in stage" in text for text in result.warnings)
 
 
 class FailAt(TorchDispatchMode):
@@ -92,7 +100,8 @@ def few_objects() -> None:
     gc.freeze()
 
 
-def test_at_every_tenth_operation(tmp_path: Path) -> None:
+@pytest.mark.parametrize("apart", [41, pytest.param(10, marks=pytest.mark.slow)])
+def test_at_operation_after_operation(tmp_path: Path, apart: int) -> None:
     """Found twice: a step taken by the scheduler and not by us, a chunk decoded and not kept."""
     folder = make_folder(tmp_path / "model", "wan2.1-t2v", transformer={"num_layers": 1})
     loader = WanPipelineLoader(enable_caching=True)
@@ -116,7 +125,7 @@ def test_at_every_tenth_operation(tmp_path: Path) -> None:
     plain.raise_for_error()
     _, _, operations = run(0)
     gave_up = []
-    for at in range(5, operations, 10):
+    for at in range(5, operations, apart):
         result, steps, _ = run(at)
         if result.success:
             assert steps == [1, 2], at

@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import save_file
 from support import single_files
 from support import stored_files as files
+from support.cases import in_turn, slow_but
 from support.stored_models import LAYERS, encoder, experts, states
 from torch import Tensor
 
@@ -90,17 +91,18 @@ def hashes(wrapper: Any, pair: list[Path]) -> tuple[list[str], list[str]]:
     return [hashlib.sha256(path.read_bytes()).hexdigest() for path in pair], layers
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_every_kind_gives_the_bits_of_what_it_means(home: Path, plain: Tensor, kind: str) -> None:
+@pytest.mark.parametrize(("kind", "placed"), in_turn(KINDS, ("resident", "streamed")))
+def test_every_kind_gives_the_bits_of_what_it_means(
+    home: Path, plain: Tensor, kind: str, placed: str
+) -> None:
     stored, meant = experts(home, kind)
     expected = latents(opened(home, meant))
-    for wishes in (RESIDENT, STREAMED):
-        wrapper = opened(home, stored, **wishes)
-        assert torch.equal(latents(wrapper), expected), wishes
-        layers = layers_of(wrapper)
-        assert len(layers) == LAYERS  # none was dequantised while it was loaded
-        assert all(layer.weight.dtype == torch.int8 for layer in layers)
-        assert all(is_mapped(layer.weight) for layer in layers)
+    wrapper = opened(home, stored, **(RESIDENT if placed == "resident" else STREAMED))
+    assert torch.equal(latents(wrapper), expected)
+    layers = layers_of(wrapper)
+    assert len(layers) == LAYERS  # none was dequantised while it was loaded
+    assert all(layer.weight.dtype == torch.int8 for layer in layers)
+    assert all(is_mapped(layer.weight) for layer in layers)
     assert not torch.equal(expected, plain)  # how it is stored matters to the result
 
 
@@ -113,7 +115,10 @@ def plain(home: Path) -> Tensor:
     return latents(opened(home, pair))
 
 
-@pytest.mark.parametrize("kind", ["fp8_rows", "int8_convrot", "nvfp4", "Q4_K"])
+@pytest.mark.parametrize(
+    "kind",
+    slow_but({"int8_convrot", "Q4_K"}.__contains__, ["fp8_rows", "int8_convrot", "nvfp4", "Q4_K"]),
+)
 def test_placements_and_forwards_change_no_bit(home: Path, kind: str) -> None:
     stored, meant = experts(home, kind)
     expected = latents(opened(home, meant))
@@ -141,7 +146,10 @@ def lora(home: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("kind", ["fp8_scaled", "int8_convrot", "mxfp8", "Q8_0"])
+@pytest.mark.parametrize(
+    "kind",
+    slow_but({"fp8_scaled", "Q8_0"}.__contains__, ["fp8_scaled", "int8_convrot", "mxfp8", "Q8_0"]),
+)
 def test_a_lora_and_windows_on_top(home: Path, lora: Path, kind: str) -> None:
     stored, meant = experts(home, kind)
     loras = [WanLoRA(lora, strength=0.7)]
@@ -229,7 +237,15 @@ def stopping(after: int) -> Callable[..., None]:
 
 @pytest.mark.parametrize(
     ("kind", "wishes"),
-    [("fp8_scaled", RESIDENT), ("Q4_K", RESIDENT), ("int8_convrot", STREAMED), ("nvfp4", STREAMED)],
+    slow_but(
+        lambda case: case[0] in ("fp8_scaled", "int8_convrot"),
+        [
+            ("fp8_scaled", RESIDENT),
+            ("Q4_K", RESIDENT),
+            ("int8_convrot", STREAMED),
+            ("nvfp4", STREAMED),
+        ],
+    ),
 )
 def test_no_stored_byte_changes_and_a_render_goes_on(
     home: Path, tmp_path: Path, lora: Path, kind: str, wishes: dict[str, Any]
@@ -269,7 +285,15 @@ def broken(*_: Any) -> None:
 
 @pytest.mark.parametrize(
     ("kind", "style"),
-    [("fp8_scaled", "old"), ("fp8_rows", "notes"), ("int8_rows", "metadata"), ("mxfp8", "notes")],
+    slow_but(
+        lambda case: case[0] in ("fp8_scaled", "int8_rows"),
+        [
+            ("fp8_scaled", "old"),
+            ("fp8_rows", "notes"),
+            ("int8_rows", "metadata"),
+            ("mxfp8", "notes"),
+        ],
+    ),
 )
 def test_the_text_encoder_as_stored(home: Path, kind: str, style: str) -> None:
     path, meant = encoder(home, kind, style)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from support.cases import in_turn
 from support.tiny_models import VACE_FAMILIES, components, make_folder, pipeline
 
 from wan_core import GenerationConfig, PipelineManager, WanControl, WanPipelineLoader
@@ -84,11 +85,11 @@ CASES = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("family", VACE_FAMILIES)
-@pytest.mark.parametrize(("given", "references", "scale"), CASES)
+@pytest.mark.parametrize(("family", "case"), in_turn(VACE_FAMILIES, CASES))
 def test_equals_diffusers_bit_for_bit(
-    folders: dict[str, Path], family: str, given: bool, references: int, scale: Any
+    folders: dict[str, Path], family: str, case: tuple[bool, int, Any]
 ) -> None:
+    given, references, scale = case
     latents = diffusers(family, references, scale, given, output_type="latent").frames
     found = control(
         strength=scale,

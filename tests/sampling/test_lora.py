@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support.as_pack import load_pack, open_model, part
+from support.cases import in_turn
 from support.lean_models import inputs_of, model_of
 from support.machines import architecture
 from support.stored_files import gguf_blocks
@@ -951,8 +952,9 @@ def test_the_command_line_s_form(text: str, lora: WanLoRA) -> None:
 # Guided steps before the distilled LoRA --------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", ["wan2.1-t2v", "wan2.2-t2v-a14b"])
-@pytest.mark.parametrize("guided", [1, 2, 3])
+@pytest.mark.parametrize(
+    ("family", "guided"), in_turn(("wan2.1-t2v", "wan2.2-t2v-a14b"), (1, 2, 3))
+)
 def test_guided_steps_are_those_of_a_run_without_the_lora(
     folders: Any, tmp_path: Path, family: str, guided: int
 ) -> None:

@@ -50,6 +50,7 @@ def open_page(url: str, browser: Path, size: tuple[int, int] = (1600, 900)) -> I
         try:
             context = chromium.new_context(viewport={"width": size[0], "height": size[1]})
             page = context.new_page()
+            page.set_default_timeout(120_000)  # of a busy machine, too
             page.wanfit_errors = []
             page.on("console", lambda message: _note(page, message.type, message.text))
             page.on("pageerror", lambda error: _note(page, "error", str(error)))

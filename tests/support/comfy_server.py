@@ -126,6 +126,7 @@ class ComfyServer:
         environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
         self._log = self.log_path.open("w")
         self._log_seen = 0
+        self._began = time.monotonic()
         self._process = subprocess.Popen(
             command, cwd=self.checkout, stdout=self._log, stderr=subprocess.STDOUT, env=environment
         )
@@ -133,6 +134,7 @@ class ComfyServer:
     def await_start(self, seconds: float = 120) -> None:
         """Wait until ComfyUI answers."""
         self.wait_until(self._answers, seconds, pause=0.1)
+        self.start_seconds = time.monotonic() - self._began
 
     def _answers(self) -> bool:
         if self._process.poll() is not None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.cases import slow_but
 
 from tools import (
     clips,
@@ -132,7 +133,13 @@ def test_a_score_counts_only_what_was_asked() -> None:
     assert score.row().count("|") == judge_control.HEAD.splitlines()[0].count("|")
 
 
-@pytest.mark.parametrize("kind", ["inpaint", "edges", "frames", "reference inpaint"])
+@pytest.mark.parametrize(
+    "kind",
+    slow_but(
+        {"edges", "reference inpaint"}.__contains__,
+        ["inpaint", "edges", "frames", "reference inpaint"],
+    ),
+)
 def test_a_lesson_is_encoded_as_a_render_encodes_it(vae: Any, kind: str) -> None:
     from wan_core.sampling.vace import ControlClip, encode_grey, encode_vace
 

@@ -100,7 +100,7 @@ def test_latent_statistics_are_those_of_the_generator_s_clips() -> None:
     from diffusers import AutoencoderKLWan
 
     vae = AutoencoderKLWan.from_pretrained(MODEL / "t2v" / "vae").float()
-    scenes = clips.sample_scenes(24, generator=torch.Generator().manual_seed(11))
+    scenes = clips.sample_scenes(12, generator=torch.Generator().manual_seed(11))
     with torch.no_grad():
         latents = torch.cat(
             [vae.encode(clip * 2 - 1).latent_dist.mode() for clip in clips.render(scenes).split(4)]
@@ -116,16 +116,17 @@ def test_round_trip_of_fresh_clips() -> None:
     from diffusers import AutoencoderKLWan
 
     vae = AutoencoderKLWan.from_pretrained(MODEL / "t2v" / "vae").float()
-    assert round_trip(vae, 4, seed=77) >= 30.0
+    assert round_trip(vae, 2, seed=77) >= 30.0
 
 
-def test_twelve_prompts_show_what_they_say(t2v: Any) -> None:
-    found = score(t2v, "t2v", 12)
-    assert found.right["colour"] >= 11, str(found)
-    assert found.right["direction"] >= 11, str(found)
-    assert found.right["shape"] >= 11, str(found)
-    assert found.right["background"] >= 11, str(found)
-    assert found.right["steady"] >= 10, str(found)
+@pytest.mark.parametrize("count", [6, pytest.param(12, marks=pytest.mark.slow)])
+def test_prompts_show_what_they_say(t2v: Any, count: int) -> None:
+    found = score(t2v, "t2v", count)
+    assert found.right["colour"] >= count - 1, str(found)
+    assert found.right["direction"] >= count - 1, str(found)
+    assert found.right["shape"] >= count - 1, str(found)
+    assert found.right["background"] >= count - 1, str(found)
+    assert found.right["steady"] >= count - count // 6, str(found)
 
 
 def test_a_long_clip_keeps_its_object() -> None:
@@ -137,12 +138,13 @@ def test_a_long_clip_keeps_its_object() -> None:
         assert right == frames == 65, f"{cell}: {right} of {frames} frames"
 
 
-def test_an_image_begins_the_clip_and_stays(i2v: Any) -> None:
-    found = score(i2v, "i2v", 4)
+@pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_an_image_begins_the_clip_and_stays(i2v: Any, count: int) -> None:
+    found = score(i2v, "i2v", count)
     assert min(found.start) >= 25.0, str(found)
-    assert found.right["colour"] == 4, str(found)
-    assert found.right["direction"] >= 3, str(found)
-    assert found.right["shape"] >= 3, str(found)
+    assert found.right["colour"] == count, str(found)
+    assert found.right["direction"] >= count - count // 4, str(found)
+    assert found.right["shape"] >= count - count // 4, str(found)
 
 
 def test_seventeen_frames_take_at_most_fifteen_seconds(t2v: Any) -> None:
@@ -223,7 +225,7 @@ def obeyed(wrapper: Any, kind: str, count: int) -> judge_control.Score:
 
 @pytest.mark.parametrize("kind", ["inpaint", "edges", "reference"])
 def test_vace_obeys_a_mask_a_drawing_and_a_reference(vace: Any, kind: str) -> None:
-    found = obeyed(vace, kind, 2)
+    found = obeyed(vace, kind, 1)
     assert found.share("obeys") == 1, str(found)
 
 
