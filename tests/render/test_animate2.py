@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
+from support import reference_layouts as layouts
 from support.animate2_models import clip_encoder, dense_flex, diffusers_model, plain_model
 from support.tiny_models import components, make_scheduler, open_wan
 
@@ -121,3 +125,28 @@ def test_killed_in_the_second_segment_goes_on_with_equal_bits(
     again.raise_for_error()
     assert again.metadata["resumed"] == "segment 2 of 2, after step 1 of 2"
     assert torch.equal(again.frames, whole.frames) and torch.equal(again.latents, whole.latents)
+
+
+@pytest.mark.slow
+def test_official_names_and_fp8_give_the_same_bits(
+    parts: dict[str, Any], files: WanModelFiles, tmp_path: Path
+) -> None:
+    def latents(name: str, weights: dict[str, torch.Tensor]) -> torch.Tensor:
+        save_file(weights, tmp_path / name)
+        other = replace(files, transformer=tmp_path / name)
+        found = open_wan(other).generate(config()).raise_for_error().latents
+        assert found is not None
+        return found
+
+    plain = layouts.original_transformer(layouts.state_of(parts["transformer"]))
+    nested = {re.sub(r"^(blocks\.\d+)\.", r"\1.block.", name): one for name, one in plain.items()}
+    expected = open_wan(files).generate(config()).raise_for_error().latents
+    assert torch.equal(latents("x.safetensors", nested), expected)
+    fp8 = {
+        name: one.to(torch.float8_e4m3fn) if name.startswith("blocks") and one.ndim == 2 else one
+        for name, one in plain.items()
+    }
+    wide = {name: one.to(torch.float32) for name, one in fp8.items()}
+    stored = latents("wan_animate_2_fp8.safetensors", fp8)
+    assert torch.equal(stored, latents("wan_animate_2.safetensors", wide))
+    assert not torch.equal(stored, expected)
