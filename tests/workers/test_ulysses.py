@@ -398,8 +398,10 @@ def test_four_processes_share_guidance_and_cut_also_when_some_are_stopped(folder
 
     found = made(open_wan(path, devices=4), job, progress_callback=harm)
     assert equal(found, whole)
-    for fate in ("has ended", "said nothing for"):
-        assert any(fate in text for text in found.warnings), found.warnings
+    told = " ".join(found.warnings)
+    assert "has ended" in told, told
+    # In the middle of a pass, or asked for its memory where the experts change.
+    assert "said nothing for" in told or "did not give back its memory" in told, told
     assert len(pool.pids) == 4 and not set(pids) & set(pool.pids)
     longest = max(b - a for a, b in pairwise(ends))
     assert longest < 120, longest  # the other gang goes on, or a new one starts
