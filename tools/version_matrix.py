@@ -42,7 +42,7 @@ MIDDLE = ("diffusers==0.38.0", *HTTP)
 QUICK = (
     "tests/forward/test_sources.py",
     "tests/forward/test_transformer.py::test_equal_bits",
-    "tests/forward/test_vae.py::test_bits_are_those_of_diffusers",
+    "tests/decoding/test_lean.py::test_bits_are_those_of_diffusers",
     "tests/render/test_pipeline.py::test_equals_diffusers_bit_for_bit",
 )
 QUICK_ONLY = "not (euler or dpm or unguided)"

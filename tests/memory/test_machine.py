@@ -179,6 +179,7 @@ def test_a_bus_from_generation_and_width() -> None:
 # ------------------------------------------------------------------------ other machines
 
 LINUX: dict[str, Any] = {
+    "between": {"links": {}, "threads": 0, "trials": {}},
     "device": "cuda:0",
     "device_name": "NVIDIA GeForce RTX 4090",
     "device_total_bytes": 24 * GIB,

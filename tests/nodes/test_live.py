@@ -90,6 +90,8 @@ def graph(sampler: str = "WanGenerate", loader: Any = None, **inputs: Any) -> di
 # -- a plan -------------------------------------------------------------------------------------
 def test_a_plan_is_what_the_run_would_be(pack: ModuleType, asker: Asker) -> None:
     size = {"width": 1280, "height": 720, "num_frames": 81}
+    loaded = part(pack, "wan_core.loading").component_cache().loaded
+    before = loaded()
     found = asker.ask(graph(**size))
     assert found["ok"] and found["fits"] is True
     job = asker.live.open(part(pack, "nodes.wired").read_wired(body(graph(**size))))
@@ -106,7 +108,7 @@ def test_a_plan_is_what_the_run_would_be(pack: ModuleType, asker: Asker) -> None
     assert found["device"] == "GPU 24"
     assert found["headline"].startswith("Fits: ")
     # Nothing was loaded, and no lease would keep weights.
-    assert not part(pack, "wan_core.loading").component_cache().loaded()
+    assert loaded() == before
 
 
 def test_what_the_user_prefers_counts_below_what_the_nodes_say(

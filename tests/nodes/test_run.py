@@ -265,7 +265,7 @@ def test_the_control_node_holds_what_it_is_given(pack: ModuleType) -> None:
     found = [one.name for one in fields(part(pack, "wan_core").WanControl)]
     assert found == [
         "video", "mask", "reference", "keyframes", "positions", "camera", "tracks", "strength",
-        "denoise", "clear_masked",
+        "denoise", "clear_masked", "face_video", "background_video",
     ]  # fmt: skip
 
 
