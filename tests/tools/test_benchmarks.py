@@ -102,6 +102,7 @@ def stored_model(monkeypatch: pytest.MonkeyPatch) -> Any:
     return stored_model
 
 
+@pytest.mark.slow
 def test_files_people_have_with_small_models(
     stored_model: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

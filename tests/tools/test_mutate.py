@@ -173,6 +173,7 @@ def test_killed_survived_and_endless(
     assert (small / "wan_core/memory/thing.py").read_text() == MODULE, "only copies are changed"
 
 
+@pytest.mark.slow
 def test_shards_are_kept_gone_on_with_and_merged(
     small: Path, impatient: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
