@@ -36,8 +36,27 @@ CONTROLLED = (
 )  # fmt: skip
 """Workflows that the help page of WanControl shows."""
 WORKFLOWS = ("text_to_video", "long_video", *CONTROLLED)
+GRAPHS = ("single_files", "animate_character", "animate_replace_character")
+"""Workflows of files that do not ship along: their thumbnail is the graph itself."""
 LOOK = """([scale, x, y]) => {
   app.canvas.ds.scale = scale; app.canvas.ds.offset = [x, y]; app.canvas.setDirty(true, true);
+}"""
+FIT = """() => {
+  const nodes = app.graph._nodes, ds = app.canvas.ds;
+  const left = Math.min(...nodes.map(n => n.pos[0])), top = Math.min(...nodes.map(n => n.pos[1]));
+  const right = Math.max(...nodes.map(n => n.pos[0] + n.size[0]));
+  const bottom = Math.max(...nodes.map(n => n.pos[1] + n.size[1]));
+  ds.scale = Math.min((innerWidth - 160) / (right - left), (innerHeight - 200) / (bottom - top));
+  ds.offset = [70 / ds.scale - left, 70 / ds.scale - top]; app.canvas.setDirty(true, true);
+}"""
+EXTENT = """() => {
+  const nodes = app.graph._nodes, ds = app.canvas.ds, edge = 12;
+  const canvas = app.canvas.canvas.getBoundingClientRect();
+  const at = nodes.map(n => [ds.convertOffsetToCanvas([n.pos[0], n.pos[1] - 30]),
+    ds.convertOffsetToCanvas([n.pos[0] + n.size[0], n.pos[1] + n.size[1]])]);
+  const x = Math.min(...at.map(b => b[0][0])) - edge, y = Math.min(...at.map(b => b[0][1])) - edge;
+  return {x: x + canvas.x, y: y + canvas.y, width: Math.max(...at.map(b => b[1][0])) + edge - x,
+    height: Math.max(...at.map(b => b[1][1])) + edge - y};
 }"""
 ADD_LORA = """() => {
   for (const n of app.graph._nodes) n.mode = 4;
@@ -82,7 +101,11 @@ def main() -> None:
             page.wait_for_timeout(2000)
             if not sys.argv[1:]:
                 help_pictures(page)
-            workflow_pictures(page, server, sys.argv[1:] or WORKFLOWS)
+            asked = sys.argv[1:] or (*WORKFLOWS, *GRAPHS)
+            workflow_pictures(page, server, [name for name in asked if name not in GRAPHS])
+            for name in GRAPHS:
+                if name in asked:
+                    graph_picture(page, name)
 
 
 def help_pictures(page: Any) -> None:
@@ -168,6 +191,26 @@ def workflow_pictures(page: Any, server: ComfyServer, names: Iterable[str]) -> N
             page.screenshot(path=str(target), type="jpeg", quality=75)
         if name == "key_frames":
             node_picture(page, "WanControl")
+
+
+def graph_picture(page: Any, name: str) -> None:
+    """Take the whole graph of a workflow as its thumbnail."""
+    import io
+
+    from PIL import Image
+
+    # Large: from afar ComfyUI draws no words. What a node says of files that are missing is hidden.
+    page.set_viewport_size({"width": 2600, "height": 1900})
+    page.add_style_tag(content=".wanfit-plan { visibility: hidden }")
+    load(page, name)
+    page.evaluate(FIT)
+    page.wait_for_timeout(1500)
+    box = page.evaluate(EXTENT)
+    picture = Image.open(io.BytesIO(page.screenshot(clip=box))).convert("RGB")
+    picture.resize((640, 640 * picture.height // picture.width), Image.Resampling.LANCZOS).save(
+        ROOT / "example_workflows" / f"{name}.jpg"
+    )
+    page.set_viewport_size({"width": WINDOW[0], "height": WINDOW[1]})
 
 
 def save_thumbnail(server: ComfyServer, entry: dict[str, Any], target: Path) -> None:

@@ -1,7 +1,8 @@
 """A character in a running ComfyUI: replaced in a video, segment by segment, to an mp4.
 
 Small weights of the true class; pictures from ComfyUI's own nodes. Killed in the second segment
-and queued again, the render goes on and gives the frames of an undisturbed one.
+and queued again, the render goes on and gives the frames of an undisturbed one. Both example
+workflows run as they are shipped, with small files of the names and layouts that they ask for.
 """
 
 from __future__ import annotations
@@ -10,14 +11,27 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import av
+import numpy as np
 import pytest
 import torch
-from support import tiny_models
-from support.comfy_graphs import frames_of, graph, read_video, saved_video
+from PIL import Image
+from support import animate_files, tiny_models
+from support.comfy_browser import api_prompt, find_browser, open_page
+from support.comfy_graphs import (
+    as_api,
+    frames_of,
+    graph,
+    read_video,
+    saved_video,
+    with_values,
+    workflow,
+)
 from support.comfy_server import ComfyServer, find_checkout, find_python
 
 CHECKOUT = find_checkout()
 PYTHON = CHECKOUT if isinstance(CHECKOUT, str) else find_python(CHECKOUT)
+BROWSER = find_browser()
 WIDTH, HEIGHT, FRAMES, STEPS = 64, 48, 22, 20
 
 pytestmark = [
@@ -38,8 +52,24 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ComfyServer]:
         running.base / "models" / "diffusers" / "tiny-animate", tiny_models.ANIMATE,
         transformer=deep,
     )  # fmt: skip
+    animate_files.write(running.base / "models")
+    write_inputs(running.base / "input")
     with running:
         yield running
+
+
+def write_inputs(folder: Path) -> None:
+    """What the example workflows name: a picture, and silent videos of 25 frames a second."""
+    Image.new("RGB", (40, 56), (200, 120, 60)).save(folder / "character.png")
+    for number, name in enumerate(("driving", "source", "pose", "face", "mask")):
+        with av.open(str(folder / f"{name}.mp4"), "w") as container:
+            stream = container.add_stream("libx264", rate=25)
+            stream.width, stream.height, stream.pix_fmt = WIDTH, HEIGHT, "yuv420p"
+            for frame in range(FRAMES):
+                pixels = np.zeros((HEIGHT, WIDTH, 3), np.uint8)
+                pixels[8:40, 2 * frame : 2 * frame + 20] = 255 if name == "mask" else 90 + number
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+            container.mux(stream.encode(None))
 
 
 def picture(frames: int, width: int, height: int, colour: int) -> dict[str, Any]:
@@ -86,3 +116,42 @@ def test_a_character_is_replaced_and_goes_on_after_the_server_was_killed(
     server.run(replaced(resume="never"))
     assert torch.equal(frames_of(server, "replaced"), after)
     assert after.std() > 0.01  # not one flat colour
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("animate_character", ("model: Wan Animate 2 14B", "lcm", "int8")),
+        ("animate_replace_character", ("model: Wan 2.2 Animate 14B", "fp8 scaled per tensor")),
+    ],
+)
+def test_an_example_workflow_runs_to_an_mp4(
+    server: ComfyServer, name: str, told: tuple[str, ...]
+) -> None:
+    small = {"width": WIDTH, "height": HEIGHT, "steps": 2, "window_frames": 13}
+    prompt = as_api(with_values(workflow(name), **small))
+    sampler = next(key for key, one in prompt.items() if one["class_type"] == "WanChunkedSampler")
+    node = next(key for key, one in prompt.items() if one["class_type"] == "SaveVideo")
+    prompt["90"] = {"class_type": "WanFitProbeText", "inputs": {"value": [sampler, 3]}}
+    outputs = server.run(prompt)
+    report = outputs["90"]["value"][0]
+    assert all(words in report for words in ("2 segments of 13", *told)), report
+    frames, _, rate = read_video(saved_video(server, outputs, node))
+    assert len(frames) == FRAMES and frames[0].shape == (HEIGHT, WIDTH, 3)
+    assert rate == 25.0  # the driving video's
+    assert np.stack(frames).std() > 1  # not one flat colour
+
+
+@pytest.mark.skipif(isinstance(BROWSER, str), reason=str(BROWSER))
+def test_the_example_workflows_open_in_the_browser_as_they_are_stored(server: ComfyServer) -> None:
+    assert isinstance(BROWSER, Path)
+    with open_page(server.url, BROWSER) as page:
+        for name in ("animate_character", "animate_replace_character"):
+            saved = workflow(name)
+            sent, stored = api_prompt(page, saved), as_api(saved)
+            assert sent.keys() == stored.keys()
+            for key, node in stored.items():
+                node["inputs"].pop("upload", None)  # a button
+                assert node["class_type"] == sent[key]["class_type"]
+                assert node["inputs"].items() <= sent[key]["inputs"].items()
+        assert page.wanfit_errors == []
