@@ -28,7 +28,7 @@ from support.http_server import Client, form, serving
 
 from wan_core import GenerationConfig
 from wan_core.errors import InvalidRequest, OutputError
-from wan_core.render.video import VideoWriter
+from wan_core.render.video import VideoWriter, read_video
 from wan_core.serve.carry import Outcome
 from wan_core.serve.crew import Hand
 from wan_core.serve.fields import Upload, read_job
@@ -36,6 +36,7 @@ from wan_core.serve.http import Guard
 from wan_core.serve.jobs import BatchJob
 from wan_core.serve.queue import Queue, new_id
 from wan_core.serve.server import check_token, read_token
+from wan_core.serve.uploads import look_at
 
 TINY = {"num_frames": 5, "width": 32, "height": 32, "num_inference_steps": 2}
 TOKEN = "a-token-of-some-length"
@@ -130,6 +131,14 @@ BAD: list[tuple[dict[str, Any], str, str]] = [
     ({"width": 33_000_000}, "width", "width"),
     ({"flow_shift": "nan"}, "flow_shift", "a number is needed"),
     ({"size": "32 by 32"}, "size", "WIDTHxHEIGHT"),
+    ({"size": f"{'9' * 5000}x32"}, "size", "WIDTHxHEIGHT"),
+    ({"seed": "1" + "0" * 400}, "seed", "below 1e20"),
+    ({"seed": "9" * 5000}, "seed", "a whole number is needed"),
+    ({"seconds": "1e308"}, "seconds", "fewer than 1e20 frames"),
+    ({"seconds": "inf"}, "seconds", "above 0"),
+    ({"seconds": "nan"}, "seconds", "above 0"),
+    ({"lora": '{"name": "x", "scale": 1' + "0" * 400 + "}"}, "lora", "wrong scale"),
+    ({"extra_params": '{"enable_optimizations": "x"}'}, "enable_optimizations", "True or False"),
     ({"size": "48x32", "width": 32}, "size", "give one of them"),
     ({"seconds": "-1"}, "seconds", "above 0"),
     ({"seconds": "4", "num_frames": 5}, "seconds", "give one of them"),
@@ -155,6 +164,7 @@ def test_what_is_wrong_is_named_and_leaves_nothing(idle: tuple[Client, Any]) -> 
         assert why in told["error"]["message"], (fields, told)
     for body, kind, why in (
         (b"{", "application/json", "is not JSON"), (b"[]", "application/json", "JSON object"),
+        (b'{"prompt": "x", "seed": 1' + b"0" * 400 + b"}", "application/json", "below 1e20"),
         (b"x", "text/plain", "text/plain"), (b"x", "multipart/form-data", "no boundary"),
         (b"x", "multipart/form-data; boundary=b", "broken"),
         (b'--b\r\nContent-Disposition: form-data; name="prompt"\r\n\r\nx',
@@ -162,6 +172,9 @@ def test_what_is_wrong_is_named_and_leaves_nothing(idle: tuple[Client, Any]) -> 
     ):  # fmt: skip
         status, told = client.ask("POST", "/v1/videos", body, {"Content-Type": kind})
         assert status == 400 and why in told["error"]["message"], told
+    for limit in ("9" * 5000, "0", "%C2%B2", "x"):
+        status, told = client.ask("GET", f"/v1/videos?limit={limit}")
+        assert status == 400 and told["error"]["param"] == "limit", limit
     assert sum(desk.queue.by_status().values()) == 0
     assert [
         path for path in desk.uploads.parent.rglob("*") if path.suffix in (".part", ".mp4")
@@ -205,6 +218,12 @@ def test_a_token_is_needed_and_must_be_right(idle: tuple[Client, Any]) -> None:
 def test_without_a_token_only_this_machine_is_answered(host: str, passes: bool) -> None:
     guard = Guard(None, None)
     assert (guard._refused("/v1/videos", {b"host": host.encode()}) is None) is passes
+
+
+def test_without_a_token_the_address_it_listens_on_is_answered() -> None:
+    guard = Guard(None, None, "127.8.8.8")
+    for host, passes in (("127.8.8.8:8091", True), ("localhost", True), ("127.8.8.9:80", False)):
+        assert (guard._refused("/v1/videos", {b"host": host.encode()}) is None) is passes
 
 
 def test_nobody_listens_to_others_without_a_token(tmp_path: Path) -> None:
@@ -319,6 +338,46 @@ def test_a_picture_and_a_video_become_inputs(idle: tuple[Client, Any], tmp_path:
     upload = Upload(path=tmp_path / "input.png", kind="image")
     made, _ = read_job({"prompt": "x"}, upload, desk.served, tmp_path / "clip.mp4")
     assert made.values["image"] == str(tmp_path / "input.png") and made.output.parent == tmp_path
+
+
+def mjpeg(path: Path, *parts: tuple[int, int]) -> bytes:
+    """Return an AVI whose header has the first part's size, of (frames, side) after each other."""
+    import av
+
+    with av.open(str(path), "w", format="avi") as container:
+        stream = container.add_stream("mjpeg", rate=8)
+        stream.width = stream.height = parts[0][1]
+        stream.pix_fmt = "yuvj420p"
+        for frames, side in parts:
+            picture = BytesIO()
+            Image.new("RGB", (side, side), "red").save(picture, "JPEG")
+            for _ in range(frames):
+                packet = av.Packet(picture.getvalue())
+                packet.stream, packet.is_keyframe = stream, True
+                container.mux(packet)
+    return path.read_bytes()
+
+
+def test_a_video_that_grows_is_refused_at_the_first_larger_frame(
+    idle: tuple[Client, Any], tmp_path: Path
+) -> None:
+    client, desk = idle
+    data = mjpeg(tmp_path / "v.avi", (9, 32), (3, 256))
+    assert read_video(tmp_path / "v.avi", "video", 9).shape == (9, 32, 32, 3)
+    with pytest.raises(InvalidRequest, match="32x32 to 256x256 at frame 9"):
+        read_video(tmp_path / "v.avi", "video")
+    status, told = client.create(("v", data), prompt="x", **{**TINY, "num_frames": 9})
+    assert status == 400 and "32x32 to 256x256" in told["error"]["message"], told
+    assert not list(desk.uploads.iterdir()) and not list(desk.uploads.parent.glob("jobs/*"))
+
+
+def test_a_picture_with_others_behind_it_is_a_jpeg(tmp_path: Path) -> None:
+    picture = Image.new("RGB", (32, 32), "red")
+    picture.save(tmp_path / "x", "MPO", save_all=True, append_images=[picture])
+    with Image.open(tmp_path / "x") as opened:
+        assert opened.format == "MPO"
+    upload = look_at(tmp_path / "x", tmp_path / "job" / "input")
+    assert upload.kind == "image" and upload.path == tmp_path / "job" / "input.jpg"
 
 
 @pytest.mark.parametrize(("given", "low", "high"), [

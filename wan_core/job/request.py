@@ -128,6 +128,7 @@ def resolve(
     _check_mode(config, architecture)
     _check_functions(config)
     check_metadata(config.output_metadata)
+    flag(config.enable_optimizations, "enable_optimizations")  # read by the plan, as it is
     if config.audio is not None:
         audio_rate(config.audio)
     frames = _wanted_frames(config, architecture)

@@ -45,14 +45,23 @@ def read_video(path: str | os.PathLike[str], field: str, most: int | None = None
     """Read a video's frames, at most ``most``: uint8 (frames, height, width, 3), RGB.
 
     Also reads a picture, as a video of one frame. Raises InvalidRequest, naming ``field``, for what
-    cannot be read.
+    cannot be read, and at the first frame of another size than the first one's.
     """
     frames: list[Tensor] = []
+    size: tuple[int, int] | None = None
     try:
         # As a file whatever it is called, with nothing but files behind it: see ``read_audio``.
         named = f"file:{os.path.expanduser(os.fspath(path))}"
         with av.open(named, options={"protocol_whitelist": "file"}) as container:
             for frame in container.decode(video=0):
+                size = size or (frame.width, frame.height)
+                if (frame.width, frame.height) != size:
+                    raise InvalidRequest(
+                        f"{field}: {str(path)!r} changes from {size[0]}x{size[1]} to "
+                        f"{frame.width}x{frame.height} at frame {len(frames)}; frames of one size "
+                        "are needed. Encode it anew.",
+                        field=field,
+                    )
                 frames.append(torch.from_numpy(frame.to_ndarray(format="rgb24")))
                 if most is not None and len(frames) >= most:
                     break

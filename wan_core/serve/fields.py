@@ -48,6 +48,10 @@ _CONTROL = ("strength", "denoise", "clear_masked")
 _NAMES = {"boundary": "boundary_ratio"}
 """Our names of fields, where a request's are others."""
 MOST_TEXT = 64 * 1024
+MOST_DIGITS = 18
+"""Digits of a whole number that are read; more than 4,300 Python refuses with an error."""
+_MOST_NUMBER = 10**20
+"""Above every seed (2**64), and below what no float can hold."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -187,9 +191,12 @@ def _number(value: Any, name: str) -> Any:
             found = int(value) if _NUMBERS[name] is int else float(value)
         except ValueError:
             found = None
-    if found is None or not math.isfinite(found) or (_NUMBERS[name] is int and found != int(found)):
+    wrong = found is None or not abs(found) < _MOST_NUMBER  # so written, for NaN too
+    if found is None or wrong or (_NUMBERS[name] is int and found != int(found)):
         kind = "a whole number" if _NUMBERS[name] is int else "a number"
-        raise InvalidRequest(f"{name} is {str(value)[:80]!r}; {kind} is needed.", field=name)
+        raise InvalidRequest(
+            f"{name} is {str(value)[:80]!r}; {kind} is needed, below 1e20.", field=name
+        )
     return _NUMBERS[name](found)
 
 
@@ -198,7 +205,9 @@ def _shape(texts: Mapping[str, str], numbers: Mapping[str, Any], served: Served)
     found = {n: numbers[n] for n in ("width", "height", "num_frames", "fps") if n in numbers}
     if texts.get("size"):
         parts = texts["size"].lower().split("x")
-        if len(parts) != 2 or not all(part.isascii() and part.isdigit() for part in parts):
+        if len(parts) != 2 or not all(
+            part.isascii() and part.isdigit() and len(part) <= MOST_DIGITS for part in parts
+        ):
             raise InvalidRequest(
                 f"size is {texts['size'][:80]!r}; WIDTHxHEIGHT is needed.", field="size"
             )
@@ -213,12 +222,14 @@ def _shape(texts: Mapping[str, str], numbers: Mapping[str, Any], served: Served)
             seconds = float(texts["seconds"])
         except ValueError:
             seconds = math.nan
-        if not (math.isfinite(seconds) and seconds > 0):
+        length = seconds * found.get("fps", served.fps)
+        if not (seconds > 0 and length < _MOST_NUMBER):  # false for NaN and infinity too
             raise InvalidRequest(
-                f"seconds is {texts['seconds'][:80]!r}; a number above 0 is needed.",
+                f"seconds is {texts['seconds'][:80]!r}; a number above 0 is needed, of fewer than "
+                "1e20 frames.",
                 field="seconds",
             )
-        frames = max(1, round(seconds * found.get("fps", served.fps)))
+        frames = max(1, round(length))
         if found.setdefault("num_frames", frames) != frames:
             raise InvalidRequest(
                 f"seconds is {texts['seconds']}, which is {frames} frames, and num_frames "
@@ -286,6 +297,8 @@ def _loras(given: Mapping[str, Any], served: Served) -> list[str]:
             )
         unknown = set(one) - {"name", "scale", "expert"}
         scale, expert = plain_number(one.get("scale", 1.0)), one.get("expert", "both")
+        if scale is not None and abs(scale) >= _MOST_NUMBER:
+            scale = None
         if unknown or scale is None or expert not in ("both", "high", "low"):
             what = f"has no {sorted(unknown)[0]!r}" if unknown else "has a wrong scale or expert"
             raise InvalidRequest(f"lora {what}; known are name, scale, expert.", field="lora")

@@ -20,6 +20,7 @@ from ..errors import (
     WanError,
 )
 from .desk import Desk
+from .fields import MOST_DIGITS
 from .queue import QueueFull, Row
 from .uploads import TooLarge, check_length, read_form
 
@@ -43,13 +44,15 @@ class Guard:
     """Refuses who may not ask, before anything of a request but its head is read.
 
     With a token every address but the page and ``/health`` needs it. Without one the server listens
-    on this machine alone, and asks for a Host of this machine: a page of another site that resolves
-    its own name to 127.0.0.1 has another. What a browser sends from another site's page, which
-    carries that site's Origin, is refused in both cases.
+    on this machine alone, and asks for a Host of this machine, or for ``host``, the address it
+    listens on: a page of another site that resolves its own name to 127.0.0.1 has another. What a
+    browser sends from another site's page, which carries that site's Origin, is refused in both
+    cases.
     """
 
-    def __init__(self, app: Any, token: str | None) -> None:
+    def __init__(self, app: Any, token: str | None, host: str = "127.0.0.1") -> None:
         self._app = app
+        self._hosts = {"localhost", "127.0.0.1", "::1", host}
         self._token = None if token is None else token.encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -72,7 +75,7 @@ class Guard:
                 if b":" in host
                 else host.decode("latin-1")
             )
-            if name.strip("[]") not in ("localhost", "127.0.0.1", "::1"):
+            if name.strip("[]") not in self._hosts:
                 return 403, "Without a token this server answers to localhost only."
             return None
         if path in _OPEN:
@@ -128,8 +131,8 @@ def shown(row: Row) -> dict[str, Any]:
     }
 
 
-def make_app(desk: Desk, token: str | None) -> Any:
-    """Return the ASGI application; raises MissingDependency without FastAPI."""
+def make_app(desk: Desk, token: str | None, host: str = "127.0.0.1") -> Any:
+    """Return the ASGI application, heard on ``host``; raises MissingDependency without FastAPI."""
     try:
         from fastapi import FastAPI
     except ImportError as err:
@@ -141,7 +144,7 @@ def make_app(desk: Desk, token: str | None) -> Any:
     _add_errors(app)
     _add_videos(app, desk)
     _add_state(app, desk)
-    return Guard(app, token)
+    return Guard(app, token, host)
 
 
 def _add_errors(app: FastAPI) -> None:
@@ -186,7 +189,8 @@ def _add_videos(app: FastAPI, desk: Desk) -> None:
     def list_all(request: Request) -> Response:
         asked = request.query_params
         limit, order = asked.get("limit", "20"), asked.get("order", "desc")
-        if not (limit.isascii() and limit.isdigit() and 1 <= int(limit) <= _MOST_LISTED):
+        digits = limit.isascii() and limit.isdigit() and len(limit) <= MOST_DIGITS
+        if not (digits and 1 <= int(limit) <= _MOST_LISTED):
             raise InvalidRequest(
                 f"limit is {limit[:20]!r}; 1 to {_MOST_LISTED} are allowed.", field="limit"
             )

@@ -79,7 +79,7 @@ def serve(options: ServerOptions, tell: Callable[[str], object] = print) -> None
         most_bytes=int(options.upload_mb * 2**20), tries=options.tries,
         plan=options.cluster is None,
     )  # fmt: skip
-    app = make_app(desk, options.token)
+    app = make_app(desk, options.token, options.host)
     desk.start()
     listening.listen(2048)  # from here on nobody is turned away
     host, port = listening.getsockname()[:2]

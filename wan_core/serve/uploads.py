@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from ..errors import InvalidRequest, MissingDependency, OutputError, WanError
-from .fields import MOST_TEXT, UPLOAD, Upload
+from .fields import MOST_DIGITS, MOST_TEXT, UPLOAD, Upload
 
 MOST_BYTES = 64 * 2**20
 """Bytes of an upload that are taken where the server is not told otherwise."""
@@ -26,6 +26,8 @@ MOST_PICTURE, MOST_FRAME, MOST_VIDEO = 7680 * 4320, 4096 * 2304, 2**28
 """Pixels of a picture, of a video's frame, and of as many frames as a clip reads: 268 million are
 129 frames of 1920x1080, and 0.8 GB as bytes."""
 _PICTURES = {"PNG": ".png", "JPEG": ".jpg", "WEBP": ".webp", "BMP": ".bmp"}
+_SUFFIXES = _PICTURES | {"MPO": ".jpg"}
+"""Also of what is opened as a JPEG and has more pictures behind the first, as telephones write."""
 
 
 class TooLarge(WanError):
@@ -42,7 +44,11 @@ class Form:
 
 def check_length(declared: str | None, most: int) -> None:
     """Raise TooLarge for a body that says it is too large, before any of it is read."""
-    if declared is not None and declared.isdigit() and int(declared) > most + _SLACK:
+    if declared is None or not (declared.isascii() and declared.isdigit()):
+        return
+    if len(declared) > MOST_DIGITS:
+        raise _too_large(most, f"The request's length has {len(declared):,} digits")
+    if int(declared) > most + _SLACK:
         raise _too_large(most, f"The request has {int(declared):,} bytes")
 
 
@@ -209,7 +215,9 @@ class _Parts:
 
 
 def look_at(path: Path, target: Path) -> Upload:
-    """Say what an upload is, check its pixels from its header, and move it beside its job.
+    """Say what an upload is, check its pixels, and move it beside its job.
+
+    A picture's are its header's, a video's its first frame's.
 
     ``target`` is the path it gets, without a suffix. Raises InvalidRequest, naming the field.
     """
@@ -244,23 +252,37 @@ def _check_picture(path: Path) -> str:
         with Image.open(path, formats=tuple(_PICTURES)) as picture:
             size, name = picture.size, str(picture.format)
     except Exception as err:  # a decoder raises what it likes
-        raise InvalidRequest(
-            f"{UPLOAD} is no picture or video that is taken: PNG, JPEG, WebP, BMP, MP4, MOV, MKV, "
-            "WebM or AVI.",
-            field=UPLOAD,
-        ) from err
+        raise _not_taken() from err
     _check_pixels(size, MOST_PICTURE, "a picture")
-    return _PICTURES[name]
+    suffix = _SUFFIXES.get(name)
+    if suffix is None:
+        raise _not_taken()
+    return suffix
+
+
+def _not_taken() -> InvalidRequest:
+    return InvalidRequest(
+        f"{UPLOAD} is no picture or video that is taken: PNG, JPEG, WebP, BMP, MP4, MOV, MKV, "
+        "WebM or AVI.",
+        field=UPLOAD,
+    )
 
 
 def _check_video(path: Path) -> int:
+    """Return the pixels of the first frame, which all others have where they are read.
+
+    A header may say less than the frames have; a frame far above the bound is not decoded at all.
+    """
     import av
 
     try:
         with av.open(f"file:{path}", options={"protocol_whitelist": "file"}) as container:
             video = container.streams.video[0].codec_context
-            size = (video.width, video.height)
-    except (OSError, ValueError, IndexError, av.FFmpegError) as err:
+            _check_pixels((video.width, video.height), MOST_FRAME, "a video's frame")
+            video.options = {"max_pixels": str(2 * MOST_FRAME)}  # twice: codecs count whole blocks
+            first = next(container.decode(video=0))
+            size = (first.width, first.height)
+    except (OSError, ValueError, IndexError, StopIteration, av.FFmpegError) as err:
         raise InvalidRequest(f"{UPLOAD} is no video that can be read.", field=UPLOAD) from err
     _check_pixels(size, MOST_FRAME, "a video's frame")
     return int(size[0] * size[1])
