@@ -9,13 +9,15 @@ import signal
 import time
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 from support.tiny_models import make_folder
 
 from wan_core.errors import InvalidRequest
 from wan_core.memory import Card
-from wan_core.serve import Batch, BatchJob, Processes, processes_for
+from wan_core.serve import Batch, BatchJob, Cluster, Outcome, Processes, processes_for
+from wan_core.serve.cluster import _Placed
 from wan_core.serve.processes import visible
 
 CPU = {"device": "cpu", "precision": "fp32"}
@@ -57,6 +59,76 @@ def test_a_job_travels_as_json(tmp_path: Path) -> None:
         optimization={"speed": "fast"},
     )  # fmt: skip
     assert BatchJob.from_dict(json.loads(json.dumps(job.to_dict()))) == job
+
+
+def hanging(tmp_path: Path) -> BatchJob:
+    return BatchJob(number=1, model=tmp_path / "m", output=tmp_path / "x.mp4")
+
+
+def lost_job(crew: Processes | Cluster) -> Outcome:
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline:
+        for job, outcome in crew.wait(0.02):
+            assert job.number == 1
+            return outcome
+    raise AssertionError("the hand is still blocked")
+
+
+def test_a_process_that_hangs_under_an_unwanted_job_is_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("wan_core.serve.processes._START", "import time; time.sleep(600)")
+    unwanted: set[int] = set()
+    crew = Processes(1, stopped=lambda number: number in unwanted)
+    crew.begin(crew.hands[0], hanging(tmp_path))
+    unwanted.add(1)
+    # It has some time to stop of itself.
+    assert crew.wait(0.01) == crew.wait(0.01) == [] and crew.hands[0].job is not None
+    monkeypatch.setattr("wan_core.serve.crew.STOP_SECONDS", 0.01)
+    assert lost_job(crew).lost and crew.free(1) == crew.hands
+    crew.close()
+
+
+class FakeRay:
+    """Ray as a cluster sees it: the one actor answers nothing, until it is killed."""
+
+    class exceptions:
+        class RayError(Exception):
+            pass
+
+    def __init__(self) -> None:
+        self.killed: list[Any] = []
+        self.sent: list[int] = []
+
+    def cluster_resources(self) -> dict[str, float]:
+        return {"CPU": 1.0}
+
+    def wait(self, refs: list[Any], **_: Any) -> tuple[list[Any], list[Any]]:
+        return (refs, []) if self.killed and refs == ["result"] else ([], refs)
+
+    def get(self, ref: Any) -> Any:
+        raise self.exceptions.RayError
+
+    def kill(self, actor: Any, no_restart: bool) -> None:
+        self.killed.append(actor)
+
+
+def test_an_actor_that_hangs_under_an_unwanted_job_is_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ray, actor, unwanted = FakeRay(), MagicMock(), set[int]()
+    actor.carry_out.remote.return_value = "result"
+    monkeypatch.setattr("wan_core.serve.cluster._connect", lambda _: (ray, False))
+    crew = Cluster("x", stopped=lambda number: number in unwanted)
+    crew.hands.append(_Placed("actor 1", actor, None))
+    crew.begin(crew.hands[0], hanging(tmp_path))
+    assert crew.wait(0) == []  # asked how far it is, which it never answers
+    unwanted.add(1)
+    assert crew.wait(0) == crew.wait(0) == [] and not ray.killed
+    assert [call.args for call in actor.state.remote.call_args_list] == [(-1,), (1,)]
+    monkeypatch.setattr("wan_core.serve.crew.STOP_SECONDS", -1.0)
+    assert crew.wait(0) == [] and ray.killed == [actor]
+    assert lost_job(crew).lost and crew.hands == []
 
 
 @pytest.mark.slow

@@ -448,7 +448,48 @@ def test_a_crew_that_falls_is_told_and_its_jobs_stay(model: Path, tmp_path: Path
     with serving(model, tmp_path, crew=none) as (client, _):
         wait_for(lambda: client.ask("GET", "/health")[0] == 503)
         assert "no crew today" in client.ask("GET", "/health")[1]["error"]
-        assert client.create(prompt="x", **TINY)[1]["status"] == "queued"
+        # What would never be made is not accepted.
+        status, told = client.create(prompt="x", **TINY)
+        assert status == 503 and "no crew today" in told["error"]["message"]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_thread_that_ends_in_silence_is_told(model: Path, tmp_path: Path) -> None:
+    def gone(_: Any) -> Any:
+        raise SystemExit  # no Exception, and nothing is printed for it in a thread
+
+    with serving(model, tmp_path, crew=gone) as (client, _):
+        wait_for(lambda: client.ask("GET", "/health")[0] == 503)
+        assert client.create(prompt="x", **TINY)[0] == 503
+
+
+def test_a_write_that_the_disk_refuses_is_tried_again(model: Path, tmp_path: Path) -> None:
+    crew = Idle()
+    with serving(model, tmp_path, crew=crew) as (client, desk):
+        id = client.create(prompt="x", **TINY)[1]["id"]
+        wait_for(lambda: client.ask("GET", f"/v1/videos/{id}")[1]["status"] == "in_progress")
+        desk.queue._file.execute("PRAGMA query_only = 1")
+        crew.ends.append(Outcome(size=1))
+        wait_for(lambda: client.ask("GET", "/health")[0] == 503)
+        assert "Free some space" in client.ask("GET", "/health")[1]["error"]
+        assert client.create(prompt="y", **TINY)[0] == 503
+        assert client.ask("DELETE", f"/v1/videos/{id}")[0] == 507
+        desk.queue._file.execute("PRAGMA query_only = 0")
+        assert client.settled(id)["status"] == "completed"
+        wait_for(lambda: client.ask("GET", "/health")[0] == 200)
+        assert client.create(prompt="y", **TINY)[0] == 200
+
+
+def test_a_disk_that_stays_full_ends_the_crew_and_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("wan_core.serve.queue.PATIENCE", 0.0)
+    queue = Queue(tmp_path / "queue.sqlite3")
+    queue.add(new_id(), job(tmp_path), {})
+    queue._file.execute("PRAGMA query_only = 1")
+    with pytest.raises(OutputError, match="Free some space"):
+        queue.take("")
+    queue.close()
 
 
 def wait_for(true: Any, seconds: float = 20) -> None:

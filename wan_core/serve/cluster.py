@@ -9,6 +9,7 @@ queue, and another machine goes on from its journal.
 from __future__ import annotations
 
 import contextlib
+import math
 import platform
 import time
 from collections.abc import Callable, Sequence
@@ -228,7 +229,7 @@ class Cluster:
     def begin(self, hand: Hand, job: BatchJob) -> None:
         """Send the job, which is some kilobytes of plain values, to its actor."""
         assert isinstance(hand, _Placed)
-        hand.job = job
+        hand.job, hand.told_to_stop = job, None
         hand.result = hand.actor.carry_out.remote(job.to_dict())
 
     def wait(self, seconds: float) -> list[tuple[BatchJob, Outcome]]:
@@ -266,9 +267,19 @@ class Cluster:
         return job, Outcome(**values)
 
     def _ask(self, hand: _Placed) -> None:
-        """Take the answer to how far a hand is, if it has come, and ask again now and then."""
+        """Take the answer to how far a hand is, if it has come, and ask again now and then.
+
+        One whose job was told to stop and hangs is killed; that it is gone is told by its result.
+        """
         job = hand.job
         assert job is not None
+        unwanted = self._stopped is not None and self._stopped(job.number)
+        if unwanted and hand.told_to_stop is None:
+            hand.told_to_stop, hand.asked, hand.state = time.monotonic(), 0.0, None
+        elif unwanted and hand.hangs():
+            self._ray.kill(hand.actor, no_restart=True)
+            hand.told_to_stop = math.inf  # once is enough
+            return
         if hand.state is not None and self._ray.wait([hand.state], timeout=0)[0]:
             # An actor that is gone is told by its result.
             with contextlib.suppress(self._ray.exceptions.RayError):
@@ -277,7 +288,6 @@ class Cluster:
                     self._progress(job.number, percent)
             hand.state = None
         if hand.state is None and time.monotonic() - hand.asked >= _STATE_SECONDS:
-            unwanted = self._stopped is not None and self._stopped(job.number)
             hand.state = hand.actor.state.remote(job.number if unwanted else -1)
             hand.asked = time.monotonic()
 

@@ -13,6 +13,9 @@ from typing import Protocol
 from .carry import Carrier, Outcome
 from .jobs import BatchJob
 
+STOP_SECONDS = 30.0
+"""A job that was told to stop and has not by then hangs; what carries it out is killed."""
+
 
 class Hand:
     """One that carries out a job at a time; ``group`` is the model that it has open."""
@@ -21,6 +24,13 @@ class Hand:
         self.name = name
         self.group = ""
         self.job: BatchJob | None = None
+        self.told_to_stop: float | None = None
+        """When its job was told to stop, on the monotonic clock; None while the job is wanted."""
+
+    def hangs(self) -> bool:
+        """Return whether its job was told to stop so long ago that it never will."""
+        told = self.told_to_stop
+        return told is not None and time.monotonic() - told > STOP_SECONDS
 
 
 class Work(Protocol):

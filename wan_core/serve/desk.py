@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import GenerationConfig
-from ..errors import DoesNotFit, InvalidRequest, first_line
+from ..errors import DoesNotFit, InvalidRequest, WanError, first_line
 from .carry import Carrier
 from .crew import Crew, carry_out
 from .fields import Served, name_of, read_job
@@ -21,6 +21,10 @@ from .queue import Queue, Row, new_id
 from .uploads import MOST_BYTES, Form, check_frames, look_at, remove_parts
 
 _PAGE = Path(__file__).with_name("watch.html")
+
+
+class OutOfOrder(WanError):
+    """No job is carried out just now, so none is accepted."""
 
 
 class Desk:
@@ -46,8 +50,17 @@ class Desk:
         self._thread: threading.Thread | None = None
         self._began = time.time()
         self.refused = 0
-        self.failed: str | None = None
-        """Why no job is carried out any more; None while all is well."""
+        self._failed: str | None = None
+
+    @property
+    def failed(self) -> str | None:
+        """Return why no job is carried out, now or any more; None while all is well."""
+        if self._failed or self.queue.trouble:
+            return self._failed or self.queue.trouble
+        ended = self._thread is not None and not self._thread.is_alive()
+        if ended and not self.queue.closed:
+            return "What hands out the jobs has ended. Start the server again."
+        return None
 
     def start(self) -> None:
         """Look at the machine while nothing runs on it, and begin with what waits."""
@@ -72,7 +85,7 @@ class Desk:
         try:
             carry_out(self.queue, self._crew(self.queue), pause=0.2)
         except Exception as err:  # noqa: BLE001 - /health tells it; jobs stay in the queue
-            self.failed = f"{type(err).__name__}: {first_line(err)}"
+            self._failed = f"{type(err).__name__}: {first_line(err)}"
 
     def stop(self) -> None:
         """Give out no more jobs and end those in work, which go on when the server starts again."""
@@ -83,9 +96,13 @@ class Desk:
     def accept(self, form: Form) -> Row:
         """Check a request from headers and put its job into the queue.
 
-        Raises InvalidRequest with the request's name of the field, DoesNotFit with what would fit,
-        and other errors that say what is wrong.
+        Raises OutOfOrder while no job is carried out, InvalidRequest with the request's name of the
+        field, DoesNotFit with what would fit, and other errors that say what is wrong.
         """
+        trouble = self.failed
+        if trouble is not None:
+            self.refused += 1
+            raise OutOfOrder(f"No job is carried out just now: {trouble}")
         id = new_id()
         folder = self.queue.folder_of(id)
         kept = False

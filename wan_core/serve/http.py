@@ -19,7 +19,7 @@ from ..errors import (
     OutputError,
     WanError,
 )
-from .desk import Desk
+from .desk import Desk, OutOfOrder
 from .fields import MOST_DIGITS
 from .queue import QueueFull, Row
 from .uploads import TooLarge, check_length, read_form
@@ -33,6 +33,7 @@ _OPEN = ("/", "/health")
 _MOST_LISTED = 100
 _STATUS = (
     (TooLarge, 413), (QueueFull, 429), (DoesNotFit, 422), (InvalidRequest, 400), (OutputError, 507),
+    (OutOfOrder, 503),
 )  # fmt: skip
 
 Scope = MutableMapping[str, Any]

@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
@@ -44,7 +45,6 @@ class _Process(Hand):
         super().__init__(name)
         self._place, self._seen, self._told = dict(place), dict(seen), told
         self._process: subprocess.Popen[bytes] | None = None
-        self.asked_to_stop = False
 
     @property
     def pid(self) -> int | None:
@@ -75,6 +75,11 @@ class _Process(Hand):
             with contextlib.suppress(ValueError):
                 self._told(self, json.loads(line))
         self._told(self, None)
+
+    def kill(self) -> None:
+        """End the process at once; that it has ended is told by the reading thread."""
+        if self._process is not None:
+            self._process.kill()
 
     def ended(self) -> int | None:
         """Forget a process that has ended; return its exit code."""
@@ -136,17 +141,19 @@ class Processes:
     def begin(self, hand: Hand, job: BatchJob) -> None:
         """Send the job to its process."""
         assert isinstance(hand, _Process)
-        hand.job, hand.asked_to_stop = job, False
+        hand.job, hand.told_to_stop = job, None
         hand.send({"job": job.to_dict()})
 
     def wait(self, seconds: float) -> list[tuple[BatchJob, Outcome]]:
         """Listen to the processes until a job ended, or for so long."""
         for hand in self.hands:
-            ask = self._stopped is not None and hand.job is not None and not hand.asked_to_stop
-            if ask and self._stopped is not None and hand.job is not None:
-                hand.asked_to_stop = self._stopped(hand.job.number)
-                if hand.asked_to_stop:
-                    hand.send({"stop": hand.job.number})
+            if hand.job is None or self._stopped is None or not self._stopped(hand.job.number):
+                continue
+            if hand.told_to_stop is None:
+                hand.told_to_stop = time.monotonic()
+                hand.send({"stop": hand.job.number})
+            elif hand.hangs():
+                hand.kill()
         found: list[tuple[BatchJob, Outcome]] = []
         with contextlib.suppress(queue.Empty):
             hand, line = self._told.get(timeout=seconds)

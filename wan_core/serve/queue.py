@@ -14,11 +14,11 @@ import sqlite3
 import threading
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ..errors import InvalidRequest, OutputError
 from .carry import MOST_LOSSES, Outcome
@@ -27,6 +27,10 @@ from .jobs import BatchJob
 STATES = ("queued", "in_progress", "completed", "failed")
 MOST_WAITING = 10_000
 """More jobs than these are refused until some are done."""
+PATIENCE = 600.0
+"""Seconds for which a change that the disk refuses is tried again before the queue gives up."""
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 10.0
+_Made = TypeVar("_Made")
 _VERSION = 1
 _TABLE = """
 CREATE TABLE IF NOT EXISTS jobs (
@@ -88,6 +92,9 @@ class Queue:
         self.seconds = 0.0
         """Seconds of all renders that ended since."""
         self.closed = False
+        self.trouble: str | None = None
+        """Why a change cannot be written just now; None while all is well."""
+        self._ended = threading.Event()
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._file = sqlite3.connect(
@@ -199,7 +206,16 @@ class Queue:
         return dict.fromkeys(STATES, 0) | {row[0]: row[1] for row in rows}
 
     def delete(self, id: str) -> bool:
-        """Take a job out, with all that belongs to it; one in work stops at its next block."""
+        """Take a job out, with all that belongs to it; one in work stops at its next block.
+
+        Raises OutputError where that cannot be written.
+        """
+        try:
+            return self._delete(id)
+        except sqlite3.OperationalError as err:
+            raise OutputError(f"The job cannot be taken out: {err}. Free some space.") from err
+
+    def _delete(self, id: str) -> bool:
         with self._lock:
             row = self._file.execute(
                 "SELECT * FROM jobs WHERE id = ? AND unwanted = 0", (id,)
@@ -248,8 +264,28 @@ class Queue:
 
     def take(self, group: str) -> BatchJob | None:
         """Return the next job: tried least, of the highest priority, of the open model, oldest."""
-        if self.closed:
-            return None
+        return None if self.closed else self._patiently(lambda: self._take(group))
+
+    def _patiently(self, change: Callable[[], _Made]) -> _Made:
+        """Make a change, again and again while the disk refuses it, and tell so in ``trouble``.
+
+        Each statement is whole or not at all, so that a change may begin anew. Raises OutputError
+        after ``PATIENCE``, or where the server ends meanwhile.
+        """
+        pause, began = _FIRST_PAUSE, time.monotonic()
+        while True:
+            try:
+                made = change()
+                self.trouble = None
+                return made
+            except sqlite3.OperationalError as err:
+                self.trouble = f"The queue {self.path} cannot be written: {err}. Free some space."
+            # Without the lock: what can be read is told meanwhile.
+            if self._ended.wait(pause) or time.monotonic() - began > PATIENCE:
+                raise OutputError(self.trouble)
+            pause = min(2 * pause, _LONGEST_PAUSE)
+
+    def _take(self, group: str) -> BatchJob | None:
         with self._lock:
             row = self._file.execute(_NEXT, (group,)).fetchone()
             if row is None:
@@ -263,6 +299,9 @@ class Queue:
 
     def settle(self, job: BatchJob, outcome: Outcome) -> None:
         """Note what became of a job; remove it where it was deleted while in work."""
+        self._patiently(lambda: self._settle(job, outcome))
+
+    def _settle(self, job: BatchJob, outcome: Outcome) -> None:
         with self._lock:
             row = self._file.execute(
                 "SELECT * FROM jobs WHERE number = ?", (job.number,)
@@ -314,6 +353,7 @@ class Queue:
     def end(self) -> None:
         """Give out no more jobs, and stop those in work; their journals stay."""
         self.closed = True
+        self._ended.set()
         self._news.set()
 
     def close(self) -> None:
