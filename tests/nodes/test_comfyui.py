@@ -106,8 +106,8 @@ def link_files(models: Path, elsewhere: Path) -> None:
 def test_loads_without_error_in_under_300_ms(server: ComfyServer) -> None:
     seconds = server.import_seconds("wanfit")
     assert seconds is not None, server.log()[-3000:]
-    # Of a machine that is slower or has other work all of the start takes longer.
-    assert seconds < max(0.3, 0.02 * server.start_seconds), server.start_seconds
+    # ComfyUI tells one decimal. Where a machine has other work all of the start takes longer.
+    assert seconds < max(0.3, 0.04 * server.start_seconds), server.start_seconds
     start = server.log().split("Starting server")[0]
     assert "IMPORT FAILED" not in start
     assert "Error while calling comfy_entrypoint" not in start
