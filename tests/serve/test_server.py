@@ -27,7 +27,7 @@ pytest.importorskip("uvicorn", reason="pip install 'wanfit[serve]': the server (
 from support.http_server import Client, form, serving
 
 from wan_core import GenerationConfig
-from wan_core.errors import InvalidRequest, OutputError
+from wan_core.errors import InvalidRequest, OutputError, WorkerFailed
 from wan_core.render.video import VideoWriter, read_video
 from wan_core.serve.carry import Outcome
 from wan_core.serve.crew import Hand
@@ -35,7 +35,7 @@ from wan_core.serve.fields import Upload, read_job
 from wan_core.serve.http import Guard
 from wan_core.serve.jobs import BatchJob
 from wan_core.serve.queue import Queue, new_id
-from wan_core.serve.server import check_token, read_token
+from wan_core.serve.server import ServerOptions, check_token, read_token, serve
 from wan_core.serve.uploads import look_at
 
 TINY = {"num_frames": 5, "width": 32, "height": 32, "num_inference_steps": 2}
@@ -540,6 +540,68 @@ def test_a_queue_takes_up_what_was_in_work(tmp_path: Path) -> None:
     (tmp_path / "other").write_text("no database, for certain" * 100)
     with pytest.raises(InvalidRequest, match="is not the queue"):
         Queue(tmp_path / "other")
+
+
+def killed(path: Path, percents: Sequence[int] = (), orderly: bool = False) -> str:
+    """Take the next job, note how far it gets, and leave the file as a kill does; its state."""
+    queue = Queue(path)
+    taken = queue.take("")
+    if taken is not None:
+        for percent in percents:
+            queue.progress(taken.number, percent)
+    if orderly:
+        queue.end()
+    status = queue.list(1)[0].status
+    queue.close()
+    return status
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_a_job_that_kills_its_server_fails_at_the_third_death(tmp_path: Path, old: bool) -> None:
+    path = tmp_path / "queue.sqlite3"
+    queue = Queue(path)
+    id = new_id()
+    queue.add(id, job(tmp_path), {})
+    if old:  # as the first version of this file was
+        for name in ("restarts", "reached"):
+            queue._file.execute(f"ALTER TABLE jobs DROP COLUMN {name}")
+    queue.close()
+    # An orderly end is no death; that it gets as far each time is no way out.
+    assert [killed(path, (95, 98), orderly=i == 1) for i in range(4)] == ["in_progress"] * 4
+    queue = Queue(path)
+    row = queue.get(id)
+    assert row is not None and row.status == "failed" and row.ended is not None
+    assert "died 3 times" in row.outcome["error"] and queue.take("") is None
+    queue.close()
+    # It stays so, and the server goes on with others.
+    assert killed(path) == "failed"
+
+
+def test_a_job_that_gets_further_is_not_why_its_server_dies(tmp_path: Path) -> None:
+    path = tmp_path / "queue.sqlite3"
+    queue = Queue(path)
+    queue.add(new_id(), job(tmp_path), {})
+    queue.close()
+    for i in range(8):
+        assert killed(path, (10 * i + 5, 10 * i + 9)) == "in_progress"
+
+
+@pytest.mark.parametrize(("wrong", "kind", "why"), [
+    ({"at_once": "many"}, InvalidRequest, "at_once is 'many'"),
+    ({"cluster": "nowhere:1"}, WorkerFailed, "nobody there"),
+])  # fmt: skip
+def test_a_wrong_crew_is_told_before_anybody_is_listened_to(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wrong: Any, kind: Any, why: str
+) -> None:
+    def connect(_: str) -> Any:
+        raise WorkerFailed("nobody there")
+
+    listened: list[Any] = []
+    monkeypatch.setattr("wan_core.serve.cluster._connect", connect)
+    monkeypatch.setattr("wan_core.serve.server._listen", lambda *at: listened.append(at))
+    with pytest.raises(kind, match=why):
+        serve(ServerOptions(model=model, folder=tmp_path / "videos", **wrong))
+    assert not listened and not (tmp_path / "videos").exists()
 
 
 def test_200_clients_at_once(model: Path, tmp_path: Path) -> None:

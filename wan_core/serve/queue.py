@@ -7,6 +7,7 @@ kept in memory only.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import secrets
 import shutil
@@ -29,6 +30,10 @@ MOST_WAITING = 10_000
 """More jobs than these are refused until some are done."""
 PATIENCE = 600.0
 """Seconds for which a change that the disk refuses is tried again before the queue gives up."""
+_KILLS = (
+    f"The server died {MOST_LOSSES} times under this job, which got no further in between; it may "
+    "be the cause."
+)
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 10.0
 _Made = TypeVar("_Made")
 _VERSION = 1
@@ -37,9 +42,12 @@ CREATE TABLE IF NOT EXISTS jobs (
     number INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT UNIQUE NOT NULL, status TEXT NOT NULL,
     priority REAL NOT NULL, grp TEXT NOT NULL, created REAL NOT NULL, ended REAL, job TEXT NOT NULL,
     shown TEXT NOT NULL, tries INTEGER NOT NULL DEFAULT 0,
-    losses INTEGER NOT NULL DEFAULT 0, unwanted INTEGER NOT NULL DEFAULT 0, outcome TEXT
+    losses INTEGER NOT NULL DEFAULT 0, unwanted INTEGER NOT NULL DEFAULT 0, outcome TEXT,
+    restarts INTEGER NOT NULL DEFAULT 0, reached INTEGER NOT NULL DEFAULT 0
 )
 """
+_LATER = ("restarts", "reached")
+"""Columns that the files of an earlier version lack."""
 _INDEX = "CREATE INDEX IF NOT EXISTS by_status ON jobs (status, tries, priority)"
 _NEXT = """
 SELECT * FROM jobs WHERE status = 'queued' AND unwanted = 0
@@ -86,6 +94,7 @@ class Queue:
         self._lock = threading.RLock()
         self._news = threading.Event()
         self._percent: dict[int, int] = {}
+        self._reached: dict[int, tuple[int, int]] = {}
         self._unwanted: set[int] = set()
         self.counts: Counter[str] = Counter()
         """How many jobs ended since the server began, by how they did."""
@@ -123,13 +132,24 @@ class Queue:
                 f"reads {_VERSION}). Name another folder."
             )
         self._file.execute(_TABLE)
+        known = {row["name"] for row in self._file.execute("PRAGMA table_info(jobs)").fetchall()}
+        for name in _LATER:
+            if name not in known:
+                self._file.execute(f"ALTER TABLE jobs ADD COLUMN {name} INTEGER NOT NULL DEFAULT 0")
         self._file.execute(_INDEX)
         self._file.execute(f"PRAGMA user_version = {_VERSION}")
         with self._lock:
-            # A kill is no loss: whoever ended the server did not mean the job.
+            # A kill is no loss: whoever ended the server did not mean the job. But a job under
+            # which the server dies again and again may be the cause.
             self._file.execute(
-                "UPDATE jobs SET status = 'queued', tries = MAX(0, tries - 1)"
-                " WHERE status = 'in_progress'"
+                "UPDATE jobs SET status = 'queued', tries = MAX(0, tries - 1),"
+                " restarts = restarts + 1 WHERE status = 'in_progress'"
+            )
+            last = json.dumps(Outcome(error=_KILLS, kind="Lost", final=True, lost=True).to_dict())
+            self._file.execute(
+                "UPDATE jobs SET status = 'failed', ended = ?, outcome = ?"
+                " WHERE status = 'queued' AND restarts >= ?",
+                (time.time(), last, MOST_LOSSES),
             )
             gone = self._file.execute("SELECT * FROM jobs WHERE unwanted = 1").fetchall()
         for row in gone:
@@ -294,6 +314,8 @@ class Queue:
                 "UPDATE jobs SET status = 'in_progress', tries = tries + 1 WHERE number = ?",
                 (row["number"],),
             )
+            if row["restarts"]:
+                self._reached[row["number"]] = (row["reached"], row["reached"])
         values = json.loads(row["job"])
         return BatchJob.from_dict({**values, "number": row["number"]})
 
@@ -309,6 +331,7 @@ class Queue:
             if row is None:
                 return
             self._percent.pop(job.number, None)
+            self._reached.pop(job.number, None)
             if row["unwanted"]:
                 self._remove(row)
                 self.counts["deleted"] += 1
@@ -337,8 +360,25 @@ class Queue:
             self.seconds += outcome.seconds
 
     def progress(self, number: int, percent: int) -> None:
-        """Note how far a job is."""
+        """Note how far a job is.
+
+        Of one under which a server died this is kept on the disk too: where it gets further than
+        it did after the death before, it is not the cause, and its count begins again.
+        """
         self._percent[number] = percent
+        if number not in self._reached:
+            return
+        before, now = self._reached[number]
+        if percent <= now:
+            return
+        self._reached[number] = (before, percent)
+        # Best effort: a full disk is told where an outcome is to be kept.
+        with contextlib.suppress(sqlite3.OperationalError), self._lock:
+            self._file.execute(
+                "UPDATE jobs SET reached = ?, restarts = CASE WHEN ? THEN MIN(restarts, 1)"
+                " ELSE restarts END WHERE number = ?",
+                (percent, before > 0, number),
+            )
 
     def stopped(self, number: int) -> bool:
         """Return whether a job in work is not wanted any more."""
@@ -352,6 +392,12 @@ class Queue:
 
     def end(self) -> None:
         """Give out no more jobs, and stop those in work; their journals stay."""
+        if not self.closed:
+            # One that does not stop in time is in work when the file is opened again: no death.
+            with contextlib.suppress(sqlite3.Error), self._lock:
+                self._file.execute(
+                    "UPDATE jobs SET restarts = restarts - 1 WHERE status = 'in_progress'"
+                )
         self.closed = True
         self._ended.set()
         self._news.set()

@@ -53,7 +53,8 @@ def serve(options: ServerOptions, tell: Callable[[str], object] = print) -> None
     """Serve until the process is asked to end (Ctrl-C, SIGTERM).
 
     ``tell`` is called with the address once it is listened to. Raises InvalidRequest, a
-    ModelFileError or OutputError before it listens, MissingDependency without FastAPI or uvicorn.
+    ModelFileError, OutputError or WorkerFailed (no cluster answers) before it listens,
+    MissingDependency without FastAPI or uvicorn.
     """
     try:
         import uvicorn
@@ -63,24 +64,21 @@ def serve(options: ServerOptions, tell: Callable[[str], object] = print) -> None
         ) from err
     check_token(options.host, options.token)
     served = open_served(options)
-    listening = _listen(options.host, options.port)
-
-    def crew(queue: Queue) -> Crew:
-        told = {"progress": queue.progress, "stopped": queue.stopped}
-        at_once = options.at_once or (None if options.cluster else "1")
-        made = crew_for(
-            at_once, options.cluster, served.optimization, tell, **told
+    queues: list[Queue] = []
+    crew = _crew(options, served, tell, queues)
+    try:
+        listening = _listen(options.host, options.port)
+        desk = Desk(
+            served, options.folder, lambda _: crew,
+            most_bytes=int(options.upload_mb * 2**20), tries=options.tries,
+            plan=options.cluster is None,
         )  # fmt: skip
-        assert made is not None
-        return made()
-
-    desk = Desk(
-        served, options.folder, crew,
-        most_bytes=int(options.upload_mb * 2**20), tries=options.tries,
-        plan=options.cluster is None,
-    )  # fmt: skip
-    app = make_app(desk, options.token, options.host)
-    desk.start()
+        queues.append(desk.queue)
+        app = make_app(desk, options.token, options.host)
+        desk.start()
+    except BaseException:
+        crew.close()
+        raise
     listening.listen(2048)  # from here on nobody is turned away
     host, port = listening.getsockname()[:2]
     config = uvicorn.Config(
@@ -96,6 +94,24 @@ def serve(options: ServerOptions, tell: Callable[[str], object] = print) -> None
     finally:
         desk.stop()
         listening.close()
+
+
+def _crew(
+    options: ServerOptions, served: Served, tell: Callable[[str], object], queues: list[Queue]
+) -> Crew:
+    """Return who carries the jobs out, for the queue that ``queues`` has when the first one begins.
+
+    Raises InvalidRequest for numbers that do not go together, WorkerFailed for a cluster that does
+    not answer.
+    """
+    at_once = options.at_once or (None if options.cluster else "1")
+    made = crew_for(
+        at_once, options.cluster, served.optimization, tell,
+        progress=lambda number, percent: queues[0].progress(number, percent),
+        stopped=lambda number: queues[0].stopped(number),
+    )  # fmt: skip
+    assert made is not None
+    return made()
 
 
 def check_token(host: str, token: str | None) -> None:
