@@ -104,6 +104,10 @@ def load_component(
     return module.eval().requires_grad_(False)
 
 
+_FIRST_WITH = {"WanAnimateTransformer3DModel": "0.38"}
+"""Versions of diffusers that have a class which the oldest that is supported has not."""
+
+
 def _keep_attention(module: nn.Module) -> None:
     """Have a transformer's attention computed by torch, whatever is set for others.
 
@@ -164,7 +168,7 @@ def build(plan: Blueprint) -> nn.Module:
     except (ImportError, AttributeError, RuntimeError) as err:  # the last: libraries' lazy imports
         raise MissingDependency(
             f"{plan.class_name} cannot be imported: {first_line(err)}. Install "
-            "diffusers >= 0.35 and transformers >= 4.50."
+            f"diffusers >= {_FIRST_WITH.get(plan.class_name, '0.35')} and transformers >= 4.50."
         ) from err
     try:
         # Not accelerate's init_empty_weights: it patches nn.Module for all threads of the process.
