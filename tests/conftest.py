@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,15 @@ def few_objects_to_collect() -> None:
     """Have garbage collections pass over what was imported: a million objects, 0.25 s each time."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture
+def without_gradients() -> Iterator[None]:
+    """Forwards are computed as in a render, without gradients."""
+    import torch
+
+    with torch.no_grad():
+        yield
 
 
 LONG = (

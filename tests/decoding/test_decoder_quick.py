@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,11 +16,7 @@ from wan_core.decoding import lean as vae
 from wan_core.decoding.decoder_quick import Quick, quick_for
 from wan_core.sampling import StreamingDecoder
 
-
-@pytest.fixture(autouse=True)
-def without_gradients() -> Iterator[None]:
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("without_gradients")
 
 
 class Kernels:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -26,10 +25,7 @@ from wan_core.placing import stream_blocks
 MODEL = functools.cache(plain_model)
 
 
-@pytest.fixture(autouse=True)
-def without_gradients() -> Iterator[None]:
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("without_gradients")
 
 
 def stream_of(given: dict[str, Tensor], keep: str = "again", **more: Any) -> DrivingStream:

@@ -16,10 +16,7 @@ from wan_core.forward.transformer import why_not
 VACE = "wan2.1-vace"
 
 
-@pytest.fixture(autouse=True)
-def without_gradients() -> Iterator[None]:
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("without_gradients")
 
 
 def calls(model: Any, dtype: torch.dtype, batch: int = 1) -> Iterator[dict[str, Any]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -21,15 +20,10 @@ from wan_core.sampling.vae import to_frames
 
 pytestmark = [
     pytest.mark.gpu,
+    pytest.mark.usefixtures("without_gradients"),
     pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no CUDA device"),
 ]
 DEVICE = "cuda"
-
-
-@pytest.fixture(autouse=True)
-def without_gradients() -> Iterator[None]:
-    with torch.no_grad():
-        yield
 
 
 def case(family: str = "wan2.1-t2v") -> tuple[Any, list[dict[str, Any]], list[torch.Tensor]]:

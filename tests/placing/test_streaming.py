@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -37,10 +36,7 @@ from wan_core.placing.transport import Block, DirectTransport
 LAYERS = 5
 
 
-@pytest.fixture(autouse=True)
-def without_gradients() -> Iterator[None]:
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("without_gradients")
 
 
 def small(layers: int = LAYERS) -> tuple[Any, list[dict[str, Any]], list[Tensor]]:

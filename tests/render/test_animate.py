@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from support.tiny_models import ANIMATE, FACE_SIZE, components, make_folder, pipeline
+from support.tiny_models import ANIMATE, FACE_SIZE, components, make_folder, open_kept, pipeline
 
 from wan_core import GenerationConfig, WanControl, WanPipelineLoader
 from wan_core.detect.detector import inspect_file
@@ -64,9 +64,7 @@ def nothing_kept() -> Iterator[None]:
     WanPipelineLoader().clear_cache()
 
 
-def opened(path: Any, **wishes: Any) -> Any:
-    wishes = {"device": "cpu", "precision": "fp32", "offload": "none"} | wishes
-    return WanPipelineLoader().load_wan_pipeline(path, optimization_config=wishes)
+opened = functools.partial(open_kept, offload="none")
 
 
 def made(wrapper: Any, **more: Any) -> Any:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from support.tiny_models import FUN_FAMILIES, components, folders
+from support.tiny_models import FUN_FAMILIES, components, folders, open_kept
 from torch import Tensor, nn
 
 from wan_core import GenerationConfig, PipelineManager, WanControl, WanPipelineLoader
@@ -43,10 +43,12 @@ START, END = pixels(HEIGHT, WIDTH, 3, seed=1), pixels(HEIGHT, WIDTH, 3, seed=3)
 RAYS = torch.randn(1, 24, 3, HEIGHT, WIDTH, generator=torch.Generator().manual_seed(4))
 
 
+pytestmark = pytest.mark.usefixtures("without_gradients")
+
+
 @pytest.fixture(autouse=True)
-def without_gradients() -> Iterator[None]:
-    with torch.no_grad():
-        yield
+def nothing_kept() -> Iterator[None]:
+    yield
     WanPipelineLoader().clear_cache()
 
 
@@ -187,9 +189,7 @@ def by_hand(
 # -- ours -----------------------------------------------------------------------------------------
 
 
-def opened(path: Path, **wishes: Any) -> Any:
-    wishes = {"device": "cpu", "precision": "fp32", "offload": "none"} | wishes
-    return WanPipelineLoader().load_wan_pipeline(path, optimization_config=wishes)
+opened = functools.partial(open_kept, offload="none")
 
 
 def made(

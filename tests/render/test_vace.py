@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 from support.cases import in_turn
-from support.tiny_models import VACE_FAMILIES, components, make_folder, pipeline
+from support.tiny_models import VACE_FAMILIES, components, make_folder, open_kept, pipeline
 
 from wan_core import GenerationConfig, PipelineManager, WanControl, WanPipelineLoader
 from wan_core.errors import InvalidRequest
@@ -53,9 +54,7 @@ def nothing_kept() -> Iterator[None]:
     WanPipelineLoader().clear_cache()
 
 
-def opened(path: Any, **wishes: Any) -> Any:
-    wishes = {"device": "cpu", "precision": "fp32", "offload": "none"} | wishes
-    return WanPipelineLoader().load_wan_pipeline(path, optimization_config=wishes)
+opened = functools.partial(open_kept, offload="none")
 
 
 def made(wrapper: Any, **more: Any) -> Any:

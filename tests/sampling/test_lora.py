@@ -85,10 +85,7 @@ STYLES = {
 }  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
-def without_gradients() -> Iterator[None]:
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("without_gradients")
 
 
 def matrices(model: nn.Module) -> dict[str, nn.Module]:

@@ -38,7 +38,7 @@ from wan_core import GenerationConfig, WanLoRA, WanModelFiles, WanPipelineLoader
 from wan_core.config import WanControl
 from wan_core.errors import WorkerFailed
 from wan_core.memory import CardRecords, Trial
-from wan_core.workers import child, close_workers, gang, worker_pool
+from wan_core.workers import child, close_workers, worker_pool
 
 ROOT = Path(__file__).parents[2]
 PLAIN = {"guidance_scale": 1.0}
@@ -57,17 +57,6 @@ def machine(
     """Records of its own, by which cutting is worth it."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     yield make_links_free(folder("wan2.1-t2v"))
-
-
-@pytest.fixture
-def threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[ThreadWorker]]:
-    """Workers that are threads; none is left over."""
-    close_workers()
-    monkeypatch.setattr(gang, "WorkerProcess", ThreadWorker)
-    ThreadWorker.trouble, ThreadWorker.made = None, []
-    yield ThreadWorker
-    ThreadWorker.trouble = ThreadWorker.looked = None
-    close_workers()
 
 
 def picture() -> Image.Image:

@@ -9,7 +9,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,17 +34,6 @@ SHORT = {"prompt": "a red cat", "width": 32, "height": 32, "num_frames": 5, "see
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return folders(tmp_path_factory.mktemp("workers"))
-
-
-@pytest.fixture
-def threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[ThreadWorker]]:
-    """Workers that are threads; none is left over."""
-    close_workers()
-    monkeypatch.setattr(gang, "WorkerProcess", ThreadWorker)
-    ThreadWorker.trouble, ThreadWorker.made = None, []
-    yield ThreadWorker
-    ThreadWorker.trouble = ThreadWorker.looked = None
-    close_workers()
 
 
 def picture() -> Image.Image:

@@ -178,11 +178,6 @@ def replace_layer(root: nn.Module, name: str, new: nn.Module) -> None:
     setattr(root.get_submodule(parent), leaf, new)
 
 
-def is_stored(module: Any) -> bool:
-    """Say whether a layer takes its weight apart at each use."""
-    return isinstance(module, _Stored)
-
-
 def fp8_layer(
     layer: nn.Linear, weight: Tensor, stored: torch.dtype = torch.float8_e4m3fn
 ) -> StoredLinear:

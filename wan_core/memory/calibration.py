@@ -118,6 +118,13 @@ def default_path() -> Path:
     return folder / "wanfit" / "measured.json"
 
 
+def keep_json(path: Path, plain: Mapping[str, Any]) -> None:
+    """Write a small file of what was measured, whole; where it cannot be, nothing happens."""
+    with suppress(OutputError, OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        atomic_write(path, json.dumps(plain, indent=1).encode())
+
+
 class Calibrations:
     """The file of records, which are stored under a key that names device, software and model."""
 
@@ -158,10 +165,10 @@ class Calibrations:
         """Add what a run taught; of each key only the latest records are kept."""
         known = self._read()
         known[key] = [*known.get(key, []), record][-KEPT:]
-        plain = {name: [asdict(record) for record in records] for name, records in known.items()}
-        with suppress(OutputError, OSError):
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            atomic_write(self.path, json.dumps(plain, indent=1).encode())
+        keep_json(
+            self.path,
+            {name: [asdict(record) for record in records] for name, records in known.items()},
+        )
 
     def _read(self) -> dict[str, list[RunRecord]]:
         try:
@@ -200,9 +207,7 @@ class AttentionTimes:
         together.pop(shape, None)
         latest = [*together.items(), (shape, dict(times))][-_SHAPES:]
         known[machine] = {"where": where, "times": dict(latest)}
-        with suppress(OutputError, OSError):
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            atomic_write(self.path, json.dumps(known, indent=1).encode())
+        keep_json(self.path, known)
 
     def forget(self) -> None:
         """Forget everything; raises OutputError where the file cannot be removed."""

@@ -9,14 +9,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..errors import OutputError
-from ..files import atomic_write
-from .calibration import default_path
+from .calibration import default_path, keep_json
 
 _KEPT = 200
 """How many trials, the latest ones, are kept."""
@@ -81,7 +78,7 @@ class CardRecords:
         """Keep what was measured between so many cards."""
         known = self._read()
         known["links"][link_name(machine, cards)] = [link.rate, link.seconds]
-        self._write(known)
+        keep_json(self.path, known)
 
     def trial(self, kind: str) -> Trial | None:
         """Return what a trial of this kind (``cut_kind``) has shown, or None."""
@@ -96,12 +93,7 @@ class CardRecords:
             trial = Trial(False, max(before[1], trial.error))
         known["trials"][kind] = [trial.equal, trial.error]
         known["trials"] = dict([*known["trials"].items()][-_KEPT:])
-        self._write(known)
-
-    def _write(self, known: dict[str, Any]) -> None:
-        with suppress(OutputError, OSError):
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            atomic_write(self.path, json.dumps(known, indent=1).encode())
+        keep_json(self.path, known)
 
     def _read(self) -> dict[str, dict[str, Any]]:
         try:
