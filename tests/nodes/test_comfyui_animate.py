@@ -7,7 +7,7 @@ workflows run as they are shipped, with small files of the names and layouts tha
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,25 +27,28 @@ from support.comfy_graphs import (
     with_values,
     workflow,
 )
-from support.comfy_server import ComfyServer, find_checkout, find_python
+from support.comfy_server import ComfyServer, find_checkouts, find_python
 
-CHECKOUT = find_checkout()
-PYTHON = CHECKOUT if isinstance(CHECKOUT, str) else find_python(CHECKOUT)
+CHECKOUTS = find_checkouts()
 BROWSER = find_browser()
 WIDTH, HEIGHT, FRAMES, STEPS = 64, 48, 22, 20
 
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.comfyui,
-    pytest.mark.skipif(isinstance(PYTHON, str), reason=str(PYTHON)),
+    pytest.mark.skipif(not CHECKOUTS, reason="no ComfyUI checkout (set COMFYUI_PATH)"),
 ]
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ComfyServer]:
-    assert isinstance(CHECKOUT, Path)
-    assert isinstance(PYTHON, Path)
-    running = ComfyServer(tmp_path_factory.mktemp("comfyui"), CHECKOUT, PYTHON)
+@pytest.fixture(scope="module", params=CHECKOUTS or ["none"])
+def server(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[ComfyServer]:
+    checkout = CHECKOUTS[request.param]
+    python = find_python(checkout)
+    if isinstance(python, str):
+        pytest.skip(python)
+    running = ComfyServer(tmp_path_factory.mktemp("comfyui"), checkout, python)
     # Deep enough that a segment lasts longer than it takes to kill the server.
     deep = {"num_layers": 40, "inject_face_latents_blocks": 20, "ffn_dim": 2048}
     tiny_models.make_folder(
@@ -77,11 +80,11 @@ def picture(frames: int, width: int, height: int, colour: int) -> dict[str, Any]
     return {"class_type": "EmptyImage", "inputs": inputs}
 
 
-def replaced(**more: Any) -> dict[str, Any]:
-    """Loader, WanControl with all that Animate reads, WanChunkedSampler, SaveVideo."""
+def controlled(model: str, given: dict[str, Any], **more: Any) -> dict[str, Any]:
+    """Loader, WanControl with what is given of the pictures, WanChunkedSampler, SaveVideo."""
     prompt = graph(
-        "WanChunkedSampler", "tiny-animate", name="replaced", control=["30", 0], width=WIDTH,
-        height=HEIGHT, num_frames=0, steps=STEPS, window_frames=13, window_overlap=1, **more,
+        "WanChunkedSampler", model, control=["30", 0], width=WIDTH, height=HEIGHT, num_frames=0,
+        steps=STEPS, window_frames=13, window_overlap=1, **more,
     )  # fmt: skip
     size = tiny_models.FACE_SIZE
     prompt |= {
@@ -91,30 +94,44 @@ def replaced(**more: Any) -> dict[str, Any]:
             "class_type": "SolidMask", "inputs": {"value": 1.0, "width": WIDTH, "height": HEIGHT},
         },
     }  # fmt: skip
-    given = {
-        "video": ["31", 0], "reference": ["32", 0], "face_video": ["33", 0],
-        "background_video": ["34", 0], "mask": ["35", 0],
-    }  # fmt: skip
     prompt["30"] = {"class_type": "WanControl", "inputs": given}
     prompt["21"] = {"class_type": "WanFitProbeText", "inputs": {"value": ["3", 3]}}
     return prompt
 
 
-def test_a_character_is_replaced_and_goes_on_after_the_server_was_killed(
-    server: ComfyServer,
+def replaced(**more: Any) -> dict[str, Any]:
+    """Animate with all that it reads."""
+    given = {
+        "video": ["31", 0], "reference": ["32", 0], "face_video": ["33", 0],
+        "background_video": ["34", 0], "mask": ["35", 0],
+    }  # fmt: skip
+    return controlled("tiny-animate", given, name="replaced", **more)
+
+
+def driven(**more: Any) -> dict[str, Any]:
+    """Animate 2, its file in rotated int8, following a video."""
+    given = {"video": ["31", 0], "reference": ["32", 0]}
+    return controlled(animate_files.DEEP_2, given, name="driven", guidance_scale=1.0, **more)
+
+
+@pytest.mark.parametrize("prompt", [replaced, driven])
+def test_a_clip_goes_on_after_the_server_was_killed_in_the_second_segment(
+    server: ComfyServer, prompt: Callable[..., dict[str, Any]]
 ) -> None:
-    server.queue(replaced())
+    server.queue(prompt())
     server.wait_until(lambda: server.state()["progress"].get("3", [0, 0])[0] > STEPS, 240)
     server.kill()
     server.start()
     server.await_start()
-    outputs = server.run(replaced())
+    outputs = server.run(prompt())
     assert "\nresumed: segment 2 of 2" in outputs["21"]["value"][0]
     frames, _, rate = read_video(saved_video(server, outputs, "5"))
-    assert len(frames) == FRAMES and frames[0].shape == (HEIGHT, WIDTH, 3) and rate == 30.0
-    after = frames_of(server, "replaced")
-    server.run(replaced(resume="never"))
-    assert torch.equal(frames_of(server, "replaced"), after)
+    assert len(frames) == FRAMES and frames[0].shape == (HEIGHT, WIDTH, 3)
+    assert rate == (30.0 if prompt is replaced else 24.0)  # the model's own
+    name = prompt.__name__
+    after = frames_of(server, name)
+    server.run(prompt(resume="never"))
+    assert torch.equal(frames_of(server, name), after)
     assert after.std() > 0.01  # not one flat colour
 
 

@@ -1,0 +1,118 @@
+"""Both Animates from files as people have them: the bits of the same weights dequantised at load.
+
+What a file means is written down as a bf16 file by code that is not the library's. A LoRA in the
+layout of lightx2v's for image-to-video is held against its changes added to the weights by hand.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from support import animate_files, single_files
+from support.stored_models import write_gguf, write_safetensors
+from torch import Tensor
+
+from wan_core import GenerationConfig, WanControl, WanLoRA, WanModelFiles, WanPipelineLoader
+
+WIDTH, HEIGHT, LENGTH, FRAMES = 32, 32, 5, 9  # two segments
+DIM, FFN = 256, 512  # a row of Q4_K has blocks of 256
+NAMES = {1: "wan2.2_animate_14B", 2: "wan_animate_2"}
+RESIDENT, STREAMED = {"offload": "none"}, {"offload": "stream", "resident_blocks": 1}
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("stored")
+    single_files.write(folder)
+    animate_files.write_clip(folder / animate_files.CLIP)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def mapped(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Files of any size stay mapped, as large ones do; and nothing is left for the next test."""
+    monkeypatch.setattr("wan_core.models.sizes.MAP_FROM", 1)
+    yield
+    WanPipelineLoader().clear_cache()
+
+
+def state_of(number: int) -> dict[str, Tensor]:
+    """The small Animate's tensors under their official names, in bf16."""
+    found = animate_files.random_state(animate_files.shapes(number, 10, DIM, FFN))
+    return {name: (value / 2).to(torch.bfloat16) for name, value in found.items()}
+
+
+def matrices(state: dict[str, Tensor]) -> set[str]:
+    """What is stored in a kind: the matrices of the blocks and of the face's adapters, but one."""
+    chosen = {n for n in state if n.startswith(("blocks.", "face_adapter.fuser_blocks."))}
+    chosen = {n for n in chosen if n.endswith(".weight") and state[n].ndim == 2}
+    return chosen - {"blocks.1.cross_attn.v.weight"}
+
+
+def stored(home: Path, number: int, kind: str) -> tuple[Path, Path]:
+    """Write a model as ``kind`` and what that file means in bf16, once for each kind."""
+    end = "gguf" if kind.startswith("Q") else "safetensors"
+    path = home / f"{NAMES[number]}_{kind}.{end}"
+    meant = home / f"{NAMES[number]}_{kind}_meant.safetensors"
+    if not path.exists():
+        state = state_of(number)
+        chosen = matrices(state)
+        if end == "gguf":
+            meanings = write_gguf(path, state, chosen, kind)
+        else:
+            meanings = write_safetensors(path, state, chosen, kind, "notes")
+        assert set(meanings) == chosen
+        save_file({**state, **{n: m(torch.bfloat16) for n, m in meanings.items()}}, meant)
+    return path, meant
+
+
+def opened(home: Path, transformer: Path, loras: Any = (), **wishes: Any) -> Any:
+    files = WanModelFiles(
+        transformer=transformer, vae=home / "vae" / single_files.VAE,
+        text_encoder=home / "text_encoders" / single_files.TEXT,
+        image_encoder=home / animate_files.CLIP,
+    )  # fmt: skip
+    wishes = {"device": "cpu", "precision": "bf16", "offload": "none"} | wishes
+    return WanPipelineLoader().load_wan_pipeline(files, loras=loras, optimization_config=wishes)
+
+
+def latents(wrapper: Any, number: int, **job: Any) -> Tensor:
+    g = torch.Generator().manual_seed(0)
+    given: dict[str, Any] = {
+        "reference": torch.rand(1, HEIGHT, WIDTH, 3, generator=g),
+        "video": torch.rand(FRAMES, HEIGHT, WIDTH, 3, generator=g),
+    }
+    if number == 1:
+        given["face_video"] = torch.rand(FRAMES, 512, 512, 3, generator=g)
+    wanted: dict[str, Any] = {
+        "prompt": "a red cat", "width": WIDTH, "height": HEIGHT, "num_frames": 0,
+        "num_inference_steps": 2, "guidance_scale": 3.0, "seed": 1, "max_chunk_size": LENGTH,
+        "control": WanControl(**given),
+    }  # fmt: skip
+    result = wrapper.generate(GenerationConfig(**wanted | job)).raise_for_error()
+    assert result.latents is not None and bool(torch.isfinite(result.latents).all())
+    return result.latents
+
+
+def stored_layers(wrapper: Any) -> list[str]:
+    """The layers of the transformer whose weights are as stored, by name."""
+    loaded = [module for _, module in wrapper._cache.loaded() if hasattr(module, "blocks")]
+    return [n for model in loaded for n, layer in model.named_modules() if hasattr(layer, "stored")]
+
+
+@pytest.mark.parametrize("kind", ["int8_convrot", "Q4_K", "Q8_0"])
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_stored_file_gives_the_bits_of_what_it_means(home: Path, number: int, kind: str) -> None:
+    path, meant = stored(home, number, kind)
+    expected = latents(opened(home, meant), number)
+    for wishes in (RESIDENT, STREAMED):
+        wrapper = opened(home, path, **wishes)
+        assert torch.equal(latents(wrapper, number), expected)
+        kept = stored_layers(wrapper)
+        # Animate 1's keys and values of a face lie in one matrix of the file.
+        assert len(kept) == len(matrices(state_of(number))) + (number == 1)
