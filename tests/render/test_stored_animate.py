@@ -43,7 +43,7 @@ def mapped(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def state_of(number: int) -> dict[str, Tensor]:
     """The small Animate's tensors under their official names, in bf16."""
-    found = animate_files.random_state(animate_files.shapes(number, 10, DIM, FFN))
+    found = animate_files.random_state(animate_files.shapes(number, 0, DIM, FFN))
     return {name: (value / 2).to(torch.bfloat16) for name, value in found.items()}
 
 
@@ -105,8 +105,17 @@ def stored_layers(wrapper: Any) -> list[str]:
     return [n for model in loaded for n, layer in model.named_modules() if hasattr(layer, "stored")]
 
 
-@pytest.mark.parametrize("kind", ["int8_convrot", "Q4_K", "Q8_0"])
-@pytest.mark.parametrize("number", [1, 2])
+@pytest.mark.parametrize(
+    ("number", "kind"),
+    [
+        (2, "int8_convrot"),
+        pytest.param(2, "Q4_K", marks=pytest.mark.slow),
+        pytest.param(2, "Q8_0", marks=pytest.mark.slow),
+        pytest.param(1, "int8_convrot", marks=pytest.mark.slow),
+        (1, "Q8_0"),
+        pytest.param(1, "Q4_K", marks=pytest.mark.slow),
+    ],
+)
 def test_a_stored_file_gives_the_bits_of_what_it_means(home: Path, number: int, kind: str) -> None:
     path, meant = stored(home, number, kind)
     expected = latents(opened(home, meant), number)
@@ -114,5 +123,67 @@ def test_a_stored_file_gives_the_bits_of_what_it_means(home: Path, number: int, 
         wrapper = opened(home, path, **wishes)
         assert torch.equal(latents(wrapper, number), expected)
         kept = stored_layers(wrapper)
-        # Animate 1's keys and values of a face lie in one matrix of the file.
-        assert len(kept) == len(matrices(state_of(number))) + (number == 1)
+        # Animate 1's keys and values of a face lie in one matrix, whose halves become plain.
+        assert len(kept) == len(matrices(state_of(number))) - (number == 1)
+
+
+def lightx2v(
+    state: dict[str, Tensor], rank: int = 4
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return a LoRA as ``lightx2v_I2V_14B_..._rank64``, and what it adds to each weight.
+
+    Matrices of the blocks, those of the picture included; differences of biases, norms and of what
+    is around the blocks. Nothing of it is for the face.
+    """
+    g, tensors, changes = torch.Generator().manual_seed(5), {}, {}
+    for name, value in state.items():
+        layer, _, leaf = name.rpartition(".")
+        if name.startswith(("face_", "motion_", "pose_")) or leaf == "modulation":
+            continue
+        if name.startswith("blocks.") and value.ndim == 2:
+            down = torch.randn(rank, value.shape[1], generator=g) / 20
+            up = torch.randn(value.shape[0], rank, generator=g) / 20
+            tensors[f"diffusion_model.{layer}.lora_down.weight"] = down
+            tensors[f"diffusion_model.{layer}.lora_up.weight"] = up
+            tensors[f"diffusion_model.{layer}.alpha"] = torch.tensor(2.0)
+            changes[name] = up.double() @ down.double() * (2 / rank)
+        else:
+            change = torch.randn(value.shape, generator=g) / 50
+            end = "diff_b" if leaf == "bias" else "diff"
+            tensors[f"diffusion_model.{layer}.{end}"] = change
+            changes[name] = change.double()
+    return tensors, changes
+
+
+@pytest.mark.parametrize("number", [2, pytest.param(1, marks=pytest.mark.slow)])
+def test_a_lora_is_what_it_adds_to_the_weights(home: Path, tmp_path: Path, number: int) -> None:
+    state = {name: value.float() for name, value in state_of(number).items()}
+    tensors, changes = lightx2v(state)
+    lora = tmp_path / "lightx2v_I2V_14B_480p_cfg_step_distill_rank64_bf16.safetensors"
+    plain, by_hand = (tmp_path / f"{NAMES[number]}_{name}.safetensors" for name in ("a", "b"))
+    save_file(tensors, lora)
+    save_file(state, plain)
+    merged = {
+        name: (value.double() + 0.7 * changes[name]).float() if name in changes else value
+        for name, value in state.items()
+    }
+    save_file(merged, by_hand)
+    fp32 = {"precision": "fp32"}
+    one = {"num_frames": LENGTH}  # of the video, its first segment
+    expected = latents(opened(home, by_hand, **fp32), number, **one)
+    without = latents(opened(home, plain, **fp32), number, **one)
+    wrapper = opened(home, plain, [WanLoRA(lora, strength=0.7)], **fp32 | STREAMED)
+    wrong = (latents(wrapper, number, **one) - expected).abs().max()
+    assert wrong < 1e-4 * (without - expected).abs().max()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "kind"), [(2, "int8_convrot"), (2, "Q8_0"), (1, "Q8_0")])
+def test_a_lora_on_stored_weights(home: Path, tmp_path: Path, number: int, kind: str) -> None:
+    path, meant = stored(home, number, kind)
+    lora = tmp_path / "lora.safetensors"
+    save_file(lightx2v(state_of(number))[0], lora)
+    expected = latents(opened(home, meant, [WanLoRA(lora)]), number)
+    assert not torch.equal(expected, latents(opened(home, meant), number))
+    for wishes in (RESIDENT, STREAMED):
+        assert torch.equal(latents(opened(home, path, [WanLoRA(lora)], **wishes), number), expected)
