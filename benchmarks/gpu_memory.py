@@ -559,7 +559,7 @@ def choices_of(applied: list[str]) -> Choices:
         stream_buffers=1 if "one at a time" in applied else STREAM_BUFFERS,
         lean="lean forward" in applied,
         by_rows="products by rows" in applied,
-        cache_in_ram="decode's cache in RAM" in applied,
+        cache_in_ram=any(word.endswith("'s cache in RAM") for word in applied),
     )
 
 

@@ -27,7 +27,7 @@ from wan_core import ArchitectureDetector, OptimizationPlan, WanModelFiles
 from wan_core.config import GIB
 from wan_core.errors import DoesNotFit
 from wan_core.memory import SystemResources, Workload
-from wan_core.models import ModelArchitecture
+from wan_core.models import ModelArchitecture, all_blocks
 from wan_core.plan import Planner
 
 
@@ -68,13 +68,15 @@ NAMES = {
 }  # fmt: skip
 GGUF = {"Q4_K": (12, 256, 144), "Q8_0": (8, 32, 34)}
 P480, P720 = (832, 480, 81), (1280, 720, 81)
+ANIMATE = (832, 480, 77), (1280, 720, 77)
 FIVE = (1280, 704, 121)
 INTRODUCTION = """\
 # What is planned on which computer
 
 Made by `python benchmarks/machines_table.py` from headers of true shape: T2V-A14B as a pair of
-single files in five kinds of storage, TI2V-5B and T2V-1.3B in fp16, a segment of Animate 2 in two
-kinds, each with umT5 in scaled fp8; 20 guided steps. *driving* says what is kept of Animate 2's
+single files in five kinds of storage, TI2V-5B and T2V-1.3B in fp16, a segment of Animate 1 and of
+Animate 2 in two kinds each, all with umT5 in scaled fp8; 20 guided steps, of Animate 1 unguided
+ones, as it was made for. *driving* says what is kept of Animate 2's
 driving stream: keys and values on the card (kv), the blocks' inputs in RAM (inputs), or nothing
 (again). *Card* is the predicted peak. *RAM* is what nothing else can have meanwhile, *file*
 the weights that are read from their mapped file: RAM that the system takes back when it needs it.
@@ -126,6 +128,12 @@ def models(
         path = write_expert(folder / model, model, "fp16")
         files = WanModelFiles(transformer=path, text_encoder=encoder)
         yield title, detector.detect_model_architecture(files), sizes
+    for kind in ("fp8_scaled old", "Q4_K"):
+        path = write_expert(folder / "wan2.2_animate", "animate-14b", kind)
+        files = WanModelFiles(transformer=path, text_encoder=encoder)
+        title = NAMES[kind].replace("A14B", "Animate 1")
+        yield title, detector.detect_model_architecture(files), ANIMATE
+        path.unlink()
     # Animate 2 has the shapes of Wan 2.1 I2V-14B, and is known by its name.
     for kind in ("int8_convrot new", "Q4_K"):
         path = write_expert(folder / "wan_animate_2", "i2v-14b", kind)
@@ -143,8 +151,10 @@ def plan_of(
     workload = Workload(
         width=width, height=height, num_frames=frames, steps=steps, return_frames=False
     )
-    if found.transformer.animate == 2:  # one segment, with the character's frame in front
+    if found.transformer.animate is not None:  # one segment, the character's frame in front
         workload = replace(workload, references=1, reference_picture=True, start_video=True)
+    if found.transformer.animate == 1:
+        workload = replace(workload, guidance_high=False, guidance_low=False)
     try:
         return Planner().recommend_optimizations(found, workload, machine.resources())
     except DoesNotFit as refusal:
@@ -187,7 +197,7 @@ def table(folder: Path) -> str:
     rows: dict[str, list[str]] = {machine.name: [] for machine in MACHINES}
     for title, found, sizes in models(folder):
         for size in sizes:
-            layers = found.transformer.layers
+            layers = len(all_blocks(found, "transformer", "bf16"))  # an adapter counts as one
             for machine in MACHINES:
                 plan = plan_of(found, size, machine)
                 what = f"{title}, {size[0]}x{size[1]}x{size[2]}"

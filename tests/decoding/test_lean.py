@@ -326,7 +326,8 @@ def test_a_plan_decides_how_the_decode_is_done(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(placement, "_placed", lambda *_: nullcontext())
     for stage, lean, by_rows in [
         ("decode", True, True), ("decode", True, False), ("decode", False, False),
-        ("condition_encode", True, True),
+        ("condition_encode", True, True), ("control_encode", True, False),
+        ("control_encode", False, False),
     ]:  # fmt: skip
         stages: Any = StageRunner(
             architecture=SimpleNamespace(loras_of=lambda part, **_: ()),
@@ -341,13 +342,15 @@ def test_a_plan_decides_how_the_decode_is_done(monkeypatch: pytest.MonkeyPatch) 
             timeline=SimpleNamespace(stage=lambda name: nullcontext()),
         )  # type: ignore[arg-type]  # fmt: skip
         with stages.use(stage, "vae"), torch.no_grad():
-            installed = lean_vae._lean.on(vae.decoder)
-            seen.append(installed.mine() if installed else None)
+            both = lean_vae._lean.on(vae.decoder), lean_vae._lean_encoder.on(vae.encoder)
+            seen.append(tuple(installed.mine() if installed else None for installed in both))
         assert stages.result.warnings == []
-    by_bands, exact, *encoding = seen
-    assert by_bands.bands == BANDS and by_bands.host is not None
-    assert exact == DecodeOptions()
-    assert encoding == [None, None]
+    by_bands, exact, *plain = seen[:3]
+    assert by_bands[0].bands == BANDS and by_bands[0].host is not None
+    assert exact == (DecodeOptions(), None) and plain == [(None, None)]
+    by_bands, exact, *plain = ((encoder, decoder) for decoder, encoder in seen[3:])
+    assert by_bands[0].bands == BANDS and by_bands[0].host is not None
+    assert exact == (DecodeOptions(), None) and plain == [(None, None)]
 
 
 def test_the_estimate_of_a_decode_follows_the_plan() -> None:

@@ -19,17 +19,18 @@ from support.lean_models import model_of
 from support.vae_models import make_vae
 
 from wan_core.decoding import decoder
-from wan_core.decoding.lean import lean_decoder
+from wan_core.decoding.lean import lean_decoder, lean_encoder
 from wan_core.forward import sources
-from wan_core.forward.sources import DECODER, TRANSFORMER, VACE, Table, why_no_lean
+from wan_core.forward.sources import DECODER, ENCODER, TRANSFORMER, VACE, Table, why_no_lean
 from wan_core.forward.transformer import lean_forward
 
 NAMES = [
     (table, module, name)
-    for table in (TRANSFORMER, DECODER, VACE)
+    for table in (TRANSFORMER, DECODER, ENCODER, VACE)
     for module, names in table.items()
     for name in names
     if table is not VACE or module not in TRANSFORMER
+    if table is not ENCODER or name not in DECODER[module]
 ]
 CALLABLE = [entry for entry in NAMES if entry[2] != "CACHE_T"]
 INSTALLED = Path(str(diffusers.__file__)).parent
@@ -159,7 +160,7 @@ def test_another_computation_is_noticed_and_named(
     assert why_no_lean() == (None if table is VACE else reason)
     assert reason is not None and f"computes {name} in a way not known here" in reason
     assert diffusers.__version__ in reason
-    other = TRANSFORMER if table is DECODER else DECODER
+    other = TRANSFORMER if table in (DECODER, ENCODER) else DECODER
     assert sources.why_not(table) == reason
     assert sources.why_not(other) is None
 
@@ -233,8 +234,10 @@ def test_what_another_program_replaced_is_not_stood_in_for(
     )
     assert sources.why_not(table) == f"another program has replaced diffusers' {name}"
     family = "wan2.1-vace" if table is VACE else "wan2.1-t2v"
-    model = make_vae("2.1") if table is DECODER else model_of(family, torch.float32)
-    context: Any = lean_decoder(model) if table is DECODER else lean_forward(model)
+    vae = table in (DECODER, ENCODER)
+    model = make_vae("2.1") if vae else model_of(family, torch.float32)
+    lean: Any = lean_encoder if table is ENCODER else lean_decoder if vae else lean_forward
+    context = lean(model)
     with context as reason:
         assert "replaced" in str(reason)
 

@@ -11,12 +11,12 @@ from support.lean_models import model_of
 from support.vae_models import make_latents, make_vae
 
 from wan_core.decoding import lean as lean_vae
-from wan_core.decoding.lean import lean_decoder
+from wan_core.decoding.lean import lean_decoder, lean_encoder
 from wan_core.forward.transformer import lean_forward, run_together
 from wan_core.loading.page_lock import pinned_bytes, unpin
 from wan_core.placing.offload import MODES, block_hooks, place
 from wan_core.placing.streaming import pin_ahead, stream_blocks
-from wan_core.sampling.vae import to_frames
+from wan_core.sampling.vae import encode_latents, to_frames
 
 pytestmark = [
     pytest.mark.gpu,
@@ -144,3 +144,16 @@ def test_a_decode_with_its_cache_in_ram_gives_the_same_bits(bands: int, pin_byte
         assert slabs and all(slab.pinned == bool(pin_bytes) for slab in slabs)
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
     assert not any(slab.pinned for slab in slabs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("version", ["2.1", "2.2"])
+def test_a_lean_encode_gives_diffusers_bits(version: str, dtype: torch.dtype) -> None:
+    vae, g = make_vae(version, dtype).cuda(), torch.Generator().manual_seed(2)
+    pixels = (torch.rand(1, 3, 13, 96, 160, generator=g) * 2 - 1).to("cuda", dtype)
+    expected = vae.encode(pixels).latent_dist.mode()
+    for more in ({}, {"cache_on_host": True}, {"cache_on_host": True, "pin_bytes": 2**30}):
+        with lean_encoder(vae, **more) as refused:
+            assert refused is None
+            chunks = iter([pixels[:, :, :1], *torch.split(pixels[:, :, 1:], 4, dim=2)])
+            assert torch.equal(encode_latents(vae, chunks), expected), more

@@ -167,7 +167,7 @@ def test_a_plan_says_in_words_what_it_does() -> None:
     )
     assert plan.with_choices(resident_blocks=None).blocks_and_buffers("transformer") == (0, 2)
     for name, word in (
-        ("by_rows", "products by rows"), ("cache_in_ram", "decode's cache in RAM"),
+        ("by_rows", "products by rows"), ("cache_in_ram", "VAE's cache in RAM"),
         ("fp8_storage", "fp8 storage"), ("lean", "lean forward"),
     ):  # fmt: skip
         assert (word in plan.with_choices(**{name: True}).applied) is True

@@ -118,7 +118,7 @@ STREAMED = [
     (I2V, P720, 36, "model, lean", "fp32"),
     (I2V, P720, 32, "35 + stream, lean", "fp32"),
     (I2V, P720, 28, "29 + stream, lean", "fp32"),
-    (I2V, P720, 16, "11 + stream, lean", "bf16"),
+    (I2V, P720, 16, f"11 + stream, {CACHE}, lean", "fp32"),
     (TI2V, FIVE, 13.5, f"model, {CACHE}, lean", "fp32"),
     (SMALL, P480, 8, f"model, {BLOCKS}, {CACHE}, lean", "fp32"),
     (T2V, P480, 5, f"0 + stream, {BLOCKS}, lean", "bf16"),

@@ -65,14 +65,16 @@ class DecoderWalk:
         held = [x]
         del x
         held.append(self._convolve(decoder.conv_in, held))
-        middle = decoder.mid_block
+        self._middle(decoder.mid_block, held)
+        for block in decoder.up_blocks:
+            self._level(block, held, first)
+        return self._convolve(decoder.conv_out, held, decoder.norm_out)
+
+    def _middle(self, middle: Any, held: list[Tensor]) -> None:
         self._residual(middle.resnets[0], held)
         for attention, resnet in zip(middle.attentions, middle.resnets[1:], strict=True):
             held.append(attention(held.pop()))
             self._residual(resnet, held)
-        for block in decoder.up_blocks:
-            self._level(block, held, first)
-        return self._convolve(decoder.conv_out, held, decoder.norm_out)
 
     def _level(self, block: Any, held: list[Tensor], first: bool) -> None:
         shortcut = getattr(block, "avg_shortcut", None)  # 2.2 only

@@ -1,9 +1,9 @@
-"""Attaches the lean decoder to a VAE and detaches it again.
+"""Attaches the lean decoder or the lean encoder to a VAE and detaches it again.
 
-The decoder's forward is replaced on the instance; no class is changed. The replacement acts only in
-threads that asked for it, other threads get the forward that was there before. A decoder that
-differs in any way from the one that ``decoding/decoder.py`` follows keeps its own forward, and the
-caller is told the reason.
+The forward of that half is replaced on the instance; no class is changed. The replacement acts only
+in threads that asked for it, other threads get the forward that was there before. A half that
+differs in any way from the one that ``decoding/decoder.py`` or ``decoding/encoder.py`` follows
+keeps its own forward, and the caller is told the reason.
 """
 
 from __future__ import annotations
@@ -16,32 +16,39 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..forward import DECODER, Installed, ReplacedForward, unknown_code
+from ..forward import DECODER, ENCODER, Installed, ReplacedForward, unknown_code
 from .decoder import DecodeOptions, DecoderWalk
 from .decoder_quick import quick_for
+from .encoder import EncoderWalk
 from .host_cache import HostCache
 
 _DTYPES = {torch.float32, torch.bfloat16, torch.float16}
 
 
-def why_not(vae: Any) -> str | None:
-    """Return why the lean decoder cannot replace this VAE's own, or None if it can."""
+def why_not(vae: Any, half: str = "decoder") -> str | None:
+    """Return why the lean ``half`` cannot replace this VAE's own, or None if it can.
+
+    ``half`` is "decoder" or "encoder".
+    """
     from diffusers import AutoencoderKLWan
     from diffusers.models.autoencoders import autoencoder_kl_wan as wan
 
-    decoder = getattr(vae, "decoder", vae)
-    reason = unknown_code(vae, AutoencoderKLWan, decoder, DECODER)
+    own = getattr(vae, half, vae)
+    table = DECODER if half == "decoder" else ENCODER
+    reason = unknown_code(vae, AutoencoderKLWan, own, table)
     if reason is not None:
         return reason
-    known = {getattr(wan, name) for name in dir(wan) if name.startswith(("Wan", "DupUp"))}
+    names = ("Wan", "DupUp", "AvgDown")
+    known = {getattr(wan, name) for name in dir(wan) if name.startswith(names)}
     known |= {nn.Conv2d, nn.SiLU, nn.Identity, nn.Dropout, nn.ModuleList, nn.Sequential}
-    for name, module in vae.decoder.named_modules():
+    known |= {nn.ZeroPad2d}
+    for name, module in own.named_modules():
         reason = _why_not_module(module, known)
         if reason is not None:
-            return f"decoder.{name}: {reason}".replace("decoder.:", "decoder:")
-    dtypes = {parameter.dtype for parameter in vae.decoder.parameters()}
+            return f"{half}.{name}: {reason}".replace(f"{half}.:", f"{half}:")
+    dtypes = {parameter.dtype for parameter in own.parameters()}
     if len(dtypes) > 1 or not dtypes <= _DTYPES:
-        return f"the decoder's parameters are {', '.join(sorted(map(str, dtypes)))}"
+        return f"the {half}'s parameters are {', '.join(sorted(map(str, dtypes)))}"
     return None
 
 
@@ -50,7 +57,7 @@ def _why_not_module(module: nn.Module, known: set[Any]) -> str | None:
         return f"it is a {type(module).__name__}"
     if module._compiled_call_impl is not None:
         return "it is compiled"
-    # The lean decoder reads weights without calling their modules, so hooks would not run.
+    # The lean halves read weights without calling their modules, so hooks would not run.
     hooked = any(getattr(module, name, None) for name in ("_hf_hook", "_diffusers_hook"))
     if hooked or module._forward_hooks or module._forward_pre_hooks:
         return "a hook (offload by layers or groups) is attached"
@@ -94,11 +101,43 @@ def lean_decoder(
             host.close()
 
 
+@contextmanager
+def lean_encoder(
+    vae: Any,
+    *,
+    bands: int | None = None,
+    cache_on_host: bool | None = None,
+    pin_bytes: int = 0,
+) -> Iterator[str | None]:
+    """Encode with less memory in this thread, inside the ``with`` block.
+
+    As ``lean_decoder``, with its arguments: equal bits without ``bands``, rounding with them; None,
+    or the reason why the VAE keeps its own forward.
+    """
+    reason = why_not(vae, "encoder")
+    if reason is not None:
+        yield reason
+        return
+    on_host = bands is not None if cache_on_host is None else cache_on_host
+    host = HostCache(pin_bytes) if on_host else None
+    try:
+        with _lean_encoder(vae.encoder, DecodeOptions(max(1, bands or 1), host)):
+            yield None
+    finally:
+        if host is not None:
+            host.close()
+
+
 def _put_on(decoder: Any, installed: Installed[DecodeOptions]) -> None:
     installed.set_forward(decoder, functools.partial(_forward, decoder, installed))
 
 
+def _put_on_encoder(encoder: Any, installed: Installed[DecodeOptions]) -> None:
+    installed.set_forward(encoder, functools.partial(_encode, encoder, installed))
+
+
 _lean = ReplacedForward(_put_on)
+_lean_encoder = ReplacedForward(_put_on_encoder)
 
 
 def _forward(
@@ -116,3 +155,19 @@ def _forward(
         result: Tensor = before(x, feat_cache=feat_cache, feat_idx=index, first_chunk=first_chunk)
         return result
     return DecoderWalk(options, feat_cache, index).through(decoder, x, first_chunk)
+
+
+def _encode(
+    encoder: Any,
+    installed: Installed[DecodeOptions],
+    before: Any,
+    x: Tensor,
+    feat_cache: list[Any] | None = None,
+    feat_idx: list[int] | None = None,
+) -> Tensor:
+    options = installed.mine()
+    index = [0] if feat_idx is None else feat_idx
+    if options is None or feat_cache is None:
+        result: Tensor = before(x, feat_cache=feat_cache, feat_idx=index)
+        return result
+    return EncoderWalk(options, feat_cache, index).through(encoder, x)

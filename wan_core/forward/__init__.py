@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from .fun import fun_inputs
     from .replaced import Installed, ReplacedForward, unknown_code
     from .residual import BlockPasses, block_passes
-    from .sources import DECODER, norms_widen, why_no_lean
+    from .sources import DECODER, ENCODER, norms_widen, why_no_lean
     from .surroundings import Surroundings, settings_notes, undisturbed
     from .transformer import can_be_cut, cut_tokens, hints_in_turn, lean_forward, run_together
     from .vace import blocks_in_order
@@ -40,7 +40,7 @@ __getattr__ = lazy_names(
         "fun": ("fun_inputs",),
         "replaced": ("Installed", "ReplacedForward", "unknown_code"),
         "residual": ("BlockPasses", "block_passes"),
-        "sources": ("DECODER", "norms_widen", "why_no_lean"),
+        "sources": ("DECODER", "ENCODER", "norms_widen", "why_no_lean"),
         "surroundings": ("Surroundings", "settings_notes", "undisturbed"),
         "transformer": (
             "can_be_cut",
@@ -55,6 +55,7 @@ __getattr__ = lazy_names(
 
 __all__ = [
     "DECODER",
+    "ENCODER",
     "BlockPasses",
     "Cut",
     "DrivingStream",

@@ -98,6 +98,20 @@ DECODER: Table = {
 }
 """What the lean decoder replaces and relies on; of classes everything counts."""
 
+_SHARED = (
+    "CACHE_T", "WanMidBlock.forward", "WanResidualBlock", "WanCausalConv3d", "WanRMS_norm",
+    "WanResample",
+)  # fmt: skip
+ENCODER: Table = {
+    _VAE: {
+        **{name: DECODER[_VAE][name] for name in _SHARED},
+        "WanEncoder3d.forward": ("cd1a3b076a64", "4583e120a78c"),
+        "WanResidualDownBlock": ("8a567ba2675c", "d08de5258be9"),
+        "AvgDown3D": ("0486d556907a", "c6ef1a629407"),  # to 0.40; 0.41 on
+    },
+}
+"""The same for the lean encoder."""
+
 
 @dataclass(frozen=True)
 class Definition:
@@ -114,12 +128,12 @@ class Definition:
 
 
 def why_no_lean(*, vace: bool = False, faces: bool = False) -> str | None:
-    """Return why a plan must do without lean forward and decoder, or None if both can be used.
+    """Return why a plan must do without lean forward and VAE, or None if they can be used.
 
     ``vace`` says whether the transformer has VACE blocks, ``faces`` whether it has face adapters.
     """
     table = VACE if vace else ANIMATE if faces else TRANSFORMER
-    return _unknown(table) or _unknown(DECODER)
+    return _unknown(table) or _unknown(DECODER) or _unknown(ENCODER)
 
 
 def why_not(table: Table) -> str | None:

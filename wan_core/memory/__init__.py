@@ -34,7 +34,7 @@ from .machine import (
 from .stages import estimate, reserved_bytes
 from .text import format_estimate
 from .vae import CHUNKS, decode_peak, encode_peak
-from .vae_lean import BANDS, lean_decode_bytes
+from .vae_lean import BANDS, lean_decode_bytes, lean_encode_bytes
 
 Job = Workload
 """The old name of ``Workload``, kept for one release."""
@@ -73,6 +73,7 @@ __all__ = [
     "latent_size",
     "link_name",
     "lean_decode_bytes",
+    "lean_encode_bytes",
     "lean_peak",
     "pinned_budget_now",
     "ram",

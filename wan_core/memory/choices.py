@@ -88,10 +88,10 @@ class Choices:
     lean: bool = False
     """Whether the lean forward is used: fewer tensors alive, the same bits."""
     by_rows: bool = False
-    """Whether the lean forward also splits matrix products, by rows and heads, and the lean decoder
+    """Whether the lean forward also splits matrix products, by rows and heads, and the lean VAE
     works in bands of rows; rounding may differ."""
     cache_in_ram: bool = False
-    """Whether the lean decoder keeps its feature cache in RAM between uses: the same bits, more
+    """Whether the lean VAE keeps its feature cache in RAM between uses: the same bits, more
     transfers."""
     easycache: float = 0.0
     """Threshold of EasyCache, which takes steps from the step before; 0 computes each step."""

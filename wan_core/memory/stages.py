@@ -50,7 +50,7 @@ from .forward_lean import lean_peak
 from .machine import RAM_RESERVE, fewer_gaps, unpinned_reserve
 from .text import basis, confidence
 from .vae import decode_peak, encode_peak
-from .vae_lean import BANDS, lean_decode_bytes
+from .vae_lean import BANDS, lean_decode_bytes, lean_encode_bytes
 
 if TYPE_CHECKING:
     from .machine import SystemResources
@@ -191,9 +191,9 @@ class _Ledger:
             clip = tokens * size * (1280 * 36 + 5120 * 3)
             found.append(self._stage("image_encode", "image_encoder", clip))
         if pictures:
-            found.append(self._stage("condition_encode", "vae", self._encode()))
+            found.append(self._stage("condition_encode", "vae", *self._encode()))
         if workload.start_video or self.arch.transformer.vace_in_channels is not None:
-            found.append(self._stage("control_encode", "vae", self._encode_control()))
+            found.append(self._stage("control_encode", "vae", *self._encode_control()))
         experts = {"denoise": "transformer"}
         if self.arch.two_experts:
             experts = {"denoise_high": "transformer", "denoise_low": "transformer_2"}
@@ -358,32 +358,49 @@ class _Ledger:
         texts = 2 if self.workload.guidance_high or self.workload.guidance_low else 1
         return peak + texts * TEXT_TOKENS * self.arch.transformer.text_dim * 4
 
-    def _encode(self, *, whole: bool = False) -> int:
-        """Return the activations of an encode: of the ``whole`` clip, or of its pictures.
+    def _encode(self, *, whole: bool = False) -> tuple[int, int]:
+        """Return the activations of an encode, and the bytes of its feature cache kept in RAM.
 
-        A model with a mask of known frames is shown the whole clip, grey where nothing is known.
+        Of the ``whole`` clip, or of its pictures. A model with a mask of known frames is shown the
+        whole clip, grey where nothing is known.
         """
-        shape, image = self.arch.transformer, self.workload.image
-        masked = shape.mask_channels > 0 and (image or shape.animate is not None)
-        frames = self.workload.num_frames if whole or masked else max(1, self.workload.keyframes)
-        return encode_peak(
-            self.vae,
-            batch=1,
-            num_frames=frames,
-            height=self.workload.height,
-            width=self.workload.width,
-            size=BYTES[self._dtype("vae")],
-        )
+        shape, workload = self.arch.transformer, self.workload
+        masked = shape.mask_channels > 0 and (workload.image or shape.animate is not None)
+        frames = workload.num_frames if whole or masked else max(1, workload.keyframes)
+        numbers = {
+            "batch": 1,
+            "num_frames": frames,
+            "height": workload.height,
+            "width": workload.width,
+            "size": BYTES[self._dtype("vae")],
+        }
+        lean = self._lean_vae()
+        if lean is None:
+            return encode_peak(self.vae, **numbers), 0
+        peak, cache = lean_encode_bytes(self.vae, **lean, **numbers)
+        return peak, cache if lean["cache_on_host"] else 0
 
-    def _encode_control(self) -> int:
-        """Return the activations of encoding a video, with VACE's other half and mask beside it."""
+    def _encode_control(self) -> tuple[int, int]:
+        """Return the same for a video, with VACE's other half and mask beside it."""
         channels = self.arch.transformer.vace_in_channels or 0
         frames = self.frames + self.workload.references
-        return self._encode(whole=True) + 2 * 4 * channels * frames * self.height * self.width
+        peak, cache = self._encode(whole=True)
+        return peak + 2 * 4 * channels * frames * self.height * self.width, cache
+
+    def _lean_vae(self) -> dict[str, int] | None:
+        """Return the arguments of the lean VAE's arithmetic; None where diffusers' own is used.
+
+        The lean VAE does not call its layers as modules, so hooks that bring in weights layer by
+        layer would not run.
+        """
+        choices = self.choices
+        if not choices.lean or choices.offload_of("vae") not in ("none", "model"):
+            return None
+        away = (choices.by_rows or choices.cache_in_ram) and not self.on_cpu
+        return {"bands": BANDS if choices.by_rows else 1, "cache_on_host": away}
 
     def _decode(self) -> tuple[int, int]:
         """Return the activations of the decode, and the bytes of its feature cache kept in RAM."""
-        choices = self.choices
         numbers = {
             "batch": self.workload.batch_size,
             "latent_frames": self.frames,
@@ -391,15 +408,11 @@ class _Ledger:
             "latent_width": self.width,
             "size": BYTES[self._dtype("vae")],
         }
-        latents = 2 * self.latent_bytes
-        # The lean decoder does not call its layers as modules, so hooks that bring in weights layer
-        # by layer would not run: diffusers' own decoder is used with them.
-        if not choices.lean or choices.offload_of("vae") not in ("none", "model"):
+        latents, lean = 2 * self.latent_bytes, self._lean_vae()
+        if lean is None:
             return decode_peak(self.vae, **numbers) + latents, 0
-        bands = BANDS if choices.by_rows else 1
-        away = (choices.by_rows or choices.cache_in_ram) and not self.on_cpu
-        peak, cache = lean_decode_bytes(self.vae, bands=bands, cache_on_host=away, **numbers)
-        return peak + latents, cache if away else 0
+        peak, cache = lean_decode_bytes(self.vae, **lean, **numbers)
+        return peak + latents, cache if lean["cache_on_host"] else 0
 
     def _denoise(self, part: str) -> int:
         workload, shape = self.workload, self.arch.transformer

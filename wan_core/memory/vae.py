@@ -196,7 +196,7 @@ def _duplicated(x: Map, channels: int, time: int) -> Map:
     return y
 
 
-def _averaged(x: Map, channels: int, time: int, space: int) -> Map:
+def averaged(x: Map, channels: int, time: int, space: int) -> Map:
     """``AvgDown3D``: a padded copy, a contiguous copy, and the mean."""
     y = x.like(t=-(-x.t // time) * time)
     y = y.like()
@@ -289,7 +289,7 @@ def _down_level(
         y = _residual_block(y, width, cache)
     if down:
         y = _downsample(y, cache, time=time)
-    shortcut = _averaged(kept, width, 2 if time else 1, 2 if down else 1)
+    shortcut = averaged(kept, width, 2 if time else 1, 2 if down else 1)
     y = y.like()
     x.tape.during(kept, shortcut)
     return y

@@ -1,7 +1,7 @@
-"""The activation memory of the lean decoder: ``decoding/decoder.py`` replayed without tensors.
+"""The activation memory of the lean VAE: ``decoding/decoder.py`` and ``decoding/encoder.py``.
 
-It follows the lean decoder as ``memory/vae.py`` follows diffusers'. Variables and every ``del``
-stand for those in the original. A map that is made and not kept stands for a temporary.
+They are replayed without tensors, as ``memory/vae.py`` replays diffusers' own. Variables and every
+``del`` stand for those in the original. A map that is made and not kept stands for a temporary.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from functools import lru_cache
 
 from ..models import VaeShape
 from .forward import FP32, Tape
-from .vae import CHUNKS, Map, attention_block, convolved
+from .vae import CHUNKS, Map, attention_block, averaged, convolved
 
 BANDS = 8
 """Bands of rows that a plan uses; with so many, one band is small beside the feature maps."""
@@ -45,13 +45,16 @@ class _Walk:
         held = [x]
         del x
         held.append(self._convolve(held, widths[0]))
-        self._residual(held, widths[0])
-        held.append(attention_block(held.pop()))
-        self._residual(held, widths[0])
+        self._middle(held, widths[0])
         for level in range(len(widths) - 1):
             self._level(held, widths[level + 1], level)
         y = self._convolve(held, shape.out_channels, norm=True)
         return y.like() if shape.patch_size is not None else y
+
+    def _middle(self, held: list[Map], width: int) -> None:
+        self._residual(held, width)
+        held.append(attention_block(held.pop()))
+        self._residual(held, width)
 
     def _level(self, held: list[Map], width: int, level: int) -> None:
         shape, last = self.shape, level == len(self.shape.dim_mult) - 1
@@ -197,6 +200,62 @@ class _Walk:
         held.append(both.like(c=both.c // 2, t=2 * both.t))
 
 
+class _EncoderWalk(_Walk):
+    """``EncoderWalk``."""
+
+    def through(self, x: Map) -> Map:
+        shape, self.index = self.shape, 0
+        held = [x]
+        del x
+        held.append(self._convolve(held, shape.base_dim))
+        for level, multiple in enumerate(shape.dim_mult):
+            self._down_level(held, shape.base_dim * multiple, level)
+        self._middle(held, held[0].c)
+        return self._convolve(held, 2 * shape.z_dim, norm=True)
+
+    def _down_level(self, held: list[Map], width: int, level: int) -> None:
+        shape, down = self.shape, level != len(self.shape.dim_mult) - 1
+        kept = held[0] if shape.is_residual else None
+        for _ in range(shape.num_res_blocks):
+            self._residual(held, width, writable=held[0] is not kept)
+        time = down and shape.temporal_downsample[level]
+        if down:
+            self._downsample(held, time=time)
+        if kept is not None:
+            averaged(kept, width, 2 if time else 1, 2 if down else 1)
+
+    def _downsample(self, held: list[Map], *, time: bool) -> None:
+        x = held.pop()
+        out_size = {"h": x.h // 2, "w": x.w // 2}
+        if self.bands > 1:
+            out = x.like(**out_size)
+            rows = self._rows(out.h)
+            convolved(x.like(h=2 * rows + 1, w=x.w + 1), out.like(h=rows))
+            del x
+        else:
+            padded = x.like(h=x.h + 1, w=x.w + 1)
+            del x
+            out = convolved(padded, padded.like(**out_size))
+            del padded
+        held.append(out)
+        if time:
+            self._halve_time(held)
+
+    def _halve_time(self, held: list[Map]) -> None:
+        slot, x = self._next_slot(), held[0]
+        before = self.slots[slot]
+        if before is None:
+            kept = x.like()
+            self.slots[slot] = _Slot(1, kept, kept.nbytes)
+            return
+        held.clear()
+        kept = x.like(t=1)
+        joined = x.like(t=x.t + 1)
+        del x
+        held.append(convolved(joined, joined.like(t=(joined.t - 3) // 2 + 1)))
+        self.slots[slot] = _Slot(1, kept, kept.nbytes)
+
+
 def _apply(padded: Map, channels: int, *, kernel: int = 3, margin: int = 1) -> Map:
     h, w = padded.h - 2 * margin, padded.w - 2 * margin
     return convolved(padded, padded.like(c=channels, t=padded.t - kernel + 1, h=h, w=w))
@@ -231,4 +290,26 @@ def lean_decode_bytes(
         chunk = scaled.like(size=FP32)
         del scaled, chunk
     tape.during(*latents)
+    return tape.peak, sum(slot.nbytes for slot in walk.slots if slot is not None)
+
+
+@lru_cache(maxsize=256)
+def lean_encode_bytes(
+    shape: VaeShape, *, batch: int, num_frames: int, height: int, width: int, size: int,
+    bands: int = 1, cache_on_host: bool = False, workspace: bool = True,
+) -> tuple[int, int]:  # fmt: skip
+    """Return (peak bytes, bytes of the feature cache) of the streamed lean encode.
+
+    Arguments are as for ``encode_peak`` and ``lean_encoder``. With ``cache_on_host`` the feature
+    cache is in RAM and not part of the peak; a few small frames of it stay on the device.
+    """
+    tape = Tape(workspace)
+    walk = _EncoderWalk(shape, bands, cache_on_host)
+    pieces: list[Map] = []
+    patch = shape.patch_size or 1
+    for index in range(min(1 + (num_frames - 1) // 4, CHUNKS)):
+        x = Map(tape, batch, shape.in_channels // patch**2, 4 if index else 1, height, width, size)
+        if patch > 1:
+            x = x.like(c=shape.in_channels, h=height // patch, w=width // patch)
+        pieces.append(walk.through(x))
     return tape.peak, sum(slot.nbytes for slot in walk.slots if slot is not None)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
-from ..decoding import lean_decoder
+from ..decoding import lean_decoder, lean_encoder
 from ..forward import hints_in_turn, lean_forward
 from ..loading import all_pinned_bytes
 from ..memory import BANDS, pinned_budget_now
@@ -29,9 +29,9 @@ def apply_plan(
     """Have one component compute as ``plan`` says, inside the ``with`` block.
 
     ``component`` is its name in the plan ("transformer_2", "vae" …). ``decoding=False`` is for a
-    VAE that only encodes: the lean decoder is then not attached. Yields None, or a sentence saying
-    what could not be carried out. Afterwards the module's parameters are the same objects with the
-    same values as before.
+    VAE that encodes: the lean encoder is then attached in place of the decoder. Yields None, or a
+    sentence saying what could not be carried out. Afterwards the module's parameters are the same
+    objects with the same values as before.
     """
     with ExitStack() as stack:
         # Weights first: the lean forwards below are attached to a module that is in its place, and
@@ -49,20 +49,24 @@ def apply_plan(
             why_not = stack.enter_context(forward)
         elif component.startswith("transformer") and not plan.choices.hints_at_once(component):
             why_not = stack.enter_context(hints_in_turn(module))
-        elif plan.choices.lean and component == "vae" and decoding:
-            bands = BANDS if plan.choices.by_rows else None
-            # Where the decoder's feature cache rests in RAM, page-locking it is what keeps its
-            # trips over the bus short, so it shares the budget of the streamed weights.
-            away = plan.choices.by_rows or plan.choices.cache_in_ram
-            decoder = lean_decoder(
-                module,
-                bands=bands,
-                cache_on_host=away,
-                pin_bytes=pin_budget(plan) if away else 0,
-                quick=plan.choices.quick,
-            )
-            why_not = stack.enter_context(decoder)
+        elif plan.choices.lean and component == "vae":
+            why_not = stack.enter_context(_lean_vae(module, plan, decoding))
         yield f"More memory than predicted in {component}: {why_not}" if why_not else None
+
+
+def _lean_vae(
+    vae: Any, plan: OptimizationPlan, decoding: bool
+) -> AbstractContextManager[str | None]:
+    """Return the context of a lean decode or encode."""
+    bands = BANDS if plan.choices.by_rows else None
+    # Where the feature cache rests in RAM, page-locking it is what keeps its trips over the bus
+    # short, so it shares the budget of the streamed weights.
+    away = plan.choices.by_rows or plan.choices.cache_in_ram
+    pin_bytes = pin_budget(plan) if away else 0
+    if not decoding:
+        return lean_encoder(vae, bands=bands, cache_on_host=away, pin_bytes=pin_bytes)
+    quick = plan.choices.quick
+    return lean_decoder(vae, bands=bands, cache_on_host=away, pin_bytes=pin_bytes, quick=quick)
 
 
 def _placed(

@@ -339,8 +339,8 @@ def _with_smaller_parts(
     pieces = dict.fromkeys(large, "sequential")
     if streams and "text_encoder" in pieces:
         pieces["text_encoder"] = "stream"
-    # What is large of a VAE is not the weights but the decoder's feature cache. The lean decoder
-    # can keep that in RAM, which takes the place of going layer by layer.
+    # What is large of a VAE is not the weights but its feature cache. The lean VAE can keep that in
+    # RAM, which takes the place of going layer by layer.
     in_ram = choices.lean and pieces.pop("vae", None) is not None
     return replace(choices, part_offload=pieces, cache_in_ram=in_ram)
 

@@ -88,7 +88,7 @@ class OptimizationPlan:
             words += ["one at a time"] * (choices.stream_buffers == 1)
         words += ["lean forward"] * choices.lean + ["products by rows"] * choices.by_rows
         words += [f"driving stream {choices.driving}"] * bool(choices.driving)
-        words += ["decode's cache in RAM"] * choices.cache_in_ram
+        words += ["VAE's cache in RAM"] * choices.cache_in_ram
         words += ["fastest kernels"] * choices.quick + ["products in 8 bit"] * choices.eight_bit
         words += ["attention in 8 bit where faster"] * choices.attention_8bit
         words += ["fp8 storage"] * choices.fp8_storage

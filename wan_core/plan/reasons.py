@@ -48,7 +48,7 @@ def reasons_for(
     if choices.driving:
         reasons.append(_driving(architecture, workload, choices))
     if choices.cache_in_ram:
-        reasons.append("decode's feature cache in RAM: it does not fit beside a frame; equal bits")
+        reasons.append("the VAE's feature cache in RAM: it does not fit beside a frame; equal bits")
     if choices.fp8_storage:
         ram = f"nothing larger fits the card and {limits.ram / GIB:.1f} GiB of RAM"
         asked = "asked for" if requested.fp8_storage == "always" else ram

@@ -172,26 +172,39 @@ def encode_latents(vae: Any, chunks: Iterable[Tensor], *, check: Check | None = 
     # The causal convolutions read the frames before a chunk from here; it outlives each chunk.
     cache = _empty_cache(vae.encoder)
     pieces: list[Tensor] = []
-    for chunk in chunks:
-        wanted = FRAMES_PER_CHUNK if pieces else 1
-        if chunk.ndim != 5 or chunk.shape[2] != wanted:
-            raise InvalidRequest(
-                f"chunk {len(pieces)} of the video to encode has shape {tuple(chunk.shape)}; it "
-                f"must be (batch, 3, {wanted}, height, width).",
-                field="image",
-            )
-        if check is not None:
-            check()
-        chunk = chunk.to(device=_bring_in(vae), dtype=vae.dtype)
-        if vae.config.patch_size is not None:
-            chunk = _model_code().patchify(chunk, patch_size=vae.config.patch_size)
-        pieces.append(vae.encoder(chunk, feat_cache=cache, feat_idx=[0]))
+    try:
+        for chunk in chunks:
+            _check_chunk(chunk, len(pieces))
+            if check is not None:
+                check()
+            chunk = _as_read(vae, chunk)
+            pieces.append(vae.encoder(chunk, feat_cache=cache, feat_idx=[0]))
+    finally:
+        cache.clear()  # frames that the cache keeps in RAM are free for the next encode
     if not pieces:
         raise InvalidRequest("The video to encode has no frames; give at least one.", field="image")
     # Over all frames at once, as diffusers does; latents are small. The second half of the
     # channels is the log variance, which the mode does not need.
     mean: Tensor = vae.quant_conv(torch.cat(pieces, dim=2)).chunk(2, dim=1)[0]
     return mean
+
+
+def _check_chunk(chunk: Tensor, number: int) -> None:
+    wanted = FRAMES_PER_CHUNK if number else 1
+    if chunk.ndim != 5 or chunk.shape[2] != wanted:
+        raise InvalidRequest(
+            f"chunk {number} of the video to encode has shape {tuple(chunk.shape)}; it must be "
+            f"(batch, 3, {wanted}, height, width).",
+            field="image",
+        )
+
+
+def _as_read(vae: Any, chunk: Tensor) -> Tensor:
+    """Return a chunk as the encoder reads it, on the device, in its dtype and in patches."""
+    chunk = chunk.to(device=_bring_in(vae), dtype=vae.dtype)
+    if vae.config.patch_size is not None:
+        chunk = _model_code().patchify(chunk, patch_size=vae.config.patch_size)
+    return chunk
 
 
 def conditioning_chunks(
