@@ -58,6 +58,7 @@ ADAPTER_NAMES = {
     "FourierFT": (".fourierft_spectrum.default",),
     "Bone": (".bone_block", ".miss_block.default"),
     "HRA": (".hra_u.default",),
+    "Stand-In": (".q_loras.down.weight", ".v_loras.up.weight", ".add_k_lora.down.weight"),
 }
 TRAINERS = {
     "musubi, dots inside": ("lora_unet_blocks_0.self_attn.q", ".lora_down.weight"),
@@ -225,6 +226,47 @@ def test_positions_are_left_out_of_an_image_model(tmp_path: Path) -> None:
     extra = {"diffusion_model.img_emb.emb_pos.diff": (1, 514, 1280)}
     found = with_loras(image, [write(tmp_path / "lora.safetensors", pair(Q) | extra)])
     assert any("learned positions" in text and "left out" in text for text in found.warnings)
+
+
+ELSEWHERE = {
+    "blocks.0.audio_cross_attn_wrapper.audio_cross_attn.q": "reads sound",
+    "audio_proj.audio_proj_glob_1.layer": "reads sound",
+    "blocks.1.audio_cross_attn.kv_linear": "reads sound",
+    "audio_injector.injector.3.q": "reads sound",
+    "blocks.0.cross_attn.processor.k_proj": "reads sound",
+    "control_adapter.conv": "reads a camera",
+    "ref_conv": "reference picture",
+}
+
+
+@pytest.mark.parametrize("style", ["diffusion_model.", "lora_unet_", "base_model.model."])
+@pytest.mark.parametrize("part", ELSEWHERE)
+def test_parts_of_other_wan_models_are_left_out(
+    tmp_path: Path, model: ModelArchitecture, part: str, style: str
+) -> None:
+    """HuMo, S2V, MultiTalk and the like: what fits is used, and what is left out is said."""
+    stems = [style + (one.replace(".", "_") if style.endswith("_") else one) for one in (
+        "blocks.0.self_attn.q", part)]  # fmt: skip
+    path = write(tmp_path / "l.safetensors", pair(stems[0]) | pair(stems[1], shape=(1536, 768)))
+    found = with_loras(model, [path])
+    assert found.loras[0].parameters == 2 * RANK * DIM
+    (text,) = [text for text in found.warnings if "left out" in text]
+    assert ELSEWHERE[part] in text and "2 of 4 tensors" in text and "l.safetensors" in text
+    alone = write(tmp_path / "alone.safetensors", pair(stems[1], shape=(1536, 768)))
+    with pytest.raises(ModelMismatch, match="Nothing in the LoRA"):
+        with_loras(model, [alone])
+
+
+def test_an_adapter_that_needs_more_than_its_tensors_says_what(
+    tmp_path: Path, model: ModelArchitecture
+) -> None:
+    stem = "diffusion_model.blocks.0.self_attn"
+    down = {f"{stem}.{x}_loras.down.weight": (RANK, DIM) for x in "qkv"}
+    up = {f"{stem}.{x}_loras.up.weight": (DIM, RANK) for x in "qkv"}
+    path = write(tmp_path / "l.safetensors", down | up)
+    assert inspect_file(path).title == "an adapter of the kind Stand-In"
+    with pytest.raises(UnsupportedModel, match="kind Stand-In .* picture of a face"):
+        with_loras(model, [path])
 
 
 def test_a_bias_of_a_foreign_input_layer_stays(tmp_path: Path, model: ModelArchitecture) -> None:

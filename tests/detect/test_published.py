@@ -123,6 +123,25 @@ def test_an_encoder_of_which_a_tensor_is_gone(tmp_path: Path) -> None:
     assert part.missing == ("encoder.block.1.layer.1.DenseReluDense.wo.weight",)
 
 
+def test_lost_blocks_are_told_of_with_the_file(tmp_path: Path) -> None:
+    """One in the middle makes the file corrupt; the last ones leave a model of no known depth."""
+    whole = FILES["t2v-1.3b"]
+    for layout in ("original", "comfyui", "diffusers"):
+        for lost in (17, 29):
+            shapes = {n: s for n, s in whole.items() if not n.startswith(f"blocks.{lost}.")}
+            file = layouts.relabel(layouts.stored(shapes, "bf16"), layout)
+            path = sparse(tmp_path / "lost.safetensors", file)
+            if lost == 17:
+                with pytest.raises(CorruptFile, match=r"lost\.safetensors.*blocks\.17"):
+                    detect(path)
+            else:
+                (text,) = [text for text in detect(path).warnings if "last blocks" in text]
+                assert "lost.safetensors" in text and "29 blocks" in text and "30" in text
+    for shapes in (whole, layouts.transformer(256, 512, 2, 16)):  # whole, and of a size of its own
+        found = detect(sparse(tmp_path / "x.safetensors", layouts.stored(shapes, "bf16")))
+        assert not any("last blocks" in text for text in found.warnings)
+
+
 # A tag for the variant -------------------------------------------------------------------------
 
 

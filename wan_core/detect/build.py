@@ -18,6 +18,7 @@ from ..models import (
     Recipe,
     TransformerShape,
     VaeShape,
+    few_steps_hint,
     recipe_of,
     stored_sizes,
 )
@@ -27,6 +28,7 @@ from .variant_choice import Choice
 _POSITIONS: Final = (
     ("img_emb.emb_pos",), ("condition_embedder.image_embedder.pos_embed",),
 )  # fmt: skip
+_TRANSFORMERS: Final = ("transformer", "transformer_2")
 _WANTED: Final = {
     "transformer": "a Wan transformer",
     "vae": "a Wan VAE",
@@ -126,8 +128,12 @@ def build(
     reasons: tuple[str, ...] = (),
     warnings: tuple[str, ...] = (),
     incomplete: str = "",
+    pipeline: str = "",
 ) -> ModelArchitecture:
-    """Return the architecture, with the reasons and warnings of all its files, each once."""
+    """Return the architecture, with the reasons and warnings of all its files, each once.
+
+    ``pipeline`` is the class that the folder's ``model_index.json`` names.
+    """
     main = parts["transformer"]
     found = [reason for part in parts.values() for reason in part.reasons]
     odd = [text for part in parts.values() for text in (*part.warnings, *part.table.notes)]
@@ -136,30 +142,32 @@ def build(
             f"The file does not say how its width {transformer.dim} divides into heads; it can be "
             "described but not loaded without its config.json."
         )
-    recipe, said = _recipe(root, parts)
+    recipe, said = _recipe(root, parts, pipeline)
     if said and recipe is None:
         odd.append(
             f"{said[0]}, and nothing says the same of the other expert. No settings suit both; "
             "choose two files that were distilled together, or two that were not."
         )
+    last = [text for name in _TRANSFORMERS if name in parts for text in _cut(parts[name], choice)]
+    last += _few_steps(root, parts) if not said else []
     return ModelArchitecture(
         variant=choice.variant, transformer=transformer, vae=vae, layout=main.layout,
         weight_kind=main.weights.name, components=components, root=root,
         custom_size=choice.custom_size, candidates=choice.candidates, incomplete=incomplete,
         recipe=recipe, reasons=tuple(dict.fromkeys((*found, choice.reason, *reasons, *said))),
-        warnings=tuple(dict.fromkeys((*odd, *warnings))),
+        warnings=tuple(dict.fromkeys((*odd, *warnings, *last))),
     )  # fmt: skip
 
 
 def _recipe(
-    root: Path, parts: Mapping[str, IdentifiedFile]
+    root: Path, parts: Mapping[str, IdentifiedFile], pipeline: str
 ) -> tuple[Recipe | None, tuple[str, ...]]:
     """Return the settings that the checkpoint was distilled for, and the sentence that says so.
 
     Of two experts both must be distilled; a folder's name speaks for all its files.
     """
-    files = [parts[name].table for name in ("transformer", "transformer_2") if name in parts]
-    folder = recipe_of(root / "transformer") if root.is_dir() else None
+    files = [parts[name].table for name in _TRANSFORMERS if name in parts]
+    folder = recipe_of(root / "transformer", pipeline=pipeline) if root.is_dir() else None
     found = [recipe_of(table.path, table.metadata) or folder for table in files]
     said = [
         f"{table.path.name} is {one.describe()} ({one.reason})"
@@ -168,3 +176,26 @@ def _recipe(
     ]
     recipe = found[0] if all(one is not None for one in found) else None
     return recipe, tuple(said if recipe is None else said[:1])
+
+
+def _few_steps(root: Path, parts: Mapping[str, IdentifiedFile]) -> list[str]:
+    """Return a warning where a checkpoint without a recipe says that it needs few steps."""
+    tables = [parts[name].table for name in _TRANSFORMERS if name in parts]
+    said = [few_steps_hint(table.path, table.metadata, whole=True) for table in tables]
+    said += [few_steps_hint(root / "transformer", whole=True)] if root.is_dir() else []
+    return [text for text in said if text][:1]
+
+
+def _cut(part: IdentifiedFile, choice: Choice) -> list[str]:
+    """Return a warning for a transformer that is a published one but for its last blocks."""
+    published, found = choice.variant.transformer, part.transformer
+    assert found is not None
+    same = (found.dim, found.ffn_dim) == (published.dim, published.ffn_dim)
+    # One with far fewer blocks was made so on purpose.
+    if not same or not published.layers // 2 < found.layers < published.layers:
+        return []
+    return [
+        f"{quoted(part.table.path)} has {found.layers} blocks; {choice.variant.name}, whose width "
+        f"it has, has {published.layers}. If it was not made so, its last blocks are lost and it "
+        "makes noise: download it again."
+    ]

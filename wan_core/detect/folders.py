@@ -101,6 +101,7 @@ def _pair_folder(
         root, parts, choice, components, main, vae,
         reasons=_folder_reasons(index, choice, experts),
         warnings=_folder_warnings(index, choice, boundary),
+        pipeline=str(index.get("_class_name")),
     )  # fmt: skip
 
 

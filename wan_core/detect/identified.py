@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from ..errors import CorruptFile
-from ..files import some_of
+from ..files import quoted, some_of
 from ..formats import (
     TensorTable,
     WeightKind,
@@ -36,6 +36,7 @@ from ..models import (
     find_layouts,
     find_leftovers,
     is_lora,
+    name_stem,
     nests_blocks,
     own_names,
     read_transformer,
@@ -122,7 +123,12 @@ def identify(table: TensorTable, kind: str | None = None) -> IdentifiedFile:
         if is_lora(names):
             return _lora(table)
         return _vace_module(table) or _unsupported(table)
-    parts = [_PARTS[one](_Own(table, *layout)) for one, layout in found.items()]
+    try:
+        parts = [_PARTS[one](_Own(table, *layout)) for one, layout in found.items()]
+    except CorruptFile as err:
+        if str(table.path) in str(err):
+            raise
+        raise CorruptFile(f"{quoted(table.path)}: {err}") from err
     first, *more = parts
     warnings = (*first.warnings, *_strange(table, first, parts))
     whole = replace(first, beside=tuple(more), warnings=warnings)
@@ -360,7 +366,7 @@ def _says_animate_2(table: TensorTable) -> str:
     for key in ("general.name", "modelspec.title", "name", "model_type"):
         if _ANIMATE_2.search(table.metadata.get(key, "")):
             return f"its metadata ({key})"
-    if _ANIMATE_2.search(table.path.stem):
+    if _ANIMATE_2.search(name_stem(table.path.name)):
         return f"its name {_label(table)!r}"
     return ""
 

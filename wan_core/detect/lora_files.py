@@ -17,7 +17,7 @@ from ..config import EXPERTS, WanLoRA, plain_number
 from ..errors import InvalidRequest, ModelMismatch
 from ..files import named_path, quoted
 from ..formats import read_small, read_table
-from ..models import FoundLora, ModelArchitecture, recipe_of
+from ..models import FoundLora, ModelArchitecture, few_steps_hint, recipe_of
 from .identified import identify
 from .lora_names import LoraPatches, adapter_config_of, read_patches
 from .pairing import check_lora, role_hint
@@ -139,6 +139,7 @@ def _found(architecture: ModelArchitecture, lora: WanLoRA) -> tuple[FoundLora, l
         for name in patch.tensors.values()
     )
     recipe = recipe_of(path, metadata)
+    notes += [text for text in [few_steps_hint(path, metadata, whole=False)] if text]
     config = adapter_config_of(patches.table.files[0])
     files = (*patches.table.files, *([config] if config is not None else []))
     return FoundLora(
@@ -199,7 +200,7 @@ def _with_recipe(architecture: ModelArchitecture) -> ModelArchitecture:
         raise InvalidRequest(
             f"use_recipe is set, but no recipe is known for {names}. Recognised are LoRAs and "
             "checkpoints distilled to a few steps (lightx2v, Lightning, rCM, TurboWan, FastWan, "
-            "CausVid). Leave use_recipe off and set steps and scales yourself.",
+            "Self-Forcing, CausVid). Leave use_recipe off and set steps and scales yourself.",
             field="use_recipe",
         )
     name, recipe = found

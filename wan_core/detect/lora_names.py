@@ -22,6 +22,7 @@ from ..errors import CorruptFile, ModelMismatch, UnsupportedModel
 from ..files import quoted, some_of
 from ..formats import TensorTable, listing, read_json
 from ..models import (
+    NEEDS,
     TransformerShape,
     flat_stem,
     foreign_part,
@@ -122,13 +123,18 @@ def _refuse_kinds(table: TensorTable) -> None:
         if key is not None and key.adapter:
             raise UnsupportedModel(
                 f"{quoted(table.path)} is an adapter of the kind {key.adapter} ({name!r}), which "
-                "WanFit cannot apply exactly. Plain LoRAs (lora_A/B or lora_down/up) can be used."
+                f"WanFit cannot apply exactly{_needs(key.adapter)}. Plain LoRAs (lora_A/B or "
+                "lora_down/up) can be used."
             )
         if info.dtype not in _FLOATS and not name.endswith(".alpha"):
             raise UnsupportedModel(
                 f"Tensor {name!r} of the LoRA {quoted(table.path)} is stored as {info.dtype}; "
                 f"readable are {', '.join(_FLOATS)}. Get another version."
             )
+
+
+def _needs(adapter: str) -> str:
+    return f": {NEEDS[adapter]}" if adapter in NEEDS else ""
 
 
 @lru_cache(maxsize=16)

@@ -14,7 +14,7 @@ from typing import Final
 
 from ..errors import CorruptFile, MissingFile, ModelMismatch, UnsupportedModel
 from ..files import file_identity, quoted, some_of
-from ..models import Role, TransformerShape, VaeShape, role_of
+from ..models import Role, TransformerShape, VaeShape, name_stem, role_of
 from .identified import IdentifiedFile
 
 _HINT_KEYS: Final = ("model_type", "general.name", "modelspec.title", "name")
@@ -227,5 +227,5 @@ def role_hint(name: str, metadata: Mapping[str, str] | None = None) -> tuple[Rol
         role = role_of((metadata or {}).get(key, ""))
         if role:
             return role, f"metadata {key} {(metadata or {})[key][:60]!r}"
-    role = role_of(Path(name).stem)
+    role = role_of(name_stem(Path(name).name))
     return (role, f"the file name {Path(name).name!r}") if role else None

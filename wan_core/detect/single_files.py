@@ -20,6 +20,7 @@ from ..models import (
     Role,
     TransformerShape,
     VaeShape,
+    name_stem,
     tokenizer_tensor,
     words_of,
 )
@@ -217,7 +218,7 @@ def _is_merged(part: IdentifiedFile) -> bool:
     """
     if role_hint(part.table.path.name, part.table.metadata) is not None:
         return False
-    words = words_of(part.table.path.stem)
+    words = words_of(name_stem(part.table.path.name))
     said = not _MERGED.isdisjoint(words) or "all in one" in " ".join(words)
     return said or {"vae", "text_encoder"} <= {other.kind for other in part.beside}
 

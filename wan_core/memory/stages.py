@@ -487,10 +487,8 @@ class _Ledger:
             whole_values=bool(self._unpacked(part)) or bool(self.arch.loras_of(part)),
             **numbers,
         )
-        if self.workload.camera:
-            cudnn = not self.on_cpu
-            peak = max(peak, camera_peak(shape, passes=passes, channels_last=cudnn, **numbers))
-        return max(peak, face)
+        camera = camera_peak(shape, passes=passes, **numbers) if self.workload.camera else 0
+        return max(camera, peak, face)
 
 
 def _warnings(architecture: ModelArchitecture) -> tuple[str, ...]:

@@ -10,10 +10,11 @@ ground floor and ``formats``.
 from __future__ import annotations
 
 from .architecture import Component, FoundLora, ModelArchitecture
-from .labels import Role, differ_in_h_and_l, role_of, without_role, words_of
+from .labels import Role, differ_in_h_and_l, name_stem, role_of, without_role, words_of
 from .layouts import LAYOUTS, Layout, find_layouts, nests_blocks, own_names, tokenizer_tensor
 from .leftovers import TAG, Leftover, find_leftovers
 from .lora_keys import (
+    NEEDS,
     flat_stem,
     foreign_part,
     is_lora,
@@ -24,7 +25,7 @@ from .lora_keys import (
 )
 from .magcache import MagCurve, Skips, computed, magcache_curve, magcache_plan, magcache_skips
 from .names import Mapped, Source, map_names
-from .recipes import Recipe, recipe_of
+from .recipes import Recipe, few_steps_hint, recipe_of
 from .shapes import UNSHUFFLED, count_blocks, read_transformer, read_vae, transformer_tensors
 from .sizes import (
     BYTES,
@@ -74,6 +75,7 @@ __all__ = [
     "MagCurve",
     "Mapped",
     "ModelArchitecture",
+    "NEEDS",
     "PARTS",
     "Recipe",
     "Role",
@@ -101,6 +103,7 @@ __all__ = [
     "count_blocks",
     "differ_in_h_and_l",
     "experts_of",
+    "few_steps_hint",
     "find_layouts",
     "find_leftovers",
     "flat_stem",
@@ -113,6 +116,7 @@ __all__ = [
     "magcache_plan",
     "magcache_skips",
     "map_names",
+    "name_stem",
     "names_both_experts",
     "nests_blocks",
     "own_names",

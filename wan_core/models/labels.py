@@ -29,6 +29,15 @@ _OTHER: Final = frozenset(
 )  # fmt: skip
 
 
+# Endings of model files. Not all that follows a dot: "Wan2.2-T2V-A14B" is a folder's whole name.
+_SUFFIX: Final = re.compile(r"(?i)(?:\.(?:safetensors|gguf|pth?|bin|ckpt|sft|index|json))+$")
+
+
+def name_stem(name: str) -> str:
+    """Return the name of a model's file or folder without the ending of a file."""
+    return _SUFFIX.sub("", name)
+
+
 def words_of(text: str) -> list[str]:
     """Return the words of a name or title in lower case: ``i2vHigh_V30`` -> i2v, high, v30."""
     return [word.lower() for word in _BETWEEN.split(text) if word]

@@ -47,8 +47,14 @@ ADAPTERS: Final = {
     "FourierFT": r"\.fourierft_spectrum(?:\..+)?",
     "Bone": r"\.(?:bone|miss)_block(?:\..+)?",
     "HRA": r"\.hra_u(?:\..+)?",
+    "Stand-In": r"\.(?:[qkv]_loras|add_[qkv]_lora)\.(?:down|up)\.weight",
 }
 """Kinds of adapters that are no plain LoRA, and the endings of their tensors' names."""
+NEEDS: Final = {
+    "Stand-In": "its matrices change only the tokens of a picture of a face, which its own code "
+    "puts beside those of the clip: it needs that picture and an attention of its own",
+}
+"""What an adapter would need besides its tensors, for kinds of which a user cannot guess it."""
 PREFIXES: Final = (
     "base_model.model", "model.diffusion_model", "diffusion_model", "transformer", "model", "unet",
     "pipe", "dit", "module", "net", "lora_unet", "lora_transformer", "lycoris",
@@ -82,6 +88,14 @@ _IMAGE_BRANCH: Final = re.compile(
     r"|image_embedder)(?:_|$)"
 )
 _VACE: Final = re.compile(r"(?:^|_)vace_(?:blocks|patch_embedding)(?:_|$)")
+# Parts of models that read sound. None of them is run, so a patch of one is always foreign.
+_SOUND: Final = re.compile(
+    r"(?:^|_)(?:audio_proj|audio_cross_attn(?:_wrapper)?|norm1_audio|audio_injector"
+    r"|casual_audio_encoder|cond_encoder|trainable_cond_mask|frame_packer|norm_x"
+    r"|cross_attn_processor)(?:_|$)"
+)
+_CAMERA: Final = re.compile(r"(?:^|_)(?:control_adapter|cam_encoder)(?:_|$)")
+_REFERENCE: Final = re.compile(r"(?:^|_)ref_conv(?:_|$)")
 _FACES: Final = re.compile(
     r"(?:^|_)(?:face_adapter|face_encoder|motion_encoder|pose_patch_embedding)(?:_|$)"
 )
@@ -164,6 +178,12 @@ def foreign_part(stem: str, shape: TransformerShape) -> str | None:
         return "VACE's own blocks, which this model does not have"
     if shape.animate is None and _FACES.search(flat):
         return "Animate's faces and poses, which this model does not read"
+    if _SOUND.search(flat):
+        return "a model that reads sound (HuMo, S2V, MultiTalk …), which this one does not"
+    if shape.camera_channels is None and _CAMERA.search(flat):
+        return "a model that reads a camera, which this one does not"
+    if shape.reference_channels is None and _REFERENCE.search(flat):
+        return "the layer for a reference picture, which this model does not have"
     if shape.pos_embed_seq_len is None and _POSITIONS.search(flat):
         return "the learned positions of a first-and-last-frame model, which this model is not"
     return None

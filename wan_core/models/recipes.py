@@ -7,8 +7,9 @@ oversaturated or grey. Pure data.
 Sources. lightx2v and Lightning: ``configs/distill`` and ``schedulers/wan/step_distill`` of
 github.com/ModelTC/LightX2V. rCM and TurboWan: ``turbodiffusion/inference`` of
 github.com/thu-ml/TurboDiffusion. FastWan: ``fastvideo/configs/pipelines/wan.py`` and
-``stages/denoising.py`` of github.com/hao-ai-lab/FastVideo. CausVid: the settings of ComfyUI's own
-templates for its LoRA (``video_wan_vace_14B_t2v``).
+``stages/denoising.py`` of github.com/hao-ai-lab/FastVideo. Self-Forcing: its
+``configs/self_forcing_dmd.yaml`` (levels 1000, 750, 500, 250 warped by a shift of 5). CausVid: the
+settings of ComfyUI's own templates for its LoRA (``video_wan_vace_14B_t2v``).
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from .labels import words_of
+from .labels import name_stem, words_of
 
 if TYPE_CHECKING:
     from .variants import Defaults
@@ -119,6 +120,8 @@ _FASTWAN: Final = Recipe(
     name="FastWan", num_inference_steps=3, scheduler="lcm", sigmas=(1.0, 0.757, 0.522)
 )
 _CAUSVID: Final = Recipe(name="CausVid", num_inference_steps=4, scheduler="unipc", flow_shift=8.0)
+_SELF_FORCING: Final = Recipe(name="Self-Forcing", num_inference_steps=4, scheduler="lcm")
+"""The levels of lightx2v, with fresh noise in each step."""
 _ANIMATE_2: Final = Recipe(name="Animate 2 distilled", num_inference_steps=10, scheduler="lcm")
 """Steps and guidance as in diffusers' ``WanAnimate2DistilledBlocks``; sampler and shift as in
 ComfyUI's template ``video_wan_animate2_distilled``."""
@@ -126,7 +129,7 @@ ComfyUI's template ``video_wan_animate2_distilled``."""
 # Words that name a family by themselves.
 _FAMILIES: Final[Mapping[str, Recipe]] = {
     "rcm": _RCM, "turbowan": _RCM, "turbodiffusion": _RCM, "fastwan": _FASTWAN,
-    "causvid": _CAUSVID,
+    "causvid": _CAUSVID, "selfforcing": _SELF_FORCING,
 }  # fmt: skip
 
 # Words that say by themselves that a file is distilled to a few steps, and words that do so only
@@ -137,31 +140,43 @@ _DISTILLED: Final = frozenset({"distill", "distilled", "distillation"})
 _COUNT: Final = re.compile(r"(\d+)steps?")
 _ONE_WORD: Final = re.compile(
     r"(?i)light[-_ ]?x2v|(?:fast|turbo)[-_ ]?wan(?![a-z])|turbo[-_ ]?diffusion|caus[-_ ]?vid"
-    r"|(?<![a-z])rcm(?![a-z])"
+    r"|(?<![a-z])rcm(?![a-z])|self[-_ ]?forcing(?![a-z])"
+    r"|fusion[-_ ]?i?x(?![a-z])|acc[-_ ]?vid(?:eo)?(?![a-z])"
 )
 _MOST: Final = 50
 """A larger number of steps is one of training, not of sampling."""
-_TEXTS: Final = (
-    "modelspec.title", "modelspec.description", "name", "title", "description", "ss_output_name",
-    "general.name",
-)  # fmt: skip
+# Names and titles. A description tells what a file goes well with too, and so says nothing sure.
+_TEXTS: Final = ("modelspec.title", "name", "title", "ss_output_name", "general.name")
+_CLASSES: Final = {"WanDMDPipeline": _FASTWAN}
+"""Pipelines of ``model_index.json`` that run only distilled models."""
+# Words that say what part of a model a file is, and nothing of the model.
+_PART: Final = re.compile(
+    r"high|low|noise|model|models|diffusion|pytorch|lora|weights|adapter|transformer|unet|index|of"
+    r"|safetensors|bf16|fp16|fp32|\d+"
+)
+# Words of checkpoints that need few steps and no guidance, but whose settings depend on the version
+# or were never published as one recipe; and what says the same of a LoRA too.
+_FEW_SURE: Final = frozenset({"fusionx", "fusionix", "accvid", "accvideo", *_DISTILLED})
+_FEW_LIKELY: Final = frozenset({"rapid", "turbo", "hyper", "lcm", "dmd", *_STRONG})
+_FEW_MOST: Final = 16
 
 
-def recipe_of(path: str | Path, metadata: Mapping[str, str] | None = None) -> Recipe | None:
-    """Recognise a LoRA or a checkpoint distilled to a few steps by the words of its names.
+def recipe_of(
+    path: str | Path, metadata: Mapping[str, str] | None = None, pipeline: str = ""
+) -> Recipe | None:
+    """Recognise a LoRA or a checkpoint distilled to a few steps by what it says of itself.
 
-    Looked at are the metadata, the file's name and the folder's: published files are called
-    ``high_noise_model.safetensors`` in a folder that says what they are. Returns None when nothing
-    says so, or when a number of steps is named that the family was not made for.
+    Looked at are the metadata and the name of the file or folder; for a file whose name says only
+    which part of a model it is (``high_noise_model.safetensors``), that of the folder it is
+    published in; and ``pipeline``, the class that a ``model_index.json`` names. Returns None when
+    nothing says so, or when a number of steps is named that the family was not made for.
     """
-    file = Path(path)
-    texts = [(f"metadata {key}", (metadata or {}).get(key, "")) for key in _TEXTS]
-    texts += [("the file name", file.stem), ("the folder name", file.absolute().parent.name)]
-    for place, text in texts:
+    if pipeline in _CLASSES:
+        return replace(_CLASSES[pipeline], reason=f"model_index.json says {pipeline!r}")
+    for place, text in _texts(path, metadata):
         words = _words(text)
-        counts = {int(found[1]) for word in words if (found := _COUNT.fullmatch(word))}
         family, marks = _family(words)
-        few = {count for count in counts if count <= _MOST}
+        few = {count for count in _counts(words) if count <= _MOST}
         if family is None:
             if few - {4}:
                 return None
@@ -171,6 +186,51 @@ def recipe_of(path: str | Path, metadata: Mapping[str, str] | None = None) -> Re
             return None
         return replace(family, reason=f"{place} says {' '.join(marks)!r}")
     return None
+
+
+def few_steps_hint(
+    path: str | Path, metadata: Mapping[str, str] | None = None, *, whole: bool
+) -> str:
+    """Return a warning for a file that says it is distilled but has no recipe; empty for others.
+
+    ``whole`` says that it is a checkpoint and not a LoRA: of an effect, a word like "turbo" tells
+    nothing of steps.
+    """
+    if recipe_of(path, metadata) is not None:
+        return ""
+    for place, text in _texts(path, metadata):
+        words = _words(text)
+        known = _FEW_SURE | _FEW_LIKELY if whole else _FEW_SURE
+        marks = [word for word in words if word in known]
+        few = sorted(count for count in _counts(words) if count <= _FEW_MOST)
+        # "distill" alone is in the names of effects; beside a number of steps it is not.
+        if few and (whole or marks) or marks and (whole or not _DISTILLED.issuperset(marks)):
+            said = " ".join([*marks, *(f"{count} steps" for count in few)])
+            steps = str(few[0]) if few else "4 to 10"
+            return (
+                f"{place.capitalize()} says {said!r}: {Path(path).name} is probably distilled to "
+                f"few steps, and no recipe for it is known. With a model's official steps and "
+                "guidance such a video is burnt or grey: set the numbers of its page, often "
+                f"num_inference_steps {steps} and guidance_scale and guidance_scale_2 1."
+            )
+    return ""
+
+
+def _texts(path: str | Path, metadata: Mapping[str, str] | None) -> list[tuple[str, str]]:
+    """Return the texts by which a file says what it is, and where each stands."""
+    texts = [(f"metadata {key}", (metadata or {}).get(key, "")) for key in _TEXTS]
+    file = Path(path).absolute()
+    texts.append(("the file name", name_stem(file.name)))
+    if all(_PART.fullmatch(word) for word in words_of(name_stem(file.name))):
+        folder = file.parent
+        # As the Hugging Face cache keeps a model: models--owner--name/snapshots/hash.
+        folder = folder.parent.parent if folder.parent.name == "snapshots" else folder
+        texts.append(("the folder name", folder.name))
+    return texts
+
+
+def _counts(words: Iterable[str]) -> set[int]:
+    return {int(found[1]) for word in words if (found := _COUNT.fullmatch(word))}
 
 
 def _family(words: list[str]) -> tuple[Recipe | None, list[str]]:
