@@ -35,7 +35,6 @@ import hashlib
 import json
 import math
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -58,6 +57,7 @@ if __name__ == "__main__":
     close_gaps()  # before torch is imported
 
 import torch
+from host_memory import ram_of, room_for_model
 from random_model import Shapes, write_model
 from support.casting import cast_module
 from support.machines import architecture, gpu
@@ -634,35 +634,6 @@ def write_results(found: dict[str, Any], output: Path) -> None:
 # -- the whole --------------------------------------------------------------------------------
 
 
-def room_for_model(wanted: Path | None, tiny: bool) -> Path | None:
-    """Choose where the weights go: as told, else shared memory, else the temporary folder."""
-    if wanted is not None or tiny:
-        return wanted
-    for path in (Path("/dev/shm"), Path(tempfile.gettempdir())):
-        if path.is_dir() and shutil.disk_usage(path).free > 42e9:
-            return path
-    raise SystemExit("Neither /dev/shm nor the temporary folder has 42 GB free; give --folder.")
-
-
-@contextmanager
-def ram_of(gib: float | None) -> Iterator[None]:
-    """Take the machine to have so much RAM, also where the kernel does not show it yet."""
-    if gib is None:
-        yield
-        return
-    import psutil
-
-    look = psutil.virtual_memory
-
-    def grown() -> Any:
-        now = look()
-        total = max(now.total, int(gib * GIB))
-        return now._replace(total=total, available=total - now.total + now.available)
-
-    with patch("psutil.virtual_memory", grown):
-        yield
-
-
 @torch.no_grad()
 def run_all(bench: Bench, tests: bool) -> None:
     bench.say(str(bench.found["machine"]))
@@ -703,7 +674,7 @@ def main(given: list[str] | None = None) -> int:
     if not arguments.tiny and not torch.cuda.is_available():
         raise SystemExit("This needs a CUDA device; --tiny runs small models on the CPU.")
     with ExitStack() as stack:
-        room = room_for_model(arguments.folder, arguments.tiny)
+        room = room_for_model(arguments.folder, arguments.tiny, 42e9)
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=room))) / "model"
         stack.enter_context(ram_of(arguments.ram_gb))
         device = "cpu" if arguments.tiny else "cuda:0"

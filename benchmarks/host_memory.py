@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import subprocess
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -227,3 +229,33 @@ def group_told(group: Path | None) -> dict[str, Any]:
         events = dict(line.split() for line in (group / "memory.events").read_text().splitlines())
         found |= {"reclaims": int(events["max"]), "killed": int(events["oom_kill"])}
     return found
+
+
+def room_for_model(wanted: Path | None, tiny: bool, nbytes: float) -> Path | None:
+    """Choose where the weights go: as told, else shared memory, else the temporary folder."""
+    if wanted is not None or tiny:
+        return wanted
+    for path in (Path("/dev/shm"), Path(tempfile.gettempdir())):
+        if path.is_dir() and shutil.disk_usage(path).free > nbytes:
+            return path
+    room = f"{nbytes / 1e9:.0f} GB"
+    raise SystemExit(f"Neither /dev/shm nor the temporary folder has {room} free; give --folder.")
+
+
+@contextmanager
+def ram_of(gib: float | None) -> Iterator[None]:
+    """Take the machine to have so much RAM, also where the kernel does not show it yet."""
+    if gib is None:
+        yield
+        return
+    import psutil
+
+    look = psutil.virtual_memory
+
+    def grown() -> Any:
+        now = look()
+        total = max(now.total, int(gib * 2**30))
+        return now._replace(total=total, available=total - now.total + now.available)
+
+    with patch("psutil.virtual_memory", grown):
+        yield

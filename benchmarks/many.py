@@ -2,15 +2,18 @@
 
     python benchmarks/many.py [--devices 1 2 4] [--budget 480] [--output FOLDER] [--tiny]
 
-Writes a Wan 2.2 T2V-A14B with random weights of true shape to ``--folder`` (41 GB; /dev/shm), then
-runs each case on each number of cards in turn, the same bits expected of all. Windows come first,
-then guidance, then a cut of each pass along its tokens (Ulysses): "cards" says how many gangs of
-how many. Whether a cut keeps the bits is tried by its first pass, which is computed both ways; what
-the trial and the links between the cards showed is listed. Records of earlier runs are not read, so
-that each trial is made here. Only the high-noise expert's steps are made and nothing is decoded: a
-run is stopped after its last step. A step's seconds are the median from callback to callback,
-without the first, in which the trial is. Parts that the budget does not allow are left out and
-named. Writes ``many_<device>.json`` and ``.md``. ``--tiny`` runs small models on the CPU.
+Writes a Wan 2.2 T2V-A14B with random weights of true shape to ``--folder`` (29 GB, and 10 GB for a
+5B; /dev/shm where it has room, else the temporary folder), then runs each case on each number of
+cards in turn, the same bits expected of all. Windows come first, then guidance, then a cut of each
+pass along its tokens (Ulysses): "cards" says how many gangs of how many. Whether a cut keeps the
+bits is tried by its first pass, which is computed both ways; what the trial and the links between
+the cards showed is listed. Records of earlier runs are not read, so that each trial is made here.
+Only the high-noise expert's steps are made and nothing is decoded: a run is stopped after its last
+step. So that a cut is tried between cards whose link is not known yet, the plan is made to believe
+in NVLink until it is measured. A step's seconds are the median from callback to callback, without
+the first, in which the trial is. Parts that the budget does not allow are left out and named. Where
+memory is added to a machine as it is used, ``--ram-gb`` says how much there will be. Writes
+``many_<device>.json`` and ``.md``. ``--tiny`` runs small models on the CPU.
 """
 
 from __future__ import annotations
@@ -30,17 +33,20 @@ from statistics import median
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "benchmarks")]
 
 from wan_core.memory import CardRecords, Link, close_gaps
 
 close_gaps()
 
 import torch
+from host_memory import ram_of, room_for_model
+from random_model import Shapes, write_model
 
 from wan_core import GenerationConfig, WanPipelineLoader
 from wan_core.files import atomic_write
 from wan_core.journal import versions
+from wan_core.models import VARIANTS
 from wan_core.workers import close_workers, worker_pool
 
 MIB = 2**20
@@ -61,6 +67,7 @@ class Case:
     """About what a step takes on one H100, to keep to the budget."""
     guidance: float | None = None
     """None: the model's own; 1 makes a step one pass, which only a cut can share out."""
+    model: str = "wan2.2-t2v-a14b"
 
 
 CASES = (
@@ -68,6 +75,8 @@ CASES = (
     Case("480p81 without guidance", 832, 480, 81, None, 1, 4, 3.3, 1.0),
     Case("480p321 in windows of 81", 832, 480, 321, 81, 10, 2, 33.0),
     Case("720p81", 1280, 720, 81, None, 2, 3, 26.0),
+    Case("5B 704p121 without guidance", 1280, 704, 121, None, 1, 4, 1.2, 1.0, "wan2.2-ti2v-5b"),
+    Case("5B 704p121", 1280, 704, 121, None, 2, 4, 2.4, None, "wan2.2-ti2v-5b"),
 )
 TINY = (
     Case("whole", 64, 64, 17, None, 2, 3, 0.3),
@@ -75,8 +84,13 @@ TINY = (
     Case("windows", 64, 64, 33, 17, 6, 3, 0.5),
 )
 OVERLAP = 16
-SETUP = 45.0
-"""Seconds to start the processes and bring the weights to the cards."""
+ALONE, TOGETHER = 30.0, 45.0
+"""Seconds until the weights are on one card, and until processes have started and theirs are, to
+begin with; later what the run before has taken."""
+MODEL_BYTES = 45e9
+"""What the models take, and what NCCL may want of /dev/shm beside them."""
+BELIEVED = 99
+"""So many cards have no link: what is kept for them is what the plan believes of others."""
 
 
 class Done(BaseException):
@@ -119,6 +133,9 @@ def run(folder: Path, case: Case, devices: int, tiny: bool) -> dict[str, Any]:
         machine = plan.tried_as.partition("; ")[0]
         for cards in range(2, devices + 1):
             CardRecords().keep_link(machine, cards, Link(1e18, 0.0))
+        _, plan = wrapper.plan(config)
+    elif devices > 1:
+        CardRecords().keep_link(plan.tried_as.partition("; ")[0], BELIEVED, Link(1.5e11, 1e-4))
         _, plan = wrapper.plan(config)
     if not tiny:
         torch.cuda.reset_peak_memory_stats()
@@ -196,7 +213,7 @@ def measured_between() -> list[str]:
     lines = [
         f"link, {name}: {link.rate / 1e9:.3g} GB/s, {1e6 * link.seconds:.0f} us an exchange"
         for name, link in known.links.items()
-        if link.rate < 1e18
+        if link.rate < 1e18 and not name.endswith(f" {BELIEVED} cards")
     ]
     for kind, trial in known.trials.items():
         told = "every bit equal" if trial.equal else f"rounding, relative error {trial.error:.1e}"
@@ -211,17 +228,47 @@ def write(found: dict[str, Any], output: Path) -> None:
     atomic_write(output / f"{name}.md", table(found).encode())
 
 
-def model_folder(folder: Path, tiny: bool) -> Path:
-    """Write the model and return its folder."""
+def model_folder(folder: Path, name: str, tiny: bool) -> Path:
+    """Write the model, where it is not there yet, and return its folder."""
+    if (folder / name).exists():
+        return folder / name
     if tiny:
         from support.tiny_models import make_folder
 
-        heads = {"num_attention_heads": 4}
-        return make_folder(folder / "tiny", "wan2.2-t2v-a14b", transformer=heads)
-    from random_model import Shapes, write_model
+        return make_folder(folder / name, name, transformer={"num_attention_heads": 4})
+    variant = VARIANTS[name]
+    assert variant.vae is not None
+    shapes = Shapes(variant.transformer, variant.vae)
+    write_model(folder / name, shapes, experts=variant.experts, texts=False)
+    return folder / name
 
-    write_model(folder / "model", Shapes())
-    return folder / "model"
+
+@dataclass
+class Pace:
+    """What a run is expected to take, after those before it."""
+
+    alone: float = ALONE
+    together: float = TOGETHER
+    steps: float = 1.0
+    """How long steps take beside ``Case.seconds``."""
+
+    def needed(self, case: Case, count: int) -> float:
+        """Return the seconds of a case on so many cards."""
+        share = 1 / min(count, case.units)
+        if count > case.units:  # a cut
+            share = 1 / count
+        # A trial computes one pass alone.
+        computed = case.seconds * self.steps * (case.steps * share + 1 / case.units)
+        return computed + (self.together if count > 1 else self.alone)
+
+    def learn(self, case: Case, count: int, took: float, step: float | None) -> None:
+        """Note what a run took, and its step; nothing where it failed."""
+        if step is None:
+            return
+        if count == 1:
+            self.alone, self.steps = took - case.steps * step, step / case.seconds
+        else:
+            self.together = took - case.steps * step
 
 
 def main() -> None:
@@ -229,7 +276,8 @@ def main() -> None:
     parser.add_argument("--devices", type=int, nargs="+", help="(1, and all there are)")
     parser.add_argument("--budget", type=float, default=480, help="seconds in all (480)")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results")
-    parser.add_argument("--folder", type=Path, default=Path("/dev/shm"))
+    parser.add_argument("--folder", type=Path, help="where to put the weights")
+    parser.add_argument("--ram-gb", type=float, help="RAM the machine grows to, in GiB")
     parser.add_argument("--tiny", action="store_true", help="small models on the CPU")
     arguments = parser.parse_args()
     began, tiny = time.perf_counter(), arguments.tiny
@@ -240,24 +288,31 @@ def main() -> None:
         "date": time.strftime("%Y-%m-%d"), "versions": versions(), "runs": [], "notes": [],
         "device": "cpu" if tiny else f"{there} {torch.cuda.get_device_name(0)}",
     }  # fmt: skip
-    folder = Path(tempfile.mkdtemp(prefix="wanfit_many_", dir=arguments.folder))
+    place = room_for_model(arguments.folder, tiny, MODEL_BYTES)
+    folder = Path(tempfile.mkdtemp(prefix="wanfit_many_", dir=place))
     os.environ["XDG_CACHE_HOME"] = str(folder / "records")
+    os.environ.setdefault("NCCL_DEBUG", "WARN")
+    pace = Pace()
     try:
-        model = model_folder(folder, tiny)
-        found["notes"].append(f"the model was written in {time.perf_counter() - began:.0f} s")
-        for case in TINY if tiny else CASES:
-            for count in devices:
-                share = 1 / min(count, case.units)
-                if count > case.units:  # a cut
-                    share = 1 / count
-                # A trial computes one pass alone.
-                needed = SETUP + case.seconds * (case.steps * share + 1 / case.units)
-                if not tiny and time.perf_counter() - began + needed > arguments.budget:
-                    found["notes"].append(f"{case.name} on {count}: left out, {needed:.0f} s")
-                    continue
-                found["runs"].append(run(model, case, count, tiny))
-                print(json.dumps(found["runs"][-1]), flush=True)
-                write(found, arguments.output)
+        with ram_of(arguments.ram_gb):
+            for case in TINY if tiny else CASES:
+                for count in devices:
+                    needed = pace.needed(case, count)
+                    if not tiny and time.perf_counter() - began + needed > arguments.budget:
+                        note = f"{case.name} on {count}: left out, {needed:.0f} s"
+                        found["notes"].append(note)
+                        continue
+                    started = time.perf_counter()
+                    model = model_folder(folder, case.model, tiny)
+                    written = time.perf_counter()
+                    if written - started > 1:
+                        note = f"{case.model} was written in {written - started:.0f} s"
+                        found["notes"].append(note)
+                    made = run(model, case, count, tiny)
+                    pace.learn(case, count, time.perf_counter() - written, made["step_seconds"])
+                    found["runs"].append(made)
+                    print(json.dumps(made), flush=True)
+                    write(found, arguments.output)
     finally:
         found["notes"] += measured_between()
         shutil.rmtree(folder, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""A Wan 2.2 T2V-A14B with random weights, written as the diffusers folder a user would have.
+"""A Wan 2.2 model with random weights, written as the diffusers folder a user would have.
 
 Both experts' files are one file under two names (a hard link): they are read, placed and streamed
 as two models, but lie on the disk, or in /dev/shm, once. Within the file 64 MiB of noise repeat.
@@ -34,13 +34,26 @@ class Shapes:
     text: Mapping[str, Any] = field(default_factory=lambda: UMT5_XXL)
 
 
-def write_model(folder: Path, shapes: Shapes, noise_bytes: int = 64 * 2**20) -> int:
-    """Write the folder; return the bytes that were written."""
+def write_model(
+    folder: Path,
+    shapes: Shapes,
+    noise_bytes: int = 64 * 2**20,
+    *,
+    experts: int = 2,
+    texts: bool = True,
+) -> int:
+    """Write the folder; return the bytes that were written.
+
+    One of ``experts`` is a 5B, which has a timestep for each token. Without ``texts`` the text
+    encoder's file is a hole of its size: nothing reads it where embeddings are given.
+    """
     from transformers import UMT5Config, UMT5EncoderModel
 
     noise = torch.randn(noise_bytes // 2, generator=torch.manual_seed(0)).mul_(0.02).bfloat16()
     block = noise.view(torch.uint8)
-    index = {"_class_name": "WanPipeline", "boundary_ratio": 0.875, "expand_timesteps": False}
+    alone = experts == 1
+    index = {"_class_name": "WanPipeline", "boundary_ratio": None if alone else 0.875}
+    index |= {"expand_timesteps": alone}
     classes = {
         "tokenizer": ["transformers", "T5TokenizerFast"],
         "text_encoder": ["transformers", "UMT5EncoderModel"],
@@ -49,6 +62,9 @@ def write_model(folder: Path, shapes: Shapes, noise_bytes: int = 64 * 2**20) -> 
         "vae": ["diffusers", "AutoencoderKLWan"],
         "scheduler": ["diffusers", "UniPCMultistepScheduler"],
     }
+    if alone:
+        del classes["transformer_2"]
+        index |= {"transformer_2": [None, None]}
     for part in classes:
         (folder / part).mkdir(parents=True)
     (folder / "model_index.json").write_text(json.dumps(index | classes))
@@ -59,14 +75,17 @@ def write_model(folder: Path, shapes: Shapes, noise_bytes: int = 64 * 2**20) -> 
     config.save_pretrained(folder / "text_encoder")
     with torch.device("meta"):
         model, encoder = transformer(shapes.transformer), UMT5EncoderModel(config)
-    for part in ("transformer", "transformer_2"):
-        model.save_config(folder / part)
     name = "diffusion_pytorch_model.safetensors"
     total = write_tensors(folder / "transformer" / name, sizes_of(model), block)
-    os.link(folder / "transformer" / name, folder / "transformer_2" / name)
+    model.save_config(folder / "transformer")
+    if not alone:
+        model.save_config(folder / "transformer_2")
+        os.link(folder / "transformer" / name, folder / "transformer_2" / name)
     tied = "encoder.embed_tokens.weight"  # is shared.weight
     weights = {key: size for key, size in sizes_of(encoder).items() if key != tied}
-    total += write_tensors(folder / "text_encoder" / "model.safetensors", weights, block)
+    encoded = folder / "text_encoder" / "model.safetensors"
+    written = write_tensors(encoded, weights, block if texts else None)
+    total += written if texts else 0
     torch.manual_seed(0)
     vae = autoencoder(shapes.vae)
     vae.save_pretrained(folder / "vae")  # its own beginning values: noise would decode to nothing
@@ -77,8 +96,11 @@ def sizes_of(module: torch.nn.Module) -> dict[str, list[int]]:
     return {name: list(tensor.shape) for name, tensor in module.state_dict().items()}
 
 
-def write_tensors(path: Path, sizes: Mapping[str, list[int]], block: torch.Tensor) -> int:
-    """Write a safetensors file in bf16 whose contents repeat ``block``; return its bytes."""
+def write_tensors(path: Path, sizes: Mapping[str, list[int]], block: torch.Tensor | None) -> int:
+    """Write a safetensors file in bf16 whose contents repeat ``block``; return its bytes.
+
+    None writes no contents: a hole, which reads as zeros and takes no room.
+    """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     total = 0
     for name, shape in sizes.items():
@@ -91,6 +113,8 @@ def write_tensors(path: Path, sizes: Mapping[str, list[int]], block: torch.Tenso
     with open(path, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         file.truncate(first + total)
+    if block is None:
+        return first + total
     # Through a mapping, which many threads fill at once.
     file = torch.from_file(str(path), shared=True, size=first + total, dtype=torch.uint8)[first:]
     whole = total // len(block) * len(block)

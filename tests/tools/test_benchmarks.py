@@ -290,12 +290,13 @@ def test_a_clip_cold_and_warm_beside_diffusers(speed: Any, tmp_path: Path) -> No
 @pytest.mark.slow
 def test_a_clip_on_two_workers_is_measured(tmp_path: Path) -> None:
     command = [sys.executable, str(BENCHMARKS / "many.py"), "--tiny"]
-    command += ["--output", str(tmp_path), "--folder", str(tmp_path)]
+    command += ["--devices", "1", "2", "--output", str(tmp_path), "--folder", str(tmp_path)]
     subprocess.run(command, check=True, cwd=BENCHMARKS.parent, timeout=170)
     found = json.loads((tmp_path / "many_cpu.json").read_text())
-    assert [(one["case"], one["devices"]) for one in found["runs"]] == [
-        ("whole", 1), ("whole", 2), ("windows", 1), ("windows", 2),
-    ]  # fmt: skip
+    cases = ("whole", "whole without guidance", "windows")
+    expected = [(case, count) for case in cases for count in (1, 2)]
+    assert [(one["case"], one["devices"]) for one in found["runs"]] == expected
+    assert [one["cut_passes"] for one in found["runs"]] == [0, 0, 0, 3, 0, 0]
     for alone, shared in zip(found["runs"][::2], found["runs"][1::2], strict=True):
         assert alone["finite"] and alone["bits"] == shared["bits"]
         assert alone["workers"] == [] and shared["workers"] == ["cpu", "cpu"]

@@ -431,3 +431,14 @@ def test_a_driver_that_is_killed_takes_its_workers_along_and_goes_on(
     kept = CLIP | {"resume": "must", "journal_folder": tmp_path / "j"}
     made = open_wan(path).generate(GenerationConfig(**kept)).raise_for_error()
     assert torch.equal(made.latents, whole)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the names of Linux's interfaces")
+def test_what_a_worker_sees_of_the_environment() -> None:
+    """One card; no port that others reach; NVLink's multicast only where it was asked for."""
+    from wan_core.workers.process import environment
+
+    seen = environment("cuda:1", {"CUDA_VISIBLE_DEVICES": "4, 6", "GLOO_SOCKET_IFNAME": "eth0"})
+    assert seen["CUDA_VISIBLE_DEVICES"] == "6" and seen["GLOO_SOCKET_IFNAME"] == "lo"
+    assert seen["NCCL_SOCKET_IFNAME"] == "lo" and seen["NCCL_NVLS_ENABLE"] == "0"
+    assert environment("cpu", {"NCCL_NVLS_ENABLE": "1"})["NCCL_NVLS_ENABLE"] == "1"

@@ -27,6 +27,9 @@ _START = "import sys; sys.path.insert(0, sys.argv[1]); from wan_core.workers imp
 _START += "child.main()"
 _VISIBLE = "CUDA_VISIBLE_DEVICES"
 _LOOPBACK = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
+_USUALLY = {"NCCL_NVLS_ENABLE": "0"}
+"""Unless said otherwise: no multicast of NVLink. What gangs exchange is sent from one to one, and
+NCCL would hold memory of every card for it."""
 _END_SECONDS = 5.0
 
 
@@ -109,7 +112,7 @@ def environment(device: str, given: Mapping[str, str]) -> dict[str, str]:
     ``device`` is the driver's name of it, counted among the cards that the driver sees.
     """
     # What the processes of a gang listen on is not to be reached from elsewhere.
-    given = {**given, **_LOOPBACK} if sys.platform == "linux" else given
+    given = {**_USUALLY, **given, **_LOOPBACK} if sys.platform == "linux" else given
     if device == "cpu":
         return dict(given)
     index = int(device.partition(":")[2] or 0)
