@@ -14,33 +14,17 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from ..wan_core.errors import InvalidRequest
+from .frames import PICTURES, left_out, unpaired, why_not
 from .native import Prompt, as_link, read_prompt
 from .wired import DEFAULTS
 
 MOST_BYTES, MOST_NODES = 4 * 2**20, 2000
 """Of a prompt that is converted: it may hold long texts, as tracks are."""
-SAMPLERS = ("KSampler", "KSamplerAdvanced")
-PICTURES: dict[str, dict[str, str]] = {
-    "WanImageToVideo": {"start_image": "start_image"},
-    "WanFirstLastFrameToVideo": {"start_image": "start_image", "end_image": "end_image"},
-    "WanFunInpaintToVideo": {"start_image": "start_image", "end_image": "end_image"},
-    "Wan22ImageToVideoLatent": {"start_image": "start_image"},
-    "WanTrackToVideo": {"start_image": "start_image", "tracks": "control.tracks"},
-    "WanMoveTrackToVideo": {"start_image": "start_image", "tracks": "control.tracks"},
-    "WanVaceToVideo": {
-        "control_video": "control.video", "control_masks": "control.mask",
-        "reference_image": "control.reference", "strength": "control.strength",
-    },
-    "WanFunControlToVideo": {"start_image": "start_image", "control_video": "control.video"},
-    "Wan22FunControlToVideo": {
-        "control_video": "control.video", "ref_image": "control.reference",
-    },
-    "WanCameraImageToVideo": {
-        "start_image": "start_image", "camera_conditions": "control.camera",
-    },
-    "EmptyHunyuanLatentVideo": {},
+SAMPLERS = ("KSampler", "KSamplerAdvanced", "SamplerCustom")
+_BESIDE = {
+    "steps": "sigmas", "scheduler": "sigmas", "denoise": "sigmas", "sampler_name": "sampler",
 }  # fmt: skip
-"""Nodes that say what a clip begins with -> their inputs -> ours; "control." is of WanControl."""
+"""What a SamplerCustom does not say itself -> the input from which it is given it."""
 _SAMPLERS = {
     "euler": "euler", "uni_pc": "unipc", "dpmpp_2m": "dpm++2m", "lcm": "lcm",
     "res_multistep": "res_multistep",
@@ -51,6 +35,9 @@ _MODELS = {
 }  # fmt: skip
 _TEXTS = {"CLIPLoader": "clip_name", "CLIPLoaderGGUF": "clip_name"}
 _DECODERS = ("VAEDecode", "VAEDecodeTiled")
+_KEEPING = "what is kept of the driving stream is the plan's choice."
+_PLANNED = {"WanAnimate2Cache": _KEEPING}
+"""Nodes that change a native model, and what stands for them here."""
 _NATIVE_SHIFT = 8.0
 """What ComfyUI takes for a Wan model without a ModelSamplingSD3."""
 IMAGES, VIDEO, LATENT = 0, 1, 2
@@ -189,7 +176,8 @@ class _Converter:
                 strength = self._number(name, "strength_model")
                 found.loras.insert(0, (str(self._constant(name, "lora_name")), strength))
             else:
-                self.say(f"Node {name} ({kind}) is left out: it changes a native model only.")
+                why = _PLANNED.get(kind, "it changes a native model only.")
+                self.say(f"Node {name} ({kind}) is left out: {why}")
             at = self._prompt.source(name, "model")
         if not found.file:
             raise Unlike("its model does not come from a model file.")
@@ -212,18 +200,20 @@ class _Converter:
             if kind.startswith("Wan"):
                 raise Unlike(f"what {kind} prepares is not made by WanFit yet.")
             raise Unlike("its latents do not come from a node of Wan.")
+        if (reason := why_not(self._prompt, source[0])) is not None:
+            raise Unlike(reason)
         return source[0]
 
     def _settings(self, chain: list[str], models: list[Model]) -> dict[str, Any]:
-        first, get = chain[0], self._prompt.value
-        advanced = self._prompt.kind(first) == "KSamplerAdvanced"
+        first, get = chain[0], self._get
+        seed = "seed" if self._prompt.kind(first) == "KSampler" else "noise_seed"
         values = {
             "steps": int(self._constant(first, "steps")),
             "guidance_scale": self._number(first, "cfg"),
             "flow_shift": models[0].shift,
             "scheduler": self._scheduler(first),
             "sigma_schedule": "simple",
-            "seed": self._number_or_link(first, "noise_seed" if advanced else "seed"),
+            "seed": self._number_or_link(first, seed),
         }
         self._whole(chain)
         if values["guidance_scale"] != 1 and self._zeroed(chain):
@@ -258,17 +248,17 @@ class _Converter:
 
     def _whole(self, chain: list[str]) -> None:
         """Say where samplers make a part of the steps only, or begin with other noise."""
-        get, first, last = self._prompt.value, chain[0], chain[-1]
+        get, first, last = self._get, chain[0], chain[-1]
         steps, start, end = (
             get(first, "steps"), get(first, "start_at_step"), get(last, "end_at_step"),
         )  # fmt: skip
         if start not in (None, 0) or (end is not None and end < get(last, "steps")):
             here = f"node {first}" if len(chain) == 1 else f"nodes {first} and {last}"
             self.say(f"All {steps} steps are made; {here} make those from {start} to {end}.")
-        if get(first, "add_noise") == "disable":
+        if get(first, "add_noise") in ("disable", False):
             self.say(f"The clip begins with noise; node {first} takes its latents as they are.")
         for node in chain[1:]:
-            if get(node, "add_noise") == "enable":
+            if get(node, "add_noise") in ("enable", True):
                 self.say(f"The noise that node {node} adds between the samplers is left out.")
         for node in chain:
             if get(node, "denoise") not in (None, 1, 1.0):
@@ -356,30 +346,44 @@ class _Converter:
         return None
 
     def _sizes(self, frame: str) -> dict[str, Any]:
-        if self._prompt.value(frame, "batch_size") not in (None, 1):
-            self.say(f"batch_size of node {frame} is left out: one clip is made.")
+        for text in left_out(self._prompt, frame):
+            self.say(text)
         names = {"width": "width", "height": "height", "length": "num_frames"}
         return {ours: self._number_or_link(frame, name) for name, ours in names.items()}
 
     def _pictures(self, frame: str) -> dict[str, Any]:
         values: dict[str, Any] = {}
         control: dict[str, Any] = {}
+        alone = unpaired(self._prompt, frame)
         for name, ours in PICTURES[self._prompt.kind(frame)].items():
+            if name == alone:
+                self.say(f"{name} of node {frame} is left out: it takes a video and its mask.")
+                continue
             given = self._number_or_link(frame, name, needed=False)
             if given is None or (ours == "control.strength" and given == 1):
                 continue
             place, _, key = ours.rpartition(".")
             (control if place else values)[key] = given
-        for name, usual in (("temperature", 220), ("topk", 2)):
-            if (given := self._prompt.value(frame, name)) not in (None, usual):
-                self.say(f"{name} {given} of node {frame} is left out: here it is {usual}.")
         if control:
             values["control"] = self._add("WanControl", **control)
         return values
 
     # -- the new prompt -------------------------------------------------------------------------
+    def _at(self, node: str, name: str) -> str:
+        """Return the node that holds a setting: the sampler, or what a SamplerCustom is given."""
+        if self._prompt.kind(node) != "SamplerCustom" or name not in _BESIDE:
+            return node
+        above = self._prompt.source(node, _BESIDE[name])
+        if above is None or self._prompt.kind(above[0]) not in ("BasicScheduler", "KSamplerSelect"):
+            raise Unlike("its sampler or its sigmas come from a node that is not known here.")
+        return above[0]
+
+    def _get(self, node: str, name: str) -> Any:
+        """Return a setting's plain value, or None."""
+        return self._prompt.value(self._at(node, name), name)
+
     def _constant(self, node: str, name: str) -> Any:
-        found = self._prompt.value(node, name)
+        found = self._get(node, name)
         if found is None:
             raise Unlike(f"{name} of node {node} comes from a node whose value is not known.")
         return found
@@ -421,7 +425,10 @@ class _Converter:
                 self._use_pictures(decoder, sampler, inputs)
 
     def _use_pictures(self, decoder: str, sampler: str, inputs: dict[str, Any]) -> None:
-        for user, name, _ in self._prompt.users(decoder):
+        for user, name, slot in self._prompt.users(decoder):
+            if self._hands_on(user, name, (decoder, slot)):
+                self._use_pictures(user, sampler, inputs)
+                continue
             if self._prompt.kind(user) != "CreateVideo":
                 self._out[user]["inputs"][name] = [sampler, IMAGES]
                 continue
@@ -435,6 +442,18 @@ class _Converter:
                 inputs["audio"] = list(audio)
             for viewer, field_name, _ in self._prompt.users(user):
                 self._out[viewer]["inputs"][field_name] = [sampler, VIDEO]
+
+    def _hands_on(self, node: str, name: str, pictures: tuple[str, int]) -> bool:
+        """Say whether a node only hands the pictures on: a switch, a batch of these alone, or one
+        that cuts off what a native clip has in front and ours has not."""
+        kind, inputs = self._prompt.kind(node), self._prompt.nodes[node]["inputs"]
+        if kind == "ImageFromBatch":
+            cut = self._prompt.source(node, "batch_index")
+            return name == "image" and cut is not None and self._prompt.kind(cut[0]) in PICTURES
+        if kind == "ComfySwitchNode":
+            return self._prompt.passed((node, 0)) == pictures
+        links = [one for one in map(as_link, inputs.values()) if one is not None]
+        return kind == "BatchImagesNode" and links == [pictures]
 
     def _after(self, node: str, kinds: tuple[str, ...]) -> list[str]:
         """Return a node and those of the kinds that take its output, one after the other."""

@@ -61,12 +61,12 @@ class Prompt:
 
     def _through(self, link: Link | None) -> Link | None:
         for _ in range(_DEEPEST):
-            if link is None or (above := self._passed(link)) is None:
+            if link is None or (above := self.passed(link)) is None:
                 return link
             link = above
         return link
 
-    def _passed(self, link: Link) -> Link | None:
+    def passed(self, link: Link) -> Link | None:
         """Return what a node that only passes a value on takes it from; None for any other."""
         node = link[0]
         inputs = self.nodes.get(node, {}).get("inputs", {})

@@ -7,6 +7,7 @@ workflows run as they are shipped, with small files of the names and layouts tha
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -133,6 +134,35 @@ def test_a_clip_goes_on_after_the_server_was_killed_in_the_second_segment(
     server.run(prompt(resume="never"))
     assert torch.equal(frames_of(server, name), after)
     assert after.std() > 0.01  # not one flat colour
+
+
+MISTAKES: tuple[tuple[Callable[..., dict[str, Any]], dict[str, Any], str], ...] = (
+    (replaced, {"reference": None}, "reference is missing: Wan 2.2 Animate 14B"),
+    (replaced, {"face_video": None}, "face_video is missing"),
+    (replaced, {"reference": ["36", 0]}, "reference holds 2 pictures"),
+    (replaced, {"mask": ["37", 0]}, f"mask has 5 frames and background_video {FRAMES}"),
+    (replaced, {"background_video": None}, "mask was given without background_video"),
+    (driven, {"reference": None}, "reference is missing: Wan Animate 2 14B"),
+    (driven, {"reference": ["36", 0]}, "reference holds 2 pictures"),
+    (driven, {"face_video": ["33", 0]}, "face_video was given, but Wan Animate 2 14B"),
+    (driven, {"mask": ["35", 0]}, "mask was given, but Wan Animate 2 14B"),
+)
+
+
+@pytest.mark.parametrize(("prompt", "change", "said"), MISTAKES)
+def test_a_mistake_is_told_by_its_socket_before_any_weight_is_read(
+    server: ComfyServer, prompt: Callable[..., dict[str, Any]], change: dict[str, Any], said: str
+) -> None:
+    server.free()
+    wrong = prompt()
+    given = wrong["30"]["inputs"] | change
+    wrong["30"]["inputs"] = {name: link for name, link in given.items() if link is not None}
+    wrong |= {"36": picture(2, 40, 40, 0xC08040), "38": picture(5, WIDTH, HEIGHT, 0xFFFFFF)}
+    wrong["37"] = {"class_type": "ImageToMask", "inputs": {"image": ["38", 0], "channel": "red"}}
+    entry = server.wait(server.queue(wrong))
+    assert entry["status"]["status_str"] == "error"
+    assert said in json.dumps(entry["status"]["messages"]).replace("control.", "")
+    assert server.state()["weight_bytes"] == 0
 
 
 @pytest.mark.parametrize(

@@ -223,6 +223,136 @@ def test_fun_models_get_a_control(
     assert found.left == []
 
 
+def animated(**frame: Any) -> Nodes:
+    """ComfyUI's template of Animate: a KSampler, and what is in front is cut off twice."""
+    nodes = one_sampler(**{
+        "40": node(
+            "WanAnimateToVideo", positive=["6", 0], negative=["7", 0], vae=["39", 0],
+            clip_vision_output=["80", 0], reference_image=["70", 0], face_video=["71", 0],
+            pose_video=["72", 0], background_video=["73", 0], character_mask=["74", 0],
+            width=640, height=640, length=77, batch_size=1, continue_motion_max_frames=5,
+            video_frame_offset=0,
+        ),
+        "58": node("TrimVideoLatent", samples=["3", 0], trim_amount=["40", 3]),
+        "8": node("VAEDecode", samples=["58", 0], vae=["39", 0]),
+        "30": node("ImageFromBatch", image=["8", 0], batch_index=["40", 4], length=4096),
+        "49": node("CreateVideo", images=["30", 0], audio=["72", 1], fps=16.0),
+        "80": node("CLIPVisionEncode", clip_vision=["81", 0], image=["70", 0]),
+        "81": node("CLIPVisionLoader", clip_name="clip_vision_h.safetensors"),
+        **{str(name): node("LoadSomething") for name in range(70, 75)},
+    })  # fmt: skip
+    nodes["40"]["inputs"] |= frame
+    nodes["3"]["inputs"] |= {
+        "positive": ["40", 0],
+        "negative": ["40", 1],
+        "latent_image": ["40", 2],
+    }
+    return nodes
+
+
+def test_animate_gets_a_control_and_nothing_is_cut_off(pack: ModuleType) -> None:
+    found = converted(pack, animated())
+    assert only(found, "WanControl") == {
+        "video": ["72", 0], "reference": ["70", 0], "face_video": ["71", 0],
+        "background_video": ["73", 0], "mask": ["74", 0],
+    }  # fmt: skip
+    sampler, loader = only(found, "WanGenerate"), only(found, "WanLoader")
+    assert (sampler["width"], sampler["num_frames"], sampler["fps"]) == (640, 77, 16.0)
+    assert sampler["audio"] == ["72", 1] and loader["image_encoder"] == "clip_vision_h.safetensors"
+    assert only(found, "SaveVideo")["video"] == [found.new[-1], 1]
+    assert {"30", "49", "40", "8"} <= set(found.removed) and found.left == []
+
+
+def test_animate_without_a_mask_draws_the_background_of_the_picture(pack: ModuleType) -> None:
+    nodes = animated(length=161)
+    del nodes["40"]["inputs"]["character_mask"]
+    found = converted(pack, nodes)
+    assert "background_video" not in only(found, "WanControl")
+    segments, background = found.left
+    assert "background_video of node 40 is left out" in background
+    assert "161 frames are made in segments of 77" in segments
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"continue_motion": ["73", 0]}, "one of several that are joined"),
+        ({"video_frame_offset": 72}, "begins within its videos"),
+    ],
+)
+def test_a_clip_that_goes_on_from_another_is_left(
+    pack: ModuleType, given: dict[str, Any], said: str
+) -> None:
+    nodes = animated(**given)
+    found = converted(pack, nodes)
+    assert found.prompt == nodes and said in found.left[0]
+
+
+def test_a_clip_that_another_goes_on_from_is_left(pack: ModuleType) -> None:
+    nodes = animated() | {"90": node("WanAnimateToVideo", video_frame_offset=["40", 5])}
+    found = converted(pack, nodes)
+    assert found.new == [] and "num_frames 0 is as long as the video" in found.left[0]
+
+
+def driven(**frame: Any) -> Nodes:
+    """ComfyUI's template of Animate 2: a SamplerCustom, and switches behind the decoder."""
+    nodes = animated() | {
+        "40": node(
+            "WanAnimate2ToVideo", positive=["6", 0], negative=["7", 0], vae=["39", 0],
+            reference_image=["70", 0], pose_video=["72", 0], clip_vision_output=["80", 0],
+            width=["85", 0], height=["85", 1], length=81, batch_size=1, video_frame_offset=0,
+            pose_strength=1.0, pose_start_percent=0.0, pose_end_percent=1.0,
+            reference_image_strength=1.0, **frame,
+        ),
+        "85": node("GetImageSize", image=["72", 0]),
+        "84": node("WanAnimate2Cache", model=["48", 0], device="gpu", dtype="int8"),
+        "3": node(
+            "SamplerCustom", model=["84", 0], positive=["40", 0], negative=["40", 1],
+            sampler=["91", 0], sigmas=["92", 0], latent_image=["40", 2], add_noise=True,
+            noise_seed=11, cfg=1.0,
+        ),
+        "91": node("KSamplerSelect", sampler_name="lcm"),
+        "92": node("BasicScheduler", model=["84", 0], scheduler="simple", steps=10, denoise=1.0),
+        "30": node("ImageFromBatch", image=["8", 0], batch_index=1, length=4096),
+        "93": node("ComfySwitchNode", switch=False, on_false=["8", 0], on_true=["30", 0]),
+        "94": node("BatchImagesNode", **{"images.image0": ["93", 0]}),
+        "49": node("CreateVideo", images=["94", 0], audio=["72", 1], fps=["72", 2]),
+    }  # fmt: skip
+    return nodes
+
+
+def test_animate_2_with_a_sampler_in_pieces(pack: ModuleType) -> None:
+    found = converted(pack, driven())
+    assert only(found, "WanControl") == {"video": ["72", 0], "reference": ["70", 0]}
+    sampler = only(found, "WanGenerate")
+    wanted = {
+        "steps": 10, "guidance_scale": 1.0, "scheduler": "lcm", "seed": 11, "num_frames": 81,
+        "width": ["85", 0], "fps": ["72", 2], "sigma_schedule": "simple",
+    }  # fmt: skip
+    assert {name: sampler[name] for name in wanted} == wanted
+    assert only(found, "SaveVideo")["video"] == [found.new[-1], 1]
+    kinds = {one["class_type"] for one in found.prompt.values()}
+    assert not kinds & {"CreateVideo", "ComfySwitchNode", "ImageFromBatch", "BatchImagesNode"}
+    (cache,) = found.left
+    assert "WanAnimate2Cache" in cache and "the plan's choice" in cache
+
+
+def test_of_animate_2_nothing_is_dropped_in_silence(pack: ModuleType) -> None:
+    given = {"pose_end_percent": 0.7, "reference_image_strength": 0.5, "pose_strength": 0.8,
+             "positive_pose": ["6", 0]}  # fmt: skip
+    nodes = driven()
+    nodes["40"]["inputs"] |= given
+    nodes["92"]["inputs"]["denoise"] = 0.5
+    found = converted(pack, nodes)
+    assert only(found, "WanControl")["strength"] == 0.8
+    left = "\n".join(found.left)
+    for word in ("pose_end_percent 0.7", "reference_image_strength 0.5", "positive_pose", "den"):
+        assert word in left
+    nodes["91"] = node("SamplerEulerAncestral", eta=1.0)
+    found = converted(pack, nodes)
+    assert found.new == [] and any("not known here" in text for text in found.left)
+
+
 def test_what_cannot_be_taken_over_is_said(pack: ModuleType) -> None:
     nodes = one_sampler(**{"47": node("CFGZeroStar", model=["36", 0])})
     nodes["48"]["inputs"]["model"] = ["47", 0]

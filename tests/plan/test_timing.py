@@ -76,6 +76,31 @@ def test_magcache_computes_its_share_of_the_passes(factor: float) -> None:
     assert cached == pytest.approx(share * timing(small, job, BF16, H100).step)
 
 
+def test_face_adapters_are_counted_as_torch_counts_them() -> None:
+    """But for the few tokens of a face, which are the same in every step."""
+    import torch
+    from diffusers.models.transformers import transformer_wan_animate as theirs
+    from torch.utils.flop_counter import FlopCounterMode
+
+    found = architecture("wan2.2-animate-14b")
+    shape, job = found.transformer, Workload(width=832, height=480, num_frames=77, references=1)
+    assert shape.face is not None
+    with torch.device("meta"):
+        adapter = theirs.WanAnimateFaceBlockCrossAttention(
+            shape.dim, shape.heads, shape.dim // shape.heads,
+            cross_attention_dim_head=shape.dim // shape.heads,
+        )  # fmt: skip
+        hidden = torch.empty(1, 21 * 30 * 52, shape.dim)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        adapter(hidden, torch.empty(1, 21, 5, shape.dim, device="meta"))
+    fewer = replace(found, transformer=replace(shape, face=replace(shape.face, adapters=7)))
+    more, less = (forward_operations(one, job, BF16) for one in (found, fewer))
+    assert more - less == pytest.approx(counter.get_total_flops(), rel=0.01)
+    # They are 1.5 % of a forward at this size.
+    none = replace(found, transformer=replace(shape, face=None))
+    assert more / forward_operations(none, job, BF16) == pytest.approx(1.015, abs=0.002)
+
+
 def test_a_camera_s_layers_are_counted_as_torch_counts_them() -> None:
     import torch
     from torch.utils.flop_counter import FlopCounterMode

@@ -17,6 +17,7 @@ from support.tiny_models import ANIMATE, FACE_SIZE, components, make_folder, ope
 
 from wan_core import GenerationConfig, WanControl, WanPipelineLoader
 from wan_core.detect.detector import inspect_file
+from wan_core.errors import InvalidRequest
 from wan_core.job import make_scheduler
 from wan_core.loading import load_component
 from wan_core.models import map_names, read_transformer, transformer_tensors
@@ -169,6 +170,28 @@ def test_it_goes_on_in_the_second_segment_and_after_the_last_step(
     assert torch.equal(last.frames, plain())
 
 
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"reference": None}, "control.reference is missing"),
+        ({"reference": as_tensor(np.stack([PERSON] * 2))}, "control.reference holds 2 pictures"),
+        ({"face_video": None}, "control.face_video is missing"),
+        ({"keyframes": as_tensor(PERSON)[None]}, "control.keyframes was given"),
+        (
+            {"background_video": as_tensor(BEHIND), "mask": as_tensor(MASK[:9])},
+            "control.mask has 9 frames and control.background_video 22",
+        ),
+    ],
+)
+def test_a_mistake_is_told_before_any_weight_is_read(
+    folder: Path, given: dict[str, Any], said: str
+) -> None:
+    wrapper = opened(folder)
+    with pytest.raises(InvalidRequest, match=said):
+        made(wrapper, control=control(**given))
+    assert wrapper._cache.loaded() == []
+
+
 @pytest.mark.slow
 def test_a_short_clip_is_a_segment_of_its_own_length(folder: Path) -> None:
     """As diffusers with a segment as long as the video; a longer one is asked for by force."""
@@ -229,6 +252,7 @@ def test_the_estimate_names_what_is_encoded_and_needs_no_picture(folder: Path) -
     result = made(wrapper)
     assert set(names) - {"output"} <= {one.name for one in result.stages}
     assert result.metadata["windows"].startswith("2 segments of 13 frames")
+    assert "windows of 13 frames, 1 shared" in result.applied_optimizations
 
 
 def test_a_single_file_with_official_names_is_the_same_module(folder: Path, tmp_path: Path) -> None:

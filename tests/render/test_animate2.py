@@ -16,6 +16,7 @@ from support.tiny_models import components, make_scheduler, open_wan
 
 from wan_core import GenerationConfig, WanControl
 from wan_core.config import WanModelFiles
+from wan_core.errors import InvalidRequest
 
 WIDTH, HEIGHT, FRAMES, LENGTH = 64, 48, 9, 5
 
@@ -125,6 +126,25 @@ def test_killed_in_the_second_segment_goes_on_with_equal_bits(
     again.raise_for_error()
     assert again.metadata["resumed"] == "segment 2 of 2, after step 1 of 2"
     assert torch.equal(again.frames, whole.frames) and torch.equal(again.latents, whole.latents)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"reference": None}, "control.reference is missing"),
+        ({"face_video": torch.zeros(9, 16, 16, 3)}, "control.face_video was given, but Wan Anim"),
+        ({"mask": torch.zeros(9, 16, 16)}, "control.mask was given, but Wan Animate 2"),
+    ],
+)
+def test_a_mistake_is_told_before_any_weight_is_read(
+    files: WanModelFiles, given: dict[str, Any], said: str
+) -> None:
+    character, video = pictures()
+    wrapper = open_wan(files)
+    control = WanControl(**{"reference": character, "video": video} | given)
+    with pytest.raises(InvalidRequest, match=said):
+        wrapper.generate(config(control=control)).raise_for_error()
+    assert wrapper._cache.loaded() == []
 
 
 @pytest.mark.slow

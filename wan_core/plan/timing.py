@@ -123,6 +123,8 @@ def forward_operations(
     weights = shape.layers * each
     weights += sum(total - 2 * shape.dim**2 for total, _ in vace_block_parameters(shape))
     weights += fun_parameters(shape) if workload.camera else 0
+    if shape.face is not None:  # two products each; a face's few tokens and its encoding not
+        weights += shape.face.adapters * 2 * shape.dim**2
     seen = tokens
     if shape.animate == 2:  # a frame of the driving stream besides
         seen += window_tokens(shape, shape.patch_size[0], height, width)

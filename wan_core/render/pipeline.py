@@ -439,7 +439,7 @@ def _job(request: Request, config: GenerationConfig, model: ModelArchitecture) -
         guidance_low=request.guidance_scale_2 > 1.0,
         # A window that covers the clip makes it in one piece.
         window_frames=None if window is None or window >= request.num_frames else window,
-        window_overlap=_used_overlap(request),
+        window_overlap=request.window_overlap if animate else _used_overlap(request),
         window_anchor=request.window_anchor and request.window_mode == "windows",
         high_steps=len(steps.high) if model.two_experts else None,
         partial_steps=len(steps.high) + len(steps.low) < request.num_inference_steps,
@@ -468,7 +468,7 @@ def _used_overlap(request: Request) -> int:
 
     Planned for a clip so long that windows of the full length occur.
     """
-    if request.window_frames is None or request.control and request.control.video == "driving":
+    if request.window_frames is None:
         return request.window_overlap
     endless = request.latent_frames + latent_frames(round_up_frames(request.window_frames))
     windows = plan_windows(endless, request.window_frames, request.window_overlap)
