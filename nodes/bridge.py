@@ -448,6 +448,15 @@ def add_route() -> None:
             _note_watcher(request.headers.get("WanFit-Client"))
         return web.Response(body=body, status=status, content_type="application/json")
 
+    @PromptServer.instance.routes.post("/wanfit/watch")
+    async def watches(request: web.Request) -> web.Response:
+        from .route import refusal
+
+        refused = refusal(request.headers)
+        if refused is None:
+            _note_watcher(request.headers.get("WanFit-Client"))
+        return web.Response(status=204 if refused is None else refused[0])
+
     @PromptServer.instance.routes.post("/wanfit/convert")
     async def convert(request: web.Request) -> web.Response:
         from .convert import MOST_BYTES, answer

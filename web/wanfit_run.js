@@ -129,6 +129,20 @@ function cutOff(text) {
   run.panel.fit();
 }
 
+// -- being told at all ----------------------------------------------------------------------------
+let known = null; // the id under which the server knows that this page shows renders
+
+// Has the server know it before anything is run: as soon as the page has an id, and again when the
+// connection was lost, as the server may be another one by then.
+async function announce() {
+  const id = api.clientId;
+  if (!id || id === known) return;
+  known = id;
+  const headers = { "Content-Type": "application/json", "WanFit-Client": id };
+  const there = await api.fetchApi("/wanfit/watch", { method: "POST", headers, body: "{}" }).catch(() => null);
+  if (!there && known === id) known = null; // the server is away: told again
+}
+
 app.registerExtension({
   name: "wanfit.run",
   nodeCreated(node) {
@@ -148,10 +162,15 @@ app.registerExtension({
   },
   setup() {
     api.addEventListener("wanfit.run", told);
+    for (const event of ["status", "reconnected"]) {
+      api.addEventListener(event, () => { if (event === "reconnected") known = null; void announce(); });
+    }
+    void announce();
     api.addEventListener("execution_error", () => cutOff("Ended with an error."));
     api.addEventListener("execution_interrupted", () => cutOff("Interrupted."));
     api.addEventListener("execution_start", () => { running = null; });
     setInterval(() => {
+      void announce();
       const run = running && runs.get(running);
       if (run?.time) run.time.textContent = timeLine(run);
     }, 1000);

@@ -231,7 +231,6 @@ def opens_and_runs(server: ComfyServer, page: Any, saved: dict[str, Any]) -> Non
         assert node["inputs"].items() <= sent[key]["inputs"].items()
         assert node["class_type"] == sent[key]["class_type"]
     before = page.evaluate("app.graph.serialize().nodes.map(n => n.widgets_values)")
-    # With its first question the page says that it shows runs: one before that goes unwatched.
     shows(page, "document.querySelector('.wanfit-plan')?.textContent.includes('Fits: ')")
     run_in(page, server)
     report = "app.graph._nodes[0].widgets.find(w => w.name === 'wanfit_report')"

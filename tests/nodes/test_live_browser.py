@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from support import single_files
-from support.comfy_browser import find_browser, open_page
+from support.comfy_browser import find_browser, open_page, run_in, shows
 from support.comfy_graphs import graph, with_values, workflow
 from support.comfy_server import ComfyServer, find_checkouts, find_python
 
@@ -274,3 +274,29 @@ def test_junk_leaves_no_traceback(server: ComfyServer) -> None:
     _, answer = ask(server, width="wide")
     assert answer["status"] == 400 and "width" in answer["error"]
     assert "Traceback" not in server.log()
+
+
+def watched(page: Any, server: ComfyServer) -> None:
+    """Press Run before any plan was answered: the node shows what the run tells."""
+    load(page, with_values(workflow("text_to_video"), num_frames=17, steps=3))
+    run_in(page, server)
+    shows(page, "document.querySelector('.wanfit-run[data-stage=done]')")
+    told = page.evaluate("told.filter(one => one.stage.startsWith('denoise')).map(one => one.step)")
+    assert told == [1, 2, 3]
+    assert page.query_selector(".wanfit-plan") is None
+
+
+def test_a_run_is_watched_before_the_first_plan_and_after_a_restart(server: ComfyServer) -> None:
+    assert isinstance(BROWSER, Path)
+    with open_page(server.url, BROWSER) as page:  # a page that the server has not met
+        page.route("**/wanfit/plan", lambda route: route.abort())
+        watched(page, server)
+        page.evaluate(
+            "() => { window.again = 0; window.comfyAPI.api.api.addEventListener("
+            "'reconnected', () => { window.again += 1; }) }"
+        )
+        server.stop()
+        server.start()
+        server.await_start()
+        shows(page, "window.again > 0")
+        watched(page, server)
