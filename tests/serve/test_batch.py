@@ -214,6 +214,14 @@ def test_mistakes_are_told_before_the_first_clip(
     assert page.count("<li>") == 4 and page.count("<video") == 2
 
 
+def test_a_precision_that_is_none_is_told_first_where_no_plan_is_made(
+    models: Path, tmp_path: Path, counted: Counted
+) -> None:
+    path = lines(tmp_path / "jobs.jsonl", job(models, "a.mp4", precision_override="fp3"))
+    ledger = batch(path, plan=False).run()
+    assert "precision is 'fp3'" in ledger.entries[1].error and not counted.made
+
+
 def test_what_may_go_better_is_tried_again_after_the_others(
     models: Path, tmp_path: Path, counted: Counted
 ) -> None:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +19,7 @@ from wan_core.serve import Batch, BatchJob, Cluster, Outcome
 
 ray = pytest.importorskip("ray", reason="pip install 'wanfit[cluster]': jobs on a Ray cluster")
 
+ROOT = Path(__file__).parents[2]
 CPU = {"device": "cpu", "precision": "fp32"}
 SHAPE = {"num_frames": 5, "width": 32, "height": 32, "num_inference_steps": 30}
 
@@ -97,6 +101,36 @@ def node_of(hand: Any, nodes: Any) -> Any:
     return next(node for node in nodes.worker_nodes if node.node_id == hand.node)
 
 
+LOCAL = """
+import sys
+from pathlib import Path
+import psutil
+from wan_core.serve.cluster import _connect
+ray, ours = _connect("local")
+ray.get(ray.remote(lambda: 1).remote())
+for one in (psutil.Process(), *psutil.Process().children(recursive=True)):
+    for at in one.net_connections("inet"):
+        if at.status == psutil.CONN_LISTEN:
+            print(one.pid, at.laddr.ip)
+sys.stdout.flush()
+ray.shutdown()
+"""
+
+
+@pytest.mark.slow
+def test_a_local_cluster_listens_on_this_machine_alone(tmp_path: Path) -> None:
+    """Whoever reaches a port of Ray's runs code: the sockets of all its processes are looked at."""
+    pytest.importorskip("psutil", reason="pip install psutil: it tells who listens where")
+    env = {**os.environ, "HOME": str(tmp_path), "RAY_USAGE_STATS_ENABLED": "0"}
+    shown = subprocess.run(
+        [sys.executable, "-c", LOCAL], cwd=ROOT, env=env, check=True, capture_output=True,
+        text=True, timeout=120,
+    ).stdout  # fmt: skip
+    found = [line.split() for line in shown.splitlines()]
+    assert len({pid for pid, _ in found}) >= 4, found  # driver, store of state, node, workers
+    assert {ip.removeprefix("::ffff:") for _, ip in found} == {"127.0.0.1"}, found
+
+
 def test_what_travels_is_small(tmp_path: Path) -> None:
     """Ray sends what is below 100 KB with the call, and puts nothing into its store of objects."""
     job = BatchJob(
@@ -109,7 +143,9 @@ def test_what_travels_is_small(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_gang_is_placed_on_one_machine_as_a_whole(nodes: Any, tmp_path: Path) -> None:
+def test_a_gang_is_placed_on_one_machine_as_a_whole(
+    nodes: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Two nodes of one CPU cannot hold a job of two; a third of two can."""
     make_folder(tmp_path / "tiny", "wan2.1-t2v")
     told: list[str] = []
@@ -139,5 +175,17 @@ def test_a_gang_is_placed_on_one_machine_as_a_whole(nodes: Any, tmp_path: Path) 
     assert outcomes[0].kind == "MissingFile" and not outcomes[0].final
     assert outcomes[0].error.startswith(f"On {hand.machine}: ")
     assert outcomes[1].error == "" and (tmp_path / "x.mp4").is_file()
+    # Nobody needs it for a while: another gang gets the machine, as it would of another size.
+    monkeypatch.setattr("wan_core.serve.cluster.IDLE_SECONDS", 0.1)
+    time.sleep(0.2)
+    assert crew.free(0) == [] and crew.hands == []
+    other = Cluster(nodes.address, devices="2")
+    deadline = time.monotonic() + 100
+    while not other.free(1):
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    assert other.hands[0].node == machine.node_id
+    other.close()
+    assert crew.free(1) == [] and len(crew.hands) == 1  # asks for a place again
     crew.close()
     assert crew.hands == []

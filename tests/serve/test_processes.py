@@ -6,6 +6,8 @@ import json
 import os
 import shutil
 import signal
+import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ from unittest.mock import MagicMock
 import pytest
 from support.tiny_models import make_folder
 
-from wan_core.errors import InvalidRequest
+from wan_core.errors import InvalidRequest, WorkerFailed
 from wan_core.memory import Card
 from wan_core.serve import Batch, BatchJob, Cluster, Outcome, Processes, processes_for
 from wan_core.serve.cluster import _Placed
@@ -63,6 +65,23 @@ def test_a_job_travels_as_json(tmp_path: Path) -> None:
 
 def hanging(tmp_path: Path) -> BatchJob:
     return BatchJob(number=1, model=tmp_path / "m", output=tmp_path / "x.mp4")
+
+
+def test_a_job_longer_than_a_pipe_does_not_wait_for_its_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A line of a batch may have a mebibyte, and a process that hangs reads none of it."""
+    monkeypatch.setattr("wan_core.serve.processes._START", "import time; time.sleep(600)")
+    crew = Processes(1, stopped=lambda number: True)
+    values = {"prompt": "x" * 2**20}
+    job = BatchJob(number=1, model=tmp_path, output=tmp_path / "x.mp4", values=values)
+    begun = threading.Thread(target=crew.begin, args=(crew.hands[0], job), daemon=True)
+    begun.start()
+    begun.join(10)
+    stuck = begun.is_alive()
+    crew.hands[0].kill()
+    assert not stuck and lost_job(crew).lost
+    crew.close()
 
 
 def lost_job(crew: Processes | Cluster) -> Outcome:
@@ -131,10 +150,38 @@ def test_an_actor_that_hangs_under_an_unwanted_job_is_killed(
     assert lost_job(crew).lost and crew.hands == []
 
 
+def test_hands_that_nobody_needs_give_their_cards_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    ray = FakeRay()
+    monkeypatch.setattr("wan_core.serve.cluster._connect", lambda _: (ray, False))
+    crew = Cluster("x")
+    working, idle, waits = (_Placed(f"actor {i}", MagicMock(), None) for i in range(3))
+    working.starting = idle.starting = None
+    working.job = MagicMock()
+    crew.hands += [working, idle, waits]
+    assert idle in crew.free(0) and not ray.killed
+    monkeypatch.setattr("wan_core.serve.cluster.IDLE_SECONDS", -1.0)
+    assert idle in crew.free(1) and not ray.killed  # it is about to get the job
+    # One that Ray has not placed would take the cards as soon as they are free.
+    assert crew.free(0) == [] and ray.killed == [idle.actor, waits.actor]
+    assert crew.hands == [working]
+
+
+def test_a_local_cluster_that_others_could_reach_is_not_started(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ray = MagicMock()
+    ray.is_initialized.return_value = False
+    ray.util.get_node_ip_address.return_value = "192.168.0.7"
+    monkeypatch.setitem(sys.modules, "ray", ray)
+    with pytest.raises(WorkerFailed, match=r"would listen on 192\.168\.0\.7"):
+        Cluster("local")
+    assert not ray.init.called and "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER" not in os.environ
+
+
 @pytest.mark.slow
 def test_two_processes_of_which_one_is_killed_make_the_clips_of_one(tmp_path: Path) -> None:
     make_folder(tmp_path / "one", "wan2.1-t2v")
-    shape = {"num_frames": 5, "width": 32, "height": 32, "num_inference_steps": 12}
+    shape = {"num_frames": 5, "width": 32, "height": 32, "num_inference_steps": 24}
     jobs = [
         {"model": "one", "output": f"{i}.mp4", "prompt": f"{i}", "seed": i, **shape}
         for i in range(4)
@@ -147,10 +194,11 @@ def test_two_processes_of_which_one_is_killed_make_the_clips_of_one(tmp_path: Pa
 
     def crew() -> Processes:
         def progress(number: int, percent: int) -> None:
-            pid = made[0].hands[0].pid
-            if pid is not None and made[0].hands[0].job and not killed and percent > 20:
+            hand = made[0].hands[0]
+            mine = hand.pid is not None and hand.job is not None and hand.job.number == number
+            if mine and not killed and percent > 20:
                 killed.append(number)
-                os.kill(pid, signal.SIGKILL)
+                os.kill(hand.pid or 0, signal.SIGKILL)
 
         made.append(Processes(2, progress=progress))
         return made[0]

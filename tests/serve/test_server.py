@@ -542,6 +542,47 @@ def test_a_queue_takes_up_what_was_in_work(tmp_path: Path) -> None:
         Queue(tmp_path / "other")
 
 
+@pytest.mark.parametrize("state", ["queued", "in_progress", "completed"])
+def test_nobody_waits_for_the_files_of_a_job_that_is_deleted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, state: str
+) -> None:
+    queue = Queue(tmp_path / "queue.sqlite3")
+    ids = [new_id() for _ in range(2)]
+    for id in ids:
+        queue.add(id, job(tmp_path), {})
+    taken = None if state == "queued" else queue.take("")
+    if taken is not None and state == "completed":
+        queue.settle(taken, Outcome(size=1))
+    begun, let_go = threading.Event(), threading.Event()
+
+    def slow(*_: Any, **__: Any) -> None:
+        begun.set()
+        let_go.wait(20)
+
+    monkeypatch.setattr("wan_core.serve.queue.shutil.rmtree", slow)
+
+    def remove() -> None:
+        assert queue.delete(ids[0])
+        if taken is not None and state == "in_progress":
+            queue.settle(taken, Outcome(error="stopped", stopped=True))
+
+    removing = threading.Thread(target=remove)
+    removing.start()
+    assert begun.wait(10)
+    seen: list[Any] = []
+    asking = threading.Thread(
+        target=lambda: seen.extend((queue.get(ids[0]), queue.get(ids[1]), queue.waiting()))
+    )
+    asking.start()
+    asking.join(5)
+    waited = asking.is_alive()
+    let_go.set()
+    removing.join()
+    assert not waited and seen[0] is None and seen[1] is not None and seen[2] == 1
+    assert not queue.delete(ids[0])
+    queue.close()
+
+
 def killed(path: Path, percents: Sequence[int] = (), orderly: bool = False) -> str:
     """Take the next job, note how far it gets, and leave the file as a kill does; its state."""
     queue = Queue(path)

@@ -185,7 +185,7 @@ class WanPipelineWrapper:
 
     def _resolve(self, config: GenerationConfig) -> Request:
         """Check the values of a job. Windows without a length are as long as ``chunk_size``."""
-        size = self.optimization.chunk_size
+        size = self._optimization_for(config).chunk_size
         request = resolve(config, self.architecture, window=video_frames(size) if size else None)
         codec = self._preferences.codec
         if config.codec is None and codec is not None and codec_takes(codec, request):

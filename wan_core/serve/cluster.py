@@ -9,10 +9,12 @@ queue, and another machine goes on from its journal.
 from __future__ import annotations
 
 import contextlib
+import ipaddress
 import math
+import os
 import platform
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from ..errors import InvalidRequest, MissingDependency, WorkerFailed, first_line
@@ -25,6 +27,9 @@ _ELSEWHERE = ("MissingFile", "DoesNotFit", "MissingDependency", "OutputError")
 _MOST_FAILED_STARTS = 3
 _STATE_SECONDS = 2.0
 """How often a hand is asked how far it is: a thousand hands are 500 small calls a second."""
+IDLE_SECONDS = 60.0
+"""So long a hand keeps its cards while no job waits; about what it takes to load a model again (see
+docs/cluster.md). Assumed, not measured."""
 
 
 def _say_nothing(_: str) -> None:
@@ -80,6 +85,8 @@ class _Placed(Hand):
         self.state: Any = None
         self.asked = 0.0
         self.retired = False
+        self.idle_since = time.monotonic()
+        """Since when it has no job although none waits."""
 
 
 class Cluster:
@@ -88,6 +95,7 @@ class Cluster:
     ``address`` is Ray's: "auto", HOST:PORT, or "local" for one that lasts as long as this.
     ``devices`` is how many cards a job has, all of one machine; ``at_once`` how many jobs run at
     most, or "all" for as many as the cluster has room for at that time, which may grow and shrink.
+    A hand that nobody needs for ``IDLE_SECONDS`` gives its cards back, for whoever else asks Ray.
     Raises MissingDependency without Ray, WorkerFailed where no cluster answers.
     """
 
@@ -142,6 +150,7 @@ class Cluster:
 
         One that Ray has not placed yet, or that has not proved its versions, is given nothing.
         """
+        self._give_back(waiting)
         busy = sum(hand.job is not None for hand in self.hands)
         idle = sum(hand.job is None and not hand.retired for hand in self.hands)
         wanted = min(waiting - idle, self._room() - busy - idle)
@@ -153,6 +162,15 @@ class Cluster:
             self._look_at_start(hand)
         ready = [h for h in self.hands if h.starting is None and h.job is None and not h.retired]
         return ready[:waiting] if waiting else ready
+
+    def _give_back(self, waiting: int) -> None:
+        """End the hands, those that still wait for their place too, that were idle for long."""
+        now = time.monotonic()
+        for hand in list(self.hands):
+            if waiting or hand.job is not None:
+                hand.idle_since = now
+            elif now - hand.idle_since > IDLE_SECONDS:
+                self._drop(hand)
 
     def _say_where_none_fits(self) -> None:
         """Tell once that no machine has enough cards; one that has may still come."""
@@ -312,19 +330,54 @@ class Cluster:
 
 def _connect(address: str) -> tuple[Any, bool]:
     """Return Ray's module, and whether the connection is ours to end."""
-    try:
-        import ray
-    except ImportError as err:
-        raise MissingDependency(
-            f"A cluster needs Ray ({err}): pip install 'wanfit[cluster]', on every machine."
-        ) from err
-    if ray.is_initialized():
-        return ray, False
-    try:
-        ray.init(address=address, log_to_driver=False, configure_logging=False)
-    except (ConnectionError, ValueError, RuntimeError, OSError) as err:
-        raise WorkerFailed(
-            f"No Ray cluster answers at {address!r} ({first_line(err)}). Start one with "
-            "`ray start --head`, or name another address."
-        ) from err
+    own = address == "local"
+    with _loopback_only() if own else contextlib.nullcontext():
+        try:
+            import ray
+        except ImportError as err:
+            raise MissingDependency(
+                f"A cluster needs Ray ({err}): pip install 'wanfit[cluster]', on every machine."
+            ) from err
+        if ray.is_initialized():
+            return ray, False
+        if own:
+            _check_loopback(str(ray.util.get_node_ip_address()))
+        more = {"include_dashboard": False} if own else {}
+        try:
+            ray.init(address=address, log_to_driver=False, configure_logging=False, **more)
+        except (ConnectionError, ValueError, RuntimeError, OSError) as err:
+            raise WorkerFailed(
+                f"No Ray cluster answers at {address!r} ({first_line(err)}). Start one with "
+                "`ray start --head`, or name another address."
+            ) from err
     return ray, True
+
+
+_REACHABLE = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
+"""Ray's name for: other machines are to reach this one. Read where Ray is imported first."""
+
+
+@contextlib.contextmanager
+def _loopback_only() -> Iterator[None]:
+    """Have a Ray that starts meanwhile, and all it starts, listen on this machine alone.
+
+    Who reaches its ports runs code here, and Ray alone would listen on all addresses.
+    """
+    before = os.environ.get(_REACHABLE)
+    os.environ[_REACHABLE] = "0"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[_REACHABLE]
+        else:
+            os.environ[_REACHABLE] = before
+
+
+def _check_loopback(address: str) -> None:
+    """Raise WorkerFailed where Ray would give itself an address that others can reach."""
+    if not ipaddress.ip_address(address).is_loopback:
+        raise WorkerFailed(
+            f"A local cluster would listen on {address}, because Ray was imported before: put "
+            f"{_REACHABLE}=0 into the environment, or name the address of a cluster that runs."
+        )

@@ -45,6 +45,7 @@ class _Process(Hand):
         super().__init__(name)
         self._place, self._seen, self._told = dict(place), dict(seen), told
         self._process: subprocess.Popen[bytes] | None = None
+        self._outbox: queue.Queue[bytes | None] = queue.Queue()
 
     @property
     def pid(self) -> int | None:
@@ -52,7 +53,10 @@ class _Process(Hand):
         return None if self._process is None else self._process.pid
 
     def send(self, line: Line) -> None:
-        """Send a line, starting the process first where it does not run."""
+        """Send a line, starting the process first where it does not run; never waits for it.
+
+        A line may be longer than a pipe holds, and the process may hang: another thread writes.
+        """
         process = self._process
         if process is None:
             arguments = [sys.executable, "-P", "-c", _START, str(_ROOT), json.dumps(self._place)]
@@ -60,15 +64,21 @@ class _Process(Hand):
                 arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                 env={**os.environ, **self._seen},
             )  # fmt: skip
-            self._process = process
-            assert process.stdout is not None
-            read = threading.Thread(target=self._read, args=(process.stdout,), daemon=True)
-            read.start()
-        assert process.stdin is not None
+            self._process, self._outbox = process, queue.Queue()
+            assert process.stdin is not None and process.stdout is not None
+            given = (process.stdin, self._outbox)
+            threading.Thread(target=self._read, args=(process.stdout,), daemon=True).start()
+            threading.Thread(target=self._write, args=given, daemon=True).start()
+        self._outbox.put((json.dumps(line) + "\n").encode())
+
+    def _write(self, stream: IO[bytes], outbox: queue.Queue[bytes | None]) -> None:
         # A broken pipe: the process has ended, which the reading thread tells.
+        with contextlib.suppress(OSError, ValueError):
+            while (line := outbox.get()) is not None:
+                stream.write(line)
+                stream.flush()
         with contextlib.suppress(OSError):
-            process.stdin.write((json.dumps(line) + "\n").encode())
-            process.stdin.flush()
+            stream.close()
 
     def _read(self, stream: IO[bytes]) -> None:
         for line in stream:
@@ -81,14 +91,16 @@ class _Process(Hand):
         if self._process is not None:
             self._process.kill()
 
+    def leave(self) -> None:
+        """Tell the process, if it runs, that its driver needs it no more."""
+        self._outbox.put(None)  # closes its stdin, at which it ends
+
     def ended(self) -> int | None:
         """Forget a process that has ended; return its exit code."""
         process, self._process = self._process, None
         if process is None:
             return None
-        assert process.stdin is not None
-        with contextlib.suppress(OSError):
-            process.stdin.close()
+        self.leave()
         try:
             return process.wait(_END_SECONDS)
         except subprocess.TimeoutExpired:
@@ -181,6 +193,8 @@ class Processes:
 
     def close(self) -> None:
         """End the processes. What they had in work is on disk up to its last step."""
+        for hand in self.hands:  # all before the first is waited for
+            hand.leave()
         for hand in self.hands:
             hand.ended()
 

@@ -242,15 +242,19 @@ class Queue:
             ).fetchone()
             if row is None:
                 return False
+            self._file.execute("UPDATE jobs SET unwanted = 1 WHERE id = ?", (id,))
             if row["status"] == "in_progress":
-                self._file.execute("UPDATE jobs SET unwanted = 1 WHERE id = ?", (id,))
                 self._unwanted.add(row["number"])
-            else:
-                self._remove(row)
+                return True
+        self._remove(row)
         return True
 
     def _remove(self, row: sqlite3.Row) -> None:
-        """Take a row out of the table, after its files: a kill between leaves no orphan."""
+        """Take a row that nobody wants out of the table, after its files.
+
+        A kill between leaves no orphan. To be called without the lock: files may take long, and
+        nobody who asks for another job is to wait for them.
+        """
         self.remove_folder(row["id"])
         with self._lock:
             self._file.execute("DELETE FROM jobs WHERE number = ?", (row["number"],))
@@ -279,7 +283,9 @@ class Queue:
         if self.closed:
             return 0
         with self._lock:
-            found = self._file.execute("SELECT COUNT(*) FROM jobs WHERE status = 'queued'")
+            found = self._file.execute(
+                "SELECT COUNT(*) FROM jobs WHERE status = 'queued' AND unwanted = 0"
+            )
             return int(found.fetchone()[0])
 
     def take(self, group: str) -> BatchJob | None:
@@ -332,32 +338,36 @@ class Queue:
                 return
             self._percent.pop(job.number, None)
             self._reached.pop(job.number, None)
-            if row["unwanted"]:
-                self._remove(row)
-                self.counts["deleted"] += 1
+            if not row["unwanted"]:
+                self._note(job, outcome, row)
                 return
-            tries, losses = row["tries"] - outcome.lost, row["losses"] + outcome.lost
-            status = "completed"
-            if outcome.stopped:  # the server ends: as if it had not been begun
-                tries, status = tries - 1, "queued"
-            elif outcome.error:
-                last = outcome.final or tries >= self._tries or losses >= MOST_LOSSES
-                status = "failed" if last else "queued"
-            ended = time.time() if status in ("completed", "failed") else None
-            self._file.execute(
-                "UPDATE jobs SET status = ?, tries = ?, losses = ?, ended = ?, outcome = ?"
-                " WHERE number = ?",
-                (
-                    status,
-                    tries,
-                    losses,
-                    ended,
-                    json.dumps(outcome.to_dict(), default=str),
-                    job.number,
-                ),
-            )
-            self.counts["lost" if outcome.lost else "again" if status == "queued" else status] += 1
-            self.seconds += outcome.seconds
+        self._remove(row)
+        self.counts["deleted"] += 1
+
+    def _note(self, job: BatchJob, outcome: Outcome, row: sqlite3.Row) -> None:
+        """Write what became of a job; to be called with the lock."""
+        tries, losses = row["tries"] - outcome.lost, row["losses"] + outcome.lost
+        status = "completed"
+        if outcome.stopped:  # the server ends: as if it had not been begun
+            tries, status = tries - 1, "queued"
+        elif outcome.error:
+            last = outcome.final or tries >= self._tries or losses >= MOST_LOSSES
+            status = "failed" if last else "queued"
+        ended = time.time() if status in ("completed", "failed") else None
+        self._file.execute(
+            "UPDATE jobs SET status = ?, tries = ?, losses = ?, ended = ?, outcome = ?"
+            " WHERE number = ?",
+            (
+                status,
+                tries,
+                losses,
+                ended,
+                json.dumps(outcome.to_dict(), default=str),
+                job.number,
+            ),
+        )
+        self.counts["lost" if outcome.lost else "again" if status == "queued" else status] += 1
+        self.seconds += outcome.seconds
 
     def progress(self, number: int, percent: int) -> None:
         """Note how far a job is.
