@@ -341,10 +341,14 @@ def _connect(address: str) -> tuple[Any, bool]:
         if ray.is_initialized():
             return ray, False
         if own:
-            _check_loopback(str(ray.util.get_node_ip_address()))
-        more = {"include_dashboard": False} if own else {}
+            own_address: Any = ray.util.get_node_ip_address  # which Ray does not type
+            _check_loopback(str(own_address()))
+        dashboard = False if own else None  # None: as Ray has it
         try:
-            ray.init(address=address, log_to_driver=False, configure_logging=False, **more)
+            ray.init(
+                address=address, log_to_driver=False, configure_logging=False,
+                include_dashboard=dashboard,
+            )  # fmt: skip
         except (ConnectionError, ValueError, RuntimeError, OSError) as err:
             raise WorkerFailed(
                 f"No Ray cluster answers at {address!r} ({first_line(err)}). Start one with "
