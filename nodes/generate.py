@@ -8,6 +8,7 @@ from comfy_api.latest import io, ui
 
 from ..wan_core.config import RESUME, GenerationConfig, VideoGenerationResult
 from ..wan_core.job import FUSIONS, MAX_LATENT_FRAMES, MODES, NOISES, SCHEDULES, video_frames
+from ..wan_core.preferences import read_preferences
 from . import bridge
 from .inputs import (
     MOST_FRAMES_IN_WINDOWS,
@@ -75,7 +76,9 @@ class WanGenerate(io.ComfyNode):  # type: ignore[misc]
     @classmethod
     def execute(cls, pipeline: WanPipeline, **values: Any) -> io.NodeOutput:
         on = pipeline.optimized(**device_options(values))
-        result, report = _run(on, generation_config(values), cls.hidden)
+        config = generation_config(values)
+        config.resume = "auto"
+        result, report = _run(on, config, cls.hidden)
         video = bridge.video_from_file(result.output_path)
         latent = {"samples": result.vae_latents}
         return io.NodeOutput(result.frames, video, latent, report, ui=_shown(result, report))
@@ -113,8 +116,6 @@ class WanChunkedSampler(io.ComfyNode):  # type: ignore[misc]
         config = generation_config(values)
         use_windows(config, window_frames, window_overlap)
         use_long_clip(config, values, pipeline.vae)
-        if config.resume is not None:
-            config.journal_folder = bridge.journal_folder()
         on = pipeline.optimized(**device_options(values))
         result, report = _run(on, config, cls.hidden)
         video = bridge.video_from_file(result.output_path)
@@ -246,6 +247,14 @@ def _shown(result: VideoGenerationResult, report: str) -> dict[str, Any]:
     return shown
 
 
+def _keep_journal(config: GenerationConfig) -> None:
+    """Have the render keep its journal in ComfyUI's output folder, unless the user prefers none."""
+    if config.resume != "must" and read_preferences().journal is False:
+        config.resume = None
+    if config.resume is not None:
+        config.journal_folder = bridge.journal_folder()
+
+
 def _run(
     pipeline: WanPipeline, config: GenerationConfig, hidden: Any
 ) -> tuple[VideoGenerationResult, str]:
@@ -256,6 +265,7 @@ def _run(
     config.interrupt_check = bridge.check_interrupt
     config.output_path = bridge.temp_video_path(config.width, config.height)
     config.output_metadata = bridge.workflow_metadata(hidden)
+    _keep_journal(config)
     with said_in_words_of_the_nodes():
         wrapper = bridge.wrapper(pipeline)
         # Before other nodes' models are moved off the card: a mistake must not cost them that.

@@ -22,7 +22,8 @@ from wan_core.preferences import (
 )
 
 ALL: dict[str, Any] = {
-    "speed": "fast", "vram_limit_gb": 10, "ram_limit_gb": 24.5, "preview": False, "codec": "h265"
+    "speed": "fast", "vram_limit_gb": 10, "ram_limit_gb": 24.5, "preview": False, "codec": "h265",
+    "journal": False,
 }  # fmt: skip
 
 

@@ -24,6 +24,8 @@ from .arguments import (
     add_preferences,
     add_serve,
     add_size,
+    plain_word,
+    wanted_resume,
 )  # fmt: skip
 from .config import MIB, GenerationConfig, WanControl, demo_model
 from .errors import InvalidRequest, WanError
@@ -52,7 +54,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         _say(f"error: {err}", sys.stderr)
         return 1
     except KeyboardInterrupt:
-        goes_on = arguments.run is _download or getattr(arguments, "resume", "never") != "never"
+        kept = getattr(arguments, "resume", None) not in (None, "never")
+        goes_on = kept or arguments.run is _download
         more = " Run the same command again to go on." if goes_on else ""
         print(f"interrupted; nothing half written is left.{more}", file=sys.stderr)
         return 130
@@ -313,7 +316,7 @@ def _generate(arguments: argparse.Namespace) -> tuple[str, dict[str, Any]]:
         drift_correction=arguments.drift_correction,
         noise=arguments.noise,
         prompts=_read_text(arguments.prompts),
-        resume=arguments.resume,
+        resume=wanted_resume(arguments),
         audio=_read_audio(arguments, wrapper),
         codec=arguments.codec,
         crf=arguments.crf,
@@ -456,21 +459,13 @@ def _preferences(arguments: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     given = {name: getattr(arguments, name) for name in FIELDS}
     asked = {name: text for name, text in given.items() if text is not None}
     if asked:
-        read = {name: _plain(text) for name, text in asked.items()}
+        read = {name: plain_word(text) for name, text in asked.items()}
         write_preferences(Preferences(**{**found.chosen(), **read}))
         found = read_preferences()
     lines = [str(preferences_path())] + [f"warning: {text}" for text in found.warnings]
     chosen = found.chosen()
     lines += [f"  {name:<14} {chosen.get(name, 'built-in')}" for name in FIELDS]
     return "\n".join(lines), {"path": str(preferences_path()), "preferences": chosen}
-
-
-def _plain(text: str) -> Any:
-    """Return a word of the command line as JSON has it; None for an empty one."""
-    try:
-        return json.loads(text) if text else None
-    except ValueError:
-        return text
 
 
 def _demo(arguments: argparse.Namespace) -> tuple[str, dict[str, Any]]:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import json
+from typing import Any
 
 from .config import CODECS, SPEEDS
 from .job import FUSIONS, SCHEDULERS
 from .plan import FORWARDS, FP8, OFFLOADS, STEP_CACHES
-from .preferences import FIELDS
+from .preferences import FIELDS, read_preferences
 
 _PREFERRED = {
     "speed": "|".join(SPEEDS), "vram_limit_gb": "GIB", "ram_limit_gb": "GIB",
-    "preview": "true|false", "codec": "|".join(CODECS),
+    "preview": "true|false", "codec": "|".join(CODECS), "journal": "true|false",
 }  # fmt: skip
 
 
@@ -109,8 +111,8 @@ def add_job(command: argparse.ArgumentParser) -> None:
         help="move the colours of later segments to those of the first",
     )  # fmt: skip
     command.add_argument(
-        "--resume", default="auto",
-        help="auto: go on with this render if it was cut off; must: only that; never: anew",
+        "--resume",
+        help="auto: go on with this render if it was cut off (auto); must: only that; never: anew",
     )  # fmt: skip
     command.add_argument("--audio", metavar="FILE", help="sound that goes into the video")
     command.add_argument("--codec", help=", ".join(CODECS) + " (as preferred, else h264)")
@@ -171,3 +173,22 @@ def add_serve(command: argparse.ArgumentParser) -> None:
     command.add_argument("--lora-folder", metavar="FOLDER", help="LoRAs that requests may name")
     add_crew(command)
     command.set_defaults(json=False, resume="auto")
+
+
+def wanted_resume(arguments: argparse.Namespace) -> str | None:
+    """Return ``--resume``, or "auto" where it is not given; None where the user prefers no journal.
+
+    It is put into ``arguments`` too: whoever says how to go on after an interrupt looks there.
+    """
+    if arguments.resume is None and read_preferences().journal is not False:
+        arguments.resume = "auto"
+    found: str | None = arguments.resume
+    return found
+
+
+def plain_word(text: str) -> Any:
+    """Return a word of the command line as JSON has it; None for an empty one."""
+    try:
+        return json.loads(text) if text else None
+    except ValueError:
+        return text

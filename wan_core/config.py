@@ -271,7 +271,8 @@ class GenerationConfig:
     middle; in continuation mode every text begins a new segment."""
     resume: str | None = None
     """"auto" continues a saved render of exactly this request if there is one, "must" fails without
-    one, "never" starts anew. All three keep a journal while the render lasts; None keeps none."""
+    one, "never" starts anew. All three keep a journal while the render lasts. None keeps one as
+    "auto" does where the user prefers it and there is a place for it, else none."""
     journal_folder: str | Path | None = None
     """Folder for journals (saved states); None means ``.wanfit`` beside ``output_path``."""
     precision_override: str | None = None

@@ -21,8 +21,9 @@ from .files import atomic_write, decode_text
 
 VARIABLE = "WANFIT_PREFERENCES"
 """Environment variable that names another file."""
-FIELDS = ("speed", "vram_limit_gb", "ram_limit_gb", "preview", "codec")
+FIELDS = ("speed", "vram_limit_gb", "ram_limit_gb", "preview", "codec", "journal")
 _OF_A_PLAN = ("speed", "vram_limit_gb", "ram_limit_gb")
+_YES_OR_NO = ("preview", "journal")
 _MOST_BYTES = 64 * 1024
 
 
@@ -56,6 +57,9 @@ class Preferences:
     """Whether ComfyUI's page shows a moving preview while a clip is made."""
     codec: str | None = None
     """Codec of mp4s, as ``GenerationConfig.codec``."""
+    journal: bool | None = None
+    """Whether a render that says nothing of ``resume`` keeps a journal, from which it goes on after
+    a crash or an interrupt. Built in: nodes and the command line keep one, Python does not."""
     path: Path | None = None
     """The file they were read from, None where there was none."""
     warnings: tuple[str, ...] = ()
@@ -89,6 +93,8 @@ class Preferences:
         used = [f"{name} {chosen[name]}" for name in _OF_A_PLAN if name in chosen]
         if self.codec is not None:
             used.append(f"codec {self.codec} where a job names none")
+        if self.journal is not None:
+            used.append(f"{'a' if self.journal else 'no'} journal where a job does not ask for one")
         if not used:
             return ()
         where = "" if self.path is None else f" ({shortened(self.path)})"
@@ -156,7 +162,7 @@ def _checked(name: str, value: Any) -> Any:
         if value in allowed:
             return value
         raise _bad(name, value, f"one of {', '.join(allowed)}")
-    if name == "preview":
+    if name in _YES_OR_NO:
         if isinstance(value, bool):
             return value
         raise _bad(name, value, "true or false")

@@ -15,6 +15,7 @@ const MEANS = {
   ram_limit_gb: ["RAM, at most (GiB)", "Empty: what is available."],
   preview: ["Moving preview", "Built-in: on. Off saves up to 5 % of the time."],
   codec: ["Codec of videos", "Built-in: h264. It counts for new nodes and for jobs that name none."],
+  journal: ["Keep unfinished renders", "Built-in: on. A render that was cut off goes on where it stopped when the same is queued again. Saving takes at most 1 % of the time."],
 };
 
 let root = null; // the tab's element while it is open
@@ -163,13 +164,14 @@ function learnt(one) {
 }
 
 // A preference as a form shows it, and back.
-const shown = (name, value) => (value == null ? "" : name === "preview" ? (value ? "on" : "off") : String(value));
+const YES_OR_NO = ["preview", "journal"];
+const shown = (name, value) => (value == null ? "" : YES_OR_NO.includes(name) ? (value ? "on" : "off") : String(value));
 function meant(name, text) {
   if (text == null || text === "" || text === "built-in" || (name.endsWith("_gb") && !+text)) return null;
-  if (name === "preview") return text === "on";
+  if (YES_OR_NO.includes(name)) return text === "on";
   return name.endsWith("_gb") ? +text : text;
 }
-const choicesOf = (name) => (name === "preview" ? ["on", "off"] : answer?.choices?.[name] ?? { speed: ["exact", "fast", "fastest"], codec: ["h264", "h265"] }[name]);
+const choicesOf = (name) => (YES_OR_NO.includes(name) ? ["on", "off"] : answer?.choices?.[name] ?? { speed: ["exact", "fast", "fastest"], codec: ["h264", "h265"] }[name]);
 
 function preferred(name) {
   const [title, explanation] = MEANS[name];

@@ -450,22 +450,57 @@ def test_two_runs_of_one_video_do_not_share_a_journal(tmp_path: Path) -> None:
 
 
 def test_old_journals_of_other_renders_go_but_none_that_is_in_use(tmp_path: Path) -> None:
-    folders = []
+    folders, day = [], time.time() - 24 * 3600
     for seed in range(KEEP + 3):
         folder = saved(tmp_path, 1, {"seed": seed, "prompt": f"{seed} foxes"})
         for path in folder.iterdir():
-            os.utime(path, (seed, seed))
+            os.utime(path, (day + seed, day + seed))
         folders.append(folder)
         if seed == 0:
             held = Journal.open(tmp_path, {"seed": 0, "prompt": "0 foxes"})
-            os.utime(folder / "identity.json", (0, 0))
+            os.utime(folder / "identity.json", (day, day))
     (tmp_path / "someone else's").mkdir()
-    with Journal.open(tmp_path, IDENTITY):
-        pass
+    with Journal.open(tmp_path, IDENTITY) as journal:
+        (told,) = journal.warnings
+    assert "were removed" in told and "the oldest: 1 of 0.00 GiB" in told and str(tmp_path) in told
     left = {p.name for p in tmp_path.iterdir()}
     assert {f.name for f in folders[3:]} <= left and "someone else's" in left
     assert folders[0].name in left and not {f.name for f in folders[1:3]} & left
     held.close()
+
+
+def test_what_is_kept_is_bounded_in_bytes_and_in_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But for the latest, which may be the work of a night; a clock that is ahead removes none."""
+    size = sum(path.stat().st_size for path in saved(tmp_path / "one").glob("*.safetensors"))
+    monkeypatch.setattr("wan_core.journal.disk.KEEP_BYTES", 2 * size + size // 2)
+    folders = [saved(tmp_path / "j", 10, {"prompt": f"{n} foxes"}) for n in range(4)]
+    with Journal.open(tmp_path / "j", IDENTITY) as journal:
+        assert len(journal.warnings) == 1
+    assert [folder.exists() for folder in folders] == [False, False, True, True]
+    monkeypatch.setattr("wan_core.journal.disk.KEEP_BYTES", 1)
+    with Journal.open(tmp_path / "j", changed(steps=3)):
+        pass
+    assert [folder.exists() for folder in folders] == [False, False, False, True]
+    for days, left in ((-400, True), (29, True), (31, False)):
+        for path in folders[3].iterdir():
+            os.utime(path, (time.time() - days * 86400,) * 2)
+        with Journal.open(tmp_path / "j", changed(steps=4)) as journal:
+            assert bool(journal.warnings) != left
+        assert folders[3].exists() == left
+
+
+@pytest.mark.parametrize("name", ["seed", "prompt"])
+def test_a_render_that_was_cut_off_for_another_video_is_not_missed(
+    tmp_path: Path, name: str
+) -> None:
+    job = {"seed": 0, "prompt": "a fox", "width": 64}
+    saved(tmp_path, 1, {"job": job, "given": {}})
+    with Journal.open(tmp_path, {"job": job | {name: 1}, "given": {}}) as journal:
+        assert journal.warnings == []
+    with Journal.open(tmp_path, {"job": job | {"width": 32}, "given": {}}) as journal:
+        assert "job.width" in journal.warnings[0]
 
 
 def test_two_threads_with_different_videos(tmp_path: Path) -> None:

@@ -284,7 +284,7 @@ def test_a_clock_that_is_set_back_removes_no_render_that_was_cut_off_last(tmp_pa
             assert journal.save(1, state_of(1))
         folders.append(journal.folder)
         for path in journal.folder.iterdir():  # every day, the clock is set back by two
-            os.utime(path, (10**9 - 86_400 * number,) * 2)
+            os.utime(path, (time.time() - 86_400 * number,) * 2)
     assert list(journals(tmp_path)) == sorted(folders[2:])
 
 

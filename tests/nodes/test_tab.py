@@ -165,7 +165,7 @@ def test_preferences_are_kept_and_forgotten(asked: Asked, tmp_path: Path) -> Non
     found = asked(do="prefer", values={"speed": "fast", "preview": False, "codec": None})
     assert found["preferences"] == {
         "speed": "fast", "vram_limit_gb": None, "ram_limit_gb": None, "preview": False,
-        "codec": None,
+        "codec": None, "journal": None,
     }  # fmt: skip
     assert json.loads((tmp_path / "preferences.json").read_text()) == {
         "speed": "fast", "preview": False

@@ -8,15 +8,16 @@ by the stage that meets it, it costs the stages before: the text encoder alone h
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from ..config import GenerationConfig
+from ..config import RESUME, GenerationConfig
 from ..errors import InvalidRequest
 from ..files import check_target
 from ..models import ModelArchitecture
+from ..preferences import Preferences
 from .control import ControlInputs
 from .effects import settings_without_effect
 from .parts import texts_to_encode
@@ -137,6 +138,16 @@ def output_paths(request: Request) -> list[Path]:
 def codec_takes(codec: str, request: Request) -> bool:
     """Say whether a codec takes clips of this size: x265 is not reliable for very small ones."""
     return codec != "h265" or min(request.width, request.height) >= _H265_SIDE
+
+
+def as_preferred(request: Request, config: GenerationConfig, preferences: Preferences) -> Request:
+    """Return a request with the codec and the journal that the user prefers where it names none."""
+    codec, place = preferences.codec, request.journal_folder or request.output_path
+    if config.codec is None and codec is not None and codec_takes(codec, request):
+        request = replace(request, codec=codec)
+    if config.resume is None and preferences.journal and place is not None:
+        request = replace(request, resume=RESUME[0])
+    return request
 
 
 def check_outputs(request: Request) -> None:

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, BinaryIO
 
+from ..config import GIB
 from ..errors import BrokenState, InvalidRequest, JournalMismatch
 from ..files import atomic_write
 
@@ -278,8 +279,9 @@ DONE = "latents.safetensors"
 STATES = (*SLOTS, DONE)
 IDENTITY, LOCK = "identity.json", "lock"
 
-KEEP = 8
-"""Journals of other renders that are kept; older ones are removed when a journal is opened."""
+KEEP, KEEP_BYTES, KEEP_SECONDS = 16, 20 << 30, 30 * 24 * 3600
+"""Journals of other renders that are kept: so many, so many bytes of them, and so long after they
+were written last. Others are removed when a journal is opened."""
 
 _MAX_IDENTITY = 16 << 20
 
@@ -342,26 +344,57 @@ def remove_own_files(folder: Path) -> None:
         left_over.unlink(missing_ok=True)
 
 
-def prune(root: Path, own: Path) -> None:
-    """Remove all but the ``KEEP`` newest journals of other renders; those in use stay.
+def prune(root: Path, own: Path) -> str | None:
+    """Remove the journals of other renders that are too many, and say so; those in use stay.
 
-    The newest are those that were opened last, by their running number: times of files are those
-    of clocks, which are set back, and differ between the hosts that share a folder.
+    ``KEEP``, ``KEEP_BYTES`` and ``KEEP_SECONDS`` say which. The newest are those that were opened
+    last, by their running number: times of files are those of clocks, which are set back, and
+    differ between the hosts that share a folder. Their age is told by the clock of the disk, which
+    has just written the ``own`` journal; what it gives a later time stays. The newest is never too
+    large.
     """
     others = [
         (opened_number(folder), _touched(folder), folder)
         for folder in journals(root)
         if folder != own
     ]
-    for _, _, folder in sorted(others, reverse=True)[KEEP:]:
-        lock = try_lock(folder / LOCK)
-        if lock is None:
-            continue
-        with lock:
-            remove_own_files(folder)
-            if sys.platform != "win32":  # see ``remove_lock``
-                (folder / LOCK).unlink()
-        remove_lock(folder)
+    now, kept, removed, freed = _touched(own), 0, 0, 0
+    for place, (_, touched, folder) in enumerate(sorted(others, reverse=True)):
+        size = journal_bytes(folder)
+        too_old = touched and now - touched > KEEP_SECONDS
+        if place < KEEP and not too_old and (not kept or kept + size <= KEEP_BYTES):
+            kept += size
+        elif _remove(folder):
+            removed, freed = removed + bool(size), freed + size
+    if not removed:
+        return None
+    return (
+        f"Saved renders that were not gone on with were removed from {str(root)!r}, the oldest: "
+        f"{removed} of {freed / GIB:.2f} GiB. Kept are the {KEEP} latest of at most "
+        f"{KEEP_SECONDS // 86400} days and {KEEP_BYTES / GIB:.0f} GiB."
+    )
+
+
+def _remove(folder: Path) -> bool:
+    """Remove a journal and say whether it is gone; one that a run has stays."""
+    lock = try_lock(folder / LOCK)
+    if lock is None:
+        return False
+    with lock:
+        remove_own_files(folder)
+        if sys.platform != "win32":  # see ``remove_lock``
+            (folder / LOCK).unlink()
+    remove_lock(folder)
+    return True
+
+
+def journal_bytes(folder: Path) -> int:
+    """Return the bytes of a journal's states; 0 where there is none."""
+    total = 0
+    for name in STATES:
+        with contextlib.suppress(OSError):
+            total += (folder / name).stat().st_size
+    return total
 
 
 def remove_lock(folder: Path) -> None:

@@ -78,6 +78,9 @@ __all__ = ["Journal", "JournalState", "restore_scheduler", "scheduler_state"]
 DENOISE, LATENTS, DECODE = "denoise", "latents", "decode"
 """Stages of a state: in the denoising loop, after it, and in the decode. A caller may use its own
 names for parts of the loop."""
+_ANOTHER_VIDEO = ("job.seed", "job.prompt", "given.")
+"""Fields of a render's identity that are changed to see another video. One that is cut off for
+that is not missed."""
 _MOST_KEPT = 4 << 20
 """Characters that are kept beside the identity at most."""
 
@@ -416,7 +419,8 @@ class Journal:
         self._opened_as = 1 + max(others, default=0)
         self._write_identity()
         with contextlib.suppress(OSError):  # another run may be removing the same ones
-            prune(self.root, self.folder)
+            if removed := prune(self.root, self.folder):
+                self.warnings.append(removed)
 
     def _nearest(self) -> tuple[str, list[str]] | None:
         """Return the key of the most similar other saved render, and the differences from it."""
@@ -438,10 +442,13 @@ class Journal:
     def _related(self) -> str | None:
         """Return a warning if another saved render has at least half of the fields in common.
 
-        The user has probably changed a setting and expects the render to continue.
+        The user has probably changed a setting and expects the render to continue, but for those
+        that make another video.
         """
         nearest = self._nearest()
         if nearest is None or 2 * len(nearest[1]) > field_count(self.identity):
+            return None
+        if any(difference.startswith(_ANOTHER_VIDEO) for difference in nearest[1]):
             return None
         return (
             f"The saved render {nearest[0]} is not continued, this one starts anew: it differs in "

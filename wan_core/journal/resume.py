@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..config import GenerationConfig
+from ..errors import first_line
 from ..job import Request
 from ..models import ModelArchitecture
 from ..plan import OptimizationPlan
@@ -31,20 +32,27 @@ from .identity import (
 )
 from .journal import Journal, JournalState, restore_scheduler, scheduler_state
 
+_State = tuple[int, dict[str, Tensor], dict[str, Any]]
+"""What ``Journal.save`` takes: finished steps, tensors, and what JSON can hold."""
+
 FOLDER = ".wanfit"
 """Name of the folder for journals, next to the output."""
+MAX_SHARE = 0.01
+"""Share of a render's time that saving its steps takes at most. A crash costs a hundred times what
+one save takes here: seconds on a local disk, a few minutes on a slow share."""
 
 
 class RenderJournal:
     """Saves what a render needs to be continued in another process.
 
-    The state is saved after every step. Within a step of several windows it is saved after a window
-    too, as often as this takes no more than 1 % of the time. A render without a journal has None in
-    the place of this.
+    The state is saved after a step, or a window within it, as often as this takes no more than 1 %
+    of the time; always where a long wait or much memory comes next, and when the render ends by an
+    error or an interrupt. A render without a journal has None in the place of this.
     """
 
     def __init__(self, journal: Journal) -> None:
         self._journal = journal
+        self._unsaved: _State | None = None
         self.saved: JournalState | None = journal.load()
 
     @property
@@ -110,16 +118,42 @@ class RenderJournal:
         faster = {name: bool(saved.get(name)) for name in FASTER}
         return plan.with_choices(dtypes=dtypes, by_rows=by_rows, lean=lean, **faster)
 
-    def step_done(self, state: DenoiseState, scheduler: Any, plan: OptimizationPlan) -> None:
-        """Save the state after a finished step, and the choices it was made with."""
-        self._save(state, scheduler, plan)
+    def step_done(
+        self, state: DenoiseState, scheduler: Any, plan: OptimizationPlan, *, now: bool = False
+    ) -> None:
+        """Save the state after a finished step, and the choices it was made with.
+
+        This is done if enough time has passed since the last save, or ``now``; else the state is
+        kept for ``save_rest``.
+        """
+        # The tensors themselves, no copies: a step replaces them and writes into none.
+        self._unsaved = self._state(state, scheduler, plan)
+        if now or self._journal.due():
+            self._save(self._unsaved)
 
     def window_done(self, state: DenoiseState, scheduler: Any, plan: OptimizationPlan) -> None:
         """Save the state after a finished window, if enough time has passed since the last save."""
         if self._journal.due():
-            self._save(state, scheduler, plan)
+            self._save(self._state(state, scheduler, plan))
 
-    def _save(self, state: DenoiseState, scheduler: Any, plan: OptimizationPlan) -> None:
+    def save_rest(self) -> None:
+        """Save the last finished step if it has not been saved: the render ends here.
+
+        What goes wrong becomes a warning, as another error may be on its way.
+        """
+        if (left := self._unsaved) is None:
+            return
+        try:
+            self._save(left)
+        except Exception as err:  # noqa: BLE001 - a device that failed gives no tensor back
+            self._unsaved = None
+            self.warnings.append(f"The last steps could not be saved: {first_line(err)}")
+
+    def _save(self, state: _State) -> None:
+        self._unsaved = None
+        self._journal.save(*state)
+
+    def _state(self, state: DenoiseState, scheduler: Any, plan: OptimizationPlan) -> _State:
         tensors, scalars = scheduler_state(scheduler)
         tensors["latents"] = state.latents
         if state.fused is not None:
@@ -137,10 +171,11 @@ class RenderJournal:
         if state.memory.phase:
             remembered, scalars["memory"] = state.memory.saved()
             tensors |= remembered
-        self._journal.save(state.next_step, tensors, scalars)
+        return state.next_step, tensors, scalars
 
     def latents_done(self, latents: Tensor, plan: OptimizationPlan) -> None:
         """Save the finished latents. From now on only the decode would have to be repeated."""
+        self._unsaved = None
         self._journal.latents_done(latents, {"choices": choices_of(plan), "device": _device(plan)})
 
     def finish(self) -> None:
@@ -178,7 +213,11 @@ def open_journal(
         return None
     identity = render_identity(config, request, architecture, plan)
     opened = Journal.open(
-        journal_folder(request), identity, request.resume, keep=config.output_metadata
+        journal_folder(request),
+        identity,
+        request.resume,
+        max_share=MAX_SHARE,
+        keep=config.output_metadata,
     )
     stack.callback(opened.close)
     journal = RenderJournal(opened)

@@ -22,10 +22,10 @@ from ..job import (
     FRAMES_PER_LATENT,
     Inputs,
     Request,
+    as_preferred,
     check_files,
     check_inputs,
     check_parts,
-    codec_takes,
     expected_steps,
     files_of,
     has_keyframes,
@@ -187,10 +187,7 @@ class WanPipelineWrapper:
         """Check the values of a job. Windows without a length are as long as ``chunk_size``."""
         size = self._optimization_for(config).chunk_size
         request = resolve(config, self.architecture, window=video_frames(size) if size else None)
-        codec = self._preferences.codec
-        if config.codec is None and codec is not None and codec_takes(codec, request):
-            request = replace(request, codec=codec)
-        return request
+        return as_preferred(request, config, self._preferences)
 
     def _with_pictures(self, config: GenerationConfig) -> GenerationConfig:
         """Put names in the place of pictures that the model needs, where none are looked at."""

@@ -101,6 +101,7 @@ class Render:
                     self._warn(journal.warnings)
                     self._render(journal)
                 finally:
+                    journal.save_rest()  # after an interrupt or an error
                     self._warn(journal.warnings)
         finally:
             result.peak_memory_mb = stages.timeline.peak_bytes / MIB
@@ -407,13 +408,16 @@ class Render:
         each = steps.end - steps.start
         total, before = each * segments, each * state.segment - steps.start + 1
         config, call, in_front = self.config, self.stages.callbacks.call, self._references
+        # After these steps another expert is loaded, or another segment begun. After the very last
+        # one the finished latents are saved at once.
+        stops = [steps.high.stop] * bool(steps.low) + [steps.end] * (state.segment + 1 < segments)
         # In continuation mode ``chunk_callback`` is called for segments, not for windows.
         chunk = config.chunk_callback if self.request.window_mode == "windows" else None
 
         def step(index: int, latents: Tensor) -> None:
             # The journal first: what a callback raises must not lose the step. A spill last.
             if journal is not None:
-                journal.step_done(state, scheduler, self.stages.plan)
+                journal.step_done(state, scheduler, self.stages.plan, now=index + 1 in stops)
                 self._warn(journal.warnings)
             self.stages.callbacks.tell(self.stages.result.warnings)
             shown = latents[:, :, in_front:] if in_front else latents

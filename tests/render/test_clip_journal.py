@@ -1,0 +1,220 @@
+"""The journal of a clip that is denoised as a whole: exact, cheap, and there when it is needed."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.cases import slow_but
+from support.tiny_models import folders, open_kept, open_wan
+
+from wan_core import GenerationConfig, WanPipelineLoader
+from wan_core.config import WanControl
+from wan_core.errors import OutputError
+from wan_core.journal import RenderJournal, journal, resume
+from wan_core.preferences import Preferences
+
+JOB = {"prompt": "a red cat", "width": 32, "height": 32, "num_frames": 9, "seed": 1,
+       "num_inference_steps": 12}  # fmt: skip
+EASY = {"step_cache": "easycache", "step_cache_threshold": 0.3}
+MAG = {"step_cache": "magcache", "step_cache_factor": 2.0}
+GATE = {"guidance_gate": 0.5}
+
+
+class Crash(BaseException):
+    """Stands for a process that ends: nothing may catch it."""
+
+
+@pytest.fixture(autouse=True, scope="module")
+def nothing_is_left() -> Iterator[None]:
+    yield
+    WanPipelineLoader().clear_cache()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return folders(tmp_path_factory.mktemp("clip journal"))
+
+
+def crash_at(wanted: int) -> Any:
+    def callback(done: int, *_: Any) -> None:
+        if done == wanted:
+            raise Crash
+
+    return callback
+
+
+def cut_off(path: Path, config: dict[str, Any], step: int, **wishes: Any) -> None:
+    with pytest.raises(Crash):
+        open_kept(path, **wishes).generate(
+            GenerationConfig(**config, progress_callback=crash_at(step))
+        )
+
+
+def pictures(count: int) -> torch.Tensor:
+    return torch.rand((count, 32, 32, 3), generator=torch.Generator().manual_seed(3))
+
+
+def given(kind: str) -> tuple[str, dict[str, Any]]:
+    """Return the family and what the job is given besides its text."""
+    family = kind.removesuffix(" from a video").removesuffix(" from a picture")
+    more: dict[str, Any] = {}
+    if "vace" in kind:
+        more["control"] = WanControl(video=pictures(9), reference=pictures(1))
+    elif kind.endswith("video"):
+        more["control"] = WanControl(video=pictures(9), denoise=0.9)
+    elif "i2v" in kind or kind.endswith("picture"):
+        more["image"] = pictures(1)[0]
+    return family, more
+
+
+KINDS = (
+    "wan2.1-t2v", "wan2.1-i2v", "wan2.1-vace", "wan2.2-t2v-a14b", "wan2.2-i2v-a14b",
+    "wan2.1-t2v from a video", "wan2.2-ti2v-5b from a picture",
+)  # fmt: skip
+SOLVERS = ("unipc", "euler", "dpm++2m", "lcm", "res_multistep")
+SHORTCUTS = ({}, EASY, MAG | GATE, GATE)
+
+
+CASES = [
+    (kind, solver, SHORTCUTS[(i + j) % len(SHORTCUTS)])
+    for i, kind in enumerate(KINDS)
+    for j, solver in enumerate(SOLVERS)
+]
+"""Every kind with every solver, the shortcuts in turn."""
+
+
+@pytest.mark.parametrize(
+    ("kind", "scheduler", "wishes"),
+    slow_but(lambda case: KINDS.index(case[0]) % 5 == SOLVERS.index(case[1]), CASES),
+)
+def test_every_kind_of_clip_goes_on_with_the_same_bits(
+    folder: Any, tmp_path: Path, kind: str, scheduler: str, wishes: dict[str, Any]
+) -> None:
+    """Where one expert follows the other, from before the change and from after it."""
+    family, more = given(kind)
+    path, job = folder(family), JOB | more | {"scheduler": scheduler}
+    if "vace" in kind and MAG.items() <= wishes.items():
+        wishes = EASY | GATE  # MagCache is refused: hints are added between the blocks
+    whole = open_kept(path, **wishes).generate(GenerationConfig(**job)).raise_for_error()
+    kept = job | {"resume": "auto", "journal_folder": tmp_path / "j"}
+    first = int(re.findall(r"\d+", whole.metadata["steps"])[0])
+    for stop in (3, 9):
+        cut_off(path, kept, stop, **wishes)
+        rest = open_kept(path, **wishes).generate(GenerationConfig(**kept)).raise_for_error()
+        assert rest.metadata["resumed"] == f"after step {first - 1 + stop} of 12"
+        assert torch.equal(rest.latents, whole.latents)
+        assert torch.equal(rest.frames, whole.frames)
+        assert not (tmp_path / "j").exists()
+
+
+def test_saving_stays_within_its_share_and_an_interrupt_loses_no_step(
+    folder: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where a save takes as long as many steps, not all are saved; the last is when it ends."""
+    write = journal.write_state
+
+    def slowly(*arguments: Any) -> int:
+        time.sleep(0.05)
+        return write(*arguments)
+
+    monkeypatch.setattr(journal, "write_state", slowly)
+    path = folder("wan2.2-t2v-a14b")
+    job = JOB | {"num_inference_steps": 20, "switch_step": 10, "journal_folder": tmp_path / "j"}
+    done = open_kept(path).generate(GenerationConfig(**job, resume="auto")).raise_for_error()
+    # The first step, the last one of the first expert, and the finished latents.
+    assert done.metadata["journal"].startswith("3 states of ")
+    cut_off(path, job | {"resume": "auto"}, 17)
+    rest = open_kept(path).generate(GenerationConfig(**job, resume="must")).raise_for_error()
+    assert rest.metadata["resumed"] == "after step 17 of 20"
+    assert torch.equal(rest.latents, done.latents)
+
+
+def test_a_kill_finds_the_first_expert_and_a_whole_segment_saved(
+    folder: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(resume, "MAX_SHARE", 0.0)
+    monkeypatch.setattr(RenderJournal, "save_rest", lambda self: None)  # nothing runs after a kill
+    kept = JOB | {"resume": "auto", "journal_folder": tmp_path / "j"}
+    job = kept | {"switch_step": 4}
+    cut_off(folder("wan2.2-t2v-a14b"), job, 7)
+    rest = open_kept(folder("wan2.2-t2v-a14b")).generate(GenerationConfig(**job))
+    assert rest.raise_for_error().metadata["resumed"] == "after step 4 of 12"
+    job = kept | {"image": pictures(1)[0], "window_mode": "continuation", "num_frames": 33,
+                  "max_chunk_size": 17, "window_overlap": 8}  # fmt: skip
+    cut_off(folder("wan2.1-i2v"), job, 17)
+    rest = open_kept(folder("wan2.1-i2v")).generate(GenerationConfig(**job))
+    assert rest.raise_for_error().metadata["resumed"] == "segment 1 of 3, after step 12 of 12"
+
+
+def test_a_decode_without_memory_loses_no_step(
+    folder: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether it is told as an error, or the user ends it between the last step and the decode."""
+    path, job = folder("wan2.1-t2v"), JOB | {"resume": "auto", "journal_folder": tmp_path / "j"}
+    monkeypatch.setattr(RenderJournal, "save_rest", lambda self: None)
+    whole = open_kept(path).generate(GenerationConfig(**JOB)).raise_for_error()
+
+    def full(*_: Any) -> None:
+        raise MemoryError("the decode does not fit")
+
+    def ended(*_: Any) -> None:
+        raise Crash
+
+    for fault in (full, ended):
+        with monkeypatch.context() as patched:
+            patched.setattr("wan_core.render.render.Render._decode_rest", fault)
+            config = GenerationConfig(**job)
+            if fault is full:
+                assert not open_wan(path).generate(config).success
+            else:
+                with pytest.raises(Crash):
+                    open_wan(path).generate(config)
+        rest = open_kept(path).generate(GenerationConfig(**job | {"resume": "must"}))
+        assert "only decoded" in rest.raise_for_error().metadata["resumed"]
+        assert not any("denoise" in stage.name for stage in rest.stages)
+        assert torch.equal(rest.frames, whole.frames)
+
+
+def test_a_full_disk_is_said_once_and_the_clip_is_made(
+    folder: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> int:
+        raise OutputError("Cannot write: no space left on device.")
+
+    monkeypatch.setattr(journal, "write_state", full)
+    told: list[str] = []
+    result = open_kept(folder("wan2.1-t2v")).generate(
+        GenerationConfig(
+            **JOB, resume="auto", journal_folder=tmp_path / "j", warning_callback=told.append
+        )
+    )
+    result.raise_for_error()
+    assert [text for text in told if "no space" in text] == [
+        text for text in result.warnings if "not saved any more" in text
+    ]
+    assert sum("no space" in text for text in told) == 1
+    assert not (tmp_path / "j").exists()
+
+
+def test_a_preference_asks_for_a_journal_where_a_job_does_not(folder: Any, tmp_path: Path) -> None:
+    """Python's jobs keep none unless they or the user ask for one; a job that asks has it."""
+
+    def after_a_cut(journals: bool | None, **more: Any) -> bool:
+        loader = WanPipelineLoader(preferences=Preferences(journal=journals))
+        wishes = {"device": "cpu", "precision": "fp32"}
+        wrapper = loader.load_wan_pipeline(folder("wan2.1-t2v"), optimization_config=wishes)
+        with pytest.raises(Crash):
+            wrapper.generate(GenerationConfig(**JOB, **more, progress_callback=crash_at(1)))
+        return any(path.is_dir() for path in tmp_path.rglob("*") if len(path.name) == 32)
+
+    output = {"output_path": tmp_path / "o.mp4"}
+    assert not after_a_cut(None, **output) and not after_a_cut(False, **output)
+    assert not after_a_cut(True)  # there is no place for one
+    assert after_a_cut(True, **output)
+    assert after_a_cut(False, journal_folder=tmp_path / "j", resume="auto")
