@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from wan_core.preferences import (
     read_preferences,
     write_preferences,
 )
+from wan_core.render.stages import Callbacks
 
 ALL: dict[str, Any] = {
     "speed": "fast", "vram_limit_gb": 10, "ram_limit_gb": 24.5, "preview": False, "codec": "h265",
@@ -165,3 +167,39 @@ def test_the_command_line_shows_keeps_and_reads_them(
     assert not any("preferences" in text for text in exact)
     main(["preferences"])
     assert "codec          built-in" in capsys.readouterr().out
+
+
+def test_the_command_line_keeps_a_journal_unless_told_otherwise(
+    file: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """Interrupted after the first step, it says how to go on where it can, and does."""
+    size = ("--width", "32", "--height", "32", "--frames", "5", "--steps", "3", "--device", "cpu")
+    job = ("generate", str(model), *size, "--prompt", "x", "--output", str(tmp_path / "o.mp4"))
+
+    def cut(*words: str) -> bool:
+        """Run and interrupt; return whether something is left to go on from."""
+        with monkeypatch.context() as patched:
+            tell = Callbacks.call
+
+            def interrupt(self: Any, function: Any, *args: Any) -> None:
+                tell(self, function, *args)
+                if len(args) == 3 and args[0] == 1:  # a finished step
+                    raise KeyboardInterrupt
+
+            patched.setattr(Callbacks, "call", interrupt)
+            assert main([*job, *words]) == 130
+        said = "Run the same command again" in capsys.readouterr().err
+        kept = any(tmp_path.glob(".wanfit/*/*.safetensors"))
+        assert kept == said
+        return kept
+
+    write_preferences(Preferences(journal=False))
+    assert not cut()
+    assert cut("--resume", "auto")  # what is asked for wins
+    shutil.rmtree(tmp_path / ".wanfit")
+    file.unlink()
+    assert cut()
+    assert main([*job, "--json"]) == 0
+    metadata = json.loads(capsys.readouterr().out)["metadata"]
+    assert metadata["resumed"] == "after step 1 of 3"

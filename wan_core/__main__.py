@@ -290,6 +290,7 @@ def _estimate(arguments: argparse.Namespace) -> tuple[str, dict[str, Any]]:
 
 def _generate(arguments: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     wrapper = _open(arguments)
+    arguments.resume = wanted_resume(arguments.resume)  # told after an interrupt too
     job = _job(
         arguments,
         wrapper,
@@ -316,7 +317,7 @@ def _generate(arguments: argparse.Namespace) -> tuple[str, dict[str, Any]]:
         drift_correction=arguments.drift_correction,
         noise=arguments.noise,
         prompts=_read_text(arguments.prompts),
-        resume=wanted_resume(arguments),
+        resume=arguments.resume,
         audio=_read_audio(arguments, wrapper),
         codec=arguments.codec,
         crf=arguments.crf,

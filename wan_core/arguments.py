@@ -175,15 +175,9 @@ def add_serve(command: argparse.ArgumentParser) -> None:
     command.set_defaults(json=False, resume="auto")
 
 
-def wanted_resume(arguments: argparse.Namespace) -> str | None:
-    """Return ``--resume``, or "auto" where it is not given; None where the user prefers no journal.
-
-    It is put into ``arguments`` too: whoever says how to go on after an interrupt looks there.
-    """
-    if arguments.resume is None and read_preferences().journal is not False:
-        arguments.resume = "auto"
-    found: str | None = arguments.resume
-    return found
+def wanted_resume(given: str | None) -> str | None:
+    """Return ``--resume``, or "auto" where it is not given; None where no journal is wanted."""
+    return "auto" if given is None and read_preferences().journal is not False else given
 
 
 def plain_word(text: str) -> Any:
