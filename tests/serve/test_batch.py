@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,16 @@ import pytest
 import torch
 from PIL import Image
 from support.clips import read
+from support.pace import pace
 from support.tiny_models import make_folder, open_wan
 
 from wan_core import GenerationConfig, VideoGenerationResult, WanPipelineLoader
 from wan_core.__main__ import main
 from wan_core.errors import InvalidRequest, MissingFile, OutputError
 from wan_core.render import WanPipelineWrapper
-from wan_core.serve import BadLine, Batch, BatchJob, read_jobs
+from wan_core.serve import BadLine, Batch, BatchJob, Ledger, Outcome, read_jobs
+from wan_core.serve.crew import Hand
+from wan_core.serve.ledger import Entry
 
 TINY: dict[str, Any] = {"num_frames": 5, "width": 32, "height": 32, "num_inference_steps": 2}
 CPU = {"device": "cpu", "precision": "fp32"}
@@ -236,6 +240,103 @@ def test_what_may_go_better_is_tried_again_after_the_others(
     assert [ledger.entries[n].tries for n in (1, 2, 3, 4)] == [2, 3, 1, 1]
     page = (tmp_path / "clips" / "jobs.html").read_text()
     assert "disk is full &lt;b&gt;" in page
+
+
+class Instant:
+    """A crew whose hand writes a file of three bytes for each job."""
+
+    def __init__(self) -> None:
+        self.hand = Hand("instant")
+
+    def free(self, waiting: int) -> Sequence[Hand]:
+        return () if self.hand.job else (self.hand,)
+
+    def begin(self, hand: Hand, job: BatchJob) -> None:
+        job.output.write_bytes(b"mp4")
+
+    def wait(self, seconds: float) -> list[tuple[BatchJob, Outcome]]:
+        made, self.hand.job = self.hand.job, None
+        assert made is not None
+        return [(made, Outcome(size=3, seconds=1.0))]
+
+    def close(self) -> None:
+        pass
+
+
+def test_what_is_written_grows_as_the_number_of_jobs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A summary that was written whole for each of 2,000 jobs would be 2 GB; seconds at most."""
+    monkeypatch.setattr(Batch, "_check", lambda *_: None)
+    monkeypatch.setattr("wan_core.serve.ledger.os.fsync", lambda _: None)
+    (tmp_path / "model").touch()
+    order, written = [], 0
+    note, write = Ledger.note, Ledger.write
+
+    def noted(ledger: Ledger, entry: Any) -> None:
+        nonlocal written
+        order.append(entry.line)
+        before = ledger._journal.stat().st_size if ledger._journal.exists() else 0
+        note(ledger, entry)
+        if ledger._journal.exists():
+            written += ledger._journal.stat().st_size - before
+
+    def whole(ledger: Ledger) -> None:
+        nonlocal written
+        write(ledger)
+        written += ledger.path.stat().st_size
+
+    monkeypatch.setattr(Ledger, "note", noted)
+    monkeypatch.setattr(Ledger, "write", whole)
+    jobs = [
+        {"model": "model", "output": f"{i}.mp4", "prompt": f"{i}", "priority": i // 1000}
+        for i in range(2000)
+    ]
+    made = batch(lines(tmp_path / "jobs.jsonl", *jobs), crew=Instant)
+    begun = time.process_time()
+    assert made.run().counts()["done"] == 2000
+    assert time.process_time() - begun < 20 * pace()
+    size = made.ledger.path.stat().st_size
+    assert size < written < 9 * size
+    assert order == [*range(1001, 2001), *range(1, 1001)]
+    assert [path.name for path in made.folder.glob("*.changes")] == []
+    told: list[str] = []
+    again = batch(tmp_path / "jobs.jsonl", told, crew=Instant).run()
+    assert again.counts()["done"] == 2000 == len(told) and len(order) == 2000
+
+
+def test_a_kill_between_two_jobs_loses_none(tmp_path: Path) -> None:
+    """As a kill leaves the files: after any change, in the middle of a line, before its removal."""
+    path = tmp_path / "jobs.summary.json"
+    clips = [tmp_path / f"{i}.mp4" for i in range(4)]
+    ledger = Ledger(path)
+    for i, clip in enumerate(clips):
+        clip.write_bytes(b"mp4")
+        ledger.put(Entry(line=i + 1, identity=str(i), output=str(clip), size=3))
+
+    def known() -> list[bool]:
+        return [Ledger(path).finished(str(i), clip) is not None for i, clip in enumerate(clips)]
+
+    ledger.write()
+    for i in (0, 1):
+        ledger.entries[i + 1].state = "done"
+        ledger.note(ledger.entries[i + 1])
+        assert known() == [j <= i for j in range(4)]
+    changes = path.with_suffix(".changes")
+    whole = changes.read_bytes()
+    for cut in range(len(whole) - 40, len(whole) - 1):
+        changes.write_bytes(whole[:cut])
+        assert known() == [True, False, False, False]
+    ledger = Ledger(path)  # the next run, beside a line that was cut off
+    ledger.put(Entry(line=3, identity="2", output=str(clips[2]), size=3, state="done"))
+    ledger.note(ledger.entries[3])
+    assert known() == [True, False, True, False]
+    noted = changes.read_bytes()
+    ledger.put(Entry(line=4, identity="3", output=str(clips[3]), size=3, state="done"))
+    ledger.write()
+    assert not changes.exists() and known() == [False, False, True, True]
+    changes.write_bytes(noted)  # killed before it was removed: what it says is true still
+    assert known() == [True, False, True, True]
 
 
 def test_a_summary_that_is_none_and_a_file_that_is_not_there(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ process died goes back into the queue, and its journal goes on.
 
 from __future__ import annotations
 
+import heapq
 from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -19,6 +20,9 @@ from .carry import MOST_LOSSES, Carrier, Outcome
 from .crew import Crew, Here, carry_out
 from .jobs import BadLine, BatchJob, read_jobs
 from .ledger import Entry, Ledger, as_page
+
+_Kind = tuple[int, float, str]
+"""(tries, priority, group) of a job that waits."""
 
 
 def _silent(_: str) -> None:
@@ -47,7 +51,9 @@ class Batch:
         self.ledger = Ledger(folder / f"{path.stem}.summary.json")
         self._carrier = Carrier()
         self._crew, self._plan = crew, plan
-        self._waiting: dict[int, BatchJob] = {}
+        self._jobs: dict[int, BatchJob] = {}
+        self._waiting: dict[_Kind, list[int]] = {}
+        """The lines of jobs that wait, the first in front, by what decides between them."""
         self._in_work: dict[int, str] = {}
         self._first: dict[tuple[float, str], int] = {}
 
@@ -59,9 +65,10 @@ class Batch:
         """
         # Until all lines are known nothing is written: the summary there tells what is done.
         jobs = self._checked()
-        self._waiting, self._in_work, self._first = {job.number: job for job in jobs}, {}, {}
+        self._jobs, self._waiting, self._in_work, self._first = {}, {}, {}, {}
         for job in jobs:
             self._first.setdefault((job.priority, job.group), job.number)
+            self._add(job)
         try:
             self.ledger.write()
             if jobs:
@@ -106,7 +113,12 @@ class Batch:
 
     def waiting(self) -> int:
         """Return how many jobs no hand has and none is done with."""
-        return len(self._waiting)
+        return len(self._jobs)
+
+    def _add(self, job: BatchJob) -> None:
+        kind = self.ledger.entries[job.number].tries, job.priority, job.group
+        self._jobs[job.number] = job
+        heapq.heappush(self._waiting.setdefault(kind, []), job.number)
 
     def take(self, group: str) -> BatchJob | None:
         """Return the job that comes next for a hand with the model ``group`` open.
@@ -118,13 +130,15 @@ class Batch:
             return None
         hands = Counter(self._in_work.values())
 
-        def rank(job: BatchJob) -> tuple[float, ...]:
-            first = self._first[job.priority, job.group]
-            here = job.group != group
-            tries = self.ledger.entries[job.number].tries
-            return (tries, -job.priority, here, hands[job.group] * here, first, job.number)
+        def rank(kind: _Kind) -> tuple[float, ...]:
+            tries, priority, wanted = kind
+            other = wanted != group
+            return tries, -priority, other, hands[wanted] * other, self._first[priority, wanted]
 
-        job = self._waiting.pop(min(self._waiting.values(), key=rank).number)
+        kind = min(self._waiting, key=rank)
+        job = self._jobs.pop(heapq.heappop(self._waiting[kind]))
+        if not self._waiting[kind]:
+            del self._waiting[kind]
         self._in_work[job.number] = job.group
         entry = self.ledger.entries[job.number]
         entry.tries += 1
@@ -150,8 +164,8 @@ class Batch:
             entry.error = outcome.error
             then = "goes on elsewhere" if outcome.lost else "is tried again after the others"
             self._tell(f"line {job.number}: {outcome.error} It {then}.")
-            self._waiting[job.number] = job
-        self.ledger.write()
+            self._add(job)
+        self.ledger.note(entry)
 
     def rest(self) -> bool:
         """A file brings no more jobs."""

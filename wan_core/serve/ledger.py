@@ -1,14 +1,19 @@
 """What became of each job: kept on disk after every change, so that a batch can go on.
 
-The ledger is the batch's summary, and ``as_page`` shows it: every clip with its prompt, every
-failure with its reason, without scripts. A job is done when a clip that the same job made from the
-same files, and that is the file that was written then, lies in its place.
+A change is a line at the end of ``<name>.summary.changes``; the summary is written whole when
+that has grown by a part of it, so that what is written grows as the number of jobs does. The next
+run reads both. The ledger is the batch's summary, and ``as_page`` shows it: every clip with its
+prompt, every failure with its reason, without scripts. A job is done when a clip that the same job
+made from the same files, and that is the file that was written then, lies in its place.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import time
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from html import escape
@@ -16,7 +21,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from ..errors import InvalidRequest
+from ..errors import InvalidRequest, OutputError
 from ..files import atomic_write
 
 _STYLE = """
@@ -25,6 +30,10 @@ main { display: grid; grid-template-columns: repeat(auto-fill, minmax(300px, 1fr
 figure { margin: 0 } video { width: 100%; background: #000 } figcaption { overflow-wrap: anywhere }
 li { overflow-wrap: anywhere } small { color: #a0a4ab }
 """
+_LEAST_LINES, _PART = 16, 4
+"""The summary is written whole after so many changes, or after a change of each fourth entry."""
+_SUMMARY_SECONDS = 60.0
+"""Or where it is as old as this, for who looks at it. Assumed."""
 STATES = ("waiting", "done", "failed", "bad")
 
 
@@ -50,10 +59,12 @@ class Entry:
 
 
 class Ledger:
-    """The entries of a batch by line. Every change is written at once, whole or not at all."""
+    """The entries of a batch by line. What ``note`` has returned from is kept through any end."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._journal = path.with_suffix(".changes")
+        self._noted, self._written = 0, time.monotonic()
         self.entries: dict[int, Entry] = {}
         self._done: dict[str, Entry] = {}
         self._read()
@@ -63,14 +74,27 @@ class Ledger:
         try:
             text = self.path.read_text(encoding="utf-8")
         except FileNotFoundError:
-            return
+            return  # a journal is only ever begun beside a summary
         try:
             rows = [Entry(**one) for one in json.loads(text)["jobs"]]
         except (ValueError, TypeError, KeyError) as err:
             raise InvalidRequest(
                 f"{self.path} is not the summary of a batch ({err}). Move it away, or name another."
             ) from err
+        rows += self._changes()
         self._done = {row.identity: row for row in rows if row.state == "done"}
+
+    def _changes(self) -> list[Entry]:
+        """Return what was noted since the summary; of a line that a kill cut off nothing."""
+        found = []
+        try:
+            lines = self._journal.read_bytes().split(b"\n")
+        except OSError:
+            return []
+        for line in lines:
+            with contextlib.suppress(ValueError, TypeError):
+                found.append(Entry(**json.loads(line)))
+        return found
 
     def finished(self, identity: str, output: Path) -> Entry | None:
         """Return the entry of a job that was done and whose file is still there."""
@@ -85,16 +109,39 @@ class Ledger:
 
     def counts(self) -> dict[str, int]:
         """Return how many entries are in each state."""
-        return {s: sum(e.state == s for e in self.entries.values()) for s in STATES}
+        found = Counter(entry.state for entry in self.entries.values())
+        return {state: found[state] for state in STATES}
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, the entries in the order of their lines."""
         rows = [asdict(self.entries[line]) for line in sorted(self.entries)]
         return {"counts": self.counts(), "jobs": rows}
 
+    def note(self, entry: Entry) -> None:
+        """Keep a change of an entry on the disk; raises OutputError where it cannot be written."""
+        old = time.monotonic() - self._written > _SUMMARY_SECONDS
+        if old or self._noted >= max(_LEAST_LINES, len(self.entries) // _PART):
+            self.write()
+            return
+        # Begun on a line of its own: the last one may have been cut off by a kill or a full disk.
+        line = ("\n" + json.dumps(asdict(entry), default=str) + "\n").encode()
+        try:
+            with open(self._journal, "ab") as file:
+                file.write(line)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as err:
+            raise OutputError(f"{self._journal} cannot be written: {err.strerror}.") from err
+        self._noted += 1
+
     def write(self) -> None:
-        """Write the summary."""
-        atomic_write(self.path, (json.dumps(self.to_dict(), indent=1) + "\n").encode())
+        """Write the summary whole, and begin the journal anew."""
+        text = json.dumps(self.to_dict(), indent=1, default=str) + "\n"
+        atomic_write(self.path, text.encode())
+        # Where a kill comes between, what is read twice says the same twice.
+        with contextlib.suppress(OSError):
+            self._journal.unlink(missing_ok=True)
+        self._noted, self._written = 0, time.monotonic()
 
 
 def as_page(title: str, entries: Iterable[Entry], folder: Path) -> bytes:
