@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from ..wan_core.models import ModelArchitecture, VaeShape
 
 INDEX = "model_index.json"
+_INDEXES = (INDEX, f"modular_{INDEX}")
 NOTHING_FOUND = "(no model found)"
 _DEPTH = 2  # a model is a folder "name", or "organisation/name" as on model hubs
 _DEMOS = {
@@ -197,7 +198,7 @@ def _model_folders(root: Path, depth: int = _DEPTH) -> Iterator[Path]:
         if entry.name.startswith(".") or not entry.is_dir():
             continue
         folder = Path(entry.path)
-        if (folder / INDEX).is_file():
+        if any((folder / name).is_file() for name in _INDEXES):
             yield folder
         elif depth > 1:
             yield from _model_folders(folder, depth - 1)

@@ -139,12 +139,12 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _inspect(arguments: argparse.Namespace) -> tuple[str, dict[str, Any]]:
-    from .detect import ArchitectureDetector, inspect_file
+    from .detect import ArchitectureDetector, index_of, inspect_file
     from .models import experts_of
     from .plan import computed_in
 
     path = Path(os.path.expanduser(arguments.path))
-    if path.exists() and not (path / "model_index.json").is_file() and not _is_release(path):
+    if path.exists() and index_of(path) is None and not _is_release(path):
         part = inspect_file(path)
         if part.kind != "transformer":
             return _describe_part(part)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,11 +14,12 @@ import torch
 from safetensors.torch import save_file
 from support import reference_layouts as layouts
 from support.animate2_models import clip_encoder, dense_flex, diffusers_model, plain_model
+from support.as_pack import load_pack, part
 from support.tiny_models import components, make_scheduler, open_wan
 
 from wan_core import GenerationConfig, WanControl
 from wan_core.config import WanModelFiles
-from wan_core.errors import InvalidRequest
+from wan_core.errors import InvalidRequest, MissingFile
 
 WIDTH, HEIGHT, FRAMES, LENGTH = 64, 48, 9, 5
 
@@ -145,6 +148,60 @@ def test_a_mistake_is_told_before_any_weight_is_read(
     with pytest.raises(InvalidRequest, match=said):
         wrapper.generate(config(control=control)).raise_for_error()
     assert wrapper._cache.loaded() == []
+
+
+@pytest.mark.parametrize("distilled", [False, True])
+def test_a_modular_folder_of_diffusers_is_known(
+    parts: dict[str, Any], tmp_path: Path, distilled: bool
+) -> None:
+    """As diffusers saves one, and as a copy of a published one, whose index points to the hub."""
+    from diffusers import modular_pipelines
+
+    pack = part(load_pack(), "nodes.pipeline")
+    blocks = "WanAnimate2DistilledBlocks" if distilled else "WanAnimate2Blocks"
+    pipe = getattr(modular_pipelines, blocks)().init_pipeline()
+    pipe.update_components(
+        **{name: parts[name] for name in ("text_encoder", "tokenizer", "vae", "image_encoder")},
+        scheduler=make_scheduler(), transformer=diffusers_model(parts["transformer"]),
+    )  # fmt: skip
+    folder = tmp_path / "character"
+    pipe.save_pretrained(str(folder), overwrite_modular_index=True)
+    assert not (folder / "model_index.json").exists()
+    index = folder / "modular_model_index.json"
+    entries = json.loads(index.read_text())
+    for entry in entries.values():
+        if isinstance(entry, list):
+            entry[2]["pretrained_model_name_or_path"] = "somebody/a-repository"
+    index.write_text(json.dumps(entries))
+    for path in (folder, index):
+        wrapper = open_wan(path)
+        assert wrapper.architecture.name == "wan-animate-2-14b"
+        assert set(wrapper.architecture.components) == {
+            "transformer", "vae", "text_encoder", "tokenizer", "image_encoder", "scheduler",
+        }  # fmt: skip
+        recipe = wrapper.architecture.recipe
+        assert (recipe is not None and recipe.num_inference_steps == 10) == distilled
+    assert pack.list_models([tmp_path])[0] == "character"
+    shutil.rmtree(folder / "vae")
+    with pytest.raises(MissingFile, match="lacks vae"):
+        open_wan(folder)
+
+
+@pytest.mark.slow
+def test_a_modular_folder_makes_the_same_clip(
+    parts: dict[str, Any], files: WanModelFiles, tmp_path: Path
+) -> None:
+    for name in ("transformer", "vae", "text_encoder", "tokenizer", "image_encoder"):
+        (tmp_path / name).symlink_to(Path(str(getattr(files, name))))
+    entries = {
+        name: ["diffusers", "Any", {"subfolder": name}]
+        for name in ("transformer", "vae", "text_encoder", "tokenizer", "image_encoder")
+    }
+    told = {"_class_name": "WanAnimate2ModularPipeline", "guider": None}
+    (tmp_path / "modular_model_index.json").write_text(json.dumps(told | entries))
+    one = config(num_frames=LENGTH, num_inference_steps=1)
+    expected = open_wan(files).generate(one).raise_for_error()
+    assert torch.equal(open_wan(tmp_path).generate(one).raise_for_error().frames, expected.frames)
 
 
 @pytest.mark.slow

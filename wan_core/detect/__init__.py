@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from .companions import find_companions
 from .detector import ArchitectureDetector, inspect_file
-from .folders import is_release
+from .folders import index_of, is_release
 from .identified import IdentifiedFile, identify
 from .lora_files import lora_list, parse_lora, with_loras
 from .lora_names import read_patches
@@ -22,6 +22,7 @@ __all__ = [
     "Patch",
     "find_companions",
     "identify",
+    "index_of",
     "inspect_file",
     "is_release",
     "join_vace",

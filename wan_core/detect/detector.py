@@ -18,7 +18,7 @@ from ..files import file_kind, named_path, quoted, some_of
 from ..formats import listing, read_json, read_table
 from ..models import ModelArchitecture
 from .configs import check_transformer, check_vae
-from .folders import from_diffusers, from_release, is_release
+from .folders import INDEXES, from_diffusers, from_release, index_of, is_release
 from .identified import IdentifiedFile, identify
 from .lora_files import with_loras
 from .single_files import from_files, from_part
@@ -38,12 +38,12 @@ class ArchitectureDetector:
         if isinstance(path, WanModelFiles):
             return with_loras(from_files(path, inspect_file), path.loras)
         root = named_path(path, "model_path")
-        if root.name == "model_index.json":
+        if root.name in INDEXES:
             root = root.parent
         if file_kind(root) == "file":
             return from_part(inspect_file(root), root)
-        if (root / "model_index.json").is_file():
-            return from_diffusers(root)
+        if (index := index_of(root)) is not None:
+            return from_diffusers(index)
         if is_release(root):
             return from_release(root)
         _refuse_shelf(root)
@@ -69,9 +69,7 @@ def inspect_file(path: str | os.PathLike[str]) -> IdentifiedFile:
 
 def _refuse_shelf(root: Path) -> None:
     """Raise MissingFile for a folder that is not a model but holds models, naming them."""
-    models = [
-        name for name in sorted(listing(root)) if (root / name / "model_index.json").is_file()
-    ]
+    models = [name for name in sorted(listing(root)) if index_of(root / name) is not None]
     if models:
         raise MissingFile(
             f"{quoted(root)} is no model itself; it holds the models {some_of(models, 8)}. Choose "

@@ -1,4 +1,4 @@
-"""Model folders: diffusers folders (model_index.json) and official releases.
+"""Model folders: diffusers folders, modular ones too, and official releases.
 
 Each component's config is compared with the header of its weights, and the components with each
 other.
@@ -20,6 +20,8 @@ from .identified import IdentifiedFile, identify
 from .pairing import check_experts, check_image_encoder, check_text_encoder, check_vae_pair
 from .variant_choice import Choice, choose_variant
 
+INDEXES: Final = ("model_index.json", "modular_model_index.json")
+"""Files that say what a diffusers folder holds: for a pipeline, and for a modular one."""
 _REQUIRED: Final = ("transformer", "vae", "text_encoder", "tokenizer")
 _CONFIG_ONLY: Final[Mapping[str, tuple[str, ...]]] = {
     "scheduler": ("scheduler_config.json",),
@@ -31,11 +33,16 @@ _CONFIG_ONLY: Final[Mapping[str, tuple[str, ...]]] = {
 _WEIGHTS: Final = ("transformer", "transformer_2", "vae", "text_encoder", "image_encoder")
 
 
-def from_diffusers(root: Path) -> ModelArchitecture:
-    """Detect a diffusers folder: model_index.json and one folder per component."""
-    index = read_json(root / "model_index.json")
+def index_of(root: Path) -> Path | None:
+    """Return the file that says what a diffusers folder holds; None for any other folder."""
+    return next((root / name for name in INDEXES if (root / name).is_file()), None)
+
+
+def from_diffusers(file: Path) -> ModelArchitecture:
+    """Detect a diffusers folder: its index ``file`` and one folder per component."""
+    root, index = file.parent, read_json(file)
     listed = _listed(index, root)
-    _check_present(root, listed, index)
+    _check_present(file, listed)
     parts: dict[str, IdentifiedFile] = {}
     components: dict[str, Component] = {}
     shapes: dict[str, TransformerShape] = {}
@@ -63,11 +70,11 @@ def from_diffusers(root: Path) -> ModelArchitecture:
     for kind, files in _CONFIG_ONLY.items():
         if kind in listed:
             components[kind] = _config_component(root / kind, kind, files)
-    return _pair_folder(root, index, parts, components, shapes, vae)
+    return _pair_folder(file, index, parts, components, shapes, vae)
 
 
 def _pair_folder(
-    root: Path,
+    file: Path,
     index: Mapping[str, Any],
     parts: Mapping[str, IdentifiedFile],
     components: Mapping[str, Component],
@@ -75,7 +82,7 @@ def _pair_folder(
     vae: VaeShape | None,
 ) -> ModelArchitecture:
     """Check that the components belong together, choose the variant, build the architecture."""
-    main = shapes["transformer"]
+    root, main = file.parent, shapes["transformer"]
     experts = 2 if "transformer_2" in parts else 1
     if experts == 2:
         check_experts(parts["transformer"], parts["transformer_2"], main, shapes["transformer_2"])
@@ -91,7 +98,7 @@ def _pair_folder(
     if boundary is not None and experts == 1:
         raise MissingFile(
             f"{quoted(root / 'transformer_2')} is missing: boundary_ratio {boundary} in "
-            "model_index.json calls for two experts. Download transformer_2."
+            f"{file.name} calls for two experts. Download transformer_2."
         )
     assert vae is not None
     check_vae_pair(main, vae, root / "transformer", root / "vae")
@@ -99,13 +106,15 @@ def _pair_folder(
     check_image_encoder(main, parts.get("image_encoder"), root / "transformer", root)
     return build(
         root, parts, choice, components, main, vae,
-        reasons=_folder_reasons(index, choice, experts),
+        reasons=_folder_reasons(file.name, index, choice, experts),
         warnings=_folder_warnings(index, choice, boundary),
         pipeline=str(index.get("_class_name")),
     )  # fmt: skip
 
 
-def _folder_reasons(index: Mapping[str, Any], choice: Choice, experts: int) -> tuple[str, ...]:
+def _folder_reasons(
+    name: str, index: Mapping[str, Any], choice: Choice, experts: int
+) -> tuple[str, ...]:
     told = index.get("_class_name")
     runs = choice.variant.pipeline_class
     out = [
@@ -113,8 +122,8 @@ def _folder_reasons(index: Mapping[str, Any], choice: Choice, experts: int) -> t
         if experts == 1
         else "the folder holds two transformers: transformer is the high-noise expert"
     ]
-    if told != runs:
-        out.append(f"model_index.json says {told}; the structure calls for {runs}")
+    if runs is not None and told != runs:
+        out.append(f"{name} says {told}; the structure calls for {runs}")
     return tuple(out)
 
 
@@ -137,20 +146,30 @@ def _folder_warnings(index: Mapping[str, Any], choice: Choice, boundary: Any) ->
 
 
 def _listed(index: Mapping[str, Any], root: Path) -> list[str]:
-    """Return the components that model_index.json lists; refuses one of another pipeline."""
+    """Return the components that an index lists; refuses one of another pipeline."""
     name = index.get("_class_name")
     if not isinstance(name, str) or not name.startswith("Wan"):
         raise UnsupportedModel(
             f"{quoted(root)} is a {str(name)[:60]} folder, not a Wan model. Choose a Wan folder."
         )
-    return [
-        key for key, value in index.items()
-        if isinstance(value, list) and len(value) == 2 and all(isinstance(v, str) for v in value)
-    ]  # fmt: skip
+    return [key for key, value in index.items() if _is_component(value)]
 
 
-def _check_present(root: Path, listed: list[str], index: Mapping[str, Any]) -> None:
+def _is_component(value: Any) -> bool:
+    """Say whether an entry names a component: library and class, and in a modular index where from.
+
+    From a copy on disk diffusers reads what lies beside a modular index, whatever the index says
+    (``_is_local_component`` of its ``modular_pipeline.py``).
+    """
+    if not isinstance(value, list) or len(value) not in (2, 3):
+        return False
+    modular = len(value) == 2 or isinstance(value[2], dict)
+    return modular and all(isinstance(one, str) for one in value[:2])
+
+
+def _check_present(file: Path, listed: list[str]) -> None:
     """Require the folder of every listed component and of those that every Wan model needs."""
+    root = file.parent
     wanted = dict.fromkeys([*_REQUIRED, *(n for n in listed if n in (*_WEIGHTS, *_CONFIG_ONLY))])
     missing = [name for name in wanted if not (root / name).is_dir()]
     if missing:
@@ -162,8 +181,8 @@ def _check_present(root: Path, listed: list[str], index: Mapping[str, Any]) -> N
     unlisted = [name for name in _REQUIRED if name not in listed]
     if unlisted:
         raise MissingFile(
-            f"{quoted(root / 'model_index.json')} does not list {some_of(unlisted)}, which every "
-            "Wan model needs. Download model_index.json again."
+            f"{quoted(file)} does not list {some_of(unlisted)}, which every Wan model needs. "
+            f"Download {file.name} again."
         )
 
 

@@ -147,8 +147,10 @@ _MOST: Final = 50
 """A larger number of steps is one of training, not of sampling."""
 # Names and titles. A description tells what a file goes well with too, and so says nothing sure.
 _TEXTS: Final = ("modelspec.title", "name", "title", "ss_output_name", "general.name")
-_CLASSES: Final = {"WanDMDPipeline": _FASTWAN}
-"""Pipelines of ``model_index.json`` that run only distilled models."""
+_CLASSES: Final = {
+    "WanDMDPipeline": _FASTWAN, "WanAnimate2DistilledModularPipeline": _ANIMATE_2,
+}  # fmt: skip
+"""Pipelines of a folder's index that run only distilled models."""
 # Words that say what part of a model a file is, and nothing of the model.
 _PART: Final = re.compile(
     r"high|low|noise|model|models|diffusion|pytorch|lora|weights|adapter|transformer|unet|index|of"
@@ -168,11 +170,11 @@ def recipe_of(
 
     Looked at are the metadata and the name of the file or folder; for a file whose name says only
     which part of a model it is (``high_noise_model.safetensors``), that of the folder it is
-    published in; and ``pipeline``, the class that a ``model_index.json`` names. Returns None when
+    published in; and ``pipeline``, the class that a folder's index names. Returns None when
     nothing says so, or when a number of steps is named that the family was not made for.
     """
     if pipeline in _CLASSES:
-        return replace(_CLASSES[pipeline], reason=f"model_index.json says {pipeline!r}")
+        return replace(_CLASSES[pipeline], reason=f"the folder's index says {pipeline!r}")
     for place, text in _texts(path, metadata):
         words = _words(text)
         family, marks = _family(words)
