@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from wan_core.formats import Storage
-from wan_core.loading import kernels
+from wan_core.loading import dequantize_kernels as kernels
 from wan_core.loading.dequantize import Scales, dequantize
 from wan_core.loading.moving import move
 

@@ -8,12 +8,14 @@ from typing import Any
 import pytest
 import torch
 from support.lean_models import inputs_of, model_of
+from support.stored_layers import stored
 
 from wan_core.forward import lean_forward
 from wan_core.kernels import fused
 from wan_core.kernels.codes import norms_to_codes
 from wan_core.kernels.fused import Fused
 from wan_core.kernels.fused_trial import fused_for
+from wan_core.kernels.products import Shared, product_for
 
 pytestmark = [
     pytest.mark.gpu,
@@ -86,3 +88,31 @@ def test_nothing_is_compiled_for_another_length() -> None:
         torch.cuda.synchronize()
         taken.append(time.perf_counter() - begun)
     assert max(taken[1:]) < 0.2  # compiling takes a second
+
+
+@pytest.mark.parametrize("kind", ["fp8", "int8"])
+def test_products_in_8_bit_of_any_number_of_tokens(kind: str) -> None:
+    """Whole, and in spans as a feed-forward's: nothing refuses, and the numbers are right."""
+    if kind == "fp8" and torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("this card has no fp8")
+    torch.manual_seed(0)
+    first, second = (
+        stored(torch.nn.Linear(*sizes, device="cuda", dtype=torch.bfloat16), kind)
+        for sizes in ((5120, 13824), (13824, 5120))
+    )
+    tokens = torch.randn(20_011, 5120, device="cuda", dtype=torch.bfloat16)
+    with torch.no_grad():
+        inner, outer = (product_for(one, torch.bfloat16) for one in (first, second))
+        assert inner is not None and outer is not None
+        for count in (*range(1, 40), 8190, 16_380, 20_011):
+            x = tokens[:count]
+            shared = Shared((first,), (inner,))
+            shared.read(x)
+            found, expected = shared.feed(outer), outer(inner(tokens), True)[:count]
+            assert relative(found, expected) < 5e-3, count
+            plain = second(torch.nn.functional.gelu(first(x), approximate="tanh"))
+            assert relative(found, plain) < 6e-2, count
+
+
+def relative(out: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((out.float() - expected.float()).norm() / expected.float().norm())

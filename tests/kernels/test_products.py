@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from support.fused_eager import quantize_rows, scale_rows
 from support.lean_models import inputs_of, model_of
+from support.stored_layers import stored
 from torch import Tensor, nn
 
 from wan_core.config import WanLoRA
@@ -207,19 +208,6 @@ def stored_model(kind: str, family: str = "wan2.1-t2v", **numbers: Any) -> Any:
     return model
 
 
-def stored(layer: nn.Linear, kind: str) -> StoredLinear:
-    if kind == "fp8":
-        return fp8_layer(layer, layer.weight.data)
-    weight = layer.weight.data.float()
-    weight = (weight.view(-1, 16) @ rotation(16)).view(weight.shape)
-    each = weight.abs().amax(1) / 127
-    made = StoredLinear(layer.in_features, layer.out_features, bias=layer.bias is not None)
-    how = Storage("int8", "I8", tuple(weight.shape), per="row", group=16)
-    made.set_stored((weight / each[:, None]).round().to(torch.int8), Scales(each), how)
-    made.bias = layer.bias
-    return made
-
-
 def rounded(layer: Any, args: tuple[Tensor]) -> tuple[Tensor]:
     """A pre-hook that rounds a layer's input as its product in 8 bit does."""
     return (seen(product_of(layer, args[0].dtype), args[0], False).to(args[0].dtype),)
@@ -393,3 +381,28 @@ def test_fewer_tokens_than_torch_multiplies() -> None:
     x = torch.randn(1, 3, 64, generator=torch.Generator().manual_seed(2)).bfloat16()
     many = torch.cat([x, torch.zeros(1, 60, 64, dtype=x.dtype)], dim=1)
     assert torch.equal(product(x), product(many)[:, :3])
+
+
+@pytest.mark.parametrize("count", [1, 7, 8, 31, 33, 94, 95, 257])
+def test_cublas_gets_counts_and_places_that_it_takes(
+    count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the number of tokens: fp8 rows by eights, scales from multiples of 16 bytes."""
+    monkeypatch.setattr(products, "_ROWS", 32)
+    multiply, seen_counts = torch._scaled_mm, []
+
+    def strict(codes: Tensor, matrix: Tensor, **numbers: Any) -> Tensor:
+        assert len(codes) % 8 == 0 and numbers["scale_a"].storage_offset() % 4 == 0
+        seen_counts.append(len(codes))
+        return multiply(codes, matrix, **numbers)
+
+    monkeypatch.setattr(torch, "_scaled_mm", strict)
+    first = product_of(layer_of("fp8"), torch.bfloat16)
+    second = product_of(stored(nn.Linear(48, 64).bfloat16(), "fp8"), torch.bfloat16)
+    x = torch.randn(count, 64, generator=torch.Generator().manual_seed(2)).bfloat16()
+    shared = products.Shared((first.layer,), (first,))
+    shared.read(x)
+    out = shared.feed(second)
+    assert out.shape == (count, 64) and sum(seen_counts) >= 2 * count
+    one_by_one = torch.cat([second(first(row[None]), True) for row in x])
+    assert distance(out, one_by_one) < 4e-3

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import importlib.util
 import json
 import mmap
 import subprocess
@@ -301,3 +303,16 @@ def test_a_clip_on_two_workers_is_measured(tmp_path: Path) -> None:
         assert alone["finite"] and alone["bits"] == shared["bits"]
         assert alone["workers"] == [] and shared["workers"] == ["cpu", "cpu"]
     assert "OTHER" not in (tmp_path / "many_cpu.md").read_text()
+
+
+def test_every_benchmark_and_tool_finds_what_it_imports() -> None:
+    """Most begin on a card only: a name that has moved would be noticed there."""
+    for path in [*BENCHMARKS.glob("*.py"), *(BENCHMARKS.parent / "tools").glob("*.py")]:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("wan_core"):
+                module = importlib.import_module(str(node.module))
+                for name in (one.name for one in node.names):
+                    inside = hasattr(module, "__path__") and importlib.util.find_spec(
+                        f"{node.module}.{name}"
+                    )
+                    assert hasattr(module, name) or inside, f"{path.name}: {node.module}.{name}"

@@ -487,8 +487,10 @@ class _Ledger:
             whole_values=bool(self._unpacked(part)) or bool(self.arch.loras_of(part)),
             **numbers,
         )
-        camera = camera_peak(shape, passes=passes, **numbers) if self.workload.camera else 0
-        return max(camera, peak, face)
+        if self.workload.camera:
+            cudnn = not self.on_cpu
+            peak = max(peak, camera_peak(shape, passes=passes, channels_last=cudnn, **numbers))
+        return max(peak, face)
 
 
 def _warnings(architecture: ModelArchitecture) -> tuple[str, ...]:
