@@ -34,6 +34,16 @@ class Shapes:
     text: Mapping[str, Any] = field(default_factory=lambda: UMT5_XXL)
 
 
+def write_tokenizer(folder: Path, vocabulary: int) -> None:
+    """Write a tokenizer of a few words whose size is that of the encoder's embeddings."""
+    from stored_model import PIECES, spiece_model
+
+    if vocabulary < PIECES:
+        make_tokenizer().save_pretrained(folder)
+    else:
+        (folder / "spiece.model").write_bytes(spiece_model(PIECES))
+
+
 def write_model(
     folder: Path,
     shapes: Shapes,
@@ -68,7 +78,7 @@ def write_model(
     for part in classes:
         (folder / part).mkdir(parents=True)
     (folder / "model_index.json").write_text(json.dumps(index | classes))
-    make_tokenizer().save_pretrained(folder / "tokenizer")
+    write_tokenizer(folder / "tokenizer", shapes.text["vocab_size"])
     make_scheduler().save_pretrained(folder / "scheduler")
     config = UMT5Config(**shapes.text)
     config.architectures = ["UMT5EncoderModel"]

@@ -319,3 +319,18 @@ def test_a_block_asks_only_if_it_may_round(exact: bool, monkeypatch: pytest.Monk
     with lean_forward(model, quick=True):
         model(**call)
     assert not ran
+
+
+def test_a_package_that_writes_to_its_keys_does_not_write_to_ours() -> None:
+    """SageAttention 1 takes the keys' mean from what it is given."""
+
+    def in_place(query: Tensor, key: Tensor, value: Tensor, **_: Any) -> Tensor:
+        key -= key.mean(dim=2, keepdim=True)
+        return F.scaled_dot_product_attention(query, key, value)
+
+    query, key, value = torch.randn(3, 1, 2, 9, 16).unbind()
+    kept = key.clone()
+    out = attention_ways._sage(in_place)(query, key, value)
+    assert torch.equal(key, kept)
+    expected = F.scaled_dot_product_attention(query, key, value)
+    torch.testing.assert_close(out, expected)

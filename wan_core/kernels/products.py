@@ -42,10 +42,10 @@ _ROWS = 8192
 of layers with a LoRA in 8 bit beside 16. More fill no card better."""
 _FEWEST = 32
 """Tokens that ``torch._int_mm`` is given at least; it takes no fewer than 17."""
-_TOKENS = 2048
-"""Tokens of a trial; with fewer a product does not fill a large card."""
-_ODD = 1021
-"""Tokens of a trial's second product: a prime, as what divides their number must not matter."""
+_TIMED = _ROWS
+"""Tokens that are timed: with 2048, starting the kernels takes a large card half of the time."""
+_CHECKED, _ODD = 1024, 1021
+"""Tokens whose results are compared: the second is a prime, as divisors must not matter."""
 _ALIGNED = 16
 """Spans begin at multiples of so many tokens: cuBLAS reads scales from multiples of 16 bytes."""
 _EVEN = 8
@@ -320,32 +320,48 @@ def _pays(product: EightBitProduct, layer: Any, dtype: torch.dtype) -> bool:
     """Try a product on random tokens: right, and faster than 16 bit. Nothing is added to it."""
     product = EightBitProduct(product.weight, product.bias, dtype)
     stored = product.weight.stored
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(_TOKENS, stored.shape[1], generator=generator)
-    x = x.to(product.weight.bits.device, dtype)
     try:
-        codes = product.quantized(x)
-        seen = codes.numbers.float() * codes.scales
-        if stored.group:
-            seen = (seen.view(-1, stored.group) @ rotation(stored.group).to(seen)).view(seen.shape)
-        expected = F.linear(seen.to(dtype), layer.dequantized(dtype), layer.bias).float()
-        found = product(x)
-        odd = product(x[:_ODD])
-        ours = milliseconds(partial(product, x), 3)
+        error = _error(product, layer, dtype)
+        ours, theirs = _times(product, layer, dtype)
     except Exception as err:  # noqa: BLE001 - compiling needs a C compiler, a known card, ...
         _log.info(
             "%s is multiplied in 16 bit: the product in 8 bit failed (%s).", stored.title, err
         )
         return False
-    error = max(
-        float((some.float() - expected[: len(some)]).norm() / expected[: len(some)].norm())
-        for some in (found, odd)
-    )
-    layer.forward(x)  # the first time does not count
-    theirs = milliseconds(partial(layer.forward, x), 3)
     used = error < _AGREES and ours * _GAIN < theirs
     _log.info(
         "%s %s: 8 bit %.2f ms, 16 bit %.2f ms, error %.1e; %s bit is used.",
         stored.title, stored.shape, ours, theirs, error, 8 if used else 16,
     )  # fmt: skip
     return used
+
+
+def _tokens(product: EightBitProduct, dtype: torch.dtype, count: int) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(_CHECKED, product.weight.stored.shape[1], generator=generator)
+    x = x.to(product.weight.bits.device, dtype)
+    return x.repeat(-(-count // _CHECKED), 1)[:count]
+
+
+def _error(product: EightBitProduct, layer: Any, dtype: torch.dtype) -> float:
+    """Return the larger relative error of two numbers of tokens, one of them a prime."""
+    x, group = _tokens(product, dtype, _CHECKED), product.weight.stored.group
+    codes = product.quantized(x)
+    seen = codes.numbers.float() * codes.scales
+    if group:
+        seen = (seen.view(-1, group) @ rotation(group).to(seen)).view(seen.shape)
+    expected = F.linear(seen.to(dtype), layer.dequantized(dtype), layer.bias).float()
+    errors = [0.0]
+    for count in (_CHECKED, _ODD):
+        wanted, found = expected[:count], product(x[:count]).float()
+        errors.append(float((found - wanted).norm() / wanted.norm()))
+    return max(errors)
+
+
+def _times(product: EightBitProduct, layer: Any, dtype: torch.dtype) -> tuple[float, float]:
+    """Return milliseconds in 8 and in 16 bit, of as many tokens as are held at once."""
+    x = _tokens(product, dtype, _TIMED)
+    for call in (product, layer.forward):
+        call(x)  # the first time does not count
+    ours, theirs = (milliseconds(partial(call, x), 4) for call in (product, layer.forward))
+    return ours, theirs
