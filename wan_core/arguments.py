@@ -26,7 +26,7 @@ def add_size(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument("--steps", type=int, help="denoising steps (default: the model's own)")
     command.add_argument("--window", type=int, help="frames the denoiser sees at once")
-    command.add_argument("--overlap", type=int, default=16, help="frames windows share (16)")
+    command.add_argument("--overlap", type=int, help="frames windows share (16, or to fill cards)")
 
 
 def add_plan(command: argparse.ArgumentParser) -> None:

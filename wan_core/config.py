@@ -246,8 +246,9 @@ class GenerationConfig:
     else of ``OptimizationConfig.chunk_size`` latent frames, or else of 81 frames."""
     max_chunk_size: int | None = None
     """Most video frames the transformer denoises together; longer clips are made in windows."""
-    window_overlap: int = 16
-    """Video frames that neighbouring windows share."""
+    window_overlap: int | None = None
+    """Video frames that neighbouring windows share. None: 16, and on several cards more where that
+    makes as many windows as they have time for."""
     window_schedule: str = "static"
     """"static", "uniform" or "looped" (``job.windows``)."""
     window_fusion: str = "ramp"

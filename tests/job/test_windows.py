@@ -17,6 +17,7 @@ from wan_core.job.windows import (
     SCHEDULES,
     Window,
     WindowPlan,
+    filling_overlap,
     halving,
     latent_frames,
     plan_windows,
@@ -415,6 +416,36 @@ def blend_matches(plan: WindowPlan, step: int, rng: random.Random) -> None:
                 )
     assert agreed == truth
     assert blended == pytest.approx(mean, abs=1e-12)
+
+
+def turns(windows: int, passes: tuple[int, ...], gangs: int) -> list[int]:
+    return [-(-windows * each // gangs) for each in passes]
+
+
+@pytest.mark.parametrize("window", [5, 8, 13, 21])
+@pytest.mark.parametrize("passes", [(1,), (2,), (2, 1)], ids=str)
+def test_an_overlap_that_fills_cards_costs_no_turn_and_never_gets_shorter(
+    window: int, passes: tuple[int, ...]
+) -> None:
+    """Against every overlap to half a window: none has more windows within the same turns."""
+    grown = 0
+    for total, gangs in itertools.product(range(1, 160), (1, 2, 3, 4, 5, 8)):
+        for overlap in {0, 1, window // 4, window // 2}:
+            plan = plan_for(total, window, overlap, "static", "ramp")
+            found = filling_overlap(total, window, overlap, passes, gangs)
+            assert overlap <= found <= window // 2
+            if gangs == 1 or total <= window:
+                assert found == overlap
+                continue
+            filled = plan_for(total, window, found, "static", "ramp")
+            before = turns(plan.count, passes, gangs)
+            assert turns(filled.count, passes, gangs) == before
+            others = (plan_for(total, window, o, "static", "ramp") for o in range(window // 2 + 1))
+            fitting = (o.count for o in others if turns(o.count, passes, gangs) == before)
+            assert filled.count == max(fitting)
+            assert (found > overlap) == (filled.count > plan.count)
+            grown += found > overlap
+    assert grown > 100
 
 
 def test_planning_needs_no_torch() -> None:

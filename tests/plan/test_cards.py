@@ -265,3 +265,27 @@ def test_equal_bits_are_promised_with_speed_exact_only() -> None:
     assert "with the bits of one" in plan(LONG, machine(80, 80), 2).reasons[-1]
     fast = plan(LONG, machine(80, 80), 2, speed="fast").reasons[-1]
     assert "with the bits of one" not in fast and "may round differently" in fast
+
+
+def test_an_overlap_that_nobody_asked_for_fills_the_cards() -> None:
+    """321 frames are 5 windows, 10 passes: on four cards three turns, in which 6 windows fit."""
+    job = replace(LONG, num_frames=321, overlap_free=True)
+    filled, asked = (
+        plan(one, machine(*[80] * 4), 4) for one in (job, replace(job, overlap_free=False))
+    )
+    assert filled.window_overlap == 36 and asked.window_overlap == 16
+    assert filled.step_seconds == asked.step_seconds and filled.workers == asked.workers
+    said = next(reason for reason in filled.reasons if reason.startswith("overlap 16 -> 36"))
+    assert "6 windows instead of 5 fill 4 cards" in said and "at that overlap" in filled.reasons[-1]
+    assert "windows of 81 frames, 36 shared" in filled.applied
+    assert filled.estimate.reasons == filled.reasons
+    # Windows that move or wait for each other, one card, and cards that are full: as it was.
+    for change in ({"moving_windows": True}, {"in_turn": True}, {"num_frames": 401}):
+        assert plan(replace(job, **change), machine(*[80] * 4), 4).window_overlap == 16
+    alone = plan(job, machine(80), 1)
+    assert alone == plan(replace(job, overlap_free=False), machine(80), 1)
+    # A render that runs out of memory goes on with the windows it began with.
+    smaller = Planner().smaller_plan(
+        MODEL, job, machine(80, 80), OptimizationConfig(devices=2), filled, "denoise"
+    )
+    assert smaller is not None and smaller.window_overlap == 36

@@ -442,3 +442,33 @@ def test_what_a_worker_sees_of_the_environment() -> None:
     assert seen["CUDA_VISIBLE_DEVICES"] == "6" and seen["GLOO_SOCKET_IFNAME"] == "lo"
     assert seen["NCCL_SOCKET_IFNAME"] == "lo" and seen["NCCL_NVLS_ENABLE"] == "0"
     assert environment("cpu", {"NCCL_NVLS_ENABLE": "1"})["NCCL_NVLS_ENABLE"] == "1"
+
+
+def test_a_render_goes_on_with_the_overlap_it_began_with(
+    folder: Any, threads: type[ThreadWorker], tmp_path: Path
+) -> None:
+    """Sixteen latent frames are two windows of ten that share four; three cards have time for one
+    more, and one process goes on with it. Nothing that was saved: it has its own overlap."""
+    path = folder("wan2.1-t2v")
+    job = CLIP | {"num_frames": 61, "guidance_scale": 1.0, "max_chunk_size": 37}
+    job |= {"num_inference_steps": 3, "return_frames": False}
+    del job["window_overlap"]
+    three = latents(path, job, devices=3)
+    assert sum(len(worker.units) for worker in threads.made) == 3 * 3
+    alone = latents(path, job)
+    assert torch.equal(alone, latents(path, job | {"window_overlap": 16}, devices=3))
+    assert torch.equal(three, latents(path, job | {"window_overlap": 20}))
+    assert not torch.equal(three, alone)
+    kept = job | {"resume": "auto", "journal_folder": tmp_path / "j"}
+
+    def stop(step: int, *_: Any) -> None:
+        if step == 2:
+            raise Interrupt
+
+    for first, then, whole in (({"devices": 3}, {}, three), ({}, {"devices": 3}, alone)):
+        with pytest.raises(Interrupt):
+            open_wan(path, **first).generate(GenerationConfig(**kept, progress_callback=stop))
+        made = open_wan(path, **then).generate(GenerationConfig(**kept)).raise_for_error()
+        assert "after step 2" in made.metadata["resumed"]
+        assert any("and so do those of the rest" in text for text in made.warnings)
+        assert torch.equal(made.latents, whole)

@@ -15,7 +15,13 @@ from typing import Any, Final
 from ..config import GenerationConfig, WanControl
 from ..errors import InvalidRequest
 from .fields import batches, flag, shape_of, whole
-from .windows import FRAMES_PER_LATENT, latent_frames, round_up_frames, video_frames
+from .windows import (
+    DEFAULT_OVERLAP,
+    FRAMES_PER_LATENT,
+    latent_frames,
+    round_up_frames,
+    video_frames,
+)
 
 MOVED_BY: Final[Mapping[int, Mapping[str, str]]] = {
     1: {
@@ -179,8 +185,6 @@ def mirrored(index: int, frames: int) -> int:
 
 CARRIED: Final[Mapping[int, tuple[int, ...]]] = {1: (1, 5), 2: (1,)}
 """How many frames a segment can take over from the one before; the first number is official."""
-_UNSET: Final = 16
-"""``window_overlap`` as it is when nobody has set it."""
 _MOST: Final = 4093
 
 
@@ -234,8 +238,9 @@ def character_segments(
     was asked for. Raises InvalidRequest naming the field.
     """
     allowed = CARRIED[number]
-    carried = whole(config.window_overlap, "window_overlap", 0, 4096)
-    carried = allowed[0] if carried == _UNSET else carried
+    asked_for = DEFAULT_OVERLAP if config.window_overlap is None else config.window_overlap
+    carried = whole(asked_for, "window_overlap", 0, 4096)
+    carried = allowed[0] if carried == DEFAULT_OVERLAP else carried
     if carried == FRAMES_PER_LATENT and carried + 1 in allowed:  # widgets go by fours
         carried += 1
         warnings.append(
@@ -244,8 +249,8 @@ def character_segments(
     if carried not in allowed:
         raise InvalidRequest(
             f"window_overlap is {carried}; the segments of an Animate begin with "
-            f"{' or '.join(map(str, allowed))} frames of the one before. Leave it at {_UNSET} for "
-            f"{allowed[0]}, or set one of these.",
+            f"{' or '.join(map(str, allowed))} frames of the one before. Leave it at "
+            f"{DEFAULT_OVERLAP} for {allowed[0]}, or set one of these.",
             field="window_overlap",
         )
     asked = official

@@ -14,6 +14,7 @@ from ..config import GenerationConfig
 from ..models import ModelArchitecture
 from .request import Request
 from .steps import expected_steps
+from .windows import DEFAULT_OVERLAP
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,4 +184,4 @@ def _given(config: GenerationConfig, name: str) -> bool:
 _DEFAULTS: dict[str, Any] = {
     found.name: {} if found.name == "output_metadata" else found.default
     for found in fields(GenerationConfig)
-}
+} | {"window_overlap": DEFAULT_OVERLAP}

@@ -28,6 +28,7 @@ from .fields import PromptPart, choice, flag, function, parse_prompts, real, tex
 from .output import audio_rate, check_metadata, output_fields
 from .steps import recipe_warnings, sampling_fields, start_notes
 from .windows import (
+    DEFAULT_OVERLAP,
     DEFAULT_WINDOW,
     FRAMES_PER_LATENT,
     FUSIONS,
@@ -97,6 +98,8 @@ class Request:
     pix_fmt: str
     warnings: tuple[str, ...] = ()
     control: ControlRequest | None = None
+    overlap_free: bool = False
+    """Whether windows may share more than ``window_overlap`` where that fills several cards."""
 
     @property
     def latent_frames(self) -> int:
@@ -222,9 +225,12 @@ def _windows_of(config: GenerationConfig, num_frames: int, length: int | None) -
             f"{4 * MAX_LATENT_FRAMES - 3}. Set max_chunk_size (81) to make it in windows.",
             field="num_frames",
         )
+    overlap = config.window_overlap
+    free = overlap is None
     return {
         "window_frames": window,
-        "window_overlap": whole(config.window_overlap, "window_overlap", 0, 4096),
+        "window_overlap": DEFAULT_OVERLAP if free else whole(overlap, "window_overlap", 0, 4096),
+        "overlap_free": free and config.window_mode == "windows",
         "window_schedule": choice(config.window_schedule, "window_schedule", SCHEDULES),
         "window_fusion": choice(config.window_fusion, "window_fusion", FUSIONS),
         "window_mode": choice(config.window_mode, "window_mode", MODES),

@@ -22,7 +22,7 @@ their place from window to window, but their shapes may drift.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from typing import Literal, cast, get_args
@@ -331,6 +331,29 @@ def plan_windows(
         cast(FusionName, fusion),
         tuple(notes),
     )
+
+
+def filling_overlap(
+    total: int, window: int, overlap: int, passes: Sequence[int], gangs: int
+) -> int:
+    """Return the overlap, in latent frames, with which windows fill so many gangs of cards.
+
+    A clip of ``total`` latent frames has windows of ``window`` that share ``overlap``, none of them
+    moving, each of so many ``passes`` in a step (a number for each expert). A step takes
+    ceil(windows x passes / gangs) turns; more windows that take no turn more cost no time, and
+    their seams are longer. Never less than ``overlap``, nor more than half a window.
+    """
+    plan = WindowPlan(total, window, overlap, "static", "ramp")
+    if plan.count == 1 or gangs < 2:
+        return overlap
+    # As many windows as every expert's turns have room for.
+    most = min(-(-plan.count * each // gangs) * gangs // each for each in passes)
+    for count in range(most, plan.count, -1):
+        shared = min(window - -(-(total - window) // (count - 1)), window // 2)
+        # Whole frames do not make every number of windows.
+        if shared > overlap and WindowPlan(total, window, shared, "static", "ramp").count == count:
+            return shared
+    return overlap
 
 
 def _require(condition: bool, name: str, value: object, allowed: str) -> None:

@@ -165,6 +165,7 @@ _NOT_IN_LATENTS = (
 # job keeps the identity it had.
 _UNSAID: Mapping[str, Any] = {
     "sigma_schedule": "official", "sigmas": (), "guided_steps": 0, "guided_scale": None,
+    "overlap_free": False,
 }  # fmt: skip
 
 
@@ -187,6 +188,8 @@ def render_identity(
         fields.pop(name, None)
     if request.control is None:
         fields.pop("control")  # a render without one is the same as before there were any
+    if plan.choices.window_frames is None:
+        fields["overlap_free"] = False
     for name, usual in _UNSAID.items():
         if fields.get(name) == usual:
             del fields[name]
@@ -219,10 +222,22 @@ def render_identity(
         "job": fields,
         "given": given,
         **choices_of(plan),
-        "windows": [plan.choices.window_frames, plan.choices.window_overlap],
+        "windows": _windows(request, plan),
         "device": torch.device(plan.device).type,
         "versions": versions(),
     }
+
+
+def _windows(request: Request, plan: OptimizationPlan) -> list[int | None]:
+    """Return the length of windows and what they share.
+
+    Where a longer overlap may be chosen to fill cards, which was is in the journal's states: the
+    render goes on from them on any number of cards.
+    """
+    length, overlap = plan.choices.window_frames, plan.choices.window_overlap
+    if request.overlap_free:
+        overlap = request.window_overlap
+    return [length, overlap]
 
 
 def choices_of(plan: OptimizationPlan) -> dict[str, Any]:

@@ -104,6 +104,7 @@ class RenderJournal:
                 f"The saved part was made on {before}, the rest is made on {now}: the result may "
                 "be rounded otherwise than one made on either alone."
             )
+        plan = self._same_overlap(plan, scalars.get("overlap"))
         saved = scalars.get("choices", {})
         fresh = plain_identity(choices_of(plan))
         if not saved or saved == fresh:
@@ -117,6 +118,20 @@ class RenderJournal:
         lean = plan.choices.lean or by_rows
         faster = {name: bool(saved.get(name)) for name in FASTER}
         return plan.with_choices(dtypes=dtypes, by_rows=by_rows, lean=lean, **faster)
+
+    def _same_overlap(self, plan: OptimizationPlan, saved: Any) -> OptimizationPlan:
+        """Return ``plan`` with the overlap of windows that the saved state was made with.
+
+        It differs only where it was chosen to fill another number of cards.
+        """
+        now = plan.choices.window_overlap
+        if plan.choices.window_frames is None or saved in (None, now):
+            return plan
+        self.warnings.append(
+            f"The windows of the saved part share {saved} frames, and so do those of the rest; "
+            f"this number of cards alone would choose {now}."
+        )
+        return plan.with_choices(window_overlap=int(saved))
 
     def step_done(
         self, state: DenoiseState, scheduler: Any, plan: OptimizationPlan, *, now: bool = False
@@ -165,8 +180,7 @@ class RenderJournal:
             "next_window": state.next_window,
             "fused_by": state.fused_by,
             "segment": state.segment,
-            "choices": choices_of(plan),
-            "device": _device(plan),
+            **_made_with(plan),
         }
         if state.memory.phase:
             remembered, scalars["memory"] = state.memory.saved()
@@ -176,7 +190,7 @@ class RenderJournal:
     def latents_done(self, latents: Tensor, plan: OptimizationPlan) -> None:
         """Save the finished latents. From now on only the decode would have to be repeated."""
         self._unsaved = None
-        self._journal.latents_done(latents, {"choices": choices_of(plan), "device": _device(plan)})
+        self._journal.latents_done(latents, _made_with(plan))
 
     def finish(self) -> None:
         """Remove the journal: the render is finished."""
@@ -192,6 +206,11 @@ class RenderJournal:
     def describe(self) -> str:
         """Say in one line what was saved and how long that took."""
         return self._journal.describe()
+
+
+def _made_with(plan: OptimizationPlan) -> dict[str, Any]:
+    overlap = plan.choices.window_overlap
+    return {"choices": choices_of(plan), "device": _device(plan), "overlap": overlap}
 
 
 def _device(plan: OptimizationPlan) -> str:

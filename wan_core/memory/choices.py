@@ -56,6 +56,8 @@ class Workload:
     start_video: bool = False
     """Whether the VAE encodes a video first: one that the clip starts from, or that Fun Control
     follows."""
+    overlap_free: bool = False
+    """Whether windows may share more where that fills several cards."""
     idle: tuple[str, ...] = ()
     """Experts that make no step of a shortened schedule, and are not read."""
 

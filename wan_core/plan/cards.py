@@ -10,7 +10,6 @@ say that one card is faster.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from math import ceil
 from typing import TYPE_CHECKING
 
 from ..config import GIB
@@ -20,7 +19,7 @@ from ..models import ModelArchitecture
 from .config import OptimizationConfig
 from .gangs import Cutting, tried_as, wishes
 from .plan import OptimizationPlan
-from .timing import windows_per_step
+from .turns import Turns, turns_of, with_filling_overlap
 
 if TYPE_CHECKING:
     from ..memory import SystemResources, Workload
@@ -38,30 +37,6 @@ _IN_USE = 0.3
 
 _GAIN = 0.95
 """A step's seconds beside those without a further cut that make up for it: links are uncertain."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Turns:
-    """The passes of one step of each expert, and how many turns they take on some cards."""
-
-    units: tuple[int, ...]
-    """Those that do not wait for each other."""
-    segments: int = 1
-    """How many times a step has them: windows that are made one after the other."""
-
-    def turns(self, gangs: int) -> float:
-        """Return how many turns a step takes with so many at work, the experts' mean."""
-        turns = sum(ceil(units / gangs) for units in self.units)
-        return self.segments * turns / len(self.units)
-
-    @property
-    def passes(self) -> float:
-        """Return the passes of a step, the experts' mean."""
-        return self.segments * sum(self.units) / len(self.units)
-
-    @property
-    def most(self) -> int:
-        return max(self.units)
 
 
 def devices_asked(requested: OptimizationConfig, system: SystemResources) -> tuple[str, ...]:
@@ -175,7 +150,7 @@ def spread_over(
         reasons = (*plan.reasons, said)
         return replace(plan, reasons=reasons, estimate=replace(plan.estimate, reasons=reasons))
     devices = devices_asked(requested, system)
-    turns = _turns(architecture, workload, plan)
+    turns = turns_of(architecture, workload, plan)
     names = {card.name for card in system.cards if card.device in devices}
     job = wishes(architecture, workload, plan.choices, system, requested, lean)
     job = replace(job, alike=len(names) < 2)
@@ -191,19 +166,25 @@ def spread_over(
         spent = (way.seconds, chosen.seconds) if auto else (way.step, chosen.step)
         if spent[0] < spent[1] * least:
             chosen = way
-    told = _Telling(job, plan, turns, devices, ways, chosen)
+    choices, found, longer = plan.choices, plan.estimate, ""
+    if chosen.gangs > 1:
+        gangs = min(room, len(devices)) // chosen.cut
+        told_of = (plan, architecture, workload, system)
+        choices, found, longer = with_filling_overlap(*told_of, gangs, chosen.cut, available)
+    if longer:
+        used = min(gangs, turns_of(architecture, workload, replace(plan, choices=choices)).most)
+        chosen = replace(chosen, gangs=used)
+    told = _Telling(job, plan, turns, devices, ways, chosen, longer)
     short = ""
     if room < len(devices) and chosen.cards == room:
         short = f"RAM has room for {room} of such processes, {each / GIB:.1f} GiB each"
-    choices = plan.choices
-    found = plan.estimate
     if chosen.cut > 1 and not choices.lean:
         choices = replace(choices, lean=True)  # the same bits
         warnings = found.warnings
         found = estimate(architecture, workload, choices, system, available=available)
         found = replace(found, warnings=warnings)
         job = replace(job, choices=choices)
-    reasons = (*plan.reasons, told.reason(short))
+    reasons = (*plan.reasons, *((longer,) if longer else ()), told.reason(short))
     expected = told.expected
     return replace(
         plan,
@@ -221,19 +202,8 @@ def spread_over(
     )
 
 
-def _turns(architecture: ModelArchitecture, workload: Workload, plan: OptimizationPlan) -> _Turns:
-    windows = windows_per_step(architecture, workload, plan.choices)
-    guided = [workload.guidance_high]
-    if architecture.two_experts:
-        guided.append(workload.guidance_low)
-        names = ("transformer", "transformer_2")
-        guided = [g for g, name in zip(guided, names, strict=True) if name not in workload.idle]
-    segments, windows = (windows, 1) if workload.in_turn else (1, windows)
-    return _Turns(tuple(windows * (2 if one else 1) for one in guided or [True]), segments)
-
-
 def _ways(
-    plan: OptimizationPlan, job: Cutting, turns: _Turns, cards: int, *, every: bool
+    plan: OptimizationPlan, job: Cutting, turns: Turns, cards: int, *, every: bool
 ) -> list[_Way]:
     """Return the ways to use the cards, those with fewer in a gang first.
 
@@ -259,7 +229,7 @@ def _ways(
 
 
 def _seconds(
-    plan: OptimizationPlan, job: Cutting, turns: _Turns, gangs: int, cut: int
+    plan: OptimizationPlan, job: Cutting, turns: Turns, gangs: int, cut: int
 ) -> tuple[float, float]:
     """Return the predicted seconds of a step, and of the whole job."""
     if gangs * cut == 1:
@@ -282,10 +252,12 @@ class _Telling:
 
     job: Cutting
     plan: OptimizationPlan
-    turns: _Turns
+    turns: Turns
     devices: tuple[str, ...]
     ways: list[_Way]
     chosen: _Way
+    longer: str = ""
+    """What is said of an overlap that was chosen to fill the cards."""
 
     @property
     def expected(self) -> _Way:
@@ -340,7 +312,7 @@ class _Telling:
     def _bits(self) -> str:
         """Say what sharing passes out does to the bits."""
         if self.job.exact:
-            return "with the bits of one"
+            return "with the bits of one" + (" at that overlap" if self.longer else "")
         speed = "fastest kernels" if self.plan.choices.quick else "own kernels"
         return (
             f"passes are computed as on one, but that each card takes its {speed}, which may round "

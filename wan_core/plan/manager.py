@@ -196,7 +196,9 @@ class Planner:
             if chosen is not None:
                 lean = "lean" in self.abilities
                 found = _plan(architecture, workload, system, requested, limits, chosen, less, lean)
-                return replace(found, workers=current.workers, gang=current.gang)
+                shared = current.choices.window_overlap
+                found = replace(found, workers=current.workers, gang=current.gang)
+                return found.with_choices(window_overlap=shared)
         return None
 
     def what_fits(

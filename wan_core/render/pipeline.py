@@ -437,6 +437,7 @@ def _job(request: Request, config: GenerationConfig, model: ModelArchitecture) -
         # A window that covers the clip makes it in one piece.
         window_frames=None if window is None or window >= request.num_frames else window,
         window_overlap=request.window_overlap if animate else _used_overlap(request),
+        overlap_free=request.overlap_free,
         window_anchor=request.window_anchor and request.window_mode == "windows",
         high_steps=len(steps.high) if model.two_experts else None,
         partial_steps=len(steps.high) + len(steps.low) < request.num_inference_steps,

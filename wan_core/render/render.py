@@ -308,7 +308,7 @@ class Render:
         Given the value that was asked for, ``plan_windows`` can say that it had to be rounded.
         """
         request, plan = self.request, self.stages.plan
-        asked = request.window_frames == plan.choices.window_frames
+        asked = request.window_frames == plan.choices.window_frames and not request.overlap_free
         return request.window_overlap if asked else plan.choices.window_overlap
 
     def _windows(self, frames: int) -> WindowPlan | None:
