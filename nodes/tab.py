@@ -31,7 +31,9 @@ if TYPE_CHECKING:
 log = logging.getLogger("wanfit")
 
 MOST_BYTES = 16 * 1024
-DO = ("show", "delete", "workflow", "forget", "prefer")
+DO = ("show", "delete", "workflow", "forget", "prefer", "example")
+EXAMPLE = Path(__file__).parents[1] / "example_workflows" / "text_to_video.json"
+"""Runs at once, with the model that ships along."""
 
 
 class Tab:
@@ -65,6 +67,8 @@ class Tab:
             return {"said": f"Deleted; {freed / GIB:.2f} GiB are free again."}
         if what == "workflow":
             return {"workflow": self._workflow(asked["id"])}
+        if what == "example":
+            return {"workflow": json.loads(EXAMPLE.read_text("utf-8")), "name": EXAMPLE.stem}
         if what == "forget":
             Calibrations().forget()
             AttentionTimes().forget()

@@ -4,14 +4,17 @@
 // taken apart they are moved to the graph.
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
+import { allNodes, BUTTON, make } from "./wanfit_panel.js";
+import { loaded, say, whenLanguageChanges } from "./wanfit_words.js";
 
 const GAP = 60;
+const LOOK_MS = 500; // how often it is looked whether the graph has what can be converted
 
 const outerOf = (id) => String(id).split(":")[0];
 const isLink = (value) => Array.isArray(value) && value.length === 2 && Number.isInteger(value[1]);
 const same = (one, other) => JSON.stringify(one) === JSON.stringify(other);
 
-function say(severity, summary, lines) {
+function toast(severity, summary, lines) {
   const detail = lines.join("\n");
   app.extensionManager.toast.add({ severity, summary, detail, life: severity === "success" ? 6000 : 20000 });
 }
@@ -63,7 +66,7 @@ class Change {
 
   make(id, type, like) {
     const node = LiteGraph.createNode(type);
-    if (!node) return void this.left.push(`There is no node ${type}: ${id} is missing.`);
+    if (!node) return void this.left.push(say("convert.no node", { type, id }));
     if (like) node.title = like.title;
     this.graph.add(node);
     for (const [name, value] of Object.entries(this.after[id].inputs)) if (!isLink(value)) setWidget(node, name, value);
@@ -125,7 +128,7 @@ class Change {
       const [from, out] = this.giver([String(value[0]), value[1]]);
       const [to, slot] = this.taker(id, name);
       if (!from || !to || slot < 0 || !from.connect(out, to, slot)) {
-        this.left.push(`Connect ${from?.title ?? value[0]} to ${name} of ${to?.title ?? id} by hand.`);
+        this.left.push(say("convert.connect", { from: from?.title ?? value[0], input: name, to: to?.title ?? id }));
       }
     }
   }
@@ -145,7 +148,7 @@ class Change {
     if (!this.left.length) return;
     const note = LiteGraph.createNode("MarkdownNote");
     if (!note) return;
-    note.title = "Left by Convert to WanFit";
+    note.title = say("convert.note");
     const first = this.nodes.get(this.answer.new[0]);
     this.graph.add(note);
     note.size = [420, 60 + 40 * this.left.length];
@@ -166,9 +169,9 @@ export async function convert() {
   const before = Object.fromEntries(Object.entries(output).map(([id, { class_type, inputs }]) => [id, { class_type, inputs }]));
   const options = { method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify({ prompt: before }) };
   const answer = await api.fetchApi("/wanfit/convert", options).then((told) => told.json())
-    .catch((error) => ({ ok: false, error: `The server did not answer: ${error.message ?? error}` }));
-  if (!answer.ok) return say("error", "Convert to WanFit", [answer.error]);
-  if (!answer.new.length) return say("warn", "Convert to WanFit", answer.left);
+    .catch((error) => ({ ok: false, error: say("server.away", { why: error.message ?? error }) }));
+  if (!answer.ok) return toast("error", say("convert.title"), [answer.error]);
+  if (!answer.new.length) return toast("warn", say("convert.title"), answer.left);
   const change = new Change(before, answer);
   remember();
   change.graph.beforeChange?.();
@@ -181,15 +184,49 @@ export async function convert() {
   }
   change.graph.setDirtyCanvas(true, true);
   const made = answer.new.filter((id) => answer.prompt[id].class_type === "WanGenerate").length;
-  const title = `Converted to WanFit: ${made} sampler${made === 1 ? "" : "s"}`;
-  say(change.left.length ? "warn" : "success", title, change.left.length ? change.left : ["Undo brings the old nodes back."]);
+  const title = made === 1 ? say("convert.done one") : say("convert.done", { n: made });
+  toast(change.left.length ? "warn" : "success", title, change.left.length ? change.left : [say("convert.undo")]);
 }
 
 const ENTRY = { id: "WanFit.Convert", label: "Convert to WanFit", icon: "pi pi-sync", function: convert };
+
+// -- the button in the top bar -------------------------------------------------------------------
+// It is there while the open graph has a Wan text encoder and a sampler of ComfyUI's own.
+function convertible() {
+  let text = false;
+  let sampler = false;
+  for (const node of allNodes(app.graph?.rootGraph ?? app.graph)) {
+    if (node.mode === 2 || node.mode === 4) continue; // muted or bypassed
+    text ||= String(node.comfyClass).startsWith("CLIPLoader") && widgetOf(node, "type")?.value === "wan";
+    sampler ||= String(node.comfyClass).startsWith("KSampler");
+  }
+  return text && sampler;
+}
+
+function addButton() {
+  const bar = app.menu?.settingsGroup?.element; // where packs have put theirs since 2024
+  if (!bar) return;
+  const button = make("button", `${BUTTON};display:none;white-space:nowrap;align-items:center;gap:6px`);
+  button.className = "wanfit-convert";
+  const text = make("span", "");
+  button.append(make("i", ""), text);
+  button.firstChild.className = ENTRY.icon;
+  button.addEventListener("click", () => void convert());
+  bar.append(button);
+  whenLanguageChanges(() => {
+    text.textContent = say("convert.title");
+    button.title = say("convert.tooltip");
+  });
+  setInterval(() => { if (!document.hidden) button.style.display = convertible() ? "inline-flex" : "none"; }, LOOK_MS);
+}
 
 app.registerExtension({
   name: "wanfit.convert",
   commands: [ENTRY],
   menuCommands: [{ path: ["WanFit"], commands: [ENTRY.id] }],
-  getCanvasMenuItems: () => [{ content: ENTRY.label, callback: convert }],
+  getCanvasMenuItems: () => [{ content: say("convert.title"), callback: convert }],
+  async setup() {
+    await loaded();
+    addButton();
+  },
 });

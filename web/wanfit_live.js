@@ -3,6 +3,7 @@
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
 import { allNodes, BUTTON, COLOURS, make, Panel } from "./wanfit_panel.js";
+import { loaded, named, say, whenLanguageChanges } from "./wanfit_words.js";
 
 const SAMPLERS = new Set(["WanGenerate", "WanChunkedSampler"]);
 const SHOWN = new Set([...SAMPLERS, "WanEstimateMemory", "WanOptimize"]);
@@ -112,8 +113,9 @@ function bars(answer) {
     part(stage.weights_gib, stage.gib, COLOURS.work);
     if (stage.over) part(usable, stage.gib, COLOURS.bad);
     if (usable) bar.append(make("div", `position:absolute;top:0;bottom:0;left:calc(${usable * scale}% - 2px);width:2px;background:${COLOURS.warn}`));
-    bar.title = `${stage.label}: ${stage.gib.toFixed(2)} GiB, of them weights ${stage.weights_gib.toFixed(2)}; in RAM ${stage.ram_gib.toFixed(2)}`;
-    box.append(make("span", "white-space:nowrap", stage.label), bar, make("span", "", stage.gib.toFixed(stage.gib < 10 ? 2 : 1)));
+    const label = named("stage", stage.label);
+    bar.title = say("plan.bar", { stage: label, all: stage.gib.toFixed(2), weights: stage.weights_gib.toFixed(2), ram: stage.ram_gib.toFixed(2) });
+    box.append(make("span", "white-space:nowrap", label), bar, make("span", "", stage.gib.toFixed(stage.gib < 10 ? 2 : 1)));
   }
   return box;
 }
@@ -137,8 +139,8 @@ function draw(node, state, answer) {
   else {
     const warnings = answer.warnings.map((text) => make("div", `color:${COLOURS.warn}`, `⚠ ${text}`));
     const colour = answer.fits === false ? COLOURS.bad : COLOURS.good;
-    const about = node.comfyClass === "WanOptimize" ? `${answer.size[0]}x${answer.size[1]}, ${answer.size[2]} frames. ` : "";
-    const ram = `RAM ${answer.ram_gib.toFixed(1)} of ${answer.ram_usable_gib.toFixed(1)} GiB`;
+    const about = node.comfyClass === "WanOptimize" ? say("plan.about", { width: answer.size[0], height: answer.size[1], frames: answer.size[2] }) : "";
+    const ram = say("plan.ram", { ram: answer.ram_gib.toFixed(1), usable: answer.ram_usable_gib.toFixed(1) });
     lines.push(
       ...warnings,
       make("div", `color:${colour};font-weight:bold`, about + answer.headline),
@@ -147,7 +149,7 @@ function draw(node, state, answer) {
       make("div", "opacity:.75", [answer.device === "RAM" ? null : ram, ...answer.resolved].filter(Boolean).join(" · ")),
     );
     element.title = answer.reasons.join("\n");
-    if (answer.while_busy) lines.push(make("div", "opacity:.6", "A prompt is running: memory as it was before."));
+    if (answer.while_busy) lines.push(make("div", "opacity:.6", say("plan.busy")));
   }
   if (!answer.ok) lines.push(buttons(node, answer));
   element.replaceChildren(...lines);
@@ -163,7 +165,7 @@ function grey(node, answer) {
     const widget = node.widgets?.find((one) => one.name === name);
     if (!widget) continue;
     const unused = answer.unused[name];
-    const note = unused ? ` (not used: ${unused})` : value != null && !widget.value ? ` (official: ${+value.toFixed(3)})` : "";
+    const note = unused ? say("plan.unused", { why: unused }) : value != null && !widget.value ? say("plan.official", { value: +value.toFixed(3) }) : "";
     // What the user or a translation calls the widget stays; only our note comes and goes.
     const ours = notes.get(widget) ?? "";
     const plain = ours && widget.label?.endsWith(ours) ? widget.label.slice(0, -ours.length) : widget.label;
@@ -266,7 +268,10 @@ function tick() {
 
 app.registerExtension({
   name: "wanfit.live",
-  setup() {
+  async setup() {
+    await loaded();
+    // In another language everything is shown anew.
+    whenLanguageChanges(() => { for (const node of allNodes(app.graph)) if (states.has(node)) stateOf(node).sent = ""; });
     setInterval(tick, TICK_MS);
   },
 });

@@ -31,7 +31,15 @@ export class Panel {
     this.widget.serialize = false; // widgets are stored by position: it is no part of the workflow
   }
 
+  // The Nodes 2.0 of front end 1.27 shows widgets of its own kinds alone: there the element is put below
+  // them, again whenever they are drawn anew.
+  attach() {
+    if (this.element.isConnected || !LiteGraph.vueNodesMode) return;
+    document.querySelector(`[data-node-id="${this.node.id}"] .lg-node-widgets`)?.append(this.element);
+  }
+
   fit() {
+    this.attach();
     if (!this.element.isConnected) return;
     this.element.style.height = "auto";
     const wanted = Math.min(this.most, Math.max(24, this.element.scrollHeight + 2 + 2 * (this.widget.margin ?? 10)));

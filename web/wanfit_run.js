@@ -2,7 +2,8 @@
 // the expert and memory; and when it has ended, the clip, with the report folded below it.
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
-import { allNodes, COLOURS, make, Panel } from "./wanfit_panel.js";
+import { COLOURS, make, Panel } from "./wanfit_panel.js";
+import { duration, named, say } from "./wanfit_words.js";
 
 const SAMPLERS = new Set(["WanGenerate", "WanChunkedSampler"]);
 const NAME = "wanfit_run";
@@ -20,12 +21,6 @@ function byRunId(id) {
     graph = node?.subgraph;
   }
   return node;
-}
-
-export function duration(seconds) {
-  if (seconds < 100) return `${Math.max(0, Math.round(seconds))} s`;
-  const minutes = Math.round(seconds / 60);
-  return minutes < 60 ? `${minutes} min` : `${Math.floor(minutes / 60)} h ${minutes % 60} min`;
 }
 
 function runOf(node) {
@@ -47,28 +42,29 @@ function stepLine(told) {
   const parts = [];
   if (told.reading) {
     const [done, total] = told.reading.gib;
-    parts.push(`Reading the ${told.reading.part}: ${done.toFixed(1)} of ${total.toFixed(1)} GiB`);
+    parts.push(say("run.reading", { part: named("part", told.reading.part), done: done.toFixed(1), total: total.toFixed(1) }));
   } else if (told.stage === "decode") {
-    parts.push(`Decoding: frame ${told.frames[0]} of ${told.frames[1]}`);
+    parts.push(say("run.decoding", { done: told.frames[0], total: told.frames[1] }));
   } else {
-    parts.push(`Step ${told.step} of ${told.steps}, ${told.steps - told.step} left`);
-    if (told.window) parts.push(`part ${told.window[0]} of ${told.window[1]}`);
+    parts.push(say("run.step", { step: told.step, steps: told.steps, left: told.steps - told.step }));
+    if (told.window) parts.push(say("run.part", { done: told.window[0], total: told.window[1] }));
   }
-  if (told.expert) parts.push(`${told.expert} expert`);
-  if (told.step_seconds) parts.push(`${told.step_seconds.toFixed(told.step_seconds < 10 ? 2 : 0)} s a step`);
+  if (told.expert) parts.push(say("run.expert", { expert: named("stage", told.expert) }));
+  if (told.step_seconds) parts.push(say("run.pace", { s: told.step_seconds.toFixed(told.step_seconds < 10 ? 2 : 0) }));
   return parts.join(" · ");
 }
 
 function memoryLine({ now_gib, plan_gib, where }) {
-  const planned = plan_gib == null ? "" : `; planned for this stage ${plan_gib.toFixed(2)}`;
-  return `Memory now: ${now_gib.toFixed(2)} GiB ${where}${planned}`;
+  const planned = plan_gib == null ? "" : say("run.planned", { plan: plan_gib.toFixed(2) });
+  return say("run.memory", { now: now_gib.toFixed(2), where: named("where", where) }) + planned;
 }
 
 function timeLine(run) {
   const since = (Date.now() - run.at) / 1000;
-  const what = run.onlySteps ? " of steps" : "";
-  const left = run.left == null ? "" : ` · about ${duration(Math.max(0, run.left - since))}${what} left`;
-  return `${duration(run.spent + since)} so far${left}`;
+  const spent = say("run.spent", { time: duration(run.spent + since) });
+  if (run.left == null) return spent;
+  const time = duration(Math.max(0, run.left - since));
+  return `${spent} · ${say(run.onlySteps ? "run.steps left" : "run.left", { time })}`;
 }
 
 function told(event) {
@@ -82,7 +78,7 @@ function told(event) {
   if (detail.preview) {
     run.picture ??= make("img", PICTURE);
     run.picture.src = detail.preview;
-    run.picture.alt = "what the clip looks like so far";
+    run.picture.alt = say("run.picture");
     // Its height is known when it is there.
     run.picture.onload = () => run.panel.fit();
   }
@@ -110,7 +106,7 @@ function ended(node, output) {
   run.picture = run.time = null;
   const report = make("details", "margin-top:4px");
   report.append(
-    make("summary", "cursor:pointer", "Report"),
+    make("summary", "cursor:pointer", say("run.report")),
     make("pre", "margin:4px 0 0;white-space:pre-wrap;font:10px/1.3 monospace", [].concat(output.text ?? []).join("\n")),
   );
   report.className = "wanfit-report";
@@ -166,8 +162,8 @@ app.registerExtension({
       api.addEventListener(event, () => { if (event === "reconnected") known = null; void announce(); });
     }
     void announce();
-    api.addEventListener("execution_error", () => cutOff("Ended with an error."));
-    api.addEventListener("execution_interrupted", () => cutOff("Interrupted."));
+    api.addEventListener("execution_error", () => cutOff(say("run.failed")));
+    api.addEventListener("execution_interrupted", () => cutOff(say("run.interrupted")));
     api.addEventListener("execution_start", () => { running = null; });
     setInterval(() => {
       void announce();

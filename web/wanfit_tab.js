@@ -4,11 +4,12 @@
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
 import { BUTTON, COLOURS, make } from "./wanfit_panel.js";
-import { duration } from "./wanfit_run.js";
+import { duration, loaded, named, say, whenLanguageChanges } from "./wanfit_words.js";
 
 const REFRESH_MS = 3000;
 const BOX = "padding:6px 8px;margin:0 0 6px;border-radius:6px;background:var(--comfy-input-bg,#222);overflow-wrap:anywhere";
 const FIELD = "font:inherit;width:100%;box-sizing:border-box;padding:2px 4px;border-radius:4px;border:1px solid var(--border-color,#555);background:var(--comfy-menu-bg,#111);color:var(--input-text,#ddd)";
+// As they are among ComfyUI's settings, which it translates itself (locales/).
 const MEANS = {
   speed: ["Speed", "Built-in: exact. fast may round otherwise, fastest may change the video a little."],
   vram_limit_gb: ["Card memory, at most (GiB)", "Empty: what is free."],
@@ -28,20 +29,20 @@ async function ask(request) {
     const response = await api.fetchApi("/wanfit/tab", options);
     return await response.json();
   } catch (error) {
-    return { ok: false, error: `The server did not answer: ${error.message ?? error}` };
+    return { ok: false, error: say("server.away", { why: error.message ?? error }) };
   }
 }
 
-function say(severity, text) {
+function toast(severity, text) {
   app.extensionManager.toast.add({ severity, summary: "WanFit", detail: text, life: severity === "error" ? 15000 : 5000 });
 }
 
 // Does something and shows what is there then.
 async function carryOut(request) {
   const found = await ask(request);
-  if (!found.ok) say("error", found.error);
+  if (!found.ok) toast("error", found.error);
   else {
-    if (found.said) say("success", found.said);
+    if (found.said) toast("success", found.said);
     if (found.renders) answer = found;
     follow();
   }
@@ -73,10 +74,10 @@ function twice(text, again, action) {
   return element;
 }
 
-function section(title, explanation, items) {
+function section(title, explanation, items, ...more) {
   const box = make("section", "margin-bottom:14px");
   box.append(make("h3", "font-size:13px;font-weight:600;margin:0 0 4px", title));
-  box.append(...(items.length ? items : [faint(explanation)]));
+  box.append(...(items.length ? items : [faint(explanation), ...more]));
   return box;
 }
 
@@ -86,7 +87,7 @@ function row(...elements) {
   return box;
 }
 
-const STATES = { running: ["running", COLOURS.warn], done: ["done", COLOURS.good], failed: ["failed", COLOURS.bad], interrupted: ["interrupted", COLOURS.warn] };
+const STATES = { running: COLOURS.warn, done: COLOURS.good, failed: COLOURS.bad, interrupted: COLOURS.warn };
 
 // -- sections -----------------------------------------------------------------------------------
 function stages(one) {
@@ -96,70 +97,84 @@ function stages(one) {
     tr.append(...texts.map((text, index) => make(kind, `text-align:${index ? "right" : "left"};padding:0 2px;font-weight:${kind === "th" ? 600 : 400}`, text)));
     return tr;
   };
-  table.append(cells("th", "stage", "seconds", "predicted", "measured"));
-  for (const stage of one.stages) table.append(cells("td", stage.name, number(stage.seconds, 1), gib(stage.predicted_gib), gib(stage.measured_gib)));
+  table.append(cells("th", ...["stage", "seconds", "predicted", "measured"].map((key) => say(`tab.${key}`))));
+  for (const stage of one.stages) table.append(cells("td", named("stage", stage.name), number(stage.seconds, 1), gib(stage.predicted_gib), gib(stage.measured_gib)));
   return table;
 }
 
 function rendered(one) {
   const box = make("div", BOX);
-  const [state, colour] = STATES[one.state];
   const head = make("div", "display:flex;justify-content:space-between;gap:6px");
-  head.append(make("b", `color:${colour}`, state), make("span", "opacity:.7", at(one.began)));
-  box.append(head, line(`${one.width}x${one.height}, ${one.frames} frames, ${one.steps} steps, seed ${one.seed}`));
+  head.append(make("b", `color:${STATES[one.state]}`, say(`tab.${one.state}`)), make("span", "opacity:.7", at(one.began)));
+  box.append(head, line(say("tab.settings", one)));
   if (one.prompt) box.append(line(one.prompt, "font-style:italic;max-height:2.7em;overflow:hidden"));
-  const predicted = one.predicted_seconds == null ? "" : `${duration(one.predicted_seconds)} predicted`;
-  const took = one.seconds == null ? "" : `${duration(one.seconds)} measured`;
+  const predicted = one.predicted_seconds == null ? "" : say("tab.time predicted", { time: duration(one.predicted_seconds) });
+  const took = one.seconds == null ? "" : say("tab.time measured", { time: duration(one.seconds) });
   const times = [predicted, took].filter(Boolean).join(", ");
-  if (times) box.append(line(`Time: ${times}`));
-  const measured = one.measured_gib == null ? "" : `, ${number(one.measured_gib)} measured`;
-  box.append(line(`Memory (${one.where}): ${number(one.predicted_gib)} GiB predicted${measured}`));
+  if (times) box.append(line(say("tab.time", { times })));
+  const sizes = [say("tab.gib predicted", { gib: number(one.predicted_gib) })];
+  if (one.measured_gib != null) sizes.push(say("tab.gib measured", { gib: number(one.measured_gib) }));
+  box.append(line(say("tab.memory", { where: one.where, sizes: sizes.join(", ") })));
   for (const text of one.errors ?? []) box.append(line(text, `color:${COLOURS.bad}`));
   const more = make("details", "margin-top:2px");
   const guidance = one.guidance.map((value) => +value.toFixed(3)).join(" / ");
-  more.append(make("summary", "cursor:pointer", "Settings and stages"), line(one.model), line(`guidance ${guidance}, ${+one.fps.toFixed(2)} fps`), faint(one.choices.join(", ")));
-  if (one.resumed) more.append(line(`Went on ${one.resumed}`));
+  more.append(make("summary", "cursor:pointer", say("tab.more")), line(one.model), line(say("tab.guidance", { guidance, fps: +one.fps.toFixed(2) })), faint(one.choices.join(", ")));
+  if (one.resumed) more.append(line(say("tab.resumed", { how: one.resumed })));
   if (one.stages?.length) more.append(stages(one));
   for (const text of one.warnings ?? []) more.append(line(`⚠ ${text}`, `color:${COLOURS.warn}`));
   box.append(more);
   if (one.clip) {
-    const link = make("a", "color:inherit", "Open the clip");
+    const link = make("a", "color:inherit", say("tab.open clip"));
     Object.assign(link, { href: api.apiURL(`/view?${new URLSearchParams(one.clip)}`), target: "_blank", rel: "noopener" });
     box.append(link);
   }
   return box;
 }
 
+// For who has just come: a graph that runs at once.
+function first() {
+  const open = async () => {
+    const found = await ask({ do: "example" });
+    if (!found.ok) return toast("error", found.error);
+    await app.loadGraphData(found.workflow, true, true, found.name);
+  };
+  const box = make("div", "margin-top:6px");
+  box.append(faint(say("tab.first why")), row(button(say("tab.first"), open)));
+  return box;
+}
+
 async function goOn(one) {
   const found = await ask({ do: "workflow", id: one.id });
-  if (!found.ok) return say("error", found.error);
+  if (!found.ok) return toast("error", found.error);
   await app.loadGraphData(found.workflow);
   await app.queuePrompt(0);
-  say("success", "Queued: it goes on where it stopped.");
+  toast("success", say("tab.queued"));
 }
 
 function saved(one) {
   const box = make("div", BOX);
   box.dataset.id = one.id;
   const { width, height, wanted_frames, num_frames, seed } = one.job;
-  box.append(line(`${width}x${height}, ${wanted_frames ?? num_frames} frames, seed ${seed}`, "font-weight:600"));
+  box.append(line(say("tab.saved", { width, height, frames: wanted_frames ?? num_frames, seed }), "font-weight:600"));
   if (one.prompt) box.append(line(one.prompt, "font-style:italic;max-height:2.7em;overflow:hidden"));
-  const done = one.only_decode ? "all steps are done, only the decode is missing" : one.step == null ? "no readable state" : `step ${one.step} of ${one.steps}`;
-  box.append(line(`${done} · ${one.gib < 0.1 ? `${(one.gib * 1024).toFixed(1)} MiB` : `${number(one.gib)} GiB`} on disk`), faint(`${one.model}, last written ${on(one.touched)}`));
-  if (one.running) box.append(line("A render is at it now.", `color:${COLOURS.warn}`));
+  const done = one.only_decode ? say("tab.only decode") : one.step == null ? say("tab.no state") : say("tab.at step", one);
+  const size = one.gib < 0.1 ? `${(one.gib * 1024).toFixed(1)} MiB` : gib(one.gib);
+  box.append(line(`${done} · ${say("tab.on disk", { size })}`), faint(say("tab.written", { model: one.model, time: on(one.touched) })));
+  if (one.running) box.append(line(say("tab.at it"), `color:${COLOURS.warn}`));
   else {
-    const away = twice("Delete", "Delete for good?", () => carryOut({ do: "delete", id: one.id }));
-    if (one.workflow) box.append(row(button("Go on", () => goOn(one)), away));
-    else box.append(faint("To go on, open the workflow that made it and press Run with the same settings and seed."), row(away));
+    const away = twice(say("tab.delete"), say("tab.delete again"), () => carryOut({ do: "delete", id: one.id }));
+    if (one.workflow) box.append(row(button(say("tab.go on"), () => goOn(one)), away));
+    else box.append(faint(say("tab.how to go on")), row(away));
   }
   return box;
 }
 
 function learnt(one) {
   const box = make("div", BOX);
-  const pace = one.pace == null ? "" : `, steps take ${number(one.pace)} times what is computed`;
-  const extra = one.extra ? `, peaks ${one.extra > 0 ? "+" : ""}${(100 * one.extra).toFixed(1)} % of activations` : "";
-  box.append(line(`${one.runs} run${one.runs === 1 ? "" : "s"}${pace}${extra}`), faint(one.what));
+  const runs = one.runs === 1 ? say("tab.runs one") : say("tab.runs", { n: one.runs });
+  const pace = one.pace == null ? "" : say("tab.pace", { pace: number(one.pace) });
+  const extra = one.extra ? say("tab.extra", { percent: `${one.extra > 0 ? "+" : ""}${(100 * one.extra).toFixed(1)}` }) : "";
+  box.append(line(runs + pace + extra), faint(one.what));
   return box;
 }
 
@@ -173,18 +188,22 @@ function meant(name, text) {
 }
 const choicesOf = (name) => (YES_OR_NO.includes(name) ? ["on", "off"] : answer?.choices?.[name] ?? { speed: ["exact", "fast", "fastest"], codec: ["h264", "h265"] }[name]);
 
+// A choice in words: the names of speeds and codecs are names.
+const said = (name, choice) => (!choice ? say("tab.built-in") : name === "preview" ? say(`tab.${choice}`) : choice);
+
 function preferred(name) {
-  const [title, explanation] = MEANS[name];
+  const title = say(`prefer.${name}`);
+  const explanation = say(`prefer.${name} why`);
   const label = make("label", "display:block;margin-bottom:6px");
   label.title = explanation;
   let field;
   if (name.endsWith("_gb")) {
     field = make("input", FIELD);
-    Object.assign(field, { type: "number", min: 0, step: 0.5, placeholder: "built-in" });
+    Object.assign(field, { type: "number", min: 0, step: 0.5, placeholder: say("tab.built-in") });
   } else {
     field = make("select", FIELD);
     for (const choice of ["", ...choicesOf(name)]) {
-      const option = make("option", "", choice || "built-in");
+      const option = make("option", "", said(name, choice));
       option.value = choice;
       field.append(option);
     }
@@ -238,16 +257,16 @@ function draw() {
   // What is being typed, read or chosen stays.
   const open = [...root.querySelectorAll("details")].map((one) => one.open);
   if (root.contains(document.activeElement) && ["INPUT", "SELECT"].includes(document.activeElement.tagName)) return;
-  if (!answer) return void root.replaceChildren(faint("Asking the server …"));
+  if (!answer) return void root.replaceChildren(faint(say("tab.asking")));
   const form = make("div", BOX);
-  form.append(...Object.keys(MEANS).map(preferred), faint(`Kept in ${answer.path}; a node or an option that says otherwise wins.`));
-  const all = answer.learnt.length ? [...answer.learnt.map(learnt), twice("Forget all of it", "Forget for good?", () => carryOut({ do: "forget" }))] : [];
+  form.append(...Object.keys(MEANS).map(preferred), faint(say("tab.kept in", { path: answer.path })));
+  const all = answer.learnt.length ? [...answer.learnt.map(learnt), twice(say("tab.forget"), say("tab.forget again"), () => carryOut({ do: "forget" }))] : [];
   root.replaceChildren(
     ...answer.warnings.map((text) => line(`⚠ ${text}`, `color:${COLOURS.warn};margin-bottom:6px`)),
-    section("Can go on", "Nothing was cut off. A render of Wan Chunked Sampler that was interrupted shows up here.", answer.saved.map(saved)),
-    section("This session", "No render yet.", answer.renders.map(rendered)),
-    section("Preferences", "", [form]),
-    section("Learnt on this machine", "Nothing yet: finished renders on a card correct later estimates.", all),
+    section(say("tab.can go on"), say("tab.nothing cut"), answer.saved.map(saved)),
+    section(say("tab.session"), say("tab.no render"), answer.renders.map(rendered), first()),
+    section(say("tab.preferences"), "", [form]),
+    section(say("tab.learnt"), say("tab.nothing learnt"), all),
   );
   const details = root.querySelectorAll("details");
   if (details.length === open.length) details.forEach((one, index) => { one.open = open[index]; });
@@ -270,11 +289,12 @@ app.registerExtension({
   name: "wanfit.tab",
   settings: Object.keys(MEANS).map(settingOf),
   async setup() {
+    await loaded();
     app.extensionManager.registerSidebarTab({
       id: "wanfit",
       icon: "pi pi-video",
       title: "WanFit",
-      tooltip: "WanFit: renders, what can go on, preferences",
+      tooltip: say("tab.tooltip"),
       type: "custom",
       render(element) {
         root = make("div", "padding:10px;font:12px/1.4 sans-serif;color:var(--input-text,#ddd);height:100%;overflow-y:auto;box-sizing:border-box");
@@ -288,6 +308,7 @@ app.registerExtension({
       api.addEventListener(event, () => root?.isConnected && refresh());
     }
     setInterval(() => root?.isConnected && !document.hidden && refresh(), REFRESH_MS);
+    whenLanguageChanges(draw);
     await refresh();
     if (answer) await follow();
   },

@@ -197,9 +197,6 @@ def test_both_renderers_show_it(page: Any, server: ComfyServer) -> None:
         known = page.evaluate("app.extensionManager.setting.get('Comfy.VueNodes.Enabled') != null")
     if not known:
         return  # this front end has one renderer, which the tests above used
-    version = server.get("/system_stats")["system"]["comfyui_version"]
-    if version.startswith("0.3."):
-        pytest.xfail("Nodes 2.0 of its front end, 1.27, an experiment there, shows no panel")
     setting = "value => app.extensionManager.setting.set('Comfy.VueNodes.Enabled', value)"
     page.evaluate(setting, True)
     try:
@@ -209,6 +206,13 @@ def test_both_renderers_show_it(page: Any, server: ComfyServer) -> None:
         shoot(page, server, "nodes-2")
         set_widget(page, "WanGenerate", "width", 160)
         says(page, "160x")
+        set_widget(page, "WanGenerate", "width", 64)
+        run_in(page, server)
+        shows(page, "document.querySelector('[data-node-id] .wanfit-run[data-stage=done] video')")
+        tall = "document.querySelector('[data-node-id] .wanfit-run').getBoundingClientRect().height"
+        assert page.evaluate(tall) > 60
+        assert page.evaluate("told.some(one => one.preview)")
+        shoot(page, server, "nodes-2-run")
         assert page.wanfit_errors == []
     finally:
         page.evaluate(setting, False)

@@ -35,9 +35,20 @@ def find_browser() -> Path | str:
     return "no Chromium on PATH (set CHROMIUM_PATH)"
 
 
+READY = (
+    "window.app?.graph && app.extensionManager && window.comfyAPI.api.api.clientId"
+    # Before the socket has its id, what a run reports goes nowhere.
+    " && Object.keys(LiteGraph.registered_node_types).length > 50"
+)
+"""What is true in a page that is loaded."""
+
+
 @contextmanager
-def open_page(url: str, browser: Path, size: tuple[int, int] = (1600, 900)) -> Iterator[Any]:
-    """Yield ComfyUI's page, loaded, in a fresh profile; only 127.0.0.1 can be reached.
+def open_page(
+    url: str, browser: Path, size: tuple[int, int] = (1600, 900), wait: str | None = READY
+) -> Iterator[Any]:
+    """Yield ComfyUI's page in a fresh profile, once ``wait`` is true in it; only 127.0.0.1 is
+    reached.
 
     ``page.wanfit_errors`` collects what the console said that names this pack.
     """
@@ -55,10 +66,8 @@ def open_page(url: str, browser: Path, size: tuple[int, int] = (1600, 900)) -> I
             page.on("console", lambda message: _note(page, message.type, message.text))
             page.on("pageerror", lambda error: _note(page, "error", str(error)))
             page.goto(url)
-            page.wait_for_function("window.app?.graph !== undefined && app.extensionManager")
-            page.wait_for_function("Object.keys(LiteGraph.registered_node_types).length > 50")
-            # Before the socket has its id, what a run reports goes nowhere.
-            page.wait_for_function("window.comfyAPI.api.api.clientId")
+            if wait is not None:
+                page.wait_for_function(f"window.LiteGraph && {wait}")
             yield page
         finally:
             chromium.close()
