@@ -189,7 +189,7 @@ function meant(name, text) {
 const choicesOf = (name) => (YES_OR_NO.includes(name) ? ["on", "off"] : answer?.choices?.[name] ?? { speed: ["exact", "fast", "fastest"], codec: ["h264", "h265"] }[name]);
 
 // A choice in words: the names of speeds and codecs are names.
-const said = (name, choice) => (!choice ? say("tab.built-in") : name === "preview" ? say(`tab.${choice}`) : choice);
+const said = (name, choice) => (!choice ? say("tab.built-in") : YES_OR_NO.includes(name) ? say(`tab.${choice}`) : choice);
 
 function preferred(name) {
   const title = say(`prefer.${name}`);

@@ -142,6 +142,12 @@ def test_without_a_workflow_it_is_told_how_to_go_on(
     assert asked(do="show")["saved"] == []
 
 
+def test_who_has_just_come_gets_an_example(asked: Asked) -> None:
+    found = asked(do="example")
+    kinds = {node["type"] for node in found["workflow"]["nodes"]}
+    assert {"WanLoader", "WanGenerate"} <= kinds and found["name"] == "text_to_video"
+
+
 def test_no_path_comes_from_the_page(asked: Asked, tmp_path: Path) -> None:
     victim = asked.root.parent / ("a" * 32)
     victim.mkdir()

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.comfy_browser import find_browser, open_page
+from support.comfy_browser import find_browser, open_page, run_in, shows
 from support.comfy_graphs import with_values, workflow
-from support.comfy_server import ComfyServer, find_checkouts, find_python
+from support.comfy_server import REPOSITORY, ComfyServer, find_checkouts, find_python
 
 CHECKOUTS = find_checkouts()
 BROWSER = find_browser()
@@ -115,3 +115,39 @@ def test_the_tab_tells_goes_on_and_keeps_what_is_preferred(
         assert page.evaluate(new) == "h265"  # new nodes begin with it
         assert page.wanfit_errors == []
     assert "Traceback" not in server.log()
+
+
+def words(language: str) -> dict[str, str]:
+    path = REPOSITORY / "web" / "words" / f"{language}.json"
+    return dict(json.loads(path.read_text("utf-8")))
+
+
+def test_the_page_speaks_the_language_that_is_set(server: ComfyServer) -> None:
+    """The tab, the plan and the run: in German from the start, then in Japanese at once."""
+    server.post("/settings/Comfy.Locale", "de")
+    german, japanese = words("de"), words("ja")
+    try:
+        with open_page(server.url, BROWSER, (1400, 1000)) as page:  # type: ignore[arg-type]
+            page.locator(f"[aria-label='{german['tab.tooltip']}']").first.click()
+            says(page, german["tab.session"])
+            load(page, with_values(workflow("text_to_video"), num_frames=9, steps=2, seed=5))
+            note = german["plan.official"].format(value=2)
+            shows(page, "app.graph._nodes.find(n => n.comfyClass === 'WanGenerate').widgets"
+                        f".some(widget => widget.label?.endsWith({note!r}))")  # fmt: skip
+            run_in(page, server)
+            shows(page, "document.querySelector('.wanfit-run[data-stage=done]')")
+            report = "document.querySelector('.wanfit-report summary').textContent"
+            assert page.evaluate(report) == german["run.report"]
+            says(page, german["tab.done"])
+            shoot(page, server, "tab-de")
+            shown = page.evaluate(TEXT)
+            left = [text for key, text in words("en").items()
+                    if key.startswith("tab.") and len(text) > 9 and "{" not in text
+                    and text in shown]  # fmt: skip
+            assert left == []
+            page.evaluate("() => app.extensionManager.setting.set('Comfy.Locale', 'ja')")
+            says(page, japanese["tab.session"])
+            shoot(page, server, "tab-ja")
+            assert page.wanfit_errors == []
+    finally:
+        server.post("/settings/Comfy.Locale", "en")
