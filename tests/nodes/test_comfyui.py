@@ -743,3 +743,48 @@ def test_161_frames_go_on_after_the_server_was_killed(server: ComfyServer) -> No
     whole, whole_latents = long_run(server, prompt)
     assert torch.equal(latents, whole_latents)
     assert torch.equal(frames, whole)
+
+
+@pytest.mark.slow
+def test_a_clip_in_one_piece_goes_on_after_a_kill_and_after_an_interrupt(
+    server: ComfyServer,
+) -> None:
+    """WanGenerate has no input for it: the same is queued again. The tab tells of it meanwhile."""
+    small: dict[str, Any] = {"model": "slow", "width": 128, "height": 96, "num_frames": 9}
+    prompt = graph(name="cut", **small, steps=12, guidance_scale=5.0)
+    prompt["21"] = {"class_type": "WanFitProbeText", "inputs": {"value": ["3", 3]}}
+    before = journals(server)
+    server.queue(prompt)
+    wait_for_step(server, "3", 3)
+    server.kill()
+    server.start()
+    server.await_start()
+    (kept,) = journals(server) - before
+
+    def saved() -> dict[str, Any]:
+        answer = server.post("/wanfit/tab", {"do": "show"})
+        return next(one for one in answer["saved"] if one["id"] == kept.name)
+
+    told = saved()
+    assert told["steps"] == 12 and not told["own"] and not told["only_decode"]
+    queued = server.queue(prompt)
+    wait_for_step(server, "3", told["step"] + 2)
+    server.post("/interrupt")
+    server.wait(queued)
+    later = saved()
+    assert later["step"] >= told["step"] + 2 and later["own"] and not later["running"]
+    report = server.run(prompt)["21"]["value"][0]
+    assert f"\nresumed: after step {later['step']} of 12" in report
+    assert not kept.exists()
+
+    # Nothing is kept where that is preferred, and the frames are those of a run without a break.
+    server.post("/wanfit/tab", {"do": "prefer", "values": {"journal": False}})
+    try:
+        prompt = graph(name="whole", **small, steps=12, guidance_scale=5.0, fps=17.0)
+        queued = server.queue(prompt)
+        wait_for_step(server, "3", 2)
+        assert journals(server) == before
+        assert server.wait(queued)["status"]["status_str"] == "success"
+    finally:
+        server.post("/wanfit/tab", {"do": "prefer", "values": {}})
+    assert torch.equal(frames_of(server, "cut"), frames_of(server, "whole"))

@@ -98,6 +98,9 @@ def test_the_tab_tells_goes_on_and_keeps_what_is_preferred(
         server.wait_until(lambda: preferred.exists() and "fast" in preferred.read_text())
         get = "name => app.extensionManager.setting.get(name)"
         page.wait_for_function(f"({get})('WanFit.speed') === 'fast'")
+        page.locator(".wanfit-sidebar select[name=journal]").select_option("off")
+        server.wait_until(lambda: json.loads(preferred.read_text()).get("journal") is False)
+        page.wait_for_function(f"({get})('WanFit.journal') === 'off'")
         page.evaluate("() => app.extensionManager.setting.set('WanFit.ram_limit_gb', 12)")
         server.wait_until(lambda: json.loads(preferred.read_text()).get("ram_limit_gb") == 12)
         assert page.wanfit_errors == []
