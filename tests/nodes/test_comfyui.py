@@ -421,6 +421,7 @@ def test_interrupt_stops_within_a_block_and_the_next_run_is_right(server: ComfyS
     small = {"model": "slow", "width": 64, "height": 48}
     server.run(graph(name="before", **small))
     long = graph(model="slow", width=256, height=256, num_frames=17, steps=50, guidance_scale=5.0)
+    known = journals(server)
     queued = server.queue(long)
     first = wait_for_step(server, "3", 1)
     step_seconds = wait_for_step(server, "3", 2) - first
@@ -431,6 +432,9 @@ def test_interrupt_stops_within_a_block_and_the_next_run_is_right(server: ComfyS
     # A step is two passes of 24 blocks; who looks only between passes needs up to half a step.
     assert took < step_seconds / 4, (took, step_seconds)
     assert not list((server.base / "temp").glob("*.part*"))
+    (kept,) = journals(server) - known  # from which it can go on
+    told = {one["id"]: one for one in server.post("/wanfit/tab", {"do": "show"})["saved"]}
+    assert told[kept.name]["step"] >= 2 and told[kept.name]["steps"] == 50
     # fps changes nothing in the frames but makes ComfyUI run the node again.
     server.run(graph(name="after", fps=17.0, **small))
     assert torch.equal(frames_of(server, "before"), frames_of(server, "after"))

@@ -10,14 +10,17 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from support.cases import slow_but
 from support.tiny_models import folders, open_kept, open_wan
 
 from wan_core import GenerationConfig, WanPipelineLoader
 from wan_core.config import WanControl
-from wan_core.errors import OutputError
+from wan_core.errors import JournalMismatch, OutputError
 from wan_core.journal import RenderJournal, journal, resume
+from wan_core.plan import Planner
 from wan_core.preferences import Preferences
+from wan_core.render.pipeline import WanPipelineWrapper
 
 JOB = {"prompt": "a red cat", "width": 32, "height": 32, "num_frames": 9, "seed": 1,
        "num_inference_steps": 12}  # fmt: skip
@@ -87,11 +90,16 @@ CASES = [
     for j, solver in enumerate(SOLVERS)
 ]
 """Every kind with every solver, the shortcuts in turn."""
+QUICK = (
+    ("wan2.1-vace", "dpm++2m"), ("wan2.2-i2v-a14b", "res_multistep"),
+    ("wan2.1-t2v from a video", "unipc"), ("wan2.2-ti2v-5b from a picture", "lcm"),
+)  # fmt: skip
+"""Those of which no other test has the like."""
 
 
 @pytest.mark.parametrize(
     ("kind", "scheduler", "wishes"),
-    slow_but(lambda case: KINDS.index(case[0]) % 5 == SOLVERS.index(case[1]), CASES),
+    slow_but(lambda case: (case[0], case[1]) in QUICK, CASES),
 )
 def test_every_kind_of_clip_goes_on_with_the_same_bits(
     folder: Any, tmp_path: Path, kind: str, scheduler: str, wishes: dict[str, Any]
@@ -125,7 +133,8 @@ def test_saving_stays_within_its_share_and_an_interrupt_loses_no_step(
 
     monkeypatch.setattr(journal, "write_state", slowly)
     path = folder("wan2.2-t2v-a14b")
-    job = JOB | {"num_inference_steps": 20, "switch_step": 10, "journal_folder": tmp_path / "j"}
+    job = JOB | {"num_inference_steps": 20, "switch_step": 10, "journal_folder": tmp_path / "j",
+                 "guidance_scale": 1.0, "guidance_scale_2": 1.0}  # fmt: skip
     done = open_kept(path).generate(GenerationConfig(**job, resume="auto")).raise_for_error()
     # The first step, the last one of the first expert, and the finished latents.
     assert done.metadata["journal"].startswith("3 states of ")
@@ -140,25 +149,34 @@ def test_a_kill_finds_the_first_expert_and_a_whole_segment_saved(
 ) -> None:
     monkeypatch.setattr(resume, "MAX_SHARE", 0.0)
     monkeypatch.setattr(RenderJournal, "save_rest", lambda self: None)  # nothing runs after a kill
-    kept = JOB | {"resume": "auto", "journal_folder": tmp_path / "j"}
-    job = kept | {"switch_step": 4}
-    cut_off(folder("wan2.2-t2v-a14b"), job, 7)
-    rest = open_kept(folder("wan2.2-t2v-a14b")).generate(GenerationConfig(**job))
-    assert rest.raise_for_error().metadata["resumed"] == "after step 4 of 12"
+    kept = JOB | {"resume": "auto", "journal_folder": tmp_path / "j", "num_inference_steps": 6}
+    path, cached = folder("wan2.2-t2v-a14b"), EASY | GATE
+    job = kept | {"switch_step": 12, "num_inference_steps": 24}
+    whole = open_kept(path, **cached).generate(GenerationConfig(**job)).raise_for_error()
+    cut_off(path, job, 20, **cached)
+    (state,) = (tmp_path / "j").glob("*/b.safetensors")
+    with safe_open(state, "pt") as saved:
+        assert not any("memory" in name for name in saved.keys())  # noqa: SIM118
+    rest = open_kept(path, **cached).generate(GenerationConfig(**job)).raise_for_error()
+    assert rest.metadata["resumed"] == "after step 12 of 24"
+    assert torch.equal(rest.latents, whole.latents)
+    assert rest.metadata["forwards"] == whole.metadata["forwards"]
     job = kept | {"image": pictures(1)[0], "window_mode": "continuation", "num_frames": 33,
                   "max_chunk_size": 17, "window_overlap": 8}  # fmt: skip
-    cut_off(folder("wan2.1-i2v"), job, 17)
+    cut_off(folder("wan2.1-i2v"), job, 9)
     rest = open_kept(folder("wan2.1-i2v")).generate(GenerationConfig(**job))
-    assert rest.raise_for_error().metadata["resumed"] == "segment 1 of 3, after step 12 of 12"
+    assert rest.raise_for_error().metadata["resumed"] == "segment 1 of 3, after step 6 of 6"
 
 
 def test_a_decode_without_memory_loses_no_step(
     folder: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whether it is told as an error, or the user ends it between the last step and the decode."""
-    path, job = folder("wan2.1-t2v"), JOB | {"resume": "auto", "journal_folder": tmp_path / "j"}
+    path, short = folder("wan2.1-t2v"), JOB | {"num_inference_steps": 2}
+    job = short | {"resume": "auto", "journal_folder": tmp_path / "j"}
     monkeypatch.setattr(RenderJournal, "save_rest", lambda self: None)
-    whole = open_kept(path).generate(GenerationConfig(**JOB)).raise_for_error()
+    monkeypatch.setattr(Planner, "smaller_plan", lambda *_: None)
+    whole = open_kept(path).generate(GenerationConfig(**short)).raise_for_error()
 
     def full(*_: Any) -> None:
         raise MemoryError("the decode does not fit")
@@ -179,6 +197,72 @@ def test_a_decode_without_memory_loses_no_step(
         assert "only decoded" in rest.raise_for_error().metadata["resumed"]
         assert not any("denoise" in stage.name for stage in rest.stages)
         assert torch.equal(rest.frames, whole.frames)
+
+
+@pytest.fixture
+def by_rows(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Stands for a machine with less memory free: its plan cuts products by rows."""
+
+    def patch() -> None:
+        plan = WanPipelineWrapper._plan
+
+        def smaller(self: Any, *arguments: Any) -> Any:
+            return plan(self, *arguments).with_choices(lean=True, by_rows=True)
+
+        monkeypatch.setattr(WanPipelineWrapper, "_plan", smaller)
+
+    yield patch
+    monkeypatch.undo()
+
+
+def test_a_plan_for_another_memory_throws_no_step_away(
+    folder: Any, tmp_path: Path, by_rows: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It goes on as it began, and says so; but not where another forward is asked for by name."""
+    path, short = folder("wan2.1-t2v"), JOB | {"num_inference_steps": 4}
+    kept = short | {"resume": "auto", "journal_folder": tmp_path / "j"}
+    by_rows()
+    whole = open_kept(path).generate(GenerationConfig(**short)).raise_for_error()
+    cut_off(path, kept, 3)
+    monkeypatch.undo()
+    refused = open_kept(path, forward="diffusers").generate(
+        GenerationConfig(**kept | {"resume": "must"})
+    )
+    assert isinstance(refused.error, JournalMismatch) and "forward" in refused.errors[0]
+    rest = open_kept(path).generate(GenerationConfig(**kept)).raise_for_error()
+    assert rest.metadata["resumed"] == "after step 3 of 4"
+    assert torch.equal(rest.latents, whole.latents) and torch.equal(rest.frames, whole.frames)
+    assert "products by rows" in rest.applied_optimizations
+    told = (
+        'was made by another plan; this one keeps to it: forward (saved "lean_rows", now "exact")'
+    )
+    assert any(told in text for text in rest.warnings)
+    assert not (tmp_path / "j").exists()
+
+
+def test_a_forward_for_the_decode_alone_may_be_asked_for(
+    folder: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The cure for a decode that does not fit does not cost the steps; before, it would."""
+    path, short = folder("wan2.1-t2v"), JOB | {"num_inference_steps": 2}
+    kept = short | {"resume": "auto", "journal_folder": tmp_path / "j"}
+    whole = open_kept(path).generate(GenerationConfig(**short)).raise_for_error()
+    cut_off(path, kept, 1)
+    rows = {"forward": "lean_rows"}
+    anew = open_kept(path, **rows).generate(GenerationConfig(**kept | {"resume": "must"}))
+    assert isinstance(anew.error, JournalMismatch) and "forward" in anew.errors[0]
+
+    def ended(*_: Any) -> None:
+        raise Crash
+
+    with monkeypatch.context() as patched, pytest.raises(Crash):
+        patched.setattr("wan_core.render.render.Render._decode_rest", ended)
+        open_kept(path).generate(GenerationConfig(**kept))
+    rest = open_kept(path, **rows).generate(GenerationConfig(**kept | {"resume": "must"}))
+    assert "only decoded" in rest.raise_for_error().metadata["resumed"]
+    assert "products by rows" in rest.applied_optimizations
+    assert torch.equal(rest.latents, whole.latents)
+    assert any("were made by another plan" in text for text in rest.warnings)
 
 
 def test_a_full_disk_is_said_once_and_the_clip_is_made(

@@ -150,8 +150,8 @@ def _shown(values: Mapping[str, str], name: str, others: Mapping[str, str]) -> s
     return ("..." if first else "") + part + ("..." if first + _SHOWN < len(text) else "")
 
 
-BY_ROWS = "lean_rows"
-"""The forward that may round differently. The others give equal bits and are named "exact"."""
+BY_ROWS, EXACT = "lean_rows", "exact"
+"""The forward that may round differently, and the name of the others, which give equal bits."""
 FASTER = ("quick", "eight_bit", "attention_8bit")
 """Choices for speed's sake that change latents; named only where they are made."""
 # Fields of a Request that do not affect the latents.
@@ -245,7 +245,7 @@ def choices_of(plan: OptimizationPlan) -> dict[str, Any]:
     faster = {name: True for name in FASTER if getattr(plan.choices, name)}
     return {
         "precision": dict(plan.choices.dtypes),
-        "forward": BY_ROWS if plan.choices.by_rows else "exact",
+        "forward": BY_ROWS if plan.choices.by_rows else EXACT,
         "fp8_storage": plan.choices.fp8_storage,
         **{name: getattr(plan.choices, name) for name in _shortcuts(plan)},
         **faster,

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -20,12 +21,15 @@ from ..job import Request
 from ..models import ModelArchitecture
 from ..plan import OptimizationPlan
 from ..sampling import DenoiseState, Memory
+from .disk import DONE, STATES, is_there, journals, opened_number, read_identity, state_head
 from .identity import (
     BY_ROWS,
+    EXACT,
     FASTER,
     choices_of,
     device_name,
     identity_differences,
+    identity_key,
     listed,
     plain_identity,
     render_identity,
@@ -50,8 +54,9 @@ class RenderJournal:
     error or an interrupt. A render without a journal has None in the place of this.
     """
 
-    def __init__(self, journal: Journal) -> None:
+    def __init__(self, journal: Journal, *, adopted: bool = False) -> None:
         self._journal = journal
+        self._adopted = adopted  # begun by a plan that chose otherwise
         self._unsaved: _State | None = None
         self.saved: JournalState | None = journal.load()
 
@@ -109,10 +114,17 @@ class RenderJournal:
         fresh = plain_identity(choices_of(plan))
         if not saved or saved == fresh:
             return plan
-        self.warnings.append(
-            "The saved render had gone on with a smaller plan when memory ran out; this one keeps "
-            f"to it: {listed(identity_differences(saved, fresh))}."
+        differ = listed(identity_differences(saved, fresh))
+        if self._adopted and self.finished_latents is not None:
+            # Made by a plan for another memory; what is left is decoded as it fits this one.
+            self.warnings.append(f"The saved latents were made by another plan: {differ}.")
+            return plan
+        why = (
+            "was made by another plan"
+            if self._adopted
+            else ("had gone on with a smaller plan when memory ran out")
         )
+        self.warnings.append(f"The saved render {why}; this one keeps to it: {differ}.")
         by_rows = saved["forward"] == BY_ROWS
         dtypes = MappingProxyType(dict(saved["precision"]))
         lean = plan.choices.lean or by_rows
@@ -134,16 +146,18 @@ class RenderJournal:
         return plan.with_choices(window_overlap=int(saved))
 
     def step_done(
-        self, state: DenoiseState, scheduler: Any, plan: OptimizationPlan, *, now: bool = False
+        self, state: DenoiseState, scheduler: Any, plan: OptimizationPlan, *, last: bool = False
     ) -> None:
         """Save the state after a finished step, and the choices it was made with.
 
-        This is done if enough time has passed since the last save, or ``now``; else the state is
-        kept for ``save_rest``.
+        This is done if enough time has passed since the last save, or after the ``last`` step of an
+        expert or a segment; else the state is kept for ``save_rest``.
         """
+        if last:  # the next one forgets the outputs of this one, which may have gigabytes
+            state = replace(state, memory=replace(state.memory, windows={}))
         # The tensors themselves, no copies: a step replaces them and writes into none.
         self._unsaved = self._state(state, scheduler, plan)
-        if now or self._journal.due():
+        if last or self._journal.due():
             self._save(self._unsaved)
 
     def window_done(self, state: DenoiseState, scheduler: Any, plan: OptimizationPlan) -> None:
@@ -209,8 +223,12 @@ class RenderJournal:
 
 
 def _made_with(plan: OptimizationPlan) -> dict[str, Any]:
-    overlap = plan.choices.window_overlap
-    return {"choices": choices_of(plan), "device": _device(plan), "overlap": overlap}
+    return {
+        "choices": choices_of(plan),
+        "device": _device(plan),
+        "overlap": plan.choices.window_overlap,
+        "forward_asked": plan.forward_asked,
+    }
 
 
 def _device(plan: OptimizationPlan) -> str:
@@ -226,22 +244,64 @@ def open_journal(
 ) -> RenderJournal | None:
     """Open the journal that the request asks for; ``stack`` closes it. None if it asks for none.
 
-    Raises JournalMismatch for resume="must" if there is no render to continue.
+    A saved render of the same job goes on also where its plan chose other things for want of
+    memory, or for more of it (see ``_kindred``). Raises JournalMismatch for resume="must" if there
+    is no render to continue.
     """
     if request.resume is None:
         return None
-    identity = render_identity(config, request, architecture, plan)
+    root = journal_folder(request)
+    own = plain_identity(render_identity(config, request, architecture, plan))
+    identity = own if request.resume == "never" else _kindred(root, own, plan)
     opened = Journal.open(
-        journal_folder(request),
+        root,
         identity,
         request.resume,
         max_share=MAX_SHARE,
         keep=config.output_metadata,
     )
     stack.callback(opened.close)
-    journal = RenderJournal(opened)
+    journal = RenderJournal(opened, adopted=identity != own)
     stack.callback(journal.close)
     return journal
+
+
+def _kindred(root: Path, own: dict[str, Any], plan: OptimizationPlan) -> dict[str, Any]:
+    """Return the identity of the saved render to go on with: ``own``, or one that only a plan made.
+
+    How much memory is free decides the dtype of the VAE and whether products are cut by rows, and
+    it is seldom the same after a crash. Forty minutes of steps are worth more than that rounding,
+    but not more than what a user asked for by name. Once the latents are finished, only the decode
+    is left, and a forward that saves memory in it may be asked for.
+    """
+    if _states(root / identity_key(own)):
+        return own
+    for folder in sorted(journals(root), key=opened_number, reverse=True):
+        saved, states = read_identity(folder), _states(folder)
+        if saved is None or not states:
+            continue
+        done = DONE in states
+        heads = [state_head(folder / name, folder.name) for name in states]
+        asked = [head["scalars"].get("forward_asked", True) for head in heads if head is not None]
+        free = not plan.forward_asked and asked and not any(asked)
+        if _but_for_choices(saved, own, forward=free or (done and saved.get("forward") == EXACT)):
+            return saved
+    return own
+
+
+def _but_for_choices(saved: dict[str, Any], own: dict[str, Any], *, forward: bool) -> bool:
+    """Say whether two identities are the same but for the VAE's dtype, and maybe the forward."""
+
+    def rest(identity: dict[str, Any]) -> dict[str, Any]:
+        dtypes = identity.get("precision")
+        dtypes = {**dtypes, "vae": None} if isinstance(dtypes, dict) else dtypes
+        return {**identity, "precision": dtypes, **({"forward": None} if forward else {})}
+
+    return rest(saved) == rest(own)
+
+
+def _states(folder: Path) -> list[str]:
+    return [name for name in STATES if is_there(folder / name)]
 
 
 def journal_folder(request: Request) -> Path:

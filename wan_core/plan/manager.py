@@ -371,6 +371,7 @@ def _plan(
         compute_bound=candidate.timing.compute_bound,
         paced=system.calibration.paced,
         pin_limit=None if requested.ram_limit_gb is None else limits.ram,
+        forward_asked=requested.forward != "auto",
     )
     return spread_over(
         found, architecture, workload, system, requested, lean=lean, available=limits.device

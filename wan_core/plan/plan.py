@@ -44,6 +44,8 @@ class OptimizationPlan:
     """Whether passes are cut only where that keeps every bit (speed "exact")."""
     card_peak_bytes: int = 0
     """What a worker's card is expected to hold at most; 0 without workers."""
+    forward_asked: bool = False
+    """Whether the forward was asked for; else a saved render in another one is gone on with."""
 
     def __getattr__(self, name: str) -> Any:
         # Called only for names that the plan itself does not have. Private names are not looked up

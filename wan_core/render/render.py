@@ -417,7 +417,7 @@ class Render:
         def step(index: int, latents: Tensor) -> None:
             # The journal first: what a callback raises must not lose the step. A spill last.
             if journal is not None:
-                journal.step_done(state, scheduler, self.stages.plan, now=index + 1 in stops)
+                journal.step_done(state, scheduler, self.stages.plan, last=index + 1 in stops)
                 self._warn(journal.warnings)
             self.stages.callbacks.tell(self.stages.result.warnings)
             shown = latents[:, :, in_front:] if in_front else latents
