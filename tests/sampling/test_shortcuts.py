@@ -12,7 +12,15 @@ import torch
 from torch import Tensor
 
 from wan_core.job import make_scheduler, plan_windows
-from wan_core.sampling import Conditions, DenoiseState, Expert, Memory, Shortcuts, denoise_steps
+from wan_core.sampling import (
+    Conditions,
+    DenoiseState,
+    Expert,
+    Memory,
+    Shortcuts,
+    denoise,
+    denoise_steps,
+)
 
 STEPS = 20
 SCALE = 3.0
@@ -232,6 +240,34 @@ def test_an_error_in_the_solver_costs_no_bit() -> None:
             denoised(Counting(), asked, state=state, scheduler=made)
         found = denoised(Counting(), asked, state=state, scheduler=made)
         assert torch.equal(found.latents, whole.latents)
+
+
+@pytest.mark.parametrize("windowed", [False, True])
+def test_an_error_after_a_prediction_costs_no_bit(
+    windowed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Memory may run out in what follows it: guidance, the blend of windows, the preview."""
+    asked, windows = Shortcuts(easycache=0.1, gate=0.4), plan_windows(10, 17, 0)
+    job: dict[str, Any] = {"windows": windows if windowed else None, "switch": 9}
+    whole = denoised(Counting(), asked, frames=10, **job)
+    predict, left = denoise.predict, [0]
+
+    def once(*a: Any, **k: Any) -> Tensor:
+        found = predict(*a, **k)
+        left[0] -= 1
+        if left[0] == 0:
+            raise RuntimeError("out of memory")
+        return found
+
+    monkeypatch.setattr(denoise, "predict", once)
+    for left[0] in (2, 7, 12):
+        again = job | {"state": DenoiseState(latents=noise(10), next_step=0)}
+        again |= {"scheduler": scheduler()}
+        with pytest.raises(RuntimeError):
+            denoised(Counting(), asked, **again)
+        found = denoised(Counting(), asked, **again)
+        assert torch.equal(found.latents, whole.latents)
+        assert found.memory.describe() == whole.memory.describe()
 
 
 def test_what_is_remembered_is_saved_and_restored_whole() -> None:

@@ -196,31 +196,32 @@ def predict_windows(
         # 1. Predict: all windows of a step read the same latents, those before the step.
         seen = _seen(window, anchor)
         places = torch.tensor(conditions.places(seen), device=latents.device)
-        velocity = predict(
-            latents.index_select(2, places),
-            timestep,
-            expert,
-            conditions if asked else conditions.window(seen, _middle(window)),
-            indices=seen,
-            check=signals.check,
-            step=None if step is None else replace(step, key=_window_key(seen)),
-            far=asked.get(number),
-        )
-        if unused := len(seen) - len(window.indices):
-            after = velocity[:, :, references + unused :]
-            velocity = torch.cat([velocity[:, :, :references], after], dim=2)
-        # 2. Blend: a running weighted mean, so that no second buffer for the weights is needed.
-        # ``lerp`` between equal values returns that value, where a weighted sum would round.
-        # References are in every window, whose predictions of them count alike.
-        shares = (*[1 / (number + 1)] * references, *fractions)
-        index = torch.tensor(conditions.places(window.indices), device=latents.device)
-        share = torch.tensor(shares, dtype=torch.float32, device=latents.device)
-        blended = torch.lerp(
-            state.fused.index_select(2, index), velocity.float(), share.view(1, 1, -1, 1, 1)
-        )
-        # 3. Only now does the window count as done.
-        state.fused.index_copy_(2, index, blended)
-        state.next_window = number + 1
+        with _forget_on_error(state):
+            velocity = predict(
+                latents.index_select(2, places),
+                timestep,
+                expert,
+                conditions if asked else conditions.window(seen, _middle(window)),
+                indices=seen,
+                check=signals.check,
+                step=None if step is None else replace(step, key=_window_key(seen)),
+                far=asked.get(number),
+            )
+            if unused := len(seen) - len(window.indices):
+                after = velocity[:, :, references + unused :]
+                velocity = torch.cat([velocity[:, :, :references], after], dim=2)
+            # 2. Blend: a running weighted mean, so that no second buffer for the weights is needed.
+            # ``lerp`` between equal values returns that value, where a weighted sum would round.
+            # References are in every window, whose predictions of them count alike.
+            shares = (*[1 / (number + 1)] * references, *fractions)
+            index = torch.tensor(conditions.places(window.indices), device=latents.device)
+            share = torch.tensor(shares, dtype=torch.float32, device=latents.device)
+            blended = torch.lerp(
+                state.fused.index_select(2, index), velocity.float(), share.view(1, 1, -1, 1, 1)
+            )
+            # 3. Only now does the window count as done.
+            state.fused.index_copy_(2, index, blended)
+            state.next_window = number + 1
         signals.window_done(number, len(windows))
     return state.fused
 
@@ -316,35 +317,39 @@ def denoise_steps(
                 steps=steps,
                 dtype=expert.dtype,
             )
-        remembered = replace(state.memory, windows=dict(state.memory.windows))
-        # 1. Predict the velocity: of the whole clip at once, or window by window.
-        timestep = scheduler.timesteps[i]
-        if windows is None or windows.count == 1:
-            if windows is not None:
-                signals.window(0, 1)
-            far = _whole(state.latents, timestep, expert, conditions, signals)
-            told = (state.latents, timestep, expert, conditions)
-            velocity = predict(*told, check=signals.check, step=step, far=far)
-        else:
-            # Predictions blended with other windows cannot be continued with these.
-            if state.fused_by != (name := repr(windows)):
-                state.fused, state.next_window, state.fused_by = None, 0, name
-            parts = tuple(zip(windows.windows(i), windows.blend_fractions(i), strict=True))
-            velocity = predict_windows(
-                state, timestep, expert, conditions, parts, signals, anchor=anchor, step=step
-            )
-        # 2. Predict the clean latents for a preview: x0 = x - sigma v, with x before the step.
-        sigma = float(scheduler.sigmas[i])
-        clean = state.latents - sigma * velocity if signals.preview is not None else None
-        # 3. Step. A scheduler remembers earlier predictions and counts its steps, so after an
-        # error it must not be one step ahead of the latents.
-        with _put_back_on_error(scheduler), _forget_on_error(state, remembered):
-            latents = scheduler.step(velocity, timestep, state.latents, return_dict=False)[0]
-            # Checked inside the context: the check may run out of memory as well.
-            if not torch.isfinite(latents).all():
-                raise NonFiniteLatents(
-                    step=i, sigma=sigma, expert=expert.name, dtype=str(expert.dtype).split(".")[-1]
+        whole = windows is None or windows.count == 1
+        with _forget_on_error(state) if whole else nullcontext():
+            # 1. Predict the velocity: of the whole clip at once, or window by window.
+            timestep = scheduler.timesteps[i]
+            if windows is None or windows.count == 1:
+                if windows is not None:
+                    signals.window(0, 1)
+                far = _whole(state.latents, timestep, expert, conditions, signals)
+                told = (state.latents, timestep, expert, conditions)
+                velocity = predict(*told, check=signals.check, step=step, far=far)
+            else:
+                # Predictions blended with other windows cannot be continued with these.
+                if state.fused_by != (name := repr(windows)):
+                    state.fused, state.next_window, state.fused_by = None, 0, name
+                parts = tuple(zip(windows.windows(i), windows.blend_fractions(i), strict=True))
+                velocity = predict_windows(
+                    state, timestep, expert, conditions, parts, signals, anchor=anchor, step=step
                 )
+            # 2. Predict the clean latents for a preview: x0 = x - sigma v, with x before the step.
+            sigma = float(scheduler.sigmas[i])
+            clean = state.latents - sigma * velocity if signals.preview is not None else None
+            # 3. Step. A scheduler remembers earlier predictions and counts its steps, so after an
+            # error it must not be one step ahead of the latents.
+            with _put_back_on_error(scheduler):
+                latents = scheduler.step(velocity, timestep, state.latents, return_dict=False)[0]
+                # Checked inside the context: the check may run out of memory as well.
+                if not torch.isfinite(latents).all():
+                    raise NonFiniteLatents(
+                        step=i,
+                        sigma=sigma,
+                        expert=expert.name,
+                        dtype=str(expert.dtype).split(".")[-1],
+                    )
         # 4. Commit. Callbacks come last, so that one that raises finds the step finished.
         state.latents, state.next_step = latents, i + 1
         state.fused, state.next_window = None, 0
@@ -372,16 +377,16 @@ def _window_key(indices: Sequence[int]) -> str:
 
 
 @contextmanager
-def _forget_on_error(state: DenoiseState, remembered: Memory) -> Iterator[None]:
-    """Restore what shortcuts remembered if the step is not finished and will be predicted again.
+def _forget_on_error(state: DenoiseState) -> Iterator[None]:
+    """Restore what shortcuts remembered if the ``with`` block raises: it will be predicted again.
 
-    Predictions of windows are kept in the state, and what was remembered of them stays true.
+    What a window remembers is true from the prediction that ``state`` keeps of it on.
     """
+    before = replace(state.memory, windows=dict(state.memory.windows))
     try:
         yield
     except BaseException:
-        if state.fused is None:
-            state.memory = remembered
+        state.memory = before
         raise
 
 
