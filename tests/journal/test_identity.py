@@ -43,7 +43,10 @@ class Made:
         self.config: GenerationConfig = JOB
         self.request: Request
         self.plan: OptimizationPlan
-        self.request, self.plan = self.wrapper.plan(JOB)
+        request, plan = self.wrapper.plan(JOB)
+        # In windows whose overlap was asked for: how they share frames counts only there.
+        self.request = replace(request, overlap_free=False)
+        self.plan = plan.with_choices(window_frames=17)
         self.model = self.wrapper.architecture
 
     def key(self, **changed: Any) -> str:
