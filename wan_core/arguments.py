@@ -162,6 +162,14 @@ def add_serve(command: argparse.ArgumentParser) -> None:
     command.add_argument("--token-file", metavar="FILE", help="(else the variable WANFIT_TOKEN)")
     command.add_argument("--upload-mb", type=float, default=64.0, help="largest upload, MiB (64)")
     command.add_argument("--tries", type=int, default=2, help="before a job fails for good (2)")
+    command.add_argument(
+        "--queue-limit", type=int, default=10_000, metavar="N",
+        help="jobs that may wait; more are answered 429 (10000)",
+    )  # fmt: skip
+    command.add_argument(
+        "--folder-gb", type=float, metavar="GB",
+        help="while the folder holds so much no job is taken, 507, and none begins (no limit)",
+    )  # fmt: skip
     command.add_argument("--device", help="cuda:0, cpu ... (default: the best there is)")
     command.add_argument("--devices", help="cards for one clip: a number, all, auto, or 0,2 (1)")
     command.add_argument("--speed", help=", ".join(SPEEDS))

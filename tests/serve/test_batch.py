@@ -184,6 +184,10 @@ BAD = {
     '{"output": "b.mp4", "control": {"vidio": "x"}}': "control has no field 'vidio'",
     '{"output": "b.mp4", "image": 5}': "image is 5",
     '{"output": "a.mp4"}': "as in line 1",
+    '{"output": "b.mp4", "seed": 1, "seed": 2}': "'seed' is given twice",
+    '{"output": "b.mp4", "priority": NaN}': "priority is nan",
+    '{"output": "out/b.mp4"}': "leads through a link",
+    '{"output": "there.mp4"}': "leads through a link",
     '{"output": "A.mp4", "model": ""}': "model is ''",
     '{"output": "' + "x" * 2**20 + '.mp4"}': "more than 1048576 bytes",
 }  # fmt: skip
@@ -191,12 +195,31 @@ BAD = {
 
 def test_a_bad_line_is_named_and_the_others_stay(tmp_path: Path) -> None:
     good = {"output": "a.mp4"}
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    folder = tmp_path / "clips"
+    folder.mkdir()
+    (folder / "out").symlink_to(elsewhere)
+    (folder / "there.mp4").symlink_to(elsewhere / "x.mp4")
     path = lines(tmp_path / "jobs.jsonl", good, *BAD, {"output": "z.mp4"})
-    found = list(read_jobs(path, tmp_path, tmp_path / "model"))
+    found = list(read_jobs(path, folder, tmp_path / "model"))
     assert [one.number for one in found] == list(range(1, len(BAD) + 3))
     assert isinstance(found[0], BatchJob) and isinstance(found[-1], BatchJob)
     for one, (line, why) in zip(found[1:-1], BAD.items(), strict=True):
         assert isinstance(one, BadLine) and why in one.error, line[:80]
+
+
+def test_a_file_as_other_systems_write_it(tmp_path: Path) -> None:
+    path, model = tmp_path / "jobs.jsonl", tmp_path / "model"
+    path.write_bytes(
+        b'\xef\xbb\xbf# from an editor\r\n\r\n{"output": "a.mp4"}\r\n{"output": "b.mp4"}'
+    )
+    assert [one.number for one in read_jobs(path, tmp_path, model)] == [3, 4]
+    path.write_bytes(b'\xef\xbb\xbf{"output": "a.mp4"}')
+    assert isinstance(next(iter(read_jobs(path, tmp_path, model))), BatchJob)
+    path.write_text('{"output": "a.mp4"}', encoding="utf-16")
+    with pytest.raises(InvalidRequest, match="save it as UTF-8"):
+        list(read_jobs(path, tmp_path, model))
 
 
 def test_mistakes_are_told_before_the_first_clip(

@@ -5,8 +5,6 @@ from __future__ import annotations
 import http.client
 import json
 import socket
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -24,13 +22,12 @@ from support.tiny_models import make_folder, open_wan
 pytest.importorskip("fastapi", reason="pip install 'wanfit[serve]': the server (wanfit serve)")
 pytest.importorskip("uvicorn", reason="pip install 'wanfit[serve]': the server (wanfit serve)")
 
-from support.http_server import Client, form, serving
+from support.http_server import Client, Idle, Started, form, serving, wait_for
 
 from wan_core import GenerationConfig
 from wan_core.errors import InvalidRequest, OutputError, WorkerFailed
 from wan_core.render.video import VideoWriter, read_video
 from wan_core.serve.carry import Outcome
-from wan_core.serve.crew import Hand
 from wan_core.serve.fields import Upload, read_job
 from wan_core.serve.http import Guard
 from wan_core.serve.jobs import BatchJob
@@ -42,38 +39,6 @@ TINY = {"num_frames": 5, "width": 32, "height": 32, "num_inference_steps": 2}
 TOKEN = "a-token-of-some-length"
 PNG = BytesIO()
 Image.new("RGB", (32, 32), "red").save(PNG, "PNG")
-
-
-class Idle:
-    """A crew that takes a job and keeps it, until it is told how the job ended."""
-
-    def __init__(self) -> None:
-        self.hand = Hand("idle")
-        self.ends: list[Outcome] = []
-
-    def __call__(self, queue: Any) -> Idle:
-        self.queue = queue
-        return self
-
-    def free(self, waiting: int) -> Sequence[Hand]:
-        return () if self.hand.job is not None else (self.hand,)
-
-    def begin(self, hand: Hand, job: BatchJob) -> None:
-        hand.job = job
-
-    def wait(self, seconds: float) -> list[tuple[BatchJob, Outcome]]:
-        job = self.hand.job
-        assert job is not None
-        if self.queue.stopped(job.number):
-            self.ends.append(Outcome(error="stopped", kind="Stopped", stopped=True))
-        if not self.ends:
-            time.sleep(0.01)
-            return []
-        self.hand.job = None
-        return [(job, self.ends.pop(0))]
-
-    def close(self) -> None:
-        self.hand.job = None
 
 
 @pytest.fixture(scope="module")
@@ -129,6 +94,7 @@ BAD: list[tuple[dict[str, Any], str, str]] = [
     ({"width": "wide"}, "width", "a whole number is needed"),
     ({"width": "1e9"}, "width", "a whole number is needed"),
     ({"width": 33_000_000}, "width", "width"),
+    ({"priority": "high"}, "priority", "a number is needed"),
     ({"flow_shift": "nan"}, "flow_shift", "a number is needed"),
     ({"size": "32 by 32"}, "size", "WIDTHxHEIGHT"),
     ({"size": f"{'9' * 5000}x32"}, "size", "WIDTHxHEIGHT"),
@@ -492,13 +458,6 @@ def test_a_disk_that_stays_full_ends_the_crew_and_is_told(
     queue.close()
 
 
-def wait_for(true: Any, seconds: float = 20) -> None:
-    deadline = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
 def job(folder: Path, number: int = 0, **more: Any) -> BatchJob:
     return BatchJob(number=number, model=folder, output=folder / "x.mp4", **more)
 
@@ -536,6 +495,10 @@ def test_a_queue_takes_up_what_was_in_work(tmp_path: Path) -> None:
     assert queue.by_status()["queued"] == 1
     row = queue.get(ids[1])
     assert row is not None and row.tries == 0
+    # It stopped in time: what is counted of deaths is as it was.
+    assert [
+        r[0] for r in queue._file.execute("SELECT restarts FROM jobs WHERE id = ?", (ids[1],))
+    ] == [0]
     queue.close()
     (tmp_path / "other").write_text("no database, for certain" * 100)
     with pytest.raises(InvalidRequest, match="is not the queue"):
@@ -683,35 +646,6 @@ def test_json_is_taken_too(idle: tuple[Client, Any]) -> None:
     row = desk.queue.get(video["id"])
     assert row is not None and row.output == desk.queue.folder_of(video["id"]) / "clip.mp4"
     client.ask("DELETE", f"/v1/videos/{video['id']}")
-
-
-class Started:
-    """A server as a user starts it, in its own process, that can be killed and started again."""
-
-    def __init__(self, model: Path, folder: Path) -> None:
-        self.command = [
-            sys.executable, "-m", "wan_core", "serve", str(model), "--folder", str(folder),
-            "--device", "cpu",
-        ]  # fmt: skip
-        self.port = 0
-        self.start()
-
-    def start(self) -> None:
-        root = Path(__file__).parents[2]
-        self.process = subprocess.Popen(
-            [*self.command, "--port", str(self.port)], cwd=root, stderr=subprocess.PIPE, text=True
-        )
-        assert self.process.stderr is not None
-        for line in self.process.stderr:
-            if line.startswith("http://"):
-                self.port = int(line.split("/")[2].rpartition(":")[2])
-                break
-        # What it says later must not fill the pipe.
-        threading.Thread(target=self.process.stderr.read, daemon=True).start()
-
-    def kill(self) -> None:
-        self.process.kill()
-        self.process.wait()
 
 
 @pytest.mark.slow

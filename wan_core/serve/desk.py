@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import hashlib
+import math
+import os
 import re
 import threading
 import time
@@ -12,19 +15,79 @@ from pathlib import Path
 from typing import Any
 
 from ..config import GenerationConfig
-from ..errors import DoesNotFit, InvalidRequest, WanError, first_line
+from ..errors import DoesNotFit, InvalidRequest, OutputError, WanError, first_line
 from .carry import Carrier
 from .crew import Crew, carry_out
 from .fields import Served, name_of, read_job
 from .jobs import BatchJob
-from .queue import Queue, Row, new_id
+from .queue import MOST_WAITING, Queue, Row, new_id
 from .uploads import MOST_BYTES, Form, check_frames, look_at, remove_parts
 
 _PAGE = Path(__file__).with_name("watch.html")
 
 
+_KEPT_SECONDS, _KEPT_PART = 2.0, 20.0
+"""How long the bytes of the folder are believed, and how many times the time that counting took."""
+_USUAL_WAIT, _LONGEST_WAIT = 60, 3600
+"""Seconds after which a client is told to ask again where no job has ended yet, and at most."""
+
+
 class OutOfOrder(WanError):
     """No job is carried out just now, so none is accepted."""
+
+
+class FolderFull(OutputError):
+    """The folder holds as many bytes as it may."""
+
+
+class Shelf:
+    """How many bytes a folder holds, counted anew now and then, and how many it may hold."""
+
+    def __init__(self, folder: Path, most: int | None) -> None:
+        self.folder, self.most = folder, most
+        self._lock = threading.Lock()
+        self._bytes, self._until, self._took = 0, 0.0, 0.0
+
+    def kept(self) -> int:
+        """Return the bytes of all files below the folder, as of some seconds ago at most."""
+        with self._lock:
+            began = time.monotonic()
+            if began >= self._until:
+                self._bytes = _bytes_below(self.folder)
+                self._took = time.monotonic() - began
+                self._until = began + max(_KEPT_SECONDS, _KEPT_PART * self._took)
+            return self._bytes
+
+    def changed(self) -> None:
+        """Count again when asked next, unless counting takes long: something was taken out."""
+        with self._lock:
+            self._until = min(self._until, time.monotonic() + _KEPT_PART * self._took)
+
+    def has_room(self) -> bool:
+        """Return whether the folder may grow."""
+        return self.most is None or self.kept() < self.most
+
+    def full(self) -> str:
+        """Return what a client is told of a folder without room."""
+        kept, most = self.kept() / 2**20, (self.most or 0) / 2**20
+        return (
+            f"The server's folder holds {kept:,.0f} MiB, and {most:,.0f} are allowed. Fetch and "
+            "delete videos that are done, or start it with a larger --folder-gb."
+        )
+
+
+def _bytes_below(folder: Path) -> int:
+    """Return the bytes of all files below a folder; what goes meanwhile counts nothing."""
+    total, folders = 0, [str(folder)]
+    while folders:
+        with contextlib.suppress(OSError), os.scandir(folders.pop()) as found:
+            for one in found:
+                with contextlib.suppress(OSError):
+                    if one.is_dir(follow_symlinks=False):
+                        folders.append(one.path)
+                    else:
+                        total += one.stat(follow_symlinks=False).st_size
+    return total
 
 
 class Desk:
@@ -32,14 +95,18 @@ class Desk:
 
     ``folder`` holds everything: the queue, uploads, journals and clips. ``crew`` makes the crew,
     given the queue. ``plan`` False leaves out whether a job fits: for a crew on other machines.
+    While the folder holds ``most_kept`` bytes no job is accepted, and none begins.
     """
 
     def __init__(
         self, served: Served, folder: Path, crew: Callable[[Queue], Crew], *,
         most_bytes: int = MOST_BYTES, tries: int = 2, plan: bool = True,
+        most_waiting: int = MOST_WAITING, most_kept: int | None = None,
     ) -> None:  # fmt: skip
         self.served, self.most_bytes, self._plan = served, most_bytes, plan
-        self.queue = Queue(folder / "queue.sqlite3", tries)
+        self.shelf = Shelf(folder, most_kept)
+        room = self.shelf.has_room
+        self.queue = Queue(folder / "queue.sqlite3", tries, most_waiting, room)
         self.uploads = folder / "uploads"
         self.uploads.mkdir(exist_ok=True)
         remove_parts(self.uploads)
@@ -92,6 +159,24 @@ class Desk:
         self.queue.end()
         if self._thread is not None:
             self._thread.join(timeout=10)
+
+    def check_room(self) -> None:
+        """Raise FolderFull where nothing more may be kept."""
+        if not self.shelf.has_room():
+            self.refused += 1
+            raise FolderFull(self.shelf.full())
+
+    def delete(self, id: str) -> bool:
+        """Take a job out, with all that belongs to it; see ``Queue.delete``."""
+        found = self.queue.delete(id)
+        self.shelf.changed()
+        return found
+
+    def ask_again_after(self) -> int:
+        """Return after how many seconds a place in the queue may be free: what a try takes here."""
+        ended = sum(self.queue.counts[name] for name in ("completed", "failed", "again"))
+        each = math.ceil(self.queue.seconds / ended) if ended else _USUAL_WAIT
+        return max(1, min(_LONGEST_WAIT, each))
 
     def accept(self, form: Form) -> Row:
         """Check a request from headers and put its job into the queue.
@@ -157,6 +242,8 @@ class Desk:
             ("wanfit_tries_total", "counter", "tries that ended since, by how they did",
              [(f'{{result="{name}"}}', counts[name])
               for name in ("completed", "failed", "again", "lost", "deleted")]),
+            ("wanfit_folder_bytes", "gauge", "bytes of all that is kept",
+             [("", self.shelf.kept())]),
             ("wanfit_requests_refused_total", "counter", "requests that became no job",
              [("", self.refused)]),
             ("wanfit_render_seconds_total", "counter", "seconds of all tries that ended since",

@@ -24,7 +24,7 @@ from .jobs import CONFIG_FIELDS, BatchJob
 _NUMBERS = {
     "width": int, "height": int, "num_frames": int, "fps": float, "num_inference_steps": int,
     "guidance_scale": float, "guidance_scale_2": float, "boundary_ratio": float,
-    "flow_shift": float, "seed": int,
+    "flow_shift": float, "seed": int, "priority": float,
 }  # fmt: skip
 _TEXTS = ("prompt", "negative_prompt", "model", "size", "seconds", "user")
 _OBJECTS = ("lora", "extra_params")
@@ -143,6 +143,7 @@ def read_job(
         loras=(*served.loras, *_loras(given, served)),
         use_recipe=served.use_recipe,
         optimization=dict(served.optimization),
+        priority=numbers.get("priority", 0.0),
     )
     fps = values.get("fps") or served.fps
     shown = {
@@ -152,6 +153,7 @@ def read_job(
         "seconds": f"{values['num_frames'] / fps:g}",
         "num_frames": values["num_frames"],
         "seed": values["seed"],
+        "priority": job.priority,
     }
     return job, shown
 

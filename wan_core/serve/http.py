@@ -22,7 +22,7 @@ from ..errors import (
 from .desk import Desk, OutOfOrder
 from .fields import MOST_DIGITS
 from .queue import QueueFull, Row
-from .uploads import TooLarge, check_length, read_form
+from .uploads import TooLarge, TooSlow, check_length, paced, read_form
 
 if TYPE_CHECKING:
     from fastapi import FastAPI, Request, Response
@@ -32,9 +32,11 @@ _OPEN = ("/", "/health")
 """Addresses that need no token: they tell nothing of anybody's jobs."""
 _MOST_LISTED = 100
 _STATUS = (
-    (TooLarge, 413), (QueueFull, 429), (DoesNotFit, 422), (InvalidRequest, 400), (OutputError, 507),
-    (OutOfOrder, 503),
+    (TooLarge, 413), (TooSlow, 408), (QueueFull, 429), (DoesNotFit, 422), (InvalidRequest, 400),
+    (OutputError, 507), (OutOfOrder, 503),
 )  # fmt: skip
+MOST_REQUESTS = 512
+"""Requests that are answered at the same time; more are told to ask again."""
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -55,6 +57,7 @@ class Guard:
         self._app = app
         self._hosts = {"localhost", "127.0.0.1", "::1", host}
         self._token = None if token is None else token.encode()
+        self._in_work = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on, or answer it."""
@@ -64,7 +67,14 @@ class Guard:
             if refused is not None:
                 await _answer(send, *refused)
                 return
-        await self._app(scope, receive, send)
+            if self._in_work >= MOST_REQUESTS:
+                await _answer(send, 503, f"{MOST_REQUESTS} requests are in work already.")
+                return
+        self._in_work += 1
+        try:
+            await self._app(scope, receive, send)
+        finally:
+            self._in_work -= 1
 
     def _refused(self, path: str, head: Mapping[bytes, bytes]) -> tuple[int, str] | None:
         host, origin = head.get(b"host", b""), head.get(b"origin")
@@ -90,13 +100,16 @@ class Guard:
 
 
 async def _answer(send: Send, status: int, message: str) -> None:
-    body = json.dumps(error_body(message, "authentication_error")).encode()
+    kind = "too_many_requests" if status == 503 else "authentication_error"
+    body = json.dumps(error_body(message, kind)).encode()
     headers = [
         (b"content-type", b"application/json"), (b"content-length", str(len(body)).encode()),
         (b"connection", b"close"),
     ]  # fmt: skip
     if status == 401:
         headers.append((b"www-authenticate", b"Bearer"))
+    if status == 503:
+        headers.append((b"retry-after", b"1"))
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": body})
 
@@ -142,13 +155,13 @@ def make_app(desk: Desk, token: str | None, host: str = "127.0.0.1") -> Any:
         ) from err
     # No pages of documentation: they would load scripts from other sites.
     app = FastAPI(title="WanFit", docs_url=None, redoc_url=None, openapi_url=None)
-    _add_errors(app)
+    _add_errors(app, desk)
     _add_videos(app, desk)
     _add_state(app, desk)
     return Guard(app, token, host)
 
 
-def _add_errors(app: FastAPI) -> None:
+def _add_errors(app: FastAPI, desk: Desk) -> None:
     from fastapi.responses import JSONResponse
 
     @app.exception_handler(WanError)
@@ -156,7 +169,9 @@ def _add_errors(app: FastAPI) -> None:
         status = next((code for kind, code in _STATUS if isinstance(err, kind)), 400)
         body = error_body(str(err), type(err).__name__, getattr(err, "field", None))
         # What is left of a body that was not read must not be taken for another request.
-        headers = {"connection": "close"} if isinstance(err, TooLarge) else None
+        headers = {"connection": "close"} if isinstance(err, TooLarge | TooSlow) else {}
+        if status in (429, 503):
+            headers["retry-after"] = str(desk.ask_again_after())
         return JSONResponse(body, status, headers)
 
     @app.exception_handler(404)
@@ -178,8 +193,9 @@ def _add_videos(app: FastAPI, desk: Desk) -> None:
 
     async def create(request: Request) -> Response:
         check_length(request.headers.get("content-length"), desk.most_bytes)
+        await run_in_threadpool(desk.check_room)
         kind = request.headers.get("content-type", "")
-        form = await read_form(request.stream(), kind, desk.uploads, desk.most_bytes)
+        form = await read_form(paced(request.stream()), kind, desk.uploads, desk.most_bytes)
         try:
             row = await run_in_threadpool(desk.accept, form)
         finally:
@@ -222,7 +238,7 @@ def _add_videos(app: FastAPI, desk: Desk) -> None:
 
     def delete(request: Request) -> Response:
         id = request.path_params["id"]
-        if not (_ID.fullmatch(id) and desk.queue.delete(id)):
+        if not (_ID.fullmatch(id) and desk.delete(id)):
             return missing(id)
         return JSONResponse({"id": id, "object": "video.deleted", "deleted": True})
 
@@ -239,6 +255,8 @@ def _add_state(app: FastAPI, desk: Desk) -> None:
     def health(_: Request) -> Response:
         well = desk.failed is None
         body = {"status": "ok" if well else "failed", "model": desk.served.name}
+        if well and not desk.shelf.has_room():  # nothing that starting it again would mend
+            return JSONResponse(body | {"status": "full", "error": desk.shelf.full()})
         return JSONResponse(body if well else body | {"error": desk.failed}, 200 if well else 503)
 
     def metrics(_: Request) -> Response:

@@ -9,6 +9,7 @@ inputs are relative to the folder of the file.
 
 from __future__ import annotations
 
+import codecs
 import difflib
 import hashlib
 import json
@@ -119,6 +120,10 @@ def read_jobs(
         raise MissingFile(f"The jobs {path} cannot be read: {err.strerror}.") from err
     with file:
         number = 0
+        start = file.read(3)
+        if start[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+            raise InvalidRequest(f"{path} is UTF-16; save it as UTF-8.")
+        file.seek(3 if start == codecs.BOM_UTF8 else 0)
         while line := file.readline(MOST_LINE + 1):
             number += 1
             if number > MOST_LINES:
@@ -187,12 +192,24 @@ def _job(
 
 def _object(line: bytes) -> dict[str, Any]:
     try:
-        values = json.loads(line)
+        values = json.loads(line, object_pairs_hook=_once)
+    except WanError:
+        raise
     except (ValueError, RecursionError) as err:
         raise InvalidRequest(f"the line is not JSON ({str(err)[:100]}).") from err
     if not isinstance(values, dict):
         raise InvalidRequest("the line must be a JSON object.")
     return values
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return an object of JSON; a name that is given twice would silently be the last one."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise InvalidRequest(f"{twice!r} is given twice.", field=twice)
+    return found
 
 
 def _text(values: Mapping[str, Any], name: str, usual: str | None) -> str:

@@ -27,7 +27,7 @@ from .jobs import BatchJob
 
 STATES = ("queued", "in_progress", "completed", "failed")
 MOST_WAITING = 10_000
-"""More jobs than these are refused until some are done."""
+"""More jobs than these are refused until some are done, where the server is not told otherwise."""
 PATIENCE = 600.0
 """Seconds for which a change that the disk refuses is tried again before the queue gives up."""
 _KILLS = (
@@ -85,12 +85,16 @@ class QueueFull(InvalidRequest):
 class Queue:
     """The jobs of one server; safe to use from several threads. Is a ``Work`` for a crew.
 
-    ``tries`` is how often a job is tried before it is failed for good. Raises InvalidRequest for a
+    ``tries`` is how often a job is tried before it is failed for good, ``most`` how many may wait.
+    ``room`` says whether jobs may begin; while it says no they wait. Raises InvalidRequest for a
     file that is no queue, OutputError where it cannot be written.
     """
 
-    def __init__(self, path: Path, tries: int = 2) -> None:
-        self.path, self._tries = path, tries
+    def __init__(
+        self, path: Path, tries: int = 2, most: int = MOST_WAITING,
+        room: Callable[[], bool] = lambda: True,
+    ) -> None:  # fmt: skip
+        self.path, self._tries, self._most, self._room = path, tries, most, room
         self._lock = threading.RLock()
         self._news = threading.Event()
         self._percent: dict[int, int] = {}
@@ -169,8 +173,8 @@ class Queue:
         Raises QueueFull where too many wait, OutputError where the disk is full.
         """
         with self._lock:
-            if self.waiting() >= MOST_WAITING:
-                raise QueueFull(f"{MOST_WAITING:,} jobs wait already; try again later.")
+            if self._queued() >= self._most:
+                raise QueueFull(f"{self._most:,} jobs wait already; try again later.")
             values = (
                 id, job.priority, job.group, time.time(), json.dumps(job.to_dict()),
                 json.dumps(dict(shown)),
@@ -279,9 +283,10 @@ class Queue:
     # -- what a crew asks -------------------------------------------------------------------------
 
     def waiting(self) -> int:
-        """Return how many jobs are queued; none once the server ends."""
-        if self.closed:
-            return 0
+        """Return how many jobs could begin; none once the server ends, or without room."""
+        return 0 if self.closed or not self._room() else self._queued()
+
+    def _queued(self) -> int:
         with self._lock:
             found = self._file.execute(
                 "SELECT COUNT(*) FROM jobs WHERE status = 'queued' AND unwanted = 0"
@@ -290,7 +295,9 @@ class Queue:
 
     def take(self, group: str) -> BatchJob | None:
         """Return the next job: tried least, of the highest priority, of the open model, oldest."""
-        return None if self.closed else self._patiently(lambda: self._take(group))
+        if self.closed or not self._room():
+            return None
+        return self._patiently(lambda: self._take(group))
 
     def _patiently(self, change: Callable[[], _Made]) -> _Made:
         """Make a change, again and again while the disk refuses it, and tell so in ``trouble``.
@@ -313,7 +320,7 @@ class Queue:
 
     def _take(self, group: str) -> BatchJob | None:
         with self._lock:
-            row = self._file.execute(_NEXT, (group,)).fetchone()
+            row = None if self.closed else self._file.execute(_NEXT, (group,)).fetchone()
             if row is None:
                 return None
             self._file.execute(
@@ -355,14 +362,15 @@ class Queue:
             status = "failed" if last else "queued"
         ended = time.time() if status in ("completed", "failed") else None
         self._file.execute(
-            "UPDATE jobs SET status = ?, tries = ?, losses = ?, ended = ?, outcome = ?"
-            " WHERE number = ?",
+            "UPDATE jobs SET status = ?, tries = ?, losses = ?, ended = ?, outcome = ?,"
+            " restarts = restarts + ? WHERE number = ?",
             (
                 status,
                 tries,
                 losses,
                 ended,
                 json.dumps(outcome.to_dict(), default=str),
+                self.closed,
                 job.number,
             ),
         )
@@ -402,13 +410,15 @@ class Queue:
 
     def end(self) -> None:
         """Give out no more jobs, and stop those in work; their journals stay."""
-        if not self.closed:
+        with self._lock:
             # One that does not stop in time is in work when the file is opened again: no death.
-            with contextlib.suppress(sqlite3.Error), self._lock:
-                self._file.execute(
-                    "UPDATE jobs SET restarts = restarts - 1 WHERE status = 'in_progress'"
-                )
-        self.closed = True
+            # Of one that does, ``_note`` takes this back.
+            if not self.closed:
+                with contextlib.suppress(sqlite3.Error):
+                    self._file.execute(
+                        "UPDATE jobs SET restarts = restarts - 1 WHERE status = 'in_progress'"
+                    )
+            self.closed = True
         self._ended.set()
         self._news.set()
 

@@ -5,10 +5,13 @@ It listens on this machine alone unless told otherwise, and then only with a tok
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
 import os
+import signal
 import socket
-from collections.abc import Callable, Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,12 +25,16 @@ from .fields import Served
 from .http import make_app
 from .jobs import placed_lora
 from .processes import processes_for
-from .queue import Queue
+from .queue import MOST_WAITING, Queue
 
 TOKEN = "WANFIT_TOKEN"
 """The environment's name of the token; a command line can be read by every user of a machine."""
 _LEAST_TOKEN = 16
 _END_SECONDS = 5
+_MOST_CONNECTIONS = 1024
+"""Connections of all clients together; one more is answered 503 and closed."""
+HEAD_SECONDS = 20.0
+"""How long a connection may take to the end of a request's head. Assumed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,13 +45,15 @@ class ServerOptions:
     folder: Path
     host: str = "127.0.0.1"
     port: int = 8091
-    token: str | None = None
+    token: str | None = field(default=None, repr=False)
     optimization: Mapping[str, Any] = field(default_factory=dict)
     loras: tuple[str, ...] = ()
     use_recipe: bool = False
     lora_folder: Path | None = None
     upload_mb: float = 64.0
     tries: int = 2
+    most_waiting: int = MOST_WAITING
+    folder_gb: float | None = None
     at_once: str | None = None
     cluster: str | None = None
 
@@ -63,6 +72,7 @@ def serve(options: ServerOptions, tell: Callable[[str], object] = print) -> None
             f"The server needs FastAPI and uvicorn ({err}): pip install 'wanfit[serve]'."
         ) from err
     check_token(options.host, options.token)
+    _check_bounds(options)
     served = open_served(options)
     queues: list[Queue] = []
     crew = _crew(options, served, tell, queues)
@@ -71,7 +81,8 @@ def serve(options: ServerOptions, tell: Callable[[str], object] = print) -> None
         desk = Desk(
             served, options.folder, lambda _: crew,
             most_bytes=int(options.upload_mb * 2**20), tries=options.tries,
-            plan=options.cluster is None,
+            plan=options.cluster is None, most_waiting=options.most_waiting,
+            most_kept=None if options.folder_gb is None else int(options.folder_gb * 1e9),
         )  # fmt: skip
         queues.append(desk.queue)
         app = make_app(desk, options.token, options.host)
@@ -81,19 +92,97 @@ def serve(options: ServerOptions, tell: Callable[[str], object] = print) -> None
         raise
     listening.listen(2048)  # from here on nobody is turned away
     host, port = listening.getsockname()[:2]
-    config = uvicorn.Config(
-        app, log_level="warning", access_log=False, lifespan="off", server_header=False,
-        timeout_graceful_shutdown=_END_SECONDS,
-    )  # fmt: skip
     shown = f"[{host}]" if ":" in host else host
     tell(
         f"http://{shown}:{port}/ makes clips with {served.name}; they are kept in {options.folder}"
     )
+    with _asked_to_end():
+        try:
+            uvicorn.Server(uvicorn.Config(app, **listening_as())).run(sockets=[listening])
+        finally:
+            desk.stop()
+            listening.close()
+
+
+@contextlib.contextmanager
+def _asked_to_end() -> Iterator[None]:
+    """Have SIGTERM, which uvicorn sends itself again when it has ended, leave time for an end.
+
+    Without this the process would be gone before what is in work is stopped, and each orderly end
+    would count as a death under that job.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: None)
     try:
-        uvicorn.Server(config).run(sockets=[listening])
+        yield
     finally:
-        desk.stop()
-        listening.close()
+        signal.signal(signal.SIGTERM, before)
+
+
+def listening_as() -> dict[str, Any]:
+    """Return how uvicorn listens: what it is to say, and how many and how slow clients may be."""
+    return {
+        "log_level": "warning", "access_log": False, "lifespan": "off", "server_header": False,
+        "timeout_graceful_shutdown": _END_SECONDS, "limit_concurrency": _MOST_CONNECTIONS,
+        "http": _patient(), "ws": "none",
+    }  # fmt: skip
+
+
+def _patient() -> Any:
+    """Return uvicorn's protocol, which hangs up on who does not get to the end of a head.
+
+    uvicorn waits for the first byte, and for the last one of a head, without end.
+    """
+    import asyncio
+
+    from uvicorn.protocols.http.h11_impl import H11Protocol
+
+    class Patient(H11Protocol):
+        _head: asyncio.TimerHandle | None = None
+
+        def connection_made(self, transport: Any) -> None:
+            super().connection_made(transport)
+            self._wait()
+
+        def data_received(self, data: bytes) -> None:
+            super().data_received(data)
+            self._wait()
+
+        def _between(self) -> bool:
+            return self.cycle is None or self.cycle.response_complete
+
+        def _wait(self) -> None:
+            """Begin to wait for a head, or go on with it; a request in work takes its time."""
+            if not self._between():
+                if self._head is not None:
+                    self._head.cancel()
+                self._head = None
+            elif self._head is None:
+                self._head = self.loop.call_later(HEAD_SECONDS, self._late)
+
+        def _late(self) -> None:
+            self._head = None
+            if self._between():
+                self.transport.close()
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            if self._head is not None:
+                self._head.cancel()
+            super().connection_lost(exc)
+
+    return Patient
+
+
+def _check_bounds(options: ServerOptions) -> None:
+    """Raise InvalidRequest for bounds that would let nothing in."""
+    for name, value in (
+        ("queue_limit", options.most_waiting), ("folder_gb", options.folder_gb),
+        ("upload_mb", options.upload_mb),
+    ):  # fmt: skip
+        if value is not None and not 0 < value < 1e15:
+            raise InvalidRequest(f"{name} is {value}; a number above 0 is needed.", field=name)
 
 
 def _crew(
@@ -179,7 +268,9 @@ def _listen(host: str, port: int) -> socket.socket:
     try:
         family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listening = socket.socket(family, socket.SOCK_STREAM)
-        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        # On Windows that name means that another program may take the port away.
+        exclusive = getattr(socket, "SO_EXCLUSIVEADDRUSE", None)
+        listening.setsockopt(socket.SOL_SOCKET, exclusive or socket.SO_REUSEADDR, 1)
         listening.bind(address)
     except (OSError, OverflowError) as err:
         raise OutputError(
@@ -191,7 +282,7 @@ def _listen(host: str, port: int) -> socket.socket:
 def options_of(given: Mapping[str, Any], optimization: Mapping[str, Any]) -> ServerOptions:
     """Return the options of a command line's values; raises MissingFile for a token's file."""
     loras = given["lora_folder"]
-    same = ("host", "port", "use_recipe", "upload_mb", "tries", "at_once", "cluster")
+    same = ("host", "port", "use_recipe", "upload_mb", "tries", "folder_gb", "at_once", "cluster")
     return ServerOptions(
         model=Path(os.path.expanduser(given["model"])),
         folder=Path(os.path.expanduser(given["folder"])),
@@ -199,6 +290,7 @@ def options_of(given: Mapping[str, Any], optimization: Mapping[str, Any]) -> Ser
         optimization=dict(optimization),
         loras=tuple(given["lora"]),
         lora_folder=None if loras is None else Path(os.path.expanduser(loras)),
+        most_waiting=given["queue_limit"],
         **{name: given[name] for name in same},
     )
 

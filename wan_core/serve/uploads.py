@@ -7,8 +7,10 @@ type: only picture formats and containers that cannot name other files are opene
 
 from __future__ import annotations
 
+import asyncio
 import json
 import secrets
+import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +23,9 @@ MOST_BYTES = 64 * 2**20
 """Bytes of an upload that are taken where the server is not told otherwise."""
 _SLACK = 2**20
 """Bytes of a request besides its file: its texts, and what multipart puts between."""
+PAUSE_SECONDS, LEAST_RATE = 30.0, 1024
+"""A body that pauses for so long, or brings fewer bytes a second in all, holds a place for nothing.
+Assumed."""
 MOST_FIELDS = 64
 MOST_PICTURE, MOST_FRAME, MOST_VIDEO = 7680 * 4320, 4096 * 2304, 2**28
 """Pixels of a picture, of a video's frame, and of as many frames as a clip reads: 268 million are
@@ -32,6 +37,31 @@ _SUFFIXES = _PICTURES | {"MPO": ".jpg"}
 
 class TooLarge(WanError):
     """The body of a request is larger than the server takes."""
+
+
+class TooSlow(WanError):
+    """The body of a request comes so slowly that it would never end."""
+
+
+async def paced(body: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    """Pass a body on; raise TooSlow where nothing comes for long, or next to nothing."""
+    began, total, chunks = time.monotonic(), 0, aiter(body)
+    while True:
+        slow = False
+        try:
+            chunk = await asyncio.wait_for(anext(chunks), PAUSE_SECONDS)
+        except StopAsyncIteration:
+            return
+        except TimeoutError:
+            slow, chunk = True, b""
+        total += len(chunk)
+        took = time.monotonic() - began
+        if slow or (took > PAUSE_SECONDS and total < took * LEAST_RATE):
+            raise TooSlow(
+                f"{total:,} bytes of the request came in {took:.0f} s; {LEAST_RATE:,} a second are "
+                f"needed, and no pause of {PAUSE_SECONDS:.0f} s."
+            )
+        yield chunk
 
 
 @dataclass(slots=True)
