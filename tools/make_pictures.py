@@ -189,8 +189,6 @@ def workflow_pictures(page: Any, server: ComfyServer, names: Iterable[str]) -> N
         if name in CONTROLLED:
             target = ROOT / "web" / "docs" / "images" / f"{name}.jpg"
             page.screenshot(path=str(target), type="jpeg", quality=75)
-        if name == "key_frames":
-            node_picture(page, "WanControl")
 
 
 def graph_picture(page: Any, name: str) -> None:
@@ -211,6 +209,8 @@ def graph_picture(page: Any, name: str) -> None:
         ROOT / "example_workflows" / f"{name}.jpg"
     )
     page.set_viewport_size({"width": WINDOW[0], "height": WINDOW[1]})
+    if name == "animate_replace_character":  # which uses most of its sockets
+        node_picture(page, "WanControl")
 
 
 def save_thumbnail(server: ComfyServer, entry: dict[str, Any], target: Path) -> None:

@@ -43,11 +43,13 @@ QUICK = (
     "tests/forward/test_sources.py",
     "tests/forward/test_transformer.py::test_equal_bits",
     "tests/decoding/test_lean.py::test_bits_are_those_of_diffusers",
+    "tests/decoding/test_encoder.py::test_bits_are_those_of_diffusers",
     "tests/render/test_pipeline.py::test_equals_diffusers_bit_for_bit",
 )
 QUICK_ONLY = "not (euler or dpm or unguided)"
 FULL = (
     "tests/forward",
+    "tests/decoding/test_encoder.py",
     "tests/sampling",
     "tests/memory/test_forward.py",
     "tests/loading/test_component.py::test_every_component_equals_from_pretrained",

@@ -334,7 +334,8 @@ def test_a_plan_decides_how_the_decode_is_done(monkeypatch: pytest.MonkeyPatch) 
             cache=None, keep_components=True, callbacks=None, smaller_plan=None,
             plan=SimpleNamespace(
                 choices=SimpleNamespace(
-                    lean=lean, by_rows=by_rows, cache_in_ram=False, quick=False
+                    lean=lean, by_rows=by_rows, cache_in_ram=False, quick=False,
+                    offload_of=lambda part: "none",
                 ),
                 pin_bytes=lambda budget: budget,
             ),

@@ -13,6 +13,7 @@ import pytest
 import torch
 from support.machines import architecture, gpu
 from support.tiny_models import make_folder, make_transformer
+from support.vae_models import make_vae
 
 from wan_core import OptimizationManager, WanPipelineLoader
 from wan_core.errors import InvalidRequest
@@ -80,6 +81,18 @@ def test_a_pipeline_of_diffusers_makes_the_same_bits_under_a_plan(
     assert all("forward" not in module.__dict__ for module in forwards)
     assert not any(m._forward_pre_hooks or m._forward_hooks for m in forwards)
     assert torch.equal(run(pipeline), plain)
+
+
+@pytest.mark.parametrize("decoding", [True, False])
+def test_a_vae_in_layers_keeps_its_own_halves(decoding: bool) -> None:
+    vae = make_vae("2.1")
+    chosen = plan(offload="sequential", lean=True)
+    with applied.apply_plan(vae, "vae", chosen, decoding=decoding) as missed:
+        assert missed is None
+    chosen = plan(lean=True)
+    half = vae.decoder if decoding else vae.encoder
+    with applied.apply_plan(vae, "vae", chosen, decoding=decoding) as missed:
+        assert missed is None and "forward" in vars(half)
 
 
 def test_what_cannot_be_put_on_is_said(folder: Path) -> None:

@@ -165,6 +165,31 @@ def test_a_smaller_plan_keeps_the_gangs() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("name", "devices", "workers", "said"),
+    [
+        ("wan-animate-2-14b", 2, 0, "one card computes Animate 2: its driving stream"),
+        ("wan-animate-2-14b", "auto", 0, "one card computes Animate 2: its driving stream"),
+        ("wan2.2-animate-14b", 2, 2, "2 cards (cuda:0, cuda:1): a step has 2 passes"),
+        ("wan2.2-animate-14b", "all", 2, "Animate's forward cannot be cut over cards"),
+    ],
+)
+def test_what_several_cards_do_for_animate_is_said(
+    name: str, devices: Any, workers: int, said: str
+) -> None:
+    """Both passes of guidance on two cards for Animate 1; nothing for Animate 2."""
+    job = replace(SHORT, references=1, reference_picture=True, start_video=True)
+    system = machine(80, 80, 80, 80)
+    asked = OptimizationConfig(devices=devices)
+    found = Planner().recommend_optimizations(architecture(name), job, system, asked)
+    assert (len(found.workers), found.gang) == (workers, 1)
+    assert any(said in reason for reason in found.reasons), found.reasons
+    alone = Planner().recommend_optimizations(
+        architecture(name), job, machine(80), OptimizationConfig(devices="auto")
+    )
+    assert not any("one card computes Animate" in reason for reason in alone.reasons)
+
+
 def test_one_pass_for_one_card() -> None:
     alone = plan(replace(SHORT, guidance_high=False), machine(80, 80), 2, forward="diffusers")
     assert alone.workers == () and "one card is faster: a step is one pass" in alone.reasons[-1]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from support.machines import architecture, cpu, gpu
 
@@ -57,6 +59,24 @@ def test_estimate_and_clock_know_all_three() -> None:
     assert stages["inputs"].host_bytes - stages["again"].host_bytes == one
     assert seconds["kv"] < seconds["inputs"] < 1.1 * seconds["kv"] < 1.5 * seconds["kv"]
     assert 1.8 < seconds["again"] / seconds["kv"] < 2.1
+
+
+@pytest.mark.parametrize("name", ["wan-animate-2-14b", "wan2.2-animate-14b"])
+def test_of_the_step_caches_one_is_known_and_the_other_refused(name: str) -> None:
+    model = architecture(name)
+    asked = OptimizationConfig(step_cache="easycache")
+    found = Planner().recommend_optimizations(model, JOB, gpu(80), asked)
+    assert found.choices.easycache == 0.05 and "EasyCache 0.05" in found.applied
+    with pytest.raises(InvalidRequest, match=f"no curve of MagCache is published for {name}"):
+        Planner().recommend_optimizations(
+            model, JOB, gpu(80), OptimizationConfig(step_cache="magcache")
+        )
+    fastest = OptimizationConfig(speed="fastest")
+    found = Planner().recommend_optimizations(model, JOB, gpu(80), fastest)
+    assert {"fastest kernels", "EasyCache 0.05", "guidance gate 0.5"} <= set(found.applied)
+    few = replace(JOB, steps=6, guidance_high=False)
+    found = Planner().recommend_optimizations(model, few, gpu(80), fastest)
+    assert not {"EasyCache 0.05", "guidance gate 0.5"} & set(found.applied)
 
 
 def test_another_forward_is_refused_and_a_cpu_is_planned() -> None:

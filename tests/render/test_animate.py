@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -168,6 +169,22 @@ def test_it_goes_on_in_the_second_segment_and_after_the_last_step(
     last = made(wrapper, **job)
     assert "only decoded" in last.metadata["resumed"]
     assert torch.equal(last.frames, plain())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("wishes", [{"step_cache_threshold": 1.0}, {"speed": "fastest"}])
+def test_a_step_cache_begins_anew_in_each_segment(folder: Path, wishes: dict[str, Any]) -> None:
+    """It leaves out as much of each as of a segment alone, and the first one's bits are that's."""
+    wrapper = opened(folder, step_cache="easycache", **wishes)
+    job: dict[str, Any] = {"num_inference_steps": 10}
+    two, one = made(wrapper, **job), made(wrapper, num_frames=13, **job)
+    assert torch.equal(two.frames[:13], one.frames)
+    counted = [
+        [int(n) for n in re.findall(r"\d+", found.metadata["forwards"])] for found in (two, one)
+    ]
+    assert counted[0] == [2 * number for number in counted[1]]
+    assert counted[1][0] < counted[1][1] == 20
+    assert not torch.equal(made(opened(folder), num_frames=13, **job).frames, one.frames)
 
 
 @pytest.mark.parametrize(

@@ -131,6 +131,31 @@ def test_killed_in_the_second_segment_goes_on_with_equal_bits(
     assert torch.equal(again.frames, whole.frames) and torch.equal(again.latents, whole.latents)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("wishes", [{"step_cache_threshold": 1.0}, {"speed": "fastest"}])
+def test_a_step_cache_begins_anew_in_each_segment(
+    files: WanModelFiles, wishes: dict[str, Any]
+) -> None:
+    wrapper = open_wan(files, step_cache="easycache", **wishes)
+    two, one = (
+        wrapper.generate(config(num_inference_steps=10, num_frames=frames)).raise_for_error()
+        for frames in (FRAMES, LENGTH)
+    )
+    assert torch.equal(two.frames[:LENGTH], one.frames)
+    counted = [
+        [int(n) for n in re.findall(r"\d+", found.metadata["forwards"])] for found in (two, one)
+    ]
+    assert counted[0] == [2 * number for number in counted[1]]
+    assert counted[1][0] < counted[1][1] == 20
+
+
+@pytest.mark.slow
+def test_several_cards_leave_it_to_one(files: WanModelFiles) -> None:
+    whole = open_wan(files).generate(config()).raise_for_error()
+    found = open_wan(files, devices=2).generate(config()).raise_for_error()
+    assert torch.equal(found.frames, whole.frames) and "workers" not in found.metadata
+
+
 @pytest.mark.parametrize(
     ("given", "said"),
     [

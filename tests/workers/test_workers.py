@@ -17,7 +17,7 @@ import pytest
 import torch
 from PIL import Image
 from support.thread_workers import ThreadWorker
-from support.tiny_models import folders, open_wan
+from support.tiny_models import ANIMATE, folders, open_wan
 
 from wan_core import GenerationConfig
 from wan_core.config import WanControl
@@ -84,6 +84,14 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         "wan2.2-fun-camera-a14b",
         CLIP | {"width": 64, "height": 64, "image": picture(), "control": WanControl(
             camera=torch.randn(1, 24, 8, 64, 64, generator=torch.Generator().manual_seed(4)),
+        )},
+        {},
+    ),
+    "Animate with a face, a background and a mask": (
+        ANIMATE, SHORT | {"guidance_scale": 3.0, "control": WanControl(
+            reference=torch.full((1, 32, 32, 3), 0.5), mask=torch.ones(5, 32, 32),
+            **{name: torch.rand(5, 32, 32, 3, generator=torch.Generator().manual_seed(at))
+               for at, name in enumerate(("video", "face_video", "background_video"))},
         )},
         {},
     ),

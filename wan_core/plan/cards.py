@@ -145,11 +145,11 @@ def spread_over(
     """
     if requested.devices == "1":
         return plan
-    if plan.choices.driving:
-        said = "one card computes: the driving stream is kept in one process"
-        reasons = (*plan.reasons, said)
-        return replace(plan, reasons=reasons, estimate=replace(plan.estimate, reasons=reasons))
     devices = devices_asked(requested, system)
+    if plan.choices.driving:
+        said = "one card computes Animate 2: its driving stream is kept in one process"
+        reasons = (*plan.reasons, *[said] * (len(devices) > 1))
+        return replace(plan, reasons=reasons, estimate=replace(plan.estimate, reasons=reasons))
     turns = turns_of(architecture, workload, plan)
     names = {card.name for card in system.cards if card.device in devices}
     job = wishes(architecture, workload, plan.choices, system, requested, lean)
