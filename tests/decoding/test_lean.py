@@ -335,7 +335,7 @@ def test_a_plan_decides_how_the_decode_is_done(monkeypatch: pytest.MonkeyPatch) 
             plan=SimpleNamespace(
                 choices=SimpleNamespace(
                     lean=lean, by_rows=by_rows, cache_in_ram=False, quick=False,
-                    offload_of=lambda part: "none",
+                    lean_vae=lean,
                 ),
                 pin_bytes=lambda budget: budget,
             ),

@@ -265,6 +265,10 @@ def test_the_estimate_names_what_is_encoded_and_needs_no_picture(folder: Path) -
     size: dict[str, Any] = {"width": WIDTH, "height": HEIGHT, "prompt": "x"}
     found = wrapper.estimate_memory_usage(GenerationConfig(**size, num_frames=LONG))
     names = [one.name for one in found.stages]
+    two = {"num_frames": 0, "max_chunk_size": 13, "guidance_scale": 3.0, "control": control()}
+    _, shared = opened(folder, devices=2).plan(GenerationConfig(**size, **two))
+    # Segments wait for each other, the passes of guidance do not.
+    assert any("a step has 2 passes" in reason for reason in shared.reasons), shared.reasons
     assert names[1:4] == ["image_encode", "condition_encode", "control_encode"]
     result = made(wrapper)
     assert set(names) - {"output"} <= {one.name for one in result.stages}

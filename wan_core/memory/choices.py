@@ -123,6 +123,15 @@ class Choices:
             return "stream"
         return self.part_offload.get(part, self.offload)
 
+    @property
+    def lean_vae(self) -> bool:
+        """Whether the VAE's lean halves are used.
+
+        They do not call layers as modules, so hooks that bring in weights layer by layer would not
+        run.
+        """
+        return self.lean and self.offload_of("vae") in ("none", "model")
+
     def hints_at_once(self, part: str) -> bool:
         """Whether all of VACE's hints are computed before the first block, as diffusers does.
 

@@ -388,13 +388,9 @@ class _Ledger:
         return peak + 2 * 4 * channels * frames * self.height * self.width, cache
 
     def _lean_vae(self) -> dict[str, int] | None:
-        """Return the arguments of the lean VAE's arithmetic; None where diffusers' own is used.
-
-        The lean VAE does not call its layers as modules, so hooks that bring in weights layer by
-        layer would not run.
-        """
+        """Return the arguments of the lean VAE's arithmetic; None where diffusers' own is used."""
         choices = self.choices
-        if not choices.lean or choices.offload_of("vae") not in ("none", "model"):
+        if not choices.lean_vae:
             return None
         away = (choices.by_rows or choices.cache_in_ram) and not self.on_cpu
         return {"bands": BANDS if choices.by_rows else 1, "cache_on_host": away}

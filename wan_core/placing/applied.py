@@ -49,11 +49,8 @@ def apply_plan(
             why_not = stack.enter_context(forward)
         elif component.startswith("transformer") and not plan.choices.hints_at_once(component):
             why_not = stack.enter_context(hints_in_turn(module))
-        elif component == "vae" and plan.choices.lean:
-            # Hooks that bring in weights layer by layer would not run: counted without, see
-            # ``memory.stages``.
-            if plan.choices.offload_of("vae") in ("none", "model"):
-                why_not = stack.enter_context(_lean_vae(module, plan, decoding))
+        elif component == "vae" and plan.choices.lean_vae:
+            why_not = stack.enter_context(_lean_vae(module, plan, decoding))
         yield f"More memory than predicted in {component}: {why_not}" if why_not else None
 
 
