@@ -182,6 +182,8 @@ def judged(plan: OptimizationPlan, machine: Machine) -> str:
     mapped = max(stage.mapped_bytes for stage in estimate.stages)
     if choices.window_frames or choices.fp8_storage:
         return "changes the video: nothing exact fits"
+    if choices.offload == "sequential":
+        return "the least there is: every layer crosses the bus for each stretch of rows"
     if not choices.stream:
         return "as it should be: nothing crosses the bus during a step"
     if mapped > machine.ram * GIB:

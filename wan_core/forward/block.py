@@ -92,11 +92,15 @@ class Beside:
     value: Tensor
     frame_tokens: int
 
+    def room_for(self, own: Tensor) -> Tensor:
+        """Return an empty tensor for keys or values like (B, L, dim), and a frame after them."""
+        batch, tokens, dim = own.shape
+        return own.new_empty(batch, tokens + self.frame_tokens, dim)
+
     def widened(self, own: Tensor) -> Tensor:
         """Copy keys or values (B, L, dim) into a tensor with room for a frame after them."""
-        batch, tokens, dim = own.shape
-        wide = own.new_empty(batch, tokens + self.frame_tokens, dim)
-        wide[:, :tokens] = own
+        wide = self.room_for(own)
+        wide[:, : own.shape[1]] = own
         return wide
 
     def attend(
@@ -133,7 +137,7 @@ def run_block(
     ``context`` is (B, image + text tokens, dim), ``temb`` has six parts (see Modulation),
     ``rotary`` cos and sin (1, L, 1, head_dim); ``fused`` says which fused kernels may be used.
     ``beside`` are tokens of another stream; ``keep`` gets the keys and values of self attention.
-    With either of them self attention is not split. Not for use with gradients.
+    With ``keep`` self attention is not split. Not for use with gradients.
     """
     modulation = Modulation(
         block.scale_shift_table, temb, hidden.shape[1], options.rows, upcast=True, fused=fused
@@ -146,14 +150,14 @@ def run_block(
         change = _feed_forward(block, hidden, held, modulation, options.eight_bit)
         modulation.add_all_gated(hidden, change, 5)
     else:
-        if beside is None and keep is None:
-            _self_attention_by_heads(block, options, hidden, modulation, rotary, fused)
-        else:
-            change = _self_attention(
-                block, hidden, modulation, rotary, fused, options, beside, keep
-            )
+        if keep is not None:
+            change = _self_attention(block, hidden, modulation, rotary, fused, options, None, keep)
             modulation.add_all_gated(hidden, change, 2)
             del change
+        elif beside is not None:
+            _self_attention_beside(block, options, hidden, modulation, rotary, fused, beside)
+        else:
+            _self_attention_by_heads(block, options, hidden, modulation, rotary, fused)
         _rest_by_rows(block, hidden, context, modulation, fused, options)
     return hidden
 
@@ -374,6 +378,38 @@ def _self_attention_by_heads(
     del key, values
     if cut is not None:
         query = cut.to_tokens(query)
+    for span in modulation.spans:
+        out = _project_out(attn, [query[:, span[0]]], coded)
+        modulation.add_gated(hidden, out, 2, span)
+        del out
+
+
+def _self_attention_beside(
+    block: Any,
+    options: LeanOptions,
+    hidden: Tensor,
+    modulation: Modulation,
+    rotary: tuple[Tensor, Tensor],
+    fused: Fused,
+    beside: Beside,
+) -> None:
+    """Self attention beside another stream, projected span by span.
+
+    Keys and values go straight to where there is room for a frame of the other stream, so that
+    neither they nor the normed input are there a second time.
+    """
+    attn, coded = block.attn1, options.coded_attention
+    query, key, value = torch.empty_like(hidden), beside.room_for(hidden), beside.room_for(hidden)
+    for span in modulation.spans:
+        layers = shared_by((attn.to_q, attn.to_k, attn.to_v), hidden.dtype, coded)
+        layers.read(modulation.normed(block.norm1, hidden, 0, span))
+        for index, (norm, whole) in enumerate(((attn.norm_q, query), (attn.norm_k, key))):
+            rows = layers.project(index)
+            rotate_span(norm, rows, attn.heads, span, rotary, whole[:, span[0]], fused)
+            del rows, whole
+        value[:, span[0]] = layers.project(2, last=True)
+    beside.attend(attn, query, key, value, options)
+    del key, value
     for span in modulation.spans:
         out = _project_out(attn, [query[:, span[0]]], coded)
         modulation.add_gated(hidden, out, 2, span)

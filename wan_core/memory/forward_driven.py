@@ -207,6 +207,10 @@ class _Streams:
         """``run_block`` of the generated stream, with driving tokens beside its own."""
         x, d = self.made, self.made.d
         wide = d.batch * (d.tokens + self.frame) * d.dim
+        if not self.exact:
+            self._beside_by_rows(wide)
+            rest_by_rows(x)
+            return
         normed = all_normed(x)
         query = x.whole()
         rotate(x)
@@ -224,6 +228,22 @@ class _Streams:
         held = [project(x, query)]
         del query
         self._rest(x, held)
+
+    def _beside_by_rows(self, wide: int) -> None:
+        """``_self_attention_beside``."""
+        x, d = self.made, self.made.d
+        query = x.whole()
+        keys, values = (self.tape.new(wide, d.size) for _ in range(2))
+        normed = x.rows()
+        projected = x.rows()
+        rotate(x)
+        del normed, projected
+        lse = x.lse(self.frame, d.heads)
+        self.tape.new(d.batch * self.frame * d.dim, d.size)
+        del lse, keys, values
+        projected = x.rows()
+        add_gated(x)
+        self.tape.during(query, projected)
 
     def _rest(self, x: Lean, held: list[Blob]) -> None:
         if self.exact:
