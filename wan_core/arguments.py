@@ -149,7 +149,7 @@ def add_crew(command: argparse.ArgumentParser) -> None:
         help="jobs at the same time, each on cards of its own; all: as many as there is room for",
     )  # fmt: skip
     command.add_argument(
-        "--cluster", metavar="ADDRESS", help="let machines of a Ray cluster do it: auto, HOST:PORT"
+        "--cluster", metavar="ADDRESS", help="let a Ray cluster do it: auto, local, HOST:PORT"
     )
 
 

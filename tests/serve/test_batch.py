@@ -328,6 +328,30 @@ def test_what_is_written_grows_as_the_number_of_jobs(
     assert again.counts()["done"] == 2000 == len(told) and len(order) == 2000
 
 
+def test_a_second_run_of_the_same_file_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Batch, "_check", lambda *_: None)
+    (tmp_path / "model").touch()
+    path = lines(tmp_path / "jobs.jsonl", {"model": "model", "output": "a.mp4", "prompt": "x"})
+    other = batch(path, crew=Instant)
+    refused: list[str] = []
+
+    class Crew(Instant):
+        def begin(self, hand: Hand, job: BatchJob) -> None:
+            with pytest.raises(OutputError, match="Another run is at work") as err:
+                other.run()
+            refused.append(str(err.value))
+            super().begin(hand, job)
+
+    assert batch(path, crew=Crew).run().counts()["done"] == 1 and len(refused) == 1
+    # The one that waited knows what the first has done, and nothing is left of the lock.
+    told: list[str] = []
+    monkeypatch.setattr(other, "_tell", told.append)
+    assert other.run().counts()["done"] == 1 and told == ["line 1: a.mp4 is there already"]
+    assert not list(tmp_path.rglob("*.lock"))
+
+
 def test_a_kill_between_two_jobs_loses_none(tmp_path: Path) -> None:
     """As a kill leaves the files: after any change, in the middle of a line, before its removal."""
     path = tmp_path / "jobs.summary.json"

@@ -4,7 +4,8 @@ In: a request with its plan, and a ``DenoiseState`` after each step. Out: a fold
 are complete or absent, and ``RenderJournal``, which a render asks where to begin; ``saved_renders``
 lists those that can go on. Knows a render only by its identity and its states; a journal never
 stops one. Also here are ``versions`` and ``device_name``, which results and measurements are told
-with. Imports sampling, plan, loading and what is below. Names are resolved on first use.
+with, and ``try_lock``, which keeps a folder for one process. Imports sampling, plan, loading and
+what is below. Names are resolved on first use.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING
 from ..lazy import lazy_names
 
 if TYPE_CHECKING:
+    from .disk import try_lock
     from .identity import device_name, versions
     from .journal import Journal
     from .resume import RenderJournal, open_journal
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
 __getattr__ = lazy_names(
     __name__,
     {
+        "disk": ("try_lock",),
         "identity": ("device_name", "versions"),
         "journal": ("Journal",),
         "resume": ("RenderJournal", "open_journal"),
@@ -37,5 +40,6 @@ __all__ = [
     "open_journal",
     "remove_saved",
     "saved_renders",
+    "try_lock",
     "versions",
 ]

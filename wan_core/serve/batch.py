@@ -8,14 +8,17 @@ process died goes back into the queue, and its journal goes on.
 
 from __future__ import annotations
 
+import contextlib
 import heapq
+import sys
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..errors import InvalidRequest, WanError
+from ..errors import InvalidRequest, OutputError, WanError
 from ..files import atomic_write
+from ..journal import try_lock
 from .carry import MOST_LOSSES, Carrier, Outcome
 from .crew import Crew, Here, carry_out
 from .jobs import BadLine, BatchJob, read_jobs
@@ -60,9 +63,32 @@ class Batch:
     def run(self) -> Ledger:
         """Carry out what is to be done; return what became of every line.
 
-        Raises MissingFile or InvalidRequest where the file of jobs itself cannot be used, and
-        whatever interrupts it. What was done is in the summary on disk in any case.
+        Raises MissingFile or InvalidRequest where the file of jobs itself cannot be used,
+        OutputError where another run carries it out, and whatever interrupts it. What was done is
+        in the summary on disk in any case.
         """
+        with self._alone():
+            return self._run()
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Keep others from the summary, and from making each clip a second time."""
+        path = self.ledger.path.with_suffix(".lock")
+        lock = try_lock(path)
+        if lock is None:
+            raise OutputError(
+                f"Another run is at work on {self.path} in {self.folder}. Wait for its end, or "
+                "name another --folder."
+            )
+        try:
+            self.ledger = Ledger(self.ledger.path)  # another run may have ended meanwhile
+            yield
+        finally:
+            if sys.platform != "win32":  # there an open file cannot be removed
+                path.unlink(missing_ok=True)
+            lock.close()
+
+    def _run(self) -> Ledger:
         # Until all lines are known nothing is written: the summary there tells what is done.
         jobs = self._checked()
         self._jobs, self._waiting, self._in_work, self._first = {}, {}, {}, {}
