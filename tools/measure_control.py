@@ -65,12 +65,12 @@ def measure(wrapper: Any, kind: str, count: int) -> Iterator[tuple[Verdict, Tens
 
 
 def main() -> None:
-    """Print the table for the demo that ships, or for other modules on its base."""
+    """Print the tables of the models that ship."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--clips", type=int, default=10, help="clips of each kind")
-    parser.add_argument("--sorts", nargs="*", choices=SORTS, default=["vace"])
+    parser.add_argument("--sorts", nargs="*", choices=SORTS, default=[*SORTS])
     parser.add_argument("--kinds", nargs="*", help="of these kinds alone")
     parser.add_argument("--sheets", type=Path, help="folder for contact sheets")
     args = parser.parse_args()

@@ -101,8 +101,7 @@ class WanModelFiles:
 
 
 DEMO_KINDS = ("t2v", "i2v", "vace", "fun")
-"""Small models: text to video, image to video and VACE ship along; Fun Control is there only where
-``tools.export_control`` has put what ``tools.train_control`` trained."""
+"""The small models that ship along: text to video, image to video, VACE and Fun Control."""
 
 
 def demo_model(kind: str = "t2v") -> Path | WanModelFiles:

@@ -217,6 +217,29 @@ def vace() -> Any:
     return open_demo(demo_model("vace"))
 
 
+@pytest.fixture(scope="module")
+def fun() -> Any:
+    return open_demo(demo_model("fun"))
+
+
+def test_what_obeys_ships_its_own_weights_alone() -> None:
+    """VAE, text encoder and tokenizer are those of the text-to-video model."""
+    experts = ("transformer", "transformer_2")
+    wanted = {
+        "vace": {f"wan_demo_vace_module_{level}_noise.safetensors" for level in ("high", "low")},
+        "fun": {
+            f"{expert}/{name}" for expert in experts
+            for name in ("config.json", "diffusion_pytorch_model.safetensors")
+        },
+    }  # fmt: skip
+    for kind, names in wanted.items():
+        held = [path for path in (MODEL / kind).rglob("*") if path.is_file()]
+        assert {path.relative_to(MODEL / kind).as_posix() for path in held} == names
+        files: Any = demo_model(kind)
+        assert files.vae == MODEL / "t2v" / "vae"
+        assert files.text_encoder == MODEL / "t2v" / "text_encoder"
+
+
 def obeyed(wrapper: Any, kind: str, count: int) -> judge_control.Score:
     """Judge clips of lessons that nothing was trained on."""
     *_, (_, _, total) = measure(wrapper, kind, count)
@@ -229,10 +252,16 @@ def test_vace_obeys_a_mask_a_drawing_and_a_reference(vace: Any, kind: str) -> No
     assert found.share("obeys") == 1, str(found)
 
 
+@pytest.mark.parametrize("kind", ["edges", "reference dot"])
+def test_fun_control_obeys_a_drawing_and_a_reference(fun: Any, kind: str) -> None:
+    found = obeyed(fun, kind, 1)
+    assert found.share("obeys") == 1, str(found)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", KINDS["vace"])
-def test_most_of_ten_clips_obey(vace: Any, kind: str) -> None:
-    found = obeyed(vace, kind, 10)
+@pytest.mark.parametrize("sort, kind", [(sort, kind) for sort in KINDS for kind in KINDS[sort]])
+def test_most_of_ten_clips_obey(request: pytest.FixtureRequest, sort: str, kind: str) -> None:
+    found = obeyed(request.getfixturevalue(sort), kind, 10)
     assert (found.share("obeys") or 0) >= 0.7, str(found)
 
 
