@@ -187,3 +187,18 @@ def test_a_lora_on_stored_weights(home: Path, tmp_path: Path, number: int, kind:
     assert not torch.equal(expected, latents(opened(home, meant), number))
     for wishes in (RESIDENT, STREAMED):
         assert torch.equal(latents(opened(home, path, [WanLoRA(lora)], **wishes), number), expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "kind"), [(2, "int8_convrot"), (2, "Q4_K"), (1, "Q8_0")])
+def test_by_rows_too(home: Path, tmp_path: Path, number: int, kind: str) -> None:
+    """Products by rows, with a LoRA on them: the bits of the same on what the file means."""
+    path, meant = stored(home, number, kind)
+    lora = tmp_path / "lora.safetensors"
+    save_file(lightx2v(state_of(number))[0], lora)
+    rows = {"forward": "lean_rows"}
+    for loras in ([], [WanLoRA(lora)]):
+        expected = latents(opened(home, meant, loras, **rows), number)
+        for wishes in (RESIDENT, STREAMED):
+            found = latents(opened(home, path, loras, **rows, **wishes), number)
+            assert torch.equal(found, expected)
