@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -174,15 +175,16 @@ class AtTheLastMoment(Poisoning):
 
     def __init__(self, blocks: list[Block], buffers: list[Tensor]) -> None:
         super().__init__(blocks, buffers)
-        self._under_way: dict[int, int] = {}
+        self._under_way: dict[int, tuple[int, slice | None]] = {}
 
-    def load(self, block: int, buffer: int) -> None:
+    def load(self, block: int, buffer: int, part: slice | None = None) -> None:
         self._buffers[buffer].fill_(255)
-        self._under_way[buffer] = block
+        self._under_way[buffer] = block, part
 
     def ready(self, block: int, buffer: int) -> None:
         if buffer in self._under_way:
-            super().load(self._under_way.pop(buffer), buffer)
+            block, part = self._under_way.pop(buffer)
+            super().load(block, buffer, part)
 
 
 @pytest.fixture(params=[DirectTransport, Poisoning, AtTheLastMoment], ids=lambda t: t.__name__)
@@ -363,6 +365,12 @@ def test_a_slab_holds_every_kind_of_tensor_exactly() -> None:
     block = Block(module)
     slab = torch.empty(block.nbytes, dtype=torch.uint8)
     block.gather(slab)
+    for cuts in ([0], [7], [256, 300], [1, 600, 601, 1500]):  # the same bytes, part by part
+        pieces = torch.zeros(block.nbytes, dtype=torch.uint8)
+        for begin, stop in pairwise([0, *cuts, block.nbytes]):
+            block.gather(pieces, slice(begin, stop))
+        for laid, tensor in zip(block.places, block.home, strict=True):
+            assert torch.equal(laid.view(pieces), tensor)
     views = block.views(slab)
     block.use(views)
     assert module.whole.data_ptr() == slab.data_ptr()

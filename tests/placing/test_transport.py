@@ -121,7 +121,7 @@ def test_what_the_worker_raises_is_raised_where_the_block_is_waited_for(
     device: Any = [DeviceMemory(cuda, wiped(blocks[1].nbytes)) for _ in range(2)]
     sent = CudaTransport(blocks, device, {}, DEVICE, (0, 1))
 
-    def fail(slab: Tensor) -> None:
+    def fail(slab: Tensor, part: slice) -> None:
         raise OSError("the disk is gone")
 
     monkeypatch.setattr(blocks[0], "gather", fail)

@@ -14,6 +14,7 @@ from wan_core.config import GIB
 from wan_core.errors import InvalidRequest
 from wan_core.memory import Card, Link, SystemResources, Trial, Workload, cut_kind, link_name
 from wan_core.plan import OptimizationPlan, Planner, for_all_cards, gangs
+from wan_core.plan.timing import stream_seconds, streamed_bytes
 
 LONG = Workload(width=832, height=480, num_frames=401, window_frames=81, steps=40)
 SHORT = Workload(width=832, height=480, num_frames=81, steps=40)
@@ -314,3 +315,31 @@ def test_an_overlap_that_nobody_asked_for_fills_the_cards() -> None:
         MODEL, job, machine(80, 80), OptimizationConfig(devices=2), filled, "denoise"
     )
     assert smaller is not None and smaller.window_overlap == 36
+
+
+def test_streamed_weights_are_shared_where_the_link_beats_the_bus() -> None:
+    """A gang of two, in whose cards half of the blocks do not fit. Each of two copies half the
+    streamed bytes, and waits for the other half before each of 40 blocks."""
+    job = replace(SHORT, guidance_high=False)
+    wishes = {"speed": "fast", "offload": "stream", "resident_blocks": 8}
+
+    def planned(rate: float) -> OptimizationPlan:
+        system = known(machine(80, 80), 2, link=(rate, 5e-5))
+        return plan(job, replace(system, pcie_generation=3, pcie_width=4), 2, **wishes)
+
+    quick, slow = planned(3.5e11), planned(2e9)
+    assert quick.gang == 2 and quick.shared_weights and "shared out" in quick.applied[-1]
+    assert "copies 1/2 of a streamed block and gathers the rest" in quick.reasons[-1]
+    assert not slow.shared_weights and "shared out" not in " ".join(slow.applied)
+    cutting = gangs.wishes(MODEL, job, quick.choices, machine(80, 80), OptimizationConfig(), True)
+    cutting = replace(cutting, system=known(machine(80, 80), 2, link=(3.5e11, 5e-5)))
+    cutting = replace(cutting, system=replace(cutting.system, pcie_generation=3, pcie_width=4))
+    given = (MODEL, job, quick.choices, cutting.system)
+    arrives, alone = stream_seconds(*given, 1), 3.0
+    whole, shared = cutting.streamed_seconds(alone, 2)
+    assert whole == max(alone / 2, min(alone, arrives))
+    waits = streamed_bytes(MODEL, quick.choices) / 2 / 3.5e11 + 40 * 5e-5
+    assert shared == pytest.approx(max(alone / 2, min(alone, arrives) / 2) + waits)
+    assert shared < whole and cutting.shares_weights(alone, 2)
+    assert not cutting.shares_weights(alone, 1)
+    assert not replace(cutting, choices=plan(job, machine(80), 1).choices).shares_weights(alone, 2)

@@ -50,6 +50,13 @@ class ThreadExchange:
     def all_gather(self, part: Tensor) -> Tensor:
         return torch.stack(self.meeting.exchange(self.rank, part))
 
+    def gather_into(self, whole: Tensor) -> None:
+        own = whole.view(self.size, -1)[self.rank].clone()
+        whole.copy_(torch.cat(self.meeting.exchange(self.rank, own)))
+
+    def agreed(self, word: bool) -> bool:
+        return bool(self.meeting.exchange(self.rank, word)[0])
+
 
 class ThreadGroup(ThreadExchange):
     """``workers.group.Group`` among threads; those that name the same place meet."""
@@ -73,6 +80,10 @@ class ThreadGroup(ThreadExchange):
 
     def all_gather(self, part: Tensor) -> Tensor:
         return torch.stack(self._exchanged(part))
+
+    def gather_into(self, whole: Tensor) -> None:
+        own = whole.view(self.size, -1)[self.rank].clone()
+        whole.copy_(torch.cat(self._exchanged(own)))
 
     def agreed(self, word: bool) -> bool:
         return bool(self._exchanged(word)[0])

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from support import single_files, stored_models
 from support.cut_clips import (
     CLIP,
@@ -38,6 +38,7 @@ from wan_core import GenerationConfig, WanLoRA, WanModelFiles, WanPipelineLoader
 from wan_core.config import WanControl
 from wan_core.errors import WorkerFailed
 from wan_core.memory import CardRecords, Trial
+from wan_core.plan.gangs import Cutting
 from wan_core.workers import child, close_workers, worker_pool
 
 ROOT = Path(__file__).parents[2]
@@ -340,14 +341,30 @@ def test_what_is_kept_survives_nonsense(tmp_path: Path) -> None:
         assert records.trial("a") is None and records.link("m", 2) is None
 
 
-def test_processes_over_gloo_keep_every_bit_and_end_together(folder: Any) -> None:
-    """The real thing, once: a gang of two processes, several models, and one of them killed."""
+def test_processes_over_gloo_keep_every_bit_and_end_together(
+    folder: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The real thing, once: a gang of two processes, several models, and one of them killed.
+
+    Streamed weights are shared, which would not pay on a CPU: each copies its half of a block.
+    """
+    monkeypatch.setattr(Cutting, "shares_weights", lambda self, *_: self.choices.stream)
+    streamed = {"offload": "stream", "resident_blocks": 0}
     close_workers()
     pool = worker_pool(("cpu", "cpu"), 2)
-    for family, more in (("wan2.1-t2v", {}), ("wan2.2-ti2v-5b", {"image": picture()})):
+    for family, wishes, more in (
+        ("wan2.1-t2v", {}, {}),
+        ("wan2.2-ti2v-5b", streamed, {"image": picture()}),
+    ):
         job = CLIP | PLAIN | more
-        found = made(open_wan(folder(family), devices=2), job)
+        found = made(open_wan(folder(family), devices=2, **wishes), job)
         assert equal(found, made(open_wan(folder(family)), job)) and cut_units(found) == 2
+    assert "streamed weights shared out" in found.applied_optimizations
+    first, second = (one["copied_bytes"] for one in found.metadata["workers"])
+    states = load_file(next(folder("wan2.2-ti2v-5b").glob("transformer/*.safetensors")))
+    whole = sum(-(-t.nbytes // 256) * 256 for name, t in states.items() if "blocks." in name)
+    # Two passes, and the trial between them, after which the buffers begin anew.
+    assert first + second == 2 * whole and first == pytest.approx(second, rel=0.05)
     assert not torch.distributed.is_initialized()  # not here
     pids, killed = pool.pids, []
 
@@ -357,7 +374,7 @@ def test_processes_over_gloo_keep_every_bit_and_end_together(folder: Any) -> Non
         killed.append(time.perf_counter())
 
     config = GenerationConfig(**CLIP, **PLAIN, progress_callback=kill)
-    result = open_wan(folder("wan2.1-t2v"), devices=2).generate(config)
+    result = open_wan(folder("wan2.1-t2v"), devices=2, **streamed).generate(config)
     assert isinstance(result.error, WorkerFailed) and "has ended" in str(result.error)
     assert time.perf_counter() - killed[0] < 10
     for pid in pids:

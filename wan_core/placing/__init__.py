@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .applied import apply_plan, pin_budget
     from .manager import OptimizationManager
     from .offload import block_hooks, require_groups
+    from .sharing import Gathering, Sharing
     from .streaming import pin_ahead, stream_blocks
 
 __getattr__ = lazy_names(
@@ -26,13 +27,16 @@ __getattr__ = lazy_names(
         "applied": ("apply_plan", "pin_budget"),
         "manager": ("OptimizationManager",),
         "offload": ("block_hooks", "require_groups"),
+        "sharing": ("Gathering", "Sharing"),
         "streaming": ("pin_ahead", "stream_blocks"),
     },
 )
 
 __all__ = [
     "Ahead",
+    "Gathering",
     "OptimizationManager",
+    "Sharing",
     "apply_plan",
     "block_hooks",
     "do_ahead",

@@ -11,6 +11,7 @@ from ..forward import hints_in_turn, lean_forward
 from ..loading import all_pinned_bytes
 from ..memory import BANDS, pinned_budget_now
 from .offload import place
+from .sharing import Sharing
 from .streaming import stream_blocks
 
 if TYPE_CHECKING:
@@ -25,18 +26,20 @@ def apply_plan(
     *,
     decoding: bool = True,
     check: Callable[[], object] = lambda: None,
+    sharing: Sharing | None = None,
 ) -> Iterator[str | None]:
     """Have one component compute as ``plan`` says, inside the ``with`` block.
 
     ``component`` is its name in the plan ("transformer_2", "vae" …). ``decoding=False`` is for a
-    VAE that encodes: the lean encoder is then attached in place of the decoder. Yields None, or a
-    sentence saying what could not be carried out. Afterwards the module's parameters are the same
+    VAE that encodes: the lean encoder is then attached in place of the decoder. With ``sharing`` a
+    gang streams weights together. Yields None, or a sentence saying what could not be carried out.
+    Afterwards the module's parameters are the same
     objects with the same values as before.
     """
     with ExitStack() as stack:
         # Weights first: the lean forwards below are attached to a module that is in its place, and
         # they are taken off again before the weights leave.
-        stack.enter_context(_placed(module, component, plan, check))
+        stack.enter_context(_placed(module, component, plan, check, sharing))
         why_not = None
         if plan.choices.lean and component.startswith("transformer"):
             forward = lean_forward(
@@ -70,7 +73,11 @@ def _lean_vae(
 
 
 def _placed(
-    module: Any, component: str, plan: OptimizationPlan, check: Callable[[], object]
+    module: Any,
+    component: str,
+    plan: OptimizationPlan,
+    check: Callable[[], object],
+    sharing: Sharing | None,
 ) -> AbstractContextManager[Any]:
     """Return the context that places a component: whole, leaf by leaf, or block by block."""
     mode = plan.choices.offload_of(component)
@@ -83,6 +90,7 @@ def _placed(
         resident_blocks=resident,
         buffers=buffers,
         pin_bytes=pin_budget(plan),
+        sharing=sharing,
     )
 
 

@@ -61,6 +61,13 @@ class BufferSchedule:
         """Return the loads that fill the buffers before the first forward."""
         return self._fill(0, list(range(self.buffers)))
 
+    def reset(self) -> tuple[int, ...]:
+        """Forget what the buffers hold; return those that held something."""
+        freed = tuple(sorted(self._held.values()))
+        self._held.clear()
+        self._current = None
+        return freed
+
     def turn(self, block: int) -> Turn:
         """Return what to do before ``block`` computes; the same block may come several times."""
         if block == self._current:

@@ -29,6 +29,7 @@ from ..loading import Slab, Undo, move, pin_block, remember, room_to_pin
 from ..memory import spread
 from .buffers import BufferSchedule, Load
 from .offload import occupy
+from .sharing import Sharing
 from .transport import Block, CudaTransport, DirectTransport, Transport
 
 
@@ -59,6 +60,7 @@ def stream_blocks(
     buffers: int = 2,
     pin_bytes: int = 0,
     events: Callable[[str, int, int], object] | None = None,
+    sharing: Sharing | None = None,
 ) -> Iterator[Streaming]:
     """Have ``module`` compute on ``device`` while only some of its blocks are there.
 
@@ -72,12 +74,13 @@ def stream_blocks(
     the limit for the whole process. They stay there for the next time; ``loading.page_lock.unpin``
     unlocks them. Afterwards every parameter is the same object with the same values, on the host,
     and nothing stays attached, also after errors and interrupts. Only one thread can use the module
-    meanwhile. ``events(what, block, buffer)`` is called for each load, use and free. Raises
+    meanwhile. With ``sharing`` the processes of a gang copy a part of each block while they compute
+    together. ``events(what, block, buffer)`` is called for each load, use and free. Raises
     InvalidRequest for numbers out of range.
     """
     made: list[Streaming] = []
     numbers = (resident_blocks, buffers, pin_bytes)
-    attach = partial(_attach, made, module, torch.device(device), numbers, events)
+    attach = partial(_attach, made, module, torch.device(device), numbers, events, sharing)
     with occupy(module, f"streamed on {device}", attach, shared=False):
         yield made[0]
 
@@ -141,6 +144,7 @@ def _attach(
     device: torch.device,
     numbers: tuple[int, int, int],
     events: Callable[[str, int, int], object] | None,
+    sharing: Sharing | None,
     undo: Undo,
 ) -> None:
     modules = blocks_of(module)
@@ -162,6 +166,7 @@ def _attach(
     for index in schedule.resident:
         move(modules[index], device)
     nbytes = max((blocks[i].nbytes for i in schedule.streamed), default=0)
+    nbytes = nbytes if sharing is None else sharing.room(nbytes)
     # The caller may be in inference mode. Tensors made there cannot be written to outside it, and
     # these buffers are written to from other threads and in later forwards.
     with torch.inference_mode(False):
@@ -176,7 +181,7 @@ def _attach(
     state = Streaming(
         schedule.resident, schedule.streamed, tuple(slabs), nbytes * len(memory), events=events
     )
-    runner = _Runner(schedule, transport, blocks, memory, state)
+    runner = _Runner(schedule, transport, blocks, memory, state, sharing)
     for index, block in enumerate(modules):
         undo.push(block.register_forward_pre_hook(partial(runner.before, index)).remove)
     # Begin now: the first blocks arrive while the caller prepares its inputs.
@@ -194,7 +199,13 @@ class _Runner:
         blocks: list[Block],
         memory: list[Tensor],
         state: Streaming,
+        sharing: Sharing | None,
     ) -> None:
+        self._memory, self._sharing = memory, sharing
+        self._partial: set[int] = set()
+        """Buffers that hold no more than this process's part of a block."""
+        if sharing is not None:
+            sharing.attach(self.anew)
         self._schedule, self._transport, self._state = schedule, transport, state
         self._blocks = blocks
         # Views are made once, for every block in every buffer: making them at each forward would
@@ -210,19 +221,36 @@ class _Runner:
         """Begin these loads; the copies may still be under way on return."""
         for load in loads:
             self._state.tell("load", load.block, load.buffer)
-            self._transport.load(load.block, load.buffer)
+            nbytes = self._blocks[load.block].nbytes
+            part = slice(0, nbytes) if self._sharing is None else self._sharing.part(nbytes)
+            self._transport.load(load.block, load.buffer, part)
             self._state.loads += 1
-            self._state.loaded_bytes += self._blocks[load.block].nbytes
+            self._state.loaded_bytes += part.stop - part.start
+            if self._sharing is not None:
+                self._sharing.copied_bytes += part.stop - part.start
+                (self._partial.add if self._sharing.on else self._partial.discard)(load.buffer)
+
+    def anew(self) -> None:
+        """Begin with the first blocks again, whatever the buffers hold."""
+        self._back_home()
+        for buffer in self._schedule.reset():
+            self._transport.free(buffer)
+        self._partial.clear()
+        self.load(self._schedule.start())
+
+    def _back_home(self) -> None:
+        """Give the block that computed last its host tensors back."""
+        if self._using is not None:
+            self._blocks[self._using].use(self._blocks[self._using].home)
+            self._using = None
 
     def before(self, index: int, block: nn.Module, args: object) -> None:
         """Point block ``index`` at its weights on the device; called before its forward."""
         if index == self._using:  # the same block again, for another guidance pass
             return
-        if self._using is not None:
-            # The block before goes back to its host tensors: its buffer is about to be
-            # overwritten, and a parameter must never show another block's values.
-            self._blocks[self._using].use(self._blocks[self._using].home)
-            self._using = None
+        # The block before goes back to its host tensors: its buffer is about to be overwritten,
+        # and a parameter must never show another block's values.
+        self._back_home()
         turn = self._schedule.turn(index)
         # Free before load: the copy must wait for the kernels that read the buffer, and ``free``
         # marks the end of what has been queued so far.
@@ -234,6 +262,12 @@ class _Runner:
         self.load(turn.loads)
         if turn.use is not None:
             self._transport.ready(index, turn.use)
+            if turn.use in self._partial:
+                # In the thread that computes, as all exchanges are: their order is then the same in
+                # all processes. A gather on NVLink takes a fiftieth of a block's transfer.
+                assert self._sharing is not None
+                self._partial.discard(turn.use)
+                self._sharing.complete(self._memory[turn.use], self._blocks[index].nbytes)
             self._state.tell("use", index, turn.use)
             self._blocks[index].use(self._views[index, turn.use])
             self._using = index

@@ -89,10 +89,23 @@ class Block:
         """Return this block's tensors as they lie in a slab."""
         return [place.view(slab) for place in self.places]
 
-    def gather(self, slab: Tensor) -> None:
-        """Copy the host's tensors into a slab."""
+    def gather(self, slab: Tensor, part: slice | None = None) -> None:
+        """Copy the host's tensors into a slab; of ``part`` only the bytes that lie in it."""
         for place, tensor in zip(self.places, self.home, strict=True):
-            place.view(slab).copy_(tensor)
+            end = place.offset + tensor.numel() * tensor.element_size()
+            if part is None or (part.start <= place.offset and end <= part.stop):
+                place.view(slab).copy_(tensor)
+            elif part.start < end and place.offset < part.stop:
+                _copy_bytes(place, tensor, slab, part)
+
+
+def _copy_bytes(place: Place, tensor: Tensor, slab: Tensor, part: slice) -> None:
+    """Copy those bytes of a tensor that lie in ``part`` of its slab."""
+    # In a slab a tensor with gaps lies without them; any other in the order of its own memory.
+    dense = tensor if tensor.stride() == place.stride else tensor.contiguous()
+    flat = dense.as_strided((dense.numel(),), (1,)).view(torch.uint8)
+    begin, stop = max(place.offset, part.start), min(place.offset + len(flat), part.stop)
+    slab[begin:stop].copy_(flat[begin - place.offset : stop - place.offset])
 
 
 class Transport(Protocol):
@@ -102,11 +115,14 @@ class Transport(Protocol):
     before the block has arrived.
     """
 
-    def load(self, block: int, buffer: int) -> None:
-        """Begin to copy a block into a buffer, once its last reader (see ``free``) is done."""
+    def load(self, block: int, buffer: int, part: slice | None = None) -> None:
+        """Begin to copy a block, or those bytes of it, to its place in a buffer.
+
+        This waits until the buffer's last reader (see ``free``) is done.
+        """
 
     def ready(self, block: int, buffer: int) -> None:
-        """Make all work that is queued from now on wait until the block is in the buffer."""
+        """Make all work that is queued from now on wait until that has arrived in the buffer."""
 
     def free(self, buffer: int) -> None:
         """Mark the work queued so far as the last that reads the buffer's present contents."""
@@ -121,8 +137,8 @@ class DirectTransport:
     def __init__(self, blocks: list[Block], buffers: list[Tensor]) -> None:
         self._blocks, self._buffers = blocks, buffers
 
-    def load(self, block: int, buffer: int) -> None:
-        self._blocks[block].gather(self._buffers[buffer])
+    def load(self, block: int, buffer: int, part: slice | None = None) -> None:
+        self._blocks[block].gather(self._buffers[buffer], part)
 
     def ready(self, block: int, buffer: int) -> None:
         """Nothing to wait for."""
@@ -170,16 +186,17 @@ class CudaTransport:
             for slab, _ in self._bounce:
                 slab.lock()
 
-    def load(self, block: int, buffer: int) -> None:
+    def load(self, block: int, buffer: int, part: slice | None = None) -> None:
         # A load abandoned after an interrupt may still wait in the worker. It must be queued before
         # this one, or it would overwrite what this one brings.
         self._settle(buffer)
+        part = part or slice(0, self._blocks[block].nbytes)
         slab = self._slabs.get(block)
         if slab is not None:
-            self._send(slab.memory, self._blocks[block].nbytes, buffer)
+            self._send(slab.memory, part, buffer)
         else:
             assert self._worker is not None
-            self._pending[buffer] = self._worker.submit(self._gather_and_send, block, buffer)
+            self._pending[buffer] = self._worker.submit(self._gather_and_send, block, buffer, part)
 
     def _settle(self, buffer: int) -> None:
         """Wait until the worker has queued the buffer's copy; raise what the worker raised."""
@@ -187,16 +204,16 @@ class CudaTransport:
         if pending is not None:
             pending.result()
 
-    def _send(self, source: Tensor, nbytes: int, buffer: int) -> None:
+    def _send(self, source: Tensor, part: slice, buffer: int) -> None:
         freed = self._freed[buffer]
         with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
             if freed is not None:
                 # The kernels that still read the block in this buffer come first.
                 self._stream.wait_event(freed)
-            self._buffers[buffer][:nbytes].copy_(source[:nbytes], non_blocking=True)
+            self._buffers[buffer][part].copy_(source[part], non_blocking=True)
             self._arrived[buffer].record(self._stream)
 
-    def _gather_and_send(self, block: int, buffer: int) -> None:
+    def _gather_and_send(self, block: int, buffer: int, part: slice) -> None:
         # Two bounce slabs in turn: one is filled while the device still copies from the other.
         slab, sent = self._bounce.pop(0)
         try:
@@ -204,8 +221,8 @@ class CudaTransport:
             # worker waits here.
             sent.synchronize()
             with torch.no_grad():
-                self._blocks[block].gather(slab.memory)
-                self._send(slab.memory, self._blocks[block].nbytes, buffer)
+                self._blocks[block].gather(slab.memory, part)
+                self._send(slab.memory, part, buffer)
             sent.record(self._stream)
         finally:
             self._bounce.append((slab, sent))

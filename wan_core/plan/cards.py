@@ -193,6 +193,7 @@ def spread_over(
         gang=chosen.cut,
         tried_as=tried_as(job),
         must_equal=requested.speed == "exact",
+        shared_weights=told.shares,
         card_peak_bytes=told.peak if chosen.cards > 1 else 0,
         step_seconds=expected.step,
         seconds=expected.seconds,
@@ -268,6 +269,16 @@ class _Telling:
         return _Way(self.chosen.gangs, 1, step, seconds)
 
     @property
+    def _alone(self) -> float:
+        """Return the seconds of a pass on one card."""
+        return self.plan.step_seconds / self.turns.passes
+
+    @property
+    def shares(self) -> bool:
+        """Whether streamed weights are copied once for all cards of a gang."""
+        return self.job.shares_weights(self._alone, self.chosen.cut)
+
+    @property
     def peak(self) -> int:
         """Return the bytes that a card is expected to hold: more where both ways are computed."""
         cuts = {1, self.chosen.cut} if not self.chosen.tried else {self.chosen.cut}
@@ -296,7 +307,7 @@ class _Telling:
             f"{expected.seconds:.0f} s instead of {one}, {self._bits}"
         )
         if self.chosen.cut > 1:
-            text += f"; {self._cut}"
+            text += f"; {self._cut}{self._streamed}"
         text += f"; up to {self.peak / GIB:.1f} GiB on each card"
         if not self.job.alike:
             text += "; the cards are of different kinds, and so may be their bits and their pace"
@@ -337,6 +348,20 @@ class _Telling:
         if trial.equal:
             return f"{text}exact: tried here, every bit was equal"
         return f"{text}rounding: tried here, relative error {trial.error:.1e}"
+
+    @property
+    def _streamed(self) -> str:
+        """Say how streamed weights come to the cards of a gang."""
+        if self.job.choices.offload_of("transformer") != "stream":
+            return ""
+        cut = self.chosen.cut
+        whole, shared = self.job.streamed_seconds(self._alone, cut)
+        if self.shares:
+            return (
+                f"; each card copies 1/{cut} of a streamed block and gathers the rest from the "
+                f"others, {shared:.3g} s a pass instead of {whole:.3g}"
+            )
+        return f"; each card copies every streamed block itself ({whole:.3g} s a pass)"
 
     @property
     def _no_cut(self) -> str:

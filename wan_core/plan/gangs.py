@@ -25,7 +25,7 @@ from ..memory import (
 )
 from ..models import BYTES, ModelArchitecture, block_count, experts_of
 from .config import OptimizationConfig
-from .timing import stream_seconds, windows_per_step
+from .timing import stream_seconds, streamed_bytes, windows_per_step
 
 if TYPE_CHECKING:
     from ..memory import SystemResources
@@ -111,12 +111,30 @@ class Cutting:
         sent = blocks * 4 * tensor * (cards - 1) / cards
         computed = alone / cards
         if choices.offload_of("transformer") == "stream":
-            # Each card reads all weights, however few tokens it computes.
-            given = (self.architecture, self.workload, choices, self.system)
-            arrives = stream_seconds(*given, 1) / windows_per_step(*given[:3])
-            computed = max(computed, min(alone, arrives))
+            computed = min(self.streamed_seconds(alone, cards))
         link, _ = self.link(cards)
         return computed + sent / link.rate + 4 * blocks * link.seconds
+
+    def streamed_seconds(self, alone: float, cards: int) -> tuple[float, float]:
+        """Return what a pass takes whose weights are streamed: each card copies all, or shares.
+
+        Copies are hidden behind what is computed. Shared, a card copies its part, and then waits
+        for the parts of the others before each block.
+        """
+        given = (self.architecture, self.workload, self.choices, self.system)
+        arrives = stream_seconds(*given, 1) / windows_per_step(*given[:3])
+        whole = max(alone / cards, min(alone, arrives))
+        link, _ = self.link(cards)
+        others = streamed_bytes(self.architecture, self.choices) * (cards - 1) / cards
+        waits = others / link.rate + block_count(self.architecture.transformer) * link.seconds
+        return whole, max(alone / cards, min(alone, arrives) / cards) + waits
+
+    def shares_weights(self, alone: float, cards: int) -> bool:
+        """Say whether the cards of a gang copy each streamed block once, and gather it."""
+        if cards == 1 or self.choices.offload_of("transformer") != "stream":
+            return False
+        whole, shared = self.streamed_seconds(alone, cards)
+        return shared < whole
 
     def card_peak(self, cards: int) -> int:
         """Return the bytes that a card is expected to hold at most while passes are computed."""

@@ -197,7 +197,10 @@ class Planner:
                 lean = "lean" in self.abilities
                 found = _plan(architecture, workload, system, requested, limits, chosen, less, lean)
                 shared = current.choices.window_overlap
-                found = replace(found, workers=current.workers, gang=current.gang)
+                shares = found.shared_weights and current.gang > 1
+                found = replace(
+                    found, workers=current.workers, gang=current.gang, shared_weights=shares
+                )
                 return found.with_choices(window_overlap=shared)
         return None
 

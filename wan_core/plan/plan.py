@@ -40,6 +40,8 @@ class OptimizationPlan:
     tried_as: str = ""
     """What decides, beside the number of tokens, whether a pass that is cut keeps its bits: the
     card and its software; the model, dtype and forward. A trial is kept under it."""
+    shared_weights: bool = False
+    """Whether the cards of a gang copy each streamed block once, a part each, and gather it."""
     must_equal: bool = True
     """Whether passes are cut only where that keeps every bit (speed "exact")."""
     card_peak_bytes: int = 0
@@ -103,6 +105,7 @@ class OptimizationPlan:
             )
         words += [f"on {len(self.workers)} cards"] * (len(self.workers) > 1)
         words += [f"each pass cut over {self.gang}"] * (self.gang > 1)
+        words += ["streamed weights shared out"] * self.shared_weights
         return tuple(words)
 
     def to_dict(self) -> dict[str, Any]:

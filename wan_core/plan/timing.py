@@ -261,15 +261,20 @@ def _taken_apart(architecture: ModelArchitecture, choices: Choices) -> bool:
     return choices.fp8_storage or (stored is not None and stored.quantised)
 
 
+def streamed_bytes(architecture: ModelArchitecture, choices: Choices) -> int:
+    """Return the bytes of the blocks that are not resident."""
+    dtype = choices.dtypes["transformer"]
+    blocks = all_blocks(architecture, "transformer", dtype, fp8=choices.fp8_storage)
+    stay = set(spread(len(blocks), min(choices.resident_blocks or 0, len(blocks))))
+    return sum(nbytes for index, nbytes in enumerate(blocks) if index not in stay)
+
+
 def stream_seconds(
     architecture: ModelArchitecture, workload: Workload, choices: Choices, system: SystemResources,
     passes: float,
 ) -> float:  # fmt: skip
     """Return the seconds that the transfers of streamed blocks take in a step of ``passes``."""
-    dtype = choices.dtypes["transformer"]
-    blocks = all_blocks(architecture, "transformer", dtype, fp8=choices.fp8_storage)
-    stay = set(spread(len(blocks), min(choices.resident_blocks or 0, len(blocks))))
-    moved = sum(nbytes for index, nbytes in enumerate(blocks) if index not in stay)
+    moved = streamed_bytes(architecture, choices)
     # With the lean forward each block computes both guidance passes when it has arrived. With
     # diffusers' group offload every pass brings all blocks again.
     trips = 1 if choices.lean else passes

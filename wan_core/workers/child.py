@@ -27,6 +27,7 @@ from ..errors import first_line, is_host_oom, is_oom
 from ..forward import alike, can_be_cut
 from ..journal import device_name, versions
 from ..loading import ComponentCache, ComponentKey, dtype_of, load_component, unpin
+from ..placing import Sharing
 from ..sampling import Conditions, Unit, compute_unit
 from .group import GangBroken, Group, Join, ProcessGroup, measured_link
 from .messages import Message, read_message, write_message
@@ -88,6 +89,8 @@ class Worker:
         self._conditions: tuple[int, Conditions | None] = (-1, None)
         self._placement = ExitStack()
         self._placed: tuple[str, Any] = ("", None)
+        self._sharing: Sharing | None = None
+        """Of the weights in their place, where the gang shares them."""
         self._unit = -1
         self._next_beat = 0.0
         self._join = join
@@ -209,16 +212,23 @@ class Worker:
         With ``both`` rank 0 computes it alone as well, and that is what counts.
         """
         module, dtype, conditions, unit = given
-        among = self._together
+        among, sharing = self._together, self._sharing
+        before = 0 if sharing is None else sharing.copied_bytes
+        if sharing is not None:
+            sharing.begin(together=among is not None)
         velocity, residual = compute_unit(unit, module, dtype, conditions, among)
         # To the CPU here, so that kernels that fail do so inside the try of the caller.
         velocity = velocity.to("cpu")
         on_card = self.device.type == "cuda"
         told: dict[str, Any] = {"peak_bytes": torch.cuda.max_memory_allocated() if on_card else 0}
+        if sharing is not None:
+            told["copied_bytes"] = sharing.copied_bytes - before
         if among is not None and among.rank > 0:
             return {}, told
         if both and among is not None:
             self._together = None  # the others have done their part
+            if sharing is not None:
+                sharing.begin(together=False)
             whole, residual = compute_unit(unit, module, dtype, conditions)
             equal, error = alike(whole.to("cpu"), velocity)
             velocity = whole.to("cpu")
@@ -232,17 +242,21 @@ class Worker:
             return module
         self._release(everything=False)
         weights.check_files()
+        group = self._group if weights.shared else None
+        sharing = None if group is None else Sharing(group)
         with ExitStack() as stack:
             module = stack.enter_context(self._borrowed(weights))
             plan = weights.plan_for(str(self.device))
             dtype = dtype_of(weights.dtype)
-            note = stack.enter_context(
-                placed(module, weights.component, plan, weights.loras, dtype, check=self.check)
-            )
+            ready = placed(
+                module, weights.component, plan, weights.loras, dtype,
+                check=self.check, sharing=sharing,
+            )  # fmt: skip
+            note = stack.enter_context(ready)
             if note:
                 self._answer({"type": "note", "text": note})
             self._placement = stack.pop_all()
-        self._placed = (weights.key, module)
+        self._placed, self._sharing = (weights.key, module), sharing
         return module
 
     @contextmanager
@@ -272,7 +286,7 @@ class Worker:
     def _release(self, *, everything: bool) -> None:
         """Take the weights off the device; with ``everything`` the modules are forgotten too."""
         placement, self._placement = self._placement, ExitStack()
-        self._placed = ("", None)
+        self._placed, self._sharing = ("", None), None
         with torch.inference_mode(False), torch.no_grad():
             placement.close()
             self._cache.release_device()

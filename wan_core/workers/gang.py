@@ -48,6 +48,8 @@ class Rank:
     busy: bool = False
     """Whether it has the gang's unit in work."""
     peak_bytes: int = 0
+    copied_bytes: int = 0
+    """What it has copied of weights that the gang streams and shares."""
 
 
 class Gang:
@@ -155,7 +157,7 @@ class Gang:
         """Forget what was counted: a render begins."""
         self.done, self.cut, self.seconds = 0, 0, 0.0
         for rank in self.ranks:
-            rank.peak_bytes = 0
+            rank.peak_bytes = rank.copied_bytes = 0
 
     def describe(self) -> list[dict[str, Any]]:
         """Return what each process has done: device, name, units, seconds and peak bytes."""
@@ -164,6 +166,7 @@ class Gang:
             {
                 "device": rank.process.device, "name": rank.device_name, "units": self.done,
                 "seconds": round(self.seconds, 3), "peak_bytes": rank.peak_bytes, **more,
+                **({"copied_bytes": rank.copied_bytes} if rank.copied_bytes else {}),
             }
             for rank in self.ranks
         ]  # fmt: skip

@@ -21,6 +21,7 @@ from torch import Tensor
 from ..errors import is_oom
 from ..forward import Exchange
 from ..memory import Link
+from ..placing import Gathering
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -34,8 +35,8 @@ class GangBroken(Exception):
     """Another process of the gang has ended, or cannot be reached."""
 
 
-class Group(Exchange, Protocol):
-    """``forward.Exchange`` with what the processes of a gang agree on."""
+class Group(Exchange, Gathering, Protocol):
+    """``forward.Exchange`` with what the processes of a gang agree on, and what they gather."""
 
     def agreed(self, word: bool) -> bool:
         """Return the word of rank 0."""
@@ -86,6 +87,12 @@ class ProcessGroup:
         with _told():
             self._gather(gathered, part)
         return gathered.view(self.size, *part.shape)
+
+    def gather_into(self, whole: Tensor) -> None:
+        """Fill in the parts of the others; ``whole`` (size x k bytes) has this one's."""
+        own = whole.view(self.size, -1)[self.rank]
+        with _told():
+            self._gather(whole, own)
 
     def agreed(self, word: bool) -> bool:
         """Return the word of rank 0."""

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ..config import WanLoRA
-from ..placing import apply_plan, block_hooks
+from ..placing import Sharing, apply_plan, block_hooks
 from ..plan import OptimizationPlan
 from ..sampling import apply_loras
 
@@ -24,6 +24,7 @@ def placed(
     *,
     decoding: bool = True,
     check: Callable[[], object],
+    sharing: Sharing | None = None,
 ) -> Iterator[str | None]:
     """Have a component compute as ``plan`` says, with ``loras`` in ``dtype``, in a ``with`` block.
 
@@ -33,7 +34,7 @@ def placed(
     """
     with ExitStack() as stack:
         note = stack.enter_context(
-            apply_plan(module, component, plan, decoding=decoding, check=check)
+            apply_plan(module, component, plan, decoding=decoding, check=check, sharing=sharing)
         )
         if component.startswith("transformer"):
             stack.enter_context(block_hooks(module, check))

@@ -308,6 +308,7 @@ class WorkerPool:
         self, gang: Gang, rank: Rank, header: dict[str, Any], tensors: dict[str, Tensor]
     ) -> None:
         rank.peak_bytes = max(rank.peak_bytes, header["peak_bytes"])
+        rank.copied_bytes += header.get("copied_bytes", 0)
         if rank is not gang.ranks[0]:
             return
         gang.done += 1

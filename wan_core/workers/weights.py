@@ -51,6 +51,8 @@ class Weights:
     """Frames, rows and columns of latents that are one token."""
     tried_as: str = ""
     """What a trial of a cut forward depends on beside shapes; see ``OptimizationPlan.tried_as``."""
+    shared: bool = False
+    """Whether a gang copies each streamed block to its cards once, each process a part."""
     must_equal: bool = True
     """Whether a forward is cut over several cards only where that keeps every bit."""
 
@@ -81,6 +83,7 @@ class Weights:
             patch=shape.patch_size,
             tried_as=plan.tried_as,
             must_equal=plan.must_equal,
+            shared=plan.shared_weights,
         )
 
     def plain(self) -> dict[str, Any]:

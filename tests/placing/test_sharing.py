@@ -1,0 +1,104 @@
+"""Weights that a gang streams together: each copies its part, and the bits are those of one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from support.lean_models import inputs_of, model_of
+from support.thread_gang import ThreadExchange, together
+
+from wan_core.placing import Sharing, stream_blocks
+
+LAYERS = 5
+pytestmark = pytest.mark.usefixtures("without_gradients")
+
+
+class Stopped(Exception):
+    """Ends a forward between two blocks."""
+
+
+def calls_of(model: Any) -> list[dict[str, Any]]:
+    calls = []
+    for seed in range(4):
+        call = inputs_of(model, torch.float32, seed=seed)
+        call["hidden_states"] = call["hidden_states"][:, :, :2, :4, :4]
+        call["encoder_hidden_states"] = call["encoder_hidden_states"][:, :8]
+        calls.append(call)
+    return calls
+
+
+@pytest.mark.parametrize(
+    ("size", "resident", "buffers"),
+    [(2, 0, 2), (2, 1, 3), (3, 2, 2), (2, 0, 1), (2, 4, 2), (2, 5, 2)],
+)
+def test_a_gang_copies_each_block_once_and_keeps_the_bits(
+    size: int, resident: int, buffers: int
+) -> None:
+    """Two units together, one alone, one that all leave at block 3, and another together."""
+    models = [model_of("wan2.1-t2v", torch.float32, num_layers=LAYERS) for _ in range(size)]
+    calls = calls_of(models[0])
+    expected = [models[0](**call)[0] for call in calls]
+
+    def work(among: ThreadExchange) -> tuple[list[bool], list[int]]:
+        model, sharing, found, copied = models[among.rank], Sharing(among), [], [0]
+        with stream_blocks(
+            model, "cpu", resident_blocks=resident, buffers=buffers, sharing=sharing
+        ):
+
+            def compute(number: int, together: bool = True) -> None:
+                sharing.begin(together=together)
+                found.append(torch.equal(model(**calls[number])[0], expected[number]))
+                copied.append(sharing.copied_bytes)
+
+            compute(0)
+            compute(1)
+            if among.rank == 0:
+                compute(2, together=False)
+
+            def stop(*_: object) -> None:
+                raise Stopped
+
+            sharing.begin(together=True)
+            handle = model.blocks[3].register_forward_pre_hook(stop)
+            with pytest.raises(Stopped):
+                model(**calls[2])
+            handle.remove()
+            compute(3)
+        return found, copied
+
+    results = together(size, work)
+    assert all(all(found) for found, _ in results)
+    assert [len(found) for found, _ in results] == [4] + [3] * (size - 1)
+    if resident == LAYERS:
+        return
+    # In a step together each copies its part: one n-th, rounded to 256 bytes for each block.
+    block = sum(-(-p.nbytes // 256) * 256 for p in models[0].blocks[0].parameters())
+    steady = [copied[2] - copied[1] for _, copied in results]
+    streamed = LAYERS - resident
+    if streamed > buffers:
+        assert sum(steady) == streamed * block
+        assert max(steady) - min(steady) <= streamed * size * 256
+    # Alone it copies all, and once more what the buffers held in parts.
+    alone = results[0][1][3] - results[0][1][2]
+    assert alone >= streamed * block if streamed > buffers else alone >= block
+
+
+def test_a_rank_that_leaves_breaks_the_gather_of_the_others_off() -> None:
+    """Nobody waits for a part that does not come."""
+    models = [model_of("wan2.1-t2v", torch.float32, num_layers=LAYERS) for _ in range(2)]
+    call = calls_of(models[0])[0]
+
+    def work(among: ThreadExchange) -> None:
+        sharing = Sharing(among)
+        with stream_blocks(models[among.rank], "cpu", buffers=2, sharing=sharing):
+            sharing.begin(together=True)
+            if among.rank == 1:
+                raise MemoryError("this one has none left")
+            models[among.rank](**call)
+
+    with pytest.raises(MemoryError, match="this one"):
+        together(2, work)
+    for model in models:
+        assert all(p.device.type == "cpu" and not p.isnan().any() for p in model.parameters())

@@ -1,0 +1,83 @@
+"""Streamed weights of a gang: each process copies its part of a block, and all gather the rest.
+
+The processes of a gang compute the same blocks at the same time. Where the link between their cards
+is faster than the bus to RAM, n of them need not copy a block n times: each copies one n-th, and
+the bytes are gathered on the cards just before the block computes. They are the same bytes.
+
+All processes have to gather the same blocks in the same order. A unit that one computes alone
+copies whole blocks; the buffers then begin anew, in all processes, with the next unit they share.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+from torch import Tensor
+
+_ALIGN = 256
+
+
+class Gathering(Protocol):
+    """What the processes that share weights have in common."""
+
+    @property
+    def rank(self) -> int:
+        """Which of them this is, from 0."""
+
+    @property
+    def size(self) -> int:
+        """How many they are."""
+
+    def gather_into(self, whole: Tensor) -> None:
+        """Fill in the parts of the others; ``whole`` (size x k bytes) has this one's."""
+
+    def agreed(self, word: bool) -> bool:
+        """Return the word of rank 0."""
+
+
+class Sharing:
+    """One process's view of streamed weights that a gang may share."""
+
+    def __init__(self, among: Gathering) -> None:
+        self.among = among
+        self.on = False
+        """Whether blocks are loaded in parts: while the gang computes a unit together."""
+        self.copied_bytes = 0
+        """What was copied from RAM, in both ways."""
+        self._alone = True
+        self._anew: Callable[[], object] = lambda: None
+
+    def attach(self, anew: Callable[[], object]) -> None:
+        """Have ``anew`` called when what the buffers hold counts no more."""
+        self._anew = anew
+
+    def begin(self, *, together: bool) -> None:
+        """Begin a unit that the gang computes together, or this process alone.
+
+        To be called by all of them, or by rank 0 alone, which decides: only it computes alone.
+        """
+        anew = self.on != together
+        if together:
+            anew = self.among.agreed(self._alone)
+        self.on, self._alone = together, not together
+        if anew:
+            self._anew()
+
+    def room(self, nbytes: int) -> int:
+        """Return the bytes that a buffer for a block of ``nbytes`` needs: equal parts."""
+        return self._each(nbytes) * self.among.size
+
+    def part(self, nbytes: int) -> slice:
+        """Return which bytes of a block are copied here."""
+        if not self.on:
+            return slice(0, nbytes)
+        begin = self._each(nbytes) * self.among.rank
+        return slice(min(begin, nbytes), min(begin + self._each(nbytes), nbytes))
+
+    def complete(self, buffer: Tensor, nbytes: int) -> None:
+        """Gather the other parts of a block into the buffer that holds this one's."""
+        self.among.gather_into(buffer[: self.room(nbytes)])
+
+    def _each(self, nbytes: int) -> int:
+        return -(-nbytes // (self.among.size * _ALIGN)) * _ALIGN
