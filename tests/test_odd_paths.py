@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 from support import wan_layouts as layouts
 
-from wan_core import WanPipelineLoader
+from wan_core import WanModelFiles, WanPipelineLoader
 from wan_core.detect import ArchitectureDetector, inspect_file, lora_list, with_loras
 from wan_core.errors import InvalidRequest, MissingFile
 from wan_core.files import open_regular
@@ -47,6 +47,21 @@ def test_nothing_is_not_the_folder_one_is_in(value: str) -> None:
 def test_quotes_and_blanks_around_a_path(model: Path, form: str) -> None:
     with pytest.raises(MissingFile, match="It is there without the quotation marks or blanks"):
         inspect_file(form.format(model))
+
+
+def test_a_link_to_something_that_is_gone_is_not_offered_in_its_place(tmp_path: Path) -> None:
+    link = tmp_path / "wan.safetensors"
+    link.symlink_to(tmp_path / "gone.safetensors")
+    with pytest.raises(MissingFile, match="a link to something that is gone") as caught:
+        inspect_file(link)
+    assert "other letters" not in str(caught.value)
+
+
+def test_a_folder_that_lost_its_index_is_told_so(tmp_path: Path) -> None:
+    for part in ("transformer", "vae", "text_encoder"):
+        (tmp_path / part).mkdir()
+    with pytest.raises(MissingFile, match="no model_index.json"):
+        ArchitectureDetector().detect_model_architecture(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -125,3 +140,42 @@ def test_one_lora_is_a_list_of_one(tmp_path: Path, model: Path) -> None:
             with_loras(found, bad)  # type: ignore[arg-type]
     with pytest.raises(InvalidRequest, match="loras is '1.0' .float.; the path of a file"):
         with_loras(found, [(1.0, "both", path)])
+
+
+@pytest.mark.parametrize("value", [5, "", b"vae", None])
+@pytest.mark.parametrize("field", ["transformer", "vae", "tokenizer", "vace_2"])
+def test_what_is_no_path_is_named_by_its_field(model: Path, field: str, value: Any) -> None:
+    files = WanModelFiles(**({"transformer": model} | {field: value}))
+    open_it = ArchitectureDetector().detect_model_architecture
+    if value is None and field != "transformer":
+        assert open_it(files)
+        return
+    with pytest.raises(InvalidRequest, match=f"^{field} is ") as caught:
+        open_it(files)
+    assert caught.value.field == field
+
+
+def test_what_is_no_path_of_a_configuration() -> None:
+    with pytest.raises(InvalidRequest, match="optimization_config_path is '5'"):
+        WanPipelineLoader(optimization_config_path=5)  # type: ignore[arg-type]
+    with pytest.raises(MissingFile, match="missing.json cannot be read: No such file"):
+        WanPipelineLoader(optimization_config_path="missing.json")
+
+
+def test_arguments_that_people_know_from_diffusers(model: Path) -> None:
+    """The argument is to blame, not a configuration that was never given."""
+    load = WanPipelineLoader(enable_caching=False).load_wan_pipeline
+    with pytest.raises(InvalidRequest, match=r"no argument 'torch_dtype'.* Set precision instead"):
+        load(model, torch_dtype=torch.float16)
+    with pytest.raises(InvalidRequest, match="no argument 'revision'"):
+        load(model, revision="main")
+
+
+@pytest.mark.parametrize("given", [None, {"prompt": "a cat"}, "a cat"])
+def test_what_is_no_configuration_of_a_job(model: Path, given: Any) -> None:
+    wrapper = WanPipelineLoader(enable_caching=False).load_wan_pipeline(model)
+    error = wrapper.generate(given).error
+    assert isinstance(error, InvalidRequest) and "a GenerationConfig is needed" in str(error)
+    for call in (wrapper.plan, wrapper.check, wrapper.estimate_memory_usage):
+        with pytest.raises(InvalidRequest, match="a GenerationConfig is needed"):
+            call(given)

@@ -13,6 +13,8 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .errors import InvalidRequest
+
 if TYPE_CHECKING:
     import torch
 
@@ -321,6 +323,16 @@ class GenerationConfig:
     guidance, which keeps more motion; the rest with them, as usual."""
     guided_scale: float | None = None
     """Guidance scale of the ``guided_steps``; None means the model's official one."""
+
+
+def require_config(config: object) -> None:
+    """Raise InvalidRequest for what is no GenerationConfig, such as a dictionary of its fields."""
+    if not isinstance(config, GenerationConfig):
+        raise InvalidRequest(
+            f"config is {str(config)[:80]} ({type(config).__name__}); a GenerationConfig is "
+            "needed.",
+            field="config",
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -129,7 +129,7 @@ def _nearly(path: Path) -> str:
         if bare != text and os.path.exists(bare):
             return "It is there without the quotation marks or blanks around it."
         alike = [name for name in os.listdir(path.parent) if _plain(name) == _plain(path.name)]
-        if alike:
+        if alike and alike[0] != path.name:  # which is a link to something that is gone
             return f"There is {alike[0]!r}, which is written with other letters ({alike[0]!a})."
     if re.match(r"file:/", text):
         return "Give the path alone, without 'file:'."

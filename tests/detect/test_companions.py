@@ -263,6 +263,9 @@ ENCODERS: dict[str, tuple[dict[str, tuple[layouts.Shapes, str]], str, str]] = {
     "incomplete": (
         {"a_fp16": (uneven(), "fp16"), "b_fp8": (UMT5, "fp8")}, "b_fp8",
         "a_fp16.safetensors (it lacks 1 tensors)"),
+    "the last block lost": (
+        {"a_fp16": (layouts.umt5(layers=23), "fp16"), "b_fp8": (layouts.umt5(), "fp8")}, "b_fp8",
+        "a_fp16.safetensors (it has 23 of 24 blocks)"),
     "only one without a tokenizer": (
         {"a": (UMT5, "fp16 bare")}, "a", "although it carries no tokenizer"),
     "a tokenizer before completeness": (

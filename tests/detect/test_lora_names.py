@@ -257,6 +257,37 @@ def test_parts_of_other_wan_models_are_left_out(
         with_loras(model, [alone])
 
 
+def test_what_is_no_patch_and_no_sign_is_passed_over(
+    tmp_path: Path, model: ModelArchitecture
+) -> None:
+    """Counters and a quantiser's empty mark; scales of fp8 matrices are neither."""
+    tensors = {n: ("F32", s) for n, s in pair(Q).items()}
+    marks = {"scaled_fp8": ("F8_E4M3", (2,)), "diffusion_model.scaled_fp8": ("F8_E4M3", (0,))}
+    extras = {"global_step": ("I64", ()), "num_updates": ("I32", (1,))} | marks
+    path = tmp_path / "l.safetensors"
+    layouts.write_sparse(path, layouts.Stored(tensors | extras))
+    found = with_loras(model, [path])
+    assert found.loras[0].parameters == 2 * RANK * DIM and not found.loras[0].recipe
+    scale = {f"{Q}.lora_A.scale_weight": ("F32", (1,))}
+    layouts.write_sparse(path, layouts.Stored(tensors | scale))
+    with pytest.raises(ModelMismatch, match="scale_weight"):
+        with_loras(model, [path])
+
+
+@pytest.mark.parametrize(
+    ("stem", "words"),
+    [("transformer.single_transformer_blocks.0.attn.to_q", "a LoRA for FLUX"),
+     ("lora_unet_down_blocks_0_attentions_0_proj_in", "a LoRA for Stable Diffusion"),
+     ("lora_te1_text_model_encoder_layers_0_mlp_fc1", "All of it belongs to a text encoder")],
+)  # fmt: skip
+def test_a_lora_of_another_model_is_called_so(
+    tmp_path: Path, model: ModelArchitecture, stem: str, words: str
+) -> None:
+    path = write(tmp_path / "l.safetensors", pair(stem, shape=(64, 64)))
+    with pytest.raises(ModelMismatch, match=words):
+        with_loras(model, [path])
+
+
 def test_an_adapter_that_needs_more_than_its_tensors_says_what(
     tmp_path: Path, model: ModelArchitecture
 ) -> None:

@@ -142,6 +142,27 @@ def test_lost_blocks_are_told_of_with_the_file(tmp_path: Path) -> None:
         assert not any("last blocks" in text for text in found.warnings)
 
 
+@pytest.mark.parametrize("ending", ["safetensors", "gguf"])
+@pytest.mark.parametrize("lost", ["patch_embedding", "blocks.0", "blocks.1", "blocks.1.ffn"])
+def test_a_part_of_a_model_named_alone_is_called_so(tmp_path: Path, lost: str, ending: str) -> None:
+    """Whatever of the model it happens to lack, it is not damaged, and no other model."""
+    shapes = layouts.transformer(256, 512, 3, 16)
+    part = {n: s for n, s in shapes.items() if not n.startswith(lost + ".")}
+    path = tmp_path / f"wan-00002-of-00003.{ending}"
+    if ending == "gguf":
+        layouts.write_sparse_gguf(path, part, 8, 32, 34)
+    else:
+        sparse(path, layouts.stored(part, "bf16"))
+    with pytest.raises((CorruptFile, UnsupportedModel)) as caught:
+        detect(path)
+    text = str(caught.value)
+    assert "part 2 of 3" in text and path.name in text and "ownload" not in text
+    assert ("--merge" if ending == "gguf" else "Choose the folder") in text
+    for name in ("wan-00001-of-00001", "wan"):  # which say nothing of other files
+        whole = sparse(tmp_path / f"{name}.safetensors", layouts.stored(shapes, "bf16"))
+        assert detect(whole).transformer.layers == 3
+
+
 # A tag for the variant -------------------------------------------------------------------------
 
 

@@ -166,7 +166,9 @@ CASES = [
     *(Case(name, job={name: bad})
       for name in ("prompt", "negative_prompt", "prompts") for bad in (5, b"text", "half \ud83d")),
     Case("prompt", job={"prompt": None}),
-    Case("precision", job={"precision_override": "fp4"}),
+    *(Case("precision_override", job={"precision_override": bad}) for bad in ("fp4", 16, "")),
+    *(Case("output_path", job={"output_path": bad})
+      for bad in ("https://a/b.mp4", "file:///tmp/b.mp4", "s3://b/c.mp4")),
     # Steps, windows, segments, texts.
     Case("start_step", job={"start_step": 2}),
     Case("sigmas", job={"sigmas": [0.5, 0.9]}),
@@ -290,6 +292,7 @@ CASES = [
                   {"audio": torch.zeros(1, 400), "output_path": "out.mp4"})),
     *(Case("output_metadata", job={"output_metadata": bad, "output_path": "out.mp4"})
       for bad in ({"a": {"b": 1}}, {1: "a"}, {"a": None}, {"a": "half \ud83d"}, {"a": "b\0c"},
+                  {"": "a"},
                   "a")),
     *(Case("output_path", job={"output_path": bad})
       for bad in ("video.avi", "nul\0.mp4", 5, "a" * 5000 + ".mp4")),

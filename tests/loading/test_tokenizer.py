@@ -112,6 +112,23 @@ def test_from_a_saved_folder(tmp_path: Path) -> None:
     assert load_tokenizer(tmp_path / "tokenizer.json")(TEXTS[:1]).input_ids == wanted
 
 
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_from_a_folder_saved_by_an_editor_of_windows(tmp_path: Path, encoding: str) -> None:
+    make_tokenizer().save_pretrained(tmp_path)
+    wanted = load_tokenizer(tmp_path)(TEXTS[:1]).input_ids
+    for file in tmp_path.glob("*.json"):
+        file.write_text(file.read_text(encoding="utf-8"), encoding=encoding)
+    before = {file: file.read_bytes() for file in tmp_path.iterdir()}
+    assert load_tokenizer(tmp_path)(TEXTS[:1]).input_ids == wanted
+    assert {file: file.read_bytes() for file in tmp_path.iterdir()} == before
+
+
+def test_the_model_s_folder_in_place_of_the_tokenizer_s(tmp_path: Path) -> None:
+    make_tokenizer().save_pretrained(tmp_path / "tokenizer")
+    with pytest.raises(MissingFile, match="Choose '.*tokenizer', which is in it"):
+        load_tokenizer(tmp_path)
+
+
 @pytest.mark.parametrize("more", [0, 84, 1024])
 def test_a_tokenizer_of_the_encoder_is_accepted(spiece: bytes, more: int) -> None:
     """Embeddings are filled up to a round number of rows; umT5's by 84."""

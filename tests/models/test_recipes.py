@@ -32,6 +32,7 @@ PLACES = {
         "FastWan", "folder name"),
     # A dot is no end of a folder's name.
     "Wan2.1-T2V-14B-StepDistill-CfgDistill-Lightx2v": ("lightx2v", "file name"),
+    "Wan2_2-TI2V-5B-FastWanFullAttn_bf16.safetensors": ("FastWan", "file name"),
     "self_forcing/self_forcing_dmd.pt": ("Self-Forcing", "file name"),
     "Wan2_1-T2V-1_3B-Self-Forcing-DMD_fp16.safetensors": ("Self-Forcing", "file name"),
 }  # fmt: skip
@@ -97,4 +98,4 @@ def test_the_pipeline_of_a_folder_says_that_it_is_distilled(tmp_path: Path) -> N
     file.write_text(json.dumps(json.loads(file.read_text()) | {"_class_name": "WanDMDPipeline"}))
     found = detect(tmp_path / "mine")
     assert found.recipe is not None and found.recipe.name == "FastWan"
-    assert "model_index.json" in found.recipe.reason
+    assert "WanDMDPipeline" in found.recipe.reason

@@ -113,3 +113,32 @@ def test_windows_share_what_was_asked_for_and_at_most_half() -> None:
     shared = {window: wish.overlap_for(clip(801, overlap=16), window) for window in (81, 33, 17, 5)}
     assert shared == {81: 16, 33: 16, 17: 8, 5: 4}
     assert wish.overlap_for(clip(801, overlap=4), 81) == 4
+
+
+def test_whole_numbers_of_json_from_elsewhere() -> None:
+    """JavaScript and other tools write 4 as 4.0."""
+    found = OptimizationConfig(chunk_size=4.0, resident_blocks=np.float64(2))  # type: ignore[arg-type]
+    assert (found.chunk_size, found.resident_blocks) == (4, 2)
+    assert type(found.chunk_size) is int and type(found.resident_blocks) is int
+    with pytest.raises(InvalidRequest, match="chunk_size is 4.5"):
+        OptimizationConfig(chunk_size=4.5)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("precision", np.array(["fp16", "bf16"])), ("speed", np.array([1, 2])), ("offload", ["none"]),
+     ("devices", "0,0"), ("devices", "cuda:1,1"), ("devices", np.array([0, 1]))],
+)  # fmt: skip
+def test_values_that_are_no_choice_are_named_by_their_field(field: str, value: object) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        OptimizationConfig.from_mapping({field: value})
+    assert caught.value.field == field and str(caught.value).startswith(f"{field} is ")
+
+
+def test_the_precision_of_one_job_is_named_as_the_job_names_it() -> None:
+    config = OptimizationConfig(precision="fp32")
+    assert config.overridden(None) is config
+    assert config.overridden("bf16").precision == "bf16"
+    with pytest.raises(InvalidRequest, match="^precision_override is 'half'") as caught:
+        config.overridden("half")
+    assert caught.value.field == "precision_override"

@@ -695,6 +695,19 @@ def test_a_diffusers_that_cannot_be_imported_is_said_first(
     assert read == []
 
 
+def test_python_without_docstrings_is_not_blamed_on_the_versions(
+    folder: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``PYTHONOPTIMIZE=2`` breaks transformers; another version of it would be broken as well."""
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    flags = type("Flags", (), {"optimize": 2, "__getattr__": lambda _, n: getattr(real, n)})()
+    real = sys.flags
+    monkeypatch.setattr(sys, "flags", flags)
+    result = open_wan(folder("wan2.1-t2v")).generate(GenerationConfig(prompt="a cat", **SIZE))
+    assert isinstance(result.error, MissingDependency)
+    assert "PYTHONOPTIMIZE=2" in str(result.error) and "pip" not in str(result.error)
+
+
 def test_group_offload_that_cannot_work_is_refused_before_a_weight_is_read(
     folder: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -23,6 +23,8 @@ from ..models import (
     stored_sizes,
 )
 from .identified import IdentifiedFile
+from .pairing import lacks_end, published_depth
+from .unsupported import part_of_several
 from .variant_choice import Choice
 
 _POSITIONS: Final = (
@@ -54,6 +56,9 @@ def require_whole(part: IdentifiedFile, choice: Choice) -> None:
             f"{part.missing[0]}, by which such a model tells its two pictures apart. Use another "
             "file of this model."
         )
+    several, advice = part_of_several(part.table)
+    if part.missing and several:
+        raise CorruptFile(f"{quoted(part.table.path)} is {several}. {advice}")
     if part.missing:
         raise CorruptFile(
             f"{quoted(part.table.path)} lacks {len(part.missing)} of the tensors a "
@@ -102,7 +107,8 @@ def require_kind(part: IdentifiedFile, kind: str, path: Path) -> None:
         # What is missing of a transformer explains nothing where a VAE is wanted.
         known = part.kind == "other" and part.reasons and kind.startswith("transformer")
         why = f" ({part.reasons[0]})" if known else ""
-        advice = "Choose the right file."
+        several, advice = part_of_several(part.table)
+        why, advice = ("", advice) if several else (why, "Choose the right file.")
         if part.kind == "vace" and kind == "transformer":
             advice = (
                 "Choose a Wan text-to-video transformer of its size here, and name the module "
@@ -148,7 +154,7 @@ def build(
             f"{said[0]}, and nothing says the same of the other expert. No settings suit both; "
             "choose two files that were distilled together, or two that were not."
         )
-    last = [text for name in _TRANSFORMERS if name in parts for text in _cut(parts[name], choice)]
+    last = [text for part in parts.values() for text in _cut(part, choice)]
     last += _few_steps(root, parts) if not said else []
     return ModelArchitecture(
         variant=choice.variant, transformer=transformer, vae=vae, layout=main.layout,
@@ -187,15 +193,16 @@ def _few_steps(root: Path, parts: Mapping[str, IdentifiedFile]) -> list[str]:
 
 
 def _cut(part: IdentifiedFile, choice: Choice) -> list[str]:
-    """Return a warning for a transformer that is a published one but for its last blocks."""
-    published, found = choice.variant.transformer, part.transformer
-    assert found is not None
-    same = (found.dim, found.ffn_dim) == (published.dim, published.ffn_dim)
-    # One with far fewer blocks was made so on purpose.
-    if not same or not published.layers // 2 < found.layers < published.layers:
+    """Return a warning for a component that is a published one but for its last blocks."""
+    published, name = published_depth(part)
+    if part.transformer is not None:
+        whole, found = choice.variant.transformer, part.transformer
+        if (found.dim, found.ffn_dim) == (whole.dim, whole.ffn_dim):
+            published, name = whole.layers, choice.variant.name
+    if not lacks_end(part.layers, published):
         return []
     return [
-        f"{quoted(part.table.path)} has {found.layers} blocks; {choice.variant.name}, whose width "
-        f"it has, has {published.layers}. If it was not made so, its last blocks are lost and it "
-        "makes noise: download it again."
+        f"{quoted(part.table.path)} has {part.layers} blocks; {name}, whose width it has, has "
+        f"{published}. If it was not made so, its last blocks are lost and it makes noise: "
+        "download it again."
     ]

@@ -29,7 +29,7 @@ from ..models import (
     words_of,
 )
 from .identified import IdentifiedFile
-from .pairing import role_hint, vae_problem
+from .pairing import lacks_end, published_depth, role_hint, vae_problem
 from .single_files import find_tokenizer
 
 Inspect = Callable[[str | Path], IdentifiedFile]
@@ -192,6 +192,9 @@ def _offer(path: Path, part: IdentifiedFile, has_tokenizer: bool, inside: bool) 
     if part.kind == "text_encoder" and not has_tokenizer and not _carries_tokenizer(part, path):
         tokenizer = "it carries no tokenizer, and none lies beside it"
     missing = f"it lacks {len(part.missing)} tensors" if part.missing else ""
+    depth, _ = published_depth(part)
+    if not missing and lacks_end(part.layers, depth):
+        missing = f"it has {part.layers} of {depth} blocks"
     return _Offer(path, part, unusable, (tokenizer, missing, family, size, name), inside)
 
 

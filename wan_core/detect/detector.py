@@ -23,6 +23,8 @@ from .identified import IdentifiedFile, identify
 from .lora_files import with_loras
 from .single_files import from_files, from_part
 
+_WEIGHTS = (".safetensors", ".gguf", ".pth", ".index.json")
+
 
 class ArchitectureDetector:
     """Says what a model is, from headers and configs. Stateless; safe to share between threads."""
@@ -47,6 +49,7 @@ class ArchitectureDetector:
         if is_release(root):
             return from_release(root)
         _refuse_shelf(root)
+        _refuse_without_index(root)
         return from_part(inspect_file(root), root)
 
 
@@ -65,6 +68,17 @@ def inspect_file(path: str | os.PathLike[str]) -> IdentifiedFile:
     if part.vae is not None:
         return replace(part, vae=check_vae(config, part.vae, file))
     return part
+
+
+def _refuse_without_index(root: Path) -> None:
+    """Raise MissingFile for a diffusers folder whose model_index.json was lost."""
+    inside = set(listing(root))
+    if {"transformer", "vae"} <= inside and not any(name.endswith(_WEIGHTS) for name in inside):
+        raise MissingFile(
+            f"{quoted(root)} holds the parts of a model ({some_of(sorted(inside), 6)}) but no "
+            "model_index.json, which says how they belong together. Download that file too, or "
+            "name each part in WanModelFiles."
+        )
 
 
 def _refuse_shelf(root: Path) -> None:

@@ -43,7 +43,7 @@ from ..models import (
     read_vae,
     transformer_tensors,
 )
-from .unsupported import lora_title, lora_width, unsupported_title
+from .unsupported import lora_title, lora_width, part_of_several, unsupported_title
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,6 +126,9 @@ def identify(table: TensorTable, kind: str | None = None) -> IdentifiedFile:
     try:
         parts = [_PARTS[one](_Own(table, *layout)) for one, layout in found.items()]
     except CorruptFile as err:
+        several, advice = part_of_several(table)
+        if several:
+            raise CorruptFile(f"{quoted(table.path)} is {several}. {advice}") from err
         if str(table.path) in str(err):
             raise
         raise CorruptFile(f"{quoted(table.path)}: {err}") from err

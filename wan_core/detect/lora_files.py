@@ -21,6 +21,7 @@ from ..models import FoundLora, ModelArchitecture, few_steps_hint, recipe_of
 from .identified import identify
 from .lora_names import LoraPatches, adapter_config_of, read_patches
 from .pairing import check_lora, role_hint
+from .unsupported import lora_base
 
 MAX_STRENGTH = 100.0
 _NUMBER = re.compile(r"[+-]?(?:\d+\.?\d*|\.\d+)")
@@ -188,6 +189,11 @@ def check_file(path: Path, architecture: ModelArchitecture) -> LoraPatches:
         raise ModelMismatch(f"{quoted(path)} is {part.title}, not a LoRA. Choose another file.")
     if part.width is not None:
         check_lora(architecture.transformer, part, model)
+    elif lora_base(table.tensors) is not None:
+        raise ModelMismatch(
+            f"{quoted(path)} is {part.title}; the transformer {quoted(model)} is one of Wan. "
+            "Choose a LoRA for it."
+        )
     return read_patches(table, architecture.transformer, model)
 
 

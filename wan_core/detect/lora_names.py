@@ -26,6 +26,7 @@ from ..models import (
     TransformerShape,
     flat_stem,
     foreign_part,
+    left_in_lora,
     map_names,
     names_both_experts,
     read_lora_key,
@@ -76,6 +77,8 @@ def read_patches(table: TensorTable, shape: TransformerShape, model: Path) -> Lo
     unknown: list[str] = []
     foreign: dict[str, list[str]] = {}
     for name in table.tensors:
+        if left_in_lora(name):
+            continue
         key = read_lora_key(name)
         target = _target(index, key.stem, name) if key is not None else None
         if key is None or target is None:
@@ -105,9 +108,10 @@ def read_patches(table: TensorTable, shape: TransformerShape, model: Path) -> Lo
             patch.stated_scale = scale(stems[patch.target], patch)
     used = tuple(patch for patch in patches.values() if patch.tensors)
     if not used:
+        parts = f" All of it belongs to {'; '.join(foreign)}." if foreign else ""
         raise ModelMismatch(
-            f"Nothing in the LoRA {quoted(table.path)} belongs to the transformer {quoted(model)}. "
-            "Choose a LoRA for this model."
+            f"Nothing in the LoRA {quoted(table.path)} belongs to the transformer {quoted(model)}."
+            f"{parts} Choose a LoRA for this model."
         )
     return LoraPatches(table=table, patches=used, notes=tuple(notes))
 
@@ -126,7 +130,7 @@ def _refuse_kinds(table: TensorTable) -> None:
                 f"WanFit cannot apply exactly{_needs(key.adapter)}. Plain LoRAs (lora_A/B or "
                 "lora_down/up) can be used."
             )
-        if info.dtype not in _FLOATS and not name.endswith(".alpha"):
+        if info.dtype not in _FLOATS and not name.endswith(".alpha") and not left_in_lora(name):
             raise UnsupportedModel(
                 f"Tensor {name!r} of the LoRA {quoted(table.path)} is stored as {info.dtype}; "
                 f"readable are {', '.join(_FLOATS)}. Get another version."

@@ -77,6 +77,26 @@ def vae_problem(vae: VaeShape) -> str:
     )
 
 
+_DEPTHS: Final = {
+    ("text_encoder", 4096): (24, "umT5-XXL"),
+    ("image_encoder", 1280): (32, "CLIP ViT-H"),
+}
+"""Blocks of the encoders that all Wan models share, by kind and width."""
+
+
+def published_depth(part: IdentifiedFile) -> tuple[int, str]:
+    """Return how many blocks the published encoder of this width has, and its name; 0 if none."""
+    return _DEPTHS.get((part.kind, part.width or 0), (0, ""))
+
+
+def lacks_end(found: int | None, published: int) -> bool:
+    """Whether a component seems to have lost its last blocks.
+
+    No tensor says how many there were; one with far fewer was made so on purpose.
+    """
+    return published // 2 < (found or 0) < published
+
+
 def check_text_encoder(
     transformer: TransformerShape, text: IdentifiedFile, transformer_path: Path, text_path: Path
 ) -> None:

@@ -12,7 +12,7 @@ from typing import Final
 
 from ..config import WanModelFiles
 from ..errors import MissingFile, ModelMismatch, UnsupportedModel
-from ..files import file_identity, quoted
+from ..files import file_identity, named_path, quoted
 from ..formats import has_gguf_tokenizer
 from ..models import (
     Component,
@@ -59,6 +59,9 @@ def from_files(
     ``inspect`` raises, ModelMismatch for files that do not belong together, and UnsupportedModel
     for a file of the wrong kind.
     """
+    for field in (*_PARTS, "tokenizer", "vace", "vace_2"):
+        if field == "transformer" or getattr(files, field) is not None:
+            named_path(getattr(files, field), field)
     parts: dict[str, IdentifiedFile] = {}
     paths: dict[str, Path] = {}
     for name in _PARTS:

@@ -6,7 +6,8 @@ those that ComfyUI's ``model_detection.py`` and the models' own code use.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from typing import Final
 
 from ..files import some_of
@@ -20,6 +21,10 @@ _FOREIGN: Final = (
         ("audio_cross_attn", "audio_proj"),
     ),
     ("a FantasyTalking module without its base model", ("cross_attn.processor.k_proj",)),
+    ("a Lynx adapter without its base model", ("cross_attn.ip_adapter.to_k_ip",)),
+    ("a FantasyPortrait module without its base model", ("ip_adapter_single_stream",)),
+    ("a Uni3C control network", ("controlnet_patch_embedding.weight",)),
+    ("a LongCat-Video transformer", ("blocks.0.adaLN_modulation.1", "y_embedder.y_proj")),
     ("a FLUX transformer", ("double_blocks.0.img_attn", "single_blocks.0.linear1", "img_in")),
     ("a HunyuanVideo transformer", ("txt_in.individual_token_refiner",)),
     ("a FLUX transformer", ("single_transformer_blocks.0.", "x_embedder.weight")),
@@ -80,15 +85,40 @@ def lora_title(names: Mapping[str, TensorInfo]) -> str:
         return f"{what} for Wan (width {width})"
     if any(is_wan_linear(key.stem) for key in keys):
         return f"{what} for Wan"
+    base = lora_base(names)
+    return what if base is None else f"{what} for {base}"
+
+
+def lora_base(names: Iterable[str]) -> str | None:
+    """Return the other model that a LoRA is for; None for one of Wan or of a model unknown here."""
     text = "\n".join(names)
-    for base, marks in _LORA_BASES:
-        if any(mark in text for mark in marks):
-            return f"{what} for {base}"
-    return what
+    return next((base for base, marks in _LORA_BASES if any(mark in text for mark in marks)), None)
+
+
+_PART: Final = re.compile(r"-(\d{5})-of-(\d{5})\.\w+")
+
+
+def part_of_several(table: TensorTable) -> tuple[str, str]:
+    """Return what a file is that holds a part of a model's tensors, and what to choose instead.
+
+    Both are empty for a file that stands alone, and for several that were opened together.
+    """
+    found = _PART.search(table.path.name)
+    if found is None or int(found[2]) < 2 or len(table.files) > 1:
+        return "", ""
+    advice = (
+        f"Choose the folder that holds all of them, {str(table.path.parent)!r}, or their index."
+    )
+    if table.format == "gguf":
+        advice = "Join them into one file first: llama-gguf-split --merge, with the first of them."
+    return f"part {int(found[1])} of {int(found[2])} of a model in several files", advice
 
 
 def unsupported_title(table: TensorTable) -> str:
     """Return in words what a file is that is not part of a Wan model."""
+    part, _ = part_of_several(table)
+    if part:
+        return part
     text = "\n".join(table.tensors)
     for title, marks in _FOREIGN:
         if all(mark in text for mark in marks):

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,10 @@ def check_metadata(metadata: Any) -> None:
         raise InvalidRequest(
             f"output_metadata is {shown(metadata)}; names and their texts are needed.",
             field="output_metadata",
+        )
+    if "" in metadata:
+        raise InvalidRequest(
+            "output_metadata holds a text without a name; name it.", field="output_metadata"
         )
     for name, value in metadata.items():
         for part, what in ((name, "the name"), (value, f"{shown(name)} is")):
@@ -105,6 +110,12 @@ def _output(config: GenerationConfig) -> Path | None:
             )
         return None
     found = path(config.output_path, "output_path")
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(found)):  # of a URL's two slashes one is left
+        raise InvalidRequest(
+            f"output_path is {shown_path(found)}, an address; WanFit writes to a file on this "
+            "machine. Give its path alone.",
+            field="output_path",
+        )
     if found.suffix.lower() != ".mp4":
         raise InvalidRequest(
             f"output_path is {shown_path(found)}; a name ending in .mp4 is needed.",

@@ -14,7 +14,7 @@ from ..lazy import lazy_names
 
 if TYPE_CHECKING:
     from .cache import ComponentCache, ComponentKey, component_cache, component_key
-    from .component import load_component
+    from .component import check_component, load_component
     from .dequantize import rotation
     from .download import fetch, plan_download
     from .dtypes import dtype_of, keep_in_fp32, stays_fp32
@@ -34,7 +34,7 @@ __getattr__ = lazy_names(
     __name__,
     {
         "cache": ("ComponentCache", "ComponentKey", "component_cache", "component_key"),
-        "component": ("load_component",),
+        "component": ("check_component", "load_component"),
         "download": ("fetch", "plan_download"),
         "dequantize": ("rotation",),
         "dtypes": ("dtype_of", "keep_in_fp32", "stays_fp32"),
@@ -68,6 +68,7 @@ __all__ = [
     "Undo",
     "all_pinned_bytes",
     "check_tokenizer",
+    "check_component",
     "component_cache",
     "component_key",
     "device_of",

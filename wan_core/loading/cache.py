@@ -124,6 +124,11 @@ class ComponentCache:
         for key in [k for k, entry in self._entries.items() if entry.let_go][:-_MAPPED_KEPT]:
             del self._entries[key]
 
+    def holds(self, key: ComponentKey) -> bool:
+        """Say whether a component is there, so that it would not be read."""
+        with self._held():
+            return key in self._entries
+
     @contextmanager
     def borrow(
         self, key: ComponentKey, nbytes: int, build: Callable[[], Any], *, keep: bool = True

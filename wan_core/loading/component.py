@@ -37,7 +37,13 @@ from .quantized import StoredEmbedding, StoredLinear, fp8_layer, replace_layer
 from .reader import DTYPES, FP8, Amount, TensorReader
 from .tokenizer import load_image_processor, load_scheduler_config, load_tokenizer
 
-__all__ = ["load_component", "load_image_processor", "load_scheduler_config", "load_tokenizer"]
+__all__ = [
+    "check_component",
+    "load_component",
+    "load_image_processor",
+    "load_scheduler_config",
+    "load_tokenizer",
+]
 
 KINDS = ("transformer", "vae", "text_encoder", "image_encoder")
 _TIED = {"encoder.embed_tokens.weight": "shared.weight"}
@@ -78,7 +84,30 @@ def load_component(
     names. Raises ModelFileError, ModelMismatch or UnsupportedModel; where the headers show the
     mistake, before any weight is read.
     """
-    source = Path(path)
+    check = _checked(Path(path), kind, module_path)
+    table, module, part = check.table, check.module, check.part
+    amount = Amount(table, progress)
+    watch = Watch(interrupt_check, amount.more)
+    with TensorReader(table, device, mapped=map_file, align=align, watch=watch) as reader:
+        keeping = _Keeping(keep_quantized, fp8_storage)
+        _Filling(module, table, reader, check.sources, dtype, part, keeping, amount).run()
+    # What no file holds comes last: until now these buffers are on the meta device.
+    _restore_buffers(module, torch.device(device))
+    _tie(module, table)
+    _keep_attention(module)
+    return module.eval().requires_grad_(False)
+
+
+def check_component(path: str | os.PathLike[str], kind: str) -> None:
+    """Compare a file's or folder's headers with the module it would fill, and read nothing.
+
+    Raises as :func:`load_component` does before it reads a weight.
+    """
+    _checked(Path(path), kind, None)
+
+
+def _checked(source: Path, kind: str | None, module_path: str | os.PathLike[str] | None) -> _Check:
+    """Return the module that the file fills, without memory yet, compared with its headers."""
     part, stated = _identified(source, read_table(source), kind)
     if module_path is not None:
         part = join_vace(part, identify(read_table(module_path)))
@@ -92,16 +121,7 @@ def load_component(
         add_fun_layers(module, part.transformer)
     check = _Check(plan, table, mapped, module, part)
     check.run()
-    amount = Amount(table, progress)
-    watch = Watch(interrupt_check, amount.more)
-    with TensorReader(table, device, mapped=map_file, align=align, watch=watch) as reader:
-        keeping = _Keeping(keep_quantized, fp8_storage)
-        _Filling(module, table, reader, check.sources, dtype, part, keeping, amount).run()
-    # What no file holds comes last: until now these buffers are on the meta device.
-    _restore_buffers(module, torch.device(device))
-    _tie(module, table)
-    _keep_attention(module)
-    return module.eval().requires_grad_(False)
+    return check
 
 
 _FIRST_WITH = {"WanAnimateTransformer3DModel": "0.38"}

@@ -9,13 +9,16 @@ github.com/google/sentencepiece.
 
 from __future__ import annotations
 
+import codecs
 import math
 import os
 import struct
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Final
 
 from ..errors import (
@@ -25,7 +28,7 @@ from ..errors import (
     ModelMismatch,
     UnsupportedModel,
 )
-from ..files import open_regular, quoted
+from ..files import decode_text, open_regular, quoted
 from ..formats import charsmap_problem, read_gguf_tokenizer, read_json, read_table
 from ..models import TEXT_TOKENS, tokenizer_tensor
 
@@ -83,9 +86,10 @@ def _from_folder(folder: Path) -> Any:
     if (folder / "tokenizer.json").is_file():
         transformers = _transformers()
         try:
-            return transformers.AutoTokenizer.from_pretrained(
-                str(folder), local_files_only=True, trust_remote_code=False
-            )
+            with _without_marks(folder) as place:
+                return transformers.AutoTokenizer.from_pretrained(
+                    str(place), local_files_only=True, trust_remote_code=False
+                )
         except (
             OSError, ValueError, KeyError, TypeError, RuntimeError, AttributeError,
             IndexError,
@@ -95,11 +99,38 @@ def _from_folder(folder: Path) -> Any:
             ) from err
     model = folder / "spiece.model"
     if not model.is_file():
+        inside = folder / "tokenizer"
         raise MissingFile(
-            f"{quoted(folder)} holds neither tokenizer.json nor spiece.model. Download the "
-            "tokenizer of the model again."
+            f"{quoted(folder)} holds neither tokenizer.json nor spiece.model. "
+            + (
+                f"Choose {quoted(inside)}, which is in it."
+                if inside.is_dir()
+                else "Download the tokenizer of the model again."
+            )
         )
     return load_tokenizer(model)
+
+
+@contextmanager
+def _without_marks(folder: Path) -> Iterator[Path]:
+    """Yield a folder whose JSON files can be parsed: a copy where an editor of Windows saved one.
+
+    transformers takes UTF-8 without a byte order mark and nothing else.
+    """
+    files = [path for path in folder.glob("*.json") if path.is_file()]
+    marks = (codecs.BOM_UTF8, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+    starts = []
+    for path in files:
+        with path.open("rb") as file:
+            starts.append(file.read(3))
+    if not any(start.startswith(marks) for start in starts):
+        yield folder
+        return
+    with TemporaryDirectory(prefix="wanfit-tokenizer-") as name:
+        for path in files:
+            text = decode_text(path.read_bytes())
+            (Path(name) / path.name).write_text(text, encoding="utf-8")
+        yield Path(name)
 
 
 def _embedded(path: Path) -> bytes:

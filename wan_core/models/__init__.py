@@ -12,7 +12,7 @@ from __future__ import annotations
 from .architecture import Component, FoundLora, ModelArchitecture
 from .labels import Role, differ_in_h_and_l, name_stem, role_of, without_role, words_of
 from .layouts import LAYOUTS, Layout, find_layouts, nests_blocks, own_names, tokenizer_tensor
-from .leftovers import TAG, Leftover, find_leftovers
+from .leftovers import TAG, Leftover, find_leftovers, left_in_lora
 from .lora_keys import (
     NEEDS,
     flat_stem,
@@ -112,6 +112,7 @@ __all__ = [
     "is_lora",
     "is_wan_linear",
     "largest_leaf_bytes",
+    "left_in_lora",
     "magcache_curve",
     "magcache_plan",
     "magcache_skips",

@@ -31,6 +31,7 @@ class Leftover:
     said: bool = False
 
 
+_COUNTER: Final = r"(?:.+\.)?num_batches_tracked|global_step|num_updates"
 _ALL: Final = ("transformer", "vae", "text_encoder", "image_encoder")
 LEFTOVERS: Final = (
     Leftover("a tag for the variant", rf"{re.escape(TAG)}.+", ("transformer",)),
@@ -51,7 +52,7 @@ LEFTOVERS: Final = (
         ("vae",),
     ),
     Leftover("the VAE's training", r"(?:loss|discriminator)\..+|logvar(?:_init)?", ("vae",)),
-    Leftover("a counter", r"(?:.+\.)?num_batches_tracked|global_step|num_updates", _ALL),
+    Leftover("a counter", _COUNTER, _ALL),
     Leftover("a table of positions", r"(?:.+\.)?position_ids", ("text_encoder", "image_encoder")),
     # A file of the full umT5 also holds its decoder, which encoding does not use.
     Leftover("umT5's decoder", r"(?:decoder|dec)\..+|lm_head\.weight", ("text_encoder",)),
@@ -66,6 +67,15 @@ LEFTOVERS: Final = (
 )  # fmt: skip
 LORA: Final = Leftover("a LoRA's tensor", "", ("transformer",), said=True)
 """What :func:`find_leftovers` gives for the tensors of a LoRA, which ``lora_keys`` recognises."""
+
+_IN_LORAS: Final = re.compile(r"(?:.+\.)?scaled_fp8|" + _COUNTER)
+
+
+def left_in_lora(name: str) -> bool:
+    """Whether a tensor of a LoRA file is neither a patch nor a sign of anything: a counter of its
+    training, or the mark of a quantiser, which holds no number."""
+    return _IN_LORAS.fullmatch(name) is not None
+
 
 # Per kind, one expression for all: a file has thousands of names.
 _PATTERNS: Final = {

@@ -139,7 +139,7 @@ _WEAK: Final = frozenset({"lightning", "distill", "distilled", "seko"})
 _DISTILLED: Final = frozenset({"distill", "distilled", "distillation"})
 _COUNT: Final = re.compile(r"(\d+)steps?")
 _ONE_WORD: Final = re.compile(
-    r"(?i)light[-_ ]?x2v|(?:fast|turbo)[-_ ]?wan(?![a-z])|turbo[-_ ]?diffusion|caus[-_ ]?vid"
+    r"(?i)light[-_ ]?x2v|(?:fast|turbo)[-_ ]?wan(?-i:(?![a-z]))|turbo[-_ ]?diffusion|caus[-_ ]?vid"
     r"|(?<![a-z])rcm(?![a-z])|self[-_ ]?forcing(?![a-z])"
     r"|fusion[-_ ]?i?x(?![a-z])|acc[-_ ]?vid(?:eo)?(?![a-z])"
 )

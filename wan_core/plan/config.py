@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 from ..config import MIB, PRECISIONS, SPEEDS, plain_number
@@ -101,6 +101,13 @@ class OptimizationConfig:
     each pass cut along its tokens; with speed "exact" only where that has shown equal bits. On a
     CPU a number of processes."""
 
+    def overridden(self, precision: str | None) -> OptimizationConfig:
+        """Return it with the ``precision_override`` of one job; None changes nothing."""
+        if precision is None:
+            return self
+        _choice("precision_override", precision, PRECISIONS_AND_STORED)
+        return replace(self, precision=precision)
+
     def __post_init__(self) -> None:
         _choice("precision", self.precision, PRECISIONS_AND_STORED)
         _choice("offload", self.offload, OFFLOADS)
@@ -119,7 +126,7 @@ class OptimizationConfig:
         # Kept as plain numbers: they are printed, compared and written as JSON.
         for name in ("vram_limit_gb", "ram_limit_gb", "min_vram_mb"):
             object.__setattr__(self, name, _positive(name, getattr(self, name)))
-        size = plain_number(self.chunk_size)
+        size = _whole(self.chunk_size)
         if self.chunk_size is not None and not (isinstance(size, int) and (size == 0 or size >= 2)):
             allowed = "a whole number of latent frames, 2 or more; 0 (never); or None"
             raise _bad("chunk_size", self.chunk_size, allowed)
@@ -128,7 +135,7 @@ class OptimizationConfig:
     def _check_blocks(self) -> None:
         if self.resident_blocks is None:
             return
-        count = plain_number(self.resident_blocks)
+        count = _whole(self.resident_blocks)
         if not isinstance(count, int) or count < 0:
             allowed = "a whole number of blocks, 0 or more, or None"
             raise _bad("resident_blocks", self.resident_blocks, allowed)
@@ -200,14 +207,22 @@ def _devices(value: object) -> str:
     number = plain_number(value)
     text = str(number) if isinstance(number, int) else str(value).replace(" ", "").lower()
     ids = re.fullmatch(r"(cuda:)?\d+(,(cuda:)?\d+)+", text)
-    if text not in ("auto", "all") and not ids and not re.fullmatch(r"[1-9]\d?", text):
+    twice = len(set(re.findall(r"\d+", text))) < text.count(",") + 1
+    if text not in ("auto", "all") and (twice or not ids) and not re.fullmatch(r"[1-9]\d?", text):
         allowed = 'a number of cards from 1 on, "auto", "all", or numbers of cards like "0,2"'
         raise _bad("devices", value, allowed)
     return text
 
 
+def _whole(value: object) -> int | float | None:
+    """Return a number as an int where it is one: JSON of other languages writes 4.0."""
+    number = plain_number(value)
+    return int(number) if number is not None and number == int(number) else number
+
+
 def _choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
+    # Looked at before it is compared: an array compares element by element.
+    if not isinstance(value, str) or value not in allowed:
         raise _bad(name, value, f"one of {', '.join(allowed)}")
 
 

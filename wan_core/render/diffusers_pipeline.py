@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -124,7 +125,15 @@ def check_diffusers() -> None:
         from diffusers import AutoencoderKLWan, WanTransformer3DModel  # noqa: F401
         from diffusers.pipelines.wan import pipeline_wan  # noqa: F401
     except (ImportError, AttributeError, RuntimeError) as err:
+        advice = (
+            "Install diffusers 0.35 or newer and a transformers that it works with: pip install -U "
+            "diffusers transformers."
+        )
+        if sys.flags.optimize > 1:
+            advice = (
+                "Python runs without docstrings (-OO or PYTHONOPTIMIZE=2), which transformers "
+                "reads: start it without that."
+            )
         raise MissingDependency(
-            f"diffusers cannot be imported ({first_line(err)}). Install diffusers 0.35 or newer "
-            "and a transformers that it works with: pip install -U diffusers transformers."
+            f"diffusers cannot be imported ({first_line(err)}). {advice}"
         ) from err

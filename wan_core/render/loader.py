@@ -10,12 +10,12 @@ import json
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from ..config import WanLoRA, WanModelFiles
 from ..detect import ArchitectureDetector, lora_list, with_loras
 from ..errors import InvalidRequest, MissingFile, UnsupportedModel, WanError
-from ..files import decode_text
+from ..files import decode_text, named_path
 from ..loading import ComponentCache, component_cache
 from ..plan import OptimizationConfig, Planner
 from ..preferences import Preferences, read_preferences
@@ -104,6 +104,15 @@ class WanPipelineLoader:
             return {**given.to_dict(), **more}
         if given is not None and not isinstance(given, Mapping):
             OptimizationConfig.from_mapping(given)  # says what is needed
+        known = [field.name for field in dataclasses.fields(OptimizationConfig)]
+        for key in more:
+            if key not in known:
+                instead = f" Set {_INSTEAD[key]} instead." if key in _INSTEAD else ""
+                raise InvalidRequest(
+                    f"load_wan_pipeline has no argument {key!r}; besides its own it takes "
+                    f"{', '.join(known)}.{instead}",
+                    field=key,
+                )
         return {**self._optimization, **(given or {}), **more}
 
     def preload_pipeline(self, model_path: str | Path | WanModelFiles, **kwargs: Any) -> bool:
@@ -140,6 +149,10 @@ class WanPipelineLoader:
         close_workers()
 
 
+# What people know from diffusers' ``from_pretrained``, and what says the same here.
+_INSTEAD: Final = {"torch_dtype": "precision", "dtype": "precision", "device_map": "device"}
+
+
 def _at_home(given: Any) -> Any:
     """Return a path, or the files of a model or LoRA, with ``~`` as the user's home folder.
 
@@ -162,10 +175,12 @@ def _at_home(given: Any) -> Any:
 def _read_optimization(path: str | Path | None) -> dict[str, Any]:
     if path is None:
         return {}
+    file = Path(os.path.expanduser(named_path(path, "optimization_config_path")))
     try:
-        text = decode_text(Path(os.path.expanduser(path)).read_bytes())
+        text = decode_text(file.read_bytes())
     except OSError as err:
-        raise MissingFile(f"optimization_config_path {path} cannot be read: {err}.") from err
+        why = err.strerror or err
+        raise MissingFile(f"optimization_config_path {path} cannot be read: {why}.") from err
     except UnicodeDecodeError as err:
         raise InvalidRequest(
             f"optimization_config_path {path} is not in UTF-8 ({err}). Save it as UTF-8.",

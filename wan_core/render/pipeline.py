@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from ..config import GenerationConfig, MemoryEstimate, VideoGenerationResult
+from ..config import GenerationConfig, MemoryEstimate, VideoGenerationResult, require_config
 from ..errors import DoesNotFit, first_line, is_oom
 from ..forward import norms_widen, settings_notes, undisturbed, why_no_lean
 from ..job import (
@@ -191,6 +191,7 @@ class WanPipelineWrapper:
 
     def _with_pictures(self, config: GenerationConfig) -> GenerationConfig:
         """Put names in the place of pictures that the model needs, where none are looked at."""
+        require_config(config)
         animate = self.architecture.transformer.animate
         if animate is not None:
             return replace(config, control=with_character(config, animate))
@@ -216,9 +217,8 @@ class WanPipelineWrapper:
         )
 
     def _optimization_for(self, config: GenerationConfig) -> OptimizationConfig:
-        optimization = self.optimization
-        if config.precision_override is not None:
-            optimization = replace(optimization, precision=config.precision_override)
+        require_config(config)
+        optimization = self.optimization.overridden(config.precision_override)
         if not config.enable_optimizations:
             optimization = replace(optimization, offload="none")
         return optimization
@@ -365,6 +365,7 @@ class WanPipelineWrapper:
         predicted = {stage.name: stage.device_bytes for stage in plan.estimate.stages}
         stages = StageRunner(
             architecture=self.architecture,
+            files=self._files,
             cache=self._cache,
             keep_components=self._keep,
             plan=plan,

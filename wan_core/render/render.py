@@ -108,10 +108,11 @@ class Render:
             result.memory_used_mb = max(0, device_bytes(stages.device) - before) / MIB
 
     def _make_way(self) -> None:
-        """Check every output path, and remove what a killed process left in its folder.
+        """Check every output path and the VAE; remove what a killed process left in its folder.
 
         Before anything is loaded: a mistake here must not show only after the last step.
         """
+        self.stages.check_vae()
         check_outputs(self.request)
         for path in output_paths(self.request):
             sweep(path.parent)

@@ -8,21 +8,25 @@ from __future__ import annotations
 
 import gc
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
 from ..config import GenerationConfig, StageReport, VideoGenerationResult
 from ..errors import DoesNotFit, SpilledMemory, first_line, is_host_oom, is_oom
+from ..files import FileIdentity
 from ..forward import Surroundings
+from ..job import check_files
 from ..kernels import used_attention
 from ..loading import (
     ComponentCache,
     ComponentKey,
+    check_component,
     component_key,
     dtype_of,
     load_component,
@@ -119,6 +123,8 @@ class StageRunner:
     timeline: Timeline
     smaller_plan: Callable[[OptimizationPlan, str], OptimizationPlan | None]
     """Takes the plan and the stage that failed; returns a plan that needs less there, or None."""
+    files: Mapping[Path, FileIdentity] = field(default_factory=dict)
+    """The model's files as they were when it was opened."""
     steps_down: int = 0
     host_rungs: int = 0
     """How often RAM was freed because it ran out."""
@@ -150,6 +156,15 @@ class StageRunner:
     def has(self, component: str) -> bool:
         """Say whether the model has this component."""
         return component in self.architecture.components
+
+    def check_vae(self) -> None:
+        """Compare the VAE's headers with its class: it is read after the last step.
+
+        Of the other components, which are read before the first, loading says the same in time.
+        """
+        part = self.architecture.components.get("vae")
+        if part is not None and not self.cache.holds(self.key("vae")):
+            check_component(part.path, "vae")
 
     def check_interrupt(self) -> None:
         """Look for an interrupt, and sample the memory in use; called between blocks."""
@@ -207,7 +222,10 @@ class StageRunner:
         self, name: str, check: Callable[[], object], progress: Callable[[int, int], object]
     ) -> Any:
         part = self.architecture.components[name]
-        return load_component(
+        # Hours may lie between the job's checks and this: the VAE is read after the last step.
+        known = {path: self.files[path] for path in part.files if path in self.files}
+        check_files(known)
+        module = load_component(
             part.path,
             self.dtype(name),
             kind=part.kind.removesuffix("_2"),
@@ -219,6 +237,8 @@ class StageRunner:
             interrupt_check=check,
             progress=progress,
         )
+        check_files(known)
+        return module
 
     def _kind_of_storage(self, name: str) -> str:
         """Name what a component is stored as and what it computes in, for the report."""
