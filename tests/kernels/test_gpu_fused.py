@@ -109,7 +109,7 @@ def test_products_in_8_bit_of_any_number_of_tokens(kind: str) -> None:
             shared = Shared((first,), (inner,))
             shared.read(x)
             found, expected = shared.feed(outer), outer(inner(tokens), True)[:count]
-            assert relative(found, expected) < 5e-3, count
+            assert relative(found, expected) < 3e-2, count
             plain = second(torch.nn.functional.gelu(first(x), approximate="tanh"))
             assert relative(found, plain) < 6e-2, count
 

@@ -383,26 +383,34 @@ def test_fewer_tokens_than_torch_multiplies() -> None:
     assert torch.equal(product(x), product(many)[:, :3])
 
 
-@pytest.mark.parametrize("count", [1, 7, 8, 31, 33, 94, 95, 257])
-def test_cublas_gets_counts_and_places_that_it_takes(
-    count: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Whatever the number of tokens: fp8 rows by eights, scales from multiples of 16 bytes."""
+@pytest.mark.parametrize("count", [1, 8, 31, 33, 94, 257])
+def test_cublas_gets_what_it_takes(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scales and bias at multiples of 16 bytes, wherever spans begin; no bias of a few tokens."""
     monkeypatch.setattr(products, "_ROWS", 32)
+    monkeypatch.setattr(products, "_FUSED", 30)
     multiply, seen_counts = torch._scaled_mm, []
 
-    def strict(codes: Tensor, matrix: Tensor, **numbers: Any) -> Tensor:
-        assert len(codes) % 8 == 0 and numbers["scale_a"].storage_offset() % 4 == 0
+    def strict(codes: Tensor, matrix: Tensor, bias: Any, **numbers: Any) -> Tensor:
+        given = [numbers["scale_a"], numbers["scale_b"], *([] if bias is None else [bias])]
+        assert all(x.data_ptr() % 16 == 0 for x in given)
+        assert (bias is not None) is (len(codes) >= 30)
         seen_counts.append(len(codes))
-        return multiply(codes, matrix, **numbers)
+        return multiply(codes, matrix, bias=bias, **numbers)
 
     monkeypatch.setattr(torch, "_scaled_mm", strict)
     first = product_of(layer_of("fp8"), torch.bfloat16)
     second = product_of(stored(nn.Linear(48, 64).bfloat16(), "fp8"), torch.bfloat16)
+    # As views of a mapped file may lie.
+    each = first.weight.scales.each
+    assert each is not None and first.bias is not None
+    moved = [torch.cat([x.new_zeros(1), x])[1:] for x in (each, first.bias)]
+    scales = replace(first.weight.scales, each=moved[0])
+    first = replace(first, weight=first.weight._replace(scales=scales), bias=moved[1])
     x = torch.randn(count, 64, generator=torch.Generator().manual_seed(2)).bfloat16()
     shared = products.Shared((first.layer,), (first,))
     shared.read(x)
     out = shared.feed(second)
-    assert out.shape == (count, 64) and sum(seen_counts) >= 2 * count
+    assert out.shape == (count, 64) and sum(seen_counts) == 2 * count
     one_by_one = torch.cat([second(first(row[None]), True) for row in x])
-    assert distance(out, one_by_one) < 4e-3
+    # A bias that is added after rounding may move a number to the next of fp8's codes.
+    assert distance(out, one_by_one) < 3e-2

@@ -44,13 +44,14 @@ _FEWEST = 32
 """Tokens that ``torch._int_mm`` is given at least; it takes no fewer than 17."""
 _TIMED = _ROWS
 """Tokens that are timed: with 2048, starting the kernels takes a large card half of the time."""
-_CHECKED, _ODD = 1024, 1021
+_CHECKED, _ODD, _FEW = 1024, 1021, 3
 """Tokens whose results are compared: the second is a prime, as divisors must not matter."""
 _ALIGNED = 16
-"""Spans begin at multiples of so many tokens: cuBLAS reads scales from multiples of 16 bytes."""
-_EVEN = 8
-"""What cuBLAS wants the number of tokens of an fp8 product to be a multiple of: on an H200 it did
-7560 and 32 760 with a scale for each token, and refused 8190."""
+"""What cuBLAS wants of an fp8 product's scales and bias: addresses that are multiples of so many
+bytes, else it refuses (CUDA 13 on an H200). Spans begin at multiples of so many tokens."""
+_FUSED = 1000
+"""Tokens from which an fp8 product gets the bias, else it is added after rounding: of fewer than 20
+cuBLAS refused some shapes with a bias."""
 _GAIN = 1.05
 """How many times faster than 16 bit a product must be to be used."""
 _AGREES = 1e-2
@@ -257,19 +258,13 @@ def _fp8_product(
     codes: Tensor, scales: Tensor, weight: StoredWeight, bias: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
     matrix = weight.bits.view(torch.float8_e4m3fn).t()
-    count = len(codes)
-    if count % _EVEN:
-        added = (0, 0, 0, -count % _EVEN)
-        # Bytes are padded, as torch pads no fp8.
-        codes = F.pad(codes.view(torch.uint8), added).view(codes.dtype)
-        return _fp8_product(codes, F.pad(scales, added), weight, bias, dtype)[:count]
     if _scales_rows(codes.device):
-        each = _each(weight)
+        fused = bias if bias is not None and len(codes) >= _FUSED else None
         done: Tensor = torch._scaled_mm(
-            codes, matrix, scale_a=scales, scale_b=each.view(1, -1), bias=bias, out_dtype=dtype,
-            use_fast_accum=True,
+            codes, matrix, scale_a=_aligned(scales), scale_b=_aligned(_each(weight)).view(1, -1),
+            bias=None if fused is None else _aligned(fused), out_dtype=dtype, use_fast_accum=True,
         )  # fmt: skip
-        return done
+        return done if bias is None or fused is not None else done.add_(bias)
     one = torch.ones((), device=codes.device)
     out: Tensor = torch._scaled_mm(
         codes, matrix, scale_a=one, scale_b=one, out_dtype=torch.bfloat16, use_fast_accum=True
@@ -281,6 +276,10 @@ def _fp8_product(
         wide = (out[span] * scales[span]).mul_(_each(weight))
         result[span] = wide if bias is None else wide.add_(bias)
     return result
+
+
+def _aligned(x: Tensor) -> Tensor:
+    return x.clone() if x.data_ptr() % _ALIGNED else x
 
 
 def _scales_rows(device: torch.device) -> bool:
@@ -344,7 +343,7 @@ def _tokens(product: EightBitProduct, dtype: torch.dtype, count: int) -> Tensor:
 
 
 def _error(product: EightBitProduct, layer: Any, dtype: torch.dtype) -> float:
-    """Return the larger relative error of two numbers of tokens, one of them a prime."""
+    """Return the largest relative error of three numbers of tokens."""
     x, group = _tokens(product, dtype, _CHECKED), product.weight.stored.group
     codes = product.quantized(x)
     seen = codes.numbers.float() * codes.scales
@@ -352,7 +351,7 @@ def _error(product: EightBitProduct, layer: Any, dtype: torch.dtype) -> float:
         seen = (seen.view(-1, group) @ rotation(group).to(seen)).view(seen.shape)
     expected = F.linear(seen.to(dtype), layer.dequantized(dtype), layer.bias).float()
     errors = [0.0]
-    for count in (_CHECKED, _ODD):
+    for count in (_CHECKED, _ODD, _FEW):
         wanted, found = expected[:count], product(x[:count]).float()
         errors.append(float((found - wanted).norm() / wanted.norm()))
     return max(errors)
