@@ -68,13 +68,14 @@ def _half_vae(situation: Situation, choices: Choices) -> Choices | str:
 def _half_of(situation: Situation, main: str) -> str:
     """Return fp16 where it is safe, which rounds to 11 bits where bf16 rounds to 8.
 
-    Decoded frames are 8 times nearer to fp32's (``benchmarks/results/speed_h100.md``). A decode
-    that goes beyond its range goes on in bf16; an encode could not. Measured for VAE 2.1 only.
+    Decoded frames are 8 times nearer to fp32's (``benchmarks/results/speed_h100.md`` for VAE 2.1,
+    ``speed_h200_decode.md`` for 2.2). A decode that goes beyond its range goes on in bf16; an
+    encode could not.
     """
     vae, shape = situation.architecture.vae, situation.architecture.transformer
     encodes = shape.in_channels != shape.out_channels or bool(shape.vace_layers)
     encodes = encodes or situation.workload.image or situation.workload.start_video
-    known = vae is not None and not vae.is_residual and "wide norms" in situation.abilities
+    known = vae is not None and "wide norms" in situation.abilities
     # With bf16 too: it is what a decode goes on in.
     able = situation.system.supports_fp16 and situation.system.supports_bf16
     return "fp16" if known and able and not encodes else main
@@ -137,8 +138,8 @@ def _eight_bit_says(situation: Situation, before: Choices, after: Choices) -> st
     )
     return (
         f"products in 8 bit in attention and feed-forward: {slow:.1f} -> {quick:.1f} s a step, "
-        "computed from operations, where the card proves faster; changes the result, by about 1 % "
-        "of a forward with random weights"
+        "computed from operations, where the card proves faster; changes the result, by about "
+        "1.6 % of a forward with random weights"
     )
 
 

@@ -6,8 +6,9 @@ factor of two, until a run on the machine has been measured. Standard library on
 Operations of a Wan forward with L tokens of width d, per block: 2 per weight and token, 4 L^2 d in
 self-attention and 4 L 512 d in cross-attention. Rates: dense half-precision throughput per
 multiprocessor and clock (NVIDIA's architecture white papers) times the share that reported runs
-reach. One 14B forward at 480x832x81 takes 4.60 s on an H100 (huggingface/diffusers issue 11605),
-two take 30.5 s on a 4090D (LightX2V's README).
+reach. One 14B forward at 480x832x81 takes diffusers 3.44 s on an H100 and 3.28 s on an H200 with
+cuDNN's attention (``benchmarks/results/speed_h100.md``, ``speed_h200_forward.md``; 4.60 s without
+it, huggingface/diffusers issue 11605), two take 30.5 s on a 4090D (LightX2V's README).
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ _RATES = {
     (8, 0): (2048, 1.41e9, 0.45),
     (8, 6): (512, 1.7e9, 0.80),
     (8, 9): (512, 2.5e9, 0.75),
-    (9, 0): (4096, 1.75e9, 0.39),
+    (9, 0): (4096, 1.75e9, 0.53),
     (10, 0): (8192, 1.9e9, 0.35),
     (12, 0): (512, 2.4e9, 0.75),
 }
@@ -76,24 +77,24 @@ _CAST_COST = 1.02
 """What taking quantised matrices apart adds to a step: 16 ms (fp8) to 25 ms (Q6_K) a pass of the
 14B on an H200 of 1.6 s (``benchmarks/results/dequantise_h200.json``); the reference code without
 Triton takes four to fifteen times as long."""
-_PIXEL_OPERATIONS = 1.7e7
-"""What the decode of a pixel counts for at the rate of a forward in the VAE's dtype: 5.9 s for 81
-frames of 832x480 on an H100, VAE 2.1 in fp32. An effective figure, and the same for VAE 2.2, which
-nobody has measured apart."""
+_PIXEL_OPERATIONS = 1.39e7
+"""What the decode of a pixel counts for at the rate of a forward in the VAE's dtype: 3.56 s for 81
+frames of 832x480 on an H100, VAE 2.1 in fp32. An effective figure; VAE 2.2 needs 0.85 of it on an
+H200 (3.47 s for 41 frames of 1280x704, ``benchmarks/results/speed_h200_decode.md``)."""
 _TEXT_SECONDS = 1.0
 """Seconds for the texts. Assumed, not measured."""
-_LEAN_COST, _ROWS_COST = 0.83, 0.97
+_LEAN_COST, _ROWS_COST = 0.84, 0.91
 """Factors on the compute for the lean forward with fused kernels on CUDA, and for one that cuts
-products by rows: 14B, 480p81 on an H100. The first is in ``benchmarks/results/speed_h100.md`` (less
-for the 5B); of the second no result was kept."""
+products by rows: 14B, 480p81. The first is 0.83 on an H100 and 0.85 on an H200 (less for the 5B),
+the second was measured on the H200 (``benchmarks/results/speed_h200_forward.md``)."""
 _UNFUSED_ROWS_COST = 1.04
 """Factor on the compute for products cut by rows without CUDA."""
-_EIGHT_BIT_COST = 0.86
-"""Factor on the compute for products in fp8: 0.93 for the feed-forwards alone, the same file's; the
-rest is computed from products timed alone on that card, 1.25 ms against 2.12 (5120 x 5120 at 32 760
-tokens), six of them in each block, and not yet measured in a forward."""
+_EIGHT_BIT_COST = 0.84
+"""Factor on the compute for products in fp8, 0.92 for the feed-forwards alone: 14B, 480p81 on an
+H200, the same file's."""
 _QUICK_DECODE = 0.6
-"""Factor on the decode for channels last and fused norms, in half precision; the same file's."""
+"""Factor on the decode for channels last and fused norms, in half precision: VAE 2.1 on an H100
+(``benchmarks/results/speed_h100.md``); 0.71 for VAE 2.2 on an H200."""
 
 
 @dataclass(frozen=True, slots=True)
