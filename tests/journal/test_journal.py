@@ -612,6 +612,19 @@ def test_saving_takes_at_most_its_share_of_the_time(
         assert f"{journal.saves} states" in journal.describe()
 
 
+def test_a_first_save_that_is_large_waits_until_it_is_worth_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A short render is sooner made again than saved; a small state is saved at once."""
+    now = [0.0]
+    monkeypatch.setattr(journal_module.time, "monotonic", lambda: now[0])
+    with Journal.open(tmp_path, IDENTITY) as journal:
+        now[0] = 1.0
+        assert journal.due() and journal.due(3_900_000) and not journal.due(40_000_000)
+        now[0] = 10.1
+        assert journal.due(40_000_000)
+
+
 def test_every_unit_is_due_where_asked_for(tmp_path: Path) -> None:
     with Journal.open(tmp_path, IDENTITY, max_share=math.inf) as journal:
         for unit in range(5):

@@ -154,7 +154,7 @@ def test_a_kill_finds_the_first_expert_and_a_whole_segment_saved(
     job = kept | {"switch_step": 12, "num_inference_steps": 24}
     whole = open_kept(path, **cached).generate(GenerationConfig(**job)).raise_for_error()
     cut_off(path, job, 20, **cached)
-    (state,) = (tmp_path / "j").glob("*/b.safetensors")
+    (state,) = (tmp_path / "j").glob("*/a.safetensors")
     with safe_open(state, "pt") as saved:
         assert not any("memory" in name for name in saved.keys())  # noqa: SIM118
     rest = open_kept(path, **cached).generate(GenerationConfig(**job)).raise_for_error()

@@ -78,6 +78,9 @@ __all__ = ["Journal", "JournalState", "restore_scheduler", "scheduler_state"]
 DENOISE, LATENTS, DECODE = "denoise", "latents", "decode"
 """Stages of a state: in the denoising loop, after it, and in the decode. A caller may use its own
 names for parts of the loop."""
+_USUAL_BYTES_PER_SECOND = 400e6
+"""For the first save alone. Measured with fsync on a virtual disk: 0.08 s for the 34 MB of a UniPC
+state at 480p, 0.14 s for the 77 MB of one at 720p, 81 frames."""
 _ANOTHER_VIDEO = ("job.seed", "job.prompt", "given.")
 """Fields of a render's identity that are changed to see another video. One that is cut off for
 that is not missed."""
@@ -198,18 +201,19 @@ class Journal:
         self.warnings.append("No saved state can be used; the render starts anew.")
         return None
 
-    def due(self) -> bool:
+    def due(self, nbytes: int = 0) -> bool:
         """Say whether saving now would stay within ``max_share`` of the time since opening.
 
-        The first save is always due, because it shows how long saving takes here. The allowance
-        grows with time: where saving after every unit takes too long, it happens after every few.
+        The allowance grows with time: where saving after every unit takes too long, it happens
+        after every few. A save is taken to last as long as the one before; the first one, of
+        ``nbytes``, as a usual disk takes for it.
         """
         if not self.enabled:
             return False
-        if self._seconds_last is None:
-            return True
+        last = self._seconds_last
+        expected = nbytes / _USUAL_BYTES_PER_SECOND if last is None else last
         elapsed = time.monotonic() - self._opened
-        return self.seconds_spent + self._seconds_last <= self.max_share * elapsed
+        return self.seconds_spent + expected <= self.max_share * elapsed
 
     def save(
         self,

@@ -157,13 +157,14 @@ class RenderJournal:
             state = replace(state, memory=replace(state.memory, windows={}))
         # The tensors themselves, no copies: a step replaces them and writes into none.
         self._unsaved = self._state(state, scheduler, plan)
-        if last or self._journal.due():
+        if last or self._journal.due(_size(self._unsaved)):
             self._save(self._unsaved)
 
     def window_done(self, state: DenoiseState, scheduler: Any, plan: OptimizationPlan) -> None:
         """Save the state after a finished window, if enough time has passed since the last save."""
-        if self._journal.due():
-            self._save(self._state(state, scheduler, plan))
+        found = self._state(state, scheduler, plan)
+        if self._journal.due(_size(found)):
+            self._save(found)
 
     def save_rest(self) -> None:
         """Save the last finished step if it has not been saved: the render ends here.
@@ -220,6 +221,10 @@ class RenderJournal:
     def describe(self) -> str:
         """Say in one line what was saved and how long that took."""
         return self._journal.describe()
+
+
+def _size(state: _State) -> int:
+    return sum(tensor.nbytes for tensor in state[1].values())
 
 
 def _made_with(plan: OptimizationPlan) -> dict[str, Any]:
