@@ -489,6 +489,12 @@ def test_what_is_kept_is_bounded_in_bytes_and_in_time(
         with Journal.open(tmp_path / "j", changed(steps=4)) as journal:
             assert bool(journal.warnings) != left
         assert folders[3].exists() == left
+    # Of what has nothing saved nothing is said.
+    empty = Journal.open(tmp_path / "j", {"prompt": "no foxes"})
+    empty.close()
+    os.utime(empty.folder / "identity.json", (time.time() - 31 * 86400,) * 2)
+    with Journal.open(tmp_path / "j", changed(steps=5)) as journal:
+        assert journal.warnings == [] and not empty.folder.exists()
 
 
 @pytest.mark.parametrize("name", ["seed", "prompt"])

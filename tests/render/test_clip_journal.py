@@ -289,15 +289,21 @@ def test_a_full_disk_is_said_once_and_the_clip_is_made(
 def test_a_preference_asks_for_a_journal_where_a_job_does_not(folder: Any, tmp_path: Path) -> None:
     """Python's jobs keep none unless they or the user ask for one; a job that asks has it."""
 
-    def after_a_cut(journals: bool | None, **more: Any) -> bool:
+    def opened(journals: bool | None) -> Any:
         loader = WanPipelineLoader(preferences=Preferences(journal=journals))
         wishes = {"device": "cpu", "precision": "fp32"}
-        wrapper = loader.load_wan_pipeline(folder("wan2.1-t2v"), optimization_config=wishes)
+        return loader.load_wan_pipeline(folder("wan2.1-t2v"), optimization_config=wishes)
+
+    def after_a_cut(journals: bool | None, **more: Any) -> bool:
         with pytest.raises(Crash):
-            wrapper.generate(GenerationConfig(**JOB, **more, progress_callback=crash_at(1)))
+            opened(journals).generate(
+                GenerationConfig(**JOB, **more, progress_callback=crash_at(1))
+            )
         return any(path.is_dir() for path in tmp_path.rglob("*") if len(path.name) == 32)
 
     output = {"output_path": tmp_path / "o.mp4"}
+    refused = opened(True).generate(GenerationConfig(**JOB, **output, resume="must"))
+    assert isinstance(refused.error, JournalMismatch)
     assert not after_a_cut(None, **output) and not after_a_cut(False, **output)
     assert not after_a_cut(True)  # there is no place for one
     assert after_a_cut(True, **output)
