@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import time
 from collections.abc import Iterator
@@ -308,3 +309,27 @@ def test_a_preference_asks_for_a_journal_where_a_job_does_not(folder: Any, tmp_p
     assert not after_a_cut(True)  # there is no place for one
     assert after_a_cut(True, **output)
     assert after_a_cut(False, journal_folder=tmp_path / "j", resume="auto")
+
+
+def test_nothing_is_saved_twice(
+    folder: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither at an interrupt after a step that is saved, nor in a decode that fails."""
+    write, saves = journal.write_state, []
+
+    def noted(path: Path, *arguments: Any) -> int:
+        saves.append(path.name)
+        return write(path, *arguments)
+
+    def ended(*_: Any) -> None:
+        raise Crash
+
+    monkeypatch.setattr(journal, "write_state", noted)
+    monkeypatch.setattr(resume, "MAX_SHARE", math.inf)
+    monkeypatch.setattr("wan_core.render.render.Render._decode_rest", ended)
+    job = JOB | {"num_inference_steps": 3, "resume": "auto", "journal_folder": tmp_path / "j"}
+    cut_off(folder("wan2.1-t2v"), job, 2)
+    assert saves == ["a.safetensors", "b.safetensors"]
+    with pytest.raises(Crash):
+        open_kept(folder("wan2.1-t2v")).generate(GenerationConfig(**job))
+    assert saves[2:] == ["a.safetensors", "latents.safetensors"]
