@@ -343,3 +343,14 @@ def test_streamed_weights_are_shared_where_the_link_beats_the_bus() -> None:
     assert shared < whole and cutting.shares_weights(alone, 2)
     assert not cutting.shares_weights(alone, 1)
     assert not replace(cutting, choices=plan(job, machine(80), 1).choices).shares_weights(alone, 2)
+
+
+def test_nvlinks_make_a_cut_worth_its_trial() -> None:
+    """Nothing was measured yet: only who tries a cut learns how fast the cards talk."""
+    alone = replace(SHORT, guidance_high=False)
+    cards = machine(80, 80)
+    linked = replace(cards, cards=tuple(replace(card, nvlinks=18) for card in cards.cards))
+    one = replace(linked, cards=(linked.cards[0], cards.cards[1]))
+    slow, quick, half = (plan(alone, there, 2, speed="fast") for there in (cards, linked, one))
+    assert quick.step_seconds < slow.step_seconds == half.step_seconds
+    assert "216 GB/s assumed" in quick.reasons[-1]

@@ -18,6 +18,8 @@ class Card:
     name: str
     total_bytes: int
     free_bytes: int
+    nvlinks: int = 0
+    """How many of its NVLinks are up; 0 also where that could not be asked."""
 
 
 def all_cards() -> tuple[Card, ...]:
@@ -27,26 +29,37 @@ def all_cards() -> tuple[Card, ...]:
     for index in range(torch.cuda.device_count()):
         device = f"cuda:{index}"
         properties = torch.cuda.get_device_properties(device)
-        free = _free_bytes(str(getattr(properties, "uuid", "")))
+        free, nvlinks = _asked(str(getattr(properties, "uuid", "")))
         if free is None:
             free = torch.cuda.mem_get_info(device)[0]
-        found.append(Card(device, properties.name, properties.total_memory, free))
+        found.append(Card(device, properties.name, properties.total_memory, free, nvlinks))
     return tuple(found)
 
 
-def _free_bytes(uuid: str) -> int | None:
-    """Return what NVML says is free on a card, or None where it cannot be asked."""
+def _asked(uuid: str) -> tuple[int | None, int]:
+    """Return what NVML says is free on a card, None where it cannot be asked, and its NVLinks."""
     try:
         import pynvml
 
         pynvml.nvmlInit()
     except Exception:  # noqa: BLE001 - not installed, or no driver: torch is asked then
-        return None
+        return None, 0
     try:
         name = uuid if uuid.startswith("GPU-") else f"GPU-{uuid}"
         handle = pynvml.nvmlDeviceGetHandleByUUID(name)
-        return int(pynvml.nvmlDeviceGetMemoryInfo(handle).free)
+        return int(pynvml.nvmlDeviceGetMemoryInfo(handle).free), _nvlinks(pynvml, handle)
     except pynvml.NVMLError:
-        return None
+        return None, 0
     finally:
         pynvml.nvmlShutdown()
+
+
+def _nvlinks(nvml: Any, handle: Any) -> int:
+    """Count the links that are up; asking for one that a card does not have is an error."""
+    count = 0
+    for link in range(nvml.NVML_NVLINK_MAX_LINKS):
+        try:
+            count += nvml.nvmlDeviceGetNvLinkState(handle, link)
+        except nvml.NVMLError:
+            break
+    return count

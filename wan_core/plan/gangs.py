@@ -33,6 +33,9 @@ if TYPE_CHECKING:
 _LINK = {"cuda": 1e10, "cpu": 5e8}
 """Bytes a second that a card sends while all do, until it was measured: that of cards which talk
 through host memory, a third of which LightX2V's times on eight 4090D imply. Assumed."""
+_NVLINK = 1.2e10
+"""The same for each NVLink of a card: half of the 25 GB/s that NVIDIA gives for one direction of
+NVLink 3 and 4. Assumed, so that a cut is tried at all, which measures it."""
 _EXCHANGE_SECONDS = 2e-4
 """What an exchange takes beside its bytes: 0.05 to 0.07 s for 320 of them at 832x480 and 81 frames,
 fitted to LightX2V's published times. Not measured here."""
@@ -97,7 +100,9 @@ class Cutting:
             return known, True
         # What other numbers of these cards have shown is nearer than a guess.
         others = [links[n] for count in range(2, 100) if (n := link_name(name, count)) in links]
-        guess = Link(_LINK[self.system.device_kind], _EXCHANGE_SECONDS)
+        links_up = min((card.nvlinks for card in self.system.cards), default=0)
+        rate = max(_LINK[self.system.device_kind], links_up * _NVLINK)
+        guess = Link(rate, _EXCHANGE_SECONDS)
         return min(others, key=lambda link: link.rate, default=guess), False
 
     def pass_seconds(self, alone: float, cards: int) -> float:
