@@ -32,7 +32,7 @@ NODES = ("WanLoader", "WanOptimize", "WanEstimateMemory", "WanGenerate", "WanChu
 WINDOW = (1500, 760)
 CONTROLLED = (
     "video_to_video", "key_frames", "vace_inpaint", "vace_outpaint", "vace_control",
-    "vace_reference",
+    "vace_reference", "fun_control",
 )  # fmt: skip
 """Workflows that the help page of WanControl shows."""
 WORKFLOWS = ("text_to_video", "long_video", *CONTROLLED)

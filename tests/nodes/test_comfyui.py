@@ -52,7 +52,7 @@ NODES = [
 ]  # fmt: skip
 WORKFLOWS = [
     "text_to_video", "long_video", "video_to_video", "key_frames", "vace_inpaint", "vace_outpaint",
-    "vace_control", "vace_reference",
+    "vace_control", "vace_reference", "fun_control",
 ]  # fmt: skip
 FULL_VAE = {"base_dim": 96, "dim_mult": [1, 2, 4, 4], "num_res_blocks": 2}
 CHECKOUT = find_checkout()
