@@ -157,7 +157,8 @@ def test_a_server_that_is_asked_to_end_does_so_and_goes_on(model: Path, tmp_path
     try:
         for least in (2, 4, 6, 8):
             wait_for(
-                lambda least=least: client.ask("GET", f"/v1/videos/{id}")[1]["progress"] >= least
+                lambda least=least: client.ask("GET", f"/v1/videos/{id}")[1]["progress"] >= least,
+                120,
             )
             server.process.terminate()
             assert server.process.wait(15) == 0
