@@ -438,7 +438,8 @@ def add_route() -> None:
         from .live import Host, Live
         from .route import Route
 
-        return Route(Live(Host(folders, _machine, _busy)))
+        host = Host(folders, _machine, _busy)
+        return Route(Live(host), Live(host))
 
     @PromptServer.instance.routes.post("/wanfit/plan")
     async def plan(request: web.Request) -> web.Response:

@@ -1,7 +1,8 @@
 """POST /wanfit/plan and /wanfit/convert: who may ask, how much, how often. No ComfyUI here.
 
 The answers come from ``live``, one after the other on a thread of their own, so that neither the
-server's loop nor a render waits for one.
+server's loop nor a render waits for one. What takes longer than a plan has a second thread: what
+would fit is searched for with many plans, a second long while a render computes.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from .live import Live, as_json
-from .wired import MOST_BYTES
+from .wired import MOST_BYTES, wants_fixes
 
 MOST_WAITING = 8
 """Requests that may wait for an answer; the page asks again for what it is refused."""
@@ -38,11 +39,15 @@ def refusal(headers: Mapping[str, str]) -> tuple[int, str] | None:
 
 
 class Route:
-    """Takes requests and returns (status, JSON)."""
+    """Takes requests and returns (status, JSON).
 
-    def __init__(self, live: Live) -> None:
-        self._live = live
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="wanfit-plan")
+    ``live`` answers plans; ``searching`` finds what would fit: another, as each is for one thread.
+    """
+
+    def __init__(self, live: Live, searching: Live) -> None:
+        self._live, self._searching = live, searching
+        self._quick = ThreadPoolExecutor(1, thread_name_prefix="wanfit-plan")
+        self._slow = ThreadPoolExecutor(1, thread_name_prefix="wanfit-search")
         self._waiting = 0
 
     async def answer(
@@ -54,7 +59,7 @@ class Route:
     ) -> tuple[int, bytes]:
         """Answer a request whose body comes in chunks; more than ``most`` bytes are not read.
 
-        ``ask`` answers the body; None asks for the live plan.
+        ``ask`` answers the body, on the second thread; None asks for the live plan.
         """
         refused = refusal(headers)
         if refused is None and self._waiting >= MOST_WAITING:
@@ -68,9 +73,11 @@ class Route:
                 return 413, _error(f"The request has more than {most} bytes.")
         self._waiting += 1
         try:
-            loop = asyncio.get_running_loop()
-            status, answer = await loop.run_in_executor(
-                self._thread, ask or self._live.answer, bytes(body)
+            given = bytes(body)
+            quick = ask is None and not wants_fixes(given)
+            live = self._live if quick else self._searching
+            status, answer = await asyncio.get_running_loop().run_in_executor(
+                self._quick if quick else self._slow, ask or live.answer, given
             )
         finally:
             self._waiting -= 1

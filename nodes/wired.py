@@ -98,7 +98,10 @@ def sampler_after(prompt: Mapping[str, Any], node: str) -> Node | None:
 
 def wants_fixes(body: bytes) -> bool:
     """Whether a request asks for what would fit, which takes longer than the plan itself."""
-    return _parsed(body).get("fixes") is True
+    try:
+        return _parsed(body).get("fixes") is True
+    except InvalidRequest:
+        return False
 
 
 def _parsed(body: bytes) -> dict[str, Any]:

@@ -89,6 +89,8 @@ function row(...elements) {
 
 const STATES = { running: COLOURS.warn, done: COLOURS.good, failed: COLOURS.bad, interrupted: COLOURS.warn };
 
+const stageOf = (name) => (name.startsWith("load ") ? say("tab.load", { part: named("part", name.slice(5)) }) : named("stage", name));
+
 // -- sections -----------------------------------------------------------------------------------
 function stages(one) {
   const table = make("table", "width:100%;border-collapse:collapse;font-size:10px;margin-top:4px");
@@ -98,7 +100,7 @@ function stages(one) {
     return tr;
   };
   table.append(cells("th", ...["stage", "seconds", "predicted", "measured"].map((key) => say(`tab.${key}`))));
-  for (const stage of one.stages) table.append(cells("td", named("stage", stage.name), number(stage.seconds, 1), gib(stage.predicted_gib), gib(stage.measured_gib)));
+  for (const stage of one.stages) table.append(cells("td", stageOf(stage.name), number(stage.seconds, 1), gib(stage.predicted_gib), gib(stage.measured_gib)));
   return table;
 }
 

@@ -43,6 +43,7 @@ from support.comfy_graphs import (
     with_values,
     workflow,
 )
+from support.comfy_schemas import help_names
 from support.comfy_server import REPOSITORY, ComfyServer, find_checkout, find_python
 from support.reference_layouts import original_vae
 
@@ -161,8 +162,7 @@ def test_help_pages_are_served(server: ComfyServer) -> None:
 def test_every_input_and_output_is_in_the_help_page(server: ComfyServer, name: str) -> None:
     info = server.get(f"/object_info/{name}")[name]
     page = (REPOSITORY / "web" / "docs" / f"{name}.md").read_text()
-    rows = [line.split("|")[1] for line in page.splitlines() if line.startswith("| **")]
-    told = [word for cell in rows for word in re.findall(r"\*\*(\w+)\*\*", cell)]
+    told = help_names(page)
     groups = ("required", "optional")
     inputs = [field for group in groups for field in info["input"].get(group, {})]
     assert set(told) == {*inputs, *info["output_name"]}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
 from types import ModuleType
@@ -301,8 +302,8 @@ def test_while_a_prompt_runs_the_machine_counts_as_it_was_before(asker: Asker) -
 
 
 # -- what is wrong ------------------------------------------------------------------------------
-def body(nodes: Any, node: str = "3") -> bytes:
-    return json.dumps({"node": node, "nodes": nodes}).encode()
+def body(nodes: Any, node: str = "3", **more: Any) -> bytes:
+    return json.dumps({"node": node, "nodes": nodes, **more}).encode()
 
 
 JUNK = {
@@ -393,7 +394,7 @@ def sent(route: Any, headers: dict[str, str], data: bytes) -> tuple[int, dict[st
 
 
 def test_only_the_page_itself_may_ask(pack: ModuleType, asker: Asker) -> None:
-    route = part(pack, "nodes.route").Route(asker.live)
+    route = part(pack, "nodes.route").Route(asker.live, asker.live)
     asked = body(graph())
     here = {"Origin": "http://127.0.0.1:8188", "Sec-Fetch-Site": "same-origin"}
     assert sent(route, JSON | here, asked)[0] == 200
@@ -415,14 +416,38 @@ def test_a_long_request_is_not_read_to_its_end(pack: ModuleType, asker: Asker) -
             taken.append(1)
             yield bytes(65536)
 
-    route = part(pack, "nodes.route").Route(asker.live)
+    route = part(pack, "nodes.route").Route(asker.live, asker.live)
     status, _ = asyncio.run(route.answer(JSON, endless()))
     assert status == 413 and len(taken) == 5
 
 
+def test_a_plan_does_not_wait_for_a_search(pack: ModuleType, asker: Asker) -> None:
+    """What would fit takes a second while a render computes; sizes are dragged on meanwhile."""
+    begun, done = threading.Event(), threading.Event()
+
+    class Searching:
+        def answer(self, body: bytes) -> tuple[int, dict[str, Any]]:
+            begun.set()
+            assert done.wait(60)
+            return asker.live.answer(body)
+
+    route = part(pack, "nodes.route").Route(asker.live, Searching())
+
+    async def both() -> list[int]:
+        search = asyncio.create_task(route.answer(JSON, chunks(body(graph(), fixes=True))))
+        await asyncio.to_thread(begun.wait, 60)
+        plan = await asyncio.wait_for(route.answer(JSON, chunks(body(graph()))), 60)
+        unfinished = not search.done()
+        done.set()
+        return [plan[0], (await search)[0], unfinished]
+
+    assert asyncio.run(both()) == [200, 200, True]
+    assert sent(route, JSON, b"[")[0] == 400  # what is no request is answered as quickly
+
+
 def test_of_a_flood_some_are_put_off_and_none_is_lost(pack: ModuleType, asker: Asker) -> None:
     module = part(pack, "nodes.route")
-    route = module.Route(asker.live)
+    route = module.Route(asker.live, asker.live)
 
     async def flood() -> list[tuple[int, bytes]]:
         return await asyncio.gather(*(route.answer(JSON, chunks(body(graph()))) for _ in range(30)))

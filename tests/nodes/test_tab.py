@@ -203,7 +203,7 @@ def test_what_was_learnt_is_told_and_can_be_forgotten(pack: ModuleType, asked: A
 
 
 def test_another_site_may_not_ask(pack: ModuleType, asked: Asked) -> None:
-    route = part(pack, "nodes.route").Route(None)
+    route = part(pack, "nodes.route").Route(None, None)
 
     async def body() -> AsyncIterator[bytes]:
         yield b'{"do": "forget"}'

@@ -6,6 +6,7 @@ import importlib
 import importlib.abc
 import importlib.machinery
 import importlib.util
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -21,6 +22,14 @@ NODES = {
     "WanEstimateMemory": "estimate", "WanGenerate": "generate", "WanChunkedSampler": "generate",
 }  # fmt: skip
 _PACK = "wanfit_declared"
+
+
+def help_names(page: str) -> list[str]:
+    """Return the inputs and outputs that a help page explains, in its order."""
+    parts = re.split(r"^## ", page, flags=re.MULTILINE)
+    told = [part for part in parts if re.match(r"(?:In|Out)puts?\n", part)]
+    rows = re.findall(r"^- ((?:\*\*\w+\*\*(?:, )?)+): \S", "".join(told), flags=re.MULTILINE)
+    return [name for row in rows for name in re.findall(r"\w+", row)]
 
 
 class _Io:
