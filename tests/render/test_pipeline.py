@@ -512,7 +512,7 @@ BAD = [
     ({"prompt": None}, "prompt"),
     ({"prompt": 3}, "prompt"),
     ({"image": "picture"}, "image"),
-    ({"precision_override": "fp4"}, "precision"),
+    ({"precision_override": "fp4"}, "precision_override"),
     ({"prompt_embeds": torch.zeros(1, 512, 31)}, "prompt_embeds"),
     ({"prompt_embeds": torch.zeros(1, 600, 32)}, "prompt_embeds"),
     ({"latents": torch.zeros(1, 16, 3, 4, 4)}, "latents"),
