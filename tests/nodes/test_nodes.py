@@ -80,7 +80,7 @@ def test_every_node_has_a_help_page_and_every_workflow_a_thumbnail() -> None:
             if line.startswith("!["):
                 assert (page.parent / line.split("(")[1].rstrip(")")).is_file(), line
     workflows = list((ROOT / "example_workflows").glob("*.json"))
-    assert len(workflows) == 11
+    assert len(workflows) == 12
     for path in workflows:
         assert path.with_suffix(".jpg").is_file()
         assert json.loads(path.read_text())["nodes"]
