@@ -85,6 +85,34 @@ def test_a_gang_copies_each_block_once_and_keeps_the_bits(
     assert alone >= streamed * block if streamed > buffers else alone >= block
 
 
+@pytest.mark.parametrize("again", [0, 1])
+def test_a_rank_whose_weights_were_put_in_their_place_again(again: int) -> None:
+    """What its buffers hold is whole, what those of the others hold is a part: all begin anew."""
+    models = [model_of("wan2.1-t2v", torch.float32, num_layers=LAYERS) for _ in range(2)]
+    calls = calls_of(models[0])
+    expected = [models[0](**call)[0] for call in calls]
+
+    def work(among: ThreadExchange) -> list[bool]:
+        model, found = models[among.rank], []
+
+        def compute(sharing: Sharing, numbers: list[int]) -> None:
+            for number in numbers:
+                sharing.begin(together=True)
+                found.append(torch.equal(model(**calls[number])[0], expected[number]))
+
+        first = [0] if among.rank == again else [0, 1, 2]
+        sharing = Sharing(among)
+        with stream_blocks(model, "cpu", buffers=2, sharing=sharing):
+            compute(sharing, first)
+        if among.rank == again:
+            sharing = Sharing(among)
+            with stream_blocks(model, "cpu", buffers=2, sharing=sharing):
+                compute(sharing, [1, 2])
+        return found
+
+    assert together(2, work) == [[True] * 3] * 2
+
+
 def test_a_rank_that_leaves_breaks_the_gather_of_the_others_off() -> None:
     """Nobody waits for a part that does not come."""
     models = [model_of("wan2.1-t2v", torch.float32, num_layers=LAYERS) for _ in range(2)]

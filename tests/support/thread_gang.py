@@ -57,6 +57,9 @@ class ThreadExchange:
     def agreed(self, word: bool) -> bool:
         return bool(self.meeting.exchange(self.rank, word)[0])
 
+    def all_say(self, word: bool) -> bool:
+        return all(self.meeting.exchange(self.rank, word))
+
 
 class ThreadGroup(ThreadExchange):
     """``workers.group.Group`` among threads; those that name the same place meet."""

@@ -33,8 +33,7 @@ def apply_plan(
     ``component`` is its name in the plan ("transformer_2", "vae" …). ``decoding=False`` is for a
     VAE that encodes: the lean encoder is then attached in place of the decoder. With ``sharing`` a
     gang streams weights together. Yields None, or a sentence saying what could not be carried out.
-    Afterwards the module's parameters are the same
-    objects with the same values as before.
+    Afterwards the module's parameters are the same objects with the same values as before.
     """
     with ExitStack() as stack:
         # Weights first: the lean forwards below are attached to a module that is in its place, and

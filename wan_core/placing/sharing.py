@@ -32,8 +32,8 @@ class Gathering(Protocol):
     def gather_into(self, whole: Tensor) -> None:
         """Fill in the parts of the others; ``whole`` (size x k bytes) has this one's."""
 
-    def agreed(self, word: bool) -> bool:
-        """Return the word of rank 0."""
+    def all_say(self, word: bool) -> bool:
+        """Return whether all say yes."""
 
 
 class Sharing:
@@ -59,7 +59,9 @@ class Sharing:
         """
         anew = self.on != together
         if together:
-            anew = self.among.agreed(self._alone)
+            # Also where one of them has put its weights in their place again: whoever gathers
+            # blocks that another has whole would be given bytes of other blocks.
+            anew = not self.among.all_say(not self._alone)
         self.on, self._alone = together, not together
         if anew:
             self._anew()
