@@ -12,13 +12,15 @@ import pytest
 import torch
 from support.dry_run import DryModel
 from support.machines import architecture, gpu
-from support.true_models import DTYPES, KEEP_FP32, transformer
+from support.true_models import DTYPES, KEEP_FP32, autoencoder, transformer
 
+from wan_core.decoding import lean_encoder
 from wan_core.forward import as_pixels, encode_faces, known_faces, lean_forward, run_together
 from wan_core.memory import Choices, Workload, estimate, lean_peak, transformer_peak
 from wan_core.memory.forward import face_peak
 from wan_core.models import VARIANTS, all_blocks, rest_bytes, sizes
-from wan_core.models.variants import FaceShape, TransformerShape
+from wan_core.models.variants import VAE_21, FaceShape, TransformerShape
+from wan_core.sampling.vae import encode_latents
 
 NAME = "wan2.2-animate-14b"
 WHOLE = VARIANTS[NAME].transformer
@@ -144,3 +146,26 @@ def test_a_stage_counts_the_character_s_frame() -> None:
     assert list(stages)[:4] == ["text_encode", "image_encode", "condition_encode", "control_encode"]
     forward = lean_peak(WHOLE, size=2, **numbers(P480))
     assert 0 < stages["denoise"].activation_bytes - forward < 0.08 * forward
+
+
+def test_a_batch_s_later_segments_are_encoded_together() -> None:
+    """Each of the clips hands over frames of its own; the first segment has none."""
+    work = Workload(
+        width=832, height=480, num_frames=153, window_frames=77, references=1, batch_size=2,
+        guidance_high=False, guidance_low=False, start_video=True, reference_picture=True,
+    )  # fmt: skip
+    choices = Choices(dtypes={"transformer": "bf16", "vae": "bf16"}, lean=True)
+
+    def said(work: Workload) -> int:
+        stages = {s.name: s for s in estimate(architecture(NAME), work, choices, gpu(80)).stages}
+        return stages["condition_encode"].activation_bytes
+
+    def run(vae: Any) -> None:
+        with lean_encoder(vae):
+            pixels = (torch.empty(2, 3, n, 480, 832, dtype=torch.bfloat16) for n in (1, 4, 4))
+            encode_latents(vae, pixels)
+
+    live = DryModel(lambda: autoencoder(VAE_21), torch.bfloat16).peak(run)
+    # With the workspace of the convolutions, which a dry run does not see.
+    assert live <= said(work) <= 1.4 * live
+    assert said(replace(work, num_frames=77, window_frames=None)) < 0.7 * live

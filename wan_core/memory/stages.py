@@ -367,8 +367,10 @@ class _Ledger:
         shape, workload = self.arch.transformer, self.workload
         masked = shape.mask_channels > 0 and (workload.image or shape.animate is not None)
         frames = workload.num_frames if whole or masked else max(1, workload.keyframes)
+        # Later segments of Animate 1 begin with frames of each clip, encoded together.
+        carried = shape.animate == 1 and workload.window_frames is not None and not whole
         numbers = {
-            "batch": 1,
+            "batch": workload.batch_size if carried else 1,
             "num_frames": frames,
             "height": workload.height,
             "width": workload.width,
