@@ -145,6 +145,23 @@ def test_a_picture_by_what_its_file_holds(made: Made, tmp_path: Path) -> None:
     assert keys[0] == keys[2] != keys[1]
 
 
+def test_a_picture_by_what_its_pixels_mean(made: Made) -> None:
+    """Colours may stand in a palette, and which side is up in a tag."""
+    keys = []
+    for palette in ([255, 0, 0], [0, 0, 255], [255, 0, 0]):
+        image = Image.new("P", (8, 4), 0)
+        image.putpalette(palette * 256)
+        keys.append(made.key(config=replace(JOB, image=image)))
+    assert keys[0] == keys[2] != keys[1]
+    turned = Image.linear_gradient("L").convert("RGB")
+    upright = turned.copy()
+    turned.getexif()[0x0112] = 3
+    as_it_is, as_tagged = (made.key(config=replace(JOB, image=i)) for i in (upright, turned))
+    assert as_it_is != as_tagged
+    pixels = upright.transpose(Image.Transpose.ROTATE_180)
+    assert as_tagged == made.key(config=replace(JOB, image=pixels))
+
+
 def test_loras_by_file_expert_and_strength(made: Made, tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
     path.write_bytes(b"1234")

@@ -273,6 +273,31 @@ def test_the_message_names_the_run_that_has_the_journal(tmp_path: Path) -> None:
         assert f"Another run (process {os.getpid()} on " in other.warnings[0]
 
 
+def test_a_journal_that_may_not_be_removed_keeps_no_other_from_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a folder of several users, the system refuses what belongs to another."""
+    first = None
+    for number in range(KEEP + 1):
+        with Journal.open(tmp_path, {"prompt": f"{number} foxes"}) as journal:
+            assert journal.save(1, state_of(1))
+            first = first or journal.folder
+    theirs = list(journals(tmp_path))
+    real = disk.try_lock
+
+    def refused(path: Path) -> Any:
+        if path.parent in theirs and path.parent != first:
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path)
+
+    monkeypatch.setattr(disk, "try_lock", refused)
+    monkeypatch.setattr(disk, "KEEP", 1)
+    with Journal.open(tmp_path, IDENTITY) as journal:
+        (warning,) = journal.warnings
+    assert first is not None and not first.exists() and "1 of " in warning
+    assert len(list(journals(tmp_path))) == KEEP + 1
+
+
 # --- clocks -----------------------------------------------------------------------------------
 
 

@@ -18,9 +18,10 @@ from support.tiny_models import folders, open_kept, open_wan
 from wan_core import GenerationConfig, WanPipelineLoader
 from wan_core.config import WanControl
 from wan_core.errors import JournalMismatch, OutputError
-from wan_core.journal import RenderJournal, journal, resume
+from wan_core.journal import RenderJournal, disk, journal, resume
 from wan_core.plan import Planner
 from wan_core.preferences import Preferences
+from wan_core.render import render
 from wan_core.render.pipeline import WanPipelineWrapper
 
 JOB = {"prompt": "a red cat", "width": 32, "height": 32, "num_frames": 9, "seed": 1,
@@ -334,3 +335,83 @@ def test_nothing_is_saved_twice(
     with pytest.raises(Crash):
         open_kept(folder("wan2.1-t2v")).generate(GenerationConfig(**job))
     assert saves[2:] == ["latents.safetensors"]
+
+
+@pytest.mark.parametrize("what", ["MemoryError", "the CPU's allocator"])
+def test_no_ram_for_a_save_takes_no_choice_from_the_render(
+    folder: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    """It is the journal that does without, and not the model that goes on with less."""
+    job = JOB | {"num_inference_steps": 2}
+    whole = open_kept(folder("wan2.1-t2v")).generate(GenerationConfig(**job)).raise_for_error()
+
+    def full(_: Any) -> Any:
+        if what == "MemoryError":
+            raise MemoryError("full")
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9")
+
+    monkeypatch.setattr(disk, "_in_ram", full)
+    result = open_kept(folder("wan2.1-t2v")).generate(
+        GenerationConfig(**job, resume="auto", journal_folder=tmp_path / "j")
+    )
+    result.raise_for_error()
+    assert result.applied_optimizations == whole.applied_optimizations
+    assert torch.equal(result.latents, whole.latents)
+    assert sum("not saved any more" in text for text in result.warnings) == 1
+
+
+def test_a_state_for_other_sigmas_is_not_gone_on_with_and_ends_no_render(
+    folder: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after an update that makes them otherwise under the same number of its version."""
+    path = folder("wan2.1-t2v")
+    kept = JOB | {"num_inference_steps": 4, "resume": "auto", "journal_folder": tmp_path / "j"}
+    cut_off(path, kept, 2)
+    make = render.make_solver
+
+    def otherwise(*arguments: Any) -> Any:
+        scheduler = make(*arguments)
+        scheduler.sigmas = scheduler.sigmas * 0.875
+        return scheduler
+
+    monkeypatch.setattr(render, "make_solver", otherwise)
+    refused = open_kept(path).generate(GenerationConfig(**kept | {"resume": "must"}))
+    assert isinstance(refused.error, JournalMismatch)
+    plain = {name: value for name, value in kept.items() if name in JOB}
+    whole = open_kept(path).generate(GenerationConfig(**plain)).raise_for_error()
+    cut_off(path, kept, 1)  # over the older state, which had come further
+    rest = open_kept(path).generate(GenerationConfig(**kept)).raise_for_error()
+    assert rest.metadata["resumed"] == "after step 1 of 4"
+    assert torch.equal(rest.latents, whole.latents)
+    cut_off(path, kept, 3)
+    monkeypatch.undo()
+    anew = open_kept(path).generate(GenerationConfig(**kept)).raise_for_error()
+    assert "resumed" not in anew.metadata and not (tmp_path / "j").exists()
+    assert any("is not gone on with, this one starts anew" in text for text in anew.warnings)
+
+
+@pytest.mark.parametrize("drift", [0.0, 0.5])
+def test_an_end_between_the_last_segment_and_its_saving_blends_nothing_twice(
+    folder: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, drift: float
+) -> None:
+    """What is saved then is the last step, with the clip as it was before the segment was put in.
+
+    Only a state that was not due is saved so late: here none is but the last of a segment.
+    """
+    monkeypatch.setattr(resume, "MAX_SHARE", 0.0)
+    path = folder("wan2.1-i2v")
+    job = JOB | {"image": pictures(1)[0], "window_mode": "continuation", "num_frames": 33,
+                 "max_chunk_size": 17, "window_overlap": 8, "num_inference_steps": 3,
+                 "drift_correction": drift}  # fmt: skip
+    whole = open_kept(path).generate(GenerationConfig(**job)).raise_for_error()
+    kept = job | {"resume": "auto", "journal_folder": tmp_path / "j"}
+
+    def ended(*_: Any) -> None:
+        raise Crash
+
+    with monkeypatch.context() as patched, pytest.raises(Crash):
+        patched.setattr(render, "denormalize_latents", ended)
+        open_kept(path).generate(GenerationConfig(**kept))
+    rest = open_kept(path).generate(GenerationConfig(**kept | {"resume": "must"}))
+    assert rest.raise_for_error().metadata["resumed"] == "segment 3 of 3, after step 3 of 3"
+    assert torch.equal(rest.latents, whole.latents)

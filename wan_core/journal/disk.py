@@ -18,7 +18,14 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, BinaryIO
 
 from ..config import GIB
-from ..errors import BrokenState, InvalidRequest, JournalMismatch
+from ..errors import (
+    BrokenState,
+    InvalidRequest,
+    JournalMismatch,
+    OutputError,
+    first_line,
+    is_host_oom,
+)
 from ..files import atomic_write
 
 if TYPE_CHECKING:
@@ -64,15 +71,21 @@ def write_state(path: Path, key: str, sequence: int, state: JournalState) -> int
 
     Tensors on the CPU are written without a copy. The disk stores one tensor while the checksum of
     it is computed, so the header, which holds the checksum, is written last. Raises OutputError
-    where the disk is full or not writable, InvalidRequest for a dtype that safetensors does not
-    have.
+    where the disk is full or not writable or RAM is short, InvalidRequest for a dtype that
+    safetensors does not have.
     """
     head = {"format": FORMAT, "key": key, "sequence": sequence}
     values = {"stage": state.stage, "unit": state.unit, "scalars": state.scalars}
     text = json.dumps({**head, **values})
     # safetensors files have no gaps between tensors. With the widest dtypes first, each tensor
     # still begins at a multiple of its element size.
-    ready = {name: t.detach().to("cpu").contiguous() for name, t in state.tensors.items()}
+    try:
+        ready = _in_ram(state.tensors)
+    except (MemoryError, RuntimeError) as err:
+        # As it is, it would be taken for the render's, which would go on with a smaller plan.
+        if not is_host_oom(err):
+            raise
+        raise OutputError(f"There is no RAM for a copy of it ({first_line(err)}).") from err
     names = sorted(ready, key=lambda name: (-ready[name].element_size(), name))
     header: dict[str, Any] = {}
     end = 0
@@ -107,6 +120,10 @@ def write_state(path: Path, key: str, sequence: int, state: JournalState) -> int
     # alone, which stays behind when the process is killed, under a name that nobody would look for.
     atomic_write(path, write, expected_bytes=first + end)
     return end
+
+
+def _in_ram(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
 
 
 def read_state(path: Path, key: str) -> JournalState:
@@ -376,14 +393,21 @@ def prune(root: Path, own: Path) -> str | None:
 
 
 def _remove(folder: Path) -> bool:
-    """Remove a journal and say whether it is gone; one that a run has stays."""
-    lock = try_lock(folder / LOCK)
-    if lock is None:
+    """Remove a journal and say whether it is gone; one that a run has stays.
+
+    So does one of another user, which the system does not let us remove: that must not keep the
+    others from being removed.
+    """
+    try:
+        lock = try_lock(folder / LOCK)
+        if lock is None:
+            return False
+        with lock:
+            remove_own_files(folder)
+            if sys.platform != "win32":  # see ``remove_lock``
+                (folder / LOCK).unlink()
+    except OSError:  # also where another run is removing it
         return False
-    with lock:
-        remove_own_files(folder)
-        if sys.platform != "win32":  # see ``remove_lock``
-            (folder / LOCK).unlink()
     remove_lock(folder)
     return True
 

@@ -22,7 +22,7 @@ import torch
 from ..config import GenerationConfig
 from ..errors import InvalidRequest
 from ..files import file_identity
-from ..job import Request, control_of
+from ..job import Request, control_of, load_picture
 from ..loading import component_key
 from ..models import ModelArchitecture
 from ..plan import OptimizationPlan
@@ -198,7 +198,9 @@ def render_identity(
         "negative_prompt_embeds",
     )  # fmt: skip
     given: Mapping[str, Any] = {
-        name: _picture(value) for name in tensors if (value := getattr(config, name)) is not None
+        name: _picture(value, name)
+        for name in tensors
+        if (value := getattr(config, name)) is not None
     }
     if (control := control_of(config)) is not None:
         given = {**given, "control": control}
@@ -258,8 +260,14 @@ def _shortcuts(plan: OptimizationPlan) -> list[str]:
     return [name for name, value in usual.items() if getattr(plan.choices, name) != value]
 
 
-def _picture(value: Any) -> Any:
-    """Return the bytes of a picture that is given by its path: the file may be replaced."""
+def _picture(value: Any, field: str) -> Any:
+    """Return the bytes of a picture that is given by its path: the file may be replaced.
+
+    Of a PIL image, return the picture that the render sees: what its pixels mean is beside them,
+    in a palette and in the tag that says which side is up.
+    """
+    if hasattr(value, "getexif"):
+        return load_picture(value, field)
     if isinstance(value, str) or hasattr(value, "__fspath__"):
         path = Path(os.path.expanduser(value))
         return path.read_bytes() if path.is_file() else str(path)

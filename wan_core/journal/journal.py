@@ -201,6 +201,15 @@ class Journal:
         self.warnings.append("No saved state can be used; the render starts anew.")
         return None
 
+    def discard(self, why: JournalMismatch) -> None:
+        """Go on without the state that ``load`` gave: with "must" raise ``why``, else warn of it.
+
+        It stays on the disk until newer ones are complete.
+        """
+        if self._must:
+            raise why
+        self.warnings.append(f"The saved render is not gone on with, this one starts anew: {why}")
+
     def due(self, nbytes: int = 0) -> bool:
         """Say whether saving now would stay within ``max_share`` of the time since opening.
 
@@ -422,7 +431,7 @@ class Journal:
         others = (opened_number(folder) for folder in journals(self.root))
         self._opened_as = 1 + max(others, default=0)
         self._write_identity()
-        with contextlib.suppress(OSError):  # another run may be removing the same ones
+        with contextlib.suppress(OSError):
             if removed := prune(self.root, self.folder):
                 self.warnings.append(removed)
 

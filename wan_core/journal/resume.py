@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..config import GenerationConfig
-from ..errors import first_line
+from ..errors import JournalMismatch, first_line
 from ..job import Request
 from ..models import ModelArchitecture
 from ..plan import OptimizationPlan
@@ -73,8 +73,9 @@ class RenderJournal:
     def restore(self, state: DenoiseState, scheduler: Any) -> int:
         """Bring ``state`` and ``scheduler`` to where the saved render stopped.
 
-        Returns the next step to make. Raises JournalMismatch if the saved render used another
-        scheduler or other sigmas.
+        Returns the next step to make. If the saved render used another scheduler or other sigmas,
+        as after an update of the code that makes them, the render starts anew with a warning;
+        raises JournalMismatch then where it must go on.
         """
         saved = self.saved
         if saved is None or saved.latents is not None:
@@ -82,7 +83,12 @@ class RenderJournal:
         device = state.latents.device
         # First, because it may raise, and ``state`` is then still that of a new render. The latents
         # alone are not enough: a multistep solver needs its earlier model outputs too.
-        restore_scheduler(scheduler, saved, device)
+        try:
+            restore_scheduler(scheduler, saved, device)
+        except JournalMismatch as err:
+            self._journal.discard(err)
+            self.saved = None
+            return state.next_step
         state.latents = saved.tensors["latents"].to(device)
         state.next_step = int(saved.scalars["next_step"])
         state.next_window = int(saved.scalars["next_window"])

@@ -127,8 +127,10 @@ class ClipSegments:
         # 3. Blend the overlap, then append the new frames.
         ramp = torch.arange(1, known + 1, device=made.device) / (known + 1)
         before = self.clip[:, :, frames.start : frames.start + known]
-        before.lerp_(made[:, :, :known], ramp.view(1, 1, -1, 1, 1))
-        self.clip[:, :, frames.start + known : frames.stop] = made[:, :, known:]
+        blended = before.lerp(made[:, :, :known], ramp.view(1, 1, -1, 1, 1))
+        # A new tensor: the state of the last step, which may yet be saved, has a view of the old.
+        left, right = self.clip[:, :, : frames.start], self.clip[:, :, frames.stop :]
+        self.clip = torch.cat([left, blended, made[:, :, known:], right], dim=2)
 
 
 def match_colours(latents: Tensor, reference: Tensor, strength: float) -> Tensor:
