@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from support.cases import slow_but
-from support.tiny_models import folders, open_kept, open_wan
+from support.tiny_models import folders, make_folder, open_kept, open_wan
 
 from wan_core import GenerationConfig, WanPipelineLoader
 from wan_core.config import WanControl
@@ -416,3 +417,25 @@ def test_an_end_between_the_last_segment_and_its_saving_blends_nothing_twice(
     rest = open_kept(path).generate(GenerationConfig(**kept | {"resume": "must"}))
     assert rest.raise_for_error().metadata["resumed"] == "segment 3 of 3, after step 3 of 3"
     assert torch.equal(rest.latents, whole.latents)
+
+
+def test_another_vae_costs_no_step_where_it_had_no_part_in_them(
+    folder: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is what a user tries where the decode fails; a picture was encoded by the one before."""
+    vae = make_folder(tmp_path / "other", "wan2.1-t2v", seed=9) / "vae"
+    for kind in ("wan2.1-t2v", "wan2.1-i2v"):
+        family, more = given(kind)
+        path = tmp_path / kind
+        shutil.copytree(folder(family), path)
+        kept = JOB | more | {"num_inference_steps": 2, "resume": "auto"}
+        kept |= {"journal_folder": tmp_path / "j"}
+        with monkeypatch.context() as patched, pytest.raises(Crash):
+            patched.setattr("wan_core.render.render.Render._decode", lambda *_: crash_at(0)(0))
+            open_wan(path).generate(GenerationConfig(**kept))
+        shutil.copytree(vae, path / "vae", dirs_exist_ok=True)
+        rest = open_wan(path).generate(GenerationConfig(**kept)).raise_for_error()
+        assert ("resumed" in rest.metadata) == (kind == "wan2.1-t2v")
+        plain = {name: value for name, value in kept.items() if name in JOB or name in more}
+        whole = open_wan(path).generate(GenerationConfig(**plain)).raise_for_error()
+        assert torch.equal(rest.frames, whole.frames)

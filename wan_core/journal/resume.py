@@ -301,12 +301,19 @@ def _kindred(root: Path, own: dict[str, Any], plan: OptimizationPlan) -> dict[st
 
 
 def _but_for_choices(saved: dict[str, Any], own: dict[str, Any], *, forward: bool) -> bool:
-    """Say whether two identities are the same but for the VAE's dtype, and maybe the forward."""
+    """Say whether two identities are the same but for the VAE's dtype, and maybe the forward.
+
+    Where nothing is given that a VAE encodes, its file counts as little: it has no part in the
+    latents, and another may be the cure for a decode that fails.
+    """
 
     def rest(identity: dict[str, Any]) -> dict[str, Any]:
-        dtypes = identity.get("precision")
+        dtypes, files = identity.get("precision"), identity.get("files")
         dtypes = {**dtypes, "vae": None} if isinstance(dtypes, dict) else dtypes
-        return {**identity, "precision": dtypes, **({"forward": None} if forward else {})}
+        if isinstance(files, dict) and not identity.get("given"):
+            files = {**files, "vae": None}
+        same = {"precision": dtypes, "files": files, **({"forward": None} if forward else {})}
+        return {**identity, **same}
 
     return rest(saved) == rest(own)
 
