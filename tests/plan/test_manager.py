@@ -384,7 +384,7 @@ def test_too_small_a_gpu_is_refused_where_the_user_says_so() -> None:
         ("precision", "int8"), ("precision", None), ("offload", "gpu"), ("device", 0),
         ("device", ""),
         ("vram_limit_gb", 0), ("vram_limit_gb", "8"), ("vram_limit_gb", float("nan")),
-        ("ram_limit_gb", -1), ("chunk_size", 1), ("chunk_size", 4.0), ("chunk_size", True),
+        ("ram_limit_gb", -1), ("chunk_size", 1), ("chunk_size", 4.5), ("chunk_size", True),
         ("min_vram_mb", -5),
     ],
 )  # fmt: skip

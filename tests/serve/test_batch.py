@@ -246,7 +246,7 @@ def test_a_precision_that_is_none_is_told_first_where_no_plan_is_made(
 ) -> None:
     path = lines(tmp_path / "jobs.jsonl", job(models, "a.mp4", precision_override="fp3"))
     ledger = batch(path, plan=False).run()
-    assert "precision is 'fp3'" in ledger.entries[1].error and not counted.made
+    assert "precision_override is 'fp3'" in ledger.entries[1].error and not counted.made
 
 
 def test_what_may_go_better_is_tried_again_after_the_others(

@@ -8,6 +8,7 @@ COMFYUI_FRONTEND may name the ``static`` folder of another comfyui-frontend-pack
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -247,10 +248,15 @@ class ComfyServer:
         """POST /free and wait until the weights are gone (done between prompts).
 
         "free_memory" unloads models too. Both flags at once can lose the second one: the worker
-        may wake between them and then sleeps until the next prompt.
+        may wake between them and then sleeps until the next prompt. One that is just about to sleep
+        does not hear of the flag at all, so it is told again.
         """
-        self.post("/free", {what: True})
-        self.wait_until(self._freed)
+        for _ in range(12):
+            self.post("/free", {what: True})
+            with contextlib.suppress(TimeoutError):
+                self.wait_until(self._freed, 5)
+                return
+        self.wait_until(self._freed, 5)
 
     def _freed(self) -> bool:
         # ComfyUI's worker takes the flags, then frees, then takes the next prompt. Without
