@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from support import single_files
-from support.comfy_browser import find_browser, open_page, run_in, shows
+from support.comfy_browser import find_browser, fresh_page, open_page, run_in, shows
 from support.comfy_graphs import graph, with_values, workflow
 from support.comfy_server import ComfyServer, find_checkouts, find_python
 
@@ -290,9 +290,11 @@ def watched(page: Any, server: ComfyServer) -> None:
     assert page.query_selector(".wanfit-plan") is None
 
 
-def test_a_run_is_watched_before_the_first_plan_and_after_a_restart(server: ComfyServer) -> None:
-    assert isinstance(BROWSER, Path)
-    with open_page(server.url, BROWSER) as page:  # a page that the server has not met
+def test_a_run_is_watched_before_the_first_plan_and_after_a_restart(
+    page: Any, server: ComfyServer
+) -> None:
+    # A page that the server has not met.
+    with fresh_page(page.context.browser, server.url) as page:
         page.route("**/wanfit/plan", lambda route: route.abort())
         watched(page, server)
         page.evaluate(

@@ -59,18 +59,30 @@ def open_page(
             executable_path=str(browser), headless=True, args=FLAGS
         )
         try:
-            context = chromium.new_context(viewport={"width": size[0], "height": size[1]})
-            page = context.new_page()
-            page.set_default_timeout(120_000)  # of a busy machine, too
-            page.wanfit_errors = []
-            page.on("console", lambda message: _note(page, message.type, message.text))
-            page.on("pageerror", lambda error: _note(page, "error", str(error)))
-            page.goto(url)
-            if wait is not None:
-                page.wait_for_function(f"window.LiteGraph && {wait}")
-            yield page
+            with fresh_page(chromium, url, size, wait) as page:
+                yield page
         finally:
             chromium.close()
+
+
+@contextmanager
+def fresh_page(
+    chromium: Any, url: str, size: tuple[int, int] = (1600, 900), wait: str | None = READY
+) -> Iterator[Any]:
+    """The same in a browser that runs already: a thread can have one alone."""
+    context = chromium.new_context(viewport={"width": size[0], "height": size[1]})
+    try:
+        page = context.new_page()
+        page.set_default_timeout(120_000)  # of a busy machine, too
+        page.wanfit_errors = []
+        page.on("console", lambda message: _note(page, message.type, message.text))
+        page.on("pageerror", lambda error: _note(page, "error", str(error)))
+        page.goto(url)
+        if wait is not None:
+            page.wait_for_function(f"window.LiteGraph && {wait}")
+        yield page
+    finally:
+        context.close()
 
 
 def _note(page: Any, kind: str, text: str) -> None:
