@@ -90,15 +90,10 @@ def lean_decoder(
     if reason is not None:
         yield reason
         return
-    on_host = bands is not None if cache_on_host is None else cache_on_host
-    host = HostCache(pin_bytes) if on_host else None
-    try:
+    with _host_cache(bands, cache_on_host, pin_bytes) as host:
         faster = quick_for(vae.decoder) if quick else None
         with _lean(vae.decoder, DecodeOptions(max(1, bands or 1), host, faster)):
             yield None
-    finally:
-        if host is not None:
-            host.close()
 
 
 @contextmanager
@@ -118,11 +113,22 @@ def lean_encoder(
     if reason is not None:
         yield reason
         return
+    with (
+        _host_cache(bands, cache_on_host, pin_bytes) as host,
+        _lean_encoder(vae.encoder, DecodeOptions(max(1, bands or 1), host)),
+    ):
+        yield None
+
+
+@contextmanager
+def _host_cache(
+    bands: int | None, cache_on_host: bool | None, pin_bytes: int
+) -> Iterator[HostCache | None]:
+    """Yield where the feature cache rests in RAM, None where it stays on the device."""
     on_host = bands is not None if cache_on_host is None else cache_on_host
     host = HostCache(pin_bytes) if on_host else None
     try:
-        with _lean_encoder(vae.encoder, DecodeOptions(max(1, bands or 1), host)):
-            yield None
+        yield host
     finally:
         if host is not None:
             host.close()
