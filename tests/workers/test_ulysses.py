@@ -40,7 +40,6 @@ from wan_core.errors import WorkerFailed
 from wan_core.memory import CardRecords, Trial
 from wan_core.plan.gangs import Cutting
 from wan_core.workers import child, close_workers, worker_pool
-from wan_core.workers.group import link_of
 
 ROOT = Path(__file__).parents[2]
 PLAIN = {"guidance_scale": 1.0}
@@ -482,14 +481,3 @@ def test_a_driver_that_is_killed_takes_its_gang_along_and_goes_on(
     assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
     kept = job | {"resume": "must", "journal_folder": tmp_path / "j"}
     assert equal(made(open_wan(path), kept), whole)
-
-
-@pytest.mark.parametrize(("short", "long"), [(2e-4, 2e-4), (2e-4, 1e-4), (2e-4, 3.9e-4)])
-def test_a_link_is_not_faster_than_what_was_seen(short: float, long: float) -> None:
-    """Two times that lie near each other say nothing by their difference: 200 us and 201 us."""
-    assert link_of(2**27, short, long).rate == 2**27 / long
-
-
-def test_a_link_s_rate_leaves_out_what_an_exchange_costs_anyway() -> None:
-    link = link_of(2**27, 1e-4, 1e-4 + 2**27 / 350e9)
-    assert link.rate == pytest.approx(350e9) and link.seconds == 1e-4

@@ -8,7 +8,7 @@ measured. Estimates are pure arithmetic; torch is imported only to ask the devic
 from __future__ import annotations
 
 from .calibration import AttentionTimes, Calibrations, RunRecord, forward_name
-from .card_records import Between, CardRecords, Link, Trial, cut_kind, link_name
+from .card_records import FASTEST, Between, CardRecords, Link, Trial, cut_kind, link_name
 from .cards import Card, all_cards
 from .choices import (
     STREAM_BUFFERS,
@@ -49,6 +49,7 @@ __all__ = [
     "CardRecords",
     "Choices",
     "DRIVING_WAYS",
+    "FASTEST",
     "Job",
     "LEAN_HEAD_GROUPS",
     "LEAN_ROWS",

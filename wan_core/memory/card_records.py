@@ -29,6 +29,11 @@ class Trial:
     """The relative error of the cut one, 0 where it was equal."""
 
 
+FASTEST = 2e12
+"""Bytes a second that no link between cards reaches: NVLink 5 has 0.9e12 in a direction, and NVIDIA
+announced twice that for the next one. What is beyond was measured wrongly."""
+
+
 @dataclass(frozen=True, slots=True)
 class Link:
     """How fast the cards of a gang exchange what they have computed."""
@@ -37,6 +42,14 @@ class Link:
     """Bytes a second that each sends while all send."""
     seconds: float
     """What an exchange takes beside its bytes."""
+    host: float = 0.0
+    """Bytes a second that each copies from page-locked RAM while all copy; 0 if not measured."""
+
+    @property
+    def plausible(self) -> bool:
+        """Whether a link can be like that; no other is kept, and none that is read counts."""
+        times = 0 <= self.seconds < 1 and 0 <= self.host <= FASTEST
+        return times and 0 < self.rate <= FASTEST
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,21 +77,25 @@ class CardRecords:
 
     def link(self, machine: str, cards: int) -> Link | None:
         """Return what was measured between so many cards, or None."""
-        found = self._read()["links"].get(link_name(machine, cards))
-        return None if found is None else Link(*found)
+        return self._links().get(link_name(machine, cards))
 
     def between(self, threads: int = 0) -> Between:
         """Return all that is known."""
         known = self._read()
         trials = {kind: Trial(*found) for kind, found in known["trials"].items()}
-        links = {name: Link(*found) for name, found in known["links"].items()}
-        return Between(links, trials, threads)
+        return Between(self._links(), trials, threads)
 
     def keep_link(self, machine: str, cards: int, link: Link) -> None:
-        """Keep what was measured between so many cards."""
+        """Keep what was measured between so many cards; not what no link can be like."""
+        if not link.plausible:
+            return
         known = self._read()
-        known["links"][link_name(machine, cards)] = [link.rate, link.seconds]
+        known["links"][link_name(machine, cards)] = [link.rate, link.seconds, link.host]
         keep_json(self.path, known)
+
+    def _links(self) -> dict[str, Link]:
+        links = {name: Link(*found) for name, found in self._read()["links"].items()}
+        return {name: link for name, link in links.items() if link.plausible}
 
     def trial(self, kind: str) -> Trial | None:
         """Return what a trial of this kind (``cut_kind``) has shown, or None."""
@@ -100,8 +117,8 @@ class CardRecords:
             plain = json.loads(self.path.read_text("utf-8"))
             return {
                 "links": {
-                    str(k): [float(rate), float(seconds)]
-                    for k, (rate, seconds) in plain["links"].items()
+                    str(k): [float(rate), float(seconds), *map(float, host[:1])]
+                    for k, (rate, seconds, *host) in plain["links"].items()
                 },
                 "trials": {
                     str(k): [bool(equal), float(error)]

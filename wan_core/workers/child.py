@@ -29,7 +29,8 @@ from ..journal import device_name, versions
 from ..loading import ComponentCache, ComponentKey, dtype_of, load_component, unpin
 from ..placing import Sharing
 from ..sampling import Conditions, Unit, compute_unit
-from .group import GangBroken, Group, Join, ProcessGroup, measured_link
+from .group import GangBroken, Group, Join, ProcessGroup
+from .links import measured_link
 from .messages import Message, read_message, write_message
 from .placement import placed
 from .weights import Weights
@@ -126,8 +127,9 @@ class Worker:
         """Become one of a gang, together with its other processes."""
         group = self._join(header["rank"], header["size"], header["place"], self.device)
         self._group = group
-        link = measured_link(group, self.device)
-        self._answer({"type": "joined", "link": [link.rate, link.seconds]})
+        link, why = measured_link(group, self.device)
+        told = None if link is None else [link.rate, link.seconds, link.host]
+        self._answer({"type": "joined", "link": told, "why": why})
 
     def _work(self, header: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         """Compute a unit, alone or with the gang, and answer it, or say why not."""

@@ -8,7 +8,6 @@ waited for by a clock.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from contextlib import contextmanager
 from datetime import timedelta
@@ -20,7 +19,6 @@ from torch import Tensor
 
 from ..errors import is_oom
 from ..forward import Exchange
-from ..memory import Link
 from ..placing import Gathering
 
 if TYPE_CHECKING:
@@ -28,7 +26,6 @@ if TYPE_CHECKING:
 
 _TIMEOUT = timedelta(hours=1)
 """A rank may wait as long for another that reads weights. The driver ends a gang that hangs."""
-_TRIES = 3
 
 
 class GangBroken(Exception):
@@ -118,35 +115,3 @@ def _told() -> Iterator[None]:
         if is_oom(err):
             raise
         raise GangBroken(str(err)) from err
-
-
-def measured_link(group: Group, device: torch.device) -> Link:
-    """Return how fast the processes of a gang exchange tensors; to be called by all of them.
-
-    Measured as the exchanges of a forward are: 256 MiB each between cards, 4 MiB between processes
-    on a CPU, and nearly nothing; the best of three.
-    """
-    on_card = device.type == "cuda"
-    count = (256 if on_card else 4) * 2**20 // group.size
-    times = []
-    for each in (16, count):
-        parts = torch.zeros(group.size, each, dtype=torch.uint8, device=device)
-        best = float("inf")
-        for _ in range(_TRIES + 1):  # the first time connections are made
-            group.agreed(True)
-            begun = time.perf_counter()
-            group.all_to_all(parts)
-            if on_card:
-                torch.cuda.synchronize(device)
-            best = min(best, time.perf_counter() - begun)
-        times.append(best)
-    return link_of((group.size - 1) * count, *times)
-
-
-def link_of(sent: int, short: float, long: float) -> Link:
-    """Return the link that sends ``sent`` bytes in ``long`` seconds and hardly any in ``short``.
-
-    Where the two lie so near that their difference is one of chance, all of ``long`` counts for the
-    bytes: a rate that the link has at least.
-    """
-    return Link(sent / (long - short if long > 2 * short else long), short)

@@ -252,7 +252,7 @@ class WorkerPool:
             self._greet(gang, rank, header)
         elif kind == "joined":
             rank.joined = True
-            self._link = Link(*header["link"])
+            self._hear_link(gang, header)
         elif kind == "loaded":
             if rank is self._gangs[0].ranks[0]:
                 self.loaded(header["component"], header["done"], header["total"])
@@ -262,6 +262,18 @@ class WorkerPool:
             rank.released = True
         elif kind in ("done", "cancelled", "failed") and rank.busy:
             self._answer(gang, rank, header, tensors)
+
+    def _hear_link(self, gang: Gang, header: dict[str, Any]) -> None:
+        """Note how fast a gang exchanges: what the slowest of its processes has seen."""
+        if header["link"] is None:
+            self._say(
+                f"How fast {gang.name} exchange could not be measured ({header['why']}): plans go "
+                "on with the assumed rate."
+            )
+            return
+        link = Link(*header["link"])
+        if self._link is None or link.rate < self._link.rate:
+            self._link = link
 
     def _answer(
         self, gang: Gang, rank: Rank, header: dict[str, Any], tensors: dict[str, Tensor]
