@@ -8,6 +8,8 @@ import torch
 from diffusers import AutoencoderKLWan
 from torch import Tensor
 
+from wan_core.models.variants import VaeShape
+
 
 def make_vae(version: str, dtype: torch.dtype = torch.float32) -> Any:
     """A small VAE of the real class; 2.2 has residual shortcuts and patches of 2 x 2."""
@@ -43,3 +45,15 @@ def make_vae(version: str, dtype: torch.dtype = torch.float32) -> Any:
 def make_latents(vae: Any, frames: int, batch: int = 1, seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(batch, vae.config.z_dim, frames, 2, 3, generator=generator)
+
+
+def shape_of(vae: Any) -> VaeShape:
+    """The numbers of a VAE, as detection finds them in a file."""
+    names = ("z_dim", "base_dim", "num_res_blocks", "is_residual", "patch_size")
+    return VaeShape(
+        **{name: getattr(vae.config, name) for name in names},
+        decoder_base_dim=vae.config.decoder_base_dim or vae.config.base_dim,
+        dim_mult=tuple(vae.config.dim_mult),
+        temporal_downsample=tuple(vae.config.temperal_downsample),
+        scale_factor_spatial=vae.config.scale_factor_spatial,
+    )

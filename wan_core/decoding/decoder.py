@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..forward import norms_widen
+from ..memory import Strip
 from .decoder_quick import Quick, empty
 from .host_cache import HISTORY, HostCache, HostEntry, frames_known
 
@@ -44,6 +45,8 @@ class DecodeOptions:
     """Where the feature cache is kept between uses; None: on the device."""
     quick: Quick | None = None
     """What is used to be faster, with other rounding; None: nothing. Bands are not made faster."""
+    strip: Strip | None = None
+    """The part of the picture that is decoded; None: all of it."""
 
 
 class DecoderWalk:
@@ -58,6 +61,7 @@ class DecoderWalk:
     def __init__(self, options: DecodeOptions, slots: list[Any], index: list[int]) -> None:
         self._options, self._slots, self._index = options, slots, index
         self._quick = options.quick if options.bands == 1 else None
+        self._strip, self._low = options.strip, 0
 
     def through(self, decoder: Any, x: Tensor, first: bool) -> Tensor:
         """Return the decoder's output for one latent frame."""
@@ -66,9 +70,18 @@ class DecoderWalk:
         del x
         held.append(self._convolve(decoder.conv_in, held))
         self._middle(decoder.mid_block, held)
-        for block in decoder.up_blocks:
-            self._level(block, held, first)
-        return self._convolve(decoder.conv_out, held, decoder.norm_out)
+        if self._strip is not None:
+            held[0] = self._cut(held[0], self._strip.begins)
+            self._low = self._strip.begins[0]
+        for level, block in enumerate(decoder.up_blocks):
+            self._level(block, held, first, level)
+        out = self._convolve(decoder.conv_out, held, decoder.norm_out)
+        return out if self._strip is None else self._cut(out, self._strip.keeps[-1])
+
+    def _cut(self, x: Tensor, kept: tuple[int, int]) -> Tensor:
+        """Return a view of what a strip keeps of its map; ``kept`` is counted from the plane's."""
+        assert self._strip is not None
+        return x.narrow(self._strip.axis, kept[0] - self._low, kept[1] - kept[0])
 
     def _middle(self, middle: Any, held: list[Tensor]) -> None:
         self._residual(middle.resnets[0], held)
@@ -76,7 +89,7 @@ class DecoderWalk:
             held.append(attention(held.pop()))
             self._residual(resnet, held)
 
-    def _level(self, block: Any, held: list[Tensor], first: bool) -> None:
+    def _level(self, block: Any, held: list[Tensor], first: bool, level: int) -> None:
         shortcut = getattr(block, "avg_shortcut", None)  # 2.2 only
         # The shortcut reads the level's input at the end. The input is shared, not copied as in
         # diffusers, so the first residual block must not overwrite it.
@@ -85,6 +98,13 @@ class DecoderWalk:
             self._residual(resnet, held, writable=held[0] is not kept)
         samplers = getattr(block, "upsamplers", None) or [getattr(block, "upsampler", None)]
         if samplers[0] is not None:
+            if self._strip is not None:
+                # What the edges have made wrong is left out as soon as it is not needed: the
+                # upsampling copies its input anyway.
+                low, high = self._strip.keeps[level]
+                held[0] = self._cut(held[0], (low, high))
+                kept = None if kept is None else self._cut(kept, (low, high))
+                self._low = 2 * low
             self._upsample(samplers[0], held)
         if kept is not None:
             _add_duplicated(held[0], kept, shortcut, first)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..forward import DECODER, ENCODER, Installed, ReplacedForward, unknown_code
+from ..memory import Strip
 from .decoder import DecodeOptions, DecoderWalk
 from .decoder_quick import quick_for
 from .encoder import EncoderWalk
@@ -74,6 +75,7 @@ def lean_decoder(
     cache_on_host: bool | None = None,
     pin_bytes: int = 0,
     quick: bool = False,
+    strip: Strip | None = None,
 ) -> Iterator[str | None]:
     """Decode with less memory in this thread, inside the ``with`` block.
 
@@ -83,8 +85,10 @@ def lean_decoder(
     so when there are bands. ``quick`` takes what is faster on a GPU and may round differently (see
     ``decoder_quick``); it does not act on bands. ``pin_bytes`` limits all page-locked memory of the
     process. The lean decoder acts on calls that pass a feature cache, where gradients are off.
-    Enter the context after weights have been placed. A decode with its cache in RAM must end inside
-    the context.
+    With ``strip`` (see ``memory.strips_of``) only that part of the picture comes out, of a whole
+    latent frame: what belongs to it has the same numbers, as far as kernels for the smaller maps
+    round alike. Enter the context after weights have been placed. A decode with its cache in RAM
+    must end inside the context.
     """
     reason = why_not(vae)
     if reason is not None:
@@ -92,7 +96,7 @@ def lean_decoder(
         return
     with _host_cache(bands, cache_on_host, pin_bytes) as host:
         faster = quick_for(vae.decoder) if quick else None
-        with _lean(vae.decoder, DecodeOptions(max(1, bands or 1), host, faster)):
+        with _lean(vae.decoder, DecodeOptions(max(1, bands or 1), host, faster, strip)):
             yield None
 
 

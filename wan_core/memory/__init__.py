@@ -32,6 +32,7 @@ from .machine import (
     system_resources,
 )
 from .stages import estimate, reserved_bytes
+from .strips import COLUMNS, ROWS, Strip, strips_cost, strips_of
 from .text import format_estimate
 from .vae import CHUNKS, decode_peak, encode_peak
 from .vae_lean import BANDS, lean_decode_bytes, lean_encode_bytes
@@ -44,6 +45,7 @@ __all__ = [
     "BANDS",
     "Between",
     "CHUNKS",
+    "COLUMNS",
     "Calibrations",
     "Card",
     "CardRecords",
@@ -55,8 +57,10 @@ __all__ = [
     "LEAN_ROWS",
     "Link",
     "RAM_RESERVE",
+    "ROWS",
     "RunRecord",
     "STREAM_BUFFERS",
+    "Strip",
     "SystemResources",
     "Trial",
     "Workload",
@@ -81,6 +85,8 @@ __all__ = [
     "reserved_bytes",
     "seen_latents",
     "spread",
+    "strips_cost",
+    "strips_of",
     "system_resources",
     "text_encoder_peak",
     "transformer_peak",

@@ -10,6 +10,7 @@ from functools import lru_cache
 
 from ..models import VaeShape
 from .forward import FP32, Tape
+from .strips import ROWS, Strip
 from .vae import CHUNKS, Map, attention_block, averaged, convolved
 
 BANDS = 8
@@ -31,11 +32,25 @@ class _Slot:
         return self.kept is None and self.nbytes > 0
 
 
+class _View(Map):
+    """A part of a map: no bytes of its own, but the whole one stays alive with it."""
+
+    __slots__ = ("whole",)
+
+    def __init__(self, whole: Map, h: int, w: int) -> None:
+        self.whole = whole
+        self.tape, self.size, self.nbytes = whole.tape, whole.size, 0
+        self.b, self.c, self.t, self.h, self.w = whole.b, whole.c, whole.t, h, w
+        self.elements = self.b * self.c * self.t * h * w
+
+
 class _Walk:
     """``DecoderWalk``, with the channel counts of ``shape`` in place of weights."""
 
-    def __init__(self, shape: VaeShape, bands: int, cache_on_host: bool) -> None:
-        self.shape, self.bands, self.on_host = shape, bands, cache_on_host
+    def __init__(
+        self, shape: VaeShape, bands: int, cache_on_host: bool, strip: Strip | None = None
+    ) -> None:
+        self.shape, self.bands, self.on_host, self.strip = shape, bands, cache_on_host, strip
         self.slots: list[_Slot | None] = []
         self.index = 0
 
@@ -46,10 +61,18 @@ class _Walk:
         del x
         held.append(self._convolve(held, widths[0]))
         self._middle(held, widths[0])
+        if self.strip is not None:
+            held[0] = self._cut(held[0], self.strip.begins)
         for level in range(len(widths) - 1):
             self._level(held, widths[level + 1], level)
         y = self._convolve(held, shape.out_channels, norm=True)
+        y = y if self.strip is None else self._cut(y, self.strip.keeps[-1])
         return y.like() if shape.patch_size is not None else y
+
+    def _cut(self, x: Map, kept: tuple[int, int]) -> Map:
+        assert self.strip is not None
+        part = kept[1] - kept[0]
+        return _View(x, part, x.w) if self.strip.axis == ROWS else _View(x, x.h, part)
 
     def _middle(self, held: list[Map], width: int) -> None:
         self._residual(held, width)
@@ -64,6 +87,9 @@ class _Walk:
         if last:
             return
         out = width if shape.is_residual else width // 2
+        if self.strip is not None:
+            held[0] = self._cut(held[0], self.strip.keeps[level])
+            kept = None if kept is None else self._cut(kept, self.strip.keeps[level])
         self._upsample(held, out, time=shape.temporal_downsample[::-1][level])
         if kept is not None:
             kept.like(c=out, t=1)  # ``_add_duplicated`` selects channels one frame at a time
@@ -271,8 +297,9 @@ def _normalize(x: Map) -> None:
 def lean_decode_bytes(
     shape: VaeShape, *, batch: int, latent_frames: int, latent_height: int, latent_width: int,
     size: int, bands: int = 1, cache_on_host: bool = False, workspace: bool = True,
+    strip: Strip | None = None,
 ) -> tuple[int, int]:  # fmt: skip
-    """Return (peak bytes, bytes of the feature cache) of the streamed lean decode.
+    """Return (peak bytes, bytes of the feature cache) of the streamed lean decode, or a strip's.
 
     Arguments are as for ``decode_peak`` and ``lean_decoder``. With ``cache_on_host`` the feature
     cache is in RAM and not part of the peak.
@@ -282,7 +309,7 @@ def lean_decode_bytes(
         Map(tape, batch, shape.z_dim, latent_frames, latent_height, latent_width, size)
         for _ in range(2)
     ]
-    walk = _Walk(shape, bands, cache_on_host)
+    walk = _Walk(shape, bands, cache_on_host, strip)
     for _ in range(min(latent_frames, CHUNKS)):
         chunk = walk.through(latents[0].like(t=1))
         scaled = chunk.like()
