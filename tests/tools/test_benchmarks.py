@@ -138,6 +138,19 @@ def test_files_people_have_with_small_models(
     assert "| RAM: P95 of the stages' error | " in text
 
 
+@pytest.mark.slow
+def test_host_base_with_small_models(stored_model: Any, tmp_path: Path) -> None:
+    import host_base as program
+
+    assert program.main(["--tiny", "--output", str(tmp_path)]) == 0
+    found = json.loads((tmp_path / "host_base_cpu.json").read_text())
+    assert [row["step"] for row in found["steps"]][-1] == "tokenizer"
+    for name in ("cold", "warm"):
+        stages = [(row["clip"], row["stage"]) for row in found[name] if row["planned"] is not None]
+        assert {(clip, "decode") for clip in range(3)} <= set(stages)
+        assert all(row["peak"] > row["planned"] >= 0 for row in found[name] if row["planned"])
+
+
 @pytest.mark.parametrize("kind", ["fp8_scaled", "Q4_K", "int8_convrot", "bf16", "Q8_0"])
 def test_stored_models_are_weights_of_ordinary_size(
     stored_model: Any, kind: str, tmp_path: Path
