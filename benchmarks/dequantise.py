@@ -5,7 +5,9 @@
 For each kind of storage one matrix of a 14B's feed-forward (13824 x 5120) is taken apart by the
 kernel and by the reference code: whether the bits are equal, milliseconds (median of 20) and the
 bytes per second that are read and written. From the milliseconds follows what a whole pass of the
-14B costs. Then a module of 4 GiB goes to the device by torch's own copy and through the ring.
+14B costs. Rotated int8 is turned back in every way that ``dequantize_kernels.TURNINGS`` has, in
+turns: the fastest of equal bits is the one to use. Then a module of 4 GiB goes to the device by
+torch's own copy and through the ring.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +109,32 @@ def measure(name: str, stored: Storage, width: int) -> dict[str, Any]:
     return found
 
 
+def turnings() -> list[dict[str, Any]]:
+    """Compare the ways of turning rotated int8 back: bits, and the medians of three turns."""
+    stored = Storage("int8", "I8", (ROWS, COLUMNS), "s", per="row", group=256)
+    bits = torch.randint(0, 256, (ROWS, COLUMNS), dtype=torch.uint8, device="cuda")
+    scales = scales_of(stored)
+    expected = dequantize(bits.view(torch.int8), scales, stored, torch.bfloat16)
+    times: dict[str, list[float]] = {name: [] for name in kernels.TURNINGS}
+    found = []
+    for turn in range(3):
+        for name in list(times)[:: -1 if turn % 2 else 1]:
+            way = kernels.TURNINGS[name]
+            run = partial(kernels.turned, bits, scales, 256, torch.bfloat16, way)
+            times[name].append(milliseconds(run))
+    for name, way in kernels.TURNINGS.items():
+        got = kernels.turned(bits, scales, 256, torch.bfloat16, way)
+        ms = statistics.median(times[name])
+        found.append(
+            {
+                "way": name, "equal": torch.equal(got, expected), "ms": ms,
+                "pass_14b_ms": ms * WEIGHTS_14B / (ROWS * COLUMNS),
+                "used": way is kernels.TURNING,
+            }
+        )  # fmt: skip
+    return found
+
+
 class Holder(torch.nn.Module):
     """Tensors as parameters, to be moved."""
 
@@ -148,9 +177,10 @@ def main() -> None:
     output = parser.parse_args().output
     result: dict[str, Any] = {
         "device": torch.cuda.get_device_name(), "torch": torch.__version__,
-        "kinds": [measure(*case) for case in cases()], "transfer": transfer(),
+        "kinds": [measure(*case) for case in cases()], "turnings": turnings(),
+        "transfer": transfer(),
     }  # fmt: skip
-    for row in result["kinds"]:
+    for row in [*result["kinds"], *result["turnings"]]:
         print(json.dumps(row))
     print(json.dumps(result["transfer"]))
     if output:

@@ -7,6 +7,7 @@ it uses a kernel. Importing this module needs Triton.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,6 +25,37 @@ _GGUF_KINDS = {
     "Q5_1": (4, 32, 24), "Q4_K": (5, 256, 144), "Q5_K": (6, 256, 176), "Q6_K": (7, 256, 210),
 }  # fmt: skip
 _TILE = 4096
+
+
+@dataclass(frozen=True)
+class Turning:
+    """How rotated codes are turned back; each way gives the same bits.
+
+    A program takes ``rows`` of a group of columns with so many ``warps``. H of a group is the
+    Kronecker product of H of four and H of a quarter: with ``quarters`` each quarter is multiplied
+    with the small one, and the four results are added and subtracted, which takes a quarter of the
+    products. ``across`` says whether neighbouring programs take neighbouring columns, not rows.
+    """
+
+    rows: int
+    warps: int
+    quarters: bool
+    across: bool
+
+
+TURNINGS = {
+    "whole": Turning(128, 8, quarters=False, across=False),
+    "whole, across": Turning(128, 8, quarters=False, across=True),
+    "quarters, 128 rows": Turning(128, 8, quarters=True, across=True),
+    "quarters, 64 rows": Turning(64, 4, quarters=True, across=True),
+    "quarters, 64 rows, 8 warps": Turning(64, 8, quarters=True, across=True),
+    "quarters, 32 rows": Turning(32, 4, quarters=True, across=True),
+}
+"""The ways that ``benchmarks/dequantise.py`` compares."""
+TURNING = TURNINGS["whole"]
+"""The one that is used. Of the others nothing was measured yet."""
+_QUARTERED = 256
+"""The group that is cut: int8 products on a card sum 32 numbers or more."""
 
 
 def has_kernel(stored: Storage) -> bool:
@@ -121,17 +153,25 @@ def _blocks_kernel(bits, each, out, total, whole, FOUR_BITS: tl.constexpr, TILE:
 
 
 def _rotated(bits: Tensor, scales: Scales, stored: Storage, dtype: torch.dtype) -> Tensor:
+    return turned(bits, scales, stored.group, dtype, TURNING)
+
+
+def turned(
+    bits: Tensor, scales: Scales, group: int, dtype: torch.dtype, way: Turning
+) -> Tensor:  # fmt: skip
+    """Return rotated int8 codes (rows, columns), uint8, as numbers, turned back in ``way``."""
     rows, columns = bits.shape
-    group = stored.group
     out = torch.empty(rows, columns, dtype=dtype, device=bits.device)
-    signs = _signs(group, bits.device)
+    quarters = way.quarters and group == _QUARTERED
+    signs = _signs(group // 4 if quarters else group, bits.device)
     each: Any = bits if scales.each is None else scales.each
-    block = 128
-    grid = (triton.cdiv(rows, block), columns // group)
-    _rotated_kernel[grid](
+    grid = (triton.cdiv(rows, way.rows), columns // group)
+    more = {"PART": group // 4} if quarters else {"GROUP": group, "WIDTH": min(group, 128)}
+    kernel = _quarters_kernel if quarters else _rotated_kernel
+    kernel[grid[::-1] if way.across else grid](
         bits, each, signs, out, rows, columns, scales.whole, float(group) ** -0.5,
-        PER_ROW=scales.each is not None, GROUP=group, BLOCK=block, WIDTH=min(group, 128),
-        num_warps=8,
+        PER_ROW=scales.each is not None, BLOCK=way.rows, ACROSS=way.across, num_warps=way.warps,
+        **more,
     )  # fmt: skip
     return out
 
@@ -153,9 +193,10 @@ def _signs(group: int, device: torch.device) -> Tensor:
 def _rotated_kernel(
     bits, each, signs, out, rows, columns, whole, factor,
     PER_ROW: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr,
+    ACROSS: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    first = tl.program_id(1) * GROUP
+    row = tl.program_id(1 if ACROSS else 0) * BLOCK + tl.arange(0, BLOCK)
+    first = tl.program_id(0 if ACROSS else 1) * GROUP
     within = tl.arange(0, GROUP)
     inside = row < rows
     place = row[:, None].to(tl.int64) * columns + first
@@ -172,6 +213,46 @@ def _rotated_kernel(
         tl.store(
             out + place + column[None, :], value.to(out.dtype.element_ty), mask=inside[:, None]
         )
+
+
+@triton.jit
+def _quarter(bits, at, inside, table):
+    """Return a quarter of a group times the small H: sums of codes, int32."""
+    code = tl.load(bits + at, mask=inside, other=0).to(tl.int8, bitcast=True)
+    return tl.dot(code, table, out_dtype=tl.int32)
+
+
+@triton.jit
+def _quarters_kernel(
+    bits, each, signs, out, rows, columns, whole, factor,
+    PER_ROW: tl.constexpr, PART: tl.constexpr, BLOCK: tl.constexpr, ACROSS: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(1 if ACROSS else 0) * BLOCK + tl.arange(0, BLOCK)
+    first = tl.program_id(0 if ACROSS else 1) * 4 * PART
+    column = tl.arange(0, PART)
+    inside = (row < rows)[:, None]
+    place = row[:, None].to(tl.int64) * columns + first + column[None, :]
+    table = tl.load(signs + column[:, None] * PART + column[None, :])
+    a = _quarter(bits, place, inside, table)
+    b = _quarter(bits, place + PART, inside, table)
+    c = _quarter(bits, place + 2 * PART, inside, table)
+    d = _quarter(bits, place + 3 * PART, inside, table)
+    scale = whole
+    if PER_ROW:
+        scale = tl.load(each + row, mask=row < rows, other=0.0)[:, None]
+    # The rows of H of four; whole numbers, so that the order of sums changes nothing.
+    sum_ab = a + b
+    less_ab = a - b
+    sum_cd = c + d
+    less_cd = c - d
+    value = ((sum_ab + less_cd).to(tl.float32) * factor) * scale
+    tl.store(out + place, value.to(out.dtype.element_ty), mask=inside)
+    value = ((sum_ab - less_cd).to(tl.float32) * factor) * scale
+    tl.store(out + place + PART, value.to(out.dtype.element_ty), mask=inside)
+    value = ((less_ab + sum_cd).to(tl.float32) * factor) * scale
+    tl.store(out + place + 2 * PART, value.to(out.dtype.element_ty), mask=inside)
+    value = ((sum_cd - less_ab).to(tl.float32) * factor) * scale
+    tl.store(out + place + 3 * PART, value.to(out.dtype.element_ty), mask=inside)
 
 
 def _gguf(bits: Tensor, stored: Storage, dtype: torch.dtype) -> Tensor:
