@@ -1,6 +1,6 @@
 """Do weights stay as they are stored, and what does that cost? Files people have, on one GPU.
 
-    python benchmarks/files_people_have.py [--kinds fp8_scaled,Q4_K] [--budget 450]
+    python benchmarks/files_people_have.py [--kinds fp8_scaled,Q4_K] [--budget 465]
         [--folder FOLDER] [--output FOLDER] [--tiny]
 
 For each kind of file (``stored_model``: true shapes, random weights) the transformer is loaded by
@@ -80,7 +80,11 @@ class Enough(Exception):
 
 @dataclass(frozen=True)
 class Run:
-    """One run of the product. ``needs`` is about how many seconds it takes on an H100."""
+    """One run of the product. ``needs`` is about how many seconds it took on an H100.
+
+    What every kind has is worth 6 or more, and comes within the budget; the other rows come where
+    time is left, and by ``--kinds`` and a second call.
+    """
 
     kind: str
     cap: float
@@ -106,25 +110,25 @@ def whole(kind: str, cap: float, needs: float, worth: int, **more: Any) -> Run:
 
 
 RUNS = [
-    whole("fp8_scaled", 8, 55, 9, decode=True, encode=True),
-    Run("fp8_scaled", 24, 28, 9, decode=True, encode=True),
-    Run("fp8_scaled", 12, 30, 4, decode=True, encode=True),
-    Run("fp8_scaled", 16, 30, 4, decode=True, encode=True),
-    whole("fp8_scaled", 8, 60, 7, ram=16, decode=True),
-    whole("fp8_scaled", 24, 60, 5, ram=32, decode=True),
-    whole("Q4_K", 8, 35, 9),
-    Run("Q4_K", 24, 16, 8),
-    Run("Q4_K", 12, 18, 3),
-    Run("Q4_K", 16, 18, 3),
-    whole("int8_convrot", 8, 38, 6),
-    Run("int8_convrot", 24, 18, 6),
-    whole("bf16", 8, 45, 5),
-    Run("bf16", 24, 25, 5),
-    whole("Q8_0", 8, 38, 2),
-    Run("Q8_0", 24, 18, 2),
+    whole("fp8_scaled", 8, 45, 9, decode=True, encode=True),
+    Run("fp8_scaled", 24, 17, 9, decode=True, encode=True),
+    Run("fp8_scaled", 12, 20, 3, decode=True, encode=True),
+    Run("fp8_scaled", 16, 19, 3, decode=True, encode=True),
+    whole("fp8_scaled", 8, 85, 7, ram=16, decode=True),
+    whole("fp8_scaled", 24, 60, 1, ram=32, decode=True),
+    whole("Q4_K", 8, 21, 9),
+    Run("Q4_K", 24, 10, 8),
+    Run("Q4_K", 12, 10, 2),
+    Run("Q4_K", 16, 10, 2),
+    whole("int8_convrot", 8, 27, 4),
+    Run("int8_convrot", 24, 11, 6),
+    whole("bf16", 8, 55, 3),
+    Run("bf16", 24, 17, 5),
+    whole("Q8_0", 8, 27, 2),
+    Run("Q8_0", 24, 11, 6),
 ]
-LAYERS = {"fp8_scaled": (60, 10), "Q4_K": (50, 10), "int8_convrot": (58, 8), "bf16": (50, 7),
-          "Q8_0": (52, 3)}  # fmt: skip
+LAYERS = {"fp8_scaled": (50, 10), "Q4_K": (34, 10), "int8_convrot": (42, 8), "bf16": (48, 7),
+          "Q8_0": (34, 7)}  # fmt: skip
 """Seconds and worth of measuring the transformer of a kind by itself."""
 
 
@@ -400,7 +404,7 @@ def run_all(bench: FileBench, kinds: tuple[str, ...], rates: Rates | None) -> No
 
 def main(given: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--budget", type=float, default=450, help="seconds")
+    parser.add_argument("--budget", type=float, default=465, help="seconds")
     parser.add_argument("--kinds", default=",".join(KINDS), help="of " + ", ".join(KINDS))
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results")
     parser.add_argument("--folder", type=Path, help="where to put the files")
