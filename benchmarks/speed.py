@@ -13,7 +13,7 @@ resident on the device. One forward (a guided step has two) of the 14B at 480p81
 - rows: the lean forward that cuts products by rows and heads, for the least memory;
 - fast: the fastest 16-bit attention beside that; and, of a 14B whose matrices are stored in fp8,
   exact (matrices taken apart at each use), fast (products in fp8) and the feed-forwards alone;
-- fastest: attention in 8 bit too, where SageAttention or comfy-kitchen is installed.
+- fastest: attention in 8 bit too, by the kernel that proves the fastest.
 
 The decoders of both VAEs, of 2.1 at 480p81 and of 2.2 at 704p41: diffusers, the lean decode and the
 quick one, each in fp32, bf16 and fp16. Errors are relative, in the Euclidean norm, against

@@ -193,7 +193,7 @@ def test_packages_that_are_installed(packages: Any, monkeypatch: pytest.MonkeyPa
         sageattention={"sageattn": sage, "sageattn_qk_int8_pv_fp16_cuda": sage},
         comfy_kitchen={"int8_attention": kitchen, "int8_attention_is_available": lambda: True},
     )
-    found = attention_ways.ways()
+    found = {n: w for n, w in attention_ways.ways().items() if n not in attention_ways.OWN_8BIT}
     assert [name for name in found if name not in attention_ways.TORCH] == [
         package.name for package in attention_ways.PACKAGES
     ]
@@ -226,11 +226,67 @@ def test_a_package_that_does_not_load_or_not_on_this_card(
     with caplog.at_level("INFO"):
         found = attention_ways.ways()
         attention_ways.ways()
-    assert [name for name in found if name not in attention_ways.TORCH] == ["Sage"]
+    own = attention_ways.TORCH.keys() | attention_ways.OWN_8BIT.keys()
+    assert [name for name in found if name not in own] == ["Sage"]
     assert caplog.text.count("flash-attn 2 is installed but does not load: undefined symbol") == 1
     packages(comfy_kitchen={"int8_attention": OWN})  # older than the question
     attention_ways.ways.cache_clear()
     assert "comfy-kitchen int8" not in attention_ways.ways()
+
+
+@pytest.mark.parametrize(("heads", "calls"), [(40, [4] * 10), (12, [2] * 6), (3, [1] * 3)])
+def test_a_package_in_8_bit_computes_a_tenth_of_the_heads_at_a_time(
+    heads: int, calls: list[int], packages: Any
+) -> None:
+    """So that its copies stay small; the result is that of all, each token's heads side by side."""
+    seen: list[int] = []
+
+    def kitchen(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        seen.append(query.shape[1])
+        return OWN(query, key, value)
+
+    packages(comfy_kitchen={"int8_attention": kitchen, "int8_attention_is_available": lambda: True})
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (
+        torch.randn(2, n, heads, 8, generator=generator).transpose(1, 2) for n in (7, 5, 5)
+    )
+    out = attention_ways.ways()["comfy-kitchen int8"].run(query, key, value)
+    assert torch.equal(out, OWN(query, key, value)) and seen == calls
+    assert out.transpose(1, 2).is_contiguous()
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "size", "names"),
+    [
+        ((9, 0), torch.bfloat16, 128, ["fp8", "fp16"]),
+        ((8, 6), torch.float16, 64, ["fp16"]),
+        ((7, 5), torch.float16, 64, []),
+        ((9, 0), torch.float32, 128, []),
+        ((9, 0), torch.bfloat16, 96, []),
+    ],
+)
+def test_our_kernels_refuse_what_they_do_not_multiply(
+    capability: tuple[int, int], dtype: torch.dtype, size: int, names: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """With a ValueError, as the comparison expects of a kernel that a card does not have."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    called: list[str] = []
+
+    def attend_8bit(query: Tensor, *_: Tensor, halves: bool, out: Tensor) -> None:
+        called.append("fp16" if halves else "fp8")
+
+    fake = SimpleNamespace(attend_8bit=attend_8bit)
+    monkeypatch.setattr(attention_ways, "attention_kernels", lambda: fake)
+    x = torch.zeros(1, 1, 3, size, dtype=dtype)
+    for name in attention_ways.OWN_8BIT:
+        way = attention_ways.ways()[name]
+        assert way.eight_bit
+        try:
+            way.run(x, x, x)
+        except ValueError as err:
+            assert "16 bit, 64 or 128 can be" in str(err) or "does not multiply" in str(err)
+    assert called == names
 
 
 @pytest.mark.parametrize(

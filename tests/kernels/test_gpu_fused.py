@@ -11,11 +11,12 @@ from support.lean_models import inputs_of, model_of
 from support.stored_layers import stored
 
 from wan_core.forward import lean_forward
-from wan_core.kernels import fused
+from wan_core.kernels import attention_ways, fused
 from wan_core.kernels.codes import norms_to_codes
 from wan_core.kernels.fused import Fused
 from wan_core.kernels.fused_trial import fused_for
 from wan_core.kernels.products import Shared, product_for
+from wan_core.memory.forward_lean import CODED_SHARE
 
 pytestmark = [
     pytest.mark.gpu,
@@ -112,6 +113,33 @@ def test_products_in_8_bit_of_any_number_of_tokens(kind: str) -> None:
             assert relative(found, expected) < 3e-2, count
             plain = second(torch.nn.functional.gelu(first(x), approximate="tanh"))
             assert relative(found, plain) < 6e-2, count
+
+
+@pytest.mark.parametrize("name", attention_ways.OWN_8BIT)
+@pytest.mark.parametrize(("dtype", "size"), [(torch.bfloat16, 128), (torch.float16, 64)])
+def test_attention_in_8_bit(name: str, dtype: torch.dtype, size: int) -> None:
+    """Near torch's at every length, compiled once, in no more memory than is counted."""
+    if "fp8" in name and torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("this card has no fp8")
+    way, generator = attention_ways.ways()[name], torch.Generator("cuda").manual_seed(0)
+    taken = []
+    for count, keys in ((1000, 1000), (1, 512), (33, 27), (20_011, 20_011), (4096, 512)):
+        sizes = [(1, n, 12, size) for n in (count, keys, keys)]
+        query, key, value = (torch.randn(s, generator=generator, device="cuda") for s in sizes)
+        key = key + 5 * torch.randn(1, 1, 12, size, generator=generator, device="cuda")
+        states = [x.to(dtype).transpose(1, 2) for x in (query * 3, key, value)]
+        expected = torch.nn.functional.scaled_dot_product_attention(*states)
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before, begun = torch.cuda.memory_allocated(), time.perf_counter()
+        found = way.run(*states)
+        torch.cuda.synchronize()
+        taken.append(time.perf_counter() - begun)
+        assert relative(found, expected) < 5e-2, (count, keys)
+        if count == keys == 20_011:
+            held = torch.cuda.max_memory_allocated() - before - found.nbytes
+            assert held <= CODED_SHARE * found.nbytes, held / found.nbytes
+    assert max(taken[1:]) < 0.2  # compiling takes seconds
 
 
 def relative(out: torch.Tensor, expected: torch.Tensor) -> float:

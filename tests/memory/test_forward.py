@@ -18,7 +18,7 @@ from wan_core.forward.sources import norms_widen
 from wan_core.job.steps import make_scheduler
 from wan_core.memory import stages as memory
 from wan_core.memory.forward import text_encoder_peak, transformer_peak
-from wan_core.memory.forward_lean import lean_peak
+from wan_core.memory.forward_lean import CODED_SHARE, lean_peak
 from wan_core.memory.stages import Choices, Workload, estimate
 from wan_core.memory.vae import decode_peak, encode_peak
 from wan_core.models import sizes
@@ -347,6 +347,15 @@ def test_lean_forward_agrees_with_the_dry_run(
         size=kind.itemsize, per_token=per_token, exact=exact,
     )  # fmt: skip
     assert ours == pytest.approx(dry_transformer(shape, dtype).peak(run), rel=0.005)
+
+
+def test_attention_in_8_bit_holds_a_share_of_a_hidden_state_more() -> None:
+    """In place of the sums of torch's softmax, where attention is the peak."""
+    shape = VARIANTS["wan2.1-t2v-14b"].transformer
+    numbers = {"batch": 1, "latent_frames": 21, "latent_height": 60, "latent_width": 104, "size": 2}
+    hidden = 32_760 * shape.dim * 2
+    more = lean_peak(shape, coded=True, **numbers) - lean_peak(shape, **numbers)
+    assert more == pytest.approx(CODED_SHARE * hidden - 32_760 * shape.heads * 4, rel=1e-3)
 
 
 def test_a_value_projection_that_cannot_be_cut_by_heads() -> None:

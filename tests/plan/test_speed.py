@@ -25,6 +25,12 @@ def said(plan: object) -> list[str]:
     return [text for text in plan.reasons if text.startswith("speed ")]  # type: ignore[attr-defined]
 
 
+@pytest.fixture(autouse=True)
+def no_packages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is installed where the tests run does not change a plan here."""
+    monkeypatch.setattr(speed, "find_spec", lambda name: None)
+
+
 @pytest.mark.parametrize("name", [T2V, SMALL])
 @pytest.mark.parametrize("size", [8, 24, 80])
 def test_exact_is_the_default_and_changes_no_plan(name: str, size: int) -> None:
@@ -246,12 +252,21 @@ def test_attention_in_8_bit_is_for_fastest_where_it_is_installed(
 ) -> None:
     installed: set[str] = set()
     monkeypatch.setattr(speed, "find_spec", lambda name: name if name in installed else None)
-    assert not recommend(T2V, MANY, gpu(80), ALL, speed="fastest").choices.attention_8bit
-    installed.add("comfy_kitchen")
     plan = recommend(T2V, MANY, gpu(80), ALL, speed="fastest")
-    assert plan.choices.attention_8bit and "attention in 8 bit where faster" in plan.applied
-    (text,) = (one for one in said(plan) if "attention in 8 bit" in one)
-    assert "comfy-kitchen" in text and "Sage" not in text and "changes the video" in text
+    assert not plan.choices.attention_8bit
+    old = gpu(80, compute_capability=(7, 5))
+    for module, card, name in (
+        ("triton", old, None), ("triton", gpu(80, backend="rocm"), None),
+        ("triton", gpu(80), "WanFit's kernel"), ("comfy_kitchen", old, "comfy-kitchen"),
+    ):  # fmt: skip
+        installed = {module}
+        plan = recommend(T2V, MANY, card, ALL, speed="fastest")
+        assert plan.choices.attention_8bit == (name is not None)
+        texts = [one for one in said(plan) if "fastest: attention in 8 bit by" in one]
+        assert len(texts) == (name is not None)
+        for text in texts:
+            assert f"by {name}: " in text and "changes the video" in text
+            assert "attention in 8 bit where faster" in plan.applied
     assert not recommend(T2V, MANY, gpu(80), ALL, speed="fast").choices.attention_8bit
     plain = recommend(T2V, MANY, gpu(80), ALL, speed="fastest", forward="diffusers")
     assert not plain.choices.attention_8bit

@@ -12,10 +12,11 @@ import sys
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from support import fused_eager
-from wan_core.kernels import fused_kernels
+from wan_core.kernels import attention_kernels, fused_kernels
 
 BOUNDS = {torch.float32: 3e-6, torch.float16: 1e-3, torch.bfloat16: 2e-2}
 
@@ -121,6 +122,22 @@ def activations(dtype: torch.dtype, generator: torch.Generator) -> None:
     compare(dtype, ours=results[0], theirs=results[1])
 
 
+def attention(dtype: torch.dtype, generator: torch.Generator) -> None:
+    """Blocks that are whole and one that is not; keys and values far from 0, as Wan's are."""
+    for halves, bound in ((True, 3e-2), (False, 0.12)):
+        for tokens, keys in ((70, 300), (64, 128), (130, 27)):
+            query, key, value = (
+                torch.randn(2, n, 3, 64, generator=generator) for n in (tokens, keys, keys)
+            )
+            states = [query * 2, key + 5 * torch.randn(1, 1, 3, 64, generator=generator), value + 1]
+            heads = [x.to(dtype).transpose(1, 2) for x in states]
+            expected = F.scaled_dot_product_attention(*(x.float() for x in heads))
+            found = attention_kernels.attend_8bit(*heads, halves=halves).float()
+            assert found.transpose(1, 2).is_contiguous()
+            error = float((found - expected).norm() / (expected - expected.mean(2, True)).norm())
+            assert error < bound, (dtype, halves, tokens, keys, error)
+
+
 def main() -> None:
     generator, kinds = torch.Generator().manual_seed(0), 0
     for dtype, dim, heads in (
@@ -130,6 +147,8 @@ def main() -> None:
         rotations(dtype, dim, heads, generator)
         quantizing(dtype, generator)
         activations(dtype, generator)
+        if dtype != torch.float32:
+            attention(dtype, torch.Generator().manual_seed(0))
         kinds += 1
     sys.stdout.write(f"{kinds} kinds agree\n")
 

@@ -2,10 +2,12 @@
 
 Each takes query, key and value as (B, heads, n, d) and returns (B, heads, n, d). Nothing is fetched
 and nothing of the process is set: torch's kernels are called by themselves, and a package is
-imported when a card is first asked. FlashAttention 2, 3 and 4 compute in 16 bit. SageAttention and
-comfy-kitchen round query, key and partly values to 8 bit; on Hopper SageAttention's own choice of
-kernel gives noise on Wan (huggingface/diffusers#12783), which the comparison before use finds, so
-that its kernel with values in fp16 stands beside it.
+imported when a card is first asked. FlashAttention 2, 3 and 4 compute in 16 bit. Our own kernels
+(``attention_kernels``, with Triton), SageAttention and comfy-kitchen round query, key and partly
+values to 8 bit; on Hopper SageAttention's own choice of kernel gives noise on Wan
+(huggingface/diffusers#12783), which the comparison before use finds, so that its kernel with values
+in fp16 stands beside it. Those in 8 bit hold copies of what they are given: they take some heads at
+a time, so that the copies are small beside the tensors (``CODED_SHARE`` in ``memory``).
 """
 
 from __future__ import annotations
@@ -21,6 +23,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from ..lazy import module_or_none
 
 _log = logging.getLogger(__name__)
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -67,6 +71,32 @@ TORCH: dict[str, Way] = {
 }
 
 
+_GROUPS = 10
+"""Groups of heads of a package in 8 bit: of its heads it may hold 5.5 tensors in 16 bit (each of
+query, key and value once contiguous and once in 8 bit, and the output)."""
+_OWN_GROUPS = 4
+"""Of ours, which holds keys and values in 8 bit: more would leave multiprocessors idle."""
+
+
+def _grouped(run: Callable[..., object], groups: int) -> Attention:
+    """Have ``run(query, key, value, out)`` compute some heads after the other."""
+
+    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        batch, heads, count, size = query.shape
+        out = torch.empty(batch, count, heads, size, dtype=query.dtype, device=query.device)
+        out = out.transpose(1, 2)
+        each = -(-heads // groups)
+        for first in range(0, heads, each):
+            run(*(x[:, first : first + each] for x in (query, key, value, out)))
+        return out
+
+    return attend
+
+
+def _package(function: Any) -> Callable[..., object]:
+    return lambda query, key, value, out: out.copy_(function(query, key, value))
+
+
 def _tokens_first(function: Any) -> Attention:
     """Wrap a function of (B, n, heads, d), which may return more than the output."""
 
@@ -84,7 +114,7 @@ def _sage(function: Any) -> Attention:
         out: Tensor = function(query, key.clone(), value, tensor_layout="HND", is_causal=False)
         return out
 
-    return run
+    return _grouped(_package(run), _GROUPS)
 
 
 def _kitchen(function: Any) -> Attention:
@@ -92,7 +122,24 @@ def _kitchen(function: Any) -> Attention:
         out: Tensor = function(*(x.contiguous() for x in (query, key, value)))
         return out
 
-    return run
+    return _grouped(_package(run), _GROUPS)
+
+
+def _own(kernels: Any, halves: bool) -> Attention:
+    """Return our kernel; it refuses what it cannot multiply, which the comparison notes."""
+
+    def run(query: Tensor, key: Tensor, value: Tensor, out: Tensor) -> None:
+        capability = torch.cuda.get_device_capability(query.device)
+        if query.dtype not in _HALF or query.shape[-1] not in (64, 128):
+            raise ValueError(f"{query.dtype}, heads of {query.shape[-1]}: 16 bit, 64 or 128 can be")
+        if capability < ((8, 0) if halves else (8, 9)):
+            raise ValueError(f"compute capability {capability} does not multiply that")
+        kernels.attend_8bit(query, key, value, halves=halves, out=out)
+
+    return _grouped(run, _OWN_GROUPS)
+
+
+_HALF = (torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,10 +174,25 @@ PACKAGES = (
 )  # fmt: skip
 
 
+OWN_8BIT = {"int8, values in fp8": False, "int8, values in fp16": True}
+"""Our kernels by name; True is with ``halves``."""
+
+
+@functools.cache
+def attention_kernels() -> Any:
+    """Return the module of our Triton kernels, or None where it cannot be imported."""
+    without = "Attention in 8 bit is there with SageAttention or comfy-kitchen only"
+    return module_or_none(__package__ or "", "attention_kernels", without)
+
+
 @functools.cache
 def ways() -> dict[str, Way]:
     """Return all kernels of this installation by name; what does not load is said once."""
     found = dict(TORCH)
+    kernels = attention_kernels()
+    if kernels is not None and torch.version.hip is None:
+        for name, halves in OWN_8BIT.items():
+            found[name] = Way(_own(kernels, halves), eight_bit=True)
     for package in PACKAGES:
         way = _way_of(package)
         if way is not None:

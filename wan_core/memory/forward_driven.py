@@ -72,13 +72,14 @@ def kept_of(
 def driven_peak(
     shape: TransformerShape, *, way: str, batch: int, latent_frames: int, latent_height: int,
     latent_width: int, size: int, exact: bool = True, passes: int = 1, rows: int = LEAN_ROWS,
+    coded: bool = False,
 ) -> int:  # fmt: skip
     """Return the peak bytes of a segment's forwards on the device, with inputs, without weights.
 
     ``latent_frames`` counts the generated frames with the character's in front. Where the device is
     the RAM, what ``kept_bytes`` says comes on top. Other arguments as for ``lean_peak``.
     """
-    numbers = (batch, latent_frames, latent_height, latent_width, size, exact, passes, rows)
+    numbers = (batch, latent_frames, latent_height, latent_width, size, exact, passes, rows, coded)
     filling = _Streams(shape, way, *numbers).peak(full=False)
     if way == "again":
         return filling
@@ -90,8 +91,9 @@ class _Streams:
 
     def __init__(
         self, shape: TransformerShape, way: str, batch: int, frames: int, height: int, width: int,
-        size: int, exact: bool, passes: int, rows: int,
+        size: int, exact: bool, passes: int, rows: int, coded: bool,
     ) -> None:  # fmt: skip
+        self.coded = coded
         self.shape, self.way, self.exact, self.passes = shape, way, exact, passes
         self.tape = Tape()
         self.latent = (frames, height, width)
@@ -104,7 +106,8 @@ class _Streams:
         tokens = window_tokens(self.shape, frames, height, width)
         images = 0 if self.shape.image_dim is None else IMAGE_TOKENS
         d = Dims(self.shape, batch, tokens, size, False, images)
-        return Lean(self.tape, d, longest_span(tokens, 0, rows), LEAN_HEAD_GROUPS)
+        span = longest_span(tokens, 0, rows)
+        return Lean(self.tape, d, span, LEAN_HEAD_GROUPS, coded=self.coded)
 
     def peak(self, *, full: bool) -> int:
         """Return the peak of one forward; ``full`` where an earlier one has kept the stream."""

@@ -29,6 +29,9 @@ LEAN_ROWS = 4096
 LEAN_HEAD_GROUPS = 4
 """Groups of heads when products are split. More would save little, as v is then a quarter of a
 hidden state already, and each group costs another pass of the norm over the input."""
+CODED_SHARE = 0.55
+"""What attention in 8 bit holds of query, key and value beside them, in tensors of a hidden state:
+5.5 of a tenth of the heads at most (``kernels/attention_ways.py``)."""
 _REPEATED_TIMESTEPS = 16  # rows per distinct timestep, ``_REPEAT`` in ``forward/timestep.py``
 
 
@@ -38,9 +41,11 @@ class Lean:
     ``span`` is the number of tokens in the longest span, ``groups`` the number of head groups.
     """
 
-    def __init__(self, tape: Tape, dims: Dims, span: int, groups: int, cut: int = 1) -> None:
+    def __init__(
+        self, tape: Tape, dims: Dims, span: int, groups: int, cut: int = 1, coded: bool = False
+    ) -> None:
         self.tape, self.d, self.span, self.groups = tape, dims, span, groups
-        self.cut = cut
+        self.cut, self.coded = cut, coded
         self.row_elements = dims.batch * span * dims.dim
 
     def whole(self) -> Blob:
@@ -57,7 +62,10 @@ class Lean:
         return self.tape.new(self.d.batch * self.d.image_tokens * self.d.dim, self.d.size)
 
     def lse(self, tokens: int, heads: int) -> Blob:
-        return self.tape.new(self.d.batch * heads * tokens, FP32)
+        """Softmax's sums, or with ``coded`` what attention in 8 bit holds if that is more."""
+        rows = self.d.batch * heads * tokens
+        coded = int(rows * (self.d.dim // self.d.heads) * self.d.size * CODED_SHARE)
+        return self.tape.new(max(rows * FP32, coded) if self.coded else rows * FP32, 1)
 
 
 def _widened_rows(x: Lean) -> Blob:
@@ -281,7 +289,7 @@ def lean_peak(
     shape: TransformerShape, *, batch: int, latent_frames: int, latent_height: int,
     latent_width: int, size: int, per_token: bool = False, exact: bool = True, passes: int = 1,
     rows: int = LEAN_ROWS, groups: int = LEAN_HEAD_GROUPS, embed_every_token: bool = False,
-    whole_values: bool = False, cut: int = 1,
+    whole_values: bool = False, cut: int = 1, coded: bool = False,
 ) -> int:  # fmt: skip
     """Return the peak bytes of the lean forward, with its inputs but without weights.
 
@@ -290,7 +298,8 @@ def lean_peak(
     through the blocks together (guidance with streamed weights). ``embed_every_token`` is what an
     exact forward with ``per_token`` does on a GPU. ``whole_values`` means that the value projection
     is quantised or has a LoRA and cannot be split by heads. ``cut`` is over how many cards the
-    tokens are cut; what is around the blocks is computed whole on each.
+    tokens are cut; what is around the blocks is computed whole on each. ``coded`` lets attention
+    take 8 bit.
     """
     tape = Tape()
     tokens = window_tokens(shape, latent_frames, latent_height, latent_width)
@@ -300,7 +309,7 @@ def lean_peak(
     d = Dims(shape, batch, tokens, size, False, image_tokens)
     own = Dims(shape, batch, tokens // cut, size, False, image_tokens)
     span = longest_span(own.tokens, min(frame, own.tokens) if per_token else 0, rows)
-    lean, whole_values = Lean(tape, own, span, groups, cut), whole_values or cut > 1
+    lean, whole_values = Lean(tape, own, span, groups, cut, coded), whole_values or cut > 1
     latent = (latent_frames, latent_height, latent_width)
     held = [forward_inputs(tape, shape, d, latent, per_token=per_token)]
     held += [(tape.new(batch * TEXT_TOKENS * shape.text_dim, size),) for _ in range(passes - 1)]

@@ -440,9 +440,8 @@ class _Ledger:
     def _hidden_state(self, size: int) -> int:
         """Return the bytes of one pass's hidden states, (batch, tokens, width)."""
         seen = seen_latents(self.workload, self.choices, self.frames)
-        shape = self.arch.transformer
-        tokens = window_tokens(shape, seen, self.height, self.width)
-        return self.workload.batch_size * tokens * shape.dim * size
+        tokens = window_tokens(self.arch.transformer, seen, self.height, self.width)
+        return self.workload.batch_size * tokens * self.arch.transformer.dim * size
 
     def _remembered(self, part: str) -> int:
         """Return the RAM of MagCache's residuals, and of what is kept of a driving stream."""
@@ -470,7 +469,8 @@ class _Ledger:
         passes = 2 if guided and choices.stream else 1
         if shape.animate == 2:  # it has no other forward
             way, exact = choices.driving or "again", not choices.by_rows
-            return driven_peak(shape, way=way, exact=exact, passes=passes, **numbers)
+            more = {"passes": passes, "coded": choices.attention_8bit, **numbers}
+            return driven_peak(shape, way=way, exact=exact, **more)
         if not choices.lean:
             at_once = choices.hints_at_once(part)
             peak = transformer_peak(shape, per_token=per_token, hints_at_once=at_once, **numbers)
@@ -482,6 +482,7 @@ class _Ledger:
             embed_every_token=not self.on_cpu,
             passes=passes,
             cut=self.cut,
+            coded=choices.attention_8bit,
             whole_values=bool(self._unpacked(part)) or bool(self.arch.loras_of(part)),
             **numbers,
         )

@@ -131,11 +131,7 @@ def _eight_bit(situation: Situation, choices: Choices) -> Choices | str:
 
 
 def _eight_bit_says(situation: Situation, before: Choices, after: Choices) -> str:
-    whole = (situation.architecture, situation.workload)
-    slow, quick = (
-        timing(*whole, replace(choices, lean=True), situation.system).step
-        for choices in (before, after)
-    )
+    slow, quick = _steps(situation, before, after)
     return (
         f"products in 8 bit in attention and feed-forward: {slow:.1f} -> {quick:.1f} s a step, "
         "computed from operations, where the card proves faster; changes the result, by about "
@@ -143,27 +139,47 @@ def _eight_bit_says(situation: Situation, before: Choices, after: Choices) -> st
     )
 
 
-_ATTENTION_8BIT = {"comfy_kitchen": "comfy-kitchen", "sageattention": "SageAttention"}
-"""Packages with attention in 8 bit, by the module that is looked for."""
+def _steps(situation: Situation, before: Choices, after: Choices) -> list[float]:
+    """Return the predicted seconds of a step with each, by the lean forward."""
+    whole = (situation.architecture, situation.workload)
+    return [
+        timing(*whole, replace(choices, lean=True), situation.system).step
+        for choices in (before, after)
+    ]
 
 
-def _installed_attention() -> list[str]:
-    """Return which packages with attention in 8 bit are installed; none is imported."""
-    return [name for module, name in _ATTENTION_8BIT.items() if find_spec(module) is not None]
+_ATTENTION_8BIT = {
+    "triton": "WanFit's kernel", "comfy_kitchen": "comfy-kitchen", "sageattention": "SageAttention",
+}  # fmt: skip
+"""What has attention in 8 bit, by the module that is looked for; ours is compiled by Triton."""
+_OUR_ATTENTION = (8, 0)
+"""The first compute capability that Triton compiles ours for."""
+
+
+def _attention_there(system: SystemResources) -> list[str]:
+    """Return what can attend in 8 bit on this machine; nothing is imported."""
+    found = [module for module in _ATTENTION_8BIT if find_spec(module) is not None]
+    ours = system.backend == "cuda" and (system.compute_capability or (0, 0)) >= _OUR_ATTENTION
+    return [_ATTENTION_8BIT[module] for module in found if module != "triton" or ours]
 
 
 def _attention(situation: Situation, choices: Choices) -> Choices | str:
     if not choices.quick:
         return "attention is torch's own"
-    if not _installed_attention():
-        return f"none of {', '.join(_ATTENTION_8BIT.values())} is installed"
+    if not _attention_there(situation.system):
+        return (
+            "attention in 8 bit needs Triton and a card of compute capability 8.0, comfy-kitchen "
+            "or SageAttention"
+        )
     return replace(choices, attention_8bit=True)
 
 
 def _attention_says(situation: Situation, before: Choices, after: Choices) -> str:
+    slow, quick = _steps(situation, before, after)
     return (
-        f"attention in 8 bit by {' or '.join(_installed_attention())}, if its result stays near "
-        "torch's and it is the faster one by the clock; changes the video"
+        f"attention in 8 bit by {' or '.join(_attention_there(situation.system))}: {slow:.1f} -> "
+        f"{quick:.1f} s a step, computed from operations, if its result stays near torch's and it "
+        "is the faster one by the clock; changes the video"
     )
 
 
