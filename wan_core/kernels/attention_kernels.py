@@ -50,8 +50,7 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, halves: bool, out: Tensor
     keys = key.shape[1]
     blocks = triton.cdiv(keys, KEYS)
     kind = torch.float16 if halves else torch.float8_e4m3fn
-    middle = value.mean(1, dtype=torch.float32)
-    most = torch.maximum(value.amax(1) - middle, middle - value.amin(1)).clamp_min_(1e-30)
+    key_middle, middle, most = _middles(key, value, blocks)
     most /= 1.0 if halves else 448.0
     numbers = torch.empty(heads * blocks * KEYS, size, dtype=torch.int8, device=key.device)
     scales = torch.empty(heads, blocks, dtype=torch.float32, device=key.device)
@@ -59,7 +58,7 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, halves: bool, out: Tensor
     shape = (heads * blocks * KEYS, size) if halves else (heads * size, blocks * KEYS)
     coded = torch.empty(shape, dtype=kind, device=key.device)
     _code_kernel[(blocks, heads)](
-        key, value, key.mean(1, dtype=torch.float32), middle, most, numbers, scales, coded, keys,
+        key, value, key_middle, middle, most, numbers, scales, coded, keys,
         key.stride(0), key.stride(1), value.stride(0), value.stride(1),
         SIZE=size, KEYS=KEYS, HALVES=halves, num_warps=8,
     )  # fmt: skip
@@ -72,6 +71,46 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, halves: bool, out: Tensor
         query.stride(0), query.stride(1), out.stride(0), out.stride(1),
         SIZE=size, QUERIES=_QUERIES, KEYS=KEYS, HALVES=halves, **_LAUNCH,
     )  # fmt: skip
+
+
+def _middles(key: Tensor, value: Tensor, blocks: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return means over the tokens, (heads, d), and how far a value lies from its mean at most.
+
+    Not by torch's reductions, which hold a third of their input meanwhile at these shapes.
+    """
+    heads, keys, size = key.shape
+    parts = torch.empty(4, heads, blocks, size, dtype=torch.float32, device=key.device)
+    _parts_kernel[(blocks, heads)](
+        key, value, parts, keys, key.stride(0), key.stride(1), value.stride(0), value.stride(1),
+        SIZE=size, KEYS=KEYS, num_warps=8,
+    )  # fmt: skip
+    key_middle, middle = parts[:2].sum(2) / keys
+    least, most = parts[2].amin(1), parts[3].amax(1)
+    return key_middle, middle, torch.maximum(most - middle, middle - least).clamp_min_(1e-30)
+
+
+@triton.jit(do_not_specialize=["keys"])
+def _parts_kernel(
+    key, value, parts, keys, key_head, key_token, value_head, value_token,
+    SIZE: tl.constexpr, KEYS: tl.constexpr,
+):  # fmt: skip
+    """Write sums of a block's keys and values, and the least and the largest of its values."""
+    block, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    token = block * KEYS + tl.arange(0, KEYS)
+    lane = tl.arange(0, SIZE)
+    inside = (token < keys)[:, None]
+    at = token.to(tl.int64)[:, None]
+    k = tl.load(key + head * key_head + at * key_token + lane[None, :], mask=inside, other=0.0)
+    v = tl.load(
+        value + head * value_head + at * value_token + lane[None, :], mask=inside, other=0.0
+    )
+    v = v.to(tl.float32)
+    each = tl.num_programs(1).to(tl.int64) * tl.num_programs(0) * SIZE
+    out = parts + (head * tl.num_programs(0) + block) * SIZE + lane
+    tl.store(out, tl.sum(k.to(tl.float32), 0))
+    tl.store(out + each, tl.sum(v, 0))
+    tl.store(out + 2 * each, tl.min(tl.where(inside, v, float("inf")), 0))
+    tl.store(out + 3 * each, tl.max(tl.where(inside, v, -float("inf")), 0))
 
 
 @triton.jit(do_not_specialize=["keys"])
