@@ -82,7 +82,7 @@ class Case:
     needs: float
     """About how many seconds it takes on an H100."""
     turns: int = 3
-    ways: tuple[str, ...] = (BASE, "unfused", "exact", "fast")
+    ways: tuple[str, ...] = (BASE, "unfused", "exact", "fast", "fastest")
     profile: bool = False
     stored: bool = False
     """Whether the matrices of the blocks are stored in fp8."""
@@ -92,7 +92,7 @@ CASES = (
     Case(
         "forward-14b-480p", "14B, 480p81", "wan2.2-t2v-a14b", (21, 60, 104), 85, profile=True,
         turns=2,
-        ways=(BASE, "unfused", "exact", "rows", "fast", "compiled"),
+        ways=(BASE, "unfused", "exact", "rows", "fast", "fastest", "compiled"),
     ),
     Case(
         "forward-14b-480p-fp8", "14B stored in fp8, 480p81", "wan2.2-t2v-a14b", (21, 60, 104), 35,
