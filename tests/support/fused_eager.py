@@ -77,3 +77,10 @@ def norm_silu(source: Tensor, out: Tensor, gamma: Tensor, scale: float) -> None:
     kind = source.dtype
     normed = F.normalize(source.float(), dim=1).to(kind)
     out.copy_(F.silu(normed * scale * gamma.view(-1, 1, 1, 1)))
+
+
+def scaled_silu(
+    source: Tensor, lengths: Tensor, gamma: Tensor, scale: float, floor: float, out: Tensor
+) -> None:
+    normed = (source.float() / lengths.clamp_min(floor)).to(source.dtype)
+    out.copy_(F.silu(normed * scale * gamma.view(-1, 1, 1, 1) + 0.0))

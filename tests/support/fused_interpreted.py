@@ -16,16 +16,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from support import fused_eager
-from wan_core.kernels import attention_kernels, fused_kernels
+from wan_core.kernels import attention_kernels, fused_kernels, map_kernels
 
 BOUNDS = {torch.float32: 3e-6, torch.float16: 1e-3, torch.bfloat16: 2e-2}
 
 
-def compare(dtype: torch.dtype, **numbers: Tensor) -> None:
+def compare(dtype: torch.dtype, times: int = 1, **numbers: Tensor) -> None:
     for name in ("ours", "theirs"):
         assert bool(torch.isfinite(numbers[name].float()).all()), name
     far = (numbers["ours"].float() - numbers["theirs"].float()).abs()
-    assert bool((far <= BOUNDS[dtype] * (1 + numbers["theirs"].float().abs())).all()), far.max()
+    bound = times * BOUNDS[dtype]
+    assert bool((far <= bound * (1 + numbers["theirs"].float().abs())).all()), far.max()
 
 
 def norms(dtype: torch.dtype, dim: int, generator: torch.Generator) -> None:
@@ -138,6 +139,32 @@ def attention(dtype: torch.dtype, generator: torch.Generator) -> None:
             assert error < bound, (dtype, halves, tokens, keys, error)
 
 
+def maps(dtype: torch.dtype, generator: torch.Generator) -> None:
+    """More channels and pixels than a program takes; into a frame of zeros, and in place."""
+    wide = torch.randn(1, 11, 2, 23, 47, generator=generator).to(dtype)
+    wide[0, :, 1, 3, 4] = 0
+    wide[0, 2, 0, 4, 5] = float("nan")
+    gamma = torch.randn(11, 1, 1, 1, generator=generator).to(dtype)
+    other = torch.randn(2, 3, 9, 2, 5, generator=generator).to(dtype).transpose(1, 2)
+    last = wide[..., :7, :5].contiguous(memory_format=torch.channels_last_3d)
+    for source in (wide, other, last, wide[:, :, :, 3:9]):
+        lengths = source.float().norm(dim=1, keepdim=True)
+        results = []
+        for code in (map_kernels, fused_eager):
+            padded = F.pad(torch.zeros_like(source), (1, 1, 1, 1, 2, 0))
+            inside = padded[:, :, 2:, 1:-1, 1:-1]
+            weight = gamma[: source.shape[1]]
+            code.scaled_silu(source, lengths, weight, 3.3, 1e-12, inside)
+            assert torch.equal(inside.isnan().all(1), lengths.isnan().squeeze(1))
+            results.append(padded)
+        assert torch.equal(results[0].isnan(), results[1].isnan())
+        # Rounded four times, where the interpreter cuts off.
+        compare(dtype, 4, ours=results[0].nan_to_num(), theirs=results[1].nan_to_num())
+    copy = source.clone()
+    map_kernels.scaled_silu(copy, lengths, gamma, 3.3, 1e-12, copy)
+    assert torch.equal(copy.nan_to_num(), results[0][:, :, 2:, 1:-1, 1:-1].nan_to_num())
+
+
 def main() -> None:
     generator, kinds = torch.Generator().manual_seed(0), 0
     for dtype, dim, heads in (
@@ -147,6 +174,7 @@ def main() -> None:
         rotations(dtype, dim, heads, generator)
         quantizing(dtype, generator)
         activations(dtype, generator)
+        maps(dtype, generator)
         if dtype != torch.float32:
             attention(dtype, torch.Generator().manual_seed(0))
         kinds += 1

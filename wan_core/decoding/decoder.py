@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..forward import norms_widen
+from ..kernels import FusedNorms
 from ..memory import Strip
 from .decoder_quick import Quick, empty
 from .host_cache import HISTORY, HostCache, HostEntry, frames_known
@@ -47,6 +48,8 @@ class DecodeOptions:
     """What is used to be faster, with other rounding; None: nothing. Bands are not made faster."""
     strip: Strip | None = None
     """The part of the picture that is decoded; None: all of it."""
+    norms: FusedNorms | None = None
+    """Which norms are computed in fewer passes, with the same bits."""
 
 
 class DecoderWalk:
@@ -62,6 +65,7 @@ class DecoderWalk:
         self._options, self._slots, self._index = options, slots, index
         self._quick = options.quick if options.bands == 1 else None
         self._strip, self._low = options.strip, 0
+        self._norms = options.norms
 
     def through(self, decoder: Any, x: Tensor, first: bool) -> Tensor:
         """Return the decoder's output for one latent frame."""
@@ -197,9 +201,7 @@ class DecoderWalk:
             # already replaced the rows just above this band. Put their old values back.
             if kept is previous:
                 edge = _mend_edge(inside[:, :, :HISTORY], edge, rows, used)
-            for index in range(frames):
-                frame, at = slice(index, index + 1), slice(HISTORY + index, HISTORY + index + 1)
-                _activate(norm, source[:, :, frame, used], inside[:, :, at])
+            self._activate_band(norm, source[:, :, :, used], inside[:, :, HISTORY:])
             # This band's rows of the last frames go to the cache before the buffer is released.
             _put(kept, rows, _inside(conv, padded))
             del inside
@@ -252,8 +254,19 @@ class DecoderWalk:
         """Write ``silu(norm(source))``, or the source if there is no norm, to ``out``."""
         if norm is None:
             out.copy_(source)
-        elif self._quick is None or not self._quick.activate(norm, source, out):
+        elif self._quick is not None and self._quick.activate(norm, source, out):
+            return
+        elif self._norms is None or not self._norms.activate(norm, source, out):
             out.copy_(_activated(norm, source, source if writable else None))
+
+    def _activate_band(self, norm: Any, source: Tensor, out: Tensor) -> None:
+        """Do ``_activate_into`` without another map; rounding may differ."""
+        fused = None if norm is None else self._norms
+        if fused is not None and fused.activate(norm, source, out):
+            return
+        for index in range(source.shape[2]):
+            frame = slice(index, index + 1)
+            _activate(norm, source[:, :, frame], out[:, :, frame])
 
     def _load(self, slot: int, inside: Tensor) -> int:
         """Move a slot's frames to the front of a buffer; return how many the slot gets next."""
@@ -390,19 +403,34 @@ def _activated(norm: Any, x: Tensor, out: Tensor | None = None) -> Tensor:
     """Return ``silu(norm(x))`` of a whole map: the norm frame by frame, SiLU at once.
 
     CPUs compute SiLU in vectors, but the last few numbers of a tensor one by one and with other
-    rounding. Frame by frame, such numbers would be elsewhere than in diffusers.
+    rounding. Frame by frame, such numbers would be elsewhere than in diffusers. On CUDA the order
+    in which a pixel's channels are added depends on how many pixels there are: there the sums are
+    those of the whole map too.
     """
+    sums = None
+    if x.is_cuda:
+        kind = torch.float32 if _widened(x) else x.dtype  # aten widens as it reads, without a copy
+        sums = x.norm(2.0, dim=1, keepdim=True, dtype=kind)
     out = torch.empty_like(x) if out is None else out
     for index in range(x.shape[2]):
         frame = slice(index, index + 1)
-        _normalize(norm, x[:, :, frame], out[:, :, frame])
+        length = None if sums is None else sums[:, :, frame]
+        _normalize(norm, x[:, :, frame], out[:, :, frame], length)
     return F.silu(out, inplace=True)
 
 
-def _normalize(norm: Any, x: Tensor, out: Tensor) -> None:
-    """Apply the operations of ``WanRMS_norm``, in their order; ``out`` may be x."""
-    wide = x.float() if x.dtype in _HALF and norms_widen() else x
-    length = wide.norm(2.0, dim=1, keepdim=True).clamp_min_(_EPSILON)
+def _widened(x: Tensor) -> bool:
+    return x.dtype in _HALF and norms_widen()
+
+
+def _normalize(norm: Any, x: Tensor, out: Tensor, length: Tensor | None = None) -> None:
+    """Apply the operations of ``WanRMS_norm``, in their order; ``out`` may be x.
+
+    ``length`` is that of each pixel over the channels, if it is known; it is overwritten.
+    """
+    wide = x.float() if _widened(x) else x
+    length = wide.norm(2.0, dim=1, keepdim=True) if length is None else length
+    length = length.clamp_min_(_EPSILON)
     if wide is x:
         torch.div(x, length, out=out)
     else:

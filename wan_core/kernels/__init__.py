@@ -3,10 +3,10 @@
 In: tensors, and the small modules they pass through (a norm, a linear layer). Out: the numbers of
 torch's own code where a way is called exact, else numbers within a bound that a trial on the device
 has shown. ``fused_for`` and ``products_of`` say which ways may be used for a device, dtype and
-width; ``shared_by`` has layers read the same tokens, rounded once; ``attend`` times what it can
-take; ``triton_kernels`` is the Triton code, or None where it cannot be imported. Imports loading,
-for weights as they are stored. Names are resolved on first use, so that importing this package does
-not import torch.
+width, ``fused_norms`` which for the norms of a VAE; ``shared_by`` has layers read the same tokens,
+rounded once; ``attend`` times what it can take; ``triton_kernels`` is the Triton code, or None
+where it cannot be imported. Imports loading, for weights as they are stored. Names are resolved on
+first use, so that importing this package does not import torch.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .attention import attend, slid_from_cudnn, used_attention
     from .fused import NOTHING, Fused, triton_kernels
     from .fused_trial import fused_for
+    from .maps import FusedNorms, fused_norms
     from .modulation import Modulation, Span, TimestepRuns
     from .products import Addition, Shared, products_of, shared_by
     from .rotary import norm_all, rotate_all, rotate_span
@@ -29,6 +30,7 @@ __getattr__ = lazy_names(
         "attention": ("attend", "slid_from_cudnn", "used_attention"),
         "fused": ("NOTHING", "Fused", "triton_kernels"),
         "fused_trial": ("fused_for",),
+        "maps": ("FusedNorms", "fused_norms"),
         "modulation": ("Modulation", "Span", "TimestepRuns"),
         "products": ("Addition", "Shared", "products_of", "shared_by"),
         "rotary": ("norm_all", "rotate_all", "rotate_span"),
@@ -39,12 +41,14 @@ __all__ = [
     "NOTHING",
     "Addition",
     "Fused",
+    "FusedNorms",
     "Modulation",
     "Shared",
     "Span",
     "TimestepRuns",
     "attend",
     "fused_for",
+    "fused_norms",
     "norm_all",
     "products_of",
     "rotate_all",

@@ -1,0 +1,151 @@
+"""On a GPU: the lean halves give diffusers' bits norms fused and not, at true widths too."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from support.casting import cast_module
+from support.true_models import autoencoder
+from support.vae_models import make_vae
+from torch import Tensor
+
+from wan_core.decoding import lean as lean_vae
+from wan_core.decoding import lean_decoder, lean_encoder
+from wan_core.kernels import maps
+from wan_core.models import VAE_21, VAE_22
+from wan_core.sampling.vae import StreamingDecoder, encode_latents
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no CUDA device"),
+    pytest.mark.usefixtures("without_gradients"),
+]
+VERSIONS = pytest.mark.parametrize("version", ["2.1", "2.2"])
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+FUSED = pytest.mark.parametrize("fused", [True, False])
+
+
+@pytest.fixture
+def calls(fused: bool, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """Hold the channels of the maps that the kernel was given; ``fused`` says whether it is to."""
+    made: list[int] = []
+    kernels = maps.map_kernels()
+    plain = kernels.scaled_silu
+
+    def counted(source: Tensor, *more: Any) -> None:
+        made.append(source.shape[1])
+        plain(source, *more)
+
+    if fused:
+        monkeypatch.setattr(kernels, "scaled_silu", counted)
+    else:
+        monkeypatch.setattr(lean_vae, "fused_norms", lambda weight, channels: None)
+    yield made
+    assert bool(made) is fused
+
+
+@cache
+def true_vae(version: str, dtype: torch.dtype) -> Any:
+    """A VAE of true width with random weights, and norms whose weights differ."""
+    with torch.random.fork_rng(devices=["cuda"]), torch.device("cuda"):
+        torch.manual_seed(0)
+        vae = autoencoder(VAE_21 if version == "2.1" else VAE_22).eval().requires_grad_(False)
+        for name, parameter in vae.named_parameters():
+            if "gamma" in name:
+                parameter.mul_(1 + 0.3 * torch.randn_like(parameter))
+    return cast_module(vae, dtype)
+
+
+def latents_of(vae: Any, *shape: int) -> Tensor:
+    """Latents (batch, z, frames, height, width) of a VAE's dtype, on its device."""
+    batch, *rest = shape
+    made = torch.randn(batch, vae.config.z_dim, *rest, generator=torch.Generator().manual_seed(1))
+    return made.to("cuda", vae.dtype)
+
+
+def video(vae: Any, *shape: int) -> Tensor:
+    """Pixels (batch, 3, frames, height, width) of a VAE's dtype, on its device."""
+    batch, *rest = shape
+    made = torch.rand(batch, 3, *rest, generator=torch.Generator().manual_seed(2)) * 2 - 1
+    return made.to("cuda", vae.dtype)
+
+
+def decodes_as_diffusers(vae: Any, latents: Tensor) -> bool:
+    expected = vae.decode(latents, return_dict=False)[0]
+    for more in ({}, {"cache_on_host": True}):
+        with lean_decoder(vae, **more) as refused:
+            assert refused is None
+            decoder, found = StreamingDecoder(vae, latents), []
+            while not decoder.done:
+                found.append(decoder.decode_next())
+            decoder.close()
+        if not torch.equal(torch.cat(found, 2), expected):
+            return False
+    return True
+
+
+def encodes_as_diffusers(vae: Any, pixels: Tensor) -> bool:
+    expected = vae.encode(pixels).latent_dist.mode()
+    with lean_encoder(vae) as refused:
+        assert refused is None
+        rest = (pixels[:, :, i : i + 4] for i in range(1, pixels.shape[2], 4))
+        return torch.equal(encode_latents(vae, iter([pixels[:, :, :1], *rest])), expected)
+
+
+@pytest.mark.parametrize("dtype", maps._DTYPES)
+@pytest.mark.parametrize("channels", [96, 160, 192, 256, 320, 384, 512, 640, 1024, 3])
+def test_the_kernel_gives_the_bits(channels: int, dtype: torch.dtype) -> None:
+    assert maps._works((torch.device("cuda", 0), dtype, channels))
+
+
+@FUSED
+@VERSIONS
+@DTYPES
+def test_small_ones_of_odd_sizes(
+    version: str, dtype: torch.dtype, fused: bool, calls: list[int]
+) -> None:
+    vae = make_vae(version, dtype).cuda()
+    for shape in ((1, 4, 5, 7), (2, 3, 9, 3), (1, 1, 1, 1)):
+        assert decodes_as_diffusers(vae, latents_of(vae, *shape)), shape
+    scale = vae.config.scale_factor_spatial
+    for shape in ((1, 13, 5 * scale, 7 * scale), (2, 5, 3 * scale, scale), (1, 1, scale, scale)):
+        assert encodes_as_diffusers(vae, video(vae, *shape)), shape
+
+
+@FUSED
+@VERSIONS
+@DTYPES
+def test_true_widths(version: str, dtype: torch.dtype, fused: bool, calls: list[int]) -> None:
+    """Of these widths aten adds a pixel's channels in an order that its neighbours decide."""
+    vae = true_vae(version, dtype)
+    assert decodes_as_diffusers(vae, latents_of(vae, 1, 4, 13, 18))
+    scale = vae.config.scale_factor_spatial
+    assert encodes_as_diffusers(vae, video(vae, 1, 9, 13 * scale, 18 * scale))
+    if fused:
+        wide = {96, 192, 384} if version == "2.1" else {160, 320, 640, 256, 512, 1024}
+        assert set(calls) == wide
+
+
+@pytest.mark.parametrize("fused", [True])
+@VERSIONS
+@DTYPES
+def test_memory_is_no_more_than_unfused(
+    version: str, dtype: torch.dtype, fused: bool, calls: list[int], monkeypatch: Any
+) -> None:
+    vae = true_vae(version, dtype)
+    latents, peaks = latents_of(vae, 1, 3, 12, 20), []
+    for _ in range(3):  # the first tries, the last is without
+        if len(peaks) == 2:
+            monkeypatch.setattr(lean_vae, "fused_norms", lambda weight, channels: None)
+        torch.cuda.reset_peak_memory_stats()
+        with lean_decoder(vae):
+            decoder = StreamingDecoder(vae, latents)
+            while not decoder.done:
+                decoder.decode_next()
+            decoder.close()
+        peaks.append(torch.cuda.max_memory_allocated())
+    assert peaks[1] <= peaks[2] * 1.001
