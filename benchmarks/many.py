@@ -9,11 +9,12 @@ pass along its tokens (Ulysses): "cards" says how many gangs of how many. Whethe
 bits is tried by its first pass, which is computed both ways; what the trial and the links between
 the cards showed is listed. Records of earlier runs are not read, so that each trial is made here.
 Only the high-noise expert's steps are made and nothing is decoded: a run is stopped after its last
-step. So that a cut is tried between cards whose link is not known yet, the plan is made to believe
-in NVLink until it is measured. A step's seconds are the median from callback to callback, without
-the first, in which the trial is. Parts that the budget does not allow are left out and named. Where
-memory is added to a machine as it is used, ``--ram-gb`` says how much there will be. Writes
-``many_<device>.json`` and ``.md``. ``--tiny`` runs small models on the CPU.
+step. What a decode in strips takes, needs and rounds is measured by ``many_decode``, in this run as
+far as there is time. So that a cut is tried between cards whose link is not known yet, the plan is
+made to believe in NVLink until it is measured. A step's seconds are the median from callback to
+callback, without the first, in which the trial is. Parts that the budget does not allow are left
+out and named. Where memory is added to a machine as it is used, ``--ram-gb`` says how much there
+will be. Writes ``many_<device>.json`` and ``.md``. ``--tiny`` runs small models on the CPU.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ close_gaps()
 
 import torch
 from host_memory import ram_of, room_for_model
+from many_decode import DECODES, TINY_DECODES, decode, decode_table
 from random_model import Shapes, write_model
 
 from wan_core import GenerationConfig, WanPipelineLoader
@@ -204,6 +206,7 @@ def table(found: dict[str, Any]) -> str:
             f"{ideal:.2f} | {same} | {', '.join(map(str, one['peak_mib']))} "
             f"({one['predicted_peak_mib']}) |"
         )
+    lines += decode_table(found["decodes"])
     return "\n".join([*lines, "", *(f"- {note}" for note in found["notes"]), ""])
 
 
@@ -271,6 +274,23 @@ class Pace:
             self.together = took - case.steps * step
 
 
+def decodes(
+    found: dict[str, Any], model: Path, devices: list[int], left: float, tiny: bool
+) -> None:
+    """Measure decodes by a model's VAE, those that were not yet and for which there is time."""
+    counts = [count for count in devices if count > 1]
+    known = {one["case"] for one in found["decodes"]}
+    for case in TINY_DECODES if tiny else DECODES:
+        if case.model != model.name or case.name in known or not counts:
+            continue
+        began = time.perf_counter()
+        if not tiny and left < case.seconds * (1 + len(counts)):
+            found["notes"].append(f"decode of {case.name}: left out")
+            continue
+        found["decodes"] += decode(model, case, counts, tiny)
+        left -= time.perf_counter() - began
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--devices", type=int, nargs="+", help="(1, and all there are)")
@@ -285,7 +305,8 @@ def main() -> None:
     devices = arguments.devices or sorted({1, 2, there} & set(range(1, there + 1)))
     found: dict[str, Any] = {
         "command": " ".join(["python", "benchmarks/many.py", *sys.argv[1:]]),
-        "date": time.strftime("%Y-%m-%d"), "versions": versions(), "runs": [], "notes": [],
+        "date": time.strftime("%Y-%m-%d"), "versions": versions(), "runs": [], "decodes": [],
+        "notes": [],
         "device": "cpu" if tiny else f"{there} {torch.cuda.get_device_name(0)}",
     }  # fmt: skip
     place = room_for_model(arguments.folder, tiny, MODEL_BYTES)
@@ -312,6 +333,10 @@ def main() -> None:
                     pace.learn(case, count, time.perf_counter() - written, made["step_seconds"])
                     found["runs"].append(made)
                     print(json.dumps(made), flush=True)
+                    write(found, arguments.output)
+                if (folder / case.model).exists():
+                    left = arguments.budget - (time.perf_counter() - began)
+                    decodes(found, folder / case.model, devices, left, tiny)
                     write(found, arguments.output)
     finally:
         found["notes"] += measured_between()

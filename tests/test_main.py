@@ -279,17 +279,17 @@ def test_an_overlap_that_does_not_fit_is_shown_as_it_is_used(
 def test_sound_is_read_no_further_than_the_clip(
     model: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from wan_core.render import audio
+    from wan_core.render import video
 
     write(tmp_path / "in.mp4", patches(40), audio=(torch.zeros(1, 40000), 16000))
-    original, lengths = audio.read_audio, []
+    original, lengths = video.read_audio, []
 
     def read_audio(path: Any, seconds: float | None = None) -> Any:
         found = original(path, seconds)
         lengths.append(found[0].shape[1] / found[1])
         return found
 
-    monkeypatch.setattr(audio, "read_audio", read_audio)
+    monkeypatch.setattr(video, "read_audio", read_audio)
     sound = ("--audio", tmp_path / "in.mp4", "--fps", 18)
     code, _, err = run(capsys, *generate(model, tmp_path / "o.mp4", *sound))
     assert code == 0, err

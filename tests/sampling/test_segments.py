@@ -18,7 +18,7 @@ from wan_core import GenerationConfig, WanPipelineLoader
 from wan_core.__main__ import main
 from wan_core.errors import InvalidRequest
 from wan_core.job.windows import plan_windows
-from wan_core.render.audio import read_audio
+from wan_core.render.video import read_audio
 from wan_core.sampling.denoise import Conditions
 from wan_core.sampling.segments import ClipSegments, match_colours, plan_segments
 

@@ -88,9 +88,7 @@ class ThreadWorker:
 
     def send(self, header: Mapping[str, Any], tensors: Mapping[str, Tensor] | None = None) -> None:
         message = _through_bytes(header, tensors)
-        if header["type"] == "cancel":
-            self._worker.cancelled.update(header["numbers"])
-        else:
+        if not self._worker.hears_now(message[0]):
             self._worker.inbox.put(message)
 
     def die(self) -> None:

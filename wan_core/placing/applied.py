@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from ..decoding import lean_decoder, lean_encoder
 from ..forward import hints_in_turn, lean_forward
 from ..loading import all_pinned_bytes
-from ..memory import BANDS, pinned_budget_now
+from ..memory import BANDS, Strip, pinned_budget_now
 from .offload import place
 from .sharing import Sharing
 from .streaming import stream_blocks
@@ -27,13 +27,15 @@ def apply_plan(
     decoding: bool = True,
     check: Callable[[], object] = lambda: None,
     sharing: Sharing | None = None,
+    strip: Strip | None = None,
 ) -> Iterator[str | None]:
     """Have one component compute as ``plan`` says, inside the ``with`` block.
 
     ``component`` is its name in the plan ("transformer_2", "vae" …). ``decoding=False`` is for a
     VAE that encodes: the lean encoder is then attached in place of the decoder. With ``sharing`` a
-    gang streams weights together. Yields None, or a sentence saying what could not be carried out.
-    Afterwards the module's parameters are the same objects with the same values as before.
+    gang streams weights together; with ``strip`` a VAE decodes that part of a picture. Yields None,
+    or a sentence saying what could not be carried out. Afterwards the module's parameters are the
+    same objects with the same values as before.
     """
     with ExitStack() as stack:
         # Weights first: the lean forwards below are attached to a module that is in its place, and
@@ -52,12 +54,12 @@ def apply_plan(
         elif component.startswith("transformer") and not plan.choices.hints_at_once(component):
             why_not = stack.enter_context(hints_in_turn(module))
         elif component == "vae" and plan.choices.lean_vae:
-            why_not = stack.enter_context(_lean_vae(module, plan, decoding))
+            why_not = stack.enter_context(_lean_vae(module, plan, decoding, strip))
         yield f"More memory than predicted in {component}: {why_not}" if why_not else None
 
 
 def _lean_vae(
-    vae: Any, plan: OptimizationPlan, decoding: bool
+    vae: Any, plan: OptimizationPlan, decoding: bool, strip: Strip | None
 ) -> AbstractContextManager[str | None]:
     """Return the context of a lean decode or encode."""
     bands = BANDS if plan.choices.by_rows else None
@@ -68,7 +70,9 @@ def _lean_vae(
     if not decoding:
         return lean_encoder(vae, bands=bands, cache_on_host=away, pin_bytes=pin_bytes)
     quick = plan.choices.quick
-    return lean_decoder(vae, bands=bands, cache_on_host=away, pin_bytes=pin_bytes, quick=quick)
+    return lean_decoder(
+        vae, bands=bands, cache_on_host=away, pin_bytes=pin_bytes, quick=quick, strip=strip
+    )
 
 
 def _placed(

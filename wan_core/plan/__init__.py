@@ -16,6 +16,7 @@ from .ladder import ABILITIES
 from .manager import Planner
 from .plan import OptimizationPlan
 from .reasons import computed_in
+from .strips import StripsForecast, strips_forecast
 
 # Kept importable from here, where it used to be. It needs torch, so it is defined in ``placing``,
 # which imports this package.
@@ -31,6 +32,8 @@ __all__ = [
     "Planner",
     "Remedies",
     "STEP_CACHES",
+    "StripsForecast",
     "computed_in",
     "for_all_cards",
+    "strips_forecast",
 ]

@@ -26,10 +26,10 @@ from .fits import (
     remedies,
     windows_that_fit,
 )
-from .idle import wishes_without_effect
 from .ladder import ABILITIES, Candidate, Limits, best, ladder, main_dtype
 from .plan import OptimizationPlan
-from .reasons import reasons_for
+from .reasons import reasons_for, wishes_without_effect
+from .strips import with_strips
 
 if TYPE_CHECKING:
     from ..memory import SystemResources
@@ -199,8 +199,9 @@ class Planner:
                 shared = current.choices.window_overlap
                 shares = found.shared_weights and current.gang > 1
                 found = replace(
-                    found, workers=current.workers, gang=current.gang, shared_weights=shares
-                )
+                    found, workers=current.workers, gang=current.gang, shared_weights=shares,
+                    decode_strips=min(found.decode_strips, current.decode_strips),
+                )  # fmt: skip
                 return found.with_choices(window_overlap=shared)
         return None
 
@@ -376,6 +377,7 @@ def _plan(
         pin_limit=None if requested.ram_limit_gb is None else limits.ram,
         forward_asked=requested.forward != "auto",
     )
-    return spread_over(
+    found = spread_over(
         found, architecture, workload, system, requested, lean=lean, available=limits.device
     )
+    return with_strips(found, architecture, workload, system, requested, lean=lean)

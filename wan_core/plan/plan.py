@@ -46,6 +46,10 @@ class OptimizationPlan:
     """Whether passes are cut only where that keeps every bit (speed "exact")."""
     card_peak_bytes: int = 0
     """What a worker's card is expected to hold at most; 0 without workers."""
+    decode_strips: int = 1
+    """In how many strips, on as many of the workers' cards, the clip is decoded."""
+    decode_peak_bytes: int = 0
+    """What a card is expected to hold at most while it decodes a strip; 0 without strips."""
     forward_asked: bool = False
     """Whether the forward was asked for; else a saved render in another one is gone on with."""
 
@@ -103,6 +107,7 @@ class OptimizationPlan:
             words.append(
                 f"windows of {choices.window_frames} frames, {choices.window_overlap} shared"
             )
+        words += [f"decoded in {self.decode_strips} strips"] * (self.decode_strips > 1)
         words += [f"on {len(self.workers)} cards"] * (len(self.workers) > 1)
         words += [f"each pass cut over {self.gang}"] * (self.gang > 1)
         words += ["streamed weights shared out"] * self.shared_weights

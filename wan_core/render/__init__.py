@@ -12,22 +12,26 @@ from typing import TYPE_CHECKING
 from ..lazy import lazy_names
 
 if TYPE_CHECKING:
-    from .audio import read_audio
     from .diffusers_pipeline import PipelineManager
     from .loader import WanPipelineLoader
     from .pipeline import WanPipelineWrapper
     from .report import Forecast, Timeline, format_report
-    from .video import contact_sheet, read_numbers, read_pictures, read_video
+    from .video import contact_sheet, read_audio, read_numbers, read_pictures, read_video
 
 __getattr__ = lazy_names(
     __name__,
     {
-        "audio": ("read_audio",),
         "diffusers_pipeline": ("PipelineManager",),
         "loader": ("WanPipelineLoader",),
         "pipeline": ("WanPipelineWrapper",),
         "report": ("Forecast", "Timeline", "format_report"),
-        "video": ("contact_sheet", "read_numbers", "read_pictures", "read_video"),
+        "video": (
+            "contact_sheet",
+            "read_audio",
+            "read_numbers",
+            "read_pictures",
+            "read_video",
+        ),
     },
 )
 

@@ -17,6 +17,7 @@ from ..forward import run_together
 from ..job import Request
 from ..journal import device_name, versions
 from ..sampling import Expert
+from ..workers import Experts, WorkerPool
 from .stages import StageRunner
 
 
@@ -39,9 +40,10 @@ def expert_in_place(
         name=name, model=_not_here, dtype=stages.dtype(component), guidance_scale=guidance_scale
     )
     if stages.plan.workers:
-        with stages.timeline.stage(stage) as report, _elsewhere(stages, component, plain) as pool:
+        with stages.timeline.stage(stage) as report, in_workers(stages) as pool:
             report.note = f"on {len(stages.plan.workers)} workers"
-            yield replace(expert, elsewhere=pool)
+            elsewhere = Experts(pool, stages.weights(component, distilled=not plain))
+            yield replace(expert, elsewhere=elsewhere)
         return
     with stages.use(stage, component, distilled=not plain) as model, ahead:
         together = run_together if stages.plan.choices.stream else None
@@ -49,7 +51,8 @@ def expert_in_place(
 
 
 @contextmanager
-def _elsewhere(stages: StageRunner, component: str, plain: bool) -> Iterator[Any]:
+def in_workers(stages: StageRunner) -> Iterator[WorkerPool]:
+    """Make room for the workers on this process's card; they give back theirs at the end."""
     pool = stages.workers()
     # The first worker computes on this process's card.
     stages.cache.release_device()
@@ -57,7 +60,7 @@ def _elsewhere(stages: StageRunner, component: str, plain: bool) -> Iterator[Any
         torch.cuda.empty_cache()
     try:
         try:
-            yield pool.expert(stages.weights(component, distilled=not plain))
+            yield pool
         except BaseException:
             # What ended the stage is what is told, whatever becomes of the workers meanwhile.
             with suppress(WorkerFailed):

@@ -55,10 +55,11 @@ from ..sampling import (
 )
 from .animate import CharacterSegments, character_plan, character_segments, decoder_of, with_faces
 from .conditions import ConditionMaker
+from .decode import Decoding, decode_in_strips
 from .experts import describe_job, expert_in_place
 from .report import device_bytes
 from .stages import StageRunner
-from .video import Decoding, VideoWriter
+from .video import VideoWriter
 
 
 @dataclass(slots=True, kw_only=True)
@@ -467,9 +468,11 @@ class Render:
     def _decode_rest(self, progress: Decoding) -> None:
         """Decode the frames that are left. After a failure the same call goes on from there."""
         stages = self.stages
+        if decode_in_strips(stages, self.config, progress):
+            return
         with stages.use("decode", "vae") as vae:
             decoder = progress.decoder
-            if decoder is None or progress.overflowed:
+            if progress.needs_decoder:
                 # Cast before denormalising, as diffusers' pipelines do: the order affects rounding.
                 latents = progress.latents.to(stages.device, stages.dtype("vae"))
                 latents = denormalize_latents(latents, vae.config)

@@ -309,6 +309,11 @@ class StageRunner:
             shape=self.architecture.transformer,
         )
 
+    @property
+    def has_workers(self) -> bool:
+        """Whether this render's workers have been started."""
+        return self._pool is not None
+
     def workers(self) -> WorkerPool:
         """Return the processes that the plan wants, the same ones to the end of the render."""
         if self._pool is None:

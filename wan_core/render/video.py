@@ -1,4 +1,4 @@
-"""Writes frames to an mp4 that appears complete or not at all, and reads them back from a file.
+"""Writes frames to an mp4 that appears complete or not at all; reads frames and sound from files.
 
 With PyAV (ffmpeg's libraries).
 """
@@ -12,8 +12,8 @@ import queue
 import shutil
 import threading
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from fractions import Fraction
+from itertools import chain
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
@@ -26,9 +26,9 @@ from torch import Tensor
 
 from ..errors import InvalidRequest, OutputError, first_line
 from ..files import atomic_path
-from ..job import ENCODERS, Request, encoder_options, load_picture
-from ..sampling import StreamingDecoder, to_frames
+from ..job import AUDIO_RATES, ENCODERS, Request, encoder_options, load_picture
 
+_FALLBACK_RATE = 48000
 _BT709 = 1  # ffmpeg's AVCOL_PRI_BT709, AVCOL_TRC_BT709 and AVCOL_SPC_BT709
 _LIMITED_RANGE = 1  # AVCOL_RANGE_MPEG
 _IN_ORDER = 2
@@ -108,6 +108,41 @@ def read_pictures(images: Iterable[Any], field: str) -> Tensor:
             field=field,
         )
     return torch.stack(found)
+
+
+def read_audio(path: str | os.PathLike[str], seconds: float | None = None) -> tuple[Tensor, int]:
+    """Read a file's first sound track: (waveform (1 or 2 channels, samples), samples per second).
+
+    Reads no more than ``seconds``. More than two channels are mixed down to two. A sample rate that
+    an mp4 cannot hold is converted to 48,000. Raises InvalidRequest if there is no sound to read.
+    """
+    pieces: list[Tensor] = []
+    samples = 0
+    try:
+        # As a file whatever it is called, and with nothing but files behind it: ffmpeg would follow
+        # an address, and those in a playlist.
+        named = f"file:{os.path.expanduser(os.fspath(path))}"
+        with av.open(named, options={"protocol_whitelist": "file"}) as container:
+            if not container.streams.audio:
+                raise InvalidRequest(f"audio: {str(path)!r} has no sound track.", field="audio")
+            stream = container.streams.audio[0]
+            rate = stream.rate if stream.rate in AUDIO_RATES else _FALLBACK_RATE
+            layout = "mono" if stream.channels == 1 else "stereo"
+            wanted = None if seconds is None else int(seconds * rate) + 1
+            resampler = av.AudioResampler(format="fltp", layout=layout, rate=rate)
+            for frame in chain(container.decode(stream), [None]):
+                for part in resampler.resample(frame):
+                    pieces.append(torch.from_numpy(part.to_ndarray()))
+                    samples += pieces[-1].shape[1]
+                if wanted is not None and samples >= wanted:
+                    break
+    except (OSError, ValueError, av.FFmpegError) as err:
+        raise InvalidRequest(
+            f"audio: {str(path)!r} cannot be read as sound ({err}).", field="audio"
+        ) from err
+    if not samples:
+        raise InvalidRequest(f"audio: {Path(path).name!r} holds no samples.", field="audio")
+    return torch.cat(pieces, dim=1)[:, :wanted].contiguous(), rate
 
 
 class VideoWriter:
@@ -443,52 +478,3 @@ def contact_sheet(frames: Tensor, columns: int = 6, gap: int = 2) -> Any:
         top, left = index // columns * (height + gap), index % columns * (width + gap)
         sheet[top : top + height, left : left + width] = frame
     return Image.fromarray(_to_bytes(sheet).numpy())
-
-
-@dataclass(slots=True)
-class Decoding:
-    """How far a decode has come, and where its frames go."""
-
-    latents: Tensor
-    frames: Tensor | None
-    writers: list[VideoWriter]
-    wanted: int
-    done: int = 0
-    decoder: StreamingDecoder | None = None
-    pending: Tensor | None = None
-    """Decoded frames (B, 3, f, H, W) that have not been handed on yet."""
-    overflowed: bool = False
-    """Whether the VAE has gone beyond the range of fp16."""
-
-    def go_on_with(self, decoder: StreamingDecoder) -> StreamingDecoder:
-        """Have another decoder go on where the one before is; returns it."""
-        if self.decoder is not None:
-            decoder.go_on_from(self.decoder)
-        self.decoder = decoder
-        return decoder
-
-    def overflows(self) -> bool:
-        """Say whether the pending frames are beyond fp16's range; if so, they are taken back."""
-        chunk = self.pending
-        if chunk is None or chunk.dtype != torch.float16 or bool(torch.isfinite(chunk).all()):
-            return False
-        assert self.decoder is not None
-        self.decoder.take_back(chunk)
-        self.pending, self.overflowed = None, True
-        return True
-
-    def hand_on(self) -> None:
-        """Hand on the pending frames; those beyond ``wanted`` are dropped.
-
-        If memory runs out here it can be called again: no frame is written twice.
-        """
-        if self.pending is None:
-            return
-        pictures = to_frames(self.pending)[:, : self.wanted - self.done]
-        if self.frames is not None:
-            self.frames[:, self.done : self.done + pictures.shape[1]] = pictures
-        # A writer may be ahead of ``done`` after a failure: it gets only the frames it lacks.
-        for index, writer in enumerate(self.writers):
-            writer.write(pictures[index, writer.frames_written - self.done :])
-        self.done += pictures.shape[1]
-        self.pending = None

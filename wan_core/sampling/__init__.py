@@ -52,6 +52,7 @@ if TYPE_CHECKING:
         encode_latents,
         normalize_latents,
         to_frames,
+        to_pictures,
     )
 
 __getattr__ = lazy_names(
@@ -97,6 +98,7 @@ __getattr__ = lazy_names(
             "encode_latents",
             "normalize_latents",
             "to_frames",
+            "to_pictures",
         ),
     },
 )
@@ -152,4 +154,5 @@ __all__ = [
     "start_latents",
     "text_beyond",
     "to_frames",
+    "to_pictures",
 ]

@@ -160,6 +160,17 @@ def to_frames(chunk: Tensor) -> Tensor:
     return _channels_last_unit(chunk).to(device="cpu", dtype=torch.float32)
 
 
+def to_pictures(chunk: Tensor, *, whole_bytes: bool) -> Tensor:
+    """Turn a decoded chunk (B, 3, f, H, W), -1..1, into pictures (B, f, H, W, 3) where it is.
+
+    float32, 0..1, with the numbers of ``to_frames``; with ``whole_bytes`` uint8, as they are
+    written to a file.
+    """
+    pictures = _channels_last_unit(chunk).float()
+    # In float32, because bfloat16 would round the product before ``round`` does.
+    return (pictures * 255).round().clamp(0, 255).to(torch.uint8) if whole_bytes else pictures
+
+
 @torch.no_grad()
 def encode_latents(vae: Any, chunks: Iterable[Tensor], *, check: Check | None = None) -> Tensor:
     """Encode a video, given in chunks, to the mode of its latents: (B, z, T, h, w) in VAE space.

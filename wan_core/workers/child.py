@@ -27,15 +27,18 @@ from ..errors import first_line, is_host_oom, is_oom
 from ..forward import alike, can_be_cut
 from ..journal import device_name, versions
 from ..loading import ComponentCache, ComponentKey, dtype_of, load_component, unpin
+from ..memory import Strip
 from ..placing import Sharing
 from ..sampling import Conditions, Unit, compute_unit
 from .group import GangBroken, Group, Join, ProcessGroup
 from .links import measured_link
 from .messages import Message, read_message, write_message
 from .placement import placed
+from .ring import decode_strip, strip_from
 from .weights import Weights
 
 _BEAT_SECONDS = 0.2
+_PAUSE_SECONDS = 0.002
 _MAY_STAY = ("concat", "vace", "camera")
 """Conditions that stay in RAM where the driver has them there."""
 
@@ -83,13 +86,15 @@ class Worker:
     def __init__(self, device: str, answer: Callable[..., None], join: Join = ProcessGroup) -> None:
         self.device = torch.device(device)
         self.inbox: queue.Queue[Message] = queue.Queue()
-        self.cancelled: set[int] = set()
+        self._cancelled: set[int] = set()
+        self._may_go: tuple[int, int] = (-1, 0)
+        """The number of a decode, and the chunk that it may not write yet."""
         self._answer = answer
         self._cache = ComponentCache()
         self._known: dict[str, Weights] = {}
         self._conditions: tuple[int, Conditions | None] = (-1, None)
         self._placement = ExitStack()
-        self._placed: tuple[str, Any] = ("", None)
+        self._placed: tuple[tuple[str, Strip | None], Any] = (("", None), None)
         self._sharing: Sharing | None = None
         """Of the weights in their place, where the gang shares them."""
         self._unit = -1
@@ -99,6 +104,14 @@ class Worker:
         """The gang that this worker is one of, if it is not alone."""
         self._together: Group | None = None
         """The same while it computes a part of a unit: decisions are then those of rank 0."""
+
+    def hears_now(self, header: dict[str, Any]) -> bool:
+        """Take what is said to the unit in work, from any thread; False for all else."""
+        if header["type"] == "cancel":
+            self._cancelled.update(header["numbers"])
+        elif header["type"] == "go":
+            self._may_go = header["number"], header["until"]
+        return header["type"] in ("cancel", "go")
 
     def serve(self) -> None:
         """Answer messages until there is one that says to stop."""
@@ -120,7 +133,7 @@ class Worker:
                 self._known[header["key"]] = Weights.from_plain(header["weights"])
             elif kind == "conditions":
                 self._conditions = header["key"], conditions_from((header, tensors), self.device)
-            elif kind == "unit":
+            elif kind in ("unit", "decode"):
                 self._work(header, tensors)
 
     def _meet(self, header: dict[str, Any]) -> None:
@@ -132,18 +145,22 @@ class Worker:
         self._answer({"type": "joined", "link": told, "why": why})
 
     def _work(self, header: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-        """Compute a unit, alone or with the gang, and answer it, or say why not."""
+        """Compute a unit, alone or with the gang, or a strip; answer it, or say why not."""
         self._unit = header["number"]
         started = time.perf_counter()
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         together = self._group if header["cut"] else None
         told: dict[str, Any] | None = None
+        made: dict[str, Tensor] = {}
         try:
             with torch.inference_mode(False), torch.no_grad():
-                given = self._prepared(header, tensors, together)
-                self._together = together
-                made, told_of = self._computed(given, header["both"])
+                if "strip" in header:
+                    told_of = self._decoded(header, tensors["latents"])
+                else:
+                    given = self._prepared(header, tensors, together)
+                    self._together = together
+                    made, told_of = self._computed(given, header["both"])
         except Cancelled:
             told = {"type": "cancelled"}
         except Exception as err:  # noqa: BLE001 - told to the driver, which raises it
@@ -152,16 +169,34 @@ class Worker:
             # The frames of the traceback hold the tensors that filled the memory.
             traceback.clear_frames(err.__traceback__)
         self._together = None
+        strip = {"strip": True} if "strip" in header else {}
         if told is not None:
             # One that fails in the middle of a cut unit is ended, with those that wait for it: on a
             # card it could wait for them itself, before its weights may leave.
             if told["type"] == "failed" and not told["midway"]:
                 self._release(everything=False)
-            self._answer(told | {"number": self._unit})
+            self._answer(told | strip | {"number": self._unit})
             return
         seconds = time.perf_counter() - started
         done = {"type": "done", "number": self._unit, "seconds": seconds, "cut": header["cut"]}
-        self._answer(done | told_of, made)
+        self._answer(done | told_of | strip, made)
+
+    def _decoded(self, header: dict[str, Any], latents: Tensor) -> dict[str, Any]:
+        """Decode a strip, and say each chunk that is there; return what is told at the end."""
+        vae = self._in_place(self._known[header["weights"]], strip_from(header["strip"]))
+        number = header["number"]
+        if self._may_go[0] != number:
+            self._may_go = number, header["until"]
+
+        def may_write(position: int) -> None:
+            while position >= self._may_go[1]:
+                self.check()
+                time.sleep(_PAUSE_SECONDS)
+
+        for told in decode_strip(vae, latents, header, may_write, self.check):
+            self._answer(told | {"number": number})
+        on_card = self.device.type == "cuda"
+        return {"peak_bytes": torch.cuda.max_memory_allocated() if on_card else 0}
 
     def _prepared(
         self, header: dict[str, Any], tensors: dict[str, Tensor], together: Group | None
@@ -237,10 +272,10 @@ class Worker:
             told |= {"equal": equal, "error": error}
         return {"velocity": velocity} | ({} if residual is None else {"residual": residual}), told
 
-    def _in_place(self, weights: Weights) -> Any:
+    def _in_place(self, weights: Weights, strip: Strip | None = None) -> Any:
         """Return the module of these weights, placed; others leave the device first."""
         key, module = self._placed
-        if key == weights.key:
+        if key == (weights.key, strip):
             return module
         self._release(everything=False)
         weights.check_files()
@@ -252,13 +287,13 @@ class Worker:
             dtype = dtype_of(weights.dtype)
             ready = placed(
                 module, weights.component, plan, weights.loras, dtype,
-                check=self.check, sharing=sharing,
+                check=self.check, sharing=sharing, strip=strip,
             )  # fmt: skip
             note = stack.enter_context(ready)
             if note:
                 self._answer({"type": "note", "text": note})
             self._placement = stack.pop_all()
-        self._placed, self._sharing = (weights.key, module), sharing
+        self._placed, self._sharing = ((weights.key, strip), module), sharing
         return module
 
     @contextmanager
@@ -288,7 +323,7 @@ class Worker:
     def _release(self, *, everything: bool) -> None:
         """Take the weights off the device; with ``everything`` the modules are forgotten too."""
         placement, self._placement = self._placement, ExitStack()
-        self._placed, self._sharing = ("", None), None
+        self._placed, self._sharing = (("", None), None), None
         with torch.inference_mode(False), torch.no_grad():
             placement.close()
             self._cache.release_device()
@@ -303,7 +338,7 @@ class Worker:
 
     def check(self) -> None:
         """Say that the worker is alive; raise Cancelled where the unit is not wanted any more."""
-        cancelled = self._unit in self.cancelled
+        cancelled = self._unit in self._cancelled
         if self._together is not None:
             # All leave at the same block: one that left alone would be waited for.
             cancelled = self._together.agreed(cancelled)
@@ -330,9 +365,7 @@ def _listen(stream: BinaryIO, worker: Worker) -> None:
     """Hand on what the driver says. When the driver is gone, so is the worker."""
     try:
         while (message := read_message(stream)) is not None:
-            if message[0]["type"] == "cancel":
-                worker.cancelled.update(message[0]["numbers"])
-            else:
+            if not worker.hears_now(message[0]):
                 worker.inbox.put(message)
         os._exit(0)
     finally:

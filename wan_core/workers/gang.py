@@ -48,6 +48,7 @@ class Rank:
     busy: bool = False
     """Whether it has the gang's unit in work."""
     peak_bytes: int = 0
+    decode_peak_bytes: int = 0
     copied_bytes: int = 0
     """What it has copied of weights that the gang streams and shares."""
 
@@ -157,7 +158,7 @@ class Gang:
         """Forget what was counted: a render begins."""
         self.done, self.cut, self.seconds = 0, 0, 0.0
         for rank in self.ranks:
-            rank.peak_bytes = rank.copied_bytes = 0
+            rank.peak_bytes = rank.decode_peak_bytes = rank.copied_bytes = 0
 
     def describe(self) -> list[dict[str, Any]]:
         """Return what each process has done: device, name, units, seconds and peak bytes."""
@@ -166,7 +167,11 @@ class Gang:
             {
                 "device": rank.process.device, "name": rank.device_name, "units": self.done,
                 "seconds": round(self.seconds, 3), "peak_bytes": rank.peak_bytes, **more,
-                **({"copied_bytes": rank.copied_bytes} if rank.copied_bytes else {}),
+                **{
+                    name: value
+                    for name in ("copied_bytes", "decode_peak_bytes")
+                    if (value := getattr(rank, name))
+                },
             }
             for rank in self.ranks
         ]  # fmt: skip

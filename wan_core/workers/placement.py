@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from ..config import WanLoRA
+from ..memory import Strip
 from ..placing import Sharing, apply_plan, block_hooks
 from ..plan import OptimizationPlan
 from ..sampling import apply_loras
@@ -25,6 +26,7 @@ def placed(
     decoding: bool = True,
     check: Callable[[], object],
     sharing: Sharing | None = None,
+    strip: Strip | None = None,
 ) -> Iterator[str | None]:
     """Have a component compute as ``plan`` says, with ``loras`` in ``dtype``, in a ``with`` block.
 
@@ -34,7 +36,15 @@ def placed(
     """
     with ExitStack() as stack:
         note = stack.enter_context(
-            apply_plan(module, component, plan, decoding=decoding, check=check, sharing=sharing)
+            apply_plan(
+                module,
+                component,
+                plan,
+                decoding=decoding,
+                check=check,
+                sharing=sharing,
+                strip=strip,
+            )
         )
         if component.startswith("transformer"):
             stack.enter_context(block_hooks(module, check))

@@ -10,14 +10,13 @@ change them. Where it is not known, the first unit is computed both ways, and th
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import queue
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -57,24 +56,18 @@ class _Job:
         return int((frames // deep) * (height // high) * (width // wide))
 
 
-@dataclass(frozen=True, slots=True)
-class Experts:
-    """Computes units with one expert's weights (``sampling.Elsewhere``)."""
+class Strips(Protocol):
+    """A decode that is shared out; see ``strips.StripsDecoder``."""
 
-    pool: WorkerPool
-    weights: Weights
+    @property
+    def kind(self) -> tuple[object, ...]:
+        """Return what decides how long a worker may say nothing."""
 
-    def send(self, unit: Unit, conditions: Conditions) -> int:
-        """Ask for a unit; return its number."""
-        return self.pool.send(unit, self.weights, conditions)
+    def hears(self, rank: Rank, header: dict[str, Any]) -> None:
+        """Hear from a worker that makes a strip."""
 
-    def result(self, number: int, check: Callable[[], object]) -> tuple[Tensor, Tensor | None]:
-        """Wait for a unit's velocity, and for what its blocks added where that was asked for."""
-        return self.pool.result(number, check)
-
-    def forget(self) -> None:
-        """Give up what has not been taken."""
-        self.pool.forget()
+    def lost(self, rank: Rank, why: str) -> None:
+        """Hear that a worker has ended."""
 
 
 class WorkerPool:
@@ -105,6 +98,8 @@ class WorkerPool:
         self._conditions: tuple[int, Conditions | None] = (0, None)
         self._restarts = 2 * len(self.devices)
         self._closed = False
+        self._strips: tuple[int, Strips | None] = (-1, None)
+        """The decode that is shared out among workers, and its number."""
         self._link: Link | None = None
         """What a gang has measured between its cards, until it is kept."""
         for first in range(0, len(self.devices) - gang + 1, gang):
@@ -115,10 +110,6 @@ class WorkerPool:
             self._start(together, name)
 
     # -- what a render asks -------------------------------------------------------------------
-
-    def expert(self, weights: Weights) -> Experts:
-        """Return what computes units with these weights."""
-        return Experts(self, weights)
 
     def send(self, unit: Unit, weights: Weights, conditions: Conditions) -> int:
         """Ask for a unit without waiting for it; return its number."""
@@ -143,6 +134,40 @@ class WorkerPool:
             check()
         del self._jobs[number]
         return job.result
+
+    def free_ranks(self, count: int) -> list[Rank]:
+        """Return ``count`` workers that could decode a strip each now; fewer where they are not."""
+        return [rank for gang in self._gangs if gang.idle for rank in gang.ranks][:count]
+
+    def begin_strips(self, decoder: Strips, ranks: Sequence[Rank]) -> int:
+        """Have ``decoder`` told of what these workers say; return the number of its decode."""
+        self._next += 1
+        self._strips = self._next, decoder
+        for gang in self._gangs:
+            if own := [rank for rank in gang.ranks if rank in ranks]:
+                gang.begins(self._next, ("strips", *decoder.kind), own)
+        return self._next
+
+    def end_strips(self, number: int) -> None:
+        """End a decode: what still runs of it is not wanted any more."""
+        self._strips = (-1, None)
+        for gang in self._gangs:
+            if gang.unit == number:
+                gang.send({"type": "cancel", "numbers": [number]})
+
+    def know(self, rank: Rank, weights: Weights) -> None:
+        """Send a worker what it does not know yet of weights."""
+        if weights.key not in rank.weights:
+            rank.weights.add(weights.key)
+            plain = {"type": "weights", "key": weights.key, "weights": weights.plain()}
+            rank.process.send(plain)
+
+    def wait(self, seconds: float) -> None:
+        """Look after the workers, so long at most where none says anything.
+
+        Raises WorkerFailed where none is left.
+        """
+        self._pump(seconds)
 
     def forget(self) -> None:
         """Give up every unit whose result has not been taken; workers stop at the next block."""
@@ -260,8 +285,23 @@ class WorkerPool:
             self._say(header["text"])
         elif kind == "released":
             rank.released = True
+        elif kind in ("mapped", "strip"):
+            self._hear_of_strip(gang, rank, header)
         elif kind in ("done", "cancelled", "failed") and rank.busy:
-            self._answer(gang, rank, header, tensors)
+            if header.get("strip"):
+                self._hear_of_strip(gang, rank, header)
+            else:
+                self._answer(gang, rank, header, tensors)
+
+    def _hear_of_strip(self, gang: Gang, rank: Rank, header: dict[str, Any]) -> None:
+        number, decoder = self._strips
+        if header["type"] in ("done", "cancelled", "failed"):
+            gang.answered(rank)
+        if header["type"] == "done":
+            gang.kinds.add(gang.kind)
+            rank.decode_peak_bytes = max(rank.decode_peak_bytes, header["peak_bytes"])
+        if decoder is not None and header["number"] == number:
+            decoder.hears(rank, header)
 
     def _hear_link(self, gang: Gang, header: dict[str, Any]) -> None:
         """Note how fast a gang exchanges: what the slowest of its processes has seen."""
@@ -359,6 +399,9 @@ class WorkerPool:
         gang.kill()
         job = None if gang.unit is None else self._jobs.get(gang.unit)
         job = None if job is None or job.result is not None else job
+        if self._strips[1] is not None:
+            for rank in gang.ranks:
+                self._strips[1].lost(rank, why)
         went = ""
         if gang.unit is not None and job is not None:
             job.lost += 1
@@ -418,10 +461,7 @@ class WorkerPool:
     def _tell(self, rank: Rank, job: _Job) -> None:
         """Send what a process does not know yet of the weights and conditions of a unit."""
         key, conditions = self._conditions
-        if job.weights.key not in rank.weights:
-            rank.weights.add(job.weights.key)
-            plain = {"type": "weights", "key": job.weights.key, "weights": job.weights.plain()}
-            rank.process.send(plain)
+        self.know(rank, job.weights)
         if rank.conditions != job.conditions:
             assert conditions is not None and job.conditions == key
             rank.conditions = key
@@ -455,29 +495,3 @@ class WorkerPool:
         assert given is not None
         batch = job.unit.latents.shape[0]
         return cut_kind(job.weights.tried_as, batch, job.tokens(given), gang.size)
-
-
-_pools: list[WorkerPool] = []
-
-
-def worker_pool(devices: Sequence[str], gang: int = 1) -> WorkerPool:
-    """Return this process's workers on ``devices``, started if they are not there.
-
-    They stay for the next render until ``close_workers`` or other devices are asked for.
-    """
-    wanted = tuple(devices), gang
-    found = next((p for p in _pools if (p.devices, p.gang) == wanted and p.usable), None)
-    if found is None:
-        close_workers()
-        found = WorkerPool(devices, gang)
-        _pools.append(found)
-    return found
-
-
-def close_workers() -> None:
-    """End all workers of this process."""
-    while _pools:
-        _pools.pop().close()
-
-
-atexit.register(close_workers)

@@ -1,0 +1,175 @@
+"""Clips that their workers decode in strips: one picture, whatever becomes of the workers."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.thread_workers import ThreadWorker
+from support.tiny_models import folders, open_wan
+
+from wan_core import GenerationConfig
+from wan_core.render.video import read_video
+from wan_core.workers import worker_pool
+from wan_core.workers.ring import Ring
+
+CLIP: dict[str, Any] = {
+    "prompt": "a red cat", "width": 64, "height": 16, "num_frames": 13, "seed": 1,
+    "num_inference_steps": 1,
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _always_worth_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("wan_core.plan.strips._GAIN", 100.0)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return folders(tmp_path_factory.mktemp("strips"))
+
+
+@pytest.fixture(scope="module")
+def whole(folder: Any) -> Any:
+    """The clip as one process makes it."""
+    return made(folder("wan2.1-t2v"), {}, speed="fast")
+
+
+def made(path: Path, job: dict[str, Any], **wishes: Any) -> Any:
+    config = GenerationConfig(**{**CLIP, **job})
+    return open_wan(path, **wishes).generate(config).raise_for_error()
+
+
+def near(found: Any, expected: Any) -> bool:
+    """The numbers of one process but for rounding, which a seam would exceed a thousandfold."""
+    return bool(torch.allclose(found.frames, expected.frames, rtol=0, atol=2e-6))
+
+
+def decoding(worker: ThreadWorker) -> bool:
+    """Whether a worker makes a strip."""
+    return worker._worker._placed[0][1] is not None
+
+
+CASES = [
+    ("wan2.1-t2v", 2, {}),
+    ("wan2.2-ti2v-5b", 2, {"width": 32, "height": 96, "batch_size": 2}),
+    ("wan2.1-t2v", 4, {"num_frames": 33, "max_chunk_size": 17, "window_overlap": 4}),
+]
+
+
+@pytest.mark.parametrize(
+    ("family", "count", "job"),
+    [CASES[0], *(pytest.param(*case, marks=pytest.mark.slow) for case in CASES[1:])],
+)
+def test_strips_make_the_picture_of_one_process(
+    folder: Any, threads: type[ThreadWorker], family: str, count: int, job: dict[str, Any]
+) -> None:
+    path = folder(family)
+    whole, told = made(path, job, speed="fast"), list[tuple[int, int]]()
+    job = job | {"decode_callback": lambda done, wanted: told.append((done, wanted))}
+    found = made(path, job, speed="fast", devices=count)
+    assert near(found, whole) and not found.warnings
+    decode = next(stage for stage in found.stages if stage.name == "decode")
+    assert decode.note == f"in {count} strips on as many cards"
+    assert f"decoded in {count} strips" in found.applied_optimizations
+    assert any(f"decode in {count} strips" in text for text in found.metadata["plan"])
+    frames = (CLIP | job)["num_frames"]
+    assert told == [(n, frames) for n in range(1, frames + 1, 4)]
+    assert not any(decoding(worker) for worker in threads.made), "their memory is given back"
+
+
+def test_a_file_of_strips_shows_what_one_process_writes(
+    folder: Any, threads: type[ThreadWorker], tmp_path: Path
+) -> None:
+    """As bytes, chunk by chunk, no further ahead than there is room; nothing is left over."""
+    ahead: list[int] = []
+    make = Ring.make
+
+    def watched(*given: Any, **more: Any) -> Ring:
+        ring = make(*given, **more)
+        assert ring.whole_bytes and ring.dtype == torch.uint8
+        ahead.append(ring.slots)
+        rings.append(ring.path)
+        return ring
+
+    rings: list[str] = []
+    path, shown = folder("wan2.1-t2v"), []
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(Ring, "make", staticmethod(watched))
+        for name, wishes in (("one", {}), ("two", {"devices": 2})):
+            job = {"return_frames": False, "output_path": str(tmp_path / f"{name}.mp4"), "crf": 0}
+            made(path, job, speed="fast", **wishes)
+            shown.append(read_video(tmp_path / f"{name}.mp4", "video").int())
+    assert len(rings) == 1 and not Path(rings[0]).exists()
+    assert shown[0].shape == (13, 16, 64, 3)
+    assert (shown[0] - shown[1]).abs().max() <= 2  # rounded to bytes, and to the file's colours
+
+
+class Trouble:
+    """Ends or starves a worker in the middle of its strip, once."""
+
+    def __init__(self, what: str, after: int) -> None:
+        self.what, self.after, self.looks, self.happened = what, after, 0, False
+
+    def __call__(self, worker: ThreadWorker) -> None:
+        if not decoding(worker) or worker is not ThreadWorker.made[1] or self.happened:
+            return
+        self.looks += 1
+        if self.looks < self.after:
+            return
+        self.happened = True
+        if self.what == "dies":
+            worker.die()
+        raise torch.OutOfMemoryError("out of memory: injected")
+
+
+@pytest.mark.parametrize(
+    ("what", "after"), [("dies", 4), pytest.param("runs out of memory", 2, marks=pytest.mark.slow)]
+)
+def test_what_workers_cannot_finish_is_decoded_by_the_driver(
+    folder: Any, whole: Any, threads: type[ThreadWorker], what: str, after: int
+) -> None:
+    path, told = folder("wan2.1-t2v"), list[int]()
+    threads.looked = trouble = Trouble(what, after)
+    job = {"decode_callback": lambda done, wanted: told.append(done)}
+    found = made(path, job, speed="fast", devices=2)
+    assert trouble.happened and near(found, whole)
+    (said,) = [text for text in found.warnings if "strips" in text]
+    assert said.startswith("The decode in strips was given up (cpu") and "one card" in said
+    assert told == list(range(1, 14, 4)), "no frame is handed on twice"
+    notes = [stage.note for stage in found.stages if stage.name == "decode"]
+    assert len(notes) == 2 and not notes[1]
+
+
+def test_an_interrupt_ends_the_strips_within_seconds(
+    folder: Any, whole: Any, threads: type[ThreadWorker]
+) -> None:
+    path, told = folder("wan2.1-t2v"), list[float]()
+
+    class Stop(Exception):
+        pass
+
+    def stop(done: int, wanted: int) -> None:
+        if done == 5:
+            told.append(time.perf_counter())
+            raise Stop
+
+    wrapper = open_wan(path, speed="fast", devices=2)
+    with pytest.raises(Stop):
+        wrapper.generate(GenerationConfig(**CLIP, decode_callback=stop))
+    assert time.perf_counter() - told[0] < 5
+    assert not any(decoding(worker) for worker in threads.made)
+    pool = worker_pool(("cpu", "cpu"))
+    assert all(gang.idle for gang in pool._gangs), "the workers are there for the next clip"
+    assert near(wrapper.generate(GenerationConfig(**CLIP)), whole)
+
+
+def test_exact_takes_no_strips_unless_a_trial_has_shown_equal_bits(folder: Any) -> None:
+    config, path = GenerationConfig(**CLIP), folder("wan2.1-t2v")
+    for speed, strips in (("exact", 1), ("fast", 2), ("fastest", 2)):
+        _, plan = open_wan(path, speed=speed, devices=2).plan(config)
+        assert (plan.decode_strips, len(plan.workers)) == (strips, 2)
+        assert any("rounding" in text and "strips" in text for text in plan.reasons) == (strips > 1)

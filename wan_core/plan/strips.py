@@ -1,0 +1,168 @@
+"""Whether a clip is decoded in strips by the workers that have made it, and what that saves.
+
+A strip costs more than its share: the decoder's global part is computed by every card, and margins
+by two. Kernels for other shapes may round otherwise, so it belongs to the tier of rounding, unless
+a trial at that shape has shown equal bits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from ..config import GIB
+from ..memory import (
+    BANDS,
+    Choices,
+    Strip,
+    Trial,
+    estimate,
+    latent_size,
+    lean_decode_bytes,
+    strips_cost,
+    strips_of,
+)
+from ..models import BYTES, ModelArchitecture, VaeShape
+from .config import OptimizationConfig
+from .gangs import machine
+from .plan import OptimizationPlan
+from .timing import decode_seconds
+
+if TYPE_CHECKING:
+    from ..memory import SystemResources, Workload
+
+_SHARED = 1e9
+"""Bytes per second of finished pictures to the driver through memory that both map. Assumed."""
+_STRIPS_SECONDS = 0.3
+"""What sharing a decode out takes beside that: latents there, first pictures back. Assumed."""
+_GAIN = 0.95
+"""The share of the whole decode's seconds below which strips are worth it: rates are uncertain."""
+
+
+def with_strips(
+    plan: OptimizationPlan,
+    architecture: ModelArchitecture,
+    workload: Workload,
+    system: SystemResources,
+    requested: OptimizationConfig,
+    *,
+    lean: bool = True,
+) -> OptimizationPlan:
+    """Return the plan with its decode shared out in strips over its workers, where that pays.
+
+    With speed "exact" only where a trial has shown equal bits. ``lean`` says whether the lean
+    decoder, which is the one that can make a strip, may be used.
+    """
+    shape, choices = architecture.vae or architecture.variant.vae, plan.choices
+    possible = choices.lean or (lean and requested.forward == "auto")
+    if len(plan.workers) < 2 or shape is None or not possible or "vae" in workload.idle:
+        return plan
+    choices = replace(choices, lean=True)  # the same bits
+    if not choices.lean_vae or architecture.transformer.animate is not None:
+        return plan
+    exact, chosen = requested.speed == "exact", None
+    for cards in range(2, len(plan.workers) + 1):
+        found = strips_forecast(architecture, workload, choices, system, cards)
+        if exact and not (found.trial and found.trial.equal):
+            continue
+        if found.seconds < (_GAIN * found.whole_seconds if chosen is None else chosen.seconds):
+            chosen = found
+    if chosen is None:
+        return plan
+    saved = chosen.whole_seconds - chosen.seconds
+    reasons = (*plan.reasons[:-1], chosen.reason, *plan.reasons[-1:])  # the last is of the cards
+    return replace(
+        plan,
+        choices=choices,
+        decode_strips=chosen.count,
+        decode_peak_bytes=chosen.peak_bytes,
+        card_peak_bytes=max(plan.card_peak_bytes, chosen.peak_bytes),
+        seconds=plan.seconds - saved,
+        cold_seconds=plan.cold_seconds - saved,
+        reasons=reasons,
+        estimate=replace(plan.estimate, reasons=reasons),
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StripsForecast:
+    """What a decode in ``count`` strips is expected to take and need, and what is known of it."""
+
+    count: int
+    whole_seconds: float
+    """Of the decode on one card."""
+    seconds: float
+    peak_bytes: int
+    """What the card with the largest strip holds at most."""
+    kind: str
+    """What decides whether it keeps the bits; a trial is kept under it."""
+    trial: Trial | None
+
+    @property
+    def reason(self) -> str:
+        """Return it in words."""
+        bits = "changes rounding only"
+        if self.trial is not None:
+            bits = f"rounding: tried here, relative error {self.trial.error:.1e}"
+            bits = "exact: tried here, every bit was equal" if self.trial.equal else bits
+        return (
+            f"decode in {self.count} strips on as many cards: about {self.seconds:.1f} s instead "
+            f"of {self.whole_seconds:.1f} s, up to {self.peak_bytes / GIB:.1f} GiB on each; {bits}"
+        )
+
+
+def strips_forecast(
+    architecture: ModelArchitecture, workload: Workload, choices: Choices, system: SystemResources,
+    count: int,
+) -> StripsForecast:  # fmt: skip
+    """Return what a decode in ``count`` strips by the lean decoder is expected to take."""
+    shape = architecture.vae or architecture.variant.vae
+    assert shape is not None
+    _, height, width = latent_size(architecture, workload)
+    whole = decode_seconds(workload, choices, system)
+    moved = workload.width * workload.height * workload.num_frames * workload.batch_size * 3
+    sent = moved * (4 if workload.return_frames else 1) / _SHARED
+    kind = _kind(shape, workload, choices, system, count)
+    return StripsForecast(
+        count=count,
+        whole_seconds=whole,
+        seconds=whole * strips_cost(shape, height, width, count) + sent + _STRIPS_SECONDS,
+        peak_bytes=_peak(architecture, shape, workload, choices, system, count),
+        kind=kind,
+        trial=system.between.trials.get(kind),
+    )
+
+
+def _kind(
+    shape: VaeShape, workload: Workload, choices: Choices, system: SystemResources, count: int
+) -> str:
+    words = ["fastest kernels"] * choices.quick + [f"{BANDS} bands"] * choices.by_rows
+    what = ", ".join([f"VAE of {shape.z_dim} channels in {choices.dtypes['vae']}", *words])
+    size = f"{workload.batch_size} x {workload.width}x{workload.height}"
+    return f"{machine(system)}; {what}, {size} in {count} strips"
+
+
+def _peak(
+    architecture: ModelArchitecture, shape: VaeShape, workload: Workload, choices: Choices,
+    system: SystemResources, count: int,
+) -> int:  # fmt: skip
+    """Return the bytes that the decode of the largest strip is expected to hold on its card."""
+    frames, height, width = latent_size(architecture, workload)
+    away = (choices.by_rows or choices.cache_in_ram) and system.device_kind != "cpu"
+
+    def bytes_of(strip: Strip | None) -> int:
+        return lean_decode_bytes(
+            shape, batch=workload.batch_size, latent_frames=frames, latent_height=height,
+            latent_width=width, size=BYTES[choices.dtypes["vae"]], strip=strip,
+            bands=BANDS if choices.by_rows else 1, cache_on_host=away,
+        )[0]  # fmt: skip
+
+    if choices.offload == "none":
+        # A worker has no other component on its card when it decodes.
+        choices = replace(choices, offload="model")
+    stages = estimate(architecture, workload, choices, system).stages
+    decode = next(stage for stage in stages if stage.name == "decode")
+    strips = strips_of(shape, height, width, count)
+    # The finest maps are what counts.
+    largest = max(strips, key=lambda strip: strip.level_reads[-1][1] - strip.level_reads[-1][0])
+    return decode.device_bytes - bytes_of(None) + bytes_of(largest)

@@ -1,0 +1,140 @@
+"""A clip's decode: how far it has come, where its frames go, and the strips that workers make."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..config import GenerationConfig
+from ..memory import strips_of
+from ..models import VaeShape
+from ..sampling import denormalize_latents, to_frames
+from ..workers import OutOfRange, StripsDecoder, StripsLost, WorkerPool
+from .experts import in_workers
+from .stages import StageRunner
+from .video import VideoWriter
+
+
+@dataclass(slots=True)
+class Decoding:
+    """How far a decode has come, and where its frames go."""
+
+    latents: Tensor
+    frames: Tensor | None
+    writers: list[VideoWriter]
+    wanted: int
+    done: int = 0
+    decoder: Any = None
+    pending: Tensor | None = None
+    """Decoded frames (B, 3, f, H, W) that have not been handed on yet."""
+    alone: bool = False
+    """Whether this process decodes by itself what is left: the workers could not."""
+    overflowed: bool = False
+    """Whether the VAE has gone beyond the range of fp16."""
+
+    @property
+    def needs_decoder(self) -> bool:
+        """Whether a decoder for this process is still to be made, or one in another dtype."""
+        return self.overflowed or self.decoder is None or isinstance(self.decoder, StripsDecoder)
+
+    def go_on_with(self, decoder: Any) -> Any:
+        """Have another decoder go on where the one before is; returns it."""
+        if self.decoder is not None:
+            decoder.go_on_from(self.decoder)
+        self.decoder = decoder
+        return decoder
+
+    def overflows(self) -> bool:
+        """Say whether the pending frames are beyond fp16's range; if so, they are taken back."""
+        chunk = self.pending
+        if chunk is None or chunk.dtype != torch.float16 or bool(torch.isfinite(chunk).all()):
+            return False
+        assert self.decoder is not None
+        self.decoder.take_back(chunk)
+        self.pending, self.overflowed = None, True
+        return True
+
+    def hand_on(self) -> None:
+        """Hand on the pending frames; those beyond ``wanted`` are dropped.
+
+        If memory runs out here it can be called again: no frame is written twice.
+        """
+        if self.pending is None:
+            return
+        self.take(to_frames(self.pending))
+        self.pending = None
+
+    def take(self, pictures: Tensor) -> None:
+        """Hand on pictures (B, f, H, W, 3), as ``hand_on`` does."""
+        pictures = pictures[:, : self.wanted - self.done]
+        if self.frames is not None:
+            self.frames[:, self.done : self.done + pictures.shape[1]] = pictures
+        # A writer may be ahead of ``done`` after a failure: it gets only the frames it lacks.
+        for index, writer in enumerate(self.writers):
+            writer.write(pictures[index, writer.frames_written - self.done :])
+        self.done += pictures.shape[1]
+
+
+def decode_in_strips(stages: StageRunner, config: GenerationConfig, progress: Decoding) -> bool:
+    """Decode what is left in strips, where the plan wants that and its workers are there.
+
+    Returns False where this process has to go on, True where all is done or fp16's range did not
+    hold (``progress.overflowed``).
+    """
+    if stages.plan.decode_strips < 2 or progress.alone or not stages.has_workers:
+        return False
+    lost = ""
+    with stages.timeline.stage("decode") as report, in_workers(stages) as pool:
+        decoder = _strips(stages, progress, pool)
+        if decoder is None:
+            lost = "fewer than two workers are there"
+        else:
+            report.note = f"in {decoder.count} strips on as many cards"
+            progress.go_on_with(decoder)
+            with decoder:
+                try:
+                    while not decoder.done:
+                        progress.take(decoder.pictures(stages.check_interrupt))
+                        decoder.taken()
+                        stages.callbacks.call(
+                            config.decode_callback, progress.done, progress.wanted
+                        )
+                except OutOfRange:
+                    progress.overflowed = True
+                except StripsLost as err:
+                    lost = str(err)
+    if lost:
+        progress.alone = True
+        stages.say_once(f"The decode in strips was given up ({lost}); one card decoded the rest.")
+    return not lost
+
+
+def _strips(stages: StageRunner, progress: Decoding, pool: WorkerPool) -> StripsDecoder | None:
+    """Return what decodes the latents in strips; None where too few workers are there."""
+    ranks = pool.free_ranks(stages.plan.decode_strips)
+    shape = stages.architecture.vae or stages.architecture.variant.vae
+    assert shape is not None
+    batch, _, _, height, width = progress.latents.shape
+    strips = strips_of(shape, height, width, len(ranks))
+    if len(strips) < 2:
+        return None
+    # Cast and denormalised where one card would do it too: the order and place affect rounding.
+    latents = progress.latents.to(stages.device, stages.dtype("vae"))
+    latents = denormalize_latents(latents, _statistics(shape))
+    size = height * shape.scale_factor_spatial, width * shape.scale_factor_spatial
+    return StripsDecoder(
+        pool,
+        stages.weights("vae", distilled=True),
+        latents,
+        strips,
+        ranks[: len(strips)],
+        (batch, shape.scale_factor_temporal, *size, 3),
+        whole_bytes=progress.frames is None,
+    )
+
+
+def _statistics(shape: VaeShape) -> dict[str, Any]:
+    return {"latents_mean": shape.latents_mean, "latents_std": shape.latents_std}

@@ -1,0 +1,129 @@
+"""Pictures on their way from several workers to the driver: a file in memory that all of them map.
+
+Each worker writes its part of a picture where it belongs, so that nobody puts pictures together and
+none goes through a pipe. The file is in /dev/shm where that has room, else in the temporary folder,
+and is removed as soon as all have mapped it: nothing is left over, however they end.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..memory import COLUMNS, Strip
+from ..sampling import StreamingDecoder, to_pictures
+
+_SHARED = Path("/dev/shm")
+
+
+@dataclass(frozen=True, slots=True)
+class Ring:
+    """``slots`` chunks of pictures (B, f, H, W, 3); chunk k of a clip is in slot k % slots."""
+
+    path: str
+    slots: int
+    shape: tuple[int, int, int, int, int]
+    whole_bytes: bool
+    """Whether pictures are uint8; else they are float32, 0..1."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Return the dtype of the pictures."""
+        return torch.uint8 if self.whole_bytes else torch.float32
+
+    @property
+    def nbytes(self) -> int:
+        """Return how many bytes the file has."""
+        return self.slots * torch.Size(self.shape).numel() * self.dtype.itemsize
+
+    @staticmethod
+    def make(slots: int, shape: tuple[int, int, int, int, int], *, whole_bytes: bool) -> Ring:
+        """Make the file. Raises OSError where there is no room for it anywhere."""
+        nbytes = Ring("", slots, shape, whole_bytes).nbytes
+        folders = [str(_SHARED)] if os.access(_SHARED, os.W_OK) else []
+        for folder in (*folders, None):
+            handle, path = tempfile.mkstemp(prefix="wanfit_ring_", dir=folder)
+            try:
+                # All of it now: a page that cannot be had later would end the process.
+                if hasattr(os, "posix_fallocate"):
+                    os.posix_fallocate(handle, 0, nbytes)
+                else:
+                    os.truncate(handle, nbytes)
+            except OSError:
+                os.close(handle)
+                os.unlink(path)
+                if folder is None:
+                    raise
+                continue
+            os.close(handle)
+            break
+        return Ring(path, slots, shape, whole_bytes)
+
+    def map(self) -> Tensor:
+        """Return the slots, (slots, B, f, H, W, 3)."""
+        found = torch.from_file(self.path, shared=True, size=self.nbytes, dtype=torch.uint8)
+        return found.view(self.dtype).view(self.slots, *self.shape)
+
+    def remove(self) -> None:
+        """Take the file's name away; who has mapped it keeps it. May be called again."""
+        with contextlib.suppress(OSError):
+            os.unlink(self.path)
+
+    def plain(self) -> dict[str, Any]:
+        """Return plain values for JSON."""
+        return {
+            "path": self.path, "slots": self.slots, "shape": list(self.shape),
+            "whole_bytes": self.whole_bytes,
+        }  # fmt: skip
+
+    @staticmethod
+    def from_plain(values: dict[str, Any]) -> Ring:
+        """Return what ``plain`` was made of."""
+        return Ring(**(values | {"shape": tuple(values["shape"])}))
+
+
+def strip_from(values: dict[str, Any]) -> Strip:
+    """Return the strip that ``asdict`` and JSON have made plain."""
+    pairs = {name: tuple(values[name]) for name in ("pixels", "begins")}
+    keeps = tuple((low, high) for low, high in values["keeps"])
+    return Strip(values["axis"], values["length"], keeps=keeps, **pairs)
+
+
+def decode_strip(
+    vae: Any, latents: Tensor, header: dict[str, Any], may_write: Callable[[int], object],
+    check: Callable[[], object],
+) -> Iterator[dict[str, Any]]:  # fmt: skip
+    """Decode the strip for which ``vae`` is placed; yield what the driver is told of each chunk.
+
+    ``header`` is the driver's; the chunks before its "position" are decoded for the cache alone.
+    ``may_write`` waits until a chunk may be written.
+    """
+    ring = Ring.from_plain(header["ring"])
+    slots, strip = ring.map(), strip_from(header["strip"])
+    yield {"type": "mapped"}
+    decoder = StreamingDecoder(vae, latents)
+    decoder.position = header["position"]
+    try:
+        while not decoder.done:
+            position = decoder.position
+            chunk = decoder.decode_next(check=check)
+            well = chunk.dtype != torch.float16 or bool(torch.isfinite(chunk).all())
+            pictures = to_pictures(chunk, whole_bytes=ring.whole_bytes).to("cpu")
+            del chunk
+            may_write(position)
+            if well:
+                into = slots[position % ring.slots, :, : pictures.shape[1]]
+                first, last = strip.pixels
+                into.narrow(3 if strip.axis == COLUMNS else 2, first, last - first).copy_(pictures)
+            frames = pictures.shape[1]
+            yield {"type": "strip", "position": position, "frames": frames, "well": well}
+    finally:
+        decoder.close()
