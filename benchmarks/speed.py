@@ -15,9 +15,8 @@ resident on the device. One forward (a guided step has two) of the 14B at 480p81
   exact (matrices taken apart at each use), fast (products in fp8) and the feed-forwards alone;
 - fastest: attention in 8 bit too, by the kernel that proves the fastest.
 
-The decoders of both VAEs, of 2.1 at 480p81 and of 2.2 at 704p41: diffusers, the lean decode and the
-quick one, each in fp32, bf16 and fp16. Errors are relative, in the Euclidean norm, against
-diffusers' forward of the same weights, or its decode in fp32. What a clip is: ``clip.py``.
+Decodes and encodes of both VAEs: ``autoencoders.py``. Errors are relative, in the Euclidean norm,
+against diffusers' forward of the same weights, or its VAE in fp32. What a clip is: ``clip.py``.
 
 Ways take turns; every second turn runs in reverse. A ratio is the median of the turns' ratios to
 diffusers eager. What a part holds runs in the order of its worth within ``--budget`` seconds, and
@@ -51,17 +50,14 @@ if __name__ == "__main__":
     close_gaps()  # before torch is imported
 
 import torch
-from support.casting import cast_module
-from support.true_models import KEEP_FP32, autoencoder, transformer
+from support.true_models import KEEP_FP32, transformer
 from torch import Tensor, nn
 
-from wan_core.decoding import lean_decoder
 from wan_core.forward import lean_forward
 from wan_core.journal import versions
 from wan_core.kernels.attention_ways import ways as attention_kernels
 from wan_core.loading.quantized import fp8_layer, replace_layer
-from wan_core.models import VAE_21, VAE_22, VARIANTS, TransformerShape, VaeShape
-from wan_core.sampling import StreamingDecoder
+from wan_core.models import VARIANTS, TransformerShape
 
 GIB = 2**30
 BASE = "diffusers"
@@ -108,14 +104,10 @@ CASES = (
         turns=1, ways=(BASE, "exact", "fast", "fastest"), stored=True,
     ),
 )  # fmt: skip
-DECODES = (
-    ("decode-2.1", "VAE 2.1, 480p81", VAE_21, (21, 60, 104), 50.0),
-    ("decode-2.2", "VAE 2.2, 704p41", VAE_22, (11, 44, 80), 40.0),
-)
 ORDER = {
     "forward": ("forward-14b-480p-fp8", "forward-14b-480p", "forward-14b-720p-fp8",
                 "forward-5b-704p", "forward-1.3b-480p"),
-    "decode": ("decode-2.1", "decode-2.2"),
+    "decode": ("decode-2.1", "decode-2.2", "encode-2.1", "encode-2.2"),
     "clip": ("clip-bf16", "clip-fp8"),
 }  # fmt: skip
 """What each part holds, in the order of its worth."""
@@ -350,57 +342,6 @@ def keep(bench: Bench, table: str, title: str, found: dict[str, Any]) -> None:
         )
 
 
-# ------------------------------------------------------------------------------- decodes
-
-
-def decodes(bench: Bench, title: str, shape: VaeShape, grid: tuple[int, int, int]) -> None:
-    """Decode in each dtype: diffusers, lean and quick; the first way is diffusers in fp32."""
-    if bench.tiny:
-        shape, grid = replace(shape, base_dim=8, decoder_base_dim=8, num_res_blocks=1), (2, 2, 3)
-    found: dict[str, Any] = {}
-    reference: Tensor | None = None
-    for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        torch.manual_seed(0)
-        with bench.device:
-            vae = cast_module(autoencoder(shape).eval().requires_grad_(False), dtype)
-        latents = torch.randn(1, shape.z_dim, *grid, generator=torch.Generator().manual_seed(1))
-        latents = latents.to(bench.device, dtype)
-        short = str(dtype).removeprefix("torch.").replace("float", "fp").replace("bfp", "bf")
-        calls: dict[str, Callable[[], Tensor]] = {
-            "diffusers": partial(theirs, vae, latents),
-            "lean": partial(ours, vae, latents, quick=False),
-            "quick": partial(ours, vae, latents, quick=True),
-        }
-        rows = in_turns(bench, calls, 1 if shape.is_residual else 2, reference)
-        if reference is None:
-            reference = rows["diffusers"]["out"]
-        for name, row in rows.items():
-            key = BASE if (name, dtype) == ("diffusers", torch.float32) else f"{name}, {short}"
-            found[key] = row
-        del vae, latents, calls
-        gc.collect()
-    keep(bench, "decodes", title, found)
-
-
-@torch.no_grad()
-def theirs(vae: Any, latents: Tensor) -> Tensor:
-    out: Tensor = vae.decode(latents, return_dict=False)[0]
-    return out.cpu()
-
-
-@torch.no_grad()
-def ours(vae: Any, latents: Tensor, *, quick: bool) -> Tensor:
-    chunks = []
-    with lean_decoder(vae, quick=quick) as refused:
-        if refused:
-            raise RuntimeError(refused)
-        decoder = StreamingDecoder(vae, latents)
-        while not decoder.done:
-            chunks.append(decoder.decode_next().cpu())
-        decoder.close()
-    return torch.cat(chunks, dim=2)
-
-
 # ------------------------------------------------------------------------------- results
 
 
@@ -418,9 +359,9 @@ def as_text(found: dict[str, Any]) -> str:
         f"{found['device']}; {versions_text}. "
         f"`python benchmarks/speed.py --part {found['part']}`. True shapes, random "
         "weights, all ways in turn in one run; seconds are medians, ratios medians of the turns' "
-        "ratios to diffusers eager. Errors are relative to diffusers, of decodes to its fp32.",
+        "ratios to diffusers eager. Errors are relative to diffusers, of a VAE to its fp32.",
     ]  # fmt: skip
-    for table, title in (("forwards", "One forward"), ("decodes", "Decode, frames on the host")):
+    for table, title in (("forwards", "One forward"), ("decodes", "VAEs: decodes and encodes")):
         rows = found[table]
         if not rows:
             continue
@@ -475,8 +416,10 @@ def main(arguments: list[str] | None = None) -> int:
     work: dict[str, tuple[float, Callable[[], object]]] = {
         case.name: (case.needs, partial(forwards, bench, case)) for case in CASES
     }
-    for name, title, shape, grid, needs in DECODES:
-        work[name] = needs, partial(decodes, bench, title, shape, grid)
+    if given.part == "decode":
+        import autoencoders
+
+        work |= autoencoders.parts(bench)
     if given.part == "clip":
         from clip import parts
 

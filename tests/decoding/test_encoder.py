@@ -16,6 +16,7 @@ from torch import Tensor
 from wan_core.decoding import host_cache, lean_encoder
 from wan_core.decoding import lean as lean_vae
 from wan_core.decoding.decoder import DecodeOptions
+from wan_core.decoding.decoder_quick import Quick
 from wan_core.decoding.encoder import EncoderWalk
 from wan_core.decoding.host_cache import HostCache
 from wan_core.forward.sources import norms_widen
@@ -186,6 +187,29 @@ def test_arithmetic_agrees_with_the_dry_run(
     # Before diffusers 0.38 the norms of half precision needed less.
     above = 0.02 if dtype == "fp32" or norms_widen() else 0.1
     assert -0.02 <= ours / live - 1 <= above, (ours / 2**20, live / 2**20)
+
+
+@pytest.mark.parametrize(("shape", "high", "wide"), [(VAE_21, 120, 208), (VAE_22, 176, 320)])
+def test_a_quick_encode_has_no_copies_beside_its_maps(
+    monkeypatch: pytest.MonkeyPatch, shape: VaeShape, high: int, wide: int
+) -> None:
+    """A dry run counts tensors, not what convolutions copy: its peak is that of channels last."""
+    monkeypatch.setattr(lean_vae, "quick_for", lambda half: Quick(fused=False))
+
+    def run(vae: Any) -> None:
+        with lean_encoder(vae, quick=True):
+            pixels = (torch.empty(1, 3, n, high, wide, dtype=torch.bfloat16) for n in (1, 4, 4))
+            encode_latents(vae, pixels)
+
+    numbers: dict[str, Any] = {"batch": 1, "num_frames": 9, "height": high, "width": wide}
+    quick, _ = lean_encode_bytes(shape, size=2, quick=True, **numbers)
+    # Before diffusers 0.38 the norms of half precision needed less.
+    above = 0.02 if norms_widen() else 0.1
+    assert -0.02 <= quick / dry(shape, "bf16").peak(run) - 1 <= above
+    assert quick < lean_encode_bytes(shape, size=2, **numbers)[0]
+    for more in ({"size": 4}, {"size": 2, "bands": 3}):
+        exact = lean_encode_bytes(shape, **numbers, **more)
+        assert lean_encode_bytes(shape, quick=True, **numbers, **more) == exact
 
 
 @pytest.mark.parametrize("size", [2, 4])

@@ -24,6 +24,7 @@ from wan_core.decoding import decoder as lean_decode
 from wan_core.decoding import host_cache as decode_cache
 from wan_core.decoding import lean as lean_vae
 from wan_core.decoding.decoder import DecodeOptions, DecoderWalk
+from wan_core.decoding.decoder_quick import Quick
 from wan_core.decoding.host_cache import HostCache, HostEntry
 from wan_core.decoding.lean import lean_decoder
 from wan_core.forward.sources import norms_widen
@@ -324,17 +325,19 @@ def test_a_plan_decides_how_the_decode_is_done(monkeypatch: pytest.MonkeyPatch) 
     vae, seen = make_vae("2.1"), []
     monkeypatch.setattr(StageRunner, "component", lambda self, name: nullcontext(vae))
     monkeypatch.setattr(placement, "_placed", lambda *_: nullcontext())
-    for stage, lean, by_rows in [
-        ("decode", True, True), ("decode", True, False), ("decode", False, False),
-        ("condition_encode", True, True), ("control_encode", True, False),
-        ("control_encode", False, False),
+    monkeypatch.setattr(lean_vae, "quick_for", lambda half: Quick(half is vae.encoder))
+    for stage, lean, by_rows, quick in [
+        ("decode", True, True, False), ("decode", True, False, False),
+        ("decode", False, False, False), ("decode", True, False, True),
+        ("condition_encode", True, True, False), ("control_encode", True, False, False),
+        ("control_encode", False, False, False), ("condition_encode", True, False, True),
     ]:  # fmt: skip
         stages: Any = StageRunner(
             architecture=SimpleNamespace(loras_of=lambda part, **_: ()),
             cache=None, keep_components=True, callbacks=None, smaller_plan=None,
             plan=SimpleNamespace(
                 choices=SimpleNamespace(
-                    lean=lean, by_rows=by_rows, cache_in_ram=False, quick=False,
+                    lean=lean, by_rows=by_rows, cache_in_ram=False, quick=quick,
                     lean_vae=lean,
                 ),
                 pin_bytes=lambda budget: budget,
@@ -346,12 +349,14 @@ def test_a_plan_decides_how_the_decode_is_done(monkeypatch: pytest.MonkeyPatch) 
             both = lean_vae._lean.on(vae.decoder), lean_vae._lean_encoder.on(vae.encoder)
             seen.append(tuple(installed.mine() if installed else None for installed in both))
         assert stages.result.warnings == []
-    by_bands, exact, *plain = seen[:3]
+    by_bands, exact, plain, quick = seen[:4]
     assert by_bands[0].bands == BANDS and by_bands[0].host is not None
-    assert exact == (DecodeOptions(), None) and plain == [(None, None)]
-    by_bands, exact, *plain = ((encoder, decoder) for decoder, encoder in seen[3:])
+    assert exact == (DecodeOptions(), None) and plain == (None, None)
+    assert quick == (DecodeOptions(quick=Quick(False)), None)
+    by_bands, exact, plain, quick = ((encoder, decoder) for decoder, encoder in seen[4:])
     assert by_bands[0].bands == BANDS and by_bands[0].host is not None
-    assert exact == (DecodeOptions(), None) and plain == [(None, None)]
+    assert exact == (DecodeOptions(), None) and plain == (None, None)
+    assert quick == (DecodeOptions(quick=Quick(True)), None)
 
 
 def test_the_estimate_of_a_decode_follows_the_plan() -> None:
@@ -361,11 +366,17 @@ def test_the_estimate_of_a_decode_follows_the_plan() -> None:
         stages = estimate(architecture("wan2.1-t2v-14b"), job, made, machine).stages
         return next(stage for stage in stages if stage.name == "decode")
 
-    plain, lean, rows = (
-        decode(gpu(24), **more) for more in ({}, {"lean": True}, {"lean": True, "by_rows": True})
-    )
+    plain, lean, rows, quick, quick_rows = (
+        decode(gpu(24), **more)
+        for more in (
+            {}, {"lean": True}, {"lean": True, "by_rows": True}, {"lean": True, "quick": True},
+            {"lean": True, "by_rows": True, "quick": True},
+        )
+    )  # fmt: skip
     assert lean.activation_bytes < 0.84 * plain.activation_bytes
     assert rows.activation_bytes < 0.25 * plain.activation_bytes
+    assert quick.activation_bytes < 0.82 * lean.activation_bytes
+    assert quick_rows == rows, "bands are not quick"
     assert rows.host_bytes - lean.host_bytes > 1.7 * GIB, "the feature cache is in RAM"
     in_ram = decode(cpu(64), lean=True, by_rows=True)
     assert in_ram.activation_bytes > rows.activation_bytes + 1.7 * GIB

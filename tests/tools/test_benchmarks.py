@@ -269,13 +269,16 @@ def test_decodes_of_both_vaes(speed: Any, tmp_path: Path) -> None:
     found = json.loads((tmp_path / "speed_cpu_decode.json").read_text())
     assert found["notes"] == []
     decodes = {(row["case"], row["way"]): row for row in found["decodes"]}
-    assert len(decodes) == 18
-    for case in ("VAE 2.1, 480p81", "VAE 2.2, 704p41"):
+    assert len(decodes) == 36
+    sizes = ("VAE 2.1, 480p81", "VAE 2.2, 704p41")
+    for case in (*sizes, *(f"encode, {size}" for size in sizes)):
         assert decodes[case, "lean, fp32"]["equal"]
         half = [decodes[case, f"lean, {kind}"]["error"] for kind in ("fp16", "bf16")]
         assert 0 < half[0] < half[1] < 0.1
         assert f"| {case} | quick, bf16 | " in (tmp_path / "speed_cpu_decode.md").read_text()
-    work = {case.name for case in speed.CASES} | {one[0] for one in speed.DECODES}
+    import autoencoders
+
+    work = {case.name for case in (*speed.CASES, *autoencoders.CASES)}
     assert work == {*speed.ORDER["forward"], *speed.ORDER["decode"]}
     with pytest.raises(SystemExit):
         speed.main(["--tiny", "--part", "decode", "--only", "forward-5b-704p"])

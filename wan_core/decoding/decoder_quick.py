@@ -1,4 +1,4 @@
-"""What makes the lean decoder faster where rounding may differ: channels last, norms in one pass.
+"""What makes the lean VAE faster where rounding may differ: channels last, norms in one pass.
 
 With the channels of a pixel side by side, cuDNN's convolutions need no transposed copies, and norm
 and SiLU of a pixel are one pass (Triton) that writes straight into the padded buffer which the next
@@ -46,9 +46,9 @@ def empty(like: Tensor, shape: Sequence[int], quick: Quick | None) -> Tensor:
     return made
 
 
-def quick_for(decoder: Any) -> Quick | None:
-    """Return what makes this decoder faster where its weights are, or None if nothing does."""
-    weight: Tensor = decoder.conv_in.weight
+def quick_for(half: Any) -> Quick | None:
+    """Return what makes a decoder or encoder faster where its weights are; None: nothing."""
+    weight: Tensor = half.conv_in.weight
     if not weight.is_cuda:
         return None
     return Quick(fused=_works(weight.device, weight.dtype))
@@ -75,7 +75,7 @@ def _agrees(device: torch.device, dtype: torch.dtype) -> bool:
     try:
         triton_kernels().norm_silu(source, out, gamma, 96**0.5)
     except Exception as err:  # noqa: BLE001 - compiling needs a C compiler, a known card, ...
-        _log.info("The fused norm of the decoder did not run: %s", err)
+        _log.info("The quick norm of the VAE did not run: %s", err)
         return False
     bound = 4 * torch.finfo(dtype).eps
     return bool(torch.allclose(out.float(), expected, rtol=bound, atol=bound))

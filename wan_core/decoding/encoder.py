@@ -13,11 +13,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .decoder import DecoderWalk
+from .decoder_quick import Quick, empty
 
 
 class EncoderWalk(DecoderWalk):
@@ -71,7 +71,7 @@ class EncoderWalk(DecoderWalk):
                 del piece
             del x
         else:
-            padded = _edged(x, slice(0, height))
+            padded = _edged(x, slice(0, height), self._quick)
             del x
             out = _halved(conv, padded).view(batch, frames, *size)
             del padded
@@ -89,24 +89,28 @@ class EncoderWalk(DecoderWalk):
             return
         held.clear()
         kept = x[:, :, -1:].clone()
-        joined = torch.cat([before[:, :, -1:], x], 2)
+        batch, channels, frames, height, width = x.shape
+        joined = empty(x, (batch, channels, frames + 1, height, width), self._quick)
+        joined[:, :, :1] = before[:, :, -1:]
+        joined[:, :, 1:] = x
         del x
         held.append(F.conv3d(joined, conv.weight, conv.bias, stride=conv.stride))
         self._slots[slot] = kept
 
 
-def _edged(x: Tensor, rows: slice) -> Tensor:
+def _edged(x: Tensor, rows: slice, quick: Quick | None = None) -> Tensor:
     """Return rows of each frame, with the row below and a column on the right.
 
     (B*T, C, rows + 1, W + 1), zero outside the picture. ``rows`` begin at an even one.
     """
     batch, channels, frames, height, width = x.shape
     low, high = rows.start, min(height, rows.stop + 1)
-    out = x.new_empty(batch, frames, channels, rows.stop - low + 1, width + 1)
+    made = empty(x, (batch * frames, channels, rows.stop - low + 1, width + 1), quick)
+    out = made.view(batch, frames, *made.shape[1:])
     out[..., -1:].zero_()
     out[..., high - low :, :].zero_()
     out[..., : high - low, :width].copy_(x[:, :, :, low:high].transpose(1, 2))
-    return out.flatten(0, 1)
+    return made
 
 
 def _halved(conv: Any, padded: Tensor) -> Tensor:

@@ -111,18 +111,20 @@ def lean_encoder(
     bands: int | None = None,
     cache_on_host: bool | None = None,
     pin_bytes: int = 0,
+    quick: bool = False,
 ) -> Iterator[str | None]:
     """Encode with less memory in this thread, inside the ``with`` block.
 
-    As ``lean_decoder``, with its arguments: equal bits without ``bands``, rounding with them; None,
-    or the reason why the VAE keeps its own forward.
+    As ``lean_decoder``, with its arguments: equal bits without ``bands`` and ``quick``, rounding
+    with them; None, or the reason why the VAE keeps its own forward.
     """
     reason = why_not(vae, "encoder")
     if reason is not None:
         yield reason
         return
     with _host_cache(bands, cache_on_host, pin_bytes) as host:
-        options = DecodeOptions(max(1, bands or 1), host, norms=_norms(vae.encoder))
+        faster = quick_for(vae.encoder) if quick else None
+        options = DecodeOptions(max(1, bands or 1), host, faster, norms=_norms(vae.encoder))
         with _lean_encoder(vae.encoder, options):
             yield None
 

@@ -104,7 +104,7 @@ class Choices:
     fp8_storage: bool = False
     """Whether the matrices of transformer blocks are stored in fp8 and cast when they are used."""
     quick: bool = False
-    """Whether attention and the lean decoder take the fastest kernels; rounding may differ."""
+    """Whether attention and the lean VAE take the fastest kernels; rounding may differ."""
     eight_bit: bool = False
     """Whether the lean forward multiplies layers that a file stores in 8 bit in 8 bit."""
     attention_8bit: bool = False

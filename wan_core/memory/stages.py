@@ -391,11 +391,11 @@ class _Ledger:
 
     def _lean_vae(self) -> dict[str, int] | None:
         """Return the arguments of the lean VAE's arithmetic; None where diffusers' own is used."""
-        choices = self.choices
+        choices, rows = self.choices, self.choices.by_rows
         if not choices.lean_vae:
             return None
-        away = (choices.by_rows or choices.cache_in_ram) and not self.on_cpu
-        return {"bands": BANDS if choices.by_rows else 1, "cache_on_host": away}
+        away = (rows or choices.cache_in_ram) and not self.on_cpu
+        return {"bands": BANDS if rows else 1, "cache_on_host": away, "quick": choices.quick}
 
     def _decode(self) -> tuple[int, int]:
         """Return the activations of the decode, and the bytes of its feature cache kept in RAM."""

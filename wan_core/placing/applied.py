@@ -67,12 +67,9 @@ def _lean_vae(
     # short, so it shares the budget of the streamed weights.
     away = plan.choices.by_rows or plan.choices.cache_in_ram
     pin_bytes = pin_budget(plan) if away else 0
-    if not decoding:
-        return lean_encoder(vae, bands=bands, cache_on_host=away, pin_bytes=pin_bytes)
-    quick = plan.choices.quick
-    return lean_decoder(
-        vae, bands=bands, cache_on_host=away, pin_bytes=pin_bytes, quick=quick, strip=strip
-    )
+    wishes: Any = {"bands": bands, "cache_on_host": away, "pin_bytes": pin_bytes}
+    wishes["quick"] = plan.choices.quick
+    return lean_decoder(vae, **wishes, strip=strip) if decoding else lean_encoder(vae, **wishes)
 
 
 def _placed(
