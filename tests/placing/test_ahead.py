@@ -61,6 +61,7 @@ def test_no_copy_begins_after_a_transport_is_closed() -> None:
     closing: Any = SimpleNamespace(
         _worker=SimpleNamespace(shutdown=lambda **how: asked.append(how)),
         _stream=SimpleNamespace(synchronize=lambda: asked.append({})),
+        _gathers={},
     )
     transport.CudaTransport.close(closing)
     assert asked == [{"wait": True, "cancel_futures": True}, {}]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from support import shared_streams
 from support.lean_models import inputs_of, model_of
 from support.thread_gang import ThreadExchange, together
 
@@ -130,3 +132,66 @@ def test_a_rank_that_leaves_breaks_the_gather_of_the_others_off() -> None:
         together(2, work)
     for model in models:
         assert all(p.device.type == "cpu" and not p.isnan().any() for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("size", "resident", "buffers", "late"), [(2, 0, 2, True), (4, 1, 3, False)]
+)
+def test_stored_kinds_loras_and_blocks_of_unequal_size(
+    tmp_path: Path, size: int, resident: int, buffers: int, late: bool
+) -> None:
+    """fp8, int8, GGUF and bf16 in one model, of which the gang computes a cut forward: the parts of
+    no block are of equal size, and the last one of some is shorter."""
+    lora = tmp_path / "lora.safetensors"
+    shared_streams.write_lora(lora)
+    models = [shared_streams.mixed_model() for _ in range(size)]
+
+    def work(among: ThreadExchange) -> dict[str, Any]:
+        model = models[among.rank]
+        given = ("cpu", str(lora), resident, buffers)
+        return shared_streams.units(among, *given, model=model, late=late)
+
+    results = together(size, work)
+    assert [one["equal"] for one in results] == [[True] * 4] + [[True] * 3] * (size - 1)
+    steady = [one["copied"][1] - one["copied"][0] for one in results]
+    assert sum(steady) == shared_streams.most_bytes(resident) and len(set(steady)) > 1
+    for one in results:
+        assert one["at_once"] is not late
+        held: dict[int, int] = {}
+        for what, block, buffer in one["events"]:  # what was given up is not gathered
+            if what == "load":
+                held[buffer] = block
+            assert what != "gather" or held[buffer] == block
+
+
+@pytest.mark.parametrize("slow", [None, 1])
+def test_a_block_is_gathered_while_the_one_before_computes(slow: int | None) -> None:
+    """Where a process first has to bring a copy into page-locked memory, none begins at once: all
+    of them begin their gathers at the same places of the forward."""
+    models = [model_of("wan2.1-t2v", torch.float32, num_layers=LAYERS) for _ in range(2)]
+    call = calls_of(models[0])[0]
+    expected = models[0](**call)[0]
+
+    def work(among: ThreadExchange) -> tuple[bool, list[tuple[str, int]]]:
+        model, sharing = models[among.rank], Sharing(among)
+        events: list[tuple[str, int]] = []
+
+        def note(what: str, block: int, buffer: int) -> None:
+            events.append((what, block))
+
+        with stream_blocks(model, "cpu", sharing=sharing, events=note):
+            sharing._can_at_once = among.rank != slow
+            sharing.begin(together=True)
+            model(**call)
+            events.clear()
+            return torch.equal(model(**call)[0], expected), events
+
+    (first, events), (second, others) = together(2, work)
+    assert first and second and events == others
+    for block in range(1, LAYERS):  # what belongs to the first began in the forward before
+        after = (block + 1) % LAYERS
+        begun = [("load", after), ("gather", after), ("use", block)]
+        if slow is not None:
+            begun = [("gather", block), ("load", after), ("use", block)]
+        first_of = events.index(begun[0])
+        assert events[first_of : first_of + 3] == begun

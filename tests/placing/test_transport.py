@@ -95,6 +95,95 @@ def test_each_block_computes_with_its_own_bytes(
         assert sent._worker._shutdown
 
 
+class FakeGather:
+    """What NCCL does: behind the stream it is begun in, on a stream of its own."""
+
+    def __init__(self, cuda: FakeCuda, stream: Any, work: Any) -> None:
+        self._cuda = cuda
+        stream.wait_stream(cuda.current_stream())
+        stream.add(work)
+        self._done = cuda.Event()
+        self._done.record(stream)
+
+    def wait(self) -> None:
+        self._cuda.current_stream().wait_event(self._done)
+
+
+@pytest.mark.parametrize("buffers", [1, 2, 3])
+@pytest.mark.parametrize("at_once", [True, False])
+@pytest.mark.parametrize("pinned", [range(0), range(0, 7, 2), range(7)])
+def test_each_block_computes_with_its_own_part_and_those_of_others(
+    cuda: FakeCuda, locked: list[int], buffers: int, at_once: bool, pinned: range
+) -> None:
+    """This process copies the second half of each block; what it gives must be there by then.
+
+    After three blocks of the second forward everything is given up and begun anew.
+    """
+    blocks = [Block(module) for module in model_of(7)]
+    schedule = BufferSchedule(7, 0, buffers)
+    size = max(block.nbytes for block in blocks)
+    memory = [wiped(size) for _ in range(schedule.buffers)]
+    device: Any = [DeviceMemory(cuda, one) for one in memory]
+    sent = CudaTransport(blocks, device, slabs_of(blocks, pinned), DEVICE, schedule.streamed)
+    nccl = cuda.Stream()
+    whole, gaps = [], []
+    for block in blocks:
+        whole.append(torch.zeros(block.nbytes, dtype=torch.uint8))
+        gaps.append(wiped(block.nbytes))
+        block.gather(whole[-1])
+        block.gather(gaps[-1])
+    found: list[tuple[int, bool]] = []
+    given: list[bool] = []
+
+    def half(index: int) -> slice:
+        return slice(blocks[index].nbytes // 512 * 256, blocks[index].nbytes)
+
+    def gather(index: int, buffer: int) -> None:
+        def exchange() -> None:
+            own, end = half(index), half(index).start
+            right = memory[buffer][own] == whole[index][own]
+            given.append(bool((right | (whole[index] != gaps[index])[own]).all()))
+            memory[buffer][:end].copy_(whole[index][:end])
+
+        sent.gather(buffer, lambda: FakeGather(cuda, nccl, exchange))
+
+    def load(loads: Any) -> None:
+        for one in loads:
+            sent.load(one.block, one.buffer, half(one.block))
+            if at_once:
+                gather(one.block, one.buffer)
+
+    def compute(index: int, buffer: int) -> None:
+        views = blocks[index].views(memory[buffer])
+        right = zip(views, blocks[index].home, strict=True)
+        found.append((index, all(torch.equal(a, b) for a, b in right)))
+
+    load(schedule.start())
+    for count in (7, 3, 7, 7):
+        for index in range(count):
+            turn = schedule.turn(index)
+            for buffer in turn.free:
+                sent.free(buffer)
+            if not at_once and not turn.loads:
+                gather(index, turn.use or 0)
+            load(turn.loads)
+            assert turn.use is not None
+            if not at_once and turn.loads:
+                gather(index, turn.use)
+            sent.ready(index, turn.use)
+            cuda.compute.add(lambda index=index, use=turn.use: compute(index, use))  # type: ignore[misc]
+        if count == 3:
+            for buffer in schedule.reset():
+                sent.free(buffer)
+            load(schedule.start())
+    sent.close()
+    assert not sent._stream.work, "copies go on after the end"
+    assert not (nccl.work and sent._gathers), "a gather that nobody waits for goes on"
+    cuda.compute.synchronize()
+    assert [index for index, _ in found] == [i for count in (7, 3, 7, 7) for i in range(count)]
+    assert all(right for _, right in found) and given and all(given)
+
+
 def test_a_load_that_was_given_up_does_not_overwrite_the_next(
     cuda: FakeCuda, locked: list[int]
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -21,6 +22,7 @@ class Meeting:
         self.size = size
         self._barrier = threading.Barrier(size)
         self._given: list[Any] = [None] * size
+        self.gathers = Gathers(size)
 
     def exchange(self, rank: int, value: Any) -> list[Any]:
         """Return what all have given."""
@@ -32,6 +34,60 @@ class Meeting:
 
     def break_off(self) -> None:
         self._barrier.abort()
+        self.gathers.break_off()
+
+
+class Gathers:
+    """Gathers among threads: to begin one waits for nobody, its end for all who have to begin it.
+
+    Each is known by its number, so that two who gather different things in different orders give
+    each other wrong bytes, as they would on cards.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self._given: dict[tuple[int, int], Tensor] = {}
+        self._begun = [0] * size
+        self._changed = threading.Condition()
+        self._broken = False
+
+    def begin(self, rank: int, whole: Tensor) -> ThreadGather:
+        with self._changed:
+            number = self._begun[rank]
+            self._begun[rank] += 1
+            self._given[number, rank] = whole.view(self.size, -1)[rank].clone()
+            self._changed.notify_all()
+        return ThreadGather(self, number, whole)
+
+    def parts(self, number: int) -> list[Tensor]:
+        """Wait until all have begun a gather; return what they gave."""
+        with self._changed:
+            until = time.monotonic() + PATIENCE
+            while not all(begun > number for begun in self._begun):
+                if self._broken or not self._changed.wait(until - time.monotonic()):
+                    raise threading.BrokenBarrierError
+            return [self._given[number, rank] for rank in range(self.size)]
+
+    def break_off(self) -> None:
+        with self._changed:
+            self._broken = True
+            self._changed.notify_all()
+
+
+class ThreadGather:
+    """A gather under way; the other parts arrive when it is waited for, as late as can be."""
+
+    def __init__(self, gathers: Gathers, number: int, whole: Tensor) -> None:
+        self._gathers, self._number, self._whole = gathers, number, whole
+
+    def wait(self) -> None:
+        try:
+            parts = self._gathers.parts(self._number)
+        except threading.BrokenBarrierError as err:
+            raise GangBroken("Connection closed by peer") from err
+        for row, part in zip(self._whole.view(len(parts), -1), parts, strict=True):
+            assert len(row) == len(part), "two gather different blocks at the same time"
+            row.copy_(part)
 
 
 class ThreadExchange:
@@ -50,9 +106,8 @@ class ThreadExchange:
     def all_gather(self, part: Tensor) -> Tensor:
         return torch.stack(self.meeting.exchange(self.rank, part))
 
-    def gather_into(self, whole: Tensor) -> None:
-        own = whole.view(self.size, -1)[self.rank].clone()
-        whole.copy_(torch.cat(self.meeting.exchange(self.rank, own)))
+    def begin_gather(self, whole: Tensor) -> ThreadGather:
+        return self.meeting.gathers.begin(self.rank, whole)
 
     def agreed(self, word: bool) -> bool:
         return bool(self.meeting.exchange(self.rank, word)[0])
@@ -83,10 +138,6 @@ class ThreadGroup(ThreadExchange):
 
     def all_gather(self, part: Tensor) -> Tensor:
         return torch.stack(self._exchanged(part))
-
-    def gather_into(self, whole: Tensor) -> None:
-        own = whole.view(self.size, -1)[self.rank].clone()
-        whole.copy_(torch.cat(self._exchanged(own)))
 
     def agreed(self, word: bool) -> bool:
         return bool(self._exchanged(word)[0])

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .offload import block_hooks, require_groups
     from .sharing import Gathering, Sharing
     from .streaming import pin_ahead, stream_blocks
+    from .transport import Pending
 
 __getattr__ = lazy_names(
     __name__,
@@ -29,6 +30,7 @@ __getattr__ = lazy_names(
         "offload": ("block_hooks", "require_groups"),
         "sharing": ("Gathering", "Sharing"),
         "streaming": ("pin_ahead", "stream_blocks"),
+        "transport": ("Pending",),
     },
 )
 
@@ -36,6 +38,7 @@ __all__ = [
     "Ahead",
     "Gathering",
     "OptimizationManager",
+    "Pending",
     "Sharing",
     "apply_plan",
     "block_hooks",

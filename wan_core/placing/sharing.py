@@ -2,10 +2,11 @@
 
 The processes of a gang compute the same blocks at the same time. Where the link between their cards
 is faster than the bus to RAM, n of them need not copy a block n times: each copies one n-th, and
-the bytes are gathered on the cards just before the block computes. They are the same bytes.
+the bytes are gathered on the cards while the block before computes. They are the same bytes.
 
-All processes have to gather the same blocks in the same order. A unit that one computes alone
-copies whole blocks; the buffers then begin anew, in all processes, with the next unit they share.
+All processes have to gather the same blocks in the same order, and begin that at the same places of
+a forward, among its own exchanges. A unit that one computes alone copies whole blocks; the buffers
+then begin anew, in all processes, with the next unit they share.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from collections.abc import Callable
 from typing import Protocol
 
 from torch import Tensor
+
+from .transport import Pending
 
 _ALIGN = 256
 
@@ -29,8 +32,11 @@ class Gathering(Protocol):
     def size(self) -> int:
         """How many they are."""
 
-    def gather_into(self, whole: Tensor) -> None:
-        """Fill in the parts of the others; ``whole`` (size x k bytes) has this one's."""
+    def begin_gather(self, whole: Tensor) -> Pending:
+        """Begin to fill in the parts of the others; ``whole`` (size x k bytes) has this one's.
+
+        Gathers are done in the order in which they begin, and no other exchange waits for them.
+        """
 
     def all_say(self, word: bool) -> bool:
         """Return whether all say yes."""
@@ -45,12 +51,19 @@ class Sharing:
         """Whether blocks are loaded in parts: while the gang computes a unit together."""
         self.copied_bytes = 0
         """What was copied from RAM, in both ways."""
+        self.at_once = False
+        """Whether a gather begins with its copy, in all processes; else where the block is used."""
         self._alone = True
+        self._can_at_once = True
         self._anew: Callable[[], object] = lambda: None
 
-    def attach(self, anew: Callable[[], object]) -> None:
-        """Have ``anew`` called when what the buffers hold counts no more."""
-        self._anew = anew
+    def attach(self, anew: Callable[[], object], *, at_once: bool = True) -> None:
+        """Have ``anew`` called when what the buffers hold counts no more.
+
+        ``at_once`` says whether this process knows at once when a copy has begun: not where a
+        thread first brings it into page-locked memory.
+        """
+        self._anew, self._can_at_once = anew, at_once
 
     def begin(self, *, together: bool) -> None:
         """Begin a unit that the gang computes together, or this process alone.
@@ -62,6 +75,8 @@ class Sharing:
             # Also where one of them has put its weights in their place again: whoever gathers
             # blocks that another has whole would be given bytes of other blocks.
             anew = not self.among.all_say(not self._alone)
+            if anew:
+                self.at_once = self.among.all_say(self._can_at_once)
         self.on, self._alone = together, not together
         if anew:
             self._anew()
@@ -77,9 +92,9 @@ class Sharing:
         begin = self._each(nbytes) * self.among.rank
         return slice(min(begin, nbytes), min(begin + self._each(nbytes), nbytes))
 
-    def complete(self, buffer: Tensor, nbytes: int) -> None:
-        """Gather the other parts of a block into the buffer that holds this one's."""
-        self.among.gather_into(buffer[: self.room(nbytes)])
+    def gather(self, buffer: Tensor, nbytes: int) -> Pending:
+        """Begin to gather the other parts of a block into the buffer that gets this one's."""
+        return self.among.begin_gather(buffer[: self.room(nbytes)])
 
     def _each(self, nbytes: int) -> int:
         return -(-nbytes // (self.among.size * _ALIGN)) * _ALIGN

@@ -46,7 +46,7 @@ class Streaming:
     events: Callable[[str, int, int], object] | None = field(default=None, repr=False)
 
     def tell(self, what: str, block: int, buffer: int) -> None:
-        """Pass an event ("load", "use" or "free") on to ``events``."""
+        """Pass an event ("load", "gather", "use" or "free") on to ``events``."""
         if self.events is not None:
             self.events(what, block, buffer)
 
@@ -75,7 +75,7 @@ def stream_blocks(
     unlocks them. Afterwards every parameter is the same object with the same values, on the host,
     and nothing stays attached, also after errors and interrupts. Only one thread can use the module
     meanwhile. With ``sharing`` the processes of a gang copy a part of each block while they compute
-    together. ``events(what, block, buffer)`` is called for each load, use and free. Raises
+    together. ``events(what, block, buffer)`` is called for each load, gather, use and free. Raises
     InvalidRequest for numbers out of range.
     """
     made: list[Streaming] = []
@@ -182,6 +182,9 @@ def _attach(
         schedule.resident, schedule.streamed, tuple(slabs), nbytes * len(memory), events=events
     )
     runner = _Runner(schedule, transport, blocks, memory, state, sharing)
+    if sharing is not None:
+        at_once = device.type != "cuda" or len(slabs) == len(schedule.streamed)
+        sharing.attach(runner.anew, at_once=at_once)
     for index, block in enumerate(modules):
         undo.push(block.register_forward_pre_hook(partial(runner.before, index)).remove)
     # Begin now: the first blocks arrive while the caller prepares its inputs.
@@ -202,10 +205,8 @@ class _Runner:
         sharing: Sharing | None,
     ) -> None:
         self._memory, self._sharing = memory, sharing
-        self._partial: set[int] = set()
-        """Buffers that hold no more than this process's part of a block."""
-        if sharing is not None:
-            sharing.attach(self.anew)
+        self._parts: list[Load] = []
+        """Blocks of which no more than this process's part is loaded, in their order."""
         self._schedule, self._transport, self._state = schedule, transport, state
         self._blocks = blocks
         # Views are made once, for every block in every buffer: making them at each forward would
@@ -228,14 +229,26 @@ class _Runner:
             self._state.loaded_bytes += part.stop - part.start
             if self._sharing is not None:
                 self._sharing.copied_bytes += part.stop - part.start
-                (self._partial.add if self._sharing.on else self._partial.discard)(load.buffer)
+                if self._sharing.on:
+                    self._parts.append(load)
+                    if self._sharing.at_once:
+                        self._gather(load.buffer)
+
+    def _gather(self, buffer: int) -> None:
+        """Begin to gather what a buffer is to hold, if only a part is loaded, in order of loads."""
+        while any(load.buffer == buffer for load in self._parts):
+            assert self._sharing is not None
+            load = self._parts.pop(0)
+            self._state.tell("gather", load.block, load.buffer)
+            memory, nbytes = self._memory[load.buffer], self._blocks[load.block].nbytes
+            self._transport.gather(load.buffer, partial(self._sharing.gather, memory, nbytes))
 
     def anew(self) -> None:
         """Begin with the first blocks again, whatever the buffers hold."""
         self._back_home()
         for buffer in self._schedule.reset():
             self._transport.free(buffer)
-        self._partial.clear()
+        self._parts.clear()
         self.load(self._schedule.start())
 
     def _back_home(self) -> None:
@@ -257,17 +270,16 @@ class _Runner:
         for buffer in turn.free:
             self._state.tell("free", index, buffer)
             self._transport.free(buffer)
+            self._parts = [load for load in self._parts if load.buffer != buffer]
+        # What was loaded first is gathered first, where that did not begin with its copy.
+        if turn.use is not None and all(load.buffer != turn.use for load in turn.loads):
+            self._gather(turn.use)
         # Load before ready: the next block's copy is on its way before this block's kernels are
         # launched, so that the two overlap.
         self.load(turn.loads)
         if turn.use is not None:
+            self._gather(turn.use)
             self._transport.ready(index, turn.use)
-            if turn.use in self._partial:
-                # In the thread that computes, as all exchanges are: their order is then the same in
-                # all processes. A gather on NVLink takes a fiftieth of a block's transfer.
-                assert self._sharing is not None
-                self._partial.discard(turn.use)
-                self._sharing.complete(self._memory[turn.use], self._blocks[index].nbytes)
             self._state.tell("use", index, turn.use)
             self._blocks[index].use(self._views[index, turn.use])
             self._using = index

@@ -9,7 +9,9 @@ module's parameters are views of it. Beyond that budget the parameters stay wher
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -108,11 +110,18 @@ def _copy_bytes(place: Place, tensor: Tensor, slab: Tensor, part: slice) -> None
     slab[begin:stop].copy_(flat[begin - place.offset : stop - place.offset])
 
 
+class Pending(Protocol):
+    """A gather under way among the processes of a gang."""
+
+    def wait(self) -> object:
+        """Have the work that this thread queues from now on come after the gather."""
+
+
 class Transport(Protocol):
     """Copies blocks into device buffers.
 
-    The order of calls for a buffer is load, ready, (forward), free, load … ``load`` may return
-    before the block has arrived.
+    The order of calls for a buffer is load, (gather), ready, (forward), free, load … ``load`` and
+    ``gather`` may return before the bytes have arrived.
     """
 
     def load(self, block: int, buffer: int, part: slice | None = None) -> None:
@@ -120,6 +129,9 @@ class Transport(Protocol):
 
         This waits until the buffer's last reader (see ``free``) is done.
         """
+
+    def gather(self, buffer: int, begin: Callable[[], Pending]) -> None:
+        """Begin to bring the parts that others have copied, behind the copy of this one's part."""
 
     def ready(self, block: int, buffer: int) -> None:
         """Make all work that is queued from now on wait until that has arrived in the buffer."""
@@ -136,18 +148,29 @@ class DirectTransport:
 
     def __init__(self, blocks: list[Block], buffers: list[Tensor]) -> None:
         self._blocks, self._buffers = blocks, buffers
+        self._gathers: dict[int, Pending] = {}
 
     def load(self, block: int, buffer: int, part: slice | None = None) -> None:
+        self._settle(buffer)  # given up after an interrupt, it would write over this block
         self._blocks[block].gather(self._buffers[buffer], part)
 
+    def gather(self, buffer: int, begin: Callable[[], Pending]) -> None:
+        self._gathers[buffer] = begin()
+
+    def _settle(self, buffer: int) -> None:
+        if (gather := self._gathers.pop(buffer, None)) is not None:
+            gather.wait()
+
     def ready(self, block: int, buffer: int) -> None:
-        """Nothing to wait for."""
+        self._settle(buffer)
 
     def free(self, buffer: int) -> None:
         """Nothing to remember."""
 
     def close(self) -> None:
-        """Nothing is under way."""
+        for buffer in tuple(self._gathers):
+            with suppress(Exception):  # the others are gone: nothing is written any more
+                self._settle(buffer)
 
 
 class CudaTransport:
@@ -157,6 +180,10 @@ class CudaTransport:
     the index of each page-locked block to its slab. The other blocks of ``streamed`` are gathered
     by one worker thread, in order: page faults and the copy into page-locked memory must not hold
     up the thread that launches kernels.
+
+    What a gang gathers goes over a third stream: the next part may be copied meanwhile. Gathers
+    begin in the thread that computes, as all exchanges of a forward do, so that all processes begin
+    everything in one order.
     """
 
     def __init__(
@@ -176,6 +203,9 @@ class CudaTransport:
         self._stream.wait_stream(torch.cuda.current_stream(device))
         self._arrived = [_cuda.Event() for _ in buffers]
         self._freed: list[torch.cuda.Event | None] = [None] * len(buffers)
+        self._gathering: Any = None
+        """The stream that gathers wait in, made for the first of them."""
+        self._gathers: dict[int, Pending] = {}
         self._pending: dict[int, Future[None]] = {}
         self._worker: ThreadPoolExecutor | None = None
         self._bounce: list[tuple[Slab, torch.cuda.Event]] = []
@@ -190,6 +220,7 @@ class CudaTransport:
         # A load abandoned after an interrupt may still wait in the worker. It must be queued before
         # this one, or it would overwrite what this one brings.
         self._settle(buffer)
+        self._outwait(buffer)
         part = part or slice(0, self._blocks[block].nbytes)
         slab = self._slabs.get(block)
         if slab is not None:
@@ -203,6 +234,21 @@ class CudaTransport:
         pending = self._pending.pop(buffer, None)
         if pending is not None:
             pending.result()
+
+    def _outwait(self, buffer: int) -> None:
+        """Have copies come after a gather that was begun for the buffer and given up."""
+        if (gather := self._gathers.pop(buffer, None)) is not None:
+            with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
+                gather.wait()
+
+    def gather(self, buffer: int, begin: Callable[[], Pending]) -> None:
+        self._settle(buffer)
+        with torch.cuda.device(self._device):
+            self._gathering = self._gathering or _cuda.Stream()
+            with torch.cuda.stream(self._gathering):
+                # Of this part alone: not of what the copying stream was given behind it.
+                self._gathering.wait_event(self._arrived[buffer])
+                self._gathers[buffer] = begin()
 
     def _send(self, source: Tensor, part: slice, buffer: int) -> None:
         freed = self._freed[buffer]
@@ -232,6 +278,8 @@ class CudaTransport:
         # waits on the device while the host goes on to launch kernels.
         self._settle(buffer)
         torch.cuda.current_stream(self._device).wait_event(self._arrived[buffer])
+        if (gather := self._gathers.pop(buffer, None)) is not None:
+            gather.wait()
 
     def free(self, buffer: int) -> None:
         # A new event each time: the worker may not yet have waited for the last one.
@@ -242,4 +290,7 @@ class CudaTransport:
     def close(self) -> None:
         if self._worker is not None:
             self._worker.shutdown(wait=True, cancel_futures=True)
+        for buffer in tuple(self._gathers):
+            with suppress(Exception):  # the others are gone: nothing is written any more
+                self._outwait(buffer)
         self._stream.synchronize()

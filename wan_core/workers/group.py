@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..errors import is_oom
 from ..forward import Exchange
-from ..placing import Gathering
+from ..placing import Gathering, Pending
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -56,6 +56,10 @@ class ProcessGroup:
         # As an untyped module: it does not name what it exports.
         dist: Any = import_module("torch.distributed")
         self.rank, self.size, self._dist = rank, size, dist
+        self._device = device
+        self._weights: Any = None
+        """Those who gather weights: the same processes with a communicator of its own, made when
+        it is first used."""
         # The name that is not deprecated: torch 2.13 has another one than those before.
         newer = hasattr(dist, "all_gather_single")
         self._gather: Any = dist.all_gather_single if newer else dist.all_gather_into_tensor
@@ -85,11 +89,26 @@ class ProcessGroup:
             self._gather(gathered, part)
         return gathered.view(self.size, *part.shape)
 
-    def gather_into(self, whole: Tensor) -> None:
-        """Fill in the parts of the others; ``whole`` (size x k bytes) has this one's."""
+    def begin_gather(self, whole: Tensor) -> Pending:
+        """Begin to fill in the parts of the others; ``whole`` (size x k bytes) has this one's.
+
+        Beside the exchanges of a forward, which do not wait for it: they have another communicator,
+        and on cards another stream.
+        """
         own = whole.view(self.size, -1)[self.rank]
         with _told():
-            self._gather(whole, own)
+            if self._weights is None:
+                self._weights = self._for_weights()
+            work = self._gather(whole, own, group=self._weights, async_op=True)
+        return _Work(work)
+
+    def _for_weights(self) -> Any:
+        """Return a group of all, for gathers alone; to be made by all at the same time."""
+        if self._device.type != "cuda":
+            return self._dist.new_group(backend="gloo", timeout=_TIMEOUT)
+        # A stream before others: its kernels are small, and each rank waits for the last to begin.
+        options = self._dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
+        return self._dist.new_group(backend="nccl", timeout=_TIMEOUT, pg_options=options)
 
     def agreed(self, word: bool) -> bool:
         """Return the word of rank 0."""
@@ -104,6 +123,18 @@ class ProcessGroup:
         with _told():
             self._dist.all_reduce(said, self._dist.ReduceOp.MIN)
         return bool(said)
+
+
+class _Work:
+    """A gather under way."""
+
+    def __init__(self, work: Any) -> None:
+        self._work = work
+
+    def wait(self) -> None:
+        """Have what is queued from now on come after it; on a CPU, wait until it is done."""
+        with _told():
+            self._work.wait()
 
 
 @contextmanager
