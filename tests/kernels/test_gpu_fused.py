@@ -135,10 +135,10 @@ def test_attention_in_8_bit(name: str, dtype: torch.dtype, size: int) -> None:
         found = way.run(*states)
         torch.cuda.synchronize()
         taken.append(time.perf_counter() - begun)
-        assert relative(found, expected) < 5e-2, (count, keys)
+        held = torch.cuda.max_memory_allocated() - before - found.nbytes
         if count == keys == 20_011:
-            held = torch.cuda.max_memory_allocated() - before - found.nbytes
             assert held <= CODED_SHARE * found.nbytes, held / found.nbytes
+        assert relative(found, expected) < 5e-2, (count, keys)
     assert max(taken[1:]) < 0.2  # compiling takes seconds
 
 
