@@ -198,7 +198,8 @@ def test_going_on_within_a_step_at_the_window_that_was_next(folder: Any, tmp_pat
         GenerationConfig(**JOB, **kept, chunk_callback=lambda i, n: seen.append((i, n)))
     )
     assert torch.equal(rest.raise_for_error().latents, whole.latents)
-    assert seen[0][0] == 1  # the first save is always made: window 0 was not repeated
+    # Window 0 was not computed again: its state was saved, or its passes were kept.
+    assert seen[0][0] == 1 or "2 passes taken over" in rest.metadata["journal"]
 
 
 def test_a_crash_in_the_decode_repeats_only_the_decode(folder: Any, tmp_path: Path) -> None:

@@ -1,8 +1,8 @@
 """The files of a journal: states that are complete or absent, its lock, and its folder.
 
 A state is a safetensors file. Its metadata holds everything that is not a tensor as a JSON text,
-and a checksum of text and tensors. A journal's folder holds up to three states, ``identity.json``
-and a lock; no other file is ever removed from it.
+and a checksum of text and tensors. A journal's folder holds up to three states, ``units`` (see that
+module), ``identity.json`` and a lock; no other file is ever removed from it.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ def write_state(path: Path, key: str, sequence: int, state: JournalState) -> int
         checksum = zlib.crc32(text.encode())
         for name in sorted(names):
             file.seek(first + header[name]["data_offsets"][0])
-            file.write(_bytes_of(ready[name]))
+            file.write(tensor_bytes(ready[name]))
             _begin_to_store(file)
             checksum = _add_to_checksum(checksum, name, ready[name])
         file.seek(0)
@@ -269,7 +269,7 @@ def _dtype_name(name: str, tensor: Tensor) -> str:
     return _DTYPES[plain]
 
 
-def _bytes_of(tensor: Tensor) -> memoryview:
+def tensor_bytes(tensor: Tensor) -> memoryview:
     """Return the bytes of a contiguous CPU tensor without copying them."""
     import torch
 
@@ -278,7 +278,7 @@ def _bytes_of(tensor: Tensor) -> memoryview:
 
 def _add_to_checksum(total: int, name: str, tensor: Tensor) -> int:
     total = zlib.crc32(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}".encode(), total)
-    return zlib.crc32(_bytes_of(tensor), total)
+    return zlib.crc32(tensor_bytes(tensor), total)
 
 
 def _begin_to_store(file: BinaryIO) -> None:
@@ -294,7 +294,7 @@ def _begin_to_store(file: BinaryIO) -> None:
 SLOTS = ("a.safetensors", "b.safetensors")
 DONE = "latents.safetensors"
 STATES = (*SLOTS, DONE)
-IDENTITY, LOCK = "identity.json", "lock"
+IDENTITY, LOCK, UNITS = "identity.json", "lock", "units"
 
 KEEP, KEEP_BYTES, KEEP_SECONDS = 16, 20 << 30, 30 * 24 * 3600
 """Journals of other renders that are kept: so many, so many bytes of them, and so long after they
@@ -355,7 +355,7 @@ def opened_number(folder: Path) -> int:
 
 def remove_own_files(folder: Path) -> None:
     """Remove what a journal wrote into its folder, except the lock; raises OSError."""
-    for name in (*STATES, IDENTITY):
+    for name in (*STATES, UNITS, IDENTITY):
         (folder / name).unlink(missing_ok=True)
     for left_over in folder.glob(".wanfit-*"):
         left_over.unlink(missing_ok=True)
@@ -413,9 +413,9 @@ def _remove(folder: Path) -> bool:
 
 
 def journal_bytes(folder: Path) -> int:
-    """Return the bytes of a journal's states; 0 where there is none."""
+    """Return the bytes of a journal's states and units; 0 where there is none."""
     total = 0
-    for name in STATES:
+    for name in (*STATES, UNITS):
         with contextlib.suppress(OSError):
             total += (folder / name).stat().st_size
     return total
@@ -434,7 +434,7 @@ def remove_lock(folder: Path) -> None:
 
 
 def _touched(folder: Path) -> float:
-    paths = (folder / name for name in (*STATES, IDENTITY))
+    paths = (folder / name for name in (*STATES, UNITS, IDENTITY))
     return max((path.stat().st_mtime for path in paths if is_there(path)), default=0.0)
 
 

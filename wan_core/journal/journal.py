@@ -6,10 +6,11 @@ everything that decides its result. The folder holds
 - ``identity.json``, to name the differences from other renders;
 - two states ``a`` and ``b``, written alternately. A state is the latents and the scheduler's memory
   after some finished steps. A crash can damage only the one being written; the other is complete.
-- ``latents``, once denoising is over.
+- ``latents``, once denoising is over;
+- ``units``, the passes that are finished of steps whose state is not saved (``units``).
 
-So it takes the space of at most three states (one of them being written) and the latents. A state
-of a UniPC run is four times as large as the latents.
+So it takes the space of at most three states (one of them being written), the latents, and units of
+eight times the latents. A state of a UniPC run is four times as large as the latents.
 
 A journal never stops a render. States that cannot be read are ignored with a warning, and the
 render starts anew. If one cannot be written, the journal is turned off with a warning. Only
@@ -78,7 +79,7 @@ __all__ = ["Journal", "JournalState", "restore_scheduler", "scheduler_state"]
 DENOISE, LATENTS, DECODE = "denoise", "latents", "decode"
 """Stages of a state: in the denoising loop, after it, and in the decode. A caller may use its own
 names for parts of the loop."""
-_USUAL_BYTES_PER_SECOND = 400e6
+USUAL_BYTES_PER_SECOND = 400e6
 """For the first save alone. Measured with fsync on a virtual disk: 0.08 s for the 34 MB of a UniPC
 state at 480p, 0.14 s for the 77 MB of one at 720p, 81 frames."""
 _ANOTHER_VIDEO = ("job.seed", "job.prompt", "given.")
@@ -217,12 +218,14 @@ class Journal:
         after every few. A save is taken to last as long as the one before; the first one, of
         ``nbytes``, as a usual disk takes for it.
         """
-        if not self.enabled:
-            return False
         last = self._seconds_last
-        expected = nbytes / _USUAL_BYTES_PER_SECOND if last is None else last
-        elapsed = time.monotonic() - self._opened
-        return self.seconds_spent + expected <= self.max_share * elapsed
+        expected = nbytes / USUAL_BYTES_PER_SECOND if last is None else last
+        return self.enabled and self.seconds_spent + expected <= self.max_share * self.elapsed
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds since the journal was opened."""
+        return time.monotonic() - self._opened
 
     def save(
         self,

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +27,7 @@ from .identity import (
     BY_ROWS,
     EXACT,
     FASTER,
+    canonical_json,
     choices_of,
     device_name,
     identity_differences,
@@ -35,6 +37,7 @@ from .identity import (
     render_identity,
 )
 from .journal import Journal, JournalState, restore_scheduler, scheduler_state
+from .units import KeptUnits
 
 _State = tuple[int, dict[str, Tensor], dict[str, Any]]
 """What ``Journal.save`` takes: finished steps, tensors, and what JSON can hold."""
@@ -59,6 +62,7 @@ class RenderJournal:
         self._adopted = adopted  # begun by a plan that chose otherwise
         self._unsaved: _State | None = None
         self.saved: JournalState | None = journal.load()
+        self._units = KeptUnits(journal)
 
     @property
     def warnings(self) -> list[str]:
@@ -151,6 +155,15 @@ class RenderJournal:
         )
         return plan.with_choices(window_overlap=int(saved))
 
+    def units(self, state: DenoiseState, plan: Callable[[], OptimizationPlan]) -> KeptUnits:
+        """Return what keeps the finished passes of a clip or segment; ``plan`` gives the latest."""
+
+        def about() -> str:
+            now = plan()
+            return canonical_json([state.segment, choices_of(now), _device(now)]).decode()
+
+        return self._units.of(state.latents, about)
+
     def step_done(
         self, state: DenoiseState, scheduler: Any, plan: OptimizationPlan, *, last: bool = False
     ) -> None:
@@ -163,11 +176,16 @@ class RenderJournal:
             state = replace(state, memory=replace(state.memory, windows={}))
         # The tensors themselves, no copies: a step replaces them and writes into none.
         self._unsaved = self._state(state, scheduler, plan)
-        if last or self._journal.due(_size(self._unsaved)):
-            self._save(self._unsaved)
+        if (last or self._journal.due(_size(self._unsaved))) and self._save(self._unsaved):
+            self._units.step_saved()
 
     def window_done(self, state: DenoiseState, scheduler: Any, plan: OptimizationPlan) -> None:
-        """Save the state after a finished window, if enough time has passed since the last save."""
+        """Save the state after a finished window, if enough time has passed since the last save.
+
+        Where all its passes are kept, a state would add nothing, once there is one.
+        """
+        if self._units.whole and (self._journal.saves or self._journal.resuming):
+            return
         found = self._state(state, scheduler, plan)
         if self._journal.due(_size(found)):
             self._save(found)
@@ -185,9 +203,9 @@ class RenderJournal:
             self._unsaved = None
             self.warnings.append(f"The last steps could not be saved: {first_line(err)}")
 
-    def _save(self, state: _State) -> None:
+    def _save(self, state: _State) -> bool:
         self._unsaved = None
-        self._journal.save(*state)
+        return self._journal.save(*state)
 
     def _state(self, state: DenoiseState, scheduler: Any, plan: OptimizationPlan) -> _State:
         tensors, scalars = scheduler_state(scheduler)
@@ -212,21 +230,26 @@ class RenderJournal:
         """Save the finished latents. From now on only the decode would have to be repeated."""
         self._unsaved = None
         self._journal.latents_done(latents, _made_with(plan))
+        self._units.remove()
 
     def finish(self) -> None:
         """Remove the journal: the render is finished."""
+        self._units.close()
         self._journal.finish()
 
     def close(self) -> None:
         """Leave the journal for a later run, or remove it if it holds no saved state."""
-        if self._journal.saves or self._journal.resuming:
+        self._units.close()
+        if self._journal.saves or self._journal.resuming or self._units.kept:
             self._journal.close()
         else:
             self._journal.finish()
 
-    def describe(self) -> str:
-        """Say in one line what was saved and how long that took."""
-        return self._journal.describe()
+    def report(self, metadata: dict[str, Any]) -> None:
+        """Say what was saved, how long that took, and what of it was taken over."""
+        metadata["journal"] = self._journal.describe() + self._units.describe()
+        if self._units.found:
+            metadata.setdefault("resumed", f"with {self._units.found} passes of a step")
 
 
 def _size(state: _State) -> int:

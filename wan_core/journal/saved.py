@@ -20,6 +20,7 @@ from .disk import (
     LOCK,
     SLOTS,
     STATES,
+    UNITS,
     is_there,
     journals,
     read_record,
@@ -123,7 +124,7 @@ def _saved(folder: Path) -> SavedRender | None:
 
 
 def _nbytes(folder: Path) -> int:
-    return sum(_status(folder / name)[0] for name in (*STATES, IDENTITY))
+    return sum(_status(folder / name)[0] for name in (*STATES, UNITS, IDENTITY))
 
 
 def _touched(path: Path) -> float:

@@ -143,7 +143,7 @@ class Render:
         if self.config.return_frames or self.request.output_path is not None:
             self._decode(latents)
         if journal is not None:
-            result.metadata["journal"] = journal.describe()
+            journal.report(result.metadata)
             journal.finish()
 
     def _vae_config(self) -> dict[str, Any]:
@@ -439,6 +439,7 @@ class Render:
             window=lambda index, count: call(chunk, index, count),
             window_done=window_done,
             check=self.stages.callbacks.check,
+            kept=None if journal is None else journal.units(state, lambda: self.stages.plan),
         )
 
     # -- decoding -----------------------------------------------------------------------------

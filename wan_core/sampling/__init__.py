@@ -44,7 +44,15 @@ if TYPE_CHECKING:
     from .shortcuts import Memory, Shortcuts, chosen_shortcuts
     from .solvers import Solver, make_solver, start_latents
     from .tracks import by_paths, by_points
-    from .units import Conditions, Elsewhere, Unit, compute_unit, hold_first_frame
+    from .units import (
+        Conditions,
+        Elsewhere,
+        Kept,
+        Made,
+        Unit,
+        compute_unit,
+        hold_first_frame,
+    )
     from .vace import ControlClip, encode_grey, encode_vace
     from .vae import (
         StreamingDecoder,
@@ -91,7 +99,15 @@ __getattr__ = lazy_names(
         "shortcuts": ("Memory", "Shortcuts", "chosen_shortcuts"),
         "solvers": ("Solver", "make_solver", "start_latents"),
         "tracks": ("by_paths", "by_points"),
-        "units": ("Conditions", "Elsewhere", "Unit", "compute_unit", "hold_first_frame"),
+        "units": (
+            "Conditions",
+            "Elsewhere",
+            "Kept",
+            "Made",
+            "Unit",
+            "compute_unit",
+            "hold_first_frame",
+        ),
         "vae": (
             "StreamingDecoder",
             "denormalize_latents",
@@ -111,6 +127,8 @@ __all__ = [
     "DenoiseState",
     "Elsewhere",
     "Expert",
+    "Kept",
+    "Made",
     "Memory",
     "SegmentsDecoder",
     "Shortcuts",

@@ -7,7 +7,7 @@ model it is given is ready to be called. Latents are (B, C, T, h, w), float32, n
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -16,17 +16,17 @@ import torch
 from torch import Tensor
 
 from ..errors import InvalidRequest, NonFiniteLatents
-from ..forward import BlockPasses, block_passes, fun_inputs, known_faces
 from ..job import Window, WindowPlan
 from .shortcuts import Memory, Shortcuts, Step
 from .units import (
     Conditions,
     Elsewhere,
     FarPasses,
+    HerePasses,
+    Kept,
+    Together,
     Unit,
     hold_first_frame,
-    model_call,
-    second_pass,
 )
 
 __all__ = [
@@ -59,6 +59,8 @@ class Signals:
     """After window i of n within a step. The state is consistent here and can be saved."""
     check: Callable[[], object] = _nothing
     """Before every model call."""
+    kept: Kept | None = None
+    """Remembers the passes of a step as they are finished; what it knows is not computed again."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,7 +71,7 @@ class Expert:
     model: Callable[..., Any]
     dtype: torch.dtype
     guidance_scale: float
-    together: Callable[[Any, Sequence[Mapping[str, Any]]], Sequence[Any]] | None = None
+    together: Together | None = None
     """Runs several calls of the model block by block (``forward.run_together``), so that streamed
     weights arrive once for both passes of guidance. None runs the passes one after the other."""
     elsewhere: Elsewhere | None = None
@@ -91,6 +93,7 @@ def predict(
     check: Callable[[], object] = _nothing,
     step: Step | None = None,
     far: FarPasses | None = None,
+    kept: Kept | None = None,
 ) -> Tensor:
     """Return the velocity (B, C, T, h, w) after guidance, in the model's dtype.
 
@@ -98,7 +101,7 @@ def predict(
     them; None means all, from the first on.
     ``check`` runs before each call of the model, or once before calls that run together. ``step``
     says which step this is where shortcuts may leave calls out. ``far`` computes the passes in
-    place of the expert's model.
+    place of the expert's model. ``kept`` is as in ``Signals``.
 
     Guidance is v_u + s (v_c - v_u) (Ho and Salimans 2022) and takes two passes; a guidance scale
     of 1 or less takes one. Raises InvalidRequest if negative embeddings are needed but missing.
@@ -111,29 +114,16 @@ def predict(
             field="negative_prompt_embeds",
         )
     seen = range(latents.shape[2]) if indices is None else indices
-
-    model: Any = expert.model
-
-    def compute_here(passes: int, blocks: BlockPasses | None) -> list[Tensor]:
-        # Two calls of batch B rather than one of 2B: half the activations, and as diffusers does.
-        calls = [model_call(latents, timestep, expert.dtype, conditions, seen)]
-        if passes > 1:
-            calls.append(calls[0] | second_pass(conditions))
-        with (
-            fun_inputs(model, conditions.reference, conditions.camera),
-            known_faces(model, conditions.face is not None),
-            nullcontext() if blocks is None else block_passes(model, blocks),
-        ):
-            if passes > 1 and expert.together is not None:
-                outputs = [output for (output,) in expert.together(model, calls)]
-            else:
-                outputs = [model(**calls[0])[0]]
-                for later in calls[1:]:
-                    check()
-                    outputs.append(model(**later)[0])
-        return outputs if conditions.reference is None else [out[:, :, 1:] for out in outputs]
-
-    compute = compute_here if far is None else far.compute
+    here = HerePasses(
+        model=expert.model,
+        dtype=expert.dtype,
+        together=expert.together,
+        unit=Unit(latents=latents, timestep=timestep, indices=tuple(seen)),
+        conditions=conditions,
+        check=check,
+        kept=kept,
+    )
+    compute = here.compute if far is None else far.compute
     passes = 2 if expert.guided else 1
     outputs = compute(passes, None) if step is None else step.velocities(latents, passes, compute)
     if not expert.guided:
@@ -206,6 +196,7 @@ def predict_windows(
                 check=signals.check,
                 step=None if step is None else replace(step, key=_window_key(seen)),
                 far=asked.get(number),
+                kept=signals.kept,
             )
             if unused := len(seen) - len(window.indices):
                 after = velocity[:, :, references + unused :]
@@ -272,8 +263,9 @@ def _send_ahead(
 def _far(unit: Unit, expert: Expert, conditions: Conditions, signals: Signals) -> FarPasses:
     assert expert.elsewhere is not None
     return FarPasses(
-        elsewhere=expert.elsewhere, unit=unit, conditions=conditions, check=signals.check
-    )
+        elsewhere=expert.elsewhere, unit=unit, conditions=conditions, check=signals.check,
+        kept=signals.kept,
+    )  # fmt: skip
 
 
 def _ask(far: FarPasses, expert: Expert, step: Step | None) -> None:
@@ -324,9 +316,7 @@ def denoise_steps(
             if windows is None or windows.count == 1:
                 if windows is not None:
                     signals.window(0, 1)
-                far = _whole(state.latents, timestep, expert, conditions, signals)
-                told = (state.latents, timestep, expert, conditions)
-                velocity = predict(*told, check=signals.check, step=step, far=far)
+                velocity = _whole(state.latents, timestep, expert, conditions, signals, step)
             else:
                 # Predictions blended with other windows cannot be continued with these.
                 if state.fused_by != (name := repr(windows)):
@@ -361,14 +351,19 @@ def denoise_steps(
 
 
 def _whole(
-    latents: Tensor, timestep: Tensor, expert: Expert, conditions: Conditions, signals: Signals
-) -> FarPasses | None:
-    """Return what computes the passes of an undivided clip elsewhere, if they are."""
-    if expert.elsewhere is None:
-        return None
-    frames = tuple(range(latents.shape[2]))
-    unit = Unit(latents=latents, timestep=timestep, indices=frames)
-    return _far(unit, expert, conditions, signals)
+    latents: Tensor, timestep: Tensor, expert: Expert, conditions: Conditions, signals: Signals,
+    step: Step | None,
+) -> Tensor:  # fmt: skip
+    """Predict the velocity of an undivided clip, elsewhere if its passes are computed there."""
+    far = None
+    if expert.elsewhere is not None:
+        frames = tuple(range(latents.shape[2]))
+        unit = Unit(latents=latents, timestep=timestep, indices=frames)
+        far = _far(unit, expert, conditions, signals)
+    return predict(
+        latents, timestep, expert, conditions, check=signals.check, step=step, far=far,
+        kept=signals.kept,
+    )  # fmt: skip
 
 
 def _window_key(indices: Sequence[int]) -> str:

@@ -7,7 +7,7 @@ noise or blending. Latents are (B, C, T, h, w), float32, normalised.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
@@ -258,17 +258,109 @@ def compute_unit(
     return velocity, made if cut is None or made is None else cut.whole(made)
 
 
+Made = tuple[Tensor, "Tensor | None"]
+"""What ``compute_unit`` returns."""
+
+
+class Kept(Protocol):
+    """Remembers finished units for a run that goes on after this one; ``journal`` has it."""
+
+    def name(self, unit: Unit) -> str:
+        """Name a unit by all that it depends on."""
+
+    def find(self, name: str) -> Made | None:
+        """Return what a unit of that name gave, in RAM, if it is known."""
+
+    def keep(self, name: str, made: Made) -> None:
+        """Remember what it gave; raises nothing where that fails."""
+
+
 class Elsewhere(Protocol):
     """Computes units of one expert in other processes; ``workers`` has it."""
 
-    def send(self, unit: Unit, conditions: Conditions) -> int:
-        """Ask for a unit without waiting for it; return its number."""
+    def send(self, unit: Unit, conditions: Conditions, kept: Kept | None = None) -> int:
+        """Ask for a unit without waiting for it; return its number.
 
-    def result(self, number: int, check: Callable[[], object]) -> tuple[Tensor, Tensor | None]:
+        What ``kept`` remembers is not computed, and what was computed it is told at once.
+        """
+
+    def result(self, number: int, check: Callable[[], object]) -> Made:
         """Wait for what ``compute_unit`` returns, in RAM; ``check`` is called meanwhile."""
 
     def forget(self) -> None:
         """Give up every unit whose result has not been taken."""
+
+
+Together = Callable[[Any, Sequence[Mapping[str, Any]]], Sequence[Any]]
+
+
+def _pass_of(unit: Unit, number: int, blocks: BlockPasses | None) -> Unit:
+    """Return the unit of a window's conditional pass, 0, or of its unconditional one, 1."""
+    residual = None if blocks is None else blocks.given[number]
+    keep = blocks is not None and residual is None
+    return replace(unit, second=number > 0, residual=residual, keep=keep)
+
+
+@dataclass(slots=True, kw_only=True)
+class HerePasses:
+    """The passes of one window, computed by a model of this process."""
+
+    model: Any
+    dtype: torch.dtype
+    together: Together | None
+    unit: Unit
+    conditions: Conditions
+    """Those of the window."""
+    check: Callable[[], object]
+    kept: Kept | None = None
+
+    def compute(self, count: int, blocks: BlockPasses | None) -> list[Tensor]:
+        """Return the first ``count`` velocities; those that are remembered are not computed."""
+        outputs, names = dict[int, Tensor](), dict[int, str]()
+        if self.kept is not None:
+            for number in range(count):
+                names[number] = self.kept.name(_pass_of(self.unit, number, blocks))
+                if (found := self.kept.find(names[number])) is not None:
+                    outputs[number] = found[0].to(self.unit.latents.device)
+                    if blocks is not None:
+                        blocks.made[number] = found[1]
+        left = [number for number in range(count) if number not in outputs]
+        if left:
+            self._compute(left, outputs, names, blocks)
+        return [outputs[number] for number in range(count)]
+
+    def _compute(
+        self, numbers: Sequence[int], outputs: dict[int, Tensor], names: Mapping[int, str],
+        blocks: BlockPasses | None,
+    ) -> None:  # fmt: skip
+        unit, conditions, model = self.unit, self.conditions, self.model
+        # Two calls of batch B rather than one of 2B: half the activations, and as diffusers does.
+        call = model_call(unit.latents, unit.timestep, self.dtype, conditions, unit.indices)
+        calls = [call | second_pass(conditions) if number else call for number in numbers]
+        passes = None if blocks is None else BlockPasses([blocks.given[n] for n in numbers])
+
+        def done(place: int, output: Any) -> None:
+            number, velocity = numbers[place], output[0]
+            outputs[number] = velocity if conditions.reference is None else velocity[:, :, 1:]
+            residual = None
+            if blocks is not None and passes is not None:
+                residual = blocks.made[number] = passes.made[place]
+            if self.kept is not None:
+                self.kept.keep(names[number], (outputs[number], residual))
+
+        with (
+            fun_inputs(model, conditions.reference, conditions.camera),
+            known_faces(model, conditions.face is not None),
+            nullcontext() if passes is None else block_passes(model, passes),
+        ):
+            if len(calls) > 1 and self.together is not None:
+                for place, output in enumerate(self.together(model, calls)):
+                    done(place, output)
+            else:
+                for place, each in enumerate(calls):
+                    if place:
+                        self.check()
+                    done(place, model(**each))
 
 
 @dataclass(slots=True, kw_only=True)
@@ -279,19 +371,14 @@ class FarPasses:
     unit: Unit
     conditions: Conditions
     check: Callable[[], object]
+    kept: Kept | None = None
     _sent: list[int] = field(default_factory=list)
 
     def send(self, count: int, blocks: BlockPasses | None) -> None:
         """Ask for the first ``count`` passes; those that were asked for stay so."""
         for number in range(len(self._sent), count):
-            residual = None if blocks is None else blocks.given[number]
-            unit = replace(
-                self.unit,
-                second=number > 0,
-                residual=residual,
-                keep=blocks is not None and residual is None,
-            )
-            self._sent.append(self.elsewhere.send(unit, self.conditions))
+            unit = _pass_of(self.unit, number, blocks)
+            self._sent.append(self.elsewhere.send(unit, self.conditions, self.kept))
 
     def compute(self, count: int, blocks: BlockPasses | None) -> list[Tensor]:
         """Return the first ``count`` velocities, on the device of the latents."""

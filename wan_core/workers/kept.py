@@ -6,9 +6,7 @@ import atexit
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from torch import Tensor
-
-from ..sampling import Conditions, Unit
+from ..sampling import Conditions, Kept, Made, Unit
 from .pool import WorkerPool
 from .weights import Weights
 
@@ -20,11 +18,11 @@ class Experts:
     pool: WorkerPool
     weights: Weights
 
-    def send(self, unit: Unit, conditions: Conditions) -> int:
+    def send(self, unit: Unit, conditions: Conditions, kept: Kept | None = None) -> int:
         """Ask for a unit; return its number."""
-        return self.pool.send(unit, self.weights, conditions)
+        return self.pool.send(unit, self.weights, conditions, kept)
 
-    def result(self, number: int, check: Callable[[], object]) -> tuple[Tensor, Tensor | None]:
+    def result(self, number: int, check: Callable[[], object]) -> Made:
         """Wait for a unit's velocity, and for what its blocks added where that was asked for."""
         return self.pool.result(number, check)
 

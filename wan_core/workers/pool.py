@@ -15,8 +15,7 @@ import queue
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,9 +23,10 @@ from torch import Tensor
 from ..errors import WorkerFailed
 from ..journal import versions
 from ..memory import CardRecords, Link, Trial, cut_kind
-from ..sampling import Conditions, Unit
+from ..sampling import Conditions, Kept, Made, Unit
 from .child import conditions_message
 from .gang import Gang, Rank
+from .jobs import Job, Strips
 from .messages import Message
 from .process import WorkerProcess
 from .weights import Weights
@@ -37,37 +37,6 @@ _RELEASE_SECONDS = 15.0
 _TRIES = 3
 
 Loaded = Callable[[str, int, int], object]
-
-
-@dataclass(slots=True)
-class _Job:
-    unit: Unit
-    weights: Weights
-    conditions: int
-    lost: int = 0
-    """How many gangs have ended while they computed it."""
-    result: tuple[Tensor, Tensor | None] | None = None
-
-    def tokens(self, given: Conditions) -> int:
-        """Return how many tokens the model sees of each sample."""
-        frames, height, width = self.unit.latents.shape[2:]
-        frames += given.reference is not None  # Fun Control's stands in front
-        deep, high, wide = self.weights.patch
-        return int((frames // deep) * (height // high) * (width // wide))
-
-
-class Strips(Protocol):
-    """A decode that is shared out; see ``strips.StripsDecoder``."""
-
-    @property
-    def kind(self) -> tuple[object, ...]:
-        """Return what decides how long a worker may say nothing."""
-
-    def hears(self, rank: Rank, header: dict[str, Any]) -> None:
-        """Hear from a worker that makes a strip."""
-
-    def lost(self, rank: Rank, why: str) -> None:
-        """Hear that a worker has ended."""
 
 
 class WorkerPool:
@@ -92,7 +61,7 @@ class WorkerPool:
         """Keys of weights whose model computes in a way that cannot be cut."""
         self._events: queue.Queue[tuple[WorkerProcess, Message | None]] = queue.Queue()
         self._gangs: list[Gang] = []
-        self._jobs: dict[int, _Job] = {}
+        self._jobs: dict[int, Job] = {}
         self._waiting: deque[int] = deque()
         self._next = 0
         self._conditions: tuple[int, Conditions | None] = (0, None)
@@ -111,17 +80,23 @@ class WorkerPool:
 
     # -- what a render asks -------------------------------------------------------------------
 
-    def send(self, unit: Unit, weights: Weights, conditions: Conditions) -> int:
-        """Ask for a unit without waiting for it; return its number."""
+    def send(
+        self, unit: Unit, weights: Weights, conditions: Conditions, kept: Kept | None = None
+    ) -> int:
+        """Ask for a unit without waiting for it; return its number. ``kept`` as ``Elsewhere``'s."""
         if self._conditions[1] is not conditions:
             self._conditions = (self._conditions[0] + 1, conditions)
         self._next += 1
-        self._jobs[self._next] = _Job(unit, weights, self._conditions[0])
-        self._waiting.append(self._next)
+        job = self._jobs[self._next] = Job(unit, weights, self._conditions[0], kept)
+        if kept is not None:
+            job.name = kept.name(unit)
+            job.result = kept.find(job.name)
+        if job.result is None:
+            self._waiting.append(self._next)
         self._dispatch()
         return self._next
 
-    def result(self, number: int, check: Callable[[], object]) -> tuple[Tensor, Tensor | None]:
+    def result(self, number: int, check: Callable[[], object]) -> Made:
         """Wait for a unit. ``check`` is called meanwhile, several times a second.
 
         Raises torch.OutOfMemoryError or MemoryError where a worker ran out of memory, and
@@ -370,7 +345,7 @@ class WorkerPool:
         job = self._jobs.get(header["number"])
         if job is None:
             return
-        job.result = tensors["velocity"], tensors.get("residual")
+        job.finish((tensors["velocity"], tensors.get("residual")))
         if "equal" in header:
             trial, kind = Trial(header["equal"], header["error"]), self._trial_of(job, gang)
             self.records.keep_trial(kind, trial)
@@ -458,7 +433,7 @@ class WorkerPool:
             self._tell(rank, job)
             rank.process.send(header, here)
 
-    def _tell(self, rank: Rank, job: _Job) -> None:
+    def _tell(self, rank: Rank, job: Job) -> None:
         """Send what a process does not know yet of the weights and conditions of a unit."""
         key, conditions = self._conditions
         self.know(rank, job.weights)
@@ -467,7 +442,7 @@ class WorkerPool:
             rank.conditions = key
             rank.process.send(*conditions_message(conditions, key))
 
-    def _ways(self, job: _Job, gang: Gang) -> tuple[bool, bool]:
+    def _ways(self, job: Job, gang: Gang) -> tuple[bool, bool]:
         """Return whether a gang computes a unit cut, and whether it does so both ways."""
         given = self._conditions[1]
         if gang.size == 1 or given is None or not job.weights.choices.lean:
@@ -490,7 +465,7 @@ class WorkerPool:
         self._say(f"{each}: rounding, as speed 'fast' allows.")
         return True, False
 
-    def _trial_of(self, job: _Job, gang: Gang) -> str:
+    def _trial_of(self, job: Job, gang: Gang) -> str:
         given = self._conditions[1]
         assert given is not None
         batch = job.unit.latents.shape[0]
