@@ -149,6 +149,7 @@ _OOM_TEXTS = (
     "defaultcpuallocator: not enough memory",
     "cublas_status_alloc_failed",
     "cudnn_status_alloc_failed",
+    "triton error [cuda]: out of memory",
     "unable to allocate",
 )
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from wan_core.decoding import decoder_quick, lean_decoder, lean_encoder
 from wan_core.decoding import lean as vae
 from wan_core.decoding.decoder_quick import Quick, quick_for
+from wan_core.kernels.trials import Trials
 from wan_core.sampling import StreamingDecoder
 from wan_core.sampling.vae import encode_latents
 
@@ -135,7 +136,7 @@ def test_a_kernel_is_tried_first(
     cpu = torch.device("cpu")
 
     def works(function: Any) -> bool:
-        monkeypatch.setattr(decoder_quick, "_tried", {})
+        monkeypatch.setattr(decoder_quick, "_trials", Trials("the norm"))
         found = None if function is None else SimpleNamespace(norm_silu=function)
         monkeypatch.setattr(decoder_quick, "triton_kernels", lambda: found)
         return decoder_quick._works(cpu, torch.bfloat16)

@@ -25,6 +25,7 @@ from wan_core.forward import lean_forward
 from wan_core.forward import transformer as transformer_module
 from wan_core.kernels import Modulation, TimestepRuns, codes, modulation, products, rotary
 from wan_core.kernels.fused import Fused
+from wan_core.kernels.trials import Trials
 from wan_core.loading.quantized import replace_layer
 from wan_core.models import VARIANTS
 
@@ -55,7 +56,7 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[Kernels]:
     made = Kernels()
     for module in (codes, modulation, products, rotary):
         monkeypatch.setattr(module, "triton_kernels", lambda: made)
-    monkeypatch.setattr(codes, "_tried", {})
+    monkeypatch.setattr(codes, "_trials", Trials("norms"))
     monkeypatch.setattr(products, "_scales_rows", lambda device: True)
     monkeypatch.setattr(transformer_module, "fused_for", lambda *_: ALL)
     monkeypatch.setattr(products, "product_for", lambda layer, dtype: product_of(layer, dtype))
@@ -132,7 +133,7 @@ def test_a_kernel_is_tried_once_and_left_out_where_it_differs(
 
     with caplog.at_level("INFO"):
         for wrong in (doubled, twice, coarse, broken):
-            monkeypatch.setattr(codes, "_tried", {})
+            monkeypatch.setattr(codes, "_trials", Trials("norms"))
             monkeypatch.setattr(kernels, "norm_codes", wrong)
             assert not codes.norms_to_codes(states, INT8, False)
     assert "it rounds otherwise" in caplog.text and "no C compiler" in caplog.text

@@ -22,6 +22,7 @@ from wan_core.forward import transformer as transformer_module
 from wan_core.kernels import fused, fused_trial, modulation, rotary
 from wan_core.kernels.fused import NOTHING, Fused
 from wan_core.kernels.fused_trial import fused_for
+from wan_core.kernels.trials import Trials
 
 ALL = Fused(norms=True, rotations=True)
 CPU = torch.device("cpu")
@@ -50,6 +51,8 @@ class Kernels:
 
 
 def use(monkeypatch: pytest.MonkeyPatch, kernels: Any) -> None:
+    for trials in ("_norms", "_rotations"):
+        monkeypatch.setattr(fused_trial, trials, Trials("them"))
     for module in (fused_trial, rotary, modulation):
         monkeypatch.setattr(module, "triton_kernels", lambda: kernels)
 
@@ -196,8 +199,8 @@ def test_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_device_is_tried_once_for_each_kind(monkeypatch: pytest.MonkeyPatch) -> None:
     tried: list[Any] = []
-    monkeypatch.setattr(fused_trial, "_tried", {})
-    monkeypatch.setattr(fused_trial, "_try_all", lambda key: tried.append(key) or ALL)
+    use(monkeypatch, Kernels())
+    monkeypatch.setattr(fused_trial, "_works", lambda _, key, attempt: tried.append(key) or True)
 
     def hidden(dim: int, cuda: bool = True) -> Any:
         return SimpleNamespace(
@@ -208,10 +211,15 @@ def test_a_device_is_tried_once_for_each_kind(monkeypatch: pytest.MonkeyPatch) -
         assert fused_for(hidden(5120), 40) == ALL
         assert fused_for(hidden(1536), 12) == ALL
         assert fused_for(hidden(1536), 12, True) == ALL
-    assert [key[2:] for key in tried] == [(5120, 40, False), (1536, 12, False), (1536, 12, True)]
+    assert tried[::2] == tried[1::2]  # norms and rotations
+    assert [key[2:] for key in tried[::2]] == [
+        (5120, 40, False),
+        (1536, 12, False),
+        (1536, 12, True),
+    ]
     for states, heads in ((hidden(5120, False), 40), (hidden(600), 4), (hidden(1536), 16)):
         assert fused_for(states, heads) == NOTHING  # a CPU, a width, a head of 96
-    assert len(tried) == 3
+    assert len(tried) == 6
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")

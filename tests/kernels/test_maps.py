@@ -12,21 +12,24 @@ from torch import Tensor
 
 from wan_core.kernels import maps
 from wan_core.kernels.maps import FusedNorms, fused_norms
+from wan_core.kernels.trials import Trials
 
 pytestmark = pytest.mark.usefixtures("without_gradients")
 
-CPU = torch.device("cpu")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
-@pytest.fixture(autouse=True)
-def untried(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(maps, "_tried", {})
+class OnCard(SimpleNamespace):
+    """A weight that says it is on a card; trials are made on the CPU."""
+
+    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__(is_cuda=True, device=torch.device("cpu"), dtype=dtype)
 
 
 def use(monkeypatch: pytest.MonkeyPatch, function: Any) -> None:
     found = None if function is None else SimpleNamespace(scaled_silu=function)
     monkeypatch.setattr(maps, "map_kernels", lambda: found)
+    monkeypatch.setattr(maps, "_trials", Trials("norms"))
 
 
 def off_by_a_bit(*args: Any) -> None:
@@ -51,7 +54,7 @@ def broken(*args: Any) -> None:
 def test_a_trial_finds_equal_bits(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     use(monkeypatch, scaled_silu)
     before = torch.random.get_rng_state()
-    assert maps._works((CPU, dtype, 12))
+    assert fused_norms(OnCard(dtype), [12]) == FusedNorms(frozenset({12}))
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
@@ -61,7 +64,7 @@ def test_a_trial_finds_what_is_wrong(
 ) -> None:
     use(monkeypatch, function)
     with caplog.at_level("INFO"):
-        assert not maps._works((CPU, torch.float32, 12))
+        assert fused_norms(OnCard(), [12]) is None
     assert ("no C compiler" if function is broken else "other bits than torch's") in caplog.text
 
 
@@ -69,7 +72,7 @@ def test_each_width_is_tried_once(monkeypatch: pytest.MonkeyPatch) -> None:
     tried: list[maps.Key] = []
     use(monkeypatch, scaled_silu)
     monkeypatch.setattr(maps, "_works", lambda key: tried.append(key) or key[2] != 192)
-    weight: Any = SimpleNamespace(is_cuda=True, device="cuda:0", dtype=torch.bfloat16)
+    weight: Any = OnCard(torch.bfloat16)
     for _ in range(2):
         assert fused_norms(weight, [384, 96, 192, 96]) == FusedNorms(frozenset({96, 384}))
         assert fused_norms(weight, [192]) is None
@@ -78,7 +81,7 @@ def test_each_width_is_tried_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_where_there_is_nothing_to_try(monkeypatch: pytest.MonkeyPatch) -> None:
     assert fused_norms(torch.zeros(3), [96]) is None
-    weight: Any = SimpleNamespace(is_cuda=True, device="cuda:0", dtype=torch.float64)
+    weight: Any = OnCard(torch.float64)
     assert fused_norms(weight, [96]) is None
     use(monkeypatch, None)
     weight.dtype = torch.float32

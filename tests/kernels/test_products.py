@@ -21,6 +21,7 @@ from wan_core.config import WanLoRA
 from wan_core.formats import Storage
 from wan_core.forward import lean_forward
 from wan_core.kernels import Addition, products
+from wan_core.kernels.trials import Trials, trials_of_a_render
 from wan_core.loading import rotation, stored_weight
 from wan_core.loading.dequantize import Scales
 from wan_core.loading.quantized import StoredLinear, fp8_layer, replace_layer
@@ -117,7 +118,7 @@ def test_a_gelu_goes_in_before_it_is_rounded(name: str) -> None:
 
 def _patch_card(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    monkeypatch.setattr(products, "_tried", {})
+    monkeypatch.setattr(products, "_trials", Trials("products"))
 
 
 class OnCard:
@@ -175,8 +176,29 @@ def test_it_is_used_where_it_is_right_and_faster(
         taken = iter([1.0, 2.0])
         assert not products._pays(product, layer, torch.bfloat16)
         monkeypatch.setattr(products, "triton_kernels", lambda: None)
-        assert not products._pays(product, layer, torch.bfloat16)
-    assert "8 bit is used" in caplog.text and "the product in 8 bit failed" in caplog.text
+        with pytest.raises(AttributeError):  # what does not run ends in ``Trials``
+            products._pays(product, layer, torch.bfloat16)
+    assert "8 bit is used" in caplog.text and "16 bit is used" in caplog.text
+
+
+def test_a_trial_without_memory_is_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    _patch_card(monkeypatch, (9, 0))
+    monkeypatch.setattr(products, "stored_weight", lambda layer: OnCard((64, 32), "int8", "I8"))
+    made: list[Any] = []
+
+    def pays(product: Any, layer: Any, dtype: torch.dtype) -> bool:
+        made.append(layer)
+        if len(made) == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return True
+
+    monkeypatch.setattr(products, "_pays", pays)
+    layer = nn.Linear(32, 64)
+    for used in (False, True):
+        with trials_of_a_render([]):
+            for _ in range(3):
+                assert (products.product_for(layer, torch.bfloat16) is not None) is used
+    assert len(made) == 2
 
 
 def test_ada_cards_scale_rows_after_the_product(monkeypatch: pytest.MonkeyPatch) -> None:

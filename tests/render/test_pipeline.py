@@ -724,3 +724,21 @@ def test_group_offload_that_cannot_work_is_refused_before_a_weight_is_read(
     assert isinstance(result.error, MissingDependency)
     assert "diffusers 0.41 or newer" in str(result.error)
     assert read == []
+
+
+def test_a_kernel_that_lacked_memory_to_be_tried_is_said(
+    folder: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from wan_core.kernels import Trials
+    from wan_core.render.render import Render
+
+    def lacking() -> bool:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    kernel = Trials("a kernel")
+    monkeypatch.setattr(Render, "run", lambda self: kernel.of("key", lacking))
+    wrapper = open_wan(folder("wan2.1-t2v"))
+    for _ in range(2):
+        result = wrapper.generate(GenerationConfig(prompt="a red cat", seed=1, **SIZE))
+        said = [text for text in result.warnings if "too little memory to try a kernel" in text]
+        assert len(said) == 1

@@ -7,17 +7,17 @@ convolution reads. Sums run in another order than in diffusers, so the last bits
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..kernels import triton_kernels
+from ..kernels import Trials, triton_kernels
 
-_log = logging.getLogger(__name__)
+_trials = Trials("the quick norm of the VAE")
 _FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
@@ -54,13 +54,10 @@ def quick_for(half: Any) -> Quick | None:
     return Quick(fused=_works(weight.device, weight.dtype))
 
 
-_tried: dict[tuple[torch.device, torch.dtype], bool] = {}
-
-
 def _works(device: torch.device, dtype: torch.dtype) -> bool:
-    if (device, dtype) not in _tried:
-        _tried[device, dtype] = triton_kernels() is not None and _agrees(device, dtype)
-    return _tried[device, dtype]
+    if triton_kernels() is None:
+        return False
+    return _trials.of((device, dtype), partial(_agrees, device, dtype))
 
 
 def _agrees(device: torch.device, dtype: torch.dtype) -> bool:
@@ -72,10 +69,6 @@ def _agrees(device: torch.device, dtype: torch.dtype) -> bool:
     out = torch.full_like(source, float("nan"))
     wide = torch.nn.functional.normalize(source.float(), dim=1) * 96**0.5
     expected = torch.nn.functional.silu(wide * gamma.float().view(96, 1, 1, 1))
-    try:
-        triton_kernels().norm_silu(source, out, gamma, 96**0.5)
-    except Exception as err:  # noqa: BLE001 - compiling needs a C compiler, a known card, ...
-        _log.info("The quick norm of the VAE did not run: %s", err)
-        return False
+    triton_kernels().norm_silu(source, out, gamma, 96**0.5)
     bound = 4 * torch.finfo(dtype).eps
     return bool(torch.allclose(out.float(), expected, rtol=bound, atol=bound))

@@ -5,8 +5,9 @@ torch's own code where a way is called exact, else numbers within a bound that a
 has shown. ``fused_for`` and ``products_of`` say which ways may be used for a device, dtype and
 width, ``fused_norms`` which for the norms of a VAE; ``shared_by`` has layers read the same tokens,
 rounded once; ``attend`` times what it can take; ``triton_kernels`` is the Triton code, or None
-where it cannot be imported. Imports loading, for weights as they are stored. Names are resolved on
-first use, so that importing this package does not import torch.
+where it cannot be imported. ``Trials`` remember what a device was found to do, and in
+``trials_of_a_render`` those that lacked memory are made again. Imports loading, for weights as they
+are stored. Names are resolved on first use, so that importing this package does not import torch.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from .modulation import Modulation, Span, TimestepRuns
     from .products import Addition, Shared, products_of, shared_by
     from .rotary import norm_all, rotate_all, rotate_span
+    from .trials import Trials, begin_trials, trials_of_a_render
 
 __getattr__ = lazy_names(
     __name__,
@@ -34,6 +36,7 @@ __getattr__ = lazy_names(
         "modulation": ("Modulation", "Span", "TimestepRuns"),
         "products": ("Addition", "Shared", "products_of", "shared_by"),
         "rotary": ("norm_all", "rotate_all", "rotate_span"),
+        "trials": ("Trials", "begin_trials", "trials_of_a_render"),
     },
 )
 
@@ -46,7 +49,9 @@ __all__ = [
     "Shared",
     "Span",
     "TimestepRuns",
+    "Trials",
     "attend",
+    "begin_trials",
     "fused_for",
     "fused_norms",
     "norm_all",
@@ -55,6 +60,7 @@ __all__ = [
     "rotate_span",
     "shared_by",
     "slid_from_cudnn",
+    "trials_of_a_render",
     "triton_kernels",
     "used_attention",
 ]

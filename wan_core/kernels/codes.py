@@ -9,21 +9,21 @@ one after the other.
 from __future__ import annotations
 
 import logging
-import threading
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .fused import triton_kernels
+from .trials import Trials
 
 _log = logging.getLogger(__name__)
-_lock = threading.Lock()
 _TOKENS = 37
 """Tokens of a trial: odd, so that nothing divides them."""
 _OTHER = 0.01
 """Share of numbers that may be rounded to the other side: both divide, not always alike."""
-_tried: dict[tuple[object, ...], bool] = {}
+_trials = Trials("norms in 8 bit")
 
 
 class Codes(NamedTuple):
@@ -51,10 +51,7 @@ def norms_to_codes(hidden: Tensor, kind: torch.dtype, per_token: bool) -> bool:
     ``per_token`` means one timestep embedding for each token.
     """
     key = (hidden.device, hidden.dtype, hidden.shape[-1], kind, per_token)
-    with _lock:
-        if key not in _tried:
-            _tried[key] = _agrees(hidden, kind, per_token)
-        return _tried[key]
+    return _trials.of(key, partial(_agrees, hidden, kind, per_token))
 
 
 def _agrees(like: Tensor, kind: torch.dtype, per_token: bool) -> bool:
@@ -74,11 +71,7 @@ def _agrees(like: Tensor, kind: torch.dtype, per_token: bool) -> bool:
         {"scale": scale, "shift": shift, "change": random(1, _TOKENS, dim).to(like.dtype)},
     )
     states = random(1, _TOKENS, dim).to(like.dtype)
-    try:
-        agree = all(_same(states, kind, call) for call in calls)
-    except Exception as err:  # noqa: BLE001 - compiling needs a C compiler, a known card, ...
-        _log.info("The fused norm in 8 bit did not run: %s", err)
-        return False
+    agree = all(_same(states, kind, call) for call in calls)
     if not agree:
         _log.info("The fused norm in 8 bit is not used in %s: it rounds otherwise.", like.dtype)
     return agree

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import logging
-import threading
 from collections.abc import Callable
 
 import torch
@@ -18,16 +17,15 @@ from torch import Tensor, nn
 from .fused import NOTHING, Fused, triton_kernels
 from .modulation import Modulation, TimestepRuns, spans_of
 from .rotary import norm_all, rotate_all
+from .trials import Trials
 
 _log = logging.getLogger(__name__)
-_lock = threading.Lock()
 _TOKENS = 37
 """Tokens of a trial: odd, so that nothing divides them."""
 _STEP = 512  # widths are multiples of it, ``STEP`` in ``fused_kernels``
 Key = tuple[torch.device, torch.dtype, int, int, bool]
-
-
-_tried: dict[Key, Fused] = {}
+_norms = Trials("fused norms and residuals")
+_rotations = Trials("fused norms with rotation")
 
 
 def fused_for(hidden: Tensor, heads: int, per_token: bool = False) -> Fused:
@@ -38,10 +36,7 @@ def fused_for(hidden: Tensor, heads: int, per_token: bool = False) -> Fused:
     if not hidden.is_cuda or hidden.shape[-1] % _STEP or not _whole_heads(hidden.shape[-1], heads):
         return NOTHING
     key = (hidden.device, hidden.dtype, hidden.shape[-1], heads, per_token)
-    with _lock:
-        if key not in _tried:
-            _tried[key] = _try_all(key)
-        return _tried[key]
+    return _try_all(key)
 
 
 def _whole_heads(dim: int, heads: int) -> bool:
@@ -53,22 +48,14 @@ def _whole_heads(dim: int, heads: int) -> bool:
 def _try_all(key: Key) -> Fused:
     if triton_kernels() is None:
         return NOTHING
+    norms = functools.partial(_works, "norm and residual", key, _try_norms)
+    rotations = functools.partial(_works, "norm and rotation", key, _try_rotation)
+    return Fused(norms=_norms.of(key, norms), rotations=_rotations.of(key, rotations))
+
+
+def _works(name: str, key: Key, attempt: Callable[[Key, torch.Generator], bool]) -> bool:
     # On the trial's own stream of random numbers: the caller's are not touched.
-    generator = torch.Generator().manual_seed(0)
-    return Fused(
-        norms=_works("norm and residual", key, functools.partial(_try_norms, key, generator)),
-        rotations=_works(
-            "norm and rotation", key, functools.partial(_try_rotation, key, generator)
-        ),
-    )
-
-
-def _works(name: str, key: Key, attempt: Callable[[], bool]) -> bool:
-    try:
-        equal = attempt()
-    except Exception as err:  # noqa: BLE001 - compiling needs a C compiler, a known card, ...
-        _log.info("The fused %s did not run: %s", name, err)
-        return False
+    equal = attempt(key, torch.Generator().manual_seed(0))
     if not equal:
         _log.info("The fused %s is not used in %s: other bits than torch's.", name, key[1])
     return equal

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import functools
 import logging
-import threading
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -21,14 +20,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..lazy import module_or_none
+from .trials import Trials
 
 _log = logging.getLogger(__name__)
-_lock = threading.Lock()
 EPSILON = 1e-12
 """What torch.nn.functional.normalize divides by at least."""
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 Key = tuple[torch.device, torch.dtype, int]
-_tried: dict[Key, bool] = {}
+_trials = Trials("fused norms of the VAE")
 
 
 @functools.cache
@@ -81,22 +80,13 @@ def fused_norms(weight: Tensor, channels: Iterable[int]) -> FusedNorms | None:
     """
     if not weight.is_cuda or weight.dtype not in _DTYPES or map_kernels() is None:
         return None
-    found = []
-    with _lock:
-        for count in sorted(set(channels)):
-            key = (weight.device, weight.dtype, count)
-            if key not in _tried:
-                _tried[key] = _works(key)
-            found += [count] if _tried[key] else []
+    keys = [(weight.device, weight.dtype, count) for count in sorted(set(channels))]
+    found = {key[2] for key in keys if _trials.of(key, functools.partial(_works, key))}
     return FusedNorms(frozenset(found)) if found else None
 
 
 def _works(key: Key) -> bool:
-    try:
-        equal = _equal(key)
-    except Exception as err:  # noqa: BLE001 - compiling needs a C compiler, a known card, ...
-        _log.info("The fused norm of the VAE did not run: %s", err)
-        return False
+    equal = _equal(key)
     if not equal:
         _log.info("The fused norm of the VAE is not used in %s: other bits than torch's.", key[1])
     return equal

@@ -18,7 +18,6 @@ they are; else the layer computes in 16 bit, as always.
 from __future__ import annotations
 
 import logging
-import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -32,9 +31,9 @@ from ..loading import StoredWeight, rotation, stored_weight
 from .attention import milliseconds
 from .codes import Codes
 from .fused import triton_kernels
+from .trials import Trials
 
 _log = logging.getLogger(__name__)
-_lock = threading.Lock()
 _AT_ONCE = 4096
 """Tokens whose int32 sums are held at once."""
 _ROWS = 8192
@@ -58,7 +57,7 @@ _AGREES = 1e-2
 """Relative error that rounding the results to 16 bit may have in a trial."""
 _FIRST = {"fp8": (8, 9), "int8": (7, 5)}
 """The first compute capability whose matrix units multiply the kind."""
-_tried: dict[tuple[object, ...], bool] = {}
+_trials = Trials("products in 8 bit")
 
 
 class Addition:
@@ -240,10 +239,7 @@ def product_for(layer: Any, dtype: torch.dtype) -> EightBitProduct | None:
         weight, layer.bias, dtype, layer, tuple(layer._forward_hooks.values())
     )
     key = (device, dtype, stored.kind, stored.per, stored.group, stored.shape)
-    with _lock:
-        if key not in _tried:
-            _tried[key] = _pays(product, layer, dtype)
-        return product if _tried[key] else None
+    return product if _trials.of(key, partial(_pays, product, layer, dtype)) else None
 
 
 def _hooked(layer: nn.Module) -> bool:
@@ -319,14 +315,8 @@ def _pays(product: EightBitProduct, layer: Any, dtype: torch.dtype) -> bool:
     """Try a product on random tokens: right, and faster than 16 bit. Nothing is added to it."""
     product = EightBitProduct(product.weight, product.bias, dtype)
     stored = product.weight.stored
-    try:
-        error = _error(product, layer, dtype)
-        ours, theirs = _times(product, layer, dtype)
-    except Exception as err:  # noqa: BLE001 - compiling needs a C compiler, a known card, ...
-        _log.info(
-            "%s is multiplied in 16 bit: the product in 8 bit failed (%s).", stored.title, err
-        )
-        return False
+    error = _error(product, layer, dtype)
+    ours, theirs = _times(product, layer, dtype)
     used = error < _AGREES and ours * _GAIN < theirs
     _log.info(
         "%s %s: 8 bit %.2f ms, 16 bit %.2f ms, error %.1e; %s bit is used.",

@@ -39,7 +39,7 @@ from ..job import (
     video_frames,
     with_character,
 )
-from ..kernels import slid_from_cudnn
+from ..kernels import slid_from_cudnn, trials_of_a_render
 from ..loading import ComponentCache, unpin
 from ..memory import (
     Calibrations,
@@ -295,11 +295,11 @@ class WanPipelineWrapper:
             require_groups()
         render = self._make_render(config, request, plan, callbacks, result, inputs)
         result.warnings += settings_notes(render.stages.device.type)
-        slid = slid_from_cudnn(render.stages.device)
-        result.warnings += [] if slid is None else [slid]
+        result.warnings += filter(None, [slid_from_cudnn(render.stages.device)])
         before = self._foreign_bytes(render.stages)
         try:
-            render.run()
+            with trials_of_a_render(result.warnings):
+                render.run()
         finally:
             # Page-locked memory cannot be swapped out, and other programs need it between renders.
             unpin()

@@ -26,6 +26,7 @@ from torch import Tensor
 from ..errors import first_line, is_host_oom, is_oom
 from ..forward import alike, can_be_cut
 from ..journal import device_name, versions
+from ..kernels import begin_trials
 from ..loading import ComponentCache, ComponentKey, dtype_of, load_component, unpin
 from ..memory import Strip
 from ..placing import Sharing
@@ -279,6 +280,7 @@ class Worker:
             return module
         self._release(everything=False)
         weights.check_files()
+        begin_trials()
         group = self._group if weights.shared else None
         sharing = None if group is None else Sharing(group)
         with ExitStack() as stack:
