@@ -257,7 +257,8 @@ def test_speed_with_small_models(speed: Any, tmp_path: Path) -> None:
     found = json.loads((tmp_path / "speed_cpu_forward.json").read_text())
     assert found["notes"] == []
     ways = {(row["case"], row["way"]): row for row in found["forwards"]}
-    assert len(ways) == 9
+    fastest = any(way == "fastest" for _, way in ways)  # where Triton is installed
+    assert len(ways) == (11 if fastest else 9)
     exact = [row for (_, way), row in ways.items() if way in ("diffusers", "unfused", "exact")]
     assert all(row["equal"] and row["error"] == 0 for row in exact)
     text = (tmp_path / "speed_cpu_forward.md").read_text()
