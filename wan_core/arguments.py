@@ -146,7 +146,8 @@ def add_crew(command: argparse.ArgumentParser) -> None:
     """Add who carries jobs out: how many at once, and where."""
     command.add_argument(
         "--at-once", metavar="N",
-        help="jobs at the same time, each on cards of its own; all: as many as there is room for",
+        help="jobs at the same time, each on cards of its own; all: as many as there is room for; "
+        "overlap: one on --devices cards, and the next begins there while it is decoded",
     )  # fmt: skip
     command.add_argument(
         "--cluster", metavar="ADDRESS", help="let a Ray cluster do it: auto, local, HOST:PORT"

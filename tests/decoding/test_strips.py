@@ -154,3 +154,36 @@ def test_arithmetic_agrees_with_the_dry_run(shape: VaeShape, dtype: str, index: 
     assert -0.01 <= ours / peak - 1 <= 0.1
     whole, all_of_it = lean_decode_bytes(shape, **given)
     assert ours < 0.6 * whole and cache < 0.6 * all_of_it
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no CUDA device")
+@VERSIONS
+@pytest.mark.parametrize(
+    ("dtype", "quick", "bound"),
+    [(torch.float32, False, 1e-5), (torch.float16, True, 1e-2), (torch.bfloat16, True, 5e-2)],
+)
+def test_strips_on_a_card_differ_by_rounding(
+    version: str, dtype: torch.dtype, quick: bool, bound: float
+) -> None:
+    shape = VAE_21 if version == "2.1" else VAE_22
+    with torch.device("cuda"):
+        torch.manual_seed(0)
+        vae = autoencoder(shape).eval().requires_grad_(False).to(dtype)
+    latents = torch.randn(1, shape.z_dim, FRAMES, 18, 34, generator=torch.manual_seed(1))
+    latents = latents.to("cuda", dtype)
+
+    def frames(strip: Strip | None) -> Tensor:
+        with lean_decoder(vae, quick=quick, strip=strip) as refused:
+            assert refused is None
+            return torch.cat(list(decode_frames(vae, latents)), 2).double()
+
+    whole = frames(None)
+    for count in (2, 4):
+        strips = strips_of(shape, 18, 34, count)
+        made = torch.cat([frames(one) for one in strips], strips[0].axis)
+        apart = (made - whole).abs()
+        assert apart.norm() <= bound * whole.norm()
+        # No seam: where strips meet, nothing is worse than elsewhere.
+        edge = strips[0].pixels[1]
+        assert apart[..., edge - 8 : edge + 8].mean() <= 3 * apart.mean() + 1e-12

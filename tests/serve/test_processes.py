@@ -18,9 +18,10 @@ from support.tiny_models import make_folder
 
 from wan_core.errors import InvalidRequest, WorkerFailed
 from wan_core.memory import Card
-from wan_core.serve import Batch, BatchJob, Cluster, Outcome, Processes, processes_for
+from wan_core.serve import Batch, BatchJob, Cluster, Outcome, Processes, Relay, processes_for
 from wan_core.serve.cluster import _Placed
-from wan_core.serve.processes import visible
+from wan_core.serve.processes import _Process, visible
+from wan_core.workers import close_workers
 
 CPU = {"device": "cpu", "precision": "fp32"}
 
@@ -82,6 +83,58 @@ def test_a_job_longer_than_a_pipe_does_not_wait_for_its_process(
     crew.hands[0].kill()
     assert not stuck and lost_job(crew).lost
     crew.close()
+
+
+def test_processes_take_turns_at_the_same_cards(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next job begins when one is decoded, on all cards but that one, which joins later."""
+    cards = tuple(Card(f"cuda:{i}", "H100", 8, 8) for i in range(4))
+    monkeypatch.setattr("wan_core.memory.all_cards", lambda: cards)
+    sent: list[tuple[str, Any]] = []
+    monkeypatch.setattr(_Process, "send", lambda self, line: sent.append((self.home, line)))
+    crew = processes_for("overlap", {"devices": "3"})
+    assert isinstance(crew, Relay)
+    first, second = crew.hands
+    for index, hand in enumerate((first, second)):
+        assert hand._place == {"device": f"cuda:{index}", "devices": "all"}
+        assert hand._seen == {"CUDA_VISIBLE_DEVICES": "0,1,2"}
+    one, two, three = (
+        BatchJob(number=n, model=tmp_path, output=tmp_path / f"{n}.mp4") for n in (1, 2, 3)
+    )
+    done = {"outcome": Outcome().to_dict()}
+
+    def told(hand: _Process, line: Any) -> list[tuple[BatchJob, Outcome]]:
+        sent.clear()
+        return crew._heard(hand, line)
+
+    assert crew.free(3) == [first]
+    crew.begin(first, one)
+    # The other process starts while the first one computes, and has no job yet.
+    assert sent == [("cuda:0", {"job": one.to_dict(), "held": []}), ("cuda:1", {})]
+    assert crew.free(2) == () and told(first, {"number": 1, "percent": 95}) == []
+    assert crew.free(2) == () and told(first, {"number": 1, "decoding": True}) == []
+    assert crew.free(2) == [second]
+    crew.begin(second, two)
+    assert sent[0] == ("cuda:1", {"job": two.to_dict(), "held": ["cuda:0"]})
+    assert crew.free(1) == ()
+    assert [job for job, _ in told(first, done | {"number": 1})] == [one]
+    assert sent == [("cuda:1", {"joined": "cuda:0"})] and crew.free(1) == ()
+    told(second, {"number": 2, "decoding": True})
+    assert crew.free(1) == [first]
+    crew.begin(first, three)
+    told(first, {"number": 3, "decoding": True})
+    assert not crew.free(0), "both decode: nobody is free to begin a third"
+    # One that dies while it decodes: its card is free, its job goes on elsewhere.
+    ((job, outcome),) = told(second, None)
+    assert job is two and outcome.lost and sent == [("cuda:0", {"joined": "cuda:1"})]
+    assert crew.free(1) == [second]
+
+
+@pytest.mark.parametrize(("devices", "why"), [("1", "two cards or more"), ("auto", "auto")])
+def test_turns_need_two_cards(devices: str, why: str) -> None:
+    with pytest.raises(InvalidRequest, match=why):
+        processes_for("overlap", {"devices": devices, "device": "cpu"})
 
 
 def lost_job(crew: Processes | Cluster) -> Outcome:
@@ -213,6 +266,59 @@ def test_two_processes_of_which_one_is_killed_make_the_clips_of_one(tmp_path: Pa
         same = [(tmp_path / folder / f"{i}.mp4").read_bytes() for folder in ("serial", "two")]
         assert same[0] == same[1], i
     assert all(hand.pid is None for hand in made[0].hands)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="stops a process as POSIX does")
+@pytest.mark.parametrize("ended", [signal.SIGCONT, signal.SIGKILL])
+def test_the_next_job_begins_beside_a_decode_that_goes_on_or_is_killed(
+    tmp_path: Path, ended: signal.Signals
+) -> None:
+    """The process stands still in its decode until the next job has made a step."""
+    make_folder(tmp_path / "one", "wan2.1-t2v")
+    shape = {"num_frames": 33, "width": 128, "height": 96, "num_inference_steps": 2}
+    jobs = [
+        {"model": "one", "output": f"{i}.mp4", "prompt": f"{i}", "seed": i, **shape}
+        for i in range(2)
+    ]
+    path, wishes = tmp_path / "jobs.jsonl", CPU | {"devices": 2}
+    path.write_text("\n".join(json.dumps(one) for one in jobs))
+    serial = Batch(path, tmp_path / "serial", optimization=wishes).run()
+    close_workers()
+    events: list[tuple[str, int]] = []
+
+    class Watched(Relay):
+        stopped: _Process | None = None
+
+        def _heard(self, hand: _Process, line: Any) -> list[tuple[BatchJob, Outcome]]:
+            if line is not None and "decoding" in line and ("decodes", 1) not in events:
+                os.kill(hand.pid or 0, signal.SIGSTOP)
+                self.stopped = hand
+            found = super()._heard(hand, line)
+            if line is not None and ("decoding" in line or line.get("percent", 0) > 0):
+                kind = "decodes" if "decoding" in line else "computes"
+                events.append((kind, line["number"]))
+            events.extend(("ended", job.number) for job, _ in found)
+            if self.stopped is not None and events[-1] == ("computes", 2):
+                os.kill(self.stopped.pid or 0, ended)
+                self.stopped = None
+            return found
+
+    told: list[str] = []
+    ledger = Batch(
+        path, tmp_path / "turns", optimization=wishes, crew=lambda: Watched(2), tell=told.append
+    ).run()
+    assert ledger.counts()["done"] == serial.counts()["done"] == 2, told
+    decodes = events.index(("decodes", 1))
+    assert decodes < events.index(("computes", 2)) < events.index(("ended", 1)), events
+    killed = ended == signal.SIGKILL
+    assert [entry.losses for entry in ledger.entries.values()] == [int(killed), 0]
+    assert ledger.entries[1].resumed == (
+        "the denoising was finished; only decoded" if killed else ""
+    )
+    for i in range(2):
+        same = [(tmp_path / folder / f"{i}.mp4").read_bytes() for folder in ("serial", "turns")]
+        assert same[0] == same[1], i
 
 
 @pytest.mark.slow

@@ -22,7 +22,17 @@ from support.tiny_models import ANIMATE, folders, open_wan
 from wan_core import GenerationConfig
 from wan_core.config import WanControl
 from wan_core.errors import WorkerFailed
-from wan_core.workers import child, close_workers, gang, pool, worker_pool
+from wan_core.memory import Card
+from wan_core.workers import (
+    child,
+    close_workers,
+    gang,
+    hold_cards,
+    join_card,
+    pool,
+    when_joined,
+    worker_pool,
+)
 
 ROOT = Path(__file__).parents[2]
 CLIP = {"prompt": "a red cat", "width": 32, "height": 32, "num_frames": 29, "seed": 1,
@@ -478,3 +488,52 @@ def test_a_render_goes_on_with_the_overlap_it_began_with(
     assert "after step 2" in made.metadata["resumed"]
     assert any("and so do those of the rest" in text for text in made.warnings)
     assert torch.equal(made.latents, three)
+
+
+def test_a_card_that_is_held_gets_its_first_unit_when_it_joins(
+    folder: Any, threads: type[ThreadWorker]
+) -> None:
+    """Another program decodes there: until it has done, the other worker takes every unit."""
+    path = folder("wan2.1-t2v")
+    whole = latents(path, CLIP)
+    begun: list[tuple[int, int]] = []
+
+    def trouble(worker: ThreadWorker, number: int) -> None:
+        begun.append((threads.made.index(worker), number))
+        if number == 6:
+            assert {index for index, _ in begun} == {1}
+            join_card("cpu")
+
+    threads.trouble = trouble
+    hold_cards(["cpu"])
+    try:
+        assert torch.equal(latents(path, CLIP, devices=2), whole)
+        assert {index for index, number in begun if number > 8} == {0, 1}
+        # With all of them held it waits, and an interrupt is heard.
+        hold_cards(["cpu", "cpu"])
+        asked: list[int] = []
+
+        def stop() -> None:
+            asked.append(1)
+            if len(asked) > 30:
+                raise KeyboardInterrupt
+
+        begun.clear()
+        with pytest.raises(KeyboardInterrupt):
+            latents(path, CLIP | {"interrupt_check": stop}, devices=2)
+        assert not begun
+    finally:
+        hold_cards([])
+
+
+def test_a_plan_counts_a_held_card_as_it_will_be() -> None:
+    cards = tuple(
+        Card(f"cuda:{i}", "H200", total, free)
+        for i, (free, total) in enumerate([(20, 80), (70, 80), (60, 80), (10, 40)])
+    )
+    assert when_joined(cards) == cards
+    hold_cards(["cuda:0", "cuda:3"])
+    try:
+        assert [card.free_bytes for card in when_joined(cards)] == [70, 70, 60, 40]
+    finally:
+        hold_cards([])

@@ -138,6 +138,16 @@ class WanPipelineLoader:
             "cache_enabled": self._caching,
         }
 
+    def release_device(self) -> None:
+        """Take every cached component off its device, for another process to use; they stay in RAM.
+
+        Components of renders under way are left where they are.
+        """
+        import torch
+
+        self._cache.release_device()
+        torch.cuda.empty_cache()  # does nothing where CUDA was not used
+
     def clear_cache(self) -> None:
         """Drop every cached component and text. Renders under way keep theirs until they end.
 

@@ -61,7 +61,7 @@ from ..plan import (
     for_all_cards,
 )
 from ..preferences import Preferences
-from ..workers import close_workers
+from ..workers import close_workers, when_joined
 from .diffusers_pipeline import check_diffusers
 from .render import Render
 from .report import Forecast, Timeline, device_bytes, format_report
@@ -233,7 +233,8 @@ class WanPipelineWrapper:
         system = machine or self.machine(optimization.device)
         if optimization.devices != "1":
             known = CardRecords().between(torch.get_num_threads())
-            system = for_all_cards(replace(system, cards=all_cards(), between=known), optimization)
+            cards = when_joined(all_cards())
+            system = for_all_cards(replace(system, cards=cards, between=known), optimization)
         return replace(
             system,
             notes=system.notes + self._notes,

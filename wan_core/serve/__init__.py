@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from .crew import Crew, Here
     from .jobs import BadLine, BatchJob, read_jobs
     from .ledger import Ledger, as_page
-    from .processes import Processes, processes_for
+    from .processes import Processes, Relay, processes_for
     from .server import ServerOptions, crew_for, options_of, serve
 
 __getattr__ = lazy_names(
@@ -33,7 +33,7 @@ __getattr__ = lazy_names(
         "crew": ("Crew", "Here"),
         "jobs": ("BadLine", "BatchJob", "read_jobs"),
         "ledger": ("Ledger", "as_page"),
-        "processes": ("Processes", "processes_for"),
+        "processes": ("Processes", "Relay", "processes_for"),
         "server": ("ServerOptions", "crew_for", "options_of", "serve"),
     },
 )
@@ -49,6 +49,7 @@ __all__ = [
     "Ledger",
     "Outcome",
     "Processes",
+    "Relay",
     "ServerOptions",
     "as_page",
     "crew_for",

@@ -95,25 +95,33 @@ class Carrier:
             self._wrapper = (job.group, wrapper)
         return self._wrapper[1]
 
+    def give_back(self) -> None:
+        """Leave this process' card to others until the next job."""
+        self._loader.release_device()
+
     def carry_out(
         self,
         job: BatchJob,
         progress: Callable[[int], object] | None = None,
         stopped: Callable[[], bool] | None = None,
+        decoding: Callable[[], object] | None = None,
     ) -> Outcome:
         """Make a job's clip. Only an interrupt of the process itself is raised.
 
         ``progress`` is called with percent, ``stopped`` between transformer blocks and decoded
-        chunks.
+        chunks, ``decoding`` when the decode has begun and needs no card but this process' own: the
+        finished latents are on disk then, and the other cards free.
         """
         began = time.perf_counter()
         error: Exception | None = None
         result: VideoGenerationResult | None = None
         try:
             job.output.parent.mkdir(parents=True, exist_ok=True)
-            config = job.config()
-            _watch(config, progress, stopped)
-            result = self.open(job).generate(config)
+            config, wrapper = job.config(), self.open(job)
+            if decoding is not None and wrapper.plan(config)[1].decode_strips > 1:
+                decoding = None
+            _watch(config, progress, stopped, decoding)
+            result = wrapper.generate(config)
         except Exception as err:  # noqa: BLE001 - whatever one job does, the others go on
             error = err
         seconds = round(time.perf_counter() - began, 3)
@@ -123,14 +131,22 @@ class Carrier:
 
 
 def _watch(
-    config: Any, progress: Callable[[int], object] | None, stopped: Callable[[], bool] | None
-) -> None:
+    config: Any, progress: Callable[[int], object] | None, stopped: Callable[[], bool] | None,
+    decoding: Callable[[], object] | None,
+) -> None:  # fmt: skip
+    told: list[bool] = []
+
+    def decoded(done: int, total: int) -> None:
+        if decoding is not None and not told:
+            told.append(True)
+            decoding()
+        if progress is not None:
+            progress(_STEPS + (_ALL - _STEPS) * done // max(1, total))
+
+    config.decode_callback = decoded
     if progress is not None:
         tell = progress
         config.progress_callback = lambda done, total, _: tell(_STEPS * done // max(1, total))
-        config.decode_callback = lambda done, total: tell(
-            _STEPS + (_ALL - _STEPS) * done // max(1, total)
-        )
     if stopped is not None:
         asked = stopped
 

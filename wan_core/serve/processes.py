@@ -1,4 +1,4 @@
-"""A crew of processes on this host: a job each, on cards of their own.
+"""A crew of processes on this host: a job each, on cards of their own, or in turn on the same.
 
 A process is this interpreter with this package, started anew. It is told jobs as lines of JSON and
 answers in lines of JSON; it ends when its driver does. One that dies costs its driver nothing: the
@@ -43,6 +43,10 @@ class _Process(Hand):
         told: Callable[[_Process, Line | None], object],
     ) -> None:  # fmt: skip
         super().__init__(name)
+        self.home = str(place.get("device") or "cpu")
+        """The card that it encodes and decodes on."""
+        self.decoding = False
+        """Whether its job needs no card but its home any more."""
         self._place, self._seen, self._told = dict(place), dict(seen), told
         self._process: subprocess.Popen[bytes] | None = None
         self._outbox: queue.Queue[bytes | None] = queue.Queue()
@@ -199,9 +203,67 @@ class Processes:
             hand.ended()
 
 
+class Relay(Processes):
+    """Two processes that take turns at the same ``cards``: one computes while the other decodes.
+
+    Both have all of the cards, and each another one for its home, where it encodes and decodes. As
+    soon as a job's decode has begun, with its latents on disk, the other process begins the next
+    job on all cards but that one, which joins when the clip is finished. A process that dies while
+    it decodes costs its decode: the job goes on from its latents. Arguments as for ``Processes``.
+    """
+
+    def __init__(self, cards: int, *, seen: Sequence[int] = (), **told: Any) -> None:
+        if cards < 2:
+            raise InvalidRequest(
+                f"devices is {cards}; 'overlap' needs two cards or more, of which one decodes "
+                "while the others begin the next job.",
+                field="devices",
+            )
+        self._cards = cards
+        super().__init__(1, cards=cards, seen=seen, **told)
+        self.hands = [self._turn(i, seen) for i in range(2)]
+
+    def _turn(self, index: int, seen: Sequence[int]) -> _Process:
+        place: Mapping[str, Any] = {}
+        if seen:
+            place = {"device": f"cuda:{index}", "devices": "all"}
+        own = visible(seen[: self._cards], os.environ)
+        return _Process(f"process {index}", place, own, self._hear)
+
+    def free(self, waiting: int) -> Sequence[Hand]:
+        """Return the process whose turn it is, once no other computes."""
+        if any(hand.job is not None and not hand.decoding for hand in self.hands):
+            return ()
+        return [hand for hand in self.hands if hand.job is None][:1]
+
+    def begin(self, hand: Hand, job: BatchJob) -> None:
+        """Send the job to its process, with the cards that are still to come."""
+        assert isinstance(hand, _Process)
+        others = [other for other in self.hands if other is not hand]
+        held = [other.home for other in others if other.job is not None]
+        hand.job, hand.told_to_stop, hand.decoding = job, None, False
+        hand.send({"job": job.to_dict(), "held": held})
+        for other in others:
+            if other.pid is None:
+                other.send({})  # it starts meanwhile
+
+    def _heard(self, hand: _Process, line: Line | None) -> list[tuple[BatchJob, Outcome]]:
+        if line is not None and "decoding" in line:
+            hand.decoding = hand.job is not None and line["number"] == hand.job.number
+            return []
+        found = super()._heard(hand, line)
+        if hand.job is None:
+            hand.decoding = False
+            for other in self.hands:
+                if other is not hand and other.job is not None:
+                    other.send({"joined": hand.home})
+        return found
+
+
 def processes_for(at_once: str, optimization: Mapping[str, Any], **told: Any) -> Processes:
     """Return a crew for this host: ``at_once`` is a number, or "all" for as many as fit its cards.
 
+    With "overlap" one job after the other has the cards, and the next begins while one is decoded.
     ``optimization`` says with ``devices`` how many cards a job has, and with ``device`` "cpu" that
     none is used. Raises InvalidRequest for numbers that do not go together.
     """
@@ -209,6 +271,10 @@ def processes_for(at_once: str, optimization: Mapping[str, Any], **told: Any) ->
 
     cpu = str(optimization.get("device") or "").startswith("cpu")
     cards = () if cpu else all_cards()
+    if at_once == "overlap":
+        devices = str(optimization.get("devices", "all"))
+        own = len(cards) if devices == "all" and not cpu else _number(devices, "devices")
+        return Relay(own, seen=range(len(cards)), **told)
     count = None if at_once == "all" else _number(at_once, "at_once")
     if count == 1:  # the one job has this host as it is, and its plan chooses
         return Processes(1, **told)
@@ -221,7 +287,7 @@ def _number(text: str, name: str) -> int:
     if not (text.isascii() and text.isdigit() and int(text) > 0):
         raise InvalidRequest(
             f"{name} is {text!r}; with several jobs at once a number from 1 on is needed"
-            f"{', or all' if name == 'at_once' else ''}.",
+            f"{', or all, or overlap' if name == 'at_once' else ''}.",
             field=name,
         )
     return int(text)
@@ -241,19 +307,25 @@ def visible(cards: Sequence[int], given: Mapping[str, str]) -> dict[str, str]:
 
 def main() -> None:
     """Be a process of a crew: carry out the jobs that come by stdin until it closes."""
+    from ..workers import hold_cards, join_card  # by no thread: it takes torch along
+
     # What a library prints must not be taken for an answer.
     answers = os.fdopen(os.dup(1), "wb", buffering=0)
     os.dup2(2, 1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the driver, which closes stdin
-    inbox: queue.Queue[BatchJob] = queue.Queue()
+    inbox: queue.Queue[tuple[BatchJob, bool]] = queue.Queue()
     unwanted: set[int] = set()
 
     def listen() -> None:
         for text in sys.stdin.buffer:
             line = json.loads(text)
             if "job" in line:
-                inbox.put(BatchJob.from_dict(line["job"]))
-            else:
+                # Here, in the order of the lines: a card may join before the job has begun.
+                hold_cards(line.get("held", ()))
+                inbox.put((BatchJob.from_dict(line["job"]), "held" in line))
+            elif "joined" in line:
+                join_card(line["joined"])
+            elif "stop" in line:
                 unwanted.add(line["stop"])
         os._exit(0)  # the driver is gone, however: the journal is whole after every step
 
@@ -264,7 +336,7 @@ def main() -> None:
 
     carrier = Carrier(json.loads(sys.argv[2]))
     while True:
-        job = inbox.get()
+        job, in_turn = inbox.get()
         number, last = job.number, [-1]
 
         def tell(percent: int, number: int = number, last: list[int] = last) -> None:
@@ -275,6 +347,11 @@ def main() -> None:
         def stop(number: int = number) -> bool:
             return number in unwanted
 
-        outcome = carrier.carry_out(job, tell, stop)
+        def decoding(number: int = number) -> None:
+            answer({"number": number, "decoding": True})
+
+        outcome = carrier.carry_out(job, tell, stop, decoding if in_turn else None)
         unwanted.discard(number)
+        if in_turn:
+            carrier.give_back()  # before the other one is told that the card is free
         answer({"number": number, "outcome": outcome.to_dict()})

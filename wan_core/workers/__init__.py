@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from ..lazy import lazy_names
 
 if TYPE_CHECKING:
-    from .kept import Experts, close_workers, worker_pool
+    from .kept import Experts, close_workers, hold_cards, join_card, when_joined, worker_pool
     from .placement import placed
     from .pool import WorkerPool
     from .strips import OutOfRange, StripsDecoder, StripsLost
@@ -24,7 +24,14 @@ if TYPE_CHECKING:
 __getattr__ = lazy_names(
     __name__,
     {
-        "kept": ("Experts", "close_workers", "worker_pool"),
+        "kept": (
+            "Experts",
+            "close_workers",
+            "hold_cards",
+            "join_card",
+            "when_joined",
+            "worker_pool",
+        ),
         "placement": ("placed",),
         "pool": ("WorkerPool",),
         "strips": ("OutOfRange", "StripsDecoder", "StripsLost"),
@@ -40,6 +47,9 @@ __all__ = [
     "Weights",
     "WorkerPool",
     "close_workers",
+    "hold_cards",
+    "join_card",
     "placed",
+    "when_joined",
     "worker_pool",
 ]

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import atexit
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from ..memory import Card
 from ..sampling import Conditions, Kept, Made, Unit
 from .pool import WorkerPool
 from .weights import Weights
@@ -32,6 +33,34 @@ class Experts:
 
 
 _pools: list[WorkerPool] = []
+_held: list[str] = []
+"""One list for this process and its pools: what is taken out counts at once."""
+
+
+def hold_cards(devices: Sequence[str]) -> None:
+    """Have the workers on these cards wait, until ``join_card``: another program uses them still.
+
+    A unit waits with them where no other worker can compute it. May be called from any thread.
+    """
+    _held[:] = devices
+
+
+def join_card(device: str) -> None:
+    """Have a card's workers compute from now on. May be called from any thread."""
+    if device in _held:
+        _held.remove(device)
+
+
+def when_joined(cards: tuple[Card, ...]) -> tuple[Card, ...]:
+    """Return the cards as they will be: one that is held with as much free memory as another."""
+    others = [card.free_bytes for card in cards if card.device not in _held]
+    most = max(others, default=0)
+    return tuple(
+        replace(card, free_bytes=max(card.free_bytes, min(most, card.total_bytes)))
+        if card.device in _held
+        else card
+        for card in cards
+    )
 
 
 def worker_pool(devices: Sequence[str], gang: int = 1) -> WorkerPool:
@@ -45,6 +74,7 @@ def worker_pool(devices: Sequence[str], gang: int = 1) -> WorkerPool:
         close_workers()
         found = WorkerPool(devices, gang)
         _pools.append(found)
+    found.held = _held
     return found
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import queue
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -55,6 +55,8 @@ class WorkerPool:
         """What happened to workers, in words, for the result's warnings."""
         self.loaded: Loaded = lambda *_: None
         self.quiet_seconds = quiet_seconds
+        self.held: list[str] = []
+        """Cards that another program still uses; their workers get nothing until they are out."""
         self.records = CardRecords()
         self._trials: dict[str, Trial | None] = {}
         self._uncut: set[str] = set()
@@ -112,7 +114,7 @@ class WorkerPool:
 
     def free_ranks(self, count: int) -> list[Rank]:
         """Return ``count`` workers that could decode a strip each now; fewer where they are not."""
-        return [rank for gang in self._gangs if gang.idle for rank in gang.ranks][:count]
+        return [rank for gang in self._ours() if gang.idle for rank in gang.ranks][:count]
 
     def begin_strips(self, decoder: Strips, ranks: Sequence[Rank]) -> int:
         """Have ``decoder`` told of what these workers say; return the number of its decode."""
@@ -402,11 +404,20 @@ class WorkerPool:
 
     def _dispatch(self) -> None:
         """Give waiting units, in their order, to gangs that have none."""
-        for gang in self._gangs:
+        for gang in self._ours():
             if not self._waiting:
                 return
             if gang.idle:
                 self._give(gang, self._waiting.popleft())
+
+    def _ours(self) -> list[Gang]:
+        """Return the gangs that may be given work: those on a card that is held wait for it."""
+        held, ours = Counter(self.held), []
+        for gang in self._gangs:
+            waits = any(held[device] > 0 for device in gang.devices)
+            held -= Counter(gang.devices)  # a device that is named twice has two workers
+            ours += [] if waits else [gang]
+        return ours
 
     def _give(self, gang: Gang, number: int) -> None:
         job = self._jobs[number]
