@@ -1,20 +1,25 @@
 """One clip on several cards: seconds of a step, efficiency, bits, peaks; predicted and measured.
 
-    python benchmarks/many.py [--devices 1 2 4] [--budget 480] [--output FOLDER] [--tiny]
+    python benchmarks/many.py [--devices 1 2 4] [--cases WORD ...] [--budget 480] [--tiny]
 
-Writes a Wan 2.2 T2V-A14B with random weights of true shape to ``--folder`` (29 GB, and 10 GB for a
-5B; /dev/shm where it has room, else the temporary folder), then runs each case on each number of
-cards in turn, the same bits expected of all. Windows come first, then guidance, then a cut of each
-pass along its tokens (Ulysses): "cards" says how many gangs of how many. Whether a cut keeps the
-bits is tried by its first pass, which is computed both ways; what the trial and the links between
-the cards showed is listed. Records of earlier runs are not read, so that each trial is made here.
-Only the high-noise expert's steps are made and nothing is decoded: a run is stopped after its last
-step. What a decode in strips takes, needs and rounds is measured by ``many_decode``, in this run as
-far as there is time. So that a cut is tried between cards whose link is not known yet, the plan is
-made to believe in NVLink until it is measured. A step's seconds are the median from callback to
-callback, without the first, in which the trial is. Parts that the budget does not allow are left
-out and named. Where memory is added to a machine as it is used, ``--ram-gb`` says how much there
-will be. Writes ``many_<device>.json`` and ``.md``. ``--tiny`` runs small models on the CPU.
+On one card and on all there are, unless ``--devices`` says otherwise. Writes a Wan 2.2 T2V-A14B
+with random weights of true shape to ``--folder`` (29 GB, and 10 GB for a 5B; /dev/shm where it has
+room, else the temporary folder), then runs each case on each number of cards in turn, the same bits
+expected of all. Windows come first, then guidance, then a cut of each pass along its tokens
+(Ulysses): "cards" says how many gangs of how many. Whether a cut keeps the bits is tried by its
+first pass, which is computed both ways; what the trial and the links between the cards showed is
+listed. Records of earlier runs are not read, so that each trial is made here; what one card took is
+learnt as a render would, and "predicted" is what a plan said with the assumed rates and, where that
+had been learnt, with the measured pace. Streamed weights (no block resident) are copied by shares
+and by each card for itself. Processes stay for the next case that divides the cards alike. Rows of
+an earlier report of the same device and versions are kept where this run has none. Only the high-
+noise expert's steps are made and nothing is decoded: a run is stopped after its last step. What a
+decode in strips takes, needs and rounds is measured by ``many_decode``, in this run as far as there
+is time. So that a cut is tried between cards whose link is not known yet, the plan is made to
+believe in NVLink until it is measured. A step's seconds are the median from callback to callback,
+without the first, in which the trial is. Parts that the budget does not allow are left out and
+named. Where memory is added to a machine as it is used, ``--ram-gb`` says how much there will be.
+Writes ``many_<device>.json`` and ``.md``. ``--tiny`` runs small models on the CPU.
 """
 
 from __future__ import annotations
@@ -27,28 +32,40 @@ import shutil
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from math import ceil
 from pathlib import Path
 from statistics import median
 from typing import Any
+from unittest.mock import patch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "benchmarks")]
 
-from wan_core.memory import FASTEST, CardRecords, Link, close_gaps
+from wan_core.memory import (
+    FASTEST,
+    Calibrations,
+    CardRecords,
+    Link,
+    RunRecord,
+    close_gaps,
+    forward_name,
+)
 
 close_gaps()
 
 import torch
 from host_memory import ram_of, room_for_model
-from many_decode import DECODES, TINY_DECODES, decode, decode_table
+from many_decode import DECODES, TINY_DECODES, decode
+from many_report import kept_of, table, write
 from random_model import Shapes, write_model
 
 from wan_core import GenerationConfig, WanPipelineLoader
-from wan_core.files import atomic_write
 from wan_core.journal import versions
 from wan_core.models import VARIANTS
+from wan_core.plan.gangs import Cutting
 from wan_core.workers import close_workers, worker_pool
 
 MIB = 2**20
@@ -70,25 +87,61 @@ class Case:
     guidance: float | None = None
     """None: the model's own; 1 makes a step one pass, which only a cut can share out."""
     model: str = "wan2.2-t2v-a14b"
+    wishes: Mapping[str, Any] = field(default_factory=dict)
+    shares: bool | None = None
+    """Whether the cards of a gang copy streamed weights by shares; None leaves it to the plan."""
+    beside: str = ""
+    """The case whose bits and seconds it is compared with, its own where empty. It is then not run
+    on one card."""
+    more: float = 0.0
+    """Seconds until weights are in their place, beyond those of others: page-locking, a cast."""
+
+    def cut(self, count: int) -> int:
+        """Return how many of so many cards compute a pass together."""
+        return count // min(count, self.units)
 
 
+_SIZE, _BARE, _FP8_EACH = (832, 480, 81, None), "480p81 without guidance", "fp8 streamed by each"
+_STREAM: dict[str, Any] = {"offload": "stream", "resident_blocks": 0}
+_FP8: dict[str, Any] = {"fp8_storage": "always"}
 CASES = (
-    Case("480p81", 832, 480, 81, None, 2, 4, 6.6),
-    Case("480p81 without guidance", 832, 480, 81, None, 1, 4, 3.3, 1.0),
+    Case("480p81", *_SIZE, 2, 3, 6.6),
+    Case("720p81", 1280, 720, 81, None, 2, 2, 26.0),
+    Case("5B 704p121", 1280, 704, 121, None, 2, 3, 2.4, None, "wan2.2-ti2v-5b"),
     Case("480p321 in windows of 81", 832, 480, 321, 81, 10, 2, 33.0),
-    Case("720p81", 1280, 720, 81, None, 2, 3, 26.0),
-    Case("5B 704p121 without guidance", 1280, 704, 121, None, 1, 4, 1.2, 1.0, "wan2.2-ti2v-5b"),
-    Case("5B 704p121", 1280, 704, 121, None, 2, 4, 2.4, None, "wan2.2-ti2v-5b"),
-)
+    Case(_BARE, *_SIZE, 1, 3, 3.3, 1.0),
+    Case("720p81 without guidance", 1280, 720, 81, None, 1, 2, 13.0, 1.0),
+    Case("5B 704p121 without guidance", 1280, 704, 121, None, 1, 3, 1.2, 1.0, "wan2.2-ti2v-5b"),
+    Case("480p81 streamed, shared", *_SIZE, 1, 3, 3.3, 1.0, wishes=_STREAM, shares=True,
+         beside=_BARE, more=20),
+    Case("480p81 streamed by each", *_SIZE, 1, 3, 3.3, 1.0, wishes=_STREAM, shares=False,
+         beside=_BARE, more=10),
+    Case(_FP8_EACH, *_SIZE, 1, 2, 3.3, 1.0, wishes=_FP8 | _STREAM, shares=False,
+         beside=_FP8_EACH, more=25),
+    Case("fp8 streamed, shared", *_SIZE, 1, 2, 3.3, 1.0, wishes=_FP8 | _STREAM, shares=True,
+         beside=_FP8_EACH, more=10),
+    Case("fp8 without guidance", *_SIZE, 1, 2, 3.3, 1.0, wishes=_FP8, beside=_FP8_EACH),
+)  # fmt: skip
+"""By worth, but that those which divide the cards alike follow each other. fp8 is compared with
+itself where each card copies all."""
+_SMALL = (64, 64, 17, None)
 TINY = (
-    Case("whole", 64, 64, 17, None, 2, 3, 0.3),
-    Case("whole without guidance", 64, 64, 17, None, 1, 3, 0.2, 1.0),
+    Case("whole", *_SMALL, 2, 3, 0.3),
     Case("windows", 64, 64, 33, 17, 6, 3, 0.5),
-)
+    Case("whole without guidance", *_SMALL, 1, 3, 0.2, 1.0),
+    Case("streamed, shared", *_SMALL, 1, 3, 0.2, 1.0, wishes=_STREAM, shares=True,
+         beside="whole without guidance"),
+    Case("streamed by each", *_SMALL, 1, 3, 0.2, 1.0, wishes=_STREAM, shares=False,
+         beside="whole without guidance"),
+    Case(_FP8_EACH, *_SMALL, 1, 2, 0.2, 1.0, wishes=_FP8 | _STREAM, shares=False,
+         beside=_FP8_EACH),
+    Case("fp8 streamed, shared", *_SMALL, 1, 2, 0.2, 1.0, wishes=_FP8 | _STREAM, shares=True,
+         beside=_FP8_EACH),
+)  # fmt: skip
 OVERLAP = 16
-ALONE, TOGETHER = 30.0, 45.0
-"""Seconds until the weights are on one card, and until processes have started and theirs are, to
-begin with; later what the run before has taken."""
+ALONE, TOGETHER, AGAIN = 8.0, 28.0, 10.0
+"""Seconds until the weights are on one card; until processes have started and theirs are; and until
+theirs are where they had started: on two H200s, to begin with, later what the run before took."""
 MODEL_BYTES = 45e9
 """What the models take, and what NCCL may want of /dev/shm beside them."""
 BELIEVED = 99
@@ -102,7 +155,7 @@ class Done(BaseException):
 def run(folder: Path, case: Case, devices: int, tiny: bool) -> dict[str, Any]:
     """Make the steps of a case and return what they took and gave."""
     loader = WanPipelineLoader(enable_caching=False)
-    wishes: dict[str, Any] = {"devices": devices}
+    wishes: dict[str, Any] = {"devices": devices, **case.wishes}
     if tiny:
         wishes |= {"device": "cpu", "precision": "fp32"}
     wrapper = loader.load_wan_pipeline(folder, optimization_config=wishes)
@@ -130,14 +183,12 @@ def run(folder: Path, case: Case, devices: int, tiny: bool) -> dict[str, Any]:
         guidance_scale=case.guidance,
     )  # fmt: skip
     _, plan = wrapper.plan(config)
-    if tiny and devices > 1:
-        # Nobody would cut these on a CPU: it is made to believe that exchanges take no time.
-        machine = plan.tried_as.partition("; ")[0]
-        for cards in range(2, devices + 1):
-            CardRecords().keep_link(machine, cards, Link(FASTEST, 0.0))
-        _, plan = wrapper.plan(config)
-    elif devices > 1:
-        CardRecords().keep_link(plan.tried_as.partition("; ")[0], BELIEVED, Link(1.5e11, 1e-4))
+    if devices > 1:
+        # Nobody would cut the small ones on a CPU: it is made to believe that exchanges take no
+        # time.
+        machine, free = plan.tried_as.partition("; ")[0], Link(FASTEST, 0.0)
+        for cards in range(2, devices + 1) if tiny else (BELIEVED,):
+            CardRecords().keep_link(machine, cards, free if tiny else Link(1.5e11, 1e-4))
         _, plan = wrapper.plan(config)
     if not tiny:
         torch.cuda.reset_peak_memory_stats()
@@ -147,74 +198,86 @@ def run(folder: Path, case: Case, devices: int, tiny: bool) -> dict[str, Any]:
         found["errors"] = result.errors
     except Done:
         pass
-    # Planned again, now that links and trial are known: what the next job would be told.
-    _, after = wrapper.plan(config)
-    after = after if (after.gang, after.workers) == (plan.gang, plan.workers) else plan
     steps = [b - a for a, b in zip(ends, ends[1:], strict=False)]
-    peaks = []
+    peaks, copied = [], []
     cut = 0
     if plan.workers and "errors" not in found:
         told = worker_pool(plan.workers, plan.gang).describe()
         peaks = [one["peak_bytes"] for one in told]
+        copied = [round(one.get("copied_bytes", 0) / MIB) for one in told]
         cut = sum({one["gang"]: one["cut"] for one in told if "gang" in one}.values())
     elif not tiny:
         peaks = [torch.cuda.max_memory_allocated()]
+    # Planned again, now that links and trial are known: what the next job would be told.
+    assumed, after = foretold(wrapper, config, plan)
+    if devices == 1 and steps and not case.wishes:
+        learn(wrapper, plan, steps)
     denoise = next((s for s in plan.estimate.stages if s.name.startswith("denoise")), None)
     found |= {
         "case": case.name, "devices": devices, "workers": list(plan.workers), "gang": plan.gang,
         "cut_passes": cut,
         "units": case.units, "step_seconds": median(steps) if steps else None, "steps": steps,
         "first_step_after": ends[0] - began if ends else None,
+        "assumed_step_seconds": assumed.step_seconds, "predicted_paced": after.paced,
         "predicted_step_seconds": after.step_seconds, "predicted_seconds": after.seconds,
+        "beside": case.beside or case.name, "shared_weights": plan.shared_weights,
+        "copied_mib": copied,
         "reason": after.reasons[-1], "applied": list(after.applied),
         "peak_mib": [round(peak / MIB) for peak in peaks],
         "predicted_peak_mib": round(
             (after.card_peak_bytes or (0 if denoise is None else denoise.device_bytes)) / MIB
         ),
     }  # fmt: skip
-    close_workers()
-    loader.clear_cache()
     if not tiny:
         torch.cuda.empty_cache()
     return found
 
 
-def table(found: dict[str, Any]) -> str:
-    """Return the results as Markdown."""
-    lines = [
-        f"# One clip on several cards: {found['device']}", "",
-        f"`{found['command']}`, {found['date']}, "
-        + ", ".join(f"{k} {v}" for k, v in found["versions"].items()), "",
-        "| case | cards | step, s | predicted | speed-up | of units / turns | bits | peak, MiB |",
-        "|---|---|---|---|---|---|---|---|",
-    ]  # fmt: skip
-    alone = {one["case"]: one for one in found["runs"] if one["devices"] == 1}
-    for one in found["runs"]:
-        base, step = alone.get(one["case"]), one["step_seconds"]
-        if step is None or base is None or base["step_seconds"] is None:
-            lines.append(f"| {one['case']} | {one['devices']} | {one.get('errors')} | | | | | |")
-            continue
-        speed = base["step_seconds"] / step
-        cards = max(1, len(one["workers"]))
-        gangs = cards // one["gang"]
-        ideal = one["gang"] * one["units"] / ceil(one["units"] / gangs)
-        shown = f"{gangs} x {one['gang']}" if one["gang"] > 1 else str(cards)
-        same = "equal" if one["bits"] == base["bits"] else "OTHER"
-        lines.append(
-            f"| {one['case']} | {shown} of {one['devices']} | {step:.2f} | "
-            f"{one['predicted_step_seconds']:.2f} | {speed:.2f} | {speed / ideal:.2f} of "
-            f"{ideal:.2f} | {same} | {', '.join(map(str, one['peak_mib']))} "
-            f"({one['predicted_peak_mib']}) |"
-        )
-    lines += decode_table(found["decodes"])
-    return "\n".join([*lines, "", *(f"- {note}" for note in found["notes"]), ""])
+@contextmanager
+def sharing(case: Case) -> Iterator[None]:
+    """Have plans share streamed weights, or not, as a case says."""
+    if case.shares is None:
+        yield
+        return
+
+    def shares(job: Cutting, alone: float, cards: int) -> bool:
+        return bool(case.shares) and cards > 1 and job.choices.stream
+
+    with patch.object(Cutting, "shares_weights", shares):
+        yield
+
+
+def foretold(wrapper: Any, config: GenerationConfig, plan: Any) -> tuple[Any, Any]:
+    """Return the plan by assumed rates, and by the pace that runs have taught, of the same ways."""
+    path = Calibrations().path
+    known = path.read_bytes() if path.exists() else None
+    path.unlink(missing_ok=True)
+    _, assumed = wrapper.plan(config)
+    if known is not None:
+        path.write_bytes(known)
+    _, after = wrapper.plan(config)
+
+    def same(one: Any) -> Any:
+        return one if (one.gang, one.workers) == (plan.gang, plan.workers) else plan
+
+    return same(assumed), same(after)
+
+
+def learn(wrapper: Any, plan: Any, steps: list[float]) -> None:
+    """Keep the pace that a run on one card had, as a render keeps it that goes on to its end."""
+    key = wrapper._calibration_key(wrapper._manager.analyze_system_resources(plan.device))
+    known = Calibrations().of(key)
+    forward = forward_name(plan.choices.lean, plan.choices.by_rows)
+    pace = known.pace * median(steps) / plan.step_seconds
+    Calibrations().add(key, RunRecord(extra=None, pace=pace, forward=forward))
 
 
 def measured_between() -> list[str]:
     """Return what the runs have shown of links and cuts, a line each."""
     known = CardRecords().between()
     lines = [
-        f"link, {name}: {link.rate / 1e9:.3g} GB/s, {1e6 * link.seconds:.0f} us an exchange"
+        f"link, {name}: {link.rate / 1e9:.3g} GB/s, {1e6 * link.seconds:.0f} us an exchange, "
+        f"{link.host / 1e9:.3g} GB/s from RAM to each while all copy"
         for name, link in known.links.items()
         if link.rate < FASTEST and not name.endswith(f" {BELIEVED} cards")
     ]
@@ -222,13 +285,6 @@ def measured_between() -> list[str]:
         told = "every bit equal" if trial.equal else f"rounding, relative error {trial.error:.1e}"
         lines.append(f"trial, {kind}: {told}")
     return lines
-
-
-def write(found: dict[str, Any], output: Path) -> None:
-    name = "many_" + "_".join(found["device"].lower().split())
-    output.mkdir(parents=True, exist_ok=True)
-    atomic_write(output / f"{name}.json", (json.dumps(found, indent=1) + "\n").encode())
-    atomic_write(output / f"{name}.md", table(found).encode())
 
 
 def model_folder(folder: Path, name: str, tiny: bool) -> Path:
@@ -252,26 +308,38 @@ class Pace:
 
     alone: float = ALONE
     together: float = TOGETHER
+    again: float = AGAIN
     steps: float = 1.0
     """How long steps take beside ``Case.seconds``."""
+    there: tuple[int, int] = (0, 0)
+    """How many processes there are, and how many of them a gang."""
 
     def needed(self, case: Case, count: int) -> float:
         """Return the seconds of a case on so many cards."""
-        share = 1 / min(count, case.units)
-        if count > case.units:  # a cut
-            share = 1 / count
+        share = ceil(case.units * case.cut(count) / count) / case.units / case.cut(count)
         # A trial computes one pass alone.
-        computed = case.seconds * self.steps * (case.steps * share + 1 / case.units)
-        return computed + (self.together if count > 1 else self.alone)
+        passes = case.steps * share + (case.cut(count) > 1) / case.units
+        return case.seconds * self.steps * passes + self._start(case, count) + case.more
+
+    def _start(self, case: Case, count: int) -> float:
+        if count == 1:
+            return self.alone
+        return self.again if self.there == (count, case.cut(count)) else self.together
 
     def learn(self, case: Case, count: int, took: float, step: float | None) -> None:
         """Note what a run took, and its step; nothing where it failed."""
-        if step is None:
+        started = count > 1 and self.there != (count, case.cut(count))
+        if count > 1:
+            self.there = (count, case.cut(count))
+        if step is None or case.wishes:
             return
+        rest = max(1.0, took - case.steps * step)
         if count == 1:
-            self.alone, self.steps = took - case.steps * step, step / case.seconds
+            self.alone, self.steps = rest, step / case.seconds
+        elif started:
+            self.together = rest
         else:
-            self.together = took - case.steps * step
+            self.again = rest
 
 
 def decodes(
@@ -298,15 +366,16 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results")
     parser.add_argument("--folder", type=Path, help="where to put the weights")
     parser.add_argument("--ram-gb", type=float, help="RAM the machine grows to, in GiB")
+    parser.add_argument("--cases", nargs="+", default=[""], help="only those with such a word")
     parser.add_argument("--tiny", action="store_true", help="small models on the CPU")
     arguments = parser.parse_args()
     began, tiny = time.perf_counter(), arguments.tiny
     there = 4 if tiny else torch.cuda.device_count()
-    devices = arguments.devices or sorted({1, 2, there} & set(range(1, there + 1)))
+    devices = arguments.devices or sorted({1, min(there, 2 if tiny else there)})
     found: dict[str, Any] = {
         "command": " ".join(["python", "benchmarks/many.py", *sys.argv[1:]]),
         "date": time.strftime("%Y-%m-%d"), "versions": versions(), "runs": [], "decodes": [],
-        "notes": [],
+        "notes": [], "kept": {}, "order": [case.name for case in (*TINY, *CASES)],
         "device": "cpu" if tiny else f"{there} {torch.cuda.get_device_name(0)}",
     }  # fmt: skip
     place = room_for_model(arguments.folder, tiny, MODEL_BYTES)
@@ -314,10 +383,13 @@ def main() -> None:
     os.environ["XDG_CACHE_HOME"] = str(folder / "records")
     os.environ.setdefault("NCCL_DEBUG", "WARN")
     pace = Pace()
+    found["kept"] = kept_of(found, arguments.output)
     try:
         with ram_of(arguments.ram_gb):
             for case in TINY if tiny else CASES:
-                for count in devices:
+                if not any(word in case.name for word in arguments.cases):
+                    continue
+                for count in (n for n in devices if n > 1 or not case.beside):
                     needed = pace.needed(case, count)
                     if not tiny and time.perf_counter() - began + needed > arguments.budget:
                         note = f"{case.name} on {count}: left out, {needed:.0f} s"
@@ -329,16 +401,27 @@ def main() -> None:
                     if written - started > 1:
                         note = f"{case.model} was written in {written - started:.0f} s"
                         found["notes"].append(note)
-                    made = run(model, case, count, tiny)
+                    try:
+                        with sharing(case):
+                            made = run(model, case, count, tiny)
+                    except Exception as err:  # noqa: BLE001 - the others are measured anyway
+                        found["notes"].append(
+                            f"{case.name} on {count}: {type(err).__name__}: {err}"
+                        )
+                        close_workers()
+                        continue
                     pace.learn(case, count, time.perf_counter() - written, made["step_seconds"])
                     found["runs"].append(made)
                     print(json.dumps(made), flush=True)
                     write(found, arguments.output)
-                if (folder / case.model).exists():
+            close_workers()
+            for name in dict.fromkeys(case.model for case in CASES):
+                if (folder / name).exists():
                     left = arguments.budget - (time.perf_counter() - began)
-                    decodes(found, folder / case.model, devices, left, tiny)
+                    decodes(found, folder / name, devices, left, tiny)
                     write(found, arguments.output)
     finally:
+        close_workers()
         found["notes"] += measured_between()
         shutil.rmtree(folder, ignore_errors=True)
     found["notes"].append(f"{time.perf_counter() - began:.0f} s in all")

@@ -309,13 +309,21 @@ def test_a_clip_on_two_workers_is_measured(tmp_path: Path) -> None:
     command += ["--devices", "1", "2", "--output", str(tmp_path), "--folder", str(tmp_path)]
     subprocess.run(command, check=True, cwd=BENCHMARKS.parent, timeout=170)
     found = json.loads((tmp_path / "many_cpu.json").read_text())
-    cases = ("whole", "whole without guidance", "windows")
+    cases = ("whole", "windows", "whole without guidance")
     expected = [(case, count) for case in cases for count in (1, 2)]
-    assert [(one["case"], one["devices"]) for one in found["runs"]] == expected
-    assert [one["cut_passes"] for one in found["runs"]] == [0, 0, 0, 3, 0, 0]
-    for alone, shared in zip(found["runs"][::2], found["runs"][1::2], strict=True):
+    streamed = ("streamed, shared", "streamed by each", "fp8 streamed by each")
+    expected += [(case, 2) for case in (*streamed, "fp8 streamed, shared")]
+    runs = {(one["case"], one["devices"]): one for one in found["runs"]}
+    assert set(runs) == set(expected) and len(found["runs"]) == len(expected)
+    cut = [0, 0, 0, 0, 0, 3, 3, 3, 2, 2]
+    assert [runs[key]["cut_passes"] for key in expected] == cut
+    for case in cases:
+        alone, shared = runs[case, 1], runs[case, 2]
         assert alone["finite"] and alone["bits"] == shared["bits"]
         assert alone["workers"] == [] and shared["workers"] == ["cpu", "cpu"]
+    assert [runs[one, 2]["shared_weights"] for one in streamed] == [True, False, False]
+    # What one card took teaches the pace of those that come after.
+    assert [runs[key]["predicted_paced"] for key in expected] == [False, *[True] * 9]
     assert "OTHER" not in (tmp_path / "many_cpu.md").read_text()
 
 

@@ -1,0 +1,97 @@
+"""What ``many.py`` writes: its rows, and those of an earlier run of which it has none."""
+
+from __future__ import annotations
+
+import json
+from math import ceil
+from pathlib import Path
+from typing import Any
+
+from many_decode import decode_table
+
+from wan_core.files import atomic_write
+
+
+def table(found: dict[str, Any]) -> str:
+    """Return the results as Markdown."""
+    lines = [
+        f"# One clip on several cards: {found['device']}", "",
+        f"`{found['command']}`, {found['date']}, "
+        + ", ".join(f"{k} {v}" for k, v in found["versions"].items()), "",
+        "| case | cards | step, s | predicted (/ with the pace of runs) | speed-up | "
+        "of units / turns | bits | peak, MiB |",
+        "|---|---|---|---|---|---|---|---|",
+    ]  # fmt: skip
+    for one in rows_of(found, "runs"):
+        base, step = base_of(found, one), one["step_seconds"]
+        if step is None or base is None or base["step_seconds"] is None:
+            why = one.get("errors") or (f"{step:.2f}" if step else "")
+            lines.append(f"| {one['case']} | {one['devices']} | {why} | | | | | |")
+            continue
+        speed = base["step_seconds"] / step
+        cards = max(1, len(one["workers"]))
+        gangs = cards // one["gang"]
+        ideal = one["gang"] * one["units"] / ceil(one["units"] / gangs)
+        ideal /= max(1, len(base["workers"]))  # where that is none on one card
+        shown = f"{gangs} x {one['gang']}" if one["gang"] > 1 else str(cards)
+        told = f"{one.get('assumed_step_seconds', one['predicted_step_seconds']):.2f}"
+        if one.get("predicted_paced"):
+            told += f" / {one['predicted_step_seconds']:.2f}"
+        same = "equal" if one["bits"] == base["bits"] else "OTHER"
+        lines.append(
+            f"| {one['case']} | {shown} of {one['devices']} | {step:.2f} | "
+            f"{told} | {speed:.2f} | {speed / ideal:.2f} of "
+            f"{ideal:.2f} | {same} | {', '.join(map(str, one['peak_mib']))} "
+            f"({one['predicted_peak_mib']}) |"
+        )
+    lines += decode_table(rows_of(found, "decodes"))
+    return "\n".join([*lines, "", *(f"- {note}" for note in found["notes"]), ""])
+
+
+def rows_of(found: dict[str, Any], part: str) -> list[dict[str, Any]]:
+    """Return the rows of this run, and those of an earlier one of which it has none."""
+
+    def key(one: dict[str, Any]) -> tuple[Any, ...]:
+        return (one["case"], one.get("devices"))
+
+    measured = [one for one in found[part] if one.get("step_seconds", 0) is not None]
+    here = {key(one) for one in measured}
+    kept = [one for one in found["kept"].get(part, []) if key(one) not in here]
+    here |= {key(one) for one in kept}
+    rows = [*measured, *kept, *(one for one in found[part] if key(one) not in here)]
+    places = {name: place for place, name in enumerate(found["order"])}
+    return sorted(rows, key=lambda one: places.get(one["case"], len(places)))
+
+
+def base_of(found: dict[str, Any], one: dict[str, Any]) -> dict[str, Any] | None:
+    """Return the run that another is compared with: of the same clip, on the fewest cards."""
+    beside = one.get("beside", one["case"])
+    alike = [base for base in rows_of(found, "runs") if base["case"] == beside]
+    return min(alike, key=lambda base: base["devices"], default=None)
+
+
+def kept_of(found: dict[str, Any], output: Path) -> dict[str, Any]:
+    """Return the rows of a report of this device and these versions, if there is one."""
+    path = output / f"{file_name(found)}.json"
+    if not path.is_file():
+        return {}
+    old = json.loads(path.read_text())
+    if (old["device"], old["versions"]) != (found["device"], found["versions"]):
+        return {}
+    return {
+        part: [{"date": old["date"], **one} for one in old.get(part, [])]
+        for part in ("runs", "decodes")
+    }
+
+
+def file_name(found: dict[str, Any]) -> str:
+    return "many_" + "_".join(found["device"].lower().split())
+
+
+def write(found: dict[str, Any], output: Path) -> None:
+    name = file_name(found)
+    output.mkdir(parents=True, exist_ok=True)
+    kept = {part: rows_of(found, part) for part in ("runs", "decodes")}
+    plain = {key: value for key, value in found.items() if key not in ("kept", "order")} | kept
+    atomic_write(output / f"{name}.json", (json.dumps(plain, indent=1) + "\n").encode())
+    atomic_write(output / f"{name}.md", table(found).encode())
