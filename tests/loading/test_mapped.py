@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import gc
 import mmap
+import os
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -92,48 +93,97 @@ def test_on_windows_a_map_is_read_only(tmp_path: Path, monkeypatch: pytest.Monke
     assert asked == [{"access": mmap.ACCESS_READ}]
 
 
-def test_what_is_read_next_is_asked_for_once(
+Looked = list[tuple[int, ...]]
+
+
+def looked_at(
+    path: Path, span: range, unit: int, looks: Looked, watch: mapped.Watch | None = None
+) -> mapped.Looker:
+    """Begin to look at bytes of a file, noting what is seen."""
+
+    def finite(raw: torch.Tensor) -> bool:
+        looks.append(tuple(raw.tolist()))
+        return 255 not in looks[-1]
+
+    looker = mapped.Looker(watch or mapped.Watch())
+    with path.open("rb", buffering=0) as file:
+        looker.begin(file, span, unit, finite, lambda reason: ValueError(str(reason)))
+        try:
+            looker.finish()
+        finally:
+            looker.close()
+    return looker
+
+
+@pytest.mark.parametrize("at_a_place", [True, False], ids=["pread", "as on Windows"])
+@pytest.mark.parametrize("unit", [1, 3, 50])
+def test_every_byte_is_looked_at_once_by_whole_units(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unit: int, at_a_place: bool
+) -> None:
+    monkeypatch.setattr(mapped, "_CHECKED", 8)
+    monkeypatch.setattr(mapped, "AT_ONCE", 20)
+    if not at_a_place:
+        monkeypatch.delattr(os, "preadv")
+    path = tmp_path / "weights.bin"
+    path.write_bytes(bytes(range(200)))
+    looks: Looked = []
+    told: list[int] = []
+    looked_at(path, range(7, 7 + 150), unit, looks, mapped.Watch(read=told.append))
+    assert sorted(byte for piece in looks for byte in piece) == list(range(7, 157))
+    assert all(len(piece) % unit == 0 and piece[0] % unit == 7 % unit for piece in looks)
+    assert max(map(len, looks)) <= max(8, unit)
+    assert sum(told) == 150
+    assert max(told) <= max(20, unit)
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"), [(bytes(99), "short"), (bytes(80) + b"\xff" + bytes(40), "wild")]
+)
+def test_what_is_wrong_with_a_piece_is_raised(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes, reason: str
+) -> None:
+    monkeypatch.setattr(mapped, "_CHECKED", 10)
+    path = tmp_path / "weights.bin"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=reason):
+        looked_at(path, range(100), 1, [])
+
+
+def test_a_disk_that_cannot_be_read_is_raised(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Tensor by tensor through a file, each byte is asked for once, and before it is touched."""
-    page = mmap.PAGESIZE
-    monkeypatch.setattr(mapped, "_AHEAD", 8 * page)
+    def fail(*_: object) -> int:
+        raise OSError(errno.EIO, "Input/output error")
+
     path = tmp_path / "weights.bin"
-    path.write_bytes(bytes(100 * page))
-
-    class Advised(mmap.mmap):
-        asked: list[range] = []
-
-        def madvise(self, option: int, start: int, length: int) -> None:
-            assert option == mmap.MADV_WILLNEED
-            assert start % page == 0
-            self.asked.append(range(start // page, -(-(start + length) // page)))
-
-    with path.open("rb") as file:
-        inner = Advised(file.fileno(), 0, access=mmap.ACCESS_READ)
-        whole = mapped.MappedFile(inner, (ctypes.c_uint8 * len(inner)).from_buffer_copy(inner))
-    for start in range(0, 100 * page, 3 * page // 2):
-        whole.read_ahead(start, min(3 * page // 2, 100 * page - start))
-        assert any(start // page in some for some in inner.asked)
-    told = [number for some in inner.asked for number in some]
-    assert sorted(set(told)) == list(range(100))
-    assert len(told) <= 100 + len(inner.asked)  # a page that an edge lies in is told twice
-    whole.read_ahead(0, page)
-    before = len(inner.asked)
-    whole.read_ahead(50 * page, page)  # elsewhere, as another component of the same file
-    assert len(inner.asked) == before or 50 in inner.asked[-1]
+    path.write_bytes(bytes(100))
+    monkeypatch.setattr(os, "preadv", fail)
+    with pytest.raises(ValueError, match="Input/output error"):
+        looked_at(path, range(100), 1, [])
 
 
-def test_advice_that_is_refused_changes_nothing(tmp_path: Path) -> None:
+def test_no_more_is_asked_for_than_lies_ahead(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mapped, "_LEAD", 100)
     path = tmp_path / "weights.bin"
-    path.write_bytes(bytes(range(64)))
+    path.write_bytes(bytes(400))
+    go, looks = threading.Event(), [0]
 
-    class Refusing(mmap.mmap):
-        def madvise(self, option: int, start: int, length: int) -> None:
-            raise OSError(errno.EINVAL, "no")
+    def finite(raw: torch.Tensor) -> bool:
+        looks[0] += 1
+        return go.wait(10)
 
-    with path.open("rb") as file:
-        inner = Refusing(file.fileno(), 0, access=mmap.ACCESS_READ)
-        whole = mapped.MappedFile(inner, (ctypes.c_uint8 * len(inner)).from_buffer_copy(inner))
-    whole.read_ahead(0, 64)
-    assert whole.view(0, 64, torch.uint8).tolist() == list(range(64))
+    def check() -> None:
+        if looker._pending > 100:  # it waits, and looks for an interrupt meanwhile
+            go.set()
+
+    looker = mapped.Looker(mapped.Watch(check))
+    with path.open("rb", buffering=0) as file:
+        for begin in range(0, 400, 40):
+            looker.begin(file, range(begin, begin + 40), 1, finite, lambda reason: ValueError())
+            assert looker._pending <= 100
+        assert go.is_set()
+        looker.finish()
+        looker.close()
+    assert looks == [10]

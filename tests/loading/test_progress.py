@@ -118,23 +118,21 @@ def test_a_slow_disk_is_told_of_and_can_be_interrupted(folder: Path, disk: type[
 
 
 def slow_pages(monkeypatch: pytest.MonkeyPatch, wait: Callable[[], object]) -> None:
-    """Have every look at a piece of a mapped file wait, as a page that must be read first does."""
-    look = mapped._none_beyond
+    """Have every reading of a mapped file wait, as a slow disk does."""
+    read = mapped.Looker._read_at
 
-    def slow(*given: Any) -> bool:
+    def slow(*given: Any) -> int:
         wait()
-        return look(*given)
+        return read(*given)
 
-    monkeypatch.setattr(mapped, "_none_beyond", slow)
+    monkeypatch.setattr(mapped.Looker, "_read_at", slow)
 
 
 def test_an_interrupt_is_seen_while_the_disk_does_not_answer(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     answer, looks = threading.Event(), 0
-    me = threading.get_ident()
-    # Tensors of less than a megabyte are looked at on the spot.
-    slow_pages(monkeypatch, lambda: threading.get_ident() == me or answer.wait(20))
+    slow_pages(monkeypatch, lambda: answer.wait(20))
 
     def check() -> None:
         nonlocal looks
@@ -160,11 +158,12 @@ def test_pieces_of_a_mapped_file_are_all_looked_at(
     seen: list[int] = []
     watch = mapped.Watch(read=seen.append)
     table = read_table(tmp_path / "weights.safetensors")
-    with TensorReader(table, mapped=True, watch=watch) as opened:
-        if wild:
-            with pytest.raises(CorruptFile, match="'weight'.*holds NaN or infinity"):
-                opened.read(Source("weight"), tuple(values.shape))
-        else:
+    opened = TensorReader(table, mapped=True, watch=watch)
+    if wild:
+        with pytest.raises(CorruptFile, match="'weight'.*holds NaN or infinity"), opened:
             opened.read(Source("weight"), tuple(values.shape))
-            assert sum(seen) == values.nbytes
-            assert max(seen) <= PIECE
+        return
+    with opened:
+        opened.read(Source("weight"), tuple(values.shape))
+    assert sum(seen) == values.nbytes
+    assert max(seen) <= PIECE

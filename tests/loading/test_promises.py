@@ -191,18 +191,27 @@ def test_a_kernel_is_tried_with_the_scales_that_its_kind_has(per: str, whole: fl
 # ---------------------------------------------------------------------------------------- reading
 
 
-def test_an_interrupt_is_seen_while_a_piece_is_looked_at() -> None:
-    class Impatient(Watch):
-        def seen(self, nbytes: int) -> None:
+def test_an_interrupt_is_seen_while_a_piece_is_looked_at(tmp_path: Path) -> None:
+    def interrupt() -> None:
+        if looking.is_set():
             raise InterruptedError
 
-    def look(stop: threading.Event) -> bool:
-        return stop.wait(10)
+    def finite(raw: torch.Tensor) -> bool:
+        looking.set()
+        return answer.wait(10)
 
+    looking, answer = threading.Event(), threading.Event()
+    path = tmp_path / "w"
+    path.write_bytes(bytes(100))
     began = time.monotonic()
-    with pytest.raises(InterruptedError):
-        mapped.all_finite([(1, look)], Impatient())
-    assert time.monotonic() - began < 5
+    with path.open("rb", buffering=0) as file:
+        looker = mapped.Looker(Watch(interrupt))
+        with pytest.raises(InterruptedError):
+            looker.begin(file, range(100), 1, finite, lambda reason: ValueError())
+            looker.finish()
+        assert time.monotonic() - began < 5
+        answer.set()
+        looker.close()
 
 
 @pytest.mark.parametrize("target", [None, torch.float64])

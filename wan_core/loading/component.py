@@ -317,12 +317,12 @@ class _Filling:
         # In the order of the file, so that a disk reads forward.
         for name in sorted(self.sources, key=self._position):
             source = self.sources[name]
-            self.amount.tensor(source)
             if self.keeping.quantized and self._keep(name, source):
                 continue
             tensor = self._read(name, source, shapes[name])
             if not (self.keeping.fp8 and self._store_fp8(name, tensor)):
                 _assign(self.module, name, tensor)
+        self.reader.finish()
         self.amount.end()
 
     def _position(self, name: str) -> tuple[str, int, int]:

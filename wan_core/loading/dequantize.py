@@ -98,6 +98,11 @@ _HALVES = {
 """Where a GGUF block keeps its float16 scales, in bytes (gguf-py ``quants.py``)."""
 
 
+def unit_bytes(stored: Storage) -> int:
+    """Return the bytes that can only be taken apart together: those of a GGUF block, else one."""
+    return _gguf_functions()[1][stored.dtype][1] if stored.kind == "gguf" else 1
+
+
 def numbers_that_may_be_wild(bits: Tensor, stored: Storage) -> Iterator[Tensor]:
     """Yield the stored numbers, as floats, that can be NaN or infinite in this kind of storage.
 

@@ -3,14 +3,14 @@
 Such memory is the file's own pages: the system reads them when they are touched and may drop them
 again, so that weights larger than RAM can be used. They are read and never written.
 
-Looking whether numbers are finite is what reads them. It is done piece by piece, by a few threads:
-the disk is kept busy by several pieces at once, and whoever waits for them looks for an interrupt
-meanwhile and says how far they are.
+Looking whether numbers are finite is what reads a file. It is done piece by piece, by a few threads
+that read into a megabyte of their own: at the pace of plain reads. Touching the pages of a mapping
+leaves it to the system how much is read at once, which is 128 KiB where nobody has set more. The
+pages are in the system's cache then, where the mapping finds them.
 """
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import errno
 import io
@@ -18,10 +18,10 @@ import mmap
 import os
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Final
 
 import numpy as np
@@ -30,11 +30,13 @@ import torch
 FP8: Final = frozenset({torch.float8_e4m3fn, torch.float8_e5m2})
 AT_ONCE: Final = 4 * 2**20
 """Bytes read without looking up: 0.1 s of a slow disk."""
-_AHEAD: Final = 64 * 2**20
-"""Bytes asked for beyond those that are needed now: a few matrices of a 14B."""
+_LEAD: Final = 256 * 2**20
+"""Bytes that threads may still have to read before more is asked of them: whoever reads small
+tensors between the large ones stays near them, on a disk that seeks."""
 _CHECKED: Final = 2**20
-"""Bytes compared at a time: few enough to stay in the processor's cache meanwhile."""
-_READERS: Final = min(4, os.cpu_count() or 1)
+"""Bytes read and looked at in one go: few enough to stay in the processor's cache."""
+_READERS: Final = 4
+"""Threads that read: more than one, so that a disk has work while numbers are looked at."""
 _WAIT_SECONDS: Final = 0.05
 
 _addresses: weakref.WeakKeyDictionary[MappedFile, range] = weakref.WeakKeyDictionary()
@@ -49,7 +51,6 @@ class MappedFile:
 
     def __init__(self, mapping: mmap.mmap, buffer: Any) -> None:
         self._mapping, self._buffer = mapping, buffer
-        self._asked = range(0)
         # The buffer is what tensors hold on to: through it they keep the mapping.
         buffer.owner = self
         start = torch.frombuffer(buffer, dtype=torch.uint8).data_ptr()
@@ -58,24 +59,6 @@ class MappedFile:
 
     def __len__(self) -> int:
         return len(self._mapping)
-
-    def read_ahead(self, start: int, nbytes: int) -> None:
-        """Have the system begin to read these bytes, and some that follow, where it can be asked.
-
-        Whoever then touches them one tensor after the other does not wait for the disk at each.
-        """
-        asked, size = self._asked, len(self._mapping)
-        known = asked.start <= start < asked.stop
-        if known and asked.stop >= min(size, start + nbytes + _AHEAD // 2):
-            return
-        begin = (asked.stop if known else start) // mmap.PAGESIZE * mmap.PAGESIZE
-        end = min(size, start + nbytes + _AHEAD)
-        self._asked = range(asked.start if known else start, end)
-        advise = getattr(self._mapping, "madvise", None)
-        if advise is not None and hasattr(mmap, "MADV_WILLNEED"):
-            # Advice is all it is: a system that refuses it reads the pages when they are touched.
-            with contextlib.suppress(OSError, ValueError):
-                advise(mmap.MADV_WILLNEED, begin, end - begin)
 
     def view(self, start: int, numel: int, dtype: torch.dtype) -> torch.Tensor:
         """Return ``numel`` numbers from byte ``start`` on, without reading them."""
@@ -148,49 +131,124 @@ def read_pages(tensors: Iterable[torch.Tensor], check: Callable[[], object]) -> 
             flat[begin : begin + AT_ONCE : mmap.PAGESIZE].max()
 
 
-Piece = tuple[int, Callable[[threading.Event], bool]]
-"""Bytes, and a look at them that says whether they are finite; it may give up where told to."""
+Reason = OSError | str
+"""Why a piece cannot be used: the system's error, "short" or "wild"; "" where it can."""
+Wrong = Callable[[Reason], Exception]
+"""Makes the error to raise from a reason."""
 
 
-def all_finite(pieces: Sequence[Piece], watch: Watch) -> bool:
-    """Say whether every piece is finite, looking at a few at a time, and at the first before all.
+class Looker:
+    """A few threads that read pieces of files in the order in which they are asked to.
 
-    What ``watch`` raises passes through, within a fraction of a second.
+    Whoever asks goes on meanwhile. What is wrong with a piece is raised by a later call, by
+    ``finish`` at the latest. All methods belong to one thread.
     """
-    stop = threading.Event()
-    # numpy lets go of the interpreter's lock while it compares.
-    with ThreadPoolExecutor(_READERS, thread_name_prefix="wanfit-read") as pool:
-        waiting = [(nbytes, pool.submit(look, stop)) for nbytes, look in pieces]
+
+    def __init__(self, watch: Watch) -> None:
+        self._watch = watch
+        self._stop = threading.Event()
+        self._waiting: deque[tuple[int, Future[Reason], Wrong]] = deque()
+        self._pending = 0
+        self._pool: ThreadPoolExecutor | None = None
+        self._own: dict[str, io.FileIO] = {}
+        self._seeking = threading.Lock()
+
+    def begin(
+        self, file: io.FileIO, span: range, unit: int, finite: Callable[[torch.Tensor], bool],
+        wrong: Wrong,
+    ) -> None:  # fmt: skip
+        """Have bytes of a file read, and looked at by ``finite``: uint8, whole ``unit``s at a time.
+
+        What ``watch`` raises passes through, within a fraction of a second.
+        """
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(_READERS, thread_name_prefix="wanfit-read")
+        step = max(unit, AT_ONCE // unit * unit)
+        for begin in range(span.start, span.stop, step):
+            piece = range(begin, min(begin + step, span.stop))
+            found = self._pool.submit(self._look, file, piece, unit, finite)
+            self._waiting.append((len(piece), found, wrong))
+            self._pending += len(piece)
+        self._watch.seen(0)
+        while self._pending > _LEAD or (self._waiting and self._waiting[0][1].done()):
+            self._await_first()
+
+    def finish(self) -> None:
+        """Wait until all has been read."""
+        while self._waiting:
+            self._await_first()
+
+    def close(self) -> None:
+        """Stop reading; what was begun and is not finished has not been looked at."""
+        self._stop.set()
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+        self._waiting.clear()
+        for file in self._own.values():
+            file.close()
+
+    def _await_first(self) -> None:
+        nbytes, found, wrong = self._waiting[0]
+        while not found.done():
+            self._watch.seen(0)
+            wait([found], timeout=_WAIT_SECONDS)
+        if reason := found.result():
+            raise wrong(reason)
+        self._waiting.popleft()
+        self._pending -= nbytes
+        self._watch.seen(nbytes)
+
+    def _look(
+        self, file: io.FileIO, piece: range, unit: int, finite: Callable[[torch.Tensor], bool]
+    ) -> Reason:
+        step = min(max(unit, _CHECKED // unit * unit), len(piece))
+        memory = torch.empty(step, dtype=torch.uint8)
+        buffer: Any = memory.numpy()
+        view = memoryview(buffer)
         try:
-            for nbytes, one in waiting:
-                while not one.done():
-                    watch.seen(0)
-                    wait([one], timeout=_WAIT_SECONDS)
-                if not one.result():
-                    return False
-                watch.seen(nbytes)
-        finally:
-            stop.set()
-            for _, one in waiting:
-                one.cancel()
-    return True
+            for begin in range(piece.start, piece.stop, step):
+                size, done = min(step, piece.stop - begin), 0
+                while done < size:  # the system may return less than it was asked for
+                    if self._stop.is_set():
+                        return "stopped"
+                    count = self._read_at(file, view[done:size], begin + done)
+                    if not count:
+                        return "short"
+                    done += count
+                if not finite(memory[:size]):
+                    return "wild"
+        except OSError as error:
+            return error
+        return ""
+
+    def _read_at(self, file: io.FileIO, buffer: memoryview, offset: int) -> int:
+        if hasattr(os, "preadv"):
+            return os.preadv(file.fileno(), [buffer], offset)
+        # Windows reads where a file stands: one of its own, as others move ``file``.
+        with self._seeking:
+            own = self._own.get(str(file.name))
+            if own is None:
+                own = self._own[str(file.name)] = io.FileIO(file.name, "rb")
+            own.seek(offset)
+            return own.readinto(buffer) or 0
 
 
-# For each dtype: the unsigned integer of its size, and a limit. Once the sign is shifted out, bits
-# at or above the limit are NaN or infinity: the exponent is all ones. e4m3fn has no infinity; its
-# only NaN has all bits set.
-_LIMITS: Final[Mapping[torch.dtype, tuple[Any, int]]] = {
-    torch.float64: (np.uint64, 0xFFE0_0000_0000_0000), torch.float32: (np.uint32, 0xFF00_0000),
-    torch.float16: (np.uint16, 0xF800), torch.bfloat16: (np.uint16, 0xFF00),
-    torch.float8_e4m3fn: (np.uint8, 0xFE), torch.float8_e5m2: (np.uint8, 0xF8),
+# For each dtype: integers of its size with and without a sign, and the bits of the smallest
+# positive number that is NaN or infinite: the exponent is all ones. e4m3fn has no infinity; its
+# only NaN has all bits set. A negative one has the same bits beside the sign.
+_LIMITS: Final[Mapping[torch.dtype, tuple[Any, Any, int]]] = {
+    torch.float64: (np.int64, np.uint64, 0x7FF0_0000_0000_0000),
+    torch.float32: (np.int32, np.uint32, 0x7F80_0000), torch.float16: (np.int16, np.uint16, 0x7C00),
+    torch.bfloat16: (np.int16, np.uint16, 0x7F80), torch.float8_e4m3fn: (np.int8, np.uint8, 0x7F),
+    torch.float8_e5m2: (np.int8, np.uint8, 0x7C),
 }  # fmt: skip
 
 
-def is_finite(values: torch.Tensor, watch: Watch | None = None) -> bool:
+def is_finite(values: torch.Tensor) -> bool:
     """Say whether no value is NaN or infinite, for any floating-point dtype.
 
     On the CPU the bits are compared: ``torch.isfinite`` takes 30 times as long as reading the
-    values. ``watch`` is given where looking at them is what reads them.
+    values.
     """
     if values.device.type != "cpu":
         if values.dtype in FP8:
@@ -198,36 +256,12 @@ def is_finite(values: torch.Tensor, watch: Watch | None = None) -> bool:
         # The sum is finite only if every term is, and needs no memory. A sum of finite terms may
         # overflow, so one that is not finite is looked at again.
         return bool(torch.isfinite(values.sum())) or bool(torch.isfinite(values).all())
-    unsigned, limit = _LIMITS[values.dtype]
-    bits = values.reshape(-1).view(torch.uint8).numpy().view(unsigned)
-    step = AT_ONCE // bits.itemsize
-    parts = [bits[begin : begin + step] for begin in range(0, bits.size, step)]
-    watch = watch or Watch()
-    if bits.nbytes > _CHECKED:
-        return all_finite([(p.nbytes, partial(_none_beyond, p, limit)) for p in parts], watch)
-    found = all(_none_beyond(part, limit) for part in parts)
-    watch.seen(bits.nbytes)
-    return found
-
-
-def are_finite(many: Callable[[], Any], stop: threading.Event) -> bool:
-    """Say whether all of ``many`` tensors on the CPU are finite; False where told to give up."""
-    for values in many():
-        unsigned, limit = _LIMITS[values.dtype]
-        bits = values.reshape(-1).view(torch.uint8).numpy().view(unsigned)
-        if not _none_beyond(bits, limit, stop):
-            return False
-    return True
-
-
-def _none_beyond(bits: Any, limit: int, stop: threading.Event | None = None) -> bool:
-    step = _CHECKED // bits.itemsize
-    doubled = np.empty(min(step, bits.size), bits.dtype)
-    for begin in range(0, bits.size, step):
-        if stop is not None and stop.is_set():
-            return False
-        part = bits[begin : begin + step]
-        # Adding a number to itself shifts its sign bit out.
-        if np.add(part, part, out=doubled[: part.size]).max() >= limit:
+    signed, unsigned, limit = _LIMITS[values.dtype]
+    raw = values.reshape(-1).view(torch.uint8).numpy()
+    below = limit | 1 << 8 * values.itemsize - 1
+    for begin in range(0, raw.size, _CHECKED):
+        part = raw[begin : begin + _CHECKED]
+        # Among integers with a sign positive numbers are the largest, among others negative ones.
+        if part.view(signed).max() >= limit or part.view(unsigned).max() >= below:
             return False
     return True

@@ -25,8 +25,14 @@ from ..errors import CorruptFile, MissingFile, UnsupportedModel
 from ..files import quoted
 from ..formats import Storage, TensorInfo, TensorTable
 from ..models import Source
-from .dequantize import Scales, dequantize, numbers_that_may_be_wild, ordered_scales
-from .mapped import AT_ONCE, FP8, MappedFile, Watch, all_finite, are_finite, is_finite, map_file
+from .dequantize import (
+    Scales,
+    dequantize,
+    numbers_that_may_be_wild,
+    ordered_scales,
+    unit_bytes,
+)
+from .mapped import AT_ONCE, FP8, Looker, MappedFile, Reason, Watch, is_finite, map_file
 
 __all__ = ["DTYPES", "FP8", "Amount", "TensorReader", "is_finite"]
 
@@ -42,6 +48,8 @@ _PIECE: Final = 16 * 2**20
 """Bytes converted at a time."""
 _TOLD_SECONDS: Final = 0.1
 _ALIGNED: Final = 64  # bytes; how torch allocates on a CPU
+_SMALL: Final = 2**16
+"""Bytes of a mapped tensor that is looked at on the spot: handing it on would take longer."""
 
 
 class Amount:
@@ -49,7 +57,7 @@ class Amount:
 
     def __init__(self, table: TensorTable, tell: Callable[[int, int], object]) -> None:
         self._table, self._tell = table, tell
-        self._done = self._end = self._total = 0
+        self._done = self._total = 0
         self._next = 0.0
 
     def begin(self, sources: Iterable[Source]) -> None:
@@ -57,15 +65,10 @@ class Amount:
         self._total = sum(self._nbytes(source) for source in sources)
         self.more(0)
 
-    def tensor(self, source: Source) -> None:
-        """Count what was read of the last tensor as all of it, and begin this one."""
-        # A kind that cannot be wild is not read now, and scales are read beside their weight.
-        self._done = self._end
-        self._end += self._nbytes(source)
-
     def more(self, nbytes: int) -> None:
-        """Add bytes of the present tensor."""
-        self._done = min(self._done + nbytes, self._end)
+        """Add bytes that were read, or need not be."""
+        # Scales are read beside their weight.
+        self._done = min(self._done + nbytes, self._total)
         now = time.monotonic()
         if now >= self._next:
             self._next = now + _TOLD_SECONDS
@@ -102,6 +105,7 @@ class TensorReader:
         self.mapped = mapped
         self.align = align
         self._maps: dict[Path, MappedFile] | None = {} if mapped else None
+        self._looker = Looker(self._watch)
         self._files: dict[Path, io.FileIO] = {}
         self._stack = ExitStack()
         self._buffer: torch.Tensor | None = None
@@ -109,10 +113,22 @@ class TensorReader:
     def __enter__(self) -> TensorReader:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._buffer = None
-        self._files.clear()
-        self._stack.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            if kind is None:
+                self.finish()
+        finally:
+            self._looker.close()
+            self._buffer = None
+            self._files.clear()
+            self._stack.close()
+
+    def finish(self) -> None:
+        """Wait until the mapped tensors that were returned have been read and looked at.
+
+        Called at the end of the ``with`` block, too, where nothing else was raised.
+        """
+        self._looker.finish()
 
     def read(
         self, source: Source, shape: tuple[int, ...], dtype: torch.dtype | None = None
@@ -130,8 +146,11 @@ class TensorReader:
         aligned = start % (_ALIGNED if self.align else stored.itemsize) == 0
         if straight and self._maps is not None and aligned and numel:
             view = self._view(info, start, numel, stored)
-            self._maps[info.file].read_ahead(start, view.nbytes)
-            self._check_finite(info, view, None, self._watch)
+            if view.nbytes <= _SMALL or not stored.is_floating_point:
+                self._check_finite(info, view, None)
+                self._watch.seen(view.nbytes)
+            else:
+                self._look(info, start, view.nbytes, stored.itemsize, partial(_are_finite, stored))
             return view.view(shape)
         out = torch.empty(numel, dtype=target, device=self.device)
         if straight:
@@ -153,25 +172,35 @@ class TensorReader:
         nbytes, start = info.nbytes // source.parts, self._start_of(source)
         rows = stored.shape[0] // source.parts if stored.shape and stored.by_rows else 1
         if self._maps is not None and self.device.type == "cpu":
-            found = self._view(info, start, nbytes, torch.int8).view(rows, -1)
-            if any(True for _ in numbers_that_may_be_wild(found[:1], stored)):
-                self._maps[info.file].read_ahead(start, nbytes)
-            self._look_at_rows(info, found, stored)
-            return found
+            found = self._view(info, start, nbytes, torch.int8)
+            unit = unit_bytes(stored)
+            nothing = torch.zeros(unit, dtype=torch.int8)  # not the file's: that would read a page
+            if any(True for _ in numbers_that_may_be_wild(nothing, stored)):
+                self._look(info, start, nbytes, unit, partial(_none_is_wild, stored))
+            else:
+                self._watch.seen(nbytes)
+            return found.view(rows, -1)
         flat = torch.empty(nbytes, dtype=torch.int8, device=self.device)
         self._read_straight(info, start, flat)
         for values in numbers_that_may_be_wild(flat.view(rows, -1), stored):
             self._check_finite(info, values, None)
         return flat.view(rows, -1)
 
-    def _look_at_rows(self, info: TensorInfo, bits: torch.Tensor, stored: Storage) -> None:
-        """Read mapped rows of a quantised weight, a few at a time, as far as they may be wild."""
-        step = max(1, AT_ONCE // max(1, bits.shape[1]))
-        parts = [bits[begin : begin + step] for begin in range(0, len(bits), step)]
-        looks = [partial(are_finite, partial(numbers_that_may_be_wild, p, stored)) for p in parts]
-        pieces = [(part.nbytes, look) for part, look in zip(parts, looks, strict=True)]
-        if not all_finite(pieces, self._watch):
-            raise self._not_finite(info)
+    def _look(
+        self, info: TensorInfo, start: int, nbytes: int, unit: int,
+        finite: Callable[[torch.Tensor], bool],
+    ) -> None:  # fmt: skip
+        """Begin to read bytes of a tensor and to look at them, ``unit`` bytes being one number."""
+        span = range(start, start + nbytes)
+        wrong = partial(self._wrong, info)
+        self._looker.begin(self._open(info.file), span, unit, finite, wrong)
+
+    def _wrong(self, info: TensorInfo, reason: Reason) -> Exception:
+        if isinstance(reason, OSError):
+            return _unreadable(info, reason)
+        if reason == "short":
+            return _shortened(info)
+        return self._not_finite(info)
 
     def scales(self, source: Source, stored: Storage, prefix: str) -> Scales:
         """Return what a weight is multiplied with, in the order of its rows, on the device.
@@ -229,7 +258,7 @@ class TensorReader:
         if made is None:
             made = self._maps[info.file] = map_file(self._open(info.file))
         if start + numel * stored.itemsize > len(made):
-            raise CorruptFile(f"{quoted(info.file)} became shorter after its header was read.")
+            raise _shortened(info)
         return made.view(start, numel, stored)
 
     def _read_straight(self, info: TensorInfo, start: int, out: torch.Tensor) -> None:
@@ -281,10 +310,7 @@ class TensorReader:
                 done += count
                 self._watch.seen(count)
         except OSError as err:
-            raise CorruptFile(
-                f"{quoted(info.file)} cannot be read at tensor {info.name!r}: "
-                f"{err.strerror or err}. Check the disk, or download the file again."
-            ) from err
+            raise _unreadable(info, err) from err
         if done < len(view):
             raise CorruptFile(
                 f"{quoted(info.file)} ends {len(view) - done:,} bytes early, inside tensor "
@@ -302,16 +328,14 @@ class TensorReader:
     # Checks --------------------------------------------------------------------------------------
 
     def _check_finite(
-        self, info: TensorInfo, values: torch.Tensor, stored: torch.Tensor | None,
-        watch: Watch | None = None,
-    ) -> None:  # fmt: skip
+        self, info: TensorInfo, values: torch.Tensor, stored: torch.Tensor | None
+    ) -> None:
         """Raise CorruptFile when ``values`` hold NaN or infinity.
 
         ``stored`` are the same values as the file holds them, if known: where those are finite, the
-        cast has overflowed, and UnsupportedModel is raised instead. With a ``watch``, looking at
-        them is what reads them.
+        cast has overflowed, and UnsupportedModel is raised instead.
         """
-        if not values.is_floating_point() or is_finite(values, watch):
+        if not values.is_floating_point() or is_finite(values):
             return
         if stored is not None and is_finite(stored):
             name = str(values.dtype).removeprefix("torch.")
@@ -327,3 +351,22 @@ class TensorReader:
             f"Tensor {info.name!r} of {quoted(info.file)} holds NaN or infinity. The file is "
             "damaged; download it again."
         )
+
+
+def _are_finite(stored: torch.dtype, raw: torch.Tensor) -> bool:
+    return is_finite(raw.view(stored))
+
+
+def _none_is_wild(stored: Storage, raw: torch.Tensor) -> bool:
+    return all(map(is_finite, numbers_that_may_be_wild(raw.view(torch.int8), stored)))
+
+
+def _unreadable(info: TensorInfo, err: OSError) -> CorruptFile:
+    return CorruptFile(
+        f"{quoted(info.file)} cannot be read at tensor {info.name!r}: {err.strerror or err}. Check "
+        "the disk, or download the file again."
+    )
+
+
+def _shortened(info: TensorInfo) -> CorruptFile:
+    return CorruptFile(f"{quoted(info.file)} became shorter after its header was read.")
