@@ -19,6 +19,7 @@ from wan_core.config import WanControl, WanLoRA
 from wan_core.job import Request
 from wan_core.job.fields import PromptPart
 from wan_core.journal import identity
+from wan_core.journal.content import code_digest, content_digest
 from wan_core.journal.identity import identity_key, plain_identity, render_identity
 from wan_core.memory import Choices
 from wan_core.models import FoundLora
@@ -176,6 +177,75 @@ def test_loras_by_file_expert_and_strength(made: Made, tmp_path: Path) -> None:
     assert key(strength=0.0) == made.key()
     path.write_bytes(b"12345")
     assert usual != key()
+
+
+def test_files_replaced_with_their_size_and_time_kept(made: Made) -> None:
+    usual = made.key()
+    for name, part in made.model.components.items():
+        for path in part.files:
+            data, before = path.read_bytes(), path.stat()
+            for place in (len(data) // 2, len(data) - 1):
+                changed = bytearray(data)
+                changed[place] ^= 1
+                path.write_bytes(changed)
+                os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+                assert made.key() != usual, name
+            path.write_bytes(data)
+            os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert made.key() == usual
+
+
+def test_a_large_file_is_looked_at_in_spread_pieces(tmp_path: Path) -> None:
+    path, size = tmp_path / "w", 20_000_000
+
+    def digest(*changes: int) -> str:
+        with path.open("wb") as file:
+            file.truncate(size)
+            for place in changes:
+                file.seek(place)
+                file.write(b"x")
+        return content_digest(path)
+
+    usual = digest()
+    assert usual == digest() and len(usual) == 32
+    assert all(digest(place) != usual for place in (0, 2**20 - 1, size - 2**14, size - 1))
+    # Whatever is changed throughout is seen: no stretch of a 32nd of the file is left out.
+    assert all(
+        digest(*range(begin, begin + size // 32 + 2**14, 2**13)) != usual
+        for begin in range(0, size - size // 32 - 2**14, size // 32)
+    )
+    size += 1
+    assert digest() != usual
+    size = 5
+    path.write_bytes(b"12345")
+    short = content_digest(path)
+    path.write_bytes(b"12346")
+    assert content_digest(path) != short
+
+
+def test_the_sources_are_part_of_it(
+    made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usual = made.key()
+    monkeypatch.setattr(identity, "code_digest", lambda: "another")
+    assert made.key() != usual
+
+    def digest(**files: str) -> str:
+        root = tmp_path / str(len(list(tmp_path.iterdir())))
+        for name, text in files.items():
+            path = root / f"{name.replace('_', '/')}.py"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+        (root / "__pycache__").mkdir(parents=True)
+        (root / "__pycache__" / "a.py").write_text(str(root))
+        (root / "notes.txt").write_text(str(root))
+        return code_digest(str(root))
+
+    found = {digest(a="1", b_c="2"), digest(a="12", b_c=""), digest(a="1", b="2"),
+             digest(a="1", b_c="3"), digest(a="1")}  # fmt: skip
+    assert len(found) == 5
+    assert digest(a="1", b_c="2") == digest(b_c="2", a="1") and digest() == ""
+    assert len(code_digest()) == 32
 
 
 def test_model_files_and_versions(made: Made, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,6 +26,7 @@ from ..job import Request, control_of, load_picture
 from ..loading import component_key
 from ..models import ModelArchitecture
 from ..plan import OptimizationPlan
+from .content import code_digest, content_digest
 
 _SHOWN = 60
 _LISTED = 6
@@ -205,7 +206,7 @@ def render_identity(
     if (control := control_of(config)) is not None:
         given = {**given, "control": control}
     files = {
-        name: component_key(part, "")
+        name: {"key": component_key(part, ""), "content": [content_digest(p) for p in part.files]}
         for name, part in architecture.components.items()
         if part.files
     }
@@ -214,7 +215,8 @@ def render_identity(
         "files": files,
         "loras": [
             [
-                *map(file_identity, found.files or (found.lora.path,)),
+                *map(file_identity, paths := found.files or (Path(found.lora.path),)),
+                *map(content_digest, paths),
                 found.lora.expert,
                 float(found.lora.strength),
             ]
@@ -226,7 +228,7 @@ def render_identity(
         **choices_of(plan),
         "windows": _windows(request, plan),
         "device": torch.device(plan.device).type,
-        "versions": versions(),
+        "versions": {**versions(), "code": code_digest()},
     }
 
 
