@@ -23,7 +23,7 @@ pytestmark = [
 
 @pytest.mark.parametrize(
     ("resident", "buffers", "pinned"), [(0, 2, 1 << 40), (1, 3, 1 << 40), (0, 1, 1 << 40),
-                                        (0, 2, 0), (0, 2, 1 << 20)],
+                                        (0, 2, 0), (0, 2, 1 << 22)],
 )  # fmt: skip
 def test_stored_kinds_and_loras_keep_every_bit(
     tmp_path: Path, resident: int, buffers: int, pinned: int

@@ -10,6 +10,7 @@ say that one card is faster.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from math import isfinite
 from typing import TYPE_CHECKING
 
 from ..config import GIB
@@ -282,7 +283,7 @@ class _Telling:
     def peak(self) -> int:
         """Return the bytes that a card is expected to hold: more where both ways are computed."""
         cuts = {1, self.chosen.cut} if not self.chosen.tried else {self.chosen.cut}
-        return max(self.job.card_peak(cut) for cut in cuts)
+        return max(self.job.card_peak(cut, shared=self.shares and cut > 1) for cut in cuts)
 
     def reason(self, short: str) -> str:
         """Return the reason, in words; ``short`` says that RAM has no room for more."""
@@ -356,12 +357,19 @@ class _Telling:
             return ""
         cut = self.chosen.cut
         whole, shared = self.job.streamed_seconds(self._alone, cut)
+        link, _ = self.job.link(cut)
+        bus = link.host or self.job.system.bus_bytes_per_second
+        origin = "measured while all copy" if link.host else "assumed"
+        told = f", {bus / 1e9:.3g} GB/s from RAM to each {origin}" if isfinite(bus) else ""
         if self.shares:
             return (
                 f"; each card copies 1/{cut} of a streamed block and gathers the rest from the "
-                f"others, {shared:.3g} s a pass instead of {whole:.3g}"
+                f"others, {shared:.3g} s a pass instead of {whole:.3g}{told}"
             )
-        return f"; each card copies every streamed block itself ({whole:.3g} s a pass)"
+        return (
+            f"; each card copies every streamed block itself, {whole:.3g} s a pass and "
+            f"{shared:.3g} if they shared them out{told}"
+        )
 
     @property
     def _no_cut(self) -> str:

@@ -25,7 +25,7 @@ from ..memory import (
 )
 from ..models import BYTES, ModelArchitecture, block_count, experts_of
 from .config import OptimizationConfig
-from .timing import stream_seconds, streamed_bytes, windows_per_step
+from .timing import reads_from_disk, stream_seconds, streamed_bytes, windows_per_step
 
 if TYPE_CHECKING:
     from ..memory import SystemResources
@@ -40,7 +40,7 @@ _EXCHANGE_SECONDS = 2e-4
 """What an exchange takes beside its bytes: 0.05 to 0.07 s for 320 of them at 832x480 and 81 frames,
 fitted to LightX2V's published times. Not measured here."""
 _BUFFERS = 0.4 * GIB
-"""What NCCL allocates on a card beside tensors. Assumed, not measured."""
+"""What NCCL allocates on a card for a communicator. Assumed, not measured."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,16 +123,24 @@ class Cutting:
     def streamed_seconds(self, alone: float, cards: int) -> tuple[float, float]:
         """Return what a pass takes whose weights are streamed: each card copies all, or shares.
 
-        Copies are hidden behind what is computed. Shared, a card copies its part, and then waits
-        for the parts of the others before each block.
+        What arrives for a block is hidden behind what the one before computes, where there are two
+        buffers: shared, that is a part from RAM and then the parts of the others. All cards copy at
+        the same time, from the same RAM and often through the same switch: how fast is measured
+        with the link.
         """
         given = (self.architecture, self.workload, self.choices, self.system)
         arrives = stream_seconds(*given, 1) / windows_per_step(*given[:3])
-        whole = max(alone / cards, min(alone, arrives))
         link, _ = self.link(cards)
+        copied = min(alone, arrives)
+        if link.host and not reads_from_disk(given[0], *given[2:]):
+            copied *= self.system.bus_bytes_per_second / link.host
         others = streamed_bytes(self.architecture, self.choices) * (cards - 1) / cards
-        waits = others / link.rate + block_count(self.architecture.transformer) * link.seconds
-        return whole, max(alone / cards, min(alone, arrives) / cards) + waits
+        blocks = block_count(self.architecture.transformer)
+        parts = copied / cards + others / link.rate + blocks * link.seconds
+        if self.choices.stream_buffers == 1:  # nothing is hidden
+            computed = max(0.0, alone - arrives) / cards
+            return computed + copied, computed + parts
+        return max(alone / cards, copied), max(alone / cards, parts)
 
     def shares_weights(self, alone: float, cards: int) -> bool:
         """Say whether the cards of a gang copy each streamed block once, and gather it."""
@@ -141,14 +149,17 @@ class Cutting:
         whole, shared = self.streamed_seconds(alone, cards)
         return shared < whole
 
-    def card_peak(self, cards: int) -> int:
-        """Return the bytes that a card is expected to hold at most while passes are computed."""
+    def card_peak(self, cards: int, *, shared: bool = False) -> int:
+        """Return the bytes that a card is expected to hold at most while passes are computed.
+
+        Gathers of ``shared`` weights have a communicator of their own.
+        """
         choices = replace(self.choices, lean=True) if cards > 1 else self.choices
         given = (self.architecture, self.workload, choices, self.system)
         stages = estimate(*given, cut=cards).stages
         most = max(s.device_bytes for s in stages if s.name.startswith("denoise"))
         on_cards = cards > 1 and self.system.device_kind == "cuda"
-        return most + int(_BUFFERS) * on_cards
+        return most + int(_BUFFERS) * on_cards * (1 + shared)
 
 
 def machine(system: SystemResources) -> str:
