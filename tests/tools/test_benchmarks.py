@@ -285,6 +285,24 @@ def test_decodes_of_both_vaes(speed: Any, tmp_path: Path) -> None:
         speed.main(["--tiny", "--part", "decode", "--only", "forward-5b-704p"])
 
 
+def test_convolutions_in_both_layouts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Every convolution of both halves is asked, each with its own shape and stride."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import conv_layouts
+
+    plain = torch.nn.functional.conv3d
+    monkeypatch.setattr(conv_layouts, "CASES", conv_layouts.CASES[:1])
+    monkeypatch.setattr(conv_layouts, "DTYPES", {"fp32": torch.float32})
+    assert conv_layouts.main(["--tiny", "--output", str(tmp_path)]) == 0
+    assert torch.nn.functional.conv3d is plain
+    rows = json.loads((tmp_path / "conv_layouts_cpu.json").read_text())["rows"]
+    assert {row["half"] for row in rows} == {"decode", "encode"}
+    assert {tuple(row["stride"]) for row in rows} == {(1, 1), (2, 2), (1, 1, 1), (2, 1, 1)}
+    assert all(row["error"] < 1e-5 and row["first_ms"] > 0 for row in rows)
+    text = (tmp_path / "conv_layouts_cpu.md").read_text()
+    assert "| VAE 2.1, 480p | fp32 | decode | " in text
+
+
 @pytest.mark.slow
 def test_a_clip_cold_and_warm_beside_diffusers(speed: Any, tmp_path: Path) -> None:
     """From files to mp4, each way three times."""
