@@ -22,6 +22,7 @@ from support.cut_clips import CLIP as CUT
 from support.cut_clips import cut_units, equal, four_heads, made, make_links_free
 from support.tiny_models import folders, open_wan
 
+from wan_core import GenerationConfig
 from wan_core.sampling.units import HerePasses
 from wan_core.workers import close_workers, gang, worker_pool
 
@@ -248,3 +249,35 @@ def test_a_rank_without_memory_leads_to_a_smaller_plan_within_seconds(cut: Path)
     assert equal(found, whole) and time.monotonic() - begun < 150
     told = " ".join(found.warnings)
     assert "Memory ran out in stage denoise" in told and "of cpu, cpu (workers 1 to 2)" in told
+
+
+@pytest.mark.parametrize(("count", "seed"), [(2, 0), (2, 1), (4, 2), (4, 3)])
+def test_a_decode_in_strips_outlives_the_processes_that_make_it(
+    path: Path, monkeypatch: pytest.MonkeyPatch, count: int, seed: int
+) -> None:
+    """A worker is killed at a random chunk: no frame is lost or made twice."""
+    monkeypatch.setattr("wan_core.plan.strips._GAIN", 100.0)
+    dice, wide = random.Random(seed), CLIP | {"width": 128, "num_inference_steps": 2}
+    wide |= {"switch_step": 1}
+    whole = open_wan(path, speed="fast").generate(GenerationConfig(**wide)).raise_for_error()
+    pool = worker_pool(("cpu",) * count)
+    wrapper = open_wan(path, speed="fast", devices=count)
+    wait_until_ready(pool)
+    found = wrapper.generate(GenerationConfig(**wide)).raise_for_error()
+    assert f"decoded in {count} strips" in found.applied_optimizations
+    assert torch.allclose(found.frames, whole.frames, rtol=0, atol=2e-6) and not found.warnings
+    wait_until_ready(pool)
+    told, at = list[int](), dice.choice((1, 5, 13))
+
+    def kill(done: int, wanted: int) -> None:
+        told.append(done)
+        if done == at:
+            os.kill(dice.choice(pool.pids), signal.SIGKILL)
+
+    begun = time.monotonic()
+    job = GenerationConfig(**wide, decode_callback=kill)
+    found = wrapper.generate(job).raise_for_error()
+    assert time.monotonic() - begun < 120
+    assert torch.allclose(found.frames, whole.frames, rtol=0, atol=2e-6)
+    assert told == list(range(1, 30, 4))
+    assert not list(Path("/dev/shm").glob("wanfit_ring_*"))

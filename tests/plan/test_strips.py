@@ -1,0 +1,94 @@
+"""When a plan has its clip decoded in strips, and what it says of that."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from support.machines import architecture, gpu
+
+from wan_core import OptimizationConfig
+from wan_core.config import GIB
+from wan_core.memory import Card, SystemResources, Trial, Workload, strips_cost
+from wan_core.models import VAE_21
+from wan_core.plan import OptimizationPlan, Planner, strips, strips_forecast
+
+CLIP = Workload(width=832, height=480, num_frames=81, steps=40, return_frames=False)
+
+
+def machine(count: int) -> SystemResources:
+    cards = tuple(Card(f"cuda:{i}", "GPU 80", 80 * GIB, 80 * GIB) for i in range(count))
+    return replace(gpu(80, ram=1024), cards=cards)
+
+
+def plan(job: Workload, system: SystemResources, devices: Any, **wishes: Any) -> OptimizationPlan:
+    asked = OptimizationConfig(devices=devices, **wishes)
+    return Planner().recommend_optimizations(architecture("wan2.1-t2v-14b"), job, system, asked)
+
+
+def test_a_long_decode_is_shared_out_and_counted() -> None:
+    system = machine(2)
+    found = plan(CLIP, system, 2, speed="fast")
+    assert found.decode_strips == 2 and len(found.workers) == 2
+    told = strips_forecast(
+        architecture("wan2.1-t2v-14b"), CLIP, found.choices, system, found.decode_strips
+    )
+    pictures = 832 * 480 * 81 * 3 / 1e9
+    expected = told.whole_seconds * strips_cost(VAE_21, 60, 104, 2) + pictures + 0.3
+    assert told.seconds == pytest.approx(expected) and told.trial is None
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(strips, "_GAIN", 0.0)
+        whole = plan(CLIP, system, 2, speed="fast")
+    assert whole.decode_strips == 1 and whole.decode_peak_bytes == 0
+    saved = told.whole_seconds - told.seconds
+    assert whole.seconds - found.seconds == pytest.approx(saved) and saved > 0
+    assert whole.cold_seconds - found.cold_seconds == pytest.approx(saved)
+    # Beside the VAE, whatever else stays on the driver's card: a worker has nothing there.
+    alone = plan(CLIP, system, 2, speed="fast", offload="model")
+    decode = next(stage for stage in alone.estimate.stages if stage.name == "decode")
+    assert 0.4 * decode.device_bytes < found.decode_peak_bytes < 0.7 * decode.device_bytes
+    assert alone.decode_peak_bytes == found.decode_peak_bytes
+    (said,) = [text for text in found.reasons if "strips" in text]
+    assert "changes rounding only" in said and said in found.estimate.reasons
+    assert "decoded in 2 strips" in found.applied
+    assert found.to_dict()["decode_strips"] == 2
+
+
+def test_more_cards_make_more_strips_until_margins_outweigh_them() -> None:
+    long = replace(CLIP, num_frames=401, window_frames=81)
+    counts = [plan(long, machine(n), n, speed="fast").decode_strips for n in (2, 4, 8)]
+    assert counts == [2, 4, 8]
+    assert [strips_cost(VAE_21, 60, 104, n) for n in (2, 4, 8)] == pytest.approx(
+        [0.54, 0.32, 0.20], abs=0.01
+    )
+    # Each card sees the whole picture where it is as wide as the margins are.
+    assert strips_cost(VAE_21, 12, 12, 8) > 0.6
+
+
+def test_what_a_short_decode_saves_is_not_worth_it() -> None:
+    found = plan(replace(CLIP, num_frames=5), machine(2), 2, speed="fast")
+    assert len(found.workers) == 2 and found.decode_strips == 1
+    assert not any("strips" in text for text in found.reasons)
+
+
+def test_exact_takes_strips_that_a_trial_has_shown_to_keep_the_bits() -> None:
+    model, system = architecture("wan2.1-t2v-14b"), machine(2)
+    plain = plan(CLIP, system, 2)
+    assert plain.decode_strips == 1
+    choices = replace(plain.choices, lean=True)
+    kind = strips_forecast(model, CLIP, choices, system, 2).kind
+    for equal, count in ((True, 2), (False, 1)):
+        between = replace(system.between, trials={kind: Trial(equal, 0.0 if equal else 1e-6)})
+        found = plan(CLIP, replace(system, between=between), 2)
+        assert found.decode_strips == count
+        told = [text for text in found.reasons if "strips" in text]
+        assert [("exact: tried here" in text) for text in told] == [True] * equal
+    # Another size, and another dtype of the VAE, are other trials.
+    for job, other in ((replace(CLIP, width=848), choices), (CLIP, replace(choices, quick=True))):
+        assert strips_forecast(model, job, other, system, 2).kind != kind
+
+
+def test_diffusers_own_decoder_makes_no_strips() -> None:
+    found = plan(CLIP, machine(2), 2, speed="fast", forward="diffusers")
+    assert len(found.workers) == 2 and found.decode_strips == 1
