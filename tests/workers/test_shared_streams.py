@@ -1,17 +1,29 @@
-"""Weights that real processes stream together, over gloo: the bits of weights in their place.
+"""Weights that a gang streams together: the bits of weights in their place, and orderly ends.
 
-The quick suite has one such gang, in ``test_ulysses``.
+The quick suite has a gang of real processes, over gloo, in ``test_ulysses``.
 """
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from support import shared_streams
+from support.cut_clips import CLIP, cut_units, equal, four_heads, made, make_links_free
 from support.process_gang import in_processes
+from support.thread_workers import ThreadWorker
+from support.tiny_models import open_wan
+
+from wan_core.plan.gangs import Cutting
+from wan_core.workers import worker_pool
 
 UNITS = "support.shared_streams.units"
+STREAMED = {"offload": "stream", "resident_blocks": 0}
+JOB = CLIP | {"guidance_scale": 1.0, "num_inference_steps": 3}
 
 
 @pytest.mark.slow
@@ -26,3 +38,110 @@ def test_stored_kinds_and_loras_keep_every_bit(tmp_path: Path, size: int) -> Non
     steady = [one["copied"][1] - one["copied"][0] for one in found]
     assert sum(steady) == shared_streams.most_bytes(1)
     assert all(one["at_once"] for one in found)
+
+
+@pytest.fixture
+def path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A model whose streamed weights gangs share."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(Cutting, "shares_weights", lambda self, *_: self.choices.stream)
+    folder = four_heads(tmp_path, "wan2.1-t2v")
+    make_links_free(folder)
+    return folder
+
+
+class Interrupt(BaseException):
+    """Stands for ComfyUI's."""
+
+
+def hangs(worker: ThreadWorker) -> None:
+    while not worker.dead.wait(0.05):
+        pass
+    worker.die()
+
+
+def dies(worker: ThreadWorker) -> None:
+    worker.die()
+
+
+@pytest.mark.parametrize("fate", [hangs, pytest.param(dies, marks=pytest.mark.slow)])
+def test_a_rank_that_is_gone_is_not_waited_for_with_its_part_of_a_block(
+    path: Path, threads: type[ThreadWorker], fate: Callable[[ThreadWorker], None]
+) -> None:
+    """In the second pass, between two blocks: the other has begun to gather with it."""
+    whole = made(open_wan(path), JOB)
+    looks: list[float] = []
+
+    def look(worker: ThreadWorker) -> None:
+        if worker is threads.made[1] and worker._worker._together is not None:
+            looks.append(time.perf_counter())
+            if len(looks) == 4:
+                fate(worker)
+
+    threads.looked = look
+    worker_pool(("cpu", "cpu"), 2).quiet_seconds = 1.0
+    found = made(open_wan(path, devices=2, **STREAMED), JOB)
+    assert equal(found, whole) and cut_units(found) > 0
+    assert time.perf_counter() - looks[3] < 15
+    assert len(threads.made) == 4  # a gang in the place of the one that ended
+    assert all(one["copied_bytes"] for one in found.metadata["workers"])
+
+
+def test_an_interrupt_leaves_a_gang_that_shares_ready_for_the_next_clip(
+    path: Path, threads: type[ThreadWorker]
+) -> None:
+    ended: list[float] = []
+
+    def check() -> None:
+        inside = threads.made and threads.made[0]._worker._sharing
+        if inside and inside.on and inside.copied_bytes and not ended:
+            ended.append(time.perf_counter())
+            raise Interrupt
+
+    wrapper = open_wan(path, devices=2, **STREAMED)
+    with pytest.raises(Interrupt):
+        made(wrapper, JOB, interrupt_check=check)
+    assert time.perf_counter() - ended[0] < 10
+    assert equal(made(wrapper, JOB), made(open_wan(path), JOB))
+    assert len(threads.made) == 2  # the same gang
+
+
+def test_a_rank_out_of_memory_ends_a_gang_that_shares(
+    path: Path, threads: type[ThreadWorker], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the middle of a pass, while parts are gathered: a smaller plan goes on."""
+    from wan_core.render.stages import StageRunner
+
+    whole, failed = made(open_wan(path), JOB), []
+
+    def fill(worker: ThreadWorker) -> None:
+        inside = worker._worker
+        if worker is threads.made[1] and inside._unit == 2 and inside._together and not failed:
+            failed.append(time.perf_counter())
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
+
+    def smaller(self: StageRunner, stage: str, failure: str, *, must: bool) -> None:
+        assert must and stage == "denoise"
+        self.plan = self.plan.with_choices(stream_buffers=1)
+
+    monkeypatch.setattr(StageRunner, "_step_down", smaller)
+    threads.looked = fill
+    found = made(open_wan(path, devices=2, **STREAMED), JOB)
+    assert failed and time.perf_counter() - failed[0] < 15
+    assert equal(found, whole) and cut_units(found) > 0 and len(threads.made) == 4
+
+
+WINDOWS = CLIP | {"num_frames": 29, "max_chunk_size": 17, "window_overlap": 8}
+
+
+@pytest.mark.parametrize("job", [CLIP, WINDOWS])
+def test_windows_and_halves_of_guidance_are_never_shared(
+    path: Path, threads: type[ThreadWorker], monkeypatch: pytest.MonkeyPatch, job: dict[str, Any]
+) -> None:
+    """They do not keep step: a gang of one has nobody to gather with, whatever a plan says."""
+    monkeypatch.setattr(Cutting, "shares_weights", lambda *_: True)
+    found = made(open_wan(path, devices=2, **STREAMED), job)
+    assert equal(found, made(open_wan(path), job))
+    assert len(threads.made) == 2 and all(one._worker._sharing is None for one in threads.made)
+    workers = found.metadata["workers"]
+    assert all("gang" not in one and "copied_bytes" not in one for one in workers)

@@ -143,11 +143,14 @@ def last_units(threads: type[ThreadWorker], result: Any) -> list[dict[str, Any]]
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["fp8_rows", "Q4_K"])
-@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize(("lora", "streamed"), [(False, False), (True, False), (True, True)])
 def test_stored_weights_and_loras_keep_every_bit(
     threads: type[ThreadWorker], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str,
-    lora: bool,
+    lora: bool, streamed: bool,
 ) -> None:  # fmt: skip
+    """Where they are ``streamed``, one block of two stays, and the gang shares the other."""
+    if streamed:
+        monkeypatch.setattr(Cutting, "shares_weights", lambda self, *_: self.choices.stream)
     monkeypatch.setattr("wan_core.models.sizes.MAP_FROM", 1)
     single_files.write(tmp_path)
     pair, _ = stored_models.experts(tmp_path, kind)
@@ -159,6 +162,7 @@ def test_stored_weights_and_loras_keep_every_bit(
 
     def opened(**wishes: Any) -> Any:
         wishes = {"device": "cpu", "precision": "bf16", "forward": "lean"} | wishes
+        wishes |= {"offload": "stream", "resident_blocks": 1} if streamed else {}
         loader = WanPipelineLoader(enable_caching=False)
         return loader.load_wan_pipeline(given, loras=loras, optimization_config=wishes)
 
@@ -169,6 +173,8 @@ def test_stored_weights_and_loras_keep_every_bit(
     cut = made(opened(devices=2), alone)
     assert cut_units(cut) > 0 and equal(cut, made(opened(), alone))
     assert all(trial.equal for trial in trials().values())
+    copied = [one["copied_bytes"] for one in cut.metadata["workers"] if "copied_bytes" in one]
+    assert len(copied) == 2 * streamed and (not copied or min(copied) > 0)
 
 
 def make_lora(folder: Path) -> Path:
