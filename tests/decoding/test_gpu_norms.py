@@ -14,7 +14,7 @@ from support.vae_models import make_vae
 from torch import Tensor
 
 from wan_core.decoding import lean as lean_vae
-from wan_core.decoding import lean_decoder, lean_encoder
+from wan_core.decoding import lean_decoder, lean_encoder, upsampling
 from wan_core.decoding.decoder_quick import Quick, quick_for
 from wan_core.kernels import maps
 from wan_core.models import VAE_21, VAE_22
@@ -43,10 +43,17 @@ def calls(fused: bool, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
 
     if fused:
         monkeypatch.setattr(kernels, "scaled_silu", counted)
+        monkeypatch.setattr(upsampling, "fused_duplicates", must_be_fused)
     else:
         monkeypatch.setattr(lean_vae, "fused_norms", lambda weight, channels: None)
+        monkeypatch.setattr(upsampling, "fused_duplicates", lambda *_: False)
     yield made
     assert bool(made) is fused
+
+
+def must_be_fused(*given: Any) -> bool:
+    assert maps.fused_duplicates(*given), "the shortcut's bits"
+    return True
 
 
 @cache
@@ -108,6 +115,19 @@ def encodes_as_diffusers(vae: Any, pixels: Tensor) -> bool:
 @pytest.mark.parametrize("channels", [96, 160, 192, 256, 320, 384, 512, 640, 1024, 3])
 def test_the_kernel_gives_the_bits(channels: int, dtype: torch.dtype) -> None:
     assert maps._works((torch.device("cuda", 0), dtype, channels))
+
+
+@DTYPES
+def test_what_is_not_a_number_stays_so(dtype: torch.dtype) -> None:
+    from diffusers.models.autoencoders.autoencoder_kl_wan import WanRMS_norm
+
+    norm = WanRMS_norm(96, images=False).cuda().to(dtype)
+    x = torch.ones(1, 96, 2, 4, 6, device="cuda", dtype=dtype)
+    x[0, 5, 1, 2, 3], x[0, 7, 0, 1, 1] = float("nan"), float("inf")
+    found, expected = torch.empty_like(x), torch.nn.functional.silu(norm(x))
+    assert maps.FusedNorms(frozenset({96})).activate(norm, x, found)
+    assert torch.equal(found.isnan(), expected.isnan()) and bool(found[0, :, 1, 2, 3].isnan().all())
+    assert torch.equal(found.nan_to_num(), expected.nan_to_num())
 
 
 @FUSED

@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 import torch
 from support.decoding import decode_frames
-from support.fused_eager import scaled_silu
+from support.fused_eager import duplicated, scaled_silu
 from support.traced import TracedMemory
 from support.vae_models import make_latents, make_vae
 from torch import Tensor
 
 from wan_core.decoding import lean as lean_vae
-from wan_core.decoding import lean_decoder, lean_encoder
+from wan_core.decoding import lean_decoder, lean_encoder, upsampling
 from wan_core.kernels import maps
 from wan_core.kernels.maps import FusedNorms
 from wan_core.sampling.vae import encode_latents
@@ -25,14 +25,18 @@ VERSIONS = pytest.mark.parametrize("version", ["2.1", "2.2"])
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
-    """Norms are fused, by eager code, and this holds the shapes of their maps."""
+    """Norms and shortcuts are fused, by eager code; this holds the shapes of the norms' maps."""
     made: list[tuple[int, ...]] = []
 
     def counted(source: Tensor, *more: Any) -> None:
         made.append(tuple(source.shape))
         scaled_silu(source, *more)
 
-    monkeypatch.setattr(maps, "map_kernels", lambda: SimpleNamespace(scaled_silu=counted))
+    kernels = SimpleNamespace(scaled_silu=counted, duplicated=duplicated)
+    monkeypatch.setattr(maps, "map_kernels", lambda: kernels)
+    monkeypatch.setattr(
+        upsampling, "fused_duplicates", lambda *given: maps._duplicate(*given) is None
+    )
     monkeypatch.setattr(
         lean_vae, "fused_norms", lambda weight, channels: FusedNorms(frozenset(channels))
     )
@@ -87,15 +91,17 @@ def test_no_more_memory_than_unfused(
     version: str, calls: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A kernel's passes take nothing; of its numbers here nothing matters."""
-    monkeypatch.setattr(
-        maps, "map_kernels", lambda: SimpleNamespace(scaled_silu=lambda *_: calls.append(()))
+    kernels = SimpleNamespace(
+        scaled_silu=lambda *_: calls.append(()), duplicated=lambda *_: calls.append(())
     )
+    monkeypatch.setattr(maps, "map_kernels", lambda: kernels)
     vae = make_vae(version)
     latents = make_latents(vae, 3)
     peaks = []
     for fused in (True, False):
         if not fused:
             monkeypatch.setattr(lean_vae, "fused_norms", lambda weight, channels: None)
+            monkeypatch.setattr(upsampling, "fused_duplicates", lambda *_: False)
         with lean_decoder(vae), TracedMemory() as memory:
             list(decode_frames(vae, latents))
         peaks.append(memory.peak_bytes)

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from support.fused_eager import scaled_silu
+from support.fused_eager import duplicated, scaled_silu
 from torch import Tensor
 
 from wan_core.kernels import maps
-from wan_core.kernels.maps import FusedNorms, fused_norms
+from wan_core.kernels.maps import FusedNorms, fused_duplicates, fused_norms
 from wan_core.kernels.trials import Trials
 
 pytestmark = pytest.mark.usefixtures("without_gradients")
@@ -26,10 +27,13 @@ class OnCard(SimpleNamespace):
         super().__init__(is_cuda=True, device=torch.device("cpu"), dtype=dtype)
 
 
-def use(monkeypatch: pytest.MonkeyPatch, function: Any) -> None:
-    found = None if function is None else SimpleNamespace(scaled_silu=function)
+def use(monkeypatch: pytest.MonkeyPatch, function: Any, duplicate: Any = duplicated) -> None:
+    found = None
+    if function is not None:
+        found = SimpleNamespace(scaled_silu=function, duplicated=duplicate)
     monkeypatch.setattr(maps, "map_kernels", lambda: found)
     monkeypatch.setattr(maps, "_trials", Trials("norms"))
+    monkeypatch.setattr(maps, "_shortcuts", Trials("the shortcut"))
 
 
 def off_by_a_bit(*args: Any) -> None:
@@ -103,3 +107,58 @@ def test_norms_and_maps_that_the_kernel_does_not_know(monkeypatch: pytest.Monkey
         assert not fused.activate(SimpleNamespace(**{**vars(norm), **change}), x, x)
     assert not fused.activate(norm, x, x.half())
     assert not FusedNorms(frozenset({8})).activate(norm, x, x)
+
+
+class MapOnCard:
+    """A map that says it is on a card."""
+
+    is_cuda = True
+
+    def __init__(self, values: Tensor) -> None:
+        self.values = values
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.values, name)
+
+
+def other_cell(y: Tensor, x: Tensor, repeats: int, times: int, space: int, skipped: int) -> None:
+    duplicated(y, x.flip(1), repeats, times, space, skipped)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("inner", "outer", "times"), [(6, 6, 2), (6, 3, 1), (4, 8, 2)])
+def test_the_shortcut_of_a_level(
+    inner: int, outer: int, times: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from diffusers.models.autoencoders.autoencoder_kl_wan import DupUp3D
+
+    use(monkeypatch, scaled_silu)
+    shortcut = DupUp3D(inner, outer, times, 2)
+    x = torch.randn(1, inner, 1, 3, 4).to(dtype)
+    for first in (True, False):
+        more = shortcut(x, first_chunk=first)
+        y = torch.randn(more.shape).to(dtype)
+        found: Any = MapOnCard(y.clone())
+        monkeypatch.setattr(maps, "_duplicate", partial(on_values, maps._duplicate))
+        assert fused_duplicates(found, x, shortcut, first)
+        assert torch.equal(found.values, y + more)
+        assert not fused_duplicates(y, x, shortcut, first), "on a CPU"
+
+
+def on_values(plain: Any, y: Any, *more: Any) -> None:
+    plain(getattr(y, "values", y) if isinstance(y, MapOnCard) else y, *more)
+
+
+@pytest.mark.parametrize("function", [other_cell, broken, lambda *_: None])
+def test_a_trial_finds_a_wrong_shortcut(
+    function: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from diffusers.models.autoencoders.autoencoder_kl_wan import DupUp3D
+
+    use(monkeypatch, scaled_silu, function)
+    y = torch.zeros(1, 6, 2, 6, 8)
+    found: Any = MapOnCard(y)
+    with caplog.at_level("INFO"):
+        assert not fused_duplicates(found, torch.ones(1, 6, 1, 3, 4), DupUp3D(6, 6, 2, 2), False)
+    assert bool((y == 0).all()), "nothing was done"
+    assert ("no C compiler" if function is broken else "other bits than torch's") in caplog.text

@@ -84,3 +84,11 @@ def scaled_silu(
 ) -> None:
     normed = (source.float() / lengths.clamp_min(floor)).to(source.dtype)
     out.copy_(F.silu(normed * scale * gamma.view(-1, 1, 1, 1) + 0.0))
+
+
+def duplicated(y: Tensor, x: Tensor, repeats: int, times: int, space: int, skipped: int) -> None:
+    wide = x.repeat_interleave(repeats, dim=1)
+    batch, channels, *size = wide.shape
+    cells = wide.view(batch, -1, times, space, space, *size).permute(0, 1, 5, 2, 6, 3, 7, 4)
+    frames, height, width = (n * k for n, k in zip(size, (times, space, space), strict=True))
+    y.add_(cells.reshape(batch, -1, frames, height, width)[:, :, skipped:])

@@ -165,6 +165,24 @@ def maps(dtype: torch.dtype, generator: torch.Generator) -> None:
     assert torch.equal(copy.nan_to_num(), results[0][:, :, 2:, 1:-1, 1:-1].nan_to_num())
 
 
+def shortcuts(dtype: torch.dtype, generator: torch.Generator) -> None:
+    """More channels and pixels than a program takes, in each layout; the first chunk and others."""
+    first, last = torch.contiguous_format, torch.channels_last_3d
+    for channels, wide, times, width, skipped, layout in (
+        (6, 6, 2, 30, 1, first), (6, 3, 1, 5, 0, first), (2, 70, 2, 3, 0, last),
+        (6, 3, 1, 5, 0, last),
+    ):  # fmt: skip
+        x = torch.randn(1, channels, 2, 3, width, generator=generator).to(dtype)
+        size = (1, wide, 2 * times - skipped, 6, 2 * width)
+        y = torch.randn(*size, generator=generator).to(dtype)
+        results = []
+        for code in (map_kernels, fused_eager):
+            out, source = (part.contiguous(memory_format=layout).clone() for part in (y, x))
+            code.duplicated(out, source, wide * times * 4 // channels, times, 2, skipped)
+            results.append(out)
+        compare(dtype, ours=results[0], theirs=results[1])
+
+
 def main() -> None:
     generator, kinds = torch.Generator().manual_seed(0), 0
     for dtype, dim, heads in (
@@ -175,6 +193,7 @@ def main() -> None:
         quantizing(dtype, generator)
         activations(dtype, generator)
         maps(dtype, generator)
+        shortcuts(dtype, generator)
         if dtype != torch.float32:
             attention(dtype, torch.Generator().manual_seed(0))
         kinds += 1

@@ -19,7 +19,7 @@ The computation follows diffusers' ``autoencoder_kl_wan.py`` (0.35 to 0.42, see 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import pairwise, product
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -31,6 +31,7 @@ from ..kernels import FusedNorms
 from ..memory import Strip
 from .decoder_quick import Quick, empty
 from .host_cache import HISTORY, HostCache, HostEntry, frames_known
+from .upsampling import add_duplicated, double, doubled_band
 
 _REPEAT = "Rep"  # diffusers' marker: this upsampler has seen only the first frame
 _HALF = (torch.float16, torch.bfloat16)
@@ -111,7 +112,7 @@ class DecoderWalk:
                 self._low = 2 * low
             self._upsample(samplers[0], held)
         if kept is not None:
-            _add_duplicated(held[0], kept, shortcut, first)
+            add_duplicated(held[0], kept, shortcut, first)
 
     # ------------------------------------------------------------------ residual blocks
 
@@ -300,13 +301,13 @@ class DecoderWalk:
         if self._options.bands > 1:
             out = x.new_empty(batch, frames, *size)
             for rows in self._bands(height):
-                piece = F.conv2d(_doubled_band(x, rows), conv.weight, conv.bias)
+                piece = F.conv2d(doubled_band(x, rows), conv.weight, conv.bias)
                 fine = slice(2 * rows.start, 2 * rows.stop)
                 out[..., fine, :] = piece.view(batch, frames, size[0], -1, size[2])
                 del piece
         else:
             large = empty(x, (batch * frames, channels, 2 * height, 2 * width), self._quick)
-            _double(x, large.view(batch, frames, channels, 2 * height, 2 * width))
+            double(x, large.view(batch, frames, channels, 2 * height, 2 * width))
             del x
             out = conv(large).view(batch, frames, *size)
         held.append(out.transpose(1, 2))
@@ -436,44 +437,3 @@ def _normalize(norm: Any, x: Tensor, out: Tensor, length: Tensor | None = None) 
     else:
         out.copy_(wide.div_(length))
     out.mul_(norm.scale).mul_(norm.gamma).add_(norm.bias)
-
-
-def _double(x: Tensor, out: Tensor) -> None:
-    """Upsample (B, C, T, H, W) to the nearest pixel, 2 x 2, into ``out`` (B, T, C, 2H, 2W)."""
-    fine = out.view(*out.shape[:3], out.shape[3] // 2, 2, out.shape[4] // 2, 2)
-    fine.copy_(x.transpose(1, 2)[:, :, :, :, None, :, None])
-
-
-def _doubled_band(x: Tensor, rows: slice) -> Tensor:
-    """Return the upsampled ``rows`` of x with a margin of one pixel, (B*T, C, 2 rows + 2, 2W + 2).
-
-    The margin holds the neighbouring rows, and zeros outside the picture.
-    """
-    batch, channels, frames, height, width = x.shape
-    size = (2 * (rows.stop - rows.start) + 2, 2 * width + 2)
-    out = x.new_empty(batch, frames, channels, *size)
-    for border in (out[..., :1], out[..., -1:], out[..., :1, :], out[..., -1:, :]):
-        border.zero_()
-    _double(x[:, :, :, rows], out[..., 1:-1, 1:-1])
-    for row, at in ((rows.start - 1, 0), (rows.stop, size[0] - 1)):
-        if 0 <= row < height:
-            fine = out[..., at, 1:-1].view(batch, frames, channels, width, 2)
-            fine.copy_(x[:, :, :, row].transpose(1, 2)[..., None])
-    return out.flatten(0, 1)
-
-
-def _add_duplicated(y: Tensor, x: Tensor, shortcut: Any, first: bool) -> None:
-    """Add ``DupUp3D(x)`` to y in place, without making the upsampled map.
-
-    DupUp3D turns channels into cells of (time, height, width); position (a, i, j) of a cell is one
-    channel of x, selected by its index.
-    """
-    times, space = shortcut.factor_t, shortcut.factor_s
-    outputs = torch.arange(shortcut.out_channels, device=x.device) * shortcut.factor
-    skipped = times - 1 if first else 0
-    for a, i, j in product(range(times), range(space), range(space)):
-        channels = (outputs + (a * space + i) * space + j) // shortcut.repeats
-        for frame in range(x.shape[2]):
-            at = frame * times + a - skipped
-            if at >= 0:
-                y[:, :, at, i::space, j::space].add_(x[:, :, frame].index_select(1, channels))

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from .attention import attend, slid_from_cudnn, used_attention
     from .fused import NOTHING, Fused, triton_kernels
     from .fused_trial import fused_for
-    from .maps import FusedNorms, fused_norms
+    from .maps import FusedNorms, fused_duplicates, fused_norms
     from .modulation import Modulation, Span, TimestepRuns
     from .products import Addition, Shared, products_of, shared_by
     from .rotary import norm_all, rotate_all, rotate_span
@@ -32,7 +32,7 @@ __getattr__ = lazy_names(
         "attention": ("attend", "slid_from_cudnn", "used_attention"),
         "fused": ("NOTHING", "Fused", "triton_kernels"),
         "fused_trial": ("fused_for",),
-        "maps": ("FusedNorms", "fused_norms"),
+        "maps": ("FusedNorms", "fused_duplicates", "fused_norms"),
         "modulation": ("Modulation", "Span", "TimestepRuns"),
         "products": ("Addition", "Shared", "products_of", "shared_by"),
         "rotary": ("norm_all", "rotate_all", "rotate_span"),
@@ -52,6 +52,7 @@ __all__ = [
     "Trials",
     "attend",
     "begin_trials",
+    "fused_duplicates",
     "fused_for",
     "fused_norms",
     "norm_all",

@@ -1,9 +1,10 @@
-"""What comes after the norm of a VAE's feature map, in one pass on CUDA, with the bits of torch.
+"""What a VAE does to whole feature maps, in one pass on CUDA, with the bits of torch.
 
-The lengths of pixels are aten's own sums. What follows is elementwise, and rounded where aten
-rounds: each operation to the map's dtype, divisions and the exponential as aten's kernels compute
-them (``div.rn`` and CUDA's ``expf``), nothing contracted. Whether the bits are torch's is found out
-by ``maps`` before anything here is used. Importing this module needs Triton.
+``scaled_silu`` is what comes after the sums of a norm, which are aten's own; ``duplicated`` is the
+shortcut that VAE 2.2 has around a level. Both are elementwise, and rounded where aten rounds: each
+operation to the map's dtype, divisions and the exponential as aten's kernels compute them
+(``div.rn`` and CUDA's ``expf``), nothing contracted. Whether the bits are torch's is found out by
+``maps`` before anything here is used. Importing this module needs Triton.
 """
 
 from __future__ import annotations
@@ -88,3 +89,58 @@ def _scaled_silu_kernel(
         tl.store(write, value.to(kind), mask=here)
         read += from_channel
         write += to_channel
+
+
+def duplicated(y: Tensor, x: Tensor, repeats: int, times: int, space: int, skipped: int) -> None:
+    """Add to ``y`` what ``DupUp3D`` makes of ``x``, but for its first ``skipped`` frames.
+
+    ``x`` is (B, C, T, H, W), ``y`` (B, C', T * times - skipped, H * space, W * space), both of any
+    strides: channels or pixels lie side by side.
+    """
+    batch, channels, frames, height, width = y.shape
+    last = y.stride(1) == 1
+    pixels, block = (16, 64) if last else (256, 4)
+    grid = (triton.cdiv(height * width, pixels), triton.cdiv(channels, block), batch * frames)
+    with torch.cuda.device_of(y):
+        _duplicated_kernel[grid](
+            y, x, channels, frames, skipped, height * width, width, *y.stride(), *x.stride(),
+            REPEATS=repeats, TIMES=times, SPACE=space, PIXELS=pixels, CHANNELS=block, LAST=last,
+            num_warps=4,
+        )  # fmt: skip
+
+
+_SIZES = (
+    "channels", "frames", "skipped", "pixels", "width",
+    "y_batch", "y_channel", "y_frame", "y_row", "y_column",
+    "x_batch", "x_channel", "x_frame", "x_row", "x_column",
+)  # fmt: skip
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def _duplicated_kernel(
+    y, x, channels, frames, skipped, pixels, width,
+    y_batch, y_channel, y_frame, y_row, y_column,
+    x_batch, x_channel, x_frame, x_row, x_column,
+    REPEATS: tl.constexpr, TIMES: tl.constexpr, SPACE: tl.constexpr,
+    PIXELS: tl.constexpr, CHANNELS: tl.constexpr, LAST: tl.constexpr,
+):  # fmt: skip
+    at = tl.program_id(0) * PIXELS + tl.arange(0, PIXELS)
+    channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
+    # Neighbours in memory are the last dimension, over which threads lie.
+    at = at[:, None] if LAST else at[None, :]
+    channel = channel[None, :] if LAST else channel[:, None]
+    inside = (at < pixels) & (channel < channels)
+    row, column = at // width, at % width
+    batch = (tl.program_id(2) // frames).to(tl.int64)
+    frame = tl.program_id(2) % frames
+    moment = frame + skipped
+    cell = ((moment % TIMES) * SPACE + row % SPACE) * SPACE + column % SPACE
+    source = (channel * (TIMES * SPACE * SPACE) + cell) // REPEATS
+    read = x + batch * x_batch + (moment // TIMES).to(tl.int64) * x_frame
+    read += source.to(tl.int64) * x_channel
+    read += (row // SPACE).to(tl.int64) * x_row + (column // SPACE).to(tl.int64) * x_column
+    write = y + batch * y_batch + frame.to(tl.int64) * y_frame + channel.to(tl.int64) * y_channel
+    write += row.to(tl.int64) * y_row + column.to(tl.int64) * y_column
+    value = tl.load(write, mask=inside, other=0.0).to(tl.float32)
+    value += tl.load(read, mask=inside, other=0.0).to(tl.float32)
+    tl.store(write, value.to(y.dtype.element_ty), mask=inside)

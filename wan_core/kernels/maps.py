@@ -5,6 +5,7 @@ adds depends on how many pixels there are and how they lie in memory: lengths ar
 maps, as diffusers takes them, by aten itself. What follows is elementwise and done by one kernel
 (``map_kernels``), where a trial on the device found the bits of diffusers' own norm and torch's
 SiLU; elsewhere ``FusedNorms`` says that it cannot, and the caller computes operation by operation.
+The shortcut around the levels of VAE 2.2 is added by a kernel in the same way.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ EPSILON = 1e-12
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 Key = tuple[torch.device, torch.dtype, int]
 _trials = Trials("fused norms of the VAE")
+_shortcuts = Trials("the fused shortcut of the VAE")
 
 
 @functools.cache
@@ -108,7 +110,7 @@ def _equal(key: Key) -> bool:
     for batch, frames, height, width in ((1, 1, 7, 9), (2, 3, 5, 11), (1, 4, 12, 20)):
         source = _numbers(generator, batch, channels, frames, height, width).to(device, dtype)
         # After an upsampling frames come before channels, after the attention channels come last.
-        frames_first = source.transpose(1, 2).contiguous().transpose(1, 2)
+        frames_first = _frames_first(source)
         channels_last = source.contiguous(memory_format=torch.channels_last_3d)
         for given in (source, frames_first, channels_last):
             expected = F.silu(norm(given))
@@ -119,6 +121,11 @@ def _equal(key: Key) -> bool:
             inside.fill_(9.0)
             equal &= bool((padded == 9.0).all())
     return equal
+
+
+def _frames_first(x: Tensor) -> Tensor:
+    """Return a copy of a map, its frames before its channels in memory."""
+    return x.transpose(1, 2).clone(memory_format=torch.contiguous_format).transpose(1, 2)
 
 
 def _numbers(generator: torch.Generator, *shape: int) -> Tensor:
@@ -132,3 +139,48 @@ def _numbers(generator: torch.Generator, *shape: int) -> Tensor:
     found[:, :, :, 1, 1] *= 1e-36
     found[:, 1:, :, 2, 2] *= 1e-36
     return found
+
+
+def fused_duplicates(y: Tensor, x: Tensor, shortcut: Any, first: bool) -> bool:
+    """Add ``shortcut(x, first)``, a ``DupUp3D``, to ``y`` in place, or return False and do nothing.
+
+    ``x`` and ``y`` are (B, C, T, H, W); of the ``first`` chunk of a clip the frames that nothing
+    precedes are left out.
+    """
+    if not y.is_cuda or y.dtype not in _DTYPES or map_kernels() is None:
+        return False
+    key = (
+        y.device, y.dtype, shortcut.in_channels, shortcut.out_channels, shortcut.factor_t,
+        shortcut.factor_s,
+    )  # fmt: skip
+    if not _shortcuts.of(key, functools.partial(_same_shortcut, shortcut, y.device, y.dtype)):
+        return False
+    _duplicate(y, x, shortcut, first)
+    return True
+
+
+def _duplicate(y: Tensor, x: Tensor, shortcut: Any, first: bool) -> None:
+    times, space = shortcut.factor_t, shortcut.factor_s
+    map_kernels().duplicated(y, x, shortcut.repeats, times, space, times - 1 if first else 0)
+
+
+@torch.no_grad()
+def _same_shortcut(shortcut: Any, device: torch.device, dtype: torch.dtype) -> bool:
+    """Compare with diffusers' own: in every layout, of one frame and of two."""
+    generator, equal = torch.Generator().manual_seed(0), True
+    for frames, first in ((1, True), (2, False)):
+        x = torch.randn(2, shortcut.in_channels, frames, 3, 5, generator=generator)
+        x = x.to(device, dtype)
+        more = shortcut(x, first_chunk=first)
+        y = torch.randn(more.shape, generator=generator).to(device, dtype)
+        for layout in (torch.contiguous_format, torch.channels_last_3d):
+            # Frames come before channels where an upsampling made the map.
+            frames_first = _frames_first(y)
+            for found in (y.clone(memory_format=layout), frames_first):
+                _duplicate(found, x.contiguous(memory_format=layout), shortcut, first)
+                equal &= torch.equal(found, y + more)
+    if not equal:
+        _log.info(
+            "The fused shortcut of the VAE is not used in %s: other bits than torch's.", dtype
+        )
+    return equal

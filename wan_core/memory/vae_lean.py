@@ -92,7 +92,7 @@ class _Walk:
             kept = None if kept is None else self._cut(kept, self.strip.keeps[level])
         self._upsample(held, out, time=shape.temporal_downsample[::-1][level])
         if kept is not None:
-            kept.like(c=out, t=1)  # ``_add_duplicated`` selects channels one frame at a time
+            kept.like(c=out, t=1)  # ``add_duplicated`` may select channels, frame by frame
 
     def _residual(self, held: list[Map], width: int, *, writable: bool = True) -> None:
         x = held.pop()
