@@ -270,10 +270,10 @@ def test_decodes_of_both_vaes(speed: Any, tmp_path: Path) -> None:
     found = json.loads((tmp_path / "speed_cpu_decode.json").read_text())
     assert found["notes"] == []
     decodes = {(row["case"], row["way"]): row for row in found["decodes"]}
-    assert len(decodes) == 36
+    assert len(decodes) == 48
     sizes = ("VAE 2.1, 480p81", "VAE 2.2, 704p41")
     for case in (*sizes, *(f"encode, {size}" for size in sizes)):
-        assert decodes[case, "lean, fp32"]["equal"]
+        assert decodes[case, "lean, fp32"]["equal"] and decodes[case, "unfused, bf16"]["equal"]
         half = [decodes[case, f"lean, {kind}"]["error"] for kind in ("fp16", "bf16")]
         assert 0 < half[0] < half[1] < 0.1
         assert f"| {case} | quick, bf16 | " in (tmp_path / "speed_cpu_decode.md").read_text()

@@ -50,7 +50,7 @@ class DecodeOptions:
     strip: Strip | None = None
     """The part of the picture that is decoded; None: all of it."""
     norms: FusedNorms | None = None
-    """Which norms are computed in fewer passes, with the same bits."""
+    """Which norms are computed in fewer passes, with the same bits; None: nothing is fused."""
 
 
 class DecoderWalk:
@@ -112,7 +112,7 @@ class DecoderWalk:
                 self._low = 2 * low
             self._upsample(samplers[0], held)
         if kept is not None:
-            add_duplicated(held[0], kept, shortcut, first)
+            add_duplicated(held[0], kept, shortcut, first, fuse=self._norms is not None)
 
     # ------------------------------------------------------------------ residual blocks
 

@@ -76,13 +76,14 @@ def lean_decoder(
     cache_on_host: bool | None = None,
     pin_bytes: int = 0,
     quick: bool = False,
+    fuse: bool = True,
     strip: Strip | None = None,
 ) -> Iterator[str | None]:
     """Decode with less memory in this thread, inside the ``with`` block.
 
     Yields None, or the reason why the VAE keeps its own forward. Without ``bands`` the result
     equals diffusers' bit for bit; with ``bands`` (a number of bands of rows) rounding may differ.
-    On CUDA norms are fused where a trial, made once and here, found equal bits.
+    With ``fuse`` norms are fused on CUDA where a trial, made once and here, found equal bits.
     ``cache_on_host`` keeps the feature cache in RAM between uses, which changes no bit; None does
     so when there are bands. ``quick`` takes what is faster on a GPU and may round differently (see
     ``decoder_quick``); it does not act on bands. ``pin_bytes`` limits all page-locked memory of the
@@ -98,7 +99,7 @@ def lean_decoder(
         return
     with _host_cache(bands, cache_on_host, pin_bytes) as host:
         faster = quick_for(vae.decoder) if quick else None
-        norms = _norms(vae.decoder)
+        norms = _norms(vae.decoder) if fuse else None
         options = DecodeOptions(max(1, bands or 1), host, faster, strip, norms)
         with _lean(vae.decoder, options):
             yield None
@@ -112,6 +113,7 @@ def lean_encoder(
     cache_on_host: bool | None = None,
     pin_bytes: int = 0,
     quick: bool = False,
+    fuse: bool = True,
 ) -> Iterator[str | None]:
     """Encode with less memory in this thread, inside the ``with`` block.
 
@@ -124,7 +126,8 @@ def lean_encoder(
         return
     with _host_cache(bands, cache_on_host, pin_bytes) as host:
         faster = quick_for(vae.encoder) if quick else None
-        options = DecodeOptions(max(1, bands or 1), host, faster, norms=_norms(vae.encoder))
+        norms = _norms(vae.encoder) if fuse else None
+        options = DecodeOptions(max(1, bands or 1), host, faster, norms=norms)
         with _lean_encoder(vae.encoder, options):
             yield None
 

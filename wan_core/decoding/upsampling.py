@@ -38,13 +38,14 @@ def doubled_band(x: Tensor, rows: slice) -> Tensor:
     return out.flatten(0, 1)
 
 
-def add_duplicated(y: Tensor, x: Tensor, shortcut: Any, first: bool) -> None:
+def add_duplicated(y: Tensor, x: Tensor, shortcut: Any, first: bool, *, fuse: bool) -> None:
     """Add ``DupUp3D(x)`` to y in place, without making the upsampled map.
 
     DupUp3D turns channels into cells of (time, height, width); position (a, i, j) of a cell is one
-    channel of x, selected by its index. On CUDA one kernel does so where its trial found the bits.
+    channel of x, selected by its index. With ``fuse`` one kernel does so on CUDA, where its trial
+    found the same bits.
     """
-    if fused_duplicates(y, x, shortcut, first):
+    if fuse and fused_duplicates(y, x, shortcut, first):
         return
     times, space = shortcut.factor_t, shortcut.factor_s
     outputs = torch.arange(shortcut.out_channels, device=x.device) * shortcut.factor
