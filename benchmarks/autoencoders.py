@@ -40,7 +40,7 @@ class Case:
     shape: VaeShape
     grid: tuple[int, int, int]
     needs: float
-    """About how many seconds it takes on an H100; estimated from decodes without the unfused way."""
+    """About how many seconds it takes on an H100; estimated from runs without the unfused way."""
     turns: int = 2
 
 
