@@ -102,7 +102,7 @@ def _window_inputs() -> list[io.Input]:
         io.Int.Input(
             "window_overlap",
             default=16,
-            min=0,
+            min=-4,
             max=4096,
             step=4,
             tooltip="As in WanChunkedSampler.",

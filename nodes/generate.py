@@ -138,10 +138,11 @@ def _window_inputs() -> list[io.Input]:
         io.Int.Input(
             "window_overlap",
             default=16,
-            min=0,
+            min=-4,
             max=4096,
             step=4,
-            tooltip="Frames that neighbouring windows share and blend. More: smoother, slower.",
+            tooltip="Frames that neighbouring windows share and blend. More: smoother, slower. "
+            "-4: 16, or more where that costs several cards no time.",
         ),
         *_long_clip_inputs(),
     ]

@@ -149,7 +149,8 @@ def _negative(values: Mapping[str, Any]) -> str | None:
 def use_windows(config: GenerationConfig, frames: int, overlap: int) -> None:
     """Set windows of ``frames`` video frames, of which neighbours share ``overlap``.
 
-    Raises InvalidRequest if the overlap is not shorter than the window.
+    One below 0 leaves it to the plan, which may share more where that fills several cards. Raises
+    InvalidRequest if the overlap is not shorter than the window.
     """
     if overlap >= frames:
         raise InvalidRequest(
@@ -160,7 +161,7 @@ def use_windows(config: GenerationConfig, frames: int, overlap: int) -> None:
     # One window may hold the whole clip: then there is nothing to force.
     config.force_chunked_processing = not 0 < (config.num_frames or 0) <= frames
     config.max_chunk_size = frames
-    config.window_overlap = overlap
+    config.window_overlap = None if overlap < 0 else overlap
 
 
 def use_long_clip(config: GenerationConfig, values: Mapping[str, Any], vae: Any) -> None:

@@ -32,8 +32,15 @@ SPEEDS = ("exact", "fast", "fastest")
 """What a plan may change for speed's sake, from nothing to the video (``plan.speed``)."""
 PRECISIONS = ("auto", "bf16", "fp16", "fp32")
 """The dtypes a transformer can be asked to compute in; "auto" leaves it to the plan."""
+TOKEN = "WANFIT_TOKEN"
+"""The environment's name of a server's token; a command line can be read by every user."""
 RESUME = ("auto", "never", "must")
 """Whether a render continues a saved one: if there is one, never, or it fails without one."""
+
+
+def child_environment(given: Mapping[str, str]) -> dict[str, str]:
+    """Return the environment of a process that this one starts: without the server's token."""
+    return {name: value for name, value in given.items() if name != TOKEN}
 
 
 def plain_number(value: Any) -> int | float | None:

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from support.machines import architecture, cpu, gpu
 from support.pace import pace
 
+from wan_core import OptimizationConfig
 from wan_core.config import StageEstimate
 from wan_core.memory.forward import transformer_peak
 from wan_core.memory.stages import (
@@ -28,6 +29,7 @@ from wan_core.memory.text import format_estimate
 from wan_core.memory.vae import decode_peak, encode_peak
 from wan_core.models import sizes
 from wan_core.models.variants import VAE_21, VAE_22, VARIANTS
+from wan_core.plan import Planner
 
 GPU, CPU = gpu(80), cpu(120)
 
@@ -103,6 +105,28 @@ def test_stages_are_those_the_job_has() -> None:
     assert list(figures("wan2.1-t2v-1.3b", job)) == ["denoise", "decode", "output"]
     assert "image_encode" not in figures("wan2.2-i2v-a14b", replace(job, image=True))
     assert "condition_encode" in figures("wan2.2-i2v-a14b", replace(job, image=True))
+
+
+def test_a_text_encoder_that_is_not_needed_takes_no_room() -> None:
+    """Beside what stays on the device, on the disk, and in what a plan says of weights."""
+    model = architecture("wan2.1-t2v-14b")
+    given = Workload(width=832, height=480, num_frames=81, encode_text=False)
+    needed = replace(given, encode_text=True)
+    dtypes = {"transformer": "bf16", "text_encoder": "bf16", "vae": "fp32"}
+    everything = Choices(dtypes=dtypes, offload="none")
+    with_text, without = (
+        stage(estimate(model, job, everything, gpu(80)).stages, "denoise")
+        for job in (needed, given)
+    )
+    text = sizes.part_bytes(model, "text_encoder", "bf16")
+    assert with_text.weights_bytes - without.weights_bytes == text > 10 << 30
+    # There is a card on which all stays without it, and not with it.
+    plans = []
+    for job in (needed, given):
+        machine = replace(gpu(48, ram=64), device_free_bytes=40 << 30)
+        plans.append(Planner().recommend_optimizations(model, job, machine, OptimizationConfig()))
+    assert [plan.choices.offload for plan in plans] == ["model", "none"]
+    assert plans[0].cold_seconds > plans[1].cold_seconds + 1
 
 
 def test_a_window_bounds_the_denoiser_but_not_the_frames() -> None:

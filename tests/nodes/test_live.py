@@ -227,6 +227,24 @@ def test_a_node_finds_the_sampler_that_follows_it(pack: ModuleType) -> None:
     assert after(nodes, "9") is None  # a circle ends
 
 
+def test_an_overlap_left_to_the_plan_fills_the_cards_and_a_number_stays(
+    pack: ModuleType, asker: Asker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """321 frames are 5 windows, 10 passes: on four cards three turns, in which 6 windows fit."""
+    memory, gib = part(pack, "wan_core.memory"), 2**30
+    card = machines.gpu(80, ram=1024)
+    cards = tuple(memory.Card(f"cuda:{i}", card.device_name, 80 * gib, 79 * gib) for i in range(4))
+    monkeypatch.setattr(part(pack, "wan_core.render.pipeline"), "all_cards", lambda: cards)
+    for devices, overlap, shared in (("4", -4, 36), ("4", 16, 16), ("1", -4, 16), ("4", 0, 0)):
+        asker.machine = card
+        found = asker.ask(graph(
+            "WanChunkedSampler", window_frames=81, window_overlap=overlap, num_frames=321,
+            devices=devices,
+        ))  # fmt: skip
+        assert f"{shared} shared" in json.dumps(found), (devices, overlap)
+        assert ("overlap 16 -> 36 frames" in json.dumps(found)) == (shared == 36)
+
+
 # -- what can be done ---------------------------------------------------------------------------
 def apply(nodes: dict[str, Any], fix: dict[str, Any]) -> dict[str, Any]:
     changed = json.loads(json.dumps(nodes))

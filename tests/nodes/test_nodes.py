@@ -293,6 +293,11 @@ def test_an_overlap_as_long_as_the_window_is_refused(pack: ModuleType) -> None:
     job.use_windows(config, 17, 16)
     assert (config.max_chunk_size, config.window_overlap) == (17, 16)
     assert not config.force_chunked_processing  # one window holds the 9 frames
+    for chosen in (-4, -1):  # left to the plan
+        job.use_windows(config, 17, chosen)
+        assert config.window_overlap is None
+    job.use_windows(config, 17, 0)
+    assert config.window_overlap == 0
     for frames in (33, 0):  # 0: as long as a video that is not there yet
         config.num_frames = frames
         job.use_windows(config, 17, 16)

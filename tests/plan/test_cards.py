@@ -279,12 +279,28 @@ def test_a_smaller_plan_keeps_its_cards() -> None:
 def test_no_more_processes_than_ram_has_room_for() -> None:
     """Each has an interpreter of its own, and its own copy of what does not stay in its file."""
     found = plan(LONG, replace(machine(*[80] * 8), ram_available_bytes=100 * GIB), "all")
-    each = max(stage.host_bytes for stage in found.estimate.stages)
-    assert len(found.workers) == 99 * GIB // each > 1
+    each = next(s.host_bytes for s in found.estimate.stages if s.name == "denoise")
+    process = machine(80).process_ram_bytes
+    assert len(found.workers) == (99 * GIB - process) // each > 1
     assert "RAM has room for" in found.reasons[-1]
     assert "nothing to do" not in found.reasons[-1]
     alone = plan(LONG, replace(machine(*[80] * 8), ram_available_bytes=int(1.5 * each)), "all")
     assert alone.workers == () and "one card computes: RAM has room for 1" in alone.reasons[-1]
+
+
+@pytest.mark.parametrize("ram", [14, 18, 24, 32, 64])
+def test_workers_hold_no_text_encoder(ram: int) -> None:
+    """It is the driver's, and needs more than a worker here; workers wait meanwhile."""
+    small, system = architecture("wan2.1-t2v-1.3b"), machine(*[80] * 8)
+    system = replace(system, ram_available_bytes=ram * GIB)
+    asked = OptimizationConfig(devices="all")
+    found = Planner().recommend_optimizations(small, LONG, system, asked)
+    need = {stage.name: stage.host_bytes for stage in found.estimate.stages}
+    each, process, usable = need["denoise"], system.process_ram_bytes, (ram - 1) * GIB
+    assert need["text_encode"] == max(need.values()) > each > process
+    room = min((usable - process) // each, (usable - need["text_encode"]) // process, 8)
+    assert max(1, len(found.workers)) == max(1, room)
+    assert room > usable // need["text_encode"] or room in (0, 8)
 
 
 def test_equal_bits_are_promised_with_speed_exact_only() -> None:

@@ -21,6 +21,7 @@ from support.http_server import Client, Idle, Started, serving, wait_for
 from wan_core import GenerationConfig
 from wan_core.errors import InvalidRequest
 from wan_core.serve import Outcome, ServerOptions, serve
+from wan_core.serve.desk import FolderFull
 
 TINY = {"num_frames": 5, "width": 32, "height": 32, "num_inference_steps": 2}
 
@@ -60,6 +61,53 @@ def test_a_folder_that_is_full_takes_no_job_and_begins_none(
         assert client.create(prompt="x", **TINY)[0] == 200
         assert client.ask("GET", "/health")[1]["status"] == "ok"
         assert "wanfit_folder_bytes " in client.ask("GET", "/metrics")[1].decode()
+
+
+UPLOAD = b'--b\r\nContent-Disposition: form-data; name="input_reference"; filename="x.png"\r\n\r\n'
+
+
+def uploading(client: Client, declared: int | None, sent: int) -> socket.socket:
+    """Begin a request with an upload, and leave it there: ``declared`` bytes are to come."""
+    connection = socket.create_connection(("127.0.0.1", client.port), timeout=10)
+    length = "Transfer-Encoding: chunked" if declared is None else f"Content-Length: {declared}"
+    head = f"POST /v1/videos HTTP/1.1\r\nHost: localhost\r\n{length}\r\n"
+    connection.sendall(f"{head}Content-Type: multipart/form-data; boundary=b\r\n\r\n".encode())
+    body = UPLOAD + bytes(sent)
+    connection.sendall(b"%x\r\n%s\r\n" % (len(body), body) if declared is None else body)
+    return connection
+
+
+def test_uploads_on_their_way_count_in_the_folder(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """With their whole length where they tell it, and no more once their client is gone."""
+    monkeypatch.setattr("wan_core.serve.desk._KEPT_SECONDS", 0.0)
+    with serving(model, tmp_path, crew=Idle(), most_kept=2**40) as (client, desk):
+        shelf = desk.shelf
+        before = shelf.kept()
+        shelf.most = before + 3_000_000
+        first = uploading(client, 2_000_000, 1000)
+        wait_for(lambda: shelf._coming == 2_000_000)
+        refused = uploading(client, 1_500_000, 1000)  # each alone would have room
+        assert b" 507 " in refused.recv(4096).split(b"\r\n")[0]
+        refused.close()
+        longer = uploading(client, None, 900_000)
+        wait_for(lambda: 2_900_000 <= shelf._coming <= 2_902_000)
+        longer.sendall(b"%x\r\n%s\r\n" % (200_000, bytes(200_000)))  # it told no length
+        assert b" 507 " in longer.recv(4096).split(b"\r\n")[0]
+        longer.close()
+        wait_for(lambda: shelf._coming == 2_000_000)
+        # What is not whole is counted once, and jobs may begin meanwhile.
+        wait_for(lambda: shelf.kept() - before < 500_000 and shelf.has_room())
+        first.close()
+        wait_for(lambda: shelf._coming == 0)
+        wait_for(lambda: not list(desk.uploads.iterdir()))
+        shelf.most = shelf.kept() + 1_800_000
+        with desk.coming(1_000_000) as coming:
+            coming.kept = 999_000  # its job was accepted
+        with pytest.raises(FolderFull):  # it is not counted yet, and yet it counts
+            shelf.expect(1_000_000)
+    assert "Traceback" not in capfd.readouterr().err  # a client that goes is no fault
 
 
 def test_a_queue_that_is_full_says_when_to_ask_again(model: Path, tmp_path: Path) -> None:

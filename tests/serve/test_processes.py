@@ -161,6 +161,71 @@ def test_a_process_that_hangs_under_an_unwanted_job_is_killed(
     crew.close()
 
 
+def settled(crew: Processes, seconds: float = 60.0) -> Outcome:
+    """Wait for the job in work; its number is 1."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        for job, outcome in crew.wait(0.05):
+            assert job.number == 1
+            return outcome
+    raise AssertionError("no outcome")
+
+
+ANSWERS = """
+import json, os, sys
+for line in sys.stdin:
+    told = {"token": os.environ.get("WANFIT_TOKEN"), "here": os.environ.get("WANFIT_HERE")}
+    number = json.loads(line)["job"]["number"]
+    print(json.dumps({"number": number, "outcome": {"prompt": json.dumps(told)}}), flush=True)
+"""
+
+
+def test_processes_that_nobody_needs_end_and_the_next_job_starts_one_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also while another one works. No job is given to one that leaves; none sees the token."""
+    monkeypatch.setattr("wan_core.serve.processes._START", ANSWERS)
+    monkeypatch.setenv("WANFIT_TOKEN", "a server's secret")
+    monkeypatch.setenv("WANFIT_HERE", "yes")
+    crew = Processes(2)
+    first, second = crew.hands
+    for _ in range(2):
+        hand = crew.free(1)[0]
+        crew.begin(hand, hanging(tmp_path))
+        assert json.loads(settled(crew).prompt) == {"token": None, "here": "yes"}
+    assert first.pid is not None and second.pid is None and crew.free(0) == [first, second]
+    second.job = hanging(tmp_path)  # as if it worked
+    monkeypatch.setattr("wan_core.serve.processes.IDLE_SECONDS", -1.0)
+    assert crew.free(1) == [first]  # it is about to get the job
+    assert crew.free(0) != [first] and crew.hands[1] is second
+    crew.begin(crew.hands[0], hanging(tmp_path))
+    assert not settled(crew).lost and crew.hands[0].pid is not None
+    deadline = time.monotonic() + 20
+    while first.pid is not None:
+        assert not crew.wait(0.05) and time.monotonic() < deadline
+    second.job = None
+    crew.close()
+
+
+def test_a_process_that_does_not_leave_is_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "wan_core.serve.processes._START",
+        "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)",
+    )
+    crew = Processes(1)
+    stuck = crew.hands[0]
+    stuck.send({"job": hanging(tmp_path).to_dict()})
+    monkeypatch.setattr("wan_core.serve.processes.IDLE_SECONDS", -1.0)
+    monkeypatch.setattr("wan_core.serve.processes._END_SECONDS", 0.05)
+    deadline = time.monotonic() + 20
+    while stuck.pid is not None:
+        crew.free(0)
+        assert not crew.wait(0.05) and time.monotonic() < deadline
+    crew.close()
+
+
 class FakeRay:
     """Ray as a cluster sees it: the one actor answers nothing, until it is killed."""
 
@@ -229,6 +294,20 @@ def test_a_local_cluster_that_others_could_reach_is_not_started(
     with pytest.raises(WorkerFailed, match=r"would listen on 192\.168\.0\.7"):
         Cluster("local")
     assert not ray.init.called and "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER" not in os.environ
+
+
+def test_a_local_cluster_does_not_see_the_token_of_the_server(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ray, seen = MagicMock(), list[bool]()
+    ray.is_initialized.return_value = False
+    ray.util.get_node_ip_address.return_value = "127.0.0.1"
+    ray.cluster_resources.return_value = {"CPU": 1.0}
+    ray.init.side_effect = lambda **_: seen.append("WANFIT_TOKEN" in os.environ)
+    monkeypatch.setitem(sys.modules, "ray", ray)
+    monkeypatch.setenv("WANFIT_TOKEN", "a server's secret")
+    Cluster("local").close()
+    assert seen == [False] and os.environ["WANFIT_TOKEN"] == "a server's secret"
 
 
 @pytest.mark.slow

@@ -462,6 +462,24 @@ def test_what_a_worker_sees_of_the_environment() -> None:
     assert environment("cpu", {"NCCL_NVLS_ENABLE": "1"})["NCCL_NVLS_ENABLE"] == "1"
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="reads another process's environment")
+def test_a_worker_does_not_see_the_token_of_the_server_that_started_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from wan_core.workers import process
+
+    monkeypatch.setattr(process, "_START", "import time; time.sleep(60)")
+    monkeypatch.setenv("WANFIT_TOKEN", "a server's secret")
+    monkeypatch.setenv("WANFIT_HERE", "yes")
+    for device in ("cpu", "cuda:0"):
+        worker = process.WorkerProcess(device, lambda *_: None)
+        try:
+            seen = Path(f"/proc/{worker.pid}/environ").read_bytes()
+            assert b"WANFIT_HERE=yes" in seen and b"TOKEN" not in seen
+        finally:
+            worker.kill()
+
+
 def test_a_render_goes_on_with_the_overlap_it_began_with(
     folder: Any, threads: type[ThreadWorker], tmp_path: Path
 ) -> None:

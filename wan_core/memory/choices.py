@@ -62,6 +62,11 @@ class Workload:
     """Experts that make no step of a shortened schedule, and are not read."""
 
     @property
+    def unread(self) -> tuple[str, ...]:
+        """Components that are not read: those, and the text encoder where no text is encoded."""
+        return self.idle if self.encode_text else (*self.idle, "text_encoder")
+
+    @property
     def latent_frames(self) -> int:
         """Number of latent frames in the clip."""
         return (self.num_frames - 1) // 4 + 1

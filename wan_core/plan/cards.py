@@ -63,11 +63,11 @@ def devices_asked(requested: OptimizationConfig, system: SystemResources) -> tup
     elif wanted.isdigit():
         chosen = (own, *rest[: int(wanted) - 1])
         if len(chosen) < int(wanted):
-            raise _missing(wanted, tuple(known))
+            raise _missing(wanted, tuple(known) or (own,))
     else:
         chosen = tuple(dict.fromkeys(f"cuda:{one.removeprefix('cuda:')}" for one in _ids(wanted)))
         if any(device not in known for device in chosen):
-            raise _missing(wanted, tuple(known))
+            raise _missing(wanted, tuple(known) or (own,))
     names = {device: known[device].name for device in chosen if device in known}
     if len(set(names.values())) > 1 and requested.speed == "exact":
         listed = ", ".join(f"{device} {name}" for device, name in names.items())
@@ -155,9 +155,7 @@ def spread_over(
     names = {card.name for card in system.cards if card.device in devices}
     job = wishes(architecture, workload, plan.choices, system, requested, lean)
     job = replace(job, alike=len(names) < 2)
-    # Each process has an interpreter of its own, and its own copy of weights that are not mapped.
-    each = max((stage.host_bytes for stage in plan.estimate.stages), default=0)
-    room = max(1, min(len(devices), system.usable_ram_bytes // each if each else len(devices)))
+    each, room = _ram_for_workers(plan, system, len(devices))
     auto = requested.devices == "auto"
     ways = _ways(plan, job, turns, room, every=auto)
     chosen = ways[0]
@@ -202,6 +200,21 @@ def spread_over(
         reasons=reasons,
         estimate=replace(found, reasons=reasons),
     )
+
+
+def _ram_for_workers(plan: OptimizationPlan, system: SystemResources, most: int) -> tuple[int, int]:
+    """Return the bytes of RAM that a worker takes, and for how many of ``most`` there is room.
+
+    Each has an interpreter of its own, and its own copy of weights that are not mapped. They have
+    the transformers' stages alone; in the others, which are the driver's, they wait.
+    """
+    process, usable = system.process_ram_bytes, system.usable_ram_bytes
+    stages = plan.estimate.stages
+    each = max((s.host_bytes for s in stages if s.name.startswith("denoise")), default=0)
+    largest = max((s.host_bytes for s in stages if not s.name.startswith("denoise")), default=0)
+    counts = [(usable - process) // each] if each else []
+    counts += [(usable - largest) // process] if process else []
+    return each, max(1, min(most, *counts))
 
 
 def _ways(

@@ -33,7 +33,7 @@ def reasons_for(
     """Return a sentence per decision; ``others`` are all candidates of the chosen one's tier."""
     choices = chosen.choices
     reasons = [_vae(chosen, system), _placement(requested, limits, system, chosen, others)]
-    reasons += _as_stored(architecture, choices)
+    reasons += _as_stored(architecture, workload, choices)
     if choices.stream:
         reasons.append(_streaming(architecture, workload, system, choices))
     for part, how in choices.part_offload.items():
@@ -97,12 +97,14 @@ def _driving(architecture: ModelArchitecture, workload: Workload, choices: Choic
     return f"driving stream: {text}; equal bits"
 
 
-def _as_stored(architecture: ModelArchitecture, choices: Choices) -> list[str]:
+def _as_stored(architecture: ModelArchitecture, workload: Workload, choices: Choices) -> list[str]:
     """Name each kind of storage that weights stay in, and what is computed in."""
     parts: dict[str, list[str]] = {}
     for name in (*experts_of(architecture), "text_encoder"):
         component = architecture.components.get(name)
-        if component is not None and component.stored is not None and component.stored.quantised:
+        if component is None or component.stored is None or name in workload.unread:
+            continue
+        if component.stored.quantised:
             kind = f"{component.stored_as}, computed in {choices.dtypes[name]}"
             parts.setdefault(kind, []).append(name)
     found = []

@@ -338,7 +338,7 @@ def blocks_that_hide_the_bus(
 def _reads(architecture: ModelArchitecture, workload: Workload) -> float:
     """Seconds that reading every file once takes, from a disk of the assumed speed."""
     parts = architecture.components.items()
-    return sum(part.nbytes for name, part in parts if name not in workload.idle) / _DISK
+    return sum(part.nbytes for name, part in parts if name not in workload.unread) / _DISK
 
 
 def decode_seconds(workload: Workload, choices: Choices, system: SystemResources) -> float:
@@ -356,7 +356,7 @@ def _moves(
     total = 0.0
     for part in parts_of(architecture):
         offload = choices.offload_of(part)
-        if offload == "none" or part in workload.idle:
+        if offload == "none" or part in workload.unread:
             continue
         nbytes = part_bytes(architecture, part, choices.dtypes.get(part) or "bf16")
         slow = 2 if offload == "sequential" else 1

@@ -17,9 +17,10 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from ..config import TOKEN
 from ..errors import InvalidRequest, MissingDependency, WorkerFailed, first_line
 from .carry import Carrier, Outcome
-from .crew import Hand, Progress
+from .crew import IDLE_SECONDS, Hand, Progress
 from .jobs import BatchJob
 
 _ELSEWHERE = ("MissingFile", "DoesNotFit", "MissingDependency", "OutputError")
@@ -27,9 +28,6 @@ _ELSEWHERE = ("MissingFile", "DoesNotFit", "MissingDependency", "OutputError")
 _MOST_FAILED_STARTS = 3
 _STATE_SECONDS = 2.0
 """How often a hand is asked how far it is: a thousand hands are 500 small calls a second."""
-IDLE_SECONDS = 60.0
-"""So long a hand keeps its cards while no job waits; about what it takes to load a model again (see
-docs/cluster.md). Assumed, not measured."""
 
 
 def _say_nothing(_: str) -> None:
@@ -365,17 +363,17 @@ _REACHABLE = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 def _loopback_only() -> Iterator[None]:
     """Have a Ray that starts meanwhile, and all it starts, listen on this machine alone.
 
-    Who reaches its ports runs code here, and Ray alone would listen on all addresses.
+    Who reaches its ports runs code here, and Ray alone would listen on all addresses. Nor is it to
+    see a server's token.
     """
-    before = os.environ.get(_REACHABLE)
+    before = {name: os.environ.get(name) for name in (_REACHABLE, TOKEN)}
+    os.environ.pop(TOKEN, None)
     os.environ[_REACHABLE] = "0"
     try:
         yield
     finally:
-        if before is None:
-            del os.environ[_REACHABLE]
-        else:
-            os.environ[_REACHABLE] = before
+        del os.environ[_REACHABLE]
+        os.environ.update({name: value for name, value in before.items() if value is not None})
 
 
 def _check_loopback(address: str) -> None:

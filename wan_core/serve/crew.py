@@ -16,6 +16,10 @@ from .jobs import BatchJob
 STOP_SECONDS = 30.0
 """A job that was told to stop and has not by then hangs; what carries it out is killed."""
 
+IDLE_SECONDS = 60.0
+"""So long a hand keeps its cards while no job waits; about what it takes to load a model again (see
+docs/cluster.md). Assumed, not measured."""
+
 
 class Hand:
     """One that carries out a job at a time; ``group`` is the model that it has open."""

@@ -10,7 +10,7 @@ import os
 import re
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from .crew import Crew, carry_out
 from .fields import Served, name_of, read_job
 from .jobs import BatchJob
 from .queue import MOST_WAITING, Queue, Row, new_id
-from .uploads import MOST_BYTES, Form, check_frames, look_at, remove_parts
+from .uploads import MOST_BYTES, PART, Form, check_frames, look_at, remove_parts
 
 _PAGE = Path(__file__).with_name("watch.html")
 
@@ -47,6 +47,7 @@ class Shelf:
         self.folder, self.most = folder, most
         self._lock = threading.Lock()
         self._bytes, self._until, self._took = 0, 0.0, 0.0
+        self._coming = 0
 
     def kept(self) -> int:
         """Return the bytes of all files below the folder, as of some seconds ago at most."""
@@ -63,21 +64,40 @@ class Shelf:
         with self._lock:
             self._until = min(self._until, time.monotonic() + _KEPT_PART * self._took)
 
+    def expect(self, nbytes: int) -> None:
+        """Keep room for bytes of an upload that is on its way; raise FolderFull without room."""
+        with self._lock:
+            total = self._bytes + self._coming + nbytes
+            if self.most is None or total <= self.most:
+                self._coming += nbytes
+                return
+        raise FolderFull(self.full())
+
+    def expected(self, nbytes: int, kept: int = 0) -> None:
+        """Give back what was kept of room: so many bytes of it are in the folder for good."""
+        with self._lock:
+            self._coming -= nbytes
+            self._bytes += kept  # until they are counted
+
     def has_room(self) -> bool:
         """Return whether the folder may grow."""
         return self.most is None or self.kept() < self.most
 
     def full(self) -> str:
         """Return what a client is told of a folder without room."""
-        kept, most = self.kept() / 2**20, (self.most or 0) / 2**20
+        kept, most = (self.kept() + self._coming) / 2**20, (self.most or 0) / 2**20
         return (
-            f"The server's folder holds {kept:,.0f} MiB, and {most:,.0f} are allowed. Fetch and "
-            "delete videos that are done, or start it with a larger --folder-gb."
+            f"The server's folder holds {kept:,.0f} MiB, with the uploads on their way, and "
+            f"{most:,.0f} are allowed. Fetch and delete videos that are done, or start it with a "
+            "larger --folder-gb."
         )
 
 
 def _bytes_below(folder: Path) -> int:
-    """Return the bytes of all files below a folder; what goes meanwhile counts nothing."""
+    """Return the bytes of all files below a folder; what goes meanwhile counts nothing.
+
+    Nor do uploads that are not whole: ``Coming`` counts them.
+    """
     total, folders = 0, [str(folder)]
     while folders:
         with contextlib.suppress(OSError), os.scandir(folders.pop()) as found:
@@ -85,9 +105,37 @@ def _bytes_below(folder: Path) -> int:
                 with contextlib.suppress(OSError):
                     if one.is_dir(follow_symlinks=False):
                         folders.append(one.path)
-                    else:
+                    elif not one.name.endswith(PART):
                         total += one.stat(follow_symlinks=False).st_size
     return total
+
+
+class Coming:
+    """The room of one upload while it comes, so that many at once do not outgrow the folder.
+
+    For ``with``: whatever ends the request, also its client's going away, gives the room back.
+    """
+
+    def __init__(self, shelf: Shelf, declared: int) -> None:
+        self._shelf, self._room, self._came = shelf, declared, 0
+        self.kept = 0
+        """Bytes of it that stay, once its job is accepted."""
+
+    def __enter__(self) -> Coming:
+        self._shelf.expect(self._room)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._shelf.expected(self._room, self.kept)
+
+    async def counted(self, body: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+        """Pass a body on; raise FolderFull where one that told no length outgrows the folder."""
+        async for chunk in body:
+            self._came += len(chunk)
+            if self._came > self._room:
+                self._shelf.expect(self._came - self._room)
+                self._room = self._came
+            yield chunk
 
 
 class Desk:
@@ -165,6 +213,10 @@ class Desk:
         if not self.shelf.has_room():
             self.refused += 1
             raise FolderFull(self.shelf.full())
+
+    def coming(self, declared: int) -> Coming:
+        """Return what keeps room for an upload of so many bytes, 0 where it does not tell."""
+        return Coming(self.shelf, declared)
 
     def delete(self, id: str) -> bool:
         """Take a job out, with all that belongs to it; see ``Queue.delete``."""

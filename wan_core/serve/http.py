@@ -163,6 +163,11 @@ def make_app(desk: Desk, token: str | None, host: str = "127.0.0.1") -> Any:
 
 def _add_errors(app: FastAPI, desk: Desk) -> None:
     from fastapi.responses import JSONResponse
+    from starlette.requests import ClientDisconnect
+
+    @app.exception_handler(ClientDisconnect)
+    async def gone(*_: Any) -> Response:
+        return JSONResponse(error_body("The client has gone.", "gone"), 400)  # nobody reads it
 
     @app.exception_handler(WanError)
     async def expected(_: Any, err: WanError) -> Response:
@@ -192,15 +197,18 @@ def _add_videos(app: FastAPI, desk: Desk) -> None:
         return desk.queue.get(id) if _ID.fullmatch(id) else None
 
     async def create(request: Request) -> Response:
-        check_length(request.headers.get("content-length"), desk.most_bytes)
+        declared = check_length(request.headers.get("content-length"), desk.most_bytes)
         await run_in_threadpool(desk.check_room)
         kind = request.headers.get("content-type", "")
-        form = await read_form(paced(request.stream()), kind, desk.uploads, desk.most_bytes)
-        try:
-            row = await run_in_threadpool(desk.accept, form)
-        finally:
-            if form.file is not None:
-                form.file.unlink(missing_ok=True)
+        with desk.coming(declared) as coming:
+            body = coming.counted(paced(request.stream()))
+            form = await read_form(body, kind, desk.uploads, desk.most_bytes)
+            try:
+                row = await run_in_threadpool(desk.accept, form)
+                coming.kept = form.nbytes
+            finally:
+                if form.file is not None:
+                    form.file.unlink(missing_ok=True)
         return JSONResponse(shown(row))
 
     def list_all(request: Request) -> Response:

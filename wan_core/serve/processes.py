@@ -20,9 +20,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
+from ..config import child_environment
 from ..errors import InvalidRequest
 from .carry import Carrier, Outcome
-from .crew import Hand, Progress
+from .crew import IDLE_SECONDS, Hand, Progress
 from .jobs import BatchJob
 
 _ROOT = Path(__file__).resolve().parents[2]
@@ -50,6 +51,12 @@ class _Process(Hand):
         self._place, self._seen, self._told = dict(place), dict(seen), told
         self._process: subprocess.Popen[bytes] | None = None
         self._outbox: queue.Queue[bytes | None] = queue.Queue()
+        self.idle_since = time.monotonic()
+        """Since when it has no job although none waits; once it was given up, since when."""
+
+    def successor(self) -> _Process:
+        """Return one for the same cards, whose process is not started yet."""
+        return _Process(self.name, self._place, self._seen, self._told)
 
     @property
     def pid(self) -> int | None:
@@ -66,7 +73,7 @@ class _Process(Hand):
             arguments = [sys.executable, "-P", "-c", _START, str(_ROOT), json.dumps(self._place)]
             process = subprocess.Popen(
                 arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                env={**os.environ, **self._seen},
+                env={**child_environment(os.environ), **self._seen},
             )  # fmt: skip
             self._process, self._outbox = process, queue.Queue()
             assert process.stdin is not None and process.stdout is not None
@@ -116,8 +123,9 @@ class Processes:
     """``count`` processes, each with ``cards`` of the host's cards, or on its CPU.
 
     ``seen`` are the numbers of the cards that may be used, as torch counts them; an empty list is
-    for hosts without, where all processes share the CPU. Raises InvalidRequest where there are too
-    few cards. ``progress`` and ``stopped`` are called from the thread that waits.
+    for hosts without, where all processes share the CPU. A process that nobody needs for
+    ``IDLE_SECONDS`` ends, and gives its cards back. Raises InvalidRequest where there are too few
+    cards. ``progress`` and ``stopped`` are called from the thread that waits.
     """
 
     def __init__(
@@ -138,6 +146,7 @@ class Processes:
         self._progress, self._stopped = progress, stopped
         self._told: queue.Queue[tuple[_Process, Line | None]] = queue.Queue()
         self.hands = [self._hand(i, cards, seen) for i in range(count)]
+        self._leaving: list[_Process] = []
 
     def _hand(self, index: int, cards: int, seen: Sequence[int]) -> _Process:
         own = seen[index * cards : (index + 1) * cards]
@@ -152,7 +161,23 @@ class Processes:
 
     def free(self, waiting: int) -> Sequence[Hand]:
         """Return the processes without a job; they start with their first."""
+        self._give_back(waiting)
         return [hand for hand in self.hands if hand.job is None]
+
+    def _give_back(self, waiting: int) -> None:
+        """End the processes that were idle for long; kill those that do not end."""
+        now = time.monotonic()
+        for index, hand in enumerate(self.hands):
+            if waiting or hand.job is not None or hand.pid is None:
+                hand.idle_since = now
+            elif now - hand.idle_since > IDLE_SECONDS:
+                hand.leave()
+                hand.idle_since = now
+                self._leaving.append(hand)
+                self.hands[index] = hand.successor()
+        for hand in self._leaving:
+            if now - hand.idle_since > _END_SECONDS:
+                hand.kill()
 
     def begin(self, hand: Hand, job: BatchJob) -> None:
         """Send the job to its process."""
@@ -182,6 +207,8 @@ class Processes:
         job = hand.job
         if line is None:
             code = hand.ended()
+            if hand in self._leaving:
+                self._leaving.remove(hand)
             hand.job = None
             hand.group = ""
             lost = Outcome(lost=True, kind="Lost", error=f"Its process ended with code {code}.")
@@ -199,7 +226,7 @@ class Processes:
         """End the processes. What they had in work is on disk up to its last step."""
         for hand in self.hands:  # all before the first is waited for
             hand.leave()
-        for hand in self.hands:
+        for hand in (*self.hands, *self._leaving):
             hand.ended()
 
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..config import TOKEN
 from ..errors import InvalidRequest, MissingDependency, MissingFile, OutputError
 from ..render import WanPipelineLoader
 from .cluster import Cluster
@@ -27,8 +28,6 @@ from .jobs import placed_lora
 from .processes import processes_for
 from .queue import MOST_WAITING, Queue
 
-TOKEN = "WANFIT_TOKEN"
-"""The environment's name of the token; a command line can be read by every user of a machine."""
 _LEAST_TOKEN = 16
 _END_SECONDS = 5
 _MOST_CONNECTIONS = 1024

@@ -26,6 +26,8 @@ _SLACK = 2**20
 PAUSE_SECONDS, LEAST_RATE = 30.0, 1024
 """A body that pauses for so long, or brings fewer bytes a second in all, holds a place for nothing.
 Assumed."""
+PART = ".part"
+"""How the name of an upload ends that is not whole, or not looked at yet."""
 MOST_FIELDS = 64
 MOST_PICTURE, MOST_FRAME, MOST_VIDEO = 7680 * 4320, 4096 * 2304, 2**28
 """Pixels of a picture, of a video's frame, and of as many frames as a clip reads: 268 million are
@@ -70,16 +72,22 @@ class Form:
 
     fields: dict[str, Any] = field(default_factory=dict)
     file: Path | None = None
+    nbytes: int = 0
+    """Of the upload."""
 
 
-def check_length(declared: str | None, most: int) -> None:
-    """Raise TooLarge for a body that says it is too large, before any of it is read."""
+def check_length(declared: str | None, most: int) -> int:
+    """Return the bytes of a body as it tells them, 0 where it does not.
+
+    Raises TooLarge for one that says it is too large, before any of it is read.
+    """
     if declared is None or not (declared.isascii() and declared.isdigit()):
-        return
+        return 0
     if len(declared) > MOST_DIGITS:
         raise _too_large(most, f"The request's length has {len(declared):,} digits")
     if int(declared) > most + _SLACK:
         raise _too_large(most, f"The request has {int(declared):,} bytes")
+    return int(declared)
 
 
 def _too_large(most: int, what: str = "The upload is larger") -> TooLarge:
@@ -108,6 +116,7 @@ async def read_form(body: AsyncIterator[bytes], content_type: str, folder: Path,
     except BaseException:
         parts.drop()
         raise
+    parts.form.nbytes = parts.written
     return parts.form
 
 
@@ -148,7 +157,7 @@ class _Parts:
         self._header, self._value, self._headers = bytearray(), bytearray(), {b"": b""}
         self._name, self._text, self._file = "", bytearray(), None
         self._seen: set[str] = set()
-        self._written = 0
+        self.written = 0
         self._stream: IO[bytes] | None = None
         self._whole = False
         self._parser = MultipartParser(
@@ -210,7 +219,7 @@ class _Parts:
         self._seen.add(self._name)
         if self._name == UPLOAD and b"filename" in options:
             # Never the client's name for it.
-            self.form.file = self._folder / f"{secrets.token_hex(16)}.part"
+            self.form.file = self._folder / f"{secrets.token_hex(16)}{PART}"
             self._stream = open(self.form.file, "xb")  # noqa: SIM115 - closed by _end or drop
         elif b"filename" in options:
             raise InvalidRequest(
@@ -219,8 +228,8 @@ class _Parts:
 
     def _data(self, data: bytes, begin: int, end: int) -> None:
         if self._stream is not None:
-            self._written += end - begin
-            if self._written > self._most:
+            self.written += end - begin
+            if self.written > self._most:
                 raise _too_large(self._most)
             self._stream.write(data[begin:end])
             return
@@ -342,5 +351,5 @@ def _check_pixels(size: tuple[int, int], most: int, what: str) -> None:
 
 def remove_parts(folder: Path) -> None:
     """Remove uploads that a killed server had not finished."""
-    for path in folder.glob("*.part"):
+    for path in folder.glob(f"*{PART}"):
         path.unlink(missing_ok=True)

@@ -19,6 +19,7 @@ from typing import Any, BinaryIO, cast
 import torch
 from torch import Tensor
 
+from ..config import child_environment
 from .messages import Message, read_message, write_message
 
 _ROOT = Path(__file__).resolve().parents[2]
@@ -111,6 +112,7 @@ def environment(device: str, given: Mapping[str, str]) -> dict[str, str]:
 
     ``device`` is the driver's name of it, counted among the cards that the driver sees.
     """
+    given = child_environment(given)
     # What the processes of a gang listen on is not to be reached from elsewhere.
     given = {**_USUALLY, **given, **_LOOPBACK} if sys.platform == "linux" else given
     if device == "cpu":
