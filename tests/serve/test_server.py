@@ -590,6 +590,18 @@ def test_a_job_that_gets_further_is_not_why_its_server_dies(tmp_path: Path) -> N
         assert killed(path, (10 * i + 5, 10 * i + 9)) == "in_progress"
 
 
+def test_a_server_that_is_killed_while_a_job_begins_does_not_blame_it_later(tmp_path: Path) -> None:
+    """Twice before the first step was made, and then in the middle of the render."""
+    path = tmp_path / "queue.sqlite3"
+    queue = Queue(path)
+    queue.add(new_id(), job(tmp_path), {})
+    queue.close()
+    for percents in ((), (), (31,), (32, 40)):
+        assert killed(path, percents) == "in_progress"
+    # But one that gets nowhere each time is the cause.
+    assert [killed(path) for _ in range(2)] == ["in_progress", "failed"]
+
+
 @pytest.mark.parametrize(("wrong", "kind", "why"), [
     ({"at_once": "many"}, InvalidRequest, "at_once is 'many'"),
     ({"cluster": "nowhere:1"}, WorkerFailed, "nobody there"),

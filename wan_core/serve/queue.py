@@ -323,8 +323,11 @@ class Queue:
             row = None if self.closed else self._file.execute(_NEXT, (group,)).fetchone()
             if row is None:
                 return None
+            # After a death it is known how far it gets, be it nowhere: whoever gets further than
+            # that the next time is not the cause. The first time it was not written down.
             self._file.execute(
-                "UPDATE jobs SET status = 'in_progress', tries = tries + 1 WHERE number = ?",
+                "UPDATE jobs SET status = 'in_progress', tries = tries + 1,"
+                " reached = MAX(reached, restarts > 0) WHERE number = ?",
                 (row["number"],),
             )
             if row["restarts"]:
