@@ -10,8 +10,9 @@ from support.fake_cuda import DeviceMemory, FakeCuda, wiped
 from torch import Tensor, nn
 
 from wan_core.loading import Slab, moving, page_lock
-from wan_core.placing import transport
+from wan_core.placing import Sharing, transport
 from wan_core.placing.buffers import BufferSchedule
+from wan_core.placing.streaming import _pin_parts, _unlock
 from wan_core.placing.transport import Block, CudaTransport
 
 DEVICE = torch.device("cuda:0")
@@ -95,6 +96,19 @@ def test_each_block_computes_with_its_own_bytes(
         assert sent._worker._shutdown
 
 
+class Alone:
+    """One rank of a gang that talks to nobody."""
+
+    def __init__(self, rank: int, size: int) -> None:
+        self.rank, self.size = rank, size
+
+    def begin_gather(self, whole: Tensor) -> Any:
+        raise AssertionError
+
+    def all_say(self, word: bool) -> bool:
+        return word
+
+
 class FakeGather:
     """What NCCL does: behind the stream it is begun in, on a stream of its own."""
 
@@ -111,11 +125,15 @@ class FakeGather:
 
 @pytest.mark.parametrize("buffers", [1, 2, 3])
 @pytest.mark.parametrize("at_once", [True, False])
-@pytest.mark.parametrize("pinned", [range(0), range(0, 7, 2), range(7)])
+@pytest.mark.parametrize(
+    ("pinned", "halves"),
+    [(range(0), 0), (range(0, 7, 2), 0), (range(7), 0), (range(0), 3), (range(0), 7)],
+)
 def test_each_block_computes_with_its_own_part_and_those_of_others(
-    cuda: FakeCuda, locked: list[int], buffers: int, at_once: bool, pinned: range
+    cuda: FakeCuda, locked: list[int], buffers: int, at_once: bool, pinned: range, halves: int
 ) -> None:
-    """This process copies the second half of each block; what it gives must be there by then.
+    """This process copies the second half of each block; what it gives must be there by then. Of
+    some blocks it has page-locked no more than that half.
 
     After three blocks of the second forward everything is given up and begun anew.
     """
@@ -124,7 +142,16 @@ def test_each_block_computes_with_its_own_part_and_those_of_others(
     size = max(block.nbytes for block in blocks)
     memory = [wiped(size) for _ in range(schedule.buffers)]
     device: Any = [DeviceMemory(cuda, one) for one in memory]
-    sent = CudaTransport(blocks, device, slabs_of(blocks, pinned), DEVICE, schedule.streamed)
+
+    def half(index: int) -> slice:
+        return slice(blocks[index].nbytes // 512 * 256, blocks[index].nbytes)
+
+    parts = {index: (half(index), Slab(blocks[index].nbytes)) for index in range(halves)}
+    for index, (part, slab) in parts.items():
+        slab.memory.fill_(77)
+        blocks[index].gather_part(part, slab.memory)
+    slabs = slabs_of(blocks, pinned)
+    sent = CudaTransport(blocks, device, slabs, DEVICE, schedule.streamed, parts)
     nccl = cuda.Stream()
     whole, gaps = [], []
     for block in blocks:
@@ -134,9 +161,6 @@ def test_each_block_computes_with_its_own_part_and_those_of_others(
         block.gather(gaps[-1])
     found: list[tuple[int, bool]] = []
     given: list[bool] = []
-
-    def half(index: int) -> slice:
-        return slice(blocks[index].nbytes // 512 * 256, blocks[index].nbytes)
 
     def gather(index: int, buffer: int) -> None:
         def exchange() -> None:
@@ -176,12 +200,51 @@ def test_each_block_computes_with_its_own_part_and_those_of_others(
             for buffer in schedule.reset():
                 sent.free(buffer)
             load(schedule.start())
+    for buffer in schedule.reset():
+        sent.free(buffer)
+    assert (sent._worker is None) == (len(pinned) == 7 or halves == 7)
+    sent.load(2, 0)  # as a whole: a unit that this process computes alone
+    sent.ready(2, 0)
+    cuda.compute.add(lambda: compute(2, 0))
     sent.close()
     assert not sent._stream.work, "copies go on after the end"
     assert not (nccl.work and sent._gathers), "a gather that nobody waits for goes on"
     cuda.compute.synchronize()
-    assert [index for index, _ in found] == [i for count in (7, 3, 7, 7) for i in range(count)]
+    order = [index for count in (7, 3, 7, 7) for index in range(count)]
+    assert [index for index, _ in found] == [*order, 2]
     assert all(right for _, right in found) and given and all(given)
+
+
+@pytest.mark.parametrize("size", [2, 3, 4])
+def test_the_parts_of_a_gang_are_the_whole_block(size: int) -> None:
+    for block in map(Block, model_of(3)):
+        whole, found = torch.zeros(block.nbytes, dtype=torch.uint8), []
+        block.gather(whole)
+        for rank in range(size):
+            part = Sharing(Alone(rank, size)).own(block.nbytes)
+            piece = torch.zeros(part.stop - part.start, dtype=torch.uint8)
+            block.gather_part(part, piece)
+            found.append(piece)
+        assert torch.equal(torch.cat(found), whole)
+
+
+def test_a_gang_page_locks_its_parts_of_what_stays_in_its_file(
+    locked: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each byte once in all processes, as far as the budget goes; unlocked at the end."""
+    blocks, schedule = [Block(module) for module in model_of(5)], BufferSchedule(5, 1, 2)
+    sharing = Sharing(Alone(1, 2))
+    every = _pin_parts(blocks, schedule, sharing, 1 << 30)
+    assert tuple(every) == schedule.streamed
+    assert [part for part, _ in every.values()] == [sharing.own(blocks[i].nbytes) for i in every]
+    nbytes = sum(part.stop - part.start for part, _ in every.values())
+    assert sum(locked) == nbytes <= sum(blocks[i].nbytes for i in every) // 2
+    _unlock(every)
+    assert not locked
+    some = _pin_parts(blocks, schedule, sharing, nbytes - 1)
+    assert tuple(some) == schedule.streamed[:-1]
+    _unlock(some)
+    assert _pin_parts(blocks, schedule, sharing, 0) == {} and not locked
 
 
 def test_a_load_that_was_given_up_does_not_overwrite_the_next(

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from safetensors.torch import save_file
@@ -24,7 +25,7 @@ from wan_core.formats import Storage
 from wan_core.forward import cut_tokens, lean_forward
 from wan_core.loading.dequantize import Scales
 from wan_core.loading.quantized import StoredLinear
-from wan_core.placing import Sharing, stream_blocks
+from wan_core.placing import Sharing, stream_blocks, streaming
 from wan_core.sampling import apply_loras
 
 LAYERS = 5
@@ -103,6 +104,7 @@ def units(
     resident: int,
     buffers: int,
     pin_bytes: int = 0,
+    in_file: bool = False,
     model: Any = None,
     late: bool = False,
 ) -> dict[str, Any]:
@@ -110,7 +112,8 @@ def units(
 
     Each is computed first with all weights on the device, in the same way. Returns whether the bits
     were equal, what was copied from RAM after each, and the order of what was done. With ``late``
-    no gather begins with its copy.
+    no gather begins with its copy. ``in_file`` takes the weights to stay in a mapped file, so that
+    each process page-locks its part.
     """
     model = model or mixed_model()  # threads share a generator of random numbers
     calls = calls_of(model, device=device)
@@ -139,7 +142,8 @@ def units(
         pin_bytes=pin_bytes, events=lambda *event: found["events"].append(event),
     )  # fmt: skip
     with ExitStack() as stack:
-        state = stack.enter_context(streamed)
+        with patch.object(streaming, "is_mapped", lambda tensor: in_file):
+            state = stack.enter_context(streamed)
         placed_model(stack)
         sharing._can_at_once = sharing._can_at_once and not late
 
@@ -164,6 +168,7 @@ def units(
         except Stopped:
             handle.remove()
         check(3, expected[3])
+        found["pinned"] = state.pinned
         found["at_once"], found["buffer_bytes"] = sharing.at_once, state.buffer_bytes
         found["streamed"] = state.streamed
     return found

@@ -21,22 +21,27 @@ pytestmark = [
 ]
 
 
+@pytest.mark.parametrize("in_file", [False, True])
 @pytest.mark.parametrize(
-    ("resident", "buffers", "pinned"), [(0, 2, 1 << 40), (1, 3, 1 << 40), (0, 1, 1 << 40),
-                                        (0, 2, 0), (0, 2, 1 << 22)],
-)  # fmt: skip
+    ("resident", "buffers", "pinned"),
+    [(0, 2, 1 << 40), (1, 3, 1 << 40), (0, 1, 1 << 40), (0, 2, 0), (0, 2, 1 << 21)],
+)
 def test_stored_kinds_and_loras_keep_every_bit(
-    tmp_path: Path, resident: int, buffers: int, pinned: int
+    tmp_path: Path, resident: int, buffers: int, pinned: int, in_file: bool
 ) -> None:
-    """fp8, int8, GGUF and bf16 in one model; page-locked as a whole, in part, and not at all."""
+    """fp8, int8, GGUF and bf16 in one model; page-locked as a whole, in part, and not at all; and
+    only this process's part of what stays in its file."""
     lora = tmp_path / "lora.safetensors"
     shared_streams.write_lora(lora)
-    given = (str(lora), resident, buffers, pinned)
+    given = (str(lora), resident, buffers, pinned, in_file)
     found = in_processes(2, "support.shared_streams.units", *given, folder=tmp_path, device="cuda")
     assert [one["equal"] for one in found] == [[True] * 4, [True] * 3]
     steady = [one["copied"][1] - one["copied"][0] for one in found]
     assert sum(steady) == shared_streams.most_bytes(resident)
-    assert all(one["at_once"] == (pinned == 1 << 40) for one in found)
+    for one in found:
+        whole = pinned == 1 << 40
+        assert one["at_once"] == whole
+        assert 0 < len(one["pinned"]) < 5 if pinned == 1 << 21 else bool(one["pinned"]) == whole
 
 
 def test_copies_and_gathers_are_hidden_behind_what_computes(

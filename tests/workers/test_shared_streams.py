@@ -131,6 +131,17 @@ def test_a_rank_out_of_memory_ends_a_gang_that_shares(
     assert equal(found, whole) and cut_units(found) > 0 and len(threads.made) == 4
 
 
+def test_two_experts_are_shared_one_after_the_other(
+    tmp_path: Path, path: Path, threads: type[ThreadWorker]
+) -> None:
+    """Weights leave and others come between two steps, in all ranks at the same unit."""
+    folder = four_heads(tmp_path, "wan2.2-t2v-a14b")
+    job = JOB | {"guidance_scale_2": 1.0, "switch_step": 1, "num_inference_steps": 4}
+    found = made(open_wan(folder, devices=2, **STREAMED), job)
+    assert equal(found, made(open_wan(folder), job)) and cut_units(found) == 4
+    assert len(threads.made) == 2 and all(one["copied_bytes"] for one in found.metadata["workers"])
+
+
 WINDOWS = CLIP | {"num_frames": 29, "max_chunk_size": 17, "window_overlap": 8}
 
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from .dequantize import rotation
     from .download import fetch, plan_download
     from .dtypes import dtype_of, keep_in_fp32, stays_fp32
-    from .mapped import read_pages
+    from .mapped import is_mapped, read_pages
     from .moving import Undo, device_of, move, remember
     from .page_lock import Slab, all_pinned_bytes, lock_within, pin_block, room_to_pin, unpin
     from .quantized import StoredWeight, stored_weight
@@ -38,7 +38,7 @@ __getattr__ = lazy_names(
         "download": ("fetch", "plan_download"),
         "dequantize": ("rotation",),
         "dtypes": ("dtype_of", "keep_in_fp32", "stays_fp32"),
-        "mapped": ("read_pages",),
+        "mapped": ("is_mapped", "read_pages"),
         "moving": ("Undo", "device_of", "move", "remember"),
         "page_lock": (
             "Slab",
@@ -74,6 +74,7 @@ __all__ = [
     "device_of",
     "dtype_of",
     "fetch",
+    "is_mapped",
     "keep_in_fp32",
     "load_component",
     "load_image_processor",

@@ -87,8 +87,10 @@ class Sharing:
 
     def part(self, nbytes: int) -> slice:
         """Return which bytes of a block are copied here."""
-        if not self.on:
-            return slice(0, nbytes)
+        return self.own(nbytes) if self.on else slice(0, nbytes)
+
+    def own(self, nbytes: int) -> slice:
+        """Return which bytes of a block are copied here while the gang computes together."""
         begin = self._each(nbytes) * self.among.rank
         return slice(min(begin, nbytes), min(begin + self._each(nbytes), nbytes))
 

@@ -25,7 +25,16 @@ from torch import Tensor, nn
 
 from ..errors import InvalidRequest, ModuleInUse
 from ..forward import blocks_in_order
-from ..loading import Slab, Undo, move, pin_block, remember, room_to_pin
+from ..loading import (
+    Slab,
+    Undo,
+    is_mapped,
+    lock_within,
+    move,
+    pin_block,
+    remember,
+    room_to_pin,
+)
 from ..memory import spread
 from .buffers import BufferSchedule, Load
 from .offload import occupy
@@ -154,11 +163,17 @@ def _attach(
     # host memory.
     move(module, "cpu")
     blocks = [Block(block) for block in modules]
-    slabs = _pin(modules, blocks, schedule, pin_bytes if device.type == "cuda" else 0)
+    pin_bytes = pin_bytes if device.type == "cuda" else 0
+    # Of weights that stay in their file a gang page-locks each byte once, in one process.
+    parts: dict[int, tuple[slice, Slab]] = {}
+    if sharing is not None and pin_bytes and any(is_mapped(t) for b in blocks for t in b.home):
+        parts = _pin_parts(blocks, schedule, sharing, pin_bytes)
+    slabs = {} if parts else _pin(modules, blocks, schedule, pin_bytes)
     # Counted as in use before anything else can ask for page-locked memory: a slab that is read
     # from must not be unlocked for another module.
     _in_use(slabs.values(), 1)
     undo.push(partial(_in_use, slabs.values(), -1))
+    undo.push(partial(_unlock, parts))
     # Only after pinning, which gives the parameters new host memory: it is this memory, not the
     # old one, that they get back in the end.
     remember(undo, module)
@@ -175,20 +190,22 @@ def _attach(
         ]
     transport: Transport = DirectTransport(blocks, memory)
     if device.type == "cuda":
-        transport = CudaTransport(blocks, memory, slabs, device, schedule.streamed)
+        transport = CudaTransport(blocks, memory, slabs, device, schedule.streamed, parts)
     # Undone before the tensors are put back: copies under way still read the host's slabs.
     undo.push(transport.close)
     state = Streaming(
-        schedule.resident, schedule.streamed, tuple(slabs), nbytes * len(memory), events=events
+        schedule.resident, schedule.streamed, (*slabs, *parts), nbytes * len(memory), events=events
     )
     runner = _Runner(schedule, transport, blocks, memory, state, sharing)
     if sharing is not None:
-        at_once = device.type != "cuda" or len(slabs) == len(schedule.streamed)
-        sharing.attach(runner.anew, at_once=at_once)
+        pinned = max(len(slabs), len(parts)) == len(schedule.streamed)
+        sharing.attach(runner.anew, at_once=device.type != "cuda" or pinned)
     for index, block in enumerate(modules):
         undo.push(block.register_forward_pre_hook(partial(runner.before, index)).remove)
-    # Begin now: the first blocks arrive while the caller prepares its inputs.
-    runner.load(schedule.start())
+    if sharing is None:
+        # Begin now: the first blocks arrive while the caller prepares its inputs. A gang begins
+        # when it is known what it computes together.
+        runner.load(schedule.start())
     made.append(state)
 
 
@@ -312,6 +329,26 @@ def _pin(
             break
         slabs[index] = slab
     return slabs
+
+
+def _pin_parts(
+    blocks: list[Block], schedule: BufferSchedule, sharing: Sharing, budget: int
+) -> dict[int, tuple[slice, Slab]]:
+    """Page-lock this process's part of the streamed blocks, as many as the budget allows."""
+    parts: dict[int, tuple[slice, Slab]] = {}
+    for index in schedule.streamed:
+        part = sharing.own(blocks[index].nbytes)
+        slab = Slab(max(1, part.stop - part.start))
+        if not lock_within(slab, budget):
+            break
+        blocks[index].gather_part(part, slab.memory)
+        parts[index] = part, slab
+    return parts
+
+
+def _unlock(parts: dict[int, tuple[slice, Slab]]) -> None:
+    for _, slab in parts.values():
+        slab.unlock()
 
 
 def _in_use(slabs: Iterable[Slab], change: int) -> None:

@@ -9,10 +9,11 @@ module's parameters are views of it. Beyond that budget the parameters stay wher
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import torch
@@ -94,20 +95,30 @@ class Block:
     def gather(self, slab: Tensor, part: slice | None = None) -> None:
         """Copy the host's tensors into a slab; of ``part`` only the bytes that lie in it."""
         for place, tensor in zip(self.places, self.home, strict=True):
-            end = place.offset + tensor.numel() * tensor.element_size()
+            end = place.offset + _nbytes(tensor)
             if part is None or (part.start <= place.offset and end <= part.stop):
                 place.view(slab).copy_(tensor)
             elif part.start < end and place.offset < part.stop:
                 _copy_bytes(place, tensor, slab, part)
 
+    def gather_part(self, part: slice, into: Tensor) -> None:
+        """Copy those bytes of the host's tensors that lie in ``part`` of a slab, and no others."""
+        for place, tensor in zip(self.places, self.home, strict=True):
+            if place.offset < part.stop and place.offset + _nbytes(tensor) > part.start:
+                _copy_bytes(place, tensor, into, part, part.start)
 
-def _copy_bytes(place: Place, tensor: Tensor, slab: Tensor, part: slice) -> None:
-    """Copy those bytes of a tensor that lie in ``part`` of its slab."""
+
+def _nbytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _copy_bytes(place: Place, tensor: Tensor, slab: Tensor, part: slice, shift: int = 0) -> None:
+    """Copy those bytes of a tensor that lie in ``part`` of its slab, ``shift`` bytes before."""
     # In a slab a tensor with gaps lies without them; any other in the order of its own memory.
     dense = tensor if tensor.stride() == place.stride else tensor.contiguous()
     flat = dense.as_strided((dense.numel(),), (1,)).view(torch.uint8)
     begin, stop = max(place.offset, part.start), min(place.offset + len(flat), part.stop)
-    slab[begin:stop].copy_(flat[begin - place.offset : stop - place.offset])
+    slab[begin - shift : stop - shift].copy_(flat[begin - place.offset : stop - place.offset])
 
 
 class Pending(Protocol):
@@ -177,8 +188,9 @@ class CudaTransport:
     """Copies on a CUDA stream of its own, beside the stream that computes.
 
     Events order the two streams, so that the host never waits for the whole device. ``slabs`` maps
-    the index of each page-locked block to its slab. The other blocks of ``streamed`` are gathered
-    by one worker thread, in order: page faults and the copy into page-locked memory must not hold
+    the index of each page-locked block to its slab, ``parts`` that of a block of which this process
+    has page-locked its part of a gang's. All other bytes of ``streamed`` blocks are gathered by one
+    worker thread, in order: page faults and the copy into page-locked memory must not hold
     up the thread that launches kernels.
 
     What a gang gathers goes over a third stream: the next part may be copied meanwhile. Gathers
@@ -193,8 +205,10 @@ class CudaTransport:
         slabs: dict[int, Slab],
         device: torch.device,
         streamed: tuple[int, ...],
+        parts: Mapping[int, tuple[slice, Slab]] = MappingProxyType({}),
     ) -> None:
         self._blocks, self._buffers, self._slabs = blocks, buffers, slabs
+        self._parts = parts
         self._device = device
         with torch.cuda.device(device):
             self._stream = _cuda.Stream()
@@ -209,12 +223,18 @@ class CudaTransport:
         self._pending: dict[int, Future[None]] = {}
         self._worker: ThreadPoolExecutor | None = None
         self._bounce: list[tuple[Slab, torch.cuda.Event]] = []
-        unpinned = [blocks[i].nbytes for i in streamed if i not in slabs]
-        if unpinned:
+        self._unpinned = max((blocks[i].nbytes for i in streamed if i not in slabs), default=0)
+        if any(i not in slabs and i not in parts for i in streamed):
+            self._through_bounces()
+
+    def _through_bounces(self) -> ThreadPoolExecutor:
+        """Return the thread that gathers what is not page-locked, with its two bounce slabs."""
+        if self._worker is None:
             self._worker = ThreadPoolExecutor(1, thread_name_prefix="wanfit-stream")
-            self._bounce = [(Slab(max(unpinned)), _cuda.Event()) for _ in range(2)]
+            self._bounce = [(Slab(self._unpinned), _cuda.Event()) for _ in range(2)]
             for slab, _ in self._bounce:
                 slab.lock()
+        return self._worker
 
     def load(self, block: int, buffer: int, part: slice | None = None) -> None:
         # A load abandoned after an interrupt may still wait in the worker. It must be queued before
@@ -223,11 +243,14 @@ class CudaTransport:
         self._outwait(buffer)
         part = part or slice(0, self._blocks[block].nbytes)
         slab = self._slabs.get(block)
+        own, piece = self._parts.get(block, (None, None))
         if slab is not None:
-            self._send(slab.memory, part, buffer)
+            self._send(slab.memory[part], part, buffer)
+        elif piece is not None and own == part:
+            self._send(piece.memory[: part.stop - part.start], part, buffer)
         else:
-            assert self._worker is not None
-            self._pending[buffer] = self._worker.submit(self._gather_and_send, block, buffer, part)
+            worker = self._through_bounces()
+            self._pending[buffer] = worker.submit(self._gather_and_send, block, buffer, part)
 
     def _settle(self, buffer: int) -> None:
         """Wait until the worker has queued the buffer's copy; raise what the worker raised."""
@@ -256,7 +279,7 @@ class CudaTransport:
             if freed is not None:
                 # The kernels that still read the block in this buffer come first.
                 self._stream.wait_event(freed)
-            self._buffers[buffer][part].copy_(source[part], non_blocking=True)
+            self._buffers[buffer][part].copy_(source, non_blocking=True)
             self._arrived[buffer].record(self._stream)
 
     def _gather_and_send(self, block: int, buffer: int, part: slice) -> None:
@@ -268,7 +291,7 @@ class CudaTransport:
             sent.synchronize()
             with torch.no_grad():
                 self._blocks[block].gather(slab.memory, part)
-                self._send(slab.memory, part, buffer)
+                self._send(slab.memory[part], part, buffer)
             sent.record(self._stream)
         finally:
             self._bounce.append((slab, sent))
