@@ -54,7 +54,7 @@ DECODES = (
     Decode(1280, 720, 81, "fast"),
     Decode(1280, 704, 121, "fast", "wan2.2-ti2v-5b"),
 )
-TINY_DECODES = (Decode(80, 48, 13, "fast"), Decode(80, 48, 13, "exact"))
+TINY_DECODES = (Decode(80, 48, 13, "fast"),)
 
 
 class Made:

@@ -343,6 +343,9 @@ def test_a_clip_on_two_workers_is_measured(tmp_path: Path) -> None:
     # What one card took teaches the pace of those that come after.
     assert [runs[key]["predicted_paced"] for key in expected] == [False, *[True] * 9]
     assert "OTHER" not in (tmp_path / "many_cpu.md").read_text()
+    whole, strips = found["decodes"]
+    assert (whole["devices"], strips["devices"]) == (1, 2) and strips["error"] < 1e-6
+    assert "| decode | cards | " in (tmp_path / "many_cpu.md").read_text()
 
 
 def test_every_benchmark_and_tool_finds_what_it_imports() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from support import cut_clips
 from support.thread_workers import ThreadWorker
 from support.tiny_models import folders, open_wan
 
@@ -210,3 +211,24 @@ def test_frames_beyond_fp16_go_on_in_bf16_in_strips(
     assert notes == ["in 2 strips on as many cards"] * 2
     (text,) = (text for text in found.warnings if "fp16" in text)
     assert "after 5 frames" in text and "decoded in bf16" in text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [2, 4])
+def test_all_processes_of_gangs_decode_a_strip_each(
+    threads: type[ThreadWorker], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int
+) -> None:
+    """Gangs of two cut their passes; of a decode each process has a strip, and dies for all."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    path = cut_clips.four_heads(tmp_path, "wan2.1-t2v")
+    cut_clips.make_links_free(path)
+    job = cut_clips.CLIP | {"guidance_scale": 1.0 if count == 2 else 5.0}
+    whole = made(path, job, speed="fast")
+    found = made(path, job, speed="fast", devices=count)
+    assert cut_clips.cut_units(found) > 0 and worker_pool(("cpu",) * count, 2).usable
+    assert found.stages[-1].note == f"in {count} strips on as many cards"
+    assert (found.frames - whole.frames).abs().max() < 1e-4
+    threads.looked = trouble = Trouble("dies", 3)
+    again = made(path, job, speed="fast", devices=count)
+    assert trouble.happened and (again.frames - whole.frames).abs().max() < 1e-4
+    assert any("strips was given up" in text for text in again.warnings)
