@@ -14,9 +14,10 @@ from support.thread_workers import ThreadWorker
 from support.tiny_models import folders, open_wan
 
 from wan_core import GenerationConfig
+from wan_core.memory import CardRecords
 from wan_core.render.pipeline import WanPipelineWrapper
 from wan_core.render.video import read_video
-from wan_core.sampling import StreamingDecoder
+from wan_core.sampling import StreamingDecoder, to_pictures
 from wan_core.workers import worker_pool
 from wan_core.workers.ring import Ring
 
@@ -232,3 +233,35 @@ def test_all_processes_of_gangs_decode_a_strip_each(
     again = made(path, job, speed="fast", devices=count)
     assert trouble.happened and (again.frames - whole.frames).abs().max() < 1e-4
     assert any("strips was given up" in text for text in again.warnings)
+
+
+@pytest.mark.parametrize(
+    "equal", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["equal bits", "other bits"]
+)
+def test_exact_learns_from_its_first_clip_whether_strips_keep_the_bits(
+    folder: Any, threads: type[ThreadWorker], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    equal: bool,
+) -> None:  # fmt: skip
+    """One card's pictures count until then, and for ever where a strip has others."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr("wan_core.plan.strips._TRIED_ON", ("cpu",))
+    path, exact = folder("wan2.1-t2v"), {"forward": "lean", "devices": 2}
+    whole = made(path, {"return_frames": True}, forward="lean")
+    if not equal:
+
+        def others(chunk: torch.Tensor, **more: Any) -> torch.Tensor:
+            return to_pictures(chunk, **more) * (1 + 1e-6)
+
+        monkeypatch.setattr("wan_core.workers.ring.to_pictures", others)
+    first = made(path, {}, **exact)
+    assert torch.equal(first.frames, whole.frames)
+    assert [stage.name for stage in first.stages][-2:] == ["decode", "try_strips"]
+    assert any("decoded both ways after this clip" in text for text in first.metadata["plan"])
+    ((kind, trial),) = CardRecords().between().trials.items()
+    assert kind.endswith("1 x 64x16 in 2 strips") and "fp32" in kind
+    assert trial.equal == equal and (trial.error == 0) == equal and trial.error < 1e-5
+    again = made(path, {}, **exact)
+    assert torch.equal(again.frames, whole.frames)
+    assert [stage.name for stage in again.stages][-1] == "decode", "it is tried once"
+    strips = [text for text in again.metadata["plan"] if "in 2 strips" in text]
+    assert len(strips) == equal and all("exact: tried here" in text for text in strips)

@@ -35,6 +35,8 @@ _SHARED = 1e9
 """Bytes per second of finished pictures to the driver through memory that both map. Assumed."""
 _STRIPS_SECONDS = 0.3
 """What sharing a decode out takes beside that: latents there, first pictures back. Assumed."""
+_TRIED_ON = ("cuda",)
+"""Where a trial is made: processes on a CPU share its cores, so that strips save nothing there."""
 _GAIN = 0.95
 """The share of the whole decode's seconds below which strips are worth it: rates are uncertain."""
 
@@ -60,15 +62,18 @@ def with_strips(
     choices = replace(choices, lean=True)  # the same bits
     if not choices.lean_vae or architecture.transformer.animate is not None:
         return plan
-    exact, chosen = requested.speed == "exact", None
+    exact, chosen, untried = requested.speed == "exact", None, None
     for cards in range(2, len(plan.workers) + 1):
         found = strips_forecast(architecture, workload, choices, system, cards)
-        if exact and not (found.trial and found.trial.equal):
+        best = _GAIN * found.whole_seconds if chosen is None else chosen.seconds
+        if found.seconds >= best or (exact and found.trial is not None and not found.trial.equal):
             continue
-        if found.seconds < (_GAIN * found.whole_seconds if chosen is None else chosen.seconds):
+        if exact and found.trial is None:
+            untried = found
+        else:
             chosen = found
     if chosen is None:
-        return plan
+        return _with_trial(plan, system, untried)
     saved = chosen.whole_seconds - chosen.seconds
     reasons = (*plan.reasons[:-1], chosen.reason, *plan.reasons[-1:])  # the last is of the cards
     return replace(
@@ -79,6 +84,27 @@ def with_strips(
         card_peak_bytes=max(plan.card_peak_bytes, chosen.peak_bytes),
         seconds=plan.seconds - saved,
         cold_seconds=plan.cold_seconds - saved,
+        reasons=reasons,
+        estimate=replace(plan.estimate, reasons=reasons),
+    )
+
+
+def _with_trial(
+    plan: OptimizationPlan, system: SystemResources, untried: StripsForecast | None
+) -> OptimizationPlan:
+    """Return the plan with a trial of strips after its decode, where one is worth it."""
+    if untried is None or system.device_kind not in _TRIED_ON or not plan.choices.lean:
+        return plan
+    reason = (
+        f"decode in {untried.count} strips: about {untried.seconds:.1f} s instead of "
+        f"{untried.whole_seconds:.1f} s, once it is known to keep every bit; the first frames are "
+        "decoded both ways after this clip"
+    )
+    reasons = (*plan.reasons[:-1], reason, *plan.reasons[-1:])
+    return replace(
+        plan,
+        decode_trial=untried.count,
+        decode_kind=untried.kind,
         reasons=reasons,
         estimate=replace(plan.estimate, reasons=reasons),
     )

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..config import GenerationConfig
-from ..memory import strips_of
+from ..errors import OutputError, WorkerFailed
+from ..forward import alike
+from ..memory import CHUNKS, CardRecords, Trial, strips_of
 from ..models import VaeShape
 from ..sampling import denormalize_latents, to_frames
 from ..workers import OutOfRange, StripsDecoder, StripsLost, WorkerPool
@@ -32,8 +35,17 @@ class Decoding:
     """Decoded frames (B, 3, f, H, W) that have not been handed on yet."""
     alone: bool = False
     """Whether this process decodes by itself what is left: the workers could not."""
+    keep_first: int = 0
+    """How many chunks of pictures are kept for a trial of strips."""
+    first: dict[int, Tensor] = field(default_factory=dict)
+    """These, by the number of frames before each."""
     overflowed: bool = False
     """Whether the VAE has gone beyond the range of fp16."""
+
+    def check_whole(self) -> None:
+        """Raise OutputError where frames are missing."""
+        if self.done < self.wanted:
+            raise OutputError(f"Only {self.done} of {self.wanted} frames could be decoded.")
 
     @property
     def needs_decoder(self) -> bool:
@@ -70,6 +82,8 @@ class Decoding:
     def take(self, pictures: Tensor) -> None:
         """Hand on pictures (B, f, H, W, 3), as ``hand_on`` does."""
         pictures = pictures[:, : self.wanted - self.done]
+        if len(self.first) < self.keep_first:
+            self.first[self.done] = pictures.clone()
         if self.frames is not None:
             self.frames[:, self.done : self.done + pictures.shape[1]] = pictures
         # A writer may be ahead of ``done`` after a failure: it gets only the frames it lacks.
@@ -84,11 +98,15 @@ def decode_in_strips(stages: StageRunner, config: GenerationConfig, progress: De
     Returns False where this process has to go on, True where all is done or fp16's range did not
     hold (``progress.overflowed``).
     """
+    progress.keep_first = CHUNKS if stages.plan.decode_trial else 0
     if stages.plan.decode_strips < 2 or progress.alone or not stages.has_workers:
         return False
     lost = ""
     with stages.timeline.stage("decode") as report, in_workers(stages) as pool:
-        decoder = _strips(stages, progress, pool)
+        whole_bytes = progress.frames is None
+        decoder = _strips(
+            stages, progress.latents, pool, stages.plan.decode_strips, whole_bytes=whole_bytes
+        )
         if decoder is None:
             lost = "fewer than two workers are there"
         else:
@@ -112,18 +130,47 @@ def decode_in_strips(stages: StageRunner, config: GenerationConfig, progress: De
     return not lost
 
 
-def _strips(stages: StageRunner, progress: Decoding, pool: WorkerPool) -> StripsDecoder | None:
+def try_strips(stages: StageRunner, progress: Decoding) -> None:
+    """Decode the first chunks in strips as well, where the plan asks for it; keep what that shows.
+
+    The clip is finished: whatever happens here, nothing of it changes.
+    """
+    count, chunks = stages.plan.decode_trial, list(progress.first.values())
+    if not count or len(chunks) < CHUNKS or stages.steps_down or not stages.has_workers:
+        return
+    with (
+        suppress(WorkerFailed, StripsLost, OutOfRange),
+        stages.timeline.stage("try_strips"),
+        in_workers(stages) as pool,
+    ):
+        decoder = _strips(stages, progress.latents, pool, count, whole_bytes=False)
+        if decoder is None or decoder.count < count:
+            return
+        equal, error = True, 0.0
+        with decoder:
+            for expected in chunks:
+                found = decoder.pictures(lambda: None)[:, : expected.shape[1]]
+                same, apart = alike(expected, found)
+                equal, error = equal and same, max(error, apart)
+                decoder.taken()
+        CardRecords().keep_trial(stages.plan.decode_kind, Trial(equal, error))
+
+
+def _strips(
+    stages: StageRunner, latents: Tensor, pool: WorkerPool, count: int, *, whole_bytes: bool
+) -> StripsDecoder | None:
     """Return what decodes the latents in strips; None where too few workers are there."""
-    ranks = pool.free_ranks(stages.plan.decode_strips)
+    ranks = pool.free_ranks(count)
     shape = stages.architecture.vae or stages.architecture.variant.vae
     assert shape is not None
-    batch, _, _, height, width = progress.latents.shape
+    batch, _, _, height, width = latents.shape
     strips = strips_of(shape, height, width, len(ranks))
     if len(strips) < 2:
         return None
     # Cast and denormalised where one card would do it too: the order and place affect rounding.
-    latents = progress.latents.to(stages.device, stages.dtype("vae"))
-    latents = denormalize_latents(latents, _statistics(shape))
+    latents = denormalize_latents(
+        latents.to(stages.device, stages.dtype("vae")), _statistics(shape)
+    )
     size = height * shape.scale_factor_spatial, width * shape.scale_factor_spatial
     return StripsDecoder(
         pool,
@@ -132,7 +179,7 @@ def _strips(stages: StageRunner, progress: Decoding, pool: WorkerPool) -> Strips
         strips,
         ranks[: len(strips)],
         (batch, shape.scale_factor_temporal, *size, 3),
-        whole_bytes=progress.frames is None,
+        whole_bytes=whole_bytes,
     )
 
 

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from ..config import MIB, GenerationConfig
-from ..errors import OutputError
 from ..files import sweep
 from ..job import (
     Inputs,
@@ -55,7 +54,7 @@ from ..sampling import (
 )
 from .animate import CharacterSegments, character_plan, character_segments, decoder_of, with_faces
 from .conditions import ConditionMaker
-from .decode import Decoding, decode_in_strips
+from .decode import Decoding, decode_in_strips, try_strips
 from .experts import describe_job, expert_in_place
 from .report import device_bytes
 from .stages import StageRunner
@@ -460,11 +459,11 @@ class Render:
             if progress.overflowed:
                 self.stages.widen_vae(progress.done)
                 self.stages.attempt("decode", lambda: self._decode_rest(progress))
-            if progress.done < wanted:
-                raise OutputError(f"Only {progress.done} of {wanted} frames could be decoded.")
+            progress.check_whole()
         if frames is not None:
             result.frames = frames.flatten(0, 1)
         result.output_path = request.output_path
+        try_strips(self.stages, progress)
 
     def _decode_rest(self, progress: Decoding) -> None:
         """Decode the frames that are left. After a failure the same call goes on from there."""
