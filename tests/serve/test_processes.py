@@ -129,6 +129,18 @@ def test_processes_take_turns_at_the_same_cards(
     ((job, outcome),) = told(second, None)
     assert job is two and outcome.lost and sent == [("cuda:0", {"joined": "cuda:1"})]
     assert crew.free(1) == [second]
+    told(first, done | {"number": 3})
+    # No job is left: neither is started for nothing, and both give their cards back.
+    assert crew.free(1) == [first]
+    crew.begin(first, three)
+    assert [where for where, _ in sent] == ["cuda:0"]
+    told(first, done | {"number": 3})
+    monkeypatch.setattr(_Process, "pid", 7)
+    assert crew.free(0) == [first]
+    monkeypatch.setattr("wan_core.serve.processes.IDLE_SECONDS", -1.0)
+    crew.free(0)
+    assert [hand.home for hand in crew.hands] == ["cuda:0", "cuda:1"]
+    assert not {first, second} & set(crew.hands)
 
 
 @pytest.mark.parametrize(("devices", "why"), [("1", "two cards or more"), ("auto", "auto")])

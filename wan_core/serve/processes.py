@@ -246,7 +246,7 @@ class Relay(Processes):
                 "while the others begin the next job.",
                 field="devices",
             )
-        self._cards = cards
+        self._cards, self._more = cards, False
         super().__init__(1, cards=cards, seen=seen, **told)
         self.hands = [self._turn(i, seen) for i in range(2)]
 
@@ -259,6 +259,8 @@ class Relay(Processes):
 
     def free(self, waiting: int) -> Sequence[Hand]:
         """Return the process whose turn it is, once no other computes."""
+        self._give_back(waiting)
+        self._more = waiting > 1
         if any(hand.job is not None and not hand.decoding for hand in self.hands):
             return ()
         return [hand for hand in self.hands if hand.job is None][:1]
@@ -271,15 +273,16 @@ class Relay(Processes):
         hand.job, hand.told_to_stop, hand.decoding = job, None, False
         hand.send({"job": job.to_dict(), "held": held})
         for other in others:
-            if other.pid is None:
+            if other.pid is None and self._more:
                 other.send({})  # it starts meanwhile
 
     def _heard(self, hand: _Process, line: Line | None) -> list[tuple[BatchJob, Outcome]]:
         if line is not None and "decoding" in line:
             hand.decoding = hand.job is not None and line["number"] == hand.job.number
             return []
+        had = hand.job is not None
         found = super()._heard(hand, line)
-        if hand.job is None:
+        if had and hand.job is None:
             hand.decoding = False
             for other in self.hands:
                 if other is not hand and other.job is not None:
