@@ -10,11 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.cut_clips import CLIP, cut_units, four_heads, made, make_links_free
 from support.thread_gang import ThreadExchange, ThreadGroup, together
 from support.thread_workers import ThreadWorker
+from support.tiny_models import open_wan
 from torch import Tensor
 
 from wan_core.memory import FASTEST, CardRecords, Link
+from wan_core.plan.gangs import Cutting
 from wan_core.workers import child
 from wan_core.workers.links import link_of, measured_link
 from wan_core.workers.pool import WorkerPool
@@ -169,3 +172,30 @@ def test_a_pool_keeps_what_the_slowest_rank_has_seen_or_says_that_none_has(
     said = [note for note in pool.notes if "assumed rate" in note and "matter of chance" in note]
     assert len(said) == (told is None)
     pool.close()
+
+
+@pytest.mark.parametrize(
+    ("known", "kept"),
+    [
+        pytest.param(None, True, marks=pytest.mark.slow),
+        (Link(2e9, 1e-4), True),
+        (Link(2e9, 1e-4, 4e9), False),
+    ],
+)
+def test_what_is_known_stays_unless_it_lacks_the_copies_from_ram(
+    threads: type[ThreadWorker], monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
+    known: Link | None, kept: bool,
+) -> None:  # fmt: skip
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    path = four_heads(tmp_path, "wan2.1-t2v")
+    machine, seen_now = make_links_free(path), Link(3e9, 1e-4, 6e9)
+    records = CardRecords()
+    if known is None:
+        records.path.unlink()
+    else:
+        records.keep_link(machine, 2, known)
+    monkeypatch.setattr(child, "measured_link", lambda *_: (seen_now, ""))
+    monkeypatch.setattr(Cutting, "pass_seconds", lambda self, alone, cards: alone / cards)
+    found = made(open_wan(path, devices=2), CLIP | {"guidance_scale": 1.0})
+    assert cut_units(found) > 0
+    assert records.link(machine, 2) == (seen_now if kept else known)

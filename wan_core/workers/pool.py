@@ -424,7 +424,9 @@ class WorkerPool:
         cut, both = self._ways(job, gang)
         if self._link is not None:
             machine = job.weights.tried_as.partition("; ")[0]
-            if self.records.link(machine, gang.size) is None:
+            known = self.records.link(machine, gang.size)
+            # One of an earlier release does not say how fast all copy from RAM.
+            if known is None or (self._link.host and not known.host):
                 self.records.keep_link(machine, gang.size, self._link)
             self._link = None
         unit, ranks = job.unit, gang.ranks if cut else gang.ranks[:1]
