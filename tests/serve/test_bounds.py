@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import socket
 import sqlite3
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -108,6 +109,26 @@ def test_uploads_on_their_way_count_in_the_folder(
         with pytest.raises(FolderFull):  # it is not counted yet, and yet it counts
             shelf.expect(1_000_000)
     assert "Traceback" not in capfd.readouterr().err  # a client that goes is no fault
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="has a device that is always full")
+def test_an_upload_that_the_disk_refuses_leaves_nothing(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it refused stays in the file's buffer, and is refused again where that is closed."""
+
+    def full(path: Any, mode: str) -> Any:
+        Path(path).touch()
+        return open("/dev/full", "wb")
+
+    monkeypatch.setattr("wan_core.serve.uploads.open", full, raising=False)
+    with serving(model, tmp_path, crew=Idle()) as (client, desk):
+        connection = uploading(client, None, 1000)
+        wait_for(lambda: list(desk.uploads.iterdir()))
+        connection.sendall(b"%x\r\n%s\r\n" % (20_000, bytes(20_000)))
+        assert b" 507 " in connection.recv(4096).split(b"\r\n")[0]
+        connection.close()
+        wait_for(lambda: not list(desk.uploads.iterdir()))
 
 
 def test_a_queue_that_is_full_says_when_to_ask_again(model: Path, tmp_path: Path) -> None:

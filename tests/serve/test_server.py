@@ -660,6 +660,20 @@ def test_json_is_taken_too(idle: tuple[Client, Any]) -> None:
     client.ask("DELETE", f"/v1/videos/{video['id']}")
 
 
+def test_json_that_could_not_be_told_again_is_refused(idle: tuple[Client, Any]) -> None:
+    """Half a character, in a name or in a value that is only told again, and a name given twice."""
+    client, desk = idle
+    before = len(desk.queue.list(100))
+    head = {"Content-Type": "application/json"}
+    for odd in ({"user": "a \ud83d b"}, {"us\ud83der": "x"}, {"extra_params": {"\udc00": 1}}):
+        body = json.dumps({"prompt": "x", **TINY} | odd)
+        status, told = client.ask("POST", "/v1/videos", body, head)
+        assert status == 400 and "half of a character" in told["error"]["message"], told
+    status, told = client.ask("POST", "/v1/videos", '{"prompt": "x", "prompt": "y"}', head)
+    assert status == 400 and told["error"]["param"] == "prompt", told
+    assert len(desk.queue.list(100)) == before
+
+
 @pytest.mark.slow
 def test_200_clients_and_restarts_lose_no_job(model: Path, tmp_path: Path) -> None:
     """Killed twice while 200 clients ask, and once in the middle of a render."""

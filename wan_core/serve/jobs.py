@@ -192,7 +192,7 @@ def _job(
 
 def _object(line: bytes) -> dict[str, Any]:
     try:
-        values = json.loads(line, object_pairs_hook=_once)
+        values = json.loads(line, object_pairs_hook=once)
     except WanError:
         raise
     except (ValueError, RecursionError) as err:
@@ -202,7 +202,7 @@ def _object(line: bytes) -> dict[str, Any]:
     return values
 
 
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Return an object of JSON; a name that is given twice would silently be the last one."""
     found = dict(pairs)
     if len(found) < len(pairs):

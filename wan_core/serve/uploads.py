@@ -8,6 +8,7 @@ type: only picture formats and containers that cannot name other files are opene
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import secrets
 import time
@@ -18,6 +19,7 @@ from typing import IO, Any
 
 from ..errors import InvalidRequest, MissingDependency, OutputError, WanError
 from .fields import MOST_DIGITS, MOST_TEXT, UPLOAD, Upload
+from .jobs import once
 
 MOST_BYTES = 64 * 2**20
 """Bytes of an upload that are taken where the server is not told otherwise."""
@@ -131,11 +133,20 @@ async def _whole(body: AsyncIterator[bytes], most: int) -> bytes:
 
 def _json(text: bytes) -> dict[str, Any]:
     try:
-        values = json.loads(text)
+        values = json.loads(text, object_pairs_hook=once)
+    except WanError:
+        raise
     except (ValueError, RecursionError) as err:
         raise InvalidRequest(f"The body is not JSON ({str(err)[:100]}).") from err
     if not isinstance(values, dict):
         raise InvalidRequest("The body must be a JSON object.")
+    try:
+        json.dumps(values, ensure_ascii=False).encode()
+    except UnicodeEncodeError as err:  # names and values alike are told again, in UTF-8
+        raise InvalidRequest(
+            "The body holds half of a character (a lone surrogate, as left by cutting an emoji in "
+            "two). Send that place anew."
+        ) from err
     return values
 
 
@@ -196,7 +207,9 @@ class _Parts:
     def drop(self) -> None:
         """Remove what was written."""
         if self._stream is not None:
-            self._stream.close()
+            # A full disk refuses at closing what it refused before.
+            with contextlib.suppress(OSError):
+                self._stream.close()
         if self.form.file is not None:
             self.form.file.unlink(missing_ok=True)
 
