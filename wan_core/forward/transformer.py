@@ -485,7 +485,10 @@ def run_together(transformer: Any, calls: Sequence[Mapping[str, Any]]) -> list[A
     accepted = [_Call.accept(transformer, **call) for call in calls] if options else []
     known = [call for call in accepted if call is not None]
     if options is None or len(known) < len(calls):
-        return [transformer(**call) for call in calls]
+        results = []
+        for call in calls:  # a comprehension's frame would hold the model after an error
+            results.append(transformer(**call))
+        return results
     states: list[_State] = []
     for call in known:  # calls beside one driving stream share its way through the blocks
         states.append(_State(transformer, options, call, states[-1].walk if states else None))

@@ -275,9 +275,9 @@ class WanPipelineWrapper:
             ):
                 self._render(config, callbacks, result)
         except Exception as err:  # noqa: BLE001 - all failures are reported in the result
-            if callbacks.raised is not None:  # whatever a reader or a generator made of it
-                raise callbacks.raised from callbacks.raised.__cause__
-            error = err
+            error = callbacks.settle(err)
+        finally:
+            callbacks.raised = None  # its frames hold the weights, and through this each other
         if callbacks.around is not None:
             result.warnings += [n for n in callbacks.around.notes if n not in result.warnings]
             callbacks.around = None

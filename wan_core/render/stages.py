@@ -77,6 +77,19 @@ class Callbacks:
             self.raised = err
             raise
 
+    def settle(self, err: Exception) -> Exception:
+        """Raise what a callback raised, if ``err`` came of that; else return it without frames.
+
+        A result is kept, and would keep the weights on the device through them.
+        """
+        try:
+            if self.raised is not None:  # whatever a reader or a generator made of it
+                raise self.raised from self.raised.__cause__
+            traceback.clear_frames(err.__traceback__)
+            return err
+        finally:
+            del err  # or this frame and the exception would keep each other
+
     def check(self) -> None:
         """Give the user's ``interrupt_check`` the opportunity to raise."""
         self.call(self._config.interrupt_check)

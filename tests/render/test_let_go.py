@@ -1,0 +1,72 @@
+"""A render that ends early lets go of its weights at once, not when rubbish is next collected."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import weakref
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import WanTransformer3DModel
+from support.tiny_models import folders, open_wan
+
+from wan_core import GenerationConfig
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    return folders(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture
+def uncollected() -> Iterator[None]:
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+class Stop(BaseException):
+    """As an interrupt of ComfyUI's: not an Exception."""
+
+
+def stopped(kind: type[BaseException] | None) -> Callable[..., None]:
+    def ended(step: int, total: int, latents: torch.Tensor) -> None:
+        if kind is not None and step == 2:
+            raise kind
+
+    return ended
+
+
+@pytest.mark.parametrize("way", [{}, {"offload": "stream"}, {"offload": "sequential"}])
+@pytest.mark.parametrize("kind", [None, Stop, ValueError, "own"])
+def test_no_weights_stay(
+    kind: Any, way: dict[str, Any], folder: Callable[[str], Path],
+    monkeypatch: pytest.MonkeyPatch, uncollected: None,
+) -> None:  # fmt: skip
+    """``own`` is an error of the computation, which the result that is kept holds."""
+    seen: list[weakref.ref[torch.nn.Module]] = []
+    plain = WanTransformer3DModel.forward
+
+    def forward(self: Any, *args: Any, **more: Any) -> Any:
+        seen.append(weakref.ref(self))
+        if kind == "own" and len(seen) == 2:
+            raise RuntimeError("the computation failed")
+        return plain(self, *args, **more)
+
+    monkeypatch.setattr(WanTransformer3DModel, "forward", forward)
+    callback = stopped(None if kind == "own" else kind)
+    config = GenerationConfig(
+        prompt="a", num_frames=5, width=32, height=32, num_inference_steps=3,
+        progress_callback=callback,
+    )  # fmt: skip
+    wrapper, result = open_wan(folder("wan2.2-t2v-a14b"), forward="diffusers", **way), None
+    with contextlib.suppress(Stop, ValueError):
+        result = wrapper.generate(config)
+    assert len(seen) > 1 and all(one() is None for one in seen)
+    if kind == "own":
+        assert result is not None and "the computation failed" in str(result.error)
