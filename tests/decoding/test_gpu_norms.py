@@ -18,7 +18,7 @@ from wan_core.decoding import lean_decoder, lean_encoder, upsampling
 from wan_core.decoding.decoder_quick import Quick, quick_for
 from wan_core.kernels import maps
 from wan_core.models import VAE_21, VAE_22
-from wan_core.sampling.vae import StreamingDecoder, encode_latents
+from wan_core.sampling.vae import Leaving, StreamingDecoder, encode_latents, to_pictures
 
 pytestmark = [
     pytest.mark.gpu,
@@ -195,3 +195,16 @@ def test_quick_ones_round_differently(version: str, dtype: torch.dtype) -> None:
 
 def relative(out: Tensor, expected: Tensor) -> float:
     return float((out.float() - expected.float()).norm() / expected.float().norm())
+
+
+@DTYPES
+@pytest.mark.parametrize("whole_bytes", [True, False])
+def test_pictures_leave_while_the_card_goes_on(whole_bytes: bool, dtype: torch.dtype) -> None:
+    chunk = torch.rand(1, 3, 4, 96, 160, device="cuda", dtype=dtype) * 2 - 1
+    expected = to_pictures(chunk, whole_bytes=whole_bytes).cpu()
+    leaving = Leaving(chunk, whole_bytes=whole_bytes)
+    chunk.fill_(float("nan"))  # queued behind the copy
+    pictures, well = leaving.arrived()
+    assert well and not pictures.is_cuda and torch.equal(pictures, expected)
+    _, well = Leaving(chunk, whole_bytes=whole_bytes).arrived()
+    assert well is (dtype != torch.float16)

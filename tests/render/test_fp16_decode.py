@@ -12,6 +12,7 @@ from support.clips import read
 from support.tiny_models import make_folder, open_wan
 
 from wan_core import GenerationConfig
+from wan_core.render import decode
 from wan_core.render.pipeline import WanPipelineWrapper
 from wan_core.sampling import StreamingDecoder
 
@@ -32,8 +33,17 @@ def vae_in(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(WanPipelineWrapper, "_plan", plan)
 
 
+def as_on_a_card(monkeypatch: pytest.MonkeyPatch, ahead: bool) -> None:
+    """Have chunks leave while the next one is computed, as on CUDA."""
+    if ahead:
+        monkeypatch.setattr(
+            decode, "leaves", lambda chunk, decoder: isinstance(decoder, StreamingDecoder)
+        )
+
+
+@pytest.mark.parametrize("ahead", [False, True])
 def test_frames_beyond_the_range_are_decoded_in_bf16(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ahead: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     folder = make_folder(tmp_path / "model", "wan2.1-t2v")
     made: dict[str, torch.Tensor] = {}
@@ -45,6 +55,7 @@ def test_frames_beyond_the_range_are_decoded_in_bf16(
             assert not any("fp16" in text for text in result.warnings)
             patch.undo()
     vae_in("fp16", monkeypatch)
+    as_on_a_card(monkeypatch, ahead)
     run, calls = StreamingDecoder._run, []
 
     def overflowing(self: Any, index: int, cache: Any) -> Any:
@@ -60,9 +71,43 @@ def test_frames_beyond_the_range_are_decoded_in_bf16(
     assert torch.equal(result.frames[:5], made["fp16"][:5])
     assert torch.equal(result.frames[5:], made["bf16"][5:])
     assert not torch.equal(made["fp16"], made["bf16"])
-    half = [(i, torch.float16) for i in range(3)]
+    # A chunk that leaves is looked at when the next one is there.
+    half = [(i, torch.float16) for i in range(4 if ahead else 3)]
     assert calls == half + [(i, torch.bfloat16) for i in range(4)]
     (text,) = (text for text in result.warnings if "fp16" in text)
     assert "after 5 frames" in text and "decoded in bf16" in text
     assert "vae bf16" in result.applied_optimizations
     assert len(read(tmp_path / "clip.mp4")[0]) == 13
+
+
+@pytest.mark.parametrize(("fails", "kept"), [(None, True), (1, False), (3, True)])
+def test_a_chunk_leaves_while_the_next_one_is_computed(
+    fails: int | None, kept: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The same clip, also where memory ran out meanwhile; each frame is written once."""
+    folder = make_folder(tmp_path / "model", "wan2.1-t2v")
+    plain, told = tmp_path / "plain.mp4", []
+    expected = open_wan(folder).generate(GenerationConfig(**JOB, output_path=plain))
+    as_on_a_card(monkeypatch, True)
+    run, calls = StreamingDecoder._run, []
+
+    def lacking(self: Any, index: int, cache: Any) -> Any:
+        calls.append(index)
+        if index == fails and calls.count(index) == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return run(self, index, cache)
+
+    def callback(done: int, wanted: int) -> None:
+        told.append((done, wanted))
+
+    monkeypatch.setattr(StreamingDecoder, "_run", lacking)
+    config = GenerationConfig(
+        **JOB, output_path=tmp_path / "clip.mp4", decode_callback=callback, return_frames=kept
+    )
+    result = open_wan(folder).generate(config).raise_for_error()
+    if kept:
+        assert torch.equal(result.frames, expected.frames)
+    assert (tmp_path / "clip.mp4").read_bytes() == plain.read_bytes()
+    assert told == [(done, 13) for done in (1, 5, 9, 13)]
+    if fails is None:
+        assert calls == [0, 1, 2, 3]

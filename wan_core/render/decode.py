@@ -14,7 +14,7 @@ from ..errors import OutputError, WorkerFailed
 from ..forward import alike
 from ..memory import CHUNKS, CardRecords, Trial, strips_of
 from ..models import VaeShape
-from ..sampling import denormalize_latents, to_frames
+from ..sampling import Leaving, StreamingDecoder, denormalize_latents, to_frames
 from ..workers import OutOfRange, StripsDecoder, StripsLost, WorkerPool
 from .experts import in_workers
 from .stages import StageRunner
@@ -33,6 +33,8 @@ class Decoding:
     decoder: Any = None
     pending: Tensor | None = None
     """Decoded frames (B, 3, f, H, W) that have not been handed on yet."""
+    leaving: Leaving | None = None
+    """Frames before those, on their way from the card."""
     alone: bool = False
     """Whether this process decodes by itself what is left: the workers could not."""
     keep_first: int = 0
@@ -59,25 +61,69 @@ class Decoding:
         self.decoder = decoder
         return decoder
 
-    def overflows(self) -> bool:
-        """Say whether the pending frames are beyond fp16's range; if so, they are taken back."""
+    def overflows(self, *, at_once: bool = False) -> bool:
+        """Say whether frames are beyond fp16's range; if so, they and later ones are taken back.
+
+        Those that leave by themselves are looked at when they have left, or ``at_once``.
+        """
         chunk = self.pending
-        if chunk is None or chunk.dtype != torch.float16 or bool(torch.isfinite(chunk).all()):
+        if self.leaving is not None:
+            pictures, well = self.leaving.arrived()
+            if not well:
+                if chunk is not None:
+                    self.decoder.take_back(chunk)
+                self.decoder.take_back(pictures.permute(0, 4, 1, 2, 3))
+                self.leaving = self.pending = None
+                self.overflowed = True
+                return True
+        if chunk is None or chunk.dtype != torch.float16 or (self.ahead and not at_once):
             return False
-        assert self.decoder is not None
+        if bool(torch.isfinite(chunk).all()):
+            return False
         self.decoder.take_back(chunk)
         self.pending, self.overflowed = None, True
         return True
 
-    def hand_on(self) -> None:
-        """Hand on the pending frames; those beyond ``wanted`` are dropped.
+    @property
+    def ahead(self) -> bool:
+        """Whether the pending frames leave while the next ones are computed.
 
-        If memory runs out here it can be called again: no frame is written twice.
+        Not those of a clip in segments, whose decoder takes back no more than its last chunk.
         """
-        if self.pending is None:
-            return
-        self.take(to_frames(self.pending))
-        self.pending = None
+        return self.pending is not None and leaves(self.pending, self.decoder)
+
+    def hand_on_before(self) -> bool:
+        """Hand on what has left before the pending frames, which leave next; False: nothing had.
+
+        Where frames do not leave by themselves the pending ones are handed on.
+        """
+        if self.pending is not None and not self.ahead:
+            return self.hand_on()
+        before = self.leaving
+        if before is not None:
+            self.take(before.arrived()[0])
+            self.leaving = None
+        if self.pending is not None:
+            whole_bytes = self.frames is None and not self.keep_first
+            self.leaving = Leaving(self.pending, whole_bytes=whole_bytes)
+            self.pending = None
+        return before is not None
+
+    def hand_on(self) -> bool:
+        """Hand on the leaving and the pending frames; False: there are none.
+
+        Those beyond ``wanted`` are dropped. If memory runs out here it can be called again: no
+        frame is written twice.
+        """
+        if self.leaving is None and self.pending is None:
+            return False
+        if self.leaving is not None:
+            self.take(self.leaving.arrived()[0])
+            self.leaving = None
+        if self.pending is not None:
+            self.take(to_frames(self.pending))
+            self.pending = None
+        return True
 
     def take(self, pictures: Tensor) -> None:
         """Hand on pictures (B, f, H, W, 3), as ``hand_on`` does."""
@@ -90,6 +136,32 @@ class Decoding:
         for index, writer in enumerate(self.writers):
             writer.write(pictures[index, writer.frames_written - self.done :])
         self.done += pictures.shape[1]
+
+
+def leaves(chunk: Tensor, decoder: Any) -> bool:
+    """Say whether a chunk of this decoder is copied to RAM while the next one is computed."""
+    return chunk.is_cuda and isinstance(decoder, StreamingDecoder)
+
+
+def decode_frames(stages: StageRunner, config: GenerationConfig, progress: Decoding) -> None:
+    """Decode what is left by ``progress.decoder``; ends early where fp16's range did not hold.
+
+    On CUDA the next chunk is computed while the one before leaves the card, is handed on and is
+    encoded. After a failure the same call goes on from there.
+    """
+    decoder = progress.decoder
+    # Frames that an earlier attempt decoded before it failed, looked at or not.
+    if progress.overflows(at_once=True):
+        return
+    if progress.hand_on():
+        stages.callbacks.call(config.decode_callback, progress.done, progress.wanted)
+    while not decoder.done or progress.leaving is not None:
+        if not decoder.done:
+            progress.pending = decoder.decode_next(check=stages.check_interrupt)
+        if progress.overflows():
+            return
+        if progress.hand_on_before():
+            stages.callbacks.call(config.decode_callback, progress.done, progress.wanted)
 
 
 def decode_in_strips(stages: StageRunner, config: GenerationConfig, progress: Decoding) -> bool:

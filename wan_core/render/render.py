@@ -54,7 +54,7 @@ from ..sampling import (
 )
 from .animate import CharacterSegments, character_plan, character_segments, decoder_of, with_faces
 from .conditions import ConditionMaker
-from .decode import Decoding, decode_in_strips, try_strips
+from .decode import Decoding, decode_frames, decode_in_strips, try_strips
 from .experts import describe_job, expert_in_place
 from .report import device_bytes
 from .stages import StageRunner
@@ -480,18 +480,7 @@ class Render:
                 decoder = progress.go_on_with(made)
             decoder.vae = vae  # loaded anew, maybe, in the smaller plan's dtype
             try:
-                # Frames that an earlier attempt decoded before it failed, looked at or not.
-                if progress.overflows():
-                    return
-                progress.hand_on()
-                while not decoder.done:
-                    progress.pending = decoder.decode_next(check=stages.check_interrupt)
-                    if progress.overflows():
-                        return
-                    progress.hand_on()
-                    stages.callbacks.call(
-                        self.config.decode_callback, progress.done, progress.wanted
-                    )
+                decode_frames(stages, self.config, progress)
             finally:
                 decoder.close()
 

@@ -55,6 +55,7 @@ if TYPE_CHECKING:
     )
     from .vace import ControlClip, encode_grey, encode_vace
     from .vae import (
+        Leaving,
         StreamingDecoder,
         denormalize_latents,
         encode_latents,
@@ -109,6 +110,7 @@ __getattr__ = lazy_names(
             "hold_first_frame",
         ),
         "vae": (
+            "Leaving",
             "StreamingDecoder",
             "denormalize_latents",
             "encode_latents",
@@ -120,14 +122,15 @@ __getattr__ = lazy_names(
 )
 
 __all__ = [
+    "DRIVING_PROMPT",
     "ClipSegments",
     "Conditions",
     "ControlClip",
-    "DRIVING_PROMPT",
     "DenoiseState",
     "Elsewhere",
     "Expert",
     "Kept",
+    "Leaving",
     "Made",
     "Memory",
     "SegmentsDecoder",

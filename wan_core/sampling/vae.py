@@ -171,6 +171,41 @@ def to_pictures(chunk: Tensor, *, whole_bytes: bool) -> Tensor:
     return (pictures * 255).round().clamp(0, 255).to(torch.uint8) if whole_bytes else pictures
 
 
+class Leaving:
+    """Pictures of a chunk on their way from the card, and whether they are within its range.
+
+    The copies are queued behind what makes the chunk, which may be let go at once; the card then
+    computes what is queued next. On a CPU nothing has to leave.
+    """
+
+    def __init__(self, chunk: Tensor, *, whole_bytes: bool) -> None:
+        """``chunk`` and ``whole_bytes`` are those of ``to_pictures``."""
+        half = chunk.dtype == torch.float16
+        well = torch.isfinite(chunk).all() if half else torch.ones((), dtype=torch.bool)
+        self._pictures = _on_host(to_pictures(chunk, whole_bytes=whole_bytes))
+        self._well = _on_host(well)
+        self._done: Any = None
+        if chunk.is_cuda:
+            self._done = torch.cuda.current_stream(chunk.device).record_event()
+
+    def arrived(self) -> tuple[Tensor, bool]:
+        """Wait for the pictures (B, f, H, W, 3); return them and whether all is finite."""
+        if self._done is not None:
+            self._done.synchronize()
+        return self._pictures, bool(self._well)
+
+
+def _on_host(there: Tensor) -> Tensor:
+    """Queue a copy to RAM behind what makes ``there``; on the CPU it is the tensor itself."""
+    if not there.is_cuda:
+        return there
+    try:
+        here = torch.empty(there.shape, dtype=there.dtype, pin_memory=True)
+    except RuntimeError:  # no more may be page-locked: the copy is waited for
+        here = torch.empty(there.shape, dtype=there.dtype, device="cpu")
+    return here.copy_(there, non_blocking=True)
+
+
 @torch.no_grad()
 def encode_latents(vae: Any, chunks: Iterable[Tensor], *, check: Check | None = None) -> Tensor:
     """Encode a video, given in chunks, to the mode of its latents: (B, z, T, h, w) in VAE space.

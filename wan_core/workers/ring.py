@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ..memory import COLUMNS, Strip
-from ..sampling import StreamingDecoder, to_pictures
+from ..sampling import Leaving, StreamingDecoder
 
 _SHARED = Path("/dev/shm")
 
@@ -111,51 +111,24 @@ def decode_strip(
     yield {"type": "mapped"}
     decoder = StreamingDecoder(vae, latents)
     decoder.position = header["position"]
-    leaving: _Leaving | None = None
+    leaving: tuple[int, Leaving] | None = None
     try:
         while not decoder.done or leaving is not None:
             before, leaving = leaving, None
             if not decoder.done:
                 position = decoder.position
-                leaving = _Leaving(position, decoder.decode_next(check=check), ring.whole_bytes)
+                chunk = Leaving(decoder.decode_next(check=check), whole_bytes=ring.whole_bytes)
+                leaving = position, chunk
             if before is None:
                 continue
             # The card computes the next chunk meanwhile.
-            pictures, well = before.arrived()
-            may_write(before.position)
+            position, pictures, well = before[0], *before[1].arrived()
+            may_write(position)
             frames = pictures.shape[1]
             if well:
-                into = slots[before.position % ring.slots, :, :frames]
+                into = slots[position % ring.slots, :, :frames]
                 first, last = strip.pixels
                 into.narrow(3 if strip.axis == COLUMNS else 2, first, last - first).copy_(pictures)
-            yield {"type": "strip", "position": before.position, "frames": frames, "well": well}
+            yield {"type": "strip", "position": position, "frames": frames, "well": well}
     finally:
         decoder.close()
-
-
-class _Leaving:
-    """Pictures of a chunk on their way from the card, and whether they are within its range."""
-
-    def __init__(self, position: int, chunk: Tensor, whole_bytes: bool) -> None:
-        self.position = position
-        half = chunk.dtype == torch.float16
-        well = torch.isfinite(chunk).all() if half else torch.ones((), dtype=torch.bool)
-        self._pictures = _on_host(to_pictures(chunk, whole_bytes=whole_bytes))
-        self._well = _on_host(well)
-        self._done: Any = None
-        if chunk.is_cuda:
-            self._done = torch.cuda.current_stream(chunk.device).record_event()
-
-    def arrived(self) -> tuple[Tensor, bool]:
-        """Wait for the pictures; return them and whether all is finite."""
-        if self._done is not None:
-            self._done.synchronize()
-        return self._pictures, bool(self._well)
-
-
-def _on_host(there: Tensor) -> Tensor:
-    """Queue a copy to RAM behind what makes ``there``; on the CPU it is the tensor itself."""
-    if not there.is_cuda:
-        return there
-    here = torch.empty(there.shape, dtype=there.dtype, pin_memory=True)
-    return here.copy_(there, non_blocking=True)
