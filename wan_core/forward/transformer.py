@@ -486,8 +486,8 @@ def run_together(transformer: Any, calls: Sequence[Mapping[str, Any]]) -> list[A
     known = [call for call in accepted if call is not None]
     if options is None or len(known) < len(calls):
         results = []
-        for call in calls:  # a comprehension's frame would hold the model after an error
-            results.append(transformer(**call))
+        for given in calls:  # a comprehension's frame would hold the model after an error
+            results.append(transformer(**given))
         return results
     states: list[_State] = []
     for call in known:  # calls beside one driving stream share its way through the blocks

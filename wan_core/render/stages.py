@@ -54,8 +54,7 @@ MAX_STEPS_DOWN = 64
 class Callbacks:
     """Calls the user's callbacks, and remembers an exception that one of them raised.
 
-    That is how it can be told from our own errors: an interrupt, and even a shortage of memory in a
-    callback, is passed on and never answered with a smaller plan.
+    Unlike our own errors it, even a shortage of memory, is passed on: no smaller plan answers it.
     """
 
     def __init__(self, config: GenerationConfig) -> None:
@@ -78,10 +77,7 @@ class Callbacks:
             raise
 
     def settle(self, err: Exception) -> Exception:
-        """Raise what a callback raised, if ``err`` came of that; else return it without frames.
-
-        A result is kept, and would keep the weights on the device through them.
-        """
+        """Raise what a callback raised; else return ``err`` without frames, which hold weights."""
         try:
             if self.raised is not None:  # whatever a reader or a generator made of it
                 raise self.raised from self.raised.__cause__
