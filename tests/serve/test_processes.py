@@ -219,6 +219,22 @@ def test_processes_that_nobody_needs_end_and_the_next_job_starts_one_anew(
     crew.close()
 
 
+def test_a_process_that_cannot_be_started_costs_its_job_a_try(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where no memory is left for it; another time there may be."""
+    monkeypatch.setattr("wan_core.serve.processes._START", ANSWERS)
+    crew = Processes(1)
+    with monkeypatch.context() as patched:
+        patched.setattr(sys, "executable", str(tmp_path / "nowhere"))
+        crew.begin(crew.free(1)[0], hanging(tmp_path))
+        outcome = settled(crew)
+    assert outcome.lost and "cannot be started" in outcome.error
+    crew.begin(crew.free(1)[0], hanging(tmp_path))
+    assert not settled(crew).error
+    crew.close()
+
+
 def test_a_process_that_does_not_leave_is_killed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -7,10 +7,12 @@ import random
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -167,6 +169,47 @@ def test_a_unit_that_ends_every_worker_is_given_up(
     threads.trouble = lambda worker, number: worker.die() if number == 2 else None
     made = open_wan(folder("wan2.1-t2v"), devices=2).generate(GenerationConfig(**CLIP))
     assert isinstance(made.error, WorkerFailed) and "ended 3 workers" in str(made.error)
+
+
+@pytest.mark.parametrize("left", [0, 1])
+def test_a_worker_that_cannot_be_started_is_told(
+    folder: Any, threads: type[ThreadWorker], monkeypatch: pytest.MonkeyPatch, left: int
+) -> None:
+    """As where no memory is left for another process: the others do its part."""
+
+    def start(device: str, told: Any) -> ThreadWorker:
+        if len(threads.made) >= left:
+            raise BlockingIOError(11, "Resource temporarily unavailable")
+        return threads(device, told)
+
+    monkeypatch.setattr(gang, "WorkerProcess", start)
+    result = open_wan(folder("wan2.1-t2v"), devices=2).generate(GenerationConfig(**CLIP))
+    told = "cpu (worker 2) cannot be started: [Errno 11] Resource temporarily unavailable."
+    if left:
+        whole = open_wan(folder("wan2.1-t2v")).generate(GenerationConfig(**CLIP))
+        assert torch.equal(result.raise_for_error().latents, whole.latents)
+        assert told in result.warnings
+    else:
+        assert isinstance(result.error, WorkerFailed) and told in str(result.error)
+
+
+def test_a_gang_of_which_one_cannot_be_started_ends_the_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made: list[Any] = []
+
+    def start(device: str, told: Any) -> Any:
+        if made:
+            raise BlockingIOError(11, "Resource temporarily unavailable")
+        made.append(MagicMock())
+        return made[0]
+
+    monkeypatch.setattr(gang, "WorkerProcess", start)
+    before = set(Path(tempfile.gettempdir()).glob("wanfit_gang_*"))
+    with pytest.raises(BlockingIOError):
+        gang.Gang(("cpu", "cpu"), "two", lambda *_: None)
+    assert made[0].kill.called
+    assert set(Path(tempfile.gettempdir()).glob("wanfit_gang_*")) <= before
 
 
 def test_a_worker_that_hangs_is_ended(folder: Any, threads: type[ThreadWorker]) -> None:

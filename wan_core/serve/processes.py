@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from ..config import child_environment
-from ..errors import InvalidRequest
+from ..errors import InvalidRequest, first_line
 from .carry import Carrier, Outcome
 from .crew import IDLE_SECONDS, Hand, Progress
 from .jobs import BatchJob
@@ -53,6 +53,8 @@ class _Process(Hand):
         self._outbox: queue.Queue[bytes | None] = queue.Queue()
         self.idle_since = time.monotonic()
         """Since when it has no job although none waits; once it was given up, since when."""
+        self.trouble = ""
+        """Why it could not be started."""
 
     def successor(self) -> _Process:
         """Return one for the same cards, whose process is not started yet."""
@@ -71,10 +73,16 @@ class _Process(Hand):
         process = self._process
         if process is None:
             arguments = [sys.executable, "-P", "-c", _START, str(_ROOT), json.dumps(self._place)]
-            process = subprocess.Popen(
-                arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                env={**child_environment(os.environ), **self._seen},
-            )  # fmt: skip
+            try:
+                process = subprocess.Popen(
+                    arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                    env={**child_environment(os.environ), **self._seen},
+                )  # fmt: skip
+            except OSError as err:  # no memory, no process or no file is left for it
+                self.trouble = f"Its process cannot be started: {first_line(err)}."
+                self._told(self, None)
+                return
+            self.trouble = ""
             self._process, self._outbox = process, queue.Queue()
             assert process.stdin is not None and process.stdout is not None
             given = (process.stdin, self._outbox)
@@ -211,7 +219,8 @@ class Processes:
                 self._leaving.remove(hand)
             hand.job = None
             hand.group = ""
-            lost = Outcome(lost=True, kind="Lost", error=f"Its process ended with code {code}.")
+            why = hand.trouble or f"Its process ended with code {code}."
+            lost = Outcome(lost=True, kind="Lost", error=why)
             return [] if job is None else [(job, lost)]
         if job is None or line.get("number") != job.number:
             return []

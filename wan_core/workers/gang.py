@@ -70,7 +70,13 @@ class Gang:
         self.broken: tuple[float, str] | None = None
         """Since when one process has missed another, and what it said."""
         self._place = Path(tempfile.mkdtemp(prefix="wanfit_gang_")) if self.size > 1 else None
-        self.ranks = [Rank(WorkerProcess(device, told)) for device in self.devices]
+        self.ranks: list[Rank] = []
+        try:
+            for device in self.devices:
+                self.ranks.append(Rank(WorkerProcess(device, told)))
+        except OSError:
+            self.kill()  # one that waits for those that never come would hold its card
+            raise
 
     @property
     def size(self) -> int:

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import WorkerFailed
+from ..errors import WorkerFailed, first_line
 from ..journal import versions
 from ..memory import CardRecords, Link, Trial, cut_kind
 from ..sampling import Conditions, Kept, Made, Unit
@@ -68,7 +68,7 @@ class WorkerPool:
         self._next = 0
         self._conditions: tuple[int, Conditions | None] = (0, None)
         self._restarts = 2 * len(self.devices)
-        self._closed = False
+        self._closed, self._fresh = False, True
         self._strips: tuple[int, Strips | None] = (-1, None)
         """The decode that is shared out among workers, and its number."""
         self._link: Link | None = None
@@ -202,7 +202,9 @@ class WorkerPool:
 
         ``loaded`` is called with what the first worker reads (component, bytes done, bytes in all).
         """
-        self.notes, self.loaded = [], loaded
+        # What happened when they were started is the first render's.
+        self.notes, self.loaded = self.notes if self._fresh else [], loaded
+        self._fresh = False
         self._restarts = 2 * len(self.devices)
         self._trials.clear()
         for gang in self._gangs:
@@ -222,7 +224,12 @@ class WorkerPool:
 
     def _start(self, devices: Sequence[str], name: str) -> None:
         put = self._events.put
-        self._gangs.append(Gang(devices, name, lambda which, message: put((which, message))))
+        try:
+            found = Gang(devices, name, lambda which, message: put((which, message)))
+        except OSError as err:  # no process, no memory or no file is left for it
+            self._say(f"{name} cannot be started: {first_line(err)}.")
+        else:
+            self._gangs.append(found)
 
     def _pump(self, seconds: float) -> None:
         """Wait so long for something to happen; look after the workers and hand out units."""
