@@ -9,7 +9,8 @@ resident beside the same file dequantised at load, in turns; taken apart alone; 
 block resident. Then the product makes a clip, one step with each expert or with the first only,
 under caps of video memory, and of RAM in a child process: within a control group where the machine
 allows one, else with ``ram_limit_gb``. Predicted beside measured peaks of both memories, stage by
-stage. Nothing that earlier runs taught enters a prediction.
+stage. Nothing that earlier runs taught enters a prediction; what this process holds when a run is
+planned does, and counts in what is measured.
 
 A cap of video memory counts all that the process holds on the device: CUDA's context is left out of
 the plan's and the allocator's share. A step's time is from the call before its first pass to the
@@ -170,11 +171,12 @@ def run_case(bench: FileBench, case: Run, told_ram: bool = False) -> dict[str, A
         with suppress(Enough):
             result = wrapper.generate(config)
         total = bench.sync() - before.at
-    row |= told_of(bench, plan, before, held)
+    row |= told_of(bench, plan, held)
     row |= {
         "applied": list(plan.applied), "tier": plan.tier, "seconds": total,
         "predicted_seconds": plan.seconds, "predicted_step_seconds": plan.step_seconds,
         "steps": ends.seconds, "latents": ends.digests, "context_mib": bench.context_mib(),
+        "held_before": before.counted,
         "warnings": result.warnings if result else [], "errors": result.errors if result else [],
         "success": result.success if result else True,
     }  # fmt: skip
@@ -216,7 +218,7 @@ class Steps:
             raise Enough
 
 
-def told_of(bench: FileBench, plan: Any, before: Any, held: dict[str, int]) -> dict[str, Any]:
+def told_of(bench: FileBench, plan: Any, held: dict[str, int]) -> dict[str, Any]:
     """Return the stages, predicted beside measured, on the device and in RAM."""
     predicted = {stage.name: stage for stage in plan.estimate.stages}
     measured = {} if bench.watch.timeline is None else {
@@ -229,7 +231,7 @@ def told_of(bench: FileBench, plan: Any, before: Any, held: dict[str, int]) -> d
         seconds = ended - begun
         if name.startswith("load "):
             loading = max(loading, top, key=lambda s: s.counted) if loading else top
-            stages.append({"name": name, "seconds": seconds, "host": counted(bench, top, before)})
+            stages.append({"name": name, "seconds": seconds, "host": top.counted})
             continue
         top = max(loading, top, key=lambda s: s.counted) if loading else top
         loading, expected = None, predicted.get(name)
@@ -243,18 +245,13 @@ def told_of(bench: FileBench, plan: Any, before: Any, held: dict[str, int]) -> d
                 "predicted_host": (
                     expected.host_bytes + expected.locked_bytes if expected else None
                 ),
-                "host": counted(bench, top, before), "locked": top.locked, "mapped": top.mapped,
+                "host": top.counted, "locked": top.locked, "mapped": top.mapped,
             }
         )  # fmt: skip
     return {
         "stages": stages,
         "predicted_host": max((s.get("predicted_host") or 0 for s in stages), default=0),
     }
-
-
-def counted(bench: FileBench, sample: Any, before: Any) -> int:
-    """Return a sample as a fresh program that makes this run alone would show it."""
-    return int(sample.counted - before.counted + bench.base)
 
 
 def forget_calibration() -> None:

@@ -6,10 +6,10 @@ Memory that counts (``host_memory``) is looked at after each step of a process t
 else: imports, CUDA's context, the first product, attention, convolution, Triton kernel, page lock
 and transfer through the ring. Then, in a process of its own, the product makes three clips of a
 few blocks of true width: twice with all blocks resident, once with them streamed. Beside what each
-stage takes stands what the plan counts for it without its share for interpreter and libraries: the
-rest is what that share has to cover. Triton's kernels are compiled anew by the first two processes;
-a third one makes the clips with them on the disk. One CUDA device, 6 GB of shared memory or disk, a
-minute. Results: ``results/host_base_<device>.json``, and a table is printed.
+stage takes stands what was planned for it in this process. Triton's kernels are compiled anew by
+the first two processes; a third one makes the clips with them on the disk. One CUDA device, 6 GB of
+shared memory or disk, a minute. Results: ``results/host_base_<device>.json``, and a table is
+printed.
 """
 
 from __future__ import annotations
@@ -214,7 +214,6 @@ def clips(folder: Path, tiny: bool) -> dict[str, Any]:
     from host_memory import HostWatch
 
     from wan_core import GenerationConfig, WanPipelineLoader
-    from wan_core.memory import system_resources
 
     watch = HostWatch()
     named, rows = files(folder, tiny), []
@@ -233,8 +232,7 @@ def clips(folder: Path, tiny: bool) -> dict[str, Any]:
             wrapper.unload()
         gc.collect()
         plan = wrapper.plan(config)[1]
-        share = system_resources(device).process_ram_bytes
-        planned = {s.name: s.host_bytes + s.locked_bytes - share for s in plan.estimate.stages}
+        planned = {s.name: s.host_bytes + s.locked_bytes for s in plan.estimate.stages}
         watch.forget()
         before = watch.look()
         with watch.stages():
@@ -245,7 +243,7 @@ def clips(folder: Path, tiny: bool) -> dict[str, Any]:
                 {
                     "clip": turn, "offload": offload, "stage": name, "at plan": before.counted,
                     "peak": top.counted, "locked": top.locked, "planned": planned.get(name),
-                    "share counted": share, "seconds": ended - begun,
+                    "seconds": ended - begun,
                 }
             )  # fmt: skip
     watch.close()
@@ -282,9 +280,9 @@ def table(found: dict[str, Any]) -> str:
     for name in ("cold", "warm"):
         lines += ["", f"Clips, Triton's kernels {name}:"]
         for row in found.get(name, ()):
-            rest = "" if row["planned"] is None else (
-                f", without the plan's own {row['planned'] / MIB:6,.0f}: "
-                f"{(row['peak'] - row['planned']) / MIB:6,.0f} MiB"
+            planned = row["planned"]
+            rest = "" if planned is None else (
+                f", planned {planned / MIB:6,.0f}: {planned / row['peak'] - 1:+.1%}"
             )  # fmt: skip
             lines.append(
                 f"{row['clip']} {row['offload']:7} {row['stage']:20} at plan "

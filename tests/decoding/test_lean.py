@@ -19,7 +19,7 @@ from support.true_models import DTYPES, autoencoder
 from support.vae_models import make_latents, make_vae
 from torch import Tensor
 
-from wan_core.config import StageEstimate
+from wan_core.config import GIB, StageEstimate
 from wan_core.decoding import decoder as lean_decode
 from wan_core.decoding import host_cache as decode_cache
 from wan_core.decoding import lean as lean_vae
@@ -29,7 +29,7 @@ from wan_core.decoding.host_cache import HostCache, HostEntry
 from wan_core.decoding.lean import lean_decoder
 from wan_core.forward.sources import norms_widen
 from wan_core.memory.machine import SystemResources
-from wan_core.memory.stages import GIB, Choices, Workload, estimate
+from wan_core.memory.stages import Choices, Workload, estimate
 from wan_core.memory.vae import decode_peak
 from wan_core.memory.vae_lean import BANDS, lean_decode_bytes
 from wan_core.models import sizes

@@ -15,7 +15,7 @@ from support.machines import architecture, cpu, gpu
 from support.tiny_models import make_folder
 
 from wan_core import GenerationConfig, OptimizationManager, WanPipelineLoader
-from wan_core.config import StageEstimate, StageReport
+from wan_core.config import GIB, StageEstimate, StageReport
 from wan_core.memory.calibration import (
     KEPT,
     Calibration,
@@ -23,7 +23,7 @@ from wan_core.memory.calibration import (
     RunRecord,
     default_path,
 )
-from wan_core.memory.stages import GIB, Choices, Workload, estimate
+from wan_core.memory.stages import Choices, Workload, estimate
 from wan_core.plan.timing import timing
 from wan_core.render import stages
 from wan_core.render.report import Timeline, spilled

@@ -15,6 +15,7 @@ from support.machines import architecture, cpu, gpu
 from wan_core.config import StageEstimate
 from wan_core.memory.choices import Choices, Workload, window_latents, windows_of
 from wan_core.memory.forward import text_encoder_peak, transformer_peak, window_tokens
+from wan_core.memory.machine import SENDING
 from wan_core.memory.stages import estimate
 from wan_core.memory.vae import encode_peak
 from wan_core.models import ModelArchitecture, block_bytes, rest_bytes, sizes
@@ -64,16 +65,20 @@ def test_the_text_encoders_attention(size: int, dtype: str) -> None:
 
 
 def test_ram_is_weights_latents_and_the_process() -> None:
+    """And, on a GPU, the memory that weights are sent through, before anything is computed."""
     model, latents = architecture("wan2.1-t2v-14b"), 16 * LATENT * 4
-    always = latents + GPU.process_ram_bytes
-    stages = ((name, part) for name, part in (("text_encode", "text_encoder"),
-                                              ("denoise", "transformer")))  # fmt: skip
-    for name, part in stages:
+    stages = (("text_encode", "text_encoder", ("encode",)),
+              ("denoise", "transformer", ("encode", "denoise")))  # fmt: skip
+    for name, part, kinds in stages:
+        always = latents + SENDING + GPU.process_ram(kinds)
         weights = sizes.part_bytes(model, part, "bf16")
         assert found(model, name).host_bytes == weights + always
     frames = 81 * 480 * 832 * 3 * 4
     vae = sizes.part_bytes(model, "vae", "fp32")
-    assert found(model, "decode").host_bytes == vae + frames + always
+    assert found(model, "decode").host_bytes == vae + frames + latents + GPU.process_ram()
+    on_cpu = found(model, "text_encode", machine=CPU)
+    weights = sizes.part_bytes(model, "text_encoder", "bf16")
+    assert on_cpu.host_bytes - on_cpu.activation_bytes == weights + latents + CPU.process_ram()
 
 
 @dataclass(frozen=True)
@@ -120,7 +125,7 @@ def test_of_a_mapped_file_only_what_is_converted_counts() -> None:
     )
     model = replace(plain, components={**plain.components, "transformer": part})
     seen = found(model, "denoise")
-    always = 16 * LATENT * 4 + GPU.process_ram_bytes
+    always = 16 * LATENT * 4 + SENDING + GPU.process_ram(("encode", "denoise"))
     assert seen.host_bytes == 9 * norms * 4 + always
     assert seen.mapped_bytes == sizes.part_bytes(model, "transformer", "bf16") - 9 * norms * 4
     # Diffusers' group offload locks a copy of all of it.
@@ -183,7 +188,8 @@ def test_magcache_remembers_a_hidden_state_of_each_pass_and_window(
         assert windows_of(job, Choices(dtypes=BF16), FRAMES) == windows
         with_it, without = (found(model, "denoise", job, magcache=v) for v in (2.0, 0.0))
         state = 2 * window_tokens(model.transformer, 9 if window else 21, HIGH, WIDE) * 5120 * 2
-        assert with_it.host_bytes - without.host_bytes == windows * passes * state
+        in_ram = windows * passes * state
+        assert with_it.host_bytes - without.host_bytes == max(0, in_ram - SENDING)
         assert with_it.activation_bytes - without.activation_bytes == state
 
 

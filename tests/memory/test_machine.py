@@ -17,6 +17,7 @@ from support.fake_torch import Card, FakeNvml, FakeTorch, put_in_place
 from support.machines import cpu, gpu
 
 from wan_core.errors import InvalidRequest, MissingDependency
+from wan_core.memory import cards
 from wan_core.memory import machine as hardware
 from wan_core.memory.calibration import Calibration
 from wan_core.memory.machine import (
@@ -191,6 +192,7 @@ LINUX: dict[str, Any] = {
     "evictable_bytes": 0,
     "ram_evictable_bytes": 0,
     "process_bytes": GIB,
+    "done_here": ("imports",),
     "cards": (),
     "supports_bf16": True,
     "supports_fp16": True,
@@ -415,10 +417,10 @@ def test_the_allocator_is_known(
 def test_the_hip_variable_counts_before_torch_2_10_on_rocm_only() -> None:
     """No such torch has expandable segments on ROCm; the order is torch's all the same."""
     told = {HIP: ON, CUDA: OFF}
-    assert hardware._settings(told, (2, 9), "7.2") == OFF
-    assert hardware._settings({HIP: ON}, (2, 9), "7.2") == ON
-    assert hardware._settings({HIP: ON}, (2, 9), None) == ""
-    assert hardware._settings({HIP: ON, ANY: OFF}, (2, 9), "7.2") == ON
+    assert cards._settings(told, (2, 9), "7.2") == OFF
+    assert cards._settings({HIP: ON}, (2, 9), "7.2") == ON
+    assert cards._settings({HIP: ON}, (2, 9), None) == ""
+    assert cards._settings({HIP: ON, ANY: OFF}, (2, 9), "7.2") == ON
 
 
 def test_planning_does_not_import_torch() -> None:
@@ -519,15 +521,55 @@ def test_what_this_process_holds_is_read_from_the_system(tmp_path: Path) -> None
         del more
 
 
-@pytest.mark.parametrize(("held", "counted"), [(None, 0), (600, 600), (1600, 1600), (30_000, 1600)])
+@pytest.mark.parametrize(("held", "counted"), [(None, 0), (600, 600), (1600, 1600), (30_000, 3072)])
 def test_what_the_interpreter_holds_is_not_asked_of_the_system_again(
     held: int | None, counted: int
 ) -> None:
     """And what the process holds for others counts neither as needed nor as there."""
     mib = 2**20
-    system = replace(gpu(24, ram=16), process_bytes=None if held is None else held * mib)
-    assert system.process_ram_bytes == 1600 * mib
-    assert system.usable_ram_bytes == 15 * 2**30 + counted * mib
-    on_cpu = replace(cpu(16), process_bytes=30_000 * mib)
-    assert on_cpu.process_ram_bytes == 450 * mib
-    assert on_cpu.usable_ram_bytes == 15 * 2**30 + 450 * mib
+    for machine in (gpu(24, ram=16), cpu(16)):
+        system = replace(machine, process_bytes=None if held is None else held * mib)
+        assert system.usable_ram_bytes == 15 * 2**30 + counted * mib
+        if held is not None:
+            warm = replace(system, done_here=("decode", "denoise", "encode", "imports"))
+            assert warm.process_ram() == counted * mib
+
+
+def test_what_a_process_does_for_the_first_time_is_added() -> None:
+    mib, growth = 2**20, hardware._GROWTH
+    fresh = replace(gpu(24), process_bytes=600 * mib)
+    assert fresh.process_ram(()) == 600 * mib + growth["imports"]
+    both = growth["imports"] + growth["encode"]
+    assert fresh.process_ram(["encode", "encode"]) == 600 * mib + both
+    assert fresh.process_ram() == 600 * mib + sum(growth.values())
+    some = replace(fresh, done_here=("denoise", "imports"))
+    assert some.process_ram(("encode", "denoise")) == 600 * mib + growth["encode"]
+    # Components that can be dropped are held, but are no part of the libraries.
+    cached = replace(some, process_bytes=2600 * mib, ram_evictable_bytes=2000 * mib)
+    assert cached.process_ram(("denoise",)) == 600 * mib
+    assert replace(cached, ram_evictable_bytes=9000 * mib).process_ram(("denoise",)) == 0
+    on_cpu = replace(cpu(16), process_bytes=170 * mib)
+    assert on_cpu.process_ram() == (170 + 190 + 100) * mib
+    assert replace(on_cpu, done_here=("denoise", "imports")).process_ram() == 170 * mib
+    # Where the system does not tell, it is what was measured elsewhere.
+    assert cpu(16).process_ram() == 450 * mib
+    rest = sum(growth.values()) - growth["imports"]
+    assert gpu(24).process_ram() == 550 * mib + rest
+    assert gpu(24).process_ram(("decode",)) == 550 * mib + growth["decode"]
+
+
+def test_what_was_done_here_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hardware, "_run_here", set())
+    import diffusers.models.transformers.transformer_wan  # noqa: F401
+
+    assert hardware.done_here("cuda:1") == ("imports",)
+    hardware.stage_was_run("load transformer", "cuda")
+    hardware.stage_was_run("output", "cuda")
+    assert hardware.done_here("cuda:1") == ("imports",)
+    for stage in ("denoise_low", "control_encode", "denoise_high", "text_encode"):
+        hardware.stage_was_run(stage, "cuda:0")
+    assert hardware.done_here("cuda:1") == ("decode", "denoise", "encode", "imports")
+    assert hardware.done_here("cpu") == ("imports",)
+    same = {"denoise": "denoise", "decode": "decode", "condition_encode": "decode",
+            "image_encode": "encode", "load vae": ""}  # fmt: skip
+    assert {stage: hardware.stage_kind(stage) for stage in same} == same

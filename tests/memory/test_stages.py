@@ -15,11 +15,9 @@ from support.machines import architecture, cpu, gpu
 from support.pace import pace
 
 from wan_core import OptimizationConfig
-from wan_core.config import StageEstimate
+from wan_core.config import GIB, MIB, StageEstimate
 from wan_core.memory.forward import transformer_peak
 from wan_core.memory.stages import (
-    GIB,
-    MIB,
     Choices,
     Workload,
     estimate,

@@ -14,6 +14,7 @@ from wan_core.config import GIB
 from wan_core.errors import InvalidRequest
 from wan_core.memory import Card, Link, SystemResources, Trial, Workload, cut_kind, link_name
 from wan_core.plan import OptimizationPlan, Planner, for_all_cards, gangs
+from wan_core.plan.cards import _ram_for_workers
 from wan_core.plan.timing import stream_seconds, streamed_bytes
 
 LONG = Workload(width=832, height=480, num_frames=401, window_frames=81, steps=40)
@@ -280,7 +281,7 @@ def test_no_more_processes_than_ram_has_room_for() -> None:
     """Each has an interpreter of its own, and its own copy of what does not stay in its file."""
     found = plan(LONG, replace(machine(*[80] * 8), ram_available_bytes=100 * GIB), "all")
     each = next(s.host_bytes for s in found.estimate.stages if s.name == "denoise")
-    process = machine(80).process_ram_bytes
+    process = machine(80).process_ram(("encode", "denoise"))
     assert len(found.workers) == (99 * GIB - process) // each > 1
     assert "RAM has room for" in found.reasons[-1]
     assert "nothing to do" not in found.reasons[-1]
@@ -296,11 +297,19 @@ def test_workers_hold_no_text_encoder(ram: int) -> None:
     asked = OptimizationConfig(devices="all")
     found = Planner().recommend_optimizations(small, LONG, system, asked)
     need = {stage.name: stage.host_bytes for stage in found.estimate.stages}
-    each, process, usable = need["denoise"], system.process_ram_bytes, (ram - 1) * GIB
+    process = system.process_ram(("encode", "denoise"))
+    each, usable = need["denoise"], (ram - 1) * GIB
     assert need["text_encode"] == max(need.values()) > each > process
     room = min((usable - process) // each, (usable - need["text_encode"]) // process, 8)
     assert max(1, len(found.workers)) == max(1, room)
     assert room > usable // need["text_encode"] or room in (0, 8)
+
+
+def test_a_worker_is_a_fresh_process_whatever_the_driver_holds() -> None:
+    fresh = machine(*[80] * 8)
+    full = replace(fresh, process_bytes=2 * GIB, done_here=("denoise", "encode", "imports"))
+    told = [_ram_for_workers(plan(LONG, one, "all"), one, 8)[0] for one in (fresh, full)]
+    assert told[0] == told[1] > GIB
 
 
 def test_equal_bits_are_promised_with_speed_exact_only() -> None:

@@ -12,10 +12,11 @@ from support.cases import pairs
 from support.machines import architecture, cpu, gpu
 
 from wan_core import OptimizationConfig, OptimizationManager
+from wan_core.config import GIB, MIB
 from wan_core.errors import DoesNotFit, InvalidRequest
 from wan_core.memory.choices import Choices
 from wan_core.memory.machine import SystemResources
-from wan_core.memory.stages import GIB, MIB, Workload, estimate
+from wan_core.memory.stages import Workload, estimate
 from wan_core.models.architecture import ModelArchitecture
 from wan_core.models.sizes import PARTS, all_blocks, block_bytes
 from wan_core.placing import manager as placing_manager

@@ -134,6 +134,7 @@ def put_in_place(
     monkeypatch.setattr(machine, "container_limit", lambda: (None, 0))
     held = GIB if system == "Linux" else None
     monkeypatch.setattr(machine, "process_bytes", lambda: held)
+    monkeypatch.setattr(machine, "done_here", lambda device: ("imports",))
     monkeypatch.setattr(machine.os, "environ", environment or {})
     monkeypatch.setattr(
         machine,

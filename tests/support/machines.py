@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from wan_core.config import GIB
 from wan_core.memory.machine import SystemResources
-from wan_core.memory.stages import GIB
 from wan_core.models.architecture import Component, ModelArchitecture
 from wan_core.models.variants import VARIANTS
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from .download import fetch, plan_download
     from .dtypes import dtype_of, keep_in_fp32, stays_fp32
     from .mapped import is_mapped, read_pages
-    from .moving import Undo, device_of, move, remember
+    from .moving import Undo, device_of, give_back_freed, move, remember
     from .page_lock import Slab, all_pinned_bytes, lock_within, pin_block, room_to_pin, unpin
     from .quantized import StoredWeight, stored_weight
     from .reader import TensorReader
@@ -39,7 +39,7 @@ __getattr__ = lazy_names(
         "dequantize": ("rotation",),
         "dtypes": ("dtype_of", "keep_in_fp32", "stays_fp32"),
         "mapped": ("is_mapped", "read_pages"),
-        "moving": ("Undo", "device_of", "move", "remember"),
+        "moving": ("Undo", "device_of", "give_back_freed", "move", "remember"),
         "page_lock": (
             "Slab",
             "all_pinned_bytes",
@@ -76,6 +76,7 @@ __all__ = [
     "fetch",
     "is_mapped",
     "keep_in_fp32",
+    "give_back_freed",
     "load_component",
     "load_image_processor",
     "load_scheduler_config",

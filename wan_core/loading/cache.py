@@ -195,7 +195,7 @@ class ComponentCache:
                 if key is None:
                     return
                 del self._entries[key]
-            gc.collect()
+            _collect()
 
     def get_text(self, key: Hashable) -> Any | None:
         """Return the embeddings stored under ``key``, or None."""
@@ -276,7 +276,7 @@ class ComponentCache:
             for key in unused:
                 del self._entries[key]
         if unused:
-            gc.collect()
+            _collect()
         return len(unused)
 
     def drop(self, paths: AbstractSet[str], *, collect: bool = True) -> None:
@@ -288,7 +288,7 @@ class ComponentCache:
         with self._held():
             gone = self._forget(paths)
         if gone and collect:
-            gc.collect()
+            _collect()
 
     def let_go_soon(self, paths: AbstractSet[str]) -> None:
         """Free the memory of components read from these files; for finalizers.
@@ -308,7 +308,15 @@ class ComponentCache:
         with self._held():
             self._entries.clear()
             self._texts.clear()
-        gc.collect()
+        _collect()
+
+
+def _collect() -> None:
+    """Free what was dropped, also to the system."""
+    from .moving import give_back_freed
+
+    gc.collect()
+    give_back_freed()
 
 
 def _bring_home(module: Any, nbytes: int | None) -> tuple[int, bool]:

@@ -25,10 +25,12 @@ from .forward_driven import DRIVING_WAYS, driven_peak, kept_bytes, kept_of
 from .forward_lean import LEAN_HEAD_GROUPS, LEAN_ROWS, lean_peak
 from .machine import (
     RAM_RESERVE,
+    SENDING,
     SystemResources,
     close_gaps,
     pinned_budget_now,
     ram,
+    stage_was_run,
     system_resources,
 )
 from .stages import estimate, reserved_bytes
@@ -59,6 +61,7 @@ __all__ = [
     "RAM_RESERVE",
     "ROWS",
     "RunRecord",
+    "SENDING",
     "STREAM_BUFFERS",
     "Strip",
     "SystemResources",
@@ -85,6 +88,7 @@ __all__ = [
     "reserved_bytes",
     "seen_latents",
     "spread",
+    "stage_was_run",
     "strips_cost",
     "strips_of",
     "system_resources",

@@ -1,13 +1,20 @@
-"""The cards of this machine beside the one that computes: their names and their memory.
+"""The cards of this machine: their names and their memory, and how torch allocates on them.
 
-Asked for only where several may be used. Where NVML is installed no context is made on them.
+Those beside the one that computes are asked for only where several may be used. Where NVML is
+installed no context is made on them.
 """
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Any
+from typing import Any, Final
+
+GENERAL_NAME: Final = (2, 10)
+"""The torch from which PYTORCH_ALLOC_CONF tells of expandable segments; before, only the names with
+a device in them do."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,3 +70,40 @@ def _nvlinks(nvml: Any, handle: Any) -> int:
         except nvml.NVMLError:
             break
     return count
+
+
+def allocator(
+    backend: str, environment: Mapping[str, str], system: str, *, torch_version: str,
+    hip: str | None = None,
+) -> str:  # fmt: skip
+    """Return how torch allocates: "default", "expandable" or "async".
+
+    ``backend`` is what torch calls its allocator, ``hip`` its version of ROCm's HIP, None for CUDA.
+    Whether segments are expandable is read from ``environment``, as torch does when it is imported
+    (c10/cuda/CUDAAllocatorConfig.h and c10/core/AllocatorConfig.cpp of 2.9 to 2.13). They exist on
+    Linux only; on ROCm since torch 2.12 with HIP 7.
+    """
+    if backend in ("cudaMallocAsync", "hipMallocAsync"):
+        return "async"
+    release = release_of(torch_version)
+    words = _settings(environment, release, hip).replace(" ", "").lower().split(",")
+    exist = system == "Linux" and (
+        hip is None or (release >= (2, 12) and release_of(hip) >= (7, 0))
+    )
+    return "expandable" if exist and "expandable_segments:true" in words else "default"
+
+
+def _settings(environment: Mapping[str, str], release: tuple[int, int], hip: str | None) -> str:
+    """Return the settings from which a torch of this release takes expandable segments."""
+    names: tuple[str, ...] = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
+    if release >= GENERAL_NAME:
+        names = ("PYTORCH_ALLOC_CONF", *names)
+    elif hip is None:
+        names = names[:1]
+    return next((environment[name] for name in names if name in environment), "")
+
+
+def release_of(text: str) -> tuple[int, int]:
+    """Return the first two numbers of a version; (0, 0) if they cannot be read."""
+    found = re.match(r"(\d+)\.(\d+)", text)
+    return (int(found[1]), int(found[2])) if found else (0, 0)

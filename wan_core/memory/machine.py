@@ -12,7 +12,7 @@ import platform
 import re
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from importlib import import_module
 from pathlib import Path, PurePosixPath
@@ -22,7 +22,7 @@ from ..config import GIB, MIB
 from ..errors import InvalidRequest, MissingDependency
 from .calibration import Calibration
 from .card_records import Between
-from .cards import Card
+from .cards import Card, allocator
 
 PINNED_SHARE_WINDOWS, PINNED_SHARE = 0.4, 0.5
 """Share of the RAM that may be page-locked, on Windows and elsewhere."""
@@ -44,9 +44,6 @@ _ONE_MEMORY = (
 )
 RAM_RESERVE = GIB
 """Bytes of RAM that are left to the system and other programs. Assumed, not measured."""
-_GENERAL_NAME = (2, 10)
-"""The torch from which PYTORCH_ALLOC_CONF tells of expandable segments; before, only the names with
-a device in them do."""
 _NO_LIMIT = 2**60  # version 1 of control groups writes a number near 2**63 if there is no limit
 _REFUSED = {
     "mps": "Apple's GPUs are not supported. Nothing here was ever run on one, and torch's "
@@ -58,12 +55,41 @@ _REFUSED = {
 """Kinds of accelerators that torch knows and that are not used, with the reason."""
 _PCIE_GBYTES = {1: 0.25, 2: 0.5, 3: 0.985, 4: 1.969, 5: 3.938, 6: 7.563}  # per lane, one way
 _PROCESS = 450 * MIB
-"""RAM of the interpreter with torch, diffusers and transformers."""
-_DEVICE_LIBRARIES = 1150 * MIB
-"""RAM that a device's libraries take beside that, once they are in use: cuBLAS, cuDNN, kernels and
-Triton's compiler. Measured on an H100 (torch 2.11, CUDA 13.0) in a process of its own, for both:
-830 MiB when it plans, 1,385 in its first stage, 1,630 while it streams. A process that has rendered
-before takes 940 to 1,350. Not measured elsewhere."""
+"""RAM of the interpreter with torch, diffusers and transformers, where the system does not tell."""
+_CONTEXT = 100 * MIB
+"""What CUDA's context and torch's libraries for it add to that."""
+_GROWTH = {"imports": 190 * MIB, "encode": 620 * MIB, "denoise": 310 * MIB, "decode": 120 * MIB}
+"""RAM that a process takes when it does a thing for the first time: imports diffusers and
+transformers; on a GPU has a text or picture encoded (umT5's tokenizer, Triton's compiler, cuBLAS),
+denoises (attention, more kernels), has a VAE at work (cuDNN). Measured on an H200 (torch 2.11, CUDA
+13.0) by ``benchmarks/host_base.py``, with kernels compiled anew; less where they lie on the disk.
+Not known elsewhere."""
+_GROWTH_ON_CPU = {"imports": 190 * MIB, "encode": 0, "denoise": 100 * MIB, "decode": 0}
+"""The same where the CPU computes: with torch 2.13 and blocks of true width up to 155 MiB were seen
+in the denoising (tests/render/test_ram_peaks.py)."""
+_MOST_HELD = 3 * GIB
+"""What a process holds beyond this is taken for what it holds for others, such as another pack's
+models in ComfyUI. Chosen: twice what one that has only rendered was seen to hold."""
+SENDING = 128 * MIB
+"""Page-locked memory through which weights go to a GPU, while they do."""
+
+_run_here: set[tuple[str, str]] = set()
+"""The kinds of devices and of stages that this process has run on them."""
+
+
+def stage_kind(stage: str) -> str:
+    """Return which libraries a stage uses: "encode", "denoise", "decode"; "" for none."""
+    if stage in ("text_encode", "image_encode"):
+        return "encode"
+    if stage in ("condition_encode", "control_encode", "decode"):
+        return "decode"
+    return "denoise" if stage.startswith("denoise") else ""
+
+
+def stage_was_run(stage: str, device: str) -> None:
+    """Note that this process has run a stage: what its libraries take is held now."""
+    if kind := stage_kind(stage):
+        _run_here.add((device.partition(":")[0], kind))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,6 +116,8 @@ class SystemResources:
     """RAM that the caller can free: cached components that are not in use."""
     process_bytes: int | None = None
     """Anonymous memory that this process holds now; None where the system does not tell."""
+    done_here: tuple[str, ...] = ()
+    """What this process has done before, of the things for which it takes RAM once."""
     supports_bf16: bool = True
     """Whether the device computes in bf16 natively; torch accepts it everywhere."""
     supports_fp16: bool = True
@@ -119,17 +147,33 @@ class SystemResources:
     """What was measured between its cards, looked at only where several may be used."""
 
     @property
-    def process_ram_bytes(self) -> int:
-        """Return the RAM of the interpreter, its packages and the device's libraries."""
-        return _PROCESS + (0 if self.device_kind == "cpu" else _DEVICE_LIBRARIES)
+    def held_bytes(self) -> int | None:
+        """Return what this process holds beside components that it can drop; None if not known.
+
+        What it holds for others, such as another pack's models in ComfyUI, is no part of a run.
+        """
+        if self.process_bytes is None:
+            return None
+        return min(max(0, self.process_bytes - self.ram_evictable_bytes), _MOST_HELD)
+
+    def process_ram(self, kinds: Iterable[str] = ("encode", "denoise", "decode")) -> int:
+        """Return the RAM of the interpreter, its packages and the device's libraries.
+
+        It is what the process holds now, and what it will for things it does for the first time:
+        stages of these ``kinds``.
+        """
+        on_cpu = self.device_kind == "cpu"
+        held, growth = self.held_bytes, _GROWTH_ON_CPU if on_cpu else _GROWTH
+        if held is None:
+            return _PROCESS + (0 if on_cpu else _CONTEXT + sum(growth[k] for k in set(kinds)))
+        return held + sum(growth[k] for k in {"imports", *kinds}.difference(self.done_here))
 
     @property
     def usable_ram_bytes(self) -> int:
-        """Return the RAM that a run may take, ``process_ram_bytes`` included, beside a reserve."""
+        """Return the RAM that a run may take, ``process_ram`` included, beside a reserve."""
         free = self.ram_available_bytes + self.ram_evictable_bytes - RAM_RESERVE
-        # What the interpreter holds already is missing from what is available. What the process
-        # holds for others, such as another pack's models in ComfyUI, is no part of the estimate.
-        return max(0, free) + min(self.process_bytes or 0, self.process_ram_bytes)
+        # What the process holds already is missing from what is available.
+        return max(0, free) + (self.held_bytes or 0)
 
     @property
     def device_kind(self) -> str:
@@ -174,7 +218,6 @@ def system_resources(
         "ram_evictable_bytes": ram_evictable_bytes,
         "pinned_budget_bytes": pinned_budget(total, platform.system()),
         "disk_free_bytes": _disk_free(Path(folder)),
-        "process_bytes": process_bytes(),
         "os": platform.system(),
         "torch_version": torch.__version__,
     }
@@ -184,7 +227,17 @@ def system_resources(
         described, more = _cuda(name, torch, available)
         found |= described
         notes = (*notes, *more)
+    found["process_bytes"] = process_bytes()  # after the device was asked: CUDA's context counts
+    found["done_here"] = done_here(name)
     return SystemResources(**found, notes=(*notes, *ram_notes))
+
+
+def done_here(device: str) -> tuple[str, ...]:
+    """Return what this process has done, of the things for which it takes RAM once."""
+    classes = ("diffusers.models.transformers.transformer_wan", "transformers.models.umt5")
+    found = {"imports"} if any(name in sys.modules for name in classes) else set()
+    found |= {kind for where, kind in _run_here if where == device.partition(":")[0]}
+    return tuple(sorted(found))
 
 
 def _choose(device: str | None, torch: Any) -> tuple[str, tuple[str, ...]]:
@@ -267,56 +320,6 @@ def _cuda(name: str, torch: Any, available: int) -> tuple[dict[str, Any], tuple[
             torch_version=torch.__version__, hip=torch.version.hip,
         ),
     }, notes  # fmt: skip
-
-
-def allocator(
-    backend: str, environment: Mapping[str, str], system: str, *, torch_version: str,
-    hip: str | None = None,
-) -> str:  # fmt: skip
-    """Return how torch allocates: "default", "expandable" or "async".
-
-    ``backend`` is what torch calls its allocator, ``hip`` its version of ROCm's HIP, None for CUDA.
-    Whether segments are expandable is read from ``environment``, as torch does when it is imported
-    (c10/cuda/CUDAAllocatorConfig.h and c10/core/AllocatorConfig.cpp of 2.9 to 2.13). They exist on
-    Linux only; on ROCm since torch 2.12 with HIP 7.
-    """
-    if backend in ("cudaMallocAsync", "hipMallocAsync"):
-        return "async"
-    release = _release(torch_version)
-    words = _settings(environment, release, hip).replace(" ", "").lower().split(",")
-    exist = system == "Linux" and (hip is None or (release >= (2, 12) and _release(hip) >= (7, 0)))
-    return "expandable" if exist and "expandable_segments:true" in words else "default"
-
-
-def _settings(environment: Mapping[str, str], release: tuple[int, int], hip: str | None) -> str:
-    """Return the settings from which a torch of this release takes expandable segments."""
-    names: tuple[str, ...] = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
-    if release >= _GENERAL_NAME:
-        names = ("PYTORCH_ALLOC_CONF", *names)
-    elif hip is None:
-        names = names[:1]
-    return next((environment[name] for name in names if name in environment), "")
-
-
-def fewer_gaps(system: SystemResources) -> str:
-    """Say how segments that avoid most gaps are had on this machine; empty if there are none."""
-    if system.os != "Linux" or system.backend != "cuda" or system.allocator == "expandable":
-        return ""
-    # The name without a device is read first since it tells of segments: it outweighs the other.
-    newer = _release(system.torch_version) >= _GENERAL_NAME
-    name = "PYTORCH_ALLOC_CONF" if newer else "PYTORCH_CUDA_ALLOC_CONF"
-    own_pool = system.allocator == "async"
-    also = ", and without CUDA's own pool (ComfyUI: --disable-cuda-malloc)" if own_pool else ""
-    return (
-        f"{name}=expandable_segments:True, set before the program starts{also}, avoids most of "
-        "them."
-    )
-
-
-def _release(text: str) -> tuple[int, int]:
-    """Return the first two numbers of a version; (0, 0) if they cannot be read."""
-    found = re.match(r"(\d+)\.(\d+)", text)
-    return (int(found[1]), int(found[2])) if found else (0, 0)
 
 
 def close_gaps() -> None:

@@ -10,14 +10,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ..config import GIB, MIB, MemoryEstimate, StageEstimate
+from ..config import MIB, MemoryEstimate, StageEstimate
 from ..models import (
     BYTES,
     IMAGE_TOKENS,
     TEXT_TOKENS,
     ModelArchitecture,
     all_blocks,
-    assumed_parts,
     block_bytes,
     converted_bytes,
     experts_of,
@@ -47,8 +46,8 @@ from .forward import (
 )
 from .forward_driven import driven_peak, kept_of
 from .forward_lean import lean_peak
-from .machine import RAM_RESERVE, fewer_gaps, unpinned_reserve
-from .text import basis, confidence
+from .machine import RAM_RESERVE, SENDING, stage_kind, unpinned_reserve
+from .text import assumed_warning, basis, confidence, gaps_warning
 from .vae import decode_peak, encode_peak
 from .vae_lean import BANDS, lean_decode_bytes, lean_encode_bytes
 
@@ -101,7 +100,10 @@ def estimate(
         peak_usage_mb=peak.device_bytes / MIB,
         confidence=confidence(architecture, system, choices),
         basis=basis(system),
-        warnings=(*_warnings(architecture), *_gaps(peak.device_bytes, reserved, available, system)),
+        warnings=(
+            *assumed_warning(architecture),
+            *gaps_warning(peak.device_bytes, reserved, available, system),
+        ),
         stages=stages,
         host_ram_mb=max(stage.host_bytes for stage in stages) / MIB,
         device=system.device,
@@ -124,19 +126,6 @@ def reserved_bytes(stage: StageEstimate, choices: Choices, system: SystemResourc
     return stage.device_bytes + int(room[kind] * stage.activation_bytes)
 
 
-def _gaps(
-    peak: int, reserved: int, available: int | None, system: SystemResources
-) -> tuple[str, ...]:
-    if available is None or not peak <= available < reserved:
-        return ()
-    text = (
-        f"{peak / GIB:.1f} GiB would be in use, but gaps between freed blocks make the allocator "
-        f"take up to {reserved / GIB:.1f} GiB."
-    )
-    cure = fewer_gaps(system)
-    return (f"{text} {cure}" if cure else text,)
-
-
 class _Ledger:
     """Adds up the stages of one workload."""
 
@@ -154,6 +143,9 @@ class _Ledger:
         self.vae = architecture.vae or architecture.variant.vae
         self.frames, self.height, self.width = latent_size(architecture, workload)
         self.bytes = {name: self._part_bytes(name) for name in self.parts}
+        self.kinds: list[str] = []
+        self.used: list[str] = []
+        """Kinds and parts of the stages so far: what their libraries took, the process keeps."""
 
     def _part_bytes(self, name: str) -> int:
         return part_bytes(self.arch, name, self._dtype(name), fp8=self._in_fp8(name))
@@ -209,8 +201,10 @@ class _Ledger:
     def _stage(self, name: str, part: str, activations: int, in_ram: int = 0) -> StageEstimate:
         weights, note = self._weights_on_device(part)
         learnt = int(activations * self.learnt)
+        self.kinds.append(stage_kind(name))
         loras = self.arch.lora_bytes(part, BYTES[self._dtype(part)])
-        host = self._host_weights(part) + self.latent_bytes + in_ram
+        before = self._host_weights(part) + self.latent_bytes + self._left_of_others(part)
+        host = before + in_ram
         extra = _DEVICE_WORKSPACE
         if self.on_cpu:
             host += loras
@@ -219,8 +213,10 @@ class _Ledger:
             note = "in RAM, with the interpreter and its libraries"
         elif loras:
             weights, note = weights + loras, f"{note}, with its LoRAs"
-        needed = host + self._process() + (activations if self.on_cpu else 0)
         locked = self._locked(part, host)
+        if not self.on_cpu:  # resident weights are sent before others are locked, or after
+            host = host + SENDING if locked else max(host, before + SENDING)
+        needed = host + self._process() + (activations if self.on_cpu else 0)
         mapped = self.bytes[part] - self._ram_bytes(part) if self._mapped(part) else 0
         return StageEstimate(
             name=name,
@@ -273,7 +269,7 @@ class _Ledger:
         return locked // largest * largest + 2 * largest
 
     def _process(self) -> int:
-        return self.system.process_ram_bytes
+        return self.system.process_ram(filter(None, self.kinds))
 
     def _output(self) -> StageEstimate:
         host = self._host_weights("vae") + self.latent_bytes + self.frames_bytes + self._process()
@@ -332,6 +328,14 @@ class _Ledger:
         """
         together = self.on_cpu and self.choices.offload == "none"
         return sum(self._ram_bytes(name) for name in (self.parts if together else (part,)))
+
+    def _left_of_others(self, part: str) -> int:
+        """Return what parts of earlier stages hold: those that stay in their mapped files do."""
+        self.used.append(part)
+        if self.on_cpu and self.choices.offload == "none":
+            return 0  # they are all counted
+        others = dict.fromkeys(name for name in self.used if name != part and self._mapped(name))
+        return sum(map(self._ram_bytes, others))
 
     def _ram_bytes(self, part: str) -> int:
         dtype = self._dtype(part)
@@ -490,11 +494,3 @@ class _Ledger:
             cudnn = not self.on_cpu
             peak = max(peak, camera_peak(shape, passes=passes, channels_last=cudnn, **numbers))
         return max(peak, face)
-
-
-def _warnings(architecture: ModelArchitecture) -> tuple[str, ...]:
-    assumed = assumed_parts(architecture)
-    if not assumed:
-        return ()
-    names = ", ".join(name.replace("_", " ") for name in assumed)
-    return (f"No file was given for {names}; the variant's usual one is assumed.",)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from ..config import GIB, MemoryEstimate
 from ..models import ModelArchitecture, assumed_parts
+from .cards import GENERAL_NAME, release_of
 from .choices import Choices
 
 if TYPE_CHECKING:
@@ -73,3 +74,39 @@ def basis(system: SystemResources) -> str:
     if system.compute_capability in _MEASURED:
         return "arithmetic, compared with runs on such a card"
     return "arithmetic"
+
+
+def gaps_warning(
+    peak: int, reserved: int, available: int | None, system: SystemResources
+) -> tuple[str, ...]:
+    if available is None or not peak <= available < reserved:
+        return ()
+    text = (
+        f"{peak / GIB:.1f} GiB would be in use, but gaps between freed blocks make the allocator "
+        f"take up to {reserved / GIB:.1f} GiB."
+    )
+    cure = fewer_gaps(system)
+    return (f"{text} {cure}" if cure else text,)
+
+
+def assumed_warning(architecture: ModelArchitecture) -> tuple[str, ...]:
+    assumed = assumed_parts(architecture)
+    if not assumed:
+        return ()
+    names = ", ".join(name.replace("_", " ") for name in assumed)
+    return (f"No file was given for {names}; the variant's usual one is assumed.",)
+
+
+def fewer_gaps(system: SystemResources) -> str:
+    """Say how segments that avoid most gaps are had on this machine; empty if there are none."""
+    if system.os != "Linux" or system.backend != "cuda" or system.allocator == "expandable":
+        return ""
+    # The name without a device is read first since it tells of segments: it outweighs the other.
+    newer = release_of(system.torch_version) >= GENERAL_NAME
+    name = "PYTORCH_ALLOC_CONF" if newer else "PYTORCH_CUDA_ALLOC_CONF"
+    own_pool = system.allocator == "async"
+    also = ", and without CUDA's own pool (ComfyUI: --disable-cuda-malloc)" if own_pool else ""
+    return (
+        f"{name}=expandable_segments:True, set before the program starts{also}, avoids most of "
+        "them."
+    )

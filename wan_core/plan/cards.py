@@ -208,9 +208,11 @@ def _ram_for_workers(plan: OptimizationPlan, system: SystemResources, most: int)
     Each has an interpreter of its own, and its own copy of weights that are not mapped. They have
     the transformers' stages alone; in the others, which are the driver's, they wait.
     """
-    process, usable = system.process_ram_bytes, system.usable_ram_bytes
+    usable, kinds = system.usable_ram_bytes, ("encode", "denoise")
+    process = replace(system, process_bytes=None).process_ram(kinds)  # a fresh one
     stages = plan.estimate.stages
     each = max((s.host_bytes for s in stages if s.name.startswith("denoise")), default=0)
+    each = max(0, each - system.process_ram(kinds)) + process if each else 0
     largest = max((s.host_bytes for s in stages if not s.name.startswith("denoise")), default=0)
     counts = [(usable - process) // each] if each else []
     counts += [(usable - largest) // process] if process else []

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..config import GIB, StageReport, VideoGenerationResult
+from ..loading import give_back_freed
+from ..memory import stage_was_run
 
 if TYPE_CHECKING:
     from ..config import MemoryEstimate
@@ -89,6 +91,8 @@ class Timeline:
                 torch.cuda.synchronize(self.device)
             report.seconds = time.perf_counter() - started
             report.measured_peak_bytes = self._read_peak()
+            stage_was_run(name, self.device.type)
+            give_back_freed()
 
     def predict(self, predicted: Mapping[str, int]) -> None:
         """Replace the predicted peaks for the stages to come, after a change of the plan.
