@@ -215,7 +215,8 @@ class KeptUnits:
 
     def keep(self, name: str, made: Made) -> None:
         """Keep what a unit gave, if there is time and room for it."""
-        if self._log is None:
+        if self._log is None or not self._journal.enabled:
+            self.whole = False
             return
         tensors = {"velocity": made[0]} | ({} if made[1] is None else {"residual": made[1]})
         nbytes = sum(tensor.nbytes for tensor in tensors.values())
