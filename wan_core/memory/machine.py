@@ -62,8 +62,8 @@ _GROWTH = {"imports": 190 * MIB, "encode": 620 * MIB, "denoise": 310 * MIB, "dec
 """RAM that a process takes when it does a thing for the first time: imports diffusers and
 transformers; on a GPU has a text or picture encoded (umT5's tokenizer, Triton's compiler, cuBLAS),
 denoises (attention, more kernels), has a VAE at work (cuDNN). Measured on an H200 (torch 2.11, CUDA
-13.0) by ``benchmarks/host_base.py``, with kernels compiled anew; less where they lie on the disk.
-Not known elsewhere."""
+13.0; benchmarks/results/host_base_h200.json), with kernels compiled anew; less where they lie on
+the disk. Not known elsewhere."""
 _GROWTH_ON_CPU = {"imports": 190 * MIB, "encode": 0, "denoise": 100 * MIB, "decode": 0}
 """The same where the CPU computes: with torch 2.13 and blocks of true width up to 155 MiB were seen
 in the denoising (tests/render/test_ram_peaks.py)."""
