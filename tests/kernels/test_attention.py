@@ -119,6 +119,54 @@ class OnCard(Tensor):
         return True
 
 
+def test_a_call_is_timed_behind_work_that_is_queued(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that starting its kernels, slow beside a thread that reads, is no part of the time."""
+    queue: list[str] = []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            self.at = 0
+
+        def record(self) -> None:
+            queue.append("event")
+            self.at = len(queue)
+
+        def synchronize(self) -> None:
+            queue.append("waited for")
+
+        def elapsed_time(self, other: Any) -> float:
+            return float(other.at - self.at)
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(
+        torch.cuda, "_sleep", lambda cycles: queue.append("busy" if cycles > 1e6 else "")
+    )
+    assert attention.milliseconds(lambda: queue.append("call"), 2) == 2.0
+    assert queue == ["busy", "event", "call", "event", "waited for"] * 2
+    monkeypatch.delattr(torch.cuda, "_sleep")
+    assert attention.milliseconds(lambda: queue.append("call"), 1) == 2.0
+
+
+def test_times_without_a_kernel_that_lacked_memory_are_not_kept(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It may be the fastest: the next process times it."""
+
+    def lacking(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    for way, kept in ((lacking, False), (broken, True)):
+        table = {attention.OWN: Way(OWN), "flash": Way(way)}
+        monkeypatch.setattr(attention, "ways", lambda table=table: table)
+        monkeypatch.setattr(attention, "milliseconds", lambda call, runs: 1.0)
+        monkeypatch.setattr(attention, "_machine", lambda device: ("H100", "cuDNN 9"))
+        query, key = (x.as_subclass(OnCard) for x in states()[:2])
+        assert attention._fastest(key_of(query, key), query, key) == attention.OWN
+        assert bool(AttentionTimes(tmp_path / "times.json").of("H100", "cuDNN 9")) == kept
+        assert ("too little memory to time attention by flash" in caplog.text) != kept
+        caplog.clear()
+
+
 def test_times_are_kept_for_the_next_process(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

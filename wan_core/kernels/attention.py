@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..errors import is_oom
 from ..memory import AttentionTimes
 from .attention_ways import OWN, Way, ways
 
@@ -30,6 +31,8 @@ _AGREES = 1e-2
 """Relative difference from torch's choice that rounding in 16 bit can explain."""
 _NEAR = 8e-2
 """And rounding in 8 bit: comfy-kitchen's has 1.7e-2 on an H100; noise has about 1.4."""
+_WAIT_CYCLES = 20_000_000
+"""Of the device's clock: about 10 ms, many times what starting a call takes."""
 _COMPARED = 256
 """Queries at the beginning and at the end whose results are compared."""
 
@@ -132,6 +135,7 @@ def _fastest(found: Key, query: Tensor, key: Tensor) -> str:
     """
     candidates, states = _candidates(found.eight_bit), _states(query, key)
     times: dict[str, float] = {}
+    lacked: list[str] = []
     expected = _sample(candidates[OWN], states)
     for name, way in candidates.items():
         try:
@@ -140,6 +144,7 @@ def _fastest(found: Key, query: Tensor, key: Tensor) -> str:
             taken = milliseconds(partial(way.run, *states), 2) if agrees else 0.0
         except Exception as err:  # noqa: BLE001 - a kernel that this card or build does not have
             _log.debug("%s attention does not run here: %s", name, err)
+            lacked += [name] * is_oom(err)
             continue
         if agrees:
             times[name] = taken
@@ -148,7 +153,9 @@ def _fastest(found: Key, query: Tensor, key: Tensor) -> str:
     best = _best(times)
     shown = ", ".join(f"{name} {value:.1f} ms" for name, value in times.items())
     _log.info("Attention %s: %s; %s is used.", _shape(found), shown, best)
-    if query.is_cuda:
+    if lacked:  # it says nothing of the kernel: the next process times all of them again
+        _log.warning("There was too little memory to time attention by %s.", " and ".join(lacked))
+    elif query.is_cuda:
         AttentionTimes().keep(*_machine(found.device), _shape(found), times)
     return best
 
@@ -180,10 +187,18 @@ def _allowed(way: Way) -> float:
 
 
 def milliseconds(call: Callable[[], object], runs: int) -> float:
-    """Return the shortest of some times of a call on the current CUDA device."""
+    """Return the shortest of some times that the current CUDA device works on a call.
+
+    The device waits until the call's kernels are there, as it does in a forward, where they are
+    started far ahead. Else a call of many short kernels would be timed by the processor that starts
+    them, which is slow while another thread reads the next expert's file.
+    """
     event: Any = torch.cuda.Event
+    wait: Any = getattr(torch.cuda, "_sleep", None)
     times = []
     for _ in range(runs):
+        if wait is not None:
+            wait(_WAIT_CYCLES)
         begun, ended = event(enable_timing=True), event(enable_timing=True)
         begun.record()
         call()
