@@ -320,6 +320,21 @@ def test_group_offload_counts_its_page_locked_copy() -> None:
     assert plan.estimate.host_ram_mb > 26 * 1024
 
 
+def test_a_smaller_plan_on_a_cpu_is_compared_with_what_is_held_by_now() -> None:
+    """What failed has left the process with more than it held when the plan was made."""
+    manager, found, wishes = OptimizationManager(ALL), architecture(SMALL), OptimizationConfig()
+    job, machine = replace(P480, num_frames=17), replace(cpu(64), process_bytes=GIB)
+    plan = manager.recommend_optimizations(found, job, machine, wishes)
+    for stage in ("text_encode", "denoise", "decode"):
+        smaller = [
+            manager.smaller_plan(
+                found, job, replace(machine, process_bytes=held), wishes, plan, stage
+            )
+            for held in (GIB, 3 * GIB)
+        ]
+        assert None not in smaller and len({one.applied for one in smaller if one}) == 1
+
+
 @pytest.mark.parametrize(
     ("job", "stage"),
     [(replace(P480, num_frames=1), "text_encode"), (P480, "denoise_high"), (P480, "decode")],

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from ..config import GIB, MIB, MemoryEstimate
 from ..errors import DoesNotFit
 from ..memory import Choices, Workload
+from ..memory import estimate as estimate_of
 from ..models import ModelArchitecture
 from .cards import spread_over
 from .config import OptimizationConfig
@@ -179,7 +180,10 @@ class Planner:
         forward = "auto" if requested.forward in ("diffusers", "lean") else requested.forward
         requested = replace(requested, offload="auto", resident_blocks=None, forward=forward)
         limits = Limits.of(system, requested)
-        most = _stage_bytes(current.estimate, stage)
+        before = current.estimate
+        if system.device_kind == "cpu":  # with what the process holds by now, as in all others
+            before = estimate_of(architecture, workload, current.choices, system)
+        most = _stage_bytes(before, stage)
         limits = replace(limits, stages=((stage, int(most * 0.9)),))
         for candidates in ladder(architecture, workload, system, requested, limits, self.abilities):
             less = [
