@@ -205,6 +205,18 @@ def test_times_are_kept_for_the_next_process(
     assert kept.of(where[0]) == {}
 
 
+def test_times_without_our_kernels_are_not_those_with_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton that comes later adds kernels, which no kept time would ever let begin."""
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "H100")
+    table = {attention.OWN: Way(OWN), "flash": Way(OWN, package="flash-attn 3")}
+    monkeypatch.setattr(attention, "ways", lambda: table)
+    device = torch.device("cpu")
+    name, before = attention._machine(device)
+    table |= {own: Way(OWN, eight_bit=True) for own in attention_ways.OWN_8BIT}
+    assert attention._machine(device)[0] == name
+    assert attention._machine(device)[1] not in ("", before)
+
+
 @pytest.fixture
 def packages(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Put modules in the place of packages: name -> what is in it."""

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ..errors import is_oom
 from ..memory import AttentionTimes
-from .attention_ways import OWN, Way, ways
+from .attention_ways import OWN, OWN_8BIT, Way, ways
 
 _log = logging.getLogger(__name__)
 _lock = threading.Lock()
@@ -92,7 +92,9 @@ def _machine(device: torch.device) -> tuple[str, str]:
     backend = "cuda" if torch.version.hip is None else "rocm"
     name = f"{torch.cuda.get_device_name(device)}, {backend}, torch {torch.__version__}"
     packages = sorted({way.package for way in ways().values() if way.package})
-    return name, ", ".join([f"cuDNN {_cudnn_version()}", *packages])
+    # Triton may come later, and our kernels with it: times without them would never let them begin.
+    own = sorted(OWN_8BIT.keys() & ways().keys())
+    return name, ", ".join([f"cuDNN {_cudnn_version()}", *packages, *own])
 
 
 def _cudnn_version() -> int:

@@ -129,7 +129,7 @@ def _code_kernel(
     k = tl.load(key + head * key_head + at * key_token + lane[None, :], mask=inside, other=0.0)
     k = k.to(tl.float32) - tl.load(key_middle + head * SIZE + lane)[None, :]
     k = tl.where(inside, k, 0.0)
-    scale = tl.maximum(tl.max(tl.max(tl.abs(k), 1), 0), 1e-30) / 127.0
+    scale = tl.maximum(tl.max(tl.max(tl.abs(k), 1), 0), 1e-16) / 127.0
     tl.store(scales + head * blocks + block, scale)
     row = (head * blocks * KEYS + at) * SIZE + lane[None, :]
     tl.store(numbers + row, _whole(k / scale).to(tl.int8))
@@ -169,7 +169,8 @@ def _attend_kernel(
     start = query + head.to(tl.int64) * query_head
     q = tl.load(start + token[:, None] * query_token + lane[None, :], mask=inside, other=0.0)
     q = q.to(tl.float32)
-    scale = tl.maximum(tl.max(tl.abs(q), 1), 1e-30) / 127.0
+    # At least that, here and of keys: two scales whose product were 0 would make NaN of -inf.
+    scale = tl.maximum(tl.max(tl.abs(q), 1), 1e-16) / 127.0
     q8 = _whole(q / scale[:, None]).to(tl.int8)
     scale = scale * (temper * 1.4426950408889634)
     largest = tl.full([QUERIES], -float("inf"), tl.float32)
