@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -18,7 +20,7 @@ from wan_core import GenerationConfig
 from wan_core.config import WanControl, WanLoRA
 from wan_core.job import Request
 from wan_core.job.fields import PromptPart
-from wan_core.journal import identity
+from wan_core.journal import content, identity
 from wan_core.journal.content import code_digest, content_digest
 from wan_core.journal.identity import identity_key, plain_identity, render_identity
 from wan_core.memory import Choices
@@ -223,6 +225,28 @@ def test_a_large_file_is_looked_at_in_spread_pieces(tmp_path: Path) -> None:
     assert content_digest(path) != short
 
 
+def test_a_disk_that_gives_less_than_it_is_asked_for_changes_no_digest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As file systems of a program (FUSE) may."""
+    path = tmp_path / "w"
+    path.write_bytes(bytes(range(256)) * 6000)
+    usual = content_digest(path)
+
+    class Sparing(io.FileIO):
+        def read(self, size: int | None = -1, /) -> bytes:
+            assert size is not None
+            return super().read(min(size, 100_000))
+
+    @contextmanager
+    def opened(path: Path) -> Iterator[tuple[io.FileIO, int]]:
+        with Sparing(path, "rb") as file:
+            yield file, path.stat().st_size
+
+    monkeypatch.setattr(content, "open_regular", opened)
+    assert content_digest(path) == usual
+
+
 def test_the_sources_are_part_of_it(
     made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -245,6 +269,9 @@ def test_the_sources_are_part_of_it(
              digest(a="1", b_c="3"), digest(a="1")}  # fmt: skip
     assert len(found) == 5
     assert digest(a="1", b_c="2") == digest(b_c="2", a="1") and digest() == ""
+    packed = tmp_path / "packed.zip"
+    packed.write_bytes(b"")  # as where Python imports from an archive
+    assert code_digest(str(packed / "wan_core")) == code_digest(str(tmp_path / "none")) == ""
     assert len(code_digest()) == 32
 
 

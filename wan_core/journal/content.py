@@ -11,6 +11,7 @@ import os
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
+from typing import BinaryIO
 
 from ..files import open_regular
 
@@ -35,8 +36,16 @@ def content_digest(path: Path) -> str:
         for place, count in places:
             if place < size:
                 file.seek(place)
-                digest.update(file.read(count))
+                digest.update(_read(file, count))
     return digest.hexdigest()[:_DIGITS]
+
+
+def _read(file: BinaryIO, count: int) -> bytes:
+    """Return ``count`` bytes, fewer at the end; a read may give less than it is asked for."""
+    found = bytearray()
+    while len(found) < count and (piece := file.read(count - len(found))):
+        found += piece
+    return bytes(found)
 
 
 @cache
@@ -46,14 +55,14 @@ def code_digest(root: str = str(Path(__file__).resolve().parent.parent)) -> str:
     Read once in a process, in about 10 ms: what was loaded before stays, and so does this.
     """
     digest = hashlib.sha256()
-    found = sorted(_sources(root, ""))
-    for name in found:
-        try:
+    try:
+        found = sorted(_sources(root, ""))
+        for name in found:
             with open(os.path.join(root, name), "rb", buffering=0) as file:
                 source = file.read()
-        except OSError:
-            return ""
-        digest.update(b"%s %d " % (os.fsencode(name), len(source)) + source)
+            digest.update(b"%s %d " % (os.fsencode(name), len(source)) + source)
+    except OSError:  # imported from an archive, say
+        return ""
     return digest.hexdigest()[:_DIGITS] if found else ""
 
 
