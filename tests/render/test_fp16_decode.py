@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from support.tiny_models import make_folder, open_wan
 from wan_core import GenerationConfig
 from wan_core.render import decode
 from wan_core.render.pipeline import WanPipelineWrapper
-from wan_core.sampling import StreamingDecoder
+from wan_core.sampling import Leaving, StreamingDecoder
 
 JOB: dict[str, Any] = {
     "prompt": "a cat", "width": 64, "height": 32, "num_frames": 13, "num_inference_steps": 2,
@@ -78,6 +79,30 @@ def test_frames_beyond_the_range_are_decoded_in_bf16(
     assert "after 5 frames" in text and "decoded in bf16" in text
     assert "vae bf16" in result.applied_optimizations
     assert len(read(tmp_path / "clip.mp4")[0]) == 13
+
+
+def test_page_locked_memory_of_one_chunk_is_held_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next chunk's pictures may have the memory of those that were handed on."""
+    as_on_a_card(monkeypatch, True)
+    alive: WeakSet[Leaving] = WeakSet()
+
+    class One(Leaving):
+        def __init__(self, chunk: torch.Tensor, *, whole_bytes: bool) -> None:
+            assert not alive
+            super().__init__(chunk, whole_bytes=whole_bytes)
+            alive.add(self)
+
+    monkeypatch.setattr(decode, "Leaving", One)
+    latents, frames = torch.zeros(1, 16, 3, 2, 2), torch.zeros(1, 9, 4, 4, 3)
+    progress = decode.Decoding(latents, frames, [], wanted=9)
+    progress.decoder = StreamingDecoder(None, latents)
+    handed_on = []
+    for count in (1, 4, 4):
+        progress.pending = torch.ones(1, 3, count, 4, 4)
+        handed_on.append(progress.hand_on_before())
+    handed_on.append(progress.hand_on_before())
+    assert handed_on == [False, True, True, True] and progress.done == 9
+    assert bool((frames == 1).all())
 
 
 @pytest.mark.parametrize(("fails", "kept"), [(None, True), (1, False), (3, True)])

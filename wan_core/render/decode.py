@@ -99,15 +99,15 @@ class Decoding:
         """
         if self.pending is not None and not self.ahead:
             return self.hand_on()
-        before = self.leaving
-        if before is not None:
-            self.take(before.arrived()[0])
-            self.leaving = None
+        had = self.leaving is not None
+        if self.leaving is not None:
+            self.take(self.leaving.arrived()[0])
+            self.leaving = None  # and no other name: its page-locked memory is the next one's
         if self.pending is not None:
             whole_bytes = self.frames is None and not self.keep_first
             self.leaving = Leaving(self.pending, whole_bytes=whole_bytes)
             self.pending = None
-        return before is not None
+        return had
 
     def hand_on(self) -> bool:
         """Hand on the leaving and the pending frames; False: there are none.
