@@ -126,11 +126,11 @@ def activations(dtype: torch.dtype, generator: torch.Generator) -> None:
 def attention(dtype: torch.dtype, generator: torch.Generator) -> None:
     """Blocks that are whole and one that is not; keys and values far from 0, as Wan's are."""
     for halves, bound in ((True, 3e-2), (False, 0.12)):
-        for tokens, keys in ((70, 300), (64, 128), (130, 27)):
+        for batch, tokens, keys in ((1, 70, 140), (2, 3, 27)):
             query, key, value = (
-                torch.randn(2, n, 3, 64, generator=generator) for n in (tokens, keys, keys)
+                torch.randn(batch, n, 2, 64, generator=generator) for n in (tokens, keys, keys)
             )
-            states = [query * 2, key + 5 * torch.randn(1, 1, 3, 64, generator=generator), value + 1]
+            states = [query * 2, key + 5 * torch.randn(1, 1, 2, 64, generator=generator), value + 1]
             heads = [x.to(dtype).transpose(1, 2) for x in states]
             expected = F.scaled_dot_product_attention(*(x.float() for x in heads))
             found = attention_kernels.attend_8bit(*heads, halves=halves).float()
