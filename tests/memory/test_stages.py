@@ -146,6 +146,20 @@ def test_decode_is_flat_in_frames() -> None:
     assert peaks[2] - peaks[1] == 360 * latents
 
 
+def test_where_a_quick_vae_was_not_measured_its_maps_have_copies() -> None:
+    """MIOpen takes maps with channels last only as copies."""
+    job = Workload(width=832, height=480, num_frames=81)
+    dtypes, found = dict.fromkeys(sizes.PARTS, "bf16"), architecture("wan2.1-t2v-14b")
+    made = Choices(dtypes=dtypes, offload="model", lean=True)
+    peaks = [
+        stage(estimate(found, job, replace(made, quick=quick), system).stages, "decode")
+        for system in (GPU, replace(GPU, backend="rocm"))
+        for quick in (False, True)
+    ]
+    assert peaks[1].device_bytes < peaks[0].device_bytes
+    assert peaks[3].device_bytes == peaks[2].device_bytes == peaks[0].device_bytes
+
+
 def test_scalar_timesteps_halve_the_5b() -> None:
     job = Workload(width=1280, height=704, num_frames=121)
     arguments = {"batch": 1, "latent_frames": 31, "latent_height": 44, "latent_width": 80}

@@ -10,7 +10,15 @@ from support.machines import architecture, gpu
 
 from wan_core import OptimizationConfig
 from wan_core.config import GIB
-from wan_core.memory import Card, SystemResources, Trial, Workload, strips_cost
+from wan_core.memory import (
+    Card,
+    SystemResources,
+    Trial,
+    Workload,
+    lean_decode_bytes,
+    strips_cost,
+    strips_of,
+)
 from wan_core.models import VAE_21
 from wan_core.plan import OptimizationPlan, Planner, strips, strips_forecast
 
@@ -53,6 +61,25 @@ def test_a_long_decode_is_shared_out_and_counted() -> None:
     assert "changes rounding only" in said and said in found.estimate.reasons
     assert "decoded in 2 strips" in found.applied
     assert found.to_dict()["decode_strips"] == 2
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_what_a_strip_holds_is_counted_as_the_whole_decode_is(count: int) -> None:
+    """The quick decode's maps in half precision have no copies, neither of the whole nor of it."""
+    job = replace(CLIP, width=1280, height=720, num_frames=401, window_frames=81)
+    found = plan(job, machine(count), count, speed="fast", offload="model")
+    assert found.decode_strips == count and found.choices.quick
+    assert found.choices.dtypes["vae"] == "bf16"
+    numbers: dict[str, Any] = {
+        "batch": 1, "latent_frames": 101, "latent_height": 90, "latent_width": 160, "size": 2,
+        "quick": True,
+    }  # fmt: skip
+    whole, *parts = (
+        lean_decode_bytes(VAE_21, strip=strip, **numbers)[0]
+        for strip in (None, *strips_of(VAE_21, 90, 160, count))
+    )
+    (decode,) = (stage for stage in found.estimate.stages if stage.name == "decode")
+    assert found.decode_peak_bytes == decode.device_bytes - whole + max(parts)
 
 
 def test_more_cards_make_more_strips_until_margins_outweigh_them() -> None:

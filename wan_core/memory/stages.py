@@ -399,7 +399,8 @@ class _Ledger:
         if not choices.lean_vae:
             return None
         away = (rows or choices.cache_in_ram) and not self.on_cpu
-        return {"bands": BANDS if rows else 1, "cache_on_host": away, "quick": choices.quick}
+        quick = choices.quick and self.system.backend == "cuda"  # not known of MIOpen
+        return {"bands": BANDS if rows else 1, "cache_on_host": away, "quick": quick}
 
     def _decode(self) -> tuple[int, int]:
         """Return the activations of the decode, and the bytes of its feature cache kept in RAM."""

@@ -181,6 +181,7 @@ def _peak(
             shape, batch=workload.batch_size, latent_frames=frames, latent_height=height,
             latent_width=width, size=BYTES[choices.dtypes["vae"]], strip=strip,
             bands=BANDS if choices.by_rows else 1, cache_on_host=away,
+            quick=choices.quick and system.backend == "cuda",
         )[0]  # fmt: skip
 
     if choices.offload == "none":
