@@ -114,6 +114,9 @@ def test_exact_takes_strips_that_a_trial_has_shown_to_keep_the_bits() -> None:
     # Another size, and another dtype of the VAE, are other trials.
     for job, other in ((replace(CLIP, width=848), choices), (CLIP, replace(choices, quick=True))):
         assert strips_forecast(model, job, other, system, 2).kind != kind
+    # So is a VAE of other widths: its convolutions are others, for the same latents.
+    pruned = replace(model, vae=replace(model.vae or VAE_21, decoder_base_dim=24))
+    assert strips_forecast(pruned, CLIP, choices, system, 2).kind != kind
 
 
 def test_diffusers_own_decoder_makes_no_strips() -> None:

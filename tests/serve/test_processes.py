@@ -10,20 +10,40 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import MagicMock
 
 import pytest
 from support.tiny_models import make_folder
 
+from wan_core import VideoGenerationResult
 from wan_core.errors import InvalidRequest, WorkerFailed
 from wan_core.memory import Card
 from wan_core.serve import Batch, BatchJob, Cluster, Outcome, Processes, Relay, processes_for
+from wan_core.serve.carry import Carrier
 from wan_core.serve.cluster import _Placed
 from wan_core.serve.processes import _Process, visible
 from wan_core.workers import close_workers
 
 CPU = {"device": "cpu", "precision": "fp32"}
+
+
+@pytest.mark.parametrize(("strips", "trial", "free"), [(1, 0, True), (2, 0, False), (1, 2, False)])
+def test_other_cards_are_free_in_a_decode_unless_they_decode_too_or_try_that(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, strips: int, trial: int, free: bool
+) -> None:
+    plan, told = SimpleNamespace(decode_strips=strips, decode_trial=trial), list[bool]()
+
+    def generate(config: Any) -> VideoGenerationResult:
+        config.decode_callback(1, 5)
+        return VideoGenerationResult(success=True)
+
+    wrapper = SimpleNamespace(plan=lambda config: (None, plan), generate=generate)
+    monkeypatch.setattr(Carrier, "open", lambda self, job: wrapper)
+    job = BatchJob(number=1, model=tmp_path, output=tmp_path / "a.mp4", values={"prompt": "a"})
+    Carrier().carry_out(job, decoding=lambda: told.append(True))
+    assert told == [True] * free
 
 
 def test_a_process_sees_cards_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:

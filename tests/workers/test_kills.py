@@ -268,6 +268,7 @@ def test_a_decode_in_strips_outlives_the_processes_that_make_it(
     assert torch.allclose(found.frames, whole.frames, rtol=0, atol=2e-6) and not found.warnings
     wait_until_ready(pool)
     told, at = list[int](), dice.choice((1, 5, 13))
+    before = set(Path("/dev/shm").glob("wanfit_ring_*"))  # of a program that was killed long ago
 
     def kill(done: int, wanted: int) -> None:
         told.append(done)
@@ -280,4 +281,4 @@ def test_a_decode_in_strips_outlives_the_processes_that_make_it(
     assert time.monotonic() - begun < 120
     assert torch.allclose(found.frames, whole.frames, rtol=0, atol=2e-6)
     assert told == list(range(1, 30, 4))
-    assert not list(Path("/dev/shm").glob("wanfit_ring_*"))
+    assert set(Path("/dev/shm").glob("wanfit_ring_*")) <= before

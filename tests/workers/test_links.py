@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import random
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from itertools import cycle
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -41,6 +43,9 @@ class Timetable:
 
     def agreed(self, word: bool) -> bool:
         self.moments += 1
+        return word
+
+    def all_say(self, word: bool) -> bool:
         return word
 
     def timed(self, work: Callable[[], object]) -> float:
@@ -143,6 +148,29 @@ def test_what_no_link_can_be_like_is_not_kept_nor_read(tmp_path: Path) -> None:
     assert records.link("m", 2) is None
     assert records.between().links == {"m, 4 cards": Link(1e9, 0.0)}
     assert not Link(2 * FASTEST, 0.0).plausible
+
+
+def test_a_card_without_room_ends_the_measurement_for_all_and_no_process(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A gang may start beside another stage, or another program's decode."""
+    empty, lock, asked = torch.empty, threading.Lock(), list[int]()
+
+    def full(*shape: Any, **more: Any) -> Tensor:
+        with lock:
+            asked.append(1)
+            first = len(asked) == 1
+        if first:  # one of the two
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return empty(*shape, **more)
+
+    def work(among: ThreadExchange) -> tuple[Link | None, str]:
+        return measured_link(among, torch.device("cpu"))
+
+    monkeypatch.setattr("wan_core.workers.links.torch.empty", full)
+    found = together(2, work)
+    assert [link for link, _ in found] == [None, None]
+    assert all("too little free memory" in why for _, why in found)
 
 
 def test_threads_that_exchange_agree_on_how_often() -> None:

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +20,8 @@ from support.thread_workers import ThreadWorker
 from support.tiny_models import folders, open_wan
 
 from wan_core import GenerationConfig
-from wan_core.memory import CardRecords
+from wan_core.memory import CHUNKS, CardRecords
+from wan_core.render.decode import Decoding, try_strips
 from wan_core.render.pipeline import WanPipelineWrapper
 from wan_core.render.video import read_video
 from wan_core.sampling import StreamingDecoder, to_pictures
@@ -97,10 +104,10 @@ def test_a_file_of_strips_shows_what_one_process_writes(
         ring = make(*given, **more)
         assert ring.whole_bytes and ring.dtype == torch.uint8
         ahead.append(ring.slots)
-        rings.append(ring.path)
+        rings.append(ring)
         return ring
 
-    rings: list[str] = []
+    rings: list[Ring] = []
     path, shown = folder("wan2.1-t2v"), []
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(Ring, "make", staticmethod(watched))
@@ -108,9 +115,68 @@ def test_a_file_of_strips_shows_what_one_process_writes(
             job = {"return_frames": False, "output_path": str(tmp_path / f"{name}.mp4"), "crf": 0}
             made(path, job, speed="fast", **wishes)
             shown.append(read_video(tmp_path / f"{name}.mp4", "video").int())
-    assert len(rings) == 1 and not Path(rings[0]).exists()
+    assert len(rings) == 1 and rings[0]._open == []
+    with pytest.raises(OSError):
+        rings[0].map()
     assert shown[0].shape == (13, 16, 64, 3)
     assert (shown[0] - shown[1]).abs().max() <= 2  # rounded to bytes, and to the file's colours
+
+
+_WRITES = """
+import os, sys
+sys.stdout.write(str(os.pwrite(os.open(sys.argv[1], os.O_RDWR), b"\\x07", 5)))
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="/proc is Linux's")
+def test_pictures_on_their_way_have_a_file_without_a_name() -> None:
+    """Whoever is killed at whatever moment: there is nothing in any folder to be left over."""
+
+    def names() -> set[Path]:
+        folders = (Path("/dev/shm"), Path(tempfile.gettempdir()))
+        return {path for folder in folders for path in folder.glob("wanfit_ring_*")}
+
+    before = names()
+    ring = Ring.make(2, (1, 4, 2, 3, 3), whole_bytes=True)
+    assert names() == before
+    slots = Ring.from_plain(ring.plain()).map()
+    assert slots.shape == (2, 1, 4, 2, 3, 3) and not slots.any()
+    other = subprocess.run([sys.executable, "-c", _WRITES, ring.path], capture_output=True)
+    assert other.stdout == b"1", other.stderr
+    assert slots.flatten()[5] == 7, "another process sees the same pages"
+    ring.remove()
+    ring.remove()
+    with pytest.raises(OSError):
+        ring.map()
+    assert names() == before, "who comes late makes no file anew"
+    assert slots.flatten()[5] == 7
+
+
+def test_a_file_that_took_the_place_of_a_ring_is_left_alone(tmp_path: Path) -> None:
+    ring = Ring.make(1, (1, 1, 2, 2, 3), whole_bytes=True)
+    other = tmp_path / "other"
+    other.write_bytes(b"mine")
+    with pytest.raises(OSError):
+        replace(ring, path=str(other)).map()
+    assert other.read_bytes() == b"mine"
+    ring.remove()
+
+
+@pytest.mark.parametrize("what", ["out of memory", "other dtype"])
+def test_a_trial_of_strips_costs_a_finished_clip_nothing(what: str) -> None:
+    @contextmanager
+    def stage(name: str) -> Iterator[None]:
+        assert what == "out of memory", "the first chunks were made in another dtype"
+        raise torch.OutOfMemoryError("CUDA out of memory")
+        yield
+
+    plan = SimpleNamespace(decode_trial=2)
+    stages: Any = SimpleNamespace(
+        plan=plan, steps_down=0, has_workers=True, timeline=SimpleNamespace(stage=stage)
+    )
+    progress = Decoding(torch.zeros(1), None, [], 9, overflowed=what == "other dtype")
+    progress.first = dict.fromkeys(range(CHUNKS), torch.zeros(1))
+    try_strips(stages, progress)
 
 
 class Trouble:
@@ -252,7 +318,7 @@ def test_exact_learns_from_its_first_clip_whether_strips_keep_the_bits(
         def others(chunk: torch.Tensor, **more: Any) -> torch.Tensor:
             return to_pictures(chunk, **more) * (1 + 1e-6)
 
-        monkeypatch.setattr("wan_core.workers.ring.to_pictures", others)
+        monkeypatch.setattr("wan_core.sampling.vae.to_pictures", others)
     first = made(path, {}, **exact)
     assert torch.equal(first.frames, whole.frames)
     assert [stage.name for stage in first.stages][-2:] == ["decode", "try_strips"]

@@ -163,7 +163,11 @@ def _kind(
     shape: VaeShape, workload: Workload, choices: Choices, system: SystemResources, count: int
 ) -> str:
     words = ["fastest kernels"] * choices.quick + [f"{BANDS} bands"] * choices.by_rows
-    what = ", ".join([f"VAE of {shape.z_dim} channels in {choices.dtypes['vae']}", *words])
+    # Its widths too: a pruned VAE has other convolutions for the same latents.
+    widths = "/".join(str(shape.decoder_base_dim * m) for m in shape.dim_mult)
+    widths += f" x {shape.num_res_blocks}"
+    vae = f"VAE of {shape.z_dim} channels, {widths}, in {choices.dtypes['vae']}"
+    what = ", ".join([vae, *words])
     size = f"{workload.batch_size} x {workload.width}x{workload.height}"
     return f"{machine(system)}; {what}, {size} in {count} strips"
 

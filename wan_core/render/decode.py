@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..config import GenerationConfig
-from ..errors import OutputError, WorkerFailed
+from ..errors import OutputError, WorkerFailed, is_oom
 from ..forward import alike
 from ..memory import CHUNKS, CardRecords, Trial, strips_of
 from ..models import VaeShape
@@ -202,6 +203,18 @@ def decode_in_strips(stages: StageRunner, config: GenerationConfig, progress: De
     return not lost
 
 
+@contextmanager
+def _no_harm() -> Iterator[None]:
+    """Have what a trial may meet, a shortage of memory too, end it and nothing else."""
+    try:
+        yield
+    except (WorkerFailed, StripsLost, OutOfRange):
+        return
+    except Exception as err:
+        if not is_oom(err):
+            raise
+
+
 def try_strips(stages: StageRunner, progress: Decoding) -> None:
     """Decode the first chunks in strips as well, where the plan asks for it; keep what that shows.
 
@@ -210,8 +223,10 @@ def try_strips(stages: StageRunner, progress: Decoding) -> None:
     count, chunks = stages.plan.decode_trial, list(progress.first.values())
     if not count or len(chunks) < CHUNKS or stages.steps_down or not stages.has_workers:
         return
+    if progress.overflowed:  # the first were decoded in another dtype than a trial would be
+        return
     with (
-        suppress(WorkerFailed, StripsLost, OutOfRange),
+        _no_harm(),
         stages.timeline.stage("try_strips"),
         in_workers(stages) as pool,
     ):

@@ -22,6 +22,7 @@ from ..errors import (
     WanError,
     first_line,
 )
+from ..plan import OptimizationPlan
 from ..render import WanPipelineLoader
 from .jobs import BatchJob
 
@@ -118,7 +119,7 @@ class Carrier:
         try:
             job.output.parent.mkdir(parents=True, exist_ok=True)
             config, wrapper = job.config(), self.open(job)
-            if decoding is not None and wrapper.plan(config)[1].decode_strips > 1:
+            if decoding is not None and _decodes_on_all(wrapper.plan(config)[1]):
                 decoding = None
             _watch(config, progress, stopped, decoding)
             result = wrapper.generate(config)
@@ -128,6 +129,11 @@ class Carrier:
         if result is None:
             return _failed(error, seconds)
         return _made(job, result, seconds)
+
+
+def _decodes_on_all(plan: OptimizationPlan) -> bool:
+    """Say whether other cards work in the decode too, or right after it, to try that."""
+    return plan.decode_strips > 1 or plan.decode_trial > 0
 
 
 def _watch(

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from ..errors import is_oom
 from ..memory import Link
 
 _SAMPLES, _IN_A_ROW = 5, 4
@@ -46,6 +47,9 @@ class Exchanging(Protocol):
     def agreed(self, word: bool) -> bool:
         """Return the word of rank 0."""
 
+    def all_say(self, word: bool) -> bool:
+        """Return whether all say yes."""
+
 
 def measured_link(
     group: Exchanging, device: torch.device, timed: Timed | None = None
@@ -57,6 +61,8 @@ def measured_link(
     """
     timed = timed or (_timed_on_card(device) if device.type == "cuda" else _timed_here)
     long = _LONG.get(device.type, _LONG["cpu"]) // group.size
+    if not _has_room(group, device, 2 * group.size * long):
+        return None, "a card has too little free memory for it"
     times = []
     for each in (_SHORT, long // 4, long):
         parts = torch.zeros(group.size, each, dtype=torch.uint8, device=device)
@@ -70,6 +76,21 @@ def measured_link(
     link, why = link_of(times)
     host = _host_rate(group, device, timed) if device.type == "cuda" else 0.0
     return (None if link is None else Link(link.rate, link.seconds, host)), why
+
+
+def _has_room(group: Exchanging, device: torch.device, nbytes: int) -> bool:
+    """Say whether all have memory for their messages: who failed alone would be waited for.
+
+    A gang may start while another stage, or another program, has a card.
+    """
+    has = True
+    try:
+        torch.empty(nbytes, dtype=torch.uint8, device=device)
+    except (MemoryError, RuntimeError) as err:
+        if not is_oom(err):
+            raise
+        has = False
+    return group.all_say(has)
 
 
 def link_of(times: Sequence[tuple[int, Sequence[float]]]) -> tuple[Link | None, str]:

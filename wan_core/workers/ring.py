@@ -1,17 +1,20 @@
 """Pictures on their way from several workers to the driver: a file in memory that all of them map.
 
 Each worker writes its part of a picture where it belongs, so that nobody puts pictures together and
-none goes through a pipe. The file is in /dev/shm where that has room, else in the temporary folder,
-and is removed as soon as all have mapped it: nothing is left over, however they end.
+none goes through a pipe. The file is in /dev/shm where that has room, else in the temporary folder.
+On Linux it has no name from the first moment on: the others open it through the driver's entry in
+/proc, and nothing is left over, however they end. Elsewhere its name goes when all have mapped it,
+and stays where the driver is killed before.
 """
 
 from __future__ import annotations
 
 import contextlib
+import mmap
 import os
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +36,10 @@ class Ring:
     shape: tuple[int, int, int, int, int]
     whole_bytes: bool
     """Whether pictures are uint8; else they are float32, 0..1."""
+    file: tuple[int, int] = (0, 0)
+    """Device and number of the file: what is at ``path`` later may be another."""
+    _open: list[int] = field(default_factory=list, compare=False, repr=False)
+    """The driver's descriptor, where that is all that keeps the file."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -63,31 +70,48 @@ class Ring:
                 if folder is None:
                     raise
                 continue
-            os.close(handle)
             break
-        return Ring(path, slots, shape, whole_bytes)
+        found = os.fstat(handle)
+        ring = Ring(path, slots, shape, whole_bytes, (found.st_dev, found.st_ino), [handle])
+        nameless = f"/proc/{os.getpid()}/fd/{handle}"
+        if os.path.exists(nameless):
+            os.unlink(path)
+            return replace(ring, path=nameless)
+        os.close(ring._open.pop())
+        return ring
 
     def map(self) -> Tensor:
-        """Return the slots, (slots, B, f, H, W, 3)."""
-        found = torch.from_file(self.path, shared=True, size=self.nbytes, dtype=torch.uint8)
-        return found.view(self.dtype).view(self.slots, *self.shape)
+        """Return the slots, (slots, B, f, H, W, 3). Raises OSError where the file is gone."""
+        handle = os.open(self.path, os.O_RDWR | getattr(os, "O_BINARY", 0))
+        try:
+            found = os.fstat(handle)
+            if (found.st_dev, found.st_ino) != self.file:
+                raise FileNotFoundError(f"{self.path} is another file by now")
+            memory = mmap.mmap(handle, self.nbytes)
+        finally:
+            os.close(handle)
+        return torch.frombuffer(memory, dtype=self.dtype).view(self.slots, *self.shape)
 
     def remove(self) -> None:
-        """Take the file's name away; who has mapped it keeps it. May be called again."""
-        with contextlib.suppress(OSError):
-            os.unlink(self.path)
+        """Let go of the file; who has mapped it keeps it. May be called again."""
+        if self._open:
+            os.close(self._open.pop())
+        elif not self.path.startswith("/proc/"):
+            with contextlib.suppress(OSError):
+                os.unlink(self.path)
 
     def plain(self) -> dict[str, Any]:
         """Return plain values for JSON."""
         return {
             "path": self.path, "slots": self.slots, "shape": list(self.shape),
-            "whole_bytes": self.whole_bytes,
+            "whole_bytes": self.whole_bytes, "file": list(self.file),
         }  # fmt: skip
 
     @staticmethod
     def from_plain(values: dict[str, Any]) -> Ring:
         """Return what ``plain`` was made of."""
-        return Ring(**(values | {"shape": tuple(values["shape"])}))
+        pairs = {name: tuple(values[name]) for name in ("shape", "file")}
+        return Ring(**(values | pairs))
 
 
 def strip_from(values: dict[str, Any]) -> Strip:
