@@ -135,7 +135,8 @@ def test_a_rank_that_leaves_breaks_the_gather_of_the_others_off() -> None:
 
 
 @pytest.mark.parametrize(
-    ("size", "resident", "buffers", "late"), [(2, 0, 2, True), (4, 1, 3, False)]
+    ("size", "resident", "buffers", "late"),
+    [(2, 0, 2, True), pytest.param(4, 1, 3, False, marks=pytest.mark.slow)],
 )
 def test_stored_kinds_loras_and_blocks_of_unequal_size(
     tmp_path: Path, size: int, resident: int, buffers: int, late: bool

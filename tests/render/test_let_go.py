@@ -42,7 +42,10 @@ def stopped(kind: type[BaseException] | None) -> Callable[..., None]:
     return ended
 
 
-@pytest.mark.parametrize("way", [{}, {"offload": "stream"}, {"offload": "sequential"}])
+@pytest.mark.parametrize(
+    "way",
+    [{}, {"offload": "stream"}, pytest.param({"offload": "sequential"}, marks=pytest.mark.slow)],
+)
 @pytest.mark.parametrize("kind", [None, Stop, ValueError, "own"])
 def test_no_weights_stay(
     kind: Any, way: dict[str, Any], folder: Callable[[str], Path],

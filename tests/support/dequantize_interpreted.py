@@ -14,7 +14,7 @@ from wan_core.formats import Storage
 from wan_core.loading import dequantize_kernels as kernels
 from wan_core.loading.dequantize import Scales, dequantize
 
-ROWS, COLUMNS = 37, 512
+ROWS, COLUMNS = 11, 512
 
 
 def turned(generator: torch.Generator) -> int:
