@@ -32,21 +32,14 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "benchmarks")]
 
+from support.ram_peaks import anonymous  # imports nothing that counts
+
 MIB = 2**20
 FEW = 7
 """Blocks of a transformer in scaled fp8 whose file is large enough to stay mapped."""
 WANTED = 7e9
 ENOUGH = 60.0
 """Seconds after which the third process is left out."""
-
-
-def anonymous() -> int:
-    """Bytes of this process that no file stands behind, without importing anything for it."""
-    with open("/proc/self/status", "rb") as status:
-        for line in status:
-            if line.startswith(b"RssAnon:"):
-                return int(line.split()[1]) * 1024
-    raise OSError("this system does not tell anonymous memory")
 
 
 class Marks:

@@ -6,7 +6,6 @@ import math
 import re
 import shutil
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,8 @@ import pytest
 import torch
 from safetensors import safe_open
 from support.cases import slow_but
-from support.tiny_models import folders, make_folder, open_kept, open_wan
+from support.crashes import Crash
+from support.tiny_models import make_folder, open_kept, open_wan
 
 from wan_core import GenerationConfig, WanPipelineLoader
 from wan_core.config import WanControl
@@ -25,26 +25,12 @@ from wan_core.preferences import Preferences
 from wan_core.render import render
 from wan_core.render.pipeline import WanPipelineWrapper
 
+pytestmark = pytest.mark.usefixtures("nothing_is_left")
 JOB = {"prompt": "a red cat", "width": 32, "height": 32, "num_frames": 9, "seed": 1,
        "num_inference_steps": 12}  # fmt: skip
 EASY = {"step_cache": "easycache", "step_cache_threshold": 0.3}
 MAG = {"step_cache": "magcache", "step_cache_factor": 2.0}
 GATE = {"guidance_gate": 0.5}
-
-
-class Crash(BaseException):
-    """Stands for a process that ends: nothing may catch it."""
-
-
-@pytest.fixture(autouse=True, scope="module")
-def nothing_is_left() -> Iterator[None]:
-    yield
-    WanPipelineLoader().clear_cache()
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return folders(tmp_path_factory.mktemp("clip journal"))
 
 
 def crash_at(wanted: int) -> Any:

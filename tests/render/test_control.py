@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from support.tiny_models import components, folders, open_kept, open_wan, pipeline
+from support.tiny_models import components, open_kept, open_wan, pipeline
 
-from wan_core import GenerationConfig, WanControl, WanPipelineLoader
+from wan_core import GenerationConfig, WanControl
 from wan_core.errors import WanError
 from wan_core.job.steps import make_scheduler
 
+pytestmark = pytest.mark.usefixtures("nothing_is_left")
 SIZE = {"width": 64, "height": 32, "num_frames": 9, "num_inference_steps": 5}
 TEXT = {"prompt": "a red cat moves right", "negative_prompt": "a dog", "seed": 7}
 
@@ -22,17 +22,6 @@ TEXT = {"prompt": "a red cat moves right", "negative_prompt": "a dog", "seed": 7
 def pictures(count: int, seed: int = 0, width: int = 64, height: int = 32) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.rand(count, height, width, 3, generator=generator)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def nothing_is_left() -> Iterator[None]:
-    yield
-    WanPipelineLoader().clear_cache()
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return folders(tmp_path_factory.mktemp("control"))
 
 
 def make(wrapper: Any, **more: Any) -> Any:

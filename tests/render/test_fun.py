@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from support.tiny_models import FUN_FAMILIES, components, folders, open_kept
+from support.tiny_models import FUN_FAMILIES, components, open_kept
 from torch import Tensor, nn
 
 from wan_core import GenerationConfig, PipelineManager, WanControl, WanPipelineLoader
@@ -50,11 +50,6 @@ pytestmark = pytest.mark.usefixtures("without_gradients")
 def nothing_kept() -> Iterator[None]:
     yield
     WanPipelineLoader().clear_cache()
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return folders(tmp_path_factory.mktemp("fun"))
 
 
 # -- by hand --------------------------------------------------------------------------------------

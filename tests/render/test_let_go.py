@@ -12,14 +12,9 @@ from typing import Any
 import pytest
 import torch
 from diffusers import WanTransformer3DModel
-from support.tiny_models import folders, open_wan
+from support.tiny_models import open_wan
 
 from wan_core import GenerationConfig
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    return folders(tmp_path_factory.mktemp("models"))
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 from support.cases import in_turn, pairs, slow_but
-from support.tiny_models import FAMILIES, components, folders, make_folder, open_wan, pipeline
+from support.tiny_models import FAMILIES, components, make_folder, open_wan, pipeline
 from support.traced import TracedMemory
 
 from wan_core import GenerationConfig, WanPipelineLoader
@@ -35,11 +35,6 @@ SHIFT = {"wan2.2-t2v-a14b": 12.0}
 def picture(seed: int, width: int = 64, height: int = 32) -> Image.Image:
     pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
     return Image.fromarray(pixels)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return folders(tmp_path_factory.mktemp("wan"))
 
 
 def images_of(family: str, use_image: bool) -> dict[str, Any]:

@@ -11,7 +11,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,34 +20,21 @@ import torch
 from PIL import Image
 from support.cases import in_turn, slow_but
 from support.clips import read
+from support.crashes import Crash
 from support.failures import failing
-from support.tiny_models import folders, make_folder, open_kept, open_wan
+from support.tiny_models import make_folder, open_kept, open_wan
 
-from wan_core import GenerationConfig, WanPipelineLoader
+from wan_core import GenerationConfig
 from wan_core.errors import InvalidRequest, JournalMismatch, OutputError
 from wan_core.job import SCHEDULERS
 from wan_core.plan import Planner
 
+pytestmark = pytest.mark.usefixtures("nothing_is_left")
 ROOT = Path(__file__).parents[2]
 JOB = {"prompt": "a red cat", "width": 32, "height": 32, "num_frames": 33, "seed": 1,
        "num_inference_steps": 5, "max_chunk_size": 17, "window_overlap": 8}  # fmt: skip
 SHORT = {"prompt": "a red cat", "width": 32, "height": 32, "num_frames": 5, "seed": 1,
          "num_inference_steps": 4}  # fmt: skip
-
-
-class Crash(BaseException):
-    """Stands for a process that ends: nothing may catch it."""
-
-
-@pytest.fixture(autouse=True, scope="module")
-def nothing_is_left() -> Iterator[None]:
-    yield
-    WanPipelineLoader().clear_cache()
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return folders(tmp_path_factory.mktemp("resume"))
 
 
 def crash_after(count: int) -> Any:

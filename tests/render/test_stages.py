@@ -13,7 +13,7 @@ from PIL import Image
 from support.cases import in_turn
 from support.clips import read
 from support.failures import failing
-from support.tiny_models import folders, make_folder, open_wan
+from support.tiny_models import make_folder, open_wan
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from wan_core import GenerationConfig, OptimizationManager, WanPipelineLoader
@@ -43,11 +43,6 @@ STAGES = {
     "last step": ("transformer", "", 8),
     "decode": ("vae", "decoder", 3),
 }
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return folders(tmp_path_factory.mktemp("oom"))
 
 
 def picture() -> Image.Image:

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from support.cases import slow_but
-from support.tiny_models import folders, open_kept
+from support.crashes import Crash
+from support.tiny_models import open_kept
 
-from wan_core import GenerationConfig, WanPipelineLoader
+from wan_core import GenerationConfig
 from wan_core.journal import Journal, resume
 from wan_core.journal import units as units_module
 from wan_core.sampling.units import HerePasses
 
+pytestmark = pytest.mark.usefixtures("nothing_is_left")
 JOB = {"prompt": "a red cat", "width": 32, "height": 32, "num_frames": 33, "seed": 1,
        "num_inference_steps": 4, "max_chunk_size": 17, "window_overlap": 8,
        "return_frames": False, "resume": "auto"}  # fmt: skip
@@ -29,21 +30,6 @@ CASES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("wan2.1-i2v", {"offload": "stream"}, {"window_mode": "continuation"}),
     ("wan2.2-ti2v-5b", {}, {"num_frames": 17, "max_chunk_size": None}),
 ]  # fmt: skip
-
-
-class Crash(BaseException):
-    """Stands for a process that ends: nothing may catch it."""
-
-
-@pytest.fixture(autouse=True, scope="module")
-def nothing_is_left() -> Iterator[None]:
-    yield
-    WanPipelineLoader().clear_cache()
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return folders(tmp_path_factory.mktemp("units"))
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from support.crashes import Crash
 from support.tiny_models import make_folder
 
 from wan_core import GenerationConfig, WanPipelineLoader
@@ -27,10 +28,6 @@ JOB: dict[str, Any] = {
     "num_inference_steps": 2, "guidance_scale": 1.0, "guidance_scale_2": 1.0,
     "max_chunk_size": 17, "window_overlap": 4, "window_mode": "continuation", "noise": "frame",
 }  # fmt: skip
-
-
-class Crash(BaseException):
-    """Stands for a process that ends: nothing may catch it."""
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import threading
+import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -106,3 +107,34 @@ class ThreadWorker:
 
 
 __all__ = ["Cancelled", "Killed", "ThreadWorker"]
+
+
+def dies(worker: ThreadWorker) -> None:
+    """End a worker as a process that is killed ends."""
+    worker.die()
+
+
+def hangs(worker: ThreadWorker) -> None:
+    """Have a worker say nothing any more, until it is ended."""
+    while not worker.dead.wait(0.05):
+        pass
+    worker.die()
+
+
+def meets_at_its_fourth_look(
+    threads: type[ThreadWorker], fate: Callable[[ThreadWorker], None]
+) -> list[float]:
+    """Have the second worker meet its fate at its fourth look for an interrupt in a gang's pass.
+
+    Returns the times of its looks, which fill as they come.
+    """
+    looks: list[float] = []
+
+    def look(worker: ThreadWorker) -> None:
+        if worker is threads.made[1] and worker._worker._together is not None:
+            looks.append(time.perf_counter())
+            if len(looks) == 4:
+                fate(worker)
+
+    threads.looked = look
+    return looks

@@ -15,7 +15,7 @@ import torch
 from support import shared_streams
 from support.cut_clips import CLIP, cut_units, equal, four_heads, made, make_links_free
 from support.process_gang import in_processes
-from support.thread_workers import ThreadWorker
+from support.thread_workers import ThreadWorker, dies, hangs, meets_at_its_fourth_look
 from support.tiny_models import open_wan
 
 from wan_core.plan.gangs import Cutting
@@ -54,31 +54,13 @@ class Interrupt(BaseException):
     """Stands for ComfyUI's."""
 
 
-def hangs(worker: ThreadWorker) -> None:
-    while not worker.dead.wait(0.05):
-        pass
-    worker.die()
-
-
-def dies(worker: ThreadWorker) -> None:
-    worker.die()
-
-
 @pytest.mark.parametrize("fate", [hangs, pytest.param(dies, marks=pytest.mark.slow)])
 def test_a_rank_that_is_gone_is_not_waited_for_with_its_part_of_a_block(
     path: Path, threads: type[ThreadWorker], fate: Callable[[ThreadWorker], None]
 ) -> None:
     """In the second pass, between two blocks: the other has begun to gather with it."""
     whole = made(open_wan(path), JOB)
-    looks: list[float] = []
-
-    def look(worker: ThreadWorker) -> None:
-        if worker is threads.made[1] and worker._worker._together is not None:
-            looks.append(time.perf_counter())
-            if len(looks) == 4:
-                fate(worker)
-
-    threads.looked = look
+    looks = meets_at_its_fourth_look(threads, fate)
     worker_pool(("cpu", "cpu"), 2).quiet_seconds = 1.0
     found = made(open_wan(path, devices=2, **STREAMED), JOB)
     assert equal(found, whole) and cut_units(found) > 0

@@ -31,7 +31,7 @@ from support.cut_clips import (
     make_links_free,
     trials,
 )
-from support.thread_workers import ThreadWorker
+from support.thread_workers import ThreadWorker, dies, hangs, meets_at_its_fourth_look
 from support.tiny_models import open_wan
 
 from wan_core import GenerationConfig, WanLoRA, WanModelFiles, WanPipelineLoader
@@ -229,16 +229,6 @@ def test_a_model_that_cannot_be_cut_is_computed_whole(
     assert equal(found, made(open_wan(path), job)) and cut_units(found) == 0
 
 
-def dies(worker: ThreadWorker) -> None:
-    worker.die()
-
-
-def hangs(worker: ThreadWorker) -> None:
-    while not worker.dead.wait(0.05):
-        pass
-    worker.die()
-
-
 @pytest.mark.parametrize("fate", [pytest.param(dies, marks=pytest.mark.slow), hangs])
 def test_a_rank_that_dies_or_hangs_ends_its_gang_and_not_the_render(
     folder: Any, threads: type[ThreadWorker], fate: Callable[[ThreadWorker], None]
@@ -246,15 +236,7 @@ def test_a_rank_that_dies_or_hangs_ends_its_gang_and_not_the_render(
     """In the middle of a pass, where the others wait for it."""
     path = folder("wan2.2-t2v-a14b")
     whole = made(open_wan(path), CLIP)
-    looks: list[float] = []
-
-    def look(worker: ThreadWorker) -> None:
-        if worker is threads.made[1] and worker._worker._together is not None:
-            looks.append(time.perf_counter())
-            if len(looks) == 4:
-                fate(worker)
-
-    threads.looked = look
+    looks = meets_at_its_fourth_look(threads, fate)
     worker_pool(("cpu",) * 4, 2).quiet_seconds = 1.0
     found = made(open_wan(path, devices=4), CLIP)
     assert equal(found, whole)
