@@ -338,7 +338,7 @@ def test_no_ram_for_a_save_takes_no_choice_from_the_render(
             raise MemoryError("full")
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9")
 
-    monkeypatch.setattr(disk, "_in_ram", full)
+    monkeypatch.setattr(disk, "in_ram", full)
     result = open_kept(folder("wan2.1-t2v")).generate(
         GenerationConfig(**job, resume="auto", journal_folder=tmp_path / "j")
     )

@@ -79,13 +79,8 @@ def write_state(path: Path, key: str, sequence: int, state: JournalState) -> int
     text = json.dumps({**head, **values})
     # safetensors files have no gaps between tensors. With the widest dtypes first, each tensor
     # still begins at a multiple of its element size.
-    try:
-        ready = _in_ram(state.tensors)
-    except (MemoryError, RuntimeError) as err:
-        # As it is, it would be taken for the render's, which would go on with a smaller plan.
-        if not is_host_oom(err):
-            raise
-        raise OutputError(f"There is no RAM for a copy of it ({first_line(err)}).") from err
+    with ram_for_a_copy():
+        ready = in_ram(state.tensors)
     names = sorted(ready, key=lambda name: (-ready[name].element_size(), name))
     header: dict[str, Any] = {}
     end = 0
@@ -122,7 +117,22 @@ def write_state(path: Path, key: str, sequence: int, state: JournalState) -> int
     return end
 
 
-def _in_ram(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+@contextlib.contextmanager
+def ram_for_a_copy() -> Iterator[None]:
+    """Raise OutputError where RAM runs out inside the ``with`` block.
+
+    As it is, that would be taken for the render's, which would go on with a smaller plan.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as err:
+        if not is_host_oom(err):
+            raise
+        raise OutputError(f"There is no RAM for a copy of it ({first_line(err)}).") from err
+
+
+def in_ram(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors in RAM, each whole."""
     return {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
 
 

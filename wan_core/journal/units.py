@@ -22,8 +22,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
-from ..errors import OutputError, first_line, is_host_oom
-from .disk import UNITS, tensor_bytes
+from ..errors import OutputError
+from .disk import UNITS, in_ram, ram_for_a_copy, tensor_bytes
 from .journal import USUAL_BYTES_PER_SECOND, Journal
 
 if TYPE_CHECKING:
@@ -111,13 +111,8 @@ class UnitLog:
         """Append what a unit gave; what there is of it after an error is cut off again."""
         from safetensors.torch import save
 
-        try:
-            plain = {key: one.detach().to("cpu").contiguous() for key, one in tensors.items()}
-            data = save(plain)
-        except (MemoryError, RuntimeError) as err:
-            if not is_host_oom(err):
-                raise
-            raise OutputError(f"There is no RAM for a copy of it ({first_line(err)}).") from err
+        with ram_for_a_copy():
+            data = save(in_ram(tensors))
         checksum = zlib.crc32(data)
         file = self._open()
         try:
