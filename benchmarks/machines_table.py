@@ -29,6 +29,7 @@ from wan_core.errors import DoesNotFit
 from wan_core.memory import SystemResources, Workload
 from wan_core.models import ModelArchitecture, all_blocks
 from wan_core.plan import Planner
+from wan_core.plan.timing import reads_from_disk
 
 
 @dataclass(frozen=True)
@@ -176,18 +177,17 @@ def words(plan: OptimizationPlan, layers: int) -> str:
     return said + (f", windows of {choices.window_frames}" if choices.window_frames else "")
 
 
-def judged(plan: OptimizationPlan, machine: Machine) -> str:
+def judged(plan: OptimizationPlan, machine: Machine, found: ModelArchitecture) -> str:
     """Say what an expert would say of a plan."""
-    choices, estimate = plan.choices, plan.estimate
-    mapped = max(stage.mapped_bytes for stage in estimate.stages)
+    choices = plan.choices
     if choices.window_frames or choices.fp8_storage:
         return "changes the video: nothing exact fits"
     if choices.offload == "sequential":
         return "the least there is: every layer crosses the bus for each stretch of rows"
     if not choices.stream:
         return "as it should be: nothing crosses the bus during a step"
-    if mapped > machine.ram * GIB:
-        return "the file is larger than RAM: each step reads a part of it from disk"
+    if reads_from_disk(found, choices, machine.resources()):
+        return "RAM cannot hold what is streamed: each step reads it from disk"
     if choices.resident_blocks:
         return "the card is filled; the rest hides behind the step where the bus is fast enough"
     return "activations fill the card; blocks come from RAM"
@@ -211,7 +211,7 @@ def table(folder: Path) -> str:
                 rows[machine.name].append(
                     f"| {what} | {words(plan, layers)} | {card:.1f} | "
                     f"{plan.estimate.host_ram_mb / 1024:.1f} | {mapped:.1f} | "
-                    f"{plan.step_seconds:.0f} | {plan.cold_seconds:.0f} | {judged(plan, machine)} |"
+                    f"{plan.step_seconds:.0f} | {plan.cold_seconds:.0f} | {judged(plan, machine, found)} |"
                 )
     for machine in MACHINES:
         lines += [

@@ -310,10 +310,18 @@ def _rate(
 def reads_from_disk(
     architecture: ModelArchitecture, choices: Choices, system: SystemResources
 ) -> bool:
-    """Say whether RAM cannot hold a transformer's weights, so that every step reads the file."""
+    """Say whether RAM cannot hold what crosses the bus in a step, so that every step reads the file.
+
+    The system's file cache has what the run leaves of RAM. Blocks that stay on the device need no
+    place in it once they are there, nor does the other expert.
+    """
     dtype = choices.dtypes["transformer"]
-    nbytes = part_bytes(architecture, "transformer", dtype, fp8=choices.fp8_storage)
-    return nbytes > system.ram_available_bytes + system.ram_evictable_bytes
+    if choices.offload_of("transformer") == "sequential":
+        moved = part_bytes(architecture, "transformer", dtype, fp8=choices.fp8_storage)
+    else:
+        moved = streamed_bytes(architecture, choices)
+    growth = system.process_ram(("denoise",)) - (system.held_bytes or 0)
+    return moved > system.ram_available_bytes + system.ram_evictable_bytes - growth
 
 
 def blocks_that_hide_the_bus(
