@@ -211,7 +211,8 @@ def table(folder: Path) -> str:
                 rows[machine.name].append(
                     f"| {what} | {words(plan, layers)} | {card:.1f} | "
                     f"{plan.estimate.host_ram_mb / 1024:.1f} | {mapped:.1f} | "
-                    f"{plan.step_seconds:.0f} | {plan.cold_seconds:.0f} | {judged(plan, machine, found)} |"
+                    f"{plan.step_seconds:.0f} | {plan.cold_seconds:.0f} | "
+                    f"{judged(plan, machine, found)} |"
                 )
     for machine in MACHINES:
         lines += [

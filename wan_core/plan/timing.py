@@ -310,7 +310,7 @@ def _rate(
 def reads_from_disk(
     architecture: ModelArchitecture, choices: Choices, system: SystemResources
 ) -> bool:
-    """Say whether RAM cannot hold what crosses the bus in a step, so that every step reads the file.
+    """Say whether RAM cannot hold what crosses the bus in a step, and each step reads the file.
 
     The system's file cache has what the run leaves of RAM. Blocks that stay on the device need no
     place in it once they are there, nor does the other expert.
