@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wan_core.sampling.vae import StreamingDecoder
+from wan_core.sampling.vae import StreamingDecoder, to_frames
 
 
 def decode_frames(
@@ -23,6 +23,16 @@ def decode_frames(
         decoder.close()
 
 
+def decode_into(
+    decoder: StreamingDecoder, out: Tensor, check: Callable[[], object] | None = None
+) -> Tensor:
+    """Decode what is left into ``out`` (B, F, H, W, 3), 0..1, which it returns."""
+    while not decoder.done:
+        chunk = decoder.decode_next(check=check)
+        out[:, decoder.frames_done - chunk.shape[2] : decoder.frames_done] = to_frames(chunk)
+    return out
+
+
 def decode_to_tensor(
     vae: Any,
     latents: Tensor,
@@ -35,6 +45,6 @@ def decode_to_tensor(
     try:
         if out is None:
             out = torch.empty(decoder.output_shape, dtype=torch.float32, device="cpu")
-        return decoder.decode_into(out, check=check)
+        return decode_into(decoder, out, check)
     finally:
         decoder.close()

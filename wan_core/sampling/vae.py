@@ -82,25 +82,6 @@ class StreamingDecoder:
         self.frames_done -= chunk.shape[2]
         self.close()
 
-    def decode_into(self, out: Tensor, *, check: Check | None = None) -> Tensor:
-        """Decode what is left into ``out`` (B, F, H, W, 3), values 0..1, and return ``out``.
-
-        After a failure, call it again with the same ``out``: frames decoded before are expected
-        there.
-        """
-        if tuple(out.shape) != self.output_shape:
-            raise InvalidRequest(
-                f"out has shape {tuple(out.shape)}; these latents decode to {self.output_shape}.",
-                field="out",
-            )
-        while not self.done:
-            chunk = self._reach_position(check)
-            end = self.frames_done + chunk.shape[2]
-            out[:, self.frames_done : end].copy_(_channels_last_unit(chunk))
-            self._commit(chunk)  # only now: the copy may run out of memory as well
-        self.close()
-        return out
-
     def close(self) -> None:
         """Free the feature cache and the projected latents; a later call makes them again."""
         if self._cache is not None:
