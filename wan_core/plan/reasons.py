@@ -74,8 +74,8 @@ def reasons_for(
     ahead = max(stage.ahead_bytes for stage in chosen.estimate.stages)
     if ahead:
         reasons.append(
-            f"the low-noise expert is read while the high-noise one computes: {ahead / GIB:.1f} "
-            "GiB of RAM are free for it"
+            "the low-noise expert is read while the high-noise one computes: RAM has room for its "
+            f"{ahead / GIB:.2f} GiB"
         )
     reasons += speed_reasons(chosen.situation, chosen.plain)
     if system.device_kind != "cpu":
