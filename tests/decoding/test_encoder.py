@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 import pytest
 import torch
 from support.cases import slow_but
-from support.dry_run import DryModel
-from support.true_models import DTYPES, autoencoder
+from support.true_models import DTYPES, dry_vae
 from support.vae_models import make_vae
 from torch import Tensor
 
@@ -146,11 +144,6 @@ def test_unknown_models_keep_their_own_encode() -> None:
     assert lean_vae.why_not(vae) is None  # the decoder is as it was
 
 
-@cache
-def dry(shape: VaeShape, dtype: str) -> DryModel:
-    return DryModel(lambda: autoencoder(shape), DTYPES[dtype])
-
-
 # Shape, dtype, bands, cache in RAM, height, width: the last two are the sizes of a published clip.
 CASES = [
     (VAE_21, "bf16", 1, False, 480, 832),
@@ -183,7 +176,7 @@ def test_arithmetic_agrees_with_the_dry_run(
         shape, batch=1, num_frames=9, height=height, width=width, size=kind.itemsize,
         workspace=False, **options,
     )  # fmt: skip
-    live = dry(shape, dtype).peak(run)
+    live = dry_vae(shape, dtype).peak(run)
     # Before diffusers 0.38 the norms of half precision needed less.
     above = 0.02 if dtype == "fp32" or norms_widen() else 0.1
     assert -0.02 <= ours / live - 1 <= above, (ours / 2**20, live / 2**20)
@@ -205,7 +198,7 @@ def test_a_quick_encode_has_no_copies_beside_its_maps(
     quick, _ = lean_encode_bytes(shape, size=2, quick=True, **numbers)
     # Before diffusers 0.38 the norms of half precision needed less.
     above = 0.02 if norms_widen() else 0.1
-    assert -0.02 <= quick / dry(shape, "bf16").peak(run) - 1 <= above
+    assert -0.02 <= quick / dry_vae(shape, "bf16").peak(run) - 1 <= above
     assert quick < lean_encode_bytes(shape, size=2, **numbers)[0]
     for more in ({"size": 4}, {"size": 2, "bands": 3}):
         exact = lean_encode_bytes(shape, **numbers, **more)

@@ -12,10 +12,9 @@ import pytest
 import torch
 from support.cases import slow_but
 from support.decoding import decode_frames
-from support.dry_run import DryModel
 from support.machines import architecture, cpu, gpu
 from support.traced import TracedMemory
-from support.true_models import DTYPES, autoencoder
+from support.true_models import DTYPES, dry_vae
 from support.vae_models import make_latents, make_vae
 from torch import Tensor
 
@@ -237,11 +236,6 @@ def test_unknown_models_keep_their_own_decode() -> None:
     assert "torch.float32, torch.float64" in str(lean_vae.why_not(vae))
 
 
-@cache
-def dry(shape: VaeShape, dtype: str) -> DryModel:
-    return DryModel(lambda: autoencoder(shape), DTYPES[dtype])
-
-
 CASES = [
     (VAE_21, "bf16", 1, False, 60, 104),
     (VAE_21, "fp32", 1, True, 60, 104),
@@ -276,7 +270,7 @@ def test_arithmetic_agrees_with_the_dry_run(
     )
     # Before diffusers 0.38 the norms of half precision needed less.
     above = 0.01 if dtype == "fp32" or norms_widen() else 0.1
-    assert -0.01 <= ours / dry(shape, dtype).peak(run) - 1 <= above
+    assert -0.01 <= ours / dry_vae(shape, dtype).peak(run) - 1 <= above
 
 
 @pytest.mark.parametrize("shape", [VAE_21, VAE_22], ids=["2.1", "2.2"])
@@ -294,7 +288,7 @@ def test_a_picture_keeps_one_frame_of_each_convolution(shape: VaeShape) -> None:
             entries = decoder._cache or []
             kept.extend(e.numel() * 2 for e in entries if isinstance(e, Tensor))
 
-    live = dry(shape, "bf16").peak(run)
+    live = dry_vae(shape, "bf16").peak(run)
     peak, cache = lean_decode_bytes(shape, batch=1, latent_frames=1, workspace=False, **numbers)
     above = 0.01 if norms_widen() else 0.1
     assert -0.01 <= peak / live - 1 <= above

@@ -10,8 +10,7 @@ import pytest
 import torch
 from support.cases import slow_but
 from support.decoding import decode_frames
-from support.dry_run import DryModel
-from support.true_models import DTYPES, autoencoder
+from support.true_models import DTYPES, autoencoder, dry_vae
 from support.vae_models import make_vae, shape_of
 from torch import Tensor
 
@@ -152,7 +151,7 @@ def test_arithmetic_agrees_with_the_dry_run(shape: VaeShape, dtype: str, index: 
     numbers = {"batch": 1, "latent_frames": 7, "latent_height": 44, "latent_width": 80}
     given = numbers | {"size": kind.itemsize, "workspace": False}
     ours, cache = lean_decode_bytes(shape, strip=strip, **given)
-    peak = DryModel(lambda: autoencoder(shape), kind).peak(run)
+    peak = dry_vae(shape, dtype).peak(run)
     assert -0.01 <= ours / peak - 1 <= 0.1
     whole, all_of_it = lean_decode_bytes(shape, **given)
     assert ours < 0.6 * whole and cache < 0.6 * all_of_it

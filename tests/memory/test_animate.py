@@ -5,21 +5,24 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import replace
-from functools import cache
 from typing import Any
 
 import pytest
 import torch
 from support.dry_run import DryModel
 from support.machines import architecture, gpu
-from support.true_models import DTYPES, KEEP_FP32, autoencoder, transformer
+from support.true_models import (
+    DTYPES,
+    dry_transformer,
+    dry_vae,
+)
 
 from wan_core.decoding import lean_encoder
 from wan_core.forward import as_pixels, encode_faces, known_faces, lean_forward, run_together
 from wan_core.memory import Choices, Workload, estimate, lean_peak, transformer_peak
 from wan_core.memory.forward import face_peak
 from wan_core.models import VARIANTS, all_blocks, rest_bytes, sizes
-from wan_core.models.variants import VAE_21, FaceShape, TransformerShape
+from wan_core.models.variants import VAE_21, FaceShape
 from wan_core.sampling.vae import encode_latents
 
 NAME = "wan2.2-animate-14b"
@@ -37,10 +40,8 @@ FORWARDS: Mapping[str, tuple[Callable[..., Any], Callable[..., int], dict[str, A
 STATES = {"diffusers": 13.09, "lean": 5.13, "rows": 3.87}
 
 
-@cache
-def dry(shape: TransformerShape, dtype: str) -> DryModel:
-    keep = (*KEEP_FP32, "motion_synthesis_weight")
-    return DryModel(lambda: transformer(shape), DTYPES[dtype], keep)
+def dry(dtype: str) -> DryModel:
+    return dry_transformer(SHAPE, dtype, fp32=("motion_synthesis_weight",))
 
 
 def numbers(size: tuple[int, int, int]) -> dict[str, int]:
@@ -86,7 +87,7 @@ def test_a_forward_agrees_with_the_dry_run(
             assert refused is None
             return model(**call(kind, size))
 
-    live = dry(SHAPE, dtype).peak(run)
+    live = dry(dtype).peak(run)
     predicted = predict(SHAPE, size=kind.itemsize, **numbers(size), **more)
     assert predicted == pytest.approx(live, rel=0.01), (predicted / 2**20, live / 2**20)
     if dtype == "bf16" and (size == P480 or way != "rows"):  # a stretch of rows has one size
@@ -104,7 +105,7 @@ def test_both_passes_through_one_block_at_a_time(size: tuple[int, int, int]) -> 
         with lean_forward(model), known_faces(model):
             return run_together(model, [one, other])
 
-    live = dry(SHAPE, "bf16").peak(run)
+    live = dry("bf16").peak(run)
     assert lean_peak(SHAPE, size=2, passes=2, **numbers(size)) == pytest.approx(live, rel=0.03)
 
 
@@ -113,12 +114,12 @@ def test_encoding_a_face_takes_what_is_said() -> None:
         return encode_faces(model, torch.empty(1, 3, 17, 512, 512, dtype=torch.bfloat16))
 
     pixels = 3 * 17 * 512**2 * 2  # in RAM in a render
-    live = dry(SHAPE, "bf16").peak(run) - pixels
+    live = dry("bf16").peak(run) - pixels
     assert live <= face_peak(WHOLE, size=2, frames=5) <= 1.1 * live
 
 
 def test_bytes_are_those_of_the_real_class() -> None:
-    model = dry(SHAPE, "bf16").module
+    model = dry("bf16").module
     names = dict(model.named_parameters())
 
     def bytes_of(prefix: str) -> int:
@@ -128,7 +129,7 @@ def test_bytes_are_those_of_the_real_class() -> None:
     blocks = all_blocks(bare, "transformer", "bf16")
     order = ("blocks.0.", "face_adapter.0.", "blocks.1.", "blocks.2.", "face_adapter.1.")
     assert blocks[:5] == tuple(bytes_of(name) for name in order) and len(blocks) == 6
-    rest = dry(SHAPE, "bf16").weight_bytes - sum(blocks)
+    rest = dry("bf16").weight_bytes - sum(blocks)
     assert rest_bytes(bare, "transformer", "bf16") == rest
     total = sum(p.numel() for p in names.values())
     assert sizes.transformer_parameters(SHAPE) == total
@@ -165,7 +166,7 @@ def test_a_batch_s_later_segments_are_encoded_together() -> None:
             pixels = (torch.empty(2, 3, n, 480, 832, dtype=torch.bfloat16) for n in (1, 4, 4))
             encode_latents(vae, pixels)
 
-    live = DryModel(lambda: autoencoder(VAE_21), torch.bfloat16).peak(run)
+    live = dry_vae(VAE_21, "bf16").peak(run)
     # With the workspace of the convolutions, which a dry run does not see.
     assert live <= said(work) <= 1.4 * live
     assert said(replace(work, num_frames=77, window_frames=None)) < 0.7 * live

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import cache
 from typing import Any
 
 import pytest
 import torch
-from support.dry_run import DryModel
-from support.true_models import DTYPES, KEEP_FP32, transformer
+from support.true_models import dry_transformer
 
 from wan_core.forward import DrivingStream, animate2, lean_forward, run_together
 from wan_core.memory import DRIVING_WAYS, driven_peak
@@ -17,11 +15,6 @@ from wan_core.models import VARIANTS
 
 SHAPE = replace(VARIANTS["wan-animate-2-14b"].transformer, layers=3)
 SIZES = {"480p": (22, 60, 104), "720p": (22, 90, 160)}
-
-
-@cache
-def dry() -> DryModel:
-    return DryModel(lambda: transformer(SHAPE), DTYPES["bf16"], KEEP_FP32)
 
 
 class Sent:
@@ -89,7 +82,7 @@ def test_a_segment_agrees_with_the_dry_run(
                 run_together(model, calls) if passes == 2 else model(**calls[0])
         return stray
 
-    live = dry().peak(run)
+    live = dry_transformer(SHAPE, "bf16").peak(run)
     found = driven_peak(
         SHAPE, way=way, batch=1, latent_frames=frames, latent_height=height, latent_width=width,
         size=2, exact=exact, passes=passes,

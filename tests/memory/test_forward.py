@@ -10,7 +10,14 @@ import torch
 from support.cases import pairs
 from support.dry_run import DryModel
 from support.machines import architecture, gpu
-from support.true_models import DTYPES, KEEP_FP32, autoencoder, transformer
+from support.true_models import (
+    DTYPES,
+    KEEP_FP32,
+    autoencoder,
+    dry_transformer,
+    dry_vae,
+    transformer,
+)
 
 from wan_core.config import MIB, StageEstimate
 from wan_core.forward import transformer as lean_forward
@@ -28,16 +35,6 @@ from wan_core.sampling.denoise import Conditions, Expert, predict
 from wan_core.sampling.vae import StreamingDecoder, encode_latents, to_frames
 
 GPU = gpu(80)
-
-
-@cache
-def dry_transformer(shape: TransformerShape, dtype: str) -> DryModel:
-    return DryModel(lambda: transformer(shape, layers=1), DTYPES[dtype], KEEP_FP32)
-
-
-@cache
-def dry_vae(shape: VaeShape, dtype: str) -> DryModel:
-    return DryModel(lambda: autoencoder(shape), DTYPES[dtype])
 
 
 # ---------------------------------------------------------------------------- parameters
@@ -147,7 +144,7 @@ def denoise_dry(found: ModelArchitecture, job: Workload, dtype: str) -> int:
         )
         return predict(state[0], torch.empty(()), expert, conditions)
 
-    return dry_transformer(shape, dtype).peak(run)
+    return dry_transformer(shape, dtype, 1).peak(run)
 
 
 def decode_dry(shape: VaeShape, job: Workload, dtype: str) -> int:
@@ -210,7 +207,7 @@ def stage(stages: tuple[StageEstimate, ...], start: str) -> StageEstimate:
 
 def real_weights(found: ModelArchitecture, dtype: str, offload: str) -> int:
     """Weights on the device, counted on the real class."""
-    model = dry_transformer(found.transformer, dtype).module
+    model = dry_transformer(found.transformer, dtype, 1).module
     layers = [m for m in model.modules() if not list(m.children())]
     if offload == "sequential":
         return max(
@@ -346,7 +343,7 @@ def test_lean_forward_agrees_with_the_dry_run(
         shape, batch=1, latent_frames=frames, latent_height=height, latent_width=width,
         size=kind.itemsize, per_token=per_token, exact=exact,
     )  # fmt: skip
-    assert ours == pytest.approx(dry_transformer(shape, dtype).peak(run), rel=0.005)
+    assert ours == pytest.approx(dry_transformer(shape, dtype, 1).peak(run), rel=0.005)
 
 
 def test_attention_in_8_bit_holds_a_share_of_a_hidden_state_more() -> None:
@@ -378,7 +375,7 @@ def test_a_value_projection_that_cannot_be_cut_by_heads() -> None:
                 hook.remove()
 
     numbers = {"batch": 1, "latent_frames": 9, "latent_height": 60, "latent_width": 104, "size": 2}
-    live = dry_transformer(shape, "bf16").peak(run)
+    live = dry_transformer(shape, "bf16", 1).peak(run)
     ours = lean_peak(shape, exact=False, whole_values=True, **numbers)
     assert ours == pytest.approx(live, rel=0.005)
     assert live > 1.1 * lean_peak(shape, exact=False, **numbers)
@@ -412,7 +409,7 @@ def test_both_passes_through_one_block_at_a_time() -> None:
         with lean_forward.lean_forward(model):
             return lean_forward.run_together(model, calls)
 
-    live = dry_transformer(shape, "bf16").peak(run)
+    live = dry_transformer(shape, "bf16", 1).peak(run)
     arguments = {"batch": 1, "latent_frames": 9, "latent_height": 60, "latent_width": 104}
     assert lean_peak(shape, size=2, passes=2, **arguments) == pytest.approx(live, rel=0.005)
     assert live > 1.15 * lean_peak(shape, size=2, **arguments)
@@ -420,7 +417,7 @@ def test_both_passes_through_one_block_at_a_time() -> None:
 
 def test_transformer_is_exact_to_the_byte_and_independent_of_depth() -> None:
     shape = VARIANTS["wan2.1-i2v-14b"].transformer
-    model = dry_transformer(shape, "bf16")
+    model = dry_transformer(shape, "bf16", 1)
 
     def run(module: torch.nn.Module) -> object:
         kind = torch.bfloat16
@@ -533,6 +530,6 @@ def test_a_forward_that_is_cut_agrees_with_the_dry_run(
         "batch": batch, "latent_frames": frames, "latent_height": height, "latent_width": width,
         "size": 2, "per_token": per_token, "exact": exact,
     }  # fmt: skip
-    live = dry_transformer(shape, "bf16").peak(run)
+    live = dry_transformer(shape, "bf16", 1).peak(run)
     assert lean_peak(shape, cut=cards, **numbers) == pytest.approx(live, rel=0.005)
     assert live < lean_peak(shape, **numbers) / 1.3

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from dataclasses import replace
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from support.dry_run import DryModel, LiveBytes
+from support.dry_run import LiveBytes
 from support.replay import TracedTape, compare, traced_tapes
-from support.true_models import DTYPES, KEEP_FP32, autoencoder, transformer
+from support.true_models import DTYPES, dry_transformer, dry_vae
 
 from wan_core.decoding import host_cache, lean_decoder
 from wan_core.forward import hints_in_turn
@@ -36,11 +36,6 @@ HIGH, WIDE = 8, 10  # of the latents of a decode
 FRAMES = 4
 
 
-@cache
-def dry_vae(name: str, dtype: str) -> DryModel:
-    return DryModel(lambda: autoencoder(VAES[name]), DTYPES[dtype])
-
-
 def decode(vae: Any, shape: VaeShape, batch: int, kind: torch.dtype) -> None:
     decoder = StreamingDecoder(vae, torch.empty(batch, shape.z_dim, FRAMES, HIGH, WIDE, dtype=kind))
     for _ in range(3):
@@ -56,7 +51,7 @@ def traced(function: Any, *arguments: Any, **numbers: Any) -> TracedTape:
 
 def vae_runs(name: str, dtype: str, batch: int, what: str) -> tuple[TracedTape, LiveBytes]:
     """Return the replay and the dry run of a decode, an encode or a lean decode."""
-    shape, kind, model = VAES[name], DTYPES[dtype], dry_vae(name, dtype)
+    shape, kind, model = VAES[name], DTYPES[dtype], dry_vae(VAES[name], dtype)
     size = {"size": kind.itemsize, "workspace": False, "batch": batch}
     latents = {"latent_frames": FRAMES, "latent_height": HIGH, "latent_width": WIDE}
     if what == "encode":
@@ -128,11 +123,6 @@ def small(name: str, hints: int = 0) -> TransformerShape:
     )  # fmt: skip
 
 
-@cache
-def dry_transformer(name: str, dtype: str, hints: int = 0) -> DryModel:
-    return DryModel(lambda: transformer(small(name, hints), layers=2), DTYPES[dtype], KEEP_FP32)
-
-
 def call(name: str, batch: int, kind: torch.dtype) -> dict[str, Any]:
     """Return the arguments of a forward."""
     shape, (frames, height, width) = small(name), LATENT
@@ -166,7 +156,7 @@ def forward_runs(
     name: str, dtype: str, batch: int, way: str = "diffusers", hints: int = 0
 ) -> tuple[TracedTape, LiveBytes]:
     """Return the replay and the dry run of a forward."""
-    kind, model = DTYPES[dtype], dry_transformer(name, dtype, hints)
+    kind, model = DTYPES[dtype], dry_transformer(small(name, hints), dtype)
     frames, height, width = LATENT
     numbers: dict[str, Any] = {
         "batch": batch, "latent_frames": frames, "latent_height": height, "latent_width": width,

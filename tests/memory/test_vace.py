@@ -5,19 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import replace
-from functools import cache
 from typing import Any
 
 import pytest
 import torch
-from support.dry_run import DryModel
 from support.machines import architecture, gpu
-from support.true_models import DTYPES, KEEP_FP32, transformer
+from support.true_models import DTYPES, KEEP_FP32, dry_transformer, transformer
 
 from wan_core.forward import hints_in_turn, lean_forward, run_together
 from wan_core.memory import Choices, Workload, estimate, lean_peak, transformer_peak
 from wan_core.models import VARIANTS, all_blocks, block_count, rest_bytes, sizes
-from wan_core.models.variants import TransformerShape
 
 LARGE = VARIANTS["wan2.1-vace-14b"].transformer
 SMALL = VARIANTS["wan2.1-vace-1.3b"].transformer
@@ -28,11 +25,6 @@ SHAPES = {
 }
 SHORT = replace(LARGE, layers=3, vace_layers=(0, 1, 2))
 ONE = replace(LARGE, layers=2, vace_layers=(0,))
-
-
-@cache
-def dry(shape: TransformerShape, dtype: str) -> DryModel:
-    return DryModel(lambda: transformer(shape), DTYPES[dtype], KEEP_FP32)
 
 
 def call(frames: int, height: int, width: int, kind: torch.dtype) -> dict[str, Any]:
@@ -75,7 +67,7 @@ def test_a_forward_agrees_with_the_dry_run(name: str, way: str, dtype: str) -> N
             assert refused is None
             return model(**call(21, 60, 104, kind))
 
-    live = dry(shape, dtype).peak(run)
+    live = dry_transformer(shape, dtype).peak(run)
     assert predict(shape, size=kind.itemsize, **NUMBERS, **more) == pytest.approx(live, rel=0.005)
     if (name, dtype) == ("14B", "bf16"):
         given = sum(v.nbytes for v in call(21, 60, 104, kind).values() if v is not False)
@@ -91,7 +83,7 @@ def test_a_single_vace_block() -> None:
             with attach(model):
                 return model(**call(21, 60, 104, torch.bfloat16))
 
-        live = dry(ONE, "bf16").peak(run)
+        live = dry_transformer(ONE, "bf16").peak(run)
         assert predict(ONE, size=2, **NUMBERS, **more) == pytest.approx(live, rel=0.005)
 
 
@@ -104,7 +96,7 @@ def test_both_passes_through_one_block_at_a_time() -> None:
         with lean_forward(model):
             return run_together(model, [first, {**first, "encoder_hidden_states": text}])
 
-    live = dry(shape, "bf16").peak(run)
+    live = dry_transformer(shape, "bf16").peak(run)
     assert lean_peak(shape, size=2, passes=2, **NUMBERS) == pytest.approx(live, rel=0.005)
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
 
+from support.dry_run import DryModel
 from wan_core.models.variants import TransformerShape, VaeShape
 
 KEEP_FP32 = ("rope", "time_embedder", "scale_shift_table", "norm1", "norm2", "norm3")
@@ -41,6 +43,14 @@ def transformer(shape: TransformerShape, layers: int | None = None) -> torch.nn.
     return model
 
 
+@cache
+def dry_transformer(
+    shape: TransformerShape, dtype: str, layers: int | None = None, fp32: tuple[str, ...] = ()
+) -> DryModel:
+    """The same without memory; ``fp32`` are parts that stay in float32 besides ``KEEP_FP32``."""
+    return DryModel(lambda: transformer(shape, layers), DTYPES[dtype], (*KEEP_FP32, *fp32))
+
+
 def autoencoder(shape: VaeShape) -> torch.nn.Module:
     """A VAE of published shape."""
     from diffusers import AutoencoderKLWan
@@ -60,3 +70,9 @@ def autoencoder(shape: VaeShape) -> torch.nn.Module:
         latents_mean=list(shape.latents_mean),
         latents_std=list(shape.latents_std),
     )
+
+
+@cache
+def dry_vae(shape: VaeShape, dtype: str) -> DryModel:
+    """The same without memory."""
+    return DryModel(lambda: autoencoder(shape), DTYPES[dtype])
