@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import random
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -20,6 +19,7 @@ import pytest
 import torch
 from support.cut_clips import CLIP as CUT
 from support.cut_clips import cut_units, equal, four_heads, made, make_links_free
+from support.drivers import Driver, alive
 from support.tiny_models import folders, open_wan
 
 from wan_core import GenerationConfig
@@ -30,7 +30,6 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(sys.platform != "linux", reason="stops and starves processes as Linux does"),
 ]
-ROOT = Path(__file__).parents[2]
 CLIP: dict[str, Any] = {
     "prompt": "a red cat", "width": 64, "height": 64, "num_frames": 29, "seed": 1,
     "num_inference_steps": 8, "max_chunk_size": 17, "window_overlap": 8,
@@ -96,30 +95,6 @@ def test_workers_killed_at_random_moments_cost_a_unit_each_at_most(
         assert len(set(given)) == UNITS and len(given) <= UNITS + 1, given
 
 
-DRIVER = """
-import sys
-sys.path[:0] = sys.argv[1:3]
-from pathlib import Path
-from support.tiny_models import open_wan
-from wan_core import GenerationConfig
-from wan_core.journal import resume
-from wan_core.workers import gang, worker_pool
-resume.MAX_SHARE = float("inf")  # small units are not worth the time otherwise
-begins = gang.Gang.begins
-def counted(*given):
-    print("unit", flush=True)
-    begins(*given)
-gang.Gang.begins = counted
-pool = worker_pool(("cpu", "cpu"))
-while not all(one.idle for one in pool._gangs):
-    pool._pump(0.05)
-print(*pool.pids, flush=True)
-told = lambda step, *_: print("step", flush=True)
-open_wan(Path(sys.argv[3]), devices=2).generate(GenerationConfig(
-    **JOB, resume="auto", journal_folder=sys.argv[4], progress_callback=told)).raise_for_error()
-"""
-
-
 @pytest.mark.parametrize("seed", range(10))
 def test_drivers_killed_at_random_moments_cost_the_units_in_work(
     path: Path, whole: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, seed: int
@@ -139,30 +114,13 @@ def test_drivers_killed_at_random_moments_cost_the_units_in_work(
     moments: list[int] = []
     for number in range(2):
         journal = tmp_path / str(number)
-        places = [str(ROOT), str(ROOT / "tests"), str(path), str(journal)]
-        driver = subprocess.Popen(
-            [sys.executable, "-c", DRIVER.replace("JOB", repr(CLIP)), *places],
-            stdout=subprocess.PIPE, text=True,
-            env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())},
-        )  # fmt: skip
-        assert driver.stdout is not None
-        pids = [int(word) for word in driver.stdout.readline().split()]
-        assert len(pids) == 2
-        said: list[str] = []
+        driver = Driver(path, CLIP, journal, units_kept=True)
         for _ in range(dice.randrange(1, UNITS)):
-            while (word := driver.stdout.readline().strip()) and said.append(word) is None:
-                if word == "unit":
-                    break
+            driver.hear("unit")
         time.sleep(dice.uniform(0, 0.02))
         driver.kill()
-        said += driver.stdout.read().split()
-        driver.wait()
-        until = time.monotonic() + 10
-        while any(alive(pid) for pid in pids):
-            assert time.monotonic() < until
-            time.sleep(0.02)
         job = CLIP | {"resume": "auto", "journal_folder": journal}
-        begun = said.count("unit")
+        begun = driver.said.count("unit")
         given.clear()
         found = made(open_wan(path), job)
         assert equal(found, whole)
@@ -170,14 +128,6 @@ def test_drivers_killed_at_random_moments_cost_the_units_in_work(
         assert UNITS <= begun + len(given) <= UNITS + 2, (begun, len(given))
         moments.append(begun)
     assert min(moments) < UNITS, moments
-
-
-def alive(pid: int) -> bool:
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except OSError:
-        return False
-    return state != "Z"
 
 
 @pytest.fixture

@@ -6,8 +6,6 @@ import functools
 import os
 import random
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -31,6 +29,7 @@ from support.cut_clips import (
     make_links_free,
     trials,
 )
+from support.drivers import Driver
 from support.thread_workers import ThreadWorker, dies, hangs, meets_at_its_fourth_look
 from support.tiny_models import open_wan
 
@@ -41,7 +40,6 @@ from wan_core.memory import CardRecords, Trial
 from wan_core.plan.gangs import Cutting
 from wan_core.workers import child, close_workers, worker_pool
 
-ROOT = Path(__file__).parents[2]
 PLAIN = {"guidance_scale": 1.0}
 
 
@@ -431,41 +429,14 @@ def test_ranks_that_die_at_twenty_random_moments(folder: Any, threads: type[Thre
         assert len(died) == (left <= 0)
 
 
-DRIVER = """
-import sys
-sys.path[:0] = sys.argv[1:3]
-from pathlib import Path
-from support.tiny_models import open_wan
-from wan_core import GenerationConfig
-from wan_core.workers import worker_pool
-print(*worker_pool(("cpu", "cpu"), 2).pids, flush=True)
-told = lambda step, *_: print("step", step, flush=True)
-open_wan(Path(sys.argv[3]), devices=2).generate(GenerationConfig(
-    **JOB, resume="auto", journal_folder=sys.argv[4], progress_callback=told)).raise_for_error()
-"""
-
-
 @pytest.mark.slow
 def test_a_driver_that_is_killed_takes_its_gang_along_and_goes_on(
     folder: Any, tmp_path: Path
 ) -> None:
     path, job = folder("wan2.1-t2v"), CLIP | PLAIN | {"num_inference_steps": 4}
     whole = made(open_wan(path), job)
-    places = [str(ROOT), str(ROOT / "tests"), str(path), str(tmp_path / "j")]
-    driver = subprocess.Popen(
-        [sys.executable, "-c", DRIVER.replace("JOB", repr(job)), *places],
-        stdout=subprocess.PIPE, text=True,
-        env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())},
-    )  # fmt: skip
-    assert driver.stdout is not None
-    pids = [int(word) for word in driver.stdout.readline().split()]
-    while "step 2" not in (line := driver.stdout.readline()):
-        assert line, "the driver has ended"
+    driver = Driver(path, job, tmp_path / "j", together=2)
+    assert driver.hear("step 2"), "the driver has ended"
     driver.kill()
-    driver.wait()
-    until = time.perf_counter() + 10
-    while any(Path(f"/proc/{pid}").exists() for pid in pids) and time.perf_counter() < until:
-        time.sleep(0.05)
-    assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
     kept = job | {"resume": "must", "journal_folder": tmp_path / "j"}
     assert equal(made(open_wan(path), kept), whole)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import random
 import signal
-import subprocess
 import sys
 import tempfile
 import threading
@@ -18,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from support.drivers import Driver
 from support.thread_workers import ThreadWorker
 from support.tiny_models import ANIMATE, folders, open_wan
 
@@ -451,21 +451,6 @@ def test_workers_that_die_at_twenty_random_moments(
         assert len(died) == (left <= 0)
 
 
-DRIVER = """
-import sys
-sys.path[:0] = sys.argv[1:3]
-from pathlib import Path
-from support.tiny_models import open_wan
-from wan_core import GenerationConfig
-from wan_core.workers import worker_pool
-print(*worker_pool(("cpu", "cpu")).pids, flush=True)
-job = JOB
-told = lambda step, *_: print("step", step, flush=True)
-open_wan(Path(sys.argv[3]), devices=2).generate(GenerationConfig(
-    **job, resume="auto", journal_folder=sys.argv[4], progress_callback=told)).raise_for_error()
-"""
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("step", [1, 3])
 def test_a_driver_that_is_killed_takes_its_workers_along_and_goes_on(
@@ -473,22 +458,9 @@ def test_a_driver_that_is_killed_takes_its_workers_along_and_goes_on(
 ) -> None:
     path = folder("wan2.2-t2v-a14b")
     whole = latents(path, CLIP)
-    code = DRIVER.replace("JOB", repr(CLIP))
-    places = [str(ROOT), str(ROOT / "tests"), str(path), str(tmp_path / "j")]
-    driver = subprocess.Popen(
-        [sys.executable, "-c", code, *places], stdout=subprocess.PIPE, text=True,
-        env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())},
-    )  # fmt: skip
-    assert driver.stdout is not None
-    pids = [int(word) for word in driver.stdout.readline().split()]
-    while f"step {step}" not in (line := driver.stdout.readline()):
-        assert line, "the driver has ended"
+    driver = Driver(path, CLIP, tmp_path / "j")
+    assert driver.hear(f"step {step}"), "the driver has ended"
     driver.kill()
-    driver.wait()
-    until = time.perf_counter() + 10
-    while any(Path(f"/proc/{pid}").exists() for pid in pids) and time.perf_counter() < until:
-        time.sleep(0.05)
-    assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
     kept = CLIP | {"resume": "must", "journal_folder": tmp_path / "j"}
     made = open_wan(path).generate(GenerationConfig(**kept)).raise_for_error()
     assert torch.equal(made.latents, whole)
