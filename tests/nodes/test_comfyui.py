@@ -68,19 +68,20 @@ needs_browser = pytest.mark.skipif(isinstance(BROWSER, str), reason=str(BROWSER)
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ComfyServer]:
+def checkout() -> Path:
     assert isinstance(CHECKOUT, Path)
-    assert isinstance(PYTHON, Path)
-    base = tmp_path_factory.mktemp("comfyui")
-    running = ComfyServer(base, CHECKOUT, PYTHON, "--preview-method", "latent2rgb")
-    running.start()
-    try:
-        write_models(base / "models")  # ComfyUI starts meanwhile
-        link_files(base / "models", tmp_path_factory.mktemp("elsewhere"))
-        running.await_start()
-        yield running
-    finally:
-        running.stop()
+    return CHECKOUT
+
+
+@pytest.fixture(scope="module")
+def server(comfyui: ComfyServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ComfyServer]:
+    models = comfyui.base / "models"
+    comfyui.options += ("--preview-method", "latent2rgb")
+    with comfyui.starting():
+        write_models(models)
+        link_files(models, tmp_path_factory.mktemp("elsewhere"))
+        comfyui.await_start()
+        yield comfyui
 
 
 def write_models(models: Path) -> None:

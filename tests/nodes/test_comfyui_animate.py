@@ -27,7 +27,7 @@ from support.comfy_graphs import (
     with_values,
     workflow,
 )
-from support.comfy_server import ComfyServer, find_checkouts, find_python
+from support.comfy_server import ComfyServer, find_checkouts
 
 CHECKOUTS = find_checkouts()
 BROWSER = find_browser()
@@ -40,25 +40,18 @@ pytestmark = [
 ]
 
 
-@pytest.fixture(scope="module", params=CHECKOUTS or ["none"])
-def server(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[ComfyServer]:
-    checkout = CHECKOUTS[request.param]
-    python = find_python(checkout)
-    if isinstance(python, str):
-        pytest.skip(python)
-    running = ComfyServer(tmp_path_factory.mktemp("comfyui"), checkout, python)
+@pytest.fixture(scope="module")
+def server(comfyui: ComfyServer) -> Iterator[ComfyServer]:
     # Deep enough that a segment lasts longer than it takes to kill the server.
     deep = {"num_layers": 40, "inject_face_latents_blocks": 20, "ffn_dim": 2048}
     tiny_models.make_folder(
-        running.base / "models" / "diffusers" / "tiny-animate", tiny_models.ANIMATE,
+        comfyui.base / "models" / "diffusers" / "tiny-animate", tiny_models.ANIMATE,
         transformer=deep,
     )  # fmt: skip
-    animate_files.write(running.base / "models")
-    write_inputs(running.base / "input")
-    with running:
-        yield running
+    animate_files.write(comfyui.base / "models")
+    write_inputs(comfyui.base / "input")
+    with comfyui:
+        yield comfyui
 
 
 def write_inputs(folder: Path) -> None:

@@ -18,14 +18,17 @@ from safetensors.torch import load_file
 from support import gguf_umt5, single_files
 from support import reference_layouts as layouts
 from support.comfy_graphs import FILES, frames_of, graph, read_video, saved_video
-from support.comfy_server import ComfyServer, find_checkouts, find_python
+from support.comfy_server import ComfyServer, find_checkouts
 from support.stored_models import encoder, states, write_expert
 
 from wan_core import GenerationConfig, WanModelFiles, WanPipelineLoader
 
 CHECKOUTS = find_checkouts()
 # A second ComfyUI takes 25 seconds to start and to import what a first run needs.
-VERSIONS = [pytest.param(n, marks=[pytest.mark.slow] * (i > 0)) for i, n in enumerate(CHECKOUTS)]
+VERSIONS = [
+    pytest.param(place, id=name, marks=[pytest.mark.slow] * (index > 0))
+    for index, (name, place) in enumerate(CHECKOUTS.items())
+]
 HIGH, LOW = "wan2.2_t2v_high_noise_14B_Q8_0.gguf", "wan2.2_t2v_low_noise_14B_Q4_K_M.gguf"
 TEXT = "umt5-xxl-encoder-Q8_0.gguf"
 JOB: dict[str, Any] = {"num_frames": 5, "width": 64, "height": 48, "seed": 3, "switch_step": 1}
@@ -54,19 +57,18 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return models
 
 
-@pytest.fixture(scope="module", params=VERSIONS)
-def server(
-    request: pytest.FixtureRequest, models: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[ComfyServer]:
-    checkout = CHECKOUTS[request.param]
-    python = find_python(checkout)
-    if isinstance(python, str):
-        pytest.skip(python)
-    running = ComfyServer(tmp_path_factory.mktemp("comfyui"), checkout, python)
+@pytest.fixture(scope="module", params=VERSIONS or [None])
+def checkout(request: pytest.FixtureRequest) -> Path:
+    place: Path = request.param
+    return place
+
+
+@pytest.fixture(scope="module")
+def server(comfyui: ComfyServer, models: Path) -> Iterator[ComfyServer]:
     for folder in models.iterdir():
-        (running.base / "models" / folder.name).symlink_to(folder)
-    with running:
-        yield running
+        (comfyui.base / "models" / folder.name).symlink_to(folder)
+    with comfyui:
+        yield comfyui
 
 
 def library_frames(models: Path, **names: str) -> torch.Tensor:

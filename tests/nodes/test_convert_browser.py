@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +10,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from support import reference_layouts as layouts
-from support.comfy_browser import find_browser, open_page
+from support.comfy_browser import find_browser
 from support.comfy_graphs import latent_of
-from support.comfy_server import ComfyServer, find_checkouts, find_python
+from support.comfy_server import ComfyServer, find_checkouts
 from support.tiny_models import make_transformer, make_vae
 
 CHECKOUTS = find_checkouts()
@@ -45,27 +44,6 @@ pytestmark = [
     pytest.mark.skipif(not CHECKOUTS, reason="no ComfyUI checkout (set COMFYUI_PATH)"),
     pytest.mark.skipif(isinstance(BROWSER, str), reason=str(BROWSER)),
 ]
-
-
-@pytest.fixture(scope="module", params=CHECKOUTS or ["none"])
-def server(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[ComfyServer]:
-    checkout = CHECKOUTS[request.param]
-    python = find_python(checkout)
-    if isinstance(python, str):
-        pytest.skip(python)
-    with ComfyServer(tmp_path_factory.mktemp("comfyui"), checkout, python) as running:
-        # A fresh profile is greeted with a dialog that hides the graph.
-        running.post("/settings/Comfy.TutorialCompleted", True)
-        yield running
-
-
-@pytest.fixture(scope="module")
-def page(server: ComfyServer) -> Iterator[Any]:
-    assert isinstance(BROWSER, Path)
-    with open_page(server.url, BROWSER, (1600, 1000)) as opened:
-        yield opened
 
 
 def template(server: ComfyServer, name: str) -> dict[str, Any] | None:

@@ -9,7 +9,6 @@ import json
 import os
 import re
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ import pytest
 import torch
 from support.comfy_browser import READY, find_browser, open_page, shows
 from support.comfy_graphs import read_video
-from support.comfy_server import ComfyServer, find_checkouts, find_python
+from support.comfy_server import ComfyServer, find_checkouts
 
 from tools import judge
 
@@ -33,18 +32,6 @@ pytestmark = [
     pytest.mark.skipif(not CHECKOUTS, reason="no ComfyUI checkout (set COMFYUI_PATH)"),
     pytest.mark.skipif(isinstance(BROWSER, str), reason=str(BROWSER)),
 ]
-
-
-@pytest.fixture(scope="module", params=CHECKOUTS or ["none"])
-def server(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[ComfyServer]:
-    checkout = CHECKOUTS[request.param]
-    python = find_python(checkout)
-    if isinstance(python, str):
-        pytest.skip(python)
-    with ComfyServer(tmp_path_factory.mktemp("comfyui"), checkout, python) as running:
-        yield running
 
 
 class User:

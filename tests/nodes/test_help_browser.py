@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
-from support.comfy_browser import find_browser, open_page, shows
+from support.comfy_browser import find_browser, shows
 from support.comfy_schemas import NODES
-from support.comfy_server import ComfyServer, find_checkouts, find_python
+from support.comfy_server import find_checkouts
 
 CHECKOUTS = find_checkouts()
 BROWSER = find_browser()
@@ -37,19 +35,6 @@ NARROW = """width => {
         || (!inline(one) && one.scrollWidth > one.clientWidth + 1)
     ).map(one => `${one.tagName}: ${one.textContent.slice(0, 60)}`);
 }"""
-
-
-@pytest.fixture(scope="module", params=CHECKOUTS or ["none"])
-def page(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    checkout = CHECKOUTS[request.param]
-    python = find_python(checkout)
-    if isinstance(python, str):
-        pytest.skip(python)
-    assert isinstance(BROWSER, Path)
-    with ComfyServer(tmp_path_factory.mktemp("comfyui"), checkout, python) as server:
-        server.post("/settings/Comfy.TutorialCompleted", True)
-        with open_page(server.url, BROWSER, (1600, 1000)) as opened:
-            yield opened
 
 
 def open_help(page: Any, node: str) -> None:

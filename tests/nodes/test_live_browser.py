@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 from support import single_files
-from support.comfy_browser import find_browser, fresh_page, open_page, run_in, shows
+from support.comfy_browser import find_browser, fresh_page, run_in, shows
 from support.comfy_graphs import graph, with_values, workflow
-from support.comfy_server import ComfyServer, find_checkouts, find_python
+from support.comfy_server import ComfyServer, find_checkouts
 
 CHECKOUTS = find_checkouts()
 BROWSER = find_browser()
@@ -30,32 +30,12 @@ pytestmark = [
 ]
 
 
-@pytest.fixture(scope="module", params=CHECKOUTS or ["none"])
-def server(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[ComfyServer]:
-    checkout = CHECKOUTS[request.param]
-    python = find_python(checkout)
-    if isinstance(python, str):
-        pytest.skip(python)
-    base = tmp_path_factory.mktemp("comfyui")
-    running = ComfyServer(base, checkout, python)
-    running.start()
-    try:
-        single_files.write(base / "models")
-        running.await_start()
-        yield running
-    finally:
-        running.stop()
-
-
 @pytest.fixture(scope="module")
-def page(server: ComfyServer) -> Iterator[Any]:
-    assert isinstance(BROWSER, Path)
-    # A fresh profile is greeted with a dialog that hides the graph.
-    server.post("/settings/Comfy.TutorialCompleted", True)
-    with open_page(server.url, BROWSER, (1600, 1000)) as opened:
-        yield opened
+def server(comfyui: ComfyServer) -> Iterator[ComfyServer]:
+    with comfyui.starting():
+        single_files.write(comfyui.base / "models")
+        comfyui.await_start()
+        yield comfyui
 
 
 def shoot(page: Any, server: ComfyServer, name: str) -> None:

@@ -33,14 +33,19 @@ pytestmark = [
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ComfyServer]:
-    assert isinstance(CHECKOUT, Path) and isinstance(PYTHON, Path)
-    base = tmp_path_factory.mktemp("comfyui")
+def checkout() -> Path:
+    assert isinstance(CHECKOUT, Path)
+    return CHECKOUT
+
+
+@pytest.fixture(scope="module")
+def server(comfyui: ComfyServer) -> Iterator[ComfyServer]:
+    base = comfyui.base
     tiny_models.make_folder(base / "models" / "diffusers" / MODEL, "wan2.2-t2v-a14b", seed=1)
-    running = ComfyServer(base, CHECKOUT, PYTHON, "--preview-method", "latent2rgb")
+    comfyui.options += ("--preview-method", "latent2rgb")
     (base / "custom_nodes" / "neighbour").symlink_to(NEIGHBOUR, target_is_directory=True)
-    with running:
-        yield running
+    with comfyui:
+        yield comfyui
 
 
 def beside(act: str, when: str, sampler: str = "WanGenerate", **inputs: Any) -> dict[str, Any]:

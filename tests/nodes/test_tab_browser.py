@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from support.comfy_browser import find_browser, open_page, run_in, shows
 from support.comfy_graphs import with_values, workflow
-from support.comfy_server import REPOSITORY, ComfyServer, find_checkouts, find_python
+from support.comfy_server import REPOSITORY, ComfyServer, find_checkouts
 
 CHECKOUTS = find_checkouts()
 BROWSER = find_browser()
@@ -32,21 +32,15 @@ def preferred(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("preferred") / "preferences.json"
 
 
-@pytest.fixture(scope="module", params=CHECKOUTS or ["none"])
-def server(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, preferred: Path
-) -> Iterator[ComfyServer]:
-    checkout = CHECKOUTS[request.param]
-    python = find_python(checkout)
-    if isinstance(python, str):
-        pytest.skip(python)
+@pytest.fixture(scope="module")
+def server(comfyui: ComfyServer, preferred: Path) -> Iterator[ComfyServer]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("WANFIT_PREFERENCES", str(preferred))
         preferred.unlink(missing_ok=True)
-        with ComfyServer(tmp_path_factory.mktemp("comfyui"), checkout, python) as running:
+        with comfyui:
             # A fresh profile is greeted with a dialog that hides the graph.
-            running.post("/settings/Comfy.TutorialCompleted", True)
-            yield running
+            comfyui.post("/settings/Comfy.TutorialCompleted", True)
+            yield comfyui
 
 
 def load(page: Any, saved: dict[str, Any]) -> None:
