@@ -29,7 +29,7 @@ from server import PromptServer
 
 from ..wan_core.config import MIB
 from ..wan_core.preferences import read_preferences
-from .files import Folders
+from .files import SUFFIXES, Folders
 from .lease import loaded_bytes, unload
 from .pipeline import WanPipeline, is_offered, portable
 from .preview import demo_decoder, linear, moving, pictures, same_latents
@@ -61,7 +61,6 @@ _FOLDERS = {
 }
 _ALL_IN_ONE = "checkpoints"
 """Where files lie that hold a transformer with its VAE and text encoder, among other models."""
-_SUFFIXES = (".safetensors", ".sft", ".gguf")
 
 
 def model_files() -> dict[str, dict[str, Path]]:
@@ -79,7 +78,7 @@ def model_files() -> dict[str, dict[str, Path]]:
         for root in map(Path, roots):
             # Linked folders are followed, as in ComfyUI's own lists.
             for name in sorted(folder_paths.recursive_search(str(root), [".git"])[0]):
-                if is_offered(name, _SUFFIXES) and (root / name).is_file():
+                if is_offered(name, SUFFIXES) and (root / name).is_file():
                     names.setdefault(Path(name).as_posix(), root / name)
         found[part] = names
     return found

@@ -7,16 +7,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from difflib import SequenceMatcher
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..wan_core.config import WanModelFiles
 from ..wan_core.errors import InvalidRequest, MissingFile
-from .pipeline import find_model, named_file
+from ..wan_core.files import some_of
+from .pipeline import find_model, named_file, portable
 
 if TYPE_CHECKING:
     from ..wan_core.detect import IdentifiedFile
 
+SUFFIXES = (".safetensors", ".sft", ".gguf")
+"""Of single files that are offered."""
+_RUN_CODE = (".ckpt", ".pt", ".pt2", ".pth", ".bin", ".pkl")
 AUTO, NONE = "auto", "none"
 PARTS = {
     "low_noise_model": ("transformer_2", "The low-noise model of a Wan 2.2 A14B pair."),
@@ -66,11 +71,11 @@ def model_source(
 
     transformer = named_file(folders.files["transformer"], model)
     if transformer is None:
-        return find_model(model, folders.roots), ()
+        return _folder(model, folders), ()
     named: dict[str, Path] = {"transformer": transformer}
     for name, (part, _) in MODULES.items():
         if (value := chosen.get(name, NONE)) != NONE:
-            named[part] = require_file(name, value, folders.files["transformer"])
+            named[part] = require_file(name, value, folders, "transformer")
     present: dict[str, list[Path]] = {}
     left_out: list[str] = []
     for name, (part, _) in PARTS.items():
@@ -78,7 +83,7 @@ def model_source(
         if value == AUTO:
             present[part] = list(folders.files[part].values())
         elif value != NONE:
-            named[part] = require_file(name, value, folders.files[part])
+            named[part] = require_file(name, value, folders, part)
         elif part in _WITHOUT:
             left_out.append(f"{name}: none, as chosen; {_WITHOUT[part]}")
     try:
@@ -90,14 +95,40 @@ def model_source(
     return found.files, (*found.reasons, *left_out)
 
 
-def require_file(field: str, name: str, files: Mapping[str, Path]) -> Path:
+def require_model(model: str, folders: Folders) -> None:
+    """Raise InvalidRequest if there is neither a file nor a folder of this name."""
+    if named_file(folders.files["transformer"], model) is None:
+        _folder(model, folders)
+
+
+def _folder(model: str, folders: Folders) -> Path | WanModelFiles:
+    """Return the folder of a model; raises InvalidRequest, for a file's name as for a file."""
+    try:
+        return find_model(model, folders.roots)
+    except InvalidRequest:
+        if not model.lower().endswith((*SUFFIXES, *_RUN_CODE)):
+            raise
+    return require_file("model", model, folders, "transformer")
+
+
+def require_file(field: str, name: str, folders: Folders, part: str) -> Path:
     """Return the file of this name; raises InvalidRequest naming the input and what there is."""
+    files = folders.files[part]
     found = named_file(files, name)
-    if found is None:
-        there = ", ".join(files) or "none"
-        raise InvalidRequest(
-            f"{field}: there is no file {name!r}. Put it into the folder for it and press R, or "
-            f"choose another. Found: {there}.",
-            field=field,
+    if found is not None:
+        return found
+    there = some_of(sorted(files, key=lambda one: -_likeness(one, name)), 8) or "none"
+    place = folders.places.get(part, "the folder for it")
+    what = f"there is no file {name!r}. Put it into {place} and press R, or choose another."
+    if name.lower().endswith(_RUN_CODE):
+        what = (
+            f"{name!r} is of a kind that can run code when it is opened, and is not opened. "
+            f"Choose a file that ends in {', '.join(SUFFIXES)}."
         )
-    return found
+    raise InvalidRequest(f"{field}: {what} Found: {there}.", field=field)
+
+
+def _likeness(one: str, other: str) -> float:
+    """Return how alike two files' names are, 0..1: folders and capitals differ between people."""
+    names = (portable(name).rpartition("/")[2].lower() for name in (one, other))
+    return SequenceMatcher(None, *names).ratio()

@@ -238,14 +238,37 @@ def _video_latents(field: str, samples: Any, channels: int) -> Any:
     return samples
 
 
+_BESIDE_TEXT = {
+    "concat_latent_image": "start_image, or keyframes of a Wan Control",
+    "vace_frames": "video, mask and reference of a Wan Control",
+    "control_video": "video of a Wan Control",
+    "reference_latents": "reference of a Wan Control",
+    "camera_conditions": "camera of a Wan Control",
+    "face_video_pixels": "face_video of a Wan Control",
+    "pose_video_latent": "video of a Wan Control",
+}
+"""What ComfyUI's nodes hang on a text -> the inputs that take it here."""
+
+
 def _embeds(field: str, conditioning: Any) -> Any:
-    """Return the embeddings (1, tokens, width) of a CONDITIONING that holds one text."""
+    """Return the embeddings (1, tokens, width) of a CONDITIONING that holds one text.
+
+    What a node like WanImageToVideo has hung on it would be left out without a word: refused.
+    """
     if conditioning is None:
         return None
     if len(conditioning) != 1:
         raise InvalidRequest(
             f"{field} holds {len(conditioning)} texts; Wan takes one. Connect a single CLIP Text "
             "Encode, without Conditioning (Combine).",
+            field=field,
+        )
+    beside = next((key for key in _BESIDE_TEXT if conditioning[0][1].get(key) is not None), None)
+    if beside is not None:
+        raise InvalidRequest(
+            f"{field} comes from a node that has put {beside} beside the text; here only the text "
+            "would be read. Connect the CLIP Text Encode itself, and what that node was given to "
+            f"{_BESIDE_TEXT[beside]}.",
             field=field,
         )
     return conditioning[0][0]

@@ -12,17 +12,15 @@ from ..wan_core.errors import MissingFile, WanError
 from ..wan_core.plan import FORWARDS, FP8, OFFLOADS, STEP_CACHES
 from ..wan_core.preferences import read_preferences
 from . import bridge
-from .files import AUTO, MODULES, NONE, PARTS, model_source
+from .files import AUTO, MODULES, NONE, PARTS, model_source, require_model
 from .inputs import Pipeline, pipeline_input
 from .job import optimization_options
 from .lease import lease_for
 from .pipeline import (
     NOTHING_FOUND,
     WanPipeline,
-    find_model,
     fingerprint,
     list_models,
-    named_file,
 )
 from .wired import Node, sampler_after
 from .words import in_words_of_the_nodes, said_in_words_of_the_nodes
@@ -79,8 +77,8 @@ class WanLoader(io.ComfyNode):  # type: ignore[misc]
         input is looked at: ComfyUI repeats the answer for every input that is asked for.
         """
         try:
-            if model is not None and named_file(bridge.model_files()["transformer"], model) is None:
-                find_model(model, bridge.model_roots())
+            if model is not None:
+                require_model(model, bridge.folders())
         except WanError as error:
             return str(error)
         return True
@@ -374,7 +372,11 @@ def _stored(architecture: ModelArchitecture) -> list[str]:
         if part is not None and part.stored_as:
             kind = f"stored as {part.stored_as}, {computed_in(architecture, name)}"
             parts.setdefault(kind, []).append(name.replace("_", " "))
-    return [f"{' and '.join(names)}: {kind}" for kind, names in parts.items()]
+    return [f"{_and(names)}: {kind}" for kind, names in parts.items()]
+
+
+def _and(names: list[str]) -> str:
+    return " and ".join(part for part in (", ".join(names[:-1]), names[-1]) if part)
 
 
 def _describe(pipeline: WanPipeline, found: tuple[str, ...] = ()) -> str:

@@ -66,14 +66,17 @@ class WanLoRA(io.ComfyNode):  # type: ignore[misc]
         )
 
     @classmethod
-    def validate_inputs(cls, lora: str) -> bool | str:
-        """Return True, or that the LoRA file that a saved workflow names does not exist."""
-        return True if bridge.lora_path(lora) is not None else _absent(lora)
+    def validate_inputs(cls, lora: str | None = None) -> bool | str:
+        """Return True, or that the LoRA file that a saved workflow names does not exist.
+
+        None stands for a name that another node gives, which is not known yet.
+        """
+        return True if lora is None or bridge.lora_path(lora) is not None else _absent(lora)
 
     @classmethod
-    def fingerprint_inputs(cls, lora: str, **_: object) -> str:
+    def fingerprint_inputs(cls, lora: str | None = None, **_: object) -> str:
         """Return a text that changes when the file is changed or replaced."""
-        path = bridge.lora_path(lora)
+        path = None if lora is None else bridge.lora_path(lora)
         if path is None:
             return f"absent: {lora}"
         # PEFT keeps the scale of a LoRA in a file of its own.

@@ -11,6 +11,8 @@ const NAME = "wanfit_plan";
 const TICK_MS = 300; // widgets are looked at so often; a value must hold still for one tick
 const REFRESH_MS = 15000; // free memory changes too
 const MOST_HEIGHT = 260;
+const MUTED = 2;
+const BYPASSED = 4; // modes of a node
 const states = new WeakMap(); // node -> {panel, seen, sent, at}
 const notes = new WeakMap(); // widget -> the note in its label
 let missing = false; // the route is not there
@@ -18,32 +20,38 @@ let missing = false; // the route is not there
 // -- what is wired ------------------------------------------------------------------------------
 const linkOf = (graph, id) => graph.links?.get?.(id) ?? graph.links?.[id] ?? graph._links?.get?.(id);
 
-// Returns [node, slot] that gives an input, through reroutes and the edges of subgraphs, or null.
+// Returns [node, slot] that gives an input, through reroutes and the edges of subgraphs; {value} for a
+// widget of a subgraph; or null.
 function sourceOf(node, slot, depth = 0) {
   const id = node?.inputs?.[slot]?.link;
-  const link = id == null || depth > 50 ? null : linkOf(node.graph ?? app.graph, id);
-  if (!link) return null;
-  const graph = node.graph ?? app.graph;
+  const graph = node?.graph ?? app.graph;
+  return id == null ? null : giverOf(graph, linkOf(graph, id), depth);
+}
+
+function giverOf(graph, link, depth) {
+  if (!link || depth > 50) return null;
   const from = graph.getNodeById(link.origin_id);
   if (!from) {
-    // The edge of a subgraph: what is wired to the node that stands for it.
+    // The edge of a subgraph: what is wired to the node that stands for it, or its widget.
     for (const outer of allNodes(app.graph)) {
-      if (outer.subgraph === graph) return sourceOf(outer, link.origin_slot, depth + 1);
+      if (outer.subgraph !== graph) continue;
+      const input = outer.inputs?.[link.origin_slot];
+      const widget = input?.link == null && outer.widgets?.find((one) => one.name === input?.widget?.name);
+      return widget ? { value: widget.value } : sourceOf(outer, link.origin_slot, depth + 1);
     }
     return null;
   }
-  if (from.subgraph) {
-    const inner = from.subgraph.outputs?.[link.origin_slot]?.linkIds?.[0];
-    const through = inner == null ? null : linkOf(from.subgraph, inner);
-    const node = through && from.subgraph.getNodeById(through.origin_id);
-    return node ? [node, through.origin_slot] : null;
-  }
+  if (from.mode === MUTED) return null; // its links are left out of what is run
   if (from.type === "Reroute") return sourceOf(from, 0, depth + 1);
   // A bypassed node lets the first input of the same type through.
-  if (from.mode === 4) {
+  if (from.mode === BYPASSED) {
     const type = from.outputs?.[link.origin_slot]?.type;
     const same = from.inputs?.findIndex((input) => input.type === type) ?? -1;
     return same < 0 ? null : sourceOf(from, same, depth + 1);
+  }
+  if (from.subgraph) {
+    const inner = from.subgraph.outputs?.[link.origin_slot]?.linkIds?.[0];
+    return inner == null ? null : giverOf(from.subgraph, linkOf(from.subgraph, inner), depth + 1);
   }
   return [from, link.origin_slot];
 }
@@ -64,8 +72,8 @@ function asApi(node) {
   (node.inputs ?? []).forEach((input, slot) => {
     if (input.link == null) return;
     const source = sourceOf(node, slot);
-    const value = source?.[0].type === "PrimitiveNode" ? source[0].widgets?.[0]?.value : undefined;
-    inputs[input.name] = value ?? (source ? [keyOf(source[0]), source[1]] : ["gone", 0]);
+    const value = source?.[0]?.type === "PrimitiveNode" ? source[0].widgets?.[0]?.value : source?.value;
+    inputs[input.name] = value ?? (source?.[0] ? [keyOf(source[0]), source[1]] : ["gone", 0]);
   });
   return { class_type: node.comfyClass ?? node.type, inputs };
 }
@@ -84,7 +92,7 @@ function chainOf(node) {
 // The first sampler whose pipeline passes this node.
 function samplerAfter(node) {
   for (const one of allNodes(app.graph)) {
-    if (SAMPLERS.has(one.comfyClass) && one.mode !== 2 && chainOf(one).includes(node)) return one;
+    if (SAMPLERS.has(one.comfyClass) && one.mode !== MUTED && one.mode !== BYPASSED && chainOf(one).includes(node)) return one;
   }
   return null;
 }

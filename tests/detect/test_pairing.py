@@ -109,7 +109,7 @@ REFUSED: dict[str, tuple[dict[str, str], type[WanError], str]] = {
         "transformer_2 is not given, and its module is"),
     "a module for one of two experts": (
         {"transformer": "t2v-14b", "transformer_2": "t2v-14b copy", "vace": "vace 14b"},
-        MissingFile, "transformer_2 has no VACE module"),
+        MissingFile, r"transformer_2 has no VACE module.* \(vace_2; in ComfyUI vace_module_low\)"),
     "one module for both experts": (
         {"transformer": "t2v-14b", "transformer_2": "t2v-14b copy", "vace": "vace 14b",
          "vace_2": "vace 14b"}, ModelMismatch, "of both experts are the same file"),
@@ -219,6 +219,23 @@ HINTS = {
 def test_hints_are_whole_words(name: str) -> None:
     hint = role_hint(f"/models/{name}.safetensors")
     assert (hint[0] if hint else None) == HINTS[name]
+
+
+NAMES_OF_21 = {
+    "wan2.1_t2v_14B_bf16": True, "Wan2_1-T2V-14B_fp8": True, "wan21_t2v": True, "Wan-2.1 mix": True,
+    "wan2.2_t2v_low_noise_14B": False, "wan2.14B": False, "my_wan_t2v_2.1": False, "swan21": False,
+}  # fmt: skip
+
+
+def test_a_file_named_2_1_as_an_expert_is_told(store: Path, tmp_path: Path) -> None:
+    high, file = store / "t2v-14b.safetensors", layouts.stored(FILES["t2v-14b"], "bf16")
+    for name, told in NAMES_OF_21.items():
+        low = layouts.write_sparse(tmp_path / f"{name}.safetensors", file)
+        parts = [(high, low), (low, high)] if told else [(high, low)]
+        for one, two in parts:
+            found = detect(WanModelFiles(transformer=one, transformer_2=two))
+            warnings = [text for text in found.warnings if "its name says Wan 2.1" in text]
+            assert len(warnings) == told and all(name in text for text in warnings), name
 
 
 def test_metadata_comes_before_the_name() -> None:

@@ -183,6 +183,25 @@ def test_names_of_workflows_saved_on_another_system(pack: ModuleType, tmp_path: 
     assert pipeline.find_model(r"org\wan", [tmp_path]) == tmp_path / "org" / "wan"
 
 
+def test_a_file_that_is_not_there_is_told_as_a_file(pack: ModuleType, tmp_path: Path) -> None:
+    """And not as a folder with a model_index.json; the likest name comes first."""
+    files = part(pack, "nodes.files")
+    names = ["a.gguf", "other.safetensors", "Wan/wan2.2_T2V_high.safetensors", "z.sft"]
+    listed = {"transformer": dict.fromkeys(names, tmp_path)}
+    places = {"transformer": "/models/diffusion_models"}
+    folders = files.Folders((tmp_path,), listed, places, lambda name: None)
+    files.require_model("a.gguf", folders)
+    for name, told in {
+        r"old\wan2.2_t2v_high.safetensors": "there is no file .* Put it into /models/diffusion_mo"
+        ".* Found: Wan/wan2.2_T2V_high.safetensors, ",
+        "wan.CKPT": r"can run code when it is opened.* \.safetensors, \.sft, \.gguf\. Found: ",
+        "wan2.2": "A model is a folder",
+    }.items():
+        with pytest.raises(part(pack, "wan_core.errors").InvalidRequest, match=told) as raised:
+            files.require_model(name, folders)
+        assert raised.value.field == "model" and str(raised.value).startswith("model: ")
+
+
 def test_files_that_are_offered(pack: ModuleType) -> None:
     is_offered = part(pack, "nodes.pipeline").is_offered
     names = {

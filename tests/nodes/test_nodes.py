@@ -273,6 +273,8 @@ def test_values_reach_the_job(pack: ModuleType) -> None:
         ("scheduler", "magic"),
         ("positive", [[torch.zeros(1), {}]] * 2),
         ("negative", []),
+        ("positive", [[torch.zeros(1, 1, 1), {"concat_latent_image": torch.zeros(1)}]]),
+        ("negative", [[torch.zeros(1, 1, 1), {"vace_frames": [torch.zeros(1)]}]]),
         ("start_image", torch.zeros(2, 8, 8, 3)),
         ("end_image", torch.zeros(0, 8, 8, 3)),
     ],

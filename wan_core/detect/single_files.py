@@ -21,6 +21,7 @@ from ..models import (
     TransformerShape,
     VaeShape,
     name_stem,
+    says_wan_21,
     tokenizer_tensor,
     words_of,
 )
@@ -93,12 +94,14 @@ def _join_modules(
     modules = {name: Path(path) for name, path in given.items() if path is not None}
     if not modules:
         return {}, []
-    for name, field in (("transformer", "vace"), ("transformer_2", "vace_2")):
+    for name, field, widget in (
+        ("transformer", "vace", "vace_module"), ("transformer_2", "vace_2", "vace_module_low"),
+    ):  # fmt: skip
         if (name in parts) != (name in modules):
             what = "has no VACE module" if name in parts else "is not given, and its module is"
             raise MissingFile(
                 f"The {name} {what}. Name a text-to-video transformer and its VACE module "
-                f"({field}) together: each expert needs its own."
+                f"({field}; in ComfyUI {widget}) together: each expert needs its own."
             )
     warnings = []
     for name, path in modules.items():
@@ -296,7 +299,7 @@ def _check_companions(
 
 
 def _role_warnings(high: IdentifiedFile, low: IdentifiedFile) -> list[str]:
-    """Return a warning where one file's name or metadata contradicts the role it was given.
+    """Return a warning where a file's name or metadata contradicts the role it was given.
 
     Where both do, the two are swapped: that makes noise and no video, and is refused.
     """
@@ -313,4 +316,13 @@ def _role_warnings(high: IdentifiedFile, low: IdentifiedFile) -> list[str]:
             f"The experts are swapped. {' '.join(out)} Choose each file for the other: the "
             "high-noise one first (in ComfyUI as model), the low-noise one as low_noise_model."
         )
-    return [f"{text} Check that the two are not swapped." for text in out]
+    return [
+        *(f"{text} Check that the two are not swapped." for text in out),
+        *(
+            f"{quoted(part.table.path)} was chosen as one of two experts, but its name says Wan "
+            "2.1, whose models are one transformer. Choose the expert of Wan 2.2, or the other "
+            "file alone."
+            for part in (high, low)
+            if says_wan_21(name_stem(part.table.path.name))
+        ),
+    ]

@@ -10,7 +10,15 @@ ground floor and ``formats``.
 from __future__ import annotations
 
 from .architecture import Component, FoundLora, ModelArchitecture
-from .labels import Role, differ_in_h_and_l, name_stem, role_of, without_role, words_of
+from .labels import (
+    Role,
+    differ_in_h_and_l,
+    name_stem,
+    role_of,
+    says_wan_21,
+    without_role,
+    words_of,
+)
 from .layouts import LAYOUTS, Layout, find_layouts, nests_blocks, own_names, tokenizer_tensor
 from .leftovers import TAG, Leftover, find_leftovers, left_in_lora
 from .lora_keys import (
@@ -130,6 +138,7 @@ __all__ = [
     "recipe_of",
     "rest_bytes",
     "role_of",
+    "says_wan_21",
     "spellings",
     "stays_in_file",
     "stays_stored",

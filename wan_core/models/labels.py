@@ -28,6 +28,7 @@ _OTHER: Final = frozenset(
     }
 )  # fmt: skip
 
+_WAN_21: Final = re.compile(r"(?i)(?<![a-z])wan[-_. ]*2[-_.]?1(?!\d)")
 
 # Endings of model files. Not all that follows a dot: "Wan2.2-T2V-A14B" is a folder's whole name.
 _SUFFIX: Final = re.compile(r"(?i)(?:\.(?:safetensors|gguf|pth?|bin|ckpt|sft|index|json))+$")
@@ -52,6 +53,11 @@ def role_of(text: str) -> Role | None:
     words = words_of(text)
     found = {role for index in range(len(words)) if (role := _role_at(words, index))}
     return found.pop() if len(found) == 1 and "5b" not in words else None
+
+
+def says_wan_21(text: str) -> bool:
+    """Whether a name or title says that it is of Wan 2.1, whose models have no experts."""
+    return _WAN_21.search(text) is not None
 
 
 def without_role(text: str) -> tuple[str, ...]:
