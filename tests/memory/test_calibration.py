@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from support.tiny_models import make_folder
 
 from wan_core import GenerationConfig, OptimizationManager, WanPipelineLoader
 from wan_core.config import GIB, StageEstimate, StageReport
+from wan_core.memory import machine
 from wan_core.memory.calibration import (
     KEPT,
     Calibration,
@@ -346,3 +348,19 @@ def test_the_first_step_of_a_stage_is_not_timed() -> None:
             for _ in range(3):
                 timeline.step_done()
     assert len(timeline.step_seconds) == 4
+
+
+@pytest.mark.parametrize("steps", [0, 1])
+@pytest.mark.parametrize("error", [None, MemoryError, KeyboardInterrupt])
+def test_a_stage_that_failed_at_its_start_has_taken_nothing_yet(
+    monkeypatch: pytest.MonkeyPatch, error: type[BaseException] | None, steps: int
+) -> None:
+    """What its libraries will take must be predicted again."""
+    monkeypatch.setattr(machine, "_run_here", set())
+    timeline = Timeline(torch.device("cpu"))
+    with suppress(MemoryError, KeyboardInterrupt), timeline.stage("denoise_high"):
+        for _ in range(steps):
+            timeline.step_done()
+        if error is not None:
+            raise error
+    assert ("denoise" in machine.done_here("cpu")) is (error is None or steps > 0)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -560,8 +561,13 @@ def test_what_a_process_does_for_the_first_time_is_added() -> None:
 
 def test_what_was_done_here_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hardware, "_run_here", set())
-    import diffusers.models.transformers.transformer_wan  # noqa: F401
-
+    classes = ("diffusers.models.transformers.transformer_wan", "transformers.models.umt5")
+    for absent in classes:  # one of the two is not all of what imports take
+        for name in classes:
+            monkeypatch.setitem(sys.modules, name, ModuleType(name))
+        monkeypatch.delitem(sys.modules, absent)
+        assert hardware.done_here("cuda:1") == ()
+        monkeypatch.setitem(sys.modules, absent, ModuleType(absent))
     assert hardware.done_here("cuda:1") == ("imports",)
     hardware.stage_was_run("load transformer", "cuda")
     hardware.stage_was_run("output", "cuda")

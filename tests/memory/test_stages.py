@@ -17,6 +17,7 @@ from support.pace import pace
 from wan_core import OptimizationConfig
 from wan_core.config import GIB, MIB, StageEstimate
 from wan_core.memory.forward import transformer_peak
+from wan_core.memory.machine import SystemResources
 from wan_core.memory.stages import (
     Choices,
     Workload,
@@ -24,7 +25,7 @@ from wan_core.memory.stages import (
     reserved_bytes,
 )
 from wan_core.memory.text import format_estimate
-from wan_core.memory.vae import decode_peak, encode_peak
+from wan_core.memory.vae import decode_peak, encode_peak, leaving_bytes
 from wan_core.models import sizes
 from wan_core.models.variants import VAE_21, VAE_22, VARIANTS
 from wan_core.plan import Planner
@@ -209,6 +210,26 @@ def test_on_a_cpu_frames_are_no_weights_and_count_once(frames: int) -> None:
     assert max(most.stages, key=lambda one: one.device_bytes).name == "decode"
     assert most.total_estimated_mb == pytest.approx(most.peak_usage_mb)
     assert most.output_tensors_mb * MIB == pytest.approx(2001 * 832 * 480 * 3 * 4)
+
+
+@pytest.mark.parametrize(("size", "mib"), [((1280, 720), 16 + 64), ((832, 480), 8 + 32)])
+def test_pictures_leave_a_card_through_page_locked_ram(
+    monkeypatch: pytest.MonkeyPatch, size: tuple[int, int], mib: int
+) -> None:
+    """One frame and then four at a time, each in a power of two; a byte a number for a file."""
+    assert leaving_bytes(1, size[1], size[0], 4) == mib * MIB
+    assert leaving_bytes(1, size[1], size[0], 1) == mib * MIB // 4
+    found, dtypes = architecture("wan2.1-t2v-1.3b"), dict.fromkeys(sizes.PARTS, "bf16")
+    job = Workload(width=size[0], height=size[1], num_frames=81)
+
+    def host(system: SystemResources) -> int:
+        made = estimate(found, job, Choices(dtypes=dtypes, offload="model"), system)
+        return stage(made.stages, "decode").host_bytes
+
+    counted = {system.device: host(system) for system in (gpu(24), CPU)}
+    monkeypatch.setattr("wan_core.memory.stages.leaving_bytes", lambda *_: 0)
+    assert counted["cuda:0"] - host(gpu(24)) == mib * MIB
+    assert counted["cpu"] == host(CPU)
 
 
 def test_on_a_cpu_weights_and_frames_share_the_ram() -> None:

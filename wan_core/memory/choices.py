@@ -71,6 +71,12 @@ class Workload:
         """Number of latent frames in the clip."""
         return (self.num_frames - 1) // 4 + 1
 
+    @property
+    def frames_bytes(self) -> int:
+        """Bytes of the finished frames, float32, where they are returned."""
+        count = self.batch_size * self.num_frames * self.return_frames
+        return count * self.height * self.width * 3 * 4
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Choices:

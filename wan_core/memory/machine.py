@@ -87,7 +87,7 @@ def stage_kind(stage: str) -> str:
 
 
 def stage_was_run(stage: str, device: str) -> None:
-    """Note that this process has run a stage: what its libraries take is held now."""
+    """Note that this process has run a stage, or steps of it: its libraries' RAM is held now."""
     if kind := stage_kind(stage):
         _run_here.add((device.partition(":")[0], kind))
 
@@ -235,7 +235,7 @@ def system_resources(
 def done_here(device: str) -> tuple[str, ...]:
     """Return what this process has done, of the things for which it takes RAM once."""
     classes = ("diffusers.models.transformers.transformer_wan", "transformers.models.umt5")
-    found = {"imports"} if any(name in sys.modules for name in classes) else set()
+    found = {"imports"} if all(name in sys.modules for name in classes) else set()
     found |= {kind for where, kind in _run_here if where == device.partition(":")[0]}
     return tuple(sorted(found))
 

@@ -48,7 +48,7 @@ from .forward_driven import driven_peak, kept_of
 from .forward_lean import lean_peak
 from .machine import RAM_RESERVE, SENDING, stage_kind, unpinned_reserve
 from .text import assumed_warning, basis, confidence, gaps_warning
-from .vae import decode_peak, encode_peak
+from .vae import decode_peak, encode_peak, leaving_bytes
 from .vae_lean import BANDS, lean_decode_bytes, lean_encode_bytes
 
 if TYPE_CHECKING:
@@ -88,7 +88,7 @@ def estimate(
     reserved = max(reserved_bytes(stage, choices, system) for stage in stages)
     gaps = reserved - max(stage.device_bytes for stage in stages)
     peak = max(stages, key=lambda stage: stage.device_bytes)
-    output = ledger.frames_bytes
+    output = workload.frames_bytes
     # On a CPU the finished frames are in the peak of the last two stages; they count once.
     there = output if system.device_kind == "cpu" and peak.name in ("decode", "output") else 0
     weights, overhead = peak.weights_bytes, peak.device_bytes - peak.weights_bytes - there
@@ -157,13 +157,6 @@ class _Ledger:
         return self.choices.dtypes.get(name) or self.choices.dtypes["transformer"]
 
     @property
-    def frames_bytes(self) -> int:
-        workload = self.workload
-        if not workload.return_frames:
-            return 0
-        return workload.batch_size * workload.num_frames * workload.height * workload.width * 3 * 4
-
-    @property
     def latent_bytes(self) -> int:
         return (
             self.workload.batch_size * self.vae.z_dim * self.frames * self.height * self.width * 4
@@ -194,8 +187,8 @@ class _Ledger:
                 continue
             kept = self._remembered(part)
             found.append(self._stage(name, part, self._denoise(part), in_ram=kept))
-        decode, cache = self._decode()
-        found.append(self._stage("decode", "vae", decode, in_ram=self.frames_bytes + cache))
+        decode, in_ram = self._decode()
+        found.append(self._stage("decode", "vae", decode, in_ram=workload.frames_bytes + in_ram))
         return (*found, self._output())
 
     def _stage(self, name: str, part: str, activations: int, in_ram: int = 0) -> StageEstimate:
@@ -272,14 +265,15 @@ class _Ledger:
         return self.system.process_ram(filter(None, self.kinds))
 
     def _output(self) -> StageEstimate:
-        host = self._host_weights("vae") + self.latent_bytes + self.frames_bytes + self._process()
+        frames = self.workload.frames_bytes
+        host = self._host_weights("vae") + self.latent_bytes + frames + self._process()
         return StageEstimate(
             name="output",
             device_bytes=host if self.on_cpu else 0,
             weights_bytes=self._host_weights("vae") if self.on_cpu else 0,
             activation_bytes=0,
             host_bytes=host,
-            note="finished frames, float32, in RAM" if self.frames_bytes else "written to the file",
+            note="finished frames, float32, in RAM" if frames else "written to the file",
         )
 
     def _weights_on_device(self, part: str) -> tuple[int, str]:
@@ -403,19 +397,23 @@ class _Ledger:
         return {"bands": BANDS if rows else 1, "cache_on_host": away, "quick": quick}
 
     def _decode(self) -> tuple[int, int]:
-        """Return the activations of the decode, and the bytes of its feature cache kept in RAM."""
+        """Return the decode's activations, and its bytes in RAM: cache and leaving pictures."""
+        workload = self.workload
         numbers = {
-            "batch": self.workload.batch_size,
+            "batch": workload.batch_size,
             "latent_frames": self.frames,
             "latent_height": self.height,
             "latent_width": self.width,
             "size": BYTES[self._dtype("vae")],
         }
-        latents, lean = 2 * self.latent_bytes, self._lean_vae()
+        latents, lean, leaving = 2 * self.latent_bytes, self._lean_vae(), 0
+        if not self.on_cpu:
+            size = 4 if workload.return_frames else 1  # of a number; bytes go to a file alone
+            leaving = leaving_bytes(workload.batch_size, workload.height, workload.width, size)
         if lean is None:
-            return decode_peak(self.vae, **numbers) + latents, 0
+            return decode_peak(self.vae, **numbers) + latents, leaving
         peak, cache = lean_decode_bytes(self.vae, **lean, **numbers)
-        return peak + latents, cache if lean["cache_on_host"] else 0
+        return peak + latents, leaving + (cache if lean["cache_on_host"] else 0)
 
     def _denoise(self, part: str) -> int:
         workload, shape = self.workload, self.arch.transformer

@@ -346,3 +346,14 @@ def encode_peak(
             x = x.like(c=shape.in_channels, h=height // patch, w=width // patch)
         pieces.append(_encode_chunk(x, shape, cache))
     return tape.peak
+
+
+def leaving_bytes(batch: int, height: int, width: int, size: int) -> int:
+    """Return the page-locked RAM through which decoded pictures leave a card.
+
+    One chunk at a time does, its numbers being of ``size`` bytes, but torch keeps that of the first
+    chunk, a single frame, beside that of the others. Its allocator of page-locked memory rounds up
+    to powers of two.
+    """
+    picture = batch * height * width * 3 * size
+    return sum(1 << (frames * picture - 1).bit_length() for frames in (1, 4))

@@ -61,6 +61,7 @@ class Timeline:
         each stage: it includes warm-up."""
         self._steps = {0: self.step_seconds}
         self._step_ended: float | None = None
+        self._stage = ""
 
     def work_on(self, frames: int) -> None:
         """Say how many latent frames the steps to come work on, where segments differ in length.
@@ -80,18 +81,20 @@ class Timeline:
         """Measure what happens inside the ``with`` block; it is reported also when it fails."""
         report = StageReport(name=name, predicted_peak_bytes=self._predicted.get(name))
         self.stages.append(report)
+        self._stage = name
         self._reset_peak()
         self._step_ended = None
         started = time.perf_counter()
         try:
             yield report
+            # One that failed may not have come to what its libraries take RAM for.
+            stage_was_run(name, self.device.type)
         finally:
             # Kernels are queued: without waiting, their time would be counted in the next stage.
             if self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)
             report.seconds = time.perf_counter() - started
             report.measured_peak_bytes = self._read_peak()
-            stage_was_run(name, self.device.type)
             give_back_freed()
 
     def predict(self, predicted: Mapping[str, int]) -> None:
@@ -105,6 +108,7 @@ class Timeline:
 
     def step_done(self) -> None:
         """Note that a denoising step of the current stage has ended."""
+        stage_was_run(self._stage, self.device.type)
         now = time.perf_counter()
         if self._step_ended is not None:
             self.step_seconds.append(now - self._step_ended)
