@@ -52,7 +52,7 @@ sys.path.insert(0, {root!r})
 import torch, diffusers, transformers
 from safetensors.torch import load_file
 from wan_core import tensors
-from wan_core.component import load_component
+from wan_core.loading import load_component
 pretrained = lambda folder, dtype: diffusers.WanTransformer3DModel.from_pretrained(
     folder, torch_dtype=dtype)
 diffusers.WanTransformer3DModel  # imported on first use

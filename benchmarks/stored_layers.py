@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import json
+import re
 import shutil
 import tempfile
 import time
@@ -28,7 +29,15 @@ from torch import nn
 
 from wan_core import WanPipelineLoader
 from wan_core.forward import lean_forward, run_together
-from wan_core.loading import Undo, all_pinned_bytes, load_component, move, remember, unpin
+from wan_core.loading import (
+    Undo,
+    all_pinned_bytes,
+    first_look,
+    load_component,
+    move,
+    remember,
+    unpin,
+)
 from wan_core.memory import STREAM_BUFFERS, pinned_budget_now
 from wan_core.placing import stream_blocks
 
@@ -172,19 +181,31 @@ def dequantise_seconds(bench: FileBench, model: nn.Module) -> float:
 
 @contextmanager
 def on_device(bench: FileBench, model: nn.Module) -> Iterator[float]:
-    """Have the model on the device; yields the seconds of bringing it there."""
+    """Have the model on the device; yields the seconds of bringing it there.
+
+    Where its file has not been read yet, it is read and looked at on the way.
+    """
     with Undo() as undo, torch.no_grad():
         remember(undo, model)
         begun = time.perf_counter()
-        move(model, bench.device)
+        with first_look(model, lambda: None, lambda *_: None):
+            move(model, bench.device)
         yield bench.sync() - begun
 
 
-def load_stored(path: Path) -> nn.Module:
-    """Load a transformer as the product does: as stored, mapped."""
+def load_stored(bench: FileBench, path: Path) -> nn.Module:
+    """Load a transformer as the product does: as stored, mapped, for a GPU not read yet."""
     return load_component(
-        path, torch.bfloat16, kind="transformer", keep_quantized=True, map_file=True
-    )
+        path, torch.bfloat16, kind="transformer", keep_quantized=True, map_file=True,
+        look_later=bench.cuda,
+    )  # fmt: skip
+
+
+def bytes_read() -> int:
+    """Return how many bytes this process has read from files so far, mapped pages apart."""
+    found = re.search(r"rchar: (\d+)", Path("/proc/self/io").read_text())
+    assert found is not None
+    return int(found[1])
 
 
 def layers(bench: FileBench, kind: str) -> None:
@@ -195,7 +216,7 @@ def layers(bench: FileBench, kind: str) -> None:
     gc.collect()
     before = bench.watch.look()
     begun = before.at
-    model = load_stored(path)
+    model = load_stored(bench, path)
     row["load_seconds"] = time.perf_counter() - begun
     row["load_host"] = bench.watch.peak(begun).counted - before.counted
     with on_device(bench, model) as moved:
@@ -272,11 +293,14 @@ def cold_load(bench: FileBench, kind: str, disk: Path) -> None:
         }
         row["read_seconds"] = read_once(path)
         forget_pages(path)
-        begun = time.perf_counter()
-        model = load_stored(path)
+        begun, before, mapped = time.perf_counter(), bytes_read(), bench.watch.look().mapped
+        model = load_stored(bench, path)
         row["load_seconds"] = time.perf_counter() - begun
         with on_device(bench, model) as moved:
             row["move_seconds"] = moved
+        # Of the file's size: once, and nothing through the mapping.
+        row["read"] = (bytes_read() - before) / bench.model.nbytes
+        row["mapped"] = (bench.watch.look().mapped - mapped) / bench.model.nbytes
         del model
     row["ratio"] = (row["load_seconds"] + row["move_seconds"]) / row["read_seconds"]
     bench.found["loads"].append(row)

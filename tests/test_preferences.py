@@ -21,7 +21,7 @@ from wan_core.preferences import (
     read_preferences,
     write_preferences,
 )
-from wan_core.render.stages import Callbacks
+from wan_core.render.report import Callbacks
 
 ALL: dict[str, Any] = {
     "speed": "fast", "vram_limit_gb": 10, "ram_limit_gb": 24.5, "preview": False, "codec": "h265",

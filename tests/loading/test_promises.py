@@ -249,7 +249,7 @@ def test_a_number_without_rows_is_one_row(shape: tuple[int, ...], tmp_path: Path
 def test_only_what_lies_in_one_piece_on_the_host_goes_through_the_ring(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    carried: list[tuple[torch.Tensor, torch.Tensor]] = []
+    carried: list[Any] = []
     ring = SimpleNamespace(carry=lambda pieces, check: carried.extend(pieces))
     monkeypatch.setattr(moving, "_RING_FROM", 1)
     monkeypatch.setattr(moving, "_Ring", lambda target: ring)
@@ -258,7 +258,7 @@ def test_only_what_lies_in_one_piece_on_the_host_goes_through_the_ring(
     whole, turned = torch.rand(4, 6), torch.rand(4, 6).t()
     out = moving._sent_all([whole, turned], "cuda:0", lambda: None)
     assert out[0] is not whole and out[1] is turned
-    assert [(a.data_ptr(), b.data_ptr()) for a, b in carried] == [
+    assert [(piece.source.data_ptr(), piece.target.data_ptr()) for piece in carried] == [
         (whole.data_ptr(), out[0].data_ptr())
     ]
 

@@ -470,9 +470,13 @@ def test_pinning_stops_when_told_or_refused(
 ) -> None:
     model, _, _ = small(5)
     numbers = list(model.blocks), [Block(b) for b in model.blocks], BufferSchedule(5, 1, 2), 1 << 40
-    stop = threading.Event()
-    stop.set()
-    assert _pin(*numbers, stop) == {} == dict.fromkeys(lockable)
+
+    def stop() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        _pin(*numbers, stop)
+    assert lockable == []
     register = page_lock._register
     monkeypatch.setattr(page_lock, "_register", lambda memory: not lockable and register(memory))
     assert len(_pin(*numbers)) == 1 == len(lockable)

@@ -294,14 +294,14 @@ def test_the_ring_carries_every_byte(
     sources = [torch.randint(0, 255, (size,), dtype=torch.uint8) for size in sizes]
     targets = [wiped(size) for size in sizes]
     pieces: Any = [
-        (source[start : start + 32], DeviceMemory(cuda, target[start : start + 32]))
+        moving._Piece(source[start : start + 32], DeviceMemory(cuda, target[start : start + 32]))
         for source, target in zip(sources, targets, strict=True)
         for start in range(0, len(source), 32)
     ]
     before: list[str] = []
     cuda.compute.add(lambda: before.append("computed"))
     ring = moving._Ring(DEVICE)
-    assert locked == [32] * 4
+    assert locked == [32 * 16]
     ring.carry(pieces, lambda: None)
     assert locked == []
     cuda.compute.synchronize()
@@ -328,7 +328,8 @@ def test_a_ring_is_stopped_by_what_is_asked_meanwhile(
         if entered:
             raise KeyboardInterrupt
 
-    pieces: Any = [(torch.zeros(8, dtype=torch.uint8), Slow(cuda, wiped(8))) for _ in range(60)]
+    zeros = torch.zeros(8, dtype=torch.uint8)
+    pieces = [moving._Piece(zeros, Slow(cuda, wiped(8))) for _ in range(60)]
     with pytest.raises(KeyboardInterrupt):
         moving._Ring(DEVICE).carry(pieces, stop)
     assert locked == [] and len(entered) < 60

@@ -1,4 +1,4 @@
-"""The low-noise expert is read while the high-noise one computes, where there is RAM for it."""
+"""An expert is read while it is placed, or while the other one computes where RAM allows that."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ from torch import Tensor
 
 from wan_core import GenerationConfig, WanModelFiles, WanPipelineLoader
 from wan_core.errors import CorruptFile
+from wan_core.formats import read_table
+from wan_core.loading import reader, to_look_at
 from wan_core.memory import RAM_RESERVE, estimate
 from wan_core.render import stages
 from wan_core.render.pipeline import _job
@@ -68,10 +70,10 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
     return made
 
 
-def opened(home: Path, **wishes: Any) -> Any:
+def opened(home: Path, low: Path | None = None, **wishes: Any) -> Any:
     pair, _ = experts(home, "fp8_scaled")
     given = WanModelFiles(
-        transformer=pair[0], transformer_2=pair[1], vae=home / "vae" / single_files.VAE,
+        transformer=pair[0], transformer_2=low or pair[1], vae=home / "vae" / single_files.VAE,
         text_encoder=home / "text_encoders" / single_files.TEXT,
     )  # fmt: skip
     wishes = {"device": "cpu", "precision": "bf16", "offload": "none"} | wishes
@@ -117,30 +119,29 @@ def test_it_is_read_meanwhile_and_no_bit_changes(
     home: Path, reads: list[tuple[str, str]], plain: Tensor, wishes: dict[str, Any],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    touched: list[int] = []
-    read_pages = stages.read_pages
+    again: list[int] = []
+    read_again = stages.read_again
 
     def spy(tensors: Any, check: Any) -> None:
         kept = list(tensors)
-        read_pages(kept, check)
-        touched.append(sum(tensor.nbytes for tensor in kept))
+        read_again(kept, check)
+        again.append(sum(tensor.nbytes for tensor in kept))
 
-    monkeypatch.setattr(stages, "read_pages", spy)
+    monkeypatch.setattr(stages, "read_again", spy)
     wrapper = opened(home, **wishes)
-    result = generated(wrapper, progress_callback=waits_for(lambda: len(touched) == 1))
+    result = generated(wrapper, progress_callback=waits_for(lambda: is_there(wrapper)))
     assert torch.equal(result.latents, plain)
-    assert second(reads) == ["wanfit-ahead"]
+    assert second(reads) == ["wanfit-ahead"] and not again
     low = next(m for key, m in wrapper._cache.loaded() if key.kind == "transformer_2")
-    assert touched == [sum(p.nbytes for p in low.parameters())]
     names = [stage.name for stage in result.stages]
     assert names.index("denoise_high") < names.index("load transformer_2")
     note = next(stage.note for stage in result.stages if stage.name == "load transformer_2")
     assert note == ("fp8 scaled per tensor, computed in bf16, read while the other expert computed")
-    # It is in the cache: only its pages are looked at again.
-    again = generated(wrapper, progress_callback=waits_for(lambda: len(touched) == 2))
-    assert torch.equal(again.latents, plain) and len(second(reads)) == 1
-    assert len(touched) == 2
-    assert "load transformer_2" not in [stage.name for stage in again.stages]
+    # It is in the cache: its file is read again, as the system may have dropped it.
+    result = generated(wrapper, progress_callback=waits_for(lambda: len(again) == 1))
+    assert torch.equal(result.latents, plain) and len(second(reads)) == 1
+    assert again == [sum(p.nbytes for p in low.parameters())]
+    assert "load transformer_2" not in [stage.name for stage in result.stages]
     assert not [t for t in threading.enumerate() if t.name == "wanfit-ahead"]
 
 
@@ -275,3 +276,68 @@ def test_page_locks_stay_between_experts_and_go_before_the_decode(
     assert told[-2:] == ["decode", "unlocked"]
     assert told[: told.index("denoise_high")] == ["text_encode", "unlocked"]
     assert told[told.index("denoise_high") : -2] == ["denoise_high", "denoise_low"]
+
+
+@pytest.fixture
+def on_a_card(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights are read while they are placed, as on a GPU, and nothing is read ahead."""
+
+    def cold(self: stages.StageRunner, component: str) -> bool:
+        return self._mapped(component) and not self._is_loaded(component)
+
+    monkeypatch.setattr(stages.StageRunner, "_reads_while_sending", cold)
+    monkeypatch.setattr(stages, "ram", lambda: (GIB, 0, ()))
+    monkeypatch.setattr(reader, "_SMALL", 0)
+
+
+@pytest.mark.usefixtures("on_a_card")
+def test_what_is_read_while_it_is_placed_is_a_stage_of_its_own(home: Path, plain: Tensor) -> None:
+    told: list[str] = []
+    job = JOB | {"load_callback": lambda name, done, total: told.append(name)}
+    wrapper = opened(home, offload="stream")
+    result = generated(wrapper, **job)
+    assert torch.equal(result.latents, plain)
+    loads = ["load transformer", "denoise_high", "load transformer_2", "denoise_low"]
+    names = [stage.name for stage in result.stages]
+    assert names[names.index(loads[0]) :][:4] == loads
+    notes = {stage.name: stage.note for stage in result.stages}
+    assert {notes[name] for name in loads[::2]} == {"fp8 scaled per tensor, computed in bf16"}
+    assert {"transformer", "transformer_2"} <= set(told)
+    loaded = [module for key, module in wrapper._cache.loaded() if "transformer" in key.kind]
+    assert len(loaded) == 2 and not any(map(to_look_at, loaded))
+    again = generated(wrapper)
+    assert torch.equal(again.latents, plain)
+    assert "load transformer" not in [stage.name for stage in again.stages]
+
+
+@pytest.mark.usefixtures("on_a_card")
+def test_a_damaged_expert_is_told_as_often_as_it_is_tried(home: Path, tmp_path: Path) -> None:
+    pair, _ = experts(home, "fp8_scaled")
+    bad = tmp_path / "low_noise.safetensors"
+    content = bytearray(pair[1].read_bytes())
+    weight = read_table(pair[1]).tensors["blocks.1.ffn.2.weight"]
+    content[weight.start + weight.nbytes - 1] = 0x7F
+    bad.write_bytes(content)
+    wrapper, steps = opened(home, bad), []
+    job = GenerationConfig(**JOB, progress_callback=lambda done, *_: steps.append(done))
+    for _ in range(2):
+        error = wrapper.generate(job).error
+        assert isinstance(error, CorruptFile)
+        assert "low_noise" in str(error) and "'blocks.1.ffn.2.weight'" in str(error)
+    assert steps == [1, 1]
+
+
+@pytest.mark.usefixtures("on_a_card")
+def test_an_interrupt_while_it_is_read_and_placed(
+    home: Path, plain: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reader, "_TOLD_SECONDS", 0.0)
+    wrapper = opened(home)
+
+    def stop(name: str, done: int, total: int) -> None:
+        if name == "transformer" and done:
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        generated(wrapper, load_callback=stop)
+    assert torch.equal(generated(wrapper).latents, plain)

@@ -59,6 +59,7 @@ def load_component(
     map_file: bool = False,
     align: bool = False,
     fp8_storage: bool = False,
+    look_later: bool = False,
     module_path: str | os.PathLike[str] | None = None,
     interrupt_check: Callable[[], object] = lambda: None,
     progress: Callable[[int, int], object] = lambda done, total: None,
@@ -78,6 +79,9 @@ def load_component(
     not, each as soon as it is read; this changes the result. ``interrupt_check`` is called several
     times a second while the file is read, and ``progress`` with (bytes read, bytes in all).
 
+    ``look_later`` leaves mapped weights unread: whoever uses the module does so after a
+    ``first_look``, in which they are sent to where they are used.
+
     ``module_path`` is a VACE module that is joined with the text-to-video transformer of ``path``.
 
     A .pth file is read when ``path`` names it, never when it only lies in the folder that ``path``
@@ -88,7 +92,9 @@ def load_component(
     table, module, part = check.table, check.module, check.part
     amount = Amount(table, progress)
     watch = Watch(interrupt_check, amount.more)
-    with TensorReader(table, device, mapped=map_file, align=align, watch=watch) as reader:
+    with TensorReader(
+        table, device, mapped=map_file, align=align, watch=watch, look_later=look_later
+    ) as reader:
         keeping = _Keeping(keep_quantized, fp8_storage)
         _Filling(module, table, reader, check.sources, dtype, part, keeping, amount).run()
     # What no file holds comes last: until now these buffers are on the meta device.
@@ -323,7 +329,8 @@ class _Filling:
             if not (self.keeping.fp8 and self._store_fp8(name, tensor)):
                 _assign(self.module, name, tensor)
         self.reader.finish()
-        self.amount.end()
+        if not self.reader.leave(self.module, self.amount):
+            self.amount.end()
 
     def _position(self, name: str) -> tuple[str, int, int]:
         source = self.sources[name]

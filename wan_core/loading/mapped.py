@@ -3,10 +3,11 @@
 Such memory is the file's own pages: the system reads them when they are touched and may drop them
 again, so that weights larger than RAM can be used. They are read and never written.
 
-Looking whether numbers are finite is what reads a file. It is done piece by piece, by a few threads
-that read into a megabyte of their own: at the pace of plain reads. Touching the pages of a mapping
-leaves it to the system how much is read at once, which is 128 KiB where nobody has set more. The
-pages are in the system's cache then, where the mapping finds them.
+Looking whether numbers are finite is done piece by piece, by a few threads, in what they have just
+read: at the pace of plain reads. Touching the pages of a mapping leaves it to the system how much
+is read at once, which is 128 KiB where nobody has set more. What is read goes nowhere where weights
+stay in their file (its pages are in the system's cache then, where the mapping finds them), else
+straight to the memory that weights are copied to: the file is then read once, for both.
 """
 
 from __future__ import annotations
@@ -46,57 +47,12 @@ _addresses_lock = threading.RLock()
 _COMMIT_EXHAUSTED = 1455  # Windows: "The paging file is too small for this operation to complete"
 
 
-class MappedFile:
-    """One mapped file; alive as long as a tensor that is a view of it."""
-
-    def __init__(self, mapping: mmap.mmap, buffer: Any) -> None:
-        self._mapping, self._buffer = mapping, buffer
-        # The buffer is what tensors hold on to: through it they keep the mapping.
-        buffer.owner = self
-        start = torch.frombuffer(buffer, dtype=torch.uint8).data_ptr()
-        with _addresses_lock:
-            _addresses[self] = range(start, start + len(mapping))
-
-    def __len__(self) -> int:
-        return len(self._mapping)
-
-    def view(self, start: int, numel: int, dtype: torch.dtype) -> torch.Tensor:
-        """Return ``numel`` numbers from byte ``start`` on, without reading them."""
-        return torch.frombuffer(self._buffer, dtype=dtype, count=numel, offset=start)
-
-
-def map_file(file: io.FileIO, *, private: bool = hasattr(mmap, "MAP_PRIVATE")) -> MappedFile:
-    """Map a file for reading.
-
-    Where the system has private mappings (``private``), one without reserved memory is made: files
-    larger than RAM can be mapped. Elsewhere (Windows) the mapping is read-only, because a
-    copy-on-write one would count against the commit limit as a whole. Raises MemoryError where
-    the system has no room for the mapping, and OSError for everything else.
-    """
-    try:
-        if private:
-            flags = mmap.MAP_PRIVATE | getattr(mmap, "MAP_NORESERVE", 0)
-            prot = mmap.PROT_READ | mmap.PROT_WRITE
-            mapping = mmap.mmap(file.fileno(), 0, flags=flags, prot=prot)
-            return MappedFile(mapping, (ctypes.c_uint8 * len(mapping)).from_buffer(mapping))
-        mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    except OSError as err:
-        if err.errno == errno.ENOMEM or getattr(err, "winerror", None) == _COMMIT_EXHAUSTED:
-            raise MemoryError(f"there is no room to map {file.name!r}: {err}") from err
-        raise
-    # torch and ctypes take only writable buffers by themselves, and a warning would be wrong: the
-    # address is all that is needed, and nobody writes there.
-    address = np.frombuffer(mapping, dtype=np.uint8).ctypes.data
-    return MappedFile(mapping, (ctypes.c_uint8 * len(mapping)).from_address(address))
-
-
-def is_mapped(tensor: torch.Tensor) -> bool:
-    """Say whether a tensor is a view of a mapped file: its pages count as available RAM."""
-    if tensor.device.type != "cpu":
-        return False
-    with _addresses_lock:
-        mapped = list(_addresses.values())
-    return any(tensor.data_ptr() in addresses for addresses in mapped)
+Reason = OSError | str
+"""Why a piece cannot be used: the system's error, "short" or "wild"; "" where it can."""
+Wrong = Callable[[Reason], Exception]
+"""Makes the error to raise from a reason."""
+Finite = Callable[[torch.Tensor], bool]
+"""Says of bytes, uint8 and whole numbers of them, whether all that they stand for is finite."""
 
 
 def _nothing(*_: object) -> None:
@@ -116,32 +72,107 @@ class Watch:
         self.check()
 
 
-def read_pages(tensors: Iterable[torch.Tensor], check: Callable[[], object]) -> None:
-    """Have the system read the pages of those tensors that are mapped, and keep them for now.
+@dataclass(frozen=True, slots=True)
+class InFile:
+    """The bytes of one tensor in a file, and how they are looked at when they are read.
 
-    A byte of each page is looked at. ``check`` is called for every 4 MiB, and may raise.
+    ``unit`` bytes are one number; ``finite`` is None where no number can be wild.
     """
-    for tensor in tensors:
-        if not tensor.numel() or not is_mapped(tensor):
-            continue
-        flat = tensor.detach().reshape(-1).view(torch.uint8)
-        for begin in range(0, len(flat), AT_ONCE):
-            check()
-            # By torch, which lets go of the interpreter's lock: others compute meanwhile.
-            flat[begin : begin + AT_ONCE : mmap.PAGESIZE].max()
+
+    span: range
+    unit: int
+    finite: Finite | None
+    wrong: Wrong
 
 
-Reason = OSError | str
-"""Why a piece cannot be used: the system's error, "short" or "wild"; "" where it can."""
-Wrong = Callable[[Reason], Exception]
-"""Makes the error to raise from a reason."""
+class MappedFile:
+    """One mapped file; alive as long as a tensor that is a view of it."""
+
+    def __init__(self, mapping: mmap.mmap, buffer: Any, file: io.FileIO) -> None:
+        self._mapping, self._buffer = mapping, buffer
+        # The buffer is what tensors hold on to: through it they keep the mapping.
+        buffer.owner = self
+        # The same file as is mapped, also where another one has taken its name since. Windows
+        # cannot read at a place: whoever reads there opens a file of that name.
+        same = io.FileIO(os.dup(file.fileno())) if hasattr(os, "preadv") else None
+        self.file = same or io.FileIO(file.name, "rb")
+        weakref.finalize(self, self.file.close).atexit = False
+        self.tensors: dict[int, InFile] = {}
+        """The tensors that are views of it, by where they begin."""
+        self.unseen: set[int] = set()
+        """Those that nobody has looked at yet."""
+        self.watch = Watch()
+        """Follows the first look at them."""
+        start = torch.frombuffer(buffer, dtype=torch.uint8).data_ptr()
+        with _addresses_lock:
+            _addresses[self] = range(start, start + len(mapping))
+
+    def __len__(self) -> int:
+        return len(self._mapping)
+
+    def view(self, start: int, numel: int, dtype: torch.dtype) -> torch.Tensor:
+        """Return ``numel`` numbers from byte ``start`` on, without reading them."""
+        return torch.frombuffer(self._buffer, dtype=dtype, count=numel, offset=start)
+
+    def finite_of(self, stored: InFile) -> Finite | None:
+        """Return how a tensor's bytes are to be looked at; None where they were, or need not be."""
+        return stored.finite if stored.span.start in self.unseen else None
+
+
+def map_file(file: io.FileIO, *, private: bool = hasattr(mmap, "MAP_PRIVATE")) -> MappedFile:
+    """Map a file for reading.
+
+    Where the system has private mappings (``private``), one without reserved memory is made: files
+    larger than RAM can be mapped. Elsewhere (Windows) the mapping is read-only, because a
+    copy-on-write one would count against the commit limit as a whole. Raises MemoryError where
+    the system has no room for the mapping, and OSError for everything else.
+    """
+    try:
+        if private:
+            flags = mmap.MAP_PRIVATE | getattr(mmap, "MAP_NORESERVE", 0)
+            prot = mmap.PROT_READ | mmap.PROT_WRITE
+            mapping = mmap.mmap(file.fileno(), 0, flags=flags, prot=prot)
+            return MappedFile(mapping, (ctypes.c_uint8 * len(mapping)).from_buffer(mapping), file)
+        mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    except OSError as err:
+        if err.errno == errno.ENOMEM or getattr(err, "winerror", None) == _COMMIT_EXHAUSTED:
+            raise MemoryError(f"there is no room to map {file.name!r}: {err}") from err
+        raise
+    # torch and ctypes take only writable buffers by themselves, and a warning would be wrong: the
+    # address is all that is needed, and nobody writes there.
+    address = np.frombuffer(mapping, dtype=np.uint8).ctypes.data
+    return MappedFile(mapping, (ctypes.c_uint8 * len(mapping)).from_address(address), file)
+
+
+def is_mapped(tensor: torch.Tensor) -> bool:
+    """Say whether a tensor is a view of a mapped file: its pages count as available RAM."""
+    return _owner(tensor) is not None
+
+
+def _owner(tensor: torch.Tensor) -> tuple[MappedFile, int] | None:
+    """Return the mapped file that a tensor is a view of, and at which byte it begins there."""
+    if tensor.device.type != "cpu":
+        return None
+    with _addresses_lock:
+        mapped = list(_addresses.items())
+    place = tensor.data_ptr()
+    return next(((file, place - a.start) for file, a in mapped if place in a), None)
+
+
+def stored_at(tensor: torch.Tensor) -> tuple[MappedFile, InFile] | None:
+    """Return where the bytes of a whole tensor lie in a file that is mapped; None elsewhere."""
+    owner = _owner(tensor)
+    stored = None if owner is None else owner[0].tensors.get(owner[1])
+    if owner is None or stored is None or len(stored.span) != tensor.nbytes:
+        return None
+    return (owner[0], stored) if tensor.is_contiguous() else None
 
 
 class Looker:
     """A few threads that read pieces of files in the order in which they are asked to.
 
     Whoever asks goes on meanwhile. What is wrong with a piece is raised by a later call, by
-    ``finish`` at the latest. All methods belong to one thread.
+    ``finish`` at the latest. All methods but ``fetch`` belong to one thread.
     """
 
     def __init__(self, watch: Watch) -> None:
@@ -154,19 +185,22 @@ class Looker:
         self._seeking = threading.Lock()
 
     def begin(
-        self, file: io.FileIO, span: range, unit: int, finite: Callable[[torch.Tensor], bool],
-        wrong: Wrong,
+        self, file: io.FileIO, span: range, unit: int, finite: Finite | None, wrong: Wrong,
+        into: torch.Tensor | None = None,
     ) -> None:  # fmt: skip
-        """Have bytes of a file read, and looked at by ``finite``: uint8, whole ``unit``s at a time.
+        """Have bytes of a file read, and looked at by ``finite``, whole ``unit``s at a time.
 
-        What ``watch`` raises passes through, within a fraction of a second.
+        They are kept ``into`` (uint8, as many). What ``watch`` raises passes through, within a
+        fraction of a second.
         """
         if self._pool is None:
             self._pool = ThreadPoolExecutor(_READERS, thread_name_prefix="wanfit-read")
         step = max(unit, AT_ONCE // unit * unit)
         for begin in range(span.start, span.stop, step):
             piece = range(begin, min(begin + step, span.stop))
-            found = self._pool.submit(self._look, file, piece, unit, finite)
+            first = begin - span.start
+            memory = None if into is None else into[first : first + len(piece)]
+            found = self._pool.submit(self.fetch, file, piece, unit, finite, memory)
             self._waiting.append((len(piece), found, wrong))
             self._pending += len(piece)
         self._watch.seen(0)
@@ -198,24 +232,30 @@ class Looker:
         self._pending -= nbytes
         self._watch.seen(nbytes)
 
-    def _look(
-        self, file: io.FileIO, piece: range, unit: int, finite: Callable[[torch.Tensor], bool]
-    ) -> Reason:
+    def fetch(
+        self, file: io.FileIO, piece: range, unit: int, finite: Finite | None,
+        into: torch.Tensor | None,
+    ) -> Reason:  # fmt: skip
+        """Read a piece ``into`` memory, or only to look at it; any thread may.
+
+        It is looked at a megabyte at a time, which is in the processor's cache then.
+        """
         step = min(max(unit, _CHECKED // unit * unit), len(piece))
-        memory = torch.empty(step, dtype=torch.uint8)
-        buffer: Any = memory.numpy()
-        view = memoryview(buffer)
+        memory = torch.empty(step, dtype=torch.uint8) if into is None else into
+        view = memoryview(memory.numpy())  # type: ignore[arg-type]
         try:
-            for begin in range(piece.start, piece.stop, step):
-                size, done = min(step, piece.stop - begin), 0
+            for begin in range(0, len(piece), step):
+                size, first = min(step, len(piece) - begin), 0 if into is None else begin
+                done = 0
                 while done < size:  # the system may return less than it was asked for
                     if self._stop.is_set():
                         return "stopped"
-                    count = self._read_at(file, view[done:size], begin + done)
+                    part = view[first + done : first + size]
+                    count = self._read_at(file, part, piece.start + begin + done)
                     if not count:
                         return "short"
                     done += count
-                if not finite(memory[:size]):
+                if finite is not None and not finite(memory[first : first + size]):
                     return "wild"
         except OSError as error:
             return error
@@ -231,6 +271,48 @@ class Looker:
                 own = self._own[str(file.name)] = io.FileIO(file.name, "rb")
             own.seek(offset)
             return own.readinto(buffer) or 0
+
+
+def copy_read(
+    tensors: Iterable[torch.Tensor], targets: Iterable[torch.Tensor], check: Callable[[], object]
+) -> None:
+    """Copy tensors of the host to others, those of mapped files by reading the files.
+
+    What nobody has looked at is looked at on the way. ``check`` is called several times a second
+    and may raise. Raises what the tensors' ``InFile.wrong`` makes of what is wrong with a file.
+    """
+    pairs = zip(tensors, targets, strict=True)
+    found = [(tensor, target, stored_at(tensor)) for tensor, target in pairs]
+    new = [there for *_, there in found if there and there[1].span.start in there[0].unseen]
+    looker = Looker(Watch(check, new[0][0].watch.read if new else _nothing))
+    try:
+        for tensor, target, there in found:
+            if there is None or not tensor.numel() or not target.is_contiguous():
+                target.copy_(tensor)
+                continue
+            file, stored = there
+            memory = target.view(-1).view(torch.uint8)
+            finite = file.finite_of(stored)
+            looker.begin(file.file, stored.span, stored.unit, finite, stored.wrong, memory)
+        looker.finish()
+    finally:
+        looker.close()
+    for file, stored in new:
+        file.unseen.discard(stored.span.start)
+
+
+def read_again(tensors: Iterable[torch.Tensor], check: Callable[[], object]) -> None:
+    """Have the system read the files of those tensors that are mapped, and keep them for now.
+
+    Raises as ``copy_read`` does.
+    """
+    looker = Looker(Watch(check))
+    try:
+        for there in filter(None, map(stored_at, tensors)):
+            looker.begin(there[0].file, there[1].span, 1, None, there[1].wrong)
+        looker.finish()
+    finally:
+        looker.close()
 
 
 # For each dtype: integers of its size with and without a sign, and the bits of the smallest

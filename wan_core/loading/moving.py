@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import ctypes
 import queue
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import suppress
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
@@ -19,12 +20,14 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..memory import SENDING
-from .mapped import is_mapped
+from .mapped import InFile, Looker, MappedFile, Reason, Watch, is_mapped, stored_at
 from .page_lock import Slab
 
 _RING_FROM = 256 * 2**20  # bytes; below, setting the ring up takes longer than it saves
-_SLOTS = 4
+_SLOTS = 16
+"""Pieces of the ring: as many as its threads fill, and more that are on their way."""
 _PIECE = SENDING // _SLOTS
+_THREADS = 4
 _CHECK_SECONDS = 0.05
 _homes: Any = WeakTensorKeyDictionary()
 """For parameters on a device: their tensor in the mapped file they came from."""
@@ -84,8 +87,9 @@ def move(
 ) -> None:
     """Move all parameters and buffers to ``device``; on an error all stay where they were.
 
-    Parameters stay the same objects. Non-persistent buffers are moved too. ``check`` is called for
-    every few megabytes on the way to a CUDA device; what it raises stops the move.
+    Parameters stay the same objects. Non-persistent buffers are moved too. ``check`` is called
+    several times a second on the way to a CUDA device; what it raises stops the move. Weights that
+    are in a mapped file are read from there, and looked at where nobody has: CorruptFile is raised.
     """
     undo = Undo()
     remember(undo, module)
@@ -144,12 +148,15 @@ def _sent_all(
         for t in tensors
     ]
     pieces = [
-        (_bytes_of(source)[start : start + _PIECE], _bytes_of(there)[start : start + _PIECE])
+        piece
         for source, there in zip(tensors, out, strict=True)
         if id(source) in through
-        for start in range(0, source.nbytes, _PIECE)
+        for piece in _cut(source, there)
     ]
-    _Ring(target).carry(pieces, check)
+    # In the order of the file, so that a disk reads forward.
+    _Ring(target).carry(sorted(pieces, key=_Piece.place), check)
+    for piece in pieces:
+        piece.was_seen()
     return out
 
 
@@ -157,11 +164,58 @@ def _bytes_of(tensor: Tensor) -> Tensor:
     return tensor.view(-1).view(torch.uint8) if tensor.dim() else tensor.view(1).view(torch.uint8)
 
 
-class _Ring:
-    """A few page-locked pieces of memory, filled by threads and emptied by the device.
+@dataclass(frozen=True, slots=True, eq=False)
+class _Piece:
+    """Some bytes of a tensor on the host, and where they go; in a mapped file, what it is there."""
 
-    Pageable memory crosses the bus at a fraction of its speed, and a mapped file is read as it is
-    touched: while one piece is on its way, the next ones are read.
+    source: Tensor
+    target: Any
+    file: MappedFile | None = None
+    tensor: InFile | None = None
+    begin: int = 0
+
+    def place(self) -> tuple[str, int]:
+        return "" if self.file is None else str(id(self.file)), self.begin
+
+    def fetch(self, looker: Looker, into: Tensor) -> Reason:
+        """Bring it to page-locked memory; a mapped file is read, not touched."""
+        if self.file is None or self.tensor is None:
+            into.copy_(self.source)
+            return ""
+        span = range(self.begin, self.begin + len(into))
+        finite = self.file.finite_of(self.tensor)
+        return looker.fetch(self.file.file, span, self.tensor.unit, finite, into)
+
+    def arrived(self, reason: Reason) -> None:
+        """Raise what is wrong with it; else tell who follows the first look."""
+        if self.file is None or self.tensor is None:
+            return
+        if reason:
+            raise self.tensor.wrong(reason)
+        if self.tensor.span.start in self.file.unseen:
+            self.file.watch.read(len(self.source))
+
+    def was_seen(self) -> None:
+        if self.file is not None and self.tensor is not None:
+            self.file.unseen.discard(self.tensor.span.start)
+
+
+def _cut(source: Tensor, target: Tensor) -> Iterator[_Piece]:
+    """Cut a tensor into pieces that fit into the ring, of whole numbers each."""
+    file, tensor = stored_at(source) or (None, None)
+    unit = 1 if tensor is None else tensor.unit
+    step, start = max(unit, _PIECE // unit * unit), 0 if tensor is None else tensor.span.start
+    here, there = _bytes_of(source), _bytes_of(target)
+    for begin in range(0, source.nbytes, step):
+        part = slice(begin, begin + step)
+        yield _Piece(here[part], there[part], file, tensor, start + begin)
+
+
+class _Ring:
+    """Page-locked memory in a few pieces, filled by threads and emptied by the device.
+
+    Pageable memory crosses the bus at a fraction of its speed: while some pieces are on their way,
+    the next ones are read from the file or copied.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -169,44 +223,48 @@ class _Ring:
         self._stream: Any = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         # What is sent was allocated by the present stream: its pending work must end first.
         self._stream.wait_stream(torch.cuda.current_stream(device))
-        self._free: queue.SimpleQueue[tuple[Slab, Any]] = queue.SimpleQueue()
-        self._slabs = [Slab(_PIECE, torch.device("cpu")) for _ in range(_SLOTS)]
-        for slab in self._slabs:
-            slab.lock()
-            self._free.put((slab, None))
+        self._slab = Slab(_PIECE * _SLOTS, torch.device("cpu"))
+        self._slab.lock()
+        self._free: queue.SimpleQueue[tuple[Tensor, Any]] = queue.SimpleQueue()
+        for begin in range(0, _PIECE * _SLOTS, _PIECE):
+            self._free.put((self._slab.memory[begin : begin + _PIECE], None))
 
-    def carry(self, pieces: list[tuple[Tensor, Tensor]], check: Callable[[], object]) -> None:
-        """Copy each source (host) to its target (device); returns when all are ordered."""
+    def carry(self, pieces: list[_Piece], check: Callable[[], object]) -> None:
+        """Copy each piece to its target; returns when all are ordered."""
+        looker = Looker(Watch())
         try:
-            with ThreadPoolExecutor(_SLOTS, thread_name_prefix="wanfit-send") as pool:
-                waiting = [pool.submit(self._send, *piece) for piece in pieces]
+            with ThreadPoolExecutor(_THREADS, thread_name_prefix="wanfit-send") as pool:
+                waiting = [pool.submit(self._send, piece, looker) for piece in pieces]
                 try:
-                    for one in waiting:
+                    for piece, one in zip(pieces, waiting, strict=True):
                         while not one.done():
                             check()
                             wait([one], timeout=_CHECK_SECONDS)
-                        one.result()
+                        piece.arrived(one.result())
                 finally:
+                    looker.close()  # those that still read stop
                     for one in waiting:
                         one.cancel()
         finally:
             self._stream.synchronize()
-            for slab in self._slabs:
-                slab.unlock()
+            self._slab.unlock()
         torch.cuda.current_stream(self._device).wait_stream(self._stream)
 
-    def _send(self, source: Tensor, target: Tensor) -> None:
-        slab, sent = self._free.get()
+    def _send(self, piece: _Piece, looker: Looker) -> Reason:
+        memory, sent = self._free.get()
         try:
             if sent is not None:
                 sent.synchronize()  # the copy that read this piece last
             with torch.no_grad():
-                slab.memory[: len(source)].copy_(source)
+                here = memory[: len(piece.source)]
+                if reason := piece.fetch(looker, here):
+                    return reason
                 with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
-                    target.copy_(slab.memory[: len(source)], non_blocking=True)
+                    piece.target.copy_(here, non_blocking=True)
                     sent = self._stream.record_event()
+            return ""
         finally:
-            self._free.put((slab, sent))
+            self._free.put((memory, sent))
 
 
 def give_back_freed() -> None:

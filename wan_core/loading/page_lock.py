@@ -10,13 +10,13 @@ from __future__ import annotations
 import logging
 import threading
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from .mapped import is_mapped
+from .mapped import copy_read, is_mapped
 
 _cuda: Any = torch.cuda  # parts of it carry no types
 _log = logging.getLogger(__name__)
@@ -109,19 +109,19 @@ class Block(Protocol):
     def views(self, slab: Tensor) -> list[Tensor]:
         """Return the block's tensors as they lie in a slab."""
 
-    def gather(self, slab: Tensor) -> None:
-        """Copy the host's tensors into a slab."""
-
     def use(self, tensors: list[Tensor]) -> None:
         """Let the block compute with these tensors."""
 
 
-def pin_block(module: nn.Module, block: Block) -> Slab | None:
+def pin_block(
+    module: nn.Module, block: Block, check: Callable[[], object] = lambda: None
+) -> Slab | None:
     """Move a block's host tensors into a page-locked slab of its own; None where that fails.
 
     The parameters stay the same objects with the same values, and the memory they were in before is
     freed. The slab lives as long as the module, so that the next render finds it; :func:`unpin`
-    unlocks it.
+    unlocks it. Weights that are in a mapped file are read from there; ``check`` and errors are
+    those of ``copy_read``.
     """
     with _slabs_lock:
         slab = _slabs.get(module)
@@ -129,19 +129,22 @@ def pin_block(module: nn.Module, block: Block) -> Slab | None:
         # cast has given the parameters other tensors since.
         if slab is not None and _lies_in(block, slab):
             return slab if slab.lock() else None
-        slab = Slab(block.nbytes)
-        if any(is_mapped(tensor) for tensor in block.home):
-            slab.mapped_home = list(block.home)
-        # Lock before the copy: where the system refuses, nothing has been changed yet.
-        if not slab.lock():
-            return None
+    slab = Slab(block.nbytes)
+    if any(is_mapped(tensor) for tensor in block.home):
+        slab.mapped_home = list(block.home)
+    # Lock before the copy: where the system refuses, nothing has been changed yet. Others may ask
+    # what is page-locked while a disk is read.
+    if not slab.lock():
+        return None
+    views = block.views(slab.memory)
+    copy_read(block.home, views, check)
+    with _slabs_lock:
         # The parameters become views of the slab, so that the weights are in RAM only once.
-        block.gather(slab.memory)
-        block.home = block.views(slab.memory)
-        block.use(block.home)
+        block.home = views
+        block.use(views)
         slab.block = block
         _slabs[module] = slab
-        return slab
+    return slab
 
 
 def _lies_in(block: Block, slab: Slab) -> bool:

@@ -13,8 +13,9 @@ import io
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import ExitStack
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
@@ -32,9 +33,20 @@ from .dequantize import (
     ordered_scales,
     unit_bytes,
 )
-from .mapped import AT_ONCE, FP8, Looker, MappedFile, Reason, Watch, is_finite, map_file
+from .mapped import (
+    AT_ONCE,
+    FP8,
+    Finite,
+    InFile,
+    Looker,
+    MappedFile,
+    Reason,
+    Watch,
+    is_finite,
+    map_file,
+)
 
-__all__ = ["DTYPES", "FP8", "Amount", "TensorReader", "is_finite"]
+__all__ = ["DTYPES", "FP8", "Amount", "TensorReader", "first_look", "is_finite", "to_look_at"]
 
 DTYPES: Final[Mapping[str, torch.dtype]] = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -78,6 +90,10 @@ class Amount:
         """Say that all has been read."""
         self._tell(self._total, self._total)
 
+    def go_on(self, left: int, tell: Callable[[int, int], object]) -> None:
+        """Go on with ``left`` bytes to read, and tell somebody else."""
+        self._done, self._tell = self._total - left, tell
+
     def _nbytes(self, source: Source) -> int:
         return self._table.tensors[source.name].nbytes // source.parts
 
@@ -91,19 +107,21 @@ class TensorReader:
 
     def __init__(
         self, table: TensorTable, device: torch.device | str = "cpu", *, mapped: bool = False,
-        align: bool = False, watch: Watch | None = None,
+        align: bool = False, watch: Watch | None = None, look_later: bool = False,
     ) -> None:  # fmt: skip
         """``mapped`` makes tensors that stay as stored, on the CPU, views of the mapped file.
 
         With ``align`` only where they lie as torch allocates: the rounding of some kernels of a CPU
         depends on it. ``watch`` follows the reading by pieces of 4 MiB at most, and looks for an
-        interrupt more often where the disk is slow.
+        interrupt more often where the disk is slow. With ``look_later`` large mapped tensors are
+        not read: ``leave`` says whose they are, and ``first_look`` looks at them.
         """
         self.table = table
         self.device = torch.device(device)
         self._watch = watch or Watch()
         self.mapped = mapped
         self.align = align
+        self._later = look_later
         self._maps: dict[Path, MappedFile] | None = {} if mapped else None
         self._looker = Looker(self._watch)
         self._files: dict[Path, io.FileIO] = {}
@@ -130,6 +148,13 @@ class TensorReader:
         """
         self._looker.finish()
 
+    def leave(self, module: torch.nn.Module, amount: Amount) -> bool:
+        """Leave it to ``first_look`` to read what has not been; False where nothing is left."""
+        files = tuple(file for file in (self._maps or {}).values() if file.unseen)
+        if files:
+            _to_look_at[module] = files, amount
+        return bool(files)
+
     def read(
         self, source: Source, shape: tuple[int, ...], dtype: torch.dtype | None = None
     ) -> torch.Tensor:
@@ -146,11 +171,12 @@ class TensorReader:
         aligned = start % (_ALIGNED if self.align else stored.itemsize) == 0
         if straight and self._maps is not None and aligned and numel:
             view = self._view(info, start, numel, stored)
-            if view.nbytes <= _SMALL or not stored.is_floating_point:
+            if view.nbytes <= _SMALL:
                 self._check_finite(info, view, None)
                 self._watch.seen(view.nbytes)
             else:
-                self._look(info, start, view.nbytes, stored.itemsize, partial(_are_finite, stored))
+                finite = partial(_are_finite, stored) if stored.is_floating_point else None
+                self._look(info, start, view.nbytes, stored.itemsize, finite)
             return view.view(shape)
         out = torch.empty(numel, dtype=target, device=self.device)
         if straight:
@@ -163,10 +189,11 @@ class TensorReader:
             self._check_finite(info, out, None)
         return out.view(shape)
 
-    def bits(self, source: Source, stored: Storage) -> torch.Tensor:
+    def bits(self, source: Source, stored: Storage, *, kept: bool = True) -> torch.Tensor:
         """Return the bytes of a quantised weight as they lie in the file: int8 (rows, bytes).
 
-        They are checked for NaN and infinity, as far as the kind of storage can have them.
+        They are checked for NaN and infinity, as far as the kind of storage can have them; later
+        only where they are ``kept`` as they are.
         """
         info = self.table.tensors[source.name]
         nbytes, start = info.nbytes // source.parts, self._start_of(source)
@@ -175,10 +202,9 @@ class TensorReader:
             found = self._view(info, start, nbytes, torch.int8)
             unit = unit_bytes(stored)
             nothing = torch.zeros(unit, dtype=torch.int8)  # not the file's: that would read a page
-            if any(True for _ in numbers_that_may_be_wild(nothing, stored)):
-                self._look(info, start, nbytes, unit, partial(_none_is_wild, stored))
-            else:
-                self._watch.seen(nbytes)
+            may_be = any(True for _ in numbers_that_may_be_wild(nothing, stored))
+            finite = partial(_none_is_wild, stored) if may_be else None
+            self._look(info, start, nbytes, unit, finite, kept=kept)
             return found.view(rows, -1)
         flat = torch.empty(nbytes, dtype=torch.int8, device=self.device)
         self._read_straight(info, start, flat)
@@ -187,20 +213,22 @@ class TensorReader:
         return flat.view(rows, -1)
 
     def _look(
-        self, info: TensorInfo, start: int, nbytes: int, unit: int,
-        finite: Callable[[torch.Tensor], bool],
+        self, info: TensorInfo, start: int, nbytes: int, unit: int, finite: Finite | None, *,
+        kept: bool = True,
     ) -> None:  # fmt: skip
-        """Begin to read bytes of a tensor and to look at them, ``unit`` bytes being one number."""
-        span = range(start, start + nbytes)
-        wrong = partial(self._wrong, info)
-        self._looker.begin(self._open(info.file), span, unit, finite, wrong)
+        """Begin to read bytes of a tensor and to look at them, ``unit`` bytes being one number.
 
-    def _wrong(self, info: TensorInfo, reason: Reason) -> Exception:
-        if isinstance(reason, OSError):
-            return _unreadable(info, reason)
-        if reason == "short":
-            return _shortened(info)
-        return self._not_finite(info)
+        Where none can be wild they are not read; where the first look comes later, neither.
+        """
+        assert self._maps is not None
+        span, file = range(start, start + nbytes), self._maps[info.file]
+        stored = file.tensors[start] = InFile(span, unit, finite, partial(_wrong, info))
+        if self._later and kept:
+            file.unseen.add(start)
+        elif finite is None:
+            self._watch.seen(nbytes)
+        else:
+            self._looker.begin(file.file, span, unit, finite, stored.wrong)
 
     def scales(self, source: Source, stored: Storage, prefix: str) -> Scales:
         """Return what a weight is multiplied with, in the order of its rows, on the device.
@@ -223,7 +251,8 @@ class TensorReader:
     ) -> torch.Tensor:  # fmt: skip
         """Return a quantised weight in ``dtype``, taken apart while it is loaded."""
         info = self.table.tensors[source.name]
-        bits, scales = self.bits(source, stored), self.scales(source, stored, prefix)
+        bits = self.bits(source, stored, kept=False)
+        scales = self.scales(source, stored, prefix)
         out = torch.empty(len(bits), math.prod(shape) // len(bits), dtype=dtype, device=self.device)
         # By rows: each kind would otherwise pass through a float32 copy of the whole weight.
         step = max(1, _PIECE // max(1, bits.shape[1]))
@@ -343,14 +372,62 @@ class TensorReader:
                 f"Tensor {info.name!r} of {quoted(info.file)} holds values beyond what {name} can "
                 f"store (up to {torch.finfo(values.dtype).max:g}). Use bf16 or fp32."
             )
-        raise self._not_finite(info)
+        raise _not_finite(info)
 
-    @staticmethod
-    def _not_finite(info: TensorInfo) -> CorruptFile:
-        return CorruptFile(
-            f"Tensor {info.name!r} of {quoted(info.file)} holds NaN or infinity. The file is "
-            "damaged; download it again."
-        )
+
+_to_look_at: weakref.WeakKeyDictionary[torch.nn.Module, tuple[tuple[MappedFile, ...], Amount]]
+_to_look_at = weakref.WeakKeyDictionary()
+"""Modules some of whose weights nobody has looked at: in which files, and how much that is."""
+
+
+def to_look_at(module: torch.nn.Module) -> bool:
+    """Say whether there are weights of a module that nobody has looked at."""
+    return module in _to_look_at
+
+
+@contextmanager
+def first_look(
+    module: torch.nn.Module, check: Callable[[], object], progress: Callable[[int, int], object]
+) -> Iterator[None]:
+    """Have all weights of a module looked at by the end of the ``with`` block.
+
+    For modules loaded with ``look_later``; of others nothing is done. What the block copies from
+    the file, to a device or to page-locked memory, is looked at on its way, the rest at the end:
+    the file is read once. ``check`` and ``progress`` are as for ``load_component``. Raises
+    CorruptFile, also in the block, as often as it is tried: what is wrong stays to be looked at.
+    """
+    files, amount = _to_look_at.get(module, ((), None))
+    if amount is None:
+        yield
+        return
+    left = sum(len(file.tensors[start].span) for file in files for start in file.unseen)
+    amount.go_on(left, progress)
+    for file in files:
+        file.watch = Watch(check, amount.more)
+    try:
+        yield
+        _look_at_rest(files, Watch(check, amount.more))
+        amount.end()
+        del _to_look_at[module]
+    finally:
+        for file in files:
+            file.watch = Watch()
+
+
+def _look_at_rest(files: Iterable[MappedFile], watch: Watch) -> None:
+    looker = Looker(watch)
+    try:
+        for file in files:
+            for start in sorted(file.unseen):
+                stored = file.tensors[start]
+                # What cannot be wild is read when it is used.
+                if stored.finite is not None:
+                    looker.begin(file.file, stored.span, stored.unit, stored.finite, stored.wrong)
+        looker.finish()
+    finally:
+        looker.close()
+    for file in files:
+        file.unseen.clear()
 
 
 def _are_finite(stored: torch.dtype, raw: torch.Tensor) -> bool:
@@ -361,6 +438,19 @@ def _none_is_wild(stored: Storage, raw: torch.Tensor) -> bool:
     return all(map(is_finite, numbers_that_may_be_wild(raw.view(torch.int8), stored)))
 
 
+def _wrong(info: TensorInfo, reason: Reason) -> Exception:
+    if isinstance(reason, OSError):
+        return _unreadable(info, reason)
+    return _shortened(info) if reason == "short" else _not_finite(info)
+
+
+def _not_finite(info: TensorInfo) -> CorruptFile:
+    return CorruptFile(
+        f"Tensor {info.name!r} of {quoted(info.file)} holds NaN or infinity. The file is "
+        "damaged; download it again."
+    )
+
+
 def _unreadable(info: TensorInfo, err: OSError) -> CorruptFile:
     return CorruptFile(
         f"{quoted(info.file)} cannot be read at tensor {info.name!r}: {err.strerror or err}. Check "
@@ -369,4 +459,7 @@ def _unreadable(info: TensorInfo, err: OSError) -> CorruptFile:
 
 
 def _shortened(info: TensorInfo) -> CorruptFile:
-    return CorruptFile(f"{quoted(info.file)} became shorter after its header was read.")
+    return CorruptFile(
+        f"{quoted(info.file)} became shorter after its header was read: it ends before or inside "
+        f"tensor {info.name!r}. Download it again."
+    )

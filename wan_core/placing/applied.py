@@ -91,6 +91,7 @@ def _placed(
         buffers=buffers,
         pin_bytes=pin_budget(plan),
         sharing=sharing,
+        check=check,
     )
 
 

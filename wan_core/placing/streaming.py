@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import InvalidRequest, ModuleInUse
+from ..errors import InvalidRequest, ModelFileError, ModuleInUse
 from ..forward import blocks_in_order
 from ..loading import (
     Slab,
@@ -70,6 +70,7 @@ def stream_blocks(
     pin_bytes: int = 0,
     events: Callable[[str, int, int], object] | None = None,
     sharing: Sharing | None = None,
+    check: Callable[[], object] = lambda: None,
 ) -> Iterator[Streaming]:
     """Have ``module`` compute on ``device`` while only some of its blocks are there.
 
@@ -84,12 +85,13 @@ def stream_blocks(
     unlocks them. Afterwards every parameter is the same object with the same values, on the host,
     and nothing stays attached, also after errors and interrupts. Only one thread can use the module
     meanwhile. With ``sharing`` the processes of a gang copy a part of each block while they compute
-    together. ``events(what, block, buffer)`` is called for each load, gather, use and free. Raises
-    InvalidRequest for numbers out of range.
+    together. ``events(what, block, buffer)`` is called for each load, gather, use and free,
+    ``check`` several times a second while weights are sent or page-locked. Raises InvalidRequest
+    for numbers out of range.
     """
     made: list[Streaming] = []
     numbers = (resident_blocks, buffers, pin_bytes)
-    attach = partial(_attach, made, module, torch.device(device), numbers, events, sharing)
+    attach = partial(_attach, made, module, torch.device(device), numbers, events, sharing, check)
     with occupy(module, f"streamed on {device}", attach, shared=False):
         yield made[0]
 
@@ -103,21 +105,26 @@ def pin_ahead(
     Meant for the low-noise expert while the high-noise one computes: gathering and locking 28 GB
     takes ten seconds, and :func:`stream_blocks` with the same numbers then finds it done. The
     thread stops at the end of the ``with`` block, however far it is. Meanwhile nobody else can use
-    the module; whoever asks for it waits.
+    the module; whoever asks for it waits. A file that cannot be read is told by whoever reads it
+    next.
     """
     stop = threading.Event()
+
+    def check() -> None:
+        if stop.is_set():
+            raise _Stopped
 
     def work() -> None:
         # Never wait for the module: whoever uses it now has placed it already, and locking ahead of
         # them would come too late.
         with (
-            suppress(ModuleInUse),
+            suppress(ModuleInUse, ModelFileError, _Stopped),
             torch.no_grad(),
             occupy(module, "page-locking", lambda undo: None, shared=False, wait=False),
         ):
             modules = blocks_of(module)
             schedule = BufferSchedule(len(modules), resident_blocks, buffers)
-            _pin(modules, [Block(block) for block in modules], schedule, pin_bytes, stop)
+            _pin(modules, [Block(block) for block in modules], schedule, pin_bytes, check)
 
     pool = ThreadPoolExecutor(1, thread_name_prefix="wanfit-pin")
     done = pool.submit(work)
@@ -127,6 +134,10 @@ def pin_ahead(
         stop.set()
         pool.shutdown(wait=True)
     done.result()
+
+
+class _Stopped(BaseException):
+    """Ends what is page-locked ahead."""
 
 
 def blocks_of(module: Any) -> list[nn.Module]:
@@ -154,6 +165,7 @@ def _attach(
     numbers: tuple[int, int, int],
     events: Callable[[str, int, int], object] | None,
     sharing: Sharing | None,
+    check: Callable[[], object],
     undo: Undo,
 ) -> None:
     modules = blocks_of(module)
@@ -168,7 +180,7 @@ def _attach(
     parts: dict[int, tuple[slice, Slab]] = {}
     if sharing is not None and pin_bytes and any(is_mapped(t) for b in blocks for t in b.home):
         parts = _pin_parts(blocks, schedule, sharing, pin_bytes)
-    slabs = {} if parts else _pin(modules, blocks, schedule, pin_bytes)
+    slabs = {} if parts else _pin(modules, blocks, schedule, pin_bytes, check)
     # Counted as in use before anything else can ask for page-locked memory: a slab that is read
     # from must not be unlocked for another module.
     _in_use(slabs.values(), 1)
@@ -178,8 +190,8 @@ def _attach(
     # old one, that they get back in the end.
     remember(undo, module)
     _place_rest(undo, module, set(modules), device)
-    for index in schedule.resident:
-        move(modules[index], device)
+    # All at once: together they are read in the order of their file, and through one ring.
+    move(nn.ModuleList([modules[index] for index in schedule.resident]), device, check)
     nbytes = max((blocks[i].nbytes for i in schedule.streamed), default=0)
     nbytes = nbytes if sharing is None else sharing.room(nbytes)
     # The caller may be in inference mode. Tensors made there cannot be written to outside it, and
@@ -307,7 +319,7 @@ def _pin(
     blocks: list[Block],
     schedule: BufferSchedule,
     budget: int,
-    stop: threading.Event | None = None,
+    check: Callable[[], object] = lambda: None,
 ) -> dict[int, Slab]:
     """Page-lock as many streamed blocks as the budget allows, and return their slabs by index.
 
@@ -321,10 +333,9 @@ def _pin(
         budget = room_to_pin(modules, largest * len(schedule.streamed), budget)
     count = min(len(schedule.streamed), budget // largest)
     for rank in spread(len(schedule.streamed), count):
-        if stop is not None and stop.is_set():
-            break
+        check()
         index = schedule.streamed[rank]
-        slab = pin_block(modules[index], blocks[index])
+        slab = pin_block(modules[index], blocks[index], check)
         if slab is None:
             break
         slabs[index] = slab

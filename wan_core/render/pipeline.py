@@ -64,8 +64,8 @@ from ..preferences import Preferences
 from ..workers import close_workers, when_joined
 from .diffusers_pipeline import check_diffusers
 from .render import Render
-from .report import Forecast, Timeline, device_bytes, format_report
-from .stages import Callbacks, StageRunner
+from .report import Callbacks, Forecast, Timeline, device_bytes, format_report
+from .stages import StageRunner
 
 _LOCK_WAIT_SECONDS = 0.1
 

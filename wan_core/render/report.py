@@ -1,18 +1,21 @@
-"""What is known of a run before it, and what was measured: seconds and memory, stage by stage."""
+"""What is known of a run before it, told during it, and measured: seconds and memory by stage."""
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..config import GIB, StageReport, VideoGenerationResult
+from ..config import GIB, GenerationConfig, StageReport, VideoGenerationResult
+from ..errors import is_oom
+from ..forward import Surroundings
 from ..loading import give_back_freed
 from ..memory import stage_was_run
 
@@ -41,6 +44,71 @@ class Forecast:
     def warnings(self) -> tuple[str, ...]:
         """Return what the user should know before the run."""
         return (*self.estimate.warnings, *self.request.warnings)
+
+
+class Callbacks:
+    """Calls the user's callbacks, and remembers an exception that one of them raised.
+
+    Unlike our own errors it, even a shortage of memory, is passed on: no smaller plan answers it.
+    """
+
+    def __init__(self, config: GenerationConfig) -> None:
+        self._config = config
+        self._told = 0
+        self.raised: BaseException | None = None
+        self.around: Surroundings | None = None
+        """What the computation is kept free of; callbacks are not."""
+
+    def call(self, function: Callable[..., object] | None, *args: object) -> None:
+        """Call ``function`` if there is one; an exception is remembered and raised."""
+        if function is None:
+            return
+        own = [_copied(arg) for arg in args]
+        try:
+            with nullcontext() if self.around is None else self.around.lifted():
+                function(*own)
+        except BaseException as err:
+            self.raised = err
+            raise
+
+    def settle(self, err: Exception) -> Exception:
+        """Raise what a callback raised; else return ``err`` without frames, which hold weights."""
+        try:
+            if self.raised is not None:  # whatever a reader or a generator made of it
+                raise self.raised from self.raised.__cause__
+            traceback.clear_frames(err.__traceback__)
+            return err
+        finally:
+            del err  # or this frame and the exception would keep each other
+
+    def check(self) -> None:
+        """Give the user's ``interrupt_check`` the opportunity to raise."""
+        self.call(self._config.interrupt_check)
+
+    def loaded(self, component: str, done: int, total: int) -> None:
+        """Tell how many bytes of a component have been read."""
+        self.call(self._config.load_callback, component, done, total)
+
+    def tell(self, warnings: list[str]) -> None:
+        """Pass on the warnings that have not been passed on yet; the list must only grow."""
+        while self._told < len(warnings):
+            self._told += 1
+            self.call(self._config.warning_callback, warnings[self._told - 1])
+
+
+def _copied(value: object) -> object:
+    """Return a copy of a tensor: what a callback writes into it must not change the video.
+
+    Where there is no memory for one, the callback still has to learn of the step.
+    """
+    if not isinstance(value, torch.Tensor):
+        return value
+    try:
+        return value.clone()
+    except (MemoryError, RuntimeError) as err:
+        if not is_oom(err):
+            raise
+    return value
 
 
 class Timeline:

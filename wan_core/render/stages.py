@@ -9,7 +9,7 @@ from __future__ import annotations
 import gc
 import traceback
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -17,10 +17,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
-from ..config import GenerationConfig, StageReport, VideoGenerationResult
+from ..config import StageReport, VideoGenerationResult
 from ..errors import DoesNotFit, SpilledMemory, first_line, is_host_oom, is_oom
 from ..files import FileIdentity
-from ..forward import Surroundings
 from ..job import check_files
 from ..kernels import used_attention
 from ..loading import (
@@ -29,10 +28,11 @@ from ..loading import (
     check_component,
     component_key,
     dtype_of,
+    first_look,
     load_component,
     load_image_processor,
     load_tokenizer,
-    read_pages,
+    read_again,
     unpin,
 )
 from ..memory import RAM_RESERVE, ram
@@ -40,7 +40,7 @@ from ..models import ModelArchitecture, part_bytes, ram_bytes, stays_in_file
 from ..placing import Ahead, do_ahead, pin_ahead, pin_budget
 from ..plan import OptimizationPlan
 from ..workers import Weights, WorkerPool, placed, worker_pool
-from .report import Timeline, device_fill, spilled
+from .report import Callbacks, Timeline, device_fill, spilled
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
@@ -49,71 +49,6 @@ T = TypeVar("T")
 
 MAX_STEPS_DOWN = 64
 """Most smaller plans that one render tries; each is strictly smaller than the one before."""
-
-
-class Callbacks:
-    """Calls the user's callbacks, and remembers an exception that one of them raised.
-
-    Unlike our own errors it, even a shortage of memory, is passed on: no smaller plan answers it.
-    """
-
-    def __init__(self, config: GenerationConfig) -> None:
-        self._config = config
-        self._told = 0
-        self.raised: BaseException | None = None
-        self.around: Surroundings | None = None
-        """What the computation is kept free of; callbacks are not."""
-
-    def call(self, function: Callable[..., object] | None, *args: object) -> None:
-        """Call ``function`` if there is one; an exception is remembered and raised."""
-        if function is None:
-            return
-        own = [_copied(arg) for arg in args]
-        try:
-            with nullcontext() if self.around is None else self.around.lifted():
-                function(*own)
-        except BaseException as err:
-            self.raised = err
-            raise
-
-    def settle(self, err: Exception) -> Exception:
-        """Raise what a callback raised; else return ``err`` without frames, which hold weights."""
-        try:
-            if self.raised is not None:  # whatever a reader or a generator made of it
-                raise self.raised from self.raised.__cause__
-            traceback.clear_frames(err.__traceback__)
-            return err
-        finally:
-            del err  # or this frame and the exception would keep each other
-
-    def check(self) -> None:
-        """Give the user's ``interrupt_check`` the opportunity to raise."""
-        self.call(self._config.interrupt_check)
-
-    def loaded(self, component: str, done: int, total: int) -> None:
-        """Tell how many bytes of a component have been read."""
-        self.call(self._config.load_callback, component, done, total)
-
-    def tell(self, warnings: list[str]) -> None:
-        """Pass on the warnings that have not been passed on yet; the list must only grow."""
-        while self._told < len(warnings):
-            self._told += 1
-            self.call(self._config.warning_callback, warnings[self._told - 1])
-
-
-def _copied(value: object) -> object:
-    """Return a copy of a tensor: what a callback writes into it must not change the video.
-
-    Where there is no memory for one, the callback still has to learn of the step.
-    """
-    if not isinstance(value, torch.Tensor):
-        return value
-    try:
-        return value.clone()
-    except (MemoryError, RuntimeError) as err:
-        if not is_oom(err):
-            raise
-    return value
 
 
 @dataclass(slots=True, kw_only=True)
@@ -205,8 +140,11 @@ class StageRunner:
         stored = self.architecture.components[name].stored
         return stored is None or not stored.quantised
 
-    def component(self, name: str) -> AbstractContextManager[Any]:
-        """Borrow a component from the cache, which reads it if it is not there."""
+    def component(self, name: str, *, look_later: bool = False) -> AbstractContextManager[Any]:
+        """Borrow a component from the cache, which reads it if it is not there.
+
+        With ``look_later`` its weights are still to be read then, in a ``first_look``.
+        """
         part = self.architecture.components[name]
 
         def build() -> Any:
@@ -215,10 +153,13 @@ class StageRunner:
             if name == "image_processor":
                 return load_image_processor(part.path)
             self.callbacks.check()
+            told = partial(self.callbacks.loaded, name)
+            read = partial(self._read, name, self.check_interrupt, told)
+            if look_later:
+                return read(look_later=True)
             with self.timeline.stage(f"load {name}") as report:
                 report.note = self._kind_of_storage(name)
-                told = partial(self.callbacks.loaded, name)
-                return self._read(name, self.check_interrupt, told)
+                return read()
 
         return self._borrow(name, build)
 
@@ -228,8 +169,9 @@ class StageRunner:
         )
 
     def _read(
-        self, name: str, check: Callable[[], object], progress: Callable[[int, int], object]
-    ) -> Any:
+        self, name: str, check: Callable[[], object], progress: Callable[[int, int], object], *,
+        look_later: bool = False,
+    ) -> Any:  # fmt: skip
         part = self.architecture.components[name]
         # Hours may lie between the job's checks and this: the VAE is read after the last step.
         known = {path: self.files[path] for path in part.files if path in self.files}
@@ -242,6 +184,7 @@ class StageRunner:
             map_file=self._mapped(name),
             align=self.device.type == "cpu",
             fp8_storage=self._in_fp8(name),
+            look_later=look_later,
             module_path=part.module,
             interrupt_check=check,
             progress=progress,
@@ -277,32 +220,50 @@ class StageRunner:
 
         Without ``distilled`` no LoRA is put on that is distilled to a few steps.
 
-        The order of entering: loading counts as a stage of its own, so the component comes before
-        the stage.
+        Loading counts as a stage of its own. On CUDA weights that stay in their file are read once,
+        while they are sent to where the plan wants them, and that belongs to their loading.
         """
         if not component.startswith("transformer"):
             # The experts' page-locked copies stay from one expert, window and segment to the next,
             # but not beside another component, whose memory was planned without them.
             unpin()
-        with ExitStack() as stack:
-            module = stack.enter_context(self.component(component))
-            report = stack.enter_context(self.timeline.stage(stage))
-            decoding = stage == "decode"
-            loras = self.architecture.loras_of(component, distilled=distilled)
-            ready = placed(
-                module,
-                component,
-                self.plan,
-                loras,
-                self.dtype(component) if loras else None,
-                decoding=decoding,
-                check=self.check_interrupt,
-            )
-            self.say_once(stack.enter_context(ready))
+        cold = self._reads_while_sending(component)
+        with ExitStack() as stack, ExitStack() as loading:
+            if cold:
+                report = loading.enter_context(self.timeline.stage(f"load {component}"))
+                report.note = self._kind_of_storage(component)
+            module = stack.enter_context(self.component(component, look_later=cold))
+            if not cold:
+                report = stack.enter_context(self.timeline.stage(stage))
+            told = partial(self.callbacks.loaded, component)
+            with first_look(module, self.check_interrupt, told):
+                ready = self._placed(module, component, stage, distilled=distilled)
+                self.say_once(stack.enter_context(ready))
+            if cold:
+                loading.close()
+                report = stack.enter_context(self.timeline.stage(stage))
             used_attention()  # of other stages
             yield module
             if attention := used_attention():
                 report.note = f"attention: {attention}"
+
+    def _reads_while_sending(self, component: str) -> bool:
+        on_card = self.device.type == "cuda" and self._mapped(component)
+        return on_card and not self._is_loaded(component)
+
+    def _placed(
+        self, module: Any, component: str, stage: str, *, distilled: bool
+    ) -> AbstractContextManager[str | None]:
+        loras = self.architecture.loras_of(component, distilled=distilled)
+        return placed(
+            module,
+            component,
+            self.plan,
+            loras,
+            self.dtype(component) if loras else None,
+            decoding=stage == "decode",
+            check=self.check_interrupt,
+        )
 
     def weights(self, component: str, *, distilled: bool) -> Weights:
         """Return what a worker needs in order to have a transformer as the plan wants it."""
@@ -342,9 +303,8 @@ class StageRunner:
                 yield
             return
         known = self._is_loaded(component)
-        with do_ahead(
-            partial(self._read_ahead, component), partial(self._await_next, component)
-        ) as ahead:
+        work = partial(self._read_ahead, component, known)
+        with do_ahead(work, partial(self._await_next, component)) as ahead:
             yield
         if ahead.seconds and not known:
             note = f"{self._kind_of_storage(component)}, read while the other expert computed"
@@ -362,12 +322,16 @@ class StageRunner:
     def _is_loaded(self, component: str) -> bool:
         return any(key == self.key(component) for key, _ in self.cache.loaded())
 
-    def _read_ahead(self, component: str, ahead: Ahead) -> None:
-        """Load a component and have its file's pages read; runs in a thread of its own."""
+    def _read_ahead(self, component: str, known: bool, ahead: Ahead) -> None:
+        """Load a component, or read its file again where it is ``known``; in a thread's own time.
+
+        The system may have dropped the file's pages since it was loaded.
+        """
         read = partial(self._read, component, ahead.check, ahead.progress)
         with torch.inference_mode(False), torch.no_grad(), self._borrow(component, read) as module:
             ahead.has_read()
-            read_pages(module.parameters(), ahead.check)
+            if known:
+                read_again(module.parameters(), ahead.check)
             with self.pin_next(component):
                 ahead.wait()
 

@@ -27,7 +27,7 @@ from ..errors import first_line, is_host_oom, is_oom
 from ..forward import alike, can_be_cut
 from ..journal import device_name, versions
 from ..kernels import begin_trials
-from ..loading import ComponentCache, ComponentKey, dtype_of, load_component, unpin
+from ..loading import ComponentCache, ComponentKey, dtype_of, first_look, load_component, unpin
 from ..memory import Strip
 from ..placing import Sharing
 from ..sampling import Conditions, Unit, compute_unit
@@ -291,7 +291,9 @@ class Worker:
                 module, weights.component, plan, weights.loras, dtype,
                 check=self.check, sharing=sharing, strip=strip,
             )  # fmt: skip
-            note = stack.enter_context(ready)
+            # What is read for the first time is looked at while it is sent to the card.
+            with first_look(module, self.check, partial(self._has_read, weights.component)):
+                note = stack.enter_context(ready)
             if note:
                 self._answer({"type": "note", "text": note})
             self._placement = stack.pop_all()
@@ -314,6 +316,7 @@ class Worker:
             map_file=weights.mapped,
             align=self.device.type == "cpu",
             fp8_storage=weights.fp8,
+            look_later=weights.mapped and self.device.type == "cuda",
             module_path=weights.module,
             interrupt_check=self.check,
             progress=partial(self._has_read, weights.component),

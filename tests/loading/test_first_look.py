@@ -1,0 +1,247 @@
+"""Weights that are sent or page-locked are read once: for the look at them and for the copy."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support import reference_layouts as layouts
+from support.fake_cuda import FakeCuda
+from support.stored_models import write_expert
+from support.tiny_models import make_transformer
+from torch import Tensor, nn
+
+from wan_core.errors import CorruptFile
+from wan_core.loading import (
+    first_look,
+    load_component,
+    mapped,
+    move,
+    moving,
+    page_lock,
+    reader,
+    to_look_at,
+)
+from wan_core.placing.transport import Block
+
+KINDS = {"fp8_scaled": "safetensors", "Q4_K": "gguf", "int8_convrot": "safetensors"}
+Read = list[range]
+
+
+class Stopped(BaseException):
+    """Stands for an interrupt."""
+
+
+class HostAsCuda:
+    """torch, whose CUDA device is the host."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
+
+    def empty_like(self, tensor: Tensor, *, device: object) -> Tensor:
+        assert str(device) == "cuda:0"
+        return torch.full_like(tensor, 1)
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("first")
+    torch.manual_seed(1)
+    model = make_transformer("wan2.1-t2v", attention_head_dim=128, ffn_dim=512)
+    state = {name: value.to(torch.bfloat16) for name, value in layouts.state_of(model).items()}
+    state = layouts.original_transformer(state)
+    for kind, end in KINDS.items():
+        write_expert(folder / f"{kind}.{end}", state, kind)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def expected(home: Path) -> dict[str, dict[str, Tensor]]:
+    """What is loaded where all is looked at while it is loaded."""
+    return {kind: bytes_of(opened(home, kind, later=False)) for kind in KINDS}
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small tensors are treated as large ones are, and a CUDA device is there."""
+    cuda = FakeCuda("")
+    for name in ("Stream", "current_stream", "device", "stream"):
+        monkeypatch.setattr(torch.cuda, name, getattr(cuda, name))
+    monkeypatch.setattr(page_lock, "_register", lambda memory: True)
+    monkeypatch.setattr(page_lock, "_unregister", lambda address: None)
+    monkeypatch.setattr(moving, "torch", HostAsCuda())
+    monkeypatch.setattr(moving, "_sent", lambda tensor, device: tensor)
+    monkeypatch.setattr(moving, "_RING_FROM", 1)
+    monkeypatch.setattr(moving, "_PIECE", 50_000)  # several to a tensor, and no whole GGUF blocks
+    monkeypatch.setattr(reader, "_SMALL", 0)
+    monkeypatch.setattr(reader, "_TOLD_SECONDS", 0.0)
+    monkeypatch.setattr(mapped, "_CHECKED", 9_000)
+
+
+@pytest.fixture
+def read(monkeypatch: pytest.MonkeyPatch) -> Read:
+    """What is read of mapped files, besides headers and what is converted."""
+    found: Read = []
+    fetch = mapped.Looker.fetch
+
+    def noted(self: Any, file: Any, piece: range, *more: Any) -> Any:
+        found.append(piece)
+        return fetch(self, file, piece, *more)
+
+    monkeypatch.setattr(mapped.Looker, "fetch", noted)
+    return found
+
+
+def opened(home: Path, kind: str, *, later: bool = True) -> nn.Module:
+    path = home / f"{kind}.{KINDS[kind]}"
+    return load_component(
+        path, torch.bfloat16, keep_quantized=True, map_file=True, look_later=later
+    )
+
+
+def to_device(module: nn.Module, check: Callable[[], object]) -> None:
+    move(module, "cuda:0", check)
+
+
+def to_slabs(module: nn.Module, check: Callable[[], object]) -> None:
+    for block in module.blocks:  # type: ignore[union-attr]
+        assert page_lock.pin_block(block, Block(block), check) is not None
+
+
+def nowhere(module: nn.Module, check: Callable[[], object]) -> None:
+    """Blocks that are streamed from their file."""
+
+
+def looked_at(
+    module: nn.Module, way: Any, told: list[tuple[int, int]] | None = None,
+    check: Callable[[], object] = lambda: None,
+) -> None:  # fmt: skip
+    amounts = [] if told is None else told
+    with first_look(module, check, lambda *now: amounts.append(now)):
+        way(module, check)
+
+
+def bytes_of(module: nn.Module) -> dict[str, Tensor]:
+    return {n: v.contiguous().view(-1).view(torch.uint8) for n, v in module.state_dict().items()}
+
+
+@pytest.mark.parametrize(
+    ("kind", "way"),
+    [
+        ("fp8_scaled", to_device), ("Q4_K", to_device), ("int8_convrot", to_device),
+        ("Q4_K", to_slabs), ("fp8_scaled", nowhere),
+    ],
+)  # fmt: skip
+def test_every_byte_is_read_once(
+    home: Path, expected: dict[str, dict[str, Tensor]], kind: str, way: Any, read: Read
+) -> None:
+    read.clear()
+    module = opened(home, kind)
+    assert to_look_at(module) and not read
+    unread = sum(
+        len(there[1].span) for p in module.parameters() if (there := mapped.stored_at(p.data))
+    )
+    told: list[tuple[int, int]] = []
+    looked_at(module, way, told)
+    assert not to_look_at(module)
+    spans = sorted(read, key=lambda span: span.start)
+    assert all(a.stop <= b.start for a, b in zip(spans, spans[1:], strict=False))
+    if way is to_device:
+        assert sum(map(len, spans)) == unread
+    elif kind != "int8_convrot":  # whole numbers cannot be wild: they are read when they are used
+        assert unread * 0.9 < sum(map(len, spans)) <= unread
+    found = bytes_of(module)
+    assert found.keys() == expected[kind].keys()
+    assert all(torch.equal(value, expected[kind][name]) for name, value in found.items())
+    done = [now for now, _ in told]
+    assert done == sorted(done) and told[-1][0] == told[-1][1] and len(told) > 3
+
+
+@pytest.mark.parametrize(
+    ("what", "way"),
+    [
+        ("NaN", to_device), ("short", to_device), ("stopped", to_device), ("NaN", to_slabs),
+        ("disk", to_slabs), ("NaN", nowhere),
+    ],
+)  # fmt: skip
+def test_what_goes_wrong_is_told_by_name_and_again(
+    home: Path, expected: dict[str, dict[str, Tensor]], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, what: str, way: Any,
+) -> None:  # fmt: skip
+    path = tmp_path / "expert.safetensors"
+    path.write_bytes((home / "fp8_scaled.safetensors").read_bytes())
+    module = load_component(
+        path, torch.bfloat16, keep_quantized=True, map_file=True, look_later=True
+    )
+    weight = module.blocks[1].ffn.net[2].weight.data  # type: ignore[union-attr,index]
+    stored = mapped.stored_at(weight)
+    assert stored is not None
+    with monkeypatch.context() as patch:
+        error: type[BaseException] = CorruptFile
+        if what == "stopped":
+            error = Stopped
+        elif what == "NaN":
+            with path.open("r+b") as file:
+                file.seek(stored[1].span.stop - 1)
+                file.write(b"\x7f")
+        else:
+            _break_reads(patch, stored[1].span, what)
+        for _ in range(2):
+            with pytest.raises(error) as caught:
+                looked_at(module, way, check=_stop if what == "stopped" else lambda: None)
+            assert to_look_at(module)
+            move(module, "cpu")
+            if what != "stopped":
+                assert "'blocks.1.ffn.2.weight'" in str(caught.value)
+                assert path.name in str(caught.value)
+    if what != "NaN":
+        looked_at(module, way)
+        plain = expected["fp8_scaled"]
+        assert all(torch.equal(v, plain[name]) for name, v in bytes_of(module).items())
+
+
+def _stop() -> None:
+    raise Stopped
+
+
+def _break_reads(patch: pytest.MonkeyPatch, bad: range, what: str) -> None:
+    preadv = os.preadv
+
+    def broken(fd: int, buffers: Any, offset: int) -> int:
+        if offset in bad:
+            if what == "disk":
+                raise OSError(5, "Input/output error")
+            return 0
+        return preadv(fd, buffers, offset)
+
+    patch.setattr(os, "preadv", broken)
+
+
+def test_an_interrupt_ends_reads_that_are_under_way(home: Path, read: Read) -> None:
+    module = opened(home, "fp8_scaled")
+
+    def stop() -> None:
+        if read:
+            raise Stopped
+
+    with suppress(Stopped):
+        looked_at(module, to_device, check=stop)
+    first = len(read)
+    looked_at(module, to_device)
+    assert first < len(read) - first
+
+
+def test_as_on_windows(
+    home: Path, expected: dict[str, dict[str, Tensor]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There no system call reads at a place, and a mapped file is read by its name."""
+    monkeypatch.delattr(os, "preadv")
+    module = opened(home, "Q4_K")
+    looked_at(module, to_device)
+    found = bytes_of(module)
+    assert all(torch.equal(value, found[name]) for name, value in expected["Q4_K"].items())
