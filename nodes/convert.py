@@ -144,7 +144,7 @@ class _Converter:
         values |= texts | self._pictures(frame)
         sampler = self._add("WanGenerate", pipeline=source, **values)[0]
         self._seeds[sampler] = chain[0]
-        self._rewire(last, sampler)
+        self._rewire(last, sampler, vae)
 
     def _chain(self, last: str) -> list[str]:
         """Return the samplers in their order, one, or two that share the steps of a clip."""
@@ -316,11 +316,13 @@ class _Converter:
         users = [user for user, _, _ in self._prompt.users(last)]
         users += [u for user in users for u, _, _ in self._prompt.users(user)]
         decoders = [one for one in users if self._prompt.kind(one) in _DECODERS]
-        for node in (*decoders, frame):
-            at = self._prompt.source(node, "vae")
-            if at is not None and self._prompt.kind(at[0]) == "VAELoader":
-                return str(self._prompt.value(at[0], "vae_name"))
-        return None
+        return next(filter(None, map(self._vae_file, (*decoders, frame))), None)
+
+    def _vae_file(self, node: str) -> str | None:
+        at = self._prompt.source(node, "vae")
+        if at is None or self._prompt.kind(at[0]) != "VAELoader":
+            return None
+        return str(self._prompt.value(at[0], "vae_name"))
 
     def _loader(self, models: list[Model], encoder: str, vae: str | None, frame: str) -> list[Any]:
         low = models[1].file if len(models) == 2 else "none"
@@ -412,17 +414,24 @@ class _Converter:
         self._new.append(name)
         return [name, 0]
 
-    def _rewire(self, last: str, sampler: str) -> None:
-        """Have what used the latents, pictures and video of the old sampler use those of ours."""
+    def _rewire(self, last: str, sampler: str, vae: str | None) -> None:
+        """Have what used the latents, pictures and video of the old sampler use those of ours.
+
+        A decoder with another VAE than ours, as for transparency, stays and decodes our latents.
+        """
         inputs = self._out[sampler]["inputs"]
         for node in self._after(last, ("TrimVideoLatent",)):
             for user, name, _ in self._prompt.users(node):
                 kind = self._prompt.kind(user)
-                if kind == "TrimVideoLatent" or kind in _DECODERS:
+                if kind == "TrimVideoLatent" or (kind in _DECODERS and self._is_ours(user, vae)):
                     continue
                 self._out[user]["inputs"][name] = [sampler, LATENT]
             for decoder in self._after(node, _DECODERS)[1:]:
-                self._use_pictures(decoder, sampler, inputs)
+                if self._is_ours(decoder, vae):
+                    self._use_pictures(decoder, sampler, inputs)
+
+    def _is_ours(self, decoder: str, vae: str | None) -> bool:
+        return self._vae_file(decoder) in (None, vae)
 
     def _use_pictures(self, decoder: str, sampler: str, inputs: dict[str, Any]) -> None:
         for user, name, slot in self._prompt.users(decoder):

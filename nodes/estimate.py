@@ -16,7 +16,7 @@ from .inputs import (
 )
 from .job import use_windows
 from .picture import estimate_picture
-from .pipeline import WanPipeline
+from .pipeline import WanPipeline, require_pipeline
 from .words import in_words_of_the_nodes, said_in_words_of_the_nodes
 
 _MIB_PER_GIB = 1024.0
@@ -80,7 +80,7 @@ class WanEstimateMemory(io.ComfyNode):  # type: ignore[misc]
         if window_frames:
             use_windows(config, window_frames, window_overlap)
         with said_in_words_of_the_nodes():
-            wrapper = bridge.wrapper(pipeline)
+            wrapper = bridge.wrapper(require_pipeline(pipeline))
             estimate = wrapper.estimate_memory_usage(config)
             fits = wrapper.what_fits(config)
         report = in_words_of_the_nodes(f"{format_estimate(estimate)}\n{fits}")

@@ -19,7 +19,7 @@ from .inputs import (
     video_inputs,
 )
 from .job import LONG_CLIP, device_options, generation_config, use_long_clip, use_windows
-from .pipeline import WanPipeline
+from .pipeline import WanPipeline, require_pipeline
 from .progress import Progress
 from .session import SESSION
 from .words import in_words_of_the_nodes, said_in_words_of_the_nodes
@@ -75,7 +75,7 @@ class WanGenerate(io.ComfyNode):  # type: ignore[misc]
 
     @classmethod
     def execute(cls, pipeline: WanPipeline, **values: Any) -> io.NodeOutput:
-        on = pipeline.optimized(**device_options(values))
+        on = require_pipeline(pipeline).optimized(**device_options(values))
         config = generation_config(values)
         config.resume = "auto"
         result, report = _run(on, config, cls.hidden)
@@ -113,6 +113,7 @@ class WanChunkedSampler(io.ComfyNode):  # type: ignore[misc]
         cls, pipeline: WanPipeline, window_frames: int, window_overlap: int, **values: Any
     ) -> io.NodeOutput:
         values = {**LONG_CLIP, **values}
+        pipeline = require_pipeline(pipeline)
         config = generation_config(values)
         use_windows(config, window_frames, window_overlap)
         use_long_clip(config, values, pipeline.vae)

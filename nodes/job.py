@@ -257,6 +257,11 @@ def _embeds(field: str, conditioning: Any) -> Any:
     """
     if conditioning is None:
         return None
+    if not isinstance(conditioning, list):
+        raise InvalidRequest(
+            f"{field} is {str(conditioning)[:60]!r}; the output of a CLIP Text Encode is needed.",
+            field=field,
+        )
     if len(conditioning) != 1:
         raise InvalidRequest(
             f"{field} holds {len(conditioning)} texts; Wan takes one. Connect a single CLIP Text "
@@ -278,9 +283,16 @@ def _one_image(field: str, image: Any) -> Any:
     """Return the single picture (H, W, 3) of an IMAGE socket (N, H, W, C)."""
     if image is None:
         return None
-    if image.shape[0] != 1:
+    shape = tuple(getattr(image, "shape", ()))
+    if len(shape) != 4 or shape[-1] < 3:
         raise InvalidRequest(
-            f"{field} holds {image.shape[0]} pictures; one is needed. Take one with an "
+            f"{field} is no picture but {str(shape or image)[:60]}; a picture is (1, height, "
+            "width, 3). Connect an IMAGE.",
+            field=field,
+        )
+    if shape[0] != 1:
+        raise InvalidRequest(
+            f"{field} holds {shape[0]} pictures; one is needed. Take one with an "
             "'ImageFromBatch' node.",
             field=field,
         )

@@ -21,6 +21,7 @@ from .pipeline import (
     WanPipeline,
     fingerprint,
     list_models,
+    require_pipeline,
 )
 from .wired import Node, sampler_after
 from .words import in_words_of_the_nodes, said_in_words_of_the_nodes
@@ -209,7 +210,7 @@ class WanOptimize(io.ComfyNode):  # type: ignore[misc]
             "speed": speed, "step_cache": step_cache, "step_cache_threshold": step_cache_threshold,
             "guidance_gate": guidance_gate, "step_cache_factor": step_cache_factor,
         }  # fmt: skip
-        optimized = pipeline.optimized(**optimization_options(asked))
+        optimized = require_pipeline(pipeline).optimized(**optimization_options(asked))
         return io.NodeOutput(optimized, ui=ui.PreviewText(_plan_of(optimized, cls.hidden)))
 
 

@@ -12,7 +12,7 @@ from ..wan_core.errors import InvalidRequest
 from . import bridge
 from .inputs import Pipeline, pipeline_input
 from .job import require_choice
-from .pipeline import WanPipeline, fingerprint
+from .pipeline import WanPipeline, fingerprint, require_pipeline
 
 NOTHING_FOUND = "(no LoRA found)"
 
@@ -90,6 +90,7 @@ class WanLoRA(io.ComfyNode):  # type: ignore[misc]
         path = bridge.lora_path(lora)
         if path is None:
             raise InvalidRequest(_absent(lora), field="lora")
+        pipeline = require_pipeline(pipeline)
         added = pipeline.with_lora(config.WanLoRA(str(path), expert, strength), use_recipe)
         return io.NodeOutput(added, ui=ui.PreviewText(describe(pipeline, added)))
 

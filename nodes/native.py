@@ -163,7 +163,9 @@ def read_prompt(asked: Any, most: int) -> Prompt:
     nodes = {}
     for name, node in asked.items():
         inputs = node.get("inputs") if isinstance(node, dict) else None
-        if not isinstance(inputs, dict) or not isinstance(node.get("class_type"), str):
+        kind = node.get("class_type") if isinstance(node, dict) else None
+        if not isinstance(inputs, dict) or not isinstance(kind, str | None):
             raise InvalidRequest(f"Node {str(name)[:40]!r} must have a class_type and inputs.")
-        nodes[str(name)] = {"class_type": node["class_type"], "inputs": inputs}
+        # Of a node whose pack is missing the page does not know the kind: it is one like any other.
+        nodes[str(name)] = {"class_type": kind or "", "inputs": inputs}
     return Prompt(nodes)

@@ -97,6 +97,16 @@ class WanPipeline:
         return loaded_bytes(self.lease.files)
 
 
+def require_pipeline(given: object) -> WanPipeline:
+    """Return what came in at ``pipeline``; a node of any type may give something else."""
+    if isinstance(given, WanPipeline):
+        return given
+    raise InvalidRequest(
+        f"pipeline is {str(given)[:60]!r}; a model from a Wan Loader is needed. Connect one.",
+        field="pipeline",
+    )
+
+
 def list_models(roots: Iterable[Path]) -> list[str]:
     """Return the names of the diffusers folders below ``roots``, then the bundled demo models."""
     names = {

@@ -113,6 +113,23 @@ def only(found: Any, kind: str) -> Any:
     return values
 
 
+def test_a_second_vae_stays_and_decodes_our_latents(pack: ModuleType) -> None:
+    """As in the template of a transparent clip, whose other VAE makes the alpha channel."""
+    nodes = one_sampler(**{
+        "51": node("VAELoader", vae_name="alpha.safetensors"),
+        "52": node("VAEDecode", samples=["3", 0], vae=["51", 0]),
+        "86": node("JoinImageWithAlpha", image=["8", 0], alpha=["52", 0]),
+        "80": node("GeminiNode", images=["86", 0]),
+    })  # fmt: skip
+    nodes["80"]["class_type"] = None  # its pack is missing
+    found = converted(pack, nodes)
+    sampler = next(k for k, n in found.prompt.items() if n["class_type"] == "WanGenerate")
+    assert only(found, "WanLoader")["vae"] == "wan_2.1_vae.safetensors"
+    assert only(found, "VAEDecode") == {"samples": [sampler, 2], "vae": ["51", 0]}
+    assert only(found, "JoinImageWithAlpha") == {"image": [sampler, 0], "alpha": ["52", 0]}
+    assert "80" in found.prompt and "8" in found.removed
+
+
 def test_one_sampler_becomes_loader_lora_and_sampler(pack: ModuleType) -> None:
     found = converted(pack, one_sampler())
     assert sorted(n["class_type"] for n in found.prompt.values()) == [

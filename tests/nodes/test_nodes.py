@@ -273,6 +273,9 @@ def test_values_reach_the_job(pack: ModuleType) -> None:
         ("scheduler", "magic"),
         ("positive", [[torch.zeros(1), {}]] * 2),
         ("negative", []),
+        ("positive", "a fox"),
+        ("start_image", "a.png"),
+        ("end_image", torch.zeros(1, 8, 8)),
         ("positive", [[torch.zeros(1, 1, 1), {"concat_latent_image": torch.zeros(1)}]]),
         ("negative", [[torch.zeros(1, 1, 1), {"vace_frames": [torch.zeros(1)]}]]),
         ("start_image", torch.zeros(2, 8, 8, 3)),
@@ -285,6 +288,13 @@ def test_a_bad_input_is_named(pack: ModuleType, field: str, value: Any) -> None:
         part(pack, "nodes.job").generation_config(VALUES | {field: value})
     assert raised.value.field == field
     assert field in str(raised.value)
+
+
+def test_what_is_no_pipeline_is_named(pack: ModuleType) -> None:
+    for given in (None, "tiny"):
+        error = part(pack, "wan_core.errors").InvalidRequest
+        with pytest.raises(error, match=f"pipeline is '{given}'; a model from a Wan Loader"):
+            part(pack, "nodes.pipeline").require_pipeline(given)
 
 
 def test_an_overlap_as_long_as_the_window_is_refused(pack: ModuleType) -> None:
