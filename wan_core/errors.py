@@ -17,7 +17,7 @@
     ├── WorkerFailed          a process that computes for this one cannot, or none is left
     └── and, for the library's own use:
         ├── SpilledMemory     the driver moved device memory to RAM (also a MemoryError)
-        ├── ModuleInUse       a module's weights are already placed (also a RuntimeError)
+        ├── ModuleInUse       modules that a render or a placement has (also a RuntimeError)
         └── BrokenState       a saved state is damaged or foreign; caught inside the journal
 
 A message has three parts: what was found (file or field, number), what is allowed, what to do.

@@ -182,3 +182,16 @@ def test_a_run_inside_autocast_spoils_no_later_one(models: Path) -> None:
     loader.clear_cache()
     assert torch.equal(first.frames, fresh.frames)
     assert torch.equal(later.frames, fresh.frames)
+
+
+def test_weights_that_are_read_early_in_inference_mode_serve_later_runs(
+    models: Path, expected: Callable[[str, str], torch.Tensor]
+) -> None:
+    loader = WanPipelineLoader()
+    loader.clear_cache()
+    with torch.inference_mode():
+        assert loader.preload_pipeline(models / "wan2.1-t2v")
+    wrapper = loader.load_wan_pipeline(models / "wan2.1-t2v", offload="stream")
+    found = wrapper.generate(GenerationConfig(**JOB)).raise_for_error()
+    loader.clear_cache()
+    assert torch.equal(found.frames, expected("wan2.1-t2v", "unipc"))

@@ -134,6 +134,31 @@ def test_saving_stays_within_its_share_and_an_interrupt_loses_no_step(
     assert torch.equal(rest.latents, done.latents)
 
 
+@pytest.mark.parametrize(("write", "step"), [(1, 2), (2, 3)])
+def test_an_interrupt_while_something_is_saved_loses_no_step(
+    folder: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: int, step: int
+) -> None:
+    """Neither of the last state of the first expert, nor of the finished latents."""
+    monkeypatch.setattr(resume, "MAX_SHARE", 0.0)
+    path, save, writes = folder("wan2.2-t2v-a14b"), journal.write_state, []
+
+    def interrupted(*arguments: Any) -> int:
+        writes.append(arguments)
+        if len(writes) == write:
+            raise KeyboardInterrupt
+        return save(*arguments)
+
+    job = JOB | {"num_inference_steps": 3, "switch_step": 2}
+    whole = open_kept(path).generate(GenerationConfig(**job)).raise_for_error()
+    job |= {"resume": "auto", "journal_folder": tmp_path / "j"}
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(journal, "write_state", interrupted)
+        open_kept(path).generate(GenerationConfig(**job))
+    rest = open_kept(path).generate(GenerationConfig(**job)).raise_for_error()
+    assert rest.metadata["resumed"] == f"after step {step} of 3"
+    assert torch.equal(rest.latents, whole.latents)
+
+
 def test_a_kill_finds_the_first_expert_and_a_whole_segment_saved(
     folder: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -408,10 +433,14 @@ def test_an_end_between_the_last_segment_and_its_saving_blends_nothing_twice(
 def test_another_vae_costs_no_step_where_it_had_no_part_in_them(
     folder: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It is what a user tries where the decode fails; a picture was encoded by the one before."""
+    """It is what a user tries where the decode fails.
+
+    The one before has encoded a picture; of VACE without a control, a grey clip.
+    """
     vae = make_folder(tmp_path / "other", "wan2.1-t2v", seed=9) / "vae"
-    for kind in ("wan2.1-t2v", "wan2.1-i2v"):
+    for kind in ("wan2.1-t2v", "wan2.1-i2v", "wan2.1-vace"):
         family, more = given(kind)
+        more.pop("control", None)
         path = tmp_path / kind
         shutil.copytree(folder(family), path)
         kept = JOB | more | {"num_inference_steps": 2, "resume": "auto"}

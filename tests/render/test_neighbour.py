@@ -21,7 +21,7 @@ from PIL import Image, ImageFile
 from support.tiny_models import make_folder
 
 from wan_core import GenerationConfig, WanPipelineLoader
-from wan_core.errors import InvalidRequest, WanError
+from wan_core.errors import InvalidRequest, ModuleInUse, WanError
 from wan_core.loading import component_cache
 
 PICTURE = Image.fromarray(np.arange(64 * 32 * 3, dtype=np.uint8).reshape(32, 64, 3))
@@ -231,6 +231,31 @@ def test_a_neighbour_that_evicts_and_unloads(
     found = wrapper.generate(config).raise_for_error()
     assert torch.equal(found.frames, expected["wan2.2-i2v-a14b"])
     loader.clear_cache()
+
+
+def test_a_render_in_the_middle_of_another_is_refused(
+    models: Path, expected: dict[str, torch.Tensor]
+) -> None:
+    """It would compute with what that one has attached to the modules, its LoRAs too.
+
+    One in a loader of its own shares nothing with it.
+    """
+    loader, family, inside = WanPipelineLoader(), "wan2.2-ti2v-5b", []
+    wrapper = loader.load_wan_pipeline(
+        models / family, optimization_config={"device": "cpu", "precision": "fp32"}
+    )
+
+    def render(step: int, total: int, latents: torch.Tensor) -> None:
+        if step == 1:
+            inside.append(wrapper.generate(GenerationConfig(**job_of(family))))
+            inside.append(make(models, family))
+
+    config = GenerationConfig(**job_of(family), progress_callback=render)
+    outside = wrapper.generate(config).raise_for_error()
+    loader.clear_cache()
+    assert isinstance(inside[0].error, ModuleInUse)
+    assert torch.equal(inside[1].raise_for_error().frames, expected[family])
+    assert torch.equal(outside.frames, expected[family])
 
 
 ERRORS: tuple[BaseException, ...] = (

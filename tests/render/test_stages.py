@@ -17,7 +17,7 @@ from support.tiny_models import make_folder, open_wan
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from wan_core import GenerationConfig, OptimizationManager, WanPipelineLoader
-from wan_core.errors import DoesNotFit, is_oom
+from wan_core.errors import DoesNotFit, OutputError, is_oom
 from wan_core.plan.plan import OptimizationPlan
 from wan_core.render import video
 
@@ -171,6 +171,24 @@ def test_no_frame_is_written_twice(
         assert pictures.shape == (7, 16, 16, 3)
         assert (pictures == read(tmp_path / f"plain{end}.mp4")[0]).all()
     assert len(list(tmp_path.iterdir())) == 4
+
+
+def test_a_file_that_cannot_be_finished_costs_no_frame(folder: Any, tmp_path: Path) -> None:
+    """What is decoded is there, and the error says what became of the file."""
+    small = {"num_inference_steps": 1, "num_frames": 5, "width": 16, "height": 16}
+    job, target = JOB | small, tmp_path / "out.mp4"
+    plain = open_wan(folder("wan2.1-t2v")).generate(GenerationConfig(**job)).raise_for_error()
+
+    def taken(done: int, frames: int) -> None:
+        if done == frames:
+            target.mkdir()
+
+    result = open_wan(folder("wan2.1-t2v")).generate(
+        GenerationConfig(**job, output_path=target, decode_callback=taken)
+    )
+    assert isinstance(result.error, OutputError) and result.output_path is None
+    assert result.frames is not None and torch.equal(result.frames, plain.frames)
+    assert [path.name for path in tmp_path.iterdir()] == ["out.mp4"]
 
 
 def test_memory_that_keeps_running_out_ends_in_does_not_fit(folder: Any) -> None:

@@ -407,3 +407,27 @@ def test_bytes_of_the_caller_may_change(tmp_path: Path) -> None:
         writer.write(changed)
         changed.zero_()
     assert (tmp_path / "same.mp4").read_bytes() == (tmp_path / "changed.mp4").read_bytes()
+
+
+@pytest.mark.parametrize("wait", ["put", "join"])
+def test_an_interrupt_while_the_encoder_is_waited_for_ends_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wait: str
+) -> None:
+    """It would wait for more pictures for ever, and the process for it."""
+    left = [KeyboardInterrupt]
+
+    def interrupted(*given: Any) -> None:
+        if left:
+            raise left.pop()
+        proceed(*given)
+
+    with (
+        pytest.raises(KeyboardInterrupt),
+        VideoWriter(tmp_path / "out.mp4", fps=16, width=WIDTH, height=HEIGHT) as writer,
+    ):
+        writer.write(patches(3))
+        waited = writer._waiting if wait == "put" else writer._encoder
+        proceed = getattr(waited, wait)
+        monkeypatch.setattr(waited, wait, interrupted)
+    assert "mp4 encoder" not in [thread.name for thread in threading.enumerate()]
+    assert not list(tmp_path.iterdir())

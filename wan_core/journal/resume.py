@@ -175,8 +175,8 @@ class RenderJournal:
         if last:  # the next one forgets the outputs of this one, which may have gigabytes
             state = replace(state, memory=replace(state.memory, windows={}))
         # The tensors themselves, no copies: a step replaces them and writes into none.
-        self._unsaved = self._state(state, scheduler, plan)
-        if (last or self._journal.due(_size(self._unsaved))) and self._save(self._unsaved):
+        self._unsaved = found = self._state(state, scheduler, plan)
+        if (last or self._journal.due(_size(found))) and self._save(found):
             self._units.step_saved()
 
     def window_done(self, state: DenoiseState, scheduler: Any, plan: OptimizationPlan) -> None:
@@ -204,8 +204,10 @@ class RenderJournal:
             self.warnings.append(f"The last steps could not be saved: {first_line(err)}")
 
     def _save(self, state: _State) -> bool:
+        self._unsaved = state  # an interrupt while it is written leaves it to ``save_rest``
+        written = self._journal.save(*state)
         self._unsaved = None
-        return self._journal.save(*state)
+        return written
 
     def _state(self, state: DenoiseState, scheduler: Any, plan: OptimizationPlan) -> _State:
         tensors, scalars = scheduler_state(scheduler)
@@ -228,8 +230,8 @@ class RenderJournal:
 
     def latents_done(self, latents: Tensor, plan: OptimizationPlan) -> None:
         """Save the finished latents. From now on only the decode would have to be repeated."""
-        self._unsaved = None
         self._journal.latents_done(latents, _made_with(plan))
+        self._unsaved = None  # only now: see ``_save``
         self._units.remove()
 
     def finish(self) -> None:
@@ -286,7 +288,9 @@ def open_journal(
         return None
     root = journal_folder(request)
     own = plain_identity(render_identity(config, request, architecture, plan))
-    identity = own if request.resume == "never" else _kindred(root, own, plan)
+    # VACE reads the VAE's latents of a grey clip where it is given no control.
+    encoded = bool(own["given"]) or architecture.transformer.vace_in_channels is not None
+    identity = own if request.resume == "never" else _kindred(root, own, plan, encoded)
     opened = Journal.open(
         root,
         identity,
@@ -300,8 +304,13 @@ def open_journal(
     return journal
 
 
-def _kindred(root: Path, own: dict[str, Any], plan: OptimizationPlan) -> dict[str, Any]:
+def _kindred(
+    root: Path, own: dict[str, Any], plan: OptimizationPlan, encoded: bool
+) -> dict[str, Any]:
     """Return the identity of the saved render to go on with: ``own``, or one that only a plan made.
+
+    Where nothing is ``encoded`` by the VAE, its file counts as little: it has no part in the
+    latents, and another may be the cure for a decode that fails.
 
     How much memory is free decides the dtype of the VAE and whether products are cut by rows, and
     it is seldom the same after a crash. Forty minutes of steps are worth more than that rounding,
@@ -318,22 +327,21 @@ def _kindred(root: Path, own: dict[str, Any], plan: OptimizationPlan) -> dict[st
         heads = [state_head(folder / name, folder.name) for name in states]
         asked = [head["scalars"].get("forward_asked", True) for head in heads if head is not None]
         free = not plan.forward_asked and asked and not any(asked)
-        if _but_for_choices(saved, own, forward=free or (done and saved.get("forward") == EXACT)):
+        free = free or (done and saved.get("forward") == EXACT)
+        if _but_for_choices(saved, own, forward=free, vae=not encoded):
             return saved
     return own
 
 
-def _but_for_choices(saved: dict[str, Any], own: dict[str, Any], *, forward: bool) -> bool:
-    """Say whether two identities are the same but for the VAE's dtype, and maybe the forward.
-
-    Where nothing is given that a VAE encodes, its file counts as little: it has no part in the
-    latents, and another may be the cure for a decode that fails.
-    """
+def _but_for_choices(
+    saved: dict[str, Any], own: dict[str, Any], *, forward: bool, vae: bool
+) -> bool:
+    """Say whether two identities are the same but for the VAE's dtype, and what is named."""
 
     def rest(identity: dict[str, Any]) -> dict[str, Any]:
         dtypes, files = identity.get("precision"), identity.get("files")
         dtypes = {**dtypes, "vae": None} if isinstance(dtypes, dict) else dtypes
-        if isinstance(files, dict) and not identity.get("given"):
+        if isinstance(files, dict) and vae:
             files = {**files, "vae": None}
         same = {"precision": dtypes, "files": files, **({"forward": None} if forward else {})}
         return {**identity, **same}

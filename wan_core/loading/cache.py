@@ -19,11 +19,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import is_host_oom
+from ..errors import ModuleInUse, is_host_oom
 from ..files import FileIdentity, file_identity
 from ..memory import RAM_RESERVE, ram
 from ..models import Component
 
+_LOCK_WAIT_SECONDS = 0.1
 _TEXTS_KEPT = 32
 _MAPPED_KEPT = 4
 """Components that nobody leases and that stay all the same, in their mapped files: a pair of
@@ -67,16 +68,14 @@ def _folder_identity(component: Component) -> FileIdentity:
 
 
 class ComponentCache:
-    """Modules by key, least recently used first. Safe to use from several threads.
-
-    A render holds ``render_lock`` from start to end. Two renders at the same time would each use
-    the memory that the plan of the other counts on.
-    """
+    """Modules by key, least recently used first. Safe to use from several threads."""
 
     def __init__(self) -> None:
-        self.render_lock = threading.RLock()
+        self._renders = threading.Lock()
+        self._rendering: int | None = None
+        """The thread that renders."""
         # Never held while a component is read: that takes minutes, and others ask what is loaded
-        # meanwhile. To avoid a deadlock, a thread that needs both locks takes render_lock first.
+        # meanwhile. A render holds ``_renders`` and takes this one now and then, never the reverse.
         # Not re-entrant: a finalizer may run in the thread that holds it, in the middle of a loop
         # over the entries. See ``let_go_soon``.
         self._lock = threading.Lock()
@@ -84,6 +83,29 @@ class ComponentCache:
         self._entries: OrderedDict[ComponentKey, _Entry] = OrderedDict()
         self._building: dict[ComponentKey, threading.Event] = {}
         self._texts: OrderedDict[Hashable, Any] = OrderedDict()
+
+    @contextmanager
+    def one_render(self, check: Callable[[], object]) -> Iterator[None]:
+        """Have the cache for a render, in the ``with`` block; ``check`` is called while it waits.
+
+        Two renders at the same time would each use the memory that the plan of the other counts on.
+        Raises ModuleInUse in the middle of a render of this thread.
+        """
+        me = threading.get_ident()
+        if self._rendering == me:
+            # Its LoRAs and forwards are on the modules, and count in this thread.
+            raise ModuleInUse(
+                "A render was begun in the middle of another one, by one of its callbacks. Begin "
+                "it when that one has ended, or in a loader of its own (enable_caching=False)."
+            )
+        while not self._renders.acquire(timeout=_LOCK_WAIT_SECONDS):
+            check()
+        try:
+            self._rendering = me
+            yield
+        finally:
+            self._rendering = None
+            self._renders.release()
 
     @contextmanager
     def _held(self) -> Iterator[None]:

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import time
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from statistics import median
 from typing import Any
@@ -66,8 +64,6 @@ from .diffusers_pipeline import check_diffusers
 from .render import Render
 from .report import Callbacks, Forecast, Timeline, device_bytes, format_report
 from .stages import StageRunner
-
-_LOCK_WAIT_SECONDS = 0.1
 
 
 class WanPipelineWrapper:
@@ -269,10 +265,7 @@ class WanPipelineWrapper:
         started = time.perf_counter()
         error: Exception | None = None
         try:
-            with (
-                undisturbed() as callbacks.around,
-                _held(self._cache.render_lock, callbacks.check),
-            ):
+            with undisturbed() as callbacks.around, self._cache.one_render(callbacks.check):
                 self._render(config, callbacks, result)
         except Exception as err:  # noqa: BLE001 - all failures are reported in the result
             error = callbacks.settle(err)
@@ -403,7 +396,7 @@ class WanPipelineWrapper:
         request = self._resolve(config)
         plan = self._plan(request, config)
         render = self._make_render(config, request, plan, inputs=Inputs())
-        with undisturbed():
+        with undisturbed(), torch.inference_mode(False), torch.no_grad():
             for name in self.architecture.components:
                 if name != "scheduler":
                     with render.stages.component(name):
@@ -487,14 +480,3 @@ def _explained(error: Exception) -> Exception:
     )
     explained.__cause__ = error.with_traceback(None)
     return explained
-
-
-@contextmanager
-def _held(lock: Any, check: Callable[[], object]) -> Iterator[None]:
-    """Hold ``lock`` for the ``with`` block; while waiting for it, look for interrupts."""
-    while not lock.acquire(timeout=_LOCK_WAIT_SECONDS):
-        check()
-    try:
-        yield
-    finally:
-        lock.release()

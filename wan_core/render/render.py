@@ -460,8 +460,8 @@ class Render:
                 self.stages.widen_vae(progress.done)
                 self.stages.attempt("decode", lambda: self._decode_rest(progress))
             progress.check_whole()
-        if frames is not None:
-            result.frames = frames.flatten(0, 1)
+            if frames is not None:  # whatever becomes of the file
+                result.frames = frames.flatten(0, 1)
         result.output_path = request.output_path
         try_strips(self.stages, progress)
 

@@ -237,6 +237,7 @@ class VideoWriter:
             else:
                 self._failed = error  # what still waits need not be encoded
         except BaseException as failed:
+            self._failed = failed
             self._stack.__exit__(type(failed), failed, failed.__traceback__)
             raise
         self._stack.__exit__(kind, error, trace)
@@ -284,11 +285,14 @@ class VideoWriter:
                 failed, self._failed = True, error
 
     def _stop(self) -> None:
-        """Let the encoder come to its end. It is waited for: it uses the container."""
-        encoder, self._encoder = self._encoder, None
-        if encoder is not None:
+        """Let the encoder come to its end. It is waited for: it uses the container.
+
+        Called again where an interrupt ends the waiting.
+        """
+        if self._encoder is not None:
             self._waiting.put(None)
-            encoder.join()
+            self._encoder.join()
+            self._encoder = None
 
     def _encode(self, picture: Tensor) -> None:
         frame = av.VideoFrame.from_ndarray(picture.numpy(), format="rgb24")
