@@ -227,8 +227,14 @@ def _check_chunk(chunk: Tensor, number: int) -> None:
 
 
 def _as_read(vae: Any, chunk: Tensor) -> Tensor:
-    """Return a chunk as the encoder reads it, on the device, in its dtype and in patches."""
-    chunk = chunk.to(device=_bring_in(vae), dtype=vae.dtype)
+    """Return a chunk as the encoder reads it, on the device, in its dtype and in patches.
+
+    Its numbers lie as in diffusers' pipelines, whose pictures are joined with other frames first.
+    On a card a first frame with its colours side by side, as pictures come, would be convolved by
+    another kernel in diffusers' encoder than in the lean one.
+    """
+    plain = torch.contiguous_format
+    chunk = chunk.to(device=_bring_in(vae), dtype=vae.dtype, memory_format=plain)
     if vae.config.patch_size is not None:
         chunk = _model_code().patchify(chunk, patch_size=vae.config.patch_size)
     return chunk
