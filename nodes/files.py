@@ -5,7 +5,7 @@ A name is looked up in the lists that the node offers, and is never made into a 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from difflib import SequenceMatcher
 from pathlib import Path
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from ..wan_core.config import WanModelFiles
 from ..wan_core.errors import InvalidRequest, MissingFile
 from ..wan_core.files import some_of
-from .pipeline import find_model, named_file, portable
+from .pipeline import find_model, fingerprint_of, named_file, portable
 
 if TYPE_CHECKING:
     from ..wan_core.detect import IdentifiedFile
@@ -109,6 +109,25 @@ def _folder(model: str, folders: Folders) -> Path | WanModelFiles:
         if not model.lower().endswith((*SUFFIXES, *_RUN_CODE)):
             raise
     return require_file("model", model, folders, "transformer")
+
+
+def fingerprint_of_all(known: Mapping[str, str | None], folders: Folders) -> str:
+    """Return a hash that changes with any file that might be meant.
+
+    For a loader of which another node gives a name, which is known only when that has run.
+    """
+    files = {path for one in folders.files.values() for path in one.values()}
+    roots = [*sorted(files), *folders.roots]
+    return fingerprint_of(str(sorted(known.items(), key=str)), roots)
+
+
+def absent_lora(name: str, there: Iterable[str] = ()) -> str:
+    """Say that there is no LoRA of this name, and which there are, the likest first."""
+    found = some_of(sorted(there, key=lambda one: -_likeness(one, name)), 8)
+    return (
+        f"lora: there is no file {name!r} in models/loras. Put it there and press R, or choose "
+        f"another.{f' Found: {found}.' if found else ''}"
+    )
 
 
 def require_file(field: str, name: str, folders: Folders, part: str) -> Path:

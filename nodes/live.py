@@ -22,7 +22,7 @@ from ..wan_core.files import file_identity
 from ..wan_core.job import check_parts
 from ..wan_core.preferences import read_preferences
 from .answer import described, failed
-from .files import Folders, model_source
+from .files import Folders, absent_lora, model_source
 from .fixes import fixes, swap_fix
 from .job import device_options, generation_config, optimization_options, use_windows
 from .pipeline import fingerprint
@@ -188,11 +188,7 @@ class Live:
         name = str(node.values.get("lora", ""))
         path = self.folders().lora(name)
         if path is None:
-            raise InvalidRequest(
-                f"lora: there is no file {name!r} in models/loras. Put it there and press R, or "
-                "choose another.",
-                field="lora",
-            )
+            raise InvalidRequest(absent_lora(name), field="lora")
         return WanLoRA(str(path), str(node.values["expert"]), node.values["strength"])
 
     def _wrapper(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,15 @@ from ..wan_core.errors import MissingFile, WanError
 from ..wan_core.plan import FORWARDS, FP8, OFFLOADS, STEP_CACHES
 from ..wan_core.preferences import read_preferences
 from . import bridge
-from .files import AUTO, MODULES, NONE, PARTS, model_source, require_model
+from .files import (
+    AUTO,
+    MODULES,
+    NONE,
+    PARTS,
+    fingerprint_of_all,
+    model_source,
+    require_model,
+)
 from .inputs import Pipeline, pipeline_input
 from .job import optimization_options
 from .lease import lease_for
@@ -85,8 +94,15 @@ class WanLoader(io.ComfyNode):  # type: ignore[misc]
         return True
 
     @classmethod
-    def fingerprint_inputs(cls, model: str, use_recipe: bool = False, **parts: str) -> str:
-        """Return a hash that changes when a file of the model is changed or replaced."""
+    def fingerprint_inputs(
+        cls, model: str | None = None, use_recipe: bool = False, **parts: str | None
+    ) -> str:
+        """Return a hash that changes when a file of the model is changed or replaced.
+
+        None stands for a name that another node gives.
+        """
+        if model is None or None in parts.values():
+            return fingerprint_of_all({"model": model, **parts}, bridge.folders())
         try:
             source, _ = _source(model, parts)
             return fingerprint(source)
@@ -106,7 +122,8 @@ class WanLoader(io.ComfyNode):  # type: ignore[misc]
         pipeline = WanPipeline(model, path, architecture, lease_for(architecture, named))
         if use_recipe:
             pipeline = pipeline.with_recipe()
-        return io.NodeOutput(pipeline, ui=ui.PreviewText(_describe(pipeline, found)))
+        text = in_words_of_the_nodes(_describe(pipeline, found))
+        return io.NodeOutput(pipeline, ui=ui.PreviewText(text))
 
 
 def _part_inputs(files: dict[str, dict[str, Path]]) -> list[io.Input]:
@@ -140,7 +157,7 @@ def _module_inputs(files: dict[str, dict[str, Path]]) -> list[io.Input]:
     ]
 
 
-def _source(model: str, chosen: dict[str, str]) -> tuple[Path | WanModelFiles, tuple[str, ...]]:
+def _source(model: str, chosen: Mapping[str, Any]) -> tuple[Path | WanModelFiles, tuple[str, ...]]:
     return model_source(model, chosen, bridge.folders())
 
 

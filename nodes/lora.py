@@ -10,9 +10,11 @@ from ..wan_core import config
 from ..wan_core.config import EXPERTS
 from ..wan_core.errors import InvalidRequest
 from . import bridge
+from .files import absent_lora
 from .inputs import Pipeline, pipeline_input
 from .job import require_choice
-from .pipeline import WanPipeline, fingerprint, require_pipeline
+from .pipeline import WanPipeline, fingerprint, fingerprint_of, require_pipeline
+from .words import in_words_of_the_nodes, said_in_words_of_the_nodes
 
 NOTHING_FOUND = "(no LoRA found)"
 
@@ -76,7 +78,10 @@ class WanLoRA(io.ComfyNode):  # type: ignore[misc]
     @classmethod
     def fingerprint_inputs(cls, lora: str | None = None, **_: object) -> str:
         """Return a text that changes when the file is changed or replaced."""
-        path = None if lora is None else bridge.lora_path(lora)
+        if lora is None:  # another node gives it: any file might be meant
+            paths = map(bridge.lora_path, bridge.lora_names())
+            return fingerprint_of("", [path for path in paths if path is not None])
+        path = bridge.lora_path(lora)
         if path is None:
             return f"absent: {lora}"
         # PEFT keeps the scale of a LoRA in a file of its own.
@@ -91,16 +96,14 @@ class WanLoRA(io.ComfyNode):  # type: ignore[misc]
         if path is None:
             raise InvalidRequest(_absent(lora), field="lora")
         pipeline = require_pipeline(pipeline)
-        added = pipeline.with_lora(config.WanLoRA(str(path), expert, strength), use_recipe)
-        return io.NodeOutput(added, ui=ui.PreviewText(describe(pipeline, added)))
+        with said_in_words_of_the_nodes():
+            added = pipeline.with_lora(config.WanLoRA(str(path), expert, strength), use_recipe)
+        text = in_words_of_the_nodes(describe(pipeline, added))
+        return io.NodeOutput(added, ui=ui.PreviewText(text))
 
 
 def _absent(name: str) -> str:
-    there = ", ".join(repr(known) for known in bridge.lora_names()[:8]) or "none"
-    return (
-        f"lora: there is no file {name!r} in models/loras. Put it there and press R, or choose "
-        f"another. Found: {there}."
-    )
+    return absent_lora(name, bridge.lora_names())
 
 
 def describe(before: WanPipeline, after: WanPipeline) -> str:

@@ -148,7 +148,12 @@ def fingerprint(source: Path | WanModelFiles) -> str:
         roots = [Path(path) for path in named if path is not None]
     else:
         roots = [source]
-    digest = hashlib.sha256(str(source).encode())
+    return fingerprint_of(str(source), roots)
+
+
+def fingerprint_of(name: str, roots: Iterable[Path]) -> str:
+    """Return a hash of a name and of the path, size and mtime of files and of those in folders."""
+    digest = hashlib.sha256(name.encode())
     for path in (path for root in roots for path in _files_of(root)):
         if path.is_file():
             stat = path.stat()

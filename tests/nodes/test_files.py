@@ -156,6 +156,22 @@ def test_a_change_behind_a_linked_folder_is_seen(pack: ModuleType, tmp_path: Pat
     assert len(set(seen)) == 4 and fingerprint(model) == seen[-1]
 
 
+def test_a_name_that_another_node_gives_counts_with_all_files(
+    pack: ModuleType, tmp_path: Path
+) -> None:
+    """ComfyUI asks before it is known, and would render anew each time if that failed."""
+    files = part(pack, "nodes.files")
+    listed = {"transformer": {"a.sft": tmp_path / "a.sft"}, "vae": {"b.sft": tmp_path / "b.sft"}}
+    folders = files.Folders((tmp_path / "diffusers",), listed, {}, lambda name: None)
+    seen = set()
+    for place in ("a.sft", "b.sft", "diffusers/model/model_index.json"):
+        (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / place).touch()
+        seen |= {files.fingerprint_of_all({"model": None}, folders) for _ in range(2)}
+    seen.add(files.fingerprint_of_all({"model": "a.sft", "vae": None}, folders))
+    assert len(seen) == 4
+
+
 def test_parts_that_are_folders_count_with_their_files(pack: ModuleType, tmp_path: Path) -> None:
     fingerprint = part(pack, "nodes.pipeline").fingerprint
     (tmp_path / "transformer").mkdir()
