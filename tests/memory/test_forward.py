@@ -226,9 +226,11 @@ def real_weights(found: ModelArchitecture, dtype: str, offload: str) -> int:
     return whole * found.variant.experts + vae + text + image
 
 
-def test_denoise_agrees_with_the_dry_run_over_200_combinations() -> None:
+# A third has every model twice, every size and both dtypes.
+@pytest.mark.parametrize("apart", [3, pytest.param(1, marks=pytest.mark.slow)])
+def test_denoise_agrees_with_the_dry_run_over_many_combinations(apart: int) -> None:
     errors = []
-    for name, job, dtype in CASES:
+    for name, job, dtype in CASES[::apart]:
         found = architecture(name)
         live = denoise_dry_once(found.transformer, _twin(name), job, dtype)
         for offload in ("none", "model", "sequential", "stream"):
@@ -240,7 +242,7 @@ def test_denoise_agrees_with_the_dry_run_over_200_combinations() -> None:
             real = real_weights(found, dtype, offload) + live
             ours = predicted.weights_bytes + predicted.activation_bytes
             errors.append((ours / real - 1, name, job, dtype, offload))
-    assert len(errors) >= 200
+    assert len(errors) >= 250 // apart
     absolute = sorted(abs(error) for error, *_ in errors)
     assert absolute[int(0.95 * len(absolute))] <= 0.03
     assert min(errors)[0] >= -0.02, min(errors)
