@@ -23,7 +23,7 @@ def test_each_way_of_turning_rotated_codes_back_gives_the_reference_bits() -> No
         },
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
         check=False,
     )
     assert found.returncode == 0, found.stderr[-2000:]

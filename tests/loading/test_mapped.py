@@ -172,7 +172,7 @@ def test_no_more_is_asked_for_than_lies_ahead(
 
     def finite(raw: torch.Tensor) -> bool:
         looks[0] += 1
-        return go.wait(10)
+        return go.wait(60)
 
     def check() -> None:
         if looker._pending > 100:  # it waits, and looks for an interrupt meanwhile

@@ -69,7 +69,7 @@ def test_who_waits_for_a_component_looks_once_before_and_once_after() -> None:
 
     def build() -> nn.Module:
         begun.set()
-        go_on.wait(10)
+        go_on.wait(60)
         return nn.Linear(8, 8)
 
     def use() -> None:
@@ -78,7 +78,7 @@ def test_who_waits_for_a_component_looks_once_before_and_once_after() -> None:
 
     threads = [threading.Thread(target=use, name=name) for name in ("reads", "waits")]
     threads[0].start()
-    assert begun.wait(10)
+    assert begun.wait(60)
     threads[1].start()
     while "waits" not in looks:
         time.sleep(0.001)
@@ -198,7 +198,7 @@ def test_an_interrupt_is_seen_while_a_piece_is_looked_at(tmp_path: Path) -> None
 
     def finite(raw: torch.Tensor) -> bool:
         looking.set()
-        return answer.wait(10)
+        return answer.wait(60)
 
     looking, answer = threading.Event(), threading.Event()
     path = tmp_path / "w"
@@ -209,7 +209,7 @@ def test_an_interrupt_is_seen_while_a_piece_is_looked_at(tmp_path: Path) -> None
         with pytest.raises(InterruptedError):
             looker.begin(file, range(100), 1, finite, lambda reason: ValueError())
             looker.finish()
-        assert time.monotonic() - began < 5
+        assert time.monotonic() - began < 30
         answer.set()
         looker.close()
 

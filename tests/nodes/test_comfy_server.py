@@ -30,7 +30,7 @@ class Refusing(http.server.BaseHTTPRequestHandler):
 def server(tmp_path: Path) -> Iterator[ComfyServer]:
     """A ComfyUI that is nothing but a process that sleeps, and a log."""
     made = ComfyServer(tmp_path, tmp_path, Path(sys.executable))
-    made._process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    made._process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
     made._log = made.log_path.open("w")
     made._log_seen = 0
     yield made
@@ -49,8 +49,8 @@ def test_a_dead_prompt_worker_ends_the_wait(server: ComfyServer) -> None:
     write(server, "Exception in thread Thread-1 (prompt_worker):\nTraceback ...\nTypeError: gone\n")
     began = time.monotonic()
     with pytest.raises(RuntimeError, match="prompt worker has ended(.|\n)*TypeError: gone"):
-        server.wait_until(lambda: False, 30)
-    assert time.monotonic() - began < 5
+        server.wait_until(lambda: False, 60)
+    assert time.monotonic() - began < 30
 
 
 def test_a_process_that_ended_ends_the_wait(server: ComfyServer) -> None:

@@ -99,12 +99,12 @@ def test_a_finalizer_never_waits_for_another_thread(pack: ModuleType) -> None:
     def looks_at_the_cache() -> None:
         with cache._held():
             looking.set()
-            assert leasing.wait(5)
+            assert leasing.wait(60)
             pipelines.clear()
             gc.collect()
 
     def waits_for_the_cache() -> None:
-        assert looking.wait(5)
+        assert looking.wait(60)
         with lease._lock:
             leasing.set()
             cache.loaded()
@@ -114,7 +114,7 @@ def test_a_finalizer_never_waits_for_another_thread(pack: ModuleType) -> None:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(5)
+        thread.join(60)
     assert not any(thread.is_alive() for thread in threads)
     assert cache.loaded() == []
 
@@ -190,7 +190,7 @@ def test_many_threads_at_once(pack: ModuleType, tmp_path: Path) -> None:
     finally:
         stop.set()
         for thread in threads:
-            thread.join(20)
+            thread.join(60)
         gc.set_threshold(*threshold)
     assert errors == []
     assert not any(thread.is_alive() for thread in threads)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,7 +19,7 @@ def test_it_is_done_and_what_is_half_read_is_waited_for() -> None:
 
     def work(ahead: Ahead) -> None:
         done.append("begun")
-        left.wait(10)
+        left.wait(60)
         ahead.has_read()
         ahead.wait()  # until the block has ended
         done.append("ended")
@@ -44,8 +45,15 @@ def test_an_error_in_the_block_ends_it() -> None:
 def test_locking_ahead_stops_at_the_end_of_the_block(monkeypatch: pytest.MonkeyPatch) -> None:
     stopped = []
 
-    def pin(modules: Any, blocks: Any, schedule: Any, nbytes: int, stop: threading.Event) -> None:
-        stopped.append(stop.wait(5))
+    def pin(modules: Any, blocks: Any, schedule: Any, nbytes: int, check: Any) -> None:
+        end = time.monotonic() + 60
+        try:
+            while time.monotonic() < end:
+                check()
+                time.sleep(0.005)
+        except BaseException:
+            stopped.append(True)
+            raise
 
     monkeypatch.setattr(streaming, "_pin", pin)
     module = nn.Module()

@@ -56,7 +56,7 @@ class Idle:
         self.hand.job = None
 
 
-def wait_for(true: Any, seconds: float = 20) -> None:
+def wait_for(true: Any, seconds: float = 60) -> None:
     deadline = time.monotonic() + seconds
     while not true():
         assert time.monotonic() < deadline

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from support.thread_gang import ThreadGroup
+from wan_core.workers import WorkerPool
 from wan_core.workers.child import Cancelled, Worker
 from wan_core.workers.messages import Message, read_message, write_message
 
@@ -122,11 +123,12 @@ def hangs(worker: ThreadWorker) -> None:
 
 
 def meets_at_its_fourth_look(
-    threads: type[ThreadWorker], fate: Callable[[ThreadWorker], None]
+    threads: type[ThreadWorker], fate: Callable[[ThreadWorker], None], pool: WorkerPool
 ) -> list[float]:
     """Have the second worker meet its fate at its fourth look for an interrupt in a gang's pass.
 
-    Returns the times of its looks, which fill as they come.
+    Only then is it short how long a gang may say nothing: at other times a busy machine may make
+    one pause. Returns the times of its looks, which fill as they come.
     """
     looks: list[float] = []
 
@@ -134,7 +136,11 @@ def meets_at_its_fourth_look(
         if worker is threads.made[1] and worker._worker._together is not None:
             looks.append(time.perf_counter())
             if len(looks) == 4:
-                fate(worker)
+                pool.quiet_seconds = 1.0
+                try:
+                    fate(worker)
+                finally:
+                    pool.quiet_seconds = None
 
     threads.looked = look
     return looks

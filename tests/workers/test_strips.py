@@ -231,7 +231,7 @@ def test_an_interrupt_ends_the_strips_within_seconds(
     wrapper = open_wan(path, speed="fast", devices=2)
     with pytest.raises(Stop):
         wrapper.generate(GenerationConfig(**CLIP, decode_callback=stop))
-    assert time.perf_counter() - told[0] < 20
+    assert time.perf_counter() - told[0] < 60
     assert not any(decoding(worker) for worker in threads.made)
     pool = worker_pool(("cpu", "cpu"))
     assert all(gang.idle for gang in pool._gangs), "the workers are there for the next clip"

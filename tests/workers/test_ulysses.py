@@ -234,11 +234,10 @@ def test_a_rank_that_dies_or_hangs_ends_its_gang_and_not_the_render(
     """In the middle of a pass, where the others wait for it."""
     path = folder("wan2.2-t2v-a14b")
     whole = made(open_wan(path), CLIP)
-    looks = meets_at_its_fourth_look(threads, fate)
-    worker_pool(("cpu",) * 4, 2).quiet_seconds = 1.0
+    looks = meets_at_its_fourth_look(threads, fate, worker_pool(("cpu",) * 4, 2))
     found = made(open_wan(path, devices=4), CLIP)
     assert equal(found, whole)
-    assert time.perf_counter() - looks[3] < 15
+    assert time.perf_counter() - looks[3] < 60
     assert sum("its unit was given to another" in text for text in found.warnings) == 1
     assert len(threads.made) == 6  # a gang in the place of the one that ended
     numbers = [unit["number"] for worker in threads.made[::2] for unit in worker.units]
@@ -269,7 +268,7 @@ def test_a_rank_out_of_memory_leads_to_a_smaller_plan(
     monkeypatch.setattr(StageRunner, "_step_down", smaller)
     threads.looked = fill
     found = made(open_wan(path, devices=2), job)
-    assert failed and time.perf_counter() - failed[0] < 15
+    assert failed and time.perf_counter() - failed[0] < 60
     assert equal(found, whole) and cut_units(found) > 0
     assert len(threads.made) == (4 if midway else 2)
 
@@ -294,7 +293,7 @@ def test_an_interrupt_ends_all_ranks_at_the_same_block(
     wrapper, job = open_wan(path, devices=2), CLIP | PLAIN
     with pytest.raises(Interrupt):
         made(wrapper, job, interrupt_check=check)
-    assert time.perf_counter() - ended[0] < 10
+    assert time.perf_counter() - ended[0] < 60
     assert equal(made(wrapper, job), made(open_wan(path), job))
     assert len(threads.made) == 2  # the same gang
 
@@ -314,7 +313,7 @@ def test_a_rank_without_the_files_is_told_before_the_first_pass(
     result = open_wan(folder("wan2.1-t2v"), devices=2).generate(GenerationConfig(**CLIP | PLAIN))
     assert isinstance(result.error, WorkerFailed)
     assert "model.safetensors is not here (on cpu of cpu, cpu" in str(result.error)
-    assert time.perf_counter() - begun < 15
+    assert time.perf_counter() - begun < 60
 
 
 def test_what_is_kept_survives_nonsense(tmp_path: Path) -> None:
@@ -362,7 +361,7 @@ def test_processes_over_gloo_keep_every_bit_and_end_together(
     config = GenerationConfig(**CLIP, **PLAIN, progress_callback=kill)
     result = open_wan(folder("wan2.1-t2v"), devices=2, **streamed).generate(config)
     assert isinstance(result.error, WorkerFailed) and "has ended" in str(result.error)
-    assert time.perf_counter() - killed[0] < 10
+    assert time.perf_counter() - killed[0] < 60
     for pid in pids:
         with pytest.raises(ProcessLookupError):
             os.kill(pid, 0)

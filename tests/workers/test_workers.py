@@ -7,7 +7,6 @@ import random
 import signal
 import sys
 import tempfile
-import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ import pytest
 import torch
 from PIL import Image
 from support.drivers import Driver
-from support.thread_workers import ThreadWorker
+from support.thread_workers import ThreadWorker, hangs
 from support.tiny_models import ANIMATE, folders, open_wan
 
 from wan_core import GenerationConfig
@@ -215,21 +214,20 @@ def test_a_gang_of_which_one_cannot_be_started_ends_the_others(
 def test_a_worker_that_hangs_is_ended(folder: Any, threads: type[ThreadWorker]) -> None:
     path = folder("wan2.1-t2v")
     whole = latents(path, CLIP)
-    woken = threading.Event()
-    hung: list[int] = []
+    pool, hung = worker_pool(("cpu", "cpu")), list[bool]()
 
     def trouble(worker: ThreadWorker, number: int) -> None:
         if number == 4 and not hung:
-            hung.append(number)
-            woken.wait(20)
+            hung.append(True)
+            pool.quiet_seconds = 0.5
+            try:
+                hangs(worker)
+            finally:
+                pool.quiet_seconds = None  # others may pause on a busy machine
 
     threads.trouble = trouble
-    worker_pool(("cpu", "cpu")).quiet_seconds = 0.5
-    started = time.perf_counter()
     made = open_wan(path, devices=2).generate(GenerationConfig(**CLIP)).raise_for_error()
-    woken.set()
     assert hung and torch.equal(made.latents, whole)
-    assert time.perf_counter() - started < 15
     assert any("said nothing for" in text for text in made.warnings)
 
 
@@ -237,7 +235,7 @@ def test_what_is_new_to_a_worker_may_take_long(
     folder: Any, threads: type[ThreadWorker], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Kernels may be compiled in the first unit of other weights or shapes: it does not hang."""
-    monkeypatch.setattr(gang, "_QUIET_SECONDS", 0.5)
+    monkeypatch.setattr(gang, "_QUIET_SECONDS", 1.0)
     monkeypatch.setattr(gang, "_QUIET_FACTOR", 1.0)
     met: list[str] = []
 
