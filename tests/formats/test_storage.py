@@ -236,6 +236,11 @@ BAD: dict[str, tuple[str, str, Change, str, str]] = {
     "rotated by a fraction": (
         "int8_convrot", "notes", say(A, ROTATED | {"convrot_groupsize": 256.0}), f"{A}.weight",
         "256.0"),
+    "rotated by the word false": (
+        "int8_rows", "notes", say(A, INT8 | {"convrot": "false"}), f"{A}.weight", "'false'"),
+    "two scales that differ": (
+        "fp8_scaled", "notes", put(f"{A}.scale_weight", torch.tensor(2.0)), f"{A}.scale_weight",
+        "differ"),
     "fp8 marked as scaled, all scales lost": (
         "fp8", "old", put("scaled_fp8", torch.empty(0, dtype=F8)), "scales", "20 fp8 weights"),
     **{f"a weight in {name}": (
@@ -404,6 +409,42 @@ def test_a_gguf_type_that_did_not_exist_yet_is_refused(
     refused(lambda: opened(whole, path), path, f"{B}.weight", "77")
 
 
+@pytest.mark.parametrize(
+    ("version", "said"),
+    [
+        (struct.pack(">I", 3), "big-endian"), (struct.pack("<I", 1), "version 1"),
+        (struct.pack("<I", 4), "version 4"),
+    ],
+)  # fmt: skip
+def test_a_gguf_of_another_version_or_byte_order_is_told(
+    tmp_path: Path, model: Any, version: bytes, said: str
+) -> None:
+    path = tmp_path / "odd.gguf"
+    path.write_bytes(b"GGUF" + version + bytes(64))
+    refused(lambda: read_table(path), path, said, "GGUF")
+
+
+@pytest.mark.parametrize("alignment", [1, 4096])
+def test_gguf_tensors_lie_at_any_alignment(tmp_path: Path, model: Any, alignment: int) -> None:
+    def aligned(writer: Any, name: str, value: Tensor) -> np.ndarray | None:
+        if not writer.kv_data[0].get("general.alignment"):
+            writer.add_custom_alignment(alignment)
+        matrix = name.startswith("blocks.") and value.ndim == 2
+        return files.gguf_blocks(value, "Q8_0") if matrix else None
+
+    path = write_gguf(tmp_path / "odd.gguf", model, "Q8_0", aligned)
+    usual = write_gguf(tmp_path / "usual.gguf", model, "Q8_0")
+    starts = [info.start for info in read_table(path).tensors.values()]
+    assert all(b % alignment == 0 for b in starts)
+    ours, theirs = (
+        load_component(one, torch.bfloat16, keep_quantized=True, map_file=True)
+        for one in (path, usual)
+    )
+    for name, value in theirs.named_parameters():
+        same = ours.get_parameter(name)
+        assert torch.equal(same.view(torch.uint8), value.view(torch.uint8)), name
+
+
 @pytest.mark.parametrize("kind", ["Q8_0", "Q4_K"])
 def test_gguf_blocks_that_run_across_rows(tmp_path: Path, kind: str) -> None:
     """Some writers fold a matrix into rows of whole blocks and note its shape; some do biases."""
@@ -431,11 +472,11 @@ def test_gguf_blocks_that_run_across_rows(tmp_path: Path, kind: str) -> None:
 # What is odd and right ---------------------------------------------------------------------------
 
 
-def loaded_equal(path: Path, other: Path) -> Any:
+def loaded_equal(path: Path, like: Path) -> Any:
     """Load both, kept and dequantised, and compare every number; returns the first as kept."""
     for keep in (False, True):
         ours = load_component(path, torch.bfloat16, keep_quantized=keep)
-        theirs = load_component(other, torch.bfloat16, keep_quantized=keep)
+        theirs = load_component(like, torch.bfloat16, keep_quantized=keep)
         for name, layer in ours.named_modules():
             same: Any = theirs.get_submodule(name)
             if hasattr(layer, "dequantized"):
@@ -443,9 +484,9 @@ def loaded_equal(path: Path, other: Path) -> Any:
                     layer.dequantized(torch.bfloat16), same.dequantized(torch.bfloat16)
                 )
             for key, value in layer.named_parameters(recurse=False):
-                assert torch.equal(value.view(torch.uint8), getattr(same, key).view(torch.uint8)), (
-                    name
-                )
+                other = getattr(same, key)
+                if other is not None:  # a scale for each row, that of all of them in the other
+                    assert torch.equal(value.view(torch.uint8), other.view(torch.uint8)), name
     return ours
 
 
@@ -484,7 +525,26 @@ def hints(state: State, _: dict[str, str]) -> None:
     state[f"{B}.scale_input"] = torch.tensor([17.0])
 
 
+def both_spellings(state: State, _: dict[str, str]) -> None:
+    for name in [n for n in state if n.endswith(".weight_scale")]:
+        state[name.removesuffix("weight_scale") + "scale_weight"] = state[name].clone()
+
+
+def of_many_forms(state: State, _: dict[str, str]) -> None:
+    """Scales of a number or of rows, in the shapes that writers give them."""
+    forms = ((), (1,), (1, 1), (-1,), (-1, 1))
+    names = sorted(n for n in state if n.endswith(".scale_weight"))
+    for index, name in enumerate(names):
+        form, rows = forms[index % 5], len(state[name.removesuffix("scale_weight") + "weight"])
+        whole = state[name].reshape(1)
+        state[name] = (whole.expand(rows) if -1 in form else whole).reshape(form).contiguous()
+    for name in [n for n in state if "norm" in n and n.endswith("weight")]:
+        state[name] = state[name].float()
+
+
 ODD: dict[str, tuple[str, str, Change]] = {
+    "both spellings of a scale": ("fp8_scaled", "notes", both_spellings),
+    "scales of many forms, norms in fp32": ("fp8_scaled", "old", of_many_forms),
     "fp8 typed U8": ("fp8_scaled", "notes", one_byte(torch.uint8)),
     "fp8 typed I8": ("fp8_scaled", "notes", one_byte(torch.int8)),
     "e5m2 typed U8": ("fp8_scaled_e5m2", "notes", one_byte(torch.uint8)),
@@ -514,6 +574,29 @@ def test_what_is_odd_and_right_gives_the_same_numbers(
     odd = files.write(tmp_path / "odd.safetensors", tensors, metadata)
     kept = loaded_equal(odd, plain)
     assert sum(hasattr(layer, "dequantized") for layer in kept.modules()) == 20
+
+
+def test_a_note_may_forbid_products_in_8_bit(tmp_path: Path, model: Any) -> None:
+    for kind in ("fp8_scaled", "int8_rows"):
+        tensors, metadata = packed(model, kind)
+        whole = json.loads(tensors[f"{A}.comfy_quant"].numpy().tobytes())
+        say(A, whole | {"params": {"full_precision_matrix_mult": True}})(tensors, metadata)
+        table = read_table(files.write(tmp_path / "m.safetensors", tensors, metadata))
+        found = read_weight_kind(table, table.tensors).weights
+        assert [name for name, one in found.items() if one.full_precision] == [f"{A}.weight"]
+
+
+def test_packed_layers_outside_the_blocks_have_their_own_sizes(tmp_path: Path, model: Any) -> None:
+    """Two numbers in a byte: the model's sizes are not the stored tensors'."""
+    state = layouts.original_transformer(layouts.state_of(model))
+    names = {f"{name}.weight" for name in ("text_embedding.0", "time_embedding.0", "head.head")}
+    tensors, metadata, meanings = files.pack(state, names, "nvfp4", "notes")
+    path = files.write(tmp_path / "m.safetensors", tensors, metadata)
+    for keep in (False, True):
+        loaded = load_component(path, torch.bfloat16, keep_quantized=keep)
+        layer: Any = loaded.condition_embedder.text_embedder.linear_1
+        found = layer.dequantized(torch.bfloat16) if keep else layer.weight
+        assert torch.equal(found, meanings["text_embedding.0.weight"](torch.bfloat16))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)

@@ -124,9 +124,11 @@ def _patch_card(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]) ->
 class OnCard:
     """A stored weight that says it is on a card."""
 
-    def __init__(self, shape: tuple[int, int], kind: str, dtype: str) -> None:
+    def __init__(
+        self, shape: tuple[int, int], kind: str, dtype: str, *, full: bool = False
+    ) -> None:
         self.bits: Any = SimpleNamespace(is_cuda=True, device="cuda:0")
-        self.stored = Storage(kind, dtype, shape, per="row")
+        self.stored = Storage(kind, dtype, shape, per="row", full_precision=full)
 
 
 @pytest.mark.parametrize(
@@ -151,6 +153,10 @@ def test_what_a_card_multiplies(
     layer = nn.Linear(shape[1], shape[0])
     assert (products.product_for(layer, torch.bfloat16) is not None) is used
     assert products.product_for(layer, torch.float32) is None
+    told = OnCard(shape, kind, dtype, full=True)  # by the file's note on the layer
+    with monkeypatch.context() as patch:
+        patch.setattr(products, "stored_weight", lambda layer: told)
+        assert products.product_for(layer, torch.bfloat16) is None
     layer.register_forward_hook(lambda *_: None)  # a LoRA's
     assert products.product_for(layer, torch.bfloat16) is None
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from wan_core.formats.kinds import WeightKind
 from wan_core.loading import blueprint
 from wan_core.loading.blueprint import found_blueprint
 
@@ -70,6 +71,8 @@ def test_what_the_shapes_say_is_what_was_built(
     state = {key.removeprefix("vision_model."): v for key, v in module.state_dict().items()}
     part: Any = SimpleNamespace(
         kind=kind,
+        prefix="",
+        weights=WeightKind("bf16"),
         table=SimpleNamespace(
             tensors={key: SimpleNamespace(shape=tuple(v.shape)) for key, v in state.items()}
         ),
@@ -89,7 +92,12 @@ def test_what_the_shapes_say_is_what_was_built(
 
 def test_parts_of_a_fused_tensor_have_their_share_of_its_rows() -> None:
     module = built("UMT5EncoderModel", UMT5)
-    part: Any = SimpleNamespace(kind="text_encoder", table=SimpleNamespace(tensors={}))
+    part: Any = SimpleNamespace(
+        kind="text_encoder",
+        prefix="",
+        weights=WeightKind("bf16"),
+        table=SimpleNamespace(tensors={}),
+    )
     sources = {}
     for key, value in module.state_dict().items():
         rows, *rest = value.shape

@@ -16,7 +16,7 @@ from support.stored_models import write_expert
 from support.tiny_models import make_transformer
 from torch import Tensor, nn
 
-from wan_core.errors import CorruptFile
+from wan_core.errors import CorruptFile, MissingFile
 from wan_core.loading import (
     first_look,
     load_component,
@@ -79,7 +79,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(moving, "_RING_FROM", 1)
     monkeypatch.setattr(moving, "_PIECE", 50_000)  # several to a tensor, and no whole GGUF blocks
     monkeypatch.setattr(reader, "_SMALL", 0)
-    monkeypatch.setattr(reader, "_TOLD_SECONDS", 0.0)
+    monkeypatch.setattr(mapped, "_TOLD_SECONDS", 0.0)
     monkeypatch.setattr(mapped, "_CHECKED", 9_000)
 
 
@@ -245,3 +245,19 @@ def test_as_on_windows(
     looked_at(module, to_device)
     found = bytes_of(module)
     assert all(torch.equal(value, found[name]) for name, value in expected["Q4_K"].items())
+
+
+@pytest.mark.parametrize("what", ["opened", "mapped"])
+def test_a_drive_that_allows_no_more_than_the_header_is_named(
+    home: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    """Some network drives cannot be mapped; rights may change after the header was read."""
+    error = PermissionError(13, "Permission denied") if what == "opened" else OSError(19, "No map")
+
+    def fail(*_: object) -> None:
+        raise error
+
+    place = (reader.io, "FileIO") if what == "opened" else (reader, "map_file")
+    monkeypatch.setattr(*place, fail)
+    with pytest.raises(MissingFile, match=rf"fp8_scaled.*cannot be {what}.*{error.strerror}"):
+        opened(home, "fp8_scaled")

@@ -17,7 +17,7 @@ from torch import nn
 
 from wan_core.errors import CorruptFile
 from wan_core.formats import read_table
-from wan_core.loading import load_component, mapped, reader
+from wan_core.loading import load_component, mapped
 from wan_core.loading.reader import TensorReader
 from wan_core.models import Source
 
@@ -43,7 +43,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def always(monkeypatch: pytest.MonkeyPatch) -> None:
     """Everything is told, however fast it is read."""
-    monkeypatch.setattr(reader, "_TOLD_SECONDS", 0.0)
+    monkeypatch.setattr(mapped, "_TOLD_SECONDS", 0.0)
 
 
 class Counting(io.FileIO):

@@ -331,7 +331,7 @@ def test_a_damaged_expert_is_told_as_often_as_it_is_tried(home: Path, tmp_path: 
 def test_an_interrupt_while_it_is_read_and_placed(
     home: Path, plain: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(reader, "_TOLD_SECONDS", 0.0)
+    monkeypatch.setattr("wan_core.loading.mapped._TOLD_SECONDS", 0.0)
     wrapper = opened(home)
 
     def stop(name: str, done: int, total: int) -> None:

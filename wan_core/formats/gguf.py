@@ -28,6 +28,7 @@ KEEP_ARRAY: Final = 16
 """Arrays with more elements are skipped: of arrays, only tensor shapes are needed here."""
 MAX_DIMS: Final = 8
 
+_VERSIONS: Final = (2, 3)
 # number: (name, elements per block, bytes per block)
 GGML_TYPES: Final[Mapping[int, tuple[str, int, int]]] = {
     0: ("F32", 1, 4), 1: ("F16", 1, 2), 2: ("Q4_0", 32, 18), 3: ("Q4_1", 32, 20),
@@ -132,8 +133,8 @@ def parse_gguf(file: BinaryIO, path: Path, size: int) -> TensorTable:
     reader = _Reader(file, path, size)
     reader.skip(4)
     version = reader.number("<I")
-    if version not in (2, 3):
-        raise reader.fail(f"version {version}, only 2 and 3 are known")
+    if version not in _VERSIONS:
+        raise CorruptFile(f"{quoted(path)} {_odd_version(version)}")
     tensor_count, key_count = reader.number("<Q"), reader.number("<Q")
     if not 1 <= tensor_count <= MAX_TENSORS or key_count > MAX_KEYS:
         raise reader.fail(
@@ -149,6 +150,20 @@ def parse_gguf(file: BinaryIO, path: Path, size: int) -> TensorTable:
     return TensorTable(
         path, (path,), tensors, metadata, "gguf", header_bytes, arrays=arrays
     )  # fmt: skip
+
+
+def _odd_version(version: int) -> str:
+    if struct.unpack(">I", struct.pack("<I", version))[0] in _VERSIONS:
+        return (
+            "is a GGUF file in big-endian byte order, which is not read. Get the usual, "
+            "little-endian one."
+        )
+    if version == 1:
+        return "is a GGUF file of version 1; 2 and 3 are read. Get a newer version of the file."
+    return (
+        f"says that it is a GGUF file of version {version}; 2 and 3 are read. {AGAIN} If that is "
+        "its version, get one that is made for version 3, or update WanFit."
+    )
 
 
 def _read_metadata(

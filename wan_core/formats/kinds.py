@@ -45,6 +45,8 @@ class Storage:
     """Columns that were rotated together (convrot), 0 where the weight is not rotated."""
     by_rows: bool = True
     """Whether rows can be taken apart alone; False where a GGUF block runs across rows."""
+    full_precision: bool = False
+    """Whether its note forbids products in 8 bit with it (``full_precision_matrix_mult``)."""
 
     @property
     def title(self) -> str:

@@ -60,7 +60,10 @@ def _metadata(value: Any, path: Path) -> dict[str, str]:
     if value is None:
         return {}
     if not isinstance(value, dict) or not all(isinstance(v, str) for v in value.values()):
-        raise CorruptFile(f"__metadata__ in the header of {quoted(path)} is not a table of texts.")
+        raise CorruptFile(
+            f"__metadata__ in the header of {quoted(path)} is not a table of texts, as the format "
+            f"wants it. {AGAIN} If you made the file, save it with metadata of texts alone."
+        )
     return dict(value)
 
 

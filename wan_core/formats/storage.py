@@ -66,7 +66,8 @@ def read_weight_kind(table: TensorTable, own: Mapping[str, TensorInfo]) -> Weigh
 
     Raises UnsupportedModel or CorruptFile, naming the tensor, for a weight whose dtype no weight
     can have, for scales that are missing or of a layout that is not known, and for notes that
-    contradict their weight. Reads at most 1 MiB of ``comfy_quant`` notes.
+    contradict their weight. Reads at most 1 MiB of ``comfy_quant`` notes, and scales where a weight
+    has two.
     """
     if table.format == "gguf":
         return _gguf_kind(own)
@@ -164,6 +165,23 @@ class _Reader:
                     f"metadata that it is {other}. The file is mixed; download it again."
                 )
         self._notes = stated | notes
+        self._check_doubles()
+
+    def _check_doubles(self) -> None:
+        """Refuse a weight with a scale in each spelling, where these are not the same."""
+        old, new = SCALE
+        layers = [n.removesuffix(old) for n in self._own if n.endswith(old)]
+        layers = [layer for layer in layers if layer + new in self._own]
+        ours, theirs = (
+            read_small([self._own[layer + end] for layer in layers], limit=2**20)
+            for end in (old, new)
+        )
+        for layer, one, other in zip(layers, ours, theirs, strict=True):
+            if one != other:
+                raise CorruptFile(
+                    f"Weight {f'{layer}.weight'!r} of {self._where} has two scales that differ, "
+                    f"{layer + old!r} and {layer + new!r}. The file is mixed; download it again."
+                )
 
     def _from_tensors(self) -> dict[str, dict[str, Any]]:
         named = [(n, i) for n, i in self._own.items() if n.endswith(NOTE)]
@@ -278,7 +296,7 @@ class _Reader:
                 "in the file; without it the video is noise. Get the whole file, or one in bf16."
             )
         per = self._per(name, info.shape, scale) if scale else ""
-        return Storage("fp8", dtype, info.shape, scale, per=per)
+        return Storage("fp8", dtype, info.shape, scale, per=per, full_precision=_full(note or {}))
 
     def _int8(self, name: str, info: TensorInfo, scale: str, note: dict[str, Any]) -> Storage:
         if info.dtype != "I8" or len(info.shape) != 2:
@@ -289,8 +307,13 @@ class _Reader:
                 "without it the video is noise. Get the whole file, or one in bf16."
             )
         per = self._per(name, info.shape, scale)
-        group = 0
-        if note.get("convrot"):
+        group, rotated = 0, note.get("convrot", False)
+        if rotated not in (False, True):
+            raise UnsupportedModel(
+                f"The note on {name!r} of {self._where} has convrot {rotated!r}; true or false is "
+                "allowed. Get another version of the file."
+            )
+        if rotated:
             group = note.get("convrot_groupsize", 256)
             powers = (4, 16, 64, 256, 1024, 4096)
             if type(group) is not int or group not in powers or info.shape[1] % group:
@@ -299,7 +322,9 @@ class _Reader:
                     f"a power of 4 that divides its {info.shape[1]} columns is allowed. Get "
                     "another version of the file."
                 )
-        return Storage("int8", "I8", info.shape, scale, per=per, group=group)
+        return Storage(
+            "int8", "I8", info.shape, scale, per=per, group=group, full_precision=_full(note)
+        )
 
     def _blocks(self, name: str, info: TensorInfo, scale: str, form: str) -> Storage:
         """nvfp4 and mxfp8: packed values, and a scale for each 16 or 32 of them."""
@@ -428,6 +453,15 @@ class _Reader:
         if noted:
             out.append("Its int8 weights carry no note; they are read as plain, unrotated rows.")
         return tuple(out)
+
+
+def _full(note: Mapping[str, Any]) -> bool:
+    """Say whether a note wants its layer multiplied in full precision.
+
+    The old marker wants that of a whole file where it has two elements. It is not taken so: what is
+    meant are ComfyUI's products, which do not scale what they multiply with.
+    """
+    return bool(note.get("full_precision_matrix_mult", False))
 
 
 def _json_object(data: str | bytes) -> dict[str, Any] | None:

@@ -230,7 +230,7 @@ def product_for(layer: Any, dtype: torch.dtype) -> EightBitProduct | None:
     stored = weight.stored
     if stored.kind not in _FIRST or stored.dtype not in ("F8_E4M3", "I8"):
         return None
-    if any(size % 16 for size in stored.shape):
+    if stored.full_precision or any(size % 16 for size in stored.shape):
         return None
     device = weight.bits.device
     if torch.cuda.get_device_capability(device) < _FIRST[stored.kind]:

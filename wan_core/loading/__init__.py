@@ -18,11 +18,11 @@ if TYPE_CHECKING:
     from .dequantize import rotation
     from .download import fetch, plan_download
     from .dtypes import dtype_of, keep_in_fp32, stays_fp32
-    from .mapped import is_mapped, read_again
+    from .mapped import first_look, is_mapped, read_again, to_look_at
     from .moving import Undo, device_of, give_back_freed, move, remember
     from .page_lock import Slab, all_pinned_bytes, lock_within, pin_block, room_to_pin, unpin
     from .quantized import StoredWeight, stored_weight
-    from .reader import TensorReader, first_look, to_look_at
+    from .reader import TensorReader
     from .tokenizer import (
         check_tokenizer,
         load_image_processor,
@@ -38,7 +38,7 @@ __getattr__ = lazy_names(
         "download": ("fetch", "plan_download"),
         "dequantize": ("rotation",),
         "dtypes": ("dtype_of", "keep_in_fp32", "stays_fp32"),
-        "mapped": ("is_mapped", "read_again"),
+        "mapped": ("first_look", "is_mapped", "read_again", "to_look_at"),
         "moving": ("Undo", "device_of", "give_back_freed", "move", "remember"),
         "page_lock": (
             "Slab",
@@ -49,7 +49,7 @@ __getattr__ = lazy_names(
             "unpin",
         ),
         "quantized": ("StoredWeight", "stored_weight"),
-        "reader": ("TensorReader", "first_look", "to_look_at"),
+        "reader": ("TensorReader",),
         "tokenizer": (
             "check_tokenizer",
             "load_image_processor",

@@ -17,7 +17,7 @@ from torch import nn
 from ..detect import IdentifiedFile
 from ..errors import CorruptFile, UnsupportedModel
 from ..files import quoted
-from ..formats import read_json
+from ..formats import logical_shape, read_json
 from ..models import (
     UNSHUFFLED,
     Mapped,
@@ -110,8 +110,12 @@ def found_blueprint(part: IdentifiedFile, mapped: Mapped) -> Blueprint:
     """
     shapes = {}
     for name, source in mapped.sources.items():
-        # One stored tensor may hold several of ours one above the other (fused q, k, v).
-        rows, *rest = part.table.tensors[source.name].shape or (1,)
+        # One stored tensor may hold several of ours one above the other (fused q, k, v), and two
+        # numbers in a byte.
+        stored = part.table.tensors[source.name]
+        rows, *rest = logical_shape(
+            source.name.removeprefix(part.prefix), stored, part.weights
+        ) or (1,)
         shapes[name] = (rows // source.parts, *rest)
     build = {
         "transformer": _transformer, "vae": _vae, "text_encoder": _text, "image_encoder": _image,

@@ -18,15 +18,20 @@ import io
 import mmap
 import os
 import threading
+import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
 import torch
+
+from ..formats import TensorTable
+from ..models import Source
 
 FP8: Final = frozenset({torch.float8_e4m3fn, torch.float8_e5m2})
 AT_ONCE: Final = 4 * 2**20
@@ -39,6 +44,7 @@ _CHECKED: Final = 2**20
 _READERS: Final = 4
 """Threads that read: more than one, so that a disk has work while numbers are looked at."""
 _WAIT_SECONDS: Final = 0.05
+_TOLD_SECONDS: Final = 0.1
 
 _addresses: weakref.WeakKeyDictionary[MappedFile, range] = weakref.WeakKeyDictionary()
 """Where every mapped file lies that a tensor still needs."""
@@ -313,6 +319,100 @@ def read_again(tensors: Iterable[torch.Tensor], check: Callable[[], object]) -> 
         looker.finish()
     finally:
         looker.close()
+
+
+class Amount:
+    """How many of the bytes that will be read have been, told a few times a second."""
+
+    def __init__(self, table: TensorTable, tell: Callable[[int, int], object]) -> None:
+        self._table, self._tell = table, tell
+        self._done = self._total = 0
+        self._next = 0.0
+
+    def begin(self, sources: Iterable[Source]) -> None:
+        """Say what will be read."""
+        self._total = sum(self._nbytes(source) for source in sources)
+        self.more(0)
+
+    def more(self, nbytes: int) -> None:
+        """Add bytes that were read, or need not be."""
+        # Scales are read beside their weight.
+        self._done = min(self._done + nbytes, self._total)
+        now = time.monotonic()
+        if now >= self._next:
+            self._next = now + _TOLD_SECONDS
+            self._tell(self._done, self._total)
+
+    def end(self) -> None:
+        """Say that all has been read."""
+        self._tell(self._total, self._total)
+
+    def go_on(self, left: int, tell: Callable[[int, int], object]) -> None:
+        """Go on with ``left`` bytes to read, and tell somebody else."""
+        self._done, self._tell = self._total - left, tell
+
+    def _nbytes(self, source: Source) -> int:
+        return self._table.tensors[source.name].nbytes // source.parts
+
+
+_to_look_at: weakref.WeakKeyDictionary[torch.nn.Module, tuple[tuple[MappedFile, ...], Amount]]
+_to_look_at = weakref.WeakKeyDictionary()
+"""Modules some of whose weights nobody has looked at: in which files, and how much that is."""
+
+
+def look_later(module: torch.nn.Module, files: tuple[MappedFile, ...], amount: Amount) -> None:
+    """Leave the first look at a module's weights in these files to :func:`first_look`."""
+    _to_look_at[module] = files, amount
+
+
+def to_look_at(module: torch.nn.Module) -> bool:
+    """Say whether there are weights of a module that nobody has looked at."""
+    return module in _to_look_at
+
+
+@contextmanager
+def first_look(
+    module: torch.nn.Module, check: Callable[[], object], progress: Callable[[int, int], object]
+) -> Iterator[None]:
+    """Have all weights of a module looked at by the end of the ``with`` block.
+
+    For modules loaded with ``look_later``; of others nothing is done. What the block copies from
+    the file, to a device or to page-locked memory, is looked at on its way, the rest at the end:
+    the file is read once. ``check`` and ``progress`` are as for ``load_component``. Raises
+    CorruptFile, also in the block, as often as it is tried: what is wrong stays to be looked at.
+    """
+    files, amount = _to_look_at.get(module, ((), None))
+    if amount is None:
+        yield
+        return
+    left = sum(len(file.tensors[start].span) for file in files for start in file.unseen)
+    amount.go_on(left, progress)
+    for file in files:
+        file.watch = Watch(check, amount.more)
+    try:
+        yield
+        _look_at_rest(files, Watch(check, amount.more))
+        amount.end()
+        del _to_look_at[module]
+    finally:
+        for file in files:
+            file.watch = Watch()
+
+
+def _look_at_rest(files: Iterable[MappedFile], watch: Watch) -> None:
+    looker = Looker(watch)
+    try:
+        for file in files:
+            for start in sorted(file.unseen):
+                stored = file.tensors[start]
+                # What cannot be wild is read when it is used.
+                if stored.finite is not None:
+                    looker.begin(file.file, stored.span, stored.unit, stored.finite, stored.wrong)
+        looker.finish()
+    finally:
+        looker.close()
+    for file in files:
+        file.unseen.clear()
 
 
 # For each dtype: integers of its size with and without a sign, and the bits of the smallest

@@ -12,10 +12,8 @@ from __future__ import annotations
 import io
 import math
 import os
-import time
-import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
@@ -36,6 +34,7 @@ from .dequantize import (
 from .mapped import (
     AT_ONCE,
     FP8,
+    Amount,
     Finite,
     InFile,
     Looker,
@@ -43,10 +42,11 @@ from .mapped import (
     Reason,
     Watch,
     is_finite,
+    look_later,
     map_file,
 )
 
-__all__ = ["DTYPES", "FP8", "Amount", "TensorReader", "first_look", "is_finite", "to_look_at"]
+__all__ = ["DTYPES", "FP8", "Amount", "TensorReader", "is_finite"]
 
 DTYPES: Final[Mapping[str, torch.dtype]] = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -58,44 +58,9 @@ DTYPES: Final[Mapping[str, torch.dtype]] = {
 
 _PIECE: Final = 16 * 2**20
 """Bytes converted at a time."""
-_TOLD_SECONDS: Final = 0.1
 _ALIGNED: Final = 64  # bytes; how torch allocates on a CPU
 _SMALL: Final = 2**16
 """Bytes of a mapped tensor that is looked at on the spot: handing it on would take longer."""
-
-
-class Amount:
-    """How many of the bytes that will be read have been, told a few times a second."""
-
-    def __init__(self, table: TensorTable, tell: Callable[[int, int], object]) -> None:
-        self._table, self._tell = table, tell
-        self._done = self._total = 0
-        self._next = 0.0
-
-    def begin(self, sources: Iterable[Source]) -> None:
-        """Say what will be read."""
-        self._total = sum(self._nbytes(source) for source in sources)
-        self.more(0)
-
-    def more(self, nbytes: int) -> None:
-        """Add bytes that were read, or need not be."""
-        # Scales are read beside their weight.
-        self._done = min(self._done + nbytes, self._total)
-        now = time.monotonic()
-        if now >= self._next:
-            self._next = now + _TOLD_SECONDS
-            self._tell(self._done, self._total)
-
-    def end(self) -> None:
-        """Say that all has been read."""
-        self._tell(self._total, self._total)
-
-    def go_on(self, left: int, tell: Callable[[int, int], object]) -> None:
-        """Go on with ``left`` bytes to read, and tell somebody else."""
-        self._done, self._tell = self._total - left, tell
-
-    def _nbytes(self, source: Source) -> int:
-        return self._table.tensors[source.name].nbytes // source.parts
 
 
 class TensorReader:
@@ -152,7 +117,7 @@ class TensorReader:
         """Leave it to ``first_look`` to read what has not been; False where nothing is left."""
         files = tuple(file for file in (self._maps or {}).values() if file.unseen)
         if files:
-            _to_look_at[module] = files, amount
+            look_later(module, files, amount)
         return bool(files)
 
     def read(
@@ -285,10 +250,20 @@ class TensorReader:
         assert self._maps is not None
         made = self._maps.get(info.file)
         if made is None:
-            made = self._maps[info.file] = map_file(self._open(info.file))
+            made = self._maps[info.file] = self._mapped(info.file)
         if start + numel * stored.itemsize > len(made):
             raise _shortened(info)
         return made.view(start, numel, stored)
+
+    def _mapped(self, path: Path) -> MappedFile:
+        file = self._open(path)
+        try:
+            return map_file(file)
+        except OSError as err:
+            raise MissingFile(
+                f"{quoted(path)} cannot be mapped into memory: {err.strerror or err}. What it is "
+                "on, a network drive perhaps, does not allow it: copy it to a local disk."
+            ) from err
 
     def _read_straight(self, info: TensorInfo, start: int, out: torch.Tensor) -> None:
         size = out.element_size()
@@ -351,7 +326,14 @@ class TensorReader:
         if file is None:
             if not os.path.isfile(path):
                 raise MissingFile(f"{quoted(path)} is gone since its header was read. Restore it.")
-            file = self._files[path] = self._stack.enter_context(io.FileIO(path, "rb"))
+            try:
+                opened = io.FileIO(path, "rb")
+            except OSError as err:
+                raise MissingFile(
+                    f"{quoted(path)} cannot be opened: {err.strerror or err}. Check who may read "
+                    "it, and the drive that it is on."
+                ) from err
+            file = self._files[path] = self._stack.enter_context(opened)
         return file
 
     # Checks --------------------------------------------------------------------------------------
@@ -373,61 +355,6 @@ class TensorReader:
                 f"store (up to {torch.finfo(values.dtype).max:g}). Use bf16 or fp32."
             )
         raise _not_finite(info)
-
-
-_to_look_at: weakref.WeakKeyDictionary[torch.nn.Module, tuple[tuple[MappedFile, ...], Amount]]
-_to_look_at = weakref.WeakKeyDictionary()
-"""Modules some of whose weights nobody has looked at: in which files, and how much that is."""
-
-
-def to_look_at(module: torch.nn.Module) -> bool:
-    """Say whether there are weights of a module that nobody has looked at."""
-    return module in _to_look_at
-
-
-@contextmanager
-def first_look(
-    module: torch.nn.Module, check: Callable[[], object], progress: Callable[[int, int], object]
-) -> Iterator[None]:
-    """Have all weights of a module looked at by the end of the ``with`` block.
-
-    For modules loaded with ``look_later``; of others nothing is done. What the block copies from
-    the file, to a device or to page-locked memory, is looked at on its way, the rest at the end:
-    the file is read once. ``check`` and ``progress`` are as for ``load_component``. Raises
-    CorruptFile, also in the block, as often as it is tried: what is wrong stays to be looked at.
-    """
-    files, amount = _to_look_at.get(module, ((), None))
-    if amount is None:
-        yield
-        return
-    left = sum(len(file.tensors[start].span) for file in files for start in file.unseen)
-    amount.go_on(left, progress)
-    for file in files:
-        file.watch = Watch(check, amount.more)
-    try:
-        yield
-        _look_at_rest(files, Watch(check, amount.more))
-        amount.end()
-        del _to_look_at[module]
-    finally:
-        for file in files:
-            file.watch = Watch()
-
-
-def _look_at_rest(files: Iterable[MappedFile], watch: Watch) -> None:
-    looker = Looker(watch)
-    try:
-        for file in files:
-            for start in sorted(file.unseen):
-                stored = file.tensors[start]
-                # What cannot be wild is read when it is used.
-                if stored.finite is not None:
-                    looker.begin(file.file, stored.span, stored.unit, stored.finite, stored.wrong)
-        looker.finish()
-    finally:
-        looker.close()
-    for file in files:
-        file.unseen.clear()
 
 
 def _are_finite(stored: torch.dtype, raw: torch.Tensor) -> bool:
