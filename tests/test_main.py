@@ -428,6 +428,19 @@ def test_ctrl_c_ends_with_130_and_leaves_only_the_journal(model: Path, tmp_path:
     assert [path.name for path in tmp_path.iterdir()] == [".wanfit"]
 
 
+@pytest.mark.parametrize("package", ["torch", "av"])
+def test_a_python_without_the_packages_says_what_to_install(package: str, tmp_path: Path) -> None:
+    """A console of another Python than the one of .venv: the first thing that goes wrong."""
+    (tmp_path / f"{package}.py").write_text(f"raise ModuleNotFoundError('No module {package}')")
+    ran = subprocess.run(
+        [sys.executable, "-m", "wan_core", "demo", "--output", tmp_path / "o.mp4"], cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)}, capture_output=True, text=True, timeout=90,
+    )  # fmt: skip
+    assert ran.returncode == 1 and ran.stderr.startswith("error: This Python"), ran.stderr
+    assert f"No module {package}. Install them: pip install" in ran.stderr
+    assert ran.stderr.count("\n") == 1
+
+
 def test_without_a_command_there_is_an_example_of_each() -> None:
     code, shown = printed_here("utf-8")
     text = shown.decode()

@@ -134,11 +134,13 @@ def test_one_lora_is_a_list_of_one(tmp_path: Path, model: Path) -> None:
     for given in (path, str(path), [path], (str(path),), iter([path])):
         (lora,) = with_loras(found, given).loras  # type: ignore[arg-type]
         assert Path(lora.lora.path) == path
-    assert lora_list("ab") == ["ab"]
-    for bad in (None, 5):
+    assert lora_list("ab") == ["ab"] and lora_list(("a", "b")) == ["a", "b"]
+    (lora,) = with_loras(found, (path, "both", 0.5)).loras
+    assert lora.lora.strength == 0.5
+    for bad in (None, 5, {"path": path}):
         with pytest.raises(InvalidRequest, match="a list of LoRAs is needed"):
             with_loras(found, bad)  # type: ignore[arg-type]
-    with pytest.raises(InvalidRequest, match="loras is '1.0' .float.; the path of a file"):
+    with pytest.raises(InvalidRequest, match="loras is 1.0 .float.; the path of a file"):
         with_loras(found, [(1.0, "both", path)])
 
 
@@ -156,9 +158,9 @@ def test_what_is_no_path_is_named_by_its_field(model: Path, field: str, value: A
 
 
 def test_what_is_no_path_of_a_configuration() -> None:
-    with pytest.raises(InvalidRequest, match="optimization_config_path is '5'"):
+    with pytest.raises(InvalidRequest, match="optimization_config_path is 5 "):
         WanPipelineLoader(optimization_config_path=5)  # type: ignore[arg-type]
-    with pytest.raises(MissingFile, match="missing.json cannot be read: No such file"):
+    with pytest.raises(MissingFile, match="missing.json' cannot be read: No such file"):
         WanPipelineLoader(optimization_config_path="missing.json")
 
 

@@ -74,7 +74,7 @@ def test_one_bad_value_costs_no_other(file: Path) -> None:
     file.write_text(json.dumps(values))
     found = read_preferences()
     assert found.chosen() == {"codec": "h265"}
-    for wrong in ("'warp'; allowed is one of exact, fast, fastest", "'-1'", "'colour' is unknown",
+    for wrong in ("'warp'; allowed is one of exact, fast, fastest", "is -1;", "'colour' is unknown",
                   "'no'; allowed is true or false"):  # fmt: skip
         assert sum(wrong in text for text in found.warnings) == 1, wrong
 

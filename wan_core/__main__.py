@@ -24,12 +24,13 @@ from .arguments import (
     add_preferences,
     add_serve,
     add_size,
+    number_list,
     plain_word,
+    read_text,
     wanted_resume,
 )  # fmt: skip
 from .config import MIB, GenerationConfig, WanControl, demo_model
-from .errors import InvalidRequest, WanError
-from .files import decode_text
+from .errors import InvalidRequest, MissingDependency, WanError, first_line
 from .job import MOST_FRAMES, reads
 from .memory import close_gaps
 from .preferences import FIELDS, Preferences, preferences_path, read_preferences, write_preferences
@@ -46,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _parser().print_help()
         return 0
     try:
-        text, values = arguments.run(arguments)
+        text, values = _carry_out(arguments)
     except WanError as err:
         if arguments.json:
             failed = {"success": False, "errors": [str(err)], "warnings": arguments.warnings}
@@ -61,6 +62,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     _say(_as_json(values) if arguments.json else text)
     return 0 if values.get("success", True) else 1
+
+
+def _carry_out(arguments: argparse.Namespace) -> tuple[str, dict[str, Any]]:
+    """Run a command; a package that this Python lacks is an expected error."""
+    try:
+        result: tuple[str, dict[str, Any]] = arguments.run(arguments)
+    except ImportError as err:
+        if (err.name or "").startswith("wan_core"):
+            raise
+        raise MissingDependency(
+            f"This Python ({sys.executable}) lacks a package that WanFit needs: {first_line(err)}. "
+            "Install them: pip install -r requirements.txt torch numpy. 'make demo' does so too, "
+            "for the Python in .venv."
+        ) from err
+    return result
 
 
 def _say(text: str, stream: TextIO | None = None) -> None:
@@ -256,7 +272,7 @@ def _control(arguments: argparse.Namespace, most: int) -> WanControl:
         **pictures,
         positions=arguments.control_positions,
         camera=read_numbers(arguments.control_camera, "control.camera"),
-        tracks=_read_text(arguments.control_tracks, "control.tracks"),
+        tracks=read_text(arguments.control_tracks, "control.tracks"),
         strength=arguments.control_strength,
         denoise=arguments.control_denoise,
         clear_masked=arguments.control_clear_masked,
@@ -306,7 +322,7 @@ def _generate(arguments: argparse.Namespace) -> tuple[str, dict[str, Any]]:
         switch_step=arguments.switch_step,
         scheduler=arguments.scheduler,
         sigma_schedule=arguments.sigma_schedule,
-        sigmas=_numbers(arguments.sigmas),
+        sigmas=number_list(arguments.sigmas),
         guided_steps=arguments.guided_steps,
         guided_scale=arguments.guided_scale,
         fps=arguments.fps,
@@ -316,7 +332,7 @@ def _generate(arguments: argparse.Namespace) -> tuple[str, dict[str, Any]]:
         window_anchor=arguments.anchor,
         drift_correction=arguments.drift_correction,
         noise=arguments.noise,
-        prompts=_read_text(arguments.prompts),
+        prompts=read_text(arguments.prompts),
         resume=arguments.resume,
         audio=_read_audio(arguments, wrapper),
         codec=arguments.codec,
@@ -364,24 +380,6 @@ def _serve(arguments: argparse.Namespace) -> tuple[str, dict[str, Any]]:
 
     serve(options_of(vars(arguments), _wishes(arguments)), lambda text: _say(text, sys.stderr))
     return "ended; what was in work goes on when the server starts again", {}
-
-
-def _numbers(text: str | None) -> list[float] | None:
-    try:
-        return None if text is None else [float(word) for word in text.replace(",", " ").split()]
-    except ValueError as err:
-        raise InvalidRequest(
-            f"--sigmas is {text!r}; numbers with commas between are needed ({err}).", field="sigmas"
-        ) from err
-
-
-def _read_text(path: str | None, field: str = "prompts") -> str | None:
-    if path is None:
-        return None
-    try:
-        return decode_text(Path(os.path.expanduser(path)).read_bytes())
-    except (OSError, UnicodeDecodeError) as err:
-        raise InvalidRequest(f"{field}: {path} cannot be read ({err}).", field=field) from err
 
 
 def _read_audio(arguments: argparse.Namespace, wrapper: Any) -> Any:

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+from pathlib import Path
 from typing import Any
 
 from .config import CODECS, SPEEDS
+from .errors import InvalidRequest
+from .files import decode_text
 from .job import FUSIONS, SCHEDULERS
 from .plan import FORWARDS, FP8, OFFLOADS, STEP_CACHES
 from .preferences import FIELDS, read_preferences
@@ -195,3 +199,23 @@ def plain_word(text: str) -> Any:
         return json.loads(text) if text else None
     except ValueError:
         return text
+
+
+def number_list(text: str | None) -> list[float] | None:
+    """Return the numbers of ``--sigmas``; raises InvalidRequest for what is none."""
+    try:
+        return None if text is None else [float(word) for word in text.replace(",", " ").split()]
+    except ValueError as err:
+        raise InvalidRequest(
+            f"--sigmas is {text!r}; numbers with commas between are needed ({err}).", field="sigmas"
+        ) from err
+
+
+def read_text(path: str | None, field: str = "prompts") -> str | None:
+    """Return what is in a text file, as editors save it; raises InvalidRequest."""
+    if path is None:
+        return None
+    try:
+        return decode_text(Path(os.path.expanduser(path)).read_bytes())
+    except (OSError, UnicodeDecodeError) as err:
+        raise InvalidRequest(f"{field}: {path} cannot be read ({err}).", field=field) from err

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     (1, H, W, 3): floats 0..1, or whole numbers in the range of their type."""
 
 MIB, GIB = 2**20, 2**30
+_SHOWN = 80
 
 CODECS = ("h264", "h265")
 """Codecs an mp4 can have."""
@@ -73,6 +74,28 @@ def is_bool(value: Any) -> bool:
     kind = str(getattr(value, "dtype", ""))
     scalar = kind in ("bool", "torch.bool") and not getattr(value, "ndim", 0)
     return isinstance(value, bool) or scalar
+
+
+def is_many(value: Any) -> bool:
+    """Whether values can be taken out of this one by one; a text, and an array of no axes, is one.
+
+    Arrays and tensors of no axes have ``__iter__`` all the same, and raise when it is called.
+    """
+    many = isinstance(value, Iterable) and not isinstance(value, str | bytes | bytearray)
+    return many and getattr(value, "ndim", 1) != 0
+
+
+def shown(value: Any) -> str:
+    """Return ``value`` as a message shows it: short, and on one line, whatever it is."""
+    shape = getattr(value, "shape", None)
+    if isinstance(shape, tuple) and len(shape):
+        return f"{type(value).__name__} of shape {tuple(shape)}"
+    try:
+        said = " ".join(repr(value).split())
+    except Exception:  # noqa: BLE001 - an int of more digits than Python prints; others' objects
+        more = " with too many digits to show" if isinstance(value, int) else ""
+        return f"a {type(value).__name__}{more}"
+    return said if len(said) <= _SHOWN else said[: _SHOWN - 3] + "..."
 
 
 @dataclass(frozen=True, slots=True)
@@ -336,8 +359,7 @@ def require_config(config: object) -> None:
     """Raise InvalidRequest for what is no GenerationConfig, such as a dictionary of its fields."""
     if not isinstance(config, GenerationConfig):
         raise InvalidRequest(
-            f"config is {str(config)[:80]} ({type(config).__name__}); a GenerationConfig is "
-            "needed.",
+            f"config is {shown(config)} ({type(config).__name__}); a GenerationConfig is needed.",
             field="config",
         )
 

@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import BinaryIO, Final, cast
 
+from .config import shown
 from .errors import CorruptFile, InvalidRequest, MissingFile, OutputError, UnsafeFile
 
 if sys.platform != "win32":
@@ -112,7 +113,7 @@ def named_path(value: object, field: str) -> Path:
     """Return the path that a user named; raises InvalidRequest for what is none, or is empty."""
     if not isinstance(value, str | os.PathLike) or isinstance(os.fspath(value), bytes):
         raise InvalidRequest(
-            f"{field} is {str(value)[:80]!r} ({type(value).__name__}); the path of a file or "
+            f"{field} is {shown(value)} ({type(value).__name__}); the path of a file or "
             "folder is needed.",
             field=field,
         )

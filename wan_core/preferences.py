@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from .config import CODECS, SPEEDS, plain_number
+from .config import CODECS, SPEEDS, plain_number, shown
 from .errors import InvalidRequest
 from .files import atomic_write, decode_text
 
@@ -159,8 +159,8 @@ def _checked(name: str, value: Any) -> Any:
         return None
     if name in ("speed", "codec"):
         allowed = SPEEDS if name == "speed" else CODECS
-        if value in allowed:
-            return value
+        if isinstance(value, str) and value in allowed:
+            return str.__str__(value)
         raise _bad(name, value, f"one of {', '.join(allowed)}")
     if name in _YES_OR_NO:
         if isinstance(value, bool):
@@ -173,5 +173,5 @@ def _checked(name: str, value: Any) -> Any:
 
 
 def _bad(name: str, value: Any, allowed: str) -> InvalidRequest:
-    text = f"{name} is {str(value)[:60]!r}; allowed is {allowed}."
+    text = f"{name} is {shown(value)}; allowed is {allowed}."
     return InvalidRequest(text, field=name)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from support.machines import architecture
 
-from wan_core.config import GenerationConfig, WanControl
+from wan_core import WanPipelineLoader
+from wan_core.config import GenerationConfig, WanControl, demo_model
 from wan_core.errors import InvalidRequest
 from wan_core.job import make_scheduler, resolve
 from wan_core.job.control import first_step, has_control, reads
@@ -141,6 +143,23 @@ def test_a_control_without_anything_is_none() -> None:
         {"denoise": 0.5}, {"clear_masked": True}, {"tracks": "[]"},
     ):  # fmt: skip
         assert has_control(replace(empty, **change))
+
+
+def test_a_control_that_has_one_axis_too_many_or_too_few_is_told() -> None:
+    """A mask as pictures have it, with channels; more key frames than the clip has frames."""
+    base = GenerationConfig(prompt="x", num_frames=5, width=32, height=32)
+    video = torch.zeros(5, 32, 32, 3)
+    vace = WanPipelineLoader().load_wan_pipeline(demo_model("vace"))
+    for control, said in (
+        (WanControl(video=video, mask=torch.ones(32, 32, 3)), "has channels: take one of them"),
+        (WanControl(video=video, mask=torch.ones(5, 32, 32, 1)), "has channels: take one of them"),
+        (WanControl(keyframes=torch.zeros(9, 32, 32, 3)), "keyframes has 9 pictures, and the clip"),
+        (WanControl(positions="0, -1"), "no keyframes to place"),
+        (WanControl(positions=np.array([0, 4])), "positions is ndarray.*no keyframes to place"),
+    ):
+        with pytest.raises(InvalidRequest, match=said):
+            vace.plan(replace(base, control=control))
+    vace.plan(replace(base, control=WanControl(video=video, mask=torch.ones(32, 32))))
 
 
 def test_what_a_start_will_be_is_said_beforehand() -> None:

@@ -232,6 +232,7 @@ CASES = [
     *(control(name, **{name: VIDEO}) for name in ("reference", "keyframes", "camera")),
     control("reference", reference=torch.zeros(1, 8, 8, 2), prepare=reads_all),
     control("keyframes", FLF, keyframes=VIDEO[:1]),
+    control("keyframes", I2V, keyframes=VIDEO.repeat(2, 1, 1, 1)),
     control("keyframes", I2V, keyframes=VIDEO[:2] * NAN, positions="2, 3"),
     *(control("positions", I2V, keyframes=VIDEO[:2], positions=bad)
       for bad in ("1, 9", "1,-10", "8, -1", "0, 3", "1, x", [1, 2.5], "1, 2, 4", 5, "1, ")),
@@ -268,7 +269,8 @@ CASES = [
     control("tracks", CAMERA, tracks="[]"),
     *(control("tracks", "wan2.1-i2v", tracks=bad)
       for bad in ("no json", "[]", "[[]]", '[[{"x": 1}]]', '[[{"x": 1, "y": NaN}]]', 7,
-                  {"track_path": torch.zeros(5, 2, 2)}, {"track_path": torch.zeros(9, 2)},
+                  {"track_path": None}, {"track_path": torch.zeros(5, 2, 2)},
+                  {"track_path": torch.zeros(9, 2)},
                   {"track_path": torch.zeros(9, 2, 2), "track_visibility": torch.ones(9, 3)})),
     # Tensors.
     *(Case("prompt_embeds", job={"prompt_embeds": bad})

@@ -142,3 +142,14 @@ def test_the_precision_of_one_job_is_named_as_the_job_names_it() -> None:
     with pytest.raises(InvalidRequest, match="^precision_override is 'half'") as caught:
         config.overridden("half")
     assert caught.value.field == "precision_override"
+
+
+def test_none_asks_for_nothing() -> None:
+    """As in a form whose field was left empty; of what a user prefers there is the same None."""
+    nothing = dict.fromkeys(OptimizationConfig().to_dict())
+    assert OptimizationConfig.from_mapping(nothing) == OptimizationConfig()
+
+
+@pytest.mark.parametrize("value", [2, 2.0, np.int64(2), "2", " 2 "])
+def test_a_number_of_cards_in_any_form(value: object) -> None:
+    assert OptimizationConfig.from_mapping({"devices": value}).devices == "2"

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..config import EXPERTS, WanLoRA, plain_number
+from ..config import EXPERTS, WanLoRA, is_many, plain_number, shown
 from ..errors import InvalidRequest, ModelMismatch
 from ..files import named_path, quoted
 from ..formats import read_small, read_table
@@ -40,21 +40,21 @@ def as_lora(given: Any) -> WanLoRA:
         lora = WanLoRA(*given)
     else:
         raise InvalidRequest(
-            f"loras holds {given!r}; a WanLoRA, a path or (path, expert, strength) is needed.",
+            f"loras holds {shown(given)}; a WanLoRA, a path or (path, expert, strength) is needed.",
             field="loras",
         )
     named_path(lora.path, "loras")
-    if lora.expert not in EXPERTS:
+    if not isinstance(lora.expert, str) or lora.expert not in EXPERTS:
         raise InvalidRequest(
-            f"expert of the LoRA {quoted(Path(lora.path))} is {lora.expert!r}; allowed are "
+            f"expert of the LoRA {quoted(Path(lora.path))} is {shown(lora.expert)}; allowed are "
             f"{', '.join(EXPERTS)}.",
             field="expert",
         )
     strength = plain_number(lora.strength)
     if strength is None or abs(strength) > MAX_STRENGTH:
         raise InvalidRequest(
-            f"strength of the LoRA {quoted(Path(lora.path))} is {lora.strength!r}; a number from "
-            f"{-MAX_STRENGTH:g} to {MAX_STRENGTH:g} is needed.",
+            f"strength of the LoRA {quoted(Path(lora.path))} is {shown(lora.strength)}; a "
+            f"number from {-MAX_STRENGTH:g} to {MAX_STRENGTH:g} is needed.",
             field="strength",
         )
     return replace(lora, strength=strength)
@@ -64,11 +64,12 @@ def lora_list(loras: Any) -> list[Any]:
     """Return the LoRAs that were given: a single one counts as a list of one."""
     if isinstance(loras, str | os.PathLike | WanLoRA):
         return [loras]
-    if not isinstance(loras, Iterable):
-        raise InvalidRequest(
-            f"loras is {str(loras)[:80]!r}; a list of LoRAs is needed.", field="loras"
-        )
-    return list(loras)
+    if not is_many(loras) or isinstance(loras, Mapping):
+        raise InvalidRequest(f"loras is {shown(loras)}; a list of LoRAs is needed.", field="loras")
+    found = list(loras)
+    if isinstance(loras, tuple) and len(found) > 1 and str(found[1]) in EXPERTS:
+        return [loras]  # (path, expert, strength)
+    return found
 
 
 def parse_lora(text: str) -> WanLoRA:

@@ -21,7 +21,7 @@ from .control import (
     reads,
 )
 from .effects import window_settings_without_effect
-from .fields import real, whole
+from .fields import flag, real, whole
 from .inputs import (
     ENCODERS,
     Inputs,
@@ -110,6 +110,7 @@ __all__ = [
     "face_size",
     "files_of",
     "filling_overlap",
+    "flag",
     "has_control",
     "has_keyframes",
     "latent_frames",

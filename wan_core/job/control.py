@@ -8,15 +8,15 @@ Both name the input and the model, and run before anything of the model is read.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
-from ..config import GenerationConfig, WanControl, plain_number
+from ..config import GenerationConfig, WanControl, is_many, plain_number, shown
 from ..errors import InvalidRequest
 from ..models import ModelArchitecture
 from .animate import MOVED_BY, check_character
-from .fields import batches, flag, real, shape_of, shown
+from .fields import batches, flag, real, shape_of
 from .windows import FRAMES_PER_LATENT
 
 if TYPE_CHECKING:
@@ -116,9 +116,10 @@ def has_control(control: WanControl | None) -> bool:
     if control is None:
         return False
     given = any(getattr(control, name, None) is not None for name in _SOCKETS)
-    numbers = (control.strength, control.denoise)
+    changed = any(plain_number(one) != 1 for one in (control.strength, control.denoise))
+    # Positions without key frames are refused, and so must count.
     return (
-        given or any(plain_number(one) != 1 for one in numbers) or control.clear_masked is not False
+        given or changed or control.clear_masked is not False or bool(_numbers(control.positions))
     )
 
 
@@ -338,7 +339,7 @@ def _positions(
     The last frame is that of the clip as it is made, as for an end image.
     """
     if control.keyframes is None:
-        if control.positions:
+        if _numbers(control.positions):
             raise InvalidRequest(
                 f"control.positions is {shown(control.positions)}, and there are no keyframes to "
                 "place.",
@@ -349,6 +350,12 @@ def _positions(
     given = _numbers(control.positions)
     if not given:
         given = _spread(config, count, made)
+        if len(set(given)) < count:
+            raise InvalidRequest(
+                f"control.keyframes has {count} pictures, and the clip {made} frames, a start and "
+                "an end image among them. Give fewer, or make the clip longer.",
+                field="control.keyframes",
+            )
     if len(given) != count:
         raise InvalidRequest(
             f"control.positions has {len(given)} numbers for {count} keyframes. Give one for each, "
@@ -373,7 +380,7 @@ def _numbers(value: Any) -> list[int]:
     if isinstance(value, str):
         parts: list[Any] = [part.strip() for part in value.replace(";", ",").split(",")]
         parts = [] if parts == [""] else parts
-    elif isinstance(value, Iterable):
+    elif is_many(value):
         parts = list(value)
     else:
         parts = [value]

@@ -16,13 +16,12 @@ from itertools import islice, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..config import is_bool, plain_number
+from ..config import is_bool, is_many, plain_number, shown
 from ..errors import InvalidRequest
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-_SHOWN = 80
 _NAME = 1000
 MAX_PARTS = 256
 _LINE = re.compile(r"\s*(\d{1,7})\s*:\s*(.*)")
@@ -54,8 +53,7 @@ def real(value: Any, field: str, low: float, high: float) -> float:
 
 def falling(value: Any, field: str, most: int) -> tuple[float, ...]:
     """Return ``value``, 1 to ``most`` numbers from at most 1 down to above 0, as floats."""
-    many = isinstance(value, Iterable) and not isinstance(value, str | bytes)
-    found = [plain_number(one) for one in islice(value, most + 1)] if many else []
+    found = [plain_number(one) for one in islice(value, most + 1)] if is_many(value) else []
     numbers = [float(one) for one in found if one is not None and 0 < one <= 1]
     if not 1 <= len(numbers) == len(found) <= most or any(a <= b for a, b in pairwise(numbers)):
         raise InvalidRequest(
@@ -145,20 +143,8 @@ def function(value: Any, field: str) -> None:
 
 def shown_path(found: Path) -> str:
     """Return a path as a message shows it: of a long one, the beginning and the end."""
-    said = str(found)
+    said = " ".join(str(found).splitlines())
     return said if len(said) <= _NAME + 20 else f"{said[:20]}...{said[-_NAME:]}"
-
-
-def shown(value: Any) -> str:
-    """Return ``value`` as a message shows it: short, and on one line."""
-    shape = getattr(value, "shape", None)
-    if isinstance(shape, tuple) and len(shape):
-        return f"{type(value).__name__} of shape {tuple(shape)}"
-    try:
-        said = " ".join(repr(value).split())
-    except ValueError:  # an int of more digits than Python prints
-        return f"a {type(value).__name__} with too many digits to show"
-    return said if len(said) <= _SHOWN else said[: _SHOWN - 3] + "..."
 
 
 # A text for each part of a clip: lines with frame counts -> the text of every frame ---------------
@@ -223,10 +209,14 @@ def shape_of(name: str, value: Any, axes: int, *, or_fewer: bool = False) -> tup
     wanted = "(frames, height, width)" if name == "mask" else "(pictures, height, width, 3)"
     right = len(shape) == axes or (or_fewer and len(shape) == axes - 1)
     channels = name != "mask"
+    if not channels and len(shape) == axes and shape[-1] in (1, 3, 4):
+        right = False  # one mask as a picture has it, not as many masks as it has rows
     if not right or not all(shape) or (channels and shape[-1] not in (1, 3, 4)):
         hint = ""
         if channels and len(shape) == axes and shape[1] in (1, 3, 4):
             hint = " This one has its channels second: permute it to (0, 2, 3, 1)."
+        if name == "mask" and shape[-1:] and shape[-1] in (1, 3, 4):
+            hint = " This one has channels: take one of them, mask[..., 0]."
         raise InvalidRequest(
             f"control.{name} is {shown(value)}; a tensor {wanted} is needed.{hint}",
             field=f"control.{name}",

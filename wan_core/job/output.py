@@ -10,9 +10,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..config import CODECS, RESUME, GenerationConfig
+from ..config import CODECS, RESUME, GenerationConfig, shown
 from ..errors import InvalidRequest
-from .fields import choice, flag, path, shown, shown_path, text, whole
+from .fields import choice, flag, path, shown_path, text, whole
 
 PIXEL_FORMATS = ("yuv420p", "yuv422p", "yuv444p", "yuv420p10le", "yuv422p10le", "yuv444p10le")
 AUDIO_RATES = (

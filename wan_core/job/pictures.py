@@ -12,8 +12,9 @@ import os
 import struct
 from typing import TYPE_CHECKING, Any, Final
 
+from ..config import shown
 from ..errors import InvalidRequest
-from .fields import dense, shown, shown_path
+from .fields import dense, shown_path
 from .fields import path as path_of
 
 if TYPE_CHECKING:

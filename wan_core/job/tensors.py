@@ -9,11 +9,11 @@ import json
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Final
 
-from ..config import GenerationConfig
+from ..config import GenerationConfig, shown
 from ..errors import InvalidRequest
 from ..models import TEXT_TOKENS, ModelArchitecture
 from .control import ControlInputs, ControlRequest, control_of
-from .fields import batches, dense, shown
+from .fields import batches, dense
 from .output import audio_rate
 from .pictures import load_picture
 from .windows import FRAMES_PER_LATENT, latent_frames
@@ -334,9 +334,10 @@ def _tracks(value: Any, kind: str, made: int) -> Tensor | None:
     if kind == "points":
         found = _points(value)
     else:
-        path = torch.as_tensor(value["track_path"]).detach().float().cpu()
-        seen = value.get("track_visibility")
-        seen = torch.ones(path.shape[:2]) if seen is None else torch.as_tensor(seen).float().cpu()
+        path = _numbers_of(value, "track_path")
+        seen = torch.ones(path.shape[:2])
+        if value.get("track_visibility") is not None:
+            seen = _numbers_of(value, "track_visibility")
         if path.ndim != 3 or path.shape[2] != 2 or seen.shape != path.shape[:2] or not len(path):
             raise InvalidRequest(
                 f"control.tracks has track_path {tuple(path.shape)} and track_visibility "
@@ -351,6 +352,18 @@ def _tracks(value: Any, kind: str, made: int) -> Tensor | None:
                 field="control.tracks",
             )
     return _finite(found, "control.tracks")
+
+
+def _numbers_of(tracks: Mapping[str, Any], name: str) -> Tensor:
+    import torch
+
+    try:
+        return torch.as_tensor(tracks[name]).detach().float().cpu()
+    except (TypeError, ValueError, RuntimeError) as err:
+        raise InvalidRequest(
+            f"control.tracks: {name} is {shown(tracks[name])}; numbers are needed.",
+            field="control.tracks",
+        ) from err
 
 
 def _points(text: str) -> Tensor:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
-from ..config import MIB, PRECISIONS, SPEEDS, plain_number
+from ..config import MIB, PRECISIONS, SPEEDS, plain_number, shown
 from ..errors import InvalidRequest
 
 if TYPE_CHECKING:
@@ -20,6 +20,9 @@ FP8 = ("auto", "never", "always")
 STEP_CACHES = ("auto", "never", "easycache", "magcache")
 SHORTER_WINDOWS = (49, 33, 17)
 """Video frames of the windows to try where windows of the model's own length do not fit."""
+_MOST = 2**40
+"""Largest number that is taken: more than any machine has GiB, MiB, blocks or frames of, and small
+enough for all that is computed with it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -127,7 +130,8 @@ class OptimizationConfig:
         for name in ("vram_limit_gb", "ram_limit_gb", "min_vram_mb"):
             object.__setattr__(self, name, _positive(name, getattr(self, name)))
         size = _whole(self.chunk_size)
-        if self.chunk_size is not None and not (isinstance(size, int) and (size == 0 or size >= 2)):
+        fits = isinstance(size, int) and 0 <= size <= _MOST and size != 1
+        if self.chunk_size is not None and not fits:
             allowed = "a whole number of latent frames, 2 or more; 0 (never); or None"
             raise _bad("chunk_size", self.chunk_size, allowed)
         object.__setattr__(self, "chunk_size", size)
@@ -136,7 +140,7 @@ class OptimizationConfig:
         if self.resident_blocks is None:
             return
         count = _whole(self.resident_blocks)
-        if not isinstance(count, int) or count < 0:
+        if not isinstance(count, int) or not 0 <= count <= _MOST:
             allowed = "a whole number of blocks, 0 or more, or None"
             raise _bad("resident_blocks", self.resident_blocks, allowed)
         object.__setattr__(self, "resident_blocks", count)
@@ -154,17 +158,21 @@ class OptimizationConfig:
 
     @staticmethod
     def from_mapping(mapping: Mapping[str, Any]) -> OptimizationConfig:
-        """Build from a dictionary; raises InvalidRequest for an unknown key or a bad value."""
+        """Build from a dictionary, in which None leaves a value to what is built in.
+
+        Raises InvalidRequest for an unknown key or a bad value.
+        """
         if not isinstance(mapping, Mapping):
             raise _bad("optimization_config", mapping, "an object with keys and values")
         known = [field.name for field in fields(OptimizationConfig)]
         for key in mapping:
             if key not in known:
                 raise InvalidRequest(
-                    f"optimization_config has the key {key!r}; known are {', '.join(known)}.",
+                    f"optimization_config has the key {shown(key)}; known are {', '.join(known)}.",
                     field=str(key),
                 )
-        return OptimizationConfig(**mapping)
+        named = {key: value for key, value in mapping.items() if value is not None}
+        return OptimizationConfig(**named)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, ready for JSON and for ``from_mapping``."""
@@ -204,8 +212,10 @@ class OptimizationConfig:
 
 def _devices(value: object) -> str:
     """Return a number of cards, "auto", "all", or their numbers with commas between."""
-    number = plain_number(value)
-    text = str(number) if isinstance(number, int) else str(value).replace(" ", "").lower()
+    number = _whole(value)
+    text = value.replace(" ", "").lower() if isinstance(value, str) else ""
+    if isinstance(number, int) and 0 < number < 100:
+        text = str(number)
     ids = re.fullmatch(r"(cuda:)?\d+(,(cuda:)?\d+)+", text)
     twice = len(set(re.findall(r"\d+", text))) < text.count(",") + 1
     if text not in ("auto", "all") and (twice or not ids) and not re.fullmatch(r"[1-9]\d?", text):
@@ -235,10 +245,10 @@ def _between(name: str, value: object, least: float, most: float) -> int | float
 
 def _positive(name: str, value: object) -> int | float | None:
     number = plain_number(value)
-    if value is not None and (number is None or number <= 0):
-        raise _bad(name, value, "a number above 0, or None")
+    if value is not None and (number is None or not 0 < number <= _MOST):
+        raise _bad(name, value, f"a number above 0, at most {_MOST}, or None")
     return number
 
 
 def _bad(name: str, value: object, allowed: str) -> InvalidRequest:
-    return InvalidRequest(f"{name} is {value!r}; allowed is {allowed}.", field=name)
+    return InvalidRequest(f"{name} is {shown(value)}; allowed is {allowed}.", field=name)

@@ -12,10 +12,11 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from ..config import WanLoRA, WanModelFiles
+from ..config import WanLoRA, WanModelFiles, shown
 from ..detect import ArchitectureDetector, lora_list, with_loras
 from ..errors import InvalidRequest, MissingFile, UnsupportedModel, WanError
 from ..files import decode_text, named_path
+from ..job import flag
 from ..loading import ComponentCache, component_cache
 from ..plan import OptimizationConfig, Planner
 from ..preferences import Preferences, read_preferences
@@ -38,9 +39,15 @@ class WanPipelineLoader:
         *, preferences: Preferences | None = None,
     ) -> None:  # fmt: skip
         self._optimization = _read_optimization(optimization_config_path)
+        if preferences is not None and not isinstance(preferences, Preferences):
+            raise InvalidRequest(
+                f"preferences is {shown(preferences)}; a Preferences is needed, or None for those "
+                "of the user's file.",
+                field="preferences",
+            )
         self._preferences = preferences
-        self._caching = enable_caching
-        self._cache = component_cache() if enable_caching else ComponentCache()
+        self._caching = _yes(enable_caching, "enable_caching", True)
+        self._cache = component_cache() if self._caching else ComponentCache()
 
     def load_wan_pipeline(
         self,
@@ -69,7 +76,9 @@ class WanPipelineLoader:
         # Imported here because it imports torch; opening a model should not wait for that.
         from .pipeline import WanPipelineWrapper
 
-        if trust_remote_code:
+        use_recipe = _yes(use_recipe, "use_recipe", False)
+        apply_optimizations = _yes(apply_optimizations, "apply_optimizations", True)
+        if _yes(trust_remote_code, "trust_remote_code", False):
             raise InvalidRequest(
                 "trust_remote_code is True; WanFit runs no code from models and needs none for "
                 "Wan. Leave it False.",
@@ -163,6 +172,11 @@ class WanPipelineLoader:
 _INSTEAD: Final = {"torch_dtype": "precision", "dtype": "precision", "device_map": "device"}
 
 
+def _yes(value: Any, field: str, usual: bool) -> bool:
+    """Return a yes or no; "False", as a form or a config file has it, is neither."""
+    return usual if value is None else flag(value, field)
+
+
 def _at_home(given: Any) -> Any:
     """Return a path, or the files of a model or LoRA, with ``~`` as the user's home folder.
 
@@ -187,10 +201,12 @@ def _read_optimization(path: str | Path | None) -> dict[str, Any]:
         return {}
     file = Path(os.path.expanduser(named_path(path, "optimization_config_path")))
     try:
-        text = decode_text(file.read_bytes())
-    except OSError as err:
-        why = err.strerror or err
-        raise MissingFile(f"optimization_config_path {path} cannot be read: {why}.") from err
+        data = file.read_bytes()
+    except (OSError, ValueError) as err:  # ValueError: a character that no path can hold
+        why = getattr(err, "strerror", None) or err
+        raise MissingFile(f"optimization_config_path {shown(path)} cannot be read: {why}.") from err
+    try:
+        text = decode_text(data)
     except UnicodeDecodeError as err:
         raise InvalidRequest(
             f"optimization_config_path {path} is not in UTF-8 ({err}). Save it as UTF-8.",
@@ -199,7 +215,7 @@ def _read_optimization(path: str | Path | None) -> dict[str, Any]:
     try:
         mapping = json.loads(text)
         OptimizationConfig.from_mapping(mapping)
-    except (ValueError, TypeError) as err:
+    except (ValueError, TypeError, RecursionError) as err:
         raise InvalidRequest(
             f"optimization_config_path {path} is not a JSON object: {err}.",
             field="optimization_config_path",

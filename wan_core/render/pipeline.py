@@ -26,6 +26,7 @@ from ..job import (
     check_parts,
     expected_steps,
     files_of,
+    flag,
     has_keyframes,
     latent_frames,
     pictures_needed,
@@ -215,9 +216,8 @@ class WanPipelineWrapper:
     def _optimization_for(self, config: GenerationConfig) -> OptimizationConfig:
         require_config(config)
         optimization = self.optimization.overridden(config.precision_override)
-        if not config.enable_optimizations:
-            optimization = replace(optimization, offload="none")
-        return optimization
+        on = flag(config.enable_optimizations, "enable_optimizations")
+        return optimization if on else replace(optimization, offload="none")
 
     def _system(
         self, optimization: OptimizationConfig, machine: SystemResources | None = None
