@@ -59,16 +59,21 @@ def with_line(name: str, line: str) -> House:
     return {**house(), name: ast.parse(f"{sources().get(name, '')}\n{line}\n")}
 
 
-def imports(
-    tree: ast.AST, inside: bool = False
-) -> Iterator[tuple[ast.ImportFrom | ast.Import, bool]]:
+@lru_cache(None)
+def imports(tree: ast.Module) -> tuple[tuple[ast.ImportFrom | ast.Import, bool], ...]:
     """Every import, and whether it is only reached by a call or by a type checker."""
+    return tuple(_imports(tree, False))
+
+
+def _imports(tree: ast.AST, inside: bool) -> Iterator[tuple[ast.ImportFrom | ast.Import, bool]]:
     for node in ast.iter_child_nodes(tree):
         if isinstance(node, ast.ImportFrom | ast.Import):
             yield node, inside
+        if isinstance(node, ast.expr):
+            continue  # no statement is in one
         lazy = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
         lazy = lazy or (isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test))
-        yield from imports(node, inside or lazy)
+        yield from _imports(node, inside or lazy)
 
 
 def own_imports(found: House, name: str) -> Iterator[tuple[str, tuple[str, ...]]]:

@@ -45,6 +45,7 @@ from support.comfy_graphs import (
 )
 from support.comfy_schemas import help_names
 from support.comfy_server import REPOSITORY, ComfyServer, find_checkout, find_python
+from support.comfy_stored import HIGH, LOW, TEXT, runs_as_stored, write_gguf
 from support.reference_layouts import original_vae
 
 NODES = [
@@ -618,6 +619,24 @@ def test_the_example_workflow_of_single_files_runs_to_an_mp4(server: ComfyServer
     frames, _, _ = read_video(saved_video(server, outputs, node))
     assert len(frames) == 5
     assert frames[0].shape == (48, 64, 3)
+
+
+def test_a_pair_in_gguf_and_its_encoder_run_as_stored(server: ComfyServer) -> None:
+    """Other kinds, and other versions of ComfyUI: ``test_comfyui_stored``."""
+    models = server.base / "models"
+    added = write_gguf(models)
+    try:
+        runs_as_stored(server, models, (HIGH, LOW), TEXT, ["GGUF Q8_0", "GGUF Q4_K"])
+    finally:
+        for path in added:
+            path.unlink()
+
+
+def test_weights_are_evicted_while_garbage_waits_to_be_collected(server: ComfyServer) -> None:
+    """ComfyUI's list of models stays whole: a broken entry in it would end its prompt worker."""
+    found = server.post("/wanfit_probe/evict_amid_garbage")
+    assert found == {"broken": [], "loaded": {"first": 0, "gone": 0, "last": 0}}
+    assert server.run(graph(name="after garbage"))
 
 
 def test_a_missing_part_is_named_with_the_folder_for_it(server: ComfyServer) -> None:

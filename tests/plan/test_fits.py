@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
-from support.cases import pairs
+from support.cases import in_turn
 from support.machines import architecture, cpu, gpu
 
 from wan_core import OptimizationManager
@@ -47,7 +47,7 @@ def fitting(model: ModelArchitecture, system: SystemResources) -> Callable[[Work
     return fits
 
 
-@pytest.mark.parametrize(("machine", "name", "job"), pairs(MACHINES, MODELS, JOBS))
+@pytest.mark.parametrize(("machine", "name", "job"), in_turn(MACHINES, MODELS, JOBS))
 def test_an_answer_does_not_contradict_itself(machine: str, name: str, job: str) -> None:
     system, model = MACHINES[machine], architecture(name)
     size = (1280, 704) if name == "wan2.2-ti2v-5b" else (832, 480)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from support.cases import pairs
+from support.cases import in_turn
 from support.machines import architecture, cpu, gpu
 
 from wan_core import OptimizationConfig, OptimizationManager
@@ -690,16 +691,31 @@ def attempt(
         return None
 
 
-@settings(
-    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
-@given(
+ANYTHING = given(
     name=NAMES, job=JOBS, system=MACHINES, wishes=WISHES, abilities=ABILITIES,
     more=st.floats(0, 64), more_ram=st.floats(0, 64),
 )  # fmt: skip
-def test_on_any_machine(
-    quick_refusals: None, name: str, job: Workload, system: SystemResources,
-    wishes: OptimizationConfig, abilities: tuple[str, ...], more: float, more_ram: float,
+AS_LONG_AS_IT_TAKES = settings(
+    deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+
+
+@settings(AS_LONG_AS_IT_TAKES, max_examples=50)
+@ANYTHING
+def test_on_any_machine(quick_refusals: None, **drawn: Any) -> None:
+    a_plan_fits_and_more_memory_makes_no_worse_one(**drawn)
+
+
+@pytest.mark.slow
+@settings(AS_LONG_AS_IT_TAKES, max_examples=300)
+@ANYTHING
+def test_on_many_machines(quick_refusals: None, **drawn: Any) -> None:
+    a_plan_fits_and_more_memory_makes_no_worse_one(**drawn)
+
+
+def a_plan_fits_and_more_memory_makes_no_worse_one(
+    name: str, job: Workload, system: SystemResources, wishes: OptimizationConfig,
+    abilities: tuple[str, ...], more: float, more_ram: float,
 ) -> None:  # fmt: skip
     found = architecture(name)
     plan = attempt(found, job, system, wishes, abilities)
@@ -736,7 +752,7 @@ def test_on_any_machine(
 
 @pytest.mark.parametrize(
     ("name", "offload", "forward"),
-    pairs((T2V, TI2V), ("auto", "model", "stream"), ("auto", "diffusers", "lean", "lean_rows")),
+    in_turn((T2V, TI2V), ("auto", "model", "stream"), ("auto", "diffusers", "lean", "lean_rows")),
 )
 def test_no_lean_forward_is_promised_where_there_is_none(
     name: str, offload: str, forward: str
