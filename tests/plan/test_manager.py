@@ -404,7 +404,7 @@ def test_too_small_a_gpu_is_refused_where_the_user_says_so() -> None:
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("precision", "int8"), ("precision", None), ("offload", "gpu"), ("device", 0),
+        ("precision", "int8"), ("precision", 16), ("offload", "gpu"), ("device", 0),
         ("device", ""),
         ("vram_limit_gb", 0), ("vram_limit_gb", "8"), ("vram_limit_gb", float("nan")),
         ("ram_limit_gb", -1), ("chunk_size", 1), ("chunk_size", 4.5), ("chunk_size", True),
