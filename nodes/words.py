@@ -26,7 +26,9 @@ INPUTS = {
 _PLACES = {"window_frames": " of WanChunkedSampler"}
 # "image" is also an ordinary word, so it is replaced only where the text speaks of the field.
 _NAMES = "|".join(name for name in INPUTS if name != "image")
-_FIELD = re.compile(rf"\b(?:(control\.\w+|{_NAMES})\b|(image)(?= is | was |[:;] ))")
+_FIELD = re.compile(
+    rf"\b(?:(control\.\w+|{_NAMES})\b|(?<!start )(?<!end )(image)(?= is | was |[:;] ))"
+)
 
 
 def in_words_of_the_nodes(text: str) -> str:

@@ -18,6 +18,7 @@ from PIL import Image
 from support.tiny_models import FAMILIES, folders, open_wan
 
 from wan_core import GenerationConfig, WanPipelineLoader
+from wan_core.config import WanControl
 from wan_core.errors import InvalidRequest
 from wan_core.job import check_inputs, window_settings_without_effect
 
@@ -133,9 +134,14 @@ def test_a_setting_changes_the_clip_or_is_said_not_to(
         ({"switch_step": 0}, "The high-noise expert has nothing to do: switch_step is 0"),
         (
             {"boundary": 0.0},
-            "The low-noise expert has nothing to do: at flow_shift 12 the boundary",
+            "at flow_shift 12 every step of 2 begins at or above the boundary 0, and",
         ),
-        ({"boundary": 1.0}, "The high-noise expert has nothing to do"),
+        (
+            {"boundary": 1.0},
+            "The high-noise expert has nothing to do: at flow_shift 12 every step of "
+            "2 begins below the boundary 1, and the low",
+        ),
+        ({"switch_step": 1, "control": WanControl()}, "control has no effect: it holds no video"),
         ({"end_step": 3}, "end_step has no effect: 3 is beyond the last of 2 steps"),
         ({"end_step": 2, "switch_step": 1}, ""),
         ({"end_step": 10_000, "switch_step": 1}, ""),  # "to the end", as in ComfyUI
@@ -167,3 +173,18 @@ def test_settings_of_segments_are_idle_in_one() -> None:
             (text,) = window_settings_without_effect(job)
             assert text.startswith(" and ".join(names)) and "single segment" in text
     assert not list(window_settings_without_effect(GenerationConfig(window_mode=mode)))
+
+
+def test_windows_for_a_clip_as_long_as_a_short_video_are_no_mistake(
+    folder: Callable[[str], Path],
+) -> None:
+    wan = open_wan(folder("wan2.2-t2v-a14b"))
+    video = WanControl(video=torch.zeros(5, 32, 32, 3), denoise=0.5)
+    for frames, told in ((0, False), (5, True)):
+        config = GenerationConfig(
+            prompt="a", width=32, height=32, num_frames=frames, num_inference_steps=2,
+            control=video, force_chunked_processing=True,
+        )  # fmt: skip
+        request, _ = wan.plan(config)
+        found = check_inputs(config, request, wan.architecture).warnings
+        assert any("force_chunked_processing has no effect" in text for text in found) == told

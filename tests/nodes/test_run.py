@@ -255,6 +255,9 @@ def test_a_control_reaches_the_job_and_is_spoken_of_as_a_node(pack: ModuleType) 
     assert job.generation_config(VALUES | {"control": control}).control is control
     said = words.in_words_of_the_nodes("control.video has 7 frames; image was given")
     assert said == "video of WanControl has 7 frames; start_image was given"
+    # A picture that is spoken of is no field.
+    said = "(a start image is frame 0, an end image: frame 8)"
+    assert words.in_words_of_the_nodes(said) == said
     error = part(pack, "wan_core.errors").InvalidRequest
     with pytest.raises(error) as raised, words.said_in_words_of_the_nodes():
         raise error("control.mask is all black", field="control.mask")

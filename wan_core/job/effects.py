@@ -12,6 +12,7 @@ from typing import Any
 
 from ..config import GenerationConfig
 from ..models import ModelArchitecture
+from .control import has_control
 from .request import Request
 from .steps import expected_steps
 from .windows import DEFAULT_OVERLAP
@@ -99,8 +100,18 @@ _IDLE: tuple[tuple[tuple[str, ...], _Test, str], ...] = (
     ),
     (("drift_correction",), lambda job: not job.continued, _NOT_CONTINUED),
     (
+        ("control",),
+        lambda job: not has_control(job.config.control),
+        "it holds no video, picture, mask, camera or tracks",
+    ),
+    (
         ("force_chunked_processing",),
-        lambda job: not job.continued and (job.request.window_frames or 0) >= job.frames,
+        # Of a clip as long as a video it was not known when it was asked for.
+        lambda job: (
+            not job.continued
+            and job.config.num_frames != 0
+            and (job.request.window_frames or 0) >= job.frames
+        ),
         "one window holds the whole clip. Set a max_chunk_size below its length",
     ),
     (
@@ -140,15 +151,20 @@ def _beyond_the_steps(job: _Job) -> Iterator[str]:
         return
     idle, busy = ("low", "high") if steps.high else ("high", "low")
     if config.switch_step is not None:
-        why, cure = f"switch_step is {request.switch_step}", f"Give a step from 1 to {count - 1}"
+        why = f"switch_step is {request.switch_step} of {count} steps"
+        cure = f"Give a step from 1 to {count - 1}"
     else:
-        why = f"at flow_shift {request.flow_shift:g} the boundary {request.boundary:g} parts none"
+        side = "at or above" if steps.high else "below"
+        why = (
+            f"at flow_shift {request.flow_shift:g} every step of {count} begins {side} the "
+            f"boundary {request.boundary:g}"
+        )
         cure = "Set switch_step"
     if count == 1:
         cure = "Make more steps"
     yield (
-        f"The {idle}-noise expert has nothing to do: {why} of {count} steps, and the {busy}-noise "
-        f"expert takes them all. {cure} to use both."
+        f"The {idle}-noise expert has nothing to do: {why}, and the {busy}-noise expert takes them "
+        f"all. {cure} to use both."
     )
 
 
