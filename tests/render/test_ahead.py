@@ -157,7 +157,7 @@ def test_an_expert_that_is_half_read_is_waited_for(
     home: Path, plain: Tensor, reads: list[tuple[str, str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     told: list[tuple[str, int, int]] = []
-    slowly(monkeypatch, lambda: any(name == "transformer_2" for name, *_ in told))
+    slowly(monkeypatch, lambda: sum(name == "transformer_2" for name, *_ in told) > 1)
     result = generated(opened(home), load_callback=lambda *amount: told.append(amount))
     assert torch.equal(result.latents, plain)
     assert second(reads) == ["wanfit-ahead"]
@@ -283,7 +283,7 @@ def on_a_card(monkeypatch: pytest.MonkeyPatch) -> None:
     """Weights are read while they are placed, as on a GPU, and nothing is read ahead."""
 
     def cold(self: stages.StageRunner, component: str) -> bool:
-        return self._mapped(component) and not self._is_loaded(component)
+        return self._mapped(component) and self._is_unread(component)
 
     monkeypatch.setattr(stages.StageRunner, "_reads_while_sending", cold)
     monkeypatch.setattr(stages, "ram", lambda: (GIB, 0, ()))
@@ -341,3 +341,20 @@ def test_an_interrupt_while_it_is_read_and_placed(
     with pytest.raises(Stopped):
         generated(wrapper, load_callback=stop)
     assert torch.equal(generated(wrapper).latents, plain)
+
+
+def test_what_is_page_locked_ahead_is_not_read_before_the_first_expert_computes(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[Any] = []
+    monkeypatch.setattr(reader, "_SMALL", 0)
+    monkeypatch.setattr("wan_core.loading.mapped.Looker.fetch", lambda *piece: read.append(piece))
+    monkeypatch.setattr("wan_core.loading.page_lock._register", lambda memory: False)
+    wrapper, config = opened(home, offload="stream"), GenerationConfig(**JOB)
+    request, plan = wrapper.plan(config)
+    streamed = replace(plan, device="cuda:0").with_choices(stream=True, resident_blocks=0)
+    runner = wrapper._make_render(config, request, streamed).stages
+    with runner.pin_next("transformer_2"):
+        [module] = [m for key, m in wrapper._cache.loaded() if key.kind == "transformer_2"]
+        assert to_look_at(module)
+    assert not read

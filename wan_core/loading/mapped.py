@@ -395,6 +395,7 @@ def first_look(
         amount.end()
         del _to_look_at[module]
     finally:
+        amount.go_on(left, _nothing)  # who was told of it is to be forgotten
         for file in files:
             file.watch = Watch()
 

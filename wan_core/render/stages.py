@@ -33,6 +33,7 @@ from ..loading import (
     load_image_processor,
     load_tokenizer,
     read_again,
+    to_look_at,
     unpin,
 )
 from ..memory import RAM_RESERVE, ram
@@ -249,7 +250,7 @@ class StageRunner:
 
     def _reads_while_sending(self, component: str) -> bool:
         on_card = self.device.type == "cuda" and self._mapped(component)
-        return on_card and not self._is_loaded(component)
+        return on_card and self._is_unread(component)
 
     def _placed(
         self, module: Any, component: str, stage: str, *, distilled: bool
@@ -322,6 +323,11 @@ class StageRunner:
     def _is_loaded(self, component: str) -> bool:
         return any(key == self.key(component) for key, _ in self.cache.loaded())
 
+    def _is_unread(self, component: str) -> bool:
+        """Whether some of a component's weights have not been read, or none of them."""
+        found = [module for key, module in self.cache.loaded() if key == self.key(component)]
+        return not found or to_look_at(found[0])
+
     def _read_ahead(self, component: str, known: bool, ahead: Ahead) -> None:
         """Load a component, or read its file again where it is ``known``; in a thread's own time.
 
@@ -345,11 +351,12 @@ class StageRunner:
         """Page-lock the blocks of the component that is streamed next, while this one computes.
 
         This is done only if its weights are in the cache, or can be mapped without being read.
-        Reading a file here would hold up the render, and interrupts with it.
+        Reading a file here would hold up the render, and interrupts with it: what is page-locked is
+        read in the thread that does so, the rest when its turn comes.
         """
         with ExitStack() as stack:
             if self._ready_to_pin(component):
-                module = stack.enter_context(self.component(component))
+                module = stack.enter_context(self.component(component, look_later=True))
                 resident, buffers = self.plan.blocks_and_buffers(component)
                 pinned = pin_ahead(
                     module,
