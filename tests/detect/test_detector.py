@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from support import wan_layouts as layouts
+from support.cases import slow_but
 from support.pace import pace
 
 from wan_core.detect.detector import ArchitectureDetector, inspect_file
@@ -95,7 +96,11 @@ def test_true_sizes(tmp_path: Path, counter: Counter, name: str) -> None:
         assert found.transformer == found.variant.transformer and not found.custom_size
 
 
-@pytest.mark.parametrize("kind", layouts.KINDS)
+MANY_TENSORS = {"bf16", "fp8_scaled new", "nvfp4", "int8_convrot new"}
+"""Kinds without scales, with one, with two, and with notes; ``test_matrix`` has all of them."""
+
+
+@pytest.mark.parametrize("kind", slow_but(MANY_TENSORS.__contains__, layouts.KINDS))
 def test_time_and_bytes(tmp_path: Path, counter: Counter, kind: str) -> None:
     """The largest published file, in every weight kind: 100 ms and 1 MB besides the header."""
     file = layouts.stored(layouts.FILES["i2v-14b"][0], kind)

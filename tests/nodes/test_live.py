@@ -258,7 +258,10 @@ def apply(nodes: dict[str, Any], fix: dict[str, Any]) -> dict[str, Any]:
     return dict(changed)
 
 
-@pytest.mark.parametrize("sampler", ["WanGenerate", "WanChunkedSampler", "WanEstimateMemory"])
+@pytest.mark.parametrize(
+    "sampler",
+    ["WanGenerate", "WanChunkedSampler", pytest.param("WanEstimateMemory", marks=pytest.mark.slow)],
+)
 def test_every_fix_makes_it_fit(asker: Asker, sampler: str) -> None:
     asker.machine = machines.gpu(4, ram=64)
     more = {"window_frames": 201, "window_overlap": 16} if sampler == "WanChunkedSampler" else {}

@@ -13,6 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.cases import in_turn, pairs
 from support.lean_models import inputs_of, model_of
 from support.placed_models import Interrupted, run_text, text_encoder
 from support.tiny_models import FAMILIES, make_folder
@@ -187,14 +188,19 @@ class AtTheLastMoment(Poisoning):
             super().load(block, buffer, part)
 
 
-@pytest.fixture(params=[DirectTransport, Poisoning, AtTheLastMoment], ids=lambda t: t.__name__)
-def any_transport(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+TRANSPORTS = (DirectTransport, Poisoning, AtTheLastMoment)
+
+
+@pytest.fixture
+def transport(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("wan_core.placing.streaming.DirectTransport", request.param)
 
 
-@pytest.mark.usefixtures("any_transport")
-@pytest.mark.parametrize("buffers", [1, 2, 3])
-@pytest.mark.parametrize("resident", range(LAYERS + 1))
+@pytest.mark.usefixtures("transport")
+@pytest.mark.parametrize(
+    ("resident", "buffers", "transport"), pairs(range(LAYERS + 1), (1, 2, 3), TRANSPORTS),
+    indirect=["transport"],
+)  # fmt: skip
 def test_equal_bits_for_every_plan(resident: int, buffers: int) -> None:
     model, calls, expected = small()
     before = facts_of(model)
@@ -206,8 +212,11 @@ def test_equal_bits_for_every_plan(resident: int, buffers: int) -> None:
         assert same(before, facts_of(model))
 
 
-@pytest.mark.usefixtures("any_transport")
-@pytest.mark.parametrize("family", (*FAMILIES, "wan2.1-vace"))
+@pytest.mark.usefixtures("transport")
+@pytest.mark.parametrize(
+    ("family", "transport"), in_turn((*FAMILIES, "wan2.1-vace"), TRANSPORTS),
+    indirect=["transport"],
+)  # fmt: skip
 def test_equal_bits_with_the_lean_forward_and_shared_passes(family: str) -> None:
     model = model_of(family, torch.bfloat16, num_layers=LAYERS)
     calls = [inputs_of(model, torch.bfloat16, seed=seed) for seed in (0, 1)]
@@ -241,7 +250,8 @@ def test_vace_blocks_are_loaded_in_the_order_in_which_they_compute(resident: int
     assert same(before, facts_of(model))
 
 
-@pytest.mark.usefixtures("any_transport")
+@pytest.mark.parametrize("transport", TRANSPORTS, indirect=True)
+@pytest.mark.usefixtures("transport")
 @pytest.mark.parametrize("resident", [0, 1, 2])
 def test_text_encoder_streams_too(resident: int) -> None:
     encoder = text_encoder()
@@ -280,9 +290,12 @@ def test_event_order() -> None:
     ]  # fmt: skip
 
 
-@pytest.mark.usefixtures("any_transport")
-@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, Interrupted])
-@pytest.mark.parametrize("at", [1, 2, LAYERS])
+@pytest.mark.usefixtures("transport")
+@pytest.mark.parametrize(
+    ("error", "at", "transport"),
+    pairs((RuntimeError, KeyboardInterrupt, Interrupted), (1, 2, LAYERS), TRANSPORTS),
+    indirect=["transport"],
+)
 def test_an_interrupted_step_changes_nothing(error: type[BaseException], at: int) -> None:
     model, (call, *_), (expected, *_) = small()
     before = facts_of(model)

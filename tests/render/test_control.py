@@ -245,7 +245,9 @@ def test_a_control_that_asks_for_nothing_is_none(folder: Any) -> None:
 # Key frames --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", ["wan2.1-flf2v", "wan2.1-i2v"])
+@pytest.mark.parametrize(
+    "family", ["wan2.1-flf2v", pytest.param("wan2.1-i2v", marks=pytest.mark.slow)]
+)
 def test_first_and_last_frame_are_key_frames(folder: Any, family: str) -> None:
     """A start and an end image equal key frames 0 and -1, given in any way and order."""
     wrapper, (first, last) = open_kept(folder(family)), pictures(2, 1)
@@ -344,7 +346,9 @@ def paths(frames: int = 9) -> dict[str, torch.Tensor]:
     return {"track_path": path, "track_visibility": torch.ones(frames, 2, dtype=torch.bool)}
 
 
-@pytest.mark.parametrize("family", ["wan2.1-i2v", "wan2.2-i2v-a14b"])
+@pytest.mark.parametrize(
+    "family", ["wan2.1-i2v", pytest.param("wan2.2-i2v-a14b", marks=pytest.mark.slow)]
+)
 def test_tracks_reach_the_condition(folder: Any, family: str) -> None:
     """As a start image and as key frame 0 they make the same clip, each form another one."""
     wrapper, first = open_kept(folder(family)), pictures(1, 1)

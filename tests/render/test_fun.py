@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from support.cases import slow_but
 from support.tiny_models import FUN_FAMILIES, components, open_kept
 from torch import Tensor, nn
 
@@ -239,7 +240,15 @@ def name_of(case: tuple[str, dict[str, bool]]) -> str:
     return "-".join([case[0], *case[1]])
 
 
-@pytest.mark.parametrize("case", CASES, ids=name_of)
+LIKE_OTHERS = [CASES[i] for i in (2, 5, 8, 9, 12, 13)]
+"""Each wish of theirs is in another case of their family, or their family in another with it."""
+
+
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(one, marks=[pytest.mark.slow] * (one in LIKE_OTHERS)) for one in CASES],
+    ids=name_of,
+)
 def test_equals_the_formulas_bit_for_bit(folder: Any, case: tuple[str, dict[str, bool]]) -> None:
     family, given = case
     wrapper = opened(folder(family))
@@ -368,7 +377,7 @@ def test_a_window_that_covers_the_clip_equals_the_whole(folder: Any, family: str
     assert torch.equal(covered, whole)
 
 
-@pytest.mark.parametrize("family", LONG)
+@pytest.mark.parametrize("family", slow_but(LONG[::2].__contains__, LONG))
 def test_a_window_sees_its_own_frames_of_the_control(folder: Any, family: str) -> None:
     """What is beyond a window changes nothing in it: one step, no overlap, the second half new."""
     wrapper = opened(folder(family))
@@ -421,7 +430,7 @@ def test_a_long_clip_goes_on_after_an_interrupt(
     assert "resumed" not in other.metadata  # another control is another render
 
 
-@pytest.mark.parametrize("family", LONG[:2])
+@pytest.mark.parametrize("family", slow_but(LONG[:1].__contains__, LONG[:2]))
 def test_continuation_begins_with_the_latents_it_is_given(folder: Any, family: str) -> None:
     wrapper = opened(folder(family))
     before = made(wrapper, **(longer(family, 9) | {"start": False})).latents

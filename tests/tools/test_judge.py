@@ -20,8 +20,10 @@ def read(reading: judge.Reading) -> tuple[str, str, str, str]:
     return (reading.colour, reading.shape, reading.direction, reading.background)
 
 
-def test_reads_the_whole_grid_exactly() -> None:
-    for seed, cell in enumerate(clips.grid()):
+# Every seventh has each colour, shape, direction and background, and all pairs but a few.
+@pytest.mark.parametrize("apart", [7, pytest.param(1, marks=pytest.mark.slow)])
+def test_reads_the_whole_grid_exactly(apart: int) -> None:
+    for seed, cell in enumerate(clips.grid()[::apart]):
         reading = judge.read_clip(movie(cell, seed, seed % 2 == 0))
         assert read(reading) == cell
         assert reading.steady()
