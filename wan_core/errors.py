@@ -28,6 +28,9 @@ This module imports nothing but the standard library.
 
 from __future__ import annotations
 
+import sys
+import traceback
+
 
 class WanError(Exception):
     """Base of all expected failures; ``generate`` reports these instead of raising them."""
@@ -193,6 +196,21 @@ def is_oom(error: BaseException | None) -> bool:
             return True
         error = error.__cause__ or error.__context__
     return False
+
+
+def clear_frames(error: BaseException) -> None:
+    """Free what the tracebacks of an error, and of those that it came from, hold: tensors, weights.
+
+    To be called outside the ``except`` block. The error that the caller is handling, if any, stays
+    as it is.
+    """
+    seen, left = {id(None), id(sys.exc_info()[1])}, [error]
+    while left:
+        one = left.pop()
+        if id(one) not in seen:
+            seen.add(id(one))
+            traceback.clear_frames(one.__traceback__)
+            left += filter(None, [one.__cause__, one.__context__])
 
 
 def first_line(error: BaseException) -> str:

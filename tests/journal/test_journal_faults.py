@@ -16,10 +16,11 @@ import torch
 from support.cases import slow_but
 from support.disk_faults import Disk, failing_disk
 
-from wan_core.journal import disk
+from wan_core.journal import disk, lock
 from wan_core.journal import journal as journal_module
-from wan_core.journal.disk import KEEP, journals, try_lock
+from wan_core.journal.disk import KEEP, journals
 from wan_core.journal.journal import DENOISE, LATENTS, Journal
+from wan_core.journal.lock import try_lock
 
 IDENTITY: dict[str, object] = {"prompt": "a fox in the snow", "settings": {"seed": 0, "steps": 20}}
 ALIKE: dict[str, object] = {"prompt": "a fox in the snow", "settings": {"seed": 1, "steps": 20}}
@@ -247,6 +248,16 @@ def test_two_processes_never_have_one_journal_at_once(tmp_path: Path) -> None:
     assert [together for _, together in counts] == [0, 0] and min(had for had, _ in counts) > 5
 
 
+def test_a_process_forked_meanwhile_keeps_no_lock(tmp_path: Path) -> None:
+    """It has the same open file, and may live on when the render is long interrupted."""
+    with Journal.open(tmp_path, IDENTITY) as first:
+        assert first.save(1, {"x": torch.ones(2)}) and first._lock is not None
+        forked = os.dup(first._lock.file.fileno())
+    with Journal.open(tmp_path, IDENTITY) as again:
+        assert again.load() is not None and not again.warnings
+    os.close(forked)
+
+
 def test_a_lock_on_a_file_that_was_removed_is_not_taken_for_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -260,11 +271,11 @@ def test_a_lock_on_a_file_that_was_removed_is_not_taken_for_one(
             path.unlink()
         return opened[-1]
 
-    monkeypatch.setattr(disk, "open", late, raising=False)
-    lock = try_lock(path)
-    assert lock is opened[1] and opened[0].closed
+    monkeypatch.setattr(lock, "open", late, raising=False)
+    found = try_lock(path)
+    assert found is not None and found.file is opened[1] and opened[0].closed
     assert try_lock(path) is None
-    lock.close()
+    found.close()
 
 
 def test_the_message_names_the_run_that_has_the_journal(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from diffusers import WanTransformer3DModel
 from support.tiny_models import open_wan
 
 from wan_core import GenerationConfig
+from wan_core.render.render import Render
 
 
 @pytest.fixture
@@ -37,6 +38,10 @@ def stopped(kind: type[BaseException] | None) -> Callable[..., None]:
     return ended
 
 
+def fail(*_: Any) -> None:
+    raise ValueError
+
+
 @pytest.mark.parametrize(
     "way",
     [{}, {"offload": "stream"}, pytest.param({"offload": "sequential"}, marks=pytest.mark.slow)],
@@ -46,14 +51,17 @@ def test_no_weights_stay(
     kind: Any, way: dict[str, Any], folder: Callable[[str], Path],
     monkeypatch: pytest.MonkeyPatch, uncollected: None,
 ) -> None:  # fmt: skip
-    """``own`` is an error of the computation, which the result that is kept holds."""
+    """``own`` is an error of the computation, with a cause; the result that is kept holds them."""
     seen: list[weakref.ref[torch.nn.Module]] = []
     plain = WanTransformer3DModel.forward
 
     def forward(self: Any, *args: Any, **more: Any) -> Any:
         seen.append(weakref.ref(self))
         if kind == "own" and len(seen) == 2:
-            raise RuntimeError("the computation failed")
+            try:
+                fail(self)
+            except ValueError as err:
+                raise RuntimeError("the computation failed") from err
         return plain(self, *args, **more)
 
     monkeypatch.setattr(WanTransformer3DModel, "forward", forward)
@@ -68,3 +76,32 @@ def test_no_weights_stay(
     assert len(seen) > 1 and all(one() is None for one in seen)
     if kind == "own":
         assert result is not None and "the computation failed" in str(result.error)
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_no_latents_stay(
+    folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, uncollected: None, late: bool
+) -> None:
+    """Neither of a failed result that is dropped, nor where the last warning's callback raises."""
+    seen: list[weakref.ref[torch.Tensor]] = []
+
+    def decode(self: Render, latents: torch.Tensor) -> None:
+        seen.append(weakref.ref(self.stages.result.latents))
+        self.stages.result.warnings.append("late")
+        if not late:
+            raise ValueError
+
+    def warned(text: str) -> None:
+        if late and text == "late":
+            raise ValueError
+
+    monkeypatch.setattr(Render, "_decode", decode)
+    job = {"prompt": "a", "num_frames": 5, "width": 32, "height": 32, "num_inference_steps": 1}
+    result, given = None, torch.zeros(1, 16, 2, 4, 4)
+    seen.append(weakref.ref(given))
+    config = GenerationConfig(**job, warning_callback=warned, latents=given)
+    with contextlib.suppress(ValueError):
+        result = open_wan(folder("wan2.1-t2v")).generate(config)
+    assert len(seen) == 2 and late == (result is None)
+    del result, given, config
+    assert all(one() is None for one in seen)

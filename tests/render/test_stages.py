@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from wan_core import GenerationConfig, OptimizationManager, WanPipelineLoader
 from wan_core.errors import DoesNotFit, OutputError, is_oom
 from wan_core.plan.plan import OptimizationPlan
-from wan_core.render import video
+from wan_core.render import report, video
 
 JOB = {"prompt": "a red cat", "width": 32, "height": 32, "num_frames": 17, "seed": 1,
        "num_inference_steps": 4}  # fmt: skip
@@ -171,6 +172,29 @@ def test_no_frame_is_written_twice(
         assert pictures.shape == (7, 16, 16, 3)
         assert (pictures == read(tmp_path / f"plain{end}.mp4")[0]).all()
     assert len(list(tmp_path.iterdir())) == 4
+
+
+def test_what_callbacks_take_is_no_part_of_a_step(
+    folder: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A slow one would be taken for memory that has spilled, and slow down later predictions."""
+    now, found = [0.0], []
+    monkeypatch.setattr(report, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    ended = report.Timeline.step_done
+
+    def step_done(self: Any, *given: Any) -> None:
+        now[0] += 1
+        ended(self, *given)
+        found[:] = self.full_steps
+
+    def slow(*_: Any) -> None:
+        now[0] += 100
+
+    monkeypatch.setattr(report.Timeline, "step_done", step_done)
+    job = JOB | {"num_frames": 5, "width": 16, "height": 16, "num_inference_steps": 3}
+    config = GenerationConfig(**job, progress_callback=slow, interrupt_check=slow)
+    open_wan(folder("wan2.1-t2v")).generate(config).raise_for_error()
+    assert found == [1.0, 1.0]
 
 
 def test_a_file_that_cannot_be_finished_costs_no_frame(folder: Any, tmp_path: Path) -> None:

@@ -15,18 +15,18 @@ from typing import TYPE_CHECKING
 from ..lazy import lazy_names
 
 if TYPE_CHECKING:
-    from .disk import try_lock
     from .identity import device_name, versions
     from .journal import Journal
+    from .lock import try_lock
     from .resume import RenderJournal, open_journal
     from .saved import SavedRender, remove_saved, saved_renders
 
 __getattr__ = lazy_names(
     __name__,
     {
-        "disk": ("try_lock",),
         "identity": ("device_name", "versions"),
         "journal": ("Journal",),
+        "lock": ("try_lock",),
         "resume": ("RenderJournal", "open_journal"),
         "saved": ("SavedRender", "remove_saved", "saved_renders"),
     },

@@ -15,7 +15,7 @@ import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from ..config import GIB
 from ..errors import (
@@ -27,6 +27,7 @@ from ..errors import (
     is_host_oom,
 )
 from ..files import atomic_write
+from .lock import try_lock
 
 if TYPE_CHECKING:
     import torch
@@ -446,33 +447,3 @@ def remove_lock(folder: Path) -> None:
 def _touched(folder: Path) -> float:
     paths = (folder / name for name in (*STATES, UNITS, IDENTITY))
     return max((path.stat().st_mtime for path in paths if is_there(path)), default=0.0)
-
-
-def try_lock(path: Path) -> IO[bytes] | None:
-    """Open a file and lock it; return None if another process holds the lock.
-
-    The lock ends when the file is closed or the process dies, so a crash leaves none behind.
-    """
-    while True:
-        file = open(path, "ab")  # noqa: SIM115  (it stays open as long as the lock is held)
-        try:
-            if sys.platform == "win32":
-                import msvcrt
-
-                file.seek(0)
-                msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-            else:
-                import fcntl
-
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            file.close()
-            return None
-        except OSError:
-            return file  # the file system has no locks: go on without
-        # Between opening and locking, a run that ended may have removed the file: a lock on that
-        # would keep nobody out.
-        with contextlib.suppress(OSError):
-            if sys.platform == "win32" or os.path.samestat(os.fstat(file.fileno()), path.stat()):
-                return file
-        file.close()

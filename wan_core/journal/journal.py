@@ -33,7 +33,7 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 from ..config import RESUME
 from ..errors import BrokenState, InvalidRequest, JournalMismatch, OutputError
@@ -58,7 +58,6 @@ from .disk import (
     restore_scheduler,
     scheduler_state,
     state_sequence,
-    try_lock,
     write_state,
 )
 from .identity import (
@@ -69,6 +68,7 @@ from .identity import (
     listed,
     plain_identity,
 )
+from .lock import FileLock, try_lock
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -119,7 +119,7 @@ class Journal:
         self._slot = 0
         self._sequence = 0
         self._must = self._left = False
-        self._lock: IO[bytes] | None = None
+        self._lock: FileLock | None = None
         self._owner_before: object = None
         self._owner = {
             "host": platform.node(), "process": os.getpid(), "run": secrets.token_hex(8)

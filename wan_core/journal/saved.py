@@ -27,8 +27,8 @@ from .disk import (
     remove_lock,
     remove_own_files,
     state_head,
-    try_lock,
 )
+from .lock import try_lock
 
 _JOB = ("width", "height", "wanted_frames", "num_frames", "num_inference_steps", "seed", "fps")
 

@@ -6,7 +6,6 @@ Until the plan is made (``resolve``, ``recommend_optimizations``) nothing is loa
 from __future__ import annotations
 
 import time
-import traceback
 from dataclasses import replace
 from statistics import median
 from typing import Any
@@ -14,7 +13,7 @@ from typing import Any
 import torch
 
 from ..config import GenerationConfig, MemoryEstimate, VideoGenerationResult, require_config
-from ..errors import DoesNotFit, first_line, is_oom
+from ..errors import DoesNotFit, clear_frames, first_line, is_oom
 from ..forward import norms_widen, settings_notes, undisturbed, why_no_lean
 from ..job import (
     FRAMES_PER_LATENT,
@@ -276,8 +275,12 @@ class WanPipelineWrapper:
             callbacks.around = None
         result.generation_time = time.perf_counter() - started
         self._finish(result, error)
-        callbacks.tell(result.warnings)
-        return result
+        try:
+            callbacks.tell(result.warnings)
+            return result
+        finally:
+            callbacks.raised = None
+            del error, result  # an error has this frame, and the result has the error
 
     def _render(
         self, config: GenerationConfig, callbacks: Callbacks, result: VideoGenerationResult
@@ -469,9 +472,9 @@ def _used_overlap(request: Request) -> int:
 
 
 def _explained(error: Exception) -> Exception:
-    """Turn a shortage of memory into DoesNotFit, and free the tensors that a traceback holds."""
+    """Turn a shortage of memory into DoesNotFit; free the tensors that tracebacks hold."""
     oom = is_oom(error)
-    traceback.clear_frames(error.__traceback__)
+    clear_frames(error)
     if not oom or isinstance(error, DoesNotFit):
         return error
     explained = DoesNotFit(

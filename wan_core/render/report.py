@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import time
-import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -55,6 +54,8 @@ class Callbacks:
     def __init__(self, config: GenerationConfig) -> None:
         self._config = config
         self._told = 0
+        self.seconds = 0.0
+        """How long callbacks took so far."""
         self.raised: BaseException | None = None
         self.around: Surroundings | None = None
         """What the computation is kept free of; callbacks are not."""
@@ -63,20 +64,21 @@ class Callbacks:
         """Call ``function`` if there is one; an exception is remembered and raised."""
         if function is None:
             return
-        own = [_copied(arg) for arg in args]
+        own, began = [_copied(arg) for arg in args], time.perf_counter()
         try:
             with nullcontext() if self.around is None else self.around.lifted():
                 function(*own)
         except BaseException as err:
             self.raised = err
             raise
+        finally:
+            self.seconds += time.perf_counter() - began
 
     def settle(self, err: Exception) -> Exception:
-        """Raise what a callback raised; else return ``err`` without frames, which hold weights."""
+        """Raise what a callback raised; else return ``err``."""
         try:
             if self.raised is not None:  # whatever a reader or a generator made of it
                 raise self.raised from self.raised.__cause__
-            traceback.clear_frames(err.__traceback__)
             return err
         finally:
             del err  # or this frame and the exception would keep each other
@@ -174,10 +176,13 @@ class Timeline:
         for steps in self._steps.values():
             steps.clear()
 
-    def step_done(self) -> None:
-        """Note that a denoising step of the current stage has ended."""
+    def step_done(self, elsewhere: float = 0.0) -> None:
+        """Note that a denoising step of the current stage has ended.
+
+        ``elsewhere`` are the seconds so far that were no part of any step: those of callbacks.
+        """
         stage_was_run(self._stage, self.device.type)
-        now = time.perf_counter()
+        now = time.perf_counter() - elsewhere
         if self._step_ended is not None:
             self.step_seconds.append(now - self._step_ended)
         self._step_ended = now

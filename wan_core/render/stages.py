@@ -121,7 +121,7 @@ class StageRunner:
 
         It does not raise after the ``last`` step of a stage: a smaller plan would come too late.
         """
-        self.timeline.step_done()
+        self.timeline.step_done(self.callbacks.seconds)
         if last:
             return
         why = spilled(*device_fill(self.device), self.timeline.step_seconds, self.usual_step)
