@@ -362,6 +362,27 @@ def test_a_folder_that_vanishes_is_not_blamed_on_the_codec(tmp_path: Path) -> No
     assert "Input/output error" in str(raised.value) and "codec" not in str(raised.value)
 
 
+def test_x264_encodes_pictures_side_by_side_and_cuts_none(tmp_path: Path) -> None:
+    """Slices of one picture are too few for many cores; two runs give one file all the same."""
+    for name in ("one.mp4", "two.mp4"):
+        with VideoWriter(tmp_path / name, fps=16, width=256, height=256) as writer:
+            writer._video.codec_context.thread_count = 6
+            writer.write(torch.rand(8, 256, 256, 3, generator=torch.Generator().manual_seed(0)))
+    assert (tmp_path / "one.mp4").read_bytes() == (tmp_path / "two.mp4").read_bytes()
+    with av.open(str(tmp_path / "one.mp4")) as container:
+        packets = [bytes(packet) for packet in container.demux(video=0) if packet.size]
+    assert [slices_of(packet) for packet in packets] == [1] * 8
+
+
+def slices_of(packet: bytes) -> int:
+    """Count the coded slices among the units of an H.264 packet, each after its length."""
+    at, found = 0, 0
+    while at < len(packet):
+        found += packet[at + 4] & 31 in (1, 5)
+        at += 4 + int.from_bytes(packet[at : at + 4], "big")
+    return found
+
+
 def test_frames_are_encoded_beside_what_makes_them(tmp_path: Path) -> None:
     """``write`` does not wait for a slow encoder until many frames lie before it."""
     go = threading.Event()
