@@ -9,6 +9,7 @@ compared closely, bfloat16 within two of its units.
 from __future__ import annotations
 
 import sys
+import tempfile
 from typing import Any
 
 import torch
@@ -92,7 +93,7 @@ def rotations(dtype: torch.dtype, dim: int, heads: int, generator: torch.Generat
 
 def quantizing(dtype: torch.dtype, generator: torch.Generator) -> None:
     """Whole numbers: a cast to fp8 is the card's own, which no interpreter shows."""
-    x = torch.randn(3, 40, generator=generator).to(dtype)
+    x = torch.randn(3, 48, generator=generator).to(dtype)[:, 4:44]  # of wider rows
     for gelu in (False, True):
         (ours, scales), (theirs, expected) = (
             code.quantize_rows(x, torch.int8, gelu) for code in (fused_kernels, fused_eager)
@@ -188,6 +189,53 @@ def shortcuts(dtype: torch.dtype, generator: torch.Generator) -> None:
         compare(dtype, ours=results[0], theirs=results[1])
 
 
+def far(count: int, *shape: int, strides: tuple[int, ...]) -> Tensor:
+    """Return numbers in float16 that lie over so many, in a file of holes."""
+    with tempfile.TemporaryDirectory() as folder:
+        name = f"{folder}/numbers"
+        memory = torch.from_file(name, shared=True, size=count, dtype=torch.float16)
+    return memory.as_strided(shape, strides)
+
+
+def far_apart(generator: torch.Generator) -> None:
+    """More than 2**31 numbers between the first and the last: no offset may be an int32."""
+    step = 2**30 + 64
+    kinds: dict[str, Any] = {"dtype": torch.float16}
+    x = torch.randn(1, 3, 1, 2, 3, generator=generator).to(**kinds)
+    y = torch.randn(1, 3, 1, 4, 6, generator=generator).to(**kinds)
+    for layout in ((1, step, 0, 6, 1), (1, step, 0, 1, 4)):
+        spread = far(3 * step, *y.shape, strides=layout).copy_(y)
+        map_kernels.duplicated(spread, x, 4, 1, 2, 0)
+        plain = y.clone()
+        fused_eager.duplicated(plain, x, 4, 1, 2, 0)
+        compare(torch.float16, ours=spread, theirs=plain)
+    source, gamma = torch.randn(1, 3, 1, 3, 3, generator=generator).to(**kinds), x[0, :, 0, 0, 0]
+    expected, lengths = torch.empty_like(source), source.float().norm(dim=1, keepdim=True)
+    weight = gamma.view(3, 1, 1, 1).contiguous()
+    fused_eager.scaled_silu(source, lengths, weight, 3.3, 1e-12, expected)
+    for layout in ((1, step, 0, 3, 1), (1, 1, 0, step, 4), (1, 1, 0, 16, step)):
+        spread = far(3 * step, *source.shape, strides=layout).copy_(source)
+        map_kernels.scaled_silu(spread, lengths, weight, 3.3, 1e-12, spread)
+        compare(torch.float16, 4, ours=spread, theirs=expected)
+        if layout[1] == 1:
+            spread.copy_(source)
+            fused_kernels.norm_silu(spread, spread, gamma.contiguous(), 3.3)
+            compare(torch.float16, 4, ours=spread, theirs=expected)
+    rows = torch.randn(3, 512, generator=generator).to(**kinds)
+    tokens = far(3 * step, 3, 1, 512, strides=(step // 512 * 512, 512, 1)).copy_(rows[:, None])
+    results = [tokens, rows[:, None].clone()]
+    for code, states in zip((fused_kernels, fused_eager), results, strict=True):
+        code.rotate_rows(states, rows[0].contiguous(), 1e-6, None, 4)
+        code.norm_rows(states, states, 1e-6, scale=(rows[:1, None].float(), None),
+                       shift=(rows[1:2, None].float(), None))  # fmt: skip
+    compare(torch.float16, 4, ours=results[0], theirs=results[1])
+    heads = torch.randn(3, 40, 64, generator=generator).to(**kinds)
+    keys = far(3 * step, 1, 3, 40, 64, strides=(1, step, 64, 1)).copy_(heads[None])
+    found = attention_kernels.attend_8bit(keys, keys, keys, halves=True).float()
+    expected = F.scaled_dot_product_attention(*3 * [heads[None].float()])
+    assert float((found - expected).norm() / expected.norm()) < 5e-2
+
+
 def main() -> None:
     generator, kinds = torch.Generator().manual_seed(0), 0
     for dtype, dim, heads in (
@@ -202,6 +250,7 @@ def main() -> None:
         if dtype != torch.float32:
             attention(dtype, torch.Generator().manual_seed(0))
         kinds += 1
+    far_apart(generator)
     sys.stdout.write(f"{kinds} kinds agree\n")
 
 

@@ -52,7 +52,14 @@ def rms_norm_is_plain(norm: nn.Module, states: Tensor) -> bool:
     weight: Tensor | None = norm.weight
     if weight is None or norm.eps is None or weight.dtype != states.dtype:
         return False
-    return _is_bare(norm, states) and states.stride()[1:] == (states.shape[-1], 1)
+    return _is_bare(norm, states) and rows_without_gaps(states)
+
+
+def rows_without_gaps(states: Tensor) -> bool:
+    """Say whether kernels can step through (B, L, dim): tokens side by side, batches whole tokens
+    apart."""
+    (between, token, number), dim = states.stride(), states.shape[2]
+    return number == 1 and token == dim and (states.shape[0] == 1 or between % dim == 0)
 
 
 def _is_bare(norm: nn.Module, states: Tensor) -> bool:

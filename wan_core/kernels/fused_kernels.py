@@ -26,7 +26,8 @@ _LAUNCH: dict[str, Any] = {"num_warps": 4, "enable_fp_fusion": False}
 
 
 Part = tuple[Tensor, Tensor | None]
-"""Values (B, 1 or n, dim) with a stride of 1 along dim, and a table (dim) to add, or None."""
+"""Values (1 or B, 1 or n, dim) with a stride of 1 along dim, and a table (dim) to add, or None.
+Those of one call have the same shape and strides."""
 
 
 def norm_rows(
@@ -80,7 +81,7 @@ def _launch_norm(
             *(hidden if table is None else table for _, table in parts),
             *((hidden, hidden) if affine is None else affine),
             count, *(x.stride(0) // dim for x in (hidden, more, into)),
-            given[0].stride(0), given[0].stride(1) if given[0].shape[1] > 1 else 0, eps,
+            *(given[0].stride(i) if given[0].shape[i] > 1 else 0 for i in (0, 1)), eps,
             hidden if scales is None else scales, 0 if scales is None else scales.stride(0),
             DIM=dim, BLOCK=_block(dim), ADD=0 if change is None else 1 if gate is None else 2,
             MODULATE=scale is not None, AFFINE=affine is not None, TABLE=given[1] is not None,
@@ -315,7 +316,7 @@ def _silu_kernel(
     batch = (tl.program_id(0) // frames).to(tl.int64)
     frame = (tl.program_id(0) % frames).to(tl.int64)
     row = tl.program_id(1).to(tl.int64)
-    pixel = (tl.program_id(2) * PIXELS + tl.arange(0, PIXELS))[:, None]
+    pixel = (tl.program_id(2) * PIXELS + tl.arange(0, PIXELS)).to(tl.int64)[:, None]
     channel = tl.arange(0, BLOCK)[None, :]
     inside = (pixel < width) & (channel < CHANNELS)
     start = source + batch * from_batch + frame * from_frame + row * from_row
@@ -339,6 +340,7 @@ def quantize_rows(x: Tensor, kind: torch.dtype, gelu: bool) -> tuple[Tensor, Ten
     (tanh form) of ``x``, rounded to its dtype, is meant.
     """
     count, width = x.shape
+    x = x.contiguous()  # the kernel steps from row to row by the width
     out = torch.empty(count, width, dtype=kind, device=x.device)
     scales = torch.empty(count, 1, dtype=torch.float32, device=x.device)
     block = triton.next_power_of_2(width)

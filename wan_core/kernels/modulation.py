@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .codes import Codes, empty_codes, norms_to_codes
-from .fused import NOTHING, Fused, layer_norm_is_plain, triton_kernels
+from .fused import NOTHING, Fused, layer_norm_is_plain, rows_without_gaps, triton_kernels
 
 _WIDE = torch.float32
 Span = tuple[slice, int]
@@ -223,4 +223,4 @@ def _alike(hidden: Tensor, other: Tensor) -> bool:
     """Say whether a kernel can read both: (B, L, dim), one dtype, tokens without gaps."""
     if hidden.shape != other.shape or hidden.dtype != other.dtype:
         return False
-    return all(x.stride(2) == 1 and x.stride(1) == x.shape[2] for x in (hidden, other))
+    return rows_without_gaps(hidden) and rows_without_gaps(other)
