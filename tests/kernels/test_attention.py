@@ -18,7 +18,7 @@ from wan_core.forward import block as block_module
 from wan_core.forward import lean_forward
 from wan_core.kernels import attention, attention_ways
 from wan_core.kernels.attention_ways import Way
-from wan_core.memory import AttentionTimes
+from wan_core.memory import ATTENTION_8BIT, AttentionTimes
 
 
 @pytest.fixture(autouse=True)
@@ -450,3 +450,9 @@ def test_a_package_that_writes_to_its_keys_does_not_write_to_ours() -> None:
     assert torch.equal(key, kept)
     expected = F.scaled_dot_product_attention(query, key, value)
     torch.testing.assert_close(out, expected)
+
+
+def test_kernels_in_8_bit_are_named_as_a_plan_knows_them() -> None:
+    ours = dict.fromkeys(attention_ways.OWN_8BIT, "triton")
+    theirs = {one.name: one.module for one in attention_ways.PACKAGES if one.eight_bit}
+    assert ours | theirs == ATTENTION_8BIT

@@ -151,8 +151,10 @@ def test_what_a_card_multiplies(
     monkeypatch.setattr(products, "stored_weight", lambda layer: OnCard(shape, kind, dtype))
     monkeypatch.setattr(products, "_pays", lambda *_: True)
     layer = nn.Linear(shape[1], shape[0])
+    products.used_products()
     assert (products.product_for(layer, torch.bfloat16) is not None) is used
     assert products.product_for(layer, torch.float32) is None
+    assert products.used_products() == (used, 1) and products.used_products() == (0, 0)
     told = OnCard(shape, kind, dtype, full=True)  # by the file's note on the layer
     with monkeypatch.context() as patch:
         patch.setattr(products, "stored_weight", lambda layer: told)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,13 +23,45 @@ ALL = ("lean", "rows", "stream", "fp8")
 
 def said(plan: object) -> list[str]:
     """Return the reasons that speak of the speed."""
-    return [text for text in plan.reasons if text.startswith("speed ")]  # type: ignore[attr-defined]
+    reasons: Any = plan.reasons  # type: ignore[attr-defined]
+    return [one for one in reasons if one.startswith("speed ") and ": without " not in one]
+
+
+def missed(plan: object) -> str:
+    """Return the reason that says what did not help."""
+    reasons: Any = plan.reasons  # type: ignore[attr-defined]
+    return "".join(one for one in reasons if ": without " in one)
+
+
+class Installed:
+    """What is installed as far as a plan can see: modules, Triton's files, a C compiler."""
+
+    def __init__(self, place: Path) -> None:
+        self.place = place / "triton"
+        self.modules = {"triton"}
+        self.compiler: str | None = "/usr/bin/gcc"
+        (self.place / "tools").mkdir(parents=True)
+        for part in speed._TRITON_PARTS:
+            (self.place / part).touch()
+
+    def find_spec(self, name: str) -> Any:
+        places = [str(self.place)] if name == "triton" else []
+        return SimpleNamespace(submodule_search_locations=places) if name in self.modules else None
+
+    def which(self, name: str) -> str | None:
+        return self.compiler if name == "gcc" else None
 
 
 @pytest.fixture(autouse=True)
-def no_packages(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is installed where the tests run does not change a plan here."""
-    monkeypatch.setattr(speed, "find_spec", lambda name: None)
+def installed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Installed:
+    """What is installed where the tests run does not change a plan here: it has Triton alone."""
+    found = Installed(tmp_path)
+    monkeypatch.setattr(speed, "find_spec", found.find_spec)
+    monkeypatch.setattr(speed, "which", found.which)
+    monkeypatch.delenv("CC", raising=False)
+    kept = AttentionTimes(tmp_path / "times.json")
+    monkeypatch.setattr(speed, "AttentionTimes", lambda: kept)
+    return found
 
 
 @pytest.mark.parametrize("name", [T2V, SMALL])
@@ -109,6 +142,7 @@ def test_where_nothing_helps_the_plan_says_so() -> None:
         ("fp8 scaled per tensor", (9, 0), True),
         ("fp8", (8, 9), True),
         ("fp8", (8, 6), False),
+        ("fp8 e5m2", (9, 0), False),
         ("int8 scaled per row, rotated by 256", (8, 6), True),
         ("GGUF Q4_K", (9, 0), False),
         ("bf16", (9, 0), False),
@@ -131,6 +165,7 @@ def test_products_of_what_is_stored_in_8_bit(
     )  # fmt: skip
     chosen = speed._eight_bit(situation, Choices(dtypes={"transformer": "bf16"}))
     assert isinstance(chosen, Choices) is used
+    assert isinstance(speed._eight_bit(situation, Choices(dtypes={"transformer": "fp32"})), str)
     if isinstance(chosen, Choices):
         assert chosen.eight_bit
         text = speed._eight_bit_says(situation, Choices(dtypes={"transformer": "bf16"}), chosen)
@@ -149,7 +184,7 @@ def test_an_ingredient_counts_from_its_speed_on(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(speed, "INGREDIENTS", (*speed.INGREDIENTS, more))
     plans = {word: recommend(T2V, P480, gpu(80), ALL, speed=word) for word in SPEEDS}
     assert [plans[word].by_rows for word in SPEEDS] == [False, False, True]
-    assert [len(said(plans[word])) for word in SPEEDS] == [0, 2, 5]
+    assert [len(said(plans[word])) for word in SPEEDS] == [0, 2, 6]
     assert said(plans["fastest"])[-1] == "speed fastest: cut by rows"
 
 
@@ -163,8 +198,9 @@ def test_a_word_that_is_none(word: object) -> None:
 MANY, FEW = replace(P480, steps=40), replace(P480, steps=8)
 
 
-def test_fastest_leaves_forwards_out_and_says_how_many() -> None:
+def test_fastest_leaves_forwards_out_and_says_how_many(installed: Installed) -> None:
     """The gate counts in the seconds; what EasyCache saves depends on the clip, and does not."""
+    installed.modules = set()
     fast = recommend(T2V, MANY, gpu(80), ALL, speed="fast")
     fastest = recommend(T2V, MANY, gpu(80), ALL, speed="fastest")
     assert (fastest.easycache, fastest.guidance_gate) == (0.05, 0.5)
@@ -248,19 +284,17 @@ def test_magcache_is_planned_by_its_curve() -> None:
             OptimizationConfig.from_mapping({"step_cache_factor": bad})
 
 
-def test_attention_in_8_bit_is_for_fastest_where_it_is_installed(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    installed: set[str] = set()
-    monkeypatch.setattr(speed, "find_spec", lambda name: name if name in installed else None)
+def test_attention_in_8_bit_is_for_fastest_where_it_is_installed(installed: Installed) -> None:
+    installed.modules = set()
     plan = recommend(T2V, MANY, gpu(80), ALL, speed="fastest")
     assert not plan.choices.attention_8bit
+    assert "attention in 8 bit: WanFit's kernel: Triton is not installed; comfy-" in missed(plan)
     old = gpu(80, compute_capability=(7, 5))
     for module, card, name in (
         ("triton", old, None), ("triton", gpu(80, backend="rocm"), None),
         ("triton", gpu(80), "WanFit's kernel"), ("comfy_kitchen", old, "comfy-kitchen"),
     ):  # fmt: skip
-        installed = {module}
+        installed.modules = {module}
         plan = recommend(T2V, MANY, card, ALL, speed="fastest")
         assert plan.choices.attention_8bit == (name is not None)
         texts = [one for one in said(plan) if "fastest: attention in 8 bit by" in one]
@@ -273,11 +307,48 @@ def test_attention_in_8_bit_is_for_fastest_where_it_is_installed(
     assert not plain.choices.attention_8bit
 
 
-def test_what_was_timed_on_this_machine_is_shown(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+def test_no_kernel_is_promised_that_cannot_be_compiled(installed: Installed) -> None:
+    """Triton's files and a compiler are looked for; products and the VAE's norms need them too."""
+
+    def plan() -> Any:
+        return recommend("wan2.1-t2v-14b", MANY, gpu(80), ALL, speed="fastest")
+
+    assert plan().choices.attention_8bit and "norms of the VAE" not in " ".join(said(plan()))
+    installed.compiler = None
+    assert not plan().choices.attention_8bit
+    assert "Triton finds no C compiler" in missed(plan())
+    assert "norms of the VAE take longer, as Triton finds no C" in " ".join(said(plan()))
+    installed.compiler = "/usr/bin/gcc"
+    (installed.place / "tools" / "tensor_descriptor.py").unlink()
+    assert not plan().choices.attention_8bit
+    assert "the installed Triton is older than 3.4" in missed(plan())
+    assert "norms of the VAE" not in " ".join(said(plan()))
+
+
+@pytest.mark.parametrize(
+    ("times", "where", "used", "why"),
+    [
+        ({"int8, values in fp8": 20.0}, "int8, values in fp8", True, "int8, values in fp8, measur"),
+        ({}, "int8, values in fp8", False, "it did not run or was too far from torch's"),
+        ({"int8, values in fp16": 60.0}, "int8, values in fp8", False, "torch's choice was the"),
+        ({}, "cuDNN 9", True, "WanFit's kernel"),
+    ],
+)  # fmt: skip
+def test_what_kernels_did_here_before_counts(
+    times: dict[str, float], where: str, used: bool, why: str
 ) -> None:
-    kept = AttentionTimes(tmp_path / "times.json")
-    monkeypatch.setattr(speed, "AttentionTimes", lambda: kept)
+    """Times that were taken without a kernel say nothing of it."""
+    machine = gpu(80)
+    name = f"{machine.device_name}, {machine.backend}, torch {machine.torch_version}"
+    shape = "1 x 32760 x 32760 tokens, 40 heads of 128, 8 or 16 bit"
+    speed.AttentionTimes().keep(name, where, shape, {"torch's choice": 37.0, **times})
+    plan = recommend(T2V, MANY, machine, ALL, speed="fastest")
+    assert plan.choices.attention_8bit is used
+    assert why in (" ".join(said(plan)) if used else missed(plan))
+
+
+def test_what_was_timed_on_this_machine_is_shown() -> None:
+    kept = speed.AttentionTimes()
     machine = gpu(80)
     assert "attention by the clock" in " ".join(
         recommend(T2V, P480, machine, ALL, speed="fast").reasons

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from .fused_trial import fused_for
     from .maps import FusedNorms, fused_duplicates, fused_norms
     from .modulation import Modulation, Span, TimestepRuns
-    from .products import Addition, Shared, products_of, shared_by
+    from .products import Addition, Shared, products_of, shared_by, used_products
     from .rotary import norm_all, rotate_all, rotate_span
     from .trials import Trials, begin_trials, trials_of_a_render
 
@@ -34,7 +34,7 @@ __getattr__ = lazy_names(
         "fused_trial": ("fused_for",),
         "maps": ("FusedNorms", "fused_duplicates", "fused_norms"),
         "modulation": ("Modulation", "Span", "TimestepRuns"),
-        "products": ("Addition", "Shared", "products_of", "shared_by"),
+        "products": ("Addition", "Shared", "products_of", "shared_by", "used_products"),
         "rotary": ("norm_all", "rotate_all", "rotate_span"),
         "trials": ("Trials", "begin_trials", "trials_of_a_render"),
     },
@@ -64,4 +64,5 @@ __all__ = [
     "trials_of_a_render",
     "triton_kernels",
     "used_attention",
+    "used_products",
 ]

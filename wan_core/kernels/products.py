@@ -58,6 +58,8 @@ _AGREES = 1e-2
 _FIRST = {"fp8": (8, 9), "int8": (7, 5)}
 """The first compute capability whose matrix units multiply the kind."""
 _trials = Trials("products in 8 bit")
+_asked: dict[str, bool] = {}
+"""Kinds of layers that were asked for since ``used_products`` was, and whether in 8 bit."""
 
 
 class Addition:
@@ -220,8 +222,25 @@ def shared_by(layers: Sequence[Any], dtype: torch.dtype, eight_bit: bool) -> Sha
     return Shared(layers, products)
 
 
+def used_products() -> tuple[int, int]:
+    """Return how many kinds of layers were multiplied in 8 bit since this was asked, of how many.
+
+    A kind is what a layer is stored as, and its shape; only those count that 8 bit was wanted for.
+    """
+    found = sum(_asked.values()), len(_asked)
+    _asked.clear()
+    return found
+
+
 def product_for(layer: Any, dtype: torch.dtype) -> EightBitProduct | None:
     """Return the 8-bit product of a layer, or None where it is to compute in 16 bit."""
+    product, stored = _product_for(layer, dtype), getattr(layer, "stored", None)
+    kind = "plain" if stored is None else f"{stored.title} {stored.shape}"
+    _asked[kind] = _asked.get(kind, False) or product is not None
+    return product
+
+
+def _product_for(layer: Any, dtype: torch.dtype) -> EightBitProduct | None:
     if _hooked(layer) or dtype not in (torch.bfloat16, torch.float16):
         return None
     weight = stored_weight(layer)

@@ -7,7 +7,7 @@ measured. Estimates are pure arithmetic; torch is imported only to ask the devic
 
 from __future__ import annotations
 
-from .calibration import AttentionTimes, Calibrations, RunRecord, forward_name
+from .calibration import ATTENTION_8BIT, AttentionTimes, Calibrations, RunRecord, forward_name
 from .card_records import FASTEST, Between, CardRecords, Link, Trial, cut_kind, link_name
 from .cards import Card, all_cards
 from .choices import (
@@ -43,6 +43,7 @@ Job = Workload
 """The old name of ``Workload``, kept for one release."""
 
 __all__ = [
+    "ATTENTION_8BIT",
     "AttentionTimes",
     "BANDS",
     "Between",

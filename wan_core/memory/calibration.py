@@ -22,6 +22,12 @@ from ..config import StageEstimate, StageReport
 from ..errors import OutputError
 from ..files import atomic_write
 
+ATTENTION_8BIT = {
+    "int8, values in fp8": "triton", "int8, values in fp16": "triton",
+    "Sage": "sageattention", "Sage, values in fp16": "sageattention",
+    "comfy-kitchen int8": "comfy_kitchen",
+}  # fmt: skip
+"""Kernels of attention in 8 bit, as their times are kept, and the module that each needs."""
 _SHAPES = 32
 """How many shapes of attention, the latest ones, are kept per machine."""
 KEPT = 10
@@ -200,6 +206,10 @@ class AttentionTimes:
             return {}
         times: dict[str, dict[str, float]] = kept["times"]
         return times
+
+    def where(self, machine: str) -> str:
+        """Return what else a machine's times depend on; "" where none are kept."""
+        return str(self._read().get(machine, {}).get("where", ""))
 
     def keep(self, machine: str, where: str, shape: str, times: Mapping[str, float]) -> None:
         """Keep the times of a shape; of each machine only the latest shapes are kept."""

@@ -7,14 +7,17 @@ machine, and changes the choices or says why it does not help there. Pure arithm
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+import os
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
+from pathlib import Path
+from shutil import which
 from typing import TYPE_CHECKING
 
 from ..config import SPEEDS
 from ..errors import InvalidRequest
-from ..memory import AttentionTimes, Choices, Workload, latent_size, window_tokens
+from ..memory import ATTENTION_8BIT, AttentionTimes, Choices, Workload, latent_size, window_tokens
 from ..models import ModelArchitecture
 from .config import OptimizationConfig
 from .shortcuts import (
@@ -105,8 +108,14 @@ def _quick_says(situation: Situation, before: Choices, after: Choices) -> str:
     quick = decode_seconds(workload, replace(after, lean=True), system)
     return (
         f"fastest kernels: decode {slow:.1f} -> {quick:.1f} s, computed from operations; "
-        f"{_kept_times(situation)}; changes rounding only"
+        f"attention {_kept_times(situation, eight_bit=False) or 'by the clock'}"
+        f"{_without_triton()}; changes rounding only"
     )
+
+
+def _without_triton() -> str:
+    why = _why_no_triton()
+    return "" if why is None else f"; norms of the VAE take longer, as {why}"
 
 
 _MATRIX_UNITS = {"fp8": (8, 9), "int8": (7, 5)}
@@ -117,9 +126,12 @@ _PLAIN = ("", "bf16", "fp16", "fp32")
 
 def _eight_bit(situation: Situation, choices: Choices) -> Choices | str:
     component = situation.architecture.components.get("transformer")
-    kind = (component.stored_as if component else "").split(" ")[0]
+    stored = component.stored_as if component else ""
+    kind = stored.split(" ")[0]
     if situation.requested.fp8_storage == "always" and kind in _PLAIN:
         kind = "fp8"
+    if stored.startswith("fp8 e5m2"):
+        return "fp8 of 2 digits (e5m2) is not multiplied in 8 bit"
     if kind not in _MATRIX_UNITS:
         return "the file is not stored in fp8 or int8, and fp8_storage is not always"
     capability = situation.system.compute_capability
@@ -127,7 +139,10 @@ def _eight_bit(situation: Situation, choices: Choices) -> Choices | str:
         return f"this device does not multiply {kind}"
     if "lean" not in situation.abilities or situation.requested.forward == "diffusers":
         return "diffusers' own forward multiplies in 16 bit"
-    return replace(choices, eight_bit=True)
+    if choices.dtypes["transformer"] == "fp32":
+        return "their results are in 16 bit, and this job computes in fp32"
+    why = _why_no_triton()
+    return replace(choices, eight_bit=True) if why is None else f"{why}, which rounds to 8 bit"
 
 
 def _eight_bit_says(situation: Situation, before: Choices, after: Choices) -> str:
@@ -148,55 +163,119 @@ def _steps(situation: Situation, before: Choices, after: Choices) -> list[float]
     ]
 
 
-_ATTENTION_8BIT = {
-    "triton": "WanFit's kernel", "comfy_kitchen": "comfy-kitchen", "sageattention": "SageAttention",
-}  # fmt: skip
-"""What has attention in 8 bit, by the module that is looked for; ours is compiled by Triton."""
-_OUR_ATTENTION = (8, 0)
+_PACKAGES_8BIT = {"comfy_kitchen": "comfy-kitchen", "sageattention": "SageAttention"}
+"""Packages that have attention in 8 bit, by the module that is looked for."""
+_OURS = "WanFit's kernel"
+_OUR_CARDS = (8, 0)
 """The first compute capability that Triton compiles ours for."""
+_OUR_HEADS = (64, 128)
+_TRITON_PARTS = ("knobs.py", "tools/tensor_descriptor.py")
+"""Files of Triton that our kernel of attention imports; both are there from 3.4 on."""
+_IF_PROVEN = "if its result stays near torch's and it is the faster one by the clock"
+_TRIED = {
+    "triton": "int8, values in", "comfy_kitchen": "comfy-kitchen", "sageattention": "sageattention",
+}  # fmt: skip
+"""What stands beside kept times where a module's kernels were there when they were taken."""
 
 
-def _attention_there(system: SystemResources) -> list[str]:
-    """Return what can attend in 8 bit on this machine; nothing is imported."""
-    found = [module for module in _ATTENTION_8BIT if find_spec(module) is not None]
-    ours = system.backend == "cuda" and (system.compute_capability or (0, 0)) >= _OUR_ATTENTION
-    return [_ATTENTION_8BIT[module] for module in found if module != "triton" or ours]
+def _why_no_triton(*needed: str) -> str | None:
+    """Return why Triton's kernels cannot be used here as far as files tell, or None.
+
+    ``needed`` are files of the package that a kernel imports. Nothing is imported.
+    """
+    spec = find_spec("triton")
+    if spec is None:
+        return "Triton is not installed"
+    homes = [Path(home) for home in spec.submodule_search_locations or ()]
+    if not any(all((home / part).is_file() for part in needed) for home in homes):
+        return "the installed Triton is older than 3.4"
+    if os.name == "posix" and not (os.environ.get("CC") or which("gcc") or which("clang")):
+        return "Triton finds no C compiler (gcc, clang or what CC names)"
+    return None
+
+
+def _attention_there(situation: Situation) -> tuple[list[str], list[str]]:
+    """Return what can attend in 8 bit in this job, and of the rest why it cannot."""
+    system, width = situation.system, situation.architecture.transformer.head_dim
+    capability = system.compute_capability or (0, 0)
+    why: dict[str, str | None] = {"triton": _why_no_triton(*_TRITON_PARTS)}
+    if system.backend != "cuda" or capability < _OUR_CARDS:
+        why["triton"] = "it needs a card of compute capability 8.0"
+    elif width not in _OUR_HEADS:
+        why["triton"] = f"the heads are {width} numbers long, and it takes 64 and 128"
+    for module in _PACKAGES_8BIT:
+        why[module] = None if find_spec(module) is not None else "it is not installed"
+    times, where = _times_here(situation, eight_bit=True), AttentionTimes().where(_name_of(system))
+    for module in why:
+        known = any(ATTENTION_8BIT.get(name) == module for name in times)
+        if why[module] is None and times and not known and _TRIED[module] in where:
+            why[module] = "it did not run or was too far from torch's when it was timed here"
+    names = {"triton": _OURS, **_PACKAGES_8BIT}
+    there = [names[module] for module, reason in why.items() if reason is None]
+    return there, [f"{names[module]}: {reason}" for module, reason in why.items() if reason]
 
 
 def _attention(situation: Situation, choices: Choices) -> Choices | str:
     if not choices.quick:
         return "attention is torch's own"
-    if not _attention_there(situation.system):
-        return (
-            "attention in 8 bit needs Triton and a card of compute capability 8.0, comfy-kitchen "
-            "or SageAttention"
-        )
+    if choices.dtypes["transformer"] == "fp32":
+        return "kernels in 8 bit take numbers in 16 bit"
+    there, why = _attention_there(situation)
+    if not there:
+        return "; ".join(why)
+    times = _times_here(situation, eight_bit=True)
+    best = min(times, key=lambda name: times[name], default="")
+    tried = AttentionTimes().where(_name_of(situation.system))
+    if best and best not in ATTENTION_8BIT and _all_tried(there, tried):
+        return f"{best} was the fastest when all were timed here"
     return replace(choices, attention_8bit=True)
+
+
+def _all_tried(there: Collection[str], where: str) -> bool:
+    words = {_OURS: _TRIED["triton"]}
+    words |= {name: _TRIED[module] for module, name in _PACKAGES_8BIT.items()}
+    return all(words[name] in where for name in there)
 
 
 def _attention_says(situation: Situation, before: Choices, after: Choices) -> str:
     slow, quick = _steps(situation, before, after)
+    kept = _kept_times(situation, eight_bit=True)
     return (
-        f"attention in 8 bit by {' or '.join(_attention_there(situation.system))}: {slow:.1f} -> "
-        f"{quick:.1f} s a step, computed from operations, if its result stays near torch's and it "
-        "is the faster one by the clock; changes the video"
+        f"attention in 8 bit by {' or '.join(_attention_there(situation)[0])}: {slow:.1f} -> "
+        f"{quick:.1f} s a step, computed from operations, "
+        f"{kept or _IF_PROVEN}; changes the video"
     )
 
 
-def _kept_times(situation: Situation) -> str:
-    """Return what this machine has measured of the job's attention, or that it is timed later."""
-    system, workload = situation.system, situation.workload
-    shape = situation.architecture.transformer
+def _name_of(system: SystemResources) -> str:
+    """Name the machine that times are kept for."""
+    return f"{system.device_name}, {system.backend}, torch {system.torch_version}"
+
+
+def _times_here(situation: Situation, *, eight_bit: bool) -> Mapping[str, float]:
+    """Return the milliseconds of kernels that this machine has kept for the job's attention.
+
+    With ``eight_bit`` those of a choice among kernels in 8 bit too.
+    """
+    workload, shape = situation.workload, situation.architecture.transformer
     frames, height, width = latent_size(situation.architecture, workload)
     tokens = window_tokens(shape, frames + workload.references, height, width)
-    machine = f"{system.device_name}, {system.backend}, torch {system.torch_version}"
-    for title, times in AttentionTimes().of(machine).items():
-        if f"{tokens} x {tokens} tokens, {shape.heads} heads" in title and times:
-            best = min(times, key=lambda name: times[name])
-            return f"attention {best}, measured here: " + ", ".join(
-                f"{name} {taken:.1f} ms" for name, taken in times.items()
-            )
-    return "attention by the clock"
+    for title, times in AttentionTimes().of(_name_of(situation.system)).items():
+        wide = title.endswith("8 or 16 bit")
+        if f"{tokens} x {tokens} tokens, {shape.heads} heads" in title and wide == eight_bit:
+            return times
+    return {}
+
+
+def _kept_times(situation: Situation, *, eight_bit: bool) -> str:
+    """Return in words what this machine has measured of the job's attention; "" for nothing."""
+    times = _times_here(situation, eight_bit=eight_bit)
+    if not times:
+        return ""
+    best = min(times, key=lambda name: times[name])
+    return f"{best}, measured here: " + ", ".join(
+        f"{name} {taken:.1f} ms" for name, taken in times.items()
+    )
 
 
 INGREDIENTS: tuple[Ingredient, ...] = (
@@ -277,3 +356,5 @@ def speed_reasons(situation: Situation, plain: Choices) -> Iterator[str]:
         choices = chosen
     if choices is plain and refused:
         yield f"speed {word}: the same as exact here ({'; '.join(refused)})"
+    elif refused:
+        yield f"speed {word}: without {'; '.join(refused)}"

@@ -172,7 +172,10 @@ def decode_in_strips(stages: StageRunner, config: GenerationConfig, progress: De
     hold (``progress.overflowed``).
     """
     progress.keep_first = CHUNKS if stages.plan.decode_trial else 0
-    if stages.plan.decode_strips < 2 or progress.alone or not stages.has_workers:
+    if stages.plan.decode_strips < 2 or progress.alone:
+        return False
+    if not stages.has_workers:  # no step was left for them to compute
+        stages.say_once("No worker was started in this run, so that one card decoded the clip.")
         return False
     lost = ""
     with stages.timeline.stage("decode") as report, in_workers(stages) as pool:

@@ -15,13 +15,14 @@ import torch
 from ..config import GIB, GenerationConfig, StageReport, VideoGenerationResult
 from ..errors import is_oom
 from ..forward import Surroundings
+from ..kernels import used_attention, used_products
 from ..loading import give_back_freed
-from ..memory import stage_was_run
+from ..memory import ATTENTION_8BIT, stage_was_run
 
 if TYPE_CHECKING:
     from ..config import MemoryEstimate
     from ..job import Request
-    from ..memory import SystemResources, Workload
+    from ..memory import Choices, SystemResources, Workload
     from ..plan import OptimizationPlan
 
 _SAMPLE_SECONDS = 0.05
@@ -241,6 +242,35 @@ def spilled(reserved: int, total: int, steps: Sequence[float], usual: float | No
     if steps[-1] <= _SLOW * expected:
         return None
     return f"a step took {steps[-1]:.1f} s instead of {expected:.1f} s on a full device"
+
+
+@contextmanager
+def kernels_noted(
+    report: StageReport, choices: Choices, say: Callable[[str], object]
+) -> Iterator[None]:
+    """Note which kernels computed a stage; ``say`` what was planned and did not come.
+
+    A stage that other processes compute is not known here, and nothing is said of it.
+    """
+    used_attention(), used_products()  # of other stages
+    yield
+    attention, (in_8_bit, kinds) = used_attention(), used_products()
+    notes = [f"attention: {attention}"] * bool(attention)
+    if kinds:
+        notes.append(f"products in 8 bit: {in_8_bit} of {kinds} kinds of layers")
+    if notes:
+        report.note = ", ".join(notes)
+    if kinds and not in_8_bit:
+        say(
+            "Products in 8 bit were planned, and all were computed in 16: a kernel could not be "
+            "tried, was not faster, or a LoRA acts on the layers (the log says which)."
+        )
+    if attention and choices.attention_8bit and attention not in ATTENTION_8BIT:
+        say(
+            f"Attention in 8 bit was planned, and {attention} computed it in 16: it was faster by "
+            "the clock, or no kernel in 8 bit ran here with a result near torch's (the log says "
+            "which)."
+        )
 
 
 def resident_bytes() -> int:

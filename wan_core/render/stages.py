@@ -21,7 +21,6 @@ from ..config import StageReport, VideoGenerationResult
 from ..errors import DoesNotFit, SpilledMemory, first_line, is_host_oom, is_oom
 from ..files import FileIdentity
 from ..job import check_files
-from ..kernels import used_attention
 from ..loading import (
     ComponentCache,
     ComponentKey,
@@ -41,7 +40,7 @@ from ..models import ModelArchitecture, part_bytes, ram_bytes, stays_in_file
 from ..placing import Ahead, do_ahead, pin_ahead, pin_budget
 from ..plan import OptimizationPlan
 from ..workers import Weights, WorkerPool, placed, worker_pool
-from .report import Callbacks, Timeline, device_fill, spilled
+from .report import Callbacks, Timeline, device_fill, kernels_noted, spilled
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
@@ -243,10 +242,8 @@ class StageRunner:
             if cold:
                 loading.close()
                 report = stack.enter_context(self.timeline.stage(stage))
-            used_attention()  # of other stages
-            yield module
-            if attention := used_attention():
-                report.note = f"attention: {attention}"
+            with kernels_noted(report, self.plan.choices, self.say_once):
+                yield module
 
     def _reads_while_sending(self, component: str) -> bool:
         on_card = self.device.type == "cuda" and self._mapped(component)

@@ -1,0 +1,40 @@
+"""What a report says of the kernels that computed a stage, and of those that were planned."""
+
+from __future__ import annotations
+
+import pytest
+
+from wan_core.config import StageReport
+from wan_core.memory import Choices
+from wan_core.render import report
+
+
+@pytest.mark.parametrize(
+    ("attention", "products", "note", "said"),
+    [
+        ("", (0, 0), "before", []),  # computed by other processes
+        ("cuDNN", (0, 0), "attention: cuDNN", ["Attention in 8 bit was planned, and cuDNN"]),
+        ("Sage", (2, 5), "attention: Sage, products in 8 bit: 2 of 5 kinds of layers", []),
+        ("Sage", (0, 5), "attention: Sage, products in 8 bit: 0 of 5 kinds of layers",
+         ["Products in 8 bit were planned"]),
+    ],
+)  # fmt: skip
+def test_what_was_planned_and_did_not_come_is_said(
+    monkeypatch: pytest.MonkeyPatch, attention: str, products: tuple[int, int], note: str,
+    said: list[str],
+) -> None:  # fmt: skip
+    """What other stages have used does not count for this one."""
+    used = [("math", (9, 9)), (attention, products)]
+    monkeypatch.setattr(report, "used_attention", lambda: used[0][0])
+    monkeypatch.setattr(report, "used_products", lambda: used.pop(0)[1])
+    stage, told = StageReport(name="denoise", note="before"), list[str]()
+    with report.kernels_noted(stage, Choices(dtypes={}, attention_8bit=True), told.append):
+        pass
+    assert stage.note == note and not used
+    assert [text[: len(start)] for text, start in zip(told, said, strict=True)] == said
+    plain = [("cuDNN", (0, 0))] * 2
+    monkeypatch.setattr(report, "used_attention", lambda: plain[0][0])
+    monkeypatch.setattr(report, "used_products", lambda: plain.pop()[1])
+    with report.kernels_noted(stage, Choices(dtypes={}), told.append):
+        pass
+    assert len(told) == len(said)
