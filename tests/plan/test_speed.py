@@ -188,7 +188,7 @@ def test_an_ingredient_counts_from_its_speed_on(monkeypatch: pytest.MonkeyPatch)
     assert said(plans["fastest"])[-1] == "speed fastest: cut by rows"
 
 
-@pytest.mark.parametrize("word", ["quick", "", None, 1])
+@pytest.mark.parametrize("word", ["quick", "", 1])
 def test_a_word_that_is_none(word: object) -> None:
     """The error names the field and what is allowed."""
     with pytest.raises(InvalidRequest, match="speed is .*; allowed is one of exact, fast, fastest"):
@@ -251,7 +251,7 @@ def test_what_makes_no_sense_is_refused_by_name_and_left_out_by_speed(
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("step_cache", "teacache"), ("step_cache", None), ("step_cache_threshold", -0.1),
+        ("step_cache", "teacache"), ("step_cache_threshold", -0.1),
         ("step_cache_threshold", 1.5), ("step_cache_threshold", "a"), ("guidance_gate", 0),
         ("guidance_gate", 1.2), ("guidance_gate", float("nan")), ("guidance_gate", True),
     ],
