@@ -89,6 +89,34 @@ def test_the_plan_follows_the_widgets_before_anything_runs(page: Any, server: Co
     assert server.state()["weight_bytes"] == 0
 
 
+SAMPLER_INTO_SUBGRAPH = """() => {
+    const sampler = app.graph._nodes.filter(n => n.comfyClass === 'WanGenerate');
+    app.graph.convertToSubgraph(new Set(sampler));
+    const outer = app.graph._nodes.find(n => n.subgraph);
+    const inner = outer.subgraph.nodes[0];
+    const slot = inner.inputs.findIndex(input => input.name === 'width');
+    outer.subgraph.addInput('width', 'INT').connect(inner.inputs[slot], inner);
+    outer.widgets.find(widget => widget.name === 'width').value = 128;
+}"""
+
+
+def test_what_is_muted_and_a_subgraph_s_widget_count_as_they_run(page: Any) -> None:
+    saved = with_values(workflow("text_to_video"))
+    (optimize,) = [node for node in saved["nodes"] if node["type"] == "WanOptimize"]
+    for mode, told in ((2, "No model is connected"), (4, "Fits: ")):
+        load(page, with_values(saved))
+        says(page, "Fits: ")
+        optimize["mode"] = mode
+        load(page, saved)
+        says(page, told)
+    assert "No model is connected" not in page.evaluate(PANEL)
+    optimize["mode"] = 0
+    load(page, saved)
+    page.evaluate(SAMPLER_INTO_SUBGRAPH)
+    says(page, "128x64")
+    assert page.wanfit_errors == []
+
+
 def widget_of(saved: dict[str, Any], name: str) -> Any:
     node = next(node for node in saved["nodes"] if node["type"] == "WanGenerate")
     names = [entry["name"] for entry in node["inputs"] if "widget" in entry]
