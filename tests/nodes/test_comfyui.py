@@ -508,6 +508,41 @@ def test_unknown_model_is_refused_by_the_name_of_the_field(server: ComfyServer) 
     assert "tiny-t2v" in text
 
 
+def from_another_node(prompt: dict[str, Any], node: str, field: str, value: str) -> dict[str, Any]:
+    prompt["90"] = {"class_type": "WanFitProbeAny", "inputs": {"value": value}}
+    prompt[node]["inputs"][field] = ["90", 0]
+    return prompt
+
+
+def test_a_name_that_another_node_gives_is_read_once(server: ComfyServer) -> None:
+    """Its value is not known when ComfyUI asks what has changed."""
+    prompt = from_another_node(estimate_of("tiny-t2v"), "1", "model", "tiny-t2v")
+    server.run(prompt)
+    again = server.wait(server.queue(prompt))
+    messages = dict(again["status"]["messages"])
+    assert set(messages["execution_cached"]["nodes"]) == set(prompt)
+
+
+@pytest.mark.parametrize(
+    ("node", "field", "value", "told"),
+    [
+        ("1", "model", "gone.safetensors", "there is no file 'gone.safetensors'. Put it into "),
+        ("2", "lora", "gone.safetensors", "there is no file 'gone.safetensors' in models/loras"),
+        ("3", "pipeline", "a text", "pipeline is 'a text'; a model from a Wan Loader is needed"),
+        ("3", "start_image", "a text", "start_image is no picture but a text"),
+    ],
+)
+def test_what_another_node_gives_is_named_where_it_is_wrong(
+    server: ComfyServer, node: str, field: str, value: str, told: str
+) -> None:
+    prompt = graph(name="given", seed=42)
+    if node == "2":
+        chosen = {"expert": "both", "strength": 1.0, "use_recipe": False}
+        prompt["2"] = {"class_type": "WanLoRA", "inputs": {"pipeline": ["1", 0], **chosen}}
+        prompt["3"]["inputs"]["pipeline"] = ["2", 0]
+    assert told in failure(server, from_another_node(prompt, node, field, value))
+
+
 def test_wrong_scheduler_is_refused_by_the_name_of_the_field(server: ComfyServer) -> None:
     answer = server.post("/prompt", {"prompt": graph(scheduler="magic")})
     if "prompt_id" in answer:  # 0.3.64 lets it through; the node must not

@@ -177,7 +177,27 @@ class WanFitProbeSound:
         return ({"waveform": torch.rand(1, 2, int(seconds * 44100)), "sample_rate": 44100},)
 
 
+class _Any(str):
+    """A type that goes with every other, as nodes of other packs have it."""
+
+    def __ne__(self, other):
+        return False
+
+
+class WanFitProbeAny:
+    """Gives a text to an input of any type."""
+
+    INPUT_TYPES = classmethod(lambda cls: {"required": {"value": ("STRING", {"default": ""})}})
+    RETURN_TYPES = (_Any("*"),)
+    FUNCTION = "give"
+    CATEGORY = "WanFit tests"
+
+    def give(self, value):
+        return (value,)
+
+
 NODE_CLASS_MAPPINGS = {
+    "WanFitProbeAny": WanFitProbeAny,
     "WanFitProbeConditioning": WanFitProbeConditioning,
     "WanFitProbeSave": WanFitProbeSave,
     "WanFitProbeSound": WanFitProbeSound,
