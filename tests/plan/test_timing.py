@@ -308,6 +308,23 @@ def test_a_cold_run_reads_every_file_once() -> None:
     assert found.cold - found.total == pytest.approx(len(parts) * 3 * GIB / 1.5e9)
 
 
+@pytest.mark.parametrize("offload", ["none", "model", "stream"])
+def test_what_is_sent_while_it_is_read_costs_a_cold_run_nothing_more(
+    offload: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parts = {name: replace(part, nbytes=3 * GIB) for name, part in T2V.components.items()}
+    model, choices = replace(T2V, components=parts), replace(BF16, offload=offload)
+    reads = len(parts) * 3 * GIB / 1.5e9
+    monkeypatch.setattr(constants, "stays_in_file", lambda *_: False)
+    found = timing(model, JOB, choices, H100)
+    assert found.cold - found.total == pytest.approx(reads)
+    monkeypatch.setattr(constants, "stays_in_file", lambda _, part, dtype: part == "transformer")
+    moved = part_bytes(T2V, "transformer", "bf16") / (H100.bus_bytes_per_second * 0.5)
+    hidden = min(moved, 3 * GIB / 1.5e9) if offload == "model" else 0
+    found = timing(model, JOB, choices, H100)
+    assert found.cold - found.total == pytest.approx(reads - hidden)
+
+
 def test_rows_and_casts_cost_compute_and_pace_corrects_it() -> None:
     plain = timing(T2V, JOB, BF16, H100).step
     rows = timing(T2V, JOB, replace(BF16, lean=True, by_rows=True), H100).step

@@ -39,6 +39,7 @@ from ..models import (
     magcache_plan,
     part_bytes,
     parts_of,
+    stays_in_file,
     stored_of,
     vace_block_parameters,
 )
@@ -109,7 +110,7 @@ class Timing:
     """The whole job with the components in RAM or in the system's file cache: texts, steps, moves
     to the device and decode."""
     cold: float = 0.0
-    """The same with every file read from the disk first."""
+    """The same with every file read from the disk."""
     compute_bound: bool = True
     """Whether the transfers of a step hide behind its compute."""
 
@@ -235,7 +236,10 @@ def timing(
     if choices.driving in ("kv", "inputs"):
         warm += cost * driving.whole / rate
     warm += decode_seconds(workload, choices, system) + _TEXT_SECONDS
-    return Timing(step, warm, warm + _reads(architecture, workload), bound)
+    reads = _reads(architecture, workload) - _sent_meanwhile(
+        architecture, workload, choices, system
+    )
+    return Timing(step, warm, warm + reads, bound)
 
 
 def _forward_cost(
@@ -361,12 +365,35 @@ def _moves(
     architecture: ModelArchitecture, workload: Workload, choices: Choices, system: SystemResources
 ) -> float:
     """Return the seconds that moving whole components to the device takes in a run."""
+    parts = (part for part in parts_of(architecture) if part not in workload.unread)
+    return sum(_move(architecture, part, choices, system) for part in parts)
+
+
+def _move(
+    architecture: ModelArchitecture, part: str, choices: Choices, system: SystemResources
+) -> float:
+    offload = choices.offload_of(part)
+    if offload == "none":
+        return 0.0
+    nbytes = part_bytes(architecture, part, choices.dtypes.get(part) or "bf16")
+    slow = 2 if offload == "sequential" else 1
+    return slow * nbytes / (system.bus_bytes_per_second * _PAGEABLE)
+
+
+def _sent_meanwhile(
+    architecture: ModelArchitecture, workload: Workload, choices: Choices, system: SystemResources
+) -> float:
+    """Return the seconds of moves that take place while files are read: a cold run lacks them.
+
+    Components that stay in their file are sent to a GPU as they are read.
+    """
     total = 0.0
     for part in parts_of(architecture):
-        offload = choices.offload_of(part)
-        if offload == "none" or part in workload.unread:
+        file, dtype = architecture.components.get(part), choices.dtypes.get(part) or "bf16"
+        if file is None or part in workload.unread or choices.offload_of(part) != "model":
             continue
-        nbytes = part_bytes(architecture, part, choices.dtypes.get(part) or "bf16")
-        slow = 2 if offload == "sequential" else 1
-        total += slow * nbytes / (system.bus_bytes_per_second * _PAGEABLE)
+        converted = choices.fp8_storage and part.startswith("transformer")
+        mapped = not converted and stays_in_file(architecture, part, dtype)
+        if system.device_kind == "cuda" and mapped:
+            total += min(file.nbytes / _DISK, _move(architecture, part, choices, system))
     return total
