@@ -13,6 +13,8 @@ from types import ModuleType
 import pytest
 from test_architecture import FLOORS
 
+from wan_core.models import VARIANTS
+
 ROOT = Path(__file__).parents[1]
 PAGES = [
     *(ROOT / f"{name}.md" for name in ("README", "CONTRIBUTING", "SECURITY")),
@@ -171,9 +173,25 @@ def test_the_map_has_the_floors_from_the_ground_up() -> None:
 
 def test_templates_that_can_be_made_are_counted() -> None:
     text = (ROOT / "docs" / "templates.md").read_text()
-    rows = [line for line in text.splitlines() if line.startswith("| ")][1:]
+    first = text.partition("## What 0 means")[0]
+    rows = [line for line in first.splitlines() if line.startswith("| ")][1:]
     made = [row for row in rows if "| not yet" not in row]
     by_structure = [row for row in made if "by structure" in row]
     assert f"\n{len(made)} of the {len(rows)} can be made, two of them" in text
     assert len(by_structure) == 2
-    assert all(row.split("|")[1].strip() in text.splitlines()[-1] for row in by_structure)
+    last = first.rstrip().splitlines()[-1]
+    assert all(row.split("|")[1].strip() in last for row in by_structure)
+
+
+def test_what_0_means_is_what_the_models_say() -> None:
+    text = (ROOT / "docs" / "templates.md").read_text().partition("## What 0 means")[2]
+    told = re.findall(r"\| `([\w.-]+)`: (.*) \|", text)
+    assert len(told) == 10
+    for name, said in told:
+        usual, two = VARIANTS[name].defaults, VARIANTS[name].experts == 2
+        second = f" / {usual.guidance_scale_2:g}" if two else ""
+        small = usual.flow_shift_480p
+        low = "" if small is None else f" ({small:g} at 480p)"
+        steps, shift = usual.num_inference_steps, usual.flow_shift
+        scales = f"{usual.guidance_scale:g}{second}"
+        assert said == f"{steps} steps, {scales}, shift {shift:g}{low}", name
