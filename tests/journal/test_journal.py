@@ -28,8 +28,6 @@ from wan_core.journal import journal as journal_module
 from wan_core.journal.disk import KEEP
 from wan_core.journal.identity import identity_differences, identity_key, plain_identity
 from wan_core.journal.journal import (
-    DECODE,
-    LATENTS,
     Journal,
     restore_scheduler,
     scheduler_state,
@@ -89,11 +87,11 @@ def test_what_was_saved_comes_back_bit_for_bit(tmp_path: Path) -> None:
     scalars = {"half": 0.1, "none": None, "list": [1, "two", {"three": 3}], "big": 2**60}
     with Journal.open(tmp_path, IDENTITY) as journal:
         assert journal.load() is None
-        assert journal.save(3, tensors, scalars, stage="window")
+        assert journal.save(3, tensors, scalars)
     with Journal.open(tmp_path, IDENTITY) as journal:
         state = journal.load()
     assert state is not None
-    assert (state.stage, state.unit, state.scalars) == ("window", 3, scalars)
+    assert (state.unit, state.scalars) == (3, scalars)
     assert same(state.tensors, {name: t.contiguous() for name, t in tensors.items()})
     assert math.copysign(1, state.tensors["float"][1].item()) == -1
     assert journal.warnings == []
@@ -105,7 +103,7 @@ def test_the_loop_continues_from_the_last_unit(tmp_path: Path) -> None:
         with Journal.open(folder.parent, IDENTITY, "must") as journal:
             state = journal.load()
             assert state is not None and state.latents is None
-            assert (state.stage, state.unit) == ("denoise", units)
+            assert state.unit == units
             assert same(state.tensors, state_of(units))
             assert state.scalars == {"note": f"after {units}"}
             assert journal.warnings == []
@@ -147,7 +145,7 @@ def test_a_journal_is_bounded(tmp_path: Path) -> None:
         assert 3 * 400_000 < total < 3 * one + 10_000
 
 
-def test_finished_latents_are_safe_and_the_decode_goes_on(tmp_path: Path) -> None:
+def test_finished_latents_are_safe(tmp_path: Path) -> None:
     latents = torch.randn(1, 4, 3, 2, 2)
     with Journal.open(tmp_path, IDENTITY) as journal:
         journal.save(19, state_of(19))
@@ -156,14 +154,7 @@ def test_finished_latents_are_safe_and_the_decode_goes_on(tmp_path: Path) -> Non
     with Journal.open(tmp_path, IDENTITY) as journal:
         state = journal.load()
         assert state is not None and state.latents is not None
-        assert (state.stage, state.unit, state.scalars) == (LATENTS, 0, {"seed": 0})
-        assert torch.equal(state.latents, latents)
-        for frames in (5, 9, 13):
-            journal.save(frames, {"cache": torch.ones(2)}, {"frames": frames}, stage=DECODE)
-    with Journal.open(tmp_path, IDENTITY) as journal:
-        state = journal.load()
-        assert state is not None and state.latents is not None
-        assert (state.stage, state.unit) == (DECODE, 13)
+        assert (state.unit, state.scalars) == (0, {"seed": 0})
         assert torch.equal(state.latents, latents)
 
 
@@ -171,13 +162,12 @@ def test_damaged_latents_fall_back_to_the_loop(tmp_path: Path) -> None:
     with Journal.open(tmp_path, IDENTITY) as journal:
         journal.save(20, state_of(20))
         journal.latents_done(torch.zeros(5))
-        journal.save(4, {}, stage=DECODE)
         done = journal.folder / "latents.safetensors"
     done.write_bytes(done.read_bytes()[:-3])
     with Journal.open(tmp_path, IDENTITY) as journal:
         state = journal.load()
         assert state is not None and state.latents is None
-        assert (state.stage, state.unit) == ("denoise", 20)
+        assert state.unit == 20
         assert any("latents.safetensors" in warning for warning in journal.warnings)
 
 
@@ -731,7 +721,7 @@ def test_without_the_state_the_result_would_differ(name: str) -> None:
 
 def test_a_scheduler_of_another_kind_or_other_steps_is_refused() -> None:
     tensors, scalars = scheduler_state(prepared("unipc"))
-    state = journal_module.JournalState("denoise", 3, tensors, scalars)
+    state = journal_module.JournalState(3, tensors, scalars)
     with pytest.raises(JournalMismatch, match="UniPC"):
         restore_scheduler(prepared("euler"), state)
     with pytest.raises(JournalMismatch, match="number of steps"):
@@ -746,7 +736,7 @@ def test_a_saved_state_cannot_replace_a_method() -> None:
     tensors, scalars = scheduler_state(prepared("euler"))
     scalars["scheduler"]["values"]["step"] = None
     scheduler = prepared("euler")
-    restore_scheduler(scheduler, journal_module.JournalState("denoise", 3, tensors, scalars))
+    restore_scheduler(scheduler, journal_module.JournalState(3, tensors, scalars))
     assert callable(scheduler.step)
 
 

@@ -54,13 +54,12 @@ _DTYPES = {
 
 @dataclass(frozen=True, slots=True)
 class JournalState:
-    """A saved state: ``unit`` units of ``stage`` are finished.
+    """A saved state: ``unit`` units are finished.
 
     ``tensors`` (on the CPU) and ``scalars`` are as they were saved. ``latents`` is set once
     denoising is over.
     """
 
-    stage: str
     unit: int
     tensors: dict[str, Tensor] = field(default_factory=dict)
     scalars: dict[str, Any] = field(default_factory=dict)
@@ -76,7 +75,7 @@ def write_state(path: Path, key: str, sequence: int, state: JournalState) -> int
     safetensors does not have.
     """
     head = {"format": FORMAT, "key": key, "sequence": sequence}
-    values = {"stage": state.stage, "unit": state.unit, "scalars": state.scalars}
+    values = {"unit": state.unit, "scalars": state.scalars}
     text = json.dumps({**head, **values})
     # safetensors files have no gaps between tensors. With the widest dtypes first, each tensor
     # still begins at a multiple of its element size.
@@ -160,7 +159,7 @@ def read_state(path: Path, key: str) -> JournalState:
             checksum = _add_to_checksum(checksum, name, tensors[name])
         if int(metadata["checksum"]) != checksum:
             raise BrokenState("its checksum is wrong")
-        return JournalState(head["stage"], head["unit"], tensors, head["scalars"])
+        return JournalState(head["unit"], tensors, head["scalars"])
     except FileNotFoundError:
         raise
     except (SafetensorError, *_NO_STATE) as err:

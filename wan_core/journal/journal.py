@@ -76,9 +76,6 @@ if TYPE_CHECKING:
 __all__ = ["Journal", "JournalState", "restore_scheduler", "scheduler_state"]
 
 
-DENOISE, LATENTS, DECODE = "denoise", "latents", "decode"
-"""Stages of a state: in the denoising loop, after it, and in the decode. A caller may use its own
-names for parts of the loop."""
 USUAL_BYTES_PER_SECOND = 400e6
 """For the first save alone. Measured with fsync on a virtual disk: 0.08 s for the 34 MB of a UniPC
 state at 480p, 0.14 s for the 77 MB of one at 720p, 81 frames."""
@@ -174,25 +171,14 @@ class Journal:
         """
         if not self.resuming:
             return None
-        slots = self._slots_newest_first()
         done = self._read_whole([self.folder / DONE])
-        found = self._read_whole(slots)
-        if done is None and found is not None and found[0].stage == DECODE:
-            # A decode cannot be continued without the latents. The other state may be older and
-            # from the denoising loop, which can be continued.
-            found = self._read_whole([path for path in slots if path != found[1]])
-            found = found if found is not None and found[0].stage != DECODE else None
+        if done is not None:
+            return JournalState(0, {}, done[0].scalars, done[0].tensors["latents"])
+        found = self._read_whole(self._slots_newest_first())
         if found is not None:
             # Overwrite the other one first: the state that is continued must stay until the next
             # is complete.
             self._slot = 1 - SLOTS.index(found[1].name)
-        if done is not None:
-            state = JournalState(LATENTS, 0, {}, done[0].scalars)
-            if found is not None and found[0].stage == DECODE:
-                state = found[0]
-            latents = done[0].tensors["latents"]
-            return JournalState(state.stage, state.unit, state.tensors, state.scalars, latents)
-        if found is not None:
             return found[0]
         if self._must:
             raise JournalMismatch(
@@ -232,15 +218,13 @@ class Journal:
         unit: int,
         tensors: Mapping[str, Tensor],
         scalars: Mapping[str, Any] | None = None,
-        *,
-        stage: str = DENOISE,
     ) -> bool:
-        """Save a state after ``unit`` finished units of ``stage``; return True if it was written.
+        """Save a state after ``unit`` finished units; return True if it was written.
 
         ``scalars`` may hold anything that JSON can. A disk that is full or read-only turns the
         journal off with a warning, and leaves the earlier states as they are.
         """
-        state = JournalState(stage, unit, dict(tensors), dict(scalars or {}))
+        state = JournalState(unit, dict(tensors), dict(scalars or {}))
         written = self._write(SLOTS[self._slot], state)
         if written:  # only now may the state before be overwritten
             self._slot = 1 - self._slot
@@ -252,7 +236,7 @@ class Journal:
         They are tried also after a state could not be written, as they are smaller than one. Where
         room is short, the states of the loop are removed for them, and then for the video.
         """
-        state = JournalState(LATENTS, 0, {"latents": latents}, dict(scalars or {}))
+        state = JournalState(0, {"latents": latents}, dict(scalars or {}))
         written = self._write(DONE, state)
         if written or self._lock is None or self._left:
             if written:
