@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import os
 import struct
+import subprocess
 import zlib
 from pathlib import Path
 from typing import Any
@@ -282,6 +284,7 @@ def test_a_home_folder_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         (b"<!DOCTYPE html><html>404</html>", "a web page in place of the picture"),
         (b'\n <svg xmlns="http://www.w3.org/2000/svg"/>', "such as a drawing (SVG)"),
         (b"\x93NUMPY", "Pillow knows no such format"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\n", "a program in Post"),
     ],
 )
 def test_a_file_under_a_picture_s_name_is_told_by_its_content(
@@ -290,6 +293,25 @@ def test_a_file_under_a_picture_s_name_is_told_by_its_content(
     path = tmp_path / "photo.jpg"
     path.write_bytes(start)
     assert said in refused(path) and "PNG" in refused(path)
+
+
+def test_no_picture_is_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pillow has Ghostscript run a PostScript file, under whatever name and also when opened."""
+    started: list[Any] = []
+    monkeypatch.setattr(subprocess, "Popen", lambda *args, **more: started.append(args))
+    monkeypatch.setattr(subprocess, "check_call", lambda *args, **more: started.append(args))
+    path = tmp_path / "photo.png"
+    path.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n")
+    with Image.open(path) as opened:
+        for given in (path, opened):
+            assert "nothing from outside is run" in refused(given)
+    assert not started
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="a system without pipes that have names")
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.png")
+    assert "it is no file" in refused(tmp_path / "pipe.png")
 
 
 @pytest.mark.parametrize("text", ["", "  ", "\n"])

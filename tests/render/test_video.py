@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import itertools
+import os
+import struct
 import subprocess
 import sys
 import threading
@@ -18,7 +20,7 @@ from support.cases import slow_but
 from support.clips import HEIGHT, WIDTH, patches, read, write
 
 from wan_core.errors import InvalidRequest, OutputError
-from wan_core.render.video import VideoWriter
+from wan_core.render.video import VideoWriter, read_audio, read_numbers, read_video
 
 
 def sound(path: Path) -> tuple[np.ndarray, int]:
@@ -442,3 +444,51 @@ def test_an_interrupt_while_the_encoder_is_waited_for_ends_it(
         monkeypatch.setattr(waited, wait, interrupted)
     assert "mp4 encoder" not in [thread.name for thread in threading.enumerate()]
     assert not list(tmp_path.iterdir())
+
+
+# -- what is read ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("degrees", "matrix"), [
+    (0, (1, 0, 0, 1)), (90, (0, 1, -1, 0)), (180, (-1, 0, 0, -1)), (270, (0, -1, 1, 0)),
+])  # fmt: skip
+def test_a_phone_s_video_is_read_upright(
+    tmp_path: Path, degrees: int, matrix: tuple[int, ...]
+) -> None:
+    """Held upright, a phone writes its sensor's rows and, in the track's header, how to turn them.
+
+    The matrix (a, b, 0, c, d, 0, x, y, 1) turns clockwise (ISO 14496-12, 6.2.2): (1, 0) to (a, b).
+    """
+    write(tmp_path / "o.mp4", patches(3))
+    data = (tmp_path / "o.mp4").read_bytes()
+    plain = struct.pack(">9i", 1 << 16, 0, 0, 0, 1 << 16, 0, 0, 0, 1 << 30)
+    a, b, c, d = (value << 16 for value in matrix)
+    place = data.index(plain, data.index(b"tkhd"))
+    turned = struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30)
+    (tmp_path / "turned.mp4").write_bytes(data[:place] + turned + data[place + 36 :])
+    flat = read_video(tmp_path / "o.mp4", "control.video")
+    found = read_video(tmp_path / "turned.mp4", "control.video")
+    assert torch.equal(found, flat.rot90(-degrees // 90, (1, 2)))
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="a system without pipes that have names")
+def test_what_cannot_be_read_says_why(tmp_path: Path) -> None:
+    clip, sound = tmp_path / "clip.mp4", tmp_path / "sound.m4a"
+    write(clip, patches(2))
+    with av.open(str(sound), "w", format="mp4") as container:
+        stream = container.add_stream("aac", rate=16000, layout="mono")
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 4096), "float32"), "fltp", "mono")
+        frame.sample_rate = 16000
+        container.mux([*stream.encode(frame), *stream.encode(None)])
+    (tmp_path / "rays.npy").write_bytes(b"PK\x03\x04 half of a zip")
+    os.mkfifo(tmp_path / "pipe.mp4")
+    for read_it, name, said in (
+        (read_video, sound, "it has no video track"),
+        (read_audio, clip, "it has no audio track"),
+        (read_video, tmp_path / "none.mp4", "as a video .No such file or directory."),
+        (read_audio, tmp_path / "pipe.mp4", "as sound .it is no file."),
+        (read_video, tmp_path, "it is no file"),
+        (read_numbers, tmp_path / "rays.npy", "as numbers of numpy.save"),
+    ):
+        with pytest.raises(InvalidRequest, match=said):
+            read_it(name) if read_it is read_audio else read_it(name, "control.video")

@@ -97,6 +97,10 @@ def _from_file(image: Any, field: str) -> Image.Image:
         )
     place = path_of(image, field)
     named = shown_path(place)
+    if os.path.exists(place) and not os.path.isfile(place):  # a pipe would be waited for
+        raise InvalidRequest(
+            f"{field}: {named} cannot be read as a picture: it is no file.", field=field
+        )
     try:
         opened = Image.open(place)
     except UnidentifiedImageError as err:
@@ -133,6 +137,12 @@ def _from_pil(image: Image.Image, field: str, name: str) -> Image.Image:
     if not image.width or not image.height:
         raise InvalidRequest(
             f"{name} is {image.width}x{image.height}; a picture has pixels.", field=field
+        )
+    if image.format == "EPS":  # by its first bytes, whatever it is called
+        raise InvalidRequest(
+            f"{name} is a program in PostScript, and nothing from outside is run. Save it as PNG, "
+            "JPEG or WebP.",
+            field=field,
         )
     try:
         return _upright(image, _eight_bits(image, name, field))

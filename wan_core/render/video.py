@@ -11,6 +11,7 @@ import os
 import queue
 import shutil
 import threading
+import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from fractions import Fraction
 from itertools import chain
@@ -44,34 +45,53 @@ _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 def read_video(path: str | os.PathLike[str], field: str, most: int | None = None) -> Tensor:
     """Read a video's frames, at most ``most``: uint8 (frames, height, width, 3), RGB.
 
-    Also reads a picture, as a video of one frame. Raises InvalidRequest, naming ``field``, for what
-    cannot be read, and at the first frame of another size than the first one's.
+    Also reads a picture, as a video of one frame. A phone's video is turned upright, as a player
+    shows it. Raises InvalidRequest, naming ``field``, for what cannot be read, and at the first
+    frame of another size than the first one's.
     """
     frames: list[Tensor] = []
     size: tuple[int, int] | None = None
-    try:
-        # As a file whatever it is called, with nothing but files behind it: see ``read_audio``.
-        named = f"file:{os.path.expanduser(os.fspath(path))}"
-        with av.open(named, options={"protocol_whitelist": "file"}) as container:
-            for frame in container.decode(video=0):
-                size = size or (frame.width, frame.height)
-                if (frame.width, frame.height) != size:
-                    raise InvalidRequest(
-                        f"{field}: {str(path)!r} changes from {size[0]}x{size[1]} to "
-                        f"{frame.width}x{frame.height} at frame {len(frames)}; frames of one size "
-                        "are needed. Encode it anew.",
-                        field=field,
-                    )
-                frames.append(torch.from_numpy(frame.to_ndarray(format="rgb24")))
-                if most is not None and len(frames) >= most:
-                    break
-    except (OSError, ValueError, IndexError, av.FFmpegError) as err:
-        raise InvalidRequest(
-            f"{field}: {str(path)!r} cannot be read as a video ({err}).", field=field
-        ) from err
+    with _opened(path, field, "video") as stream:
+        for frame in stream.container.decode(stream):
+            size = size or (frame.width, frame.height)
+            if (frame.width, frame.height) != size:
+                raise InvalidRequest(
+                    f"{field}: {str(path)!r} changes from {size[0]}x{size[1]} to "
+                    f"{frame.width}x{frame.height} at frame {len(frames)}; frames of one size are "
+                    "needed. Encode it anew.",
+                    field=field,
+                )
+            # Degrees, anticlockwise; older releases of PyAV do not tell.
+            turns = round(getattr(frame, "rotation", 0) / 90)
+            pixels = np.rot90(frame.to_ndarray(format="rgb24"), turns)
+            frames.append(torch.from_numpy(np.ascontiguousarray(pixels)))
+            if most is not None and len(frames) >= most:
+                break
     if not frames:
         raise InvalidRequest(f"{field}: {str(path)!r} holds no frames.", field=field)
     return torch.stack(frames)
+
+
+@contextlib.contextmanager
+def _opened(path: str | os.PathLike[str], field: str, kind: str) -> Iterator[Any]:
+    """Yield a file's first stream of a ``kind``; whatever cannot be read becomes InvalidRequest."""
+    place = os.path.expanduser(os.fspath(path))
+    try:
+        if os.path.exists(place) and not os.path.isfile(place):  # a pipe would be waited for
+            raise ValueError("it is no file")
+        # As a file whatever it is called, and with nothing but files behind it: ffmpeg would follow
+        # an address, and those in a playlist.
+        with av.open(f"file:{place}", options={"protocol_whitelist": "file"}) as container:
+            streams = getattr(container.streams, kind)
+            if not streams:
+                raise ValueError(f"it has no {kind} track")
+            yield streams[0]
+    except (OSError, ValueError, av.FFmpegError) as err:
+        why = getattr(err, "strerror", None) or err
+        said = "sound" if kind == "audio" else "a video"
+        raise InvalidRequest(
+            f"{field}: {str(path)!r} cannot be read as {said} ({why}).", field=field
+        ) from err
 
 
 def read_numbers(path: str | os.PathLike[str] | None, field: str) -> Tensor | None:
@@ -83,7 +103,7 @@ def read_numbers(path: str | os.PathLike[str] | None, field: str) -> Tensor | No
         return None
     try:
         return torch.from_numpy(np.load(os.path.expanduser(path), allow_pickle=False)).float()
-    except (OSError, ValueError, TypeError, EOFError, MemoryError) as err:
+    except (OSError, ValueError, TypeError, EOFError, MemoryError, zipfile.BadZipFile) as err:
         raise InvalidRequest(
             f"{field}: {str(path)!r} cannot be read as numbers of numpy.save ({first_line(err)}).",
             field=field,
@@ -118,28 +138,17 @@ def read_audio(path: str | os.PathLike[str], seconds: float | None = None) -> tu
     """
     pieces: list[Tensor] = []
     samples = 0
-    try:
-        # As a file whatever it is called, and with nothing but files behind it: ffmpeg would follow
-        # an address, and those in a playlist.
-        named = f"file:{os.path.expanduser(os.fspath(path))}"
-        with av.open(named, options={"protocol_whitelist": "file"}) as container:
-            if not container.streams.audio:
-                raise InvalidRequest(f"audio: {str(path)!r} has no sound track.", field="audio")
-            stream = container.streams.audio[0]
-            rate = stream.rate if stream.rate in AUDIO_RATES else _FALLBACK_RATE
-            layout = "mono" if stream.channels == 1 else "stereo"
-            wanted = None if seconds is None else int(seconds * rate) + 1
-            resampler = av.AudioResampler(format="fltp", layout=layout, rate=rate)
-            for frame in chain(container.decode(stream), [None]):
-                for part in resampler.resample(frame):
-                    pieces.append(torch.from_numpy(part.to_ndarray()))
-                    samples += pieces[-1].shape[1]
-                if wanted is not None and samples >= wanted:
-                    break
-    except (OSError, ValueError, av.FFmpegError) as err:
-        raise InvalidRequest(
-            f"audio: {str(path)!r} cannot be read as sound ({err}).", field="audio"
-        ) from err
+    with _opened(path, "audio", "audio") as stream:
+        rate = stream.rate if stream.rate in AUDIO_RATES else _FALLBACK_RATE
+        layout = "mono" if stream.channels == 1 else "stereo"
+        wanted = None if seconds is None else int(seconds * rate) + 1
+        resampler = av.AudioResampler(format="fltp", layout=layout, rate=rate)
+        for frame in chain(stream.container.decode(stream), [None]):
+            for part in resampler.resample(frame):
+                pieces.append(torch.from_numpy(part.to_ndarray()))
+                samples += pieces[-1].shape[1]
+            if wanted is not None and samples >= wanted:
+                break
     if not samples:
         raise InvalidRequest(f"audio: {Path(path).name!r} holds no samples.", field="audio")
     return torch.cat(pieces, dim=1)[:, :wanted].contiguous(), rate
