@@ -13,7 +13,9 @@ from support import tiny_models
 
 from wan_core import GenerationConfig, OptimizationConfig, WanPipelineLoader
 from wan_core.__main__ import main
-from wan_core.errors import InvalidRequest
+from wan_core.config import demo_model
+from wan_core.errors import InvalidRequest, OutputError
+from wan_core.memory import Calibrations, RunRecord
 from wan_core.preferences import (
     FIELDS,
     Preferences,
@@ -85,6 +87,24 @@ def test_what_is_not_allowed_is_not_kept(wrong: dict[str, Any]) -> None:
     with pytest.raises(InvalidRequest) as caught:
         Preferences(**wrong)
     assert caught.value.field == next(iter(wrong))
+
+
+def test_a_user_without_a_home_has_nothing_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A service, or a container's user without an entry among the users."""
+
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    for name in ("WANFIT_PREFERENCES", "XDG_CONFIG_HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(Path, "home", homeless)
+    assert read_preferences() == Preferences()
+    with pytest.raises(OutputError, match="Cannot write"):
+        write_preferences(Preferences(speed="fast"))
+    Calibrations().add("a card", RunRecord(extra=1.0, pace=1.0, forward="lean"))
+    WanPipelineLoader().load_wan_pipeline(demo_model()).plan(GenerationConfig(prompt="x"))
+    monkeypatch.setenv("WANFIT_PREFERENCES", "~nobody-there/preferences.json")
+    assert read_preferences() == Preferences()
 
 
 def test_the_file_lies_where_settings_lie(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

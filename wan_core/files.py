@@ -149,6 +149,17 @@ def _plain(name: str) -> str:
     return unicodedata.normalize("NFKC", name).casefold()
 
 
+def home_folder() -> Path:
+    """Return the user's home; where the system knows of none, a path at which nothing can be.
+
+    A service, or a container's user that was made up, has none: then nothing is kept.
+    """
+    try:
+        return Path.home()
+    except RuntimeError:
+        return Path(os.devnull, "home")
+
+
 def quoted(path: Path) -> str:
     """Return a path in quotes, for a message."""
     return repr(str(path))

@@ -17,7 +17,7 @@ from typing import Any
 
 from .config import CODECS, SPEEDS, plain_number, shown
 from .errors import InvalidRequest
-from .files import atomic_write, decode_text
+from .files import atomic_write, decode_text, home_folder
 
 VARIABLE = "WANFIT_PREFERENCES"
 """Environment variable that names another file."""
@@ -31,8 +31,8 @@ def preferences_path() -> Path:
     """Return the path of the user's file, in the folder that is usual for settings here."""
     named = os.environ.get(VARIABLE)
     if named:
-        return Path(named).expanduser()
-    home = Path.home()
+        return Path(os.path.expanduser(named))
+    home = home_folder()
     if platform.system() == "Windows":
         folder = Path(os.environ.get("APPDATA") or home / "AppData" / "Roaming")
     else:
@@ -112,7 +112,7 @@ def read_preferences(path: Path | None = None) -> Preferences:
         plain = json.loads(decode_text(data))
         if not isinstance(plain, dict):
             raise ValueError("it is not a JSON object")
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return Preferences()
     except (OSError, ValueError, RecursionError) as err:
         return Preferences(path=path, warnings=(_unusable(path, str(err)),))
@@ -144,8 +144,8 @@ def write_preferences(preferences: Preferences, path: Path | None = None) -> Pat
 def shortened(path: Path) -> str:
     """Return a path with ``~`` for the user's home folder."""
     try:
-        return "~/" + path.relative_to(Path.home()).as_posix()
-    except (ValueError, RuntimeError):
+        return "~/" + path.relative_to(home_folder()).as_posix()
+    except ValueError:
         return str(path)
 
 

@@ -26,6 +26,10 @@ SIZE: dict[str, Any] = {
 }  # fmt: skip
 PICTURE = Image.new("RGB", (64, 32), (90, 40, 10))
 NAN = float("nan")
+FOREIGN = () if os.name == "nt" else ("C:\\videos\\a.mp4", "d:/a.mp4", "\\\\server\\a.mp4")
+"""Paths that would become odd names in the folder one is in."""
+POSTSCRIPT = Image.new("RGB", (4, 4))
+POSTSCRIPT.format = "EPS"
 VIDEO = torch.rand(9, 32, 64, 3, generator=torch.Generator().manual_seed(0))
 LATENTS = (1, 16, 3, 4, 8)
 
@@ -168,7 +172,8 @@ CASES = [
     Case("prompt", job={"prompt": None}),
     *(Case("precision_override", job={"precision_override": bad}) for bad in ("fp4", 16, "")),
     *(Case("output_path", job={"output_path": bad})
-      for bad in ("https://a/b.mp4", "file:///tmp/b.mp4", "s3://b/c.mp4")),
+      for bad in ("https://a/b.mp4", "file:///tmp/b.mp4", "s3://b/c.mp4", "", " ")),
+    *(Case("output_path", job={"output_path": bad}) for bad in FOREIGN),
     # Steps, windows, segments, texts.
     Case("start_step", job={"start_step": 2}),
     Case("sigmas", job={"sigmas": [0.5, 0.9]}),
@@ -199,7 +204,8 @@ CASES = [
     Case("last_image", model=T5B, job={"last_image": PICTURE, "width": 64, "height": 64}),
     Case("last_image", model=T5B, job={"image": PICTURE, "last_image": PICTURE, "height": 64}),
     *(Case("image", model=I2V, job={"image": bad})
-      for bad in ("missing.png", "http://x/y.png", 5, torch.zeros(0, 0, 3), torch.zeros(5),
+      for bad in ("missing.png", "http://x/y.png", ".", POSTSCRIPT, 5, torch.zeros(0, 0, 3),
+                  torch.zeros(5),
                   Image.new("RGB", (0, 1)), torch.full((4, 4, 3), NAN), np.array("a"),
                   torch.full((4, 4, 3), 255.0), np.full((4, 4, 3), 999),
                   Image.new("I", (4, 4), 70000), torch.zeros((4, 4, 3), dtype=torch.complex64))),
@@ -300,7 +306,7 @@ CASES = [
       for bad in ("video.avi", "nul\0.mp4", 5, "a" * 5000 + ".mp4")),
     Case("output_path", job={"return_frames": False}),
     Case("output_path", prepare=folder_there),
-    Case("journal_folder", job={"journal_folder": 5, "resume": "auto"}),
+    *(Case("journal_folder", job={"journal_folder": bad, "resume": "auto"}) for bad in (5, "")),
     Case("out.mp4", OutputError, prepare=blocked),
     Case("codec", prepare=no_encoder),
     Case("codec", job={"codec": "h265", "output_path": "out.mp4", "width": 16, "height": 16}),

@@ -91,9 +91,13 @@ def text(value: Any, field: str, may_be_missing: bool = False) -> str:
     try:
         value.encode("utf-8")
     except UnicodeEncodeError as err:
+        # What Python makes of a byte of the command line that is no letter (PEP 383).
+        byte = 0xDC80 <= ord(value[err.start]) <= 0xDCFF
+        why = "(a byte that the terminal's encoding has no letter for: use UTF-8)"
+        cut = "(a lone surrogate, as left by cutting an emoji in two)"
         raise InvalidRequest(
-            f"{field} holds half of a character at position {err.start} (a lone surrogate, as "
-            "left by cutting an emoji in two). Type that place anew.",
+            f"{field} holds half of a character at position {err.start} {why if byte else cut}. "
+            "Type that place anew.",
             field=field,
         ) from err
     return str.__str__(value)
@@ -101,6 +105,8 @@ def text(value: Any, field: str, may_be_missing: bool = False) -> str:
 
 def path(value: Any, field: str) -> Path:
     """Return ``value`` as a path in which ``~`` is the user's home folder."""
+    if isinstance(value, str) and not value.strip():  # which would be the folder one is in
+        raise InvalidRequest(f"{field} is empty; name one, or None for none.", field=field)
     try:
         found = Path(os.path.expanduser(Path(value)))
         os.fsencode(found)

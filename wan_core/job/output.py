@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -114,6 +115,13 @@ def _output(config: GenerationConfig) -> Path | None:
         raise InvalidRequest(
             f"output_path is {shown_path(found)}, an address; WanFit writes to a file on this "
             "machine. Give its path alone.",
+            field="output_path",
+        )
+    if os.name != "nt" and re.match(r"[A-Za-z]:[\\/]|\\\\", str(found)):
+        raise InvalidRequest(
+            f"output_path is {shown_path(found)}, a path of Windows, and this is another system: a "
+            "file of that whole name would be made in the folder one is in. Give its path here (in "
+            "WSL the drive C: is /mnt/c).",
             field="output_path",
         )
     if found.suffix.lower() != ".mp4":

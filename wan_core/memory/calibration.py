@@ -20,7 +20,7 @@ from typing import Any
 
 from ..config import StageEstimate, StageReport
 from ..errors import OutputError
-from ..files import atomic_write
+from ..files import atomic_write, home_folder
 
 ATTENTION_8BIT = {
     "int8, values in fp8": "triton", "int8, values in fp16": "triton",
@@ -114,7 +114,7 @@ class RunRecord:
 
 def default_path() -> Path:
     """Return the path of the file, in the cache folder that is usual on this system."""
-    home = Path.home()
+    home = home_folder()
     if platform.system() == "Windows":
         folder = Path(os.environ.get("LOCALAPPDATA") or home / "AppData" / "Local")
     elif platform.system() == "Darwin":
