@@ -89,6 +89,13 @@ def test_a_name_that_only_looks_the_same(tmp_path: Path, there: str, asked: str)
         ("https://huggingface.co/Wan-AI/Wan2.1-T2V-1.3B", "fetches nothing unless it is asked"),
         ("Wan-AI/Wan2.1-T2V-1.3B-Diffusers", "fetches nothing unless it is asked"),
         ("file:///models/wan", "without 'file:'"),
+        ("hf://Wan-AI/Wan2.1/wan.safetensors", "fetches nothing unless it is asked"),
+        ("smb://nas/models/wan.gguf", "connect the drive"),
+        ("//nas/models/wan.gguf", "Check the path"),
+        ("~/models/wan.gguf", "Write the path out"),
+        ("$HOME/models/wan.gguf", "Write the path out"),
+        ("%USERPROFILE%\\models\\wan.gguf", "Write the path out"),
+        ("100%/wan.gguf", "Check the path"),
         ("C:\\models\\wan", "Check the path"),
         ("no/such/folder/wan.gguf", "Check the path"),
     ],
@@ -96,6 +103,17 @@ def test_a_name_that_only_looks_the_same(tmp_path: Path, there: str, asked: str)
 def test_an_address_is_no_path(name: str, said: str) -> None:
     with pytest.raises(MissingFile, match=said):
         inspect_file(name)
+
+
+def test_a_file_that_others_may_not_read_is_named(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr("builtins.open", refuse)
+    with pytest.raises(MissingFile, match="cannot be opened: Permission denied. Check who may"):
+        inspect_file(model)
 
 
 def test_the_root_of_a_hub_cache_names_its_snapshots(tmp_path: Path) -> None:

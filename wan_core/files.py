@@ -71,7 +71,10 @@ def open_regular(path: Path) -> Iterator[tuple[BinaryIO, int]]:
     try:
         file = open(path, "rb", buffering=0)  # noqa: SIM115 - closed by the with below
     except OSError as err:
-        raise MissingFile(f"{quoted(path)} cannot be opened: {err.strerror}.") from err
+        raise MissingFile(
+            f"{quoted(path)} cannot be opened: {err.strerror}. Check who may read it, and the "
+            "drive that it is on."
+        ) from err
     with file:
         try:
             yield cast(BinaryIO, file), os.fstat(file.fileno()).st_size
@@ -136,11 +139,15 @@ def _nearly(path: Path) -> str:
         return "Give the path alone, without 'file:'."
     # A repository's id looks like a path of two parts; one that begins in a folder is a path.
     repository = re.fullmatch(r"[\w.-]+/[\w.-]+", text) and not path.parent.is_dir()
-    if re.match(r"https?:/", text) or repository:
+    if re.match(r"(https?|hf|s3|gs|ftp):/", text) or repository:
         return (
             "WanFit fetches nothing unless it is asked to: download the model, then give the path "
             "of the folder or file."
         )
+    if re.match(r"[a-z]{2,}:/", text):
+        return "It is an address: connect the drive, then give the path it has on this computer."
+    if re.match(r"~|\$\w|\$\{|%\w+%", text):
+        return "Write the path out: what stands for a folder (~, $HOME, %USERPROFILE%) is not read."
     return ""
 
 
