@@ -35,7 +35,8 @@ def without_gradients() -> Iterator[None]:
 LONG = (
     "nodes/test_comfyui.py", "render/test_resume.py", "tools/test_demo_model.py",
     "render/test_pipeline.py", "render/test_stored_weights.py", "workers/test_workers.py",
-    "tools/test_mutate.py", "tools/test_benchmarks.py",
+    "tools/test_mutate.py", "tools/test_benchmarks.py", "workers/test_ulysses.py",
+    "tools/test_control.py",
 )  # fmt: skip
 """Files of many seconds, each run by one process: begun last, one would keep the other waiting."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -52,7 +53,8 @@ def energy_at(change: Tensor, period: int) -> float:
 
 
 DEMO = Path(__file__).parents[2] / "wan_core" / "demo_model" / "t2v"
-MOVING = [
+Cells = Sequence[tuple[str, str, str, str]]
+MOVING: Cells = [
     ("white", "square", "right", "dark"), ("red", "circle", "left", "grey"),
     ("yellow", "triangle", "down", "teal"), ("green", "circle", "up", "dark"),
 ]  # fmt: skip
@@ -64,7 +66,8 @@ class MovingVideo:
     Every window after the first is ``ahead`` frames of movement further than it should be.
     """
 
-    def __init__(self, latent_frames: int = 6, ahead: float = 1.0) -> None:
+    def __init__(self, latent_frames: int = 6, ahead: float = 1.0, moving: Cells = MOVING) -> None:
+        self._moving = moving
         self._vae: Any = AutoencoderKLWan.from_pretrained(DEMO / "vae").float()
         self._frames = video_frames(latent_frames)
         self._whole, self._late = self._latents(0.0), self._latents(ahead)
@@ -73,7 +76,7 @@ class MovingVideo:
     @torch.no_grad()
     def _latents(self, ahead: float) -> Tensor:
         video = []
-        for seed, cell in enumerate(MOVING):
+        for seed, cell in enumerate(self._moving):
             scene = clips.scene_of(*cell, seed=seed, wrap=True)
             heading = torch.tensor([clips.DIRECTIONS[cell[2]]], dtype=torch.float32)
             begun = scene.start + heading * scene.speed[:, None] * ahead
