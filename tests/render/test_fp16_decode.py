@@ -1,4 +1,4 @@
-"""A decode in fp16 that goes beyond its range goes on in bf16 from there, and says so."""
+"""What goes beyond the range of fp16 in the VAE is made in bf16 from there, and said."""
 
 from __future__ import annotations
 
@@ -79,6 +79,41 @@ def test_frames_beyond_the_range_are_decoded_in_bf16(
     assert "after 5 frames" in text and "decoded in bf16" in text
     assert "vae bf16" in result.applied_optimizations
     assert len(read(tmp_path / "clip.mp4")[0]) == 13
+
+
+@pytest.mark.parametrize(
+    "family", ["wan2.2-i2v-a14b", pytest.param("wan2.2-ti2v-5b", marks=pytest.mark.slow)]
+)
+def test_pictures_beyond_the_range_are_encoded_in_bf16(
+    family: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Latents in fp16 are nearer to those in fp32; where a number is not finite, bf16 has its."""
+    folder, made = make_folder(tmp_path / "model", family), dict[str, torch.Tensor]()
+    picture = torch.rand(32, 64, 3, generator=torch.Generator().manual_seed(0))
+    job = JOB | {"num_frames": 5, "num_inference_steps": 1, "image": picture}
+
+    def run(kind: str) -> Any:
+        with pytest.MonkeyPatch.context() as patch:
+            vae_in(kind, patch)
+            return open_wan(folder).generate(GenerationConfig(**job)).raise_for_error()
+
+    for kind in ("fp32", "fp16", "bf16"):
+        result = run(kind)
+        made[kind] = result.latents
+        assert not any("fp16" in text for text in result.warnings)
+    near, far = ((made[kind] - made["fp32"]).norm() for kind in ("fp16", "bf16"))
+    assert 0 < 3 * near < far
+    plain = torch.nn.Conv3d.forward
+
+    def overflowing(self: Any, x: torch.Tensor) -> torch.Tensor:
+        out = plain(self, x)
+        return out * float("inf") if x.dtype == torch.float16 else out
+
+    monkeypatch.setattr(torch.nn.Conv3d, "forward", overflowing)
+    result = run("fp16")
+    assert torch.equal(result.latents, made["bf16"])
+    (text,) = (text for text in result.warnings if "fp16" in text)
+    assert "when it encoded" in text and "vae bf16" in result.applied_optimizations
 
 
 def test_page_locked_memory_of_one_chunk_is_held_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -72,16 +72,13 @@ def _half_of(situation: Situation, main: str) -> str:
     """Return fp16 where it is safe, which rounds to 11 bits where bf16 rounds to 8.
 
     Decoded frames are 8 times nearer to fp32's (``benchmarks/results/speed_h100.md`` for VAE 2.1,
-    ``speed_h200_decode.md`` for 2.2). A decode that goes beyond its range goes on in bf16; an
-    encode could not.
+    ``speed_h200_decode.md`` for 2.2), and so are latents that are encoded (on a CPU, random
+    weights). What goes beyond its range is made again in bf16, or goes on in it.
     """
-    vae, shape = situation.architecture.vae, situation.architecture.transformer
-    encodes = shape.in_channels != shape.out_channels or bool(shape.vace_layers)
-    encodes = encodes or situation.workload.image or situation.workload.start_video
-    known = vae is not None and "wide norms" in situation.abilities
-    # With bf16 too: it is what a decode goes on in.
+    known = situation.architecture.vae is not None and "wide norms" in situation.abilities
+    # With bf16 too: it is what goes on.
     able = situation.system.supports_fp16 and situation.system.supports_bf16
-    return "fp16" if known and able and not encodes else main
+    return "fp16" if known and able else main
 
 
 def _half_vae_says(situation: Situation, before: Choices, after: Choices) -> str:

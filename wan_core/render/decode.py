@@ -15,8 +15,8 @@ from ..errors import OutputError, WorkerFailed, is_oom
 from ..forward import alike
 from ..memory import CHUNKS, CardRecords, Trial, strips_of
 from ..models import VaeShape
-from ..sampling import Leaving, StreamingDecoder, denormalize_latents, to_frames
-from ..workers import OutOfRange, StripsDecoder, StripsLost, WorkerPool
+from ..sampling import Leaving, OutOfRange, StreamingDecoder, denormalize_latents, to_frames
+from ..workers import StripsDecoder, StripsLost, WorkerPool
 from .experts import in_workers
 from .stages import StageRunner
 from .video import VideoWriter

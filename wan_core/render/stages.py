@@ -39,6 +39,7 @@ from ..memory import RAM_RESERVE, ram
 from ..models import ModelArchitecture, part_bytes, ram_bytes, stays_in_file
 from ..placing import Ahead, do_ahead, pin_ahead, pin_budget
 from ..plan import OptimizationPlan
+from ..sampling import OutOfRange
 from ..workers import Weights, WorkerPool, placed, worker_pool
 from .report import Callbacks, Timeline, device_fill, kernels_noted, spilled
 
@@ -87,14 +88,20 @@ class StageRunner:
         """Return the dtype that a component computes in."""
         return dtype_of(self.plan.choices.dtypes[component])
 
-    def widen_vae(self, frames: int) -> None:
-        """Have the VAE compute in bf16 from now on: fp16's range did not hold after ``frames``."""
+    def widen_vae(self, frames: int | None) -> None:
+        """Have the VAE compute in bf16 from now on: fp16's range did not hold after ``frames``.
+
+        None says that it encoded; what it encoded before stays as it is.
+        """
         dtypes = {**self.plan.choices.dtypes, "vae": "bf16"}
         self.plan = replace(self.plan, choices=replace(self.plan.choices, dtypes=dtypes))
         self.result.applied_optimizations = list(self.plan.applied)
         self.result.warnings.append(
-            f"The VAE's numbers went beyond the range of fp16 after {frames} frames; the frames "
-            "from there on were decoded in bf16."
+            "The VAE's numbers went beyond the range of fp16 when it encoded; that was done again "
+            "in bf16, and the clip was decoded so."
+            if frames is None
+            else f"The VAE's numbers went beyond the range of fp16 after {frames} frames; the "
+            "frames from there on were decoded in bf16."
         )
 
     def has(self, component: str) -> bool:
@@ -380,13 +387,17 @@ class StageRunner:
     def attempt(self, stage: str, action: Callable[[], T]) -> T:
         """Run ``action``; if memory runs out in it, step down to a smaller plan and run it again.
 
-        ``action`` must go on from where it failed. Raises DoesNotFit if there is no smaller plan;
-        all other errors pass.
+        So it does in bf16 where an encode goes beyond the range of fp16. ``action`` must go on from
+        where it failed. Raises DoesNotFit if there is no smaller plan; all other errors pass.
         """
         while True:
             try:
                 return action()
+            except OutOfRange as err:
+                traceback.clear_frames(err.__traceback__)
+                beyond = True
             except Exception as err:
+                beyond = False
                 ours = self.callbacks.raised is None and not isinstance(err, DoesNotFit)
                 if not ours or not is_oom(err):
                     raise
@@ -396,7 +407,9 @@ class StageRunner:
                 traceback.clear_frames(err.__traceback__)
             # Outside the except block: within it, the exception that is being handled would keep
             # the frames, and with them the memory, alive.
-            if on_host:
+            if beyond:
+                self.widen_vae(None)
+            elif on_host:
                 self._relieve_host(stage, failure)
             else:
                 self._step_down(stage, failure, must=not spilled_only)

@@ -56,6 +56,7 @@ if TYPE_CHECKING:
     from .vace import ControlClip, encode_grey, encode_vace
     from .vae import (
         Leaving,
+        OutOfRange,
         StreamingDecoder,
         denormalize_latents,
         encode_latents,
@@ -111,6 +112,7 @@ __getattr__ = lazy_names(
         ),
         "vae": (
             "Leaving",
+            "OutOfRange",
             "StreamingDecoder",
             "denormalize_latents",
             "encode_latents",
@@ -136,6 +138,7 @@ __all__ = [
     "SegmentsDecoder",
     "Shortcuts",
     "Signals",
+    "OutOfRange",
     "Solver",
     "StreamingDecoder",
     "Unit",

@@ -23,6 +23,10 @@ FRAMES_PER_CHUNK = 4
 Check = Callable[[], object]
 
 
+class OutOfRange(Exception):
+    """What a VAE makes is beyond the range of fp16, in which it computes."""
+
+
 class StreamingDecoder:
     """Decodes ``latents`` one latent frame per call, and can continue after a failure.
 
@@ -194,7 +198,8 @@ def encode_latents(vae: Any, chunks: Iterable[Tensor], *, check: Check | None = 
     The first chunk is (B, 3, 1, H, W), all others are (B, 3, 4, H, W), with values -1..1, in any
     dtype and on any device (see ``conditioning_chunks``). Only one is held at a time. The result
     equals ``vae.encode(video).latent_dist.mode()``. ``check`` runs before each chunk. Raises
-    InvalidRequest for a chunk of another shape, and if there is none.
+    InvalidRequest for a chunk of another shape, and if there is none; OutOfRange where the VAE
+    computes in fp16 and its range does not hold.
     """
     # The causal convolutions read the frames before a chunk from here; it outlives each chunk.
     cache = _empty_cache(vae.encoder)
@@ -213,6 +218,8 @@ def encode_latents(vae: Any, chunks: Iterable[Tensor], *, check: Check | None = 
     # Over all frames at once, as diffusers does; latents are small. The second half of the
     # channels is the log variance, which the mode does not need.
     mean: Tensor = vae.quant_conv(torch.cat(pieces, dim=2)).chunk(2, dim=1)[0]
+    if mean.dtype == torch.float16 and not bool(torch.isfinite(mean).all()):
+        raise OutOfRange
     return mean
 
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from .kept import Experts, close_workers, hold_cards, join_card, when_joined, worker_pool
     from .placement import placed
     from .pool import WorkerPool
-    from .strips import OutOfRange, StripsDecoder, StripsLost
+    from .strips import StripsDecoder, StripsLost
     from .weights import Weights
 
 __getattr__ = lazy_names(
@@ -34,14 +34,13 @@ __getattr__ = lazy_names(
         ),
         "placement": ("placed",),
         "pool": ("WorkerPool",),
-        "strips": ("OutOfRange", "StripsDecoder", "StripsLost"),
+        "strips": ("StripsDecoder", "StripsLost"),
         "weights": ("Weights",),
     },
 )
 
 __all__ = [
     "Experts",
-    "OutOfRange",
     "StripsDecoder",
     "StripsLost",
     "Weights",

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..errors import WorkerFailed
 from ..memory import Strip
+from ..sampling import OutOfRange
 from .ring import Ring
 
 if TYPE_CHECKING:
@@ -30,10 +31,6 @@ _TICK = 0.05
 
 class StripsLost(Exception):
     """The strips cannot be finished by the workers; the text says why."""
-
-
-class OutOfRange(Exception):
-    """A picture is beyond the range of the VAE's dtype."""
 
 
 @dataclass(slots=True)
