@@ -31,7 +31,7 @@ from .arguments import (
 )  # fmt: skip
 from .config import MIB, GenerationConfig, WanControl, demo_model
 from .errors import InvalidRequest, MissingDependency, WanError, first_line
-from .job import MOST_FRAMES, reads
+from .job import MOST_FRAMES, has_control, reads
 from .memory import close_gaps
 from .preferences import FIELDS, Preferences, preferences_path, read_preferences, write_preferences
 
@@ -246,8 +246,8 @@ def _open(arguments: argparse.Namespace) -> Any:
     )
 
 
-def _control(arguments: argparse.Namespace, most: int) -> WanControl:
-    """Read the files of the control, at most ``most`` frames of a video."""
+def _control(arguments: argparse.Namespace, most: int) -> WanControl | None:
+    """Read the files of the control, at most ``most`` frames of a video; None without any."""
     from .render import read_numbers, read_pictures, read_video
 
     def path(name: str) -> Any:
@@ -267,7 +267,7 @@ def _control(arguments: argparse.Namespace, most: int) -> WanControl:
         ]
     if "mask" in videos:
         videos["mask"] = videos["mask"][..., 0]
-    return WanControl(
+    control = WanControl(
         **videos,
         **pictures,
         positions=arguments.control_positions,
@@ -277,6 +277,7 @@ def _control(arguments: argparse.Namespace, most: int) -> WanControl:
         denoise=arguments.control_denoise,
         clear_masked=arguments.control_clear_masked,
     )
+    return control if has_control(control) else None
 
 
 def _job(arguments: argparse.Namespace, wrapper: Any, **more: Any) -> GenerationConfig:

@@ -661,33 +661,37 @@ def test_a_diffusers_that_is_not_known_is_not_planned_with(
         assert not any("More memory than predicted" in told for told in result.warnings)
 
 
-@pytest.mark.parametrize("how", ["missing", "too old for transformers"])
+@pytest.mark.parametrize("how", ["missing", "too old for transformers", "a part is missing"])
 def test_a_diffusers_that_cannot_be_imported_is_said_first(
     folder: Any, how: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """After the plan, which needs none, and before a weight is read."""
     from wan_core.render.stages import StageRunner
 
+    path = folder("wan2.1-t2v")  # which may have to be made, by diffusers
     if how == "missing":
         monkeypatch.setitem(sys.modules, "diffusers", None)
     else:  # as diffusers' own lazy modules raise it
         broken: Any = ModuleType("diffusers")
 
         def fails(name: str) -> None:
-            raise RuntimeError(f"Failed to import diffusers for {name} because of ...")
+            missing = ModuleNotFoundError("No ftfy", name="ftfy")
+            cause = missing if how == "a part is missing" else None
+            raise RuntimeError(f"Failed to import diffusers for {name} because of ...") from cause
 
         broken.__getattr__ = fails
         monkeypatch.setitem(sys.modules, "diffusers", broken)
     read: list[str] = []
     monkeypatch.setattr(StageRunner, "component", lambda self, name: read.append(name))
-    wrapper, config = open_wan(folder("wan2.1-t2v")), GenerationConfig(prompt="a cat", **SIZE)
+    wrapper, config = open_wan(path), GenerationConfig(prompt="a cat", **SIZE)
     _, plan = wrapper.plan(config)
     assert not plan.lean
     assert "diffusers is not installed" in " ".join(plan.reasons)
     result = wrapper.generate(config)
     assert isinstance(result.error, MissingDependency)
     assert "diffusers cannot be imported" in str(result.error)
-    assert "pip install -U diffusers" in str(result.error)
+    advice = "-r requirements" if how == "a part is missing" else "-U diffusers"
+    assert f"pip install {advice}" in str(result.error)
     assert read == []
 
 

@@ -134,6 +134,12 @@ def check_diffusers() -> None:
                 "Python runs without docstrings (-OO or PYTHONOPTIMIZE=2), which transformers "
                 "reads: start it without that."
             )
+        cause: BaseException = err  # diffusers' own text says no more than "look up"
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        name = (getattr(cause, "name", None) or "").partition(".")[0]
+        if isinstance(cause, ModuleNotFoundError) and name not in ("diffusers", "transformers", ""):
+            advice = "Install what WanFit needs: pip install -r requirements.txt."
         raise MissingDependency(
-            f"diffusers cannot be imported ({first_line(err)}). {advice}"
+            f"diffusers cannot be imported ({first_line(cause)}). {advice}"
         ) from err
