@@ -371,3 +371,12 @@ def test_the_vae_in_fp16_where_it_is_nearer() -> None:
         ("wan2.2-ti2v-5b", image), ("wan2.2-ti2v-5b", P480),
     ):  # fmt: skip
         assert recommend(name, job, gpu(80), able, speed="fast").dtypes["vae"] == "fp16", name
+
+
+@pytest.mark.parametrize(("high", "least"), [(None, 9), (10, 3 + 7), (0, 9), (39, 9 + 1)])
+def test_easycache_computes_the_first_and_the_last_steps_of_each_expert(
+    high: int | None, least: int
+) -> None:
+    job = replace(MANY, high_steps=high)
+    plan = recommend("wan2.2-t2v-a14b", job, gpu(80), ALL, speed="fastest")
+    assert f"of 40 steps {least} or more are computed" in " ".join(said(plan))

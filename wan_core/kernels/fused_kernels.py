@@ -7,7 +7,7 @@ so (``tl.fma``), therefore every kernel is compiled without the compiler's own c
 The statistics of a row follow aten's ``vectorized_layer_norm_kernel`` (ATen/native/cuda/
 layer_norm_kernel.cu): 128 threads, each with every 128th group of four numbers, Welford's online
 sum (for RMSNorm a sum of squares) within a thread, then pairs 16, 8, 4, 2, 1 lanes and 2, 1 warps
-apart. That order is why widths must be multiples of 512. ``fused`` compares all of it with torch
+apart. That order is why widths must be multiples of 512. ``fused_trial`` compares it with torch
 before anything here is used. Importing this module needs Triton.
 """
 

@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..loading import StoredWeight, rotation, stored_weight
+from ..memory import MATRIX_UNITS
 from .attention import milliseconds
 from .codes import Codes
 from .fused import triton_kernels
@@ -55,8 +56,6 @@ _GAIN = 1.05
 """How many times faster than 16 bit a product must be to be used."""
 _AGREES = 1e-2
 """Relative error that rounding the results to 16 bit may have in a trial."""
-_FIRST = {"fp8": (8, 9), "int8": (7, 5)}
-"""The first compute capability whose matrix units multiply the kind."""
 _trials = Trials("products in 8 bit")
 _asked: dict[str, bool] = {}
 """Kinds of layers that were asked for since ``used_products`` was, and whether in 8 bit."""
@@ -247,12 +246,12 @@ def _product_for(layer: Any, dtype: torch.dtype) -> EightBitProduct | None:
     if weight is None or not weight.bits.is_cuda or triton_kernels() is None:
         return None
     stored = weight.stored
-    if stored.kind not in _FIRST or stored.dtype not in ("F8_E4M3", "I8"):
+    if stored.kind not in MATRIX_UNITS or stored.dtype not in ("F8_E4M3", "I8"):
         return None
     if stored.full_precision or any(size % 16 for size in stored.shape):
         return None
     device = weight.bits.device
-    if torch.cuda.get_device_capability(device) < _FIRST[stored.kind]:
+    if torch.cuda.get_device_capability(device) < MATRIX_UNITS[stored.kind]:
         return None
     product = EightBitProduct(
         weight, layer.bias, dtype, layer, tuple(layer._forward_hooks.values())

@@ -11,6 +11,7 @@ from .calibration import ATTENTION_8BIT, AttentionTimes, Calibrations, RunRecord
 from .card_records import FASTEST, Between, CardRecords, Link, Trial, cut_kind, link_name
 from .cards import Card, all_cards
 from .choices import (
+    MATRIX_UNITS,
     STREAM_BUFFERS,
     Choices,
     Workload,
@@ -59,6 +60,7 @@ __all__ = [
     "LEAN_HEAD_GROUPS",
     "LEAN_ROWS",
     "Link",
+    "MATRIX_UNITS",
     "RAM_RESERVE",
     "ROWS",
     "RunRecord",

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 
 from ..models import ModelArchitecture
 
+MATRIX_UNITS = {"fp8": (8, 9), "int8": (7, 5)}
+"""The first compute capability that multiplies each kind of numbers in 8 bit."""
 STREAM_BUFFERS = 2
 """Buffers for streamed blocks on the device: one block computes while the next one arrives."""
 

@@ -31,7 +31,15 @@ from .lora_keys import (
     read_lora_key,
     spellings,
 )
-from .magcache import MagCurve, Skips, computed, magcache_curve, magcache_plan, magcache_skips
+from .magcache import (
+    MagCurve,
+    Skips,
+    computed,
+    easycache_warm,
+    magcache_curve,
+    magcache_plan,
+    magcache_skips,
+)
 from .names import Mapped, Source, map_names
 from .recipes import Recipe, few_steps_hint, recipe_of
 from .shapes import UNSHUFFLED, count_blocks, read_transformer, read_vae, transformer_tensors
@@ -121,6 +129,7 @@ __all__ = [
     "is_wan_linear",
     "largest_leaf_bytes",
     "left_in_lora",
+    "easycache_warm",
     "magcache_curve",
     "magcache_plan",
     "magcache_skips",

@@ -11,6 +11,7 @@ beforehand which steps are left out. Pure arithmetic.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -197,3 +198,13 @@ def magcache_curve(variant: str, width: int, height: int, image: bool) -> MagCur
     if variant == "wan2.2-ti2v-5b" and image:
         return _TI2V_IMAGE
     return _CURVES.get(variant)
+
+
+_WARM = 0.2
+"""Share of an expert's steps, from its first on, that EasyCache always computes (authors: 10 of
+50)."""
+
+
+def easycache_warm(steps: int) -> int:
+    """Return how many of an expert's ``steps`` EasyCache computes before it may leave one out."""
+    return max(2, math.ceil(_WARM * steps))

@@ -5,12 +5,18 @@ What they do is in ``sampling.shortcuts``; here is when they make sense, and wha
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from ..memory import Choices, Workload
-from ..models import MagCurve, ModelArchitecture, computed, magcache_curve, magcache_plan
+from ..models import (
+    MagCurve,
+    ModelArchitecture,
+    computed,
+    easycache_warm,
+    magcache_curve,
+    magcache_plan,
+)
 from .config import OptimizationConfig
 
 if TYPE_CHECKING:
@@ -26,8 +32,6 @@ DEFAULT_GATE = 0.5
 dimensions (Wan 2.1 1.3B, FastVideo pull request 1372)."""
 DEFAULT_FACTOR = 1.5
 """MagCache's authors measured 1.5 to 2 on Wan 2.2."""
-_WARM = 0.2
-"""Share of an expert's steps that EasyCache always computes (``sampling.shortcuts``)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,10 +94,13 @@ def step_cache_says(situation: Situation, before: Choices, after: Choices) -> st
     """Say what a step cache is expected to save."""
     if after.magcache:
         return _magcache_says(situation, after.magcache)
-    steps = situation.workload.steps
-    least = max(2, math.ceil(_WARM * steps)) + 1
+    workload = situation.workload
+    steps, switch = workload.steps, workload.high_steps or 0
+    # Of each expert the first ones and the last.
+    phases = [count for count in (switch, steps - switch) if count]
+    least = sum(min(count, easycache_warm(count) + 1) for count in phases)
     return (
-        f"EasyCache, threshold {after.easycache:g}: of {steps} steps {min(least, steps)} or more "
+        f"EasyCache, threshold {after.easycache:g}: of {steps} steps {least} or more "
         "are computed; how many depends on the clip, so the seconds do not count on it (its "
         "authors: half at 0.05, of 50); changes the video"
     )

@@ -17,7 +17,15 @@ from typing import TYPE_CHECKING
 
 from ..config import SPEEDS
 from ..errors import InvalidRequest
-from ..memory import ATTENTION_8BIT, AttentionTimes, Choices, Workload, latent_size, window_tokens
+from ..memory import (
+    ATTENTION_8BIT,
+    MATRIX_UNITS,
+    AttentionTimes,
+    Choices,
+    Workload,
+    latent_size,
+    window_tokens,
+)
 from ..models import ModelArchitecture
 from .config import OptimizationConfig
 from .shortcuts import (
@@ -72,7 +80,7 @@ def _half_of(situation: Situation, main: str) -> str:
     """Return fp16 where it is safe, which rounds to 11 bits where bf16 rounds to 8.
 
     Decoded frames are 8 times nearer to fp32's (``benchmarks/results/speed_h100.md`` for VAE 2.1,
-    ``speed_h200_decode.md`` for 2.2), and so are latents that are encoded (on a CPU, random
+    ``speed_h200_decode.md`` for 2.2), and latents that are encoded are nearer too (random
     weights). What goes beyond its range is made again in bf16, or goes on in it.
     """
     known = situation.architecture.vae is not None and "wide norms" in situation.abilities
@@ -115,8 +123,6 @@ def _without_triton() -> str:
     return "" if why is None else f"; norms of the VAE take longer, as {why}"
 
 
-_MATRIX_UNITS = {"fp8": (8, 9), "int8": (7, 5)}
-"""The first compute capability that multiplies each kind."""
 _PLAIN = ("", "bf16", "fp16", "fp32")
 """How files are stored of which ``fp8_storage`` makes fp8."""
 
@@ -129,10 +135,10 @@ def _eight_bit(situation: Situation, choices: Choices) -> Choices | str:
         kind = "fp8"
     if stored.startswith("fp8 e5m2"):
         return "fp8 of 2 digits (e5m2) is not multiplied in 8 bit"
-    if kind not in _MATRIX_UNITS:
+    if kind not in MATRIX_UNITS:
         return "the file is not stored in fp8 or int8, and fp8_storage is not always"
     capability = situation.system.compute_capability
-    if situation.system.device_kind != "cuda" or (capability or (0, 0)) < _MATRIX_UNITS[kind]:
+    if situation.system.device_kind != "cuda" or (capability or (0, 0)) < MATRIX_UNITS[kind]:
         return f"this device does not multiply {kind}"
     if "lean" not in situation.abilities or situation.requested.forward == "diffusers":
         return "diffusers' own forward multiplies in 16 bit"

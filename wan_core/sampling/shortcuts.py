@@ -32,10 +32,8 @@ from torch import Tensor
 from ..forward import BlockPasses
 from ..job import StepPlan
 from ..memory import Choices
-from ..models import MagCurve, Skips, magcache_plan
+from ..models import MagCurve, Skips, easycache_warm, magcache_plan
 
-_WARM = 0.2
-"""Share of an expert's steps, from its first on, that EasyCache computes always."""
 Compute = Callable[[int, "BlockPasses | None"], Sequence[Tensor]]
 _TENSORS = ("before", "at", "output", "kept", "kept_2", "delta", "residual", "residual_2")
 
@@ -186,7 +184,7 @@ class Step:
 
     @property
     def _must_compute(self) -> bool:
-        warm = self.steps.start + max(2, math.ceil(_WARM * len(self.steps)))
+        warm = self.steps.start + easycache_warm(len(self.steps))
         return self.index < warm or self.index >= self.steps.stop - 1
 
     def velocities(self, latents: Tensor, passes: int, compute: Compute) -> list[Tensor]:
