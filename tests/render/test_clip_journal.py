@@ -123,6 +123,7 @@ def test_saving_stays_within_its_share_and_an_interrupt_loses_no_step(
 
     monkeypatch.setattr(journal, "write_state", slowly)
     monkeypatch.setattr(resume, "MAX_SHARE", 1e-3)  # steps of a busy machine are long, too
+    monkeypatch.setattr(journal, "USUAL_BYTES_PER_SECOND", 1e12)  # and those of an idle one short
     path = folder("wan2.2-t2v-a14b")
     job = JOB | {"num_inference_steps": 20, "switch_step": 10, "journal_folder": tmp_path / "j",
                  "guidance_scale": 1.0, "guidance_scale_2": 1.0}  # fmt: skip
