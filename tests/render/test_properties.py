@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -81,13 +82,18 @@ def denoised(
     scheduler = scheduler or made_scheduler("euler")
     steps = plan_steps([float(t) for t in scheduler.timesteps], experts=2, boundary=0.9)
     assert len(steps.high) and len(steps.low)
-    state = DenoiseState(latents=noise, next_step=0)
+    state, told, made = DenoiseState(latents=noise, next_step=0), signals or Signals(), []
+
+    def step(index: int, latents: Tensor) -> None:
+        made.append(index)
+        told.step(index, latents)
+
     for name, part in (("high", steps.high), ("low", steps.low)):
         denoise_steps(
             state, part, expert(model, name), scheduler, conditions,
-            windows=windows, signals=signals, anchor=anchor,
+            windows=windows, signals=replace(told, step=step), anchor=anchor,
         )  # fmt: skip
-    assert state.finished == list(range(STEPS))
+    assert made == list(range(STEPS))
     return state.latents
 
 

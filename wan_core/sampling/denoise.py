@@ -152,8 +152,6 @@ class DenoiseState:
     clip: Tensor | None = None
     memory: Memory = field(default_factory=Memory)
     """What shortcuts remember; empty where none is used."""
-    finished: list[int] = field(default_factory=list)
-    """Numbers of the steps that this process has finished, in order."""
 
 
 def predict_windows(
@@ -343,7 +341,6 @@ def denoise_steps(
         # 4. Commit. Callbacks come last, so that one that raises finds the step finished.
         state.latents, state.next_step = latents, i + 1
         state.fused, state.next_window = None, 0
-        state.finished.append(i)
         if signals.preview is not None and clean is not None:
             signals.preview(i, clean)
         signals.step(i, latents)
