@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import io
 import json
@@ -450,3 +451,14 @@ def test_without_a_command_there_is_an_example_of_each() -> None:
     examples = [line.split("wan_core ")[1] for line in text.splitlines() if "  python" in line]
     for example in examples:
         _parser().parse_args(shlex.split(example))  # or argparse ends the test
+
+
+def test_every_option_of_every_command_is_explained() -> None:
+    (commands,) = (a for a in _parser()._actions if isinstance(a, argparse._SubParsersAction))
+    silent = [
+        f"{name} {'/'.join(action.option_strings) or action.dest}"
+        for name, command in commands.choices.items()
+        for action in command._actions
+        if not action.help
+    ]
+    assert silent == []

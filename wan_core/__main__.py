@@ -148,9 +148,9 @@ def _parser() -> argparse.ArgumentParser:
     add_batch(batch)
     add_preferences(preferences)
     add_serve(serve)
-    demo.add_argument("--prompt", default=DEMO_PROMPT)
-    demo.add_argument("--seed", type=int, default=0)
-    demo.add_argument("--output", default="output/demo.mp4", metavar="FILE.mp4")
+    demo.add_argument("--prompt", default=DEMO_PROMPT, help=f"({DEMO_PROMPT})")
+    demo.add_argument("--seed", type=int, default=0, help="which noise to begin with (0)")
+    demo.add_argument("--output", default="output/demo.mp4", metavar="FILE.mp4", help="the video")
     return parser
 
 

@@ -16,9 +16,13 @@ from .plan import FORWARDS, FP8, OFFLOADS, STEP_CACHES
 from .preferences import FIELDS, read_preferences
 
 _PREFERRED = {
-    "speed": "|".join(SPEEDS), "vram_limit_gb": "GIB", "ram_limit_gb": "GIB",
-    "preview": "true|false", "codec": "|".join(CODECS), "journal": "true|false",
-}  # fmt: skip
+    "speed": ("|".join(SPEEDS), "what may be changed to be faster: no bit, rounding, the video"),
+    "vram_limit_gb": ("GIB", "use at most so much of the card"),
+    "ram_limit_gb": ("GIB", "use at most so much RAM"),
+    "preview": ("true|false", "moving pictures in ComfyUI while a clip is made"),
+    "codec": ("|".join(CODECS), "of the mp4s"),
+    "journal": ("true|false", "whether a render that was cut off can go on"),
+}
 
 
 def add_size(command: argparse.ArgumentParser) -> None:
@@ -42,7 +46,9 @@ def add_plan(command: argparse.ArgumentParser) -> None:
     command.add_argument("--fp8-storage", default="auto", help=", ".join(FP8))
     command.add_argument("--speed", help=", ".join(SPEEDS) + " (as preferred, else exact)")
     command.add_argument("--step-cache", default="auto", help=", ".join(STEP_CACHES))
-    command.add_argument("--step-cache-threshold", type=float, metavar="0..1")
+    command.add_argument(
+        "--step-cache-threshold", type=float, metavar="0..1", help="for easycache: its error (0.05)"
+    )
     command.add_argument("--step-cache-factor", type=float, metavar="1..4", help="for magcache")
     command.add_argument("--guidance-gate", type=float, metavar="0..1", help="steps fully guided")
     command.add_argument("--device", help="cuda:0, cpu ... (default: the best there is)")
@@ -86,10 +92,14 @@ def add_job(command: argparse.ArgumentParser) -> None:
     command.add_argument("--negative-prompt", help="default: the model's official one")
     command.add_argument("--image", help="picture of the first frame")
     command.add_argument("--last-image", help="picture of the last frame")
-    command.add_argument("--seed", type=int, default=0)
+    command.add_argument("--seed", type=int, default=0, help="which noise to begin with (0)")
     command.add_argument("--guidance-scale", type=float, help="of the only or high-noise expert")
     command.add_argument("--guidance-scale-2", type=float, help="of the low-noise expert")
-    command.add_argument("--flow-shift", type=float)
+    command.add_argument(
+        "--flow-shift",
+        type=float,
+        help="above 1: more steps at high noise (the model's own)",
+    )
     command.add_argument("--boundary", type=float, help="share of timesteps where experts switch")
     command.add_argument("--switch-step", type=int, help="first step of the low-noise expert")
     command.add_argument("--scheduler", help=", ".join(SCHEDULERS))
@@ -101,7 +111,7 @@ def add_job(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument("--guided-scale", type=float, help="guidance scale of the guided steps")
     command.add_argument("--sigmas", metavar="1,0.75,...", help="noise levels one by one")
-    command.add_argument("--fps", type=float)
+    command.add_argument("--fps", type=float, help="frames per second (the model's own)")
     command.add_argument("--prompts", metavar="FILE", help="lines FRAMES: TEXT, for --prompt")
     command.add_argument("--schedule", default="static", help="static, uniform or looped windows")
     command.add_argument(
@@ -122,7 +132,7 @@ def add_job(command: argparse.ArgumentParser) -> None:
     command.add_argument("--codec", help=", ".join(CODECS) + " (as preferred, else h264)")
     command.add_argument("--crf", type=int, default=18, help="0 best .. 51 smallest (18)")
     command.add_argument("--pix-fmt", default="yuv420p", help="yuv420p plays everywhere")
-    command.add_argument("--output", required=True, metavar="FILE.mp4")
+    command.add_argument("--output", required=True, metavar="FILE.mp4", help="the video")
 
 
 def add_batch(command: argparse.ArgumentParser) -> None:
@@ -142,7 +152,8 @@ def add_batch(command: argparse.ArgumentParser) -> None:
 def add_preferences(command: argparse.ArgumentParser) -> None:
     """Add what a user may prefer (``Preferences``); an empty text goes back to what is built in."""
     for name in FIELDS:
-        command.add_argument(f"--{name.replace('_', '-')}", metavar=_PREFERRED[name])
+        values, what = _PREFERRED[name]
+        command.add_argument(f"--{name.replace('_', '-')}", metavar=values, help=what)
     command.add_argument("--json", action="store_true", help="print one JSON object")
 
 
