@@ -268,7 +268,15 @@ def _embeds(field: str, conditioning: Any) -> Any:
             "Encode, without Conditioning (Combine).",
             field=field,
         )
-    beside = next((key for key in _BESIDE_TEXT if conditioning[0][1].get(key) is not None), None)
+    try:
+        embeds, hung = conditioning[0]
+        beside = next((key for key in _BESIDE_TEXT if hung.get(key) is not None), None)
+    except (TypeError, ValueError, AttributeError) as err:  # a list of something else
+        raise InvalidRequest(
+            f"{field} is a list of {str(conditioning[0])[:60]!r}; the output of a CLIP Text Encode "
+            "is needed.",
+            field=field,
+        ) from err
     if beside is not None:
         raise InvalidRequest(
             f"{field} comes from a node that has put {beside} beside the text; here only the text "
@@ -276,15 +284,15 @@ def _embeds(field: str, conditioning: Any) -> Any:
             f"{_BESIDE_TEXT[beside]}.",
             field=field,
         )
-    return conditioning[0][0]
+    return embeds
 
 
 def _one_image(field: str, image: Any) -> Any:
-    """Return the single picture (H, W, 3) of an IMAGE socket (N, H, W, C)."""
+    """Return the single picture (H, W, 3), or (H, W, 1) of a grey one, of an IMAGE (N, H, W, C)."""
     if image is None:
         return None
     shape = tuple(getattr(image, "shape", ()))
-    if len(shape) != 4 or shape[-1] < 3:
+    if len(shape) != 4 or shape[-1] not in (1, 3, 4):
         raise InvalidRequest(
             f"{field} is no picture but {str(shape or image)[:60]}; a picture is (1, height, "
             "width, 3). Connect an IMAGE.",

@@ -267,6 +267,14 @@ def test_values_reach_the_job(pack: ModuleType) -> None:
     assert config.prompt is None
 
 
+def test_a_grey_picture_is_one(pack: ModuleType) -> None:
+    """Depth maps come so from some packs."""
+    grey = torch.rand(1, 8, 8, 1)
+    config = part(pack, "nodes.job").generation_config(VALUES | {"start_image": grey})
+    load = part(pack, "wan_core.job.pictures").load_picture
+    assert torch.equal(load(config.image, "image"), grey[0].expand(8, 8, 3))
+
+
 @pytest.mark.parametrize(
     ("field", "value"),
     [
@@ -274,8 +282,11 @@ def test_values_reach_the_job(pack: ModuleType) -> None:
         ("positive", [[torch.zeros(1), {}]] * 2),
         ("negative", []),
         ("positive", "a fox"),
+        ("positive", ["a fox"]),
+        ("negative", [torch.zeros(1, 8, 8, 3)]),
         ("start_image", "a.png"),
         ("end_image", torch.zeros(1, 8, 8)),
+        ("end_image", torch.zeros(1, 8, 8, 2)),
         ("positive", [[torch.zeros(1, 1, 1), {"concat_latent_image": torch.zeros(1)}]]),
         ("negative", [[torch.zeros(1, 1, 1), {"vace_frames": [torch.zeros(1)]}]]),
         ("start_image", torch.zeros(2, 8, 8, 3)),
