@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import time
 from collections.abc import Iterator, Sequence
@@ -17,10 +18,10 @@ from support.pace import pace
 from support.tiny_models import make_folder, open_wan
 
 from wan_core import GenerationConfig, VideoGenerationResult, WanPipelineLoader
-from wan_core.__main__ import main
+from wan_core.__main__ import _parser, main
 from wan_core.errors import InvalidRequest, MissingFile, OutputError
 from wan_core.render import WanPipelineWrapper
-from wan_core.serve import BadLine, Batch, BatchJob, Ledger, Outcome, read_jobs
+from wan_core.serve import BadLine, Batch, BatchJob, Ledger, Outcome, jobs, read_jobs
 from wan_core.serve.crew import Hand
 from wan_core.serve.ledger import Entry
 
@@ -171,6 +172,8 @@ BAD = {
     "{not json": "the line is not JSON",
     '["a list"]': "must be a JSON object",
     '{"output": "b.mp4", "pormpt": "x"}': "did you mean 'prompt'",
+    '{"output": "b.mp4", "steps": 4}': "did you mean 'num_inference_steps'",
+    '{"output": "b.mp4", "speed": "fast"}': 'give it as "optimization": {"speed": ...}',
     '{"output": "../b.mp4"}': "is refused",
     '{"output": "/tmp/b.mp4"}': "is refused",
     '{"output": "b.txt"}': "must end in .mp4",
@@ -428,3 +431,14 @@ def test_a_line_that_the_system_refuses_is_set_aside(models: Path, tmp_path: Pat
     ledger = Batch(path, tmp_path / "out", optimization=CPU).run()
     assert ledger.counts()["done"] == 1
     assert ledger.entries[1].state in ("failed", "bad")
+
+
+def test_a_line_knows_what_the_options_of_generate_are_called() -> None:
+    """Each of them that is no field by another name, and each such field is one."""
+    (commands,) = (a for a in _parser()._actions if isinstance(a, argparse._SubParsersAction))
+    options = {a.dest for a in commands.choices["generate"]._actions}
+    assert set(jobs._AS_OPTIONS) <= options
+    assert set(jobs._AS_OPTIONS.values()) <= {*jobs._OWN, *jobs.CONFIG_FIELDS}
+    known = {*jobs._OWN, *jobs.CONFIG_FIELDS, *jobs._OF_A_PLAN, *jobs._AS_OPTIONS}
+    rest = {name for name in options - known if not name.startswith("control_")}
+    assert rest == {"help", "json", "path", "audio"}

@@ -34,6 +34,13 @@ _NOT_IN_A_LINE = frozenset({
 })  # fmt: skip
 """Fields that hold tensors or functions, or that the batch sets itself."""
 _OWN = ("model", "output", "loras", "use_recipe", "optimization", "priority")
+_AS_OPTIONS = {
+    "frames": "num_frames", "steps": "num_inference_steps", "window": "max_chunk_size",
+    "overlap": "window_overlap", "schedule": "window_schedule", "fusion": "window_fusion",
+    "mode": "window_mode", "anchor": "window_anchor", "lora": "loras",
+}  # fmt: skip
+"""What the options of ``generate`` are called in a line."""
+_OF_A_PLAN = frozenset(one.name for one in fields(OptimizationConfig))
 CONFIG_FIELDS = tuple(
     one.name for one in fields(GenerationConfig) if one.name not in _NOT_IN_A_LINE
 )
@@ -154,7 +161,10 @@ def _job(
     for name in values:
         if name not in (*_OWN, *CONFIG_FIELDS):
             near = difflib.get_close_matches(name, (*_OWN, *CONFIG_FIELDS), 1)
+            near = [_AS_OPTIONS[name]] if name in _AS_OPTIONS else near
             meant = f"; did you mean {near[0]!r}?" if near else ""
+            if name in _OF_A_PLAN:
+                meant = f'; give it as "optimization": {{"{name}": ...}}.'
             raise InvalidRequest(f"{name!r} is no field of a job{meant}", field=name)
     where = _text(values, "model", None if model is None else str(model.resolve()))
     output = contained_path(folder.resolve(), _text(values, "output", None))
