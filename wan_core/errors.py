@@ -14,9 +14,10 @@
     ├── DownloadError         a file that was asked for could not be fetched
     ├── JournalMismatch       resume='must', and no saved state belongs to this render
     ├── OutputError           a result could not be written
-    ├── WorkerFailed          a process that computes for this one cannot, or none is left
+    ├── WorkerFailed          a process that computes for this one cannot
     └── and, for the library's own use:
         ├── SpilledMemory     the driver moved device memory to RAM (also a MemoryError)
+        ├── NoWorkers         none is left of the processes that compute (also a WorkerFailed)
         ├── ModuleInUse       modules that a render or a placement has (also a RuntimeError)
         └── BrokenState       a saved state is damaged or foreign; caught inside the journal
 
@@ -137,7 +138,11 @@ class OutputError(WanError):
 
 
 class WorkerFailed(WanError):
-    """A process that computes parts of a render cannot do so, or none is left."""
+    """A process that computes parts of a render cannot do so."""
+
+
+class NoWorkers(WorkerFailed):
+    """None is left of the processes that compute; a render goes on in its own where that fits."""
 
 
 # What the backends say when memory runs out without raising torch.OutOfMemoryError.
@@ -154,7 +159,13 @@ _OOM_TEXTS = (
     "cudnn_status_alloc_failed",
     "triton error [cuda]: out of memory",
     "unable to allocate",
+    # NCCL's, for what it allocates itself: the last line of torch's error, or of a process' log.
+    "cuda failure 2 'out of memory'",
+    "cuda failure 'out of memory'",
+    "failed to cuda calloc",
+    "failed to cuda malloc",
 )
+_OOM_NAMES = ("OutOfMemoryError", "MemoryError")
 
 
 # Of these, the ones that mean the computer's own memory.
@@ -189,7 +200,7 @@ def is_oom(error: BaseException | None) -> bool:
         seen.add(id(error))
         # Compared by class name: importing torch here would make every planning module load it.
         names = {cls.__name__ for cls in type(error).__mro__}
-        if names & {"OutOfMemoryError", "MemoryError"}:
+        if names & set(_OOM_NAMES):
             return True
         text = str(error).lower()
         if isinstance(error, RuntimeError) and any(mark in text for mark in _OOM_TEXTS):
@@ -211,6 +222,12 @@ def clear_frames(error: BaseException) -> None:
             seen.add(id(one))
             traceback.clear_frames(one.__traceback__)
             left += filter(None, [one.__cause__, one.__context__])
+
+
+def tells_oom(text: str) -> bool:
+    """Say whether the last words of a process that has ended mean that memory ran out in it."""
+    named = any(f"{name}:" in text for name in _OOM_NAMES)
+    return named or any(mark in text.lower() for mark in _OOM_TEXTS)
 
 
 def first_line(error: BaseException) -> str:

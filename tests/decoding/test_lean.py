@@ -328,7 +328,7 @@ def test_a_plan_decides_how_the_decode_is_done(monkeypatch: pytest.MonkeyPatch) 
     ]:  # fmt: skip
         stages: Any = StageRunner(
             architecture=SimpleNamespace(loras_of=lambda part, **_: ()),
-            cache=None, keep_components=True, callbacks=None, smaller_plan=None,
+            cache=None, keep_components=True, callbacks=None, smaller_plan=None, plan_alone=None,
             plan=SimpleNamespace(
                 choices=SimpleNamespace(
                     lean=lean, by_rows=by_rows, cache_in_ram=False, quick=quick,

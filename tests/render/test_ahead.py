@@ -22,7 +22,7 @@ from wan_core.formats import read_table
 from wan_core.loading import reader, to_look_at
 from wan_core.memory import RAM_RESERVE, estimate
 from wan_core.render import stages
-from wan_core.render.pipeline import _job
+from wan_core.render.report import workload_of
 
 JOB = {"prompt": "a red cat", "width": 32, "height": 32, "num_frames": 5, "seed": 1,
        "num_inference_steps": 2, "switch_step": 1, "guidance_scale": 1.0,
@@ -231,7 +231,7 @@ def test_the_plan_counts_the_ram_it_takes(home: Path, offload: str) -> None:
     if offload != "stream":
         choices = replace(choices, offload=offload)
     card = gpu(24)
-    job = _job(request, GenerationConfig(**JOB), architecture)
+    job = workload_of(request, GenerationConfig(**JOB), architecture)
 
     def ahead(available: int) -> dict[str, int]:
         found = estimate(architecture, job, choices, replace(card, ram_available_bytes=available))

@@ -638,7 +638,7 @@ def test_a_diffusers_that_is_not_known_is_not_planned_with(
     from wan_core.forward import sources
     from wan_core.memory.choices import Choices
     from wan_core.memory.stages import estimate
-    from wan_core.render import pipeline as module
+    from wan_core.render.report import workload_of
 
     wanted = GenerationConfig(prompt="a red cat", **SIZE)
     assert "lean forward" in open_wan(folder("wan2.1-t2v"), forward="lean").plan(wanted)[1].applied
@@ -654,7 +654,7 @@ def test_a_diffusers_that_is_not_known_is_not_planned_with(
         assert any(reason in told for told in plan.reasons)
         assert not plan.lean and not plan.by_rows
         choices: Choices = plan.choices
-        job = module._job(wrapper.plan(wanted)[0], wanted, wrapper.architecture)
+        job = workload_of(wrapper.plan(wanted)[0], wanted, wrapper.architecture)
         again = estimate(wrapper.architecture, job, choices, system)
         assert plan.estimate.peak_usage_mb == again.peak_usage_mb
         result = wrapper.generate(wanted).raise_for_error()

@@ -16,6 +16,7 @@ from support.thread_gang import ThreadGroup
 from wan_core.workers import WorkerPool
 from wan_core.workers.child import Cancelled, Worker
 from wan_core.workers.messages import Message, read_message, write_message
+from wan_core.workers.process import End
 
 
 class Killed(BaseException):
@@ -38,6 +39,8 @@ class ThreadWorker:
     trouble: Callable[[ThreadWorker, int], object] | None = None
     looked: Callable[[ThreadWorker], object] | None = None
     made: list[ThreadWorker] = []
+    last = End()
+    """How those that die have ended."""
 
     def __init__(self, device: str, told: Callable[[Any, Message | None], object]) -> None:
         self.device, self.pid, self._told = device, 0, told
@@ -96,6 +99,9 @@ class ThreadWorker:
     def die(self) -> None:
         """End as a process does that the system kills: the driver learns of it by itself."""
         raise Killed
+
+    def end(self) -> End:
+        return type(self).last
 
     def kill(self) -> None:
         self.dead.set()

@@ -8,6 +8,7 @@ import pytest
 from support.thread_workers import ThreadWorker
 
 from wan_core.workers import close_workers, gang
+from wan_core.workers.process import End
 
 
 @pytest.fixture
@@ -18,4 +19,5 @@ def threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[ThreadWorker]]:
     ThreadWorker.trouble, ThreadWorker.made = None, []
     yield ThreadWorker
     ThreadWorker.trouble = ThreadWorker.looked = None
+    ThreadWorker.last = End()
     close_workers()

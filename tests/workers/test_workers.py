@@ -22,8 +22,10 @@ from support.tiny_models import ANIMATE, folders, open_wan
 
 from wan_core import GenerationConfig
 from wan_core.config import WanControl
-from wan_core.errors import WorkerFailed
+from wan_core.errors import DoesNotFit, WorkerFailed
 from wan_core.memory import Card
+from wan_core.plan import Planner
+from wan_core.render import format_report
 from wan_core.workers import (
     child,
     close_workers,
@@ -34,6 +36,7 @@ from wan_core.workers import (
     when_joined,
     worker_pool,
 )
+from wan_core.workers.process import End
 
 ROOT = Path(__file__).parents[2]
 CLIP = {"prompt": "a red cat", "width": 32, "height": 32, "num_frames": 29, "seed": 1,
@@ -174,7 +177,7 @@ def test_a_unit_that_ends_every_worker_is_given_up(
 def test_a_worker_that_cannot_be_started_is_told(
     folder: Any, threads: type[ThreadWorker], monkeypatch: pytest.MonkeyPatch, left: int
 ) -> None:
-    """As where no memory is left for another process: the others do its part."""
+    """As where no memory is left for another process: the others do its part, or the driver."""
 
     def start(device: str, told: Any) -> ThreadWorker:
         if len(threads.made) >= left:
@@ -182,14 +185,135 @@ def test_a_worker_that_cannot_be_started_is_told(
         return threads(device, told)
 
     monkeypatch.setattr(gang, "WorkerProcess", start)
-    result = open_wan(folder("wan2.1-t2v"), devices=2).generate(GenerationConfig(**CLIP))
+    result = open_wan(folder("wan2.1-t2v"), devices=2).generate(GenerationConfig(**SHORT))
+    whole = open_wan(folder("wan2.1-t2v")).generate(GenerationConfig(**SHORT))
+    assert torch.equal(result.raise_for_error().latents, whole.latents)
     told = "cpu (worker 2) cannot be started: [Errno 11] Resource temporarily unavailable."
-    if left:
-        whole = open_wan(folder("wan2.1-t2v")).generate(GenerationConfig(**CLIP))
-        assert torch.equal(result.raise_for_error().latents, whole.latents)
-        assert told in result.warnings
+    assert told in result.warnings
+    assert ("on 2 cards" in result.applied_optimizations) == bool(left)
+
+
+def alone(result: Any) -> str:
+    """Return what is said of a render that one process has made for its workers."""
+    result.raise_for_error()
+    (said,) = [text for text in result.warnings if "This process went on alone, on cpu" in text]
+    assert said in result.metadata["plan"][-1] and said in format_report(result)
+    assert "on 2 cards" not in result.applied_optimizations
+    return said
+
+
+class Fate:
+    """What becomes of every worker: they die in their first unit, in a later one, or fail."""
+
+    def __init__(self, units: int, error: Exception | None = None) -> None:
+        self.left, self.error = units, error
+
+    def __call__(self, worker: ThreadWorker, number: int) -> None:
+        self.left -= 1
+        if self.left >= 0:
+            return
+        if self.error is not None:
+            raise self.error
+        worker.die()
+
+
+BUSY = "CUDA error: CUDA-capable device(s) is/are busy or unavailable"
+
+
+@pytest.mark.parametrize(
+    ("fate", "last", "told"),
+    [
+        (Fate(0), End(1, "Traceback\nImportError: no cudnn\n"), "(exit code 1: ImportError: no"),
+        (Fate(2), End(-9), "(ended by SIGKILL)"),
+        pytest.param(Fate(0, RuntimeError(BUSY)), End(), BUSY, marks=pytest.mark.slow),
+    ],
+)
+def test_one_process_goes_on_where_all_workers_have_ended(
+    folder: Any, threads: type[ThreadWorker], fate: Fate, last: End, told: str
+) -> None:
+    """From the step that is finished, with the same bits."""
+    path = folder("wan2.1-t2v")
+    whole, steps = latents(path, SHORT), list[int]()
+    threads.trouble, threads.last = fate, last
+
+    def told_step(step: int, *_: Any) -> None:
+        steps.append(step)
+        if step == 1 and fate.left == 0:
+            worker_pool(("cpu", "cpu"))._restarts = 0
+
+    config = GenerationConfig(**SHORT, progress_callback=told_step)
+    found = open_wan(path, devices=2).generate(config)
+    assert steps == [1, 2, 3]
+    said = alone(found)
+    assert "cpu (worker 1)" in said and told in said
+    assert torch.equal(found.latents, whole)
+
+
+@pytest.mark.parametrize("what", ["it crashes", "one cannot hold it"])
+def test_what_one_process_cannot_do_either_is_refused(
+    folder: Any, threads: type[ThreadWorker], monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    threads.trouble, threads.last = Fate(0), End(1, "RuntimeError: no driver")
+    if what == "it crashes":
+        threads.last = End(-11)
     else:
-        assert isinstance(result.error, WorkerFailed) and told in str(result.error)
+
+        def refuse(*_: Any) -> None:
+            raise DoesNotFit("81 frames need 99 GiB")
+
+        monkeypatch.setattr(Planner, "plan_alone", refuse)
+    made = open_wan(folder("wan2.1-t2v"), devices=2).generate(GenerationConfig(**SHORT))
+    assert isinstance(made.error, WorkerFailed)
+    if what == "it crashes":
+        assert "ended 3 workers" in str(made.error) and "SIGSEGV" in str(made.error)
+    else:
+        assert "no driver" in str(made.error)
+        assert "cannot make the clip by itself either: 81 frames need 99" in str(made.error)
+
+
+def test_processes_that_cannot_start_say_why_and_are_not_started_for_ever(
+    folder: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Real ones, whose package cannot be imported: their own error is told, once for each."""
+    from wan_core.workers import process
+
+    monkeypatch.setattr(process, "_START", "raise ImportError('no libcudnn here')")
+    path = folder("wan2.1-t2v")
+    close_workers()
+    found = open_wan(path, devices=2).generate(GenerationConfig(**SHORT))
+    said = alone(found)
+    assert said.count("cpu (worker 1) has ended") == 1
+    assert "(exit code 1: ImportError: no libcudnn here)" in said
+    assert torch.equal(found.latents, latents(path, SHORT))
+    close_workers()
+
+
+def test_a_worker_whose_last_words_are_of_memory_ends_in_a_smaller_plan(
+    folder: Any, threads: type[ThreadWorker], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where NCCL's own thread ends the process: there is no message, but the end of its log."""
+    from wan_core.render.stages import StageRunner
+
+    def smaller(self: StageRunner, stage: str, failure: str, *, must: bool) -> None:
+        downs.append(failure)
+
+    downs: list[str] = []
+    monkeypatch.setattr(StageRunner, "_step_down", smaller)
+    log = "ncclUnhandledCudaError: Call to CUDA function failed.\nLast error:\n"
+    threads.last = End(-6, log + "Cuda failure 2 'out of memory'\n")
+    died: list[int] = []
+
+    def trouble(worker: ThreadWorker, number: int) -> None:
+        if number == 5 and not died:
+            died.append(number)
+            worker.die()
+
+    threads.trouble = trouble
+    path = folder("wan2.1-t2v")
+    made = open_wan(path, devices=2).generate(GenerationConfig(**SHORT)).raise_for_error()
+    (failure,) = downs
+    assert "SIGABRT" in failure and "on cpu (worker" in failure
+    assert torch.equal(made.latents, latents(path, SHORT))
 
 
 def test_a_gang_of_which_one_cannot_be_started_ends_the_others(

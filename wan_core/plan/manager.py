@@ -104,21 +104,29 @@ class Planner:
 
     def _planned(
         self, architecture: ModelArchitecture, workload: Workload, system: SystemResources,
-        requested: OptimizationConfig | None,
+        requested: OptimizationConfig | None, current: OptimizationPlan | None = None,
     ) -> tuple[OptimizationPlan | None, Candidate]:  # fmt: skip
-        """Return the plan, or None and the candidate that comes closest to fitting."""
+        """Return the plan, or None and the candidate that comes closest to fitting.
+
+        With ``current`` only a plan counts that goes on with a render begun with that.
+        """
         requested = self._possible(requested)
         requested.check_device(system)
         limits = Limits.of(system, requested)
         weighed: list[Candidate] = []
         for candidates in ladder(architecture, workload, system, requested, limits, self.abilities):
-            chosen = best(candidates, limits)
+            ours = candidates
+            if current is not None:
+                ours = [c for c in candidates if _goes_on(c.choices, workload, current)]
+            chosen = best(ours, limits)
             if chosen is not None:
-                found = (architecture, workload, system, requested, limits, chosen, candidates)
+                found = (architecture, workload, system, requested, limits, chosen, ours)
                 return _plan(*found, "lean" in self.abilities), chosen
             weighed += candidates
         # No tier has a candidate that fits.
         smallest = _smallest(weighed, limits)
+        if current is not None and not _goes_on(smallest.choices, workload, current):
+            return None, smallest
         if not _obeyed(smallest.estimate, system, requested):
             return None, smallest
         told = replace(smallest, estimate=_with_warning(smallest.estimate, limits))
@@ -208,6 +216,21 @@ class Planner:
                 )  # fmt: skip
                 return found.with_choices(window_overlap=shared)
         return None
+
+    def plan_alone(
+        self, architecture: ModelArchitecture, workload: Workload, system: SystemResources,
+        requested: OptimizationConfig, current: OptimizationPlan,
+    ) -> OptimizationPlan:  # fmt: skip
+        """Return the plan by which one process goes on with a render that its workers have begun.
+
+        ``requested`` asks for one card. Windows, overlap, dtypes and what else decides bits stay as
+        they are in ``current``. Raises DoesNotFit.
+        """
+        plan, smallest = self._planned(architecture, workload, system, requested, current)
+        if plan is None:
+            limits = Limits.of(system, self._possible(requested))
+            raise self._does_not_fit(architecture, workload, system, requested, smallest, limits)
+        return plan.with_choices(window_overlap=current.choices.window_overlap)
 
     def what_fits(
         self,

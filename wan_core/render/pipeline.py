@@ -16,23 +16,17 @@ from ..config import GenerationConfig, MemoryEstimate, VideoGenerationResult, re
 from ..errors import DoesNotFit, clear_frames, first_line, is_oom
 from ..forward import norms_widen, settings_notes, undisturbed, why_no_lean
 from ..job import (
-    FRAMES_PER_LATENT,
     Inputs,
     Request,
     as_preferred,
     check_files,
     check_inputs,
     check_parts,
-    expected_steps,
     files_of,
     flag,
     has_keyframes,
-    latent_frames,
     pictures_needed,
-    plan_windows,
-    references_in_front,
     resolve,
-    round_up_frames,
     texts_to_encode,
     video_frames,
     with_character,
@@ -44,7 +38,6 @@ from ..memory import (
     CardRecords,
     RunRecord,
     SystemResources,
-    Workload,
     all_cards,
     forward_name,
 )
@@ -62,7 +55,7 @@ from ..preferences import Preferences
 from ..workers import close_workers, when_joined
 from .diffusers_pipeline import check_diffusers
 from .render import Render
-from .report import Callbacks, Forecast, Timeline, device_bytes, format_report
+from .report import Callbacks, Forecast, Timeline, device_bytes, format_report, workload_of
 from .stages import StageRunner
 
 
@@ -132,7 +125,7 @@ class WanPipelineWrapper:
         config = self._with_pictures(config)
         request = self._resolve(config)
         optimization = self._optimization_for(config)
-        job = _job(request, config, self.architecture)
+        job = workload_of(request, config, self.architecture)
         system = self._system(optimization)
         estimate = self._manager.estimate(self.architecture, job, system, optimization)
         warnings = [*estimate.warnings, *self._preferences.warnings, *request.warnings]
@@ -152,7 +145,7 @@ class WanPipelineWrapper:
         config = self._with_pictures(config)
         request = self._resolve(config)
         optimization = self._optimization_for(config)
-        workload = _job(request, config, self.architecture)
+        workload = workload_of(request, config, self.architecture)
         system = self._system(optimization, machine)
         plan, estimate = self._manager.foresee(self.architecture, workload, system, optimization)
         warnings = (*estimate.warnings, *self._preferences.warnings)
@@ -174,7 +167,7 @@ class WanPipelineWrapper:
         optimization = self._optimization_for(config)
         return self._manager.what_fits(
             self.architecture,
-            _job(request, config, self.architecture),
+            workload_of(request, config, self.architecture),
             self._system(optimization),
             optimization,
         )
@@ -207,7 +200,7 @@ class WanPipelineWrapper:
         optimization = self._optimization_for(config)
         return self._manager.recommend_optimizations(
             self.architecture,
-            _job(request, config, self.architecture),
+            workload_of(request, config, self.architecture),
             self._system(optimization),
             optimization,
         )
@@ -348,16 +341,18 @@ class WanPipelineWrapper:
         inputs: Inputs | None = None,
     ) -> Render:
         optimization = self._optimization_for(config)
+        alone = replace(optimization, devices="1")
+        job = workload_of(request, config, self.architecture)
 
         def smaller(current: OptimizationPlan, stage: str) -> OptimizationPlan | None:
+            system = self._system(optimization)
             return self._manager.smaller_plan(
-                self.architecture,
-                _job(request, config, self.architecture),
-                self._system(optimization),
-                optimization,
-                current,
-                stage,
+                self.architecture, job, system, optimization, current, stage
             )
+
+        def for_one(current: OptimizationPlan) -> OptimizationPlan:
+            system = self._system(alone)
+            return self._manager.plan_alone(self.architecture, job, system, alone, current)
 
         predicted = {stage.name: stage.device_bytes for stage in plan.estimate.stages}
         stages = StageRunner(
@@ -370,6 +365,7 @@ class WanPipelineWrapper:
             result=result or VideoGenerationResult(success=False),
             timeline=Timeline(torch.device(plan.device), predicted),
             smaller_plan=smaller,
+            plan_alone=for_one,
             usual_step=plan.step_seconds if plan.paced else None,
         )
         if inputs is None:
@@ -415,60 +411,6 @@ class WanPipelineWrapper:
     def report(self, result: VideoGenerationResult) -> str:
         """Format a result of this pipeline as text."""
         return format_report(result)
-
-
-def _job(request: Request, config: GenerationConfig, model: ModelArchitecture) -> Workload:
-    window, control = request.window_frames, request.control
-    steps = expected_steps(request, 2 if model.two_experts else 1)
-    made = {"transformer": steps.high, "transformer_2": steps.low}
-    keyframes = 0 if control is None else len(control.positions)
-    vace = model.transformer.vace_in_channels is not None
-    animate = model.transformer.animate
-    reference = model.transformer.reference_channels
-    return Workload(
-        width=request.width,
-        height=request.height,
-        num_frames=request.num_frames if animate is None else max(request.num_frames, window or 0),
-        batch_size=request.batch_size,
-        guidance_high=max(request.guidance_scale, request.guided_scale or 0.0) > 1.0,
-        guidance_low=request.guidance_scale_2 > 1.0,
-        # A window that covers the clip makes it in one piece.
-        window_frames=None if window is None or window >= request.num_frames else window,
-        window_overlap=request.window_overlap if animate else _used_overlap(request),
-        overlap_free=request.overlap_free,
-        window_anchor=request.window_anchor and request.window_mode == "windows",
-        high_steps=len(steps.high) if model.two_experts else None,
-        partial_steps=len(steps.high) + len(steps.low) < request.num_inference_steps,
-        moving_windows=window is not None and request.window_schedule != "static",
-        in_turn=request.window_mode == "continuation",
-        image=not vace and (_pictures(config) > 0 or keyframes > 0),
-        last_image=not vace and (config.last_image is not None or keyframes > 1),
-        references=references_in_front(request, model) + (reference is not None),
-        reference_picture=not vace and control is not None and control.references > 0,
-        camera=control is not None and control.camera,
-        keyframes=keyframes,
-        start_video=not vace and control is not None and bool(control.video),
-        idle=tuple(name for name in made if model.two_experts and not made[name]),
-        steps=len(steps.high) + len(steps.low),
-        return_frames=config.return_frames,
-        encode_text=bool(texts_to_encode(config, request)) and "text_encoder" in model.components,
-    )
-
-
-def _pictures(config: GenerationConfig) -> int:
-    return (config.image is not None) + (config.last_image is not None)
-
-
-def _used_overlap(request: Request) -> int:
-    """Return the frames that windows really share, which may be fewer than were asked for.
-
-    Planned for a clip so long that windows of the full length occur.
-    """
-    if request.window_frames is None:
-        return request.window_overlap
-    endless = request.latent_frames + latent_frames(round_up_frames(request.window_frames))
-    windows = plan_windows(endless, request.window_frames, request.window_overlap)
-    return windows.overlap * FRAMES_PER_LATENT
 
 
 def _explained(error: Exception) -> Exception:

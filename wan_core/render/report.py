@@ -15,14 +15,24 @@ import torch
 from ..config import GIB, GenerationConfig, StageReport, VideoGenerationResult
 from ..errors import is_oom
 from ..forward import Surroundings
+from ..job import (
+    FRAMES_PER_LATENT,
+    Request,
+    expected_steps,
+    latent_frames,
+    plan_windows,
+    references_in_front,
+    round_up_frames,
+    texts_to_encode,
+)
 from ..kernels import used_attention, used_products
 from ..loading import give_back_freed
-from ..memory import ATTENTION_8BIT, stage_was_run
+from ..memory import ATTENTION_8BIT, Workload, stage_was_run
+from ..models import ModelArchitecture
 
 if TYPE_CHECKING:
     from ..config import MemoryEstimate
-    from ..job import Request
-    from ..memory import Choices, SystemResources, Workload
+    from ..memory import Choices, SystemResources
     from ..plan import OptimizationPlan
 
 _SAMPLE_SECONDS = 0.05
@@ -44,6 +54,61 @@ class Forecast:
     def warnings(self) -> tuple[str, ...]:
         """Return what the user should know before the run."""
         return (*self.estimate.warnings, *self.request.warnings)
+
+
+def workload_of(request: Request, config: GenerationConfig, model: ModelArchitecture) -> Workload:
+    """Return the numbers of a job that bytes and seconds depend on."""
+    window, control = request.window_frames, request.control
+    steps = expected_steps(request, 2 if model.two_experts else 1)
+    made = {"transformer": steps.high, "transformer_2": steps.low}
+    keyframes = 0 if control is None else len(control.positions)
+    vace = model.transformer.vace_in_channels is not None
+    animate = model.transformer.animate
+    reference = model.transformer.reference_channels
+    return Workload(
+        width=request.width,
+        height=request.height,
+        num_frames=request.num_frames if animate is None else max(request.num_frames, window or 0),
+        batch_size=request.batch_size,
+        guidance_high=max(request.guidance_scale, request.guided_scale or 0.0) > 1.0,
+        guidance_low=request.guidance_scale_2 > 1.0,
+        # A window that covers the clip makes it in one piece.
+        window_frames=None if window is None or window >= request.num_frames else window,
+        window_overlap=request.window_overlap if animate else _used_overlap(request),
+        overlap_free=request.overlap_free,
+        window_anchor=request.window_anchor and request.window_mode == "windows",
+        high_steps=len(steps.high) if model.two_experts else None,
+        partial_steps=len(steps.high) + len(steps.low) < request.num_inference_steps,
+        moving_windows=window is not None and request.window_schedule != "static",
+        in_turn=request.window_mode == "continuation",
+        image=not vace and (_pictures(config) > 0 or keyframes > 0),
+        last_image=not vace and (config.last_image is not None or keyframes > 1),
+        references=references_in_front(request, model) + (reference is not None),
+        reference_picture=not vace and control is not None and control.references > 0,
+        camera=control is not None and control.camera,
+        keyframes=keyframes,
+        start_video=not vace and control is not None and bool(control.video),
+        idle=tuple(name for name in made if model.two_experts and not made[name]),
+        steps=len(steps.high) + len(steps.low),
+        return_frames=config.return_frames,
+        encode_text=bool(texts_to_encode(config, request)) and "text_encoder" in model.components,
+    )
+
+
+def _pictures(config: GenerationConfig) -> int:
+    return (config.image is not None) + (config.last_image is not None)
+
+
+def _used_overlap(request: Request) -> int:
+    """Return the frames that windows really share, which may be fewer than were asked for.
+
+    Planned for a clip so long that windows of the full length occur.
+    """
+    if request.window_frames is None:
+        return request.window_overlap
+    endless = request.latent_frames + latent_frames(round_up_frames(request.window_frames))
+    windows = plan_windows(endless, request.window_frames, request.window_overlap)
+    return windows.overlap * FRAMES_PER_LATENT
 
 
 class Callbacks:

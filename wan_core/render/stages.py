@@ -18,7 +18,15 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 
 from ..config import StageReport, VideoGenerationResult
-from ..errors import DoesNotFit, SpilledMemory, first_line, is_host_oom, is_oom
+from ..errors import (
+    DoesNotFit,
+    NoWorkers,
+    SpilledMemory,
+    WorkerFailed,
+    first_line,
+    is_host_oom,
+    is_oom,
+)
 from ..files import FileIdentity
 from ..job import check_files
 from ..loading import (
@@ -40,7 +48,7 @@ from ..models import ModelArchitecture, part_bytes, ram_bytes, stays_in_file
 from ..placing import Ahead, do_ahead, pin_ahead, pin_budget
 from ..plan import OptimizationPlan
 from ..sampling import OutOfRange
-from ..workers import Weights, WorkerPool, placed, worker_pool
+from ..workers import Weights, WorkerPool, close_workers, placed, worker_pool
 from .report import Callbacks, Timeline, device_fill, kernels_noted, spilled
 
 if TYPE_CHECKING:
@@ -68,6 +76,8 @@ class StageRunner:
     timeline: Timeline
     smaller_plan: Callable[[OptimizationPlan, str], OptimizationPlan | None]
     """Takes the plan and the stage that failed; returns a plan that needs less there, or None."""
+    plan_alone: Callable[[OptimizationPlan], OptimizationPlan]
+    """Takes a plan for workers; returns one by which this process goes on, or raises DoesNotFit."""
     files: Mapping[Path, FileIdentity] = field(default_factory=dict)
     """The model's files as they were when it was opened."""
     steps_down: int = 0
@@ -387,17 +397,22 @@ class StageRunner:
     def attempt(self, stage: str, action: Callable[[], T]) -> T:
         """Run ``action``; if memory runs out in it, step down to a smaller plan and run it again.
 
-        So it does in bf16 where an encode goes beyond the range of fp16. ``action`` must go on from
-        where it failed. Raises DoesNotFit if there is no smaller plan; all other errors pass.
+        So it does in bf16 where an encode goes beyond the range of fp16, and by itself where no
+        worker is left. ``action`` must go on from where it failed. Raises DoesNotFit if there is no
+        smaller plan, WorkerFailed if there is none for one process; all other errors pass.
         """
         while True:
+            lost, beyond = None, False
             try:
                 return action()
             except OutOfRange as err:
                 traceback.clear_frames(err.__traceback__)
                 beyond = True
+            except NoWorkers as err:
+                if self.callbacks.raised is not None or not self.plan.workers:
+                    raise
+                lost = err.with_traceback(None)
             except Exception as err:
-                beyond = False
                 ours = self.callbacks.raised is None and not isinstance(err, DoesNotFit)
                 if not ours or not is_oom(err):
                     raise
@@ -407,7 +422,9 @@ class StageRunner:
                 traceback.clear_frames(err.__traceback__)
             # Outside the except block: within it, the exception that is being handled would keep
             # the frames, and with them the memory, alive.
-            if beyond:
+            if lost is not None:
+                self._go_alone(lost)
+            elif beyond:
                 self.widen_vae(None)
             elif on_host:
                 self._relieve_host(stage, failure)
@@ -466,16 +483,40 @@ class StageRunner:
             )
         self.steps_down += 1
         change = ", ".join(word for word in smaller.applied if word not in self.plan.applied)
-        self.plan = smaller
-        self.timeline.predict({s.name: s.device_bytes for s in smaller.estimate.stages})
-        # Steps of a smaller plan take longer. Compared with those before, they would look like a
-        # spill.
-        self.timeline.step_seconds.clear()
-        if self.usual_step is not None:
-            self.usual_step = smaller.step_seconds
-        self.result.applied_optimizations = list(smaller.applied)
+        self._take(smaller)
         self.result.warnings.append(
             f"Memory ran out in stage {stage} ({failure}); went on from there with "
             f"{change or 'a smaller plan'}."
         )
         self.callbacks.tell(self.result.warnings)
+
+    def _go_alone(self, lost: NoWorkers) -> None:
+        """Go on in this process: no worker is left. Must not be called inside an except block."""
+        close_workers()
+        self._pool = None
+        gc.collect()
+        refused: DoesNotFit | None = None
+        try:
+            alone = self.plan_alone(self.plan)
+        except DoesNotFit as err:
+            refused = err.with_traceback(None)
+        if refused is not None:
+            raise WorkerFailed(
+                f"{lost} This process cannot make the clip by itself either: {refused}"
+            ) from refused
+        why = f"{lost} This process went on alone, on {alone.device}."
+        self._take(replace(alone, reasons=(*alone.reasons, why)))
+        self.result.metadata["plan"] = list(self.plan.reasons)
+        self.say_once(why)
+        self.callbacks.tell(self.result.warnings)
+
+    def _take(self, plan: OptimizationPlan) -> None:
+        """Go on with another plan from now on."""
+        self.plan = plan
+        self.timeline.predict({s.name: s.device_bytes for s in plan.estimate.stages})
+        # Steps of another plan take longer. Compared with those before, they would look like a
+        # spill.
+        self.timeline.step_seconds.clear()
+        if self.usual_step is not None:
+            self.usual_step = plan.step_seconds
+        self.result.applied_optimizations = list(plan.applied)

@@ -362,8 +362,16 @@ def _failure(err: Exception) -> dict[str, Any]:
         why = "gang" if isinstance(err, GangBroken) else "uncut"
     elif is_oom(err):
         why = "host_oom" if is_host_oom(err) else "oom"
+    elif _is_of_the_device(err):
+        why = "device"
     text = str(err) if why == "error" else first_line(err)
     return {"type": "failed", "why": why, "error": type(err).__name__, "text": text}
+
+
+def _is_of_the_device(err: Exception) -> bool:
+    """Whether a card gave the error, or its driver: it may be in use by one process alone."""
+    named = any(cls.__name__ == "AcceleratorError" for cls in type(err).__mro__)
+    return named or (isinstance(err, RuntimeError) and "CUDA error" in str(err))
 
 
 def _listen(stream: BinaryIO, worker: Worker) -> None:

@@ -60,6 +60,8 @@ class Gang:
         self.devices, self.name = tuple(devices), name
         self.heard = time.perf_counter()
         self.unit: int | None = None
+        self.cuts = False
+        """Whether its unit in work is cut over its processes."""
         self.kind: tuple[object, ...] = ()
         """Weights and shapes of the unit in work."""
         self.kinds: set[tuple[object, ...]] = set()
@@ -125,8 +127,11 @@ class Gang:
         for rank in self.ranks:
             rank.process.send(header, tensors)
 
-    def begins(self, number: int, kind: tuple[object, ...], ranks: Sequence[Rank]) -> None:
+    def begins(
+        self, number: int, kind: tuple[object, ...], ranks: Sequence[Rank], *, cut: bool = False
+    ) -> None:
         """Note that some of its processes, or all, are given a unit."""
+        self.cuts = cut
         self.unit, self.kind, self.heard = number, kind, time.perf_counter()
         for rank in ranks:
             rank.busy = True

@@ -1,12 +1,15 @@
-"""What a pool has in work: units, and a decode that its workers share."""
+"""What a pool has in work: units, which of them are cut, and a decode that its workers share."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from ..memory import CardRecords, Link, Trial, cut_kind
 from ..sampling import Conditions, Kept, Made, Unit
 from .gang import Rank
+from .messages import Message
 from .weights import Weights
 
 
@@ -31,6 +34,20 @@ class Job:
         deep, high, wide = self.weights.patch
         return int((frames // deep) * (height // high) * (width // wide))
 
+    def message(self) -> Message:
+        """Return the message that asks for the unit, but for its number and how it is cut."""
+        unit = self.unit
+        header = {
+            "type": "unit", "weights": self.weights.key, "conditions": self.conditions,
+            "indices": unit.indices, "middle": unit.middle, "second": unit.second,
+            "keep": unit.keep,
+        }  # fmt: skip
+        tensors = {"latents": unit.latents, "timestep": unit.timestep}
+        if unit.residual is not None:
+            tensors["residual"] = unit.residual
+        # To the CPU now, in the driver's thread and stream: the latents are written over later.
+        return header, {name: tensor.to("cpu") for name, tensor in tensors.items()}
+
     def finish(self, made: Made) -> None:
         """Take what the unit gave; it is kept at once, as it may wait long for its turn."""
         self.result = made
@@ -50,3 +67,82 @@ class Strips(Protocol):
 
     def lost(self, rank: Rank, why: str) -> None:
         """Hear that a worker has ended."""
+
+
+class Cuts:
+    """What is known of passes that a gang computes together: whether they may be, and how fast."""
+
+    def __init__(self, records: CardRecords) -> None:
+        self._records = records
+        self._trials: dict[str, Trial | None] = {}
+        self.uncut: set[str] = set()
+        """Keys of weights whose passes are computed whole: the model cannot be cut, or the cut
+        ended gangs."""
+        self._link: Link | None = None
+        """What a gang has measured between its cards, until it is kept."""
+
+    def begin(self) -> None:
+        """Begin a render: trials are looked up again."""
+        self._trials.clear()
+
+    def hears_link(self, told: Sequence[float] | None) -> bool:
+        """Note how fast a gang exchanges: what the slowest of its processes has seen.
+
+        Returns False where it could not be measured.
+        """
+        if told is None:
+            return False
+        link = Link(*told)
+        if self._link is None or link.rate < self._link.rate:
+            self._link = link
+        return True
+
+    def keep_link(self, job: Job, size: int) -> None:
+        """Keep what was measured by a gang of ``size`` for later plans."""
+        if self._link is None:
+            return
+        machine = job.weights.tried_as.partition("; ")[0]
+        known = self._records.link(machine, size)
+        # One of an earlier release does not say how fast all copy from RAM.
+        if known is None or (self._link.host and not known.host):
+            self._records.keep_link(machine, size, self._link)
+        self._link = None
+
+    def ways(
+        self, job: Job, size: int, given: Conditions | None, say: Callable[[str], object]
+    ) -> tuple[bool, bool]:
+        """Return whether a gang of ``size`` computes a unit cut, and whether it does so both ways.
+
+        ``say`` hears what the user should know of it.
+        """
+        if size == 1 or given is None or not job.weights.choices.lean:
+            return False, False
+        if job.weights.key in self.uncut or job.weights.heads % size:
+            return False, False
+        if job.tokens(given) % size:
+            return False, False
+        kind = _trial_of(job, size, given)
+        if kind not in self._trials:
+            self._trials[kind] = self._records.trial(kind)
+        trial = self._trials[kind]
+        if trial is None or trial.equal:
+            return True, trial is None
+        each = f"Cut over {size} cards a pass has other bits than on one (relative error "
+        each += f"{trial.error:.1e})"
+        if job.weights.must_equal:
+            say(f"{each}: every pass was computed on one card.")
+            return False, False
+        say(f"{each}: rounding, as speed 'fast' allows.")
+        return True, False
+
+    def keep_trial(self, job: Job, size: int, given: Conditions | None, trial: Trial) -> None:
+        """Keep what a unit that was computed both ways has shown."""
+        assert given is not None
+        kind = _trial_of(job, size, given)
+        self._records.keep_trial(kind, trial)
+        self._trials[kind] = trial
+
+
+def _trial_of(job: Job, size: int, given: Conditions) -> str:
+    batch = job.unit.latents.shape[0]
+    return cut_kind(job.weights.tried_as, batch, job.tokens(given), size)

@@ -20,15 +20,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import WorkerFailed, first_line
+from ..errors import NoWorkers, WorkerFailed, first_line
 from ..journal import versions
-from ..memory import CardRecords, Link, Trial, cut_kind
+from ..memory import CardRecords, Trial
 from ..sampling import Conditions, Kept, Made, Unit
 from .child import conditions_message
 from .gang import Gang, Rank
-from .jobs import Job, Strips
+from .jobs import Cuts, Job, Strips
 from .messages import Message
-from .process import WorkerProcess
+from .process import End, WorkerProcess
 from .weights import Weights
 
 _TICK = 0.05
@@ -57,10 +57,7 @@ class WorkerPool:
         self.quiet_seconds = quiet_seconds
         self.held: list[str] = []
         """Cards that another program still uses; their workers get nothing until they are out."""
-        self.records = CardRecords()
-        self._trials: dict[str, Trial | None] = {}
-        self._uncut: set[str] = set()
-        """Keys of weights whose model computes in a way that cannot be cut."""
+        self._cuts = Cuts(CardRecords())
         self._events: queue.Queue[tuple[WorkerProcess, Message | None]] = queue.Queue()
         self._gangs: list[Gang] = []
         self._jobs: dict[int, Job] = {}
@@ -69,10 +66,12 @@ class WorkerPool:
         self._conditions: tuple[int, Conditions | None] = (0, None)
         self._restarts = 2 * len(self.devices)
         self._closed, self._fresh = False, True
+        self._done, self._fallen = 0, set[str]()
+        """Units that were finished in this render, and names of gangs that have ended in it."""
         self._strips: tuple[int, Strips | None] = (-1, None)
         """The decode that is shared out among workers, and its number."""
-        self._link: Link | None = None
-        """What a gang has measured between its cards, until it is kept."""
+        self._stillborn: set[str] = set()
+        """Names of gangs of which the last one has ended before it could be given a unit."""
         for first in range(0, len(self.devices) - gang + 1, gang):
             together = self.devices[first : first + gang]
             name = f"{together[0]} (worker {first + 1})"
@@ -101,12 +100,12 @@ class WorkerPool:
     def result(self, number: int, check: Callable[[], object]) -> Made:
         """Wait for a unit. ``check`` is called meanwhile, several times a second.
 
-        Raises torch.OutOfMemoryError or MemoryError where a worker ran out of memory, and
-        WorkerFailed where a unit cannot be computed; all workers are then free of their weights.
+        Raises torch.OutOfMemoryError or MemoryError where a worker ran out of memory, NoWorkers
+        where none is left or none could finish a unit, and WorkerFailed where a unit cannot be
+        computed; all workers are then free of their weights.
         """
         while (job := self._jobs[number]).result is None:
-            if not self._gangs:
-                raise WorkerFailed(f"No worker is left: {'; '.join(self.notes)}")
+            self._require_one()
             self._pump(_TICK)
             check()
         del self._jobs[number]
@@ -142,7 +141,7 @@ class WorkerPool:
     def wait(self, seconds: float) -> None:
         """Look after the workers, so long at most where none says anything.
 
-        Raises WorkerFailed where none is left.
+        Raises NoWorkers where none is left.
         """
         self._pump(seconds)
 
@@ -206,7 +205,9 @@ class WorkerPool:
         self.notes, self.loaded = self.notes if self._fresh else [], loaded
         self._fresh = False
         self._restarts = 2 * len(self.devices)
-        self._trials.clear()
+        self._cuts.begin()
+        self._done = 0
+        self._fallen.clear()
         for gang in self._gangs:
             gang.counts_anew()
 
@@ -252,7 +253,7 @@ class WorkerPool:
             return  # one that was ended
         gang, rank = found[0]
         if message is None:
-            self._lose(gang, "has ended")
+            self._end_of(gang, rank)
             return
         gang.hears()
         header, tensors = message
@@ -260,8 +261,7 @@ class WorkerPool:
         if kind == "hello":
             self._greet(gang, rank, header)
         elif kind == "joined":
-            rank.joined = True
-            self._hear_link(gang, header)
+            self._joined(gang, rank, header)
         elif kind == "loaded":
             if rank is self._gangs[0].ranks[0]:
                 self.loaded(header["component"], header["done"], header["total"])
@@ -287,17 +287,31 @@ class WorkerPool:
         if decoder is not None and header["number"] == number:
             decoder.hears(rank, header)
 
-    def _hear_link(self, gang: Gang, header: dict[str, Any]) -> None:
-        """Note how fast a gang exchanges: what the slowest of its processes has seen."""
-        if header["link"] is None:
+    def _joined(self, gang: Gang, rank: Rank, header: dict[str, Any]) -> None:
+        """Note that a process has met the others of its gang, and how fast they exchange."""
+        rank.joined = True
+        if gang.ready:
+            self._stillborn.discard(gang.name)
+        if not self._cuts.hears_link(header["link"]):
             self._say(
                 f"How fast {gang.name} exchange could not be measured ({header['why']}): plans go "
                 "on with the assumed rate."
             )
-            return
-        link = Link(*header["link"])
-        if self._link is None or link.rate < self._link.rate:
-            self._link = link
+
+    def _end_of(self, gang: Gang, rank: Rank) -> None:
+        """Lose a gang of which a process has ended, or raise that it ran out of memory."""
+        end = rank.process.end()
+        of = "" if gang.size == 1 else rank.process.device
+        told = ": ".join(filter(None, (of, str(end))))
+        why = f"has ended ({told})" if told else "has ended"
+        # A plan that needs less may be carried out. One that starts has nothing of ours yet.
+        if gang.ready and gang.unit in self._jobs and end.out_of_memory:
+            self._replace(gang)
+            self._say(f"{gang.name} {why}.")
+            with contextlib.suppress(WorkerFailed):
+                self.release()
+            raise torch.OutOfMemoryError(f"{end} (on {gang.name})")
+        self._lose(gang, why, end)
 
     def _answer(
         self, gang: Gang, rank: Rank, header: dict[str, Any], tensors: dict[str, Tensor]
@@ -310,8 +324,13 @@ class WorkerPool:
         elif kind == "failed" and header["why"] == "gang":
             gang.broken = gang.broken or (time.perf_counter(), header["text"])
             gang.unit, rank.busy = number, True  # until it is known which of them has failed
+        elif kind == "failed" and header["why"] == "device":
+            gang.unit = number  # its process can compute nothing more
+            text = f"{header['text']} on {rank.process.device}"
+            self._lose(gang, f"has failed ({text})", End(words=text))
+            return
         elif kind == "failed" and header["why"] == "uncut":
-            self._uncut.add(header["weights"])
+            self._cuts.uncut.add(header["weights"])
         elif kind == "failed" and number in self._jobs:
             self._fail(gang, rank, header)
         job = self._jobs.get(number)
@@ -339,6 +358,8 @@ class WorkerPool:
                 "differ."
             )
         gang.started(rank)
+        if gang.ready:
+            self._stillborn.discard(gang.name)
 
     def _take(
         self, gang: Gang, rank: Rank, header: dict[str, Any], tensors: dict[str, Tensor]
@@ -348,6 +369,7 @@ class WorkerPool:
         if rank is not gang.ranks[0]:
             return
         gang.done += 1
+        self._done += 1
         gang.cut += header["cut"]
         gang.seconds += header["seconds"]
         gang.kinds.add(gang.kind)
@@ -356,9 +378,8 @@ class WorkerPool:
             return
         job.finish((tensors["velocity"], tensors.get("residual")))
         if "equal" in header:
-            trial, kind = Trial(header["equal"], header["error"]), self._trial_of(job, gang)
-            self.records.keep_trial(kind, trial)
-            self._trials[kind] = trial
+            trial = Trial(header["equal"], header["error"])
+            self._cuts.keep_trial(job, gang.size, self._conditions[1], trial)
 
     def _fail(self, gang: Gang, rank: Rank, header: dict[str, Any]) -> None:
         """Raise what went wrong in a worker: it would go wrong on the others too."""
@@ -367,9 +388,7 @@ class WorkerPool:
         with contextlib.suppress(WorkerFailed):  # the first failure is the one to tell
             if header["midway"]:
                 # The others wait in the middle of the unit for what this one will not send.
-                self._gangs.remove(gang)
-                gang.kill()
-                self._start(gang.devices, gang.name)
+                self._replace(gang)
             self.release()
         if why == "oom":
             raise torch.OutOfMemoryError(text)
@@ -377,8 +396,23 @@ class WorkerPool:
             raise MemoryError(text)
         raise WorkerFailed(f"{header['error']}: {text}")
 
-    def _lose(self, gang: Gang, why: str) -> None:
-        """End a gang; its unit goes to another, and a new one is started in its place."""
+    def _replace(self, gang: Gang) -> None:
+        """End a gang, and start another one on its devices."""
+        self._gangs.remove(gang)
+        gang.kill()
+        self._start(gang.devices, gang.name)
+
+    def _lose(self, gang: Gang, why: str, end: End | None = None) -> None:
+        """End a gang; its unit goes to another, and a new one is started in its place.
+
+        One that ends before it can be given a unit is started once more and no oftener: what it
+        died of is there still.
+        """
+        again = self._restarts > 0 and not self._closed
+        if not gang.ready:
+            again = again and gang.name not in self._stillborn
+            self._stillborn.add(gang.name)
+        self._fallen.add(gang.name)
         self._gangs.remove(gang)
         gang.kill()
         job = None if gang.unit is None else self._jobs.get(gang.unit)
@@ -391,17 +425,34 @@ class WorkerPool:
             job.lost += 1
             went = "; its unit was given to another"
             self._waiting.appendleft(gang.unit)
+            if gang.cuts and job.lost > 1:
+                self._cuts.uncut.add(job.weights.key)
         self._say(f"{gang.name} {why}{went}.")
-        again = self._restarts > 0 and not self._closed
         if again:
             self._restarts -= 1
             self._start(gang.devices, gang.name)
         if job is not None and job.lost >= _TRIES:
-            self.forget()
-            raise WorkerFailed(f"A unit of work ended {job.lost} workers; the last one {why}.")
+            self._give_up(job, why, end)
+        self._require_one()
+
+    def _give_up(self, job: Job, why: str, end: End | None) -> None:
+        """Raise that a unit ended several workers: NoWorkers where another process may do better.
+
+        Where others could compute theirs, or code crashed, this unit is the cause, and would take
+        the driver along.
+        """
+        self.forget()
+        all_fell = len(self._fallen) == len(self.devices) // self.gang
+        if all_fell and not self._done and not (end is not None and end.crashed):
+            notes = " ".join(self.notes)
+            raise NoWorkers(f"Every worker ended in its first unit of work: {notes}")
+        raise WorkerFailed(f"A unit of work ended {job.lost} workers; the last one {why}.")
+
+    def _require_one(self) -> None:
+        """Raise NoWorkers where no worker is left."""
         if not self._gangs:
             self.forget()
-            raise WorkerFailed(f"No worker is left: {'; '.join(self.notes)}")
+            raise NoWorkers(f"No worker is left: {' '.join(self.notes)}")
 
     def _say(self, text: str) -> None:
         if text not in self.notes:
@@ -428,30 +479,16 @@ class WorkerPool:
 
     def _give(self, gang: Gang, number: int) -> None:
         job = self._jobs[number]
-        cut, both = self._ways(job, gang)
-        if self._link is not None:
-            machine = job.weights.tried_as.partition("; ")[0]
-            known = self.records.link(machine, gang.size)
-            # One of an earlier release does not say how fast all copy from RAM.
-            if known is None or (self._link.host and not known.host):
-                self.records.keep_link(machine, gang.size, self._link)
-            self._link = None
+        cut, both = self._cuts.ways(job, gang.size, self._conditions[1], self._say)
+        self._cuts.keep_link(job, gang.size)
         unit, ranks = job.unit, gang.ranks if cut else gang.ranks[:1]
-        header = {
-            "type": "unit", "number": number, "weights": job.weights.key,
-            "conditions": job.conditions, "indices": unit.indices, "middle": unit.middle,
-            "second": unit.second, "keep": unit.keep, "cut": cut, "both": both,
-        }  # fmt: skip
-        tensors = {"latents": unit.latents, "timestep": unit.timestep}
-        if unit.residual is not None:
-            tensors["residual"] = unit.residual
-        # To the CPU now, in the driver's thread and stream: the latents are written over later.
-        here = {name: tensor.to("cpu") for name, tensor in tensors.items()}
+        header, tensors = job.message()
+        header |= {"number": number, "cut": cut, "both": both}
         shape = (*unit.latents.shape, unit.residual is None)
-        gang.begins(number, (job.weights.key, cut, both, *shape), ranks)
+        gang.begins(number, (job.weights.key, cut, both, *shape), ranks, cut=cut)
         for rank in ranks:
             self._tell(rank, job)
-            rank.process.send(header, here)
+            rank.process.send(header, tensors)
 
     def _tell(self, rank: Rank, job: Job) -> None:
         """Send what a process does not know yet of the weights and conditions of a unit."""
@@ -461,32 +498,3 @@ class WorkerPool:
             assert conditions is not None and job.conditions == key
             rank.conditions = key
             rank.process.send(*conditions_message(conditions, key))
-
-    def _ways(self, job: Job, gang: Gang) -> tuple[bool, bool]:
-        """Return whether a gang computes a unit cut, and whether it does so both ways."""
-        given = self._conditions[1]
-        if gang.size == 1 or given is None or not job.weights.choices.lean:
-            return False, False
-        if job.weights.key in self._uncut or job.weights.heads % gang.size:
-            return False, False
-        if job.tokens(given) % gang.size:
-            return False, False
-        kind = self._trial_of(job, gang)
-        if kind not in self._trials:
-            self._trials[kind] = self.records.trial(kind)
-        trial = self._trials[kind]
-        if trial is None or trial.equal:
-            return True, trial is None
-        each = f"Cut over {gang.size} cards a pass has other bits than on one (relative error "
-        each += f"{trial.error:.1e})"
-        if job.weights.must_equal:
-            self._say(f"{each}: every pass was computed on one card.")
-            return False, False
-        self._say(f"{each}: rounding, as speed 'fast' allows.")
-        return True, False
-
-    def _trial_of(self, job: Job, gang: Gang) -> str:
-        given = self._conditions[1]
-        assert given is not None
-        batch = job.unit.latents.shape[0]
-        return cut_kind(job.weights.tried_as, batch, job.tokens(given), gang.size)

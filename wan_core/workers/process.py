@@ -1,7 +1,8 @@
 """One worker's process, from the driver's side: started anew, never forked, and ended for certain.
 
-It runs this package with this interpreter and nothing else. The environment shows it one card. Two
-threads write to it and read from it, so that a worker that hangs never holds up the driver.
+It runs this package with this interpreter and nothing else. The environment shows it one card.
+Threads write to it and read from it, so that a worker that hangs never holds up the driver. What it
+prints on its stderr goes to the driver's; the end of it is kept, to tell what it died of.
 """
 
 from __future__ import annotations
@@ -9,10 +10,14 @@ from __future__ import annotations
 import contextlib
 import os
 import queue
+import re
+import signal
 import subprocess
 import sys
 import threading
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -20,6 +25,7 @@ import torch
 from torch import Tensor
 
 from ..config import child_environment
+from ..errors import tells_oom
 from .messages import Message, read_message, write_message
 
 _ROOT = Path(__file__).resolve().parents[2]
@@ -32,6 +38,59 @@ _USUALLY = {"NCCL_NVLS_ENABLE": "0"}
 """Unless said otherwise: no multicast of NVLink. What gangs exchange is sent from one to one, and
 NCCL would hold memory of every card for it."""
 _END_SECONDS = 5.0
+_MOST_WORDS, _MOST_SHOWN, _WORDS_SECONDS = 8192, 300, 1.0
+"""Bytes of a worker's last words that are kept, characters that are shown, and how long they are
+waited for."""
+_CRASHES = ("SIGSEGV", "SIGILL", "SIGFPE", "SIGBUS", "SIGABRT")
+_FAULTS = ("illegal memory access", "device-side assert", "illegal instruction",
+           "misaligned address", "unspecified launch failure")  # fmt: skip
+"""What CUDA says of a kernel that went wrong; no other kernel can run in that process then."""
+
+
+@dataclass(frozen=True, slots=True)
+class End:
+    """How a process ended: its exit code, and the last of what it printed on its stderr."""
+
+    code: int | None = None
+    """Below 0: the number of a signal. None where that is not known."""
+    words: str = ""
+
+    @property
+    def out_of_memory(self) -> bool:
+        """Whether its last words say that memory ran out."""
+        return tells_oom(self.words)
+
+    @property
+    def crashed(self) -> bool:
+        """Whether code went wrong in it that would take any process along."""
+        if any(fault in self.words for fault in _FAULTS):
+            return True
+        if self.code is None:
+            return False
+        if self.code < 0:
+            return _signal_name(self.code) in _CRASHES
+        return self.code >= 0xC0000000  # Windows' exceptions
+
+    def __str__(self) -> str:
+        """Return it in words; empty where nothing is known."""
+        how = "" if self.code is None else f"exit code {self.code}"
+        if self.code is not None and self.code < 0:
+            how = f"ended by {_signal_name(self.code)}"
+        return ": ".join(filter(None, (how, _error_in(self.words))))
+
+
+def _signal_name(code: int) -> str:
+    try:
+        return signal.Signals(-code).name
+    except ValueError:
+        return f"signal {-code}"
+
+
+def _error_in(words: str) -> str:
+    """Return the line that names an error, the last of them; else the last line."""
+    lines = [line.strip() for line in words.splitlines() if line.strip()]
+    errors = [line for line in lines if re.match(r"[A-Za-z_][\w.]*(Error|Exception)\b", line)]
+    return (errors or lines or [""])[-1][:_MOST_SHOWN]
 
 
 class WorkerProcess:
@@ -56,8 +115,12 @@ class WorkerProcess:
             arguments,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
             env=environment(device, os.environ),
         )
+        self._words = b""
+        self._heard = threading.Thread(target=self._pass_on, name=f"wanfit-{device}", daemon=True)
+        self._heard.start()
         for work in (self._write, self._read):
             threading.Thread(target=work, name=f"wanfit-{device}", daemon=True).start()
 
@@ -89,6 +152,23 @@ class WorkerProcess:
             self._told(self, message)
             if message is None:
                 return
+
+    def _pass_on(self) -> None:
+        """Hand on what the process prints, and keep the end of it."""
+        stream = cast(BufferedReader, self._process.stderr)
+        with contextlib.suppress(OSError, ValueError):
+            while data := stream.read1(65536):
+                self._words = (self._words + data)[-_MOST_WORDS:]
+                with contextlib.suppress(OSError):  # a program without a stderr
+                    while data:
+                        data = data[os.write(2, data) :]
+
+    def end(self) -> End:
+        """Return how the process, which has ended or is about to, did so; waits a moment."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(_WORDS_SECONDS)
+        self._heard.join(_WORDS_SECONDS)
+        return End(self._process.poll(), self._words.decode("utf-8", "replace"))
 
     def kill(self) -> None:
         """End the process at once and wait until it is gone."""
