@@ -12,9 +12,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from wan_core.errors import OutputError
-from wan_core.journal import Journal, units
-from wan_core.journal.units import KeptUnits, UnitLog, unit_name
+from wan_core.errors import JournalMismatch, OutputError
+from wan_core.journal import Journal, saved_renders, units
+from wan_core.journal.unit_log import UnitLog
+from wan_core.journal.units import KeptUnits, unit_name
 from wan_core.sampling import Unit
 
 UNIT = Unit(
@@ -166,3 +167,21 @@ def test_a_full_disk_ends_the_keeping_and_nothing_else(
     assert kept.name(UNIT) == "" and journal.enabled and journal.save(1, {"x": torch.zeros(3)})
     journal.finish()
     assert not tmp_path.exists()
+
+
+def test_a_render_that_must_go_on_does_so_from_units_alone(tmp_path: Path) -> None:
+    """Of a step that was not finished there is no state; a record that was cut off is no unit."""
+    about = {"seed": 1}
+    with Journal.open(tmp_path, about) as journal:
+        path = journal.folder / "units"
+        UnitLog(path).add("a" * 32, made(1))
+    (saved,) = saved_renders(tmp_path)
+    assert (saved.key, saved.next_step, saved.finished) == (journal.key, 0, False)
+    with Journal.open(tmp_path, about, "must") as again:
+        assert again.units_alone and not again.resuming and again.load() is None
+    with path.open("r+b") as file:
+        file.truncate(path.stat().st_size - 1)
+    with pytest.raises(JournalMismatch, match="no saved state"):
+        Journal.open(tmp_path, about, "must")
+    with Journal.open(tmp_path, about) as journal:
+        assert not journal.units_alone

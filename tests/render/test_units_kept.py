@@ -88,9 +88,13 @@ def test_killed_anywhere_it_repeats_one_pass(
         with pytest.raises(Crash):
             open_kept(path, **wishes).generate(GenerationConfig(**asked))
         passes.clear()
-        asked = job | {"journal_folder": killed}
+        must = {"resume": "must" if stop > 1 else "auto"}  # nothing is kept of the first yet
+        asked = job | {"journal_folder": killed} | must
         rest = open_kept(path, **wishes).generate(GenerationConfig(**asked)).raise_for_error()
         assert torch.equal(rest.latents, whole.latents)
         assert units <= seen + len(passes) <= units + (2 if together else 1), (stop, seen)
+        assert ("resumed" in rest.metadata) == (stop > 1) and not any(
+            "anew" in text for text in rest.warnings
+        )
         assert not killed.exists()  # a finished render leaves no journal
         shutil.rmtree(journal, ignore_errors=True)

@@ -45,6 +45,7 @@ from .disk import (
     LOCK,
     SLOTS,
     STATES,
+    UNITS,
     JournalState,
     is_there,
     journals,
@@ -69,6 +70,7 @@ from .identity import (
     plain_identity,
 )
 from .lock import FileLock, try_lock
+from .unit_log import UnitLog
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -106,6 +108,8 @@ class Journal:
         self._kept = kept if sum(map(len, kept.values())) <= _MOST_KEPT else {}
         self.enabled = True
         self.resuming = False
+        self.units_alone = False
+        """Whether it must go on, from finished passes: of no whole step is there a state."""
         self.warnings: list[str] = []
         self.saves = 0
         self.state_bytes = 0
@@ -141,8 +145,8 @@ class Journal:
 
         - "auto": continue if there is a saved state, else start anew;
         - "never": start anew;
-        - "must": continue, or raise JournalMismatch, which names what differs from the most similar
-          saved render.
+        - "must": continue, from finished passes too where no state is saved, or raise
+          JournalMismatch, which names what differs from the most similar saved render.
 
         Raises InvalidRequest for any other ``resume``.
         """
@@ -154,7 +158,8 @@ class Journal:
         journal = cls(root, identity, max_share, keep)
         journal._must = resume == "must"
         journal.resuming = resume != "never" and journal._has_state()
-        if journal._must and not journal.resuming:
+        journal.units_alone = journal._must and not journal.resuming and journal._has_units()
+        if journal._must and not (journal.resuming or journal.units_alone):
             raise JournalMismatch(journal._nothing_to_resume())
         try:
             journal._prepare(resume)
@@ -364,6 +369,9 @@ class Journal:
 
     def _has_state(self) -> bool:
         return any(is_there(self.folder / name) for name in STATES)
+
+    def _has_units(self) -> bool:
+        return len(UnitLog(self.folder / UNITS)) > 0
 
     def _still_owner(self) -> bool:
         """Say whether this run still has the journal; if not, turn it off with a warning.

@@ -240,9 +240,9 @@ class RenderJournal:
         self._journal.finish()
 
     def close(self) -> None:
-        """Leave the journal for a later run, or remove it if it holds no saved state."""
+        """Leave the journal for a later run, or remove it if it holds nothing to go on from."""
         self._units.close()
-        if self._journal.saves or self._journal.resuming or self._units.kept:
+        if self._journal.saves or self._journal.resuming or self._units.there:
             self._journal.close()
         else:
             self._journal.finish()
@@ -252,6 +252,11 @@ class RenderJournal:
         metadata["journal"] = self._journal.describe() + self._units.describe()
         if self._units.found:
             metadata.setdefault("resumed", f"with {self._units.found} passes of a step")
+        elif self._journal.units_alone:
+            self.warnings.append(
+                "None of the saved passes could be used, as where another card or plan made them: "
+                "the clip was made anew."
+            )
 
 
 def _size(state: _State) -> int:

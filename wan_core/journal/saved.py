@@ -50,7 +50,7 @@ class SavedRender:
     touched: float
     """When it was last written, in seconds of the clock of the disk."""
     next_step: int | None
-    """Steps that are done; None where no state can be read."""
+    """Steps that are done; None where a state is there and cannot be read."""
     finished: bool
     """Whether only the decode is missing."""
     own: bool
@@ -97,13 +97,17 @@ def remove_saved(root: Path, key: str) -> int:
 def _saved(folder: Path) -> SavedRender | None:
     record = read_record(folder)
     states = [name for name in STATES if is_there(folder / name)]
-    if record is None or not states:
+    # Without a state there may be finished passes of the first step.
+    files = states or [UNITS] * bool(_status(folder / UNITS)[0])
+    if record is None or not files:
         return None
     identity, owner, kept = record["identity"], record.get("owner"), record.get("kept")
     job = identity.get("job") if isinstance(identity.get("job"), dict) else {}
     heads = [head for name in SLOTS if (head := state_head(folder / name, folder.name))]
     latest = max(heads, key=lambda head: int(head["sequence"]), default=None)
-    step = None if latest is None else latest["scalars"].get("next_step")
+    step = None if states else 0
+    if latest is not None:
+        step = latest["scalars"].get("next_step")
     here = (platform.node(), os.getpid())
     opened = record.get("opened")
     return SavedRender(
@@ -113,7 +117,7 @@ def _saved(folder: Path) -> SavedRender | None:
         prompt=str(job.get("prompt") or ""),
         nbytes=_nbytes(folder),
         opened=opened if isinstance(opened, int) else 0,
-        touched=max(_touched(folder / name) for name in states),
+        touched=max(_touched(folder / name) for name in files),
         next_step=step if isinstance(step, int) else None,
         finished=DONE in states,
         own=isinstance(owner, dict) and (owner.get("host"), owner.get("process")) == here,
