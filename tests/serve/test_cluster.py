@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -140,6 +141,25 @@ def test_what_travels_is_small(tmp_path: Path) -> None:
     outcome = Outcome(warnings=["a warning " * 20] * 20, seed=1, prompt="word " * 500, size=1)
     assert len(pickle.dumps(job.to_dict())) < 10_000
     assert len(pickle.dumps(outcome.to_dict())) < 10_000
+
+
+def test_a_machine_with_other_code_under_the_same_version_is_named_and_not_used() -> None:
+    told: list[str] = []
+    crew: Any = object.__new__(Cluster)
+    crew._proof, crew._tell = None, told.append
+    same = {"versions": {"wanfit": "0.9"}, "device": "H200"}
+    used = {}
+    for machine, code, version in (
+        ("one", "a" * 32, "0.9"), ("two", "a" * 32, "0.9"), ("three", "b" * 32, "0.9"),
+        ("archive", "", "0.9"), ("four", "b" * 32, "1.0"),
+    ):  # fmt: skip
+        hand: Any = SimpleNamespace(machine=machine, retired=False)
+        proof = {"machine": machine, "code": code} | same | {"versions": {"wanfit": version}}
+        crew._compare(hand, proof)
+        used[machine] = not hand.retired
+    assert used == {"one": True, "two": True, "three": False, "archive": True, "four": False}
+    assert len(told) == 2 and told[0].startswith("three is not used: its WanFit 0.9 has other")
+    assert "than one's" in told[0] and told[1].startswith("four is not used: its versions")
 
 
 @pytest.mark.slow

@@ -511,11 +511,14 @@ def test_a_file_that_differs_is_refused_before_the_first_unit(
     assert isinstance(made.error, WorkerFailed) and "the driver's has 1" in str(made.error)
 
 
-def test_other_versions_are_refused(
-    folder: Any, threads: type[ThreadWorker], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("what", ["versions", "code_digest"])
+def test_other_versions_or_sources_are_refused(
+    folder: Any, threads: type[ThreadWorker], monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
+    """Sources too: an update between the start of the program and that of its workers."""
     own = pool.versions()
-    monkeypatch.setattr(pool, "versions", lambda: own | {"torch": "1.0"})
+    others = {"versions": own | {"torch": "1.0"}, "code_digest": "1.0"}
+    monkeypatch.setattr(pool, what, lambda: others[what])
     made = open_wan(folder("wan2.1-t2v"), devices=2).generate(GenerationConfig(**SHORT))
     assert isinstance(made.error, WorkerFailed) and "(here 1.0)" in str(made.error)
 

@@ -3,9 +3,9 @@
 In: a request with its plan, and a ``DenoiseState`` after each step. Out: a folder of states that
 are complete or absent, and ``RenderJournal``, which a render asks where to begin; ``saved_renders``
 lists those that can go on. Knows a render only by its identity and its states; a journal never
-stops one. Also here are ``versions`` and ``device_name``, which results and measurements are told
-with, and ``try_lock``, which keeps a folder for one process. Imports sampling, plan, loading and
-what is below. Names are resolved on first use.
+stops one. Also here are ``versions``, ``code_digest`` and ``device_name``, which results and
+measurements are told with, and ``try_lock``, which keeps a folder for one process. Imports
+sampling, plan, loading and what is below. Names are resolved on first use.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from ..lazy import lazy_names
 
 if TYPE_CHECKING:
+    from .content import code_digest
     from .identity import device_name, versions
     from .journal import Journal
     from .lock import try_lock
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 __getattr__ = lazy_names(
     __name__,
     {
+        "content": ("code_digest",),
         "identity": ("device_name", "versions"),
         "journal": ("Journal",),
         "lock": ("try_lock",),
@@ -36,6 +38,7 @@ __all__ = [
     "Journal",
     "RenderJournal",
     "SavedRender",
+    "code_digest",
     "device_name",
     "open_journal",
     "remove_saved",

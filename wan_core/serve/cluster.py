@@ -42,16 +42,16 @@ class _Actor:
         self._percent, self._unwanted = 0, -1
 
     def prove(self) -> dict[str, Any]:
-        """Return what must be equal on all machines for equal clips: versions, and the card."""
+        """Return what must be equal on all machines for equal clips: versions, code, the card."""
         import ray
         import torch
 
-        from ..journal import device_name, versions
+        from ..journal import code_digest, device_name, versions
 
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         return {
-            "versions": versions(), "device": device_name(device), "machine": platform.node(),
-            "node": ray.get_runtime_context().get_node_id(),
+            "versions": versions(), "code": code_digest(), "device": device_name(device),
+            "machine": platform.node(), "node": ray.get_runtime_context().get_node_id(),
         }  # fmt: skip
 
     def carry_out(self, values: dict[str, Any]) -> dict[str, Any]:
@@ -228,13 +228,22 @@ class Cluster:
         self._compare(hand, proof)
 
     def _compare(self, hand: _Placed, proof: dict[str, Any]) -> None:
-        """Leave a machine with other versions idle, and say where another card changes the bits."""
+        """Leave a machine with other versions or code idle; say where a card changes the bits."""
         first = self._proof = self._proof or proof
+        # Without sources to read, as in an archive, there is no digest.
+        codes = [proof["code"], first["code"]]
         if proof["versions"] != first["versions"]:
             hand.retired = True  # it keeps its place, or the next actor would be put there
             self._tell(
                 f"{hand.machine} is not used: its versions are {proof['versions']}, those of "
                 f"{first['machine']} {first['versions']}. Install the same on all machines."
+            )
+        elif all(codes) and codes[0] != codes[1]:
+            hand.retired = True
+            self._tell(
+                f"{hand.machine} is not used: its WanFit {proof['versions']['wanfit']} has other "
+                f"sources than {first['machine']}'s of the same version (digest {codes[0][:12]}, "
+                f"there {codes[1][:12]}). Copy the same sources to all machines."
             )
         elif proof["device"] != first["device"]:
             self._tell(

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from ..errors import first_line, is_host_oom, is_oom
 from ..forward import alike, can_be_cut
-from ..journal import device_name, versions
+from ..journal import code_digest, device_name, versions
 from ..kernels import begin_trials
 from ..loading import ComponentCache, ComponentKey, dtype_of, first_look, load_component, unpin
 from ..memory import Strip
@@ -118,7 +118,7 @@ class Worker:
         """Answer messages until there is one that says to stop."""
         self._answer({
             "type": "hello", "pid": os.getpid(), "versions": versions(),
-            "device_name": device_name(self.device),
+            "code": code_digest()[:12], "device_name": device_name(self.device),
         })  # fmt: skip
         while True:
             header, tensors = self.inbox.get()

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ..errors import NoWorkers, WorkerFailed, first_line
-from ..journal import versions
+from ..journal import code_digest, versions
 from ..memory import CardRecords, Trial
 from ..sampling import Conditions, Kept, Made, Unit
 from .child import conditions_message
@@ -339,10 +339,9 @@ class WorkerPool:
 
     def _greet(self, gang: Gang, rank: Rank, header: dict[str, Any]) -> None:
         """Compare versions and devices before the first unit: other ones give other bits."""
-        own = versions()
-        others = [
-            f"{k} {v} (here {own.get(k)})" for k, v in header["versions"].items() if own.get(k) != v
-        ]
+        own = {**versions(), "sources": code_digest()[:12]}
+        its = {**header["versions"], "sources": header["code"]}
+        others = [f"{k} {v} (here {own.get(k)})" for k, v in its.items() if own.get(k) != v]
         where = gang.name if gang.size == 1 else f"{rank.process.device} of {gang.name}"
         rank.device_name = header["device_name"]
         first = self._gangs[0].ranks[0].device_name or rank.device_name
@@ -350,7 +349,7 @@ class WorkerPool:
             self.close()
             raise WorkerFailed(
                 f"The worker on {where} has other versions: {', '.join(others)}. Start it from the "
-                "same environment."
+                "same environment, or this program anew where its files were changed meanwhile."
             )
         if rank.device_name != first:
             self._say(
