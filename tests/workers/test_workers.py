@@ -335,6 +335,60 @@ def test_a_gang_of_which_one_cannot_be_started_ends_the_others(
     assert set(Path(tempfile.gettempdir()).glob("wanfit_gang_*")) <= before
 
 
+MEETS = """
+import sys, time
+sys.path.insert(0, sys.argv[1])
+from wan_core.workers.gang import _meeting_place
+place, lock = _meeting_place()
+print(place, flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="gangs need NCCL or gloo")
+def test_what_a_killed_driver_left_is_removed_and_nothing_of_the_living(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor what another user's, a link's or a new folder is."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    drivers = [
+        subprocess.Popen(
+            [sys.executable, "-c", MEETS, str(ROOT)], stdout=subprocess.PIPE, text=True,
+            env={**os.environ, "TMPDIR": str(tmp_path)},
+        )
+        for _ in range(2)
+    ]  # fmt: skip
+    dead, living = (Path(one.stdout.readline().strip()) for one in drivers if one.stdout)
+    assert dead.parent == living.parent == tmp_path
+    drivers[0].kill()
+    drivers[0].wait()
+    (dead / "meeting").write_text("a store")
+    fresh, stray, other, link = (tmp_path / f"wanfit_gang_{n}" for n in "abcd")
+    for folder in (fresh, stray, other):
+        folder.mkdir()
+    os.utime(stray, (0, 0))
+    link.symlink_to(other)
+    (other / "lock").touch()
+    uid = os.getuid()
+    whose = {other: uid + 1}
+    lstat = Path.lstat
+
+    def of_whom(path: Path) -> Any:
+        found = lstat(path)
+        return os.stat_result((*found[:4], whose.get(path, found.st_uid), *found[5:]))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "lstat", of_whom)
+        place, lock = gang._meeting_place()
+    assert set(tmp_path.iterdir()) == {living, fresh, other, link, place}
+    drivers[1].kill()
+    drivers[1].wait()
+    again, lock_of_it = gang._meeting_place()
+    assert set(tmp_path.iterdir()) == {fresh, link, place, again}
+    for one in (lock, lock_of_it):
+        one.close()
+
+
 def test_a_worker_that_hangs_is_ended(folder: Any, threads: type[ThreadWorker]) -> None:
     path = folder("wan2.1-t2v")
     whole = latents(path, CLIP)

@@ -7,16 +7,21 @@ ended, because the others wait for it.
 
 from __future__ import annotations
 
+import contextlib
+import os
 import shutil
+import stat
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from torch import Tensor
 
+from ..journal import try_lock
 from .messages import Message
 from .process import WorkerProcess
 
@@ -30,6 +35,12 @@ _QUIET_SECONDS, _QUIET_FACTOR = 15.0, 8.0
 speaks at every block of the model. Assumed."""
 _CAUSE_SECONDS = 2.0
 """How long a gang that is broken is given to say why. The first to speak is often not the cause."""
+
+_FOLDER, _LOCK = "wanfit_gang_", "lock"
+"""How the folders begin in which gangs meet, and the file in them that their driver has locked."""
+_STRAY_SECONDS = 24 * 3600.0
+"""A folder without a lock may be one that was made a moment ago; one as old as this is left over.
+Assumed."""
 
 Told = Callable[[WorkerProcess, Message | None], object]
 
@@ -71,7 +82,10 @@ class Gang:
         """The longest time between two messages within a unit of a kind that it knows."""
         self.broken: tuple[float, str] | None = None
         """Since when one process has missed another, and what it said."""
-        self._place = Path(tempfile.mkdtemp(prefix="wanfit_gang_")) if self.size > 1 else None
+        self._place: Path | None = None
+        self._lock: IO[bytes] | None = None
+        if self.size > 1:
+            self._place, self._lock = _meeting_place()
         self.ranks: list[Rank] = []
         try:
             for device in self.devices:
@@ -200,5 +214,58 @@ class Gang:
         self._leave()
 
     def _leave(self) -> None:
+        if self._lock is not None:
+            self._lock.close()
         if self._place is not None:
             shutil.rmtree(self._place, ignore_errors=True)
+
+
+def _meeting_place() -> tuple[Path, IO[bytes]]:
+    """Make a folder that nobody else uses, and keep its lock; remove those of dead processes.
+
+    Raises OSError where the temporary folder cannot be written.
+    """
+    _sweep(Path(tempfile.gettempdir()))
+    while True:
+        place = Path(tempfile.mkdtemp(prefix=_FOLDER))
+        with contextlib.suppress(FileNotFoundError):  # another driver has swept it meanwhile
+            lock = try_lock(place / _LOCK)
+            if lock is not None:
+                return place, lock
+
+
+def _sweep(folder: Path) -> None:
+    """Remove the meeting places below ``folder`` whose driver was killed; never raises OSError.
+
+    A driver that lives has the lock. Places of another user, links, and what holds no lock and is
+    not old are left alone; and all on systems without such locks, which have no gangs.
+    """
+    if sys.platform == "win32":
+        return
+    with contextlib.suppress(OSError):
+        for place in folder.glob(f"{_FOLDER}*"):
+            with contextlib.suppress(OSError):
+                _remove_left_over(place)
+
+
+def _remove_left_over(place: Path) -> None:
+    """Remove a meeting place that nobody uses; raises OSError where somebody does, or may."""
+    if sys.platform == "win32":
+        return
+    import fcntl
+
+    found = place.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
+        return
+    try:
+        lock = os.open(place / _LOCK, os.O_RDWR | os.O_NOFOLLOW)
+    except FileNotFoundError:
+        if time.time() - found.st_mtime > _STRAY_SECONDS:
+            shutil.rmtree(place, ignore_errors=True)
+        return
+    try:
+        # Raises BlockingIOError for a living driver, and OSError where there are no locks.
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        shutil.rmtree(place, ignore_errors=True)
+    finally:
+        os.close(lock)
