@@ -187,6 +187,7 @@ BAD = {
     '{"output": "b.mp4", "control": {"vidio": "x"}}': "control has no field 'vidio'",
     '{"output": "b.mp4", "image": 5}': "image is 5",
     '{"output": "a.mp4"}': "as in line 1",
+    '{"output": "A.MP4"}': "as in line 1 but for its letters ('a.mp4')",
     '{"output": "b.mp4", "seed": 1, "seed": 2}': "'seed' is given twice",
     '{"output": "b.mp4", "priority": NaN}': "priority is nan",
     '{"output": "out/b.mp4"}': "leads through a link",

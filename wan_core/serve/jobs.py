@@ -14,6 +14,7 @@ import difflib
 import hashlib
 import json
 import os
+import unicodedata
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -120,7 +121,7 @@ def read_jobs(
     what holds for all lines that do not say otherwise. Raises MissingFile where the file cannot be
     read, and InvalidRequest for one of more than a million lines.
     """
-    taken: dict[str, int] = {}
+    taken: dict[str, tuple[int, str]] = {}
     try:
         file = open(path, "rb")  # noqa: SIM115 - closed by the with below
     except OSError as err:
@@ -144,13 +145,26 @@ def read_jobs(
                 if not whole:
                     raise InvalidRequest(f"the line has more than {MOST_LINE} bytes.")
                 job = _job(number, line, path.resolve().parent, folder, model, optimization or {})
-                first = taken.setdefault(os.path.normcase(job.output), number)
+                first, name = taken.setdefault(_alike(job.output), (number, job.output.name))
                 if first != number:
-                    raise InvalidRequest(f"output is {job.output.name!r}, as in line {first}.")
+                    differs = (
+                        ""
+                        if name == job.output.name
+                        else (f" but for its letters ({name!r}), which not all disks tell apart")
+                    )
+                    raise InvalidRequest(
+                        f"output is {job.output.name!r}, as in line {first}{differs}.",
+                        field="output",
+                    )
             except WanError as err:
                 yield BadLine(number, str(err))
             else:
                 yield job
+
+
+def _alike(output: Path) -> str:
+    """Return what is equal for outputs that some file system takes for one: macOS' and Windows'."""
+    return unicodedata.normalize("NFC", os.path.normcase(output)).casefold()
 
 
 def _job(
