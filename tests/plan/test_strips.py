@@ -9,12 +9,13 @@ import pytest
 from support.machines import architecture, gpu
 
 from wan_core import OptimizationConfig
-from wan_core.config import GIB
+from wan_core.config import GIB, MIB, StageEstimate
 from wan_core.memory import (
     Card,
     SystemResources,
     Trial,
     Workload,
+    format_estimate,
     lean_decode_bytes,
     strips_cost,
     strips_of,
@@ -22,6 +23,7 @@ from wan_core.memory import (
 from wan_core.models import VAE_21
 from wan_core.plan import OptimizationPlan, Planner, strips, strips_forecast
 
+SMALL = "wan2.1-t2v-1.3b"
 CLIP = Workload(width=832, height=480, num_frames=81, steps=40, return_frames=False)
 
 
@@ -30,9 +32,12 @@ def machine(count: int) -> SystemResources:
     return replace(gpu(80, ram=1024), cards=cards)
 
 
-def plan(job: Workload, system: SystemResources, devices: Any, **wishes: Any) -> OptimizationPlan:
+def plan(
+    job: Workload, system: SystemResources, devices: Any, model: str = "wan2.1-t2v-14b",
+    **wishes: Any,
+) -> OptimizationPlan:  # fmt: skip
     asked = OptimizationConfig(devices=devices, **wishes)
-    return Planner().recommend_optimizations(architecture("wan2.1-t2v-14b"), job, system, asked)
+    return Planner().recommend_optimizations(architecture(model), job, system, asked)
 
 
 def test_a_long_decode_is_shared_out_and_counted() -> None:
@@ -54,13 +59,41 @@ def test_a_long_decode_is_shared_out_and_counted() -> None:
     assert whole.cold_seconds - found.cold_seconds == pytest.approx(saved)
     # Beside the VAE, whatever else stays on the driver's card: a worker has nothing there.
     alone = plan(CLIP, system, 2, speed="fast", offload="model")
-    decode = next(stage for stage in alone.estimate.stages if stage.name == "decode")
-    assert 0.4 * decode.device_bytes < found.decode_peak_bytes < 0.7 * decode.device_bytes
+    one = alone.decode_whole_bytes
+    assert 0.4 * one < found.decode_peak_bytes < 0.7 * one
     assert alone.decode_peak_bytes == found.decode_peak_bytes
     (said,) = [text for text in found.reasons if "strips" in text]
     assert "changes rounding only" in said and said in found.estimate.reasons
     assert "decoded in 2 strips" in found.applied
     assert found.to_dict()["decode_strips"] == 2
+
+
+def test_the_stage_shows_what_a_card_with_a_strip_holds() -> None:
+    """And the render's peak is that of its largest stage then; one card's figure is kept."""
+    job = replace(CLIP, width=1920, height=1088, num_frames=17)
+    found = plan(job, machine(2), 2, SMALL, speed="fast", offload="model")
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(strips, "_GAIN", 0.0)
+        whole = plan(job, machine(2), 2, SMALL, speed="fast", offload="model")
+
+    def stage(of: OptimizationPlan, name: str = "decode") -> StageEstimate:
+        return next(stage for stage in of.estimate.stages if stage.name == name)
+
+    assert found.decode_strips == 2 and "2 strips" in stage(found).note
+    assert "2 strips" in format_estimate(found.estimate)
+    assert stage(found).device_bytes == found.decode_peak_bytes < stage(whole).device_bytes
+    assert found.decode_whole_bytes == stage(whole).device_bytes
+    assert stage(found).weights_bytes + stage(found).activation_bytes == found.decode_peak_bytes
+    assert stage(found, "denoise") == stage(whole, "denoise")
+    for of in (found, whole):
+        peak = max(of.estimate.stages, key=lambda one: one.device_bytes)
+        told = of.estimate
+        assert told.peak_usage_mb == pytest.approx(peak.device_bytes / MIB)
+        assert told.base_model_mb == pytest.approx(peak.weights_bytes / MIB)
+        both = told.base_model_mb + told.generation_overhead_mb
+        assert both == pytest.approx(told.peak_usage_mb)
+        assert told.total_estimated_mb == pytest.approx(both + told.output_tensors_mb)
+    assert found.estimate.peak_usage_mb < whole.estimate.peak_usage_mb
 
 
 @pytest.mark.parametrize("count", [2, 4])
@@ -78,8 +111,7 @@ def test_what_a_strip_holds_is_counted_as_the_whole_decode_is(count: int) -> Non
         lean_decode_bytes(VAE_21, strip=strip, **numbers)[0]
         for strip in (None, *strips_of(VAE_21, 90, 160, count))
     )
-    (decode,) = (stage for stage in found.estimate.stages if stage.name == "decode")
-    assert found.decode_peak_bytes == decode.device_bytes - whole + max(parts)
+    assert found.decode_peak_bytes == found.decode_whole_bytes - whole + max(parts)
 
 
 def test_more_cards_make_more_strips_until_margins_outweigh_them() -> None:

@@ -180,10 +180,11 @@ def test_a_trial_of_strips_costs_a_finished_clip_nothing(what: str) -> None:
 
 
 class Trouble:
-    """Ends or starves a worker in the middle of its strip, once."""
+    """Ends or starves a worker in the middle of its strip, once; no other is started for it."""
 
-    def __init__(self, what: str, after: int) -> None:
+    def __init__(self, what: str, after: int, cards: int = 2, gang: int = 1) -> None:
         self.what, self.after, self.looks, self.happened = what, after, 0, False
+        self.pool = worker_pool(("cpu",) * cards, gang)
 
     def __call__(self, worker: ThreadWorker) -> None:
         if not decoding(worker) or worker is not ThreadWorker.made[1] or self.happened:
@@ -193,6 +194,7 @@ class Trouble:
             return
         self.happened = True
         if self.what == "dies":
+            self.pool._restarts = 0
             worker.die()
         raise torch.OutOfMemoryError("out of memory: injected")
 
@@ -213,6 +215,60 @@ def test_what_workers_cannot_finish_is_decoded_by_the_driver(
     assert told == list(range(1, 14, 4)), "no frame is handed on twice"
     notes = [stage.note for stage in found.stages if stage.name == "decode"]
     assert len(notes) == 2 and not notes[1]
+
+
+@pytest.mark.parametrize("spare", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_a_strip_of_a_worker_that_ends_is_made_by_the_others(
+    folder: Any, whole: Any, threads: type[ThreadWorker], monkeypatch: pytest.MonkeyPatch,
+    spare: bool,
+) -> None:  # fmt: skip
+    """By one that is free, with the same strips; else all that are left share out the rest."""
+    plain, path, told = WanPipelineWrapper._plan, folder("wan2.1-t2v"), list[int]()
+
+    def in_strips(self: Any, *args: Any, **kwargs: Any) -> Any:
+        found = plain(self, *args, **kwargs)
+        return replace(found, decode_strips=2 if spare else 3) if found.workers else found
+
+    monkeypatch.setattr(WanPipelineWrapper, "_plan", in_strips)
+    threads.looked = trouble = Trouble("dies", 4, 3)
+    job = {
+        "decode_callback": lambda done, wanted: told.append(done), "max_chunk_size": 9,
+        "window_overlap": 4,
+    }  # fmt: skip
+    one = made(path, job, speed="fast") if spare else None
+    told.clear()
+    found = made(path, job, speed="fast", devices=3)
+    assert trouble.happened and told == list(range(1, 14, 4)), "no frame is handed on twice"
+    notes = [stage.note for stage in found.stages if stage.name == "decode"]
+    assert not any("one card" in text for text in found.warnings)
+    if one is not None:
+        assert near(found, one)
+    if spare:
+        assert notes == ["in 2 strips on as many cards"]
+        assert any("cpu went on with its strip from frame" in text for text in found.warnings)
+    else:
+        assert notes == ["in 3 strips on as many cards", "in 2 strips on as many cards"]
+        assert any("shared out among the others" in text for text in found.warnings)
+
+
+def test_exact_shares_no_rest_out_in_strips_that_were_not_tried(
+    folder: Any, threads: type[ThreadWorker], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three strips have shown equal bits here; of two nothing is known."""
+    plain, path = WanPipelineWrapper._plan, folder("wan2.1-t2v")
+
+    def three_strips(self: Any, *args: Any, **kwargs: Any) -> Any:
+        found = plain(self, *args, **kwargs)
+        assert found.must_equal and len(found.workers) == 3
+        return replace(found, decode_strips=3)
+
+    monkeypatch.setattr(WanPipelineWrapper, "_plan", three_strips)
+    threads.looked = trouble = Trouble("dies", 4, 3)
+    job = {"max_chunk_size": 9, "window_overlap": 4}
+    found = made(path, job, forward="lean", devices=3)
+    notes = [stage.note for stage in found.stages if stage.name == "decode"]
+    assert trouble.happened and notes == ["in 3 strips on as many cards", ""]
+    assert any("one card decoded the rest" in text for text in found.warnings)
 
 
 def test_an_interrupt_ends_the_strips_within_seconds(
@@ -295,10 +351,11 @@ def test_all_processes_of_gangs_decode_a_strip_each(
     assert cut_clips.cut_units(found) > 0 and worker_pool(("cpu",) * count, 2).usable
     assert found.stages[-1].note == f"in {count} strips on as many cards"
     assert (found.frames - whole.frames).abs().max() < 1e-4
-    threads.looked = trouble = Trouble("dies", 3)
+    threads.looked = trouble = Trouble("dies", 3, count, 2)
     again = made(path, job, speed="fast", devices=count)
     assert trouble.happened and (again.frames - whole.frames).abs().max() < 1e-4
-    assert any("strips was given up" in text for text in again.warnings)
+    shared = "shared out among the others" if count == 4 else "strips was given up"
+    assert any(shared in text for text in again.warnings)
 
 
 @pytest.mark.parametrize(

@@ -192,6 +192,8 @@ class Planner:
         if system.device_kind == "cpu":  # with what the process holds by now, as in all others
             before = estimate_of(architecture, workload, current.choices, system)
         most = _stage_bytes(before, stage)
+        if stage == "decode":  # without strips by now
+            most = max(most, current.decode_whole_bytes)
         limits = replace(limits, stages=((stage, int(most * 0.9)),))
         for candidates in ladder(architecture, workload, system, requested, limits, self.abilities):
             less = [

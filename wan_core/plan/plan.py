@@ -50,6 +50,8 @@ class OptimizationPlan:
     """In how many strips, on as many of the workers' cards, the clip is decoded."""
     decode_peak_bytes: int = 0
     """What a card is expected to hold at most while it decodes a strip; 0 without strips."""
+    decode_whole_bytes: int = 0
+    """What one card is expected to hold that decodes what strips could not; 0 without strips."""
     decode_trial: int = 0
     """In how many strips the clip's first frames are decoded again, to learn what that rounds."""
     decode_kind: str = ""

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from ..config import GIB
+from ..config import GIB, MIB, MemoryEstimate
 from ..memory import (
     BANDS,
     Choices,
@@ -75,18 +75,45 @@ def with_strips(
     if chosen is None:
         return _with_trial(plan, system, untried)
     saved = chosen.whole_seconds - chosen.seconds
+    whole, shown = _shown_for_a_card(plan.estimate, chosen)
     reasons = (*plan.reasons[:-1], chosen.reason, *plan.reasons[-1:])  # the last is of the cards
     return replace(
         plan,
         choices=choices,
         decode_strips=chosen.count,
         decode_peak_bytes=chosen.peak_bytes,
+        decode_whole_bytes=whole,
         card_peak_bytes=max(plan.card_peak_bytes, chosen.peak_bytes),
         seconds=plan.seconds - saved,
         cold_seconds=plan.cold_seconds - saved,
         reasons=reasons,
-        estimate=replace(plan.estimate, reasons=reasons),
+        estimate=replace(shown, reasons=reasons),
     )
+
+
+def _shown_for_a_card(found: MemoryEstimate, strips: StripsForecast) -> tuple[int, MemoryEstimate]:
+    """Return what the decode needs on one card, and the estimate with what a card of several does.
+
+    The peak of the render is that of its largest stage, which may be another one then.
+    """
+    decode = next(stage for stage in found.stages if stage.name == "decode")
+    weights = min(decode.weights_bytes, strips.peak_bytes)
+    part = replace(
+        decode, device_bytes=strips.peak_bytes, weights_bytes=weights,
+        activation_bytes=strips.peak_bytes - weights,
+        note="; ".join(filter(None, (decode.note, f"the largest of {strips.count} strips"))),
+    )  # fmt: skip
+    stages = tuple(part if stage is decode else stage for stage in found.stages)
+    before, now = (max(one, key=lambda stage: stage.device_bytes) for one in (found.stages, stages))
+    less = (before.device_bytes - now.device_bytes) / MIB
+    fewer = (before.weights_bytes - now.weights_bytes) / MIB
+    return decode.device_bytes, replace(
+        found, stages=stages,
+        base_model_mb=found.base_model_mb - fewer,
+        generation_overhead_mb=found.generation_overhead_mb - less + fewer,
+        total_estimated_mb=found.total_estimated_mb - less,
+        peak_usage_mb=found.peak_usage_mb - less,
+    )  # fmt: skip
 
 
 def _with_trial(

@@ -168,23 +168,45 @@ def decode_frames(stages: StageRunner, config: GenerationConfig, progress: Decod
 def decode_in_strips(stages: StageRunner, config: GenerationConfig, progress: Decoding) -> bool:
     """Decode what is left in strips, where the plan wants that and its workers are there.
 
-    Returns False where this process has to go on, True where all is done or fp16's range did not
-    hold (``progress.overflowed``).
+    Where one of them ends and no other is free, those that are left share out the rest, unless
+    every bit is to stay: strips of another size were not tried. Returns False where this process
+    has to go on, True where all is done or fp16's range did not hold (``progress.overflowed``).
     """
-    progress.keep_first = CHUNKS if stages.plan.decode_trial else 0
-    if stages.plan.decode_strips < 2 or progress.alone:
+    plan = stages.plan
+    progress.keep_first = CHUNKS if plan.decode_trial else 0
+    if plan.decode_strips < 2 or progress.alone:
         return False
     if not stages.has_workers:  # no step was left for them to compute
         stages.say_once("No worker was started in this run, so that one card decoded the clip.")
         return False
-    lost = ""
+    for count in range(plan.decode_strips, 1, -1):  # each time around a worker has ended
+        lost = _shared_out(stages, config, progress, count)
+        if lost is None:
+            return True
+        if plan.must_equal or not lost.again or count == 2:
+            break
+        stages.say_once(f"{lost}: what was left of the decode was shared out among the others.")
+    progress.alone = True
+    stages.say_once(f"The decode in strips was given up ({lost}); one card decoded the rest.")
+    predicted = {stage.name: stage.device_bytes for stage in plan.estimate.stages}
+    stages.timeline.predict({**predicted, "decode": plan.decode_whole_bytes})
+    return False
+
+
+def _shared_out(
+    stages: StageRunner, config: GenerationConfig, progress: Decoding, count: int
+) -> StripsLost | None:
+    """Decode what is left in ``count`` strips, or as many as workers are there; None: it is done.
+
+    Else returns why not, and ``progress`` says how far it has come.
+    """
+    lost: StripsLost | None = None
     with stages.timeline.stage("decode") as report, in_workers(stages) as pool:
         whole_bytes = progress.frames is None
-        decoder = _strips(
-            stages, progress.latents, pool, stages.plan.decode_strips, whole_bytes=whole_bytes
-        )
+        decoder = _strips(stages, progress.latents, pool, count, whole_bytes=whole_bytes)
         if decoder is None:
-            lost = "fewer than two workers are there"
+            too_few = f"{count} workers" if stages.plan.must_equal else "two workers"
+            lost = StripsLost(f"fewer than {too_few} are there")
         else:
             report.note = f"in {decoder.count} strips on as many cards"
             progress.go_on_with(decoder)
@@ -199,11 +221,14 @@ def decode_in_strips(stages: StageRunner, config: GenerationConfig, progress: De
                 except OutOfRange:
                     progress.overflowed = True
                 except StripsLost as err:
-                    lost = str(err)
-    if lost:
-        progress.alone = True
-        stages.say_once(f"The decode in strips was given up ({lost}); one card decoded the rest.")
-    return not lost
+                    lost = err.with_traceback(None)
+            for text in decoder.moved:
+                stages.say_once(text)
+    # The stage's own peak is that of this process, which has only looked on.
+    peaks = [one.get("decode_peak_bytes", 0) for one in pool.describe()]
+    if report.measured_peak_bytes is not None and max(peaks, default=0):
+        report.measured_peak_bytes = max(peaks)
+    return lost
 
 
 @contextmanager
@@ -249,13 +274,16 @@ def try_strips(stages: StageRunner, progress: Decoding) -> None:
 def _strips(
     stages: StageRunner, latents: Tensor, pool: WorkerPool, count: int, *, whole_bytes: bool
 ) -> StripsDecoder | None:
-    """Return what decodes the latents in strips; None where too few workers are there."""
+    """Return what decodes the latents in strips; None where too few workers are there.
+
+    Where every bit is to stay, these are fewer than ``count``.
+    """
     ranks = pool.free_ranks(count)
     shape = stages.architecture.vae or stages.architecture.variant.vae
     assert shape is not None
     batch, _, _, height, width = latents.shape
     strips = strips_of(shape, height, width, len(ranks))
-    if len(strips) < 2:
+    if len(strips) < (count if stages.plan.must_equal else 2):
         return None
     # Cast and denormalised where one card would do it too: the order and place affect rounding.
     latents = denormalize_latents(

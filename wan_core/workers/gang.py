@@ -14,6 +14,7 @@ import stat
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -218,6 +219,16 @@ class Gang:
             self._lock.close()
         if self._place is not None:
             shutil.rmtree(self._place, ignore_errors=True)
+
+
+def unheld(gangs: Sequence[Gang], devices: Sequence[str]) -> list[Gang]:
+    """Return the gangs that may be given work: those on ``devices``, which are held, wait."""
+    held, ours = Counter(devices), []
+    for gang in gangs:
+        waits = any(held[device] > 0 for device in gang.devices)
+        held -= Counter(gang.devices)  # a device that is named twice has two workers
+        ours += [] if waits else [gang]
+    return ours
 
 
 def _meeting_place() -> tuple[Path, IO[bytes]]:

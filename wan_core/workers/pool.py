@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import queue
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -25,7 +25,7 @@ from ..journal import code_digest, versions
 from ..memory import CardRecords, Trial
 from ..sampling import Conditions, Kept, Made, Unit
 from .child import conditions_message
-from .gang import Gang, Rank
+from .gang import Gang, Rank, unheld
 from .jobs import Cuts, Job, Strips
 from .messages import Message
 from .process import End, WorkerProcess
@@ -113,16 +113,23 @@ class WorkerPool:
 
     def free_ranks(self, count: int) -> list[Rank]:
         """Return ``count`` workers that could decode a strip each now; fewer where they are not."""
-        return [rank for gang in self._ours() if gang.idle for rank in gang.ranks][:count]
+        ours = unheld(self._gangs, self.held)
+        return [rank for gang in ours if gang.idle for rank in gang.ranks][:count]
 
     def begin_strips(self, decoder: Strips, ranks: Sequence[Rank]) -> int:
         """Have ``decoder`` told of what these workers say; return the number of its decode."""
         self._next += 1
         self._strips = self._next, decoder
+        self.join_strips(ranks)
+        return self._next
+
+    def join_strips(self, ranks: Sequence[Rank]) -> None:
+        """Have more workers, which are free, take part in the decode that runs."""
+        number, decoder = self._strips
+        assert decoder is not None
         for gang in self._gangs:
             if own := [rank for rank in gang.ranks if rank in ranks]:
-                gang.begins(self._next, ("strips", *decoder.kind), own)
-        return self._next
+                gang.begins(number, ("strips", *decoder.kind), own)
 
     def end_strips(self, number: int) -> None:
         """End a decode: what still runs of it is not wanted any more."""
@@ -461,20 +468,11 @@ class WorkerPool:
 
     def _dispatch(self) -> None:
         """Give waiting units, in their order, to gangs that have none."""
-        for gang in self._ours():
+        for gang in unheld(self._gangs, self.held):
             if not self._waiting:
                 return
             if gang.idle:
                 self._give(gang, self._waiting.popleft())
-
-    def _ours(self) -> list[Gang]:
-        """Return the gangs that may be given work: those on a card that is held wait for it."""
-        held, ours = Counter(self.held), []
-        for gang in self._gangs:
-            waits = any(held[device] > 0 for device in gang.devices)
-            held -= Counter(gang.devices)  # a device that is named twice has two workers
-            ours += [] if waits else [gang]
-        return ours
 
     def _give(self, gang: Gang, number: int) -> None:
         job = self._jobs[number]

@@ -80,6 +80,11 @@ class Ring:
         os.close(ring._open.pop())
         return ring
 
+    @property
+    def stays(self) -> bool:
+        """Whether nothing is left of it however its driver ends: it may be mapped until removed."""
+        return bool(self._open)
+
     def map(self) -> Tensor:
         """Return the slots, (slots, B, f, H, W, 3). Raises OSError where the file is gone."""
         handle = os.open(self.path, os.O_RDWR | getattr(os, "O_BINARY", 0))

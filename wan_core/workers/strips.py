@@ -3,7 +3,8 @@
 The decoder's global part is computed by each of them, the local part for its strip with the margin
 that this needs (``memory.strips_of``). Pictures come chunk by chunk through a ``Ring``; a worker is
 never more than its slots ahead of the driver. Where a worker ends, hangs or runs out of memory the
-driver is told at which chunk, and goes on from there by itself.
+driver is told at which chunk, and goes on from there by itself, unless another worker is free: that
+makes the strip anew from its beginning, for its cache, and goes on with it.
 """
 
 from __future__ import annotations
@@ -30,7 +31,14 @@ _TICK = 0.05
 
 
 class StripsLost(Exception):
-    """The strips cannot be finished by the workers; the text says why."""
+    """The strips cannot be finished by these workers; the text says why.
+
+    ``again`` says whether those that are left could share out what is left.
+    """
+
+    def __init__(self, why: str, *, again: bool = False) -> None:
+        super().__init__(why)
+        self.again = again
 
 
 @dataclass(slots=True)
@@ -42,6 +50,8 @@ class _Part:
     """By position: how many frames the chunks have that were written and not taken yet."""
     mapped: bool = False
     ended: bool = False
+    lost: str = ""
+    """Why it has no worker any more."""
 
 
 class StripsDecoder:
@@ -63,6 +73,8 @@ class StripsDecoder:
         self._parts = [_Part(rank) for rank in ranks]
         self._shape, self._whole_bytes = shape, whole_bytes
         self._failed: str | None = None
+        self.moved: list[str] = []
+        """What is said of strips that another worker went on with."""
         self._now = 0
         self._number = -1
         self._ring: Ring | None = None
@@ -96,14 +108,38 @@ class StripsDecoder:
             return self
         self._number = self._pool.begin_strips(self, [part.rank for part in self._parts])
         for part, strip in zip(self._parts, self._strips, strict=True):
-            self._pool.know(part.rank, self._weights)
-            header = {
-                "type": "decode", "number": self._number, "weights": self._weights.key,
-                "strip": asdict(strip), "position": self.position, "ring": self._ring.plain(),
-                "until": self.position + _SLOTS, "cut": False,
-            }  # fmt: skip
-            part.rank.process.send(header, {"latents": self._latents})
+            self._ask(part, strip)
         return self
+
+    def _ask(self, part: _Part, strip: Strip) -> None:
+        """Have a worker make its strip from ``position`` on."""
+        assert self._ring is not None
+        self._pool.know(part.rank, self._weights)
+        header = {
+            "type": "decode", "number": self._number, "weights": self._weights.key,
+            "strip": asdict(strip), "position": self.position, "ring": self._ring.plain(),
+            "until": self.position + _SLOTS, "cut": False,
+        }  # fmt: skip
+        part.rank.process.send(header, {"latents": self._latents})
+
+    def _hand_over(self) -> None:
+        """Give the strips of workers that have ended to others that are free.
+
+        Raises StripsLost where there are too few.
+        """
+        orphans = [n for n, part in enumerate(self._parts) if part.lost]
+        if not orphans:
+            return
+        free = self._pool.free_ranks(len(orphans))
+        first = self._parts[orphans[0]].lost
+        if len(free) < len(orphans) or self._ring is None or not self._ring.stays:
+            raise StripsLost(first, again=True)
+        self._pool.join_strips(free)
+        for number, rank in zip(orphans, free, strict=True):
+            told = f"{self._parts[number].lost}; {rank.process.device} went on with its strip"
+            self.moved.append(f"{told} from frame {self.frames_done + 1}.")
+            self._parts[number] = _Part(rank)
+            self._ask(self._parts[number], self._strips[number])
 
     def __exit__(self, *_: object) -> None:
         if self._number >= 0:
@@ -121,6 +157,7 @@ class StripsDecoder:
         while self._failed is None and not all(self.position in p.frames for p in self._parts):
             try:
                 self._pool.wait(_TICK)
+                self._hand_over()
             except WorkerFailed as err:
                 self._failed = str(err)
             check()
@@ -147,11 +184,14 @@ class StripsDecoder:
 
     def hears(self, rank: Rank, header: dict[str, Any]) -> None:
         """Hear from a worker that makes a strip."""
-        part = next(one for one in self._parts if one.rank is rank)
+        part = next((one for one in self._parts if one.rank is rank), None)
+        if part is None:
+            return
         kind = header["type"]
         if kind == "mapped":
             part.mapped = True
-            if self._ring is not None and all(one.mapped for one in self._parts):
+            all_have = all(one.mapped for one in self._parts)
+            if self._ring is not None and all_have and not self._ring.stays:
                 self._ring.remove()
         elif kind == "strip":
             part.frames[header["position"]] = header["frames"] if header["well"] else 0
@@ -164,4 +204,5 @@ class StripsDecoder:
         """Hear that a worker has ended."""
         part = next((one for one in self._parts if one.rank is rank), None)
         if part is not None and not part.ended:
-            self._failed = f"{rank.process.device} {why}"
+            part.lost = f"{rank.process.device} {why}"
+            part.frames.clear()  # whoever goes on makes them anew
