@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from ..config import GenerationConfig, MemoryEstimate, VideoGenerationResult, require_config
-from ..errors import DoesNotFit, clear_frames, first_line, is_oom
+from ..errors import DoesNotFit, NoWorkers, WorkerFailed, clear_frames, first_line, is_oom
 from ..forward import norms_widen, settings_notes, undisturbed, why_no_lean
 from ..job import (
     Inputs,
@@ -350,9 +350,14 @@ class WanPipelineWrapper:
                 self.architecture, job, system, optimization, current, stage
             )
 
-        def for_one(current: OptimizationPlan) -> OptimizationPlan:
+        def for_one(current: OptimizationPlan, lost: NoWorkers) -> OptimizationPlan:
             system = self._system(alone)
-            return self._manager.plan_alone(self.architecture, job, system, alone, current)
+            try:
+                return self._manager.plan_alone(self.architecture, job, system, alone, current)
+            except DoesNotFit as err:
+                raise WorkerFailed(
+                    f"{lost} This process cannot make the clip by itself either: {err}"
+                ) from err
 
         predicted = {stage.name: stage.device_bytes for stage in plan.estimate.stages}
         stages = StageRunner(

@@ -18,15 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 
 from ..config import StageReport, VideoGenerationResult
-from ..errors import (
-    DoesNotFit,
-    NoWorkers,
-    SpilledMemory,
-    WorkerFailed,
-    first_line,
-    is_host_oom,
-    is_oom,
-)
+from ..errors import DoesNotFit, NoWorkers, SpilledMemory, first_line, is_host_oom, is_oom
 from ..files import FileIdentity
 from ..job import check_files
 from ..loading import (
@@ -76,8 +68,9 @@ class StageRunner:
     timeline: Timeline
     smaller_plan: Callable[[OptimizationPlan, str], OptimizationPlan | None]
     """Takes the plan and the stage that failed; returns a plan that needs less there, or None."""
-    plan_alone: Callable[[OptimizationPlan], OptimizationPlan]
-    """Takes a plan for workers; returns one by which this process goes on, or raises DoesNotFit."""
+    plan_alone: Callable[[OptimizationPlan, NoWorkers], OptimizationPlan]
+    """Takes a plan for workers, and why none is left; returns one by which this process goes on, or
+    raises WorkerFailed."""
     files: Mapping[Path, FileIdentity] = field(default_factory=dict)
     """The model's files as they were when it was opened."""
     steps_down: int = 0
@@ -495,15 +488,7 @@ class StageRunner:
         close_workers()
         self._pool = None
         gc.collect()
-        refused: DoesNotFit | None = None
-        try:
-            alone = self.plan_alone(self.plan)
-        except DoesNotFit as err:
-            refused = err.with_traceback(None)
-        if refused is not None:
-            raise WorkerFailed(
-                f"{lost} This process cannot make the clip by itself either: {refused}"
-            ) from refused
+        alone = self.plan_alone(self.plan, lost)
         why = f"{lost} This process went on alone, on {alone.device}."
         self._take(replace(alone, reasons=(*alone.reasons, why)))
         self.result.metadata["plan"] = list(self.plan.reasons)
