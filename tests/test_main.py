@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import io
 import json
 import os
@@ -462,3 +463,49 @@ def test_every_option_of_every_command_is_explained() -> None:
         if not action.help
     ]
     assert silent == []
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+def test_a_command_that_is_asked_to_end_ends_as_with_ctrl_c(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    """Also a terminal that is closed; asked twice it still keeps what it has begun to keep."""
+    from wan_core import __main__ as module
+
+    number, kept = getattr(signal, name), list[str]()
+
+    def work(_: object) -> tuple[str, dict[str, Any]]:
+        try:
+            signal.raise_signal(number)
+            kept.append("all")
+        finally:
+            signal.raise_signal(number)
+            kept.append("the state")
+        return "done", {}
+
+    monkeypatch.setattr(module, "_batch", work)
+    before = signal.signal(number, signal.SIG_DFL)
+    try:
+        assert main(["batch", "jobs.jsonl"]) == 128 + number
+        assert kept == ["the state"] and signal.getsignal(number) is signal.SIG_DFL
+        said = capsys.readouterr().err
+        assert said.startswith("interrupted") and "Run the same command again" in said
+        signal.signal(number, signal.SIG_IGN)  # as nohup does
+        assert main(["batch", "jobs.jsonl"]) == 0 and kept[1:] == ["all", "the state"]
+    finally:
+        signal.signal(number, before)
+
+
+def test_a_terminal_that_is_gone_ends_no_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor does a log on a full disk; a result that cannot be written is an error."""
+    from wan_core import __main__ as module
+
+    class Full(io.StringIO):
+        def write(self, text: str) -> int:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(sys, "stderr", Full())
+    module._say("line 1: done", sys.stderr)
+    with pytest.raises(OSError, match="No space"):
+        module._say("{}", Full())

@@ -9,6 +9,7 @@ and ``warnings``, and the line on stderr is printed too.
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import os
 import sys
@@ -24,6 +25,7 @@ from .arguments import (
     add_preferences,
     add_serve,
     add_size,
+    ends_in_order,
     number_list,
     plain_word,
     read_text,
@@ -47,19 +49,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         _parser().print_help()
         return 0
     try:
-        text, values = _carry_out(arguments)
+        with ends_in_order():
+            text, values = _carry_out(arguments)
     except WanError as err:
         if arguments.json:
             failed = {"success": False, "errors": [str(err)], "warnings": arguments.warnings}
             _say(_as_json(failed))
         _say(f"error: {err}", sys.stderr)
         return 1
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as err:
         kept = getattr(arguments, "resume", None) not in (None, "never")
-        goes_on = kept or arguments.run is _download
+        goes_on = kept or arguments.run in (_download, _batch)
         more = " Run the same command again to go on." if goes_on else ""
-        print(f"interrupted; nothing half written is left.{more}", file=sys.stderr)
-        return 130
+        _say(f"interrupted; nothing half written is left.{more}", sys.stderr)
+        return 128 + getattr(err, "signal", 2)
     _say(_as_json(values) if arguments.json else text)
     return 0 if values.get("success", True) else 1
 
@@ -83,7 +86,7 @@ def _say(text: str, stream: TextIO | None = None) -> None:
     """Print a text as far as the stream can: by now the work is done, and must not end in an error.
 
     A console of another code page shows what it does not have as \\u escapes. A reader that has
-    gone (``| head``) has seen enough.
+    gone (``| head``, a terminal that was closed) has seen enough, and a full disk keeps no log.
     """
     stream = sys.stdout if stream is None else stream
     if stream is None:  # a program without a console
@@ -91,9 +94,12 @@ def _say(text: str, stream: TextIO | None = None) -> None:
     encoding = getattr(stream, "encoding", None) or "utf-8"
     try:
         print(text.encode(encoding, "backslashreplace").decode(encoding), file=stream, flush=True)
-    except BrokenPipeError:
-        # Python flushes the stream once more at its end, and would complain again.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    except OSError as err:
+        if err.errno in (errno.EPIPE, errno.EIO):
+            # Python flushes the stream once more at its end, and would complain again.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        elif stream is not sys.stderr:
+            raise
 
 
 def _as_json(values: dict[str, Any]) -> str:

@@ -1,10 +1,17 @@
-"""The command line's arguments: one function per group, each adds its group to a command."""
+"""The command line's arguments: one function per group, each adds its group to a command.
+
+And how a command ends that is asked to.
+"""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
+import signal
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -230,3 +237,37 @@ def read_text(path: str | None, field: str = "prompts") -> str | None:
         return decode_text(Path(os.path.expanduser(path)).read_bytes())
     except (OSError, UnicodeDecodeError) as err:
         raise InvalidRequest(f"{field}: {path} cannot be read ({err}).", field=field) from err
+
+
+class AskedToEnd(KeyboardInterrupt):
+    """The process was asked to end by ``signal``."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.signal = number
+
+
+@contextlib.contextmanager
+def ends_in_order() -> Iterator[None]:
+    """Have SIGTERM, and SIGHUP of a terminal that is closed, end a command as Ctrl-C does.
+
+    What is in work is kept then. One that is ignored, as under ``nohup``, stays so; and so does all
+    where a program of its own calls the command in another thread, or hears these signals itself.
+    """
+    before: dict[int, Any] = {}
+
+    def end(number: int, _: object) -> None:
+        for one in before:  # who asks twice is not to interrupt what the first time has begun
+            signal.signal(one, signal.SIG_IGN)
+        raise AskedToEnd(number)
+
+    if threading.current_thread() is threading.main_thread():
+        numbers = [getattr(signal, name, None) for name in ("SIGTERM", "SIGHUP")]
+        for number in filter(None, numbers):
+            if signal.getsignal(number) is signal.SIG_DFL:
+                before[number] = signal.signal(number, end)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -108,16 +108,21 @@ def _asked_to_end() -> Iterator[None]:
     """Have SIGTERM, which uvicorn sends itself again when it has ended, leave time for an end.
 
     Without this the process would be gone before what is in work is stopped, and each orderly end
-    would count as a death under that job.
+    would count as a death under that job. A terminal that is closed (SIGHUP) asks for the same,
+    unless that is ignored, as under ``nohup``.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGTERM, lambda *_: None)
+    before = {signal.SIGTERM: signal.signal(signal.SIGTERM, lambda *_: None)}
+    hangup = getattr(signal, "SIGHUP", None)
+    if hangup is not None and signal.getsignal(hangup) is not signal.SIG_IGN:
+        before[hangup] = signal.signal(hangup, lambda *_: signal.raise_signal(signal.SIGTERM))
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def listening_as() -> dict[str, Any]:
