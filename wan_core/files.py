@@ -347,6 +347,19 @@ def atomic_write(
             raise _cannot_write(Path(path), err) from err
 
 
+def make_folder(path: Path) -> None:
+    """Make a folder, and those it is in, where they are not there.
+
+    Raises OutputError for a file, a link to nothing, and what the system does not let be made.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except (OSError, ValueError) as err:
+        raise OutputError(
+            f"The folder {quoted(path)} cannot be made: {_why(err)}. Name another folder."
+        ) from err
+
+
 def check_target(path: str | os.PathLike[str]) -> None:
     """Make sure that ``path`` can be written, before the work whose result goes there.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -24,6 +25,7 @@ from wan_core.render import WanPipelineWrapper
 from wan_core.serve import BadLine, Batch, BatchJob, Ledger, Outcome, jobs, read_jobs
 from wan_core.serve.crew import Hand
 from wan_core.serve.ledger import Entry
+from wan_core.serve.queue import Queue
 
 TINY: dict[str, Any] = {"num_frames": 5, "width": 32, "height": 32, "num_inference_steps": 2}
 CPU = {"device": "cpu", "precision": "fp32"}
@@ -423,6 +425,62 @@ def test_a_file_that_cannot_be_read_leaves_what_is_known(models: Path, tmp_path:
     with pytest.raises(MissingFile):
         Batch(path, tmp_path / "out", optimization=CPU).run()
     assert (tmp_path / "out" / "jobs.summary.json").read_bytes() == told
+
+
+def test_a_line_that_was_a_comment_for_a_while_is_done_still(tmp_path: Path) -> None:
+    """Not where another line has made the same file meanwhile, be it as large."""
+    clips = [tmp_path / f"{name}.mp4" for name in "ab"]
+    for clip in clips:
+        clip.write_bytes(b"1234")
+
+    def run(*done: tuple[str, Path]) -> Ledger:
+        """As a run of a file with these lines does; says what it would not make again."""
+        ledger = Ledger(tmp_path / "jobs.summary.json")
+        for line, (identity, clip) in enumerate(done, 1):
+            there.append(ledger.finished(identity, clip) is not None)
+            ledger.put(Entry(line=line, state="done", identity=identity, output=str(clip), size=4))
+        ledger.write()
+        return ledger
+
+    there: list[bool] = []
+    run(("one", clips[0]), ("two", clips[1]))
+    assert len(run(("two", clips[1])).to_dict()["earlier"]) == 1
+    run()
+    run(("one", clips[0]), ("two", clips[1]))
+    assert there == [False, False, True, True, True]
+    run(("other", clips[0]))
+    assert run(("one", clips[0])).to_dict()["earlier"][0]["identity"] == "two"
+    assert there[5:] == [False, False]
+
+
+@pytest.mark.parametrize("what", ["a link to nothing", "a file"])
+def test_a_folder_that_cannot_be_one_is_told(tmp_path: Path, what: str) -> None:
+    path, folder = lines(tmp_path / "jobs.jsonl", {"output": "a.mp4"}), tmp_path / "clips"
+    if what == "a file":
+        folder.write_text("mine")
+    else:
+        folder.symlink_to(tmp_path / "nowhere")
+    with pytest.raises(OutputError, match="clips' cannot be made: File exists"):
+        Batch(path, folder)
+    with pytest.raises(OutputError, match="clips' cannot be made: File exists"):
+        Queue(folder / "queue.sqlite3")
+
+
+def test_a_folder_that_is_a_link_or_goes_meanwhile_is_no_end(tmp_path: Path) -> None:
+    real = tmp_path / "disk" / "clips"
+    real.mkdir(parents=True)
+    folder = tmp_path / "clips"
+    folder.symlink_to(real)
+    path = lines(tmp_path / "jobs.jsonl", {"output": "a.mp4", "model": "m"})
+    (job,) = read_jobs(path, folder)
+    assert isinstance(job, BatchJob) and job.output == real / "a.mp4"
+    ledger = Ledger(folder / "jobs.summary.json")
+    ledger.put(Entry(line=1))
+    ledger.write()
+    shutil.rmtree(real.parent)
+    folder.unlink()
+    ledger.note(Entry(line=1, state="done"))
+    assert json.loads(ledger.path.read_text())["jobs"][0]["line"] == 1
 
 
 def test_a_line_that_the_system_refuses_is_set_aside(models: Path, tmp_path: Path) -> None:

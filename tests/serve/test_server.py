@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 import socket
+import sqlite3
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -440,6 +441,31 @@ def test_a_write_that_the_disk_refuses_is_tried_again(model: Path, tmp_path: Pat
         assert client.settled(id)["status"] == "completed"
         wait_for(lambda: client.ask("GET", "/health")[0] == 200)
         assert client.create(prompt="y", **TINY)[0] == 200
+
+
+def test_a_queue_whose_file_is_gone_takes_no_job_that_would_be_lost(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SQLite would go on with a file without a name, until the server ends."""
+    crew = Idle()
+    with serving(model, tmp_path, crew=crew) as (client, desk):
+        path = desk.queue.path
+        path.rename(tmp_path / "elsewhere")
+        status, told = client.create(prompt="x", **TINY)
+        assert status == 503 and "was removed or replaced" in told["error"]["message"]
+        assert client.ask("GET", "/health")[0] == 503
+        path.write_bytes(b"")
+        assert client.create(prompt="x", **TINY)[0] == 503
+        (tmp_path / "elsewhere").replace(path)
+        assert client.ask("GET", "/health")[0] == 200
+        assert client.create(prompt="x", **TINY)[0] == 200
+
+        def broken(*_: Any) -> None:
+            raise sqlite3.DatabaseError("database disk image is malformed")
+
+        monkeypatch.setattr(desk.queue, "list", broken)
+        status, told = client.ask("GET", "/v1/videos")
+        assert status == 503 and "malformed" in told["error"]["message"]
 
 
 def test_a_disk_that_stays_full_ends_the_crew_and_is_told(

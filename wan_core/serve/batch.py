@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InvalidRequest, OutputError, WanError
-from ..files import atomic_write
+from ..files import atomic_write, make_folder
 from ..journal import try_lock
 from .carry import MOST_LOSSES, Carrier, Outcome
 from .crew import Crew, Here, carry_out
@@ -50,7 +50,7 @@ class Batch:
             raise InvalidRequest(f"tries is {tries}; 1 or more are needed.", field="tries")
         self.path, self.folder, self.tries, self._tell = path, folder, tries, tell
         self._model, self._optimization = model, dict(optimization or {})
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         self.ledger = Ledger(folder / f"{path.stem}.summary.json")
         self._carrier = Carrier()
         self._crew, self._plan = crew, plan

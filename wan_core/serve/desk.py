@@ -170,8 +170,9 @@ class Desk:
     @property
     def failed(self) -> str | None:
         """Return why no job is carried out, now or any more; None while all is well."""
-        if self._failed or self.queue.trouble:
-            return self._failed or self.queue.trouble
+        trouble = self._failed or self.queue.trouble or self.queue.lost
+        if trouble is not None:
+            return trouble
         ended = self._thread is not None and not self._thread.is_alive()
         if ended and not self.queue.closed:
             return "What hands out the jobs has ended. Start the server again."

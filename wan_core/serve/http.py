@@ -9,6 +9,7 @@ from __future__ import annotations
 import hmac
 import json
 import re
+import sqlite3
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from typing import TYPE_CHECKING, Any
 
@@ -178,6 +179,11 @@ def _add_errors(app: FastAPI, desk: Desk) -> None:
         if status in (429, 503):
             headers["retry-after"] = str(desk.ask_again_after())
         return JSONResponse(body, status, headers)
+
+    @app.exception_handler(sqlite3.Error)
+    async def unreadable(_: Any, err: sqlite3.Error) -> Response:
+        text = f"The queue cannot be read just now: {err}."
+        return JSONResponse(error_body(text, "queue_unreadable"), 503, {"retry-after": "10"})
 
     @app.exception_handler(404)
     @app.exception_handler(405)

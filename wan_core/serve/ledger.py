@@ -76,7 +76,8 @@ class Ledger:
         except FileNotFoundError:
             return  # a journal is only ever begun beside a summary
         try:
-            rows = [Entry(**one) for one in json.loads(text)["jobs"]]
+            read = json.loads(text)
+            rows = [Entry(**one) for one in (*read["jobs"], *read.get("earlier", ()))]
         except (ValueError, TypeError, KeyError) as err:
             raise InvalidRequest(
                 f"{self.path} is not the summary of a batch ({err}). Move it away, or name another."
@@ -113,9 +114,16 @@ class Ledger:
         return {state: found[state] for state in STATES}
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain values, the entries in the order of their lines."""
+        """Return plain values, the entries in the order of their lines.
+
+        ``earlier`` are clips of lines that the file lacks by now: where they come back, as those
+        that were comments for a while, the clips are there. One whose output another line makes now
+        is not the file's any more.
+        """
         rows = [asdict(self.entries[line]) for line in sorted(self.entries)]
-        return {"counts": self.counts(), "jobs": rows}
+        outputs = {entry.output for entry in self.entries.values()}
+        earlier = [asdict(row) for row in self._done.values() if row.output not in outputs]
+        return {"counts": self.counts(), "jobs": rows, "earlier": earlier}
 
     def note(self, entry: Entry) -> None:
         """Keep a change of an entry on the disk; raises OutputError where it cannot be written."""
@@ -131,6 +139,9 @@ class Ledger:
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as err:
+            if isinstance(err, FileNotFoundError):  # somebody has removed the folder
+                self.write()
+                return
             raise OutputError(f"{self._journal} cannot be written: {err.strerror}.") from err
         self._noted += 1
 

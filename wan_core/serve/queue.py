@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import secrets
 import shutil
 import sqlite3
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ..errors import InvalidRequest, OutputError
+from ..files import make_folder
 from .carry import MOST_LOSSES, Outcome
 from .jobs import BatchJob
 
@@ -109,12 +111,13 @@ class Queue:
         """Why a change cannot be written just now; None while all is well."""
         self._ended = threading.Event()
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(path.parent)
             self._file = sqlite3.connect(
                 path, timeout=1, check_same_thread=False, isolation_level=None
             )
             self._file.row_factory = sqlite3.Row
             self._begin()
+            self._place = os.stat(path)
         except sqlite3.DatabaseError as err:
             if isinstance(err, sqlite3.OperationalError):
                 raise OutputError(
@@ -158,6 +161,20 @@ class Queue:
             gone = self._file.execute("SELECT * FROM jobs WHERE unwanted = 1").fetchall()
         for row in gone:
             self._remove(row)
+
+    @property
+    def lost(self) -> str | None:
+        """Return why what is written is kept no more: the file was removed or replaced; or None.
+
+        SQLite goes on with a file that has no name, as if nothing had happened.
+        """
+        with contextlib.suppress(OSError):
+            if os.path.samestat(self._place, os.stat(self.path)):
+                return None
+        return (
+            f"The queue {self.path} was removed or replaced while the server runs. Put it back, or "
+            "start the server again."
+        )
 
     def folder_of(self, id: str) -> Path:
         """Return the folder with all that belongs to a job: input, journal and clip."""
@@ -283,8 +300,8 @@ class Queue:
     # -- what a crew asks -------------------------------------------------------------------------
 
     def waiting(self) -> int:
-        """Return how many jobs could begin; none once the server ends, or without room."""
-        return 0 if self.closed or not self._room() else self._queued()
+        """Return how many jobs could begin; none once the server ends, or without room or file."""
+        return 0 if self.closed or self.lost or not self._room() else self._queued()
 
     def _queued(self) -> int:
         with self._lock:
@@ -295,7 +312,7 @@ class Queue:
 
     def take(self, group: str) -> BatchJob | None:
         """Return the next job: tried least, of the highest priority, of the open model, oldest."""
-        if self.closed or not self._room():
+        if self.closed or self.lost or not self._room():
             return None
         return self._patiently(lambda: self._take(group))
 
