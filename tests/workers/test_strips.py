@@ -25,7 +25,7 @@ from wan_core.render.decode import Decoding, try_strips
 from wan_core.render.pipeline import WanPipelineWrapper
 from wan_core.render.video import read_video
 from wan_core.sampling import StreamingDecoder, to_pictures
-from wan_core.workers import worker_pool
+from wan_core.workers import WorkerPool, worker_pool
 from wan_core.workers.ring import Ring
 
 CLIP: dict[str, Any] = {
@@ -199,6 +199,18 @@ class Trouble:
         raise torch.OutOfMemoryError("out of memory: injected")
 
 
+@pytest.fixture
+def nobody_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No worker can take another's strip, as where all have one in work."""
+    free = WorkerPool.free_ranks
+
+    def none_in_a_decode(pool: WorkerPool, count: int) -> Any:
+        return [] if pool._strips[1] is not None else free(pool, count)
+
+    monkeypatch.setattr(WorkerPool, "free_ranks", none_in_a_decode)
+
+
+@pytest.mark.usefixtures("nobody_is_free")
 @pytest.mark.parametrize(
     ("what", "after"), [("dies", 4), pytest.param("runs out of memory", 2, marks=pytest.mark.slow)]
 )
@@ -246,11 +258,37 @@ def test_a_strip_of_a_worker_that_ends_is_made_by_the_others(
     if spare:
         assert notes == ["in 2 strips on as many cards"]
         assert any("cpu went on with its strip from frame" in text for text in found.warnings)
-    else:
+    elif len(notes) > 1:  # else one had finished its own by then
         assert notes == ["in 3 strips on as many cards", "in 2 strips on as many cards"]
         assert any("shared out among the others" in text for text in found.warnings)
 
 
+def test_a_worker_that_has_finished_its_strip_makes_the_other_too(
+    folder: Any, threads: type[ThreadWorker]
+) -> None:
+    """Three chunks fit into the ring: the first worker is done before a picture is taken."""
+    path, job, pool = folder("wan2.1-t2v"), {"num_frames": 9}, worker_pool(("cpu", "cpu"))
+    whole, died = made(path, job, speed="fast"), list[bool]()
+
+    def look(worker: ThreadWorker) -> None:
+        if not decoding(worker) or worker is not threads.made[1] or died:
+            return
+        until = time.perf_counter() + 30
+        while not pool._gangs[0].idle and time.perf_counter() < until:
+            time.sleep(0.01)
+        died.append(True)
+        pool._restarts = 0
+        worker.die()
+
+    threads.looked = look
+    found = made(path, job, speed="fast", devices=2)
+    assert died and near(found, whole)
+    notes = [stage.note for stage in found.stages if stage.name == "decode"]
+    assert notes == ["in 2 strips on as many cards"]
+    assert any("went on with its strip from frame 1" in text for text in found.warnings)
+
+
+@pytest.mark.usefixtures("nobody_is_free")
 def test_exact_shares_no_rest_out_in_strips_that_were_not_tried(
     folder: Any, threads: type[ThreadWorker], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -184,7 +184,7 @@ class StripsDecoder:
 
     def hears(self, rank: Rank, header: dict[str, Any]) -> None:
         """Hear from a worker that makes a strip."""
-        part = next((one for one in self._parts if one.rank is rank), None)
+        part = self._made_by(rank)
         if part is None:
             return
         kind = header["type"]
@@ -202,7 +202,12 @@ class StripsDecoder:
 
     def lost(self, rank: Rank, why: str) -> None:
         """Hear that a worker has ended."""
-        part = next((one for one in self._parts if one.rank is rank), None)
-        if part is not None and not part.ended:
+        part = self._made_by(rank)
+        if part is not None:
             part.lost = f"{rank.process.device} {why}"
             part.frames.clear()  # whoever goes on makes them anew
+
+    def _made_by(self, rank: Rank) -> _Part | None:
+        """Return the strip that a worker has in work; it may have finished another before."""
+        mine = (part for part in self._parts if part.rank is rank and not part.ended)
+        return next(mine, None)
