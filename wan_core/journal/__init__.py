@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from .content import code_digest
     from .identity import device_name, versions
     from .journal import Journal
-    from .lock import try_lock
+    from .lock import FileLock, try_lock
     from .resume import RenderJournal, open_journal
     from .saved import SavedRender, remove_saved, saved_renders
 
@@ -28,13 +28,14 @@ __getattr__ = lazy_names(
         "content": ("code_digest",),
         "identity": ("device_name", "versions"),
         "journal": ("Journal",),
-        "lock": ("try_lock",),
+        "lock": ("FileLock", "try_lock"),
         "resume": ("RenderJournal", "open_journal"),
         "saved": ("SavedRender", "remove_saved", "saved_renders"),
     },
 )
 
 __all__ = [
+    "FileLock",
     "Journal",
     "RenderJournal",
     "SavedRender",

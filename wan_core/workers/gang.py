@@ -18,11 +18,11 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from torch import Tensor
 
-from ..journal import try_lock
+from ..journal import FileLock, try_lock
 from .messages import Message
 from .process import WorkerProcess
 
@@ -84,7 +84,7 @@ class Gang:
         self.broken: tuple[float, str] | None = None
         """Since when one process has missed another, and what it said."""
         self._place: Path | None = None
-        self._lock: IO[bytes] | None = None
+        self._lock: FileLock | None = None
         if self.size > 1:
             self._place, self._lock = _meeting_place()
         self.ranks: list[Rank] = []
@@ -231,7 +231,7 @@ def unheld(gangs: Sequence[Gang], devices: Sequence[str]) -> list[Gang]:
     return ours
 
 
-def _meeting_place() -> tuple[Path, IO[bytes]]:
+def _meeting_place() -> tuple[Path, FileLock]:
     """Make a folder that nobody else uses, and keep its lock; remove those of dead processes.
 
     Raises OSError where the temporary folder cannot be written.
