@@ -59,8 +59,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt as err:
         kept = getattr(arguments, "resume", None) not in (None, "never")
-        goes_on = kept or arguments.run in (_download, _batch)
-        more = " Run the same command again to go on." if goes_on else ""
+        more = " Run the same command again to go on."
+        more *= kept or arguments.run in (_download, _batch)
         _say(f"interrupted; nothing half written is left.{more}", sys.stderr)
         return 128 + getattr(err, "signal", 2)
     _say(_as_json(values) if arguments.json else text)
@@ -85,8 +85,8 @@ def _carry_out(arguments: argparse.Namespace) -> tuple[str, dict[str, Any]]:
 def _say(text: str, stream: TextIO | None = None) -> None:
     """Print a text as far as the stream can: by now the work is done, and must not end in an error.
 
-    A console of another code page shows what it does not have as \\u escapes. A reader that has
-    gone (``| head``, a terminal that was closed) has seen enough, and a full disk keeps no log.
+    What a code page lacks becomes \\u escapes. A reader that has gone (``| head``, a terminal that
+    was closed) has seen enough, and a full disk keeps no log.
     """
     stream = sys.stdout if stream is None else stream
     if stream is None:  # a program without a console

@@ -36,7 +36,7 @@ from ..job import (
     window_settings_without_effect,
 )
 from ..journal import RenderJournal, open_journal
-from ..loading import load_scheduler_config
+from ..loading import check_component, load_scheduler_config
 from ..models import magcache_curve
 from ..sampling import (
     ClipSegments,
@@ -112,7 +112,11 @@ class Render:
 
         Before anything is loaded: a mistake here must not show only after the last step.
         """
-        self.stages.check_vae()
+        part = self.stages.architecture.components.get("vae")
+        # It is read after the last step. Of the other components, which are read before the first,
+        # loading says the same in time.
+        if part is not None and not self.stages.cache.holds(self.stages.key("vae")):
+            check_component(part.path, "vae")
         check_outputs(self.request)
         for path in output_paths(self.request):
             sweep(path.parent)

@@ -24,7 +24,6 @@ from ..job import check_files
 from ..loading import (
     ComponentCache,
     ComponentKey,
-    check_component,
     component_key,
     dtype_of,
     first_look,
@@ -110,15 +109,6 @@ class StageRunner:
     def has(self, component: str) -> bool:
         """Say whether the model has this component."""
         return component in self.architecture.components
-
-    def check_vae(self) -> None:
-        """Compare the VAE's headers with its class: it is read after the last step.
-
-        Of the other components, which are read before the first, loading says the same in time.
-        """
-        part = self.architecture.components.get("vae")
-        if part is not None and not self.cache.holds(self.key("vae")):
-            check_component(part.path, "vae")
 
     def check_interrupt(self) -> None:
         """Look for an interrupt, and sample the memory in use; called between blocks."""
