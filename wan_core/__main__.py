@@ -1,9 +1,8 @@
 """Command line: ``python -m wan_core`` with a command; without one it names them all.
 
-The exit code is 0 on success, 1 for an expected error (one line on stderr) or a batch with jobs
-that failed, 2 for a wrong command line, and 130 after Ctrl-C. With ``--json`` stdout is one object
-with the fields of the API's result. For an expected error it is one with ``success``, ``errors``
-and ``warnings``, and the line on stderr is printed too.
+The exit code is 0 on success, 1 for an expected error (a line on stderr) or a batch with jobs that
+failed, 2 for a wrong command line, 130 after Ctrl-C, 143 after SIGTERM. With ``--json`` stdout is
+one object: the API's result, or for an error ``success``, ``errors`` and ``warnings``.
 """
 
 from __future__ import annotations
