@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from support import reference_layouts as layouts
+from support import stored_files as files
 from support.fake_cuda import FakeCuda
 from support.stored_models import write_expert
 from support.tiny_models import make_transformer
@@ -28,6 +31,7 @@ from wan_core.loading import (
     to_look_at,
 )
 from wan_core.placing.transport import Block
+from wan_core.workers.child import Worker
 
 KINDS = {"fp8_scaled": "safetensors", "Q4_K": "gguf", "int8_convrot": "safetensors"}
 Read = list[range]
@@ -57,6 +61,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     state = layouts.original_transformer(state)
     for kind, end in KINDS.items():
         write_expert(folder / f"{kind}.{end}", state, kind)
+    files.write(folder / "bf16.safetensors", state)
     return folder
 
 
@@ -205,6 +210,34 @@ def test_what_goes_wrong_is_told_by_name_and_again(
         assert all(torch.equal(v, plain[name]) for name, v in bytes_of(module).items())
 
 
+def test_what_is_rounded_to_fp8_is_looked_at_while_it_is_read(home: Path, read: Read) -> None:
+    """What the file holds of it is not needed any more, and is not read again."""
+    module = load_component(
+        home / "bf16.safetensors", torch.bfloat16,
+        keep_quantized=True, map_file=True, fp8_storage=True, look_later=True,
+    )  # fmt: skip
+    there = [found for p in module.parameters() if (found := mapped.stored_at(p.data))]
+    assert there and sum(map(len, read)) > sum(len(stored.span) for _, stored in there)
+    read.clear()
+    looked_at(module, nowhere)
+    assert {span.start for span in read} == {stored.span.start for _, stored in there}
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_gang_has_read_a_file_before_parts_of_its_blocks_are_page_locked(
+    home: Path, read: Read, shared: bool
+) -> None:
+    """They are copied from the file's pages; a worker alone reads while it sends."""
+    weights: Any = SimpleNamespace(
+        component="transformer", kind="transformer", path=home / "fp8_scaled.safetensors",
+        module=None, dtype="bf16", fp8=False, mapped=True, shared=shared,
+    )  # fmt: skip
+    worker = Worker("cuda:0", lambda *_: None)
+    worker._next_beat = float("inf")
+    assert to_look_at(worker._read(weights)) != shared
+    assert bool(read) == shared
+
+
 def _stop() -> None:
     raise Stopped
 
@@ -245,6 +278,40 @@ def test_as_on_windows(
     looked_at(module, to_device)
     found = bytes_of(module)
     assert all(torch.equal(value, found[name]) for name, value in expected["Q4_K"].items())
+
+
+def test_a_file_stays_open_while_a_thread_reads_it_as_on_windows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An interrupt closes what reads; the thread that is in the middle of it still has its file."""
+    monkeypatch.delattr(os, "preadv")
+    path = tmp_path / "file"
+    path.write_bytes(bytes(100))
+    reads, goes_on = threading.Event(), threading.Event()
+
+    class Slow(mapped.io.FileIO):
+        def readinto(self, buffer: Any) -> int | None:
+            reads.set()
+            goes_on.wait(60)
+            return super().readinto(buffer)
+
+    monkeypatch.setattr(mapped.io, "FileIO", Slow)
+    looker, into = mapped.Looker(mapped.Watch()), torch.ones(100, dtype=torch.uint8)
+    found: list[Any] = []
+
+    def fetch() -> None:
+        with Slow(path) as file:
+            found.append(looker.fetch(file, range(100), 1, None, into))
+
+    reader, closer = threading.Thread(target=fetch), threading.Thread(target=looker.close)
+    reader.start()
+    assert reads.wait(60)
+    closer.start()
+    closer.join(0.2)
+    goes_on.set()
+    for thread in (reader, closer):
+        thread.join(60)
+    assert found == [""] and not into.any()
 
 
 @pytest.mark.parametrize("what", ["opened", "mapped"])

@@ -12,6 +12,7 @@ import math
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -325,9 +326,9 @@ class _Filling:
             source = self.sources[name]
             if self.keeping.quantized and self._keep(name, source):
                 continue
-            tensor = self._read(name, source, shapes[name])
-            if not (self.keeping.fp8 and self._store_fp8(name, tensor)):
-                _assign(self.module, name, tensor)
+            rounded = self._is_rounded(name)
+            tensor = self._read(name, source, shapes[name], kept=not rounded)
+            (self._store_fp8 if rounded else partial(_assign, self.module))(name, tensor)
         self.reader.finish()
         if not self.reader.leave(self.module, self.amount):
             self.amount.end()
@@ -348,10 +349,12 @@ class _Filling:
             dtype = stored if plain else torch.bfloat16
         return torch.float32 if stays_fp32(name, keep_in_fp32(self.module, dtype)) else dtype
 
-    def _read(self, name: str, source: Source, shape: tuple[int, ...]) -> torch.Tensor:
+    def _read(
+        self, name: str, source: Source, shape: tuple[int, ...], *, kept: bool
+    ) -> torch.Tensor:
         target, stored = self._target(name, self.table.tensors[source.name]), self._stored(source)
         if stored is None:
-            return self.reader.read(source, shape, target)
+            return self.reader.read(source, shape, target, kept=kept)
         return self.reader.unpack(source, stored, self.part.prefix, shape, target)
 
     def _keep(self, name: str, source: Source) -> bool:
@@ -384,15 +387,18 @@ class _Filling:
         replace_layer(self.module, layer_name, new)
         return True
 
-    def _store_fp8(self, name: str, weight: torch.Tensor) -> bool:
-        """Store a matrix of a block in fp8, before the next one is read; False for all others."""
-        layer_name, _, leaf = name.rpartition(".")
-        layer = self.module.get_submodule(layer_name)
+    def _is_rounded(self, name: str) -> bool:
+        """Whether this is a matrix of a block, and those are to be stored in fp8."""
+        layer, _, leaf = name.rpartition(".")
         in_block = name.startswith(("blocks.", "vace_blocks.", "face_adapter."))
-        if type(layer) is not nn.Linear or leaf != "weight" or not in_block:
-            return False
+        matrix = leaf == "weight" and type(self.module.get_submodule(layer)) is nn.Linear
+        return self.keeping.fp8 and in_block and matrix
+
+    def _store_fp8(self, name: str, weight: torch.Tensor) -> None:
+        """Store a matrix in fp8, before the next one is read."""
+        layer_name = name.removesuffix(".weight")
+        layer: Any = self.module.get_submodule(layer_name)
         replace_layer(self.module, layer_name, fp8_layer(layer, weight))
-        return True
 
     def _cast_at_use(self, info: TensorInfo, target: torch.dtype) -> bool:
         """Whether a half-precision matrix stays as it is for the other half precision."""

@@ -224,8 +224,9 @@ class Looker:
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
         self._waiting.clear()
-        for file in self._own.values():
-            file.close()
+        with self._seeking:  # whose thread reads still has its file
+            for file in self._own.values():
+                file.close()
 
     def _await_first(self) -> None:
         nbytes, found, wrong = self._waiting[0]
@@ -272,6 +273,8 @@ class Looker:
             return os.preadv(file.fileno(), [buffer], offset)
         # Windows reads where a file stands: one of its own, as others move ``file``.
         with self._seeking:
+            if self._stop.is_set():
+                return 0
             own = self._own.get(str(file.name))
             if own is None:
                 own = self._own[str(file.name)] = io.FileIO(file.name, "rb")
@@ -288,12 +291,12 @@ def copy_read(
     and may raise. Raises what the tensors' ``InFile.wrong`` makes of what is wrong with a file.
     """
     pairs = zip(tensors, targets, strict=True)
-    found = [(tensor, target, stored_at(tensor)) for tensor, target in pairs]
+    found = [(a, b, stored_at(a) if b.is_contiguous() else None) for a, b in pairs]
     new = [there for *_, there in found if there and there[1].span.start in there[0].unseen]
     looker = Looker(Watch(check, new[0][0].watch.read if new else _nothing))
     try:
         for tensor, target, there in found:
-            if there is None or not tensor.numel() or not target.is_contiguous():
+            if there is None:
                 target.copy_(tensor)
                 continue
             file, stored = there

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import queue
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import dataclass
 from types import TracebackType
@@ -234,12 +234,14 @@ class _Ring:
         looker = Looker(Watch())
         try:
             with ThreadPoolExecutor(_THREADS, thread_name_prefix="wanfit-send") as pool:
-                waiting = [pool.submit(self._send, piece, looker) for piece in pieces]
+                waiting: list[Future[Reason]] = []
                 try:
+                    waiting += (pool.submit(self._send, piece, looker) for piece in pieces)
                     for piece, one in zip(pieces, waiting, strict=True):
+                        check()
                         while not one.done():
-                            check()
                             wait([one], timeout=_CHECK_SECONDS)
+                            check()
                         piece.arrived(one.result())
                 finally:
                     looker.close()  # those that still read stop

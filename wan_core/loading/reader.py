@@ -121,12 +121,13 @@ class TensorReader:
         return bool(files)
 
     def read(
-        self, source: Source, shape: tuple[int, ...], dtype: torch.dtype | None = None
-    ) -> torch.Tensor:
+        self, source: Source, shape: tuple[int, ...], dtype: torch.dtype | None = None, *,
+        kept: bool = True,
+    ) -> torch.Tensor:  # fmt: skip
         """Return the values of ``source`` in ``shape`` on the device, in ``dtype`` or as stored.
 
         For weights that are stored as plain numbers; ``unpack`` is for the others. ``dtype`` does
-        not apply to integers.
+        not apply to integers. What is not ``kept`` as it is, is looked at now.
         """
         info = self.table.tensors[source.name]
         stored = DTYPES[info.dtype]
@@ -141,7 +142,7 @@ class TensorReader:
                 self._watch.seen(view.nbytes)
             else:
                 finite = partial(_are_finite, stored) if stored.is_floating_point else None
-                self._look(info, start, view.nbytes, stored.itemsize, finite)
+                self._look(info, start, view.nbytes, stored.itemsize, finite, kept=kept)
             return view.view(shape)
         out = torch.empty(numel, dtype=target, device=self.device)
         if straight:

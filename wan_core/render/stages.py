@@ -318,12 +318,16 @@ class StageRunner:
         return ram()[1] >= wanted + RAM_RESERVE
 
     def _is_loaded(self, component: str) -> bool:
-        return any(key == self.key(component) for key, _ in self.cache.loaded())
+        return self._in_cache(component) is not None
 
     def _is_unread(self, component: str) -> bool:
         """Whether some of a component's weights have not been read, or none of them."""
-        found = [module for key, module in self.cache.loaded() if key == self.key(component)]
-        return not found or to_look_at(found[0])
+        module = self._in_cache(component)
+        return module is None or to_look_at(module)
+
+    def _in_cache(self, component: str) -> Any | None:
+        own = self.key(component)  # asks the disk for each of its files
+        return next((module for key, module in self.cache.loaded() if key == own), None)
 
     def _read_ahead(self, component: str, known: bool, ahead: Ahead) -> None:
         """Load a component, or read its file again where it is ``known``; in a thread's own time.

@@ -316,7 +316,9 @@ class Worker:
             map_file=weights.mapped,
             align=self.device.type == "cpu",
             fp8_storage=weights.fp8,
-            look_later=weights.mapped and self.device.type == "cuda",
+            # A gang page-locks parts of blocks, which are copied from the file's pages: they are to
+            # be in RAM by then.
+            look_later=weights.mapped and self.device.type == "cuda" and not weights.shared,
             module_path=weights.module,
             interrupt_check=self.check,
             progress=partial(self._has_read, weights.component),
