@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import operator
+import signal
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -42,6 +43,18 @@ RESUME = ("auto", "never", "must")
 def child_environment(given: Mapping[str, str]) -> dict[str, str]:
     """Return the environment of a process that this one starts: without the server's token."""
     return {name: value for name, value in given.items() if name != TOKEN}
+
+
+def leave_ends_to_driver() -> None:
+    """Have this process, which another one drives, ignore what asks a whole group to end.
+
+    Ctrl-C, a closed terminal and a service manager ask the driver and its processes at the same
+    time. The driver ends in order, and ends those that it drives; one that was gone before would
+    be taken for dead. They end with their driver in any case, as their stdin closes then.
+    """
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        if (number := getattr(signal, name, None)) is not None:
+            signal.signal(number, signal.SIG_IGN)
 
 
 def plain_number(value: Any) -> int | float | None:

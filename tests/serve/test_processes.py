@@ -462,6 +462,9 @@ def test_a_process_ends_with_its_driver_and_stops_when_told(tmp_path: Path) -> N
     crew.begin(crew.hands[0], job)
     while not seen:
         assert crew.wait(0.2) == []
+    for asked in ("SIGINT", "SIGTERM", "SIGHUP"):  # of the whole group: the driver ends it
+        if hasattr(signal, asked) and sys.platform != "win32":
+            os.kill(crew.hands[0].pid or 0, getattr(signal, asked))
     unwanted.add(1)
     ended = []
     while not ended:

@@ -11,7 +11,6 @@ import contextlib
 import json
 import os
 import queue
-import signal
 import subprocess
 import sys
 import threading
@@ -20,7 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from ..config import child_environment
+from ..config import child_environment, leave_ends_to_driver
 from ..errors import InvalidRequest, first_line
 from .carry import Carrier, Outcome
 from .crew import IDLE_SECONDS, Hand, Progress
@@ -351,7 +350,7 @@ def main() -> None:
     # What a library prints must not be taken for an answer.
     answers = os.fdopen(os.dup(1), "wb", buffering=0)
     os.dup2(2, 1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the driver, which closes stdin
+    leave_ends_to_driver()
     inbox: queue.Queue[tuple[BatchJob, bool]] = queue.Queue()
     unwanted: set[int] = set()
 
