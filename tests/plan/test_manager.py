@@ -253,6 +253,17 @@ def test_a_forced_offload_that_seems_not_to_fit_is_tried_with_a_warning() -> Non
         recommend(SMALL, P480, gpu(12), offload="none")
 
 
+def test_a_forced_offload_is_tried_too_where_a_render_goes_on_without_its_workers() -> None:
+    """What is smaller still, but would change the clip that was begun, does not count."""
+    wishes, manager = OptimizationConfig(offload="none"), OptimizationManager(ALL)
+    small, busy = architecture(SMALL), gpu(24, device_free_bytes=10 * GIB)
+    begun = manager.recommend_optimizations(small, P480, gpu(80), wishes)
+    assert recommend(SMALL, P480, busy, ALL, offload="none").fp8_storage
+    plan = manager.plan_alone(small, P480, busy, wishes, begun)
+    assert not begun.fp8_storage and not plan.fp8_storage
+    assert "asked for" in plan.estimate.warnings[-1]
+
+
 def test_caps_are_obeyed_and_named() -> None:
     plan = recommend(SMALL, P480, gpu(80), vram_limit_gb=12)
     assert plan.estimate.peak_usage_mb / 1024 <= 12

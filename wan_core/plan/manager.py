@@ -114,6 +114,7 @@ class Planner:
         requested.check_device(system)
         limits = Limits.of(system, requested)
         weighed: list[Candidate] = []
+        others: list[Candidate] = []
         for candidates in ladder(architecture, workload, system, requested, limits, self.abilities):
             ours = candidates
             if current is not None:
@@ -122,12 +123,11 @@ class Planner:
             if chosen is not None:
                 found = (architecture, workload, system, requested, limits, chosen, ours)
                 return _plan(*found, "lean" in self.abilities), chosen
-            weighed += candidates
+            weighed += ours
+            others += candidates
         # No tier has a candidate that fits.
-        smallest = _smallest(weighed, limits)
-        if current is not None and not _goes_on(smallest.choices, workload, current):
-            return None, smallest
-        if not _obeyed(smallest.estimate, system, requested):
+        smallest = _smallest(weighed or others, limits)
+        if not weighed or not _obeyed(smallest.estimate, system, requested):
             return None, smallest
         told = replace(smallest, estimate=_with_warning(smallest.estimate, limits))
         lean = "lean" in self.abilities
