@@ -246,8 +246,10 @@ class StageRunner:
                 yield module
 
     def _reads_while_sending(self, component: str) -> bool:
-        on_card = self.device.type == "cuda" and self._mapped(component)
-        return on_card and self._is_unread(component)
+        if self.device.type != "cuda" or not self._mapped(component):
+            return False
+        module = self._in_cache(component)
+        return module is None or to_look_at(module)  # some of it, or all, has not been read
 
     def _placed(
         self, module: Any, component: str, stage: str, *, distilled: bool
@@ -319,11 +321,6 @@ class StageRunner:
 
     def _is_loaded(self, component: str) -> bool:
         return self._in_cache(component) is not None
-
-    def _is_unread(self, component: str) -> bool:
-        """Whether some of a component's weights have not been read, or none of them."""
-        module = self._in_cache(component)
-        return module is None or to_look_at(module)
 
     def _in_cache(self, component: str) -> Any | None:
         own = self.key(component)  # asks the disk for each of its files
