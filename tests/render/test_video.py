@@ -364,16 +364,30 @@ def test_a_folder_that_vanishes_is_not_blamed_on_the_codec(tmp_path: Path) -> No
     assert "Input/output error" in str(raised.value) and "codec" not in str(raised.value)
 
 
-def test_x264_encodes_pictures_side_by_side_and_cuts_none(tmp_path: Path) -> None:
+def test_x264_encodes_pictures_side_by_side_and_cuts_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Slices of one picture are too few for many cores; two runs give one file all the same."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(4)), raising=False)
     for name in ("one.mp4", "two.mp4"):
         with VideoWriter(tmp_path / name, fps=16, width=256, height=256) as writer:
-            writer._video.codec_context.thread_count = 6
             writer.write(torch.rand(8, 256, 256, 3, generator=torch.Generator().manual_seed(0)))
     assert (tmp_path / "one.mp4").read_bytes() == (tmp_path / "two.mp4").read_bytes()
     with av.open(str(tmp_path / "one.mp4")) as container:
         packets = [bytes(packet) for packet in container.demux(video=0) if packet.size]
     assert [slices_of(packet) for packet in packets] == [1] * 8
+
+
+@pytest.mark.parametrize(("cores", "threads"), [(1, 1), (2, 3), (64, 8)])
+def test_x264_takes_no_more_ram_on_a_machine_of_many_cores(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cores: int, threads: int
+) -> None:
+    """Each picture that it encodes at once is kept with all that belongs to it."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)), raising=False)
+    with VideoWriter(tmp_path / "out.mp4", fps=16, width=64, height=64) as writer:
+        writer.write(torch.rand(2, 64, 64, 3))
+    # x264 writes its settings into the first picture.
+    assert f" threads={threads} ".encode() in (tmp_path / "out.mp4").read_bytes()
 
 
 def slices_of(packet: bytes) -> int:

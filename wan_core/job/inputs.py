@@ -7,6 +7,7 @@ by the stage that meets it, it costs the stages before: the text encoder alone h
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
@@ -39,6 +40,9 @@ if TYPE_CHECKING:
 
 ENCODERS: Final = {"h264": "libx264", "h265": "libx265"}
 """ffmpeg's encoder for each codec."""
+_SIDE_BY_SIDE: Final = 8
+"""Pictures that x264 encodes at once at most. By itself it takes 96 on 64 cores: 1.4 GiB of RAM at
+1080p, where 8 take 0.5 GiB, and slices 0.4."""
 _H265_SIDE: Final = 32
 _H265_SAFE: Final = 64
 """Pixels a side from which x265's vector code stays within its buffers."""
@@ -194,11 +198,21 @@ def encoder_options(encoder: str, crf: int, width: int, height: int) -> dict[str
     if encoder == "libx264":
         # What its macroblock tree decides differs from run to run: it looks at memory that was
         # never written.
-        return {"crf": str(crf), "x264-params": "mbtree=0"}
+        options = {"crf": str(crf), "x264-params": "mbtree=0"}
+        # PyAV has it cut each picture into slices, which are too few for many cores: several
+        # pictures at once keep all of them busy, also while the next one is converted.
+        count = max(1, min(_SIDE_BY_SIDE, _cores() * 3 // 2))  # its own number, where that is less
+        return options | {"thread_type": "frame", "threads": str(count)}
     if encoder != "libx265":
         return {}
     # x265 prints its settings unless told not to, and its crf 0 is lossless only with this option.
-    options = ["log-level=error", *(["lossless=1"] if crf == 0 else [])]
+    params = ["log-level=error", *(["lossless=1"] if crf == 0 else [])]
     if min(width, height) < _H265_SAFE:
-        options.append("asm=0")
-    return {"crf": str(crf), "x265-params": ":".join(options)}
+        params.append("asm=0")
+    return {"crf": str(crf), "x265-params": ":".join(params)}
+
+
+def _cores() -> int:
+    """Return how many of the machine's processors this process may use."""
+    mine = getattr(os, "sched_getaffinity", None)
+    return len(mine(0)) if mine is not None else os.cpu_count() or 1

@@ -332,10 +332,6 @@ class VideoWriter:
         context = stream.codec_context
         if self._codec == "libx265":
             context.codec_tag = "hvc1"  # Apple's players do not play the default tag, hev1
-        if self._codec == "libx264":
-            # PyAV has it cut each picture into slices, which are too few for many cores: several
-            # pictures at once keep all of them busy, also while the next one is converted.
-            context.thread_type = "FRAME"
         context.time_base = 1 / self._rate
         # Stored in the file, so that players convert back with the same matrix.
         context.colorspace = context.color_primaries = context.color_trc = _BT709
