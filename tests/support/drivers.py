@@ -25,9 +25,9 @@ path, journal, together, units_kept = Path(sys.argv[3]), *sys.argv[4:]
 if int(units_kept):
     resume.MAX_SHARE = float("inf")  # small units are not worth the time otherwise
 begins = gang.Gang.begins
-def counted(*given):
+def counted(*given, **more):
     print("unit", flush=True)
-    begins(*given)
+    begins(*given, **more)
 gang.Gang.begins = counted
 pool = worker_pool(("cpu", "cpu"), int(together))
 while not all(one.idle for one in pool._gangs):

@@ -9,7 +9,6 @@ from __future__ import annotations
 import gc
 import os
 import queue
-import signal
 import sys
 import threading
 import time
@@ -23,6 +22,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
+from ..config import leave_ends_to_driver
 from ..errors import first_line, is_host_oom, is_oom
 from ..forward import alike, can_be_cut
 from ..journal import code_digest, device_name, versions
@@ -397,8 +397,7 @@ def main() -> None:
     answers, commands = os.fdopen(os.dup(1), "wb"), os.fdopen(os.dup(0), "rb")
     # What a library prints must not get between the answers.
     os.dup2(2, 1)
-    # An interrupt at the keyboard is the driver's; it tells its workers.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    leave_ends_to_driver()
     torch.set_num_threads(threads)
     torch.set_float32_matmul_precision(precision)
     lock = threading.Lock()
