@@ -264,6 +264,22 @@ def test_a_forced_offload_is_tried_too_where_a_render_goes_on_without_its_worker
     assert "asked for" in plan.estimate.warnings[-1]
 
 
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_a_vae_whose_range_did_not_hold_stays_in_bf16(precision: str) -> None:
+    """Also where nothing else would be in bf16, so that no tier of plans has it."""
+    manager, found, card = OptimizationManager((*ALL, "wide norms")), architecture(SMALL), gpu(48)
+    wishes = OptimizationConfig(speed="fast", precision=precision)
+    begun = manager.recommend_optimizations(found, P480, card, wishes)
+    assert begun.dtypes["vae"] == "fp16"
+    wide = begun.with_choices(dtypes={**begun.dtypes, "vae": "bf16"})
+    smaller = manager.smaller_plan(found, P480, card, wishes, wide, "denoise")
+    alone = manager.plan_alone(found, P480, card, wishes, wide)
+    for plan in (smaller, alone):
+        assert plan is not None and plan.precision == precision and plan.dtypes["vae"] == "bf16"
+    same = manager.plan_alone(found, P480, card, wishes, begun)
+    assert same.dtypes == begun.dtypes
+
+
 def test_caps_are_obeyed_and_named() -> None:
     plan = recommend(SMALL, P480, gpu(80), vram_limit_gb=12)
     assert plan.estimate.peak_usage_mb / 1024 <= 12

@@ -216,7 +216,7 @@ class Planner:
                     found, workers=current.workers, gang=current.gang, shared_weights=shares,
                     decode_strips=min(found.decode_strips, current.decode_strips),
                 )  # fmt: skip
-                return found.with_choices(window_overlap=shared)
+                return found.with_choices(window_overlap=shared, dtypes=_dtypes(found, current))
         return None
 
     def plan_alone(
@@ -232,7 +232,8 @@ class Planner:
         if plan is None:
             limits = Limits.of(system, self._possible(requested))
             raise self._does_not_fit(architecture, workload, system, requested, smallest, limits)
-        return plan.with_choices(window_overlap=current.choices.window_overlap)
+        shared = current.choices.window_overlap
+        return plan.with_choices(window_overlap=shared, dtypes=_dtypes(plan, current))
 
     def what_fits(
         self,
@@ -332,11 +333,19 @@ def _goes_on(choices: Choices, workload: Workload, current: OptimizationPlan) ->
     # would give a result that no uninterrupted render can give.
     same = same and choices.by_rows >= current.choices.by_rows
     same = same and (choices.dtypes["vae"] != "fp32" or current.choices.dtypes["vae"] == "fp32")
-    # From fp16, whose range did not hold, a decode goes on in bf16, and never back.
-    same = same and (choices.dtypes["vae"] != "fp16" or current.choices.dtypes["vae"] != "bf16")
     return (
         same and (choices.window_frames or workload.window_frames) == current.choices.window_frames
     )
+
+
+def _dtypes(plan: OptimizationPlan, current: OptimizationPlan) -> dict[str, str]:
+    """Return a plan's dtypes for going on with ``current``'s render.
+
+    From fp16, whose range did not hold, a VAE goes on in bf16, which is as small, and never back.
+    """
+    found = dict(plan.choices.dtypes)
+    back = found["vae"] == "fp16" and current.choices.dtypes["vae"] == "bf16"
+    return found | {"vae": "bf16"} if back else found
 
 
 def _smallest(candidates: list[Candidate], limits: Limits) -> Candidate:
