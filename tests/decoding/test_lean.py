@@ -317,7 +317,7 @@ def test_a_plan_decides_how_the_decode_is_done(monkeypatch: pytest.MonkeyPatch) 
     from wan_core.render.stages import StageRunner
 
     vae, seen = make_vae("2.1"), []
-    monkeypatch.setattr(StageRunner, "component", lambda self, name: nullcontext(vae))
+    monkeypatch.setattr(StageRunner, "component", lambda *_, look_later: nullcontext(vae))
     monkeypatch.setattr(placement, "_placed", lambda *_: nullcontext())
     monkeypatch.setattr(lean_vae, "quick_for", lambda half: Quick(half is vae.encoder))
     for stage, lean, by_rows, quick in [
@@ -328,8 +328,10 @@ def test_a_plan_decides_how_the_decode_is_done(monkeypatch: pytest.MonkeyPatch) 
     ]:  # fmt: skip
         stages: Any = StageRunner(
             architecture=SimpleNamespace(loras_of=lambda part, **_: ()),
-            cache=None, keep_components=True, callbacks=None, smaller_plan=None, plan_alone=None,
+            cache=None, keep_components=True, callbacks=SimpleNamespace(loaded=print),
+            smaller_plan=None, plan_alone=None,
             plan=SimpleNamespace(
+                device="cpu",
                 choices=SimpleNamespace(
                     lean=lean, by_rows=by_rows, cache_in_ram=False, quick=quick,
                     lean_vae=lean,

@@ -196,7 +196,7 @@ def test_a_pool_keeps_what_the_slowest_rank_has_seen_or_says_that_none_has(
     until = time.perf_counter() + 60
     while not all(gang.ready for gang in pool._gangs) and time.perf_counter() < until:
         pool._pump(0.05)
-    assert pool._link == told
+    assert pool._cuts._link == told
     said = [note for note in pool.notes if "assumed rate" in note and "matter of chance" in note]
     assert len(said) == (told is None)
     pool.close()
