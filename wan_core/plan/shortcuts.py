@@ -5,7 +5,8 @@ What they do is in ``sampling.shortcuts``; here is when they make sense, and wha
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from ..memory import Choices, Workload
@@ -43,6 +44,10 @@ class Situation:
     system: SystemResources
     requested: OptimizationConfig
     abilities: frozenset[str]
+    attention_times: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    """Milliseconds of attention that this machine has kept: by shape, then by kernel."""
+    timed_beside: str = ""
+    """What else was there when they were taken: versions and packages."""
 
 
 def cache_asked(requested: OptimizationConfig) -> bool:

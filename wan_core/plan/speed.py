@@ -166,19 +166,19 @@ def _steps(situation: Situation, before: Choices, after: Choices) -> list[float]
     ]
 
 
-_PACKAGES_8BIT = {"comfy_kitchen": "comfy-kitchen", "sageattention": "SageAttention"}
-"""Packages that have attention in 8 bit, by the module that is looked for."""
-_OURS = "WanFit's kernel"
+_KERNELS_8BIT = {
+    "triton": ("WanFit's kernel", "int8, values in"),
+    "comfy_kitchen": ("comfy-kitchen", "comfy-kitchen"),
+    "sageattention": ("SageAttention", "sageattention"),
+}
+"""What has attention in 8 bit, by the module that is looked for: its name, and what stands beside
+kept times where it was there when they were taken. Ours is compiled by Triton."""
 _OUR_CARDS = (8, 0)
 """The first compute capability that Triton compiles ours for."""
 _OUR_HEADS = (64, 128)
 _TRITON_PARTS = ("knobs.py", "tools/tensor_descriptor.py")
 """Files of Triton that our kernel of attention imports; both are there from 3.4 on."""
 _IF_PROVEN = "if its result stays near torch's and it is the faster one by the clock"
-_TRIED = {
-    "triton": "int8, values in", "comfy_kitchen": "comfy-kitchen", "sageattention": "sageattention",
-}  # fmt: skip
-"""What stands beside kept times where a module's kernels were there when they were taken."""
 
 
 def _why_no_triton(*needed: str) -> str | None:
@@ -197,25 +197,33 @@ def _why_no_triton(*needed: str) -> str | None:
     return None
 
 
-def _attention_there(situation: Situation) -> tuple[list[str], list[str]]:
-    """Return what can attend in 8 bit in this job, and of the rest why it cannot."""
+def _why_not(situation: Situation) -> dict[str, str | None]:
+    """Return, by module, why its attention in 8 bit cannot be used in this job; None: it can."""
     system, width = situation.system, situation.architecture.transformer.head_dim
     capability = system.compute_capability or (0, 0)
-    why: dict[str, str | None] = {"triton": _why_no_triton(*_TRITON_PARTS)}
+    why: dict[str, str | None] = {
+        module: None if find_spec(module) is not None else "it is not installed"
+        for module in _KERNELS_8BIT
+    }
+    why["triton"] = _why_no_triton(*_TRITON_PARTS)
     if system.backend != "cuda" or capability < _OUR_CARDS:
         why["triton"] = "it needs a card of compute capability 8.0"
     elif width not in _OUR_HEADS:
         why["triton"] = f"the heads are {width} numbers long, and it takes 64 and 128"
-    for module in _PACKAGES_8BIT:
-        why[module] = None if find_spec(module) is not None else "it is not installed"
-    times, where = _times_here(situation, eight_bit=True), AttentionTimes().where(_name_of(system))
-    for module in why:
+    times = _times_here(situation, eight_bit=True)
+    for module in _there(why):
         known = any(ATTENTION_8BIT.get(name) == module for name in times)
-        if why[module] is None and times and not known and _TRIED[module] in where:
+        if times and not known and _was_tried(module, situation):
             why[module] = "it did not run or was too far from torch's when it was timed here"
-    names = {"triton": _OURS, **_PACKAGES_8BIT}
-    there = [names[module] for module, reason in why.items() if reason is None]
-    return there, [f"{names[module]}: {reason}" for module, reason in why.items() if reason]
+    return why
+
+
+def _there(why: Mapping[str, str | None]) -> list[str]:
+    return [module for module, reason in why.items() if reason is None]
+
+
+def _was_tried(module: str, situation: Situation) -> bool:
+    return _KERNELS_8BIT[module][1] in situation.timed_beside
 
 
 def _attention(situation: Situation, choices: Choices) -> Choices | str:
@@ -223,36 +231,27 @@ def _attention(situation: Situation, choices: Choices) -> Choices | str:
         return "attention is torch's own"
     if choices.dtypes["transformer"] == "fp32":
         return "kernels in 8 bit take numbers in 16 bit"
-    there, why = _attention_there(situation)
+    why = _why_not(situation)
+    there = _there(why)
     if not there:
-        return "; ".join(why)
+        return "; ".join(f"{_KERNELS_8BIT[module][0]}: {reason}" for module, reason in why.items())
     times = _times_here(situation, eight_bit=True)
     best = min(times, key=lambda name: times[name], default="")
-    tried = AttentionTimes().where(_name_of(situation.system))
-    if best and best not in ATTENTION_8BIT and _all_tried(there, tried):
+    all_tried = all(_was_tried(module, situation) for module in there)
+    if best and best not in ATTENTION_8BIT and all_tried:
         return f"{best} was the fastest when all were timed here"
     return replace(choices, attention_8bit=True)
-
-
-def _all_tried(there: Collection[str], where: str) -> bool:
-    words = {_OURS: _TRIED["triton"]}
-    words |= {name: _TRIED[module] for module, name in _PACKAGES_8BIT.items()}
-    return all(words[name] in where for name in there)
 
 
 def _attention_says(situation: Situation, before: Choices, after: Choices) -> str:
     slow, quick = _steps(situation, before, after)
     kept = _kept_times(situation, eight_bit=True)
+    names = " or ".join(_KERNELS_8BIT[module][0] for module in _there(_why_not(situation)))
     return (
-        f"attention in 8 bit by {' or '.join(_attention_there(situation)[0])}: {slow:.1f} -> "
+        f"attention in 8 bit by {names}: {slow:.1f} -> "
         f"{quick:.1f} s a step, computed from operations, "
         f"{kept or _IF_PROVEN}; changes the video"
     )
-
-
-def _name_of(system: SystemResources) -> str:
-    """Name the machine that times are kept for."""
-    return f"{system.device_name}, {system.backend}, torch {system.torch_version}"
 
 
 def _times_here(situation: Situation, *, eight_bit: bool) -> Mapping[str, float]:
@@ -263,7 +262,7 @@ def _times_here(situation: Situation, *, eight_bit: bool) -> Mapping[str, float]
     workload, shape = situation.workload, situation.architecture.transformer
     frames, height, width = latent_size(situation.architecture, workload)
     tokens = window_tokens(shape, frames + workload.references, height, width)
-    for title, times in AttentionTimes().of(_name_of(situation.system)).items():
+    for title, times in situation.attention_times.items():
         wide = title.endswith("8 or 16 bit")
         if f"{tokens} x {tokens} tokens, {shape.heads} heads" in title and wide == eight_bit:
             return times
@@ -336,10 +335,15 @@ def situation_of(
     requested: OptimizationConfig, abilities: Collection[str],
 ) -> Situation:  # fmt: skip
     """Return the situation of a plan."""
-    return Situation(
+    found = Situation(
         architecture=architecture, workload=workload, system=system, requested=requested,
         abilities=frozenset(abilities),
     )  # fmt: skip
+    if requested.speed == "exact":
+        return found
+    kept = AttentionTimes()
+    machine = f"{system.device_name}, {system.backend}, torch {system.torch_version}"
+    return replace(found, attention_times=kept.of(machine), timed_beside=kept.where(machine))
 
 
 def speed_reasons(situation: Situation, plain: Choices) -> Iterator[str]:
