@@ -100,10 +100,7 @@ class Decoding:
         """
         if self.pending is not None and not self.ahead:
             return self.hand_on()
-        had = self.leaving is not None
-        if self.leaving is not None:
-            self.take(self.leaving.arrived()[0])
-            self.leaving = None  # and no other name: its page-locked memory is the next one's
+        had = self._take_left()
         if self.pending is not None:
             whole_bytes = self.frames is None and not self.keep_first
             self.leaving = Leaving(self.pending, whole_bytes=whole_bytes)
@@ -116,14 +113,19 @@ class Decoding:
         Those beyond ``wanted`` are dropped. If memory runs out here it can be called again: no
         frame is written twice.
         """
-        if self.leaving is None and self.pending is None:
+        had = self._take_left()
+        if self.pending is None:
+            return had
+        self.take(to_frames(self.pending))
+        self.pending = None
+        return True
+
+    def _take_left(self) -> bool:
+        """Hand on the frames that have left the card; False: there are none."""
+        if self.leaving is None:
             return False
-        if self.leaving is not None:
-            self.take(self.leaving.arrived()[0])
-            self.leaving = None
-        if self.pending is not None:
-            self.take(to_frames(self.pending))
-            self.pending = None
+        self.take(self.leaving.arrived()[0])
+        self.leaving = None  # and no other name: its page-locked memory is the next one's
         return True
 
     def take(self, pictures: Tensor) -> None:
