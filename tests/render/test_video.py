@@ -378,14 +378,18 @@ def test_x264_encodes_pictures_side_by_side_and_cuts_none(
     assert [slices_of(packet) for packet in packets] == [1] * 8
 
 
-@pytest.mark.parametrize(("cores", "threads"), [(1, 1), (2, 3), (64, 8)])
+@pytest.mark.parametrize(
+    ("cores", "width", "height", "threads"),
+    [(1, 64, 64, 1), (2, 64, 64, 3), (16, 832, 480, 24), (64, 832, 480, 41), (64, 2560, 1440, 8)],
+)
 def test_x264_takes_no_more_ram_on_a_machine_of_many_cores(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cores: int, threads: int
-) -> None:
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    cores: int, width: int, height: int, threads: int,
+) -> None:  # fmt: skip
     """Each picture that it encodes at once is kept with all that belongs to it."""
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)), raising=False)
-    with VideoWriter(tmp_path / "out.mp4", fps=16, width=64, height=64) as writer:
-        writer.write(torch.rand(2, 64, 64, 3))
+    with VideoWriter(tmp_path / "out.mp4", fps=16, width=width, height=height) as writer:
+        writer.write(torch.zeros(2, height, width, 3))
     # x264 writes its settings into the first picture.
     assert f" threads={threads} ".encode() in (tmp_path / "out.mp4").read_bytes()
 

@@ -40,9 +40,9 @@ if TYPE_CHECKING:
 
 ENCODERS: Final = {"h264": "libx264", "h265": "libx265"}
 """ffmpeg's encoder for each codec."""
-_SIDE_BY_SIDE: Final = 8
-"""Pictures that x264 encodes at once at most. By itself it takes 96 on 64 cores: 1.4 GiB of RAM at
-1080p, where 8 take 0.5 GiB, and slices 0.4."""
+_SIDE_BY_SIDE: Final = 8 * 1920 * 1080
+"""Pixels that x264 has in hand at once at most, or 8 pictures. By itself it takes 96 pictures on 64
+cores: 1.4 GiB of RAM at 1080p, where 8 take 0.5 GiB, and slices 0.4."""
 _H265_SIDE: Final = 32
 _H265_SAFE: Final = 64
 """Pixels a side from which x265's vector code stays within its buffers."""
@@ -201,7 +201,8 @@ def encoder_options(encoder: str, crf: int, width: int, height: int) -> dict[str
         options = {"crf": str(crf), "x264-params": "mbtree=0"}
         # PyAV has it cut each picture into slices, which are too few for many cores: several
         # pictures at once keep all of them busy, also while the next one is converted.
-        count = max(1, min(_SIDE_BY_SIDE, _cores() * 3 // 2))  # its own number, where that is less
+        most = max(8, _SIDE_BY_SIDE // max(1, width * height))
+        count = max(1, min(most, _cores() * 3 // 2))  # its own number, where that is less
         return options | {"thread_type": "frame", "threads": str(count)}
     if encoder != "libx265":
         return {}
