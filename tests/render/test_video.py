@@ -16,10 +16,12 @@ import av
 import numpy as np
 import pytest
 import torch
+from av.video.reformatter import VideoReformatter
 from support.cases import slow_but
 from support.clips import HEIGHT, WIDTH, patches, read, write
 
 from wan_core.errors import InvalidRequest, OutputError
+from wan_core.render import video
 from wan_core.render.video import VideoWriter, read_audio, read_numbers, read_video
 
 
@@ -392,6 +394,31 @@ def test_x264_takes_no_more_ram_on_a_machine_of_many_cores(
         writer.write(torch.zeros(2, height, width, 3))
     # x264 writes its settings into the first picture.
     assert f" threads={threads} ".encode() in (tmp_path / "out.mp4").read_bytes()
+
+
+@pytest.mark.skipif(int(av.__version__.split(".")[0]) < 17, reason="PyAV 17 brought the threads")
+def test_colours_are_converted_by_one_thread_that_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PyAV's own number is one for each processor, all started anew for every picture."""
+    made: list[Any] = []
+
+    class Counted:
+        def __init__(self) -> None:
+            self.converter, self.threads = VideoReformatter(), []
+            made.append(self)
+
+        def reformat(self, frame: Any, **given: Any) -> Any:
+            self.threads.append(given.get("threads"))
+            return self.converter.reformat(frame, **given)
+
+    monkeypatch.setattr(video, "VideoReformatter", Counted)
+    path, frames = tmp_path / "out.mp4", torch.rand(5, 64, 64, 3)
+    with VideoWriter(path, fps=16, width=64, height=64, crf=0, pix_fmt="yuv444p") as writer:
+        writer.write(frames)
+    shown = read_video(path, "video")
+    assert [one.threads for one in made] == [[1] * 5] * 2
+    assert (shown / 255 - frames).abs().max() < 0.02
 
 
 def slices_of(packet: bytes) -> int:
