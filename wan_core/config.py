@@ -359,8 +359,8 @@ class GenerationConfig:
     """"official" takes the noise levels and solvers of diffusers, "simple" those of ComfyUI's
     KSampler with the schedule of that name."""
     sigmas: Sequence[float] | None = None
-    """The noise levels of the steps one by one, from at most 1 down to above 0, without the last 0;
-    in place of ``num_inference_steps``, ``flow_shift`` and ``sigma_schedule``."""
+    """The noise levels of the steps one by one, from at most 1 down to above 0; a 0 at the end may
+    be left out. In place of ``num_inference_steps``, ``flow_shift`` and ``sigma_schedule``."""
     guided_steps: int = 0
     """So many of the steps, from the first on, are made without the distilled LoRAs and with
     guidance, which keeps more motion; the rest with them, as usual."""

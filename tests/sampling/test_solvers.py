@@ -188,7 +188,8 @@ BAD = [
     ({"sigmas": [0.5, 0.5]}, "sigmas is"),
     ({"sigmas": [0.5, 0.9]}, "smaller than the one before"),
     ({"sigmas": [1.2, 0.5]}, "at most 1"),
-    ({"sigmas": [1.0, 0.0]}, "The last step's 0 is added"),
+    ({"sigmas": [0.0]}, "The last step.s 0 may be left out"),
+    ({"sigmas": [1.0, 0.0, 0.0]}, "above 0"),
     ({"sigmas": [1.0, float("nan")]}, "sigmas is"),
     ({"sigmas": [1.0, None]}, "sigmas is"),
     ({"sigmas": "1.0, 0.5"}, "sigmas is"),
@@ -208,7 +209,8 @@ def test_what_is_not_allowed(asked: dict[str, Any], said: str) -> None:
 def test_numbers_of_any_library_are_levels() -> None:
     import numpy
 
-    for given in (numpy.array([1.0, 0.25]), torch.tensor([1.0, 0.25]), (1, 0.25)):
+    comfyui = torch.tensor([1.0, 0.25, 0.0])  # whose levels end with the one that is reached last
+    for given in (numpy.array([1.0, 0.25]), torch.tensor([1.0, 0.25]), (1, 0.25), comfyui):
         request = resolve(
             GenerationConfig(prompt="", sigmas=given), architecture("wan2.1-t2v-1.3b")
         )

@@ -52,13 +52,17 @@ def real(value: Any, field: str, low: float, high: float) -> float:
 
 
 def falling(value: Any, field: str, most: int) -> tuple[float, ...]:
-    """Return ``value``, 1 to ``most`` numbers from at most 1 down to above 0, as floats."""
-    found = [plain_number(one) for one in islice(value, most + 1)] if is_many(value) else []
+    """Return ``value``, 1 to ``most`` numbers from at most 1 down to above 0, as floats.
+
+    A 0 at the end, which ComfyUI's sigmas have, is left out.
+    """
+    found = [plain_number(one) for one in islice(value, most + 2)] if is_many(value) else []
+    found = found[:-1] if len(found) > 1 and found[-1] == 0 else found
     numbers = [float(one) for one in found if one is not None and 0 < one <= 1]
     if not 1 <= len(numbers) == len(found) <= most or any(a <= b for a, b in pairwise(numbers)):
         raise InvalidRequest(
             f"{field} is {shown(value)}; numbers are needed of which each is smaller than the one "
-            f"before, from at most 1 down to above 0, {most} at most. The last step's 0 is added.",
+            f"before, from at most 1 down to above 0, {most} at most. The last step's 0 may be left out.",
             field=field,
         )
     return tuple(numbers)
