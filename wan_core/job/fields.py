@@ -62,7 +62,8 @@ def falling(value: Any, field: str, most: int) -> tuple[float, ...]:
     if not 1 <= len(numbers) == len(found) <= most or any(a <= b for a, b in pairwise(numbers)):
         raise InvalidRequest(
             f"{field} is {shown(value)}; numbers are needed of which each is smaller than the one "
-            f"before, from at most 1 down to above 0, {most} at most. The last step's 0 may be left out.",
+            f"before, from at most 1 down to above 0, {most} at most. The last step's 0 may be "
+            "left out.",
             field=field,
         )
     return tuple(numbers)
