@@ -27,7 +27,7 @@ def rotate_span(
     overwritten.
     """
     tables = rotary[0][:, span[0]], rotary[1][:, span[0]]
-    if fused.rotations and _turns(tables) and rms_norm_is_plain(norm, rows):
+    if _in_one_pass(norm, rows, tables, fused):
         triton_kernels().rotate_rows(rows, norm.weight, norm.eps, tables, heads)
         if out is not rows:
             out.copy_(rows)
@@ -45,7 +45,9 @@ def rotate_all(
     fused: Fused,
 ) -> Tensor:  # fmt: skip
     """Norm a query or key (B, L, heads * d) over all heads and rotate it, in place."""
-    if fused.rotations and rms_norm_is_plain(norm, projected):
+    # Only where the kernel is sure to run: eager code on all tokens at once holds two more tensors
+    # of their size.
+    if _in_one_pass(norm, projected, rotary, fused):
         spans = [_EVERY]
     for span in spans:
         rows = projected[:, span[0]]
@@ -53,9 +55,10 @@ def rotate_all(
     return projected
 
 
-def _turns(rotary: tuple[Tensor, Tensor]) -> bool:
-    """Say whether a kernel can read cos and sin."""
-    return all(x.dtype == torch.float32 and x.is_contiguous() for x in rotary)
+def _in_one_pass(norm: Any, rows: Tensor, rotary: tuple[Tensor, Tensor], fused: Fused) -> bool:
+    """Say whether a kernel may norm and turn these tokens: it reads ``rotary`` in fp32 only."""
+    readable = all(x.dtype == torch.float32 and x.is_contiguous() for x in rotary)
+    return fused.rotations and readable and rms_norm_is_plain(norm, rows)
 
 
 def norm_all(norm: Any, query: Tensor, heads: int, spans: list[Span], fused: Fused) -> Tensor:
