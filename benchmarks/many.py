@@ -12,7 +12,8 @@ listed. Records of earlier runs are not read, so that each trial is made here; w
 learnt as a render would, and "predicted" is what a plan said with the assumed rates and, where that
 had been learnt, with the measured pace. Streamed weights (no block resident) are copied by shares
 and by each card for itself. Processes stay for the next case that divides the cards alike. Rows of
-an earlier report of the same device and versions are kept where this run has none. Only the high-
+an earlier report of the same device and versions are kept where this run has none; what a case of
+``--cases`` is compared with and no report has is measured before it. Only the high-
 noise expert's steps are made and nothing is decoded: a run is stopped after its last step. What a
 decode in strips takes, needs and rounds is measured by ``many_decode``, in this run as far as there
 is time. So that a cut is tried between cards whose link is not known yet, the plan is made to
@@ -25,6 +26,7 @@ Writes ``many_<device>.json`` and ``.md``. ``--tiny`` runs small models on the C
 from __future__ import annotations
 
 import argparse
+import gc
 import hashlib
 import json
 import os
@@ -32,10 +34,8 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from math import ceil
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -58,6 +58,7 @@ close_gaps()
 
 import torch
 from host_memory import ram_of, room_for_model
+from many_cases import CASES, TINY, Case, Pace, chosen
 from many_decode import DECODES, TINY_DECODES, decode
 from many_report import kept_of, table, write
 from random_model import Shapes, write_model
@@ -71,77 +72,7 @@ from wan_core.workers import close_workers, worker_pool
 MIB = 2**20
 
 
-@dataclass(frozen=True)
-class Case:
-    """A clip; ``units`` are the passes of a step that do not wait for each other."""
-
-    name: str
-    width: int
-    height: int
-    frames: int
-    window: int | None
-    units: int
-    steps: int
-    seconds: float
-    """About what a step takes on one H100, to keep to the budget."""
-    guidance: float | None = None
-    """None: the model's own; 1 makes a step one pass, which only a cut can share out."""
-    model: str = "wan2.2-t2v-a14b"
-    wishes: Mapping[str, Any] = field(default_factory=dict)
-    shares: bool | None = None
-    """Whether the cards of a gang copy streamed weights by shares; None leaves it to the plan."""
-    beside: str = ""
-    """The case whose bits and seconds it is compared with, its own where empty. It is then not run
-    on one card."""
-    more: float = 0.0
-    """Seconds until weights are in their place, beyond those of others: page-locking, a cast."""
-
-    def cut(self, count: int) -> int:
-        """Return how many of so many cards compute a pass together."""
-        return count // min(count, self.units)
-
-
-_SIZE, _BARE, _FP8_EACH = (832, 480, 81, None), "480p81 without guidance", "fp8 streamed by each"
-_STREAM: dict[str, Any] = {"offload": "stream", "resident_blocks": 0}
-_FP8: dict[str, Any] = {"fp8_storage": "always"}
-CASES = (
-    Case("480p81", *_SIZE, 2, 3, 6.6),
-    Case("720p81", 1280, 720, 81, None, 2, 2, 26.0),
-    Case("5B 704p121", 1280, 704, 121, None, 2, 3, 2.4, None, "wan2.2-ti2v-5b"),
-    Case("480p321 in windows of 81", 832, 480, 321, 81, 10, 2, 33.0),
-    Case(_BARE, *_SIZE, 1, 3, 3.3, 1.0),
-    Case("720p81 without guidance", 1280, 720, 81, None, 1, 2, 13.0, 1.0),
-    Case("5B 704p121 without guidance", 1280, 704, 121, None, 1, 3, 1.2, 1.0, "wan2.2-ti2v-5b"),
-    Case("480p81 streamed, shared", *_SIZE, 1, 3, 3.3, 1.0, wishes=_STREAM, shares=True,
-         beside=_BARE, more=20),
-    Case("480p81 streamed by each", *_SIZE, 1, 3, 3.3, 1.0, wishes=_STREAM, shares=False,
-         beside=_BARE, more=10),
-    Case(_FP8_EACH, *_SIZE, 1, 2, 3.3, 1.0, wishes=_FP8 | _STREAM, shares=False,
-         beside=_FP8_EACH, more=25),
-    Case("fp8 streamed, shared", *_SIZE, 1, 2, 3.3, 1.0, wishes=_FP8 | _STREAM, shares=True,
-         beside=_FP8_EACH, more=10),
-    Case("fp8 without guidance", *_SIZE, 1, 2, 3.3, 1.0, wishes=_FP8, beside=_FP8_EACH),
-)  # fmt: skip
-"""By worth, but that those which divide the cards alike follow each other. fp8 is compared with
-itself where each card copies all."""
-_SMALL = (64, 64, 17, None)
-TINY = (
-    Case("whole", *_SMALL, 2, 3, 0.3),
-    Case("windows", 64, 64, 33, 17, 6, 3, 0.5),
-    Case("whole without guidance", *_SMALL, 1, 3, 0.2, 1.0),
-    Case("streamed, shared", *_SMALL, 1, 3, 0.2, 1.0, wishes=_STREAM, shares=True,
-         beside="whole without guidance"),
-    Case("streamed by each", *_SMALL, 1, 3, 0.2, 1.0, wishes=_STREAM, shares=False,
-         beside="whole without guidance"),
-    Case(_FP8_EACH, *_SMALL, 1, 2, 0.2, 1.0, wishes=_FP8 | _STREAM, shares=False,
-         beside=_FP8_EACH),
-    Case("fp8 streamed, shared", *_SMALL, 1, 2, 0.2, 1.0, wishes=_FP8 | _STREAM, shares=True,
-         beside=_FP8_EACH),
-)  # fmt: skip
 OVERLAP = 16
-ALONE, TOGETHER, AGAIN = 8.0, 28.0, 10.0
-"""Seconds until the weights are on one card; until processes have started and theirs are; and until
-theirs are where they had started: on two H200s, to begin with, later what the run before took."""
 MODEL_BYTES = 45e9
 """What the models take, and what NCCL may want of /dev/shm beside them."""
 BELIEVED = 99
@@ -154,6 +85,8 @@ class Done(BaseException):
 
 def run(folder: Path, case: Case, devices: int, tiny: bool) -> dict[str, Any]:
     """Make the steps of a case and return what they took and gave."""
+    gc.collect()  # what the run before has left must not count as this one's
+    before = 0 if tiny else torch.cuda.memory_allocated()
     loader = WanPipelineLoader(enable_caching=False)
     wishes: dict[str, Any] = {"devices": devices, **case.wishes}
     if tiny:
@@ -207,7 +140,7 @@ def run(folder: Path, case: Case, devices: int, tiny: bool) -> dict[str, Any]:
         copied = [round(one.get("copied_bytes", 0) / MIB) for one in told]
         cut = sum({one["gang"]: one["cut"] for one in told if "gang" in one}.values())
     elif not tiny:
-        peaks = [torch.cuda.max_memory_allocated()]
+        peaks = [torch.cuda.max_memory_allocated() - before]
     # Planned again, now that links and trial are known: what the next job would be told.
     assumed, after = foretold(wrapper, config, plan)
     if devices == 1 and steps and not case.wishes:
@@ -302,46 +235,6 @@ def model_folder(folder: Path, name: str, tiny: bool) -> Path:
     return folder / name
 
 
-@dataclass
-class Pace:
-    """What a run is expected to take, after those before it."""
-
-    alone: float = ALONE
-    together: float = TOGETHER
-    again: float = AGAIN
-    steps: float = 1.0
-    """How long steps take beside ``Case.seconds``."""
-    there: tuple[int, int] = (0, 0)
-    """How many processes there are, and how many of them a gang."""
-
-    def needed(self, case: Case, count: int) -> float:
-        """Return the seconds of a case on so many cards."""
-        share = ceil(case.units * case.cut(count) / count) / case.units / case.cut(count)
-        # A trial computes one pass alone.
-        passes = case.steps * share + (case.cut(count) > 1) / case.units
-        return case.seconds * self.steps * passes + self._start(case, count) + case.more
-
-    def _start(self, case: Case, count: int) -> float:
-        if count == 1:
-            return self.alone
-        return self.again if self.there == (count, case.cut(count)) else self.together
-
-    def learn(self, case: Case, count: int, took: float, step: float | None) -> None:
-        """Note what a run took, and its step; nothing where it failed."""
-        started = count > 1 and self.there != (count, case.cut(count))
-        if count > 1:
-            self.there = (count, case.cut(count))
-        if step is None or case.wishes:
-            return
-        rest = max(1.0, took - case.steps * step)
-        if count == 1:
-            self.alone, self.steps = rest, step / case.seconds
-        elif started:
-            self.together = rest
-        else:
-            self.again = rest
-
-
 def decodes(
     found: dict[str, Any], model: Path, devices: list[int], left: float, tiny: bool
 ) -> None:
@@ -378,18 +271,21 @@ def main() -> None:
         "notes": [], "kept": {}, "order": [case.name for case in (*TINY, *CASES)],
         "device": "cpu" if tiny else f"{there} {torch.cuda.get_device_name(0)}",
     }  # fmt: skip
+    found["kept"] = kept_of(found, arguments.output)
+    known = {one["case"] for one in found["kept"].get("runs", ()) if one.get("step_seconds")}
+    try:
+        wanted = chosen(TINY if tiny else CASES, arguments.cases, devices, known)
+    except ValueError as error:
+        parser.error(f"--cases: {error}")
     place = room_for_model(arguments.folder, tiny, MODEL_BYTES)
     folder = Path(tempfile.mkdtemp(prefix="wanfit_many_", dir=place))
     os.environ["XDG_CACHE_HOME"] = str(folder / "records")
     os.environ.setdefault("NCCL_DEBUG", "WARN")
     pace = Pace()
-    found["kept"] = kept_of(found, arguments.output)
     try:
         with ram_of(arguments.ram_gb):
-            for case in TINY if tiny else CASES:
-                if not any(word in case.name for word in arguments.cases):
-                    continue
-                for count in (n for n in devices if n > 1 or not case.beside):
+            for case, counts in wanted:
+                for count in counts:
                     needed = pace.needed(case, count)
                     if not tiny and time.perf_counter() - began + needed > arguments.budget:
                         note = f"{case.name} on {count}: left out, {needed:.0f} s"

@@ -23,29 +23,34 @@ def table(found: dict[str, Any]) -> str:
         "|---|---|---|---|---|---|---|---|",
     ]  # fmt: skip
     for one in rows_of(found, "runs"):
-        base, step = base_of(found, one), one["step_seconds"]
-        if step is None or base is None or base["step_seconds"] is None:
-            why = one.get("errors") or (f"{step:.2f}" if step else "")
-            lines.append(f"| {one['case']} | {one['devices']} | {why} | | | | | |")
-            continue
-        speed = base["step_seconds"] / step
-        cards = max(1, len(one["workers"]))
-        gangs = cards // one["gang"]
-        ideal = one["gang"] * one["units"] / ceil(one["units"] / gangs)
-        ideal /= max(1, len(base["workers"]))  # where that is none on one card
-        shown = f"{gangs} x {one['gang']}" if one["gang"] > 1 else str(cards)
-        told = f"{one.get('assumed_step_seconds', one['predicted_step_seconds']):.2f}"
-        if one.get("predicted_paced"):
-            told += f" / {one['predicted_step_seconds']:.2f}"
-        same = "equal" if one["bits"] == base["bits"] else "OTHER"
-        lines.append(
-            f"| {one['case']} | {shown} of {one['devices']} | {step:.2f} | "
-            f"{told} | {speed:.2f} | {speed / ideal:.2f} of "
-            f"{ideal:.2f} | {same} | {', '.join(map(str, one['peak_mib']))} "
-            f"({one['predicted_peak_mib']}) |"
-        )
+        lines.append(_row(one, base_of(found, one)))
     lines += decode_table(rows_of(found, "decodes"))
     return "\n".join([*lines, "", *(f"- {note}" for note in found["notes"]), ""])
+
+
+def _row(one: dict[str, Any], base: dict[str, Any] | None) -> str:
+    """Return a run's row; ``base`` is what it is compared with, if that was ever measured."""
+    step, cards = one["step_seconds"], max(1, len(one["workers"]))
+    gangs = cards // one["gang"]
+    shown = f"{gangs} x {one['gang']}" if one["gang"] > 1 else str(cards)
+    begin = f"| {one['case']} | {shown} of {one['devices']} |"
+    told = f"{one.get('assumed_step_seconds', one['predicted_step_seconds']):.2f}"
+    if one.get("predicted_paced"):
+        told += f" / {one['predicted_step_seconds']:.2f}"
+    peaks = f"{', '.join(map(str, one['peak_mib']))} ({one['predicted_peak_mib']})"
+    if step is None:
+        return f"{begin} failed | {told} | - | - | {one.get('errors') or 'no step'} | {peaks} |"
+    if base is None or base["step_seconds"] is None:
+        beside = one.get("beside", one["case"])
+        return f"{begin} {step:.2f} | {told} | - | - | no row of {beside} | {peaks} |"
+    speed = base["step_seconds"] / step
+    ideal = one["gang"] * one["units"] / ceil(one["units"] / gangs)
+    ideal /= max(1, len(base["workers"]))  # where that is none on one card
+    same = "equal" if one["bits"] == base["bits"] else "OTHER"
+    return (
+        f"{begin} {step:.2f} | {told} | {speed:.2f} | {speed / ideal:.2f} of {ideal:.2f} | "
+        f"{same} | {peaks} |"
+    )
 
 
 def rows_of(found: dict[str, Any], part: str) -> list[dict[str, Any]]:

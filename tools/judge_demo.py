@@ -18,6 +18,7 @@ import torch
 from diffusers import WanImageToVideoPipeline, WanPipeline
 
 from wan_core import GenerationConfig, WanPipelineLoader
+from wan_core.config import SPEEDS
 from wan_core.render import contact_sheet
 
 from . import clips, judge
@@ -226,12 +227,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", type=Path, default=Path("wan_core/demo_model"))
     parser.add_argument("--prompts", type=int, default=90)
-    parser.add_argument("--tasks", nargs="*", default=["t2v", "i2v"])
+    tasks = ["t2v", "i2v"]
+    parser.add_argument("--tasks", nargs="*", default=tasks, help=f"of {', '.join(tasks)}")
     parser.add_argument("--long", type=int, default=0, help="also so many clips of 65 frames")
     parser.add_argument("--speeds", nargs="*", default=[], help="compare speeds in place of it all")
     parser.add_argument("--sheets", type=Path, help="folder for contact sheets")
     parser.add_argument("--wrong", action="store_true", help="list what was misread")
     args = parser.parse_args()
+    for name, known in (("tasks", tasks), ("speeds", list(SPEEDS))):
+        if unknown := set(getattr(args, name)) - set(known):
+            parser.error(f"--{name}: {', '.join(sorted(unknown))} is not one of {', '.join(known)}")
     say = sys.stdout.write
     if args.speeds:
         for task in args.tasks:

@@ -74,12 +74,17 @@ def main() -> None:
     parser.add_argument("--kinds", nargs="*", help="of these kinds alone")
     parser.add_argument("--sheets", type=Path, help="folder for contact sheets")
     args = parser.parse_args()
+    known = {kind: None for sort in args.sorts for kind in KINDS[sort]}
+    if unknown := set(args.kinds or ()) - set(known):
+        parser.error(f"--kinds: {', '.join(sorted(unknown))} is not one of {', '.join(known)}")
     for sort in args.sorts:
         wrapper = WanPipelineLoader().load_wan_pipeline(
             demo_model(sort), optimization_config={"device": "cpu", "precision": "fp32"}
         )
         sys.stdout.write(f"{sort}:\n{HEAD}\n")
-        for kind in args.kinds or KINDS[sort]:
+        for kind in KINDS[sort]:
+            if args.kinds and kind not in args.kinds:
+                continue
             rows, score = [], Score(kind)
             for _, made, now in measure(wrapper, kind, args.clips):
                 rows.append(made[::4])

@@ -346,6 +346,58 @@ def test_a_clip_on_two_workers_is_measured(tmp_path: Path) -> None:
     whole, strips = found["decodes"]
     assert (whole["devices"], strips["devices"]) == (1, 2) and strips["error"] < 1e-6
     assert "| decode | cards | " in (tmp_path / "many_cpu.md").read_text()
+    assert whole["predicted_seconds"] > 0
+
+
+@pytest.fixture
+def many_cases(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import many_cases
+
+    return many_cases
+
+
+def test_cases_come_with_what_they_are_compared_with(many_cases: Any) -> None:
+    def names(words: list[str], known: tuple[str, ...] = ()) -> list[tuple[str, list[int]]]:
+        found = many_cases.chosen(many_cases.CASES, words, [1, 2], known)
+        return [(case.name, counts) for case, counts in found]
+
+    bare, each = "480p81 without guidance", "fp8 streamed by each"
+    streamed = [("480p81 streamed, shared", [2]), ("480p81 streamed by each", [2])]
+    assert names(["480p81 streamed"]) == [(bare, [1]), *streamed]
+    assert names(["480p81 streamed"], (bare,)) == streamed
+    assert names(["fp8 without"]) == [(each, [2]), ("fp8 without guidance", [2])]
+    every = names([""])
+    assert [name for name, _ in every] == [case.name for case in many_cases.CASES]
+    assert every[0][1] == [1, 2]
+    with pytest.raises(ValueError, match=f"'overlap' is in no case's name.*{bare}"):
+        names(["streamed", "overlap"])
+
+
+def test_a_row_without_one_to_compare_with_says_so(many_cases: Any) -> None:
+    import many_report
+
+    run = {
+        "case": "a", "beside": "b", "devices": 2, "workers": ["cuda:0", "cuda:1"], "gang": 2,
+        "units": 1, "step_seconds": 1.5, "assumed_step_seconds": 1.4, "predicted_step_seconds": 1.4,
+        "bits": "x", "peak_mib": [10, 11], "predicted_peak_mib": 12,
+    }  # fmt: skip
+    alone = run | {"case": "b", "beside": "b", "devices": 1, "workers": [], "gang": 1}
+    alone |= {"step_seconds": 3.0, "peak_mib": [20]}
+    failed = run | {"case": "c", "step_seconds": None, "peak_mib": [], "errors": ["no memory"]}
+    found: dict[str, Any] = {
+        "device": "card", "command": "many", "date": "today", "versions": {}, "decodes": [],
+        "notes": [], "kept": {}, "order": [],
+    }  # fmt: skip
+
+    def rows(*runs: dict[str, Any]) -> list[str]:
+        text = many_report.table(found | {"runs": list(runs)})
+        return [line for line in text.splitlines() if line[:4] in ("| a ", "| b ", "| c ")]
+
+    assert rows(run) == ["| a | 1 x 2 of 2 | 1.50 | 1.40 | - | - | no row of b | 10, 11 (12) |"]
+    assert rows(alone, run)[1].endswith("| 1.40 | 2.00 | 1.00 of 2.00 | equal | 10, 11 (12) |")
+    for line in rows(run, alone, failed):
+        assert all(cell.strip() for cell in line.strip("|").split("|")) or "failed" in line
 
 
 def test_every_benchmark_and_tool_finds_what_it_imports() -> None:
