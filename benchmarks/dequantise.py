@@ -7,17 +7,24 @@ kernel and by the reference code: whether the bits are equal, milliseconds (medi
 bytes per second that are read and written. From the milliseconds follows what a whole pass of the
 14B costs. Rotated int8 is turned back in every way that ``dequantize_kernels.TURNINGS`` has, in
 turns: the fastest of equal bits is the one to use. Then a module of 4 GiB goes to the device by
-torch's own copy and through the ring.
+torch's own copy and through the ring, and from a mapped file of the page cache through the ring:
+with its numbers looked at on the way, without, and only read, with several numbers of threads.
+``--only transfer`` does this alone.
 """
 
 from __future__ import annotations
 
 import argparse
+import io
 import json
+import os
 import statistics
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,6 +37,7 @@ from torch import Tensor
 
 from wan_core.formats import Storage
 from wan_core.loading import dequantize_kernels as kernels
+from wan_core.loading import mapped, moving
 from wan_core.loading.dequantize import Scales, dequantize
 from wan_core.loading.moving import move
 
@@ -170,19 +178,103 @@ def transfer() -> dict[str, Any]:
     return found
 
 
+COUNT, EACH = 64, 64 * 2**20
+"""Tensors of the file, and bytes of each."""
+
+
+@contextmanager
+def file_of_fp8() -> Iterator[io.FileIO]:
+    """A file of 4 GiB of fp8 numbers in the page cache, in shared memory where there is some."""
+    shared = Path("/dev/shm")
+    folder = shared if shared.is_dir() else None
+    part = torch.randint(0, 0x7F, (EACH,), dtype=torch.uint8).numpy().tobytes()
+    with tempfile.NamedTemporaryFile(dir=folder) as made:
+        for _ in range(COUNT):
+            made.write(part)
+        made.flush()
+        with io.FileIO(made.name) as file:
+            yield file
+
+
+def as_fp8(raw: Tensor) -> tuple[Tensor]:
+    """The numbers that bytes stand for."""
+    return (raw.view(torch.float8_e4m3fn),)
+
+
+def weights_in(file: io.FileIO) -> Holder:
+    """Views of the mapped file that nobody has looked at."""
+    whole = mapped.map_file(file)
+    for start in range(0, COUNT * EACH, EACH):
+        stored = mapped.InFile(range(start, start + EACH), 1, as_fp8, ValueError)
+        whole.tensors[start] = stored
+        whole.unseen.add(start)
+    return Holder([whole.view(i * EACH, EACH, torch.float8_e4m3fn) for i in range(COUNT)])
+
+
+def only_read(file: io.FileIO, memory: Tensor, threads: int) -> None:
+    """Read the file into as much memory as the ring has, with some threads."""
+    nbytes = moving._PIECE
+    looker = mapped.Looker(mapped.Watch())
+
+    def fetch(index: int) -> None:
+        span = range(index * nbytes, (index + 1) * nbytes)
+        assert looker.fetch(file, span, 1, None, memory[index % moving._SLOTS]) == ""
+
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(fetch, range(COUNT * EACH // nbytes)))
+
+
+def from_file() -> dict[str, Any]:
+    """Bring a mapped file of 4 GiB to the device through the ring: looked at, and not."""
+    found: dict[str, Any] = {"gib": 4, "processors": os.cpu_count(), "threads": moving._threads()}
+    with file_of_fp8() as file:
+
+        def timed(run: Callable[[], object]) -> float:
+            torch.cuda.synchronize()
+            begun = time.perf_counter()
+            run()
+            torch.cuda.synchronize()
+            return COUNT * EACH / (time.perf_counter() - begun) / 1e9
+
+        slots = (moving._SLOTS, moving._PIECE)
+        memory = torch.empty(slots, dtype=torch.uint8, pin_memory=True)
+        for threads in (2, 4, 8, 12, 16):
+            rates = [timed(partial(only_read, file, memory, threads)) for _ in range(2)]
+            found[f"read by {threads}, gb_s"] = max(rates)
+        rates = {}
+        for turn in range(4):
+            model = weights_in(file)
+            for name in ("looked at", "seen before"):
+                rates.setdefault(name, []).append(timed(partial(move, model, "cuda")))
+                if turn == 0 and name == "looked at":
+                    there = torch.stack([p.data.view(torch.uint8).sum() for p in model.all])
+                    found["equal"] = bool((there == there[0]).all())
+                move(model, "cpu")
+            del model
+            torch.cuda.empty_cache()
+        found |= {
+            f"{name}, gb_s": statistics.median(found_of[1:]) for name, found_of in rates.items()
+        }
+    return found
+
+
 def main() -> None:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path)
-    output = parser.parse_args().output
+    parser.add_argument("--only", choices=("transfer",))
+    given = parser.parse_args()
+    output, all_of_it = given.output, given.only is None
     result: dict[str, Any] = {
         "device": torch.cuda.get_device_name(), "torch": torch.__version__,
-        "kinds": [measure(*case) for case in cases()], "turnings": turnings(),
-        "transfer": transfer(),
+        "kinds": [measure(*case) for case in cases()] if all_of_it else [],
+        "turnings": turnings() if all_of_it else [],
+        "transfer": transfer(), "from_file": from_file(),
     }  # fmt: skip
     for row in [*result["kinds"], *result["turnings"]]:
         print(json.dumps(row))
     print(json.dumps(result["transfer"]))
+    print(json.dumps(result["from_file"]))
     if output:
         output.write_text(json.dumps(result, indent=1))
 

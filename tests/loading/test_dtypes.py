@@ -10,10 +10,11 @@ import torch
 from support.casting import cast_module, store_fp8
 from support.lean_models import inputs_of, model_of
 from support.placed_models import text_encoder, transformer, vae
+from support.wild_bytes import wild_bytes
 
 from wan_core.errors import InvalidRequest
 from wan_core.forward.transformer import lean_forward
-from wan_core.loading.dtypes import DTYPES, dtype_of, keep_in_fp32
+from wan_core.loading.dtypes import DTYPES, any_wild, dtype_of, is_finite, keep_in_fp32
 from wan_core.loading.quantized import StoredLinear
 from wan_core.models.sizes import block_bytes
 from wan_core.placing.streaming import stream_blocks
@@ -100,3 +101,12 @@ def test_fp8_storage_is_what_the_plan_counts() -> None:
     assert Block(model.blocks[0]).nbytes == pytest.approx(
         block_bytes(found, "transformer", "bf16", fp8=True), rel=3e-3
     )
+
+
+def test_a_device_finds_the_wild_numbers_that_the_host_finds() -> None:
+    """The same code on any device: here it is the CPU's, on a GPU test_gpu_first_look has it."""
+    for name, numbers, whole, damaged in wild_bytes():
+        assert len(damaged) >= 6, name
+        for raw, expected in ((whole, False), *((one, True) for one in damaged)):
+            assert all(map(is_finite, numbers(raw))) is not expected, name
+            assert any(bool(any_wild(found)) for found in numbers(raw)) is expected, name

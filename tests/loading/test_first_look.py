@@ -85,7 +85,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(moving, "_PIECE", 50_000)  # several to a tensor, and no whole GGUF blocks
     monkeypatch.setattr(reader, "_SMALL", 0)
     monkeypatch.setattr(mapped, "_TOLD_SECONDS", 0.0)
-    monkeypatch.setattr(mapped, "_CHECKED", 9_000)
+    monkeypatch.setattr(mapped, "LOOKED_AT", 9_000)
 
 
 @pytest.fixture

@@ -12,10 +12,12 @@ import torch
 from support import reference_layouts as layouts
 from support.stored_models import write_expert
 from support.tiny_models import make_transformer
+from support.wild_bytes import wild_bytes
 
 from wan_core.errors import CorruptFile
 from wan_core.formats import read_table
 from wan_core.loading import first_look, load_component, move, moving, to_look_at, unpin
+from wan_core.loading.dtypes import any_wild, is_finite
 from wan_core.placing import stream_blocks
 
 pytestmark = [
@@ -92,6 +94,57 @@ def test_sent_and_page_locked_weights_are_the_file_s(
     found = bytes_of(module)
     assert all(torch.equal(value, expected[name]) for name, value in found.items())
     assert read < 1.05 * path.stat().st_size + 2**20
+
+
+def test_the_card_finds_the_wild_numbers_that_the_host_finds() -> None:
+    for name, numbers, whole, damaged in wild_bytes():
+        for raw, expected in ((whole, False), *((one, True) for one in damaged)):
+            found = [any_wild(values) for values in numbers(raw.cuda())]
+            assert any(map(bool, found)) is expected, name
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2]
+)
+def test_each_bit_pattern_is_wild_on_the_card_where_it_is_on_the_host(dtype: torch.dtype) -> None:
+    """Alone, and as the last of more numbers than one group of threads looks at."""
+    size = dtype.itemsize
+    bits = torch.arange(2 ** (8 * size), dtype=torch.int32)
+    every = bits.to(torch.uint8 if size == 1 else torch.int16).view(dtype)
+    wild = ~torch.isfinite(every.double())
+    assert not any_wild(every[~wild].cuda())
+    many = torch.ones(2**22 + 3, device="cuda").to(dtype)
+    for index in torch.nonzero(wild).view(-1).tolist()[:: max(1, int(wild.sum()) // 40)]:
+        one = every[index : index + 1]
+        assert not is_finite(one) and any_wild(one.cuda())
+        many[-1:].view(torch.uint8).copy_(one.view(torch.uint8))
+        assert any_wild(many)
+
+
+@pytest.mark.parametrize("kind", ["fp8_scaled", "Q4_K"])
+def test_a_damaged_number_anywhere_is_found_on_the_card(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """In the first and in the last piece of a tensor of several."""
+    monkeypatch.setattr(moving, "_PIECE", 2**20 - 100)
+    whole = home / f"{kind}.{KINDS[kind]}"
+    name = "blocks.1.ffn.0.weight"
+    weight = read_table(whole).tensors[name]
+    last = 144 if kind == "Q4_K" else 1  # the scale of the last block, or the last number
+    content = whole.read_bytes()
+    for place in (weight.start, weight.end - last):
+        bad = tmp_path / whole.name
+        damaged = bytearray(content)
+        number = b"\x00\x7c" if kind == "Q4_K" else b"\x7f"
+        damaged[place : place + len(number)] = number
+        bad.write_bytes(damaged)
+        module = opened(bad, later=True)
+        with (
+            pytest.raises(CorruptFile, match=rf"'{name}'.*{bad.name}"),
+            first_look(module, lambda: None, lambda *_: None),
+        ):
+            move(module, "cuda")
+        assert to_look_at(module)
 
 
 @pytest.mark.parametrize("locked", [False, True])

@@ -8,6 +8,7 @@ import mmap
 import os
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -120,7 +121,7 @@ def looked_at(
 def test_every_byte_is_looked_at_once_by_whole_units(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unit: int, at_a_place: bool
 ) -> None:
-    monkeypatch.setattr(mapped, "_CHECKED", 8)
+    monkeypatch.setattr(mapped, "LOOKED_AT", 8)
     monkeypatch.setattr(mapped, "AT_ONCE", 20)
     if not at_a_place:
         monkeypatch.delattr(os, "preadv")
@@ -142,7 +143,7 @@ def test_every_byte_is_looked_at_once_by_whole_units(
 def test_what_is_wrong_with_a_piece_is_raised(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes, reason: str
 ) -> None:
-    monkeypatch.setattr(mapped, "_CHECKED", 10)
+    monkeypatch.setattr(mapped, "LOOKED_AT", 10)
     path = tmp_path / "weights.bin"
     path.write_bytes(content)
     with pytest.raises(ValueError, match=reason):
@@ -187,3 +188,35 @@ def test_no_more_is_asked_for_than_lies_ahead(
         looker.finish()
         looker.close()
     assert looks == [10]
+
+
+@pytest.mark.parametrize(
+    ("per_second", "least", "most"),
+    [(3e6, 2**16, 2**19), (20e6, 2**18, 2**21), (8e9, 2**22, 2**23)],
+)
+def test_as_much_is_read_at_once_as_a_disk_gives_in_a_fifth_of_a_second(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, per_second: float, least: int, most: int
+) -> None:
+    """A read cannot be taken back: whoever is interrupted waits for it. By a clock of its own."""
+    now = 0.0
+    asked: list[int] = []
+
+    def preadv(number: int, buffers: list[memoryview], offset: int) -> int:
+        nonlocal now
+        asked.append(len(buffers[0]))
+        now += asked[-1] / per_second
+        return asked[-1]
+
+    monkeypatch.setattr(mapped, "time", SimpleNamespace(perf_counter=lambda: now))
+    monkeypatch.setattr(os, "preadv", preadv)
+    path = tmp_path / "weights.bin"
+    path.write_bytes(b"")
+    looker, memory = mapped.Looker(mapped.Watch()), torch.empty(2**23, dtype=torch.uint8)
+    with path.open("rb", buffering=0) as file:
+        for begin in range(0, 2**26, 2**23):
+            assert looker.fetch(file, range(begin, begin + 2**23), 1, None, memory) == ""
+    looker.close()
+    assert sum(asked) == 2**26
+    assert max(asked) <= most and max(asked) / per_second < 0.2
+    assert asked[-1] / per_second < 0.06
+    assert least <= asked[-1] and len(asked) < 2**26 / least

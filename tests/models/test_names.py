@@ -332,7 +332,7 @@ def test_pieces_smaller_than_a_tensor_change_nothing(
     dtypes = (None, torch.float16)
     whole = {dtype: layouts.state_of(load_component(path, dtype)) for dtype in dtypes}
     monkeypatch.setattr("wan_core.loading.reader._PIECE", 5000)
-    monkeypatch.setattr("wan_core.loading.mapped._CHECKED", 512)
+    monkeypatch.setattr("wan_core.loading.mapped.LOOKED_AT", 512)
     for dtype, state in whole.items():
         assert_equal(load_component(path, dtype), state)
 

@@ -10,6 +10,7 @@ from support.fake_cuda import DeviceMemory, FakeCuda, wiped
 from torch import Tensor, nn
 
 from wan_core.loading import Slab, moving, page_lock
+from wan_core.loading.mapped import InFile
 from wan_core.placing import Sharing, transport
 from wan_core.placing.buffers import BufferSchedule
 from wan_core.placing.streaming import _pin_parts, _unlock
@@ -308,6 +309,49 @@ def test_the_ring_carries_every_byte(
     assert before == ["computed"]
     for source, target in zip(sources, targets, strict=True):
         assert torch.equal(source, target)
+
+
+@pytest.mark.parametrize("wild", [False, True])
+def test_a_tensor_is_looked_at_when_all_of_it_has_arrived(
+    cuda: FakeCuda, locked: list[int], monkeypatch: pytest.MonkeyPatch, wild: bool
+) -> None:
+    """Bytes that are not there yet are NaN: as early as that it would be wild in any case."""
+    monkeypatch.setattr(moving, "_PIECE", 32)
+
+    def numbers(where: Any) -> list[Tensor]:
+        cuda.compute.synchronize()  # what computes comes after what its stream waits for
+        return [where.memory.view(torch.float8_e4m3fn)]
+
+    tensors = []
+    pieces: list[Any] = []
+    for name, size in enumerate((100, 64, 7)):
+        source, there = torch.zeros(size, dtype=torch.uint8), DeviceMemory(cuda, wiped(size))
+        source[-1] = 0x7F if wild and size == 64 else 0
+        stored = InFile(range(size), 1, numbers, lambda why, name=name: ValueError(f"{name} {why}"))
+        look: Any = moving._Look(stored, there, -(-size // 32))  # type: ignore[arg-type]
+        tensors.append((source, there))
+        for begin in range(0, size, 32):
+            part = slice(begin, begin + 32)
+            pieces.append(moving._Piece(source[part], there[part], look=look))
+    ring = moving._Ring(DEVICE)
+    if wild:
+        with pytest.raises(ValueError, match="1 wild"):
+            ring.carry(pieces, lambda: None)
+    else:
+        ring.carry(pieces, lambda: None)
+        assert all(torch.equal(there.memory, source) for source, there in tensors)
+    assert locked == []
+
+
+@pytest.mark.usefixtures("cuda", "locked")
+def test_what_fails_in_a_thread_of_the_ring_is_raised() -> None:
+    class Broken:
+        def copy_(self, source: Tensor, non_blocking: bool = False) -> None:
+            raise RuntimeError("CUDA error: unspecified launch failure")
+
+    pieces = [moving._Piece(torch.zeros(8, dtype=torch.uint8), Broken()) for _ in range(40)]
+    with pytest.raises(RuntimeError, match="launch failure"):
+        moving._Ring(DEVICE).carry(pieces, lambda: None)
 
 
 def test_a_ring_is_stopped_by_what_is_asked_meanwhile(

@@ -4,10 +4,11 @@ Such memory is the file's own pages: the system reads them when they are touched
 again, so that weights larger than RAM can be used. They are read and never written.
 
 Looking whether numbers are finite is done piece by piece, by a few threads, in what they have just
-read: at the pace of plain reads. Touching the pages of a mapping leaves it to the system how much
-is read at once, which is 128 KiB where nobody has set more. What is read goes nowhere where weights
-stay in their file (its pages are in the system's cache then, where the mapping finds them), else
-straight to the memory that weights are copied to: the file is then read once, for both.
+read: at the pace of plain reads. What is sent to a device is looked at there. Touching the pages of
+a mapping leaves it to the system how much is read at once, which is 128 KiB where nobody has set
+more. What is read goes nowhere where weights stay in their file (its pages are in the system's
+cache then, where the mapping finds them), else straight to the memory that weights are copied to:
+the file is then read once, for both.
 """
 
 from __future__ import annotations
@@ -21,10 +22,11 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final
 
 import numpy as np
@@ -32,17 +34,20 @@ import torch
 
 from ..formats import TensorTable
 from ..models import Source
+from .dtypes import LOOKED_AT, is_finite
 
-FP8: Final = frozenset({torch.float8_e4m3fn, torch.float8_e5m2})
 AT_ONCE: Final = 4 * 2**20
 """Bytes read without looking up: 0.1 s of a slow disk."""
 _LEAD: Final = 256 * 2**20
 """Bytes that threads may still have to read before more is asked of them: whoever reads small
 tensors between the large ones stays near them, on a disk that seeks."""
-_CHECKED: Final = 2**20
-"""Bytes read and looked at in one go: few enough to stay in the processor's cache."""
 _READERS: Final = 4
 """Threads that read: more than one, so that a disk has work while numbers are looked at."""
+_READ_FIRST: Final = 2**19
+"""Bytes of the first read: 0.1 s of a network drive of 5 MB/s. A read cannot be taken back."""
+_READ_LEAST, _READ_MOST = 2**16, 8 * 2**20
+_QUICK_SECONDS, _SLOW_SECONDS = 0.01, 0.05
+"""A read that took less is followed by one of twice the bytes; one that took more, of half."""
 _WAIT_SECONDS: Final = 0.05
 _TOLD_SECONDS: Final = 0.1
 
@@ -59,6 +64,8 @@ Wrong = Callable[[Reason], Exception]
 """Makes the error to raise from a reason."""
 Finite = Callable[[torch.Tensor], bool]
 """Says of bytes, uint8 and whole numbers of them, whether all that they stand for is finite."""
+Numbers = Callable[[torch.Tensor], Iterable[torch.Tensor]]
+"""Yields of such bytes, on any device, the numbers in them that may be NaN or infinite."""
 
 
 def _nothing(*_: object) -> None:
@@ -82,13 +89,22 @@ class Watch:
 class InFile:
     """The bytes of one tensor in a file, and how they are looked at when they are read.
 
-    ``unit`` bytes are one number; ``finite`` is None where no number can be wild.
+    ``unit`` bytes are one number; ``numbers`` is None where no number can be wild.
     """
 
     span: range
     unit: int
-    finite: Finite | None
+    numbers: Numbers | None
     wrong: Wrong
+
+    @property
+    def finite(self) -> Finite | None:
+        """How its bytes are looked at on the host."""
+        return None if self.numbers is None else partial(_all_finite, self.numbers)
+
+
+def _all_finite(numbers: Numbers, raw: torch.Tensor) -> bool:
+    return all(map(is_finite, numbers(raw)))
 
 
 class MappedFile:
@@ -120,9 +136,9 @@ class MappedFile:
         """Return ``numel`` numbers from byte ``start`` on, without reading them."""
         return torch.frombuffer(self._buffer, dtype=dtype, count=numel, offset=start)
 
-    def finite_of(self, stored: InFile) -> Finite | None:
-        """Return how a tensor's bytes are to be looked at; None where they were, or need not be."""
-        return stored.finite if stored.span.start in self.unseen else None
+    def to_look_at(self, stored: InFile) -> bool:
+        """Say whether nobody has looked at a tensor's bytes and somebody must."""
+        return stored.numbers is not None and stored.span.start in self.unseen
 
 
 def map_file(file: io.FileIO, *, private: bool = hasattr(mmap, "MAP_PRIVATE")) -> MappedFile:
@@ -189,6 +205,8 @@ class Looker:
         self._pool: ThreadPoolExecutor | None = None
         self._own: dict[str, io.FileIO] = {}
         self._seeking = threading.Lock()
+        self._at_once = _READ_FIRST
+        self._scratch = threading.local()
 
     def begin(
         self, file: io.FileIO, span: range, unit: int, finite: Finite | None, wrong: Wrong,
@@ -245,27 +263,47 @@ class Looker:
     ) -> Reason:  # fmt: skip
         """Read a piece ``into`` memory, or only to look at it; any thread may.
 
-        It is looked at a megabyte at a time, which is in the processor's cache then.
+        It is looked at while it is in the processor's cache.
         """
-        step = min(max(unit, _CHECKED // unit * unit), len(piece))
-        memory = torch.empty(step, dtype=torch.uint8) if into is None else into
+        most = len(piece) if finite is None and into is not None else LOOKED_AT
+        step = min(max(unit, most // unit * unit), len(piece))
+        memory = self._own_memory(step) if into is None else into
         view = memoryview(memory.numpy())  # type: ignore[arg-type]
         try:
             for begin in range(0, len(piece), step):
                 size, first = min(step, len(piece) - begin), 0 if into is None else begin
-                done = 0
-                while done < size:  # the system may return less than it was asked for
-                    if self._stop.is_set():
-                        return "stopped"
-                    part = view[first + done : first + size]
-                    count = self._read_at(file, part, piece.start + begin + done)
-                    if not count:
-                        return "short"
-                    done += count
+                reason = self._fill(file, view[first : first + size], piece.start + begin)
+                if reason:
+                    return reason
                 if finite is not None and not finite(memory[first : first + size]):
                     return "wild"
         except OSError as error:
             return error
+        return ""
+
+    def _own_memory(self, nbytes: int) -> torch.Tensor:
+        """Return memory of the present thread; new memory for each piece has to be mapped first."""
+        memory: torch.Tensor | None = getattr(self._scratch, "memory", None)
+        if memory is None or len(memory) < nbytes:
+            memory = self._scratch.memory = torch.empty(nbytes, dtype=torch.uint8)
+        return memory
+
+    def _fill(self, file: io.FileIO, view: memoryview, offset: int) -> Reason:
+        """Read bytes from a place, as many at once as the disk gives in a fraction of a second."""
+        done = 0
+        while done < len(view):  # the system may return less than it was asked for
+            if self._stop.is_set():
+                return "stopped"
+            asked, began = self._at_once, time.perf_counter()
+            count = self._read_at(file, view[done : done + asked], offset + done)
+            if not count:
+                return "short"
+            done += count
+            took = time.perf_counter() - began
+            if took > _SLOW_SECONDS:
+                self._at_once = max(_READ_LEAST, asked // 2)
+            elif took < _QUICK_SECONDS and count == asked:
+                self._at_once = min(_READ_MOST, asked * 2)
         return ""
 
     def _read_at(self, file: io.FileIO, buffer: memoryview, offset: int) -> int:
@@ -301,7 +339,7 @@ def copy_read(
                 continue
             file, stored = there
             memory = target.view(-1).view(torch.uint8)
-            finite = file.finite_of(stored)
+            finite = stored.finite if file.to_look_at(stored) else None
             looker.begin(file.file, stored.span, stored.unit, finite, stored.wrong, memory)
         looker.finish()
     finally:
@@ -410,44 +448,10 @@ def _look_at_rest(files: Iterable[MappedFile], watch: Watch) -> None:
             for start in sorted(file.unseen):
                 stored = file.tensors[start]
                 # What cannot be wild is read when it is used.
-                if stored.finite is not None:
+                if stored.numbers is not None:
                     looker.begin(file.file, stored.span, stored.unit, stored.finite, stored.wrong)
         looker.finish()
     finally:
         looker.close()
     for file in files:
         file.unseen.clear()
-
-
-# For each dtype: integers of its size with and without a sign, and the bits of the smallest
-# positive number that is NaN or infinite: the exponent is all ones. e4m3fn has no infinity; its
-# only NaN has all bits set. A negative one has the same bits beside the sign.
-_LIMITS: Final[Mapping[torch.dtype, tuple[Any, Any, int]]] = {
-    torch.float64: (np.int64, np.uint64, 0x7FF0_0000_0000_0000),
-    torch.float32: (np.int32, np.uint32, 0x7F80_0000), torch.float16: (np.int16, np.uint16, 0x7C00),
-    torch.bfloat16: (np.int16, np.uint16, 0x7F80), torch.float8_e4m3fn: (np.int8, np.uint8, 0x7F),
-    torch.float8_e5m2: (np.int8, np.uint8, 0x7C),
-}  # fmt: skip
-
-
-def is_finite(values: torch.Tensor) -> bool:
-    """Say whether no value is NaN or infinite, for any floating-point dtype.
-
-    On the CPU the bits are compared: ``torch.isfinite`` takes 30 times as long as reading the
-    values.
-    """
-    if values.device.type != "cpu":
-        if values.dtype in FP8:
-            values = values.to(torch.float16)
-        # The sum is finite only if every term is, and needs no memory. A sum of finite terms may
-        # overflow, so one that is not finite is looked at again.
-        return bool(torch.isfinite(values.sum())) or bool(torch.isfinite(values).all())
-    signed, unsigned, limit = _LIMITS[values.dtype]
-    raw = values.reshape(-1).view(torch.uint8).numpy()
-    below = limit | 1 << 8 * values.itemsize - 1
-    for begin in range(0, raw.size, _CHECKED):
-        part = raw[begin : begin + _CHECKED]
-        # Among integers with a sign positive numbers are the largest, among others negative ones.
-        if part.view(signed).max() >= limit or part.view(unsigned).max() >= below:
-            return False
-    return True

@@ -7,9 +7,11 @@ them, also when one fails.
 from __future__ import annotations
 
 import ctypes
+import os
 import queue
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from types import TracebackType
@@ -20,6 +22,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..memory import SENDING
+from .dtypes import any_wild
 from .mapped import InFile, Looker, MappedFile, Reason, Watch, is_mapped, stored_at
 from .page_lock import Slab
 
@@ -27,7 +30,10 @@ _RING_FROM = 256 * 2**20  # bytes; below, setting the ring up takes longer than 
 _SLOTS = 16
 """Pieces of the ring: as many as its threads fill, and more that are on their way."""
 _PIECE = SENDING // _SLOTS
-_THREADS = 4
+_FEWEST_THREADS, _MOST_THREADS = 4, 12
+"""Threads that fill the ring, half as many as there are processors. Fewer than four leave a disk
+idle; on two processors two to eight read a cached file at the same pace. More would leave no piece
+of the ring on its way. The most is not measured."""
 _CHECK_SECONDS = 0.05
 _homes: Any = WeakTensorKeyDictionary()
 """For parameters on a device: their tensor in the mapped file they came from."""
@@ -143,25 +149,42 @@ def _sent_all(
     if target.type != "cuda" or sum(t.nbytes for t in on_host) < _RING_FROM:
         return [_sent(tensor, device) for tensor in tensors]
     through = {id(tensor) for tensor in on_host}
+    mine = [index for index, tensor in enumerate(tensors) if id(tensor) in through]
+    homes = {index: stored_at(tensors[index]) for index in mine}
     out = [
         torch.empty_like(t, device=target) if id(t) in through else _sent(t, device)
         for t in tensors
     ]
-    pieces = [
-        piece
-        for source, there in zip(tensors, out, strict=True)
-        if id(source) in through
-        for piece in _cut(source, there)
-    ]
     # In the order of the file, so that a disk reads forward.
-    _Ring(target).carry(sorted(pieces, key=_Piece.place), check)
-    for piece in pieces:
-        piece.was_seen()
+    mine.sort(key=lambda index: _place(homes[index]))
+    _Ring(target).carry(
+        (piece for i in mine for piece in _cut(tensors[i], out[i], homes[i])), check
+    )
+    for there in filter(None, homes.values()):
+        there[0].unseen.discard(there[1].span.start)
     return out
+
+
+def _place(home: tuple[MappedFile, InFile] | None) -> tuple[str, int]:
+    return ("", 0) if home is None else (str(id(home[0])), home[1].span.start)
 
 
 def _bytes_of(tensor: Tensor) -> Tensor:
     return tensor.view(-1).view(torch.uint8) if tensor.dim() else tensor.view(1).view(torch.uint8)
+
+
+@dataclass(slots=True)
+class _Look:
+    """A tensor that is looked at where it goes, once all its pieces have been sent."""
+
+    tensor: InFile
+    where: Tensor
+    pieces: int
+
+    def has_all(self) -> bool:
+        """Count a piece that has been sent; say whether it was the last one."""
+        self.pieces -= 1
+        return not self.pieces
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -173,9 +196,7 @@ class _Piece:
     file: MappedFile | None = None
     tensor: InFile | None = None
     begin: int = 0
-
-    def place(self) -> tuple[str, int]:
-        return "" if self.file is None else str(id(self.file)), self.begin
+    look: _Look | None = None
 
     def fetch(self, looker: Looker, into: Tensor) -> Reason:
         """Bring it to page-locked memory; a mapped file is read, not touched."""
@@ -183,8 +204,7 @@ class _Piece:
             into.copy_(self.source)
             return ""
         span = range(self.begin, self.begin + len(into))
-        finite = self.file.finite_of(self.tensor)
-        return looker.fetch(self.file.file, span, self.tensor.unit, finite, into)
+        return looker.fetch(self.file.file, span, self.tensor.unit, None, into)
 
     def arrived(self, reason: Reason) -> None:
         """Raise what is wrong with it; else tell who follows the first look."""
@@ -195,27 +215,34 @@ class _Piece:
         if self.tensor.span.start in self.file.unseen:
             self.file.watch.read(len(self.source))
 
-    def was_seen(self) -> None:
-        if self.file is not None and self.tensor is not None:
-            self.file.unseen.discard(self.tensor.span.start)
 
-
-def _cut(source: Tensor, target: Tensor) -> Iterator[_Piece]:
-    """Cut a tensor into pieces that fit into the ring, of whole numbers each."""
-    file, tensor = stored_at(source) or (None, None)
-    unit = 1 if tensor is None else tensor.unit
-    step, start = max(unit, _PIECE // unit * unit), 0 if tensor is None else tensor.span.start
+def _cut(
+    source: Tensor, target: Tensor, home: tuple[MappedFile, InFile] | None
+) -> Iterator[_Piece]:
+    """Cut a tensor into pieces that fit into the ring."""
+    file, tensor = home or (None, None)
+    start = 0 if tensor is None else tensor.span.start
     here, there = _bytes_of(source), _bytes_of(target)
-    for begin in range(0, source.nbytes, step):
-        part = slice(begin, begin + step)
-        yield _Piece(here[part], there[part], file, tensor, start + begin)
+    look = None
+    if file is not None and tensor is not None and file.to_look_at(tensor):
+        look = _Look(tensor, there, -(-len(here) // _PIECE))
+    for begin in range(0, len(here), _PIECE):
+        part = slice(begin, begin + _PIECE)
+        yield _Piece(here[part], there[part], file, tensor, start + begin, look)
+
+
+def _threads() -> int:
+    own = getattr(os, "sched_getaffinity", None)  # those that this process may use
+    processors = len(own(0)) if own else os.cpu_count() or 1
+    return min(max(processors // 2, _FEWEST_THREADS), _MOST_THREADS)
 
 
 class _Ring:
     """Page-locked memory in a few pieces, filled by threads and emptied by the device.
 
     Pageable memory crosses the bus at a fraction of its speed: while some pieces are on their way,
-    the next ones are read from the file or copied.
+    the next ones are read from the file or copied. What nobody has looked at is looked at by the
+    device, where it has arrived: threads that only read hardly ever wait for each other.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -228,29 +255,79 @@ class _Ring:
         self._free: queue.SimpleQueue[tuple[Tensor, Any]] = queue.SimpleQueue()
         for begin in range(0, _PIECE * _SLOTS, _PIECE):
             self._free.put((self._slab.memory[begin : begin + _PIECE], None))
+        self._asked: queue.SimpleQueue[_Piece | None] = queue.SimpleQueue()
+        self._sent: queue.SimpleQueue[tuple[_Piece, Reason, BaseException | None]]
+        self._sent = queue.SimpleQueue()
+        self._over = threading.Event()
+        self._looked: list[tuple[InFile, Tensor]] = []
+        """Tensors, and whether one of their numbers is wild: a bool on the device."""
 
-    def carry(self, pieces: list[_Piece], check: Callable[[], object]) -> None:
-        """Copy each piece to its target; returns when all are ordered."""
-        looker = Looker(Watch())
+    def carry(self, pieces: Iterable[_Piece], check: Callable[[], object]) -> None:
+        """Copy each piece to its target; returns when all are there and have been looked at.
+
+        Raises what ``InFile.wrong`` makes of a tensor that cannot be read, or is wild.
+        """
+        looker, count = Looker(Watch()), _threads()
         try:
-            with ThreadPoolExecutor(_THREADS, thread_name_prefix="wanfit-send") as pool:
-                waiting: list[Future[Reason]] = []
+            with ThreadPoolExecutor(count, thread_name_prefix="wanfit-send") as pool:
                 try:
-                    waiting += (pool.submit(self._send, piece, looker) for piece in pieces)
-                    for piece, one in zip(pieces, waiting, strict=True):
-                        check()
-                        while not one.done():
-                            wait([one], timeout=_CHECK_SECONDS)
-                            check()
-                        piece.arrived(one.result())
+                    for _ in range(count):
+                        pool.submit(self._send_what_is_asked, looker)
+                    self._follow(pieces, check)
                 finally:
+                    self._over.set()
                     looker.close()  # those that still read stop
-                    for one in waiting:
-                        one.cancel()
+                    for _ in range(count):
+                        self._asked.put(None)
+            torch.cuda.current_stream(self._device).wait_stream(self._stream)
+            self._judge()
         finally:
             self._stream.synchronize()
             self._slab.unlock()
+
+    def _follow(self, pieces: Iterable[_Piece], check: Callable[[], object]) -> None:
+        """Ask for the pieces, and take note of those that have been sent."""
+        asked = 0
+        for piece in pieces:
+            self._asked.put(piece)
+            asked += 1
+            check()
+        while asked:
+            check()
+            with suppress(queue.Empty):
+                piece, reason, failed = self._sent.get(timeout=_CHECK_SECONDS)
+                if failed is not None:
+                    raise failed
+                asked -= 1
+                piece.arrived(reason)
+                if piece.look is not None and piece.look.has_all():
+                    self._look_at(piece.look)
+
+    def _look_at(self, look: _Look) -> None:
+        """Have the device look at a tensor; nobody waits for what it finds before all are sent."""
+        assert look.tensor.numbers is not None
         torch.cuda.current_stream(self._device).wait_stream(self._stream)
+        with torch.no_grad():
+            found = [any_wild(numbers) for numbers in look.tensor.numbers(look.where)]
+        self._looked += [(look.tensor, wild) for wild in found]
+
+    def _judge(self) -> None:
+        if not self._looked:
+            return
+        found = torch.stack([wild for _, wild in self._looked]).tolist()
+        for (tensor, _), wild in zip(self._looked, found, strict=True):
+            if wild:
+                raise tensor.wrong("wild")
+
+    def _send_what_is_asked(self, looker: Looker) -> None:
+        while (piece := self._asked.get()) is not None and not self._over.is_set():
+            reason: Reason = ""
+            failed: BaseException | None = None
+            try:
+                reason = self._send(piece, looker)
+            except BaseException as error:  # noqa: BLE001 - raised by who asked for the piece
+                failed = error
+            self._sent.put((piece, reason, failed))
 
     def _send(self, piece: _Piece, looker: Looker) -> Reason:
         memory, sent = self._free.get()

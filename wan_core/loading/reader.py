@@ -12,7 +12,7 @@ from __future__ import annotations
 import io
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -31,17 +31,16 @@ from .dequantize import (
     ordered_scales,
     unit_bytes,
 )
+from .dtypes import FP8, is_finite
 from .mapped import (
     AT_ONCE,
-    FP8,
     Amount,
-    Finite,
     InFile,
     Looker,
     MappedFile,
+    Numbers,
     Reason,
     Watch,
-    is_finite,
     look_later,
     map_file,
 )
@@ -141,8 +140,8 @@ class TensorReader:
                 self._check_finite(info, view, None)
                 self._watch.seen(view.nbytes)
             else:
-                finite = partial(_are_finite, stored) if stored.is_floating_point else None
-                self._look(info, start, view.nbytes, stored.itemsize, finite, kept=kept)
+                numbers = partial(_as_numbers, stored) if stored.is_floating_point else None
+                self._look(info, start, view.nbytes, stored.itemsize, numbers, kept=kept)
             return view.view(shape)
         out = torch.empty(numel, dtype=target, device=self.device)
         if straight:
@@ -169,8 +168,8 @@ class TensorReader:
             unit = unit_bytes(stored)
             nothing = torch.zeros(unit, dtype=torch.int8)  # not the file's: that would read a page
             may_be = any(True for _ in numbers_that_may_be_wild(nothing, stored))
-            finite = partial(_none_is_wild, stored) if may_be else None
-            self._look(info, start, nbytes, unit, finite, kept=kept)
+            numbers = partial(_may_be_wild, stored) if may_be else None
+            self._look(info, start, nbytes, unit, numbers, kept=kept)
             return found.view(rows, -1)
         flat = torch.empty(nbytes, dtype=torch.int8, device=self.device)
         self._read_straight(info, start, flat)
@@ -179,7 +178,7 @@ class TensorReader:
         return flat.view(rows, -1)
 
     def _look(
-        self, info: TensorInfo, start: int, nbytes: int, unit: int, finite: Finite | None, *,
+        self, info: TensorInfo, start: int, nbytes: int, unit: int, numbers: Numbers | None, *,
         kept: bool = True,
     ) -> None:  # fmt: skip
         """Begin to read bytes of a tensor and to look at them, ``unit`` bytes being one number.
@@ -188,13 +187,13 @@ class TensorReader:
         """
         assert self._maps is not None
         span, file = range(start, start + nbytes), self._maps[info.file]
-        stored = file.tensors[start] = InFile(span, unit, finite, partial(_wrong, info))
+        stored = file.tensors[start] = InFile(span, unit, numbers, partial(_wrong, info))
         if self._later and kept:
             file.unseen.add(start)
-        elif finite is None:
+        elif numbers is None:
             self._watch.seen(nbytes)
         else:
-            self._looker.begin(file.file, span, unit, finite, stored.wrong)
+            self._looker.begin(file.file, span, unit, stored.finite, stored.wrong)
 
     def scales(self, source: Source, stored: Storage, prefix: str) -> Scales:
         """Return what a weight is multiplied with, in the order of its rows, on the device.
@@ -358,12 +357,12 @@ class TensorReader:
         raise _not_finite(info)
 
 
-def _are_finite(stored: torch.dtype, raw: torch.Tensor) -> bool:
-    return is_finite(raw.view(stored))
+def _as_numbers(stored: torch.dtype, raw: torch.Tensor) -> tuple[torch.Tensor]:
+    return (raw.view(stored),)
 
 
-def _none_is_wild(stored: Storage, raw: torch.Tensor) -> bool:
-    return all(map(is_finite, numbers_that_may_be_wild(raw.view(torch.int8), stored)))
+def _may_be_wild(stored: Storage, raw: torch.Tensor) -> Iterator[torch.Tensor]:
+    return numbers_that_may_be_wild(raw.view(torch.int8), stored)
 
 
 def _wrong(info: TensorInfo, reason: Reason) -> Exception:
