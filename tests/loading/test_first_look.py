@@ -255,8 +255,25 @@ def _break_reads(patch: pytest.MonkeyPatch, bad: range, what: str) -> None:
     patch.setattr(os, "preadv", broken)
 
 
-def test_an_interrupt_ends_reads_that_are_under_way(home: Path, read: Read) -> None:
+def test_an_interrupt_ends_reads_that_are_under_way(
+    home: Path, read: Read, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The disk does not answer to more than a few before who was interrupted has said so."""
     module = opened(home, "fp8_scaled")
+    goes_on, preadv, close = threading.Event(), os.preadv, mapped.Looker.close
+
+    def slow(fd: int, buffers: Any, offset: int) -> int:
+        if len(read) > 8:
+            goes_on.wait(60)
+        return preadv(fd, buffers, offset)
+
+    def closed(self: mapped.Looker) -> None:
+        self._stop.set()
+        goes_on.set()
+        close(self)
+
+    monkeypatch.setattr(os, "preadv", slow)
+    monkeypatch.setattr(mapped.Looker, "close", closed)
 
     def stop() -> None:
         if read:
