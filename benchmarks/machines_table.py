@@ -5,7 +5,7 @@
 Files of true names, shapes and sizes are written without content, detected, and planned on eight
 machines by the product's own planner: no weight is read and no GPU is needed. Of the memory that a
 card and a computer have, a share is taken by the system; what is left free is in the table's head.
-Seconds are predictions by the rates in ``wan_core/plan/timing.py``.
+Seconds are predictions by the rates in ``wan_core/plan/timing.py`` and ``stage_seconds.py``.
 """
 
 from __future__ import annotations
@@ -81,8 +81,11 @@ ones, as it was made for. *driving* says what is kept of Animate 2's
 driving stream: keys and values on the card (kv), the blocks' inputs in RAM (inputs), or nothing
 (again). *Card* is the predicted peak. *RAM* is what nothing else can have meanwhile, *file*
 the weights that are read from their mapped file: RAM that the system takes back when it needs it.
-Seconds are predicted (`wan_core/plan/timing.py`: good to a factor of two until a run on the machine
-was measured), *cold* with every file read from disk first.
+Seconds are predicted: of a step good to a factor of two until a run on the machine was measured
+(`wan_core/plan/timing.py`); *cold* is a whole job without an mp4 in a new process, its kernels
+compiled, every file read from a disk of 1.5 GB/s, its decode included
+(`wan_core/plan/stage_seconds.py`: rates of an H100 and H200s, within a fourth of the runs they come
+from; on none of these other cards was a whole job measured).
 """
 COLUMNS = (
     "| model and size | plan | card GiB | RAM GiB | file GiB | s a step | cold s | verdict |",
@@ -99,22 +102,11 @@ def write_expert(path: Path, model: str, kind: str) -> Path:
     return layouts.write_sparse(path.with_suffix(".safetensors"), file)
 
 
-def write_encoder(path: Path) -> Path:
-    """Write umT5 as ``umt5_xxl_fp8_e4m3fn_scaled`` has it: 168 matrices in fp8, the rest fp16."""
-    file = layouts.Stored({"scaled_fp8": ("F8_E4M3", (0,)), "spiece_model": ("U8", (4_548_313,))})
-    for name, shape in layouts.umt5().items():
-        scaled = ".layer." in name and "relative" not in name
-        file.tensors[name] = ("F8_E4M3" if scaled else "F16", shape)
-        if scaled:
-            file.tensors[name.removesuffix("weight") + "scale_weight"] = ("F32", ())
-    return layouts.write_sparse(path, file)
-
-
 def models(
     folder: Path,
 ) -> Iterator[tuple[str, ModelArchitecture, tuple[tuple[int, int, int], ...]]]:
     """Yield a title, the detected model, and the sizes to plan."""
-    encoder = write_encoder(folder / "umt5.safetensors")
+    encoder = layouts.write_sparse(folder / "umt5.safetensors", layouts.fp8_umt5())
     detector = ArchitectureDetector()
     for kind in A14B:
         high = write_expert(folder / "a_high_noise", "t2v-14b", kind)

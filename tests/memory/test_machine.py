@@ -194,6 +194,7 @@ LINUX: dict[str, Any] = {
     "ram_evictable_bytes": 0,
     "process_bytes": GIB,
     "done_here": ("imports",),
+    "loaded": (),
     "cards": (),
     "supports_bf16": True,
     "supports_fp16": True,

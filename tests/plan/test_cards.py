@@ -42,15 +42,21 @@ def test_seconds_on_several_cards_count_the_pipe_and_the_start(
     guided: bool, references: int
 ) -> None:
     """Six windows of 21 latent frames and the references, their 16 + 16 channels in fp32 through a
-    pipe of 0.5 GB/s for each pass, and ten seconds for processes to start."""
+    pipe of 0.5 GB/s for each pass, and 14.5 seconds for processes to start, of which those do not
+    count that texts take. The stages' seconds are changed as the whole is."""
     job = replace(LONG, guidance_high=guided, references=references, batch_size=2)
     alone, shared = (plan(job, machine(80, 80, 80), count) for count in (1, 3))
     passes = 12 if guided else 6
     moved = 2 * 32 * (21 + references) * 60 * 104 * 4 / 5e8
     step = (alone.step_seconds + passes * moved) / 3
-    expected = alone.seconds + 40 * (step - alone.step_seconds) + 10
-    assert shared.seconds == pytest.approx(expected, rel=1e-9)
+    texts = sum(s.warm for s in alone.stage_seconds[:3])
+    assert [s.name for s in alone.stage_seconds[2:4]] == ["text_encode", "load transformer"]
+    expected = alone.seconds + 40 * (step - alone.step_seconds) + 14.5 - texts
+    assert shared.seconds == pytest.approx(expected, rel=1e-9) and 1 < texts < 6
     assert shared.cold_seconds - alone.cold_seconds == pytest.approx(expected - alone.seconds)
+    assert sum(s.warm for s in shared.stage_seconds) == pytest.approx(shared.seconds)
+    assert sum(s.cold for s in shared.stage_seconds) == pytest.approx(shared.cold_seconds)
+    assert shared.stage_seconds[0].name == "start workers"
 
 
 @pytest.mark.parametrize("count", [2, 3, 4, 8])

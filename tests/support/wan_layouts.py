@@ -431,6 +431,17 @@ def umt5(width: int = 4096, layers: int = 24, every_block: bool = True) -> Shape
     return out
 
 
+def fp8_umt5() -> Stored:
+    """umT5 as ``umt5_xxl_fp8_e4m3fn_scaled`` has it: 168 matrices in fp8, the rest fp16."""
+    file = Stored({"scaled_fp8": ("F8_E4M3", (0,)), "spiece_model": ("U8", (4_548_313,))})
+    for name, shape in umt5().items():
+        scaled = ".layer." in name and "relative" not in name
+        file.tensors[name] = ("F8_E4M3" if scaled else "F16", shape)
+        if scaled:
+            file.tensors[name.removesuffix("weight") + "scale_weight"] = ("F32", ())
+    return file
+
+
 def clip_vision(width: int = 1280) -> Shapes:
     """The CLIP ViT-H vision model under HF names, first layer only."""
     return {

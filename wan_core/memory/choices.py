@@ -36,6 +36,8 @@ class Workload:
     last_image: bool = False
     steps: int = 50
     return_frames: bool = True
+    to_file: bool = False
+    """Whether an mp4 is written."""
     encode_text: bool = True
     high_steps: int | None = None
     """Steps of the high-noise expert; None where there is one expert."""

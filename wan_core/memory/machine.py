@@ -118,6 +118,8 @@ class SystemResources:
     """Anonymous memory that this process holds now; None where the system does not tell."""
     done_here: tuple[str, ...] = ()
     """What this process has done before, of the things for which it takes RAM once."""
+    loaded: tuple[str, ...] = ()
+    """Components of the model that this process holds, and need not read."""
     supports_bf16: bool = True
     """Whether the device computes in bf16 natively; torch accepts it everywhere."""
     supports_fp16: bool = True

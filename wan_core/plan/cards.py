@@ -18,17 +18,17 @@ from ..errors import InvalidRequest
 from ..memory import estimate, latent_size, window_latents
 from ..models import ModelArchitecture
 from .config import OptimizationConfig
-from .gangs import Cutting, tried_as, wishes
+from .gangs import Cutting, Turns, tried_as, turns_of, wishes, with_filling_overlap
 from .plan import OptimizationPlan
-from .turns import Turns, turns_of, with_filling_overlap
+from .stage_seconds import StageSeconds, before_steps, on_workers
 
 if TYPE_CHECKING:
     from ..memory import SystemResources, Workload
 
-START_SECONDS = 10.0
-"""Seconds until the workers' processes have imported their packages: two on two cores that others
-kept busy took 6 for torch and 25 with diffusers. On an idle host it was not measured; much of it
-passes while texts are encoded, which is not counted."""
+START_SECONDS = 14.5
+"""Seconds until the workers' processes have imported their packages and have their cards: two on
+a host of 32 cores and two H200s took 14.1 to 17.7 (``many_2_nvidia_h200.md``). What passes while
+texts and pictures are encoded is not counted."""
 _PIPE = 5e8
 """Bytes per second of latents to a worker and back, copies included: a tenth of what a pipe moves.
 Assumed, not measured."""
@@ -197,6 +197,7 @@ def spread_over(
         step_seconds=expected.step,
         seconds=expected.seconds,
         cold_seconds=plan.cold_seconds + expected.seconds - plan.seconds,
+        stage_seconds=told.stage_seconds,
         reasons=reasons,
         estimate=replace(found, reasons=reasons),
     )
@@ -260,7 +261,12 @@ def _seconds(
     step = turns.turns(gangs) * job.pass_seconds(alone, cut)
     piped = turns.turns(gangs) * moved * cut
     steps = workload.steps * (step + piped - plan.step_seconds)
-    return step, plan.seconds + steps + START_SECONDS
+    return step, plan.seconds + steps + _start(plan)
+
+
+def _start(plan: OptimizationPlan) -> float:
+    """Return the seconds that are waited for processes to start."""
+    return max(0.0, START_SECONDS - before_steps(plan.stage_seconds))
 
 
 @dataclass(frozen=True, slots=True)
@@ -283,6 +289,14 @@ class _Telling:
             return self.chosen
         step, seconds = _seconds(self.plan, self.job, self.turns, self.chosen.gangs, 1)
         return _Way(self.chosen.gangs, 1, step, seconds)
+
+    @property
+    def stage_seconds(self) -> tuple[StageSeconds, ...]:
+        """Return what the stages are expected to take."""
+        if self.chosen.cards == 1:
+            return self.plan.stage_seconds
+        start, more = _start(self.plan), self.expected.seconds - self.plan.seconds
+        return on_workers(self.plan.stage_seconds, start, more - start)
 
     @property
     def _alone(self) -> float:

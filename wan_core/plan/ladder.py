@@ -142,7 +142,7 @@ def ladder(
             )
         ):
             found = estimate(architecture, workload, choices, system, available=limits.device)
-            took = timing(architecture, workload, choices, system)
+            took = timing(architecture, workload, choices, system, found.stages)
             peak = max((reserved_bytes(s, choices, system), s.name) for s in found.stages)
             without = _changed_back(choices, start, plain)
             candidates.append(Candidate(tier, choices, found, took, *peak, without, situation))

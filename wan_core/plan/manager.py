@@ -410,6 +410,7 @@ def _plan(
         step_seconds=candidate.timing.step,
         seconds=candidate.timing.total,
         cold_seconds=candidate.timing.cold,
+        stage_seconds=candidate.timing.stages,
         compute_bound=candidate.timing.compute_bound,
         paced=system.calibration.paced,
         pin_limit=None if requested.ram_limit_gb is None else limits.ram,

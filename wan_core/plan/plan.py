@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from ..config import MemoryEstimate
 from ..memory import STREAM_BUFFERS, Choices
+from .stage_seconds import StageSeconds
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,9 +25,12 @@ class OptimizationPlan:
     step_seconds: float = 0.0
     """Predicted seconds of a denoising step. Good enough to compare plans with each other."""
     seconds: float = 0.0
-    """Predicted for the whole job, with the files in the system's cache."""
+    """Predicted for the whole job as things stand: what this process holds is not read again, other
+    files lie in the system's cache where RAM can hold them all."""
     cold_seconds: float = 0.0
-    """The same where every file is read from the disk first."""
+    """The same in a new process, every file read from the disk."""
+    stage_seconds: tuple[StageSeconds, ...] = ()
+    """Both figures stage by stage: they are the sums of these."""
     pin_limit: int | None = None
     """Bytes of RAM that may be page-locked at most, where the user limits the RAM."""
     paced: bool = False
@@ -81,6 +85,11 @@ class OptimizationPlan:
         return self.choices.resident_blocks or 0, self.choices.stream_buffers
 
     @property
+    def first_seconds(self) -> float:
+        """Return what of ``seconds`` later runs do not take: libraries' first use, kernels."""
+        return sum(stage.first for stage in self.stage_seconds)
+
+    @property
     def reads_ahead(self) -> bool:
         """Whether the low-noise expert is read while the high-noise one computes."""
         return any(stage.ahead_bytes for stage in self.estimate.stages)
@@ -127,6 +136,7 @@ class OptimizationPlan:
         return {
             **choices,
             **plain,
+            "stage_seconds": [asdict(stage) for stage in self.stage_seconds],
             "dtypes": dict(self.choices.dtypes),
             "part_offload": dict(self.choices.part_offload),
             "reasons": list(self.reasons),

@@ -37,7 +37,8 @@ from .shortcuts import (
     step_cache,
     step_cache_says,
 )
-from .timing import decode_seconds, timing
+from .stage_seconds import decode_seconds
+from .timing import timing
 
 if TYPE_CHECKING:
     from ..memory import SystemResources
@@ -90,13 +91,17 @@ def _half_of(situation: Situation, main: str) -> str:
 
 
 def _half_vae_says(situation: Situation, before: Choices, after: Choices) -> str:
-    system, workload = situation.system, situation.workload
-    slow = decode_seconds(workload, before, system)
-    quick = decode_seconds(workload, after, system)
+    slow, quick = _decodes(situation, before, after)
     return (
-        f"vae in {after.dtypes['vae']}: decode {slow:.1f} -> {quick:.1f} s, computed from "
-        "operations; changes rounding only"
+        f"vae in {after.dtypes['vae']}: decode {slow:.1f} -> {quick:.1f} s, by rates of an H100 "
+        "and H200s; changes rounding only"
     )
+
+
+def _decodes(situation: Situation, *ways: Choices) -> list[float]:
+    """Return the predicted seconds of the decode with each."""
+    architecture, workload, system = situation.architecture, situation.workload, situation.system
+    return [decode_seconds(architecture, workload, choices, system) for choices in ways]
 
 
 def _quick(situation: Situation, choices: Choices) -> Choices | str:
@@ -108,11 +113,10 @@ def _quick(situation: Situation, choices: Choices) -> Choices | str:
 
 
 def _quick_says(situation: Situation, before: Choices, after: Choices) -> str:
-    system, workload = situation.system, situation.workload
-    slow = decode_seconds(workload, replace(before, lean=True), system)
-    quick = decode_seconds(workload, replace(after, lean=True), system)
+    slow, quick = _decodes(situation, replace(before, lean=True), replace(after, lean=True))
     return (
-        f"fastest kernels: decode {slow:.1f} -> {quick:.1f} s, computed from operations; "
+        f"fastest kernels: decode {slow:.1f} -> {quick:.1f} s, by rates of an H100 and "
+        "H200s; "
         f"attention {_kept_times(situation, eight_bit=False) or 'by the clock'}"
         f"{_without_triton()}; changes rounding only"
     )

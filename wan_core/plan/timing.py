@@ -1,7 +1,8 @@
 """How long a workload takes, roughly: operations over the device's rate, bytes over the bus's.
 
-It is made to compare choices on one machine, where its errors cancel. As a forecast it is good to a
-factor of two, until a run on the machine has been measured. Standard library only.
+It is made to compare choices on one machine, where its errors cancel. As a forecast of steps it is
+good to a factor of two, until a run on the machine has been measured. What a job does beside its
+steps is in ``stage_seconds``. Standard library only.
 
 Operations of a Wan forward with L tokens of width d, per block: 2 per weight and token, 4 L^2 d in
 self-attention and 4 L 512 d in cross-attention. Rates: dense half-precision throughput per
@@ -13,10 +14,12 @@ it, huggingface/diffusers issue 11605), two take 30.5 s on a 4090D (LightX2V's R
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import ceil
 from typing import TYPE_CHECKING
 
+from ..config import StageEstimate
 from ..memory import (
     Choices,
     Workload,
@@ -38,38 +41,14 @@ from ..models import (
     magcache_curve,
     magcache_plan,
     part_bytes,
-    parts_of,
-    stays_in_file,
     stored_of,
     vace_block_parameters,
 )
+from .stage_seconds import DISK, PAGEABLE, Counting, StageSeconds, device_rate
 
 if TYPE_CHECKING:
     from ..memory import SystemResources
 
-_RATES = {
-    (7, 5): (1024, 1.5e9, 0.40),
-    (8, 0): (2048, 1.41e9, 0.45),
-    (8, 6): (512, 1.7e9, 0.80),
-    (8, 9): (512, 2.5e9, 0.75),
-    (9, 0): (4096, 1.75e9, 0.53),
-    (10, 0): (8192, 1.9e9, 0.35),
-    (12, 0): (512, 2.4e9, 0.75),
-}
-"""Per compute capability: half-precision operations per multiprocessor and clock, clocks per
-second, and the share of both that a Wan forward reaches in eager PyTorch."""
-_OTHER_GPU = 3e13
-"""Operations per second where the architecture is not known. Assumed, not measured."""
-_CPU_CORE = 3e10
-"""Operations per second of one CPU core, of which four are assumed. Neither was measured."""
-_FP32_SHARE = 0.25
-"""Share of the half-precision rate that fp32 reaches, with TF32 off. Assumed, not measured."""
-_PAGEABLE = 0.5
-"""Share of the bus that copies from pageable memory reach through page-locked pieces: 26.8 of the
-50 GB/s that count for PCIe 5 x16, on an H200 (``benchmarks/results/dequantise_h200.json``)."""
-_DISK = 1.5e9
-"""Bytes per second when weights are read from a file because RAM cannot hold them. Assumed: a
-common SSD; not measured."""
 _LAYER_LATENCY = 1e-3
 """Seconds per layer that the hooks and the synchronous copy of sequential offload cost. Assumed,
 not measured."""
@@ -78,12 +57,6 @@ _CAST_COST = 1.02
 """What taking quantised matrices apart adds to a step: 16 ms (fp8) to 25 ms (Q6_K) a pass of the
 14B on an H200 of 1.6 s (``benchmarks/results/dequantise_h200.json``); the reference code without
 Triton takes four to fifteen times as long."""
-_PIXEL_OPERATIONS = 1.39e7
-"""What the decode of a pixel counts for at the rate of a forward in the VAE's dtype: 3.56 s for 81
-frames of 832x480 on an H100, VAE 2.1 in fp32. An effective figure; VAE 2.2 needs 0.85 of it on an
-H200 (3.47 s for 41 frames of 1280x704, ``benchmarks/results/speed_h200_decode.md``)."""
-_TEXT_SECONDS = 1.0
-"""Seconds for the texts. Assumed, not measured."""
 _LEAN_COST, _ROWS_COST = 0.84, 0.91
 """Factors on the compute for the lean forward with fused kernels on CUDA, and for one that cuts
 products by rows: 14B, 480p81. The first is 0.83 on an H100 and 0.85 on an H200 (less for the 5B),
@@ -96,9 +69,6 @@ H200, the same file's."""
 _ATTENTION_8BIT_GAIN = 0.23
 """Share of attention's time that our kernel in 8 bit saves on an H200 beside cuDNN's: 29.5 ms
 against 38.5 for 32 760 tokens and 40 heads."""
-_QUICK_DECODE = 0.6
-"""Factor on the decode for channels last and fused norms, in half precision: VAE 2.1 on an H100
-(``benchmarks/results/speed_h100.md``); 0.71 for VAE 2.2 on an H200."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,12 +77,12 @@ class Timing:
 
     step: float
     total: float
-    """The whole job with the components in RAM or in the system's file cache: texts, steps, moves
-    to the device and decode."""
+    """The whole job as things stand: the sum of its stages' ``warm``."""
     cold: float = 0.0
-    """The same with every file read from the disk."""
+    """The same in a new process with every file read from the disk."""
     compute_bound: bool = True
     """Whether the transfers of a step hide behind its compute."""
+    stages: tuple[StageSeconds, ...] = ()
 
 
 def forward_operations(
@@ -194,23 +164,14 @@ def windows_per_step(architecture: ModelArchitecture, workload: Workload, choice
     return windows_of(workload, choices, frames)
 
 
-def device_rate(system: SystemResources, dtype: str) -> float:
-    """Return the operations per second that eager PyTorch is expected to reach."""
-    if system.device_kind == "cpu":
-        return _CPU_CORE * 4
-    rate = _OTHER_GPU
-    capability = system.compute_capability
-    if capability is not None and system.multiprocessors:
-        older = [known for known in _RATES if known <= capability]
-        per_clock, clock, share = _RATES[max(older, default=min(_RATES))]
-        rate = system.multiprocessors * per_clock * clock * share
-    return rate * (_FP32_SHARE if dtype == "fp32" else 1.0)
-
-
 def timing(
-    architecture: ModelArchitecture, workload: Workload, choices: Choices, system: SystemResources
-) -> Timing:
-    """Return the predicted time of ``workload`` when it is run as ``choices`` say."""
+    architecture: ModelArchitecture, workload: Workload, choices: Choices, system: SystemResources,
+    stages: Sequence[StageEstimate] = (),
+) -> Timing:  # fmt: skip
+    """Return the predicted time of ``workload`` when it is run as ``choices`` say.
+
+    ``stages`` are those of its estimate, which say what is page-locked and what is read ahead.
+    """
     dtype = choices.dtypes["transformer"]
     rate = device_rate(system, dtype)
     cost = _CAST_COST if _taken_apart(architecture, choices) else 1.0
@@ -220,26 +181,35 @@ def timing(
     beside = driving.each / (2 if choices.stream and workload.guidance_high else 1)
     compute = cost * (forward_operations(architecture, workload, choices) + beside) / rate
     second = workload.guidance_low if architecture.two_experts else workload.guidance_high
-    guided = [workload.guidance_high, second]
-    if "transformer" in workload.idle:
-        guided = guided[1:]
-    elif "transformer_2" in workload.idle:
-        guided = guided[:1]
+    guided = {"transformer": workload.guidance_high, "transformer_2": second}
+    if not architecture.two_experts:
+        del guided["transformer_2"]
+    guided = {part: both for part, both in guided.items() if part not in workload.idle}
     compute *= blocks_share(architecture, workload, choices)
     both = 1.0 + choices.guidance_gate
-    steps = [
-        _step(architecture, workload, choices, system, compute, both if g else 1) for g in guided
-    ]
-    step = sum(steps) / len(steps)
-    bound = step <= compute * sum(both if g else 1 for g in guided) / len(guided)
-    warm = step * workload.steps + _moves(architecture, workload, choices, system)
+    steps = {
+        part: _step(architecture, workload, choices, system, compute, both if g else 1)
+        for part, g in guided.items()
+    }
+    step = sum(steps.values()) / len(steps)
+    bound = step <= compute * sum(both if g else 1 for g in guided.values()) / len(guided)
+    shares = _steps_of(workload, len(steps))
+    whole = {part: step * count for (part, step), count in zip(steps.items(), shares, strict=True)}
     if choices.driving in ("kv", "inputs"):
-        warm += cost * driving.whole / rate
-    warm += decode_seconds(workload, choices, system) + _TEXT_SECONDS
-    reads = _reads(architecture, workload) - _sent_meanwhile(
-        architecture, workload, choices, system
+        whole["transformer"] += cost * driving.whole / rate
+    counting = Counting(
+        architecture=architecture, workload=workload, choices=choices, system=system, stages=stages
     )
-    return Timing(step, warm, warm + reads, bound)
+    found = counting.all_stages(whole)
+    total, cold = sum(stage.warm for stage in found), sum(stage.cold for stage in found)
+    return Timing(step, total, cold, bound, found)
+
+
+def _steps_of(workload: Workload, experts: int) -> list[float]:
+    """Return how many steps each expert makes; half of them each where that is not known."""
+    if experts == 2 and workload.high_steps is not None:
+        return [workload.high_steps, workload.steps - workload.high_steps]
+    return [workload.steps / experts] * experts
 
 
 def _forward_cost(
@@ -271,7 +241,7 @@ def _step(
     if how != "sequential":
         return passes * max(compute, sent)
     bytes_moved = part_bytes(architecture, "transformer", choices.dtypes["transformer"])
-    copy = bytes_moved / _rate(architecture, choices, system, _PAGEABLE)
+    copy = bytes_moved / _rate(architecture, choices, system, PAGEABLE)
     hooks = block_count(architecture.transformer) * _LAYERS_PER_BLOCK * _LAYER_LATENCY
     return passes * (compute + windows_per_step(architecture, workload, choices) * (copy + hooks))
 
@@ -308,7 +278,7 @@ def _rate(
 ) -> float:
     """Return the bytes per second at which weights arrive: a share of the bus, or the disk's."""
     bus = system.bus_bytes_per_second * share
-    return min(bus, _DISK) if reads_from_disk(architecture, choices, system) else bus
+    return min(bus, DISK) if reads_from_disk(architecture, choices, system) else bus
 
 
 def reads_from_disk(
@@ -345,55 +315,3 @@ def blocks_that_hide_the_bus(
     busy = stream_seconds(architecture, workload, none, system, passes)
     blocks = block_count(architecture.transformer)
     return max(0, ceil(blocks * (1 - passes * compute / (2 * busy))))
-
-
-def _reads(architecture: ModelArchitecture, workload: Workload) -> float:
-    """Seconds that reading every file once takes, from a disk of the assumed speed."""
-    parts = architecture.components.items()
-    return sum(part.nbytes for name, part in parts if name not in workload.unread) / _DISK
-
-
-def decode_seconds(workload: Workload, choices: Choices, system: SystemResources) -> float:
-    """Return the seconds of the decode, by its pixels and the device's rate."""
-    pixels = workload.width * workload.height * workload.num_frames * workload.batch_size
-    dtype = choices.dtypes.get("vae", "fp32")
-    cost = _QUICK_DECODE if choices.quick and choices.lean and not choices.by_rows else 1.0
-    return cost * pixels * _PIXEL_OPERATIONS / device_rate(system, dtype)
-
-
-def _moves(
-    architecture: ModelArchitecture, workload: Workload, choices: Choices, system: SystemResources
-) -> float:
-    """Return the seconds that moving whole components to the device takes in a run."""
-    parts = (part for part in parts_of(architecture) if part not in workload.unread)
-    return sum(_move(architecture, part, choices, system) for part in parts)
-
-
-def _move(
-    architecture: ModelArchitecture, part: str, choices: Choices, system: SystemResources
-) -> float:
-    offload = choices.offload_of(part)
-    if offload == "none":
-        return 0.0
-    nbytes = part_bytes(architecture, part, choices.dtypes.get(part) or "bf16")
-    slow = 2 if offload == "sequential" else 1
-    return slow * nbytes / (system.bus_bytes_per_second * _PAGEABLE)
-
-
-def _sent_meanwhile(
-    architecture: ModelArchitecture, workload: Workload, choices: Choices, system: SystemResources
-) -> float:
-    """Return the seconds of moves that take place while files are read: a cold run lacks them.
-
-    Components that stay in their file are sent to a GPU as they are read.
-    """
-    total = 0.0
-    for part in parts_of(architecture):
-        file, dtype = architecture.components.get(part), choices.dtypes.get(part) or "bf16"
-        if file is None or part in workload.unread or choices.offload_of(part) != "model":
-            continue
-        converted = choices.fp8_storage and part.startswith("transformer")
-        mapped = not converted and stays_in_file(architecture, part, dtype)
-        if system.device_kind == "cuda" and mapped:
-            total += min(file.nbytes / _DISK, _move(architecture, part, choices, system))
-    return total

@@ -32,7 +32,7 @@ from ..job import (
     with_character,
 )
 from ..kernels import slid_from_cudnn, trials_of_a_render
-from ..loading import ComponentCache, unpin
+from ..loading import ComponentCache, component_key, unpin
 from ..memory import (
     Calibrations,
     CardRecords,
@@ -227,7 +227,16 @@ class WanPipelineWrapper:
             system,
             notes=system.notes + self._notes,
             calibration=self._calibrations.of(self._calibration_key(system)),
+            loaded=self._loaded(),
         )
+
+    def _loaded(self) -> tuple[str, ...]:
+        """Return the components that need not be read: the cache has them, in whatever dtype."""
+        held = {(key.kind, key.files) for key, _ in self._cache.loaded()}
+        if not held:
+            return ()
+        keys = {name: component_key(one, "") for name, one in self.architecture.components.items()}
+        return tuple(name for name, key in keys.items() if (key.kind, key.files) in held)
 
     def machine(self, device: str | None = None) -> SystemResources:
         """Look at the machine, with what unused components and ``evictable_bytes`` would free."""

@@ -91,6 +91,7 @@ def workload_of(request: Request, config: GenerationConfig, model: ModelArchitec
         idle=tuple(name for name in made if model.two_experts and not made[name]),
         steps=len(steps.high) + len(steps.low),
         return_frames=config.return_frames,
+        to_file=request.output_path is not None,
         encode_text=bool(texts_to_encode(config, request)) and "text_encoder" in model.components,
     )
 
