@@ -13,20 +13,28 @@ model was dropped (cold), the next ones find what the first one left (warm).
 - diffusers: its ``WanPipeline`` on the same bf16 files, both experts and the VAE (fp32, as its
   documentation has it) resident. The text is encoded and its encoder dropped before the clock
   starts; a writer like ours makes its mp4 after the decode.
+
+Seconds outside of stages are those in which none ran, and the JSON has between which stages they
+were; stages that ran beside others are marked. What the result warns of and what was applied is in
+the JSON of each clip of ours. Kernels that Triton had not kept on the disk are compiled in the
+first clip that uses them: how many files a clip has added to Triton's folder is told with it.
 """
 
 from __future__ import annotations
 
 import gc
+import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
 
 import torch
 from gpu_memory import SMALL, TINY, TINY_SIZE
@@ -35,7 +43,9 @@ from stored_layers import TINY_SHAPES
 from stored_model import StoredModel
 
 from wan_core import GenerationConfig, WanModelFiles, WanPipelineLoader
+from wan_core.config import StageReport
 from wan_core.loading import component_cache
+from wan_core.render.report import Timeline
 from wan_core.render.video import VideoWriter
 
 if TYPE_CHECKING:
@@ -101,29 +111,86 @@ def ours(bench: Bench, model: Path | WanModelFiles, kind: str, speed: str, folde
         guidance_scale=1.0, guidance_scale_2=1.0, scheduler="euler", sigma_schedule="simple",
         output_path=folder / "ours.mp4", return_frames=False,
     )  # fmt: skip
-    told: list[Any] = []
-
-    def run() -> None:
-        told.append(wrapper.generate(config))
-        told[-1].raise_for_error()
-
     for name in ("cold", "warm", "warm again"):
-        seconds, peak, _ = bench.timed(run)
-        stages = {stage.name: stage.seconds for stage in told[-1].stages}
-        _keep(bench, kind, speed, name, seconds, peak, stages, folder / "ours.mp4")
-    bench.found["clips"][-1]["applied"] = list(told[-1].applied_optimizations)
+        made, row = _watched(bench, wrapper, config)
+        _keep(bench, kind, speed, name, row, folder / "ours.mp4")
     if speed != "fast":
         return
     # The frames of random weights are hard to compress: is it the encoder that is waited for?
     config = replace(config, output_path=None, return_frames=True)
-    seconds, peak, _ = bench.timed(run)
-    stages = {stage.name: stage.seconds for stage in told[-1].stages}
-    path, made = folder / "alone.mp4", told[-1].frames
+    made, row = _watched(bench, wrapper, config)
+    path = folder / "alone.mp4"
     begun = time.perf_counter()
     with VideoWriter(path, fps=FPS, width=width, height=height) as writer:
-        writer.write(made.cpu())
-    stages["mp4 of these frames, afterwards"] = time.perf_counter() - begun
-    _keep(bench, kind, speed, "warm, frames returned", seconds, peak, stages, path)
+        writer.write(made.frames.cpu())
+    row["stages"]["mp4 of these frames, afterwards"] = time.perf_counter() - begun
+    _keep(bench, kind, speed, "warm, frames returned", row, path)
+
+
+def _watched(bench: Bench, wrapper: Any, config: GenerationConfig) -> tuple[Any, dict[str, Any]]:
+    """Generate, and return the result with what is kept of it."""
+    spans: list[tuple[str, float, float]] = []
+    plain, told = Timeline.stage, []
+
+    @contextmanager
+    def noted(timeline: Timeline, name: str) -> Iterator[StageReport]:
+        begun = time.perf_counter()
+        try:
+            with plain(timeline, name) as report:
+                yield report
+        finally:
+            spans.append((name, begun, time.perf_counter()))
+
+    def run() -> tuple[float, float]:
+        begun = time.perf_counter()
+        told.append(wrapper.generate(config))
+        return begun, time.perf_counter()
+
+    known = triton_files()
+    with patch.object(Timeline, "stage", noted):
+        seconds, peak, (begun, ended) = bench.timed(run)
+    made = told[-1].raise_for_error()
+    gaps = outside(spans, begun, ended)
+    return made, {
+        "seconds": seconds, "peak": peak,
+        "stages": stage_seconds(made.stages, [name for name, _, _ in spans]),
+        "outside": sum(gap["seconds"] for gap in gaps),
+        "gaps": [gap for gap in gaps if gap["seconds"] >= 0.02],
+        "notes": {stage.name: stage.note for stage in made.stages if stage.note},
+        "warnings": list(made.warnings), "applied": list(made.applied_optimizations),
+        "compiled": len(triton_files() - known), "compiled_before": len(known),
+    }  # fmt: skip
+
+
+def stage_seconds(stages: Sequence[StageReport], waited: Sequence[str]) -> dict[str, float]:
+    """Return the seconds of stages by name; those that were not waited for say so."""
+    found: dict[str, float] = {}
+    left = Counter(waited)
+    for stage in stages:
+        left[stage.name] -= 1
+        name = stage.name if left[stage.name] >= 0 else f"{stage.name} (beside others)"
+        found[name] = found.get(name, 0.0) + stage.seconds
+    return found
+
+
+def outside(
+    spans: Sequence[tuple[str, float, float]], begun: float, ended: float
+) -> list[dict[str, Any]]:
+    """Return the times between ``begun`` and ``ended`` in which no stage ran: after and before
+    which stage, and their seconds. Stages may lie within others."""
+    found, reached, last = [], begun, "the beginning"
+    for name, first, until in [*sorted(spans, key=lambda s: s[1]), ("the end", ended, ended)]:
+        if first > reached:
+            found.append({"after": last, "before": name, "seconds": first - reached})
+        if until >= reached:
+            reached, last = until, name
+    return found
+
+
+def triton_files() -> set[str]:
+    """Return the names of what Triton keeps on the disk: a folder for each compiled kernel."""
+    place = Path(os.environ.get("TRITON_CACHE_DIR") or Path.home() / ".triton" / "cache")
+    return {entry.name for entry in place.iterdir()} if place.is_dir() else set()
 
 
 @torch.no_grad()
@@ -156,30 +223,45 @@ def theirs(bench: Bench, model: Path, folder: Path) -> None:
 
     for name in ("first", "warm", "warm again"):
         seconds, peak, _ = bench.timed(run)
-        _keep(bench, "bf16", "diffusers", name, seconds, peak, {}, folder / "theirs.mp4")
+        row = {"seconds": seconds, "peak": peak, "stages": {}}
+        _keep(bench, "bf16", "diffusers", name, row, folder / "theirs.mp4")
 
 
-def _keep(
-    bench: Bench, kind: str, way: str, name: str, seconds: float, peak: int,
-    stages: dict[str, float], path: Path,
-) -> None:  # fmt: skip
+def _keep(bench: Bench, kind: str, way: str, name: str, row: dict[str, Any], path: Path) -> None:
     assert path.stat().st_size > 0
     path.unlink()
-    row = {"files": kind, "way": way, "run": name, "seconds": seconds, "peak": peak}
-    bench.found["clips"].append({**row, "stages": stages})
-    shown = ", ".join(f"{stage} {taken:.1f}" for stage, taken in stages.items())
-    bench.say(f"clip, {kind}, {way}, {name}: {seconds:.1f} s ({shown})")
+    bench.found["clips"].append({"files": kind, "way": way, "run": name, **row})
+    bench.say(f"clip, {kind}, {way}, {name}: {row['seconds']:.1f} s ({_stages_of(row)})")
+    for text in row.get("warnings", ()):
+        bench.say(f"  warned: {text}")
+    if "applied" in row:
+        bench.say(f"  applied: {', '.join(row['applied'])}")
+    bench.save()
+
+
+def _stages_of(row: dict[str, Any]) -> str:
+    parts = [f"{name} {taken:.1f}" for name, taken in row["stages"].items()]
+    if "outside" in row:
+        parts.append(f"outside of stages {row['outside']:.1f}")
+    return ", ".join(parts)
+
+
+def _compiled(row: dict[str, Any]) -> str:
+    """Say how many kernels Triton compiled in a clip, and whether it had any to begin with."""
+    if not row.get("compiled"):
+        return "0" if "compiled" in row else "-"
+    return f"{row['compiled']}{' (none kept before)' if not row['compiled_before'] else ''}"
 
 
 def clip_lines(rows: list[dict[str, Any]]) -> list[str]:
     """Return the table of the clips, as lines of Markdown."""
     lines = ["", "## Four steps of A14B at 480p81, files to mp4", ""]
-    lines += ["| files | way | run | s | stages, s | peak GiB |", "|---|---|---|---|---|---|"]
+    lines += ["| files | way | run | s | stages, s | peak GiB | Triton compiled |"]
+    lines += ["|---|---|---|---|---|---|---|"]
     for row in rows:
-        stages = ", ".join(f"{name} {taken:.1f}" for name, taken in row["stages"].items())
         lines.append(
-            f"| {row['files']} | {row['way']} | {row['run']} | {row['seconds']:.1f} | {stages} | "
-            f"{row['peak'] / 2**30:.1f} |"
+            f"| {row['files']} | {row['way']} | {row['run']} | {row['seconds']:.1f} | "
+            f"{_stages_of(row) or '-'} | {row['peak'] / 2**30:.1f} | {_compiled(row)} |"
         )
     return lines
 

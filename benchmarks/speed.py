@@ -20,8 +20,8 @@ against diffusers' forward of the same weights, or its VAE in fp32. What a clip 
 
 Ways take turns; every second turn runs in reverse. A ratio is the median of the turns' ratios to
 diffusers eager. What a part holds runs in the order of its worth within ``--budget`` seconds, and
-results are written after each: ``results/speed_<device>_<part>.json`` and ``.md``. ``--tiny`` goes
-through everything with small models on the CPU, where times mean nothing.
+results are written after each row: ``results/speed_<device>_<part>.json`` and ``.md``. With
+``--tiny`` everything is gone through with small models on the CPU, where times mean nothing.
 """
 
 from __future__ import annotations
@@ -53,6 +53,7 @@ import torch
 from support.true_models import KEEP_FP32, transformer
 from torch import Tensor, nn
 
+from wan_core.files import atomic_write
 from wan_core.forward import lean_forward
 from wan_core.journal import versions
 from wan_core.kernels.attention_ways import ways as attention_kernels
@@ -160,6 +161,10 @@ class Bench:
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
+        self.save()
+
+    def save(self) -> None:
+        """Write what was found so far: a run that is cut short keeps its rows."""
         write_results(self.found, self.output)
 
     def note(self, text: str) -> None:
@@ -340,6 +345,7 @@ def keep(bench: Bench, table: str, title: str, found: dict[str, Any]) -> None:
             f"peak {row['peak'] / GIB:.2f} GiB, error {row['error']:.1e}"
             f"{', equal bits' if row['equal'] else ''} {row.get('split', '')}"
         )
+    bench.save()
 
 
 # ------------------------------------------------------------------------------- results
@@ -348,8 +354,8 @@ def keep(bench: Bench, table: str, title: str, found: dict[str, Any]) -> None:
 def write_results(found: dict[str, Any], output: Path) -> None:
     output.mkdir(parents=True, exist_ok=True)
     name = f"speed_{found['short']}_{found['part']}"
-    (output / f"{name}.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    (output / f"{name}.md").write_text(as_text(found), encoding="utf-8")
+    atomic_write(output / f"{name}.json", (json.dumps(found, indent=1) + "\n").encode())
+    atomic_write(output / f"{name}.md", as_text(found).encode())
 
 
 def as_text(found: dict[str, Any]) -> str:
@@ -426,7 +432,6 @@ def main(arguments: list[str] | None = None) -> int:
         work |= parts(bench, given.folder)
     for name in names:
         bench.part(name, *work[name])
-    write_results(bench.found, given.output)
     return 0
 
 

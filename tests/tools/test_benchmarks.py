@@ -312,13 +312,60 @@ def test_a_clip_cold_and_warm_beside_diffusers(speed: Any, tmp_path: Path) -> No
     assert found["notes"] == []
     runs = {(row["files"], row["way"], row["run"]): row for row in found["clips"]}
     ways = [("bf16", "exact"), ("bf16", "fast"), ("bf16", "diffusers"), ("fp8", "exact"),
-            ("fp8", "fast")]  # fmt: skip
-    assert list(dict.fromkeys(key[:2] for key in runs)) == ways and len(runs) == 15
+            ("fp8", "fast"), ("fp8", "fastest")]  # fmt: skip
+    assert list(dict.fromkeys(key[:2] for key in runs)) == ways
+    assert len(runs) == 3 * len(ways) + 2  # fast also without an mp4
     for (_, way, _), row in runs.items():
         assert row["seconds"] > 0
         assert ("denoise_low" in row["stages"]) == (way != "diffusers")
+        if way == "diffusers":
+            continue
+        assert row["applied"] and row["compiled"] == 0 and 0 < row["outside"] < row["seconds"]
+        serial = {k: v for k, v in row["stages"].items() if "beside" not in k and "mp4" not in k}
+        assert sum(serial.values()) <= row["seconds"] + 1e-6
     assert "| fp8 | fast | warm again | " in (tmp_path / "speed_cpu_clip.md").read_text()
     assert list(tmp_path.glob("tmp*")) == []
+
+
+def test_a_clip_s_row_is_written_at_once_with_what_lay_outside_of_stages(
+    speed: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import clip
+
+    from wan_core.config import StageReport
+
+    # The text encoder's loading lies in its stage; two seconds before it, one before the decode.
+    spans = [("text", 12.0, 15.0), ("load text", 12.5, 14.0), ("denoise", 15.0, 19.0),
+             ("decode", 20.0, 22.0)]  # fmt: skip
+    gaps = clip.outside(spans, 10.0, 22.5)
+    assert [(gap["after"], gap["before"], gap["seconds"]) for gap in gaps] == [
+        ("the beginning", "text", 2.0), ("denoise", "decode", 1.0), ("decode", "the end", 0.5),
+    ]  # fmt: skip
+    reports = [StageReport(name=name, seconds=2.0) for name in ("denoise", "denoise", "load b")]
+    stages = clip.stage_seconds(reports, ["denoise", "denoise"])
+    assert stages == {"denoise": 4.0, "load b (beside others)": 2.0}
+
+    bench = speed.Bench(torch.device("cpu"), tmp_path, 10, tiny=True)
+    bench.found = {
+        "device": "CPU", "short": "cpu", "versions": {}, "part": "clip", "forwards": [],
+        "decodes": [], "clips": [], "notes": [],
+    }  # fmt: skip
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "kernels"))
+    assert clip.triton_files() == set()
+    (tmp_path / "kernels" / "one").mkdir(parents=True)
+    assert clip.triton_files() == {"one"}
+    row = {
+        "seconds": 12.5, "peak": 2**30, "stages": stages, "outside": 3.5, "compiled": 1,
+        "compiled_before": 0, "warnings": ["no such kernel"], "applied": ["lean forward"],
+    }  # fmt: skip
+    (tmp_path / "made.mp4").write_bytes(b"made")
+    clip._keep(bench, "fp8", "fastest", "cold", row, tmp_path / "made.mp4")
+    found = json.loads((tmp_path / "speed_cpu_clip.json").read_text())
+    assert found["clips"][0]["warnings"] == ["no such kernel"]
+    assert (
+        "| fp8 | fastest | cold | 12.5 | denoise 4.0, load b (beside others) 2.0, outside of "
+        "stages 3.5 | 1.0 | 1 (none kept before) |"
+    ) in (tmp_path / "speed_cpu_clip.md").read_text()
 
 
 @pytest.mark.slow
