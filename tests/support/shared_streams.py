@@ -7,7 +7,7 @@ the group of those who share, and returns plain numbers.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -172,6 +172,45 @@ def units(
         found["at_once"], found["buffer_bytes"] = sharing.at_once, state.buffer_bytes
         found["streamed"] = state.streamed
     return found
+
+
+Way = tuple[int, int, int, bool]
+"""Resident blocks, buffers, bytes that may be page-locked, and whether weights stay in a file."""
+WAYS: tuple[Way, ...] = tuple(
+    (*way, in_file)
+    for way in ((0, 2, 1 << 40), (1, 3, 1 << 40), (0, 1, 1 << 40), (0, 2, 0), (0, 2, 1 << 21))
+    for in_file in (False, True)
+)
+"""Page-locked as a whole, not at all, and in part."""
+
+
+def units_in_turn(
+    among: Any, device: str, lora: str, ways: Sequence[Way], timed: tuple[int, int] | None = None
+) -> dict[str, Any]:
+    """Do ``units`` in each of ``ways``, one after the other, and then ``hidden`` of ``timed``.
+
+    One gang for all: its processes begin once. Raises RuntimeError that names the way that failed.
+    """
+    found: dict[str, Any] = {"ways": []}
+    for way in ways:
+        try:
+            found["ways"].append(units(among, device, lora, *way))
+        except Exception as error:
+            raise RuntimeError(f"of {ways} it was {way} that failed") from error
+    if timed is not None:
+        found["hidden"] = hidden(among, device, *timed)
+    return found
+
+
+def keeps_every_bit(found: Sequence[dict[str, Any]], resident: int) -> None:
+    """Assert that the bits of all units are right, and each part was copied by one process.
+
+    ``found`` is what ``units`` returned in each process of a gang.
+    """
+    others = [[True] * 3] * (len(found) - 1)
+    assert [one["equal"] for one in found] == [[True] * 4, *others]
+    steady = [one["copied"][1] - one["copied"][0] for one in found]
+    assert sum(steady) == most_bytes(resident)
 
 
 def most_bytes(resident: int = 0) -> int:

@@ -4,7 +4,6 @@ gather of a block is hidden behind the block before."""
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,42 +20,44 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize("in_file", [False, True])
-@pytest.mark.parametrize(
-    ("resident", "buffers", "pinned"),
-    [(0, 2, 1 << 40), (1, 3, 1 << 40), (0, 1, 1 << 40), (0, 2, 0), (0, 2, 1 << 21)],
-)
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What both processes of one gang found in all ways in turn, and then of times: processes that
+    begin, with a CUDA context each, take longer than all that they do."""
+    folder = tmp_path_factory.mktemp("gang")
+    lora = folder / "lora.safetensors"
+    shared_streams.write_lora(lora)
+    return in_processes(
+        2, "support.shared_streams.units_in_turn", str(lora), shared_streams.WAYS, (5120, 9),
+        folder=folder, device="cuda", patience=300,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("way", shared_streams.WAYS, ids=str)
 def test_stored_kinds_and_loras_keep_every_bit(
-    tmp_path: Path, resident: int, buffers: int, pinned: int, in_file: bool
+    found: list[dict[str, Any]], way: shared_streams.Way
 ) -> None:
     """fp8, int8, GGUF and bf16 in one model; page-locked as a whole, in part, and not at all; and
     only this process's part of what stays in its file."""
-    lora = tmp_path / "lora.safetensors"
-    shared_streams.write_lora(lora)
-    given = (str(lora), resident, buffers, pinned, in_file)
-    found = in_processes(2, "support.shared_streams.units", *given, folder=tmp_path, device="cuda")
-    assert [one["equal"] for one in found] == [[True] * 4, [True] * 3]
-    steady = [one["copied"][1] - one["copied"][0] for one in found]
-    assert sum(steady) == shared_streams.most_bytes(resident)
-    for one in found:
+    resident, _, pinned, _ = way
+    ranks = [one["ways"][shared_streams.WAYS.index(way)] for one in found]
+    shared_streams.keeps_every_bit(ranks, resident)
+    for one in ranks:
         whole = pinned == 1 << 40
         assert one["at_once"] == whole
         assert 0 < len(one["pinned"]) < 5 if pinned == 1 << 21 else bool(one["pinned"]) == whole
 
 
 def test_copies_and_gathers_are_hidden_behind_what_computes(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    found: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Blocks of the 14B's shape, four of them, cut over two cards: the profiler's own times."""
-    work = "support.shared_streams.hidden"
-    found: list[dict[str, Any]] = in_processes(
-        2, work, 5120, 9, folder=tmp_path, device="cuda", patience=300
-    )
+    times = [one["hidden"] for one in found]
     with capsys.disabled():
-        for rank, one in enumerate(found):
+        for rank, one in enumerate(times):
             told = ", ".join(f"{name} {value:.4g}" for name, value in one.items())
             sys.stdout.write(f"\nrank {rank}: {told}\n")
-    for one in found:
+    for one in times:
         assert one["equal"]
         assert one["gathers"] >= 8 and one["gather_ms"] > 0
         # What is not hidden is the time in which nothing computes.

@@ -21,23 +21,27 @@ from support.tiny_models import open_wan
 from wan_core.plan.gangs import Cutting
 from wan_core.workers import worker_pool
 
-UNITS = "support.shared_streams.units"
+IN_TURN = "support.shared_streams.units_in_turn"
 STREAMED = {"offload": "stream", "resident_blocks": 0}
 JOB = CLIP | {"guidance_scale": 1.0, "num_inference_steps": 3}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("size", [2, 4])
-def test_stored_kinds_and_loras_keep_every_bit(tmp_path: Path, size: int) -> None:
+@pytest.mark.parametrize(
+    ("size", "ways"), [(2, shared_streams.WAYS), (4, shared_streams.WAYS[2:3])], ids=["2", "4"]
+)
+def test_stored_kinds_and_loras_keep_every_bit(
+    tmp_path: Path, size: int, ways: tuple[shared_streams.Way, ...]
+) -> None:
     """Gathers go on beside the exchanges of a cut forward; one unit is computed by rank 0 alone,
-    and one is left by all in the middle."""
+    and one is left by all in the middle. One gang does all ways in turn."""
     lora = tmp_path / "lora.safetensors"
     shared_streams.write_lora(lora)
-    found = in_processes(size, UNITS, str(lora), 1, 2, folder=tmp_path)
-    assert [one["equal"] for one in found] == [[True] * 4] + [[True] * 3] * (size - 1)
-    steady = [one["copied"][1] - one["copied"][0] for one in found]
-    assert sum(steady) == shared_streams.most_bytes(1)
-    assert all(one["at_once"] for one in found)
+    found = in_processes(size, IN_TURN, str(lora), ways, folder=tmp_path)
+    for number, way in enumerate(ways):
+        ranks = [one["ways"][number] for one in found]
+        shared_streams.keeps_every_bit(ranks, way[0])
+        assert all(one["at_once"] for one in ranks)
 
 
 @pytest.fixture
