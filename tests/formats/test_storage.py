@@ -599,6 +599,57 @@ def test_packed_layers_outside_the_blocks_have_their_own_sizes(tmp_path: Path, m
         assert torch.equal(found, meanings["text_embedding.0.weight"](torch.bfloat16))
 
 
+@pytest.mark.parametrize(("kind", "wild"), [("nvfp4", 0x7F), ("nvfp4", 0xFF), ("mxfp8", 255)])
+def test_a_scale_of_a_block_that_is_no_number_is_found_where_it_is_read(
+    tmp_path: Path, model: Any, kind: str, wild: int
+) -> None:
+    """A CPU's attention takes NaN for nothing: the video would be noise and no error."""
+    state = layouts.original_transformer(layouts.state_of(model))
+    name = "text_embedding.0"  # 32 columns: blocks that are padded to four
+    tensors, metadata, _ = files.pack(state, {f"{name}.weight"}, kind, "notes")
+    whole = tensors[f"{name}.weight_scale"].view(torch.uint8)
+    for at, in_padding in ((0, False), (3, True)):
+        bad = whole.clone()
+        bad.view(-1)[at] = wild
+        tensors[f"{name}.weight_scale"] = bad
+        path = files.write(tmp_path / "m.safetensors", tensors, metadata)
+        for keep in (False, True):
+            if in_padding:
+                load_component(path, torch.bfloat16, keep_quantized=keep)
+                continue
+            with pytest.raises(CorruptFile, match="NaN or infinity") as caught:
+                load_component(path, torch.bfloat16, keep_quantized=keep)
+            assert f"{name}.weight_scale" in str(caught.value) and path.name in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["int8_convrot", "nvfp4"])
+def test_shards_say_each_of_their_own_layers(tmp_path: Path, model: Any, kind: str) -> None:
+    """Metadata of one shard do not hide those of another: rotated rows would be read as plain."""
+    tensors, metadata = packed(model, kind, "metadata")
+    whole = files.write(tmp_path / "whole.safetensors", tensors, metadata)
+    said = json.loads(metadata["_quantization_metadata"])["layers"]
+    folder = tmp_path / "shards"
+    folder.mkdir()
+
+    def written(*others: dict[str, Any]) -> Path:
+        places: dict[str, str] = {}
+        for index, (first, more) in enumerate(zip((True, False), others, strict=True)):
+            own = {n: v for n, v in tensors.items() if n.startswith("blocks.0.") == first}
+            layers = {n: v for n, v in said.items() if n.startswith("blocks.0.") == first} | more
+            name = f"m-0000{index + 1}-of-00002.safetensors"
+            stated = {"_quantization_metadata": json.dumps({"layers": layers})}
+            files.write(folder / name, own, stated)
+            places |= dict.fromkeys(own, name)
+        index_file = folder / "m.safetensors.index.json"
+        index_file.write_text(json.dumps({"weight_map": places}))
+        return index_file
+
+    loaded_equal(written({}, {}), whole)
+    loaded_equal(written({}, {A: said[A]}), whole)
+    index_file = written({}, {A: {"format": "float8_e4m3fn"}})
+    refused(lambda: read_table(index_file), index_file, A, "_quantization_metadata")
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("kind", ["fp8_scaled", "fp8_rows", "int8_rows"])
 def test_scales_in_half_precision_are_widened_and_not_rounded_again(

@@ -26,8 +26,9 @@ from wan_core import GenerationConfig, WanPipelineLoader
 from wan_core.config import WanLoRA, WanModelFiles
 from wan_core.detect.detector import ArchitectureDetector
 from wan_core.detect.lora_files import parse_lora, with_loras
+from wan_core.detect.lora_names import read_patches
 from wan_core.errors import CorruptFile, InvalidRequest, ModelMismatch, UnsupportedModel
-from wan_core.formats import Storage
+from wan_core.formats import Storage, read_table
 from wan_core.forward.transformer import lean_forward
 from wan_core.job import resolve, solver_sigmas
 from wan_core.loading.dequantize import Scales
@@ -35,7 +36,7 @@ from wan_core.loading.quantized import StoredLinear, replace_layer
 from wan_core.models.recipes import recipe_of
 from wan_core.placing.offload import place
 from wan_core.placing.streaming import stream_blocks
-from wan_core.sampling.lora import apply_loras
+from wan_core.sampling.lora import apply_loras, shape_of
 
 RANK = 3
 # Written down here once more, so that a wrong table in the product is seen.
@@ -175,6 +176,39 @@ def test_every_style_equals_merged_weights(tmp_path: Path, style: str, family: s
     assert torch.equal(output(model, call), plain)
     with merged(model, changes, 0.7):
         assert_close(ours, output(model, call), plain)
+
+
+def test_an_alpha_is_the_same_in_every_dtype(tmp_path: Path) -> None:
+    model = model_of("wan2.1-t2v", torch.float32)
+    call, found = inputs_of(model, torch.float32), []
+    for dtype in (torch.float32, torch.float64, torch.int64, torch.uint16, torch.uint32,
+                  torch.uint64, torch.float8_e4m3fn):  # fmt: skip
+        tensors, _ = make_lora(model, "kijai", alpha=2.0, only="blocks.0")
+        tensors = {n: t.to(dtype) if n.endswith(".alpha") else t for n, t in tensors.items()}
+        with apply_loras(model, [WanLoRA(saved(tmp_path / "lora.safetensors", tensors))]):
+            found.append(output(model, call))
+    assert all(torch.equal(one, found[0]) for one in found)
+
+
+def test_layers_of_rank_0_are_left_out_and_the_others_used(tmp_path: Path) -> None:
+    """Cutting each layer of a LoRA to the rank that it needs leaves some with none."""
+    model = model_of("wan2.1-t2v", torch.float32)
+    call, (tensors, _) = inputs_of(model, torch.float32), make_lora(model, "kijai", alpha=2.0)
+    kept, emptied = dict(tensors), dict(tensors)
+    for name in tensors:
+        if "blocks.1.ffn" in name:
+            kept.pop(name)
+        if "blocks.1.ffn" in name and not name.endswith(".alpha"):
+            rows = name.endswith("down.weight")
+            emptied[name] = tensors[name][:0] if rows else tensors[name][:, :0]
+    found = []
+    for number, state in enumerate((kept, emptied)):
+        path = saved(tmp_path / f"{number}.safetensors", state)
+        with apply_loras(model, [WanLoRA(path)]):
+            found.append(output(model, call))
+    assert torch.equal(*found) and not torch.equal(found[0], output(model, call))
+    patches = read_patches(read_table(path), shape_of(model), Path("m"))
+    assert "2 of the layers it names have matrices of rank 0" in patches.notes[0]
 
 
 @pytest.mark.parametrize(
@@ -491,6 +525,16 @@ REFUSED = {
         PAIR | {f"{KEY}.alpha": torch.ones(0)}, CorruptFile, r"alpha.* shape \[0\]"),
     "an alpha for each rank": (
         PAIR | {f"{KEY}.alpha": torch.ones(2, 1)}, CorruptFile, "alpha is a single number"),
+    "an alpha that is no real number": (
+        PAIR | {f"{KEY}.alpha": torch.ones((), dtype=torch.complex64)}, UnsupportedModel,
+        "alpha.* stored as C64"),
+    "nothing but rank 0": (
+        {f"{KEY}.lora_down.weight": torch.zeros(0, 24),
+         f"{KEY}.lora_up.weight": torch.zeros(24, 0)},
+        ModelMismatch, "rank 0: they change nothing"),
+    "rank 0 on one side": (
+        PAIR | {f"{KEY}.lora_down.weight": torch.zeros(0, 24)}, CorruptFile,
+        "cannot be multiplied"),
     "a model": ({}, ModelMismatch, "is a Wan .* transformer, not a LoRA"),
 }  # fmt: skip
 

@@ -33,7 +33,7 @@ from ..models import (
     spellings,
     transformer_tensors,
 )
-from .lora_patches import Patch, PatchCheck
+from .lora_patches import Patch, PatchCheck, drop_empty
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,6 +52,8 @@ class LoraPatches:
 
 _BLOCK: Final = re.compile(r"blocks[._](\d+)(?:[._]|$)")
 _FLOATS: Final = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
+_WHOLE: Final = ("I64", "I32", "I16", "I8", "U64", "U32", "U16", "U8", "BOOL")
+"""What an alpha may be stored as besides."""
 ADAPTER_CONFIG: Final = "adapter_config.json"
 """The file in which PEFT saves the scale of a LoRA, beside its weights."""
 _ADAPTER_FILES: Final = "adapter_model"
@@ -100,6 +102,13 @@ def read_patches(table: TensorTable, shape: TransformerShape, model: Path) -> Lo
         f"({some_of(names, 2)}); left out."
         for part, names in foreign.items()
     ]
+    empty = sum(drop_empty(table, patch) for patch in patches.values())
+    if empty:
+        notes.append(
+            f"{table.path.name}: {empty} of the layers it names have matrices of rank 0, which "
+            "change nothing; left out."
+        )
+    patches = {target: patch for target, patch in patches.items() if patch.tensors}
     scale = _stated_scale(table)
     own = transformer_tensors(shape, "diffusers")
     for patch in patches.values():
@@ -109,6 +118,7 @@ def read_patches(table: TensorTable, shape: TransformerShape, model: Path) -> Lo
     used = tuple(patch for patch in patches.values() if patch.tensors)
     if not used:
         parts = f" All of it belongs to {'; '.join(foreign)}." if foreign else ""
+        parts += " Its matrices have rank 0: they change nothing." if empty else ""
         raise ModelMismatch(
             f"Nothing in the LoRA {quoted(table.path)} belongs to the transformer {quoted(model)}."
             f"{parts} Choose a LoRA for this model."
@@ -130,10 +140,11 @@ def _refuse_kinds(table: TensorTable) -> None:
                 f"WanFit cannot apply exactly{_needs(key.adapter)}. Plain LoRAs (lora_A/B or "
                 "lora_down/up) can be used."
             )
-        if info.dtype not in _FLOATS and not name.endswith(".alpha") and not left_in_lora(name):
+        readable = (*_FLOATS, *_WHOLE) if name.endswith(".alpha") else _FLOATS
+        if info.dtype not in readable and not left_in_lora(name):
             raise UnsupportedModel(
                 f"Tensor {name!r} of the LoRA {quoted(table.path)} is stored as {info.dtype}; "
-                f"readable are {', '.join(_FLOATS)}. Get another version."
+                f"readable are {', '.join(readable)}. Get another version."
             )
 
 

@@ -17,6 +17,7 @@ from ..formats import TensorTable
 from ..models import TransformerShape
 
 PATCH_EMBEDDING: Final = "patch_embedding"
+_PAIR: Final = ("down", "up")
 
 
 @dataclass(slots=True)
@@ -34,6 +35,19 @@ class Patch:
     """Names of tensors by role: down, up, up_bias, alpha, diff, diff_bias."""
     stated_scale: float | None = None
     """alpha / rank from the metadata, where no tensor holds alpha."""
+
+
+def drop_empty(table: TensorTable, patch: Patch) -> bool:
+    """Take a pair of rank 0, which adds nothing, out of a patch; say whether there was one.
+
+    What cuts each layer of a LoRA to the rank that it needs writes them.
+    """
+    shapes = [table.tensors[patch.tensors[role]].shape for role in _PAIR if role in patch.tensors]
+    if len(shapes) < 2 or shapes[0][:1] != (0,) or shapes[1][1:2] != (0,):
+        return False
+    for role in (*_PAIR, "up_bias", "alpha"):
+        patch.tensors.pop(role, None)
+    return True
 
 
 @dataclass

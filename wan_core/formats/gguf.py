@@ -40,6 +40,7 @@ GGML_TYPES: Final[Mapping[int, tuple[str, int, int]]] = {
     22: ("IQ2_S", 256, 82), 23: ("IQ4_XS", 256, 136), 24: ("I8", 1, 1), 25: ("I16", 1, 2),
     26: ("I32", 1, 4), 27: ("I64", 1, 8), 28: ("F64", 1, 8), 29: ("IQ1_M", 256, 56),
     30: ("BF16", 1, 2), 34: ("TQ1_0", 256, 54), 35: ("TQ2_0", 256, 66), 39: ("MXFP4", 32, 17),
+    40: ("NVFP4", 64, 36), 41: ("Q1_0", 128, 18),
 }  # fmt: skip
 # metadata value type: (name, struct code); 8 is text, 9 an array
 _SCALARS: Final[Mapping[int, tuple[str, str]]] = {
@@ -252,7 +253,11 @@ def _place(
         if name in tensors:
             raise reader.fail(f"tensor {name!r} stands twice")
         if kind not in GGML_TYPES:
-            raise reader.fail(f"tensor {name!r} has the unknown type {kind}")
+            raise CorruptFile(
+                f"Tensor {name!r} of {quoted(path)} has the type {kind}, which is not known here. "
+                f"{AGAIN} If the file is whole, its kind of quantisation is newer than WanFit, or "
+                "older than what is used: get one in Q8_0, Q6_K, Q5_K or Q4_K."
+            )
         dtype, block, width = GGML_TYPES[kind]
         numel = math.prod(shape)
         if numel % block or (shape and shape[-1] % block) or any(size >= 2**48 for size in shape):

@@ -7,6 +7,7 @@ name without a folder. Standard library only.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -17,7 +18,7 @@ from ..errors import CorruptFile, MissingFile, UnsafeFile
 from ..files import contained_path, quoted, some_of
 from .one_file import read_file
 from .small_json import read_json
-from .table import AGAIN, MAX_TENSORS, PICKLE_SUFFIXES, TensorInfo, TensorTable
+from .table import AGAIN, MAX_TENSORS, PICKLE_SUFFIXES, QUANTISED, TensorInfo, TensorTable
 
 MAX_SHARDS: Final = 1024
 
@@ -100,17 +101,45 @@ def read_index(path: Path) -> TensorTable:
     shards = _shard_paths(path, weight_map)
     tensors: dict[str, TensorInfo] = {}
     metadata: dict[str, str] = {}
+    said: list[str] = []
     header_bytes = 0
     for name, shard in shards.items():
         table = read_file(shard)
         header_bytes += table.header_bytes
         metadata.update(table.metadata)
+        said += [table.metadata[QUANTISED]] if QUANTISED in table.metadata else []
         _check_shard(path, name, table, weight_map, tensors)
         tensors.update(table.tensors)
+    if len(said) > 1:
+        metadata[QUANTISED] = _all_layers(path, said)
     return TensorTable(
         path, tuple(shards.values()), {name: tensors[name] for name in weight_map}, metadata,
         "safetensors", header_bytes, _extra_shards(path, shards),
     )  # fmt: skip
+
+
+def _all_layers(path: Path, said: Sequence[str]) -> str:
+    """Put together what each shard says of how its layers are stored.
+
+    What is not an object with layers is returned as it is: who reads it says so.
+    """
+    layers: dict[str, Any] = {}
+    for text in said:
+        try:
+            whole = json.loads(text)
+        except (ValueError, RecursionError):
+            return text
+        own = whole.get("layers", {}) if isinstance(whole, dict) else None
+        if not isinstance(own, dict):
+            return text
+        other = next((name for name in own if layers.get(name, own[name]) != own[name]), None)
+        if other is not None:
+            raise CorruptFile(
+                f"Two shards of {quoted(path)} say differently how {other!r} is stored "
+                f"({QUANTISED}). They are of different downloads: download all of them again."
+            )
+        layers |= own
+    return json.dumps({"layers": layers})
 
 
 def _shard_paths(path: Path, weight_map: Mapping[str, Any]) -> dict[str, Path]:

@@ -22,14 +22,12 @@ from .foreign import FOREIGN
 from .gguf import GGML_TYPES
 from .kinds import FLOATS, GGUF_TYPES, Storage, WeightKind
 from .open import read_small
-from .table import TensorInfo, TensorTable
+from .table import QUANTISED, TensorInfo, TensorTable
 
 SCALE: Final = (".scale_weight", ".weight_scale")
 """What the stored values are multiplied with: the old spelling and the new one."""
 SECOND_SCALE: Final = ".weight_scale_2"
 NOTE: Final = ".comfy_quant"
-METADATA: Final = "_quantization_metadata"
-"""Where a header's metadata has what notes say, for all layers."""
 _UNUSED: Final = (".scale_input", ".input_scale")
 """Scales of activations: hints for native products, never part of a weight."""
 QUANT_SUFFIXES: Final = (*SCALE, SECOND_SCALE, NOTE, *_UNUSED, *FOREIGN)
@@ -214,14 +212,14 @@ class _Reader:
 
     def _from_metadata(self) -> dict[str, dict[str, Any]]:
         """Read the layers of the header's metadata, whatever prefix they were written with."""
-        text = self._table.metadata.get(METADATA)
+        text = self._table.metadata.get(QUANTISED)
         if text is None:
             return {}
         whole = _json_object(text)
         layers = {} if whole is None else whole.get("layers", {})
         if whole is None or not isinstance(layers, dict):
             raise CorruptFile(
-                f"{METADATA} in the header of {self._where} is damaged: a JSON object with an "
+                f"{QUANTISED} in the header of {self._where} is damaged: a JSON object with an "
                 'object "layers" is expected. Download the file again.'
             )
         found: dict[str, dict[str, Any]] = {}

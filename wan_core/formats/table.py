@@ -20,6 +20,8 @@ MAX_NAME: Final = 512
 PICKLE_SUFFIXES: Final = (".bin", ".pth", ".pt", ".ckpt", ".pkl")
 
 AGAIN: Final = "Download it again."
+QUANTISED: Final = "_quantization_metadata"
+"""Where a safetensors header's metadata says, for each layer, how it is stored."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -117,6 +117,11 @@ def numbers_that_may_be_wild(bits: Tensor, stored: Storage) -> Iterator[Tensor]:
         yield bits.view(_FP8[stored.dtype])
 
 
+def block_scales(each: Tensor, stored: Storage) -> Tensor:
+    """Return scales of blocks, a byte each, as floats: bytes can be NaN or infinite, too."""
+    return each.view(torch.float8_e4m3fn) if stored.kind == "nvfp4" else _powers(each)
+
+
 def ordered_scales(raw: Tensor, stored: Storage) -> Tensor:
     """Return scales in the order of the weight's rows, from a tensor as a file stores it.
 

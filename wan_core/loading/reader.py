@@ -26,6 +26,7 @@ from ..formats import Storage, TensorInfo, TensorTable
 from ..models import Source
 from .dequantize import (
     Scales,
+    block_scales,
     dequantize,
     numbers_that_may_be_wild,
     ordered_scales,
@@ -51,7 +52,8 @@ DTYPES: Final[Mapping[str, torch.dtype]] = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
-    "U8": torch.uint8, "BOOL": torch.bool,
+    "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8,
+    "BOOL": torch.bool,
 }  # fmt: skip
 """The dtypes that can be read without dequantising, by their name in a header."""
 
@@ -203,6 +205,9 @@ class TensorReader:
         if not stored.scale:
             return Scales()
         ordered = ordered_scales(self._small(prefix + stored.scale), stored)
+        if stored.per == "block":  # what pads their tiles is cut off, and may be anything
+            info = self.table.tensors[prefix + stored.scale]
+            self._check_finite(info, block_scales(ordered, stored), None)
         whole = float(self._small(prefix + stored.second_scale)) if stored.second_scale else 1.0
         if stored.per == "tensor":
             return Scales(None, float(ordered))

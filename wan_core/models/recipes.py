@@ -159,7 +159,7 @@ _PART: Final = re.compile(
 # Words of checkpoints that need few steps and no guidance, but whose settings depend on the version
 # or were never published as one recipe; and what says the same of a LoRA too.
 _FEW_SURE: Final = frozenset({"fusionx", "fusionix", "accvid", "accvideo", *_DISTILLED})
-_FEW_LIKELY: Final = frozenset({"rapid", "turbo", "hyper", "lcm", "dmd", *_STRONG})
+_FEW_LIKELY: Final = frozenset({"rapid", "turbo", "hyper", "lcm", "dmd", *_STRONG, *_WEAK})
 _FEW_MOST: Final = 16
 
 
@@ -196,15 +196,15 @@ def few_steps_hint(
     """Return a warning for a file that says it is distilled but has no recipe; empty for others.
 
     ``whole`` says that it is a checkpoint and not a LoRA: of an effect, a word like "turbo" tells
-    nothing of steps.
+    nothing of steps, unless their number stands beside it.
     """
     if recipe_of(path, metadata) is not None:
         return ""
     for place, text in _texts(path, metadata):
         words = _words(text)
-        known = _FEW_SURE | _FEW_LIKELY if whole else _FEW_SURE
-        marks = [word for word in words if word in known]
         few = sorted(count for count in _counts(words) if count <= _FEW_MOST)
+        known = _FEW_SURE | _FEW_LIKELY | _FAMILIES.keys() if whole or few else _FEW_SURE
+        marks = [word for word in words if word in known]
         # "distill" alone is in the names of effects; beside a number of steps it is not.
         if few and (whole or marks) or marks and (whole or not _DISTILLED.issuperset(marks)):
             said = " ".join([*marks, *(f"{count} steps" for count in few)])
