@@ -497,6 +497,37 @@ def test_a_command_that_is_asked_to_end_ends_as_with_ctrl_c(
         signal.signal(number, before)
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+def test_an_interrupt_that_python_drops_ends_a_command_all_the_same(
+    monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """In a finalizer, as of the locks of imports, an exception is told and nothing more."""
+    from wan_core import __main__ as module
+
+    number, dropped = getattr(signal, name), list[bool]()
+
+    class Finalized:
+        def __del__(self) -> None:
+            signal.raise_signal(number)
+
+    def work(_: object) -> tuple[str, dict[str, Any]]:
+        Finalized()
+        dropped.append(True)
+        time.sleep(60)
+        return "done", {}
+
+    monkeypatch.setattr(module, "_batch", work)
+    usual = signal.default_int_handler if name == "SIGINT" else signal.SIG_DFL
+    before, hook = signal.signal(number, usual), sys.unraisablehook
+    try:
+        began = time.monotonic()
+        assert main(["batch", "jobs.jsonl"]) == 128 + number
+        assert dropped and time.monotonic() - began < 50 and sys.unraisablehook is hook
+    finally:
+        signal.signal(number, before)
+
+
 def test_a_terminal_that_is_gone_ends_no_command(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nor does a log on a full disk; a result that cannot be written is an error."""
     from wan_core import __main__ as module

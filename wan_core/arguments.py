@@ -5,12 +5,15 @@ And how a command ends that is asked to.
 
 from __future__ import annotations
 
+import _thread
 import argparse
 import contextlib
 import json
 import os
 import signal
+import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -239,6 +242,10 @@ def read_text(path: str | None, field: str = "prompts") -> str | None:
         raise InvalidRequest(f"{field}: {path} cannot be read ({err}).", field=field) from err
 
 
+_LOST_SECONDS = 0.05
+"""How long is waited before an interrupt that Python has dropped is sent again. Assumed."""
+
+
 class AskedToEnd(KeyboardInterrupt):
     """The process was asked to end by ``signal``."""
 
@@ -255,13 +262,33 @@ def ends_in_order() -> Iterator[None]:
     where a program of its own calls the command in another thread, or hears these signals itself.
     """
     before: dict[int, Any] = {}
+    begun = False
+    """Whether the command is ending: who asks twice is not to interrupt that."""
+    unraisable = sys.unraisablehook
 
     def end(number: int, _: object) -> None:
-        for one in before:  # who asks twice is not to interrupt what the first time has begun
-            signal.signal(one, signal.SIG_IGN)
-        raise AskedToEnd(number)
+        nonlocal begun
+        if not begun:
+            begun = True
+            raise AskedToEnd(number)
+
+    def again(number: int) -> None:
+        nonlocal begun
+        time.sleep(_LOST_SECONDS)  # by then what could not be interrupted is over
+        begun = False
+        _send_to_main(number)
+
+    def lost(told: Any) -> None:
+        """Ask once more where Python drops the interrupt: of a finalizer or a weak reference."""
+        if isinstance(told.exc_value, KeyboardInterrupt):
+            number = getattr(told.exc_value, "signal", signal.SIGINT)
+            # This may run anywhere, also under the locks of ``threading``.
+            _thread.start_new_thread(again, (number,))
+        else:
+            unraisable(told)
 
     if threading.current_thread() is threading.main_thread():
+        sys.unraisablehook = lost
         numbers = [getattr(signal, name, None) for name in ("SIGTERM", "SIGHUP")]
         for number in filter(None, numbers):
             if signal.getsignal(number) is signal.SIG_DFL:
@@ -269,5 +296,15 @@ def ends_in_order() -> Iterator[None]:
     try:
         yield
     finally:
+        if sys.unraisablehook is lost:
+            sys.unraisablehook = unraisable
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _send_to_main(number: int) -> None:
+    """Send this process' main thread a signal, which also ends what it waits for."""
+    if sys.platform == "win32":
+        signal.raise_signal(number)
+    else:
+        signal.pthread_kill(threading.main_thread().ident or 0, number)

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
+import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -24,7 +27,7 @@ from wan_core.errors import InvalidRequest, MissingFile, OutputError
 from wan_core.render import WanPipelineWrapper
 from wan_core.serve import BadLine, Batch, BatchJob, Ledger, Outcome, jobs, read_jobs
 from wan_core.serve.crew import Hand
-from wan_core.serve.ledger import Entry
+from wan_core.serve.ledger import Entry, as_page
 from wan_core.serve.queue import Queue
 
 TINY: dict[str, Any] = {"num_frames": 5, "width": 32, "height": 32, "num_inference_steps": 2}
@@ -502,3 +505,41 @@ def test_a_line_knows_what_the_options_of_generate_are_called() -> None:
     known = {*jobs._OWN, *jobs.CONFIG_FIELDS, *jobs._OF_A_PLAN, *jobs._AS_OPTIONS}
     rest = {name for name in options - known if not name.startswith("control_")}
     assert rest == {"help", "json", "path", "audio"}
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a pipe with a name")
+def test_jobs_come_through_a_pipe(tmp_path: Path) -> None:
+    path, line = tmp_path / "jobs.jsonl", '{"output": "a.mp4", "model": "m", "prompt": "x"}'
+    os.mkfifo(path)
+    for text in (f"\ufeff{line}\n", line):
+        writer = threading.Thread(target=path.write_text, args=(text, "utf-8"), daemon=True)
+        writer.start()
+        (found,) = read_jobs(path, tmp_path)
+        assert isinstance(found, BatchJob) and found.number == 1
+        writer.join()
+
+
+@pytest.mark.parametrize("what", [b"\xc0\x80", b'{"jobs": [{"line": 1, "state": "done", '
+                                  b'"identity": [1]}]}', None])  # fmt: skip
+def test_a_summary_that_cannot_be_read_is_named(tmp_path: Path, what: bytes | None) -> None:
+    path = tmp_path / "jobs.summary.json"
+    if what is None:
+        path.mkdir()
+    else:
+        path.write_bytes(what)
+    with pytest.raises(InvalidRequest if what else OutputError, match=r"jobs.summary.json"):
+        Ledger(path)
+
+
+def test_a_folder_that_cannot_be_written_is_named(models: Path, tmp_path: Path) -> None:
+    path = lines(tmp_path / "jobs.jsonl", job(models, "a.mp4"))
+    (tmp_path / "clips" / "jobs.summary.lock").mkdir(parents=True)
+    with pytest.raises(OutputError, match=r"clips cannot be written: .*--folder"):
+        batch(path).run()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="names of files are bytes")
+def test_a_page_shows_names_that_are_no_text(tmp_path: Path) -> None:
+    output = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9/a.mp4")
+    page = as_page("caf\udce9", [Entry(line=1, state="done", output=output)], tmp_path)
+    assert b'src="caf%E9/a.mp4"' in page and b"<h1>caf?</h1>" in page

@@ -214,6 +214,9 @@ def test_bounds_that_let_nothing_in_are_refused(tmp_path: Path) -> None:
                   {"upload_mb": 0.0}):  # fmt: skip
         with pytest.raises(InvalidRequest, match="a number above 0 is needed"):
             serve(ServerOptions(model=tmp_path, folder=tmp_path / "videos", **wrong))
+    for name, value in (("tries", 0), ("port", 99_999), ("port", -1)):
+        with pytest.raises(InvalidRequest, match=f"{name} is {value}"):
+            serve(ServerOptions(model=tmp_path, folder=tmp_path / "v", **{name: value}))
     assert "secret" not in repr(ServerOptions(model=tmp_path, folder=tmp_path, token="secret"))
 
 

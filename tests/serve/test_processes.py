@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import queue
 import shutil
 import signal
 import sys
 import threading
 import time
+from io import BytesIO
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -446,6 +448,26 @@ def test_the_next_job_begins_beside_a_decode_that_goes_on_or_is_killed(
     for i in range(2):
         same = [(tmp_path / folder / f"{i}.mp4").read_bytes() for folder in ("serial", "turns")]
         assert same[0] == same[1], i
+
+
+@pytest.mark.parametrize(("said", "code"), [(b'{}\n{"job": {"numb', 0), (b"{}\nnonsense\n", 1)])
+def test_a_process_whose_driver_is_killed_within_a_line_ends(
+    monkeypatch: pytest.MonkeyPatch, said: bytes, code: int
+) -> None:
+    """A line may be longer than a pipe holds, and the driver be killed before the rest is sent."""
+    from wan_core.serve import processes
+
+    ended: list[int] = []
+
+    def leave(code: int) -> None:
+        ended.append(code)
+        raise SystemExit
+
+    monkeypatch.setattr(processes.os, "_exit", leave)
+    inbox: queue.Queue[tuple[BatchJob, bool]] = queue.Queue()
+    with pytest.raises(SystemExit):
+        processes._listen(BytesIO(said), inbox, set(), (lambda _: None, lambda _: None))
+    assert ended[0] == code and inbox.empty()
 
 
 @pytest.mark.slow

@@ -74,7 +74,12 @@ class Batch:
     def _alone(self) -> Iterator[None]:
         """Keep others from the summary, and from making each clip a second time."""
         path = self.ledger.path.with_suffix(".lock")
-        lock = try_lock(path)
+        try:
+            lock = try_lock(path)
+        except OSError as err:
+            raise OutputError(
+                f"{self.folder} cannot be written: {err.strerror}. Name another --folder."
+            ) from err
         if lock is None:
             raise OutputError(
                 f"Another run is at work on {self.path} in {self.folder}. Wait for its end, or "

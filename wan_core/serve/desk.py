@@ -16,6 +16,7 @@ from typing import Any
 
 from ..config import GenerationConfig
 from ..errors import DoesNotFit, InvalidRequest, OutputError, WanError, first_line
+from ..files import make_folder
 from .carry import Carrier
 from .crew import Crew, carry_out
 from .fields import Served, name_of, read_job
@@ -156,7 +157,7 @@ class Desk:
         room = self.shelf.has_room
         self.queue = Queue(folder / "queue.sqlite3", tries, most_waiting, room)
         self.uploads = folder / "uploads"
-        self.uploads.mkdir(exist_ok=True)
+        make_folder(self.uploads)
         remove_parts(self.uploads)
         self._carrier = Carrier()
         self._check_lock = threading.Lock()

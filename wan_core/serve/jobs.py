@@ -128,12 +128,12 @@ def read_jobs(
         raise MissingFile(f"The jobs {path} cannot be read: {err.strerror}.") from err
     with file:
         number = 0
-        start = file.read(3)
-        if start[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
-            raise InvalidRequest(f"{path} is UTF-16; save it as UTF-8.")
-        file.seek(3 if start == codecs.BOM_UTF8 else 0)
         while line := file.readline(MOST_LINE + 1):
             number += 1
+            if number == 1:  # of a pipe too, which does not go back to its beginning
+                if line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+                    raise InvalidRequest(f"{path} is UTF-16; save it as UTF-8.")
+                line = line.removeprefix(codecs.BOM_UTF8)
             if number > MOST_LINES:
                 raise InvalidRequest(f"{path} has more than {MOST_LINES:,} lines; cut it up.")
             whole = line.endswith(b"\n") or len(line) <= MOST_LINE

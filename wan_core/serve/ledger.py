@@ -70,20 +70,28 @@ class Ledger:
         self._read()
 
     def _read(self) -> None:
-        """Read what an earlier run left; raises InvalidRequest for a file that is none of ours."""
+        """Read what an earlier run left.
+
+        Raises InvalidRequest for a file that is none of ours, OutputError for one that cannot be
+        read.
+        """
         try:
-            text = self.path.read_text(encoding="utf-8")
+            text = self.path.read_bytes()
         except FileNotFoundError:
             return  # a journal is only ever begun beside a summary
+        except OSError as err:
+            raise OutputError(
+                f"The summary {self.path} cannot be read: {err.strerror}. Name another --folder."
+            ) from err
         try:
             read = json.loads(text)
             rows = [Entry(**one) for one in (*read["jobs"], *read.get("earlier", ()))]
-        except (ValueError, TypeError, KeyError) as err:
+            rows += self._changes()
+            self._done = {row.identity: row for row in rows if row.state == "done"}
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as err:
             raise InvalidRequest(
                 f"{self.path} is not the summary of a batch ({err}). Move it away, or name another."
             ) from err
-        rows += self._changes()
-        self._done = {row.identity: row for row in rows if row.state == "done"}
 
     def _changes(self) -> list[Entry]:
         """Return what was noted since the summary; of a line that a kill cut off nothing."""
@@ -172,11 +180,12 @@ def as_page(title: str, entries: Iterable[Entry], folder: Path) -> bytes:
             f"<li>line {row.line}: {escape(row.state)} {escape(row.error)}" for row in rest
         )
         parts.append(f"<h2>Not done</h2><ul>{items}</ul>")
-    return "\n".join(parts).encode()
+    # Names of files need not be text: what UTF-8 lacks is shown as "?".
+    return "\n".join(parts).encode(errors="replace")
 
 
 def _figure(row: Entry, folder: Path) -> str:
-    link = quote(Path(os.path.relpath(row.output, folder)).as_posix())
+    link = quote(os.fsencode(Path(os.path.relpath(row.output, folder)).as_posix()))
     return (
         f'<figure><video src="{escape(link)}" controls loop muted preload=metadata></video>'
         f"<figcaption>{escape(row.prompt)}<br><small>line {row.line}, seed {escape(str(row.seed))},"

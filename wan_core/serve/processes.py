@@ -343,6 +343,30 @@ def visible(cards: Sequence[int], given: Mapping[str, str]) -> dict[str, str]:
     return {name: ",".join(seen[card] if seen else str(card) for card in cards)}
 
 
+def _listen(
+    stream: IO[bytes], inbox: queue.Queue[tuple[BatchJob, bool]], unwanted: set[int],
+    cards: tuple[Callable[[Sequence[str]], None], Callable[[str], None]],
+) -> None:  # fmt: skip
+    """Hand on what the driver says; ``cards`` hold some, and let one join. Ends with the driver."""
+    hold_cards, join_card = cards
+    try:
+        for text in stream:
+            if not text.endswith(b"\n"):
+                break  # the driver was killed in the middle of a line
+            line = json.loads(text)
+            if "job" in line:
+                # Here, in the order of the lines: a card may join before the job has begun.
+                hold_cards(line.get("held", ()))
+                inbox.put((BatchJob.from_dict(line["job"]), "held" in line))
+            elif "joined" in line:
+                join_card(line["joined"])
+            elif "stop" in line:
+                unwanted.add(line["stop"])
+        os._exit(0)  # the driver is gone, however: the journal is whole after every step
+    finally:
+        os._exit(1)  # one that cannot hear would outlive its driver, and hold the card
+
+
 def main() -> None:
     """Be a process of a crew: carry out the jobs that come by stdin until it closes."""
     from ..workers import hold_cards, join_card  # by no thread: it takes torch along
@@ -354,20 +378,8 @@ def main() -> None:
     inbox: queue.Queue[tuple[BatchJob, bool]] = queue.Queue()
     unwanted: set[int] = set()
 
-    def listen() -> None:
-        for text in sys.stdin.buffer:
-            line = json.loads(text)
-            if "job" in line:
-                # Here, in the order of the lines: a card may join before the job has begun.
-                hold_cards(line.get("held", ()))
-                inbox.put((BatchJob.from_dict(line["job"]), "held" in line))
-            elif "joined" in line:
-                join_card(line["joined"])
-            elif "stop" in line:
-                unwanted.add(line["stop"])
-        os._exit(0)  # the driver is gone, however: the journal is whole after every step
-
-    threading.Thread(target=listen, daemon=True).start()
+    given = (sys.stdin.buffer, inbox, unwanted, (hold_cards, join_card))
+    threading.Thread(target=_listen, args=given, daemon=True).start()
 
     def answer(line: Line) -> None:
         answers.write((json.dumps(line, default=str) + "\n").encode())

@@ -121,7 +121,8 @@ class Queue:
         except sqlite3.DatabaseError as err:
             if isinstance(err, sqlite3.OperationalError):
                 raise OutputError(
-                    f"The queue {path} cannot be used: {err}. Another server may use this folder."
+                    f"The queue {path} cannot be used: {err}. Another server may use this folder, "
+                    "or nobody may write there."
                 ) from err
             raise InvalidRequest(
                 f"{path} is not the queue of a server ({err}). Move it away, or name another."

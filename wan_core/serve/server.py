@@ -187,6 +187,13 @@ def _check_bounds(options: ServerOptions) -> None:
     ):  # fmt: skip
         if value is not None and not 0 < value < 1e15:
             raise InvalidRequest(f"{name} is {value}; a number above 0 is needed.", field=name)
+    if options.tries < 1:
+        raise InvalidRequest(f"tries is {options.tries}; 1 or more are needed.", field="tries")
+    # The system would take the last 16 bits of a larger one.
+    if not 0 <= options.port < 2**16:
+        raise InvalidRequest(
+            f"port is {options.port}; 0 (any that is free) to 65535 are allowed.", field="port"
+        )
 
 
 def _crew(
