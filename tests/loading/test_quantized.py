@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.wild_bytes import rounded_plainly, weights_of_every_bf16
 from torch import Tensor
 
 from wan_core.formats import Storage
@@ -82,3 +83,16 @@ def test_a_kind_without_a_kernel_is_not_tried(
     monkeypatch.setattr(quantized, "_kernels", lambda: None)
     assert not quantized._kernel_works(STORED[0], CPU, torch.bfloat16)
     assert kernels.seen == [] and quantized._tried == {}
+
+
+@pytest.mark.parametrize("at_once", [1000, 2**20])
+def test_every_bf16_number_is_rounded_to_fp8_as_one_expression_has_it(
+    monkeypatch: pytest.MonkeyPatch, at_once: int
+) -> None:
+    monkeypatch.setattr(quantized, "_AT_ONCE", at_once)
+    for weight in weights_of_every_bf16():
+        for stored in (torch.float8_e4m3fn, torch.float8_e5m2):
+            values, scale = quantized.rounded_to_fp8(weight, stored)
+            expected, whole = rounded_plainly(weight, stored)
+            assert scale == whole and values.shape == weight.shape
+            assert torch.equal(values.view(torch.uint8), expected.view(torch.uint8))

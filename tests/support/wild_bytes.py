@@ -1,4 +1,4 @@
-"""Stored bytes of every kind whose numbers can be wild: whole, and damaged at one place."""
+"""Numbers to try loading with: stored bytes of every kind, damaged ones too; every bf16 number."""
 
 from __future__ import annotations
 
@@ -69,3 +69,19 @@ def _damaged(values: Tensor) -> Iterator[Tensor]:
             raw = _bytes(values).clone()
             raw.view(-1, dtype.itemsize)[place] = _bytes(one)
             yield raw
+
+
+def weights_of_every_bf16() -> Iterator[Tensor]:
+    """Yield matrices with every finite bf16 number up to a magnitude that is the matrix's own."""
+    every = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
+    every = every[torch.isfinite(every)]
+    for most in (0.0, 1e-38, 3e-31, 0.0213, 1.0, 448.0, 6e4, torch.finfo(torch.bfloat16).max):
+        some = every[every.abs() <= most]
+        yield some[: len(some) // 2 * 2].view(2, -1)
+
+
+def rounded_plainly(weight: Tensor, stored: torch.dtype) -> tuple[Tensor, float]:
+    """A weight in fp8 and its scale, in one expression on the CPU."""
+    largest = torch.finfo(stored).max
+    scale = weight.abs().amax().float().clamp(min=1e-30) / largest
+    return (weight.float() / scale).clamp(-largest, largest).to(stored), float(scale)

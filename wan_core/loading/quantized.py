@@ -20,7 +20,9 @@ from ..lazy import module_or_none
 from .dequantize import Scales, dequantize, numbers_that_may_be_wild
 
 _FP8_NAMES = {torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2"}
-_ROWS = 1024  # converted to fp8 at once
+_AT_ONCE = 2**20
+"""Numbers that are rounded to fp8 at once, in memory that is used again: new memory for each would
+have to be mapped, which takes longer than the arithmetic."""
 _SMALLEST = {
     "Q8_0": 34, "Q4_0": 18, "Q4_1": 20, "Q5_0": 22, "Q5_1": 24, "Q4_K": 144, "Q5_K": 176,
     "Q6_K": 210,
@@ -183,18 +185,33 @@ def fp8_layer(
 ) -> StoredLinear:
     """Return ``layer`` with ``weight`` (out, in) stored in fp8; its bias is taken over.
 
-    The weight is divided by one scale (its largest magnitude over the largest value of the format),
-    rounded to fp8, and multiplied with the scale again at each use. This changes the result: it is
-    for files that are not quantised, where nothing else fits.
+    This changes the result: it is for files that are not quantised, where nothing else fits.
     """
-    largest = torch.finfo(stored).max
-    scale = weight.abs().amax().float().clamp(min=1e-30) / largest
-    # By rows: a copy of the whole matrix in fp32 would be four times what is made.
-    values = torch.empty(weight.shape, dtype=stored, device=weight.device)
-    for target, rows in zip(torch.split(values, _ROWS), torch.split(weight, _ROWS), strict=True):
-        target.copy_((rows.float() / scale).clamp_(-largest, largest))
+    values, scale = rounded_to_fp8(weight, stored)
     made = StoredLinear(layer.in_features, layer.out_features, bias=layer.bias is not None)
     how = Storage("fp8", _FP8_NAMES[stored], tuple(weight.shape), per="tensor")
-    made.set_stored(values, Scales(None, float(scale)), how)
+    made.set_stored(values, Scales(None, scale), how)
     made.bias = layer.bias
     return made.train(layer.training)
+
+
+def rounded_to_fp8(
+    weight: Tensor, stored: torch.dtype = torch.float8_e4m3fn
+) -> tuple[Tensor, float]:
+    """Return a finite weight in fp8, on its device, and the scale to multiply it with.
+
+    It is divided by that scale, its largest magnitude over the largest value of the format, and
+    rounded to the nearest, ties to even: what is halfway between two is stored the same everywhere.
+    """
+    largest = torch.finfo(stored).max
+    least, most = torch.aminmax(weight)
+    # On the host: a device divides by a number of the host by multiplying with its inverse.
+    scale = torch.maximum(-least, most).cpu().float().clamp(min=1e-30) / largest
+    divisor = scale.to(weight.device)
+    values = torch.empty(weight.shape, dtype=stored, device=weight.device)
+    parts, targets = (torch.split(t.reshape(-1), _AT_ONCE) for t in (weight, values))
+    wide = torch.empty(len(parts[0]), dtype=torch.float32, device=weight.device)
+    for target, part in zip(targets, parts, strict=True):
+        # No quotient is so far beyond the largest that it would not be rounded to it.
+        target.copy_(wide[: len(part)].copy_(part).div_(divisor))
+    return values, float(scale)
