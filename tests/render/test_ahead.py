@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -20,6 +21,7 @@ from wan_core import GenerationConfig, WanModelFiles, WanPipelineLoader
 from wan_core.errors import CorruptFile
 from wan_core.formats import read_table
 from wan_core.loading import reader, to_look_at
+from wan_core.loading.mapped import Looker, stored_at
 from wan_core.memory import RAM_RESERVE, estimate
 from wan_core.render import stages
 from wan_core.render.report import workload_of
@@ -309,6 +311,65 @@ def test_what_is_read_while_it_is_placed_is_a_stage_of_its_own(home: Path, plain
     again = generated(wrapper)
     assert torch.equal(again.latents, plain)
     assert "load transformer" not in [stage.name for stage in again.stages]
+
+
+def test_what_a_card_looks_at_is_only_read_ahead(
+    home: Path, plain: Tensor, reads: list[tuple[str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its bytes are in RAM when its turn comes; it is looked at then, and nobody waited for it."""
+
+    def cold(self: stages.StageRunner, component: str) -> bool:
+        module = self._in_cache(component)
+        return self._mapped(component) and (module is None or to_look_at(module))
+
+    monkeypatch.setattr(stages.StageRunner, "_reads_while_sending", cold)
+    monkeypatch.setattr(stages.StageRunner, "_is_sent_whole", lambda *_: True)
+    monkeypatch.setattr(reader, "_SMALL", 0)
+    ahead: list[tuple[int, bool]] = []
+    read_again, fetch = stages.read_again, Looker.fetch
+
+    def again(tensors: Any, check: Any) -> None:
+        kept = list(tensors)
+        read_again(kept, check)
+        ahead.append((sum(t.nbytes for t in kept if stored_at(t)), any(looked)))
+
+    def fetched(self: Any, file: Any, piece: range, unit: int, finite: Any, into: Any) -> Any:
+        if os.path.samestat(os.fstat(file.fileno()), low_file):
+            looked.append(finite is not None)
+        return fetch(self, file, piece, unit, finite, into)
+
+    looked: list[bool] = []
+    low_file = experts(home, "fp8_scaled")[0][1].stat()
+    monkeypatch.setattr(stages, "read_again", again)
+    monkeypatch.setattr(Looker, "fetch", fetched)
+    wrapper = opened(home, offload="none")
+    result = generated(wrapper, progress_callback=waits_for(lambda: bool(ahead)))
+    assert torch.equal(result.latents, plain)
+    assert second(reads) == ["wanfit-ahead"]
+    low = next(m for key, m in wrapper._cache.loaded() if key.kind == "transformer_2")
+    assert ahead == [(sum(p.nbytes for p in low.parameters() if stored_at(p.data)), False)]
+    assert any(looked) and not to_look_at(low)
+    names = [stage.name for stage in result.stages]
+    assert names.count("load transformer_2") == 1
+    assert names.index("denoise_high") < names.index("load transformer_2")
+
+
+@pytest.mark.parametrize(
+    ("device", "offload", "whole"),
+    [("cuda:0", "none", True), ("cuda:0", "model", True), ("cuda:0", "stream", False),
+     ("cuda:0", "sequential", False), ("cpu", "none", False)],
+)  # fmt: skip
+def test_what_is_sent_as_a_whole_to_a_card(
+    home: Path, device: str, offload: str, whole: bool
+) -> None:
+    wrapper, config = opened(home), GenerationConfig(**JOB)
+    request, plan = wrapper.plan(config)
+    stream = offload == "stream"
+    plan = replace(plan, device=device).with_choices(
+        stream=stream, offload="none" if stream else offload, part_offload={}
+    )
+    runner = wrapper._make_render(config, request, plan).stages
+    assert runner._is_sent_whole("transformer_2") is whole
 
 
 @pytest.mark.usefixtures("on_a_card")

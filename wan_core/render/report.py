@@ -28,7 +28,7 @@ from ..job import (
 from ..kernels import used_attention, used_products
 from ..loading import give_back_freed
 from ..memory import ATTENTION_8BIT, Workload, stage_was_run
-from ..models import ModelArchitecture
+from ..models import Component, ModelArchitecture
 
 if TYPE_CHECKING:
     from ..config import MemoryEstimate
@@ -275,6 +275,26 @@ class Timeline:
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device)
         return max(self._peak, resident_bytes())
+
+
+def beyond_fp16(frames: int | None) -> str:
+    """Return the warning of a VAE that went on in bf16 after ``frames``; None: it encoded."""
+    if frames is None:
+        return (
+            "The VAE's numbers went beyond the range of fp16 when it encoded; that was done again "
+            "in bf16, and the clip was decoded so."
+        )
+    return (
+        f"The VAE's numbers went beyond the range of fp16 after {frames} frames; the frames from "
+        "there on were decoded in bf16."
+    )
+
+
+def kind_of_storage(part: Component, computed: str, *, in_fp8: bool) -> str:
+    """Name what a component is stored as and what it computes in."""
+    if part.stored is not None and part.stored.quantised:
+        return f"{part.stored_as}, computed in {computed}"
+    return f"stored in fp8, computed in {computed}" if in_fp8 else computed
 
 
 _SLOW = 4.0

@@ -40,7 +40,15 @@ from ..placing import Ahead, do_ahead, pin_ahead, pin_budget
 from ..plan import OptimizationPlan
 from ..sampling import OutOfRange
 from ..workers import Weights, WorkerPool, close_workers, placed, worker_pool
-from .report import Callbacks, Timeline, device_fill, kernels_noted, spilled
+from .report import (
+    Callbacks,
+    Timeline,
+    beyond_fp16,
+    device_fill,
+    kernels_noted,
+    kind_of_storage,
+    spilled,
+)
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
@@ -98,13 +106,7 @@ class StageRunner:
         dtypes = {**self.plan.choices.dtypes, "vae": "bf16"}
         self.plan = replace(self.plan, choices=replace(self.plan.choices, dtypes=dtypes))
         self.result.applied_optimizations = list(self.plan.applied)
-        self.result.warnings.append(
-            "The VAE's numbers went beyond the range of fp16 when it encoded; that was done again "
-            "in bf16, and the clip was decoded so."
-            if frames is None
-            else f"The VAE's numbers went beyond the range of fp16 after {frames} frames; the "
-            "frames from there on were decoded in bf16."
-        )
+        self.result.warnings.append(beyond_fp16(frames))
 
     def has(self, component: str) -> bool:
         """Say whether the model has this component."""
@@ -193,11 +195,8 @@ class StageRunner:
         return module
 
     def _kind_of_storage(self, name: str) -> str:
-        """Name what a component is stored as and what it computes in, for the report."""
         part, computed = self.architecture.components[name], self.plan.choices.dtypes[name]
-        if part.stored is not None and part.stored.quantised:
-            return f"{part.stored_as}, computed in {computed}"
-        return f"stored in fp8, computed in {computed}" if self._in_fp8(name) else computed
+        return kind_of_storage(part, computed, in_fp8=self._in_fp8(name))
 
     def _mapped(self, name: str) -> bool:
         """Whether a component's weights are views of its file rather than copies in RAM."""
@@ -302,11 +301,11 @@ class StageRunner:
             with self.pin_next(component):
                 yield
             return
-        known = self._is_loaded(component)
-        work = partial(self._read_ahead, component, known)
+        known, later = self._in_cache(component) is not None, self._is_sent_whole(component)
+        work = partial(self._read_ahead, component, known=known, later=later)
         with do_ahead(work, partial(self._await_next, component)) as ahead:
             yield
-        if ahead.seconds and not known:
+        if ahead.seconds and not (known or later):
             note = f"{self._kind_of_storage(component)}, read while the other expert computed"
             done = StageReport(name=f"load {component}", seconds=ahead.seconds, note=note)
             self.timeline.stages.append(done)
@@ -315,26 +314,29 @@ class StageRunner:
         if not (self.plan.reads_ahead and self.keep_components):
             return False
         dtype = self.plan.choices.dtypes[component]
-        in_ram = self._is_loaded(component) and not self._mapped(component)
+        in_ram = self._in_cache(component) is not None and not self._mapped(component)
         wanted = 0 if in_ram else part_bytes(self.architecture, component, dtype)
         return ram()[1] >= wanted + RAM_RESERVE
-
-    def _is_loaded(self, component: str) -> bool:
-        return self._in_cache(component) is not None
 
     def _in_cache(self, component: str) -> Any | None:
         own = self.key(component)  # asks the disk for each of its files
         return next((module for key, module in self.cache.loaded() if key == own), None)
 
-    def _read_ahead(self, component: str, known: bool, ahead: Ahead) -> None:
+    def _is_sent_whole(self, component: str) -> bool:
+        """Whether a card gets all of a mapped component at its turn, and looks at it then."""
+        whole = self.plan.choices.offload_of(component) in ("none", "model")
+        return whole and self.device.type == "cuda" and self._mapped(component)
+
+    def _read_ahead(self, component: str, ahead: Ahead, *, known: bool, later: bool) -> None:
         """Load a component, or read its file again where it is ``known``; in a thread's own time.
 
-        The system may have dropped the file's pages since it was loaded.
+        The system may have dropped the file's pages since it was loaded. Where it is looked at
+        ``later`` they need only be in RAM by then, and nobody waits for those that are not.
         """
-        read = partial(self._read, component, ahead.check, ahead.progress)
+        read = partial(self._read, component, ahead.check, ahead.progress, look_later=later)
         with torch.inference_mode(False), torch.no_grad(), self._borrow(component, read) as module:
             ahead.has_read()
-            if known:
+            if known or later:
                 read_again(module.parameters(), ahead.check)
             with self.pin_next(component):
                 ahead.wait()
@@ -369,7 +371,7 @@ class StageRunner:
         plan = self.plan
         if plan.choices.offload_of(component) != "stream" or self.device.type != "cuda":
             return False
-        loaded = self._is_loaded(component)
+        loaded = self._in_cache(component) is not None
         mapped = stays_in_file(self.architecture, component, plan.choices.dtypes[component])
         return loaded or (mapped and not plan.choices.fp8_storage and self.keep_components)
 
