@@ -172,9 +172,10 @@ def run_case(bench: FileBench, case: Run, told_ram: bool = False) -> dict[str, A
             result = wrapper.generate(config)
         total = bench.sync() - before.at
     row |= told_of(bench, plan, held)
+    seconds_told(row, plan, total, cold=row["file"].startswith("cold"))
     row |= {
         "applied": list(plan.applied), "tier": plan.tier, "seconds": total,
-        "predicted_seconds": plan.seconds, "predicted_step_seconds": plan.step_seconds,
+        "predicted_step_seconds": plan.step_seconds,
         "steps": ends.seconds, "latents": ends.digests, "context_mib": bench.context_mib(),
         "held_before": before.counted,
         "warnings": result.warnings if result else [], "errors": result.errors if result else [],
@@ -252,6 +253,29 @@ def told_of(bench: FileBench, plan: Any, held: dict[str, int]) -> dict[str, Any]
         "stages": stages,
         "predicted_host": max((s.get("predicted_host") or 0 for s in stages), default=0),
     }
+
+
+def seconds_told(row: dict[str, Any], plan: Any, total: float, *, cold: bool) -> None:
+    """Put predicted seconds beside a run's measured ones, stage by stage, and what is beside them.
+
+    Files that were dropped from the page cache come from disk. A run that makes no frames is
+    compared without what it leaves out.
+    """
+    stages = row["stages"]
+    measured = {stage["name"] for stage in stages}
+    made = "decode" in measured
+    predicted = {one.name: one.cold if cold else one.warm for one in plan.stage_seconds}
+    if not made:
+        predicted = {n: s for n, s in predicted.items() if n not in ("load vae", "decode")}
+    if "text_encode" not in measured:  # embeddings of an earlier run
+        texts = ("load text_encoder", "load tokenizer", "text_encode")
+        predicted = {n: s for n, s in predicted.items() if n not in texts}
+    for stage in stages:
+        stage["predicted_seconds"] = predicted.get(stage["name"])
+    row["predicted_seconds"] = sum(predicted.values())
+    beside = sum(seconds for name, seconds in predicted.items() if name not in measured)
+    row["outside_seconds"] = total - sum(stage["seconds"] for stage in stages)
+    row["predicted_outside_seconds"] = beside
 
 
 def forget_calibration() -> None:

@@ -83,8 +83,11 @@ class Done(BaseException):
     """Stops a run after its last step."""
 
 
-def run(folder: Path, case: Case, devices: int, tiny: bool) -> dict[str, Any]:
-    """Make the steps of a case and return what they took and gave."""
+def run(folder: Path, case: Case, devices: int, tiny: bool, fresh: bool = True) -> dict[str, Any]:
+    """Make the steps of a case and return what they took and gave.
+
+    ``fresh`` says that its processes are still to start.
+    """
     gc.collect()  # what the run before has left must not count as this one's
     before = 0 if tiny else torch.cuda.memory_allocated()
     loader = WanPipelineLoader(enable_caching=False)
@@ -151,6 +154,7 @@ def run(folder: Path, case: Case, devices: int, tiny: bool) -> dict[str, Any]:
         "cut_passes": cut,
         "units": case.units, "step_seconds": median(steps) if steps else None, "steps": steps,
         "first_step_after": ends[0] - began if ends else None,
+        "predicted_first_step": until_first_step(plan, fresh),
         "assumed_step_seconds": assumed.step_seconds, "predicted_paced": after.paced,
         "predicted_step_seconds": after.step_seconds, "predicted_seconds": after.seconds,
         "beside": case.beside or case.name, "shared_weights": plan.shared_weights,
@@ -164,6 +168,20 @@ def run(folder: Path, case: Case, devices: int, tiny: bool) -> dict[str, Any]:
     if not tiny:
         torch.cuda.empty_cache()
     return found
+
+
+def until_first_step(plan: Any, fresh: bool) -> dict[str, float]:
+    """Return what a plan says of the seconds until the first step is made, by what takes them.
+
+    A trial of a cut, which computes the first pass a second time, is not among them.
+    """
+    told = {one.name: one.warm for one in plan.stage_seconds}
+    denoise = next(one for one in plan.stage_seconds if one.name.startswith("denoise"))
+    begin = {name: told[name] for name in ("start workers", "load transformer") if name in told}
+    if not fresh:
+        begin.pop("start workers", None)
+    once = denoise.first if fresh else 0.0
+    return begin | {"libraries and kernels": once, "step": plan.step_seconds}
 
 
 @contextmanager
@@ -299,7 +317,7 @@ def main() -> None:
                         found["notes"].append(note)
                     try:
                         with sharing(case):
-                            made = run(model, case, count, tiny)
+                            made = run(model, case, count, tiny, pace.starts(case, count))
                     except Exception as err:  # noqa: BLE001 - the others are measured anyway
                         found["notes"].append(
                             f"{case.name} on {count}: {type(err).__name__}: {err}"

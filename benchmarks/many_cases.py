@@ -124,14 +124,18 @@ class Pace:
         passes = case.steps * share + (case.cut(count) > 1) / case.units
         return case.seconds * self.steps * passes + self._start(case, count) + case.more
 
+    def starts(self, case: Case, count: int) -> bool:
+        """Say whether no processes are there for a case: they start, or this one computes."""
+        return self.there != (count, case.cut(count))
+
     def _start(self, case: Case, count: int) -> float:
         if count == 1:
             return self.alone
-        return self.again if self.there == (count, case.cut(count)) else self.together
+        return self.together if self.starts(case, count) else self.again
 
     def learn(self, case: Case, count: int, took: float, step: float | None) -> None:
         """Note what a run took, and its step; nothing where it failed."""
-        started = count > 1 and self.there != (count, case.cut(count))
+        started = self.starts(case, count)
         if count > 1:
             self.there = (count, case.cut(count))
         if step is None or case.wishes:

@@ -24,6 +24,7 @@ def table(found: dict[str, Any]) -> str:
     ]  # fmt: skip
     for one in rows_of(found, "runs"):
         lines.append(_row(one, base_of(found, one)))
+    lines += begin_table(rows_of(found, "runs"))
     lines += decode_table(rows_of(found, "decodes"))
     return "\n".join([*lines, "", *(f"- {note}" for note in found["notes"]), ""])
 
@@ -51,6 +52,26 @@ def _row(one: dict[str, Any], base: dict[str, Any] | None) -> str:
         f"{begin} {step:.2f} | {told} | {speed:.2f} | {speed / ideal:.2f} of {ideal:.2f} | "
         f"{same} | {peaks} |"
     )
+
+
+def begin_table(rows: list[dict[str, Any]]) -> list[str]:
+    """Return what passed until the first step was made, of the rows that were predicted."""
+    told = [one for one in rows if one.get("predicted_first_step") and one["first_step_after"]]
+    if not told:
+        return []
+    lines = [
+        "", "| until the first step | cards | s | predicted | predicted / measured | of that |",
+        "|---|---|---|---|---|---|",
+    ]  # fmt: skip
+    for one in told:
+        parts, took = one["predicted_first_step"], one["first_step_after"]
+        whole = sum(parts.values())
+        each = ", ".join(f"{name} {seconds:.1f}" for name, seconds in parts.items() if seconds)
+        lines.append(
+            f"| {one['case']} | {one['devices']} | {took:.1f} | {whole:.1f} | {whole / took:.2f} "
+            f"| {each} |"
+        )
+    return lines
 
 
 def rows_of(found: dict[str, Any], part: str) -> list[dict[str, Any]]:

@@ -9,10 +9,13 @@ import mmap
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+
+from wan_core.plan.stage_seconds import StageSeconds
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 
@@ -445,6 +448,56 @@ def test_a_row_without_one_to_compare_with_says_so(many_cases: Any) -> None:
     assert rows(alone, run)[1].endswith("| 1.40 | 2.00 | 1.00 of 2.00 | equal | 10, 11 (12) |")
     for line in rows(run, alone, failed):
         assert all(cell.strip() for cell in line.strip("|").split("|")) or "failed" in line
+
+
+def test_what_passes_until_the_first_step_is_told_beside_its_prediction(many_cases: Any) -> None:
+    """Of rows that have one: earlier ones do not. Processes that are there need no start."""
+    import many
+    import many_report
+
+    stages = [StageSeconds("start workers", 9.5, 9.5), StageSeconds("load transformer", 3.0, 8.0)]
+    stages.append(StageSeconds("denoise_high", 20.0, 20.0, 5.5))
+    plan = SimpleNamespace(stage_seconds=stages, step_seconds=2.0)
+    new, again = (many.until_first_step(plan, fresh) for fresh in (True, False))
+    assert sum(new.values()) == 20 and sum(again.values()) == 5
+    row = {"case": "a", "devices": 2, "first_step_after": 25.0, "predicted_first_step": new}
+    lines = many_report.begin_table([{"case": "old", "first_step_after": 3.0}, row])
+    assert lines[-1].startswith("| a | 2 | 25.0 | 20.0 | 0.80 | start workers 9.5, load ")
+    assert len(lines) == 4 and many_report.begin_table([{"case": "old"}]) == []
+    pace, (case, *_) = many_cases.Pace(), many_cases.CASES
+    assert pace.starts(case, 1) and pace.starts(case, 2)
+    pace.learn(case, 2, 60.0, 3.0)
+    assert pace.starts(case, 1) and not pace.starts(case, 2)
+
+
+def test_a_run_s_seconds_are_told_beside_what_was_predicted_for_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Stage by stage, without what it leaves out; what lies outside of its stages, too."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import files_people_have as program
+    import files_report
+
+    names = ("load text_encoder", "load tokenizer", "text_encode", "load transformer", "denoise",
+             "load vae", "give back page locks", "decode")  # fmt: skip
+    plan = SimpleNamespace(stage_seconds=[StageSeconds(name, 1.0, 3.0) for name in names])
+    beside = ("load tokenizer", "give back page locks")
+
+    def row(*made: str) -> dict[str, Any]:
+        return {"stages": [{"name": name, "seconds": 2.0} for name in made]}
+
+    whole = row(*(name for name in names if name not in beside))
+    program.seconds_told(whole, plan, 15.0, cold=False)
+    assert whole["predicted_seconds"] == 8 and whole["predicted_outside_seconds"] == 2
+    assert whole["outside_seconds"] == 15 - 6 * 2
+    assert {stage["predicted_seconds"] for stage in whole["stages"]} == {1.0}
+    short = row("load transformer", "denoise")
+    program.seconds_told(short, plan, 4.5, cold=True)
+    assert short["predicted_seconds"] == 9 and short["predicted_outside_seconds"] == 3
+    assert files_report.seconds_ratio(short | {"seconds": 4.5}) == 2
+    assert files_report.seconds_ratio({"predicted_seconds": 9.0, "seconds": 4.5}) is None
+    assert files_report._seconds(2.0, 1.0) == "2.00 | 1.000 | 0.500"
+    assert files_report._seconds(2.0, None) == "2.00 | - | -"  # of an earlier run
 
 
 def test_every_benchmark_and_tool_finds_what_it_imports() -> None:
