@@ -448,7 +448,10 @@ def camera_peak(
     tape, latent = Tape(), (latent_frames, latent_height, latent_width)
     d = Dims(shape, batch, tokens, size, False, image_tokens)
     held = [*forward_inputs(tape, shape, d, latent, per_token=False)]
-    held += text_embedding(tape, d)[:1]
+    # Each pass has a text of its own; the last one's tokens are made beside those of the others.
+    held += [tape.new(batch * TEXT_TOKENS * shape.text_dim, size) for _ in range(passes - 1)]
+    for _ in range(passes):
+        held += text_embedding(tape, d)[:1]
     held += [tape.new(tokens * shape.head_dim, FP32) for _ in range(2 * passes)]  # rotary tables
     held += [tape.new(d.hidden, size) for _ in range(passes)]
     one = tokens * shape.dim  # the camera is the same for every clip of a batch
