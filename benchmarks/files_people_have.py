@@ -67,6 +67,7 @@ from stored_layers import FileBench, cold_load, layers
 from stored_model import KINDS, sizes
 
 from wan_core import GenerationConfig, WanPipelineLoader
+from wan_core.loading import give_back_freed
 from wan_core.memory import ram
 from wan_core.sampling import denoise_steps
 
@@ -150,6 +151,7 @@ def run_case(bench: FileBench, case: Run, told_ram: bool = False) -> dict[str, A
     wrapper = WanPipelineLoader().load_wan_pipeline(files, optimization_config=wishes)
     wrapper.unload()
     gc.collect()
+    give_back_freed()  # what earlier parts left is none of the product's
     ends = Steps(bench, 2 if case.low else 1, stop=not case.decode)
     width, height, frames = TINY_SIZE if bench.tiny else SMALL
     # Spaces change no text, but embeddings are kept by it.
@@ -323,7 +325,7 @@ def child(told: Path, folder: Path, tiny: bool) -> int:
     """Make one run and leave what was found beside the files."""
     found = json.loads(told.read_text())
     case = Run(**found["case"])
-    bench = FileBench("cpu" if tiny else "cuda:0", folder, folder, 600, tiny)
+    bench = FileBench("cpu" if tiny else "cuda:0", folder, folder, 600, tiny, fresh=True)
     bench.others_mib = found["others_mib"]
     bench.model.kind = case.kind
     bench.model.nbytes = bench.model.path("high").stat().st_size

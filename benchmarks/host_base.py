@@ -1,20 +1,25 @@
 """What RAM do interpreter, libraries and CUDA take in a fresh process, and which step takes it?
 
     python benchmarks/host_base.py [--output FOLDER] [--folder FOLDER] [--tiny]
+    python benchmarks/host_base.py --read results/host_base_nvidia_h200.json
 
 Memory that counts (``host_memory``) is looked at after each step of a process that does nothing
-else: imports, CUDA's context, the first product, attention, convolution, Triton kernel, page lock
-and transfer through the ring. Then, in a process of its own, the product makes three clips of a
-few blocks of true width: twice with all blocks resident, once with them streamed. Beside what each
-stage takes stands what was planned for it in this process. Triton's kernels are compiled anew by
-the first two processes; a third one makes the clips with them on the disk. One CUDA device, 6 GB of
-shared memory or disk, a minute. Results: ``results/host_base_<device>.json``, and a table is
-printed.
+else, when freed memory has gone back to the system: imports, CUDA's context, the tokenizer, a text
+encoder sent from its mapped file, then kernels one library at a time. The product makes clips of a
+few blocks of true width in processes of their own: texts first ("cold", where Triton's kernels are
+compiled anew, and "warm", where they lie on the disk), or embeddings first and a text in a second
+clip ("embeds"). The first has its blocks resident twice, then streamed.
+
+``constants`` reads from that what ``wan_core/memory/process.py`` adds to what a process holds; the
+program prints them beside those that are there, and ``--read`` does so from a file. Beside what
+each stage takes stands what was planned for it in this process. One CUDA device, 6 GB of shared
+memory or disk, a minute. Results: ``results/host_base_<device>.json``.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import gc
 import json
 import os
@@ -24,8 +29,10 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +45,16 @@ MIB = 2**20
 FEW = 7
 """Blocks of a transformer in scaled fp8 whose file is large enough to stay mapped."""
 WANTED = 7e9
-ENOUGH = 60.0
-"""Seconds after which the third process is left out."""
+USES = {"text_encode": "text_encoder", "denoise_high": "transformer",
+        "denoise_low": "transformer_2", "decode": "vae"}  # fmt: skip
+"""The part that each stage uses, and that is in RAM from then on, as far as its file is not."""
+
+
+def trim() -> None:
+    """Return freed memory to the system, where the C library keeps it."""
+    gc.collect()
+    with suppress(OSError, AttributeError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 class Marks:
@@ -68,7 +83,7 @@ class Marks:
             seconds = time.perf_counter() - begun
             done.set()
             thread.join()
-            gc.collect()
+            trim()
             held = anonymous()
             row = {"step": name, "held": held, "peak": max(*seen, held), "seconds": seconds}
             self.rows.append(row)
@@ -92,12 +107,40 @@ def steps(folder: Path, tiny: bool) -> dict[str, Any]:
 
         import wan_core.render.pipeline  # noqa: F401
         from wan_core.loading import load_tokenizer
+    text = next(folder.glob("umt5*"))
     with marks.step("tokenizer"):
-        tokenizer = load_tokenizer(next(folder.glob("umt5*")))
-    del tokenizer
+        tokenizer = load_tokenizer(text)
+    tokens = len(tokenizer)
+    with marks.step("tokenizer dropped"):
+        del tokenizer
     if torch.cuda.is_available() and not tiny:
+        sent(marks, torch, text)
         on_card(marks, torch)
-    return {"steps": marks.rows}
+    return {"steps": marks.rows, "tokens": tokens}
+
+
+def sent(marks: Marks, torch: Any, text: Path) -> None:
+    """Send a text encoder from its mapped file, as a stage does, before anything is computed."""
+    from wan_core.loading import first_look, load_component, move
+
+    device = torch.device("cuda:0")
+    with marks.step("context"):
+        torch.cuda.mem_get_info(0)
+        torch.zeros(1, device=device)
+    with marks.step("text encoder, mapped"):
+        module = load_component(
+            text, torch.bfloat16, kind="text_encoder", keep_quantized=True, map_file=True,
+            look_later=True,
+        )  # fmt: skip
+    with (
+        marks.step("sent to the card"),
+        torch.no_grad(),
+        first_look(module, lambda: None, lambda done, total: None),
+    ):
+        move(module, device)
+        torch.cuda.synchronize()
+    with marks.step("text encoder dropped"):
+        del module
 
 
 def on_card(marks: Marks, torch: Any) -> None:
@@ -106,7 +149,7 @@ def on_card(marks: Marks, torch: Any) -> None:
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     from wan_core.formats import Storage
-    from wan_core.loading import Slab, dequantize_kernels, move
+    from wan_core.loading import Slab, dequantize_kernels
     from wan_core.loading.dequantize import Scales
 
     device, bf16, wide = torch.device("cuda:0"), torch.bfloat16, torch.float32
@@ -119,6 +162,13 @@ def on_card(marks: Marks, torch: Any) -> None:
             kernel = random(channels, channels, 3, 3, 3, dtype=dtype)
             clip = random(1, channels, 3, 60, 104, dtype=dtype)
             functional.conv3d(clip, kernel, padding=(0, 1, 1))
+
+    def elementwise() -> None:
+        states = random(512, 5120)
+        normed = states.float() * torch.rsqrt(states.float().pow(2).mean(-1, keepdim=True) + 1e-6)
+        functional.gelu(normed.to(bf16), approximate="tanh") + functional.silu(states)
+        functional.embedding(torch.arange(512, device=device), states).softmax(-1, dtype=wide)
+        torch.cat([states, states]).clamp(-1, 1).isfinite().all()
 
     def attend(backend: Any) -> None:
         heads = random(1, 40, 4096, 128)
@@ -144,7 +194,7 @@ def on_card(marks: Marks, torch: Any) -> None:
         slabs[-1].lock()
 
     work: list[tuple[str, Callable[[], object]]] = [
-        ("context", lambda: (torch.cuda.mem_get_info(0), torch.zeros(1, device=device))),
+        ("elementwise kernels", elementwise),
         ("product, bf16", lambda: random(512, 5120) @ random(5120, 5120)),
         ("product, fp32", lambda: random(512, 5120, dtype=wide) @ random(5120, 512, dtype=wide)),
         ("attention, flash", lambda: attend(SDPBackend.FLASH_ATTENTION)),
@@ -160,17 +210,6 @@ def on_card(marks: Marks, torch: Any) -> None:
             run()
             torch.cuda.synchronize()
     slabs.clear()
-    module = torch.nn.Module()
-    with marks.step("512 MiB to send"):
-        for index in range(8):
-            weight = torch.zeros(64 * MIB, dtype=torch.uint8)
-            module.register_buffer(f"b{index}", weight)
-        wrapped = torch.nn.ParameterList(
-            torch.nn.Parameter(t, requires_grad=False) for t in module.buffers()
-        )
-    with marks.step("the ring"):
-        move(wrapped, device)
-        torch.cuda.synchronize()
 
 
 # -- the product ------------------------------------------------------------------------------
@@ -199,51 +238,142 @@ def files(folder: Path, tiny: bool, write: bool = False) -> Any:
     return model.files()
 
 
-def clips(folder: Path, tiny: bool) -> dict[str, Any]:
-    """Make three clips; return what each stage held, and what is planned for it."""
+def clips(folder: Path, tiny: bool, *, embeds_first: bool = False) -> dict[str, Any]:
+    """Make clips; return what each stage held, and what is planned for it.
+
+    ``known`` are the bytes of weights and frames among what is held after a stage.
+    """
     from wan_core.memory import close_gaps
 
     close_gaps()
     from host_memory import HostWatch
 
-    from wan_core import GenerationConfig, WanPipelineLoader
+    from wan_core import WanPipelineLoader
+    from wan_core.models import ram_bytes
 
     watch = HostWatch()
-    named, rows = files(folder, tiny), []
-    size = {"width": 64, "height": 32, "num_frames": 9} if tiny else {
-        "width": 832, "height": 480, "num_frames": 17,
-    }  # fmt: skip
-    config = GenerationConfig(
-        prompt="a cat moves right", negative_prompt="a dog", num_inference_steps=2, switch_step=1,
-        seed=0, **size,
-    )  # fmt: skip
-    device = "cpu" if tiny else "cuda:0"
-    for turn, offload in enumerate(("model", "model", "stream")):
+    named, rows, loaded = files(folder, tiny), [], set()
+    turns = ("model", "model") if embeds_first else ("model", "model", "stream")
+    for turn, offload in enumerate(turns):
+        config = wanted(tiny, embeds=embeds_first and turn == 0)
+        device = "cpu" if tiny else "cuda:0"
         wishes: dict[str, Any] = {"device": device, "offload": offload, "precision": "bf16"}
         wrapper = WanPipelineLoader().load_wan_pipeline(named, optimization_config=wishes)
         if turn == 2:
             wrapper.unload()
-        gc.collect()
+            loaded.clear()
+        trim()
         plan = wrapper.plan(config)[1]
         planned = {s.name: s.host_bytes + s.locked_bytes for s in plan.estimate.stages}
         watch.forget()
         before = watch.look()
         with watch.stages():
-            wrapper.generate(config).raise_for_error()
+            frames = wrapper.generate(config).raise_for_error().frames
         for name, begun, ended in sorted(watch.spans, key=lambda span: span[1]):
-            top = watch.peak(begun, ended)
+            top, after = watch.peak(begun, ended), watch.after[name, begun]
+            loaded |= {USES[name]} if name in USES else set()
+            known = sum(
+                ram_bytes(wrapper.architecture, part, plan.choices.dtypes[part], on_cpu=tiny)
+                for part in loaded
+            )
             rows.append(
                 {
                     "clip": turn, "offload": offload, "stage": name, "at plan": before.counted,
                     "peak": top.counted, "locked": top.locked, "planned": planned.get(name),
+                    "held": after.anonymous, "locked after": after.locked,
+                    "known": known + (frames.nbytes if name == "decode" else 0),
                     "seconds": ended - begun,
                 }
             )  # fmt: skip
+        del frames
     watch.close()
     return {"clips": rows}
 
 
+def wanted(tiny: bool, embeds: bool) -> Any:
+    """Return what is asked for: of two texts, or of embeddings in their place."""
+    import torch
+
+    from wan_core import GenerationConfig
+
+    size = {"width": 64, "height": 32, "num_frames": 9} if tiny else {
+        "width": 832, "height": 480, "num_frames": 17,
+    }  # fmt: skip
+    given: dict[str, Any] = {"prompt": "a cat moves right", "negative_prompt": "a dog"}
+    if embeds:
+        width = shapes_of(tiny).transformer.text_dim
+        given = {f"{name}_embeds": torch.zeros(1, 512, width) for name in given}
+    return GenerationConfig(num_inference_steps=2, switch_step=1, seed=0, **size, **given)
+
+
+# -- what follows -----------------------------------------------------------------------------
+
+
+def constants(found: dict[str, Any]) -> dict[str, int]:
+    """Return the terms of ``wan_core/memory/process.py`` in bytes, from what was found on a card.
+
+    Imports, tokenizer, context and sending are steps of the first process. A library is what is
+    held after a stage beside weights, frames, and the tokenizer, less what was held before: an
+    encoder's after everything else has run ("embeds"), the others' in the order of a usual clip
+    ("warm"). "card" is what the first stage takes beyond an encoder's own. "compiler" is what all
+    three take more where Triton's kernels are compiled ("cold").
+    """
+    grown, rise, before = {}, {}, 0
+    for row in found["steps"]:
+        grown[row["step"]], rise[row["step"]] = row["held"] - before, row["peak"] - before
+        before = row["held"]
+    tokenizer = grown["tokenizer"]
+
+    def beside(rows: list[dict[str, Any]], clip: int, stage: str, tokens: int = tokenizer) -> int:
+        row = next(r for r in rows if (r["clip"], r["stage"]) == (clip, stage))
+        return int(row["held"] - row["locked after"] - row["known"] - tokens)
+
+    warm, late, cold = found["warm"], found["embeds"], found["cold"]
+    imports = grown["diffusers and transformers"]
+    after = [beside(warm, 0, stage) for stage in ("text_encode", "denoise_low", "decode")]
+    first = after[0] - warm[0]["at plan"] - imports
+    encode = max(0, beside(late, 1, "text_encode") - beside(late, 0, "decode", 0))
+    cold_after = beside(cold, 0, "decode") - cold[0]["at plan"]
+    return {
+        "imports": imports,
+        "card": first - encode,
+        "encode": encode,
+        "denoise": after[1] - after[0],
+        "decode": after[2] - after[1],
+        "compiler": cold_after - (after[2] - warm[0]["at plan"]),
+        "tokenizer": tokenizer,
+        "a token": round(tokenizer / found["tokens"]),
+        "tokenizer while it is made": rise["tokenizer"],
+        "sending": rise.get("sent to the card", 0),
+        "interpreter with torch and context": sum(
+            grown.get(step, 0) for step in ("interpreter", "what is left of plan", "torch",
+                                            "context")
+        ),
+    }  # fmt: skip
+
+
+def beside_present(found: dict[str, Any]) -> str:
+    """Return the constants beside those that are there."""
+    from wan_core.memory import process
+
+    present: dict[str, int] = {
+        **process.FIRST, "a token": process.TOKEN_BYTES, "sending": process.SENDING,
+        "interpreter with torch and context": process._BARE,
+    }  # fmt: skip
+    lines = ["Terms of wan_core/memory/process.py, measured and as they are there:"]
+    for name, value in constants(found).items():
+        unit, scale = ("bytes", 1) if name == "a token" else ("MiB", MIB)
+        there = f"{present[name] / scale:6,.0f}" if name in present else "     -"
+        lines.append(f"{name:36} {value / scale:6,.0f} {there} {unit}")
+    return "\n".join(lines)
+
+
 # -- the whole --------------------------------------------------------------------------------
+
+
+PARTS: dict[str, Callable[[Path, bool], dict[str, Any]]] = {
+    "steps": steps, "clips": clips, "embeds": partial(clips, embeds_first=True),
+}  # fmt: skip
 
 
 def in_process(part: str, folder: Path, cache: Path, tiny: bool) -> dict[str, Any]:
@@ -270,18 +400,20 @@ def table(found: dict[str, Any]) -> str:
             f"{(row['peak'] - row['held']) / MIB:5,.0f} more at the peak"
         )
         before = row["held"]
-    for name in ("cold", "warm"):
-        lines += ["", f"Clips, Triton's kernels {name}:"]
+    for name in ("cold", "warm", "embeds"):
+        lines += ["", f"Clips, {name}:"]
         for row in found.get(name, ()):
             planned = row["planned"]
             rest = "" if planned is None else (
                 f", planned {planned / MIB:6,.0f}: {planned / row['peak'] - 1:+.1%}"
             )  # fmt: skip
+            libraries = row["held"] - row["locked after"] - row["known"]
             lines.append(
                 f"{row['clip']} {row['offload']:7} {row['stage']:20} at plan "
-                f"{row['at plan'] / MIB:6,.0f}, peak {row['peak'] / MIB:6,.0f}{rest}"
+                f"{row['at plan'] / MIB:6,.0f}, peak {row['peak'] / MIB:6,.0f}{rest}; after "
+                f"{row['held'] / MIB:6,.0f}, weights aside {libraries / MIB:6,.0f}"
             )
-    return "\n".join(lines)
+    return "\n".join([*lines, "", beside_present(found)])
 
 
 def room(wanted: Path | None) -> Path | None:
@@ -308,10 +440,14 @@ def run_all(tiny: bool, wanted: Path | None) -> dict[str, Any]:
         (folder / "model").mkdir()
         files(folder / "model", tiny, write=True)
         model = folder / "model"
-        found["steps"] = in_process("steps", model, folder / "a", tiny)["steps"]
-        found["cold"] = in_process("clips", model, folder / "b", tiny)["clips"]
-        if time.perf_counter() - begun < ENOUGH:
-            found["warm"] = in_process("clips", model, folder / "b", tiny)["clips"]
+        cold, other = folder / "cold", folder / "other"
+        with ThreadPoolExecutor(2) as pool:  # two at once: each counts its own memory
+            first = pool.submit(in_process, "steps", model, other, tiny)
+            found["cold"] = in_process("clips", model, cold, tiny)["clips"]
+            found |= first.result()
+            late = pool.submit(in_process, "embeds", model, cold, tiny)
+            found["warm"] = in_process("clips", model, cold, tiny)["clips"]
+            found["embeds"] = late.result()["clips"]
     found["seconds"] = time.perf_counter() - begun
     return found
 
@@ -321,11 +457,14 @@ def main(given: list[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results")
     parser.add_argument("--folder", type=Path, help="where to put the files")
     parser.add_argument("--tiny", action="store_true", help="small models on the CPU")
-    parser.add_argument("--part", choices=("steps", "clips"), help=argparse.SUPPRESS)
+    parser.add_argument("--read", type=Path, help="print the constants that follow from results")
+    parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)
     told = parser.parse_args(given)
     if told.part:
-        work = steps if told.part == "steps" else clips
-        print("\n" + json.dumps(work(told.folder, told.tiny)))
+        print("\n" + json.dumps(PARTS[told.part](told.folder, told.tiny)))
+        return 0
+    if told.read is not None:
+        print(beside_present(json.loads(told.read.read_text())))
         return 0
     found = run_all(told.tiny, told.folder)
     from gpu_memory import short_name

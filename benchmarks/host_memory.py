@@ -38,6 +38,8 @@ class Sample:
     counted: int
     locked: int
     mapped: int
+    anonymous: int = 0
+    """What is counted without the page-locked memory of torch's allocator."""
 
 
 class HostWatch:
@@ -47,6 +49,8 @@ class HostWatch:
         self.samples: list[Sample] = []
         self.spans: list[tuple[str, float, float]] = []
         """(stage, begin, end) of the runs inside ``stages``, in the order of their end."""
+        self.after: dict[tuple[str, float], Sample] = {}
+        """What was held after each of them, by (stage, begin)."""
         self.timeline: Any = None
         """The timeline of the last run inside ``stages``."""
         self._status = os.open("/proc/self/status", os.O_RDONLY)
@@ -60,8 +64,9 @@ class HostWatch:
         found = dict(line.split(":", 1) for line in lines if line.startswith("Rss"))
         anonymous, mapped = (int(found[k].split()[0]) * 1024 for k in ("RssAnon", "RssFile"))
         sample = Sample(
-            time.perf_counter(), anonymous + _allocated_locked(), all_pinned_bytes(), mapped
-        )
+            time.perf_counter(), anonymous + _allocated_locked(), all_pinned_bytes(), mapped,
+            anonymous,
+        )  # fmt: skip
         self.samples.append(sample)
         return sample
 
@@ -71,7 +76,7 @@ class HostWatch:
 
     def forget(self) -> None:
         """Drop the samples and stages so far."""
-        self.samples, self.spans, self.timeline = [], [], None
+        self.samples, self.spans, self.after, self.timeline = [], [], {}, None
 
     def peak(self, begin: float, end: float | None = None) -> Sample:
         """Return the largest sample between two moments; a new one where there is none."""
@@ -106,6 +111,7 @@ class HostWatch:
                         yield report
                 finally:
                     watch.spans.append((name, begun, time.perf_counter()))
+                    watch.after[name, begun] = watch.look()
 
         with patch("wan_core.render.pipeline.Timeline", Timed):
             yield

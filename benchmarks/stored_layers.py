@@ -38,7 +38,7 @@ from wan_core.loading import (
     remember,
     unpin,
 )
-from wan_core.memory import STREAM_BUFFERS, pinned_budget_now
+from wan_core.memory import STREAM_BUFFERS, pinned_budget_now, stage_was_run
 from wan_core.placing import stream_blocks
 
 TINY_SHAPES = replace(
@@ -67,7 +67,11 @@ def use_libraries(device: Any) -> None:
 class FileBench(Bench):
     """Device, budget, files and what was found so far."""
 
-    def __init__(self, device: str, folder: Path, output: Path, budget: float, tiny: bool) -> None:
+    def __init__(
+        self, device: str, folder: Path, output: Path, budget: float, tiny: bool, *,
+        fresh: bool = False,
+    ) -> None:  # fmt: skip
+        """With ``fresh`` CUDA's libraries are left to the product to load."""
         super().__init__(device, folder, output, budget, tiny)
         self.model = StoredModel(
             folder, TINY_SHAPES if tiny else Shapes(), 2**14 if tiny else 2**24
@@ -82,7 +86,7 @@ class FileBench(Bench):
         gc.collect()
         self.alone = self.watch.look().counted
         """RAM of the interpreter with its packages, before the device is used."""
-        if self.cuda:
+        if self.cuda and not fresh:
             use_libraries(self.device)
         gc.collect()
         self.base = self.watch.look().counted
@@ -228,6 +232,7 @@ def layers(bench: FileBench, kind: str) -> None:
             row["dequantise_seconds"] = dequantise_seconds(bench, model)
         out = resident(bench, kind, model, path, row)
     streamed(bench, model, row, out)
+    stage_was_run("denoise", str(bench.device))  # what its libraries take is held from now on
     bench.found["layers"].append(row)
     bench.say(json.dumps({k: v for k, v in row.items() if k not in ("kind", "bytes")}))
 

@@ -17,7 +17,7 @@ from support.tiny_models import make_folder
 
 from wan_core import GenerationConfig, OptimizationManager, WanPipelineLoader
 from wan_core.config import GIB, StageEstimate, StageReport
-from wan_core.memory import machine
+from wan_core.memory import process
 from wan_core.memory.calibration import (
     KEPT,
     Calibration,
@@ -356,11 +356,11 @@ def test_a_stage_that_failed_at_its_start_has_taken_nothing_yet(
     monkeypatch: pytest.MonkeyPatch, error: type[BaseException] | None, steps: int
 ) -> None:
     """What its libraries will take must be predicted again."""
-    monkeypatch.setattr(machine, "_run_here", set())
+    monkeypatch.setattr(process, "_run_here", set())
     timeline = Timeline(torch.device("cpu"))
     with suppress(MemoryError, KeyboardInterrupt), timeline.stage("denoise_high"):
         for _ in range(steps):
             timeline.step_done()
         if error is not None:
             raise error
-    assert ("denoise" in machine.done_here("cpu")) is (error is None or steps > 0)
+    assert ("denoise" in process.done_here("cpu")) is (error is None or steps > 0)

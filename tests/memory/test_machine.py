@@ -9,7 +9,6 @@ import subprocess
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -508,21 +507,6 @@ def test_lanes_of_every_generation() -> None:
     assert gpu(24, pcie_generation=9).bus_bytes_per_second == gpu(24).bus_bytes_per_second
 
 
-def test_what_this_process_holds_is_read_from_the_system(tmp_path: Path) -> None:
-    status = tmp_path / "status"
-    status.write_text("VmRSS:\t  900 kB\nRssAnon:\t     700 kB\nRssFile:\t 200 kB\n")
-    assert hardware.process_bytes(status) == 700 * 1024
-    assert hardware.process_bytes(tmp_path / "none") is None
-    status.write_text("Name:\tpython\n")
-    assert hardware.process_bytes(status) is None
-    if platform.system() == "Linux":
-        held = hardware.process_bytes()
-        assert held is not None
-        more = bytearray(os.urandom(2**20) * 64)
-        assert hardware.process_bytes() >= held + 48 * 2**20  # type: ignore[operator]
-        del more
-
-
 @pytest.mark.parametrize(("held", "counted"), [(None, 0), (600, 600), (1600, 1600), (30_000, 3072)])
 def test_what_the_interpreter_holds_is_not_asked_of_the_system_again(
     held: int | None, counted: int
@@ -533,50 +517,5 @@ def test_what_the_interpreter_holds_is_not_asked_of_the_system_again(
         system = replace(machine, process_bytes=None if held is None else held * mib)
         assert system.usable_ram_bytes == 15 * 2**30 + counted * mib
         if held is not None:
-            warm = replace(system, done_here=("decode", "denoise", "encode", "imports"))
+            warm = replace(system, done_here=("card", "decode", "denoise", "encode", "imports"))
             assert warm.process_ram() == counted * mib
-
-
-def test_what_a_process_does_for_the_first_time_is_added() -> None:
-    mib, growth = 2**20, hardware._GROWTH
-    fresh = replace(gpu(24), process_bytes=600 * mib)
-    assert fresh.process_ram(()) == 600 * mib + growth["imports"]
-    both = growth["imports"] + growth["encode"]
-    assert fresh.process_ram(["encode", "encode"]) == 600 * mib + both
-    assert fresh.process_ram() == 600 * mib + sum(growth.values())
-    some = replace(fresh, done_here=("denoise", "imports"))
-    assert some.process_ram(("encode", "denoise")) == 600 * mib + growth["encode"]
-    # Components that can be dropped are held, but are no part of the libraries.
-    cached = replace(some, process_bytes=2600 * mib, ram_evictable_bytes=2000 * mib)
-    assert cached.process_ram(("denoise",)) == 600 * mib
-    assert replace(cached, ram_evictable_bytes=9000 * mib).process_ram(("denoise",)) == 0
-    on_cpu = replace(cpu(16), process_bytes=170 * mib)
-    assert on_cpu.process_ram() == (170 + 190 + 100) * mib
-    assert replace(on_cpu, done_here=("denoise", "imports")).process_ram() == 170 * mib
-    # Where the system does not tell, it is what was measured elsewhere.
-    assert cpu(16).process_ram() == 450 * mib
-    rest = sum(growth.values()) - growth["imports"]
-    assert gpu(24).process_ram() == 550 * mib + rest
-    assert gpu(24).process_ram(("decode",)) == 550 * mib + growth["decode"]
-
-
-def test_what_was_done_here_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hardware, "_run_here", set())
-    classes = ("diffusers.models.transformers.transformer_wan", "transformers.models.umt5")
-    for absent in classes:  # one of the two is not all of what imports take
-        for name in classes:
-            monkeypatch.setitem(sys.modules, name, ModuleType(name))
-        monkeypatch.delitem(sys.modules, absent)
-        assert hardware.done_here("cuda:1") == ()
-        monkeypatch.setitem(sys.modules, absent, ModuleType(absent))
-    assert hardware.done_here("cuda:1") == ("imports",)
-    hardware.stage_was_run("load transformer", "cuda")
-    hardware.stage_was_run("output", "cuda")
-    assert hardware.done_here("cuda:1") == ("imports",)
-    for stage in ("denoise_low", "control_encode", "denoise_high", "text_encode"):
-        hardware.stage_was_run(stage, "cuda:0")
-    assert hardware.done_here("cuda:1") == ("decode", "denoise", "encode", "imports")
-    assert hardware.done_here("cpu") == ("imports",)
-    same = {"denoise": "denoise", "decode": "decode", "condition_encode": "decode",
-            "image_encode": "encode", "load vae": ""}  # fmt: skip
-    assert {stage: hardware.stage_kind(stage) for stage in same} == same

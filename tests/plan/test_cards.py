@@ -12,7 +12,16 @@ from support.machines import architecture, cpu, gpu
 from wan_core import OptimizationConfig
 from wan_core.config import GIB
 from wan_core.errors import InvalidRequest
-from wan_core.memory import Card, Link, SystemResources, Trial, Workload, cut_kind, link_name
+from wan_core.memory import (
+    SENDING,
+    Card,
+    Link,
+    SystemResources,
+    Trial,
+    Workload,
+    cut_kind,
+    link_name,
+)
 from wan_core.plan import OptimizationPlan, Planner, for_all_cards, gangs
 from wan_core.plan.cards import _ram_for_workers
 from wan_core.plan.timing import stream_seconds, streamed_bytes
@@ -295,7 +304,7 @@ def test_no_more_processes_than_ram_has_room_for() -> None:
     assert alone.workers == () and "one card computes: RAM has room for 1" in alone.reasons[-1]
 
 
-@pytest.mark.parametrize("ram", [14, 18, 24, 32, 64])
+@pytest.mark.parametrize("ram", [15, 18, 24, 32, 64])
 def test_workers_hold_no_text_encoder(ram: int) -> None:
     """It is the driver's, and needs more than a worker here; workers wait meanwhile."""
     small, system = architecture("wan2.1-t2v-1.3b"), machine(*[80] * 8)
@@ -313,9 +322,10 @@ def test_workers_hold_no_text_encoder(ram: int) -> None:
 
 def test_a_worker_is_a_fresh_process_whatever_the_driver_holds() -> None:
     fresh = machine(*[80] * 8)
-    full = replace(fresh, process_bytes=2 * GIB, done_here=("denoise", "encode", "imports"))
+    full = replace(fresh, process_bytes=2 * GIB, done_here=("card", "denoise", "encode", "imports"))
     told = [_ram_for_workers(plan(LONG, one, "all"), one, 8)[0] for one in (fresh, full)]
-    assert told[0] == told[1] > GIB
+    # The one that has denoised has room for what is sent only after its weights.
+    assert GIB < told[0] <= told[1] <= told[0] + SENDING
 
 
 def test_equal_bits_are_promised_with_speed_exact_only() -> None:

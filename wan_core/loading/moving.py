@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from ..memory import SENDING
+from ..memory import RING
 from .dtypes import any_wild
 from .mapped import InFile, Looker, MappedFile, Reason, Watch, is_mapped, stored_at
 from .page_lock import Slab
@@ -29,7 +29,7 @@ from .page_lock import Slab
 _RING_FROM = 256 * 2**20  # bytes; below, setting the ring up takes longer than it saves
 _SLOTS = 16
 """Pieces of the ring: as many as its threads fill, and more that are on their way."""
-_PIECE = SENDING // _SLOTS
+_PIECE = RING // _SLOTS
 _FEWEST_THREADS, _MOST_THREADS = 4, 12
 """Threads that fill the ring, half as many as there are processors. Fewer than four leave a disk
 idle; on two processors two to eight read a cached file at the same pace. More would leave no piece

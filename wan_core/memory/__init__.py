@@ -8,8 +8,17 @@ measured. Estimates are pure arithmetic; torch is imported only to ask the devic
 from __future__ import annotations
 
 from .calibration import ATTENTION_8BIT, AttentionTimes, Calibrations, RunRecord, forward_name
-from .card_records import FASTEST, Between, CardRecords, Link, Trial, cut_kind, link_name
-from .cards import Card, all_cards
+from .cards import (
+    FASTEST,
+    Between,
+    Card,
+    CardRecords,
+    Link,
+    Trial,
+    all_cards,
+    cut_kind,
+    link_name,
+)
 from .choices import (
     MATRIX_UNITS,
     STREAM_BUFFERS,
@@ -26,14 +35,13 @@ from .forward_driven import DRIVING_WAYS, driven_peak, kept_bytes, kept_of
 from .forward_lean import LEAN_HEAD_GROUPS, LEAN_ROWS, lean_peak
 from .machine import (
     RAM_RESERVE,
-    SENDING,
     SystemResources,
     close_gaps,
     pinned_budget_now,
     ram,
-    stage_was_run,
     system_resources,
 )
+from .process import RING, SENDING, stage_was_run, tokenizer_was_made
 from .stages import estimate, reserved_bytes
 from .strips import COLUMNS, ROWS, Strip, strips_cost, strips_of
 from .text import format_estimate
@@ -62,6 +70,7 @@ __all__ = [
     "Link",
     "MATRIX_UNITS",
     "RAM_RESERVE",
+    "RING",
     "ROWS",
     "RunRecord",
     "SENDING",
@@ -96,6 +105,7 @@ __all__ = [
     "strips_of",
     "system_resources",
     "text_encoder_peak",
+    "tokenizer_was_made",
     "transformer_peak",
     "window_latents",
     "window_tokens",

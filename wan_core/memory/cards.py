@@ -1,17 +1,42 @@
-"""The cards of this machine: their names and their memory, and how torch allocates on them.
+"""The cards of this machine: names, memory, how torch allocates on them, what was measured between.
 
 Those beside the one that computes are asked for only where several may be used. Where NVML is
 installed no context is made on them.
+
+How fast they talk, and what stays equal, is in one small JSON file. A forward that is cut over
+several cards (Ulysses) gives other shapes to the kernels; whether they keep the bits is tried once
+for each kind of card, shape and number of cards. If the file is missing, broken or cannot be
+written, it is tried again, and nothing else happens.
 """
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import import_module
+from pathlib import Path
 from typing import Any, Final
 
+from .calibration import default_path, keep_json
+
+_KEPT = 200
+"""How many trials, the latest ones, are kept."""
+GAPS: Final = {"diffusers": 0.4, "lean": 0.35, "rows": 0.1, "vae": 0.3, "other": 0.2}
+"""What torch's default allocator needs beyond the activations, as a share of them, because freed
+blocks leave gaps. Measured on an H100 (torch 2.11) with benchmarks/allocator_room.py, which looks
+for the smallest limit on the allocator with which a run succeeds: 25 to 40 % for diffusers'
+forward, 30 % for the lean one, 4 to 10 % with products by rows, 20 to 30 % for the VAE. CUDA's own
+pool ("async") was not measured; the same shares are assumed for it."""
+EXPANDABLE_GAPS: Final = {
+    "diffusers": 0.025,
+    "lean": 0.025,
+    "rows": 0.025,
+    "vae": 0.05,
+    "other": 0.05,
+}
+"""The same with expandable segments: 1 to 2 % for the forwards, 4 % for the VAE."""
 GENERAL_NAME: Final = (2, 10)
 """The torch from which PYTORCH_ALLOC_CONF tells of expandable segments; before, only the names with
 a device in them do."""
@@ -107,3 +132,126 @@ def release_of(text: str) -> tuple[int, int]:
     """Return the first two numbers of a version; (0, 0) if they cannot be read."""
     found = re.match(r"(\d+)\.(\d+)", text)
     return (int(found[1]), int(found[2])) if found else (0, 0)
+
+
+# -- what was measured between them --------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """One forward computed twice, on one card and cut over several."""
+
+    equal: bool
+    """Whether every bit was equal."""
+    error: float
+    """The relative error of the cut one, 0 where it was equal."""
+
+
+FASTEST = 2e12
+"""Bytes a second that no link between cards reaches: NVLink 5 has 0.9e12 in a direction, and NVIDIA
+announced twice that for the next one. What is beyond was measured wrongly."""
+
+
+@dataclass(frozen=True, slots=True)
+class Link:
+    """How fast the cards of a gang exchange what they have computed."""
+
+    rate: float
+    """Bytes a second that each sends while all send."""
+    seconds: float
+    """What an exchange takes beside its bytes."""
+    host: float = 0.0
+    """Bytes a second that each copies from page-locked RAM while all copy; 0 if not measured."""
+
+    @property
+    def plausible(self) -> bool:
+        """Whether a link can be like that; no other is kept, and none that is read counts."""
+        times = 0 <= self.seconds < 1 and 0 <= self.host <= FASTEST
+        return times and 0 < self.rate <= FASTEST
+
+
+@dataclass(frozen=True, slots=True)
+class Between:
+    """What is known of the cards of this machine together, as a plan sees it."""
+
+    links: Mapping[str, Link] = field(default_factory=dict)
+    """By ``link_name``."""
+    trials: Mapping[str, Trial] = field(default_factory=dict)
+    """Trials by ``cut_kind``."""
+    threads: int = 0
+    """Threads that a product on the CPU is computed by: its rounding depends on them."""
+
+
+class CardRecords:
+    """The file of link rates and trials."""
+
+    def __init__(self, path: Path | None = None) -> None:
+        self._path = path
+
+    @property
+    def path(self) -> Path:
+        """The file that is read and written."""
+        return self._path or default_path().with_name("cards.json")
+
+    def link(self, machine: str, cards: int) -> Link | None:
+        """Return what was measured between so many cards, or None."""
+        return self._links().get(link_name(machine, cards))
+
+    def between(self, threads: int = 0) -> Between:
+        """Return all that is known."""
+        known = self._read()
+        trials = {kind: Trial(*found) for kind, found in known["trials"].items()}
+        return Between(self._links(), trials, threads)
+
+    def keep_link(self, machine: str, cards: int, link: Link) -> None:
+        """Keep what was measured between so many cards; not what no link can be like."""
+        if not link.plausible:
+            return
+        known = self._read()
+        known["links"][link_name(machine, cards)] = [link.rate, link.seconds, link.host]
+        keep_json(self.path, known)
+
+    def _links(self) -> dict[str, Link]:
+        links = {name: Link(*found) for name, found in self._read()["links"].items()}
+        return {name: link for name, link in links.items() if link.plausible}
+
+    def trial(self, kind: str) -> Trial | None:
+        """Return what a trial of this kind (``cut_kind``) has shown, or None."""
+        found = self._read()["trials"].get(kind)
+        return None if found is None else Trial(*found)
+
+    def keep_trial(self, kind: str, trial: Trial) -> None:
+        """Keep a trial. One that was not equal stays so: bits that may differ are not promised."""
+        known = self._read()
+        before = known["trials"].pop(kind, None)
+        if before is not None and not before[0]:
+            trial = Trial(False, max(before[1], trial.error))
+        known["trials"][kind] = [trial.equal, trial.error]
+        known["trials"] = dict([*known["trials"].items()][-_KEPT:])
+        keep_json(self.path, known)
+
+    def _read(self) -> dict[str, dict[str, Any]]:
+        try:
+            plain = json.loads(self.path.read_text("utf-8"))
+            return {
+                "links": {
+                    str(k): [float(rate), float(seconds), *map(float, host[:1])]
+                    for k, (rate, seconds, *host) in plain["links"].items()
+                },
+                "trials": {
+                    str(k): [bool(equal), float(error)]
+                    for k, (equal, error) in plain["trials"].items()
+                },
+            }
+        except (OSError, ValueError, TypeError, KeyError, AttributeError):
+            return {"links": {}, "trials": {}}
+
+
+def link_name(machine: str, cards: int) -> str:
+    """Name what the rate of a link is kept under."""
+    return f"{machine}, {cards} cards"
+
+
+def cut_kind(what: str, batch: int, tokens: int, cards: int) -> str:
+    """Name what a trial is made for: ``what`` says card, software, model, dtype and forward."""
+    return f"{what}, {batch} x {tokens} tokens over {cards} cards"

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import platform
-import re
 import shutil
 import sys
 from collections.abc import Iterable
@@ -18,11 +17,11 @@ from importlib import import_module
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from ..config import GIB, MIB
+from ..config import GIB
 from ..errors import InvalidRequest, MissingDependency
 from .calibration import Calibration
-from .card_records import Between
-from .cards import Card, allocator
+from .cards import Between, Card, allocator
+from .process import done_here, growth, locked_by_torch, process_bytes, unknown_process
 
 PINNED_SHARE_WINDOWS, PINNED_SHARE = 0.4, 0.5
 """Share of the RAM that may be page-locked, on Windows and elsewhere."""
@@ -54,42 +53,9 @@ _REFUSED = {
 }
 """Kinds of accelerators that torch knows and that are not used, with the reason."""
 _PCIE_GBYTES = {1: 0.25, 2: 0.5, 3: 0.985, 4: 1.969, 5: 3.938, 6: 7.563}  # per lane, one way
-_PROCESS = 450 * MIB
-"""RAM of the interpreter with torch, diffusers and transformers, where the system does not tell."""
-_CONTEXT = 100 * MIB
-"""What CUDA's context and torch's libraries for it add to that."""
-_GROWTH = {"imports": 190 * MIB, "encode": 620 * MIB, "denoise": 310 * MIB, "decode": 120 * MIB}
-"""RAM that a process takes when it does a thing for the first time: imports diffusers and
-transformers; on a GPU has a text or picture encoded (umT5's tokenizer, Triton's compiler, cuBLAS),
-denoises (attention, more kernels), has a VAE at work (cuDNN). Measured on an H200 (torch 2.11, CUDA
-13.0; benchmarks/results/host_base_h200.json), with kernels compiled anew; less where they lie on
-the disk. Not known elsewhere."""
-_GROWTH_ON_CPU = {"imports": 190 * MIB, "encode": 0, "denoise": 100 * MIB, "decode": 0}
-"""The same where the CPU computes: with torch 2.13 and blocks of true width up to 155 MiB were seen
-in the denoising (tests/render/test_ram_peaks.py)."""
 _MOST_HELD = 3 * GIB
 """What a process holds beyond this is taken for what it holds for others, such as another pack's
 models in ComfyUI. Chosen: twice what one that has only rendered was seen to hold."""
-SENDING = 128 * MIB
-"""Page-locked memory through which weights go to a GPU, while they do."""
-
-_run_here: set[tuple[str, str]] = set()
-"""The kinds of devices and of stages that this process has run on them."""
-
-
-def stage_kind(stage: str) -> str:
-    """Return which libraries a stage uses: "encode", "denoise", "decode"; "" for none."""
-    if stage in ("text_encode", "image_encode"):
-        return "encode"
-    if stage in ("condition_encode", "control_encode", "decode"):
-        return "decode"
-    return "denoise" if stage.startswith("denoise") else ""
-
-
-def stage_was_run(stage: str, device: str) -> None:
-    """Note that this process has run a stage, or steps of it: its libraries' RAM is held now."""
-    if kind := stage_kind(stage):
-        _run_here.add((device.partition(":")[0], kind))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,7 +81,8 @@ class SystemResources:
     ram_evictable_bytes: int = 0
     """RAM that the caller can free: cached components that are not in use."""
     process_bytes: int | None = None
-    """Anonymous memory that this process holds now; None where the system does not tell."""
+    """Anonymous and page-locked memory that this process holds now; None where the system does not
+    tell."""
     done_here: tuple[str, ...] = ()
     """What this process has done before, of the things for which it takes RAM once."""
     loaded: tuple[str, ...] = ()
@@ -158,17 +125,18 @@ class SystemResources:
             return None
         return min(max(0, self.process_bytes - self.ram_evictable_bytes), _MOST_HELD)
 
-    def process_ram(self, kinds: Iterable[str] = ("encode", "denoise", "decode")) -> int:
+    def process_ram(
+        self, kinds: Iterable[str] = ("encode", "denoise", "decode"), *, tokens: int = 0
+    ) -> int:
         """Return the RAM of the interpreter, its packages and the device's libraries.
 
         It is what the process holds now, and what it will for things it does for the first time:
-        stages of these ``kinds``.
+        stages of these ``kinds``, and a tokenizer of so many ``tokens`` where it has none.
         """
-        on_cpu = self.device_kind == "cpu"
-        held, growth = self.held_bytes, _GROWTH_ON_CPU if on_cpu else _GROWTH
+        held, on_cpu = self.held_bytes, self.device_kind == "cpu"
         if held is None:
-            return _PROCESS + (0 if on_cpu else _CONTEXT + sum(growth[k] for k in set(kinds)))
-        return held + sum(growth[k] for k in {"imports", *kinds}.difference(self.done_here))
+            return unknown_process(kinds, on_cpu=on_cpu, tokens=tokens)
+        return held + growth(kinds, self.done_here, on_cpu=on_cpu, tokens=tokens)
 
     @property
     def usable_ram_bytes(self) -> int:
@@ -229,17 +197,11 @@ def system_resources(
         described, more = _cuda(name, torch, available)
         found |= described
         notes = (*notes, *more)
-    found["process_bytes"] = process_bytes()  # after the device was asked: CUDA's context counts
+    held = process_bytes()  # after the device was asked: CUDA's context counts
+    locked = 0 if name == "cpu" else locked_by_torch(torch)
+    found["process_bytes"] = None if held is None else held + locked
     found["done_here"] = done_here(name)
     return SystemResources(**found, notes=(*notes, *ram_notes))
-
-
-def done_here(device: str) -> tuple[str, ...]:
-    """Return what this process has done, of the things for which it takes RAM once."""
-    classes = ("diffusers.models.transformers.transformer_wan", "transformers.models.umt5")
-    found = {"imports"} if all(name in sys.modules for name in classes) else set()
-    found |= {kind for where, kind in _run_here if where == device.partition(":")[0]}
-    return tuple(sorted(found))
 
 
 def _choose(device: str | None, torch: Any) -> tuple[str, tuple[str, ...]]:
@@ -405,16 +367,6 @@ def ram() -> tuple[int, int, tuple[str, ...]]:
     within = max(0, limit - used)
     note = f"the container limits RAM to {limit / GIB:.1f} GiB of {total / GIB:.1f}"
     return limit, min(available, within), (note,)
-
-
-def process_bytes(status: Path = Path("/proc/self/status")) -> int | None:
-    """Return the bytes of this process that no file stands behind; None outside Linux."""
-    try:
-        text = status.read_text(encoding="ascii", errors="replace")
-    except OSError:
-        return None
-    found = re.search(r"^RssAnon:\s+(\d+) kB", text, re.MULTILINE)
-    return int(found[1]) * 1024 if found else None
 
 
 def _host_ram() -> tuple[int, int]:

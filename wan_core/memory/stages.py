@@ -15,6 +15,7 @@ from ..models import (
     BYTES,
     IMAGE_TOKENS,
     TEXT_TOKENS,
+    VOCABULARY,
     ModelArchitecture,
     all_blocks,
     block_bytes,
@@ -27,6 +28,7 @@ from ..models import (
     stays_in_file,
     unpacked_bytes,
 )
+from .cards import EXPANDABLE_GAPS, GAPS
 from .choices import (
     STREAM_BUFFERS,
     Choices,
@@ -46,7 +48,8 @@ from .forward import (
 )
 from .forward_driven import driven_peak, kept_of
 from .forward_lean import lean_peak
-from .machine import RAM_RESERVE, SENDING, stage_kind, unpinned_reserve
+from .machine import RAM_RESERVE, unpinned_reserve
+from .process import SENDING, stage_kind
 from .text import assumed_warning, basis, confidence, gaps_warning
 from .vae import decode_peak, encode_peak, leaving_bytes
 from .vae_lean import BANDS, lean_decode_bytes, lean_encode_bytes
@@ -61,14 +64,6 @@ _STEP_COPIES = 12
 """The same while UniPC takes its step, when the activations of the forward are gone."""
 _DEVICE_WORKSPACE = 40 * MIB
 """The workspace of cuBLAS (32 MiB on an H100, 8 MiB elsewhere) and small tables."""
-_ROOM = {"diffusers": 0.4, "lean": 0.35, "rows": 0.1, "vae": 0.3, "other": 0.2}
-"""What torch's default allocator needs beyond the activations, as a share of them, because freed
-blocks leave gaps. Measured on an H100 (torch 2.11) with benchmarks/allocator_room.py, which looks
-for the smallest limit on the allocator with which a run succeeds: 25 to 40 % for diffusers'
-forward, 30 % for the lean one, 4 to 10 % with products by rows, 20 to 30 % for the VAE. CUDA's own
-pool ("async") was not measured; the same shares are assumed for it."""
-_ROOM_EXPANDABLE = {"diffusers": 0.025, "lean": 0.025, "rows": 0.025, "vae": 0.05, "other": 0.05}
-"""The same with expandable segments: 1 to 2 % for the forwards, 4 % for the VAE."""
 
 
 def estimate(
@@ -122,8 +117,8 @@ def reserved_bytes(stage: StageEstimate, choices: Choices, system: SystemResourc
         kind = "rows" if choices.by_rows else "lean" if choices.lean else "diffusers"
     elif stage.name in ("condition_encode", "control_encode", "decode"):
         kind = "vae"
-    room = _ROOM_EXPANDABLE if system.allocator == "expandable" else _ROOM
-    return stage.device_bytes + int(room[kind] * stage.activation_bytes)
+    gaps = EXPANDABLE_GAPS if system.allocator == "expandable" else GAPS
+    return stage.device_bytes + int(gaps[kind] * stage.activation_bytes)
 
 
 class _Ledger:
@@ -194,6 +189,7 @@ class _Ledger:
     def _stage(self, name: str, part: str, activations: int, in_ram: int = 0) -> StageEstimate:
         weights, note = self._weights_on_device(part)
         learnt = int(activations * self.learnt)
+        sent_beside = self._process()  # weights are sent before anything is computed by them
         self.kinds.append(stage_kind(name))
         loras = self.arch.lora_bytes(part, BYTES[self._dtype(part)])
         before = self._host_weights(part) + self.latent_bytes + self._left_of_others(part)
@@ -207,10 +203,15 @@ class _Ledger:
         elif loras:
             weights, note = weights + loras, f"{note}, with its LoRAs"
         locked = self._locked(part, host)
-        if not self.on_cpu:  # resident weights are sent before others are locked, or after
-            host = host + SENDING if locked else max(host, before + SENDING)
         needed = host + self._process() + (activations if self.on_cpu else 0)
         mapped = self.bytes[part] - self._ram_bytes(part) if self._mapped(part) else 0
+        ahead = self._ahead(part, needed + locked + mapped)
+        if ahead and self._mapped("transformer_2"):  # of what else is read ahead, all counts there
+            needed += self._ram_bytes("transformer_2")
+        if locked:  # resident weights are sent before others are locked, or after
+            needed += SENDING
+        elif not self.on_cpu:
+            needed = max(needed, before + SENDING + sent_beside)
         return StageEstimate(
             name=name,
             device_bytes=weights + activations + learnt + extra,
@@ -220,7 +221,7 @@ class _Ledger:
             note=note,
             locked_bytes=locked,
             mapped_bytes=mapped,
-            ahead_bytes=self._ahead(part, needed + locked + mapped),
+            ahead_bytes=ahead,
         )
 
     def _ahead(self, part: str, taken: int) -> int:
@@ -262,7 +263,10 @@ class _Ledger:
         return locked // largest * largest + 2 * largest
 
     def _process(self) -> int:
-        return self.system.process_ram(filter(None, self.kinds))
+        encoder = self.arch.components.get("text_encoder")
+        tokens = VOCABULARY if encoder is None else encoder.vocabulary or VOCABULARY
+        tokens *= self.workload.encode_text
+        return self.system.process_ram(filter(None, self.kinds), tokens=tokens)
 
     def _output(self) -> StageEstimate:
         frames = self.workload.frames_bytes

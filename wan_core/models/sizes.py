@@ -26,7 +26,9 @@ PARTS = ("transformer", "transformer_2", "text_encoder", "vae", "image_encoder")
 _TEXT_ENCODER = 5_680_910_336
 _VAE_21, _VAE_22 = 126_892_531, 704_688_668
 _IMAGE_ENCODER = 630_766_080
-_EMBEDDING = 256_384 * 4096
+VOCABULARY = 256_384
+"""Rows of umT5's embedding: its tokens, and 84 to a round number."""
+_EMBEDDING = VOCABULARY * 4096
 MAP_FROM = 2 * 2**30
 """Components of at least so many bytes stay memory-mapped to their file if their dtype needs no
 conversion: they load four times faster, and the system can drop their pages from RAM. Smaller ones
