@@ -48,9 +48,9 @@ _CACHED = 5e9
 _COPIED = 1.2e9
 """The same where weights are copied or cast and not used as they lie in the file: 4 GB in 3.3 s of
 one core's time (``load_time.md``)."""
-_TO_FP8 = 2.4e8
-"""The same where bf16 is rounded to fp8 for storage: 28.6 GB in 120 s by each of two workers of an
-H200 host (``many_2_nvidia_h200.md``)."""
+_TO_FP8 = 9.3e8
+"""The same where bf16 is rounded to fp8 for storage, on one busy processor, and 1.0e9 on two; not
+measured on a card's host since that is so (before, two workers of an H200 host had 2.4e8)."""
 _OPENED = 0.3
 """Seconds until a component's file is open and its modules are made: VAEs of 0.5 GB took 0.2 to 0.7
 s altogether."""
