@@ -20,13 +20,16 @@ from support.tiny_models import make_transformer
 from torch import Tensor, nn
 
 from wan_core.errors import CorruptFile, MissingFile
+from wan_core.formats import read_table
 from wan_core.loading import (
+    component,
     first_look,
     load_component,
     mapped,
     move,
     moving,
     page_lock,
+    quantized,
     reader,
     to_look_at,
 )
@@ -221,6 +224,91 @@ def test_what_is_rounded_to_fp8_is_looked_at_while_it_is_read(home: Path, read: 
     read.clear()
     looked_at(module, nowhere)
     assert {span.start for span in read} == {stored.span.start for _, stored in there}
+
+
+def in_fp8(path: Path, where: bool | torch.device, **more: Any) -> nn.Module:
+    return load_component(
+        path, torch.bfloat16, keep_quantized=True, map_file=True, fp8_storage=where, **more
+    )
+
+
+@pytest.fixture(scope="module")
+def rounded_on_the_host(home: Path) -> nn.Module:
+    return in_fp8(home / "bf16.safetensors", True)
+
+
+def room_on_the_card(monkeypatch: pytest.MonkeyPatch, nbytes: int = 2**30) -> None:
+    for name, found in (("mem_get_info", (nbytes, 0)), ("memory_reserved", 0)):
+        monkeypatch.setattr(torch.cuda, name, lambda device, found=found: found)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 0)
+
+
+@pytest.mark.parametrize("room", ["enough", "too little", "lost on the way"])
+def test_a_card_rounds_to_fp8_what_it_has_memory_for(
+    home: Path, rounded_on_the_host: nn.Module, read: Read, monkeypatch: pytest.MonkeyPatch,
+    room: str,
+) -> None:  # fmt: skip
+    room_on_the_card(monkeypatch, 2**30 - (room == "too little"))
+    path = home / "bf16.safetensors"
+    expected = rounded_on_the_host
+    there: list[bool] = []
+    rounded = quantized.rounded_to_fp8
+
+    def spy(weight: Tensor) -> tuple[Tensor, float]:
+        there.append(mapped.stored_at(weight) is None)
+        if room == "lost on the way" and len(there) == 5:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return rounded(weight)
+
+    on_host: list[Tensor] = []
+    monkeypatch.setattr(quantized, "rounded_to_fp8", spy)
+    monkeypatch.setattr(component, "rounded_to_fp8", lambda w: on_host.append(w) or rounded(w))
+    read.clear()
+    told: list[int] = []
+    module = in_fp8(path, torch.device("cuda:0"), progress=lambda done, total: told.append(done))
+    count = sum(isinstance(part, quantized.StoredLinear) for part in module.modules())
+    assert count > 10
+    assert len(there) == {"enough": count, "too little": 0, "lost on the way": 5}[room]
+    assert all(there)
+    assert len(on_host) == {"enough": 0, "too little": count, "lost on the way": count - 4}[room]
+    if room == "enough":  # once, and nothing of it on the host
+        spans = sorted(read, key=lambda span: span.start)
+        assert all(a.stop <= b.start for a, b in zip(spans, spans[1:], strict=False))
+    assert told == sorted(told) and told[-1] > 0.9 * sum(p.nbytes for p in expected.parameters())
+    found, wanted = bytes_of(module), bytes_of(expected)
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(value, wanted[name]) for name, value in found.items())
+    for name, layer in expected.named_modules():
+        if isinstance(layer, quantized.StoredLinear):
+            assert module.get_submodule(name).whole_scale == layer.whole_scale
+
+
+@pytest.mark.parametrize("what", ["NaN", "short", "lost on the way", "stopped"])
+def test_what_is_wrong_with_a_weight_that_is_rounded_is_named(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    """Also where the card has lost its memory by then."""
+    room_on_the_card(monkeypatch)
+    path = tmp_path / "expert.safetensors"
+    path.write_bytes((home / "bf16.safetensors").read_bytes())
+    weight = read_table(path).tensors["blocks.1.ffn.2.weight"]
+    if what in ("NaN", "lost on the way"):
+        with path.open("r+b") as file:
+            file.seek(weight.end - 2)
+            file.write(b"\xc0\xff")
+    elif what == "short":
+        _break_reads(monkeypatch, range(weight.start, weight.end), what)
+    if what == "lost on the way":
+
+        def lost(weight: Tensor) -> tuple[Tensor, float]:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+        monkeypatch.setattr(quantized, "rounded_to_fp8", lost)
+    check = _stop if what == "stopped" else lambda: None
+    error: type[BaseException] = Stopped if what == "stopped" else CorruptFile
+    match = None if what == "stopped" else r"'blocks\.1\.ffn\.2\.weight'.*expert|expert.*ffn\.2"
+    with pytest.raises(error, match=match):
+        in_fp8(path, torch.device("cuda:0"), interrupt_check=check)
 
 
 @pytest.mark.parametrize("shared", [False, True])

@@ -9,15 +9,17 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from support import reference_layouts as layouts
 from support.stored_models import write_expert
 from support.tiny_models import make_transformer
-from support.wild_bytes import wild_bytes
+from support.wild_bytes import rounded_plainly, weights_of_every_bf16, wild_bytes
 
 from wan_core.errors import CorruptFile
 from wan_core.formats import read_table
 from wan_core.loading import first_look, load_component, move, moving, to_look_at, unpin
 from wan_core.loading.dtypes import any_wild, is_finite
+from wan_core.loading.quantized import rounded_to_fp8
 from wan_core.placing import stream_blocks
 
 pytestmark = [
@@ -39,6 +41,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     state = layouts.original_transformer(state)
     for kind, end in KINDS.items():
         write_expert(folder / f"{kind}.{end}", state, kind)
+    save_file(state, folder / "bf16.safetensors")
     return folder
 
 
@@ -169,3 +172,28 @@ def test_a_damaged_weight_is_named_before_anything_computes(
             else:
                 move(module, "cuda")
     torch.zeros(1, device="cuda").add_(1)  # no error of CUDA is left behind
+
+
+def test_the_card_rounds_every_bf16_number_to_fp8_as_the_host_does() -> None:
+    for weight in weights_of_every_bf16():
+        for stored in (torch.float8_e4m3fn, torch.float8_e5m2):
+            values, scale = rounded_to_fp8(weight.cuda(), stored)
+            expected, whole = rounded_plainly(weight, stored)
+            assert scale == whole
+            assert torch.equal(values.cpu().view(torch.uint8), expected.view(torch.uint8))
+
+
+def test_a_bf16_file_that_the_card_rounds_to_fp8_is_the_host_s(home: Path) -> None:
+    path = home / "bf16.safetensors"
+    made = []
+    for where in (True, torch.device("cuda")):
+        before = rchar()
+        module = load_component(
+            path, torch.bfloat16, keep_quantized=True, map_file=True, fp8_storage=where
+        )
+        read = rchar() - before
+        assert {p.device.type for p in module.parameters()} == {"cpu"}
+        made.append(bytes_of(module))
+    assert read < 1.05 * path.stat().st_size + 2**20
+    assert made[0].keys() == made[1].keys()
+    assert all(torch.equal(value, made[1][name]) for name, value in made[0].items())

@@ -328,11 +328,11 @@ def test_a_tensor_is_looked_at_when_all_of_it_has_arrived(
         source, there = torch.zeros(size, dtype=torch.uint8), DeviceMemory(cuda, wiped(size))
         source[-1] = 0x7F if wild and size == 64 else 0
         stored = InFile(range(size), 1, numbers, lambda why, name=name: ValueError(f"{name} {why}"))
-        look: Any = moving._Look(stored, there, -(-size // 32))  # type: ignore[arg-type]
+        whole: Any = moving._Whole(there, -(-size // 32), stored)  # type: ignore[arg-type]
         tensors.append((source, there))
         for begin in range(0, size, 32):
             part = slice(begin, begin + 32)
-            pieces.append(moving._Piece(source[part], there[part], look=look))
+            pieces.append(moving._Piece(source[part], there[part], whole=whole))
     ring = moving._Ring(DEVICE)
     if wild:
         with pytest.raises(ValueError, match="1 wild"):

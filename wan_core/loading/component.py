@@ -12,7 +12,6 @@ import math
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +32,15 @@ from ..models import Mapped, Source, cast_at_use, map_names, stays_stored
 from .blueprint import Blueprint, add_fun_layers, found_blueprint, stated_blueprint, with_vace
 from .dequantize import Scales
 from .dtypes import keep_in_fp32, stays_fp32
-from .mapped import Watch
-from .quantized import StoredEmbedding, StoredLinear, fp8_layer, replace_layer
+from .mapped import Watch, stored_at
+from .quantized import (
+    Rounding,
+    StoredEmbedding,
+    StoredLinear,
+    layer_of_fp8,
+    replace_layer,
+    rounded_to_fp8,
+)
 from .reader import DTYPES, FP8, Amount, TensorReader
 from .tokenizer import load_image_processor, load_scheduler_config, load_tokenizer
 
@@ -59,7 +65,7 @@ def load_component(
     keep_quantized: bool = False,
     map_file: bool = False,
     align: bool = False,
-    fp8_storage: bool = False,
+    fp8_storage: bool | torch.device = False,
     look_later: bool = False,
     module_path: str | os.PathLike[str] | None = None,
     interrupt_check: Callable[[], object] = lambda: None,
@@ -77,8 +83,9 @@ def load_component(
 
     ``align`` maps plain numbers only where the file has them aligned, for modules that compute on
     the CPU. ``fp8_storage`` stores the matrices of a transformer's blocks in fp8 where the file has
-    not, each as soon as it is read; this changes the result. ``interrupt_check`` is called several
-    times a second while the file is read, and ``progress`` with (bytes read, bytes in all).
+    not, each as soon as it is read; this changes the result. Given a CUDA device they are rounded
+    there, if it has memory free. ``interrupt_check`` is called several times a second while the
+    file is read, and ``progress`` with (bytes read, bytes in all).
 
     ``look_later`` leaves mapped weights unread: whoever uses the module does so after a
     ``first_look``, in which they are sent to where they are used.
@@ -97,7 +104,7 @@ def load_component(
         table, device, mapped=map_file, align=align, watch=watch, look_later=look_later
     ) as reader:
         keeping = _Keeping(keep_quantized, fp8_storage)
-        _Filling(module, table, reader, check.sources, dtype, part, keeping, amount).run()
+        _Filling(module, table, reader, check.sources, dtype, part, keeping, amount, watch).run()
     # What no file holds comes last: until now these buffers are on the meta device.
     _restore_buffers(module, torch.device(device))
     _tie(module, table)
@@ -298,7 +305,8 @@ class _Keeping:
     """Which weights do not become plain numbers of the computing dtype."""
 
     quantized: bool
-    fp8: bool
+    fp8: bool | torch.device
+    """Whether matrices are rounded to fp8; the device where, if that is not the host."""
 
 
 @dataclass
@@ -317,19 +325,29 @@ class _Filling:
     part: IdentifiedFile
     keeping: _Keeping
     amount: Amount
+    watch: Watch
 
     def run(self) -> None:
         shapes = {name: tuple(t.shape) for name, t in self.module.state_dict().items()}
         self.amount.begin(self.sources.values())
+        there = self._rounding()
         # In the order of the file, so that a disk reads forward.
         for name in sorted(self.sources, key=self._position):
             source = self.sources[name]
             if self.keeping.quantized and self._keep(name, source):
                 continue
-            rounded = self._is_rounded(name)
-            tensor = self._read(name, source, shapes[name], kept=not rounded)
-            (self._store_fp8 if rounded else partial(_assign, self.module))(name, tensor)
+            if not self._is_rounded(name):
+                _assign(self.module, name, self._read(name, source, shapes[name]))
+                continue
+            weight = self._read(name, source, shapes[name], kept=False, left=there is not None)
+            if there is not None and stored_at(weight) is not None:
+                there.add(name, weight)
+            else:
+                self._store_fp8(name, *rounded_to_fp8(weight))
         self.reader.finish()
+        for name, weight in ({} if there is None else there.run()).items():
+            self.reader.look(weight)
+            self._store_fp8(name, *rounded_to_fp8(weight))
         if not self.reader.leave(self.module, self.amount):
             self.amount.end()
 
@@ -350,11 +368,12 @@ class _Filling:
         return torch.float32 if stays_fp32(name, keep_in_fp32(self.module, dtype)) else dtype
 
     def _read(
-        self, name: str, source: Source, shape: tuple[int, ...], *, kept: bool
-    ) -> torch.Tensor:
+        self, name: str, source: Source, shape: tuple[int, ...], *,
+        kept: bool = True, left: bool = False,
+    ) -> torch.Tensor:  # fmt: skip
         target, stored = self._target(name, self.table.tensors[source.name]), self._stored(source)
         if stored is None:
-            return self.reader.read(source, shape, target, kept=kept)
+            return self.reader.read(source, shape, target, kept=kept, left=left)
         return self.reader.unpack(source, stored, self.part.prefix, shape, target)
 
     def _keep(self, name: str, source: Source) -> bool:
@@ -392,13 +411,20 @@ class _Filling:
         layer, _, leaf = name.rpartition(".")
         in_block = name.startswith(("blocks.", "vace_blocks.", "face_adapter."))
         matrix = leaf == "weight" and type(self.module.get_submodule(layer)) is nn.Linear
-        return self.keeping.fp8 and in_block and matrix
+        return bool(self.keeping.fp8) and in_block and matrix
 
-    def _store_fp8(self, name: str, weight: torch.Tensor) -> None:
-        """Store a matrix in fp8, before the next one is read."""
+    def _rounding(self) -> Rounding | None:
+        """Return where matrices are rounded to fp8; None for the host."""
+        device = self.keeping.fp8
+        if not isinstance(device, torch.device) or device.type != "cuda":
+            return None
+        found = Rounding(device, self.watch, self._store_fp8)
+        return found if found.has_room() else None
+
+    def _store_fp8(self, name: str, values: torch.Tensor, scale: float) -> None:
         layer_name = name.removesuffix(".weight")
         layer: Any = self.module.get_submodule(layer_name)
-        replace_layer(self.module, layer_name, fp8_layer(layer, weight))
+        replace_layer(self.module, layer_name, layer_of_fp8(layer, values, scale))
 
     def _cast_at_use(self, info: TensorInfo, target: torch.dtype) -> bool:
         """Whether a half-precision matrix stays as it is for the other half precision."""

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from types import TracebackType
 from typing import Any
 
@@ -34,6 +35,8 @@ _FEWEST_THREADS, _MOST_THREADS = 4, 12
 """Threads that fill the ring, half as many as there are processors. Fewer than four leave a disk
 idle; on two processors two to eight read a cached file at the same pace. More would leave no piece
 of the ring on its way. The most is not measured."""
+_AHEAD = 2 * _SLOTS
+"""Pieces that are asked for and have not been sent: no more memory of the device is taken ahead."""
 _CHECK_SECONDS = 0.05
 _homes: Any = WeakTensorKeyDictionary()
 """For parameters on a device: their tensor in the mapped file they came from."""
@@ -165,6 +168,34 @@ def _sent_all(
     return out
 
 
+def each_sent(
+    tensors: Iterable[Tensor], device: torch.device, use: Callable[[int, Tensor], object],
+    watch: Watch,
+) -> None:  # fmt: skip
+    """Send tensors of mapped files to a CUDA device; ``use`` gets the number of each, and it there.
+
+    A few are there at a time. What nobody has looked at is left for ``use`` to look at. Raises what
+    is wrong with a file as ``InFile.wrong`` has it.
+    """
+    ring = _Ring(device)
+    homes = [(tensor, stored_at(tensor)) for tensor in tensors]
+
+    def pieces() -> Iterator[_Piece]:
+        for index, (tensor, home) in enumerate(homes):
+            there = torch.empty_like(tensor, device=device)
+            ring.begin_to_write()
+            yield from _cut(tensor, there, home, partial(use, index, there))
+
+    files = {home[0] for _, home in homes if home}
+    try:
+        for file in files:
+            file.watch = watch
+        ring.carry(pieces(), watch.check)
+    finally:
+        for file in files:
+            file.watch = Watch()
+
+
 def _place(home: tuple[MappedFile, InFile] | None) -> tuple[str, int]:
     return ("", 0) if home is None else (str(id(home[0])), home[1].span.start)
 
@@ -174,12 +205,14 @@ def _bytes_of(tensor: Tensor) -> Tensor:
 
 
 @dataclass(slots=True)
-class _Look:
-    """A tensor that is looked at where it goes, once all its pieces have been sent."""
+class _Whole:
+    """A tensor on its way in pieces, and what is done where it goes once all have been sent."""
 
-    tensor: InFile
     where: Tensor
     pieces: int
+    looks: InFile | None = None
+    """Says how it is looked at, where nobody has."""
+    use: Callable[[], object] | None = None
 
     def has_all(self) -> bool:
         """Count a piece that has been sent; say whether it was the last one."""
@@ -196,7 +229,7 @@ class _Piece:
     file: MappedFile | None = None
     tensor: InFile | None = None
     begin: int = 0
-    look: _Look | None = None
+    whole: _Whole | None = None
 
     def fetch(self, looker: Looker, into: Tensor) -> Reason:
         """Bring it to page-locked memory; a mapped file is read, not touched."""
@@ -217,18 +250,19 @@ class _Piece:
 
 
 def _cut(
-    source: Tensor, target: Tensor, home: tuple[MappedFile, InFile] | None
-) -> Iterator[_Piece]:
+    source: Tensor, target: Tensor, home: tuple[MappedFile, InFile] | None,
+    use: Callable[[], object] | None = None,
+) -> Iterator[_Piece]:  # fmt: skip
     """Cut a tensor into pieces that fit into the ring."""
     file, tensor = home or (None, None)
     start = 0 if tensor is None else tensor.span.start
     here, there = _bytes_of(source), _bytes_of(target)
-    look = None
-    if file is not None and tensor is not None and file.to_look_at(tensor):
-        look = _Look(tensor, there, -(-len(here) // _PIECE))
+    whole = _Whole(there, -(-len(here) // _PIECE), use=use)
+    if use is None and file is not None and tensor is not None and file.to_look_at(tensor):
+        whole.looks = tensor
     for begin in range(0, len(here), _PIECE):
         part = slice(begin, begin + _PIECE)
-        yield _Piece(here[part], there[part], file, tensor, start + begin, look)
+        yield _Piece(here[part], there[part], file, tensor, start + begin, whole)
 
 
 def _threads() -> int:
@@ -248,8 +282,7 @@ class _Ring:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._stream: Any = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        # What is sent was allocated by the present stream: its pending work must end first.
-        self._stream.wait_stream(torch.cuda.current_stream(device))
+        self.begin_to_write()  # what is sent was allocated by the present stream
         self._slab = Slab(_PIECE * _SLOTS, torch.device("cpu"))
         self._slab.lock()
         self._free: queue.SimpleQueue[tuple[Tensor, Any]] = queue.SimpleQueue()
@@ -285,31 +318,47 @@ class _Ring:
             self._stream.synchronize()
             self._slab.unlock()
 
+    def begin_to_write(self) -> None:
+        """Wait with what is asked for next until the present stream's work has ended."""
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+
     def _follow(self, pieces: Iterable[_Piece], check: Callable[[], object]) -> None:
         """Ask for the pieces, and take note of those that have been sent."""
-        asked = 0
+        waiting = 0
         for piece in pieces:
             self._asked.put(piece)
-            asked += 1
+            waiting += 1
             check()
-        while asked:
-            check()
-            with suppress(queue.Empty):
-                piece, reason, failed = self._sent.get(timeout=_CHECK_SECONDS)
-                if failed is not None:
-                    raise failed
-                asked -= 1
-                piece.arrived(reason)
-                if piece.look is not None and piece.look.has_all():
-                    self._look_at(piece.look)
+            while waiting >= _AHEAD:
+                waiting -= self._take(check)
+        while waiting:
+            waiting -= self._take(check)
 
-    def _look_at(self, look: _Look) -> None:
+    def _take(self, check: Callable[[], object]) -> int:
+        """Take note of a piece that has been sent; return how many that were, after a while 0."""
+        check()
+        try:
+            piece, reason, failed = self._sent.get(timeout=_CHECK_SECONDS)
+        except queue.Empty:
+            return 0
+        if failed is not None:
+            raise failed
+        piece.arrived(reason)
+        if piece.whole is not None and piece.whole.has_all():
+            self._use(piece.whole)
+        return 1
+
+    def _use(self, whole: _Whole) -> None:
         """Have the device look at a tensor; nobody waits for what it finds before all are sent."""
-        assert look.tensor.numbers is not None
+        if whole.looks is None and whole.use is None:
+            return
         torch.cuda.current_stream(self._device).wait_stream(self._stream)
         with torch.no_grad():
-            found = [any_wild(numbers) for numbers in look.tensor.numbers(look.where)]
-        self._looked += [(look.tensor, wild) for wild in found]
+            if whole.looks is not None and whole.looks.numbers is not None:
+                found = [any_wild(numbers) for numbers in whole.looks.numbers(whole.where)]
+                self._looked += [(whole.looks, wild) for wild in found]
+            if whole.use is not None:
+                whole.use()
 
     def _judge(self) -> None:
         if not self._looked:

@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
+import traceback
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -15,14 +18,20 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor, nn
 
+from ..errors import is_host_oom, is_oom
 from ..formats import Storage
 from ..lazy import module_or_none
 from .dequantize import Scales, dequantize, numbers_that_may_be_wild
+from .mapped import InFile, MappedFile, Watch, stored_at
+from .moving import each_sent
 
 _FP8_NAMES = {torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2"}
-_AT_ONCE = 2**20
-"""Numbers that are rounded to fp8 at once, in memory that is used again: new memory for each would
-have to be mapped, which takes longer than the arithmetic."""
+_AT_ONCE, _AT_ONCE_THERE = 2**20, 2**24
+"""Numbers that are rounded to fp8 at once, on the host and on a device, in memory that is used
+again: new memory for each would have to be mapped, which takes longer than the arithmetic."""
+_ROOM = 2**30
+"""Bytes that must be free on a card for weights to be rounded there: 256 MiB that are on their way,
+a matrix of 0.4 GB at most with its fp8, and what is rounded at once in fp32."""
 _SMALLEST = {
     "Q8_0": 34, "Q4_0": 18, "Q4_1": 20, "Q5_0": 22, "Q5_1": 24, "Q4_K": 144, "Q5_K": 176,
     "Q6_K": 210,
@@ -187,9 +196,13 @@ def fp8_layer(
 
     This changes the result: it is for files that are not quantised, where nothing else fits.
     """
-    values, scale = rounded_to_fp8(weight, stored)
+    return layer_of_fp8(layer, *rounded_to_fp8(weight, stored))
+
+
+def layer_of_fp8(layer: nn.Linear, values: Tensor, scale: float) -> StoredLinear:
+    """Return ``layer`` with fp8 ``values`` (out, in), to be multiplied with ``scale``."""
     made = StoredLinear(layer.in_features, layer.out_features, bias=layer.bias is not None)
-    how = Storage("fp8", _FP8_NAMES[stored], tuple(weight.shape), per="tensor")
+    how = Storage("fp8", _FP8_NAMES[values.dtype], tuple(values.shape), per="tensor")
     made.set_stored(values, Scales(None, scale), how)
     made.bias = layer.bias
     return made.train(layer.training)
@@ -209,9 +222,65 @@ def rounded_to_fp8(
     scale = torch.maximum(-least, most).cpu().float().clamp(min=1e-30) / largest
     divisor = scale.to(weight.device)
     values = torch.empty(weight.shape, dtype=stored, device=weight.device)
-    parts, targets = (torch.split(t.reshape(-1), _AT_ONCE) for t in (weight, values))
+    at_once = _AT_ONCE if weight.device.type == "cpu" else _AT_ONCE_THERE
+    parts, targets = (torch.split(t.reshape(-1), at_once) for t in (weight, values))
     wide = torch.empty(len(parts[0]), dtype=torch.float32, device=weight.device)
     for target, part in zip(targets, parts, strict=True):
         # No quotient is so far beyond the largest that it would not be rounded to it.
         target.copy_(wide[: len(part)].copy_(part).div_(divisor))
     return values, float(scale)
+
+
+class Rounding:
+    """Weights of mapped files that are rounded to fp8 on a card, and come back to the host.
+
+    That takes as long as sending them does. The bits are those of the host.
+    """
+
+    def __init__(
+        self, device: torch.device, watch: Watch, store: Callable[[str, Tensor, float], object]
+    ) -> None:
+        """``store`` is called with the name of a weight, its fp8 numbers and their scale."""
+        self._device, self._watch, self._store = device, watch, store
+        self._waiting: dict[str, Tensor] = {}
+
+    def has_room(self) -> bool:
+        """Say whether the card has the memory."""
+        idle = torch.cuda.memory_reserved(self._device) - torch.cuda.memory_allocated(self._device)
+        return torch.cuda.mem_get_info(self._device)[0] + idle >= _ROOM
+
+    def add(self, name: str, weight: Tensor) -> None:
+        """Have a weight rounded by ``run``; nobody need have looked at it."""
+        self._waiting[name] = weight
+
+    def run(self) -> dict[str, Tensor]:
+        """Round all; return those for which the card had no memory after all.
+
+        Raises CorruptFile for what cannot be read or is not finite.
+        """
+        waiting = list(self._waiting.items())
+
+        def use(index: int, there: Tensor) -> None:
+            name, weight = waiting[index]
+            values, scale = rounded_to_fp8(there)
+            file, stored = _home_of(weight)
+            if not math.isfinite(scale):  # the largest magnitude is, where one number is
+                raise stored.wrong("wild")
+            self._store(name, values.cpu(), scale)
+            file.unseen.discard(stored.span.start)
+            del self._waiting[name]
+
+        try:
+            if waiting:
+                each_sent([weight for _, weight in waiting], self._device, use, self._watch)
+        except Exception as err:
+            if not is_oom(err) or is_host_oom(err):
+                raise
+            traceback.clear_frames(err.__traceback__)
+        return self._waiting
+
+
+def _home_of(weight: Tensor) -> tuple[MappedFile, InFile]:
+    home = stored_at(weight)
+    assert home is not None
+    return home

@@ -44,6 +44,7 @@ from .mapped import (
     Watch,
     look_later,
     map_file,
+    stored_at,
 )
 
 __all__ = ["DTYPES", "FP8", "Amount", "TensorReader", "is_finite"]
@@ -123,12 +124,13 @@ class TensorReader:
 
     def read(
         self, source: Source, shape: tuple[int, ...], dtype: torch.dtype | None = None, *,
-        kept: bool = True,
+        kept: bool = True, left: bool = False,
     ) -> torch.Tensor:  # fmt: skip
         """Return the values of ``source`` in ``shape`` on the device, in ``dtype`` or as stored.
 
         For weights that are stored as plain numbers; ``unpack`` is for the others. ``dtype`` does
-        not apply to integers. What is not ``kept`` as it is, is looked at now.
+        not apply to integers. What is not ``kept`` as it is, is looked at now; a view of a mapped
+        file that is ``left`` is not read, and the caller looks at it (``look``, or on a device).
         """
         info = self.table.tensors[source.name]
         stored = DTYPES[info.dtype]
@@ -143,7 +145,7 @@ class TensorReader:
                 self._watch.seen(view.nbytes)
             else:
                 numbers = partial(_as_numbers, stored) if stored.is_floating_point else None
-                self._look(info, start, view.nbytes, stored.itemsize, numbers, kept=kept)
+                self._look(info, start, view.nbytes, stored.itemsize, numbers, kept=kept, left=left)
             return view.view(shape)
         out = torch.empty(numel, dtype=target, device=self.device)
         if straight:
@@ -181,7 +183,7 @@ class TensorReader:
 
     def _look(
         self, info: TensorInfo, start: int, nbytes: int, unit: int, numbers: Numbers | None, *,
-        kept: bool = True,
+        kept: bool = True, left: bool = False,
     ) -> None:  # fmt: skip
         """Begin to read bytes of a tensor and to look at them, ``unit`` bytes being one number.
 
@@ -190,12 +192,21 @@ class TensorReader:
         assert self._maps is not None
         span, file = range(start, start + nbytes), self._maps[info.file]
         stored = file.tensors[start] = InFile(span, unit, numbers, partial(_wrong, info))
-        if self._later and kept:
+        if left or (self._later and kept):
             file.unseen.add(start)
         elif numbers is None:
             self._watch.seen(nbytes)
         else:
             self._looker.begin(file.file, span, unit, stored.finite, stored.wrong)
+
+    def look(self, left: torch.Tensor) -> None:
+        """Look at a tensor that was left."""
+        home = stored_at(left)
+        if home is not None and home[0].to_look_at(home[1]):
+            file, stored = home
+            self._looker.begin(file.file, stored.span, stored.unit, stored.finite, stored.wrong)
+            self._looker.finish()
+            file.unseen.discard(stored.span.start)
 
     def scales(self, source: Source, stored: Storage, prefix: str) -> Scales:
         """Return what a weight is multiplied with, in the order of its rows, on the device.

@@ -185,7 +185,7 @@ class StageRunner:
             keep_quantized=True,
             map_file=self._mapped(name),
             align=self.device.type == "cpu",
-            fp8_storage=self._in_fp8(name),
+            fp8_storage=self._in_fp8(name) and self.device,
             look_later=look_later,
             module_path=part.module,
             interrupt_check=check,

@@ -315,7 +315,7 @@ class Worker:
             keep_quantized=True,
             map_file=weights.mapped,
             align=self.device.type == "cpu",
-            fp8_storage=weights.fp8,
+            fp8_storage=weights.fp8 and self.device,
             # A gang page-locks parts of blocks, which are copied from the file's pages: they are to
             # be in RAM by then.
             look_later=weights.mapped and self.device.type == "cuda" and not weights.shared,
