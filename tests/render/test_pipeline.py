@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 from support.cases import in_turn, pairs, slow_but
-from support.tiny_models import FAMILIES, components, make_folder, open_wan, pipeline
+from support.tiny_models import FAMILIES, components, make_folder, open_kept, open_wan, pipeline
 from support.traced import TracedMemory
 
 from wan_core import GenerationConfig, WanPipelineLoader
@@ -629,6 +629,28 @@ def test_a_report_names_the_stages(folder: Any) -> None:
     assert all(predicted[name] for name in names), predicted
     text = wrapper.report(result)
     assert "denoise_high" in text and "predicted" in text and "measured" in text
+
+
+def test_seconds_count_what_is_to_be_read_and_the_mp4(folder: Any, tmp_path: Path) -> None:
+    """What is held is read in a new process alone; stages are named as a result names them."""
+    wrapper = open_kept(folder("wan2.2-i2v-a14b"))
+    size = {**SIZE, "num_inference_steps": 2, "num_frames": 5}
+    job: dict[str, Any] = {**size, "prompt": "a cat", "image": picture(1)}
+
+    def told(**more: Any) -> dict[str, tuple[float, float]]:
+        _, plan = wrapper.plan(GenerationConfig(**job, **more))
+        return {one.name: (one.warm, one.cold) for one in plan.stage_seconds}
+
+    before = told()
+    result = wrapper.generate(GenerationConfig(**job)).raise_for_error()
+    after, names = told(), {stage.name for stage in result.stages}
+    assert set(before) - names == {"load tokenizer"} and names <= set(before)
+    for name in (name for name in before if name.startswith("load ")):
+        assert before[name][0] >= after[name][0] == 0 and after[name][1] == before[name][1]
+    assert sum(warm for warm, _ in before.values()) > 2 + sum(warm for warm, _ in after.values())
+    assert "mp4" not in before and told(output_path=tmp_path / "a.mp4")["mp4"][0] > 0
+    WanPipelineLoader().clear_cache()
+    assert told()["load transformer"] == before["load transformer"]
 
 
 def test_a_diffusers_that_is_not_known_is_not_planned_with(
