@@ -344,6 +344,16 @@ def test_narrow_pictures_do_not_break_the_process(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-500:]
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="names of files are bytes there")
+def test_a_folder_whose_name_is_no_utf_8_takes_clips(tmp_path: Path) -> None:
+    folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9"))
+    folder.mkdir()
+    write(folder / "latin1 \udce9.mp4", patches(2))
+    (found,) = folder.iterdir()
+    found.rename(tmp_path / "out.mp4")
+    assert len(read(tmp_path / "out.mp4")[0]) == 2
+
+
 def test_a_folder_that_vanishes_is_not_blamed_on_the_codec(tmp_path: Path) -> None:
     with (
         pytest.raises(OutputError) as raised,

@@ -143,6 +143,29 @@ def test_the_same_command_goes_on_and_makes_nothing_twice(
     assert batch(path).run().counts()["done"] == 3 and len(counted.made) == 7
 
 
+def test_a_job_that_takes_the_process_along_lets_the_others_go_first_from_then_on(
+    models: Path, tmp_path: Path, counted: Counted, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = lines(tmp_path / "jobs.jsonl", *(job(models, f"{i}.mp4", seed=i) for i in range(3)))
+    with monkeypatch.context() as killed:  # nothing is done after a kill
+        killed.setattr(Batch, "_finish", lambda _: None)
+        for _ in range(2):
+            counted.fail["1.mp4"] = [SystemExit()]
+            with pytest.raises(SystemExit):
+                batch(path).run()
+    assert counted.made == ["0.mp4", "1.mp4", "1.mp4"]
+    counted.fail["2.mp4"] = [KeyboardInterrupt()]  # an end in order is held against nobody
+    with pytest.raises(KeyboardInterrupt):
+        batch(path).run()
+    told: list[str] = []
+    assert batch(path, told).run().counts()["done"] == 3
+    assert counted.made[3:] == ["2.mp4", "2.mp4", "1.mp4"]
+    assert any("line 2: 2 runs died while it was in work" in text for text in told)
+    assert (
+        json.loads((tmp_path / "clips" / "jobs.summary.json").read_text())["jobs"][1]["deaths"] == 0
+    )
+
+
 def test_another_picture_under_the_same_name_is_another_job(models: Path, tmp_path: Path) -> None:
     def identity() -> str:
         path = lines(tmp_path / "jobs.jsonl", job(models, "a.mp4", image="p.png"))

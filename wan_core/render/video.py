@@ -427,7 +427,7 @@ class _Output:
     """
 
     def __init__(self, path: Path) -> None:
-        self.name = str(path)
+        self._path, self.name = path, path.name  # PyAV reads the name as UTF-8; folders need not be
         # Not buffered: ffmpeg does that, and looks for errors where it writes, not where it seeks.
         self._file = open(path, "wb", buffering=0)  # noqa: SIM115  (closed by ``close``)
         self._failed = False
@@ -448,7 +448,7 @@ class _Output:
 
     def open_again(self, *_: object) -> BinaryIO:
         """Open it for reading too: faststart moves what was written to behind the index."""
-        return open(self.name, "rb")
+        return open(self._path, "rb")
 
     def close(self) -> None:
         self._file.close()

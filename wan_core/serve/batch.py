@@ -3,7 +3,8 @@
 Every job is checked from headers before the first one runs. Jobs of a higher priority come first;
 within one priority those that share a model run together, in the order of their lines. What may go
 better another time is tried again after the others; what cannot is set aside at once. A job whose
-process died goes back into the queue, and its journal goes on.
+process died goes back into the queue, and its journal goes on. One under which this process died
+twice comes after the others when the same command goes on.
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ from .jobs import BadLine, BatchJob, read_jobs
 from .ledger import Entry, Ledger, as_page
 
 _Kind = tuple[int, float, str]
-"""(tries, priority, group) of a job that waits."""
+"""(tries, priority, group) of a job that waits; a suspect counts as tried once more."""
+_SUSPECT = 2
+"""So many runs must have died under a job to think that it may be the cause."""
 
 
 def _silent(_: str) -> None:
@@ -122,6 +125,7 @@ class Batch:
             self.ledger.put(entry)
             try:
                 entry.identity = job.identity()
+                entry.deaths = self.ledger.deaths(entry.identity)
                 done = self.ledger.finished(entry.identity, job.output)
                 if done is None:
                     self._check(job)
@@ -133,6 +137,11 @@ class Batch:
                 self.ledger.put(done)
                 self._tell(f"line {job.number}: {job.output.name} is there already")
                 continue
+            if entry.deaths >= _SUSPECT:
+                self._tell(
+                    f"line {job.number}: {entry.deaths} runs died while it was in work; it may be "
+                    "the cause and comes after the others. A run with --at-once 1 outlives it."
+                )
             waiting.append(job)
         return waiting
 
@@ -147,7 +156,8 @@ class Batch:
         return len(self._jobs)
 
     def _add(self, job: BatchJob) -> None:
-        kind = self.ledger.entries[job.number].tries, job.priority, job.group
+        entry = self.ledger.entries[job.number]
+        kind = entry.tries + (entry.deaths >= _SUSPECT), job.priority, job.group
         self._jobs[job.number] = job
         heapq.heappush(self._waiting.setdefault(kind, []), job.number)
 
@@ -174,12 +184,17 @@ class Batch:
         entry = self.ledger.entries[job.number]
         entry.tries += 1
         self._tell(f"line {job.number}: {job.output.name}, try {entry.tries}")
+        if self._crew is None:  # who may take this process along is known when it is gone
+            entry.begun = True
+            with contextlib.suppress(OutputError):  # told when there is an outcome to keep
+                self.ledger.note(entry)
         return job
 
     def settle(self, job: BatchJob, outcome: Outcome) -> None:
         """Note what a try gave: the clip, an error that is final, or one to try again after."""
         entry = self.ledger.entries[job.number]
         del self._in_work[job.number]
+        entry.begun, entry.deaths = False, 0
         entry.seconds, entry.warnings = outcome.seconds, list(outcome.warnings)
         if outcome.lost:  # not a try: where it was is on disk
             entry.tries, entry.losses = entry.tries - 1, entry.losses + 1
@@ -207,6 +222,8 @@ class Batch:
         self._tell(f"line {entry.line}: set aside: {entry.error}")
 
     def _finish(self) -> None:
+        for entry in self.ledger.entries.values():
+            entry.begun = False  # an end in order is no death
         self.ledger.write()
         rows = [self.ledger.entries[line] for line in sorted(self.ledger.entries)]
         atomic_write(

@@ -50,6 +50,10 @@ class Entry:
     tries: int = 0
     losses: int = 0
     """How often the process that carried it out died."""
+    begun: bool = False
+    """Whether this run carries it out itself just now."""
+    deaths: int = 0
+    """How often a run that carried it out itself has died meanwhile."""
     seconds: float = 0.0
     error: str = ""
     resumed: str = ""
@@ -67,6 +71,7 @@ class Ledger:
         self._noted, self._written = 0, time.monotonic()
         self.entries: dict[int, Entry] = {}
         self._done: dict[str, Entry] = {}
+        self._deaths: dict[str, int] = {}
         self._read()
 
     def _read(self) -> None:
@@ -88,6 +93,7 @@ class Ledger:
             rows = [Entry(**one) for one in (*read["jobs"], *read.get("earlier", ()))]
             rows += self._changes()
             self._done = {row.identity: row for row in rows if row.state == "done"}
+            self._deaths = {row.identity: row.deaths + row.begun for row in rows}  # the last one's
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as err:
             raise InvalidRequest(
                 f"{self.path} is not the summary of a batch ({err}). Move it away, or name another."
@@ -111,6 +117,10 @@ class Ledger:
         if found is None or found.output != str(output) or not output.is_file():
             return None
         return found if output.stat().st_size == found.size else None
+
+    def deaths(self, identity: str) -> int:
+        """Return how many earlier runs died while they carried this job out, one after another."""
+        return self._deaths.get(identity, 0)
 
     def put(self, entry: Entry) -> None:
         """Keep an entry, without writing it."""
