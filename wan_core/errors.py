@@ -29,6 +29,7 @@ This module imports nothing but the standard library.
 
 from __future__ import annotations
 
+import re
 import sys
 import traceback
 
@@ -226,8 +227,18 @@ def clear_frames(error: BaseException) -> None:
 
 def tells_oom(text: str) -> bool:
     """Say whether the last words of a process that has ended mean that memory ran out in it."""
-    named = any(f"{name}:" in text for name in _OOM_NAMES)
+    named = any(_names(name, text) for name in _OOM_NAMES)
     return named or any(mark in text.lower() for mark in _OOM_TEXTS)
+
+
+def tells_host_oom(text: str) -> bool:
+    """Say whether words that ``tells_oom`` recognises mean RAM, not the memory of a device."""
+    return _names("MemoryError", text) or any(mark in text.lower() for mark in _HOST_TEXTS)
+
+
+def _names(name: str, text: str) -> bool:
+    """Say whether an error of this class ended a traceback; it may have had nothing to say."""
+    return re.search(rf"^(?:\w+\.)*{name}(?::|\s*$)", text, re.MULTILINE) is not None
 
 
 def first_line(error: BaseException) -> str:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import io
 import os
+import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields, replace
@@ -273,6 +276,21 @@ def test_the_sources_are_part_of_it(
     packed.write_bytes(b"")  # as where Python imports from an archive
     assert code_digest(str(packed / "wan_core")) == code_digest(str(tmp_path / "none")) == ""
     assert len(code_digest()) == 32
+
+
+def test_sources_are_those_that_were_loaded_and_not_those_of_a_later_edit(tmp_path: Path) -> None:
+    """Workers that start later load other ones, and are to be found out by that."""
+    root = Path(content.__file__).parents[1]
+    copied = shutil.copytree(
+        root, tmp_path / root.name, ignore=shutil.ignore_patterns("demo_model")
+    )
+    edit = "open('wan_core/errors.py', 'a').write('# by another version')"
+    code = f"from wan_core.journal import content; {edit}; print(content.code_digest())"
+    ran = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=60
+    )
+    assert ran.stdout.strip() == code_digest(), ran.stderr
+    assert code_digest(str(copied)) != code_digest()
 
 
 def test_model_files_and_versions(made: Made, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

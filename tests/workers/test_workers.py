@@ -23,7 +23,7 @@ from support.tiny_models import ANIMATE, folders, open_wan
 
 from wan_core import GenerationConfig
 from wan_core.config import WanControl
-from wan_core.errors import DoesNotFit, WorkerFailed
+from wan_core.errors import DoesNotFit, WorkerFailed, is_host_oom, is_oom
 from wan_core.memory import Card
 from wan_core.plan import Planner
 from wan_core.render import format_report
@@ -289,19 +289,32 @@ def test_processes_that_cannot_start_say_why_and_are_not_started_for_ever(
     close_workers()
 
 
+NCCL = "ncclUnhandledCudaError: Call to CUDA function failed.\nLast error:\n"
+
+
+@pytest.mark.parametrize(
+    ("end", "words", "host"),
+    [
+        (End(-6, NCCL + "Cuda failure 2 'out of memory'\n"), "SIGABRT", False),
+        (End(1, 'File "child.py", line 1, in load\nMemoryError\n'), "exit code 1", True),
+    ],
+)
 def test_a_worker_whose_last_words_are_of_memory_ends_in_a_smaller_plan(
-    folder: Any, threads: type[ThreadWorker], monkeypatch: pytest.MonkeyPatch
-) -> None:
+    folder: Any, threads: type[ThreadWorker], monkeypatch: pytest.MonkeyPatch, end: End,
+    words: str, host: bool,
+) -> None:  # fmt: skip
     """As where NCCL's own thread ends the process: there is no message, but the end of its log."""
+    from wan_core.render import stages
     from wan_core.render.stages import StageRunner
 
     def smaller(self: StageRunner, stage: str, failure: str, *, must: bool) -> None:
         downs.append(failure)
 
     downs: list[str] = []
+    seen: list[BaseException | None] = []
     monkeypatch.setattr(StageRunner, "_step_down", smaller)
-    log = "ncclUnhandledCudaError: Call to CUDA function failed.\nLast error:\n"
-    threads.last = End(-6, log + "Cuda failure 2 'out of memory'\n")
+    monkeypatch.setattr(stages, "is_oom", lambda err: bool(seen.append(err)) or is_oom(err))
+    threads.last = end
     died: list[int] = []
 
     def trouble(worker: ThreadWorker, number: int) -> None:
@@ -313,7 +326,8 @@ def test_a_worker_whose_last_words_are_of_memory_ends_in_a_smaller_plan(
     path = folder("wan2.1-t2v")
     made = open_wan(path, devices=2).generate(GenerationConfig(**SHORT)).raise_for_error()
     (failure,) = downs
-    assert "SIGABRT" in failure and "on cpu (worker" in failure
+    assert words in failure and "on cpu (worker" in failure
+    assert is_host_oom(seen[0]) == host
     assert torch.equal(made.latents, latents(path, SHORT))
 
 

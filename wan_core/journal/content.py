@@ -52,7 +52,8 @@ def _read(file: BinaryIO, count: int) -> bytes:
 def code_digest(root: str = str(Path(__file__).resolve().parent.parent)) -> str:
     """Return a digest of this package's sources, 32 hex digits; "" where there are none to read.
 
-    Read once in a process, in about 10 ms: what was loaded before stays, and so does this.
+    Of this package read once in a process, when that begins to load it, in about 10 ms: what was
+    loaded stays, whatever becomes of the files, and so does this.
     """
     digest = hashlib.sha256()
     try:
@@ -74,3 +75,6 @@ def _sources(root: str, inside: str) -> Iterator[str]:
                 yield from _sources(root, f"{inside}{entry.name}/")
             elif entry.name.endswith(".py"):
                 yield inside + entry.name
+
+
+code_digest()

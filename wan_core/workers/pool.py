@@ -317,7 +317,8 @@ class WorkerPool:
             self._say(f"{gang.name} {why}.")
             with contextlib.suppress(WorkerFailed):
                 self.release()
-            raise torch.OutOfMemoryError(f"{end} (on {gang.name})")
+            text = f"{end} (on {gang.name})"
+            raise MemoryError(text) if end.out_of_ram else torch.OutOfMemoryError(text)
         self._lose(gang, why, end)
 
     def _answer(

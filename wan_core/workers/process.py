@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from ..config import child_environment
-from ..errors import tells_oom
+from ..errors import tells_host_oom, tells_oom
 from .messages import Message, read_message, write_message
 
 _ROOT = Path(__file__).resolve().parents[2]
@@ -59,6 +59,11 @@ class End:
     def out_of_memory(self) -> bool:
         """Whether its last words say that memory ran out."""
         return tells_oom(self.words)
+
+    @property
+    def out_of_ram(self) -> bool:
+        """Whether that memory was the computer's own."""
+        return self.out_of_memory and tells_host_oom(self.words)
 
     @property
     def crashed(self) -> bool:
