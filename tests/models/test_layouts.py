@@ -187,7 +187,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     "a table of positions": (
         "embeddings.position_ids", "vision_model.embeddings.position_ids", "position_ids"),
     "umT5's decoder": ("decoder.final_layer_norm.weight", "dec.output_norm.weight",
-                       "lm_head.weight"),
+                       "lm_head.weight", "output.weight"),
     "a tokenizer": ("spiece_model",),
     "a scale of similarities": ("logit_scale", "log_scale"),
     "a projection of CLIP that Wan does not use": (

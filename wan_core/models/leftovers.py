@@ -55,7 +55,11 @@ LEFTOVERS: Final = (
     Leftover("a counter", _COUNTER, _ALL),
     Leftover("a table of positions", r"(?:.+\.)?position_ids", ("text_encoder", "image_encoder")),
     # A file of the full umT5 also holds its decoder, which encoding does not use.
-    Leftover("umT5's decoder", r"(?:decoder|dec)\..+|lm_head\.weight", ("text_encoder",)),
+    Leftover(
+        "umT5's decoder",
+        r"(?:decoder|dec)\..+|(?:lm_head|output)\.weight",  # the last as llama.cpp writes it
+        ("text_encoder",),
+    ),
     Leftover("a tokenizer", r"(?:.+\.)?spiece_model", ("text_encoder",)),
     Leftover("a scale of similarities", r"log(?:it)?_scale", ("text_encoder", "image_encoder")),
     Leftover(
