@@ -84,6 +84,9 @@ def test_ram_is_weights_latents_and_the_process() -> None:
     assert found(model, "decode").host_bytes == (
         vae + frames + leaving + latents + GPU.process_ram(tokens=VOCABULARY)
     )
+    mp4 = replace(JOB, encoder_bytes=3_000_000)
+    for name, more in (("denoise", 0), ("decode", 3_000_000), ("output", 0)):
+        assert found(model, name, mp4).host_bytes == found(model, name).host_bytes + more
     on_cpu = found(model, "text_encode", machine=CPU)
     weights = sizes.part_bytes(model, "text_encoder", "bf16")
     assert on_cpu.host_bytes - on_cpu.activation_bytes == (

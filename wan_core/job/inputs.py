@@ -213,6 +213,28 @@ def encoder_options(encoder: str, crf: int, width: int, height: int) -> dict[str
     return {"crf": str(crf), "x265-params": ":".join(params)}
 
 
+def encoder_bytes(codec: str, pix_fmt: str, width: int, height: int, frames: int) -> int:
+    """Return the RAM that an encoder takes for a video of so many frames, those waiting included.
+
+    Closed forms of what was measured for 64x64 to 1920x1088 with PyAV 18 on two cores; more were
+    told to x264 (up to 64, 41 pictures at once) and x265 (up to 64 threads). They are 8 % below to
+    20 % above that, and more above it for clips of a second or tiny pictures. Up to 16 pictures
+    wait as RGB. x264 looks 40 ahead, and needs five for each that it encodes at once; what x265
+    keeps for its threads grows as the root of their number.
+    """
+    depth = (2 if pix_fmt.endswith("10le") else 1) * {"420": 3, "422": 4, "444": 6}[pix_fmt[3:6]]
+    picture, waiting = depth * width * height / 2, 16 * 3 * width * height
+    if codec == "h265":
+        root = _cores() ** 0.5
+        own = 12e6 + min(38e6, 9e6 + 60 * picture) * root
+        each, few = (125 + 23 * root) * picture, 7 * picture
+    else:
+        count = int(encoder_options(ENCODERS["h264"], 0, width, height)["threads"])
+        own = 14e6 + min(count, frames) * min(1.6e6, 3 * picture)
+        each, few = (78 + 5 * count) * picture, 8.5 * picture
+    return int(min(own + each + waiting, own + frames * few))
+
+
 def _cores() -> int:
     """Return how many of the machine's processors this process may use."""
     mine = getattr(os, "sched_getaffinity", None)

@@ -36,6 +36,8 @@ class Workload:
     last_image: bool = False
     steps: int = 50
     return_frames: bool = True
+    encoder_bytes: int = 0
+    """RAM that the encoders of its mp4 take, where it is written to one."""
     to_file: bool = False
     """Whether an mp4 is written."""
     encode_text: bool = True

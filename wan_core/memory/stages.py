@@ -183,7 +183,8 @@ class _Ledger:
             kept = self._remembered(part)
             found.append(self._stage(name, part, self._denoise(part), in_ram=kept))
         decode, in_ram = self._decode()
-        found.append(self._stage("decode", "vae", decode, in_ram=workload.frames_bytes + in_ram))
+        in_ram += workload.frames_bytes + workload.encoder_bytes
+        found.append(self._stage("decode", "vae", decode, in_ram=in_ram))
         return (*found, self._output())
 
     def _stage(self, name: str, part: str, activations: int, in_ram: int = 0) -> StageEstimate:

@@ -18,6 +18,7 @@ from ..forward import Surroundings
 from ..job import (
     FRAMES_PER_LATENT,
     Request,
+    encoder_bytes,
     expected_steps,
     latent_frames,
     plan_windows,
@@ -92,8 +93,17 @@ def workload_of(request: Request, config: GenerationConfig, model: ModelArchitec
         steps=len(steps.high) + len(steps.low),
         return_frames=config.return_frames,
         to_file=request.output_path is not None,
+        encoder_bytes=_of_encoders(request),
         encode_text=bool(texts_to_encode(config, request)) and "text_encoder" in model.components,
     )
+
+
+def _of_encoders(request: Request) -> int:
+    """Return the RAM of a job's encoders, one for each clip of its batch; 0 without an mp4."""
+    if request.output_path is None:
+        return 0
+    asked = (request.codec, request.pix_fmt, request.width, request.height, request.wanted_frames)
+    return request.batch_size * encoder_bytes(*asked)
 
 
 def _pictures(config: GenerationConfig) -> int:

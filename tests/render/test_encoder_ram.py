@@ -1,0 +1,68 @@
+"""What encoders take of RAM, in a process of their own, beside the closed form of the forecast."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from wan_core.job import encoder_bytes
+
+ROOT = Path(__file__).parents[2]
+MIB = 2**20
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="anonymous memory is Linux's")
+@pytest.mark.parametrize(
+    ("codec", "pix_fmt", "size", "cores", "frames"),
+    [
+        ("h264", "yuv420p", (832, 480), 8, 49),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in [
+                ("h264", "yuv420p", (832, 480), 1, 81),
+                ("h264", "yuv420p", (832, 480), 64, 81),
+                ("h264", "yuv444p", (832, 480), 8, 81),
+                ("h264", "yuv420p10le", (832, 480), 8, 81),
+                ("h264", "yuv420p", (1280, 720), 2, 81),
+                ("h264", "yuv420p", (1280, 720), 64, 81),
+                ("h264", "yuv420p", (1920, 1088), 16, 65),
+                ("h265", "yuv420p", (832, 480), 2, 65),
+                ("h265", "yuv420p", (832, 480), 32, 65),
+                ("h265", "yuv420p", (1280, 720), 16, 65),
+            ]
+        ),
+    ],
+)
+def test_an_encoder_takes_what_is_foreseen(
+    codec: str, pix_fmt: str, size: tuple[int, int], cores: int, frames: int
+) -> None:
+    command = [sys.executable, "-m", "support.encoder_ram", codec, pix_fmt]
+    command += map(str, (*size, cores, frames))
+    paths = [str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    ratio = found["foreseen"] / found["measured"]
+    # Fewer pictures wait for it where other work keeps what makes them busy.
+    assert 0.88 < ratio < 1.4, {name: value // MIB for name, value in found.items()}
+
+
+def test_pictures_at_once_and_frames_are_what_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    def told(cores: int, width: int = 832, height: int = 480, frames: int = 81) -> int:
+        monkeypatch.setattr("wan_core.job.inputs._cores", lambda: cores)
+        return encoder_bytes("h264", "yuv420p", width, height, frames)
+
+    # Five pictures and 1.6 MB for each of the 12 more that eight processors encode at once.
+    assert told(16) - told(8) == pytest.approx(12 * (5 * 832 * 480 * 1.5 + 1.6e6), abs=2)
+    assert told(64) == told(28)  # 41 pictures of that size are the most
+    assert told(64, 1920, 1080) == told(6, 1920, 1080)
+    assert told(8, frames=9) < told(8, frames=81) == told(8, frames=8001)
+    assert told(8) < 1.5 * told(8, frames=17)
