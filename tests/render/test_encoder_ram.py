@@ -66,3 +66,24 @@ def test_pictures_at_once_and_frames_are_what_counts(monkeypatch: pytest.MonkeyP
     assert told(64, 1920, 1080) == told(6, 1920, 1080)
     assert told(8, frames=9) < told(8, frames=81) == told(8, frames=8001)
     assert told(8) < 1.5 * told(8, frames=17)
+
+
+def test_a_job_counts_an_encoder_for_each_clip_that_it_writes() -> None:
+    from support.machines import architecture
+
+    from wan_core import GenerationConfig
+    from wan_core.job import resolve
+    from wan_core.render.report import workload_of
+
+    model = architecture("wan2.1-t2v-1.3b")
+
+    def counted(**wanted: object) -> int:
+        config = GenerationConfig(prompt="a cat", width=832, height=480, num_frames=81, **wanted)
+        return workload_of(resolve(config, model), config, model).encoder_bytes
+
+    one = encoder_bytes("h264", "yuv420p", 832, 480, 81)
+    assert counted() == 0
+    assert counted(output_path="a.mp4") == one
+    assert counted(output_path="a.mp4", batch_size=2) == 2 * one
+    other = counted(output_path="a.mp4", codec="h265", pix_fmt="yuv444p10le")
+    assert other == encoder_bytes("h265", "yuv444p10le", 832, 480, 81) != one
