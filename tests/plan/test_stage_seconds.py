@@ -78,7 +78,9 @@ def test_reading_is_bytes_over_a_rate_and_nothing_where_the_process_holds_them(
     assert not {"load text_encoder", "load tokenizer", "text_encode"} & set(bare)
 
 
-def test_what_is_not_used_as_it_lies_in_its_file_is_copied_or_rounded() -> None:
+def test_what_is_not_used_as_it_lies_in_its_file_is_copied_or_rounded(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """A core copies 1.2 GB in a second or rounds 0.93 to fp8; then what that made is sent."""
     sent, half = (
         part_bytes(T2V, "transformer", "bf16", fp8=fp8) / (H100.bus_bytes_per_second * PAGEABLE)
@@ -90,6 +92,12 @@ def test_what_is_not_used_as_it_lies_in_its_file_is_copied_or_rounded() -> None:
     rounded = stages(model, JOB, replace(BF16, fp8_storage=True), H100)["load transformer"]
     assert rounded.warm == pytest.approx(0.3 + 3 * GIB / 9.3e8 + half) and half < 0.6 * sent
     assert rounded.cold == rounded.warm  # the disk is faster than that
+    # A card rounds what is used as it lies in the file: sent to it, and half of that comes back.
+    monkeypatch.setattr(stage_seconds, "stays_in_file", lambda *_, **__: True)
+    there = stages(model, JOB, replace(BF16, fp8_storage=True), H100)["load transformer"]
+    assert there.warm == pytest.approx(0.3 + 3 * GIB / 5e9 + 1.5 * GIB / 2e9 + half)
+    host = stages(model, JOB, replace(BF16, fp8_storage=True), cpu(64))["load transformer"]
+    assert host.warm == pytest.approx(0.3 + 3 * GIB / 9.3e8)
 
 
 def test_files_that_ram_cannot_hold_come_from_the_disk_each_time(

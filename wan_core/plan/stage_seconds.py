@@ -49,8 +49,9 @@ _COPIED = 1.2e9
 """The same where weights are copied or cast and not used as they lie in the file: 4 GB in 3.3 s of
 one core's time (``load_time.md``)."""
 _TO_FP8 = 9.3e8
-"""The same where bf16 is rounded to fp8 for storage, on one busy processor, and 1.0e9 on two; not
-measured on a card's host since that is so (before, two workers of an H200 host had 2.4e8)."""
+"""The same where the host rounds bf16 to fp8 for storage: on one busy processor, and 1.0e9 on two.
+A card rounds what is sent to it and gives half the bytes back, into new memory: assumed to take
+what sending and filling page-locked memory do. No such load was measured on a card's host since."""
 _OPENED = 0.3
 """Seconds until a component's file is open and its modules are made: VAEs of 0.5 GB took 0.2 to 0.7
 s altogether."""
@@ -300,10 +301,12 @@ class Counting:
         dtype = self.choices.dtypes.get(part) or "bf16"
         file = self.architecture.components.get(part)
         quantised = file is not None and file.stored is not None and file.stored.quantised
-        if self.choices.fp8_storage and part.startswith("transformer") and not quantised:
-            return _TO_FP8
         on_cpu = self.system.device_kind == "cpu"
-        return _CACHED if stays_in_file(self.architecture, part, dtype, on_cpu=on_cpu) else _COPIED
+        mapped = stays_in_file(self.architecture, part, dtype, on_cpu=on_cpu)
+        if self.choices.fp8_storage and part.startswith("transformer") and not quantised:
+            there = mapped and self.system.backend == "cuda"
+            return 1 / (1 / _CACHED + 0.5 / _LOCKED) if there else _TO_FP8
+        return _CACHED if mapped else _COPIED
 
     def _mapped(self, part: str) -> bool:
         return self._file_rate(part) == _CACHED
