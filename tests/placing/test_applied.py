@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from support.machines import architecture, gpu
+from support.stored_layers import stored
 from support.tiny_models import make_folder, make_transformer
 from support.vae_models import make_vae
 
@@ -179,3 +180,27 @@ def watched(seen: list[Any], *args: Any, **numbers: Any) -> Iterator[Any]:
     with stream_blocks(*args, **numbers) as state:
         seen.append(state)
         yield state
+
+
+@pytest.mark.parametrize("kind", ["fp8", "int8", ""])
+def test_only_an_expert_stored_in_8_bit_is_multiplied_so(
+    monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """Of a pair the plan may speak of one; the other would be told to have failed."""
+    seen: list[bool] = []
+
+    @contextmanager
+    def forward(module: Any, *, eight_bit: bool, **_: Any) -> Iterator[None]:
+        seen.append(eight_bit)
+        yield None
+
+    monkeypatch.setattr(applied, "lean_forward", forward)
+    model = make_transformer("wan2.2-t2v-a14b")
+    if kind:
+        layer = model.blocks[0].ffn.net[2]
+        model.blocks[0].ffn.net[2] = stored(layer, kind)
+    for wanted in (True, False):
+        chosen = plan(lean=True, eight_bit=wanted, offload="none")
+        with applied.apply_plan(model, "transformer", chosen):
+            pass
+    assert seen == [bool(kind), False]

@@ -158,7 +158,8 @@ def test_products_of_what_is_stored_in_8_bit(
     stored, _, wish = stored.partition(" asked for")
     found = architecture(T2V)
     component = replace(found.components["transformer"], stored_as=stored)
-    found = replace(found, components={**found.components, "transformer": component})
+    pair = {"transformer": component, "transformer_2": component}
+    found = replace(found, components={**found.components, **pair})
     requested = OptimizationConfig(speed="fast", fp8_storage="always" if wish else "auto")
     situation = speed.Situation(
         architecture=found, workload=P480, requested=requested,
@@ -171,6 +172,39 @@ def test_products_of_what_is_stored_in_8_bit(
         assert chosen.eight_bit
         text = speed._eight_bit_says(situation, Choices(dtypes={"transformer": "bf16"}), chosen)
         assert "s a step" in text and "changes the result" in text
+
+
+@pytest.mark.parametrize(
+    ("high", "low", "where"),
+    [
+        ("fp8", "int8 scaled per row", "feed-forward:"),
+        ("fp8", "GGUF Q8_0", "feed-forward of the high-noise expert alone:"),
+        ("bf16", "fp8 scaled per tensor", "feed-forward of the low-noise expert alone:"),
+        ("bf16", "GGUF Q8_0", None),
+    ],
+)
+def test_a_pair_needs_one_expert_that_is_stored_in_8_bit(
+    high: str, low: str, where: str | None
+) -> None:
+    found = architecture(T2V)
+    parts = {
+        name: replace(found.components["transformer"], stored_as=stored)
+        for name, stored in (("transformer", high), ("transformer_2", low))
+    }
+    situation = speed.Situation(
+        architecture=replace(found, components={**found.components, **parts}), workload=P480,
+        requested=OptimizationConfig(speed="fast"), abilities=frozenset(ALL),
+        system=replace(gpu(80), compute_capability=(9, 0)),
+    )  # fmt: skip
+    before = Choices(dtypes={"transformer": "bf16"})
+    chosen = speed._eight_bit(situation, before)
+    if where is None:
+        assert isinstance(chosen, str) and "not stored in fp8 or int8" in chosen
+        return
+    assert isinstance(chosen, Choices) and chosen.eight_bit
+    assert f"products in 8 bit in attention and {where} " in speed._eight_bit_says(
+        situation, before, chosen
+    )
 
 
 def test_an_ingredient_counts_from_its_speed_on(monkeypatch: pytest.MonkeyPatch) -> None:

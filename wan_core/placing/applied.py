@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from ..decoding import lean_decoder, lean_encoder
 from ..forward import hints_in_turn, lean_forward
 from ..loading import all_pinned_bytes
-from ..memory import BANDS, Strip, pinned_budget_now
+from ..memory import BANDS, MATRIX_UNITS, Strip, pinned_budget_now
 from .offload import place
 from .sharing import Sharing
 from .streaming import stream_blocks
@@ -47,7 +47,7 @@ def apply_plan(
                 module,
                 exact=not plan.choices.by_rows,
                 quick=plan.choices.quick,
-                eight_bit=plan.choices.eight_bit,
+                eight_bit=plan.choices.eight_bit and _stored_in_8_bit(module),
                 attention_8bit=plan.choices.attention_8bit,
             )
             why_not = stack.enter_context(forward)
@@ -56,6 +56,12 @@ def apply_plan(
         elif component == "vae" and plan.choices.lean_vae:
             why_not = stack.enter_context(_lean_vae(module, plan, decoding, strip))
         yield f"More memory than predicted in {component}: {why_not}" if why_not else None
+
+
+def _stored_in_8_bit(module: Any) -> bool:
+    """Say whether any layer is stored as products in 8 bit take it: of a pair one expert may be."""
+    stored = (getattr(layer, "stored", None) for layer in module.modules())
+    return any(one is not None and one.kind in MATRIX_UNITS for one in stored)
 
 
 def _lean_vae(

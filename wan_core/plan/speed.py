@@ -26,7 +26,7 @@ from ..memory import (
     latent_size,
     window_tokens,
 )
-from ..models import ModelArchitecture
+from ..models import ModelArchitecture, experts_of
 from .config import OptimizationConfig
 from .shortcuts import (
     Situation,
@@ -132,8 +132,26 @@ _PLAIN = ("", "bf16", "fp16", "fp32")
 
 
 def _eight_bit(situation: Situation, choices: Choices) -> Choices | str:
-    component = situation.architecture.components.get("transformer")
-    stored = component.stored_as if component else ""
+    reasons = list(_why_not_by_expert(situation).values())
+    if None not in reasons:  # an expert that is multiplied is enough
+        return str(reasons[0])
+    if "lean" not in situation.abilities or situation.requested.forward == "diffusers":
+        return "diffusers' own forward multiplies in 16 bit"
+    if choices.dtypes["transformer"] == "fp32":
+        return "their results are in 16 bit, and this job computes in fp32"
+    why = _why_no_triton()
+    return replace(choices, eight_bit=True) if why is None else f"{why}, which rounds to 8 bit"
+
+
+def _why_not_by_expert(situation: Situation) -> dict[str, str | None]:
+    """Return, by transformer, why how it is stored is not multiplied here; None: it is."""
+    parts = situation.architecture.components
+    names = experts_of(situation.architecture)
+    stored = {name: parts[name].stored_as if name in parts else "" for name in names}
+    return {name: _why_not_stored(situation, kind) for name, kind in stored.items()}
+
+
+def _why_not_stored(situation: Situation, stored: str) -> str | None:
     kind = stored.split(" ")[0]
     if situation.requested.fp8_storage == "always" and kind in _PLAIN:
         kind = "fp8"
@@ -144,20 +162,18 @@ def _eight_bit(situation: Situation, choices: Choices) -> Choices | str:
     capability = situation.system.compute_capability
     if situation.system.device_kind != "cuda" or (capability or (0, 0)) < MATRIX_UNITS[kind]:
         return f"this device does not multiply {kind}"
-    if "lean" not in situation.abilities or situation.requested.forward == "diffusers":
-        return "diffusers' own forward multiplies in 16 bit"
-    if choices.dtypes["transformer"] == "fp32":
-        return "their results are in 16 bit, and this job computes in fp32"
-    why = _why_no_triton()
-    return replace(choices, eight_bit=True) if why is None else f"{why}, which rounds to 8 bit"
+    return None
 
 
 def _eight_bit_says(situation: Situation, before: Choices, after: Choices) -> str:
     slow, quick = _steps(situation, before, after)
+    left = [name for name, why in _why_not_by_expert(situation).items() if why is not None]
+    other = {"transformer": "low", "transformer_2": "high"}
+    where = f" of the {other[left[0]]}-noise expert alone" if left else ""
     return (
-        f"products in 8 bit in attention and feed-forward: {slow:.1f} -> {quick:.1f} s a step, "
-        "computed from operations, where the card proves faster; changes the result, by about "
-        "1.6 % of a forward with random weights"
+        f"products in 8 bit in attention and feed-forward{where}: {slow:.1f} -> {quick:.1f} s a "
+        "step, computed from operations, where the card proves faster; changes the result, by "
+        "about 1.6 % of a forward with random weights"
     )
 
 
