@@ -1,4 +1,4 @@
-"""Which module class a component is built from, and with which configuration.
+"""Which module class a component is built from, with which configuration, and the module itself.
 
 A diffusers or transformers folder says both in its config.json. A single file says neither: both
 are then derived from the shapes of its tensors (``models.shapes``). Nothing is ever fetched.
@@ -12,10 +12,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
+import torch
 from torch import nn
 
 from ..detect import IdentifiedFile
-from ..errors import CorruptFile, UnsupportedModel
+from ..errors import (
+    CorruptFile,
+    MissingDependency,
+    ModelMismatch,
+    UnsupportedModel,
+    first_line,
+)
 from ..files import quoted
 from ..formats import logical_shape, read_json
 from ..models import (
@@ -287,3 +294,43 @@ def _image(shapes: Shapes) -> tuple[str, dict[str, Any]]:
         "layer_norm_eps": 1e-5,
         "projection_dim": 1024,
     }
+
+
+_FIRST_WITH = {"WanAnimateTransformer3DModel": "0.38"}
+"""Versions of diffusers that have a class which the oldest that is supported has not."""
+
+
+def build(plan: Blueprint) -> nn.Module:
+    """Return the module of a blueprint with every parameter on the meta device (no memory).
+
+    Raises ModelMismatch when its class does not accept the configuration, MissingDependency when
+    the class cannot be imported.
+    """
+    try:
+        if plan.kind in ("transformer", "vae"):
+            import diffusers
+
+            made: Any = getattr(diffusers, plan.class_name)
+        else:
+            import transformers
+
+            made = getattr(transformers, plan.class_name)
+    except (ImportError, AttributeError, RuntimeError) as err:  # the last: libraries' lazy imports
+        raise MissingDependency(
+            f"{plan.class_name} cannot be imported: {first_line(err)}. Install "
+            f"diffusers >= {_FIRST_WITH.get(plan.class_name, '0.35')} and transformers >= 4.50."
+        ) from err
+    try:
+        # Not accelerate's init_empty_weights: it patches nn.Module for all threads of the process.
+        with torch.device("meta"):
+            if plan.kind in ("transformer", "vae"):
+                module = made.from_config(dict(plan.config))
+            else:
+                module = made(made.config_class.from_dict(dict(plan.config)))
+    except Exception as err:  # each library has errors of its own for a bad configuration
+        raise ModelMismatch(
+            f"{plan.class_name} cannot be built from {plan.origin}: {err}. Restore the model's "
+            "own config.json."
+        ) from err
+    assert isinstance(module, nn.Module)
+    return module

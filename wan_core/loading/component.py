@@ -21,15 +21,20 @@ from torch import nn
 from ..detect import IdentifiedFile, identify, join_vace
 from ..errors import (
     CorruptFile,
-    MissingDependency,
     ModelMismatch,
     UnsupportedModel,
-    first_line,
 )
 from ..files import quoted, some_of
 from ..formats import Storage, TensorInfo, TensorTable, logical_shape, read_table
 from ..models import Mapped, Source, cast_at_use, map_names, stays_stored
-from .blueprint import Blueprint, add_fun_layers, found_blueprint, stated_blueprint, with_vace
+from .blueprint import (
+    Blueprint,
+    add_fun_layers,
+    build,
+    found_blueprint,
+    stated_blueprint,
+    with_vace,
+)
 from .dequantize import Scales
 from .dtypes import keep_in_fp32, stays_fp32
 from .mapped import Watch, stored_at
@@ -138,10 +143,6 @@ def _checked(source: Path, kind: str | None, module_path: str | os.PathLike[str]
     return check
 
 
-_FIRST_WITH = {"WanAnimateTransformer3DModel": "0.38"}
-"""Versions of diffusers that have a class which the oldest that is supported has not."""
-
-
 def _keep_attention(module: nn.Module) -> None:
     """Have a transformer's attention computed by torch, whatever is set for others.
 
@@ -182,42 +183,6 @@ def _identified(
     if part.weights.why_not:
         raise UnsupportedModel(f"{quoted(path)}: {part.weights.why_not}.")
     return part, stated
-
-
-def build(plan: Blueprint) -> nn.Module:
-    """Return the module of a blueprint with every parameter on the meta device (no memory).
-
-    Raises ModelMismatch when its class does not accept the configuration, MissingDependency when
-    the class cannot be imported.
-    """
-    try:
-        if plan.kind in ("transformer", "vae"):
-            import diffusers
-
-            made: Any = getattr(diffusers, plan.class_name)
-        else:
-            import transformers
-
-            made = getattr(transformers, plan.class_name)
-    except (ImportError, AttributeError, RuntimeError) as err:  # the last: libraries' lazy imports
-        raise MissingDependency(
-            f"{plan.class_name} cannot be imported: {first_line(err)}. Install "
-            f"diffusers >= {_FIRST_WITH.get(plan.class_name, '0.35')} and transformers >= 4.50."
-        ) from err
-    try:
-        # Not accelerate's init_empty_weights: it patches nn.Module for all threads of the process.
-        with torch.device("meta"):
-            if plan.kind in ("transformer", "vae"):
-                module = made.from_config(dict(plan.config))
-            else:
-                module = made(made.config_class.from_dict(dict(plan.config)))
-    except Exception as err:  # each library has errors of its own for a bad configuration
-        raise ModelMismatch(
-            f"{plan.class_name} cannot be built from {plan.origin}: {err}. Restore the model's "
-            "own config.json."
-        ) from err
-    assert isinstance(module, nn.Module)
-    return module
 
 
 @dataclass
