@@ -166,6 +166,25 @@ def test_a_job_that_takes_the_process_along_lets_the_others_go_first_from_then_o
     )
 
 
+def test_a_line_with_a_batch_size_has_all_its_clips(
+    models: Path, tmp_path: Path, counted: Counted
+) -> None:
+    """One that another line makes too would be written over in turn, and made anew by each run."""
+    jobs = [job(models, "a.mp4", batch_size=2), job(models, "A_2.mp4"), job(models, "b_2.mp4"),
+            job(models, "b.mp4", batch_size=2)]  # fmt: skip
+    path = lines(tmp_path / "jobs.jsonl", *jobs)
+    told: list[str] = []
+    assert batch(path, told).run().counts() == {"waiting": 0, "done": 2, "failed": 0, "bad": 2}
+    assert "line 2: output is 'A_2.mp4', as in line 1 but for its letters ('a_2.mp4')" in told[0]
+    assert told[1] == "line 4: with batch_size another output is 'b_2.mp4', as in line 3."
+    page = (tmp_path / "clips" / "jobs.html").read_text()
+    assert [f'src="{name}.mp4"' in page for name in ("a", "a_2", "b_2", "b")] == [1, 1, 1, 0]
+    batch(path).run()
+    (tmp_path / "clips" / "a_2.mp4").unlink()
+    batch(path).run()
+    assert counted.made == ["a.mp4", "b_2.mp4", "a.mp4"]
+
+
 def test_another_picture_under_the_same_name_is_another_job(models: Path, tmp_path: Path) -> None:
     def identity() -> str:
         path = lines(tmp_path / "jobs.jsonl", job(models, "a.mp4", image="p.png"))

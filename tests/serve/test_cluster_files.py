@@ -36,7 +36,7 @@ _FIELDS: dict[str, dict[str, Any]] = {
     "VOLUME": {"name": str, "persistentVolumeClaim": {"claimName": str}},
     "RESOURCES": {"limits": {"nvidia.com/gpu": int, "cpu": int, "memory": str}},
     "TASK": {"name": str, "num_nodes": int, "resources": {"accelerators": str}, "volumes": dict,
-             "setup": str, "run": str},
+             "workdir": str, "setup": str, "run": str},
 }  # fmt: skip
 
 
@@ -134,7 +134,7 @@ def test_the_file_for_skypilot_has_its_fields(files: Any) -> None:
     assert odd(task, "TASK") == []
     assert re.fullmatch(r"[A-Z]\w+:\d+", task["resources"]["accelerators"])
     assert all(re.fullmatch(r"/\w+", path) for path in task["volumes"])
-    wanted = re.fullmatch(r"pip install 'wanfit\[([\w,]+)\]'", task["setup"])
+    wanted = re.fullmatch(r"pip install '\.\[([\w,]+)\]'", task["setup"])
     assert wanted is not None and set(wanted[1].split(",")) <= extras().keys()
     assert "~/sky_templates/ray/start_cluster" in task["run"].splitlines()[0]
     for words in commands(task["run"]):

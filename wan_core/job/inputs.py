@@ -133,9 +133,12 @@ def face_size(architecture: ModelArchitecture) -> tuple[int, int]:
 def output_paths(request: Request) -> list[Path]:
     """Return one path per clip of the batch: name.mp4, name_2.mp4, ..."""
     first = request.output_path
-    if first is None:
-        return []
-    more = range(2, request.batch_size + 1)
+    return [] if first is None else clip_paths(first, request.batch_size)
+
+
+def clip_paths(first: Path, count: int) -> list[Path]:
+    """Return where the ``count`` clips of a batch lie whose first one is ``first``."""
+    more = range(2, count + 1)
     return [first, *(first.with_name(f"{first.stem}_{n}{first.suffix}") for n in more)]
 
 

@@ -46,6 +46,8 @@ MAX_LATENT_FRAMES = 1024
 """Most latent frames that the rotary positions cover; longer clips need windows."""
 MOST_FRAMES = 4 * 1024 * 64
 """Most video frames of a clip in windows."""
+MOST_CLIPS = 64
+"""Most clips of one render, its ``batch_size``."""
 MODES = ("windows", "continuation")
 
 
@@ -149,7 +151,7 @@ def resolve(
         num_frames=num_frames,
         width=width,
         height=height,
-        batch_size=whole(config.batch_size, "batch_size", 1, 64),
+        batch_size=whole(config.batch_size, "batch_size", 1, MOST_CLIPS),
         control=control,
         **sampling_fields(config, architecture, width, height),
         **_windowing(config, num_frames, window, architecture, frames, warnings),

@@ -127,13 +127,15 @@ class Batch:
                 entry.identity = job.identity()
                 entry.deaths = self.ledger.deaths(entry.identity)
                 done = self.ledger.finished(entry.identity, job.output)
+                if done is not None and not all(one.is_file() for one in job.outputs):
+                    done = None
                 if done is None:
                     self._check(job)
             except (WanError, OSError) as err:
                 self._set_aside(entry, str(err) or type(err).__name__)
                 continue
             if done is not None:
-                done.line = job.number
+                done.line, done.clips = job.number, entry.clips
                 self.ledger.put(done)
                 self._tell(f"line {job.number}: {job.output.name} is there already")
                 continue
@@ -234,5 +236,6 @@ class Batch:
 def _entry_of(job: BatchJob) -> Entry:
     text = job.values.get("prompt") or job.values.get("prompts") or ""
     return Entry(
-        line=job.number, output=str(job.output), prompt=str(text), seed=job.values.get("seed", 0)
-    )
+        line=job.number, output=str(job.output), clips=len(job.outputs), prompt=str(text),
+        seed=job.values.get("seed", 0),
+    )  # fmt: skip

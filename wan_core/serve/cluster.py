@@ -343,7 +343,8 @@ def _connect(address: str) -> tuple[Any, bool]:
             import ray
         except ImportError as err:
             raise MissingDependency(
-                f"A cluster needs Ray ({err}): pip install 'wanfit[cluster]', on every machine."
+                f"A cluster needs Ray ({err}): pip install ray, the same on every machine "
+                "(WanFit's extra [cluster])."
             ) from err
         if ray.is_initialized():
             return ray, False

@@ -152,7 +152,8 @@ def make_app(desk: Desk, token: str | None, host: str = "127.0.0.1") -> Any:
         from fastapi import FastAPI
     except ImportError as err:
         raise MissingDependency(
-            f"The server needs FastAPI and uvicorn ({err}): pip install 'wanfit[serve]'."
+            f"The server needs FastAPI and uvicorn ({err}): pip install fastapi uvicorn "
+            "python-multipart (WanFit's extra [serve])."
         ) from err
     # No pages of documentation: they would load scripts from other sites.
     app = FastAPI(title="WanFit", docs_url=None, redoc_url=None, openapi_url=None)

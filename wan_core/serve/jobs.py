@@ -24,7 +24,7 @@ from ..config import GenerationConfig, WanControl, plain_number
 from ..detect import parse_lora
 from ..errors import InvalidRequest, MissingFile, WanError
 from ..files import contained_path, file_identity
-from ..job import MOST_FRAMES
+from ..job import MOST_CLIPS, MOST_FRAMES, clip_paths
 from ..plan import OptimizationConfig
 
 MOST_LINE, MOST_LINES = 2**20, 1_000_000
@@ -78,6 +78,13 @@ class BatchJob:
     def group(self) -> str:
         """Name what jobs must have in common to run with one model."""
         return _canonical([str(self.model), self.loras, self.use_recipe, dict(self.optimization)])
+
+    @property
+    def outputs(self) -> list[Path]:
+        """Return where its clips lie, several with a ``batch_size``; a wrong one counts as 1."""
+        asked = plain_number(self.values.get("batch_size", 1))
+        count = int(asked) if asked is not None and 1 <= asked <= MOST_CLIPS else 1
+        return clip_paths(self.output, count)
 
     def identity(self) -> str:
         """Name everything that the clip depends on: the job, and its files as they are now.
@@ -145,21 +152,33 @@ def read_jobs(
                 if not whole:
                     raise InvalidRequest(f"the line has more than {MOST_LINE} bytes.")
                 job = _job(number, line, path.resolve().parent, folder, model, optimization or {})
-                first, name = taken.setdefault(_alike(job.output), (number, job.output.name))
-                if first != number:
-                    differs = (
-                        ""
-                        if name == job.output.name
-                        else (f" but for its letters ({name!r}), which not all disks tell apart")
-                    )
-                    raise InvalidRequest(
-                        f"output is {job.output.name!r}, as in line {first}{differs}.",
-                        field="output",
-                    )
+                _check_taken(job, taken)
             except WanError as err:
                 yield BadLine(number, str(err))
             else:
                 yield job
+
+
+def _check_taken(job: BatchJob, taken: dict[str, tuple[int, str]]) -> None:
+    """Take the job's outputs; raise InvalidRequest where an earlier line makes one of them.
+
+    ``taken`` has line and name by what is alike.
+    """
+    own = {_alike(output): output for output in job.outputs}
+    for alike, output in own.items():
+        if alike not in taken:
+            continue
+        first, name = taken[alike]
+        what = "output is" if output == job.output else "with batch_size another output is"
+        differs = (
+            ""
+            if name == output.name
+            else f" but for its letters ({name!r}), which not all disks tell apart"
+        )
+        raise InvalidRequest(
+            f"{what} {output.name!r}, as in line {first}{differs}.", field="output"
+        )
+    taken.update({alike: (job.number, output.name) for alike, output in own.items()})
 
 
 def _alike(output: Path) -> str:

@@ -23,6 +23,7 @@ from urllib.parse import quote
 
 from ..errors import InvalidRequest, OutputError
 from ..files import atomic_write
+from ..job import clip_paths
 
 _STYLE = """
 body { font: 15px/1.4 system-ui, sans-serif; margin: 2em; background: #16181d; color: #e8e8e8 }
@@ -45,6 +46,8 @@ class Entry:
     state: str = "waiting"
     identity: str = ""
     output: str = ""
+    clips: int = 1
+    """How many files it has with a ``batch_size``; ``output`` is the first."""
     size: int = 0
     """Bytes of the finished file."""
     tries: int = 0
@@ -195,9 +198,13 @@ def as_page(title: str, entries: Iterable[Entry], folder: Path) -> bytes:
 
 
 def _figure(row: Entry, folder: Path) -> str:
-    link = quote(os.fsencode(Path(os.path.relpath(row.output, folder)).as_posix()))
+    places = (os.path.relpath(one, folder) for one in clip_paths(Path(row.output), row.clips))
+    links = (quote(os.fsencode(Path(place).as_posix())) for place in places)
+    videos = "".join(
+        f'<video src="{escape(link)}" controls loop muted preload=metadata></video>'
+        for link in links
+    )
     return (
-        f'<figure><video src="{escape(link)}" controls loop muted preload=metadata></video>'
-        f"<figcaption>{escape(row.prompt)}<br><small>line {row.line}, seed {escape(str(row.seed))},"
-        f" {row.seconds:.0f} s, {escape(Path(row.output).name)}</small></figcaption></figure>"
+        f"<figure>{videos}<figcaption>{escape(row.prompt)}<br><small>line {row.line},"
+        f" seed {escape(str(row.seed))}, {row.seconds:.0f} s, {escape(Path(row.output).name)}</small></figcaption></figure>"
     )

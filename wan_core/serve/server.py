@@ -68,7 +68,8 @@ def serve(options: ServerOptions, tell: Callable[[str], object] = print) -> None
         import uvicorn
     except ImportError as err:
         raise MissingDependency(
-            f"The server needs FastAPI and uvicorn ({err}): pip install 'wanfit[serve]'."
+            f"The server needs FastAPI and uvicorn ({err}): pip install fastapi uvicorn "
+            "python-multipart (WanFit's extra [serve])."
         ) from err
     check_token(options.host, options.token)
     _check_bounds(options)

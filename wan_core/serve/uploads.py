@@ -158,7 +158,8 @@ class _Parts:
             from python_multipart.multipart import MultipartParser, parse_options_header
         except ImportError as err:
             raise MissingDependency(
-                f"python-multipart: {err}. pip install 'wanfit[serve]'"
+                f"Uploads need python-multipart ({err}): pip install python-multipart (WanFit's "
+                "extra [serve])."
             ) from err
         self.form = Form()
         self._folder, self._most, self._options = folder, most, parse_options_header
