@@ -71,9 +71,9 @@ def test_workers_killed_at_random_moments_cost_a_unit_each_at_most(
     dice, given = random.Random(seed), list[int]()
     begins = gang.Gang.begins
 
-    def counted(self: gang.Gang, number: int, *rest: Any) -> None:
+    def counted(self: gang.Gang, number: int, *rest: Any, **more: Any) -> None:
         given.append(number)
-        begins(self, number, *rest)
+        begins(self, number, *rest, **more)
 
     monkeypatch.setattr(gang.Gang, "begins", counted)
     pool = worker_pool(("cpu", "cpu"))

@@ -206,5 +206,6 @@ def _figure(row: Entry, folder: Path) -> str:
     )
     return (
         f"<figure>{videos}<figcaption>{escape(row.prompt)}<br><small>line {row.line},"
-        f" seed {escape(str(row.seed))}, {row.seconds:.0f} s, {escape(Path(row.output).name)}</small></figcaption></figure>"
+        f" seed {escape(str(row.seed))}, {row.seconds:.0f} s,"
+        f" {escape(Path(row.output).name)}</small></figcaption></figure>"
     )
