@@ -161,7 +161,9 @@ def run_case(bench: FileBench, case: Run, told_ram: bool = False) -> dict[str, A
         width=width, height=height, num_frames=frames, num_inference_steps=2, switch_step=1,
         end_step=2 if case.low else 1, progress_callback=ends.ended,
     )  # fmt: skip
-    _, plan = wrapper.plan(config)
+    forecast = wrapper.foresee(config)  # of this moment: what is held and was done is in it
+    plan, system = forecast.plan, forecast.system
+    assert plan is not None, forecast.estimate
     bench.say(f"{case.name}: {', '.join(plan.applied)}")
     dropped = [files.transformer, files.transformer_2, files.text_encoder, files.vae]
     row["file"] = forget_pages(*map(Path, dropped)) if case.cold else "warm: read before"
@@ -173,13 +175,14 @@ def run_case(bench: FileBench, case: Run, told_ram: bool = False) -> dict[str, A
         with suppress(Enough):
             result = wrapper.generate(config)
         total = bench.sync() - before.at
-    row |= told_of(bench, plan, held)
+    row |= told_of(bench, plan, held, before.at)
     seconds_told(row, plan, total, cold=row["file"].startswith("cold"))
     row |= {
         "applied": list(plan.applied), "tier": plan.tier, "seconds": total,
         "predicted_step_seconds": plan.step_seconds,
         "steps": ends.seconds, "latents": ends.digests, "context_mib": bench.context_mib(),
-        "held_before": before.counted,
+        "held_before": before.counted, "held_by_plan": system.held_bytes,
+        "done_here": list(system.done_here),
         "warnings": result.warnings if result else [], "errors": result.errors if result else [],
         "success": result.success if result else True,
     }  # fmt: skip
@@ -221,8 +224,12 @@ class Steps:
             raise Enough
 
 
-def told_of(bench: FileBench, plan: Any, held: dict[str, int]) -> dict[str, Any]:
-    """Return the stages, predicted beside measured, on the device and in RAM."""
+def told_of(bench: FileBench, plan: Any, held: dict[str, int], since: float) -> dict[str, Any]:
+    """Return the stages, predicted beside measured, on the device and in RAM.
+
+    What comes before the first one, from ``since`` on, counts to it: imports, and the making of a
+    tokenizer, belong to no stage.
+    """
     predicted = {stage.name: stage for stage in plan.estimate.stages}
     measured = {} if bench.watch.timeline is None else {
         stage.name: stage for stage in bench.watch.timeline.stages
@@ -230,8 +237,8 @@ def told_of(bench: FileBench, plan: Any, held: dict[str, int]) -> dict[str, Any]
     stages: list[dict[str, Any]] = []
     loading = None  # belongs to the stage that it is for: "load vae" to "decode"
     for name, begun, ended in sorted(bench.watch.spans, key=lambda span: span[1]):
-        top = bench.watch.peak(begun, ended)
-        seconds = ended - begun
+        top, seconds = bench.watch.peak(since or begun, ended), ended - begun
+        since = 0.0
         if name.startswith("load "):
             loading = max(loading, top, key=lambda s: s.counted) if loading else top
             stages.append({"name": name, "seconds": seconds, "host": top.counted})
