@@ -295,6 +295,10 @@ def test_fits_is_about_what_is_available() -> None:
         assert ("DOES NOT FIT" in format_estimate(told)) is not fits
         assert ("gaps" in format_estimate(told)) is (peak <= there < room)
     assert "decode" in format_estimate(told)
+    # What was measured on one card only is said to be, wherever a card computes.
+    assert "known from an H200 with torch 2.11 alone" in format_estimate(told)
+    on_cpu = estimate(found, job, Choices(dtypes=dtypes), cpu(64))
+    assert "H200" not in format_estimate(on_cpu)
 
 
 def test_an_estimate_takes_less_than_5_ms() -> None:

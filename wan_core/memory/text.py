@@ -8,6 +8,7 @@ from ..config import GIB, MemoryEstimate
 from ..models import ModelArchitecture, assumed_parts
 from .cards import GENERAL_NAME, release_of
 from .choices import Choices
+from .process import LIBRARIES_OF
 
 if TYPE_CHECKING:
     from .machine import SystemResources
@@ -24,6 +25,11 @@ def format_estimate(estimate: MemoryEstimate) -> str:
         on_device = (stage.device_bytes, stage.weights_bytes, stage.activation_bytes)
         cells = [f"{value / GIB:8.2f} GiB" for value in (*on_device, stage.host_bytes)]
         lines.append(f"{stage.name:<17}" + " ".join(cells) + (f"  {stage.note}" * bool(stage.note)))
+    if not estimate.device.startswith("cpu"):
+        lines.append(
+            "in RAM are interpreter and libraries too; what these take beyond what the process "
+            f"holds now is known from {LIBRARIES_OF} alone"
+        )
     mapped = max((stage.mapped_bytes for stage in estimate.stages), default=0)
     if mapped:
         lines.append(
