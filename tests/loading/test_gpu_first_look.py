@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
 from support import reference_layouts as layouts
+from support import stored_files as files
 from support.stored_models import write_expert
 from support.tiny_models import make_transformer
 from support.wild_bytes import rounded_plainly, weights_of_every_bf16, wild_bytes
@@ -41,7 +41,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     state = layouts.original_transformer(state)
     for kind, end in KINDS.items():
         write_expert(folder / f"{kind}.{end}", state, kind)
-    save_file(state, folder / "bf16.safetensors")
+    files.write(folder / "bf16.safetensors", state)
     return folder
 
 

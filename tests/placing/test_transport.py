@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import pytest
@@ -341,6 +342,19 @@ def test_a_tensor_is_looked_at_when_all_of_it_has_arrived(
         ring.carry(pieces, lambda: None)
         assert all(torch.equal(there.memory, source) for source, there in tensors)
     assert locked == []
+
+
+@pytest.mark.parametrize(("processors", "threads"), [(1, 4), (8, 4), (10, 5), (24, 12), (256, 12)])
+def test_half_of_the_processors_fill_the_ring(
+    monkeypatch: pytest.MonkeyPatch, processors: int, threads: int
+) -> None:
+    """Of those that the process may use, where the system says which."""
+    monkeypatch.setattr(os, "cpu_count", lambda: processors)
+    monkeypatch.delattr(os, "sched_getaffinity", raising=False)
+    assert moving._threads() == threads
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(processors)), raising=False)
+    assert moving._threads() == threads
 
 
 @pytest.mark.usefixtures("cuda", "locked")
