@@ -542,7 +542,19 @@ def of_many_forms(state: State, _: dict[str, str]) -> None:
         state[name] = state[name].float()
 
 
+def nothing_said(state: State, _: dict[str, str]) -> None:
+    """Options that are null where the note's other place, or nothing, says them."""
+    null = dict.fromkeys(("convrot", "convrot_groupsize", "full_precision_matrix_mult"))
+    for index, name in enumerate([n for n in state if n.endswith(".comfy_quant")]):
+        whole = json.loads(state[name].numpy().tobytes())
+        below = {"format": whole["format"], "params": null | whole, **null}
+        note_of = below if index % 2 else null | whole | {"params": null}
+        say(name.removesuffix(".comfy_quant"), note_of)(state, {})
+
+
 ODD: dict[str, tuple[str, str, Change]] = {
+    "options that are null": ("int8_convrot", "notes", nothing_said),
+    "options that are null, not rotated": ("int8_rows", "notes", nothing_said),
     "both spellings of a scale": ("fp8_scaled", "notes", both_spellings),
     "scales of many forms, norms in fp32": ("fp8_scaled", "old", of_many_forms),
     "fp8 typed U8": ("fp8_scaled", "notes", one_byte(torch.uint8)),

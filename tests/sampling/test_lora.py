@@ -1042,5 +1042,5 @@ def test_guided_steps_need_a_distilled_lora_and_a_step_with_it(
             resolve(GenerationConfig(**size, guided_steps=steps), architecture_)
         assert caught.value.field == "guided_steps"
     off = with_loras(plain, [(fast, "both", 0.0)])
-    with pytest.raises(InvalidRequest, match="no distilled LoRA is in use"):
+    with pytest.raises(InvalidRequest, match="known to be distilled .*Name its file"):
         resolve(GenerationConfig(**size, guided_steps=1), off)

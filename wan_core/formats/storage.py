@@ -201,10 +201,15 @@ class _Reader:
         return notes
 
     def _checked(self, layer: str, note: object) -> dict[str, Any]:
-        """Return a note's options, whether they stand at its top or below "params"."""
+        """Return a note's options, whether they stand at its top or below "params".
+
+        One that is null is left open, as one that is not there.
+        """
         if isinstance(note, dict) and isinstance(note.get("format"), str):
             below = note.get("params")
-            return {**(below if isinstance(below, dict) else {}), **note}
+            places = (below if isinstance(below, dict) else {}, note)
+            stated = (item for place in places for item in place.items())
+            return {name: value for name, value in stated if value is not None}
         raise CorruptFile(
             f"The note on how {layer!r} of {self._where} is stored is damaged: a JSON object with "
             'a text "format" is expected. Download the file again.'

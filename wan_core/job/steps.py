@@ -331,8 +331,9 @@ def _guided(
         return {"guided_steps": 0, "guided_scale": None}
     if not any(found.recipe is not None and found.lora.strength for found in architecture.loras):
         raise InvalidRequest(
-            f"guided_steps is {count}, but no distilled LoRA is in use that could be left out of "
-            "them. Leave guided_steps at 0, and set guidance_scale.",
+            f"guided_steps is {count}, but no LoRA is in use that is known to be distilled and "
+            "could be left out of them: its name or metadata must say so (lightx2v, 4steps, rcm). "
+            "Name its file so, or leave guided_steps at 0 and set guidance_scale.",
             field="guided_steps",
         )
     if count >= steps:
