@@ -262,7 +262,9 @@ def test_a_card_rounds_to_fp8_what_it_has_memory_for(
 
     on_host: list[Tensor] = []
     monkeypatch.setattr(quantized, "rounded_to_fp8", spy)
-    monkeypatch.setattr(component, "rounded_to_fp8", lambda w: on_host.append(w) or rounded(w))
+    monkeypatch.setattr(
+        component, "rounded_to_fp8", lambda w, check: on_host.append(w) or rounded(w)
+    )
     read.clear()
     told: list[int] = []
     module = in_fp8(path, torch.device("cuda:0"), progress=lambda done, total: told.append(done))

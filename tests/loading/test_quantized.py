@@ -96,3 +96,21 @@ def test_every_bf16_number_is_rounded_to_fp8_as_one_expression_has_it(
             expected, whole = rounded_plainly(weight, stored)
             assert scale == whole and values.shape == weight.shape
             assert torch.equal(values.view(torch.uint8), expected.view(torch.uint8))
+
+
+def test_an_interrupt_is_looked_for_amid_a_weight_that_is_rounded(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(quantized, "_AT_ONCE", 100)
+    looks = 0
+
+    def check() -> None:
+        nonlocal looks
+        looks += 1
+        if looks == 7:
+            raise InterruptedError
+
+    quantized.rounded_to_fp8(torch.rand(20, 29), check=check)  # 580 numbers
+    assert looks == 6
+    with pytest.raises(InterruptedError):
+        quantized.rounded_to_fp8(torch.rand(20, 29), check=check)

@@ -308,11 +308,11 @@ class _Filling:
             if there is not None and stored_at(weight) is not None:
                 there.add(name, weight)
             else:
-                self._store_fp8(name, *rounded_to_fp8(weight))
+                self._store_fp8(name, *rounded_to_fp8(weight, check=self.watch.check))
         self.reader.finish()
         for name, weight in ({} if there is None else there.run()).items():
             self.reader.look(weight)
-            self._store_fp8(name, *rounded_to_fp8(weight))
+            self._store_fp8(name, *rounded_to_fp8(weight, check=self.watch.check))
         if not self.reader.leave(self.module, self.amount):
             self.amount.end()
 

@@ -209,12 +209,14 @@ def layer_of_fp8(layer: nn.Linear, values: Tensor, scale: float) -> StoredLinear
 
 
 def rounded_to_fp8(
-    weight: Tensor, stored: torch.dtype = torch.float8_e4m3fn
-) -> tuple[Tensor, float]:
+    weight: Tensor, stored: torch.dtype = torch.float8_e4m3fn,
+    check: Callable[[], object] = lambda: None,
+) -> tuple[Tensor, float]:  # fmt: skip
     """Return a finite weight in fp8, on its device, and the scale to multiply it with.
 
     It is divided by that scale, its largest magnitude over the largest value of the format, and
     rounded to the nearest, ties to even: what is halfway between two is stored the same everywhere.
+    ``check`` is called for every part of it, and may raise.
     """
     largest = torch.finfo(stored).max
     least, most = torch.aminmax(weight)
@@ -226,6 +228,7 @@ def rounded_to_fp8(
     parts, targets = (torch.split(t.reshape(-1), at_once) for t in (weight, values))
     wide = torch.empty(len(parts[0]), dtype=torch.float32, device=weight.device)
     for target, part in zip(targets, parts, strict=True):
+        check()
         # No quotient is so far beyond the largest that it would not be rounded to it.
         target.copy_(wide[: len(part)].copy_(part).div_(divisor))
     return values, float(scale)
