@@ -20,7 +20,7 @@ MIB = 2**20
 @pytest.mark.parametrize(
     ("codec", "pix_fmt", "size", "cores", "frames"),
     [
-        ("h264", "yuv420p", (832, 480), 8, 49),
+        ("h264", "yuv420p", (480, 272), 8, 41),
         *(
             pytest.param(*case, marks=pytest.mark.slow)
             for case in [
