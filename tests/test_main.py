@@ -23,6 +23,7 @@ import torch
 from support.clips import patches, write
 from support.tiny_models import make_folder
 
+from wan_core import VideoGenerationResult
 from wan_core.__main__ import _parser, main
 from wan_core.errors import CorruptFile
 
@@ -495,6 +496,21 @@ def test_a_command_that_is_asked_to_end_ends_as_with_ctrl_c(
         assert main(["batch", "jobs.jsonl"]) == 0 and kept[1:] == ["all", "the state"]
     finally:
         signal.signal(number, before)
+
+
+def test_the_demo_writes_over_no_picture_that_has_the_name_of_its_video(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from wan_core import __main__ as module
+
+    def made(*_: object) -> VideoGenerationResult:
+        path = tmp_path / "x.mp4"
+        return VideoGenerationResult(success=True, frames=torch.zeros(1, 2, 2, 3), output_path=path)
+
+    monkeypatch.setattr(module, "_generated", made)
+    (tmp_path / "x.png").write_text("mine")
+    assert main(["demo", "--output", str(tmp_path / "x.mp4"), "--json"]) == 0
+    assert (tmp_path / "x.png").read_text() == "mine" and (tmp_path / "x.frames.png").is_file()
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")

@@ -488,7 +488,7 @@ def _demo(arguments: argparse.Namespace) -> tuple[str, dict[str, Any]]:
         output_path=arguments.output,
     )
     result = _generated(wrapper, job, arguments)
-    sheet = result.output_path.with_suffix(".png")
+    sheet = result.output_path.with_suffix(".frames.png")  # a .png of that name is somebody's own
     with atomic_path(sheet) as temporary:
         contact_sheet(result.frames).save(temporary, format="PNG")
     report = f"{wrapper.report(result)}\nframes side by side: {sheet}"

@@ -166,6 +166,16 @@ def test_a_job_that_takes_the_process_along_lets_the_others_go_first_from_then_o
     )
 
 
+def test_other_cards_make_nothing_anew(models: Path, tmp_path: Path, counted: Counted) -> None:
+    path = lines(tmp_path / "jobs.jsonl", job(models, "a.mp4"))
+    batch(path).run()
+    for more, made in (({"devices": "all"}, 1), ({"speed": "fast"}, 2)):
+        Batch(path, tmp_path / "clips", optimization=CPU | more).run()
+        assert len(counted.made) == made
+    Batch(path, tmp_path / "clips", optimization={"precision": "fp32", "speed": "fast"}).run()
+    assert len(counted.made) == 2
+
+
 def test_a_line_with_a_batch_size_has_all_its_clips(
     models: Path, tmp_path: Path, counted: Counted
 ) -> None:

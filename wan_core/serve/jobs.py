@@ -41,6 +41,8 @@ _AS_OPTIONS = {
     "mode": "window_mode", "anchor": "window_anchor", "lora": "loras",
 }  # fmt: skip
 """What the options of ``generate`` are called in a line."""
+_WHERE = ("device", "devices")
+"""Fields of ``OptimizationConfig`` that say where a clip is made."""
 _OF_A_PLAN = frozenset(one.name for one in fields(OptimizationConfig))
 CONFIG_FIELDS = tuple(
     one.name for one in fields(GenerationConfig) if one.name not in _NOT_IN_A_LINE
@@ -77,7 +79,10 @@ class BatchJob:
     @property
     def group(self) -> str:
         """Name what jobs must have in common to run with one model."""
-        return _canonical([str(self.model), self.loras, self.use_recipe, dict(self.optimization)])
+        return self._group(dict(self.optimization))
+
+    def _group(self, optimization: Mapping[str, Any]) -> str:
+        return _canonical([str(self.model), self.loras, self.use_recipe, optimization])
 
     @property
     def outputs(self) -> list[Path]:
@@ -89,14 +94,16 @@ class BatchJob:
     def identity(self) -> str:
         """Name everything that the clip depends on: the job, and its files as they are now.
 
-        Raises MissingFile where one does not exist.
+        Not on which cards: a batch that goes on with more of them makes nothing anew. Raises
+        MissingFile where a file does not exist.
         """
         named = [self.model, *(Path(parse_lora(text).path) for text in self.loras)]
         named += [Path(self.values[n]) for n in ("image", "last_image") if self.values.get(n)]
         for value in (self.control.get(name) for name in _CONTROL_FILES):
             named += [Path(one) for one in ([value] if isinstance(value, str) else value or [])]
         files = [_state_of(path) for path in named]
-        job = [self.group, dict(self.values), dict(self.control), str(self.output), files]
+        wishes = {n: v for n, v in self.optimization.items() if n not in _WHERE}
+        job = [self._group(wishes), dict(self.values), dict(self.control), str(self.output), files]
         return hashlib.sha256(_canonical(job).encode()).hexdigest()[:32]
 
     def to_dict(self) -> dict[str, Any]:
