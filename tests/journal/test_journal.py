@@ -9,6 +9,7 @@ import random
 import resource
 import shutil
 import signal
+import sys
 import threading
 import time
 from pathlib import Path
@@ -107,6 +108,16 @@ def test_the_loop_continues_from_the_last_unit(tmp_path: Path) -> None:
             assert same(state.tensors, state_of(units))
             assert state.scalars == {"note": f"after {units}"}
             assert journal.warnings == []
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names of folders are bytes there")
+def test_a_folder_whose_name_is_no_utf_8_keeps_states_too(tmp_path: Path) -> None:
+    folder = saved(Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9")), 2)
+    handles = len(os.listdir("/proc/self/fd"))
+    with Journal.open(folder.parent, IDENTITY, "must") as journal:
+        state = journal.load()
+        assert state is not None and same(state.tensors, state_of(2)) and journal.warnings == []
+    assert len(os.listdir("/proc/self/fd")) == handles
 
 
 def test_states_are_plain_safetensors_files_whose_tensors_are_copies(tmp_path: Path) -> None:

@@ -145,7 +145,7 @@ def read_state(path: Path, key: str) -> JournalState:
     from safetensors import SafetensorError, safe_open
 
     try:
-        with safe_open(path, framework="pt") as file:
+        with _named_in_utf8(path) as name, safe_open(name, framework="pt") as file:
             metadata = file.metadata() or {}
             head = json.loads(metadata["journal"])
             if head["format"] != FORMAT:
@@ -166,6 +166,22 @@ def read_state(path: Path, key: str) -> JournalState:
         raise BrokenState(f"it is damaged or not a saved state ({err})") from err
 
 
+@contextlib.contextmanager
+def _named_in_utf8(path: Path) -> Iterator[str]:
+    """Yield a name of the file that safetensors can open: on Linux one of a folder may be no text.
+
+    Raises OSError where the file cannot be opened.
+    """
+    if str(path) == os.fsencode(path).decode("utf-8", "replace"):
+        yield str(path)
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        yield f"/proc/self/fd/{handle}"
+    finally:
+        os.close(handle)
+
+
 def state_sequence(path: Path, key: str) -> int | None:
     """Return a state's running number from its header; None if it is not one of this ``key``."""
     head = state_head(path, key)
@@ -180,7 +196,7 @@ def state_head(path: Path, key: str) -> dict[str, Any] | None:
     from safetensors import SafetensorError, safe_open
 
     try:
-        with safe_open(path, framework="pt") as file:
+        with _named_in_utf8(path) as name, safe_open(name, framework="pt") as file:
             head = json.loads((file.metadata() or {})["journal"])
             ours = head["format"] == FORMAT and head["key"] == key
             whole = ours and isinstance(head["scalars"], dict)
