@@ -18,6 +18,7 @@ from wan_core.forward import block as block_module
 from wan_core.forward import lean_forward
 from wan_core.kernels import attention, attention_ways
 from wan_core.kernels.attention_ways import Way
+from wan_core.loading import load_component
 from wan_core.memory import ATTENTION_8BIT, AttentionTimes
 
 
@@ -430,11 +431,32 @@ def test_a_block_asks_only_if_it_may_round(exact: bool, monkeypatch: pytest.Monk
     assert len(ran) >= 3 * len(model.blocks)  # itself, the image, the text
     for block in model.blocks:
         for attn in (block.attn1, block.attn2):
-            attn.processor._attention_backend = "native"
+            attn.processor._attention_backend = "_native_math"
     ran.clear()
     with lean_forward(model, quick=True):
         model(**call)
     assert not ran
+
+
+@pytest.mark.parametrize("wish", [None, "native"])
+def test_weights_that_are_loaded_attend_by_the_clock_too(
+    wish: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whom another program's setting does not reach; a wish for the whole process does."""
+    if wish:
+        monkeypatch.setenv("DIFFUSERS_ATTN_BACKEND", wish)
+    model_of("wan2.1-t2v", torch.float32).save_pretrained(tmp_path / "transformer")
+    model = load_component(tmp_path / "transformer", torch.float32)
+    ran: list[bool] = []
+
+    def counted(query: Tensor, key: Tensor, value: Tensor, eight_bit: bool) -> Tensor:
+        ran.append(eight_bit)
+        return attention.attend(query, key, value)
+
+    monkeypatch.setattr(block_module, "attend", counted)
+    with lean_forward(model, quick=True, attention_8bit=True):
+        model(**inputs_of(model, torch.float32))
+    assert ran == ([] if wish else [True] * 2 * len(model.blocks))
 
 
 def test_a_package_that_writes_to_its_keys_does_not_write_to_ours() -> None:

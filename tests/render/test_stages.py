@@ -151,7 +151,7 @@ def test_no_frame_is_written_twice(
     plain = open_wan(folder("wan2.1-t2v")).generate(
         GenerationConfig(**job, output_path=tmp_path / "plain.mp4")
     )
-    original, calls = video._to_bytes, 0
+    original, calls = video.as_bytes, 0
 
     def to_bytes(picture: torch.Tensor) -> torch.Tensor:
         nonlocal calls
@@ -160,7 +160,7 @@ def test_no_frame_is_written_twice(
             raise KINDS["torch"]()
         return original(picture)
 
-    monkeypatch.setattr(video, "_to_bytes", to_bytes)
+    monkeypatch.setattr(video, "as_bytes", to_bytes)
     result = open_wan(folder("wan2.1-t2v")).generate(
         GenerationConfig(**job, output_path=tmp_path / "out.mp4")
     )

@@ -23,6 +23,7 @@ from support.clips import HEIGHT, WIDTH, patches, read, write
 from wan_core.errors import InvalidRequest, OutputError
 from wan_core.render import video
 from wan_core.render.video import VideoWriter, read_audio, read_numbers, read_video
+from wan_core.sampling import as_bytes
 
 
 def sound(path: Path) -> tuple[np.ndarray, int]:
@@ -55,14 +56,27 @@ def test_floats_round_to_the_nearest_level_and_out_of_range_is_clamped(tmp_path:
     clip = torch.zeros(1, 2, 8, 3)
     clip[0, :, :, :] = levels.view(1, 8, 1)
     wanted = np.array([0, 0, 0, 1, 100, 101, 255, 255])
-    from wan_core.render.video import _to_bytes
-
-    assert (_to_bytes(clip[0]).numpy() == wanted.reshape(1, 8, 1)).all()
+    assert (as_bytes(clip[0]).numpy() == wanted.reshape(1, 8, 1)).all()
     # All 256 levels come back, and bfloat16 is rounded once.
     grid = torch.arange(256, dtype=torch.uint8)
-    assert torch.equal(_to_bytes(grid.float() / 255), grid)
+    assert torch.equal(as_bytes(grid.float() / 255), grid)
     coarse = (torch.arange(1000) / 999).to(torch.bfloat16)
-    assert torch.equal(_to_bytes(coarse), (coarse.double() * 255).round().to(torch.uint8))
+    assert torch.equal(as_bytes(coarse), (coarse.double() * 255).round().to(torch.uint8))
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("kind", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_numpy_makes_the_bytes_that_torch_makes(kind: torch.dtype) -> None:
+    """Of any layout, and always a copy."""
+    numbers = torch.randn(3, 40, 30, generator=torch.Generator().manual_seed(0)).to(kind)
+    numbers[:, 0, 0] = torch.tensor([float("nan"), float("inf"), -float("inf")])
+    for given in (numbers, numbers.permute(1, 2, 0), numbers[:, ::2, 3:]):
+        expected = (given.float() * 255).round().clamp(0, 255).to(torch.uint8)
+        made = as_bytes(given)
+        well = ~given.isnan()
+        assert made.is_contiguous() and torch.equal(made[well], expected[well])
+        again = as_bytes(made)
+        assert torch.equal(again, made) and again.data_ptr() != made.data_ptr()
 
 
 def test_bytes_and_floats_make_the_same_file(tmp_path: Path) -> None:

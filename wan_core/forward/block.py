@@ -34,6 +34,7 @@ from ..kernels import (
     Span,
     TimestepRuns,
     attend,
+    is_torchs,
     norm_all,
     products_of,
     rotate_all,
@@ -172,9 +173,9 @@ def _attend(
     """Attend with diffusers' dispatcher, on the backend that the block's processor is set to.
 
     ``query``, ``key``, ``value`` and the result are (B, n, heads * d). With ``options.quick``, and
-    no backend set, it is the fastest one.
+    no other backend than torch's named, it is the fastest one.
     """
-    if options.quick and attn.processor._attention_backend is None:
+    if options.quick and is_torchs(attn.processor):
         q, k, v = (_by_heads(x, heads) for x in (query, key, value))
         return attend(q, k, v, options.attention_8bit).flatten(2, 3)
     from diffusers.models.attention_dispatch import dispatch_attention_fn

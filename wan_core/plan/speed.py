@@ -249,6 +249,8 @@ def _was_tried(module: str, situation: Situation) -> bool:
 def _attention(situation: Situation, choices: Choices) -> Choices | str:
     if not choices.quick:
         return "attention is torch's own"
+    if "DIFFUSERS_ATTN_BACKEND" in os.environ:
+        return "DIFFUSERS_ATTN_BACKEND is set and names what attends"
     if choices.dtypes["transformer"] == "fp32":
         return "kernels in 8 bit take numbers in 16 bit"
     why = _why_not(situation)

@@ -28,6 +28,7 @@ from torch import Tensor
 from ..errors import InvalidRequest, OutputError, first_line
 from ..files import atomic_path
 from ..job import AUDIO_RATES, ENCODERS, Request, encoder_options, load_picture
+from ..sampling import as_bytes
 
 _FALLBACK_RATE = 48000
 _BT709 = 1  # ffmpeg's AVCOL_PRI_BT709, AVCOL_TRC_BT709 and AVCOL_SPC_BT709
@@ -275,10 +276,7 @@ class VideoWriter:
         for picture in frames:  # one at a time: the conversion never doubles the clip
             if self._failed is not None:
                 break
-            ready = _to_bytes(picture)
-            # A copy, where the bytes are the caller's: they may change before they are read.
-            same = ready.data_ptr() == picture.data_ptr()
-            self._waiting.put(ready.clone() if same else ready)
+            self._waiting.put(as_bytes(picture))  # a copy: the caller's may change
             self.frames_written += 1
         self._raise_failure()
 
@@ -454,13 +452,6 @@ class _Output:
         self._file.close()
 
 
-def _to_bytes(picture: Tensor) -> Tensor:
-    if picture.dtype != torch.uint8:
-        # In float32, because bfloat16 would round the product before ``round`` does.
-        picture = (picture.float() * 255).round().clamp(0, 255).to(torch.uint8)
-    return picture.cpu().contiguous()
-
-
 def _check_request(
     fps: float, width: int, height: int, pix_fmt: str, audio: tuple[Tensor, int] | None
 ) -> None:
@@ -495,4 +486,4 @@ def contact_sheet(frames: Tensor, columns: int = 6, gap: int = 2) -> Any:
     for index, frame in enumerate(frames.detach().float().cpu()):
         top, left = index // columns * (height + gap), index % columns * (width + gap)
         sheet[top : top + height, left : left + width] = frame
-    return Image.fromarray(_to_bytes(sheet).numpy())
+    return Image.fromarray(as_bytes(sheet).numpy())

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -135,6 +136,30 @@ class StreamingDecoder:
         if self.vae.config.patch_size is not None:
             chunk = _model_code().unpatchify(chunk, patch_size=self.vae.config.patch_size)
         return chunk.clamp_(-1.0, 1.0)
+
+
+def as_bytes(picture: Tensor) -> Tensor:
+    """Return a copy of a picture, any shape, floats 0..1 or uint8 on any device: uint8 on the CPU.
+
+    Floats are rounded to the nearest level. On the CPU numpy does that: torch shares such work out
+    among a thread for each processor, and these go on spinning where an encoder's have work to do.
+    """
+    if picture.device.type != "cpu":
+        if picture.dtype != torch.uint8:
+            picture = (picture.float() * 255).round().clamp(0, 255).to(torch.uint8)
+        return picture.cpu().contiguous()
+    # In float32, because bfloat16, which numpy lacks, would round the product before ``rint`` does:
+    # its bits are the upper half of a float32's.
+    if picture.dtype == torch.bfloat16:
+        halves = picture.view(torch.int16).numpy().view(np.uint16)
+        values = (halves.astype(np.uint32) << 16).view(np.float32)
+    else:
+        values = picture.numpy()
+    if values.dtype != np.uint8:
+        with np.errstate(invalid="ignore"):
+            values = np.multiply(values, np.float32(255), dtype=np.float32)
+            values = np.rint(values, out=values).clip(0, 255, out=values).astype(np.uint8)
+    return torch.from_numpy(np.array(values, order="C"))
 
 
 def to_frames(chunk: Tensor) -> Tensor:
