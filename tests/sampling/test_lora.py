@@ -494,6 +494,10 @@ REFUSED = {
     "unknown": (
         PAIR | {"diffusion_model.blocks.0.self_attn.zz.lora_up.weight": torch.zeros(24, 2)},
         ModelMismatch, r"1 of 3 tensors .* match nothing .*self_attn\.zz\.lora_up"),
+    "scaled fp8": (
+        {k: v.to(torch.float8_e4m3fn) for k, v in PAIR.items()}
+        | {f"{KEY}.lora_up.scale_weight": torch.tensor(0.5)},
+        UnsupportedModel, r"quantised form \(.*lora_up.scale_weight.*bf16 or fp16"),
     "text encoder alone": (
         {"lora_te1_text_model_encoder_layers_0_mlp_fc1.lora_down.weight": torch.zeros(2, 24)},
         ModelMismatch, "Nothing in the LoRA"),

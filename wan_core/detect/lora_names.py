@@ -20,7 +20,7 @@ from typing import Any, Final
 
 from ..errors import CorruptFile, ModelMismatch, UnsupportedModel
 from ..files import quoted, some_of
-from ..formats import TensorTable, listing, read_json
+from ..formats import QUANT_SUFFIXES, TensorTable, listing, read_json
 from ..models import (
     NEEDS,
     TransformerShape,
@@ -189,6 +189,11 @@ def _refuse_unknown(
         raise ModelMismatch(
             f"The LoRA {quoted(table.path)} patches {max(blocks) + 1} blocks, the transformer "
             f"{quoted(model)} has {shape.layers}. Choose a LoRA for this model."
+        )
+    if marks := [name for name in unknown if name.endswith(QUANT_SUFFIXES)]:
+        raise UnsupportedModel(
+            f"The LoRA {quoted(table.path)} is stored in a quantised form ({some_of(marks)}), "
+            "which is read of models only. Get it in bf16 or fp16, or save it dequantised."
         )
     hint = "Choose a LoRA for this model."
     if names_both_experts(unknown):
