@@ -204,9 +204,7 @@ def encoder_options(encoder: str, crf: int, width: int, height: int) -> dict[str
         options = {"crf": str(crf), "x264-params": "mbtree=0"}
         # PyAV has it cut each picture into slices, which are too few for many cores: several
         # pictures at once keep all of them busy, also while the next one is converted.
-        most = max(8, _SIDE_BY_SIDE // max(1, width * height))
-        count = max(1, min(most, _cores() * 3 // 2))  # its own number, where that is less
-        return options | {"thread_type": "frame", "threads": str(count)}
+        return options | {"thread_type": "frame", "threads": str(_at_once(width, height))}
     if encoder != "libx265":
         return {}
     # x265 prints its settings unless told not to, and its crf 0 is lossless only with this option.
@@ -232,10 +230,16 @@ def encoder_bytes(codec: str, pix_fmt: str, width: int, height: int, frames: int
         own = 12e6 + min(38e6, 9e6 + 60 * picture) * root
         each, few = (125 + 23 * root) * picture, 7 * picture
     else:
-        count = int(encoder_options(ENCODERS["h264"], 0, width, height)["threads"])
+        count = _at_once(width, height)
         own = 14e6 + min(count, frames) * min(1.6e6, 3 * picture)
         each, few = (78 + 5 * count) * picture, 8.5 * picture
     return int(min(own + each + waiting, own + frames * few))
+
+
+def _at_once(width: int, height: int) -> int:
+    """Return how many pictures x264 encodes at once: its own number, where that is less."""
+    most = max(8, _SIDE_BY_SIDE // max(1, width * height))
+    return max(1, min(most, _cores() * 3 // 2))
 
 
 def _cores() -> int:
