@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import operator
+import os
 import signal
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -55,6 +56,12 @@ def leave_ends_to_driver() -> None:
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):
         if (number := getattr(signal, name, None)) is not None:
             signal.signal(number, signal.SIG_IGN)
+
+
+def processors() -> int:
+    """Return how many of the machine's processors this process may use."""
+    mine = getattr(os, "sched_getaffinity", None)
+    return len(mine(0)) if mine is not None else os.cpu_count() or 1
 
 
 def plain_number(value: Any) -> int | float | None:

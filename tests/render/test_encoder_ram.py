@@ -57,7 +57,7 @@ def test_an_encoder_takes_what_is_foreseen(
 
 def test_pictures_at_once_and_frames_are_what_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     def told(cores: int, width: int = 832, height: int = 480, frames: int = 81) -> int:
-        monkeypatch.setattr("wan_core.job.inputs._cores", lambda: cores)
+        monkeypatch.setattr("wan_core.job.inputs.processors", lambda: cores)
         return encoder_bytes("h264", "yuv420p", width, height, frames)
 
     # Five pictures and 1.6 MB for each of the 12 more that eight processors encode at once.

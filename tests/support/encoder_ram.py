@@ -36,7 +36,7 @@ def main(codec: str, pix_fmt: str, width: int, height: int, cores: int, frames: 
         return options
 
     with (
-        patch("wan_core.job.inputs._cores", lambda: cores),
+        patch("wan_core.job.inputs.processors", lambda: cores),
         patch.object(video, "encoder_options", told),
         TemporaryDirectory() as folder,
     ):

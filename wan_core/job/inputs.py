@@ -7,14 +7,13 @@ by the stage that meets it, it costs the stages before: the text encoder alone h
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from ..config import RESUME, GenerationConfig
+from ..config import RESUME, GenerationConfig, processors
 from ..errors import InvalidRequest
 from ..files import check_target
 from ..models import ModelArchitecture
@@ -226,7 +225,7 @@ def encoder_bytes(codec: str, pix_fmt: str, width: int, height: int, frames: int
     depth = (2 if pix_fmt.endswith("10le") else 1) * {"420": 3, "422": 4, "444": 6}[pix_fmt[3:6]]
     picture, waiting = depth * width * height / 2, 16 * 3 * width * height
     if codec == "h265":
-        root = _cores() ** 0.5
+        root = processors() ** 0.5
         own = 12e6 + min(38e6, 9e6 + 60 * picture) * root
         each, few = (125 + 23 * root) * picture, 7 * picture
     else:
@@ -239,10 +238,4 @@ def encoder_bytes(codec: str, pix_fmt: str, width: int, height: int, frames: int
 def _at_once(width: int, height: int) -> int:
     """Return how many pictures x264 encodes at once: its own number, where that is less."""
     most = max(8, _SIDE_BY_SIDE // max(1, width * height))
-    return max(1, min(most, _cores() * 3 // 2))
-
-
-def _cores() -> int:
-    """Return how many of the machine's processors this process may use."""
-    mine = getattr(os, "sched_getaffinity", None)
-    return len(mine(0)) if mine is not None else os.cpu_count() or 1
+    return max(1, min(most, processors() * 3 // 2))

@@ -7,7 +7,6 @@ them, also when one fails.
 from __future__ import annotations
 
 import ctypes
-import os
 import queue
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -22,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from ..config import processors
 from ..memory import RING
 from .dtypes import any_wild
 from .mapped import InFile, Looker, MappedFile, Reason, Watch, is_mapped, stored_at
@@ -266,9 +266,7 @@ def _cut(
 
 
 def _threads() -> int:
-    own = getattr(os, "sched_getaffinity", None)  # those that this process may use
-    processors = len(own(0)) if own else os.cpu_count() or 1
-    return min(max(processors // 2, _FEWEST_THREADS), _MOST_THREADS)
+    return min(max(processors() // 2, _FEWEST_THREADS), _MOST_THREADS)
 
 
 class _Ring:

@@ -146,7 +146,7 @@ def as_bytes(picture: Tensor) -> Tensor:
     """
     if picture.device.type != "cpu":
         if picture.dtype != torch.uint8:
-            picture = (picture.float() * 255).round().clamp(0, 255).to(torch.uint8)
+            picture = _levels(picture.float())
         return picture.cpu().contiguous()
     # In float32, because bfloat16, which numpy lacks, would round the product before ``rint`` does:
     # its bits are the upper half of a float32's.
@@ -177,8 +177,12 @@ def to_pictures(chunk: Tensor, *, whole_bytes: bool) -> Tensor:
     written to a file.
     """
     pictures = _channels_last_unit(chunk).float()
-    # In float32, because bfloat16 would round the product before ``round`` does.
-    return (pictures * 255).round().clamp(0, 255).to(torch.uint8) if whole_bytes else pictures
+    return _levels(pictures) if whole_bytes else pictures
+
+
+def _levels(pictures: Tensor) -> Tensor:
+    """Return the nearest of 256 levels; of float32, as bfloat16 would round the product first."""
+    return (pictures * 255).round().clamp(0, 255).to(torch.uint8)
 
 
 class Leaving:
