@@ -110,6 +110,7 @@ def test_loads_without_error_in_under_300_ms(server: ComfyServer) -> None:
     seconds = server.import_seconds("wanfit")
     assert seconds is not None, server.log()[-3000:]
     # ComfyUI tells one decimal. Where a machine has other work all of the start takes longer.
+    # The support has compiled the pack: the limit is for every start but a clone's first.
     assert seconds < max(0.3, 0.04 * server.start_seconds), server.start_seconds
     start = server.log().split("Starting server")[0]
     assert "IMPORT FAILED" not in start

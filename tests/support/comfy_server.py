@@ -8,6 +8,7 @@ COMFYUI_FRONTEND may name the ``static`` folder of another comfyui-frontend-pack
 
 from __future__ import annotations
 
+import compileall
 import contextlib
 import json
 import os
@@ -105,6 +106,9 @@ class ComfyServer:
         (base / "custom_nodes" / "wanfit").symlink_to(REPOSITORY, target_is_directory=True)
         probe_pack = REPOSITORY / "tests" / "support" / "comfy_probe"
         (base / "custom_nodes" / "probe").symlink_to(probe_pack, target_is_directory=True)
+        # As from ComfyUI's second start on: byte code lies there, also where none may be written.
+        for package in ("nodes", "wan_core"):
+            compileall.compile_dir(REPOSITORY / package, quiet=1)
 
     def __enter__(self) -> ComfyServer:
         self.start()
