@@ -194,7 +194,7 @@ def _vace_module(table: TensorTable) -> IdentifiedFile | None:
     )  # fmt: skip
     expected = transformer_tensors(shape, layout)
     wanted = {name: size for name, size in expected.items() if name.startswith("vace_")}
-    if not file.weights.packed:
+    if not file.weights.why_not:  # what cannot be loaded may be packed
         _check_shapes(table.path, file.shapes, wanted)
     return IdentifiedFile(
         **file.numbers(), kind="vace", title="a VACE module without its base model", family="vace",
@@ -297,7 +297,7 @@ def _transformer(file: _Own) -> IdentifiedFile:
     if tag is not None:
         what += f"; it is tagged {tag.removeprefix(TAG)!r}"
     expected = transformer_tensors(shape, layout)
-    if not file.weights.packed:
+    if not file.weights.why_not:  # what cannot be loaded may be packed
         _check_shapes(table.path, shapes, expected)
     return IdentifiedFile(
         **{**file.numbers(), "layout": "comfyui" if prefix and layout == "original" else layout},

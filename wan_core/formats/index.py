@@ -21,6 +21,12 @@ from .small_json import read_json
 from .table import AGAIN, MAX_TENSORS, PICKLE_SUFFIXES, QUANTISED, TensorInfo, TensorTable
 
 MAX_SHARDS: Final = 1024
+SAFE_SUFFIXES: Final = (".safetensors", ".sft")
+_STANDARD: Final = (
+    "diffusion_pytorch_model", "model", "adapter_model", "pytorch_lora_weights",
+)  # fmt: skip
+_SHARD: Final = re.compile(r"-\d{5}-of-\d{5}\b")
+_PARTIAL: Final = (".incomplete", ".part", ".aria2", ".crdownload", ".tmp", ".download")
 
 
 def find_weights(folder: str | os.PathLike[str]) -> Path:
@@ -57,14 +63,6 @@ def find_weights(folder: str | os.PathLike[str]) -> Path:
     _refuse_empty(root, names)
 
 
-SAFE_SUFFIXES: Final = (".safetensors", ".sft")
-_STANDARD: Final = (
-    "diffusion_pytorch_model", "model", "adapter_model", "pytorch_lora_weights",
-)  # fmt: skip
-_SHARD: Final = re.compile(r"-\d{5}-of-\d{5}\b")
-_PARTIAL: Final = (".incomplete", ".part", ".aria2", ".crdownload", ".tmp", ".download")
-
-
 def _refuse_empty(root: Path, names: Sequence[str]) -> NoReturn:
     pickles = [n for n in names if n.lower().endswith(PICKLE_SUFFIXES)]
     if pickles:
@@ -96,7 +94,8 @@ def read_index(path: Path) -> TensorTable:
         )
     if len(weight_map) > MAX_TENSORS:
         raise CorruptFile(
-            f"{quoted(path)} lists {len(weight_map):,} tensors, {MAX_TENSORS:,} allowed."
+            f"{quoted(path)} lists {len(weight_map):,} tensors; {MAX_TENSORS:,} are allowed. "
+            f"{AGAIN}"
         )
     shards = _shard_paths(path, weight_map)
     tensors: dict[str, TensorInfo] = {}
@@ -150,7 +149,7 @@ def _shard_paths(path: Path, weight_map: Mapping[str, Any]) -> dict[str, Path]:
         )
     if len(names) > MAX_SHARDS:
         raise CorruptFile(
-            f"{quoted(path)} names {len(names):,} shards; {MAX_SHARDS:,} are allowed."
+            f"{quoted(path)} names {len(names):,} shards; {MAX_SHARDS:,} are allowed. {AGAIN}"
         )
     for name in names:
         if "/" in name or not name.endswith(".safetensors"):

@@ -70,7 +70,6 @@ class WeightKind:
     """"fp32", "bf16", "fp16", "fp8", "fp8_e5m2", "fp8_scaled", "int8", "int8_convrot", "nvfp4",
     "mxfp8", "gguf", or the name of a kind that cannot be loaded."""
     why_not: str = ""
-    detail: str = ""
     warnings: tuple[str, ...] = ()
     weights: Mapping[str, Storage] = field(default_factory=dict)
     title: str = ""
@@ -86,8 +85,3 @@ class WeightKind:
     def rank(self) -> int:
         """Return the place in ``KINDS``, the most precise first; behind all where unknown."""
         return KINDS.index(self.kind) if self.kind in KINDS else len(KINDS)
-
-    @property
-    def packed(self) -> bool:
-        """Whether shapes of weights in the file are not those of the model."""
-        return bool(self.why_not)

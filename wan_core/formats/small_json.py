@@ -22,7 +22,8 @@ def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
     with open_regular(source) as (file, size):
         if size > MAX_HEADER_BYTES:
             raise CorruptFile(
-                f"{quoted(source)} is {size:,} bytes; at most {MAX_HEADER_BYTES:,} are read."
+                f"{quoted(source)} is {size:,} bytes; at most {MAX_HEADER_BYTES:,} are read. "
+                f"{AGAIN}"
             )
         data = file.read(MAX_HEADER_BYTES)
     with contextlib.suppress(UnicodeDecodeError):  # load_json says what it is instead
@@ -48,7 +49,7 @@ def load_json(data: bytes, path: Path, what: str) -> dict[str, Any]:
         raise CorruptFile(f"The {what} of {quoted(path)} cannot be read: {seen}. {AGAIN}") from err
     if not isinstance(value, dict):
         raise CorruptFile(
-            f"The {what} of {quoted(path)} is a {type(value).__name__}, not an object."
+            f"The {what} of {quoted(path)} is a {type(value).__name__}, not an object. {AGAIN}"
         )
     return value
 

@@ -14,7 +14,7 @@ import json
 import math
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any, Final
+from typing import Any, Final, NoReturn
 
 from ..errors import CorruptFile, UnsupportedModel
 from ..files import quoted, some_of
@@ -22,7 +22,7 @@ from .foreign import FOREIGN
 from .gguf import GGML_TYPES
 from .kinds import FLOATS, GGUF_TYPES, Storage, WeightKind
 from .open import read_small
-from .table import QUANTISED, TensorInfo, TensorTable
+from .table import QUANTISED, TensorInfo, TensorTable, bytes_by_dtype
 
 SCALE: Final = (".scale_weight", ".weight_scale")
 """What the stored values are multiplied with: the old spelling and the new one."""
@@ -89,18 +89,17 @@ def _refused(name: str, seen: str) -> WeightKind:
         f"weights stored as {name} are not supported ({seen}); use bf16, fp16, fp8, int8, GGUF, or "
         "nvfp4 or mxfp8 in ComfyUI's layout"
     )
-    return WeightKind(name, why, name, title=name)
+    return WeightKind(name, why, title=name)
 
 
 def _gguf_kind(own: Mapping[str, TensorInfo]) -> WeightKind:
-    sizes = _bytes_by_dtype(own)
+    sizes = bytes_by_dtype(own.values())
     bad = {i.dtype: name for name, i in reversed(list(own.items())) if i.dtype not in GGUF_TYPES}
     why = (
         f"GGUF type {some_of(list(bad))} cannot be dequantised by diffusers (tensor "
         f"{some_of(list(bad.values()))}); get a file with {', '.join(sorted(GGUF_TYPES))}"
         if bad else ""
     )  # fmt: skip
-    most = next(iter(sizes), "")
     weights = {
         name: Storage(
             "gguf", info.dtype, info.shape,
@@ -110,32 +109,24 @@ def _gguf_kind(own: Mapping[str, TensorInfo]) -> WeightKind:
         if info.dtype not in FLOATS
     }  # fmt: skip
     # Of a small model the tensors that are plain numbers may be the larger part.
-    title = next((kind for kind in sizes if kind not in FLOATS), most)
-    return WeightKind("gguf", why, most, weights=weights, title=f"GGUF {title}")
-
-
-def _bytes_by_dtype(own: Mapping[str, TensorInfo]) -> dict[str, int]:
-    total: dict[str, int] = {}
-    for info in own.values():
-        total[info.dtype] = total.get(info.dtype, 0) + info.nbytes
-    return dict(sorted(total.items(), key=lambda item: -item[1]))
+    title = next((kind for kind in sizes if kind not in FLOATS), next(iter(sizes), ""))
+    return WeightKind("gguf", why, weights=weights, title=f"GGUF {title}")
 
 
 def _summary(
     own: Mapping[str, TensorInfo], weights: Mapping[str, Storage], warnings: tuple[str, ...]
 ) -> WeightKind:
     """Name the file by what most of its bytes are."""
-    sizes = _bytes_by_dtype(own)
-    largest = next(iter(sizes), "BF16")
     titles: dict[str, int] = {}
     for stored in weights.values():
         titles[stored.title] = titles.get(stored.title, 0) + math.prod(stored.shape)
     quantised = sum(titles.values())
     plain = sum(info.numel for name, info in own.items() if name not in weights)
     if 10 * quantised < plain:  # a few layers do not make the file
+        largest = next(iter(bytes_by_dtype(own.values())), "BF16")
         name = FLOATS.get(largest, "bf16")
         title = f"{name}, with {', '.join(titles)}" if titles else name
-        return WeightKind(name, detail=largest, warnings=warnings, weights=weights, title=title)
+        return WeightKind(name, warnings=warnings, weights=weights, title=title)
     title = max(titles, key=lambda title: titles[title])
     example = next(stored for stored in weights.values() if stored.title == title)
     name = example.kind
@@ -143,7 +134,7 @@ def _summary(
         name = "fp8_scaled" if example.per else _FP8[example.dtype]
     elif example.group:
         name = "int8_convrot"
-    return WeightKind(name, detail=largest, warnings=warnings, weights=weights, title=title)
+    return WeightKind(name, warnings=warnings, weights=weights, title=title)
 
 
 class _Reader:
@@ -375,9 +366,8 @@ class _Reader:
         if info.numel == rows and info.shape in ((rows,), (rows, 1)):
             return "row"
         self._odd_scale(scale, f"one number, or one for each of {name!r}'s {rows} rows")
-        raise AssertionError
 
-    def _odd_scale(self, scale: str, allowed: str) -> None:
+    def _odd_scale(self, scale: str, allowed: str) -> NoReturn:
         info = self._own[scale]
         raise UnsupportedModel(
             f"Scale {scale!r} of {self._where} is {info.dtype} {list(info.shape)}; allowed is "
@@ -385,7 +375,7 @@ class _Reader:
             "GGUF or bf16 version of the model."
         )
 
-    def _contradicts(self, name: str, info: TensorInfo, form: str) -> None:
+    def _contradicts(self, name: str, info: TensorInfo, form: str) -> NoReturn:
         raise CorruptFile(
             f"Weight {name!r} of {self._where} is stored as {info.dtype} {list(info.shape)}, and "
             f"its note says {form}. The file is damaged or mixed; download it again."

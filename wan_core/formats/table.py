@@ -8,7 +8,7 @@ before anything is allocated, so memory and time are bounded whatever the file s
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
@@ -47,6 +47,14 @@ class TensorInfo:
     def numel(self) -> int:
         """Return the number of elements."""
         return math.prod(self.shape)
+
+
+def bytes_by_dtype(infos: Iterable[TensorInfo]) -> dict[str, int]:
+    """Return the bytes stored per dtype, largest first."""
+    total: dict[str, int] = {}
+    for info in infos:
+        total[info.dtype] = total.get(info.dtype, 0) + info.nbytes
+    return dict(sorted(total.items(), key=lambda item: -item[1]))
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,10 +107,7 @@ class TensorTable:
     @property
     def dtypes(self) -> dict[str, int]:
         """Bytes stored per dtype, largest first."""
-        total: dict[str, int] = {}
-        for info in self.tensors.values():
-            total[info.dtype] = total.get(info.dtype, 0) + info.nbytes
-        return dict(sorted(total.items(), key=lambda item: -item[1]))
+        return bytes_by_dtype(self.tensors.values())
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return the shape of one tensor; KeyError when there is none of that name."""
