@@ -107,7 +107,7 @@ def in_strips(
 ) -> tuple[Made, list[int], dict[str, float]]:
     """Decode in strips by ``count`` workers, the second time with all in its place."""
     architecture, dtype = model.architecture, plan.choices.dtypes["vae"]
-    shape = architecture.vae or architecture.variant.vae
+    shape = architecture.vae_shape
     devices = [f"cuda:{i}" for i in range(count)]
     devices = devices if plan.device.startswith("cuda") else ["cpu"] * count
     weights = Weights.of(
@@ -158,7 +158,7 @@ def decode(folder: Path, case: Decode, counts: list[int], tiny: bool) -> list[di
     told = model.foresee(config)
     assert told.plan is not None
     plan = replace(told.plan, choices=replace(told.plan.choices, lean=True))
-    shape = model.architecture.vae or model.architecture.variant.vae
+    shape = model.architecture.vae_shape
     space = shape.scale_factor_spatial
     latents = torch.randn(
         1, shape.z_dim, 1 + (case.frames - 1) // 4, case.height // space, case.width // space,

@@ -87,7 +87,7 @@ class WanPipeline:
     @property
     def vae(self) -> VaeShape:
         """Return the VAE whose latents it makes."""
-        return self.architecture.vae or self.architecture.variant.vae
+        return self.architecture.vae_shape
 
     def get_ram_usage(self) -> int:
         """Return the bytes of weights that this keeps in memory.

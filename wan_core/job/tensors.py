@@ -33,7 +33,7 @@ _STRETCHED: Final = 0.02
 
 def latent_shape(request: Request, architecture: ModelArchitecture) -> Shape:
     """Return (batch, channels, latent frames, height, width) of the clip's latents."""
-    vae = architecture.vae or architecture.variant.vae
+    vae = architecture.vae_shape
     return (
         request.batch_size,
         vae.z_dim,

@@ -164,7 +164,7 @@ def spread(blocks: int, resident: int) -> tuple[int, ...]:
 
 def latent_size(architecture: ModelArchitecture, workload: Workload) -> tuple[int, int, int]:
     """Return (frames, height, width) of the whole clip's latents."""
-    vae = architecture.vae or architecture.variant.vae
+    vae = architecture.vae_shape
     scale = vae.scale_factor_spatial
     return workload.latent_frames, max(1, workload.height // scale), max(1, workload.width // scale)
 

@@ -135,7 +135,7 @@ class _Ledger:
         known = system.calibration
         self.learnt = 0.0 if self.on_cpu else known.extra_of(choices.lean, choices.by_rows)
         self.parts = tuple(p for p in parts_of(architecture) if p not in workload.unread)
-        self.vae = architecture.vae or architecture.variant.vae
+        self.vae = architecture.vae_shape
         self.frames, self.height, self.width = latent_size(architecture, workload)
         self.bytes = {name: self._part_bytes(name) for name in self.parts}
         self.kinds: list[str] = []

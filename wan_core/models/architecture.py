@@ -39,10 +39,10 @@ class Component:
     """The text before every tensor name of this component in the file."""
     weight_kind: str = ""
     """fp32, bf16, fp16, fp8, fp8_scaled, gguf …; empty for a component without weights."""
-    format: str = ""
-    """safetensors, gguf, pickle, or empty for a component without weights."""
     stored_as: str = ""
     """The same in words: "fp8 scaled per row", "GGUF Q4_K"."""
+    format: str = ""
+    """safetensors, gguf, pickle, or empty for a component without weights."""
     stored: StoredSizes | None = None
     """What its weights take in memory, of a transformer or text encoder; None for others."""
     file_variant: str | None = None
@@ -123,10 +123,14 @@ class ModelArchitecture:
         return self.variant.pipeline_class
 
     @property
+    def vae_shape(self) -> VaeShape:
+        """The VAE's numbers: those of its file, or the published ones where none was given."""
+        return self.vae or self.variant.vae
+
+    @property
     def size_multiple(self) -> int:
         """Width and height in pixels must be multiples of this (by the VAE's file, if given)."""
-        vae = self.vae or self.variant.vae
-        return vae.scale_factor_spatial * self.transformer.patch_size[1]
+        return self.vae_shape.scale_factor_spatial * self.transformer.patch_size[1]
 
     @property
     def nbytes(self) -> int:

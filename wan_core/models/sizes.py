@@ -216,7 +216,7 @@ def part_parameters(architecture: ModelArchitecture, name: str) -> int:
         return _TEXT_ENCODER
     if name == "image_encoder":
         return _IMAGE_ENCODER
-    vae = architecture.vae or architecture.variant.vae
+    vae = architecture.vae_shape
     return _VAE_22 if vae.is_residual else _VAE_21
 
 
@@ -319,7 +319,7 @@ def largest_leaf_bytes(architecture: ModelArchitecture, name: str, dtype: str) -
         known = isinstance(rows, int) and isinstance(width, int)
         return (rows * width if known else _EMBEDDING) * size  # type: ignore[operator]
     if name == "vae":
-        vae = architecture.vae or architecture.variant.vae
+        vae = architecture.vae_shape
         widest = max(vae.dim_mult) * max(vae.base_dim, vae.decoder_base_dim)
         return widest**2 * 27 * size
     return min(part_parameters(architecture, name), 5120 * 1280) * size

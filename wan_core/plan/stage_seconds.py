@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from ..config import StageEstimate
 from ..memory import BANDS, RAM_RESERVE, Choices, Workload, latent_size, lean_decode_bytes
-from ..models import BYTES, TEXT_TOKENS, ModelArchitecture, VaeShape, part_bytes, stays_in_file
+from ..models import BYTES, TEXT_TOKENS, ModelArchitecture, part_bytes, stays_in_file
 
 if TYPE_CHECKING:
     from ..memory import SystemResources
@@ -124,17 +124,11 @@ def device_rate(system: SystemResources, dtype: str) -> float:
     return rate * (_FP32_SHARE if dtype == "fp32" else 1.0)
 
 
-def _vae_of(architecture: ModelArchitecture) -> VaeShape:
-    vae = architecture.vae or architecture.variant.vae
-    assert vae is not None
-    return vae
-
-
 def _pixel_seconds(
     architecture: ModelArchitecture, choices: Choices, system: SystemResources
 ) -> float:
     """Return the seconds of a decoded pixel."""
-    shape, dtype = _vae_of(architecture), choices.dtypes.get("vae", "fp32")
+    shape, dtype = architecture.vae_shape, choices.dtypes.get("vae", "fp32")
     way = "diffusers"
     if choices.lean_vae and choices.by_rows:
         way = "rows"
@@ -161,7 +155,7 @@ def decode_seconds(
         return took
     frames, height, width = latent_size(architecture, workload)
     cache = lean_decode_bytes(
-        _vae_of(architecture), batch=workload.batch_size, latent_frames=frames,
+        architecture.vae_shape, batch=workload.batch_size, latent_frames=frames,
         latent_height=height, latent_width=width, size=BYTES[choices.dtypes["vae"]],
         bands=BANDS if choices.by_rows else 1, cache_on_host=True,
     )[1]  # fmt: skip
@@ -243,7 +237,7 @@ class Counting:
         if pictures and self.architecture.transformer.image_dim is not None:
             found += [self._load("image_encoder"), StageSeconds("image_encode", _CLIP, _CLIP)]
         pixel = _pixel_seconds(self.architecture, self.choices, self.system)
-        pixel *= _ENCODED[_vae_of(self.architecture).is_residual]
+        pixel *= _ENCODED[self.architecture.vae_shape.is_residual]
         for name, frames in encoded_frames(self.architecture, self.workload).items():
             if all(stage.name != "load vae" for stage in found):
                 found.append(self._load("vae"))

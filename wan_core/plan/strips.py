@@ -56,9 +56,9 @@ def with_strips(
     With speed "exact" only where a trial has shown equal bits. ``lean`` says whether the lean
     decoder, which is the one that can make a strip, may be used.
     """
-    shape, choices = architecture.vae or architecture.variant.vae, plan.choices
+    choices = plan.choices
     possible = choices.lean or (lean and requested.forward == "auto")
-    if len(plan.workers) < 2 or shape is None or not possible or "vae" in workload.idle:
+    if len(plan.workers) < 2 or not possible or "vae" in workload.idle:
         return plan
     choices = replace(choices, lean=True)  # the same bits
     if not choices.lean_vae or architecture.transformer.animate is not None:
@@ -173,8 +173,7 @@ def strips_forecast(
     count: int,
 ) -> StripsForecast:  # fmt: skip
     """Return what a decode in ``count`` strips by the lean decoder is expected to take."""
-    shape = architecture.vae or architecture.variant.vae
-    assert shape is not None
+    shape = architecture.vae_shape
     _, height, width = latent_size(architecture, workload)
     whole = decode_seconds(architecture, workload, choices, system)
     moved = workload.width * workload.height * workload.num_frames * workload.batch_size * 3

@@ -269,7 +269,7 @@ class ConditionMaker:
             return concat
         if asked.tracks == "points":
             return by_points(concat, control.tracks, self.request.width, self.request.height)
-        vae = self.stages.architecture.vae or self.stages.architecture.variant.vae
+        vae = self.stages.architecture.vae_shape
         return by_paths(concat, control.tracks, vae.scale_factor_spatial)
 
     # -- a video to start from ----------------------------------------------------------------

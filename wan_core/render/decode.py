@@ -281,8 +281,7 @@ def _strips(
     Where every bit is to stay, these are fewer than ``count``.
     """
     ranks = pool.free_ranks(count)
-    shape = stages.architecture.vae or stages.architecture.variant.vae
-    assert shape is not None
+    shape = stages.architecture.vae_shape
     batch, _, _, height, width = latents.shape
     strips = strips_of(shape, height, width, len(ranks))
     if len(strips) < (count if stages.plan.must_equal else 2):

@@ -65,7 +65,7 @@ def fun_conditions(stages: StageRunner, request: Request, inputs: Inputs) -> dic
 
 def _zeros(stages: StageRunner, request: Request, channels: int) -> Tensor:
     """Return zeros (1, channels, T, h, w) of the clip's latents."""
-    vae = stages.architecture.vae or stages.architecture.variant.vae
+    vae = stages.architecture.vae_shape
     scale = vae.scale_factor_spatial
     size = (request.latent_frames, request.height // scale, request.width // scale)
     return torch.zeros(1, channels, *size, device=stages.device)

@@ -150,7 +150,7 @@ class Render:
             journal.finish()
 
     def _vae_config(self) -> dict[str, Any]:
-        vae = self.stages.architecture.vae or self.stages.architecture.variant.vae
+        vae = self.stages.architecture.vae_shape
         return {"latents_mean": vae.latents_mean, "latents_std": vae.latents_std}
 
     # -- sampling -----------------------------------------------------------------------------
