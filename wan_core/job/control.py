@@ -17,7 +17,7 @@ from ..errors import InvalidRequest
 from ..models import ModelArchitecture
 from .animate import MOVED_BY, check_character
 from .fields import batches, flag, real, shape_of
-from .windows import FRAMES_PER_LATENT
+from .windows import FRAMES_PER_LATENT, latent_frames, video_frames
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -149,7 +149,7 @@ def frames_of_video(config: GenerationConfig, architecture: ModelArchitecture) -
     frames = shape_of("video", control.video, 4)[0]
     if architecture.transformer.animate is not None:
         return frames
-    return (frames - 1) // FRAMES_PER_LATENT * FRAMES_PER_LATENT + 1
+    return video_frames(latent_frames(frames))
 
 
 def resolve_control(
@@ -312,7 +312,7 @@ def _length(name: str, value: Any, wanted: int, made: int) -> list[str]:
     if name == "mask" and frames == 1:
         return []
     if frames < wanted:
-        fit = (frames - 1) // FRAMES_PER_LATENT * FRAMES_PER_LATENT + 1
+        fit = video_frames(latent_frames(frames))
         raise InvalidRequest(
             f"control.{name} has {frames} frames, {wanted - frames} fewer than the clip's "
             f"{wanted}. Make the clip shorter (num_frames {fit}), or the {name} longer.",

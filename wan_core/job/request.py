@@ -26,7 +26,7 @@ from .control import (
 )
 from .fields import PromptPart, choice, flag, function, parse_prompts, real, text, whole
 from .output import audio_rate, check_metadata, output_fields
-from .steps import recipe_warnings, sampling_fields, start_notes
+from .steps import checked_end, recipe_warnings, sampling_fields, start_notes
 from .windows import (
     DEFAULT_OVERLAP,
     DEFAULT_WINDOW,
@@ -270,18 +270,9 @@ def _window(config: GenerationConfig, num_frames: int, length: int | None) -> in
 
 
 def _check_steps(config: GenerationConfig, request: Request) -> None:
-    """Check that the steps to make lie within the schedule, and that they have a beginning.
-
-    ``plan_steps`` checks them against the schedule itself, of which only the length is known here.
-    """
-    count, start = request.num_inference_steps, request.start_step
-    end = count if request.end_step is None else min(request.end_step, count)
-    if start >= end:
-        raise InvalidRequest(
-            f"start_step is {start} and end_step {end}, of {count} steps; "
-            "0 <= start_step < end_step <= steps is needed.",
-            field="start_step",
-        )
+    """Check that the steps to make lie within the schedule, and that they have a beginning."""
+    start = request.start_step
+    checked_end(request.num_inference_steps, start, request.end_step)
     noised = request.control is not None and request.control.video == "start"
     if start and config.latents is None and not noised:
         raise InvalidRequest(

@@ -247,6 +247,18 @@ def start_notes(request: Any, denoise: float) -> Iterator[str]:
         )
 
 
+def checked_end(count: int, start_step: int, end_step: int | None) -> int:
+    """Return the step before which a run of ``count`` steps ends; it must lie after its start."""
+    end = count if end_step is None else min(end_step, count)
+    if not 0 <= start_step < end:
+        raise InvalidRequest(
+            f"start_step is {start_step} and end_step {end}, of {count} steps; "
+            "0 <= start_step < end_step <= steps is needed.",
+            field="start_step",
+        )
+    return end
+
+
 def plan_steps(
     timesteps: Sequence[float],
     *,
@@ -255,28 +267,21 @@ def plan_steps(
     switch_step: int | None = None,
     start_step: int = 0,
     end_step: int | None = None,
-    num_train_timesteps: int = 1000,
 ) -> StepPlan:
     """Divide the steps between the experts as diffusers does.
 
-    The high-noise expert takes the steps while t >= boundary * num_train_timesteps;
-    ``switch_step`` overrides the boundary. Raises InvalidRequest if ``start_step`` and
-    ``end_step`` do not lie within the schedule.
+    The high-noise expert takes the steps while t >= boundary * 1000; ``switch_step`` overrides the
+    boundary. Raises InvalidRequest if ``start_step`` and ``end_step`` do not lie within the
+    schedule.
     """
     count = len(timesteps)
-    end = count if end_step is None else min(end_step, count)
-    if not 0 <= start_step < end:
-        raise InvalidRequest(
-            f"start_step is {start_step} and end_step {end}, of {count} steps; "
-            "0 <= start_step < end_step <= steps is needed.",
-            field="start_step",
-        )
+    end = checked_end(count, start_step, end_step)
     if experts == 1 or (boundary is None and switch_step is None):
         switch = end
     elif switch_step is not None:
         switch = switch_step
     else:
-        limit = float(boundary or 0.0) * num_train_timesteps
+        limit = float(boundary or 0.0) * 1000
         switch = next((i for i, t in enumerate(timesteps) if not t >= limit), count)
     return StepPlan(start=start_step, end=end, switch=switch, timesteps=tuple(timesteps))
 
