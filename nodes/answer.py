@@ -43,7 +43,7 @@ def failed(error: WanError, wired: Wired | None = None) -> dict[str, Any]:
     return {"ok": False, "error": text, "field": field, "node": node, "fixes": []}
 
 
-def described(job: Job, forecast: Forecast, *, busy: bool = False) -> dict[str, Any]:
+def described(job: Job, forecast: Forecast, *, busy: bool) -> dict[str, Any]:
     """Return the answer for a graph that was planned."""
     estimate, system = forecast.estimate, forecast.system
     on_cpu = system.device_kind == "cpu"

@@ -51,7 +51,7 @@ def devices_input() -> io.Input:
     )
 
 
-def size_inputs(most_frames: int = MOST_FRAMES) -> list[io.Input]:
+def size_inputs(most_frames: int) -> list[io.Input]:
     """Return width, height and frames."""
     return [
         io.Int.Input(

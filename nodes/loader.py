@@ -397,7 +397,7 @@ def _and(names: list[str]) -> str:
     return " and ".join(part for part in (", ".join(names[:-1]), names[-1]) if part)
 
 
-def _describe(pipeline: WanPipeline, found: tuple[str, ...] = ()) -> str:
+def _describe(pipeline: WanPipeline, found: tuple[str, ...]) -> str:
     """Say what was recognised and why, offer a recipe, and list the warnings."""
     architecture = pipeline.architecture
     size = sum(part.nbytes for part in architecture.components.values()) / GIB

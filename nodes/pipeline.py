@@ -115,10 +115,10 @@ def list_models(roots: Iterable[Path]) -> list[str]:
     return sorted(names, key=str.lower) + [name for name in _DEMOS if _demo(name) is not None]
 
 
-def find_model(name: str, roots: Sequence[Path], *, field: str = "model") -> Path | WanModelFiles:
+def find_model(name: str, roots: Sequence[Path]) -> Path | WanModelFiles:
     """Return the folder of the model called ``name``; of a demo in several places, its files.
 
-    Raises InvalidRequest that names ``field``, where the folder belongs and which models exist.
+    Raises InvalidRequest that says where the folder belongs and which models exist.
     """
     demo = _demo(name)
     if demo is not None:
@@ -131,10 +131,10 @@ def find_model(name: str, roots: Sequence[Path], *, field: str = "model") -> Pat
     places = ", ".join(str(root) for root in roots) or "models/diffusers"
     there = ", ".join(repr(known) for known in list_models(roots)) or "none"
     raise InvalidRequest(
-        f"{field}: there is no model {name!r}. A model is a folder that holds {INDEX}; put it at "
+        f"model: there is no model {name!r}. A model is a folder that holds {INDEX}; put it at "
         f"{Path(roots[0] if roots else 'models/diffusers') / name} and press R to refresh, or "
         f"choose another. Searched: {places}. Found: {there}.",
-        field=field,
+        field="model",
     )
 
 

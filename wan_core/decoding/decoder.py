@@ -400,8 +400,10 @@ def _activate(norm: Any, x: Tensor, out: Tensor) -> None:
     F.silu(out, inplace=True)
 
 
-def _activated(norm: Any, x: Tensor, out: Tensor | None = None) -> Tensor:
+def _activated(norm: Any, x: Tensor, out: Tensor | None) -> Tensor:
     """Return ``silu(norm(x))`` of a whole map: the norm frame by frame, SiLU at once.
+
+    It is written to ``out``, which may be x, or to a new tensor.
 
     CPUs compute SiLU in vectors, but the last few numbers of a tensor one by one and with other
     rounding. Frame by frame, such numbers would be elsewhere than in diffusers. On CUDA the order

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -68,7 +68,6 @@ def _why_not_module(module: nn.Module, known: set[Any]) -> str | None:
     return None
 
 
-@contextmanager
 def lean_decoder(
     vae: Any,
     *,
@@ -78,7 +77,7 @@ def lean_decoder(
     quick: bool = False,
     fuse: bool = True,
     strip: Strip | None = None,
-) -> Iterator[str | None]:
+) -> AbstractContextManager[str | None]:
     """Decode with less memory in this thread, inside the ``with`` block.
 
     Yields None, or the reason why the VAE keeps its own forward. Without ``bands`` the result
@@ -93,19 +92,9 @@ def lean_decoder(
     round alike. Enter the context after weights have been placed. A decode with its cache in RAM
     must end inside the context.
     """
-    reason = why_not(vae)
-    if reason is not None:
-        yield reason
-        return
-    with _host_cache(bands, cache_on_host, pin_bytes) as host:
-        faster = quick_for(vae.decoder) if quick else None
-        norms = _norms(vae.decoder) if fuse else None
-        options = DecodeOptions(max(1, bands or 1), host, faster, strip, norms)
-        with _lean(vae.decoder, options):
-            yield None
+    return _lean_half(vae, "decoder", bands, cache_on_host, pin_bytes, quick, fuse, strip)
 
 
-@contextmanager
 def lean_encoder(
     vae: Any,
     *,
@@ -114,21 +103,31 @@ def lean_encoder(
     pin_bytes: int = 0,
     quick: bool = False,
     fuse: bool = True,
-) -> Iterator[str | None]:
+) -> AbstractContextManager[str | None]:
     """Encode with less memory in this thread, inside the ``with`` block.
 
     As ``lean_decoder``, with its arguments: equal bits without ``bands`` and ``quick``, rounding
     with them; None, or the reason why the VAE keeps its own forward.
     """
-    reason = why_not(vae, "encoder")
+    return _lean_half(vae, "encoder", bands, cache_on_host, pin_bytes, quick, fuse, None)
+
+
+@contextmanager
+def _lean_half(
+    vae: Any, name: str, bands: int | None, cache_on_host: bool | None, pin_bytes: int,
+    quick: bool, fuse: bool, strip: Strip | None,
+) -> Iterator[str | None]:  # fmt: skip
+    reason = why_not(vae, name)
     if reason is not None:
         yield reason
         return
+    half = getattr(vae, name)
     with _host_cache(bands, cache_on_host, pin_bytes) as host:
-        faster = quick_for(vae.encoder) if quick else None
-        norms = _norms(vae.encoder) if fuse else None
-        options = DecodeOptions(max(1, bands or 1), host, faster, norms=norms)
-        with _lean_encoder(vae.encoder, options):
+        faster = quick_for(half) if quick else None
+        norms = _norms(half) if fuse else None
+        options = DecodeOptions(max(1, bands or 1), host, faster, strip, norms)
+        replaced = _lean if name == "decoder" else _lean_encoder
+        with replaced(half, options):
             yield None
 
 

@@ -37,9 +37,9 @@ _VAE: Final[Mapping[str, tuple[str, Any]]] = {
 }  # fmt: skip
 
 
-def component_config(folder: Path, name: str = "config.json") -> dict[str, Any]:
-    """Read a component's config; raises MissingFile when there is none."""
-    path = folder / name
+def component_config(folder: Path) -> dict[str, Any]:
+    """Read a component's ``config.json``; raises MissingFile when there is none."""
+    path = folder / "config.json"
     if not path.is_file():
         raise MissingFile(f"{quoted(path)} is missing. Download this part of the model again.")
     return read_json(path)

@@ -64,7 +64,7 @@ class DrivingStream:
         """Whether what the first forward keeps is there for all blocks."""
         return self._full
 
-    def keep_as(self, way: str, pin_bytes: int = 0) -> None:
+    def keep_as(self, way: str, pin_bytes: int) -> None:
         """Keep it in another way from the next forward on, where a new plan says so."""
         if way != self.keep:
             self.empty()

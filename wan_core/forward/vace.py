@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..kernels import NOTHING, Fused, TimestepRuns
+from ..kernels import Fused, TimestepRuns
 from .animate import adapters_by_block
 from .block import LeanOptions, run_block
 
@@ -87,7 +87,7 @@ def run_vace_block(
     control: Tensor,
     temb: Tensor | TimestepRuns,
     rotary: tuple[Tensor, Tensor],
-    fused: Fused = NOTHING,
+    fused: Fused,
 ) -> tuple[Tensor | None, Tensor]:
     """Run one ``WanVACETransformerBlock``; returns its hint and the state of the branch.
 

@@ -16,7 +16,7 @@ from .control import ControlInputs, ControlRequest, control_of
 from .fields import batches, dense
 from .output import audio_rate
 from .pictures import load_picture
-from .windows import FRAMES_PER_LATENT, latent_frames
+from .windows import latent_frames, video_frames
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -161,7 +161,7 @@ def check_control(
     *,
     made: int,
     size: tuple[int, int],
-    face: tuple[int, int] = (512, 512),
+    face: tuple[int, int],
 ) -> tuple[ControlInputs, list[str]]:
     """Check the values of a job's control and return its tensors, and warnings.
 
@@ -301,18 +301,15 @@ def _camera(value: Any, made: int, size: tuple[int, int], warnings: list[str]) -
             "width) are needed, as WanCameraEmbedding makes them.",
             field="control.camera",
         )
+    has = video_frames(found[2])
     if found[2] < frames:
-        has = (found[2] - 1) * FRAMES_PER_LATENT + 1
         raise InvalidRequest(
             f"control.camera is for {has} frames, {made - has} fewer than the clip's {made}. Make "
             f"it with length {made}, or the clip shorter (num_frames {has}).",
             field="control.camera",
         )
     if found[2] > frames:
-        warnings.append(
-            f"control.camera is for {(found[2] - 1) * FRAMES_PER_LATENT + 1} frames; the first "
-            f"{made} are used."
-        )
+        warnings.append(f"control.camera is for {has} frames; the first {made} are used.")
     rays = _finite(rays[:, :, :frames].detach().float().cpu(), "control.camera")
     warnings += _resized("camera", (found[4], found[3]), size)
     if (found[4], found[3]) == size:

@@ -57,7 +57,7 @@ class RenderJournal:
     error or an interrupt. A render without a journal has None in the place of this.
     """
 
-    def __init__(self, journal: Journal, *, adopted: bool = False) -> None:
+    def __init__(self, journal: Journal, *, adopted: bool) -> None:
         self._journal = journal
         self._adopted = adopted  # begun by a plan that chose otherwise
         self._unsaved: _State | None = None

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .codes import Codes, empty_codes, norms_to_codes
-from .fused import NOTHING, Fused, layer_norm_is_plain, rows_without_gaps, triton_kernels
+from .fused import Fused, layer_norm_is_plain, rows_without_gaps, triton_kernels
 
 _WIDE = torch.float32
 Span = tuple[slice, int]
@@ -44,7 +44,7 @@ class Modulation:
         length: int,
         rows: int,
         upcast: bool,
-        fused: Fused = NOTHING,
+        fused: Fused,
     ) -> None:
         self._table, self._upcast = table, upcast
         self._per_token: Tensor | None = None

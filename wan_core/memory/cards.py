@@ -99,7 +99,7 @@ def _nvlinks(nvml: Any, handle: Any) -> int:
 
 def allocator(
     backend: str, environment: Mapping[str, str], system: str, *, torch_version: str,
-    hip: str | None = None,
+    hip: str | None,
 ) -> str:  # fmt: skip
     """Return how torch allocates: "default", "expandable" or "async".
 

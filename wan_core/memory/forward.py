@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from functools import lru_cache
 from math import prod
+from typing import Final
 
 from ..models import IMAGE_TOKENS, TEXT_TOKENS, UNSHUFFLED, TransformerShape
 
@@ -366,16 +367,19 @@ def face_tokens(shape: TransformerShape, frames: int) -> int:
     return 0 if shape.face is None else frames * (shape.face.heads + 1) * shape.dim
 
 
-def face_peak(shape: TransformerShape, *, size: int, frames: int, together: int = 8) -> int:
-    """Return the bytes that encoding a face takes at most (``forward.encode_faces``).
+_FACES_AT_ONCE: Final = 8
+"""Crops of a face that ``forward.encode_faces`` encodes together."""
 
-    ``frames`` crops are in RAM; ``together`` of them are encoded at once. The peak lies in the
-    first residual block: its input, what the first convolution has made of it, and the steps of
-    the activation.
+
+def face_peak(shape: TransformerShape, *, size: int, frames: int) -> int:
+    """Return the bytes that encoding the face of ``frames`` latent frames takes at most.
+
+    The peak lies in the first residual block: its input, what the first convolution has made of it,
+    and the steps of the activation.
     """
     if shape.face is None:
         return 0
-    pixels = shape.face.size**2 * together
+    pixels = shape.face.size**2 * _FACES_AT_ONCE
     tokens = face_tokens(shape, frames)
     return (pixels * (3 + 5 * shape.face.widths[0]) + 2 * tokens) * size
 

@@ -42,7 +42,7 @@ class Lean:
     """
 
     def __init__(
-        self, tape: Tape, dims: Dims, span: int, groups: int, cut: int = 1, coded: bool = False
+        self, tape: Tape, dims: Dims, span: int, groups: int, cut: int = 1, *, coded: bool
     ) -> None:
         self.tape, self.d, self.span, self.groups = tape, dims, span, groups
         self.cut, self.coded = cut, coded
@@ -309,7 +309,7 @@ def lean_peak(
     d = Dims(shape, batch, tokens, size, False, image_tokens)
     own = Dims(shape, batch, tokens // cut, size, False, image_tokens)
     span = longest_span(own.tokens, min(frame, own.tokens) if per_token else 0, rows)
-    lean, whole_values = Lean(tape, own, span, groups, cut, coded), whole_values or cut > 1
+    lean, whole_values = Lean(tape, own, span, groups, cut, coded=coded), whole_values or cut > 1
     latent = (latent_frames, latent_height, latent_width)
     held = [forward_inputs(tape, shape, d, latent, per_token=per_token)]
     held += [(tape.new(batch * TEXT_TOKENS * shape.text_dim, size),) for _ in range(passes - 1)]

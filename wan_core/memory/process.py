@@ -13,7 +13,6 @@ import re
 import sys
 import weakref
 from collections.abc import Collection, Iterable
-from importlib import import_module
 from pathlib import Path
 from typing import Any, Final
 
@@ -101,7 +100,7 @@ def growth(kinds: Iterable[str], done: Collection[str], *, on_cpu: bool, tokens:
     return made + sum(first[kind] for kind in wanted.difference(done))
 
 
-def unknown_process(kinds: Iterable[str], *, on_cpu: bool, tokens: int = 0) -> int:
+def unknown_process(kinds: Iterable[str], *, on_cpu: bool, tokens: int) -> int:
     """Return what a process takes in all where the system does not tell what it holds now."""
     bare = _BARE_ON_CPU if on_cpu else _BARE
     return bare + growth(kinds, (), on_cpu=on_cpu, tokens=tokens)
@@ -117,11 +116,10 @@ def process_bytes(status: Path = Path("/proc/self/status")) -> int | None:
     return int(found[1]) * 1024 if found else None
 
 
-def locked_by_torch(torch: Any = None) -> int:
+def locked_by_torch(torch: Any) -> int:
     """Return the page-locked bytes that torch's allocator holds, which no ``RssAnon`` counts.
 
     It keeps them for its next use: those of the pictures that left a card, for example.
     """
-    torch = torch or import_module("torch")
     ask: Any = getattr(torch.cuda, "host_memory_stats", dict)  # since torch 2.6
     return int(ask().get("allocated_bytes.current", 0))

@@ -134,8 +134,8 @@ def spread_over(
     system: SystemResources,
     requested: OptimizationConfig,
     *,
-    lean: bool = True,
-    available: int | None = None,
+    lean: bool,
+    available: int | None,
 ) -> OptimizationPlan:
     """Return the plan for as many of the cards that are asked for as it pays, or was asked for.
 

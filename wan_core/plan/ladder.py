@@ -117,7 +117,7 @@ class Candidate:
 
 def ladder(
     architecture: ModelArchitecture, workload: Workload, system: SystemResources,
-    requested: OptimizationConfig, limits: Limits, abilities: Collection[str] = ABILITIES,
+    requested: OptimizationConfig, limits: Limits, abilities: Collection[str],
 ) -> Iterator[list[Candidate]]:  # fmt: skip
     """Yield the tiers, each a list of candidates. Of two equally fast ones the simpler is first."""
     if architecture.transformer.animate == 2:

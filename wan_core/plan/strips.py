@@ -49,7 +49,7 @@ def with_strips(
     system: SystemResources,
     requested: OptimizationConfig,
     *,
-    lean: bool = True,
+    lean: bool,
 ) -> OptimizationPlan:
     """Return the plan with its decode shared out in strips over its workers, where that pays.
 

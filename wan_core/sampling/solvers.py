@@ -84,10 +84,10 @@ class Solver:
         """Return the clean predictions that are kept, the newest first."""
         return [one for one in reversed(self.model_outputs) if one is not None]
 
-    def _log_from(self, back: int) -> float:
-        """Return log(sigma of ``back`` steps ago / sigma of this step)."""
+    def _log_of_last(self) -> float:
+        """Return log(sigma of the step before / sigma of this step)."""
         index = self.step_index
-        return math.log(float(self.sigmas[index - back]) / float(self.sigmas[index]))
+        return math.log(float(self.sigmas[index - 1]) / float(self.sigmas[index]))
 
 
 class EulerSolver(Solver):
@@ -134,7 +134,7 @@ class DpmSolver(Solver):
         if not following or len(known) < 2:
             return _held(sample, clean, following / sigma)
         h = math.log(sigma / following)
-        ratio = self._log_from(1) / h
+        ratio = self._log_of_last() / h
         half = 1.0 / (2.0 * ratio)
         return _held(sample, (1.0 + half) * clean - half * known[1], following / sigma)
 
@@ -151,7 +151,7 @@ class ResSolver(Solver):
         if not following or len(known) < 2:
             return _held(sample, clean, following / sigma)
         h = math.log(sigma / following)
-        c2 = -self._log_from(1) / h
+        c2 = -self._log_of_last() / h
         phi1 = math.expm1(-h) / -h
         phi2 = (phi1 - 1.0) / -h
         weights = (phi1 - phi2 / c2, phi2 / c2)
