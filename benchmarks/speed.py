@@ -57,7 +57,7 @@ from wan_core.files import atomic_write
 from wan_core.forward import lean_forward
 from wan_core.journal import versions
 from wan_core.kernels.attention_ways import ways as attention_kernels
-from wan_core.loading.quantized import fp8_layer, replace_layer
+from wan_core.loading.quantized import layer_of_fp8, replace_layer, rounded_to_fp8
 from wan_core.models import VARIANTS, TransformerShape
 
 GIB = 2**30
@@ -198,7 +198,7 @@ def store_in_fp8(model: Any) -> None:
     for block in model.blocks:
         for name, layer in list(block.named_modules()):
             if isinstance(layer, nn.Linear):
-                replace_layer(block, name, fp8_layer(layer, layer.weight.data))
+                replace_layer(block, name, layer_of_fp8(layer, *rounded_to_fp8(layer.weight.data)))
 
 
 def inputs_of(model: Any, grid: tuple[int, int, int], device: torch.device) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from wan_core.kernels import Addition, products
 from wan_core.kernels.trials import Trials, trials_of_a_render
 from wan_core.loading import rotation, stored_weight
 from wan_core.loading.dequantize import Scales
-from wan_core.loading.quantized import StoredLinear, fp8_layer, replace_layer
+from wan_core.loading.quantized import StoredLinear, layer_of_fp8, replace_layer, rounded_to_fp8
 from wan_core.sampling import apply_loras
 
 KERNELS = SimpleNamespace(quantize_rows=quantize_rows, scale_rows=scale_rows)
@@ -44,7 +44,7 @@ def layer_of(kind: str, per: str = "row", group: int = 0) -> StoredLinear:
     torch.manual_seed(3)
     plain = nn.Linear(64, 48)
     if kind == "fp8" and per == "tensor":
-        return fp8_layer(plain, plain.weight.data)
+        return layer_of_fp8(plain, *rounded_to_fp8(plain.weight.data))
     weight = plain.weight.data
     if group:
         weight = (weight.view(-1, group) @ rotation(group)).view(weight.shape)

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from wan_core.loading.dtypes import keep_in_fp32, stays_fp32
-from wan_core.loading.quantized import fp8_layer, replace_layer
+from wan_core.loading.quantized import layer_of_fp8, replace_layer, rounded_to_fp8
 
 
 def cast_module(module: nn.Module, dtype: torch.dtype) -> nn.Module:
@@ -40,6 +40,8 @@ def store_fp8(transformer: Any, stored: torch.dtype = torch.float8_e4m3fn) -> in
     for block in transformer.blocks:
         for name, layer in list(block.named_modules()):
             if type(layer) is nn.Linear:
-                replace_layer(block, name, fp8_layer(layer, layer.weight.data, stored))
+                replace_layer(
+                    block, name, layer_of_fp8(layer, *rounded_to_fp8(layer.weight.data, stored))
+                )
                 saved += layer.weight.nbytes - layer.weight.numel()
     return saved

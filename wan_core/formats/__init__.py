@@ -10,7 +10,7 @@ a file is executed. Imports the standard library and the ground floor (``errors`
 from __future__ import annotations
 
 from .charsmap import charsmap_problem
-from .gguf_tokenizer import GgufTokenizer, has_gguf_tokenizer, read_gguf_tokenizer
+from .gguf_tokenizer import SentencePieceModel, has_gguf_tokenizer, read_gguf_tokenizer
 from .index import listing
 from .kinds import GGUF_TYPES, KINDS, Storage, WeightKind
 from .open import read_small, read_table
@@ -20,9 +20,9 @@ from .table import TensorInfo, TensorTable
 
 __all__ = [
     "GGUF_TYPES",
-    "GgufTokenizer",
     "KINDS",
     "QUANT_SUFFIXES",
+    "SentencePieceModel",
     "Storage",
     "TensorInfo",
     "TensorTable",

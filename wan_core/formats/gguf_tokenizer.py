@@ -56,8 +56,8 @@ _ELSE: Final = f"{AGAIN} Or name a tokenizer folder or a spiece.model of umT5 as
 
 
 @dataclass(frozen=True, slots=True)
-class GgufTokenizer:
-    """The SentencePiece model that the arrays were made from; a token's id is its place."""
+class SentencePieceModel:
+    """A unigram model, whichever file it comes from; a token's id is its place."""
 
     pieces: tuple[tuple[str, float], ...]
     """Tokens with their scores (log probabilities), without the padding at the end."""
@@ -109,7 +109,7 @@ def _check_array(table: TensorTable, key: str) -> None:
         raise _damaged(table.path, f"{key} has {array.count:,} elements for {tokens:,} tokens")
 
 
-def read_gguf_tokenizer(path: str | os.PathLike[str]) -> GgufTokenizer:
+def read_gguf_tokenizer(path: str | os.PathLike[str]) -> SentencePieceModel:
     """Read the tokenizer in the metadata of a GGUF file; in about 110 MB of memory at most.
 
     Raises MissingFile if the file carries none, and otherwise as ``has_gguf_tokenizer`` and
@@ -141,7 +141,7 @@ def read_gguf_tokenizer(path: str | os.PathLike[str]) -> GgufTokenizer:
         raise _damaged(
             source, f"the unknown token is number {unknown:,} of {len(pieces):,}, or there is none"
         )
-    return GgufTokenizer(pieces, unknown, data.get(_CHARSMAP, b""))
+    return SentencePieceModel(pieces, unknown, data.get(_CHARSMAP, b""))
 
 
 def _without_padding(

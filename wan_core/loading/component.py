@@ -19,11 +19,7 @@ import torch
 from torch import nn
 
 from ..detect import IdentifiedFile, identify, join_vace
-from ..errors import (
-    CorruptFile,
-    ModelMismatch,
-    UnsupportedModel,
-)
+from ..errors import CorruptFile, ModelMismatch, UnsupportedModel
 from ..files import quoted, some_of
 from ..formats import Storage, TensorInfo, TensorTable, logical_shape, read_table
 from ..models import Mapped, Source, cast_at_use, map_names, stays_stored
@@ -47,15 +43,6 @@ from .quantized import (
     rounded_to_fp8,
 )
 from .reader import DTYPES, FP8, Amount, TensorReader
-from .tokenizer import load_image_processor, load_scheduler_config, load_tokenizer
-
-__all__ = [
-    "check_component",
-    "load_component",
-    "load_image_processor",
-    "load_scheduler_config",
-    "load_tokenizer",
-]
 
 KINDS = ("transformer", "vae", "text_encoder", "image_encoder")
 _TIED = {"encoder.embed_tokens.weight": "shared.weight"}

@@ -189,18 +189,12 @@ def replace_layer(root: nn.Module, name: str, new: nn.Module) -> None:
     setattr(root.get_submodule(parent), leaf, new)
 
 
-def fp8_layer(
-    layer: nn.Linear, weight: Tensor, stored: torch.dtype = torch.float8_e4m3fn
-) -> StoredLinear:
-    """Return ``layer`` with ``weight`` (out, in) stored in fp8; its bias is taken over.
-
-    This changes the result: it is for files that are not quantised, where nothing else fits.
-    """
-    return layer_of_fp8(layer, *rounded_to_fp8(weight, stored))
-
-
 def layer_of_fp8(layer: nn.Linear, values: Tensor, scale: float) -> StoredLinear:
-    """Return ``layer`` with fp8 ``values`` (out, in), to be multiplied with ``scale``."""
+    """Return ``layer`` with fp8 ``values`` (out, in), to be multiplied with ``scale``.
+
+    Its bias is taken over. This changes the result: it is for files that are not quantised, where
+    nothing else fits.
+    """
     made = StoredLinear(layer.in_features, layer.out_features, bias=layer.bias is not None)
     how = Storage("fp8", _FP8_NAMES[values.dtype], tuple(values.shape), per="tensor")
     made.set_stored(values, Scales(None, scale), how)

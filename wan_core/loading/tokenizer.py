@@ -15,7 +15,6 @@ import os
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -29,7 +28,13 @@ from ..errors import (
     UnsupportedModel,
 )
 from ..files import decode_text, open_regular, quoted
-from ..formats import charsmap_problem, read_gguf_tokenizer, read_json, read_table
+from ..formats import (
+    SentencePieceModel,
+    charsmap_problem,
+    read_gguf_tokenizer,
+    read_json,
+    read_table,
+)
 from ..memory import tokenizer_was_made
 from ..models import TEXT_TOKENS, tokenizer_tensor
 
@@ -63,9 +68,7 @@ def _loaded(source: Path) -> Any:
     if source.is_dir():
         return _from_folder(source)
     if source.suffix.lower() == ".gguf":
-        found = read_gguf_tokenizer(source)
-        model = SentencePieceModel(found.pieces, found.unknown, found.charsmap)
-        return _build(model, quoted(source))
+        return _build(read_gguf_tokenizer(source), quoted(source))
     if source.suffix.lower() in (".safetensors", ".sft"):
         return build_tokenizer(_embedded(source), quoted(source))
     if source.name == "tokenizer.json":
@@ -224,15 +227,6 @@ def _check(model: SentencePieceModel, where: str) -> None:
 
 
 # SentencePiece -----------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class SentencePieceModel:
-    """Pieces with their scores (log probabilities), the id of ``<unk>``, and the normaliser."""
-
-    pieces: tuple[tuple[str, float], ...]
-    unknown: int
-    charsmap: bytes
 
 
 def parse_sentencepiece(data: bytes, where: str) -> SentencePieceModel:

@@ -151,12 +151,10 @@ class ConditionMaker:
         for field, text in texts:
             beyond = self.stages.cache.get_text((tokenizer_key, text, "beyond"))
             if beyond is not None:
-                said = (
+                self.stages.say_once(
                     f"{field} is cut: Wan reads {TEXT_TOKENS} tokens of a text, and what comes "
                     f"from {beyond} on is not seen. Shorten it."
                 )
-                if said not in self.stages.result.warnings:
-                    self.stages.result.warnings.append(said)
 
     @contextmanager
     def _checked_tokenizer(self) -> Iterator[Any]:

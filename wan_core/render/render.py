@@ -333,10 +333,9 @@ class Render:
             schedule=request.window_schedule,
             fusion=request.window_fusion,
         )
-        result = self.stages.result
         if request.window_mode == "windows":
-            result.metadata["windows"] = windows.describe()
-        result.warnings += [note for note in windows.notes if note not in result.warnings]
+            self.stages.result.metadata["windows"] = windows.describe()
+        self._warn(windows.notes)
         return windows
 
     def _denoise(

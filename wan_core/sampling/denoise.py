@@ -312,14 +312,9 @@ def denoise_steps(
             # 1. Predict the velocity: of the whole clip at once, or window by window.
             timestep = scheduler.timesteps[i]
             if windows is None or windows.count == 1:
-                if windows is not None:
-                    signals.window(0, 1)
-                velocity = _whole(state.latents, timestep, expert, conditions, signals, step)
+                velocity = _whole(state, timestep, expert, conditions, windows, signals, step)
             else:
-                # Predictions blended with other windows cannot be continued with these.
-                if state.fused_by != (name := repr(windows)):
-                    state.fused, state.next_window, state.fused_by = None, 0, name
-                parts = tuple(zip(windows.windows(i), windows.blend_fractions(i), strict=True))
+                parts = _windows_of_step(state, i, windows)
                 velocity = predict_windows(
                     state, timestep, expert, conditions, parts, signals, anchor=anchor, step=step
                 )
@@ -347,12 +342,24 @@ def denoise_steps(
     return state
 
 
+def _windows_of_step(
+    state: DenoiseState, index: int, windows: WindowPlan
+) -> tuple[tuple[Window, Sequence[float]], ...]:
+    """Return the windows of a step with their weights, and forget a blend of other windows."""
+    # Predictions blended with other windows cannot be continued with these.
+    if state.fused_by != (name := repr(windows)):
+        state.fused, state.next_window, state.fused_by = None, 0, name
+    return tuple(zip(windows.windows(index), windows.blend_fractions(index), strict=True))
+
+
 def _whole(
-    latents: Tensor, timestep: Tensor, expert: Expert, conditions: Conditions, signals: Signals,
-    step: Step | None,
+    state: DenoiseState, timestep: Tensor, expert: Expert, conditions: Conditions,
+    windows: WindowPlan | None, signals: Signals, step: Step | None,
 ) -> Tensor:  # fmt: skip
     """Predict the velocity of an undivided clip, elsewhere if its passes are computed there."""
-    far = None
+    latents, far = state.latents, None
+    if windows is not None:
+        signals.window(0, 1)
     if expert.elsewhere is not None:
         frames = tuple(range(latents.shape[2]))
         unit = Unit(latents=latents, timestep=timestep, indices=frames)
