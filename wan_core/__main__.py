@@ -38,6 +38,20 @@ from .preferences import FIELDS, Preferences, preferences_path, read_preferences
 
 _READ_AS = {"start": "to start from", "leading": "the first frames"}
 """What ``job.reads`` says of an input, in words; the rest says itself."""
+_OF_ALL = ("device", "devices", "speed")
+"""Options that hold for all jobs of a batch or a server, by their names in OptimizationConfig."""
+_PLAN = (
+    *_OF_ALL, "precision", "offload", "resident_blocks", "forward", "fp8_storage", "step_cache",
+    "step_cache_threshold", "step_cache_factor", "guidance_gate", "vram_limit_gb", "ram_limit_gb",
+)  # fmt: skip
+"""Options of a plan, by the same names."""
+_JOB = (
+    "prompt", "negative_prompt", "image", "last_image", "seed", "guidance_scale",
+    "guidance_scale_2", "flow_shift", "boundary", "switch_step", "scheduler", "sigma_schedule",
+    "guided_steps", "guided_scale", "fps", "drift_correction", "noise", "resume", "codec", "crf",
+    "pix_fmt",
+)  # fmt: skip
+"""Options of a job that have their names in GenerationConfig."""
 DEMO_PROMPT = "a red circle moves right on a dark background"
 
 
@@ -222,30 +236,19 @@ def _describe_part(part: Any) -> tuple[str, dict[str, Any]]:
     }
 
 
+def _given(arguments: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:
+    """Return those of the options that were given."""
+    values = ((name, getattr(arguments, name)) for name in names)
+    return {name: value for name, value in values if value is not None}
+
+
 def _open(arguments: argparse.Namespace) -> Any:
     from .detect import parse_lora
     from .render import WanPipelineLoader
 
-    options = {
-        "precision": arguments.precision,
-        "offload": arguments.offload,
-        "resident_blocks": arguments.resident_blocks,
-        "forward": arguments.forward,
-        "fp8_storage": arguments.fp8_storage,
-        "speed": arguments.speed,
-        "step_cache": arguments.step_cache,
-        "step_cache_threshold": arguments.step_cache_threshold,
-        "step_cache_factor": arguments.step_cache_factor,
-        "guidance_gate": arguments.guidance_gate,
-        "device": arguments.device,
-        "devices": arguments.devices,
-        "vram_limit_gb": arguments.vram_limit_gb,
-        "ram_limit_gb": arguments.ram_limit_gb,
-    }
-    given = {name: value for name, value in options.items() if value is not None}
     return WanPipelineLoader().load_wan_pipeline(
         arguments.path,
-        optimization_config=given,
+        optimization_config=_given(arguments, _PLAN),
         loras=[parse_lora(text) for text in arguments.lora],
         use_recipe=arguments.use_recipe,
     )
@@ -316,36 +319,16 @@ def _generate(arguments: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     job = _job(
         arguments,
         wrapper,
-        prompt=arguments.prompt,
-        negative_prompt=arguments.negative_prompt,
-        image=arguments.image,
-        last_image=arguments.last_image,
-        seed=arguments.seed,
-        guidance_scale=arguments.guidance_scale,
-        guidance_scale_2=arguments.guidance_scale_2,
-        flow_shift=arguments.flow_shift,
-        boundary=arguments.boundary,
-        switch_step=arguments.switch_step,
-        scheduler=arguments.scheduler,
-        sigma_schedule=arguments.sigma_schedule,
         sigmas=number_list(arguments.sigmas),
-        guided_steps=arguments.guided_steps,
-        guided_scale=arguments.guided_scale,
-        fps=arguments.fps,
         window_schedule=arguments.schedule,
         window_fusion=arguments.fusion,
         window_mode=arguments.mode,
         window_anchor=arguments.anchor,
-        drift_correction=arguments.drift_correction,
-        noise=arguments.noise,
         prompts=read_text(arguments.prompts),
-        resume=arguments.resume,
         audio=_read_audio(arguments, wrapper),
-        codec=arguments.codec,
-        crf=arguments.crf,
-        pix_fmt=arguments.pix_fmt,
         output_path=arguments.output,
         return_frames=False,
+        **{name: getattr(arguments, name) for name in _JOB},
     )
     result = _generated(wrapper, job, arguments)
     return wrapper.report(result), result.to_dict()
@@ -362,7 +345,7 @@ def _batch(arguments: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     path = Path(os.path.expanduser(arguments.path))
     folder = path.parent if arguments.folder is None else Path(os.path.expanduser(arguments.folder))
     model = None if arguments.model is None else Path(os.path.expanduser(arguments.model))
-    given = _wishes(arguments)
+    given = _given(arguments, _OF_ALL)
     batch = Batch(
         path, folder, model=model, tries=arguments.tries, optimization=given, tell=tell,
         crew=crew_for(arguments.at_once, arguments.cluster, given, tell),
@@ -375,16 +358,12 @@ def _batch(arguments: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     return f"{said or 'no jobs'}; {ledger.path}", {"success": success, **ledger.to_dict()}
 
 
-def _wishes(arguments: argparse.Namespace) -> dict[str, Any]:
-    wishes = {"device": arguments.device, "devices": arguments.devices, "speed": arguments.speed}
-    return {name: value for name, value in wishes.items() if value is not None}
-
-
 def _serve(arguments: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     """Serve until Ctrl-C or SIGTERM."""
     from .serve import options_of, serve
 
-    serve(options_of(vars(arguments), _wishes(arguments)), lambda text: _say(text, sys.stderr))
+    wishes = _given(arguments, _OF_ALL)
+    serve(options_of(vars(arguments), wishes), lambda text: _say(text, sys.stderr))
     return "ended; what was in work goes on when the server starts again", {}
 
 
