@@ -213,17 +213,7 @@ def _shared_out(
             report.note = f"in {decoder.count} strips on as many cards"
             progress.go_on_with(decoder)
             with decoder:
-                try:
-                    while not decoder.done:
-                        progress.take(decoder.pictures(stages.check_interrupt))
-                        decoder.taken()
-                        stages.callbacks.call(
-                            config.decode_callback, progress.done, progress.wanted
-                        )
-                except OutOfRange:
-                    progress.overflowed = True
-                except StripsLost as err:
-                    lost = err.with_traceback(None)
+                lost = _take_all(stages, config, progress, decoder)
             for text in decoder.moved:
                 stages.say_once(text)
     # The stage's own peak is that of this process, which has only looked on.
@@ -231,6 +221,22 @@ def _shared_out(
     if report.measured_peak_bytes is not None and max(peaks, default=0):
         report.measured_peak_bytes = max(peaks)
     return lost
+
+
+def _take_all(
+    stages: StageRunner, config: GenerationConfig, progress: Decoding, decoder: StripsDecoder
+) -> StripsLost | None:
+    """Take the pictures that are left; return why no more come, if a strip was lost."""
+    try:
+        while not decoder.done:
+            progress.take(decoder.pictures(stages.check_interrupt))
+            decoder.taken()
+            stages.callbacks.call(config.decode_callback, progress.done, progress.wanted)
+    except OutOfRange:
+        progress.overflowed = True
+    except StripsLost as err:
+        return err.with_traceback(None)
+    return None
 
 
 @contextmanager
