@@ -13,6 +13,7 @@ from typing import Any, Final
 from ..errors import CorruptFile, UnsupportedModel
 from ..files import quoted, some_of
 from ..models import (
+    TRANSFORMERS,
     Component,
     ModelArchitecture,
     Recipe,
@@ -30,7 +31,6 @@ from .variant_choice import Choice
 _POSITIONS: Final = (
     ("img_emb.emb_pos",), ("condition_embedder.image_embedder.pos_embed",),
 )  # fmt: skip
-_TRANSFORMERS: Final = ("transformer", "transformer_2")
 _WANTED: Final = {
     "transformer": "a Wan transformer",
     "vae": "a Wan VAE",
@@ -172,7 +172,7 @@ def _recipe(
 
     Of two experts both must be distilled; a folder's name speaks for all its files.
     """
-    files = [parts[name].table for name in _TRANSFORMERS if name in parts]
+    files = [parts[name].table for name in TRANSFORMERS if name in parts]
     folder = recipe_of(root / "transformer", pipeline=pipeline) if root.is_dir() else None
     found = [recipe_of(table.path, table.metadata) or folder for table in files]
     said = [
@@ -186,7 +186,7 @@ def _recipe(
 
 def _few_steps(root: Path, parts: Mapping[str, IdentifiedFile]) -> list[str]:
     """Return a warning where a checkpoint without a recipe says that it needs few steps."""
-    tables = [parts[name].table for name in _TRANSFORMERS if name in parts]
+    tables = [parts[name].table for name in TRANSFORMERS if name in parts]
     said = [few_steps_hint(table.path, table.metadata, whole=True) for table in tables]
     said += [few_steps_hint(root / "transformer", whole=True)] if root.is_dir() else []
     return [text for text in said if text][:1]

@@ -13,7 +13,7 @@ from typing import Any, Final
 from ..errors import MissingFile, UnsupportedModel
 from ..files import quoted, some_of
 from ..formats import listing, read_json, read_table
-from ..models import Component, ModelArchitecture, TransformerShape, VaeShape
+from ..models import PARTS, Component, ModelArchitecture, TransformerShape, VaeShape
 from .build import build, component, refuse_weights, require_kind, require_whole
 from .configs import check_transformer, check_vae, compare_width, component_config
 from .identified import IdentifiedFile, identify
@@ -30,7 +30,6 @@ _CONFIG_ONLY: Final[Mapping[str, tuple[str, ...]]] = {
         "tokenizer.json", "tokenizer_config.json", "spiece.model", "tokenizer.model", "vocab.json",
     ),
 }  # fmt: skip
-_WEIGHTS: Final = ("transformer", "transformer_2", "vae", "text_encoder", "image_encoder")
 
 
 def index_of(root: Path) -> Path | None:
@@ -47,7 +46,7 @@ def from_diffusers(file: Path) -> ModelArchitecture:
     components: dict[str, Component] = {}
     shapes: dict[str, TransformerShape] = {}
     vae: VaeShape | None = None
-    for name in (n for n in _WEIGHTS if n in listed):
+    for name in (n for n in PARTS if n in listed):
         folder = root / name
         config = component_config(folder)
         part = identify(read_table(folder))
@@ -170,7 +169,7 @@ def _is_component(value: Any) -> bool:
 def _check_present(file: Path, listed: list[str]) -> None:
     """Require the folder of every listed component and of those that every Wan model needs."""
     root = file.parent
-    wanted = dict.fromkeys([*_REQUIRED, *(n for n in listed if n in (*_WEIGHTS, *_CONFIG_ONLY))])
+    wanted = dict.fromkeys([*_REQUIRED, *(n for n in listed if n in (*PARTS, *_CONFIG_ONLY))])
     missing = [name for name in wanted if not (root / name).is_dir()]
     if missing:
         have = [n for n in listing(root) if (root / n).is_dir()]

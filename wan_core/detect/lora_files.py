@@ -17,7 +17,7 @@ from ..config import EXPERTS, WanLoRA, is_many, plain_number, shown
 from ..errors import InvalidRequest, ModelMismatch
 from ..files import named_path, quoted
 from ..formats import read_small, read_table
-from ..models import FoundLora, ModelArchitecture, few_steps_hint, recipe_of
+from ..models import TRANSFORMERS, FoundLora, ModelArchitecture, few_steps_hint, recipe_of
 from .identified import identify
 from .lora_names import LoraPatches, adapter_config_of, read_patches
 from .pairing import check_lora, role_hint
@@ -151,12 +151,11 @@ def _found(architecture: ModelArchitecture, lora: WanLoRA) -> tuple[FoundLora, l
 
 def _given_before(found: FoundLora, others: Iterable[FoundLora]) -> list[str]:
     """Say that a file is given a second time for an expert, as happens when nodes are copied."""
-    experts = ("transformer", "transformer_2")
     same = [
         other.lora.strength
         for other in others
         if set(other.files) == set(found.files)
-        and any(other.works_on(one) and found.works_on(one) for one in experts)
+        and any(other.works_on(one) and found.works_on(one) for one in TRANSFORMERS)
     ]
     if not same:
         return []

@@ -222,20 +222,25 @@ def check_module_role(base: IdentifiedFile, module: IdentifiedFile, role: Role) 
     The modules of both experts have the same structure. Where the names of base and module agree
     that they are for different experts, they are taken at their word.
     """
-    said = role_hint(module.table.path.name, module.table.metadata)
+    said = said_role(module)
     if said is None or said[0] == role:
         return ""
     sentence = (
         f"{quoted(module.table.path)} was chosen as the VACE module of the {role}-noise expert, "
         f"but {said[1]} says {said[0]}"
     )
-    own = role_hint(base.table.path.name, base.table.metadata)
+    own = said_role(base)
     if own is not None and own[0] == role:
         raise ModelMismatch(
             f"{sentence}, while {quoted(base.table.path)} is the {role}-noise expert by {own[1]}. "
             "Choose the other module."
         )
     return f"{sentence}. Check that the two are not swapped."
+
+
+def said_role(part: IdentifiedFile) -> tuple[Role, str] | None:
+    """Return the expert that a file's metadata or name says it is; see ``role_hint``."""
+    return role_hint(part.table.path.name, part.table.metadata)
 
 
 def role_hint(name: str, metadata: Mapping[str, str] | None = None) -> tuple[Role, str] | None:

@@ -15,6 +15,8 @@ from ..errors import MissingFile, ModelMismatch, UnsupportedModel
 from ..files import file_identity, named_path, quoted
 from ..formats import has_gguf_tokenizer
 from ..models import (
+    PARTS,
+    TRANSFORMERS,
     Component,
     ModelArchitecture,
     Role,
@@ -34,11 +36,10 @@ from .pairing import (
     check_text_encoder,
     check_vae_pair,
     join_vace,
-    role_hint,
+    said_role,
 )
 from .variant_choice import Choice, choose_variant
 
-_PARTS: Final = ("transformer", "transformer_2", "vae", "text_encoder", "image_encoder")
 # Words by which publishers say that both experts were merged into one transformer.
 _MERGED: Final = frozenset({"aio", "allinone", "rapid", "merge", "merged"})
 
@@ -60,12 +61,12 @@ def from_files(
     ``inspect`` raises, ModelMismatch for files that do not belong together, and UnsupportedModel
     for a file of the wrong kind.
     """
-    for field in (*_PARTS, "tokenizer", "vace", "vace_2"):
+    for field in (*PARTS, "tokenizer", "vace", "vace_2"):
         if field == "transformer" or getattr(files, field) is not None:
             named_path(getattr(files, field), field)
     parts: dict[str, IdentifiedFile] = {}
     paths: dict[str, Path] = {}
-    for name in _PARTS:
+    for name in PARTS:
         given = getattr(files, name)
         if given is None:
             continue
@@ -144,7 +145,7 @@ def _put_together(
         check_experts(parts["transformer"], low, main, low.transformer)
         warnings += _role_warnings(parts["transformer"], low)
     choice = choose_variant(parts["transformer"], main, 2 if low is not None else None)
-    for name in ("transformer", "transformer_2"):
+    for name in TRANSFORMERS:
         if name in parts:
             require_whole(parts[name], choice)
     vae = _check_companions(root, parts, main)
@@ -170,7 +171,7 @@ def _put_together(
 def _add_inside(parts: dict[str, IdentifiedFile], paths: dict[str, Path]) -> list[str]:
     """Add the components that lie in the transformers' files and were not given; say which."""
     out = []
-    for name in ("transformer", "transformer_2"):
+    for name in TRANSFORMERS:
         for part in parts[name].beside if name in parts else ():
             if part.kind not in parts and _fits(part, parts["transformer"]):
                 parts[part.kind], paths[part.kind] = part, paths[name]
@@ -186,7 +187,7 @@ def _fits(part: IdentifiedFile, main: IdentifiedFile) -> bool:
 
 def _one_transformer(choice: Choice, part: IdentifiedFile) -> tuple[str, ...]:
     """Return warnings for a transformer without a second one that may be half of a pair."""
-    hint = role_hint(part.table.path.name, part.table.metadata)
+    hint = said_role(part)
     guess = f" It is probably the {hint[0]}-noise one, from {hint[1]}." if hint else ""
     if choice.variant.experts == 2:
         if _is_merged(part):
@@ -207,7 +208,7 @@ def _half(choice: Choice, part: IdentifiedFile) -> str:
     """Say what a transformer without a second one lacks before it can run, or return nothing."""
     if choice.variant.experts != 2 or _is_merged(part):
         return ""
-    hint = role_hint(part.table.path.name, part.table.metadata)
+    hint = said_role(part)
     which = f"the {hint[0]}-noise one by {hint[1]}" if hint else "its structure does not say which"
     return (
         f"{quoted(part.table.path)} is one of the two experts of {choice.variant.name} ({which}), "
@@ -222,7 +223,7 @@ def _is_merged(part: IdentifiedFile) -> bool:
     So it is in all-in-one checkpoints, which carry their VAE and text encoder, and in the files
     made of them, which say so. A file that names its role is half of a pair whatever it carries.
     """
-    if role_hint(part.table.path.name, part.table.metadata) is not None:
+    if said_role(part) is not None:
         return False
     words = words_of(name_stem(part.table.path.name))
     said = not _MERGED.isdisjoint(words) or "all in one" in " ".join(words)
@@ -305,7 +306,7 @@ def _role_warnings(high: IdentifiedFile, low: IdentifiedFile) -> list[str]:
     """
     out = []
     for part, role in ((high, "high"), (low, "low")):
-        hint = role_hint(part.table.path.name, part.table.metadata)
+        hint = said_role(part)
         if hint is not None and hint[0] != role:
             out.append(
                 f"{quoted(part.table.path)} was chosen as the {role}-noise expert, but "

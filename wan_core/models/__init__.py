@@ -9,7 +9,7 @@ ground floor and ``formats``.
 
 from __future__ import annotations
 
-from .architecture import Component, FoundLora, ModelArchitecture
+from .architecture import PARTS, TRANSFORMERS, Component, FoundLora, ModelArchitecture
 from .labels import (
     Role,
     differ_in_h_and_l,
@@ -46,7 +46,6 @@ from .shapes import UNSHUFFLED, count_blocks, read_transformer, read_vae, transf
 from .sizes import (
     BYTES,
     MAP_FROM,
-    PARTS,
     VOCABULARY,
     all_blocks,
     assumed_parts,
@@ -102,6 +101,7 @@ __all__ = [
     "StoredSizes",
     "TAG",
     "TEXT_TOKENS",
+    "TRANSFORMERS",
     "VOCABULARY",
     "TransformerShape",
     "UNSHUFFLED",

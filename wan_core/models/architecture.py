@@ -8,12 +8,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from ..config import WanLoRA
 from .recipes import Recipe
 from .stored import StoredSizes
 from .variants import TransformerShape, VaeShape, Variant
+
+TRANSFORMERS: Final = ("transformer", "transformer_2")
+"""A model's transformers: the only or the high-noise one, and the low-noise one."""
+PARTS: Final = (*TRANSFORMERS, "vae", "text_encoder", "image_encoder")
+"""The components that hold weights, by the name they have in a diffusers folder."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,15 +11,13 @@ from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import TypeVar
 
-from .architecture import ModelArchitecture
+from .architecture import TRANSFORMERS, ModelArchitecture
 from .faces import adapter_parameters, face_parameters
 from .shapes import UNSHUFFLED
 from .stored import StoredSizes, cast_at_use
 from .variants import TransformerShape
 
 BYTES: Mapping[str, int] = {"fp32": 4, "bf16": 2, "fp16": 2, "fp8": 1}
-PARTS = ("transformer", "transformer_2", "text_encoder", "vae", "image_encoder")
-"""The components that hold weights, by the name they have in a diffusers folder."""
 
 # Parameters of the umT5-xxl encoder, the Wan VAEs 2.1 and 2.2 and the CLIP ViT-H/14 vision model,
 # counted on instances of the real classes.
@@ -205,7 +203,7 @@ def _mixed(total: int, kept: int, size: int) -> int:
 def part_parameters(architecture: ModelArchitecture, name: str) -> int:
     """Return a component's number of parameters; the published number where it has no file."""
     part = architecture.components.get(name)
-    if name in ("transformer", "transformer_2"):
+    if name in TRANSFORMERS:
         counted = transformer_parameters(architecture.transformer)
         if part is not None and part.weight_kind in _PLAIN and part.parameters:
             return part.parameters
@@ -230,7 +228,7 @@ def part_bytes(architecture: ModelArchitecture, name: str, dtype: str, *, fp8: b
     if stored is not None and (stored.quantised or not fp8):
         return stored.whole.nbytes(BYTES[dtype])
     total = part_parameters(architecture, name)
-    if name not in ("transformer", "transformer_2"):
+    if name not in TRANSFORMERS:
         return total * BYTES[dtype]
     shape = architecture.transformer
     kept = block_count(shape) * block_parameters(shape)[1] + rest_parameters(shape)[1]
@@ -309,7 +307,7 @@ def largest_leaf_bytes(architecture: ModelArchitecture, name: str, dtype: str) -
         # The bytes arrive as stored and are taken apart beside them.
         block = block_bytes(architecture, name, dtype)
         return min(block, stored.largest * size)
-    if name in ("transformer", "transformer_2"):
+    if name in TRANSFORMERS:
         shape = architecture.transformer
         return max(shape.dim * shape.ffn_dim, 6 * shape.dim**2) * size
     if name == "text_encoder":
@@ -338,7 +336,7 @@ def parts_of(architecture: ModelArchitecture) -> tuple[str, ...]:
 
 def experts_of(architecture: ModelArchitecture) -> tuple[str, ...]:
     """Return the model's transformers, the high-noise one first."""
-    return ("transformer", "transformer_2") if architecture.two_experts else ("transformer",)
+    return TRANSFORMERS if architecture.two_experts else TRANSFORMERS[:1]
 
 
 def assumed_parts(architecture: ModelArchitecture) -> tuple[str, ...]:
