@@ -244,6 +244,7 @@ BAD = {
     '{"output": "b.mp4", "control": {"vidio": "x"}}': "control has no field 'vidio'",
     '{"output": "b.mp4", "image": 5}': "image is 5",
     '{"output": "a.mp4"}': "as in line 1",
+    '{"output": "same/a.mp4"}': "as in line 1",
     '{"output": "A.MP4"}': "as in line 1 but for its letters ('a.mp4')",
     '{"output": "b.mp4", "seed": 1, "seed": 2}': "'seed' is given twice",
     '{"output": "b.mp4", "priority": NaN}': "priority is nan",
@@ -261,6 +262,7 @@ def test_a_bad_line_is_named_and_the_others_stay(tmp_path: Path) -> None:
     folder = tmp_path / "clips"
     folder.mkdir()
     (folder / "out").symlink_to(elsewhere)
+    (folder / "same").symlink_to(folder)
     (folder / "there.mp4").symlink_to(elsewhere / "x.mp4")
     path = lines(tmp_path / "jobs.jsonl", good, *BAD, {"output": "z.mp4"})
     found = list(read_jobs(path, folder, tmp_path / "model"))
@@ -541,11 +543,13 @@ def test_a_folder_that_is_a_link_or_goes_meanwhile_is_no_end(tmp_path: Path) -> 
 
 def test_a_line_that_the_system_refuses_is_set_aside(models: Path, tmp_path: Path) -> None:
     path = lines(
-        tmp_path / "jobs.jsonl", job(models, "a.mp4", image="x" * 5000), job(models, "b.mp4")
-    )
-    ledger = Batch(path, tmp_path / "out", optimization=CPU).run()
+        tmp_path / "jobs.jsonl", job(models, "a.mp4", image="x" * 5000), job(models, "b.mp4"),
+        job(models, "b.mp4/c.mp4"),
+    )  # fmt: skip
+    ledger = Batch(path, tmp_path / "out", optimization=CPU, tries=1).run()
     assert ledger.counts()["done"] == 1
     assert ledger.entries[1].state in ("failed", "bad")
+    assert "b.mp4' cannot be made" in ledger.entries[3].error, ledger.entries[3]
 
 
 def test_a_line_knows_what_the_options_of_generate_are_called() -> None:

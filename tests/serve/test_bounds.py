@@ -235,7 +235,7 @@ def test_a_server_that_is_asked_to_end_does_so_and_goes_on(model: Path, tmp_path
                 120,
             )
             server.process.send_signal(signal.SIGHUP if least in (4, 8) else signal.SIGTERM)
-            assert server.process.wait(15) == 0
+            assert server.process.wait(60) == 0
             file = sqlite3.connect(tmp_path / "videos" / "queue.sqlite3")
             status, restarts, tries = file.execute(
                 "SELECT status, restarts, tries FROM jobs"

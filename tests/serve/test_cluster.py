@@ -51,7 +51,7 @@ def lines(path: Path, count: int) -> Path:
         for i in range(count)
     ]
     for line in KILLED:
-        jobs[line - 1]["num_inference_steps"] = 120
+        jobs[line - 1]["num_inference_steps"] = 240
     path.write_text("\n".join(json.dumps(one) for one in jobs))
     return path
 
@@ -78,8 +78,14 @@ def test_twenty_jobs_and_two_machines_that_are_lost(
             # Here and not in a thread: what a thread of Ray's harness starts ends with it.
             nodes.add_node(num_cpus=1)
 
+    class Watched(Cluster):
+        """Asks so often how far its jobs are that none ends before it is seen at work."""
+
+        def wait(self, seconds: float) -> list[tuple[BatchJob, Outcome]]:
+            return super().wait(min(seconds, 0.05))
+
     def crew() -> Cluster:
-        made.append(Cluster(nodes.address, progress=progress, tell=told.append))
+        made.append(Watched(nodes.address, progress=progress, tell=told.append))
         return made[0]
 
     ledger = Batch(path, tmp_path / "many", optimization=CPU, crew=crew, tell=told.append).run()

@@ -27,6 +27,7 @@ from support.http_server import Client, Idle, Started, form, serving, wait_for
 
 from wan_core import GenerationConfig
 from wan_core.errors import InvalidRequest, OutputError, WorkerFailed
+from wan_core.journal import saved_renders
 from wan_core.render.video import VideoWriter, read_video
 from wan_core.serve.carry import Outcome
 from wan_core.serve.fields import Upload, read_job
@@ -73,6 +74,8 @@ def test_a_prompt_becomes_the_clip_that_one_render_makes(model: Path, tmp_path: 
         (tmp_path / "served.mp4").write_bytes(clip)
         part = client.ask("GET", f"/v1/videos/{video['id']}/content", None, {"Range": "bytes=4-7"})
         assert part == (206, b"ftyp")
+        other = client.ask("GET", f"/v1/videos/{video['id']}/content?variant=thumbnail")
+        assert other[0] == 400 and other[1]["error"]["param"] == "variant", other
         metrics = client.ask("GET", "/metrics")[1].decode()
         assert (
             'wanfit_tries_total{result="completed"} 1\n' in metrics and "wanfit_up 1\n" in metrics
@@ -136,6 +139,7 @@ def test_what_is_wrong_is_named_and_leaves_nothing(idle: tuple[Client, Any]) -> 
         (b"x", "multipart/form-data; boundary=b", "broken"),
         (b'--b\r\nContent-Disposition: form-data; name="prompt"\r\n\r\nx',
          "multipart/form-data; boundary=b", "ends too early"),
+        (b"x", "multipart/form-data; boundary=" + "b" * 300, "is broken"),
     ):  # fmt: skip
         status, told = client.ask("POST", "/v1/videos", body, {"Content-Type": kind})
         assert status == 400 and why in told["error"]["message"], told
@@ -721,13 +725,15 @@ def test_200_clients_and_restarts_lose_no_job(model: Path, tmp_path: Path) -> No
         for thread in threads:
             thread.start()
         for least in (20, 100):
-            wait_for(lambda least=least: len(accepted) >= least, 60)
+            wait_for(lambda least=least: len(accepted) >= least, 240)
             server.kill()
             server.start()
         for thread in threads:
             thread.join()
         assert len(accepted) == 200
-        wait_for(lambda: client.ask("GET", f"/v1/videos/{first}")[1]["progress"] > 30, 60)
+        wait_for(lambda: client.ask("GET", f"/v1/videos/{first}")[1]["progress"] > 30, 240)
+        # How often a step is saved depends on how long the disk took for the first.
+        saved = saved_renders(tmp_path / "videos" / "jobs" / first / ".wanfit")[0].next_step or 0
         server.kill()
         server.start()
         for id, prompt in accepted.items():
@@ -736,10 +742,10 @@ def test_200_clients_and_restarts_lose_no_job(model: Path, tmp_path: Path) -> No
         for id in list(accepted)[5:]:
             assert client.ask("DELETE", f"/v1/videos/{id}")[0] == 200
         for id in (first, *keep):
-            video = client.settled(id, 120)
+            video = client.settled(id, 240)
             assert video["status"] == "completed" and video["tries"] == 1, video
         step = int(client.settled(first)["resumed"].split()[2])
-        assert step >= 90, f"it began again at step {step}, and was beyond 30 % of 300"
+        assert step >= saved >= 1, f"it began again at step {step}, and {saved} were saved"
         clip = client.ask("GET", f"/v1/videos/{first}/content")[1]
         (tmp_path / "served.mp4").write_bytes(clip)
     finally:

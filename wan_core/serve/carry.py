@@ -22,6 +22,7 @@ from ..errors import (
     WanError,
     first_line,
 )
+from ..files import make_folder
 from ..plan import OptimizationPlan
 from ..render import WanPipelineLoader
 from .jobs import BatchJob
@@ -117,7 +118,7 @@ class Carrier:
         error: Exception | None = None
         result: VideoGenerationResult | None = None
         try:
-            job.output.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(job.output.parent)
             config, wrapper = job.config(), self.open(job)
             if decoding is not None and _decodes_on_all(wrapper.plan(config)[1]):
                 decoding = None

@@ -244,6 +244,11 @@ def _add_videos(app: FastAPI, desk: Desk) -> None:
         row = find(request.path_params["id"])
         if row is None:
             return missing(request.path_params["id"])
+        variant = request.query_params.get("variant", "video")  # OpenAI's clients have others
+        if variant != "video":
+            raise InvalidRequest(
+                f"variant is {variant[:20]!r}; 'video' is all that there is.", field="variant"
+            )
         if row.status != "completed":
             text = f"The video is {row.status.replace('_', ' ')}; there is nothing to send."
             return JSONResponse(error_body(text, "not_ready"), 409)

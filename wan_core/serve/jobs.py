@@ -189,8 +189,12 @@ def _check_taken(job: BatchJob, taken: dict[str, tuple[int, str]]) -> None:
 
 
 def _alike(output: Path) -> str:
-    """Return what is equal for outputs that some file system takes for one: macOS' and Windows'."""
-    return unicodedata.normalize("NFC", os.path.normcase(output)).casefold()
+    """Return what is equal for outputs that are one, through a linked folder or on some disk.
+
+    macOS' and Windows' take names for one that differ in case, or in how an accent is written.
+    """
+    real = os.path.join(os.path.realpath(output.parent), output.name)
+    return unicodedata.normalize("NFC", os.path.normcase(real)).casefold()
 
 
 def _job(

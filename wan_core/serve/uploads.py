@@ -122,6 +122,10 @@ async def read_form(body: AsyncIterator[bytes], content_type: str, folder: Path,
     return parts.form
 
 
+def _broken(err: Exception) -> InvalidRequest:
+    return InvalidRequest(f"The multipart/form-data is broken ({err}).")
+
+
 async def _whole(body: AsyncIterator[bytes], most: int) -> bytes:
     found = bytearray()
     async for chunk in body:
@@ -155,6 +159,7 @@ class _Parts:
 
     def __init__(self, content_type: str, folder: Path, most: int) -> None:
         try:
+            from python_multipart.exceptions import FormParserError
             from python_multipart.multipart import MultipartParser, parse_options_header
         except ImportError as err:
             raise MissingDependency(
@@ -172,19 +177,22 @@ class _Parts:
         self.written = 0
         self._stream: IO[bytes] | None = None
         self._whole = False
-        self._parser = MultipartParser(
-            boundary,
-            {
-                "on_part_begin": self._begin,
-                "on_header_field": lambda data, a, b: self._header.extend(data[a:b]),
-                "on_header_value": lambda data, a, b: self._value.extend(data[a:b]),
-                "on_header_end": self._header_end,
-                "on_headers_finished": self._headers_end,
-                "on_part_data": self._data,
-                "on_part_end": self._end,
-                "on_end": self._all,
-            },
-        )
+        try:
+            self._parser = MultipartParser(
+                boundary,
+                {
+                    "on_part_begin": self._begin,
+                    "on_header_field": lambda data, a, b: self._header.extend(data[a:b]),
+                    "on_header_value": lambda data, a, b: self._value.extend(data[a:b]),
+                    "on_header_end": self._header_end,
+                    "on_headers_finished": self._headers_end,
+                    "on_part_data": self._data,
+                    "on_part_end": self._end,
+                    "on_end": self._all,
+                },
+            )
+        except FormParserError as err:  # a boundary that is too long
+            raise _broken(err) from err
 
     async def read(self, body: AsyncIterator[bytes]) -> None:
         """Read the body to its end."""
@@ -199,7 +207,7 @@ class _Parts:
                 self._parser.write(chunk)
             self._parser.finalize()
         except FormParserError as err:
-            raise InvalidRequest(f"The multipart/form-data is broken ({err}).") from err
+            raise _broken(err) from err
         except OSError as err:
             raise OutputError(f"The upload cannot be kept: {err.strerror}.") from err
         if not self._whole:
