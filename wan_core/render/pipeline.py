@@ -38,6 +38,7 @@ from ..memory import (
     CardRecords,
     RunRecord,
     SystemResources,
+    Workload,
     all_cards,
     forward_name,
 )
@@ -123,10 +124,7 @@ class WanPipelineWrapper:
         ``fits`` False; that is not an error.
         """
         config = self._with_pictures(config)
-        request = self._resolve(config)
-        optimization = self._optimization_for(config)
-        job = workload_of(request, config, self.architecture)
-        system = self._system(optimization)
+        request, optimization, job, system = self._foreseen(config)
         estimate = self._manager.estimate(self.architecture, job, system, optimization)
         warnings = [*estimate.warnings, *self._preferences.warnings, *request.warnings]
         if texts_to_encode(config, request) and not job.encode_text:
@@ -143,10 +141,7 @@ class WanPipelineWrapper:
         had at an earlier moment; None looks at it now. Raises InvalidRequest.
         """
         config = self._with_pictures(config)
-        request = self._resolve(config)
-        optimization = self._optimization_for(config)
-        workload = workload_of(request, config, self.architecture)
-        system = self._system(optimization, machine)
+        request, optimization, workload, system = self._foreseen(config, machine)
         plan, estimate = self._manager.foresee(self.architecture, workload, system, optimization)
         warnings = (*estimate.warnings, *self._preferences.warnings)
         estimate = replace(estimate, warnings=warnings)
@@ -162,15 +157,16 @@ class WanPipelineWrapper:
 
     def what_fits(self, config: GenerationConfig) -> str:
         """Name, in one sentence, the longest clip and the largest size that would fit."""
-        config = self._with_pictures(config)
-        request = self._resolve(config)
-        optimization = self._optimization_for(config)
-        return self._manager.what_fits(
-            self.architecture,
-            workload_of(request, config, self.architecture),
-            self._system(optimization),
-            optimization,
-        )
+        _, optimization, workload, system = self._foreseen(self._with_pictures(config))
+        return self._manager.what_fits(self.architecture, workload, system, optimization)
+
+    def _foreseen(
+        self, config: GenerationConfig, machine: SystemResources | None = None
+    ) -> tuple[Request, OptimizationConfig, Workload, SystemResources]:
+        """Return what a plan is made of; ``machine`` as in ``foresee``."""
+        request, optimization = self._resolve(config), self._optimization_for(config)
+        workload = workload_of(request, config, self.architecture)
+        return request, optimization, workload, self._system(optimization, machine)
 
     def _resolve(self, config: GenerationConfig) -> Request:
         """Check the values of a job. Windows without a length are as long as ``chunk_size``."""
