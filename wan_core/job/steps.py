@@ -26,14 +26,12 @@ SIGMA_SCHEDULES = ("official", "simple")
 """Where the noise levels of the steps come from: ``official`` as diffusers' scheduler of that name
 has them, ``simple`` as ComfyUI's, and then also with its solver (``sampling.solvers``)."""
 
-_CLASS_NAMES = {
+DIFFUSERS_SCHEDULERS = {
     "unipc": "UniPCMultistepScheduler",
     "euler": "FlowMatchEulerDiscreteScheduler",
     "dpm++2m": "DPMSolverMultistepScheduler",
 }
-
-DIFFUSERS_SCHEDULERS = tuple(_CLASS_NAMES)
-"""Those that diffusers has; the official schedule uses its classes."""
+"""Those that diffusers has, and its classes, which the official schedule uses."""
 
 
 def make_scheduler(
@@ -46,14 +44,14 @@ def make_scheduler(
     used. Raises InvalidRequest for a name that diffusers has no scheduler for, CorruptFile for
     settings that its class does not take.
     """
-    if name not in _CLASS_NAMES:
+    if name not in DIFFUSERS_SCHEDULERS:
         raise InvalidRequest(
-            f"scheduler is {name!r}; of diffusers' WanFit uses {', '.join(_CLASS_NAMES)}.",
+            f"scheduler is {name!r}; those of diffusers are {', '.join(DIFFUSERS_SCHEDULERS)}.",
             field="scheduler",
         )
     import diffusers
 
-    cls = getattr(diffusers, _CLASS_NAMES[name])
+    cls = getattr(diffusers, DIFFUSERS_SCHEDULERS[name])
     saved = dict(saved_config or {})
     same_class = saved.get("_class_name") == cls.__name__
     config: dict[str, Any] = saved if same_class else {"num_train_timesteps": 1000}
@@ -120,7 +118,7 @@ def solver_sigmas(
     if schedule == "simple":
         count = steps + 1 if scheduler == "unipc" else steps
         levels = [(1000 - int(index * (1000 / count))) / 1000 for index in range(steps)]
-    elif scheduler in _CLASS_NAMES:
+    elif scheduler in DIFFUSERS_SCHEDULERS:
         return None
     else:
         levels = [1 - index * (1 - 1 / 1000) / steps for index in range(steps)]
