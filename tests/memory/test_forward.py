@@ -496,8 +496,11 @@ class Alone:
     def __init__(self, size: int) -> None:
         self.size = size
 
-    def all_to_all(self, parts: torch.Tensor) -> torch.Tensor:
-        return torch.empty_like(parts)
+    def begin_exchange(self, given: torch.Tensor, parts: torch.Tensor) -> Alone:
+        return self
+
+    def wait(self) -> None:
+        pass
 
     def all_gather(self, part: torch.Tensor) -> torch.Tensor:
         return part.new_empty((self.size, *part.shape))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -22,7 +23,7 @@ class Meeting:
         self.size = size
         self._barrier = threading.Barrier(size)
         self._given: list[Any] = [None] * size
-        self.gathers = Gathers(size)
+        self.gathers, self.exchanges = Posts(size), Posts(size)
 
     def exchange(self, rank: int, value: Any) -> list[Any]:
         """Return what all have given."""
@@ -35,38 +36,49 @@ class Meeting:
     def break_off(self) -> None:
         self._barrier.abort()
         self.gathers.break_off()
+        self.exchanges.break_off()
 
 
-class Gathers:
-    """Gathers among threads: to begin one waits for nobody, its end for all who have to begin it.
+class Posts:
+    """What threads give each other: to begin waits for nobody, the end for all who have to begin.
 
-    Each is known by its number, so that two who gather different things in different orders give
-    each other wrong bytes, as they would on cards.
+    Each exchange is known by its number, so that two who exchange different things in different
+    orders give each other wrong bytes, as they would on cards.
     """
 
     def __init__(self, size: int) -> None:
         self.size = size
         self._given: dict[tuple[int, int], Tensor] = {}
         self._begun = [0] * size
+        self._ended: Counter[int] = Counter()
         self._changed = threading.Condition()
         self._broken = False
 
-    def begin(self, rank: int, whole: Tensor) -> ThreadGather:
+    def begin(self, rank: int, parts: Tensor) -> int:
+        """Give something, as it is now; return the number of the exchange."""
         with self._changed:
             number = self._begun[rank]
             self._begun[rank] += 1
-            self._given[number, rank] = whole.view(self.size, -1)[rank].clone()
+            self._given[number, rank] = parts.clone()
             self._changed.notify_all()
-        return ThreadGather(self, number, whole)
+        return number
 
     def parts(self, number: int) -> list[Tensor]:
-        """Wait until all have begun a gather; return what they gave."""
-        with self._changed:
-            until = time.monotonic() + PATIENCE
-            while not all(begun > number for begun in self._begun):
-                if self._broken or not self._changed.wait(until - time.monotonic()):
-                    raise threading.BrokenBarrierError
-            return [self._given[number, rank] for rank in range(self.size)]
+        """Wait until all have begun an exchange; return what they gave."""
+        try:
+            with self._changed:
+                until = time.monotonic() + PATIENCE
+                while not all(begun > number for begun in self._begun):
+                    if self._broken or not self._changed.wait(until - time.monotonic()):
+                        raise threading.BrokenBarrierError
+                given = [self._given[number, one] for one in range(self.size)]
+                self._ended[number] += 1
+                if self._ended[number] == self.size:  # nobody asks again
+                    for one in range(self.size):
+                        del self._given[number, one]
+                return given
+        except threading.BrokenBarrierError as err:
+            raise GangBroken("Connection closed by peer") from err
 
     def break_off(self) -> None:
         with self._changed:
@@ -74,20 +86,11 @@ class Gathers:
             self._changed.notify_all()
 
 
-class ThreadGather:
-    """A gather under way; the other parts arrive when it is waited for, as late as can be."""
+class Late:
+    """An exchange under way; what was given arrives when it is waited for, as late as can be."""
 
-    def __init__(self, gathers: Gathers, number: int, whole: Tensor) -> None:
-        self._gathers, self._number, self._whole = gathers, number, whole
-
-    def wait(self) -> None:
-        try:
-            parts = self._gathers.parts(self._number)
-        except threading.BrokenBarrierError as err:
-            raise GangBroken("Connection closed by peer") from err
-        for row, part in zip(self._whole.view(len(parts), -1), parts, strict=True):
-            assert len(row) == len(part), "two gather different blocks at the same time"
-            row.copy_(part)
+    def __init__(self, arrive: Callable[[], object]) -> None:
+        self.wait = arrive
 
 
 class ThreadExchange:
@@ -97,17 +100,36 @@ class ThreadExchange:
         self.meeting, self.rank, self.size = meeting, rank, meeting.size
         self.moved = 0
 
-    def all_to_all(self, parts: Tensor) -> Tensor:
-        assert parts.is_contiguous() and len(parts) == self.size
+    def begin_exchange(self, given: Tensor, parts: Tensor) -> Late:
+        assert parts.is_contiguous() and given.is_contiguous() and parts.shape == given.shape
+        own = len(parts) == self.size
+        assert own or len(parts) == self.size - 1
         self.moved += 1
-        given = self.meeting.exchange(self.rank, parts)
-        return torch.stack([part[self.rank] for part in given])
+        # What is read too early is noticed.
+        given.fill_(float("nan") if given.is_floating_point() else 99)
+        number = self.meeting.exchanges.begin(self.rank, parts)
+
+        def arrive() -> None:
+            others = [rank for rank in range(self.size) if own or rank != self.rank]
+            all_parts = self.meeting.exchanges.parts(number)
+            for row, rank in zip(given, others, strict=True):
+                row.copy_(all_parts[rank][self.rank - (not own and rank < self.rank)])
+
+        return Late(arrive)
 
     def all_gather(self, part: Tensor) -> Tensor:
         return torch.stack(self.meeting.exchange(self.rank, part))
 
-    def begin_gather(self, whole: Tensor) -> ThreadGather:
-        return self.meeting.gathers.begin(self.rank, whole)
+    def begin_gather(self, whole: Tensor) -> Late:
+        number = self.meeting.gathers.begin(self.rank, whole.view(self.size, -1)[self.rank])
+
+        def arrive() -> None:
+            parts = self.meeting.gathers.parts(number)
+            for row, part in zip(whole.view(len(parts), -1), parts, strict=True):
+                assert len(row) == len(part), "two gather different blocks at the same time"
+                row.copy_(part)
+
+        return Late(arrive)
 
     def agreed(self, word: bool) -> bool:
         return bool(self.meeting.exchange(self.rank, word)[0])
@@ -132,9 +154,6 @@ class ThreadGroup(ThreadExchange):
             return self.meeting.exchange(self.rank, value)
         except threading.BrokenBarrierError as err:
             raise GangBroken("Connection closed by peer") from err
-
-    def all_to_all(self, parts: Tensor) -> Tensor:
-        return torch.stack([part[self.rank] for part in self._exchanged(parts)])
 
     def all_gather(self, part: Tensor) -> Tensor:
         return torch.stack(self._exchanged(part))
@@ -168,6 +187,7 @@ def together(size: int, work: Callable[[ThreadExchange], Any]) -> list[Any]:
     for thread in threads:
         thread.join()
     if errors:
-        first = [err for err in errors if not isinstance(err, threading.BrokenBarrierError)]
+        broken = (threading.BrokenBarrierError, GangBroken)
+        first = [err for err in errors if not isinstance(err, broken)]
         raise (first or errors)[0]
     return results

@@ -216,21 +216,20 @@ def _self_attention(
     # The normed input is made whole: each projection must be one product over all tokens to round
     # as diffusers' does.
     layers.read(modulation.all_normed_as(layers.kind, block.norm1, hidden, 0))
-    query = rotate_all(attn.norm_q, layers.project(0), attn.heads, spans, rotary, fused)
-    key = rotate_all(attn.norm_k, layers.project(1), attn.heads, spans, rotary, fused)
-    if beside is not None:
-        key = beside.widened(key)
-    # v is the last to need the normed input. Released now, it makes way for the attention output:
-    # the peak of the block is h, q, k, v and that output.
-    value = layers.project(2, last=True)
-    if keep is not None:
-        keep.append((key, value))
     heads, cut = attn.heads, options.cut
     if cut is not None:
         heads = cut.heads(heads)
-        query = cut.to_heads(query)  # one after the other: each takes the place of its own
-        key = cut.to_heads(key)
-        value = cut.to_heads(value)
+        query, key, value = _exchanged(attn, layers, cut, spans, rotary, fused)
+    else:
+        query = rotate_all(attn.norm_q, layers.project(0), heads, spans, rotary, fused)
+        key = rotate_all(attn.norm_k, layers.project(1), heads, spans, rotary, fused)
+        if beside is not None:
+            key = beside.widened(key)
+        # v is the last to need the normed input. Released now, it makes way for the attention
+        # output: the peak of the block is h, q, k, v and that output.
+        value = layers.project(2, last=True)
+        if keep is not None:
+            keep.append((key, value))
     if beside is not None:
         value = beside.widened(value)
         held = [beside.attend(attn, query, key, value, options)]
@@ -241,6 +240,28 @@ def _self_attention(
     if cut is not None:
         held.append(cut.to_tokens(held.pop()))
     return _project_out(attn, held, coded)
+
+
+def _exchanged(
+    attn: Any, layers: Shared, cut: Cut, spans: list[Span], rotary: tuple[Tensor, Tensor],
+    fused: Fused,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Return query, key and value of all tokens, for the heads that are attended to here.
+
+    v, which is neither normed nor turned, leaves first: it is on its way while q is projected, and
+    q while k is. Each is waited for before the next leaves, which could not overtake it: what was
+    sent makes way.
+    """
+    values = cut.to_heads(layers.project(2))
+    query = rotate_all(attn.norm_q, layers.project(0), attn.heads, spans, rotary, fused)
+    value = values.wait()
+    queries = cut.to_heads(query)
+    del query
+    key = rotate_all(attn.norm_k, layers.project(1, last=True), attn.heads, spans, rotary, fused)
+    query = queries.wait()
+    keys = cut.to_heads(key)
+    del key
+    return query, keys.wait(), value
 
 
 class _Context:
@@ -348,7 +369,11 @@ def _self_attention_by_heads(
             rows = layers.project(index, last=index == 1)
             rotate_span(norm, rows, attn.heads, span, rotary, whole[:, span[0]], fused)
             del rows, whole
-    values = None
+    values, here = None, attn.heads
+    if cut is not None:
+        here = cut.heads(here)
+        query = cut.to_heads(query).wait()  # one by one: each takes the place of its own
+        key = cut.to_heads(key).wait()
     # v by groups multiplies with rows of the weight. A quantised layer has no such rows, and a
     # hook (a LoRA's, for one) expects the whole output: then v is made whole. So it is where other
     # processes need their heads of it.
@@ -358,12 +383,8 @@ def _self_attention_by_heads(
             layer = shared_by((attn.to_v,), hidden.dtype, coded)
             layer.read(modulation.normed(block.norm1, hidden, 0, span))
             values[:, span[0]] = layer.project(last=True)
-    here = attn.heads
     if cut is not None and values is not None:
-        here = cut.heads(here)
-        query = cut.to_heads(query)
-        key = cut.to_heads(key)
-        values = cut.to_heads(values)
+        values = cut.to_heads(values).wait()
     size = query.shape[-1] // here
     heads_each = -(-here // options.head_groups)
     for first in range(0, here, heads_each):

@@ -20,6 +20,13 @@ from torch import Tensor
 from ..kernels import TimestepRuns
 
 
+class Pending(Protocol):
+    """An exchange under way."""
+
+    def wait(self) -> object:
+        """Have what is computed from now on find what was exchanged."""
+
+
 class Exchange(Protocol):
     """What the processes that share a forward have in common: their number, and how they talk."""
 
@@ -31,11 +38,32 @@ class Exchange(Protocol):
     def size(self) -> int:
         """How many they are."""
 
-    def all_to_all(self, parts: Tensor) -> Tensor:
-        """Give ``parts[i]`` to process i, and return what they gave, (size, ...)."""
+    def begin_exchange(self, given: Tensor, parts: Tensor) -> Pending:
+        """Begin to give away the rows of ``parts``, and to fill those of ``given``, in order.
+
+        Both have a row for each process, or for each other one, and are contiguous. What is
+        computed meanwhile does not wait; neither may be touched before the exchange was waited for.
+        """
 
     def all_gather(self, part: Tensor) -> Tensor:
         """Return the parts of all processes, (size, ...)."""
+
+
+@dataclass(slots=True)
+class Arriving:
+    """All tokens of own heads, of which some are on their way."""
+
+    _held: list[Tensor]
+    """What is filled, (size, B, L / size, D / size), and what is sent."""
+    _pending: Pending
+
+    def wait(self) -> Tensor:
+        """Return them, (B, L, D / size); to be called once."""
+        self._pending.wait()
+        given, _ = self._held
+        self._held.clear()  # what was sent is not needed any more
+        size, batch, tokens, width = given.shape
+        return given.transpose(0, 1).reshape(batch, size * tokens, width)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,24 +86,42 @@ class Cut:
             raise ValueError(f"{heads} heads cannot be shared out to {self.among.size} processes")
         return each
 
-    def to_heads(self, states: Tensor) -> Tensor:
-        """Turn own tokens of all heads, (B, L / n, D), into all tokens of own heads, (B, L, D / n).
+    def to_heads(self, states: Tensor) -> Arriving:
+        """Begin to turn own tokens of all heads, (B, L / n, D), into all tokens of own heads.
 
-        ``states`` is read only.
+        Those are (B, L, D / n). ``states`` is read only, and may be let go at once.
         """
-        batch, tokens, width = states.shape
-        size = self.among.size
-        parts = states.reshape(batch, tokens, size, width // size).permute(2, 0, 1, 3)
-        given = self.among.all_to_all(parts.contiguous())
-        return given.transpose(0, 1).reshape(batch, size * tokens, width // size)
+        size, rank, there = self.among.size, self.among.rank, self._partners
+        lanes = torch.unflatten(states, 2, (size, -1)).permute(2, 0, 1, 3)
+        given = torch.empty_like(lanes, memory_format=torch.contiguous_format)
+        parts = lanes[there].contiguous()
+        arriving = Arriving([given, parts], self.among.begin_exchange(given[there], parts))
+        if size == 2:
+            given[rank] = lanes[rank]
+        return arriving
 
     def to_tokens(self, states: Tensor) -> Tensor:
         """Turn all tokens of own heads, (B, L, D / n), into own tokens of all heads."""
-        batch, tokens, width = states.shape
-        size = self.among.size
-        parts = states.reshape(batch, size, tokens // size, width).transpose(0, 1)
-        given = self.among.all_to_all(parts.contiguous())
-        return given.permute(1, 2, 0, 3).reshape(batch, tokens // size, size * width)
+        size, rank, there = self.among.size, self.among.rank, self._partners
+        rows = torch.unflatten(states, 1, (size, -1)).transpose(0, 1)
+        parts = rows[there].contiguous()
+        given = torch.empty_like(parts)
+        pending = self.among.begin_exchange(given, parts)
+        whole = states.new_empty(*rows.shape[1:3], size, rows.shape[3])
+        if size == 2:
+            whole[:, :, rank] = rows[rank]
+        pending.wait()
+        whole[:, :, there] = given.permute(1, 2, 0, 3)
+        return whole.flatten(2)
+
+    @property
+    def _partners(self) -> slice:
+        """Return who is given a part: of two the other one, of more all, as one run of rows.
+
+        What a process of two keeps is put in its place while the rest is on its way.
+        """
+        other = 1 - self.among.rank
+        return slice(other, other + 1) if self.among.size == 2 else slice(None)
 
     def whole(self, part: Tensor) -> Tensor:
         """Return the tokens of all processes, (B, L, D), of own ones (B, L / n, D)."""

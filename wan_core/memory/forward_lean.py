@@ -107,22 +107,49 @@ def _attend_whole(x: Lean) -> Blob:
     return out
 
 
-def _exchange(x: Lean, states: Blob) -> Blob:
-    """``Cut.to_heads`` and ``to_tokens``: what is sent and what comes; as many numbers as before.
-
-    A batch of one travels as it lies; of more, what came is copied into its order.
-    """
-    if x.cut == 1:
-        return states
-    sent = x.whole()
+def _leave(x: Lean) -> list[Blob]:
+    """``Cut.to_heads``: what is filled, and what is sent: of two cards' the other's half."""
     given = x.whole()
-    del sent
+    return [given, x.tape.new(x.d.hidden // (2 if x.cut == 2 else 1), x.d.size)]
+
+
+def _arrive(x: Lean, held: list[Blob]) -> Blob:
+    """``Arriving.wait``. A batch of one lies as it came; of more it is copied into its order."""
+    given = held[0]
+    held.clear()
     copied = x.whole() if x.d.batch > 1 else given
     x.tape.during(given)
     return copied
 
 
-def _self_attention(x: Lean) -> Blob:
+def _to_tokens(x: Lean, out: Blob) -> Blob:
+    part = x.d.hidden // (2 if x.cut == 2 else 1)
+    parts = [x.tape.new(part, x.d.size) for _ in range(2 if x.d.batch > 1 else 1)]
+    whole = x.whole()
+    x.tape.during(out, *parts)
+    return whole
+
+
+def _exchanged(x: Lean) -> tuple[Blob, Blob, Blob]:
+    normed = all_normed(x)
+    value = x.whole()
+    values = _leave(x)
+    del value
+    query = x.whole()
+    rotate(x)
+    value = _arrive(x, values)
+    queries = _leave(x)
+    del query
+    key = x.whole()
+    del normed
+    rotate(x)
+    query = _arrive(x, queries)
+    keys = _leave(x)
+    del key
+    return query, _arrive(x, keys), value
+
+
+def _projected(x: Lean) -> tuple[Blob, Blob, Blob]:
     normed = all_normed(x)
     query = x.whole()
     rotate(x)
@@ -130,12 +157,14 @@ def _self_attention(x: Lean) -> Blob:
     rotate(x)
     value = x.whole()
     del normed
-    query = _exchange(x, query)
-    key = _exchange(x, key)
-    value = _exchange(x, value)
+    return query, key, value
+
+
+def _self_attention(x: Lean) -> Blob:
+    query, key, value = _exchanged(x) if x.cut > 1 else _projected(x)
     out = _attend_whole(x)
     del query, key, value
-    return project(x, _exchange(x, out))
+    return project(x, out if x.cut == 1 else _to_tokens(x, out))
 
 
 def _add_and_norm(x: Lean, change: Blob) -> Blob:
@@ -193,6 +222,9 @@ def _self_attention_by_heads(x: Lean, whole_values: bool) -> None:
         rotate(x)
         del projected
     del normed
+    if x.cut > 1:
+        query = _arrive(x, _leave(x))
+        key = _arrive(x, _leave(x))
     here = d.heads // x.cut
     heads = -(-here // x.groups)
     every = d.tokens * x.cut  # of these heads there are the tokens of all cards
@@ -203,9 +235,7 @@ def _self_attention_by_heads(x: Lean, whole_values: bool) -> None:
     x.rows() if whole_values else x.rows(elements=lanes * x.span // d.tokens)
     del normed
     if x.cut > 1:
-        query = _exchange(x, query)
-        key = _exchange(x, key)
-        value = _exchange(x, value)
+        value = _arrive(x, _leave(x))
     lse = x.lse(every, heads)
     out = x.tape.new(lanes, d.size)
     del lse, value, out, key

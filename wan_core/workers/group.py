@@ -75,12 +75,18 @@ class ProcessGroup:
                 timeout=_TIMEOUT,
             )
 
-    def all_to_all(self, parts: Tensor) -> Tensor:
-        """Give ``parts[i]`` to process i, and return what they gave, (size, ...)."""
-        given = torch.empty_like(parts)
+    def begin_exchange(self, given: Tensor, parts: Tensor) -> Pending:
+        """Begin to give away the rows of ``parts``, and to fill those of ``given``, in order.
+
+        There is a row for each process, or for each other one: what it gives itself NCCL would
+        copy by the few units that it takes of a card. On cards it is done on another stream.
+        """
+        splits = None
+        if len(parts) < self.size:
+            splits = [int(rank != self.rank) for rank in range(self.size)]
         with _told():
-            self._dist.all_to_all_single(given, parts)
-        return given
+            work = self._dist.all_to_all_single(given, parts, splits, splits, async_op=True)
+        return _Work(work)
 
     def all_gather(self, part: Tensor) -> Tensor:
         """Return the parts of all processes, (size, ...)."""
@@ -126,7 +132,7 @@ class ProcessGroup:
 
 
 class _Work:
-    """A gather under way."""
+    """A gather or an exchange under way."""
 
     def __init__(self, work: Any) -> None:
         self._work = work

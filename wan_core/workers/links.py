@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..errors import is_oom
 from ..memory import Link
+from ..placing import Pending
 
 _SAMPLES, _IN_A_ROW = 5, 4
 _LONG = {"cuda": 256 * 2**20, "cpu": 4 * 2**20}
@@ -41,8 +42,8 @@ class Exchanging(Protocol):
     def size(self) -> int:
         """How many they are."""
 
-    def all_to_all(self, parts: Tensor) -> Tensor:
-        """Give ``parts[i]`` to process i, and return what they gave."""
+    def begin_exchange(self, given: Tensor, parts: Tensor) -> Pending:
+        """Begin to give away the rows of ``parts``, and to fill those of ``given``."""
 
     def agreed(self, word: bool) -> bool:
         """Return the word of rank 0."""
@@ -65,14 +66,16 @@ def measured_link(
         return None, "a card has too little free memory for it"
     times = []
     for each in (_SHORT, long // 4, long):
-        parts = torch.zeros(group.size, each, dtype=torch.uint8, device=device)
+        rows = 1 if group.size == 2 else group.size
+        parts = torch.zeros(rows, each, dtype=torch.uint8, device=device)
+        given = torch.empty_like(parts)
 
-        def exchange(parts: Tensor = parts) -> object:
-            return group.all_to_all(parts)
+        def exchange(given: Tensor = given, parts: Tensor = parts) -> object:
+            return group.begin_exchange(given, parts).wait()
 
         seconds = _sampled(group, timed, exchange)
         times.append(((group.size - 1) * each, seconds))
-        del parts
+        del parts, given
     link, why = link_of(times)
     host = _host_rate(group, device, timed) if device.type == "cuda" else 0.0
     return (None if link is None else Link(link.rate, link.seconds, host)), why

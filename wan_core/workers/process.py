@@ -34,9 +34,15 @@ _START = "import sys; sys.path.insert(0, sys.argv[1]); from wan_core.workers imp
 _START += "child.main()"
 _VISIBLE = "CUDA_VISIBLE_DEVICES"
 _LOOPBACK = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
-_USUALLY = {"NCCL_NVLS_ENABLE": "0"}
+_USUALLY = {
+    "NCCL_NVLS_ENABLE": "0",
+    "TORCH_NCCL_HIGH_PRIORITY": "1",
+    "TORCH_NCCL_AVOID_RECORD_STREAMS": "1",
+}
 """Unless said otherwise: no multicast of NVLink. What gangs exchange is sent from one to one, and
-NCCL would hold memory of every card for it."""
+NCCL would hold memory of every card for it. Exchanges that run beside products are begun before the
+rest of them. What is sent may be used again when it was waited for: torch before 2.8 would else
+hold it until the card, which is blocks behind, has sent it."""
 _END_SECONDS = 5.0
 _MOST_WORDS, _MOST_SHOWN, _WORDS_SECONDS = 8192, 300, 1.0
 """Bytes of a worker's last words that are kept, characters that are shown, and how long they are

@@ -1,0 +1,108 @@
+"""A forward that is cut along its tokens: the same bits, and exchanges beside products."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from support.lean_models import inputs_of, model_of
+from support.thread_gang import Late, ThreadExchange, together
+from torch import Tensor
+
+from wan_core.forward import Cut, cut_tokens, lean_forward
+
+pytestmark = pytest.mark.usefixtures("without_gradients")
+HEADS = {"num_attention_heads": 4, "attention_head_dim": 16}
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_tokens_for_heads_and_back(size: int, batch: int) -> None:
+    whole = torch.arange(batch * 8 * 12.0).view(batch, 8, 12)
+    each = 12 // size
+
+    def work(among: ThreadExchange) -> None:
+        cut = Cut(among)
+        own = whole[:, cut.own(8)]
+        arriving = cut.to_heads(own.clone())
+        heads = arriving.wait()
+        assert torch.equal(heads, whole[..., among.rank * each : (among.rank + 1) * each])
+        assert torch.equal(cut.to_tokens(heads), own)
+
+    together(size, work)
+
+
+class Watched(ThreadExchange):
+    """Notes when exchanges begin, and when they are waited for."""
+
+    def __init__(self, among: ThreadExchange, note: Callable[[str], object]) -> None:
+        super().__init__(among.meeting, among.rank)
+        self._note = note
+
+    def begin_exchange(self, given: Tensor, parts: Tensor) -> Late:
+        # Of two, none sends itself anything.
+        assert len(parts) == (1 if self.size == 2 else self.size)
+        late = super().begin_exchange(given, parts)
+        self._note("begin")
+
+        def wait() -> None:
+            self._note("wait")
+            late.wait()
+
+        return Late(wait)
+
+
+def call_of(model: Any) -> dict[str, Any]:
+    """A call of 80 tokens, which two or four processes can share."""
+    call, g = inputs_of(model, torch.float32), torch.Generator().manual_seed(3)
+    for name in ("hidden_states", "control_hidden_states"):
+        if name in call:
+            call[name] = torch.randn(1, call[name].shape[1], 5, 8, 8, generator=g)
+    if call["timestep"].ndim == 2:
+        call["timestep"] = torch.full((1, 80), 777.7)
+        call["timestep"][:, :16] = 0  # the first frame is held
+    return call
+
+
+CASES = [("wan2.1-t2v", 2), ("wan2.1-i2v", 4), ("wan2.2-ti2v-5b", 2), ("wan2.1-vace", 2)]
+ORDER = ["v", "begin", "q", "wait", "begin", "k", "wait", "begin", "wait", "begin", "wait", "out"]
+
+
+@pytest.mark.parametrize("exact", [True, False])
+@pytest.mark.parametrize(("family", "size"), CASES)
+def test_what_leaves_is_waited_for_when_it_has_had_time(
+    family: str, size: int, exact: bool
+) -> None:
+    """The bits of one process; v is on its way while q is projected, and q while k is."""
+    numbers = HEADS | ({"added_kv_proj_dim": 64} if family == "wan2.1-i2v" else {})
+    model = model_of(family, torch.float32, **numbers)
+    call, mine, seen = call_of(model), list[int](), list[str]()
+    with lean_forward(model, exact=exact, rows=32):
+        expected = model(**call)[0]
+    attn = model.blocks[-1].attn1
+    layers = {"q": attn.to_q, "k": attn.to_k, "v": attn.to_v, "out": attn.to_out[0]}
+
+    def note(word: str) -> None:
+        if threading.get_ident() in mine:
+            seen.append(word)
+
+    for name, layer in layers.items():
+        layer.register_forward_pre_hook(lambda *_, name=name: note(name))
+
+    def work(among: ThreadExchange) -> Tensor:
+        if among.rank == 0:
+            mine.append(threading.get_ident())
+        with lean_forward(model, exact=exact, rows=32) as reason:
+            assert reason is None
+            with cut_tokens(model, Watched(among, note)):
+                made: Tensor = model(**call)[0]
+        return made
+
+    assert all(torch.equal(made, expected) for made in together(size, work))
+    blocks = len(model.blocks) + len(getattr(model, "vace_blocks", ()))
+    assert seen.count("begin") == seen.count("wait") == 4 * blocks
+    if exact:
+        assert seen[-len(ORDER) :] == ORDER
