@@ -1,8 +1,10 @@
 """Messages between a driver and its workers: JSON and tensors, over the pipes of the process.
 
-A message is two lengths of 8 bytes, a JSON object, and the tensors in the safetensors format.
-Nothing in a message can name code. Both ends are this package; what does not look like a message
-is an error.
+A message is two lengths of 8 bytes, a JSON array (a header, and name, dtype and shape of each
+tensor), and the tensors' bytes as they lie, one after the other. They are written from where they
+are and read to where they stay: a pass of a gang waits for the last of its processes that has its
+latents. Nothing in a message can name code. Both ends are this package; what does not look like a
+message is an error.
 """
 
 from __future__ import annotations
@@ -21,30 +23,36 @@ Message = tuple[dict[str, Any], dict[str, Tensor]]
 """(header, tensors); the header's "type" says what it is."""
 _LENGTHS = struct.Struct(">QQ")
 _MOST_JSON, _MOST_TENSORS = 2**24, 2**40
+_KINDS = {
+    str(kind).removeprefix("torch."): kind
+    for kind in (
+        torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32,
+        torch.int16, torch.int8, torch.uint8, torch.bool,
+    )
+}  # fmt: skip
+"""The dtypes that a tensor in a message may have, by their names."""
 
 
 def write_message(
     stream: BinaryIO, header: Mapping[str, Any], tensors: Mapping[str, Tensor] | None = None
 ) -> None:
     """Write a message and flush it. Tensors are copied to the CPU, in their dtype."""
-    from safetensors.torch import save
-
-    text = json.dumps(header).encode()
-    data = b""
-    if tensors:
-        # Cloned, because two names may share memory, which the format does not have.
-        plain = {k: t.detach().to("cpu", copy=True).contiguous() for k, t in tensors.items()}
-        data = save(plain)
-    stream.write(_LENGTHS.pack(len(text), len(data)))
+    plain = {k: t.detach().to("cpu").contiguous() for k, t in (tensors or {}).items()}
+    names = {kind: name for name, kind in _KINDS.items()}
+    told = [[name, names[t.dtype], list(t.shape)] for name, t in plain.items()]
+    text = json.dumps([header, told]).encode()
+    stream.write(_LENGTHS.pack(len(text), sum(t.nbytes for t in plain.values())))
     stream.write(text)
-    stream.write(data)
+    for tensor in plain.values():
+        stream.write(_bytes_of(tensor))
     stream.flush()
 
 
 def read_message(stream: BinaryIO) -> Message | None:
-    """Read the next message; None at the end of the stream, also in the middle of one."""
-    from safetensors.torch import load
+    """Read the next message; None at the end of the stream, also in the middle of one.
 
+    Raises BrokenState where something else comes.
+    """
     start = _exactly(stream, _LENGTHS.size)
     if start is None:
         return None
@@ -52,20 +60,38 @@ def read_message(stream: BinaryIO) -> Message | None:
     if text_length > _MOST_JSON or data_length > _MOST_TENSORS:
         raise BrokenState(f"a worker's message claims {text_length} and {data_length} bytes")
     text = _exactly(stream, text_length)
-    data = _exactly(stream, data_length)
-    if text is None or data is None:
+    if text is None:
         return None
-    header: dict[str, Any] = json.loads(text)
-    # Copied by ``load`` into tensors of their own.
-    return header, {name: torch.as_tensor(t) for name, t in load(data).items()} if data else {}
-
-
-def _exactly(stream: BinaryIO, count: int) -> bytes | None:
-    pieces = []
-    while count:
-        piece = stream.read(min(count, 2**24))
-        if not piece:
+    header, told = json.loads(text)
+    # Sizes first, which take no memory.
+    nbytes = sum(torch.Size(shape).numel() * _KINDS[kind].itemsize for _, kind, shape in told)
+    if nbytes != data_length:
+        raise BrokenState(f"a worker's message has {data_length} bytes for tensors of {nbytes}")
+    tensors: dict[str, Tensor] = {}
+    for name, kind, shape in told:
+        tensor = torch.empty(shape, dtype=_KINDS[kind])
+        if not _fill(stream, _bytes_of(tensor)):
             return None
-        pieces.append(piece)
-        count -= len(piece)
-    return b"".join(pieces)
+        tensors[name] = tensor
+    return header, tensors
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    """Return the bytes of a contiguous tensor in RAM, where they are."""
+    array: Any = tensor.view(-1).view(torch.uint8).numpy()
+    return memoryview(array)
+
+
+def _exactly(stream: BinaryIO, count: int) -> bytearray | None:
+    found = bytearray(count)
+    return found if _fill(stream, memoryview(found)) else None
+
+
+def _fill(stream: BinaryIO, room: memoryview) -> bool:
+    """Read as many bytes as there is room for; False where the stream ends before."""
+    while room:
+        count: int = stream.readinto(room)  # type: ignore[attr-defined]
+        if not count:
+            return False
+        room = room[count:]
+    return True
