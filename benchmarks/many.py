@@ -1,6 +1,7 @@
 """One clip on several cards: seconds of a step, efficiency, bits, peaks; predicted and measured.
 
     python benchmarks/many.py [--devices 1 2 4] [--cases WORD ...] [--budget 480] [--tiny]
+    python benchmarks/many.py --profile 480p81      (where a block's time goes: ``many_profile``)
 
 On one card and on all there are, unless ``--devices`` says otherwise. Writes a Wan 2.2 T2V-A14B
 with random weights of true shape to ``--folder`` (29 GB, and 10 GB for a 5B; /dev/shm where it has
@@ -60,6 +61,7 @@ import torch
 from host_memory import ram_of, room_for_model
 from many_cases import CASES, TINY, Case, Pace, chosen
 from many_decode import DECODES, TINY_DECODES, decode
+from many_profile import SIZES, profile
 from many_report import kept_of, table, write
 from random_model import Shapes, write_model
 
@@ -279,7 +281,13 @@ def main() -> None:
     parser.add_argument("--ram-gb", type=float, help="RAM the machine grows to, in GiB")
     parser.add_argument("--cases", nargs="+", default=[""], help="only those with such a word")
     parser.add_argument("--tiny", action="store_true", help="small models on the CPU")
+    parser.add_argument(
+        "--profile", choices=[*SIZES], help="take blocks of a cut pass apart; alone"
+    )
     arguments = parser.parse_args()
+    if arguments.profile:
+        print("\n".join(profile("tiny" if arguments.tiny else arguments.profile)))
+        return
     began, tiny = time.perf_counter(), arguments.tiny
     there = 4 if tiny else torch.cuda.device_count()
     devices = arguments.devices or sorted({1, min(there, 2 if tiny else there)})

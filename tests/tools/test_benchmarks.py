@@ -554,3 +554,70 @@ def test_every_benchmark_and_tool_finds_what_it_imports() -> None:
                         f"{node.module}.{name}"
                     )
                     assert hasattr(module, name) or inside, f"{path.name}: {node.module}.{name}"
+
+
+@pytest.fixture
+def many_profile(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import many_profile
+
+    return many_profile
+
+
+def a_pass(found: Any, blocks: int, late: float) -> list[Any]:
+    """Blocks of 40 ms after 5 ms of other work; one that is ``late`` is waited for by the others.
+
+    v's exchange is hidden behind a product but for ``late``; the others have nothing beside them.
+    """
+    made, now = [found.Activity("void at::native::elementwise_kernel", 0.0, 5.0)], 5.0
+
+    def does(name: str, took: float) -> None:
+        nonlocal now
+        made.append(found.Activity(name, now, now + took))
+        now += took
+
+    for _ in range(blocks):
+        does("nvjet_hsh_128x256", 4.0)
+        made.append(found.Activity("ncclDevKernel_SendRecv(x)", now, now + 1.0 + late))
+        does("nvjet_hsh_128x256", 1.0)
+        now += late
+        for name, took in (
+            ("ncclDevKernel_SendRecv(x)", 2.0), ("ncclDevKernel_SendRecv(x)", 3.0),
+            ("cudnn_generated_fort_native_sdpa_sm90_flash_fprop", 20.0),
+            ("ncclDevKernel_SendRecv(x)", 4.0), ("Memcpy DtoD (Device -> Device)", 2.0),
+            ("_norm_kernel", 3.0),
+        ):  # fmt: skip
+            does(name, took)
+        now += 1.0  # a gap
+    does("ncclDevKernel_AllGather_RING_LL(x)", 9.0)
+    return made
+
+
+def test_a_blocks_time_is_taken_apart(many_profile: Any) -> None:
+    found, ranks = many_profile, []
+    for late in (0.0, 0.5):
+        few, many = (a_pass(found, n, late) for n in (found.FEW, found.MANY))
+        block = found.per_block(found.pass_times(few), found.pass_times(many))
+        swaps = [one.end - one.begin for one in many if one.kind == "exchange"]
+        ranks.append(
+            {"block": block, "exchanges": swaps, "kernels": 9, "host_ms": 3, "equal": True}
+        )
+        assert block == pytest.approx({
+            "all": 40 + late, "products": 5, "attention": 20, "element-wise": 3, "copies": 2,
+            "exchange": 10 + late, "exposed": 9 + late, "gaps": 1,
+        })  # fmt: skip
+    first, second = found.waiting([one["exchanges"] for one in ranks])
+    assert first == [(1, 0), (2, 0), (3, 0), (4, 0)] and second == [(1, 0.5), *first[1:]]
+    whole = {"block": dict.fromkeys(ranks[0]["block"], 30.0), "kernels": 8}
+    text = "\n".join(found.table(ranks, [whole, whole]))
+    assert "| rank 0, lost | 25.00 |" in text and "| rank 1, lost | 25.50 |" in text
+    assert "| rank 1 | 1.000 + 0.500 waiting |" in text
+    with pytest.raises(ValueError, match="exchanges of each rank"):
+        found.waiting([[1.0] * 4, [1.0] * 8])
+
+
+@pytest.mark.slow
+def test_many_profile_with_small_blocks(many_profile: Any) -> None:
+    """Real processes over gloo: each exchange of a block is seen, and the bits are equal."""
+    text = "\n".join(many_profile.profile("tiny"))
+    assert text.count("bits equal") == 2 and text.count(" waiting |") == 8
