@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import ast
 import functools
+import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from hashlib import sha256
@@ -197,13 +198,18 @@ def _file_of(module: str) -> Path | None:
     return None if root is None else root.joinpath(*module.split(".")).with_suffix(".py")
 
 
+_parsing = threading.Lock()
+"""Two threads that parse at once confuse CPython 3.11 (python/cpython#106905): SystemError."""
+
+
 @functools.cache
 def _definitions(path: Path | None) -> Mapping[str, Definition]:
     """Return what a source file defines at its top and in its classes; nothing if unreadable."""
     if path is None:
         return {}
     try:
-        tree = ast.parse(path.read_bytes())
+        with _parsing:
+            tree = ast.parse(path.read_bytes())
     except (OSError, SyntaxError, ValueError):
         return {}
     return dict(_named(tree, ""))
