@@ -9,53 +9,27 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from ..wan_core.errors import InvalidRequest
-from .frames import PICTURES, left_out, unpaired, why_not
-from .native import Prompt, as_link, read_prompt
+from .frames import PICTURES, left_out, scaling, unpaired, why_not
+from .native import Link, Prompt, as_link, read_prompt
+from .samplers import Model, Samplers, Unlike
 from .wired import DEFAULTS
 
 MOST_BYTES, MOST_NODES = 4 * 2**20, 2000
 """Of a prompt that is converted: it may hold long texts, as tracks are."""
-SAMPLERS = ("KSampler", "KSamplerAdvanced", "SamplerCustom")
-_BESIDE = {
-    "steps": "sigmas", "scheduler": "sigmas", "denoise": "sigmas", "sampler_name": "sampler",
-}  # fmt: skip
-"""What a SamplerCustom does not say itself -> the input from which it is given it."""
-_SAMPLERS = {
-    "euler": "euler", "uni_pc": "unipc", "dpmpp_2m": "dpm++2m", "lcm": "lcm",
-    "res_multistep": "res_multistep",
-}  # fmt: skip
-_LORAS = ("LoraLoaderModelOnly", "LoraLoader")
-_MODELS = {
-    "UNETLoader": "unet_name", "UnetLoaderGGUF": "unet_name", "CheckpointLoaderSimple": "ckpt_name",
-}  # fmt: skip
-_TEXTS = {"CLIPLoader": "clip_name", "CLIPLoaderGGUF": "clip_name"}
+_ENCODERS = ("CLIPLoader", "CLIPLoaderGGUF", "CheckpointLoaderSimple")
+_VAES = ("VAELoader", "CheckpointLoaderSimple")
+_TEXTS = ("CLIPTextEncode", "ConditioningZeroOut")
 _DECODERS = ("VAEDecode", "VAEDecodeTiled")
-_KEEPING = "what is kept of the driving stream is the plan's choice."
-_PLANNED = {"WanAnimate2Cache": _KEEPING}
-"""Nodes that change a native model, and what stands for them here."""
-_NATIVE_SHIFT = 8.0
-"""What ComfyUI takes for a Wan model without a ModelSamplingSD3."""
+_WEIGHTS = re.compile(r"(?<!\\)\([^()]*\)|\\[()]")
+"""Words in brackets, and brackets that are escaped because of that."""
 IMAGES, VIDEO, LATENT = 0, 1, 2
 """Outputs of WanGenerate."""
-
-
-class Unlike(Exception):
-    """A sampler that is not of the kind that can be made here; its text says why."""
-
-
-@dataclass
-class Model:
-    """What leads to a sampler's model input, from the loader on."""
-
-    file: str
-    loras: list[tuple[str, float]] = field(default_factory=list)
-    shift: float = _NATIVE_SHIFT
-    nodes: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -90,21 +64,16 @@ def answer(body: bytes) -> tuple[int, dict[str, Any]]:
 def convert(prompt: Prompt) -> Conversion:
     """Convert every sampler of a prompt that is of a Wan model."""
     made = _Converter(prompt)
-    for last in list(_last_samplers(prompt)):
+    for last in made.samplers.last():
+        said = len(made.left)
         try:
             made.take(last)
         except Unlike as error:
+            del made.left[said:]  # of a sampler that stays nothing is left out
             made.say(f"Node {last} ({prompt.kind(last)}) is left as it is: {error}")
+    for node in made.samplers.foreign():
+        made.say(f"Node {node} ({prompt.kind(node)}) is left as it is: it is not known here.")
     return made.finished()
-
-
-def _last_samplers(prompt: Prompt) -> Iterator[str]:
-    """Return the samplers whose latents go to no further sampler."""
-    for node in prompt.nodes:
-        if prompt.kind(node) in SAMPLERS and not any(
-            prompt.kind(user) in SAMPLERS for user, name, _ in prompt.users(node)
-        ):
-            yield node
 
 
 class _Converter:
@@ -113,25 +82,29 @@ class _Converter:
         self._out: dict[str, Any] = copy.deepcopy(dict(prompt.nodes))
         self._new: list[str] = []
         self._seeds: dict[str, str] = {}
-        self._left: list[str] = []
+        self.left: list[str] = []
+        self.samplers = Samplers(prompt, self.say)
+        self._cropped: dict[tuple[Any, ...], list[Any]] = {}
         self._loaders: dict[tuple[Any, ...], str] = {}
         self._rates: dict[str, Any] = {}
 
     def say(self, text: str) -> None:
-        if text not in self._left:
-            self._left.append(text)
+        if text not in self.left:
+            self.left.append(text)
 
     # -- one sampler, or two in a row -----------------------------------------------------------
     def take(self, last: str) -> None:
         """Put our nodes in the place of the sampler; raises Unlike before anything is changed."""
-        chain = self._chain(last)
-        models = [self._model(node) for node in chain]
-        two = len(chain) == 2
+        chain = self.samplers.chain(last)
         frame = self._frame(chain[0])
-        values = self._settings(chain, models)
-        texts = self._texts(chain[0])
-        if two and self._texts(chain[1]) != texts:
+        models = [self.samplers.model(node) for node in chain]
+        two = len(chain) == 2
+        values = self.samplers.settings(chain, models)
+        texts = self._texts(chain[0], frame)
+        if two and self._texts(chain[1], frame) != texts:
             raise Unlike("its two samplers have different prompts.")
+        if values["guidance_scale"] != 1 and self._zeroed(chain):
+            self.say("An empty negative prompt is encoded, where ComfyUI takes zeros.")
         # All that may be refused is looked at before anything is added.
         values |= self._sizes(frame)
         vae = self._vae(chain[0], last, frame)
@@ -146,159 +119,72 @@ class _Converter:
         self._seeds[sampler] = chain[0]
         self._rewire(last, sampler, vae)
 
-    def _chain(self, last: str) -> list[str]:
-        """Return the samplers in their order, one, or two that share the steps of a clip."""
-        chain = [last]
-        while (above := self._prompt.source(chain[0], "latent_image")) is not None:
-            if self._prompt.kind(above[0]) not in SAMPLERS:
-                break
-            chain.insert(0, above[0])
-            if len(chain) > 2:
-                raise Unlike("more than two samplers follow each other.")
-        return chain
-
-    def _model(self, node: str) -> Model:
-        found = Model("")
-        shifts = []
-        at = self._prompt.source(node, "model")
-        while at is not None:
-            name, kind = at[0], self._prompt.kind(at[0])
-            if name in found.nodes:
-                break
-            found.nodes.append(name)
-            if kind in _MODELS:
-                found.file = str(self._constant(name, _MODELS[kind]))
-                self._note_dtype(name)
-                break
-            if kind == "ModelSamplingSD3":
-                shifts.append(self._number(name, "shift"))
-            elif kind in _LORAS:
-                strength = self._number(name, "strength_model")
-                found.loras.insert(0, (str(self._constant(name, "lora_name")), strength))
-            else:
-                why = _PLANNED.get(kind, "it changes a native model only.")
-                self.say(f"Node {name} ({kind}) is left out: {why}")
-            at = self._prompt.source(name, "model")
-        if not found.file:
-            raise Unlike("its model does not come from a model file.")
-        found.shift = shifts[0] if shifts else _NATIVE_SHIFT
-        return found
-
-    def _note_dtype(self, node: str) -> None:
-        asked = self._prompt.value(node, "weight_dtype")
-        if asked not in (None, "default"):
-            self.say(
-                f"weight_dtype {asked} of node {node} is left to the plan: weights stay as the "
-                "file stores them."
-            )
-
     def _frame(self, node: str) -> str:
         """Return the node that gives the latents, and with them size and pictures."""
         source = self._prompt.source(node, "latent_image")
         kind = "" if source is None else self._prompt.kind(source[0])
-        if source is None or kind not in PICTURES:
-            if kind.startswith("Wan"):
-                raise Unlike(f"what {kind} prepares is not made by WanFit yet.")
+        if source is None or kind in ("", "EmptyLatentImage"):
             raise Unlike("its latents do not come from a node of Wan.")
+        if self._prompt.source(source[0], "samples") is not None:
+            raise Unlike(f"it goes on from latents that node {source[0]} ({kind}) gives.")
+        if kind not in PICTURES:
+            raise Unlike(f"what {kind} prepares is not made by WanFit.")
         if (reason := why_not(self._prompt, source[0])) is not None:
             raise Unlike(reason)
         return source[0]
 
-    def _settings(self, chain: list[str], models: list[Model]) -> dict[str, Any]:
-        first, get = chain[0], self._get
-        seed = "seed" if self._prompt.kind(first) == "KSampler" else "noise_seed"
-        values = {
-            "steps": int(self._constant(first, "steps")),
-            "guidance_scale": self._number(first, "cfg"),
-            "flow_shift": models[0].shift,
-            "scheduler": self._scheduler(first),
-            "sigma_schedule": "simple",
-            "seed": self._number_or_link(first, seed),
-        }
-        self._whole(chain)
-        if values["guidance_scale"] != 1 and self._zeroed(chain):
-            self.say("An empty negative prompt is encoded, where ComfyUI takes zeros.")
-        if len(chain) == 1:
-            return values
-        second = chain[1]
-        for name in ("steps", "sampler_name", "scheduler"):
-            if get(second, name) != get(first, name):
-                self.say(
-                    f"{name} {get(second, name)} of node {second} is left out: the clip is made "
-                    f"with {get(first, name)}, that of the first sampler."
-                )
-        if models[0].file == models[1].file:
-            raise Unlike("its two samplers use the same model file.")
-        values["guidance_scale_2"] = self._number(second, "cfg")
-        switch = self._constant(first, "end_at_step")
-        if get(second, "start_at_step") != switch:
-            self.say(
-                f"The second sampler begins at step {get(second, 'start_at_step')}, here with the "
-                f"step after the first ends ({switch})."
-            )
-        values["switch_step"] = int(switch)
-        if values["scheduler"] != "euler":
-            self.say(
-                f"The second sampler begins {values['scheduler']} anew in ComfyUI, and here it "
-                "goes on: the clip is a little different."
-            )
-        if models[1].shift != models[0].shift:
-            self.say(f"One flow shift for both experts: {models[0].shift:g}, that of the first.")
-        return values
-
-    def _whole(self, chain: list[str]) -> None:
-        """Say where samplers make a part of the steps only, or begin with other noise."""
-        get, first, last = self._get, chain[0], chain[-1]
-        steps, start, end = (
-            get(first, "steps"), get(first, "start_at_step"), get(last, "end_at_step"),
-        )  # fmt: skip
-        if start not in (None, 0) or (end is not None and end < get(last, "steps")):
-            here = f"node {first}" if len(chain) == 1 else f"nodes {first} and {last}"
-            self.say(f"All {steps} steps are made; {here} make those from {start} to {end}.")
-        if get(first, "add_noise") in ("disable", False):
-            self.say(f"The clip begins with noise; node {first} takes its latents as they are.")
-        for node in chain[1:]:
-            if get(node, "add_noise") in ("enable", True):
-                self.say(f"The noise that node {node} adds between the samplers is left out.")
-        for node in chain:
-            if get(node, "denoise") not in (None, 1, 1.0):
-                self.say(
-                    f"denoise {get(node, 'denoise')} of node {node} is left out: set it in a Wan "
-                    "Control."
-                )
-
     def _zeroed(self, chain: list[str]) -> bool:
-        at = self._prompt.above(chain[0], "negative", PICTURES)
+        at = self._text(chain[0], "negative", None)
         return at is not None and self._prompt.kind(at[0]) == "ConditioningZeroOut"
 
-    def _scheduler(self, node: str) -> str:
-        name, schedule = (self._constant(node, one) for one in ("sampler_name", "scheduler"))
-        if name not in _SAMPLERS:
-            self.say(f"The sampler {name} is not known here: euler is taken.")
-        if schedule != "simple":
-            self.say(f"The schedule {schedule} is not known here: simple is taken.")
-        return _SAMPLERS.get(str(name), "euler")
-
     # -- what leads to it -----------------------------------------------------------------------
-    def _texts(self, node: str) -> dict[str, Any]:
+    def _text(self, node: str, name: str, frame: str | None) -> Link | None:
+        """Return what gives a sampler's text, past the node that gives its latents."""
+        passed: list[str] = []
+        at = self._prompt.source(self.samplers.at(node, name), name)
+        while at is not None and self._prompt.kind(at[0]) in PICTURES and at[0] not in passed:
+            passed.append(at[0])
+            at = self._prompt.source(at[0], name)
+        if frame is None:
+            return at
+        other = next((one for one in passed if one != frame), None)
+        if other is not None:
+            raise Unlike(
+                f"its {name} comes from node {other} ({self._prompt.kind(other)}) and its latents "
+                f"from node {frame} ({self._prompt.kind(frame)}): one of them must give both."
+            )
+        given = self._prompt.source(frame, name) is not None and PICTURES[self._prompt.kind(frame)]
+        if at is not None and not passed and given and self._prompt.kind(at[0]) in _TEXTS:
+            raise Unlike(f"its {name} does not come from node {frame}, whose pictures it needs.")
+        return at
+
+    def _texts(self, node: str, frame: str) -> dict[str, Any]:
         """Return prompts as text, or wired where they come from other nodes; and the encoder."""
         values: dict[str, Any] = {"text_encoder": None}
-        for name, ours, socket in (
-            ("positive", "prompt", "positive"), ("negative", "negative_prompt", "negative"),
-        ):  # fmt: skip
-            at = self._prompt.above(node, name, PICTURES)
+        found = {name: self._text(node, name, frame) for name in ("positive", "negative")}
+        weighted = [at[0] for at in found.values() if at is not None and self._is_weighted(at[0])]
+        for at in weighted:
+            self.say(f"Node {at} stays: it weights the words in brackets, which here are text.")
+        for socket, ours in (("positive", "prompt"), ("negative", "negative_prompt")):
+            at = found[socket]
+            kind = "" if at is None else self._prompt.kind(at[0])
             if at is None:
                 continue
-            if self._prompt.kind(at[0]) == "CLIPTextEncode":
-                values[ours] = self._number_or_link(at[0], "text")
+            if kind == "CLIPTextEncode" and not weighted:
+                values[ours] = self.samplers.number_or_link(at[0], "text")
                 values["text_encoder"] = values["text_encoder"] or self._encoder(at[0])
-            elif self._prompt.kind(at[0]) == "ConditioningZeroOut" and name == "negative":
+            elif kind == "ConditioningZeroOut" and socket == "negative":
                 values |= {ours: "", "official_negative": False}
             else:
                 values[socket] = list(at)
         if values.get("negative_prompt") == "":
             values["official_negative"] = False
         return values
+
+    def _is_weighted(self, node: str) -> bool:
+        text = self._prompt.value(node, "text")
+        weighted = isinstance(text, str) and _WEIGHTS.search(text) is not None
+        return weighted and self._prompt.kind(node) == "CLIPTextEncode"
 
     def _encoder(self, node: str) -> str | None:
         at = self._prompt.above(node, "clip", ("LoraLoader",))
@@ -307,9 +193,14 @@ class _Converter:
             at is not None and self._prompt.value(at[0], "type") not in (None, "wan")
         ):
             raise Unlike("its text encoder is not Wan's.")
-        if at is None or kind not in _TEXTS:
-            return None
-        return str(self._prompt.value(at[0], _TEXTS[self._prompt.kind(at[0])]))
+        return None if at is None else self._named(at[0], "clip_name", "text encoder", _ENCODERS)
+
+    def _named(self, node: str, name: str, what: str, known: tuple[str, ...]) -> str | None:
+        """Return the file that a loader names; None, which finds one, is said of strange ones."""
+        found, kind = self._prompt.value(node, name), self._prompt.kind(node)
+        if found is None and kind not in known:
+            self.say(f"The {what} of node {node} ({kind}) is left out: here it is found by itself.")
+        return None if found is None else str(found)
 
     def _vae(self, first: str, last: str, frame: str) -> str | None:
         """Return the VAE's file; that of the decoder, or that of the pictures."""
@@ -320,9 +211,7 @@ class _Converter:
 
     def _vae_file(self, node: str) -> str | None:
         at = self._prompt.source(node, "vae")
-        if at is None or self._prompt.kind(at[0]) != "VAELoader":
-            return None
-        return str(self._prompt.value(at[0], "vae_name"))
+        return None if at is None else self._named(at[0], "vae_name", "VAE", _VAES)
 
     def _loader(self, models: list[Model], encoder: str, vae: str | None, frame: str) -> list[Any]:
         low = models[1].file if len(models) == 2 else "none"
@@ -342,6 +231,11 @@ class _Converter:
         for name in ("clip_vision_output", "clip_vision_start_image"):
             at = self._prompt.source(frame, name)
             if at is not None and self._prompt.kind(at[0]) == "CLIPVisionEncode":
+                if self._prompt.value(at[0], "crop") == "none":
+                    self.say(
+                        f"Node {at[0]} shows the image encoder the whole picture, squeezed; here "
+                        "it sees the middle of it."
+                    )
                 file = self._prompt.source(at[0], "clip_vision")
                 if file is not None and self._prompt.kind(file[0]) == "CLIPVisionLoader":
                     return str(self._prompt.value(file[0], "clip_name"))
@@ -351,7 +245,11 @@ class _Converter:
         for text in left_out(self._prompt, frame):
             self.say(text)
         names = {"width": "width", "height": "height", "length": "num_frames"}
-        return {ours: self._number_or_link(frame, name) for name, ours in names.items()}
+        values = {ours: self.samplers.number_or_link(frame, name) for name, ours in names.items()}
+        length = values["num_frames"]
+        if isinstance(length, int):  # of 4n+2 to 4n+4 frames ComfyUI makes 4n+1
+            values["num_frames"] = (length - 1) // 4 * 4 + 1
+        return values
 
     def _pictures(self, frame: str) -> dict[str, Any]:
         values: dict[str, Any] = {}
@@ -361,49 +259,24 @@ class _Converter:
             if name == alone:
                 self.say(f"{name} of node {frame} is left out: it takes a video and its mask.")
                 continue
-            given = self._number_or_link(frame, name, needed=False)
+            given = self.samplers.number_or_link(frame, name, needed=False)
             if given is None or (ours == "control.strength" and given == 1):
                 continue
+            how = scaling(self._prompt, frame, name)
             place, _, key = ours.rpartition(".")
-            (control if place else values)[key] = given
+            (control if place else values)[key] = given if how is None else self._crop(given, how)
         if control:
             values["control"] = self._add("WanControl", **control)
         return values
 
+    def _crop(self, picture: list[Any], scaling: Mapping[str, Any]) -> list[Any]:
+        """Have the middle of a picture cut out, as ComfyUI's nodes do; ours would stretch it."""
+        key = (tuple(picture), repr(scaling))
+        if key not in self._cropped:
+            self._cropped[key] = self._add("ImageScale", image=picture, crop="center", **scaling)
+        return self._cropped[key]
+
     # -- the new prompt -------------------------------------------------------------------------
-    def _at(self, node: str, name: str) -> str:
-        """Return the node that holds a setting: the sampler, or what a SamplerCustom is given."""
-        if self._prompt.kind(node) != "SamplerCustom" or name not in _BESIDE:
-            return node
-        above = self._prompt.source(node, _BESIDE[name])
-        if above is None or self._prompt.kind(above[0]) not in ("BasicScheduler", "KSamplerSelect"):
-            raise Unlike("its sampler or its sigmas come from a node that is not known here.")
-        return above[0]
-
-    def _get(self, node: str, name: str) -> Any:
-        """Return a setting's plain value, or None."""
-        return self._prompt.value(self._at(node, name), name)
-
-    def _constant(self, node: str, name: str) -> Any:
-        found = self._get(node, name)
-        if found is None:
-            raise Unlike(f"{name} of node {node} comes from a node whose value is not known.")
-        return found
-
-    def _number(self, node: str, name: str) -> float:
-        """Return a number as it was meant: sliders leave 5.000000000000001 in saved workflows."""
-        return round(float(self._constant(node, name)), 6)
-
-    def _number_or_link(self, node: str, name: str, needed: bool = True) -> Any:
-        """Return an input's value, or the link to the node that gives it."""
-        found = self._prompt.value(node, name)
-        link = self._prompt.source(node, name)
-        if found is None and link is not None:
-            return list(link)
-        if found is None and needed:
-            raise Unlike(f"{name} of node {node} is missing.")
-        return found
-
     def _add(self, kind: str, **values: Any) -> list[Any]:
         """Add one of our nodes; returns the link to its first output."""
         name = f"wanfit{len(self._new) + 1}"
@@ -441,7 +314,7 @@ class _Converter:
             if self._prompt.kind(user) != "CreateVideo":
                 self._out[user]["inputs"][name] = [sampler, IMAGES]
                 continue
-            fps = self._number_or_link(user, "fps", needed=False)
+            fps = self.samplers.number_or_link(user, "fps", needed=False)
             if fps is not None:
                 inputs["fps"] = self._rates.setdefault(sampler, fps)
             if fps is not None and inputs["fps"] != fps:
@@ -476,7 +349,7 @@ class _Converter:
         """Leave out what nothing uses any more, and return the prompt."""
         if not self._new:
             self.say("Nothing was changed: no sampler of a Wan model was found that can be made.")
-            return Conversion(dict(self._prompt.nodes), [], [], {}, self._left)
+            return Conversion(dict(self._prompt.nodes), [], [], {}, self.left)
         ends = [node for node in self._out if not self._prompt.users(node)] + self._new
         needed: set[str] = set()
         while ends:
@@ -488,4 +361,4 @@ class _Converter:
             ends += [link[0] for link in links if link is not None]
         removed = [node for node in self._prompt.nodes if node not in needed]
         kept = {node: one for node, one in self._out.items() if node in needed}
-        return Conversion(kept, self._new, removed, self._seeds, self._left)
+        return Conversion(kept, self._new, removed, self._seeds, self.left)

@@ -109,8 +109,18 @@ def converted(pack: ModuleType, nodes: Nodes) -> Any:
 
 
 def only(found: Any, kind: str) -> Any:
+    """Return the inputs of the only node of a kind; pictures by what is cropped to the clip."""
     (values,) = [n["inputs"] for n in found.prompt.values() if n["class_type"] == kind]
-    return values
+    return {name: uncropped(found, one) for name, one in values.items()}
+
+
+def uncropped(found: Any, value: Any) -> Any:
+    """Return what an ImageScale of the conversion crops, in place of its link."""
+    scale = found.prompt[value[0]] if isinstance(value, list) and value[0] in found.new else {}
+    if scale.get("class_type") != "ImageScale":
+        return value
+    assert scale["inputs"]["crop"] == "center"
+    return scale["inputs"]["image"]
 
 
 def test_a_second_vae_stays_and_decodes_our_latents(pack: ModuleType) -> None:
@@ -171,6 +181,8 @@ def test_two_experts_in_a_subgraph_with_a_switch(pack: ModuleType, few: bool) ->
     assert sampler["start_image"] == ["97", 0] and sampler["official_negative"] is False
     assert set(found.prompt) == {"97", "108", *found.new}
     assert found.left == []
+    scaled = only(found, "ImageScale")
+    assert (scaled["upscale_method"], scaled["width"], scaled["height"]) == ("bilinear", 640, 640)
 
 
 def test_what_is_known_only_when_it_runs_is_wired(pack: ModuleType) -> None:
@@ -277,7 +289,9 @@ def test_animate_gets_a_control_and_nothing_is_cut_off(pack: ModuleType) -> None
     assert (sampler["width"], sampler["num_frames"], sampler["fps"]) == (640, 77, 16.0)
     assert sampler["audio"] == ["72", 1] and loader["image_encoder"] == "clip_vision_h.safetensors"
     assert only(found, "SaveVideo")["video"] == [found.new[-1], 1]
-    assert {"30", "49", "40", "8"} <= set(found.removed) and found.left == []
+    assert {"30", "49", "40", "8"} <= set(found.removed)
+    (masked,) = found.left
+    assert "stretched here with their mask" in masked
 
 
 def test_animate_without_a_mask_draws_the_background_of_the_picture(pack: ModuleType) -> None:
@@ -420,6 +434,145 @@ def test_the_same_model_is_loaded_once(pack: ModuleType) -> None:
     assert kinds.count("WanLoader") == 1 and kinds.count("WanGenerate") == 2
 
 
+def in_pieces(**changed: dict[str, Any]) -> Nodes:
+    """The same clip by a SamplerCustomAdvanced, whose steps are given a shift of their own."""
+    nodes = one_sampler(**{
+        "60": node("ModelSamplingSD3", model=["37", 0], shift=3.0),
+        "61": node("BasicScheduler", model=["60", 0], scheduler="simple", steps=12, denoise=1.0),
+        "62": node("KSamplerSelect", sampler_name="euler"),
+        "63": node("CFGGuider", model=["48", 0], positive=["6", 0], negative=["7", 0], cfg=4.0),
+        "64": node("RandomNoise", noise_seed=21),
+        "3": node("SamplerCustomAdvanced", noise=["64", 0], guider=["63", 0], sampler=["62", 0],
+                  sigmas=["61", 0], latent_image=["40", 0]),
+    })  # fmt: skip
+    return nodes | changed
+
+
+def test_a_sampler_in_pieces_is_read_where_each_piece_is(pack: ModuleType) -> None:
+    found = converted(pack, in_pieces())
+    sampler = only(found, "WanGenerate")
+    wanted = {
+        "steps": 12, "guidance_scale": 4.0, "scheduler": "euler", "seed": 21, "prompt": "a fox",
+        "flow_shift": 3.0, "negative_prompt": "bad",
+    }  # fmt: skip
+    assert {name: sampler[name] for name in wanted} == wanted
+    assert only(found, "WanLoRA")["lora"] == "a.sft" and found.left == []
+    for name in ("60", "61", "62", "63", "64", "3"):
+        assert name in found.removed
+
+
+@pytest.mark.parametrize(
+    ("changed", "why"),
+    [
+        ({"64": node("DisableNoise")}, "its noise comes from a node"),
+        ({"63": node("DualCFGGuider", model=["48", 0])}, "its guider comes from a node"),
+        ({"61": node("SplitSigmas")}, "its sigmas comes from a node"),
+    ],
+)
+def test_a_sampler_with_strange_pieces_is_left(pack: ModuleType, changed: Nodes, why: str) -> None:
+    found = converted(pack, in_pieces(**changed))
+    assert found.new == [] and why in found.left[0]
+
+
+def test_loras_and_loaders_of_packs(pack: ModuleType) -> None:
+    rows = {
+        "lora_1": {"on": True, "lora": "first.sft", "strength": 0.5},
+        "lora_2": {"on": False, "lora": "off.sft", "strength": 1},
+        "lora_3": {"on": True, "lora": "None", "strength": 1},
+        "lora_4": {"on": True, "lora": "second.sft", "strength": -1, "strengthTwo": None},
+    }
+    nodes = one_sampler(**{
+        "37": node("UnetLoaderGGUFAdvanced", unet_name="wan.gguf", dequant_dtype="default"),
+        "38": node("CLIPLoaderMultiGPU", clip_name="umt5.gguf", type="wan", device="cuda:1"),
+        "39": node("SomeVAE", path="elsewhere"),
+        "35": node("Power Lora Loader (rgthree)", model=["37", 0], PowerLoraLoaderHeaderWidget={},
+                   **rows),
+        "34": node("LoraStacker", model=["35", 0], lora_name="more.sft"),
+        "36": node("LoraLoaderModelOnly", model=["34", 0], lora_name="a.sft", strength_model=0),
+    })  # fmt: skip
+    found = converted(pack, nodes)
+    loras = [n["inputs"] for n in found.prompt.values() if n["class_type"] == "WanLoRA"]
+    assert [(one["lora"], one["strength"]) for one in loras] == [
+        ("first.sft", 0.5), ("second.sft", -1.0),
+    ]  # fmt: skip
+    loader = only(found, "WanLoader")
+    files = [loader[name] for name in ("model", "text_encoder", "vae")]
+    assert files == ["wan.gguf", "umt5.gguf", "auto"]
+    left = "\n".join(found.left)
+    for said in ("UnetLoaderGGUFAdvanced", "put a Wan LoRA in", "VAE of node 39 (SomeVAE)"):
+        assert said in left
+
+
+def test_words_with_weights_stay_with_the_encoder_that_knows_them(pack: ModuleType) -> None:
+    nodes = one_sampler()
+    nodes["6"]["inputs"]["text"] = "a (red:1.3) fox"
+    found = converted(pack, nodes)
+    sampler = only(found, "WanGenerate")
+    assert sampler["positive"] == ["6", 0] and sampler["negative"] == ["7", 0]
+    assert only(found, "WanLoader")["text_encoder"] == "none" and "38" in found.prompt
+    assert "weights the words in brackets" in found.left[0]
+    nodes["6"]["inputs"]["text"] = "a fox :) and a line of a list 2)"
+    assert only(converted(pack, nodes), "WanGenerate")["prompt"].startswith("a fox :)")
+
+
+@pytest.mark.parametrize("length", [1, 77, 78, 80, 81])
+def test_a_clip_has_the_frames_that_comfyui_makes(pack: ModuleType, length: int) -> None:
+    nodes = one_sampler()
+    nodes["40"]["inputs"]["length"] = length
+    latents = (length - 1) // 4 + 1  # as in EmptyHunyuanLatentVideo
+    assert only(converted(pack, nodes), "WanGenerate")["num_frames"] == 4 * latents - 3
+
+
+@pytest.mark.parametrize("sized", ["scaled", "measured", "typed"])
+def test_a_picture_that_has_the_size_of_the_clip_is_not_cropped(
+    pack: ModuleType, sized: str
+) -> None:
+    nodes = two_samplers(**{"70": node("ImageScale", image=["97", 0], width=640, height=640)})
+    frame = nodes["129:98"]["inputs"]
+    if sized == "measured":
+        nodes["70"] = node("LoadImage")
+        nodes["71"] = node("GetImageSize", image=["70", 0])
+        frame |= {"width": ["71", 0], "height": ["71", 1]}
+    if sized != "typed":
+        frame["start_image"] = ["70", 0]
+    found = converted(pack, nodes)
+    new = [found.prompt[name]["class_type"] for name in found.new]
+    assert ("ImageScale" in new) == (sized == "typed")
+
+
+def test_pictures_and_latents_of_different_nodes_are_left(pack: ModuleType) -> None:
+    """The prompt passes a node whose pictures the latents do not come with, or the reverse."""
+    picture = node("WanImageToVideo", positive=["6", 0], negative=["7", 0], start_image=["97", 0],
+                   width=640, height=640, length=81)  # fmt: skip
+    nodes = one_sampler(**{"97": node("LoadImage"), "80": picture})
+    nodes["3"]["inputs"]["positive"] = ["80", 0]
+    found = converted(pack, nodes)
+    assert found.new == [] and "one of them must give both" in found.left[0]
+    nodes = one_sampler(**{"97": node("LoadImage"), "80": picture})
+    nodes["3"]["inputs"]["latent_image"] = ["80", 2]
+    found = converted(pack, nodes)
+    assert found.new == [] and "whose pictures it needs" in found.left[0]
+    assert len(found.left) == 2  # nothing else is said of a sampler that stays
+
+
+@pytest.mark.parametrize(
+    ("at", "name"), [("3", "cfg"), ("48", "shift")],
+)  # fmt: skip
+def test_a_zero_is_not_taken_for_the_models_own(pack: ModuleType, at: str, name: str) -> None:
+    nodes = one_sampler()
+    nodes[at]["inputs"][name] = 0.0
+    found = converted(pack, nodes)
+    assert found.new == [] and f"{name} of node {at} is 0" in found.left[0]
+
+
+def test_samplers_that_are_not_known_are_named(pack: ModuleType) -> None:
+    nodes = one_sampler(**{"90": node("WanVideoSampler", model=["91", 0], samples=["3", 0]),
+                           "91": node("WanVideoModelLoader", model="wan.safetensors")})  # fmt: skip
+    found = converted(pack, nodes)
+    assert found.prompt["90"]["inputs"]["samples"] == [found.new[-1], 2]
+    assert any("90 (WanVideoSampler) is left as it is" in text for text in found.left)
+
+
 @pytest.mark.parametrize(
     ("text", "value"),
     [
@@ -484,7 +637,7 @@ def test_other_prompts_for_the_second_sampler_leave_both(pack: ModuleType) -> No
         if one["class_type"] == "KSamplerAdvanced" and one["inputs"]["add_noise"] == "disable":
             one["inputs"]["positive"] = ["other", 0]
     found = convert.convert(part(pack, "nodes.native").Prompt(nodes))
-    assert found.new == [] and any("different prompts" in text for text in found.left)
+    assert found.new == [] and any("whose pictures it needs" in text for text in found.left)
 
 
 def test_shared_values_are_computed_once_and_circles_end(pack: ModuleType) -> None:

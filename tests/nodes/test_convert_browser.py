@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 from support import reference_layouts as layouts
 from support.comfy_browser import find_browser
@@ -141,34 +142,38 @@ def test_the_official_image_to_video_template_is_ours_in_two_clicks(
     close_toasts(page)
 
 
-def parity_files(folder: Path) -> tuple[str, str]:
-    """Write two small experts as published, which ComfyUI's own loader opens too."""
+def parity_files(folder: Path, family: str) -> tuple[str, str]:
+    """Write two small experts as published, which ComfyUI's own loader opens too, and a VAE."""
     names = []
     for name, seed in (("high", 3), ("low", 4)):
         torch.manual_seed(seed)
         shape = {"num_attention_heads": 1, "attention_head_dim": 128, "text_dim": 4096}
-        model = make_transformer("wan2.1-t2v", **shape)
+        model = make_transformer(family, **shape)
         with torch.no_grad():  # a fresh one moves the latents by hardly anything
             model.proj_out.weight.mul_(4.0)
-        names.append(f"wan2.2_t2v_{name}_noise_14B_fp16.safetensors")
+        kind = family.split("-")[1]
+        names.append(f"wan2.2_{kind}_{name}_noise_14B_fp16.safetensors")
         save_file(
             layouts.original_transformer(layouts.state_of(model)),
             folder / "diffusion_models" / names[-1],
         )
-    vae = layouts.original_vae(layouts.state_of(make_vae("wan2.1-t2v")), 1)
+    shape = {"base_dim": 4, "dim_mult": [1, 2, 4, 4], "num_res_blocks": 2}
+    vae = layouts.original_vae(layouts.state_of(make_vae("wan2.1-t2v", **shape)), 2)
     save_file(vae, folder / "vae" / "wan_2.1_vae.safetensors")
     return names[0], names[1]
 
 
-@pytest.mark.parametrize("two", [True, False])
+@pytest.mark.parametrize("case", ["two", "one", "picture"])
 def test_the_converted_prompt_makes_the_latents_of_the_native_one(
-    server: ComfyServer, two: bool
+    server: ComfyServer, case: str
 ) -> None:
-    """Two experts with euler, or one model with a solver of several steps."""
+    """Two experts with euler, one model with a solver of several steps, or a start image of other
+    proportions than the clip for two experts."""
+    two = case != "one"
     models = server.base / "models"
     for folder in ("diffusion_models", "vae"):
         (models / folder).mkdir(exist_ok=True)
-    high, low = parity_files(models)
+    high, low = parity_files(models, "wan2.2-i2v-a14b" if case == "picture" else "wan2.1-t2v")
     torch.manual_seed(5)
     for name, tokens in (("good", 9), ("bad", 4)):
         text = torch.zeros(1, 512, 4096)
@@ -202,10 +207,23 @@ def test_the_converted_prompt_makes_the_latents_of_the_native_one(
         whole = {"seed": 5, "denoise": 1.0, "model": ["3", 0], "latent_image": ["7", 0]}
         nodes["9"] = ("KSampler", {k: v for k, v in shared.items() if k != "noise_seed"} | whole)
         nodes = {name: one for name, one in nodes.items() if name not in ("2", "4", "8")}
+    if case == "picture":
+        picture = Image.effect_mandelbrot((90, 40), (-2, -1, 1, 1), 50).convert("RGB")
+        picture.save(server.base / "input" / "wide.png")
+        begun = {"positive": ["5", 0], "negative": ["6", 0], "start_image": ["12", 0]}
+        nodes |= {
+            "7": ("WanImageToVideo", size | begun | {"vae": ["11", 0]}),
+            "11": ("VAELoader", {"vae_name": "wan_2.1_vae.safetensors"}),
+            "12": ("LoadImage", {"image": "wide.png"}),
+        }
+        for name in ("8", "9"):
+            nodes[name][1].update(positive=["7", 0], negative=["7", 1])
+        nodes["8"][1]["latent_image"] = ["7", 2]
     prompt = {name: {"class_type": kind, "inputs": given} for name, (kind, given) in nodes.items()}
     server.run(prompt)
     answer = server.post("/wanfit/convert", {"prompt": prompt})
-    assert answer["ok"] and answer["left"] == [] and len(answer["new"]) == 2
+    assert answer["ok"] and answer["left"] == []
+    assert len(answer["new"]) == (3 if case == "picture" else 2)
     answer["prompt"]["10"]["inputs"]["filename_prefix"] = "latents/ours"
     server.run(answer["prompt"])
     native, ours = latent_of(server, "native"), latent_of(server, "ours")
