@@ -10,17 +10,20 @@ import pytest
 from support.cases import in_turn
 from support.machines import architecture, cpu, gpu
 
-from wan_core import OptimizationManager
+from wan_core import OptimizationConfig, OptimizationManager
+from wan_core.config import GIB
 from wan_core.errors import DoesNotFit
 from wan_core.job import MAX_LATENT_FRAMES, MAX_SIZE, MOST_FRAMES, video_frames
 from wan_core.memory import SystemResources, Workload
 from wan_core.models import ModelArchitecture
+from wan_core.models.stored import StoredSize, StoredSizes
+from wan_core.plan import Planner
 from wan_core.plan.fits import (
     frames_text,
     largest_size,
-    largest_that_fits,
     longest,
     most_that_fits,
+    smaller_that_fits,
     windows_that_fit,
 )
 
@@ -143,16 +146,16 @@ def test_the_largest_size_is_below_the_jobs() -> None:
 
 def test_what_would_fit_instead() -> None:
     job = Workload(width=64, height=32, num_frames=81)
-    assert largest_that_fits(job, 16, lambda other: other.num_frames <= 41) == (
-        "What would fit: 41 frames at 64x32."
-    )
-    assert largest_that_fits(job, 16, lambda other: other.width < 64) == (
-        "What would fit: 81 frames at 48x32."
-    )
-    assert largest_that_fits(job, 16, lambda other: other.num_frames == 1 or other.width == 16) == (
-        "What would fit: 1 frame at 64x32 or 81 frames at 16x16."
-    )
-    assert "free memory or take a smaller model" in largest_that_fits(job, 16, lambda _: False)
+    for fits, said in (
+        (lambda other: other.num_frames <= 41, ["What would fit: 41 frames at 64x32."]),
+        (lambda other: other.width < 64, ["What would fit: 81 frames at 48x32."]),
+        (
+            lambda other: other.num_frames == 1 or other.width == 16,
+            ["What would fit: 1 frame at 64x32 or 81 frames at 16x16."],
+        ),
+        (lambda _: False, []),
+    ):
+        assert smaller_that_fits(job, 16, fits) == said
     assert (frames_text(1), frames_text(2)) == ("1 frame", "2 frames")
 
 
@@ -178,3 +181,132 @@ def test_windows_that_would_fit() -> None:
     assert windows_that_fit(replace(job, window_frames=49), fits(81)).startswith(
         " In windows of 33"
     )
+
+
+# ---------------------------------------------------------------------------- cures of a refusal
+
+
+def stored(kind: str) -> ModelArchitecture:
+    """A14B as files hold it: "fp32" is copied to be computed in half, the others stay mapped.
+
+    Of "fp32 encoder" the experts are in fp8.
+    """
+    found, others = architecture("wan2.2-t2v-a14b"), "fp8" if "encoder" in kind else kind
+
+    def part(name: str, blocks: int, numbers: int, table: int, kind: str) -> object:
+        def size(numbers: int) -> StoredSize:
+            each = {"fp32": {"plain": numbers}, "bf16": {"half": numbers}}
+            return StoredSize(**each.get(kind, {"kept": numbers}))
+
+        sizes = StoredSizes(
+            blocks=(size(numbers),) * blocks, rest=StoredSize(wide=10**8), largest=numbers // 5,
+            tables=StoredSize(plain=table) if kind == "fp32" else StoredSize(half=table),
+        )  # fmt: skip
+        sizes = sizes if kind == "fp8" else replace(sizes, largest=0)
+        whole = {"fp32": 4, "bf16": 2, "fp8": 1}[kind] * blocks * numbers
+        known = found.components[name]
+        return replace(known, stored=sizes, nbytes=whole, weight_kind=kind)
+
+    parts = {
+        "transformer": part("transformer", 40, 350 * 10**6, 0, others),
+        "transformer_2": part("transformer_2", 40, 350 * 10**6, 0, others),
+        "text_encoder": part("text_encoder", 24, 193 * 10**6, 10**9, kind.split()[0]),
+    }
+    return replace(found, components={**found.components, **parts})
+
+
+def ram_added(system: SystemResources, gib: float) -> SystemResources:
+    """The machine with so much more of free RAM."""
+    more = int(gib * GIB)
+    changed = {"ram_available_bytes": system.ram_available_bytes + more,
+               "ram_total_bytes": system.ram_total_bytes + more}  # fmt: skip
+    if system.device_kind == "cpu":
+        changed["device_free_bytes"] = system.device_free_bytes + more
+    return replace(system, **changed)
+
+
+def cures(
+    text: str, model: ModelArchitecture, job: Workload, system: SystemResources, wishes: object
+) -> dict[str, tuple[object, ...]]:
+    """What a refusal names, each carried out: what would then be planned."""
+    found: dict[str, tuple[object, ...]] = {}
+    limit = re.search(r"ram_limit_gb ([\d.]+) w", text)
+    more = re.search(r"([\d.]+) GiB more of free RAM", text)
+    if limit or more:
+        wider = replace(wishes, ram_limit_gb=float(limit[1])) if limit else wishes  # type: ignore[type-var]
+        name = "RAM and its limit" if limit and more else "limit" if limit else "RAM"
+        found[name] = model, job, ram_added(system, float(more[1]) if more else 0), wider
+    if "return_frames False" in text:
+        found["file"] = model, replace(job, return_frames=False, to_file=True), system, wishes
+    if fp8 := re.search(r"It fits with the (.+?)\.", text):
+        names = [one.split(" in ")[0].replace(" ", "_") for one in fp8[1].split(" and the ")]
+        in_fp8 = {**model.components, **{name: stored("fp8").components[name] for name in names}}
+        found["fp8"] = replace(model, components=in_fp8), job, system, wishes
+    sizes = re.search(r"What would fit: (.+?)\.( |$)", text)
+    for frames, wide, tall in re.findall(
+        r"(\d+) frames? at (\d+)x(\d+)", sizes[1] if sizes else ""
+    ):
+        smaller = replace(job, num_frames=int(frames), width=int(wide), height=int(tall))
+        found["shorter" if smaller.width == job.width else "smaller"] = (
+            model,
+            smaller,
+            system,
+            wishes,
+        )
+    if windows := re.search(r"In windows of (\d+) frames all", text):
+        frames = int(windows[1])
+        overlap = min(job.window_overlap, (frames - 1) // 2)
+        cut = replace(job, window_frames=frames, window_overlap=overlap)
+        found["windows"] = model, cut, system, wishes
+    return found
+
+
+Case = tuple[str, dict[str, object], SystemResources, dict[str, object], str]
+REFUSED: dict[str, Case] = {
+    "a limit of RAM": ("fp32", {}, gpu(24, ram=64), {"ram_limit_gb": 8}, "fp8 limit"),
+    "a limit beyond the RAM": (
+        "bf16", {}, gpu(24, ram=2), {"ram_limit_gb": 0.5}, "RAM and its limit"
+    ),
+    "a limit that more RAM would meet": (
+        "bf16", {}, gpu(24, ram=1.5), {"ram_limit_gb": 1}, "RAM and its limit"
+    ),
+    "files in fp32": ("fp32", {}, gpu(24, ram=10), {"fp8_storage": "never"}, "RAM fp8"),
+    "an encoder in fp32": ("fp32 encoder", {}, gpu(24, ram=10), {}, "RAM fp8"),
+    "a mapped file": ("bf16", {"encode_text": False}, gpu(24, ram=1.5), {}, "RAM"),
+    "others fill the RAM": ("fp8", {}, gpu(24, ram=3, ram_total_bytes=64 * GIB), {}, "RAM"),
+    "frames fill the RAM": (
+        "fp8", {"num_frames": 401}, gpu(80, ram=5), {}, "RAM file shorter smaller"
+    ),
+    "frames and little RAM": ("fp8", {"num_frames": 401}, gpu(80, ram=2), {}, "RAM"),
+    "a small card": (
+        "fp8", {"num_frames": 241}, gpu(4, ram=64), {"chunk_size": 0}, "shorter smaller windows"
+    ),
+    "a limit of the card": (
+        "bf16", {"width": 1280, "height": 720}, gpu(24), {"vram_limit_gb": 3},
+        "shorter smaller windows",
+    ),
+    "nothing helps": ("fp8", {}, gpu(0.5, ram=64), {}, ""),
+    "one memory": ("bf16", {}, gpu(6, ram=6, shares_ram=True), {}, "shorter smaller"),
+    "a CPU": ("bf16", {}, cpu(12), {}, "RAM fp8"),
+    "a CPU and its limit": ("fp8", {}, cpu(64), {"ram_limit_gb": 6}, "limit shorter smaller"),
+}  # fmt: skip
+"""What is refused: the files, the job, the machine and the wishes; and what cures are named."""
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_cure_that_is_named_is_one(case: str) -> None:
+    kind, asked, system, wanted, named = REFUSED[case]
+    model, wishes = stored(kind), OptimizationConfig(**wanted)  # type: ignore[arg-type]
+    size: dict[str, object] = {"width": 832, "height": 480, "num_frames": 81}
+    job = Workload(**(size | asked))  # type: ignore[arg-type]
+    with pytest.raises(DoesNotFit) as caught:
+        Planner().recommend_optimizations(model, job, system, wishes)
+    text = str(caught.value)
+    found = cures(text, model, job, system, wishes)
+    assert " ".join(sorted(found)) == named, text
+    assert ("close other programs" in text) == case.startswith("others"), text
+    for name, carried_out in found.items():
+        try:
+            Planner().recommend_optimizations(*carried_out)  # type: ignore[arg-type]
+        except DoesNotFit as still:
+            pytest.fail(f"{name} is named and does not help. {text} THEN: {still}")

@@ -14,7 +14,6 @@ from wan_core.memory.machine import SystemResources
 from wan_core.models import ModelArchitecture
 from wan_core.models.stored import StoredSize, StoredSizes
 from wan_core.plan.ladder import ABILITIES, Limits, ladder, main_dtype
-from wan_core.plan.manager import _ram_cure
 
 JOB = Workload(width=832, height=480, num_frames=81)
 T2V = "wan2.2-t2v-a14b"
@@ -92,37 +91,6 @@ def test_what_is_quantised_is_not_stored_in_fp8() -> None:
     for quantised in (True, False):
         rungs = tiers(JOB, gpu(24), stored(quantised))
         assert any(choices.fp8_storage for rung in rungs for choices in rung) is not quantised
-
-
-def test_a_short_ram_advises_another_file_only_where_there_is_one() -> None:
-    text = replace(architecture(T2V).components["text_encoder"], stored=None)
-    for quantised in (True, False):
-        found = stored(quantised)
-        parts = {**found.components, "text_encoder": replace(text, stored=sizes_of(found))}
-        for stage, other in (
-            ("denoise_high", "take the transformer in fp8 or GGUF"),
-            ("denoise_low", "take the transformer 2 in fp8 or GGUF"),
-            ("denoise", "take the transformer in fp8 or GGUF"),
-            ("text_encode", "take the text encoder in umT5 in fp8"),
-        ):
-            advice = _ram_cure(replace(found, components=parts), JOB, stage, 3 * GIB)
-            assert advice.startswith("3.0 GiB more of free RAM would do: close other programs")
-            assert (other in advice) is not quantised
-        unknown = {"transformer": replace(parts["transformer"], stored=None)}
-        for components in (unknown, {}):
-            bare = replace(found, components=components)
-            assert "or take" not in _ram_cure(bare, JOB, "denoise_high", GIB)
-    to_file = replace(JOB, return_frames=False)
-    for stage in ("decode", "output"):
-        assert _ram_cure(found, to_file, stage, GIB) == ""
-        gib = 2 * 81 * 832 * 480 * 3 * 4 / GIB
-        assert f"frames are {gib:.1f} GiB" in _ram_cure(
-            found, replace(JOB, batch_size=2), stage, GIB
-        )
-
-
-def sizes_of(found: ModelArchitecture) -> StoredSizes | None:
-    return found.components["transformer"].stored
 
 
 def test_limits_are_what_is_free_or_can_be_freed() -> None:

@@ -705,7 +705,7 @@ WISHES = st.builds(
 @pytest.fixture
 def quick_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
     """Looking for what would fit takes a hundred estimates; it has its own tests."""
-    monkeypatch.setattr(plan_module, "largest_that_fits", lambda *_: "")
+    monkeypatch.setattr(plan_module, "smaller_that_fits", lambda *_: [])
 
 
 def attempt(

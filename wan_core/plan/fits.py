@@ -1,13 +1,31 @@
-"""The longest or largest clip that fits, by bisection: a smaller workload never needs more."""
+"""What would fit where a job does not: another clip, by bisection (a smaller workload never needs
+more), another file or more RAM. Every cure is tried on the planner before it is named."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from math import ceil
+from typing import TYPE_CHECKING
 
-from ..job import MAX_LATENT_FRAMES, MAX_SIZE, MOST_FRAMES, video_frames
+from ..config import GIB
+from ..job import MAX_LATENT_FRAMES, MAX_SIZE, MOST_FRAMES, encoder_bytes, video_frames
 from ..memory import Workload
+from ..models import (
+    BYTES,
+    Component,
+    ModelArchitecture,
+    StoredSize,
+    StoredSizes,
+    experts_of,
+)
 from .config import SHORTER_WINDOWS
+
+if TYPE_CHECKING:
+    from ..memory import SystemResources
+
+_FP8_FILES = {"text_encoder": "fp8 (umt5_xxl_fp8_e4m3fn_scaled)"}
+NOTHING = "No length or size of this model fits; free memory or take a smaller model."
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,7 +41,7 @@ class Remedies:
 
 
 def remedies(workload: Workload, multiple: int, fits: Callable[[Workload], bool]) -> Remedies:
-    """Find them by bisection; ``multiple`` and ``fits`` as in ``largest_that_fits``."""
+    """Find them by bisection; ``multiple`` and ``fits`` as in ``smaller_that_fits``."""
     return Remedies(
         frames=longest(workload, fits),
         size=largest_size(workload, multiple, fits),
@@ -63,8 +81,10 @@ def most_that_fits(
     return f"At most {' or '.join(found)}." if found else "No length or size fits."
 
 
-def largest_that_fits(workload: Workload, multiple: int, fits: Callable[[Workload], bool]) -> str:
-    """Name the longest clip of this size, and the largest size of this length, that fit.
+def smaller_that_fits(
+    workload: Workload, multiple: int, fits: Callable[[Workload], bool]
+) -> list[str]:
+    """Name the longest clip of this size, and the largest size of this length, that fit, if any.
 
     ``multiple`` is what width and height must be divisible by. ``fits`` must be monotone: a shorter
     or smaller workload fits whenever a larger one does.
@@ -75,9 +95,80 @@ def largest_that_fits(workload: Workload, multiple: int, fits: Callable[[Workloa
     )
     if size is not None:
         found.append(f"{frames_text(workload.num_frames)} at {size[0]}x{size[1]}")
-    if not found:
-        return "No length or size of this model fits; free memory or take a smaller model."
-    return f"What would fit: {' or '.join(found)}."
+    return [f"What would fit: {' or '.join(found)}."] if found else []
+
+
+def file_cure(workload: Workload, fits: Callable[[Workload], bool]) -> list[str]:
+    """Say that the frames should not be returned, where the clip then fits."""
+    if not workload.return_frames:
+        return []
+    asked = ("h264", "yuv420p", workload.width, workload.height, workload.num_frames)
+    own = workload.encoder_bytes or workload.batch_size * encoder_bytes(*asked)
+    if not fits(replace(workload, return_frames=False, to_file=True, encoder_bytes=own)):
+        return []
+    return [
+        f"The finished frames are {workload.frames_bytes / GIB:.1f} GiB of that: write the video "
+        "to a file with return_frames False."
+    ]
+
+
+def fp8_cure(
+    architecture: ModelArchitecture, stage: str, fits: Callable[[ModelArchitecture], bool]
+) -> list[str]:
+    """Advise files in fp8 of the weights that a stage needs, where the job would fit with them.
+
+    Most files stay mapped, and the system takes their pages back: then smaller ones save no RAM.
+    """
+    experts = experts_of(architecture)
+    part = {"text_encode": "text_encoder", "denoise_low": "transformer_2"}.get(stage, "transformer")
+    for names in dict.fromkeys(((part,), experts, (*experts, "text_encoder"))):
+        smaller = {name: _in_fp8(architecture.components.get(name)) for name in names}
+        known = {name: one for name, one in smaller.items() if one is not None}
+        if not known:
+            continue
+        if fits(replace(architecture, components={**architecture.components, **known})):
+            files = [
+                f"{name.replace('_', ' ')} in {_FP8_FILES.get(name, 'fp8 or GGUF')}"
+                for name in known
+            ]
+            return [f"It fits with the {' and the '.join(files)}."]
+    return []
+
+
+def _in_fp8(component: Component | None) -> Component | None:
+    """Return a component as a file in fp8 would have it; None where it is quantised already."""
+    stored = None if component is None else component.stored
+    if component is None or stored is None or stored.quantised:
+        return None
+
+    def of(sizes: tuple[StoredSize, ...]) -> tuple[StoredSize, ...]:
+        return tuple(StoredSize(kept=s.kept + s.half + s.plain, wide=s.wide) for s in sizes)
+
+    found = StoredSizes(
+        blocks=of(stored.blocks), rest=stored.rest, vace=of(stored.vace), faces=of(stored.faces),
+        tables=StoredSize(half=stored.tables.half + stored.tables.plain),
+        largest=max((s.half + s.plain for s in stored.blocks), default=1),
+    )  # fmt: skip
+    nbytes = found.whole.nbytes(BYTES["bf16"])
+    return replace(component, stored=found, nbytes=nbytes, weight_kind="fp8_scaled")
+
+
+def more_ram(system: SystemResources, limit_gb: float | None, needed: int) -> str:
+    """Say how much RAM would do for ``needed`` bytes: what is free, and the user's own limit."""
+    there, ways = system.usable_ram_bytes, []
+    if limit_gb is not None and needed > limit_gb * GIB:
+        ways.append(f"ram_limit_gb {_gib_up(needed):g}")
+    short = needed - there
+    if short > 0:
+        ways.append(f"{_gib_up(short):.1f} GiB more of free RAM")
+    others = system.ram_total_bytes - system.ram_available_bytes - system.ram_evictable_bytes
+    close = ": close other programs" if 0 < short <= others - (system.held_bytes or 0) else ""
+    return f"{' with '.join(ways)} would do{close}."
+
+
+def _gib_up(nbytes: int) -> float:
+    """Return GiB, rounded up to a tenth."""
+    return ceil(nbytes / GIB * 10) / 10
 
 
 def longest(workload: Workload, fits: Callable[[Workload], bool]) -> int | None:

@@ -20,11 +20,15 @@ from ..models import ModelArchitecture
 from .cards import spread_over
 from .config import OptimizationConfig
 from .fits import (
+    NOTHING,
     Remedies,
+    file_cure,
+    fp8_cure,
     frames_text,
-    largest_that_fits,
+    more_ram,
     most_that_fits,
     remedies,
+    smaller_that_fits,
     windows_that_fit,
 )
 from .ladder import ABILITIES, Candidate, Limits, best, ladder, main_dtype
@@ -280,40 +284,29 @@ class Planner:
             most = max(smallest.estimate.stages, key=limits.ram_of)
             needed, there, where, stage = limits.ram_of(most), limits.ram, "RAM", most.name
         title = architecture.variant.title
-        cure = ""
-        if ram_is_short and not limits.shared:  # a device in the RAM is short of either
-            cure = _ram_cure(architecture, workload, stage, needed - there)
+        cures = []
+        # A device in the RAM is short of either, and a CPU of what it was allowed of it.
+        if where == "RAM" and not limits.shared and there == limits.ram:
+
+            def fits_with(other: ModelArchitecture) -> bool:
+                return self._fits(other, system, requested, limits)(workload)
+
+            cures = [
+                *file_cure(workload, fits), *fp8_cure(architecture, stage, fits_with),
+                more_ram(system, requested.ram_limit_gb, needed),
+            ]  # fmt: skip
+        if not cures or stage in ("decode", "output"):
+            cures += smaller_that_fits(workload, architecture.size_multiple, fits)
         return DoesNotFit(
             f"{frames_text(workload.num_frames)} of {workload.width}x{workload.height} with "
             f"{title} need {needed / GIB:.1f} GiB (stage {stage}) in the smallest way "
             f"there is, and {there / GIB:.1f} GiB of {where} can be used{limits.why}. "
-            + (cure or largest_that_fits(workload, architecture.size_multiple, fits))
+            + (" ".join(cures) or NOTHING)
             + windows_that_fit(workload, fits)
             + "".join(f" {note[:1].upper()}{note[1:]}." for note in system.notes),
             needed_bytes=needed,
             available_bytes=there,
         )
-
-
-def _ram_cure(
-    architecture: ModelArchitecture, workload: Workload, stage: str, short: int
-) -> str:  # fmt: skip
-    """Return what helps where the RAM is too small: room, no frames in it, or another file."""
-    if stage in ("decode", "output"):
-        if not workload.return_frames:
-            return ""
-        frames = workload.batch_size * workload.num_frames * workload.height * workload.width * 12
-        return (
-            f"The finished frames are {frames / GIB:.1f} GiB of that: write the video to a file "
-            "with return_frames False, or make it shorter or smaller."
-        )
-    part = {"text_encode": "text_encoder", "denoise_low": "transformer_2"}.get(stage, "transformer")
-    component = architecture.components.get(part)
-    more = f"{short / GIB:.1f} GiB more of free RAM would do: close other programs"
-    if component is None or component.stored is None or component.stored.quantised:
-        return f"{more}."
-    other = "umT5 in fp8 (umt5_xxl_fp8_e4m3fn_scaled)" if part == "text_encoder" else "fp8 or GGUF"
-    return f"{more}, or take the {part.replace('_', ' ')} in {other}."
 
 
 def _stage_bytes(found: MemoryEstimate, stage: str) -> int:
