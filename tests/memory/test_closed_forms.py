@@ -148,6 +148,27 @@ def test_of_a_mapped_file_only_what_is_converted_counts() -> None:
     assert (group.mapped_bytes, group.host_bytes > 27 * 2**30) == (0, True)
 
 
+def test_what_is_read_ahead_counts_once_where_all_is_in_ram() -> None:
+    """On a CPU that holds all parts, the second expert's converted weights are among them."""
+    model = architecture("wan2.2-t2v-a14b")
+    one = StoredSize(kept=3 * 2**30, wide=100_000_000)
+    stored = StoredSizes(blocks=(one,) * 2, rest=StoredSize(), tables=StoredSize(), largest=1)
+    experts = {
+        name: replace(
+            model.components[name], nbytes=7 * 2**30, stored=stored, weight_kind="fp8_scaled"
+        )
+        for name in ("transformer", "transformer_2")
+    }  # fmt: skip
+    model = replace(model, components={**model.components, **experts})
+    for offload in ("none", "model"):  # and one at a time it is there before its turn
+        high, low = (
+            found(model, f"denoise_{noise}", machine=CPU, offload=offload)
+            for noise in ("high", "low")
+        )
+        assert high.ahead_bytes == 2 * 3 * 2**30 + 2 * 400_000_000
+        assert high.host_bytes == low.host_bytes, offload
+
+
 @pytest.mark.parametrize(
     ("name", "frames", "more"),
     [("wan2.2-ti2v-5b", 1, {}), ("wan2.1-i2v-14b", 81, {}), ("wan2.2-i2v-a14b", 81, {})],

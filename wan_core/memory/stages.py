@@ -132,6 +132,7 @@ class _Ledger:
         self.arch, self.workload, self.choices = architecture, workload, choices
         self.system = system
         self.on_cpu = system.device_kind == "cpu"
+        self.together = self.on_cpu and choices.offload == "none"  # all in RAM from the first stage
         known = system.calibration
         self.learnt = 0.0 if self.on_cpu else known.extra_of(choices.lean, choices.by_rows)
         self.parts = tuple(p for p in parts_of(architecture) if p not in workload.unread)
@@ -207,8 +208,8 @@ class _Ledger:
         needed = host + self._process() + (activations if self.on_cpu else 0)
         mapped = self.bytes[part] - self._ram_bytes(part) if self._mapped(part) else 0
         ahead = self._ahead(part, needed + locked + mapped)
-        if ahead and self._mapped("transformer_2"):  # of what else is read ahead, all counts there
-            needed += self._ram_bytes("transformer_2")
+        if ahead and self._mapped("transformer_2") and not self.together:
+            needed += self._ram_bytes("transformer_2")  # of other files all counts there
         if locked:  # resident weights are sent before others are locked, or after
             needed += SENDING
         elif not self.on_cpu:
@@ -325,13 +326,12 @@ class _Ledger:
 
         Components that the stage does not use need not count: they can be freed and read again.
         """
-        together = self.on_cpu and self.choices.offload == "none"
-        return sum(self._ram_bytes(name) for name in (self.parts if together else (part,)))
+        return sum(self._ram_bytes(name) for name in (self.parts if self.together else (part,)))
 
     def _left_of_others(self, part: str) -> int:
         """Return what parts of earlier stages hold: those that stay in their mapped files do."""
         self.used.append(part)
-        if self.on_cpu and self.choices.offload == "none":
+        if self.together:
             return 0  # they are all counted
         others = dict.fromkeys(name for name in self.used if name != part and self._mapped(name))
         return sum(map(self._ram_bytes, others))
