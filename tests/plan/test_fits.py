@@ -281,12 +281,7 @@ REFUSED: dict[str, Case] = {
     "a small card": (
         "fp8", {"num_frames": 241}, gpu(4, ram=64), {"chunk_size": 0}, "shorter smaller windows"
     ),
-    "a limit of the card": (
-        "bf16", {"width": 1280, "height": 720}, gpu(24), {"vram_limit_gb": 3},
-        "shorter smaller windows",
-    ),
     "nothing helps": ("fp8", {}, gpu(0.5, ram=64), {}, ""),
-    "one memory": ("bf16", {}, gpu(6, ram=6, shares_ram=True), {}, "shorter smaller"),
     "a CPU": ("bf16", {}, cpu(12), {}, "RAM fp8"),
     "a CPU and its limit": ("fp8", {}, cpu(64), {"ram_limit_gb": 6}, "limit shorter smaller"),
 }  # fmt: skip

@@ -120,6 +120,35 @@ def estimated(name: str, **more: Any) -> StageEstimate:
     return StageEstimate(name=name, device_bytes=0, weights_bytes=0, activation_bytes=0, **more)
 
 
+def test_the_encoder_s_file_is_read_while_the_tokenizer_is_made() -> None:
+    """On Linux, from a disk, where RAM has room: the cold seconds of the longer of the two."""
+
+    def mapped(nbytes: int) -> ModelArchitecture:
+        model = with_bytes(FIVE, nbytes)
+        encoder = replace(model.components["text_encoder"], weight_kind="bf16")
+        return replace(model, components={**model.components, "text_encoder": encoder})
+
+    def load(
+        os: str, ram: float = 240, loaded: tuple[str, ...] = (), nbytes: int = 6 * GIB
+    ) -> StageSeconds:
+        system = replace(
+            H100, os=os, ram_available_bytes=int(ram * GIB), loaded=loaded, done_here=()
+        )
+        return stages(mapped(nbytes), JOB, LEAN, system)["load text_encoder"]
+
+    serial, beside = load("Windows"), load("Linux")
+    assert beside.cold == pytest.approx(serial.cold - 1.5) and beside.warm == serial.warm
+    assert load("Linux", ram=6) == load("Windows", ram=6)  # no room for it
+    # Not all files stay in the system's cache: they come from the disk each time.
+    few = load("Linux", ram=14)
+    assert few.warm == pytest.approx(load("Windows", ram=14).warm - 1.5)
+    assert load("Linux", 14, ("tokenizer",)).warm == load("Windows", 14).warm
+    assert load("Linux", loaded=("text_encoder",)).warm == 0
+    # A file that is read in less hides no more than what the disk takes beside the cache.
+    quick, slow = load("Linux", nbytes=2 * GIB), load("Windows", nbytes=2 * GIB)
+    assert 0 < slow.cold - quick.cold < 1.5 and quick.cold >= quick.warm
+
+
 def test_page_locks_are_taken_before_a_stage_and_given_back_after_it() -> None:
     told = (estimated("denoise", locked_bytes=10 * 10**9), estimated("text_encode"))
     plain, locked = (stages(T2V, JOB, LEAN, H100, given) for given in ((), told))

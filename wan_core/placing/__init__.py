@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from ..lazy import lazy_names
 
 if TYPE_CHECKING:
-    from .ahead import Ahead, do_ahead
+    from .ahead import Ahead, do_ahead, files_ahead
     from .applied import apply_plan, pin_budget
     from .manager import OptimizationManager
     from .offload import block_hooks, require_groups
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 __getattr__ = lazy_names(
     __name__,
     {
-        "ahead": ("Ahead", "do_ahead"),
+        "ahead": ("Ahead", "do_ahead", "files_ahead"),
         "applied": ("apply_plan", "pin_budget"),
         "manager": ("OptimizationManager",),
         "offload": ("block_hooks", "require_groups"),
@@ -43,6 +43,7 @@ __all__ = [
     "apply_plan",
     "block_hooks",
     "do_ahead",
+    "files_ahead",
     "pin_ahead",
     "pin_budget",
     "require_groups",

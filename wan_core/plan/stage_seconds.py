@@ -226,10 +226,29 @@ class Counting:
         known = 0.0 if "tokenizer" in system.loaded else _TOKENIZER
         encode += self._locks("text_encode")
         return [
-            self._load(part),
+            self._read_beside(self._load(part), part, known),
             StageSeconds("load tokenizer", known, _TOKENIZER),
             self._with_first("text_encode", "encode", encode, self._sent(part)),
         ]
+
+    def _read_beside(self, load: StageSeconds, part: str, making: float) -> StageSeconds:
+        """Return a part's loading where its file is read while a tokenizer is made.
+
+        That takes ``making`` seconds of this process, and ``_TOKENIZER`` of a new one. On Linux
+        alone, and where RAM has room for the file beside the job.
+        """
+        file, system = self.architecture.components.get(part), self.system
+        needed = max((s.host_bytes + s.locked_bytes for s in self.stages), default=0)
+        free = system.ram_available_bytes + system.ram_evictable_bytes - RAM_RESERVE - needed
+        if system.os != "Linux" or file is None or file.nbytes > free:
+            return load
+        # What is left is what the system's cache gives.
+        hidden = file.nbytes / DISK - file.nbytes / self._file_rate(part)
+        cold = load.cold - max(0.0, min(_TOKENIZER, hidden))
+        warm = load.warm
+        if warm and not self._all_cached:
+            warm -= max(0.0, min(making, hidden))
+        return replace(load, warm=warm, cold=cold)
 
     def _pictures(self) -> list[StageSeconds]:
         found = []

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,7 +13,9 @@ from torch import Tensor
 
 from ..job import ControlInputs, Inputs, Request, latent_frames, latent_index, seen_by_clip, to_pil
 from ..loading import check_tokenizer, load_image_processor
+from ..memory import RAM_RESERVE, ram
 from ..models import IMAGE_TOKENS, TEXT_TOKENS
+from ..placing import files_ahead
 from ..sampling import (
     Conditions,
     by_paths,
@@ -132,7 +135,8 @@ class ConditionMaker:
                 found[text] = cached
         # The encoder (11 GB) is not even read when every text is cached.
         if missing:
-            with self._checked_tokenizer() as tokenizer:
+            # Making a tokenizer of 256,000 pieces takes a processor, and reading files a disk.
+            with files_ahead(self._files_to_come()), self._checked_tokenizer() as tokenizer:
                 # Kept like the embeddings: a text that comes from the cache is cut just the same.
                 for text in missing:
                     beyond = text_beyond(tokenizer, text)
@@ -155,6 +159,24 @@ class ConditionMaker:
                     f"{field} is cut: Wan reads {TEXT_TOKENS} tokens of a text, and what comes "
                     f"from {beyond} on is not seen. Shorten it."
                 )
+
+    def _files_to_come(self) -> list[Path]:
+        """Return the files that are read next, the first expert's last, as far as RAM has room."""
+        stages = self.stages
+        needed = max(s.host_bytes + s.locked_bytes for s in stages.plan.estimate.stages)
+        room, found = ram()[1] - RAM_RESERVE - needed, list[Path]()
+        for stage in stages.plan.stage_seconds:
+            name = stage.name.removeprefix("load ")
+            part = stages.architecture.components.get(name)
+            if name == stage.name or part is None or stages.cache.holds(stages.key(name)):
+                continue
+            room -= part.nbytes
+            if room < 0:
+                break
+            found += part.files
+            if name.startswith("transformer"):
+                break
+        return list(dict.fromkeys(found))  # a tokenizer may lie in its encoder's file
 
     @contextmanager
     def _checked_tokenizer(self) -> Iterator[Any]:
