@@ -31,7 +31,7 @@ from wan_core.memory.machine import SystemResources
 from wan_core.memory.stages import Choices, Workload, estimate
 from wan_core.memory.vae import decode_peak
 from wan_core.memory.vae_lean import BANDS, lean_decode_bytes
-from wan_core.models import sizes
+from wan_core.models import PARTS
 from wan_core.models.variants import VAE_21, VAE_22, VaeShape
 from wan_core.placing import applied as placement
 from wan_core.sampling.vae import StreamingDecoder, to_frames
@@ -357,7 +357,7 @@ def test_a_plan_decides_how_the_decode_is_done(monkeypatch: pytest.MonkeyPatch) 
 
 def test_the_estimate_of_a_decode_follows_the_plan() -> None:
     def decode(machine: SystemResources, **choices: Any) -> StageEstimate:
-        made = Choices(dtypes=dict.fromkeys(sizes.PARTS, "bf16"), offload="model", **choices)
+        made = Choices(dtypes=dict.fromkeys(PARTS, "bf16"), offload="model", **choices)
         job = Workload(width=832, height=480, num_frames=81)
         stages = estimate(architecture("wan2.1-t2v-14b"), job, made, machine).stages
         return next(stage for stage in stages if stage.name == "decode")

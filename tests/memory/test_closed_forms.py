@@ -19,13 +19,13 @@ from wan_core.memory.forward import text_encoder_peak, transformer_peak, window_
 from wan_core.memory.process import FIRST
 from wan_core.memory.stages import estimate
 from wan_core.memory.vae import encode_peak
-from wan_core.models import VOCABULARY, ModelArchitecture, block_bytes, rest_bytes, sizes
+from wan_core.models import PARTS, VOCABULARY, ModelArchitecture, block_bytes, rest_bytes, sizes
 from wan_core.models.stored import StoredSize, StoredSizes
 
 JOB = Workload(width=832, height=480, num_frames=81)
 FRAMES, HIGH, WIDE = 21, 60, 104
 LATENT = FRAMES * HIGH * WIDE
-BF16 = {**dict.fromkeys(sizes.PARTS, "bf16"), "vae": "fp32"}
+BF16 = {**dict.fromkeys(PARTS, "bf16"), "vae": "fp32"}
 GPU, CPU = gpu(80), cpu(300)
 
 
@@ -58,7 +58,7 @@ def test_the_text_encoders_attention(size: int, dtype: str) -> None:
     assert text_encoder_peak(size) == narrow
     assert text_encoder_peak(size, wide_softmax=True) == wide + 14 * hidden * size
     model, texts = architecture("wan2.1-t2v-14b"), 2 * 512 * 4096 * 4
-    dtypes = dict.fromkeys(sizes.PARTS, dtype)
+    dtypes = dict.fromkeys(PARTS, dtype)
     on_cpu = found(model, "text_encode", machine=CPU, dtypes=dtypes)
     assert on_cpu.activation_bytes == narrow + texts
     on_gpu = found(model, "text_encode", dtypes=dtypes)

@@ -10,7 +10,7 @@ from support.machines import architecture, cpu, gpu
 
 from wan_core.memory import Choices, Workload, estimate
 from wan_core.memory.calibration import Calibration
-from wan_core.models import sizes
+from wan_core.models import PARTS
 
 JOB = Workload(width=832, height=480, num_frames=81)
 WHOLE = architecture("wan2.1-t2v-14b")
@@ -21,7 +21,7 @@ KNOWN = replace(gpu(80), calibration=Calibration(runs=3))
 
 
 def rated(model: Any, machine: Any, **choices: Any) -> tuple[float, str]:
-    dtypes = dict.fromkeys(sizes.PARTS, "bf16")
+    dtypes = dict.fromkeys(PARTS, "bf16")
     found = estimate(model, JOB, Choices(dtypes=dtypes, **choices), machine)
     return found.confidence, found.basis
 
@@ -51,7 +51,7 @@ def test_each_thing_known_or_assumed_counts_once(
 
 def test_texts_are_counted_as_guidance_needs_them() -> None:
     """A second text of 512 x 4096 numbers in fp32 where either expert is guided."""
-    dtypes = dict.fromkeys(sizes.PARTS, "bf16")
+    dtypes = dict.fromkeys(PARTS, "bf16")
     model = architecture("wan2.2-t2v-a14b")
 
     def text(high: bool, low: bool) -> int:

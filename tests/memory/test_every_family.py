@@ -35,7 +35,7 @@ from wan_core.kernels.fused import NOTHING, Fused
 from wan_core.loading.blueprint import add_fun_layers
 from wan_core.memory import Choices, Workload, estimate, lean_peak
 from wan_core.memory.forward import camera_peak
-from wan_core.models import VARIANTS, sizes
+from wan_core.models import PARTS, VARIANTS
 from wan_core.models.variants import FaceShape, TransformerShape
 
 KIND = torch.bfloat16
@@ -138,7 +138,7 @@ def staged(name: str, batch: int, frames: int, exact: bool) -> int:
         batch_size=batch, guidance_high=False, guidance_low=False, image=True,
         references=in_front, camera=shallow(name).camera_channels is not None,
     )  # fmt: skip
-    choices = Choices(dtypes=dict.fromkeys(sizes.PARTS, "bf16"), lean=True, by_rows=not exact)
+    choices = Choices(dtypes=dict.fromkeys(PARTS, "bf16"), lean=True, by_rows=not exact)
     stages = estimate(found, job, choices, gpu(80)).stages
     return next(one for one in stages if one.name.startswith("denoise")).activation_bytes
 

@@ -28,7 +28,7 @@ from wan_core.memory.forward import text_encoder_peak, transformer_peak
 from wan_core.memory.forward_lean import CODED_SHARE, lean_peak
 from wan_core.memory.stages import Choices, Workload, estimate
 from wan_core.memory.vae import decode_peak, encode_peak
-from wan_core.models import sizes
+from wan_core.models import PARTS, sizes
 from wan_core.models.architecture import ModelArchitecture
 from wan_core.models.variants import VAE_21, VAE_22, VARIANTS, TransformerShape, VaeShape
 from wan_core.sampling.denoise import Conditions, Expert, predict
@@ -234,7 +234,7 @@ def test_denoise_agrees_with_the_dry_run_over_many_combinations(apart: int) -> N
         found = architecture(name)
         live = denoise_dry_once(found.transformer, _twin(name), job, dtype)
         for offload in ("none", "model", "sequential", "stream"):
-            dtypes = dict.fromkeys(sizes.PARTS, dtype) | {"image_encoder": "fp32"}
+            dtypes = dict.fromkeys(PARTS, dtype) | {"image_encoder": "fp32"}
             choices = Choices(dtypes=dtypes, offload=offload)
             if offload == "stream":
                 choices = Choices(dtypes=dtypes, offload="model", stream=True, resident_blocks=9)

@@ -18,7 +18,7 @@ from wan_core.forward import fun_inputs, lean_forward
 from wan_core.forward import transformer as lean
 from wan_core.loading.blueprint import add_fun_layers
 from wan_core.memory import Choices, Workload, estimate
-from wan_core.models import VARIANTS, rest_bytes, sizes
+from wan_core.models import PARTS, VARIANTS, rest_bytes, sizes
 from wan_core.models.variants import TransformerShape
 
 NAMES = (
@@ -106,7 +106,7 @@ def test_a_denoising_step_agrees_with_the_dry_run(
         width=width, height=height, num_frames=81, guidance_high=False, guidance_low=False,
         image=True, references=in_front, camera=shape.camera_channels is not None,
     )  # fmt: skip
-    dtypes = dict.fromkeys(sizes.PARTS, "bf16")
+    dtypes = dict.fromkeys(PARTS, "bf16")
     choices = Choices(dtypes=dtypes, lean=way != "diffusers", by_rows=way == "rows")
     # cuDNN's copies of a camera's rays are no tensors: a card's estimate is held in render's tests.
     machine = cpu(80) if shape.camera_channels else gpu(80)
@@ -123,7 +123,7 @@ def test_a_denoising_step_agrees_with_the_dry_run(
 def test_a_camera_costs_its_rays_and_a_reference_a_frame() -> None:
     camera = architecture("wan2.2-fun-camera-a14b")
     job = Workload(width=832, height=480, num_frames=81, guidance_high=False)
-    choices = Choices(dtypes=dict.fromkeys(sizes.PARTS, "bf16"))
+    choices = Choices(dtypes=dict.fromkeys(PARTS, "bf16"))
 
     def denoise(found: Any, wanted: Workload) -> int:
         stages = estimate(found, wanted, choices, gpu(80)).stages

@@ -26,7 +26,7 @@ from wan_core.memory.stages import (
 )
 from wan_core.memory.text import format_estimate
 from wan_core.memory.vae import decode_peak, encode_peak, leaving_bytes
-from wan_core.models import sizes
+from wan_core.models import PARTS, sizes
 from wan_core.models.variants import VAE_21, VAE_22, VARIANTS
 from wan_core.plan import Planner
 
@@ -48,7 +48,7 @@ def figures(name: str, job: Workload, **choices: object) -> dict[str, float]:
 
 def test_a_streamed_text_encoder_holds_two_blocks() -> None:
     """One computes while the next arrives; the embedding table stays in RAM."""
-    dtypes = dict.fromkeys(sizes.PARTS, "bf16")
+    dtypes = dict.fromkeys(PARTS, "bf16")
     made = Choices(dtypes=dtypes, offload="model", part_offload={"text_encoder": "stream"})
     found = architecture("wan2.2-t2v-a14b")
     job = Workload(width=832, height=480, num_frames=81)
@@ -150,7 +150,7 @@ def test_decode_is_flat_in_frames() -> None:
 def test_where_a_quick_vae_was_not_measured_its_maps_have_copies() -> None:
     """MIOpen takes maps with channels last only as copies."""
     job = Workload(width=832, height=480, num_frames=81)
-    dtypes, found = dict.fromkeys(sizes.PARTS, "bf16"), architecture("wan2.1-t2v-14b")
+    dtypes, found = dict.fromkeys(PARTS, "bf16"), architecture("wan2.1-t2v-14b")
     made = Choices(dtypes=dtypes, offload="model", lean=True)
     peaks = [
         stage(estimate(found, job, replace(made, quick=quick), system).stages, "decode")
@@ -175,7 +175,7 @@ def test_scalar_timesteps_halve_the_5b() -> None:
 
 
 def test_a_bare_transformer_file_gets_the_usual_parts_and_says_so() -> None:
-    dtypes = dict.fromkeys(sizes.PARTS, "bf16")
+    dtypes = dict.fromkeys(PARTS, "bf16")
     job = Workload(width=832, height=480, num_frames=81)
     bare = estimate(architecture("wan2.1-t2v-14b", bare=True), job, Choices(dtypes=dtypes), GPU)
     full = estimate(architecture("wan2.1-t2v-14b"), job, Choices(dtypes=dtypes), GPU)
@@ -188,7 +188,7 @@ def test_a_bare_transformer_file_gets_the_usual_parts_and_says_so() -> None:
 @pytest.mark.parametrize("frames", [5, 81, 801])
 def test_on_a_cpu_frames_are_no_weights_and_count_once(frames: int) -> None:
     found = architecture("wan2.1-t2v-1.3b")
-    choices = Choices(dtypes=dict.fromkeys(sizes.PARTS, "fp32"), offload="model")
+    choices = Choices(dtypes=dict.fromkeys(PARTS, "fp32"), offload="model")
     job = Workload(width=832, height=480, num_frames=frames)
     to_file = replace(job, return_frames=False)
     kept, written = (estimate(found, one, choices, CPU) for one in (job, to_file))
@@ -219,7 +219,7 @@ def test_pictures_leave_a_card_through_page_locked_ram(
     """One frame and then four at a time, each in a power of two; a byte a number for a file."""
     assert leaving_bytes(1, size[1], size[0], 4) == mib * MIB
     assert leaving_bytes(1, size[1], size[0], 1) == mib * MIB // 4
-    found, dtypes = architecture("wan2.1-t2v-1.3b"), dict.fromkeys(sizes.PARTS, "bf16")
+    found, dtypes = architecture("wan2.1-t2v-1.3b"), dict.fromkeys(PARTS, "bf16")
     job = Workload(width=size[0], height=size[1], num_frames=81)
 
     def host(system: SystemResources) -> int:
@@ -233,7 +233,7 @@ def test_pictures_leave_a_card_through_page_locked_ram(
 
 
 def test_on_a_cpu_weights_and_frames_share_the_ram() -> None:
-    dtypes = dict.fromkeys(sizes.PARTS, "fp32")
+    dtypes = dict.fromkeys(PARTS, "fp32")
     job = Workload(width=832, height=480, num_frames=81)
     found = estimate(architecture("wan2.1-t2v-1.3b"), job, Choices(dtypes=dtypes), CPU)
     decode = stage(found.stages, "decode")
@@ -280,7 +280,7 @@ def test_transformer_agrees_with_what_an_h100_allocated(run: dict[str, Any]) -> 
 
 
 def test_fits_is_about_what_is_available() -> None:
-    job, dtypes = Workload(width=832, height=480, num_frames=81), dict.fromkeys(sizes.PARTS, "bf16")
+    job, dtypes = Workload(width=832, height=480, num_frames=81), dict.fromkeys(PARTS, "bf16")
     found = architecture("wan2.1-t2v-1.3b")
     choices = Choices(dtypes=dtypes)
     alone = estimate(found, job, choices, GPU)
@@ -334,7 +334,7 @@ def test_more_work_never_needs_less(
     job = Workload(**sides, num_frames=4 * frames + 1, batch_size=batch, image=True)
     step = {"width": 32, "height": 32, "num_frames": 4, "batch_size": 1}[grow]
     larger = replace(job, **{grow: getattr(job, grow) + step})
-    choices = Choices(dtypes=dict.fromkeys(sizes.PARTS, "bf16"), offload=offload)
+    choices = Choices(dtypes=dict.fromkeys(PARTS, "bf16"), offload=offload)
     found = architecture(name)
     small, large = estimate(found, job, choices, GPU), estimate(found, larger, choices, GPU)
     assert large.peak_usage_mb >= small.peak_usage_mb

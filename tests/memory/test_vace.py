@@ -14,7 +14,7 @@ from support.true_models import DTYPES, KEEP_FP32, dry_transformer, transformer
 
 from wan_core.forward import hints_in_turn, lean_forward, run_together
 from wan_core.memory import Choices, Workload, estimate, lean_peak, transformer_peak
-from wan_core.models import VARIANTS, all_blocks, block_count, rest_bytes, sizes
+from wan_core.models import PARTS, VARIANTS, all_blocks, block_count, rest_bytes, sizes
 
 LARGE = VARIANTS["wan2.1-vace-14b"].transformer
 SMALL = VARIANTS["wan2.1-vace-1.3b"].transformer
@@ -135,7 +135,7 @@ def test_bytes_are_those_of_the_real_class(name: str) -> None:
 
 def test_a_stage_counts_vace_blocks_references_and_the_group_offload_of_diffusers() -> None:
     found, machine = architecture("wan2.1-vace-14b"), gpu(80)
-    dtypes = dict.fromkeys(sizes.PARTS, "bf16")
+    dtypes = dict.fromkeys(PARTS, "bf16")
     job = Workload(width=832, height=480, num_frames=81, guidance_high=False)
 
     def denoise(job: Workload = job, **choices: Any) -> Any:

@@ -18,8 +18,9 @@ from wan_core.errors import DoesNotFit, InvalidRequest
 from wan_core.memory.choices import Choices
 from wan_core.memory.machine import SystemResources
 from wan_core.memory.stages import Workload, estimate
+from wan_core.models import PARTS
 from wan_core.models.architecture import ModelArchitecture
-from wan_core.models.sizes import PARTS, all_blocks, block_bytes
+from wan_core.models.sizes import all_blocks, block_bytes
 from wan_core.placing import manager as placing_manager
 from wan_core.plan import manager as plan_module
 from wan_core.plan.ladder import Limits

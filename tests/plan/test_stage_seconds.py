@@ -14,8 +14,7 @@ from wan_core import ArchitectureDetector, OptimizationConfig, OptimizationPlan,
 from wan_core.config import GIB, StageEstimate
 from wan_core.memory import Choices, SystemResources, Workload, lean_decode_bytes
 from wan_core.memory.calibration import Calibration
-from wan_core.models import VAE_21, ModelArchitecture, part_bytes
-from wan_core.models.sizes import PARTS
+from wan_core.models import PARTS, VAE_21, ModelArchitecture, part_bytes
 from wan_core.plan import Planner, stage_seconds, strips_forecast
 from wan_core.plan.stage_seconds import (
     COMPILED,

@@ -10,8 +10,8 @@ from support.machines import architecture, cpu, gpu
 from wan_core.config import GIB
 from wan_core.memory.calibration import Calibration
 from wan_core.memory.choices import Choices, Workload
-from wan_core.models import all_blocks, magcache_curve, magcache_plan
-from wan_core.models.sizes import PARTS, part_bytes
+from wan_core.models import PARTS, all_blocks, magcache_curve, magcache_plan
+from wan_core.models.sizes import part_bytes
 from wan_core.plan import timing as constants
 from wan_core.plan.stage_seconds import _RATES, PAGEABLE, device_rate
 from wan_core.plan.timing import (
