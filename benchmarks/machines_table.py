@@ -26,7 +26,7 @@ from support.machines import gpu
 from wan_core import ArchitectureDetector, OptimizationPlan, WanModelFiles
 from wan_core.config import GIB
 from wan_core.errors import DoesNotFit
-from wan_core.memory import SystemResources, Workload
+from wan_core.memory import STREAM_BUFFERS, SystemResources, Workload
 from wan_core.models import ModelArchitecture, all_blocks
 from wan_core.plan import Planner
 from wan_core.plan.timing import reads_from_disk
@@ -180,9 +180,15 @@ def judged(plan: OptimizationPlan, machine: Machine, found: ModelArchitecture) -
         return "as it should be: nothing crosses the bus during a step"
     if reads_from_disk(found, choices, machine.resources()):
         return "RAM cannot hold what is streamed: each step reads it from disk"
+    if choices.driving == "inputs" and choices.resident_blocks == _layers(found) - STREAM_BUFFERS:
+        return "all but what travels stays: streamed, so that both passes share the driving stream"
     if choices.resident_blocks:
         return "the card is filled; the rest hides behind the step where the bus is fast enough"
     return "activations fill the card; blocks come from RAM"
+
+
+def _layers(found: ModelArchitecture) -> int:
+    return len(all_blocks(found, "transformer", "bf16"))  # an adapter counts as one
 
 
 def table(folder: Path) -> str:
@@ -191,7 +197,7 @@ def table(folder: Path) -> str:
     rows: dict[str, list[str]] = {machine.name: [] for machine in MACHINES}
     for title, found, sizes in models(folder):
         for size in sizes:
-            layers = len(all_blocks(found, "transformer", "bf16"))  # an adapter counts as one
+            layers = _layers(found)
             for machine in MACHINES:
                 plan = plan_of(found, size, machine)
                 what = f"{title}, {size[0]}x{size[1]}x{size[2]}"
