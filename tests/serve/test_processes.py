@@ -290,6 +290,9 @@ class FakeRay:
     def cluster_resources(self) -> dict[str, float]:
         return {"CPU": 1.0}
 
+    def nodes(self) -> list[dict[str, Any]]:
+        return [{"Alive": True, "Resources": {"CPU": 1.0}}]
+
     def wait(self, refs: list[Any], **_: Any) -> tuple[list[Any], list[Any]]:
         return (refs, []) if self.killed and refs == ["result"] else ([], refs)
 
@@ -332,6 +335,39 @@ def test_hands_that_nobody_needs_give_their_cards_back(monkeypatch: pytest.Monke
     # One that Ray has not placed would take the cards as soon as they are free.
     assert crew.free(0) == [] and ray.killed == [idle.actor, waits.actor]
     assert crew.hands == [working]
+
+
+def test_a_machine_that_lacks_something_does_not_take_the_jobs_of_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It fails at once, and would fail all of them while the others work."""
+    ray, told = FakeRay(), list[str]()
+    ray.cluster_resources = lambda: {"CPU": 3.0}  # type: ignore[method-assign]
+    ray.get = lambda ref: ref  # type: ignore[method-assign]
+    monkeypatch.setattr("wan_core.serve.cluster._connect", lambda _: (ray, False))
+    crew = Cluster("x", tell=told.append)
+    bad, beside, good = (_Placed(f"actor {i}", MagicMock(), None) for i in range(3))
+    for hand, node in ((bad, "a"), (beside, "a"), (good, "b")):
+        hand.starting, hand.node, hand.machine = None, node, f"machine {node}"
+    crew.hands += [bad, beside, good]
+
+    def ends(hand: _Placed, outcome: Outcome) -> Outcome:
+        hand.job, hand.result = MagicMock(), outcome.to_dict()
+        return crew._ended(hand)[1]
+
+    lacks = Outcome(error="no such file", kind="MissingFile", final=True)
+    monkeypatch.setattr(crew, "_add", lambda: None)
+    for seconds in (60, 120):
+        outcome = ends(bad, lacks)
+        assert not outcome.final and outcome.error == "On machine a: no such file"
+        assert crew.free(9) == [good] and f"machine a gets no job for {seconds} s" in told[-1]
+    # Where no other is left it is asked: a job that can be made nowhere must come to its end.
+    said = len(told)
+    ends(good, lacks)
+    assert crew.free(9) == [good] and len(told) == said
+    # What it could make shows that it has all again.
+    ends(beside, Outcome())
+    assert crew.free(9) == [bad, beside, good]
 
 
 def test_a_local_cluster_that_others_could_reach_is_not_started(

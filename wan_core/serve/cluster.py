@@ -25,6 +25,8 @@ from .jobs import BatchJob
 
 _ELSEWHERE = ("MissingFile", "DoesNotFit", "MissingDependency", "OutputError")
 """Errors of a machine rather than of a job: another machine may have the file, or the memory."""
+_REST_SECONDS, _LONGEST_REST = 60.0, 3600.0
+"""So long a machine that lacks something gets no job, twice as long each time, and at most."""
 _MOST_FAILED_STARTS = 3
 _STATE_SECONDS = 2.0
 """How often a hand is asked how far it is: a thousand hands are 500 small calls a second."""
@@ -121,6 +123,8 @@ class Cluster:
         self._made = self._failed_starts = 0
         self._warned = False
         self._proof: dict[str, Any] | None = None
+        self._rests: dict[str, tuple[float, float]] = {}
+        """Until when a machine gets no job, and how long that is, by the name of its node."""
 
     def _total(self, kind: str) -> float:
         return float(self._ray.cluster_resources().get(kind, 0.0))
@@ -150,7 +154,7 @@ class Cluster:
         """
         self._give_back(waiting)
         busy = sum(hand.job is not None for hand in self.hands)
-        idle = sum(hand.job is None and not hand.retired for hand in self.hands)
+        idle = sum(hand.job is None and self._is_of_use(hand) for hand in self.hands)
         wanted = min(waiting - idle, self._room() - busy - idle)
         if wanted > 0:
             self._say_where_none_fits()
@@ -158,7 +162,10 @@ class Cluster:
             self._add()
         for hand in [hand for hand in self.hands if hand.starting is not None]:
             self._look_at_start(hand)
-        ready = [h for h in self.hands if h.starting is None and h.job is None and not h.retired]
+        ready = [
+            hand for hand in self.hands
+            if hand.starting is None and hand.job is None and self._is_of_use(hand)
+        ]  # fmt: skip
         return ready[:waiting] if waiting else ready
 
     def _give_back(self, waiting: int) -> None:
@@ -289,7 +296,34 @@ class Cluster:
             return job, Outcome(lost=True, kind="Lost", error=text)
         if values["kind"] in _ELSEWHERE:
             values |= {"final": False, "error": f"On {hand.machine}: {values['error']}"}
+            self._have_rest(hand)
+        else:
+            self._rests.pop(hand.node, None)
         return job, Outcome(**values)
+
+    def _is_of_use(self, hand: _Placed) -> bool:
+        """Return whether it may get a job: its versions are right, and its machine does not rest.
+
+        One that Ray has not placed yet is on no machine.
+        """
+        until, _ = self._rests.get(hand.node, (0.0, 0.0))
+        return not hand.retired and time.monotonic() >= until
+
+    def _have_rest(self, hand: _Placed) -> None:
+        """Give the machine of a hand no job for a while, where other machines are at work.
+
+        One without the shared folder fails at once, and would fail one job after the other.
+        """
+        others = [one for one in self.hands if one.node not in ("", hand.node)]
+        if not any(self._is_of_use(one) for one in others):
+            return
+        _, before = self._rests.get(hand.node, (0.0, 0.0))
+        seconds = min(max(_REST_SECONDS, 2 * before), _LONGEST_REST)
+        self._rests[hand.node] = (time.monotonic() + seconds, seconds)
+        self._tell(
+            f"{hand.machine} gets no job for {seconds:.0f} s, as others are there: look whether it "
+            "has what they have (the shared folder, room, memory)."
+        )
 
     def _ask(self, hand: _Placed) -> None:
         """Take the answer to how far a hand is, if it has come, and ask again now and then.
