@@ -97,6 +97,10 @@ def test_clips_are_asked_for_in_parts(tmp_path: Path) -> None:
         assert found == [[f"{base}/{id}/content", "metadata"] for id in reversed(ids)]
         assert asked and all(said.startswith("bytes=") for _, said in asked), asked
         assert page.errors == []
+        page.route("**/v1/videos?*", lambda route: route.abort())
+        page.wait_for_selector("#said:has-text('does not answer')")
+        page.unroute("**/v1/videos?*")
+        page.wait_for_selector("#said:empty", state="attached")
 
 
 @pytest.mark.slow
