@@ -218,6 +218,11 @@ def test_a_crash_in_the_decode_repeats_only_the_decode(folder: Any, tmp_path: Pa
     assert called == []
     assert not any("denoise" in stage.name or "text" in stage.name for stage in rest.stages)
     assert torch.equal(rest.frames, whole.frames)
+    # The report says of the latents what it would have said without the break.
+    made = {"steps", "windows"}
+    assert {name: rest.metadata[name] for name in made} == {
+        name: whole.metadata[name] for name in made
+    }
 
 
 CHANGES: tuple[dict[str, Any], ...] = (

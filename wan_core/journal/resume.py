@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -48,6 +48,9 @@ MAX_SHARE = 0.01
 """Share of a render's time that saving its steps takes at most. A crash costs a hundred times what
 one save takes here: seconds on a local disk, a few minutes on a slow share."""
 
+_TOLD = ("steps", "windows", "control", "forwards")
+"""What the metadata of a result say of its latents."""
+
 
 class RenderJournal:
     """Saves what a render needs to be continued in another process.
@@ -73,6 +76,12 @@ class RenderJournal:
     def finished_latents(self) -> Tensor | None:
         """The saved latents, (B, C, T, h, w) float32, if denoising was over; else None."""
         return None if self.saved is None else self.saved.latents
+
+    @property
+    def told(self) -> dict[str, Any]:
+        """What a result says of how the finished latents were made; empty without them."""
+        found = {} if self.finished_latents is None or self.saved is None else self.saved.scalars
+        return dict(found.get("told", {}))
 
     def restore(self, state: DenoiseState, scheduler: Any) -> int:
         """Bring ``state`` and ``scheduler`` to where the saved render stopped.
@@ -228,9 +237,15 @@ class RenderJournal:
             tensors |= remembered
         return state.next_step, tensors, scalars
 
-    def latents_done(self, latents: Tensor, plan: OptimizationPlan) -> None:
-        """Save the finished latents. From now on only the decode would have to be repeated."""
-        self._journal.latents_done(latents, _made_with(plan))
+    def latents_done(
+        self, latents: Tensor, plan: OptimizationPlan, metadata: Mapping[str, Any]
+    ) -> None:
+        """Save the finished latents. From now on only the decode would have to be repeated.
+
+        What the result's ``metadata`` says of how they were made is saved with them.
+        """
+        told = {name: metadata[name] for name in _TOLD if name in metadata}
+        self._journal.latents_done(latents, {**_made_with(plan), "told": told})
         self._unsaved = None  # only now: see ``_save``
         self._units.remove()
 

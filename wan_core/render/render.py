@@ -131,10 +131,11 @@ class Render:
         describe_job(self.stages, self.request)
         self.stages.callbacks.tell(result.warnings)
         latents = None if journal is None else journal.finished_latents
-        if latents is None:
+        if journal is None or latents is None:
             latents = self._sample(journal)
         else:
-            result.metadata["resumed"] = "the denoising was finished; only decoded"
+            said = {"resumed": "the denoising was finished; only decoded"}
+            result.metadata |= journal.told | said
         # Kept before decoding: if the decode fails, the denoising is not lost.
         result.latents = latents.to("cpu", torch.float32)
         kept = result.latents
@@ -142,7 +143,7 @@ class Render:
             "decode", lambda: denormalize_latents(kept, self._vae_config())
         )
         if journal is not None:
-            journal.latents_done(result.latents, self.stages.plan)
+            journal.latents_done(result.latents, self.stages.plan, result.metadata)
         if self.config.return_frames or self.request.output_path is not None:
             self._decode(latents)
         if journal is not None:

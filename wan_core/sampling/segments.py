@@ -90,7 +90,7 @@ class ClipSegments:
         if found.vace is not None:
             return replace(found, vace=self._kept(found.vace, frames[:known], held))
         if found.concat is None:
-            return replace(found, first_frame=held.clone())
+            return replace(found, first_frame=self._with_key_frames(held, frames))
         # The condition ends with mask and latents: mark the known frames as given, and put them in.
         concat = found.concat.clone()
         channels = held.shape[1]
@@ -99,6 +99,14 @@ class ClipSegments:
         masked[:, masked.shape[1] - found.mask_channels :, :known] = 1
         first = held.clone() if found.held else found.first_frame
         return replace(found, concat=concat, first_frame=first)
+
+    def _with_key_frames(self, held: Tensor, frames: range) -> Tensor:
+        """Return known frames, and after them the 5B's key frames that lie in this segment too."""
+        given = self.conditions.first_frame
+        if given is None:
+            return held.clone()
+        more = given[:, :, frames.start + held.shape[2] : frames.stop]
+        return torch.cat([held, more.expand(held.shape[0], -1, -1, -1, -1).to(held)], dim=2)
 
     def _kept(self, vace: Tensor, frames: range, held: Tensor) -> Tensor:
         """Return the control with known frames in it: kept, nothing to make, a black mask."""
