@@ -95,6 +95,22 @@ def theirs(parts: dict[str, Any], monkeypatch: pytest.MonkeyPatch, frames: int) 
     return made[0].permute(0, 2, 3, 1)
 
 
+def test_each_segment_has_the_text_of_its_middle(files: WanModelFiles) -> None:
+    wan = open_wan(files)
+
+    def made(**texts: Any) -> Any:
+        job = config(num_inference_steps=1, guidance_scale=1.0, negative_prompt=None, **texts)
+        return wan.generate(job).raise_for_error()
+
+    one = made()
+    two = made(prompt=None, prompts="5: a red cat\na blue dog")
+    assert not two.warnings and torch.equal(two.latents[:, :, :2], one.latents[:, :, :2])
+    assert not torch.equal(two.latents[:, :, 2:], one.latents[:, :, 2:])
+    three = made(prompt=None, prompts="1: a dog\n4: a red cat\na blue dog")
+    assert torch.equal(three.latents, two.latents)
+    assert any("'a dog' is not seen" in text for text in three.warnings)
+
+
 @pytest.mark.parametrize("frames", [8, pytest.param(9, marks=pytest.mark.slow)])
 def test_as_diffusers_modular_pipeline_over_two_segments(
     parts: dict[str, Any], files: WanModelFiles, monkeypatch: pytest.MonkeyPatch, frames: int

@@ -304,6 +304,11 @@ def test_every_part_of_a_clip_has_its_text(wan: Any) -> None:
         assert not two.raise_for_error().warnings
         if mode == "continuation":
             assert torch.equal(two.latents[:, :, :4], plain.latents[:, :, :4])
+        else:
+            unseen = "1: a green circle\n16: a red cat\na blue dog"
+            three = wan(family).generate(job(family, **more, prompt=None, prompts=unseen))
+            assert torch.equal(three.raise_for_error().latents, two.latents)
+            assert any("'a green circle' is not seen" in text for text in three.warnings)
         assert not torch.equal(two.latents[:, :, 5:], plain.latents[:, :, 5:])
 
 

@@ -102,6 +102,11 @@ class Window:
         """Absolute index of the first latent frame."""
         return self.indices[0]
 
+    @property
+    def middle(self) -> int:
+        """Absolute index of the frame at its middle, whose text it has."""
+        return self.indices[len(self.indices) // 2]
+
 
 @dataclass(frozen=True)
 class WindowPlan:

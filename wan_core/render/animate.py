@@ -49,6 +49,7 @@ from ..sampling import (
     moved_frames,
 )
 from .conditions import ConditionMaker, rows
+from .experts import unseen_texts
 from .stages import StageRunner
 
 
@@ -138,11 +139,19 @@ class CharacterSegments:
             torch.randn(shape, generator=generator, dtype=torch.float32)
         return torch.randn(shape, generator=generator, dtype=torch.float32).to(self.stages.device)
 
+    def middle(self, number: int) -> int:
+        """Return the latent frame of the clip at the middle of what segment ``number`` adds."""
+        frames = self.plan.frames_of(number)
+        return latent_index(frames[(len(frames) + (self.plan.carried if number else 0)) // 2])
+
+    def _told(self, number: int) -> Conditions:
+        """Return the clip's conditions with the text of segment ``number``."""
+        return self.conditions.window(range(self.plan.latents), self.middle(number))
+
     def conditions_of(self, number: int) -> Conditions:
         """Encode what segment ``number`` is given; its face follows when the model is there."""
         stages, frames = self.stages, self.plan.frames_of(number)
-        middle = latent_index(frames[(len(frames) + (self.plan.carried if number else 0)) // 2])
-        found = self.conditions.window(range(self.plan.latents), middle)
+        found = self._told(number)
         carried = stages.attempt("decode", self._carried) if number else None
         known = stages.attempt("condition_encode", lambda: self._known(frames, carried))
         pose = stages.attempt("control_encode", lambda: self._pose(frames))
@@ -248,7 +257,7 @@ class DrivenSegments(CharacterSegments):
         concat = torch.cat([rows(self._first, len(known)), known], dim=2)
         batch, control = self.request.batch_size, self.request.control
         return replace(
-            self.conditions,
+            self._told(number),
             image_embeds=None if self._seen is None else rows(self._seen[0], batch),
             concat=rows(concat, batch).to(stages.device),
             references=1,
@@ -335,9 +344,11 @@ def character_segments(
     assert plan is not None
     stages.result.metadata["windows"] = plan.describe()
     kind = DrivenSegments if stages.architecture.transformer.animate == 2 else CharacterSegments
-    return kind(
+    made = kind(
         stages=stages, request=request, inputs=inputs, plan=plan, conditions=conditions, start=start
     )
+    stages.result.warnings += unseen_texts(request, map(made.middle, range(plan.count)))
+    return made
 
 
 def with_faces(

@@ -5,7 +5,8 @@ And what a result says of the job before any stage.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from bisect import bisect
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import replace
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 
 from ..errors import WorkerFailed
 from ..forward import run_together
-from ..job import Request
+from ..job import Request, latent_index
 from ..journal import device_name, versions
 from ..sampling import Expert
 from ..workers import Experts, WorkerPool
@@ -99,3 +100,18 @@ def describe_job(stages: StageRunner, request: Request) -> None:
         "memory_origin": "predicted from headers and shapes; measured "
         + ("by the allocator" if on_card else "as the process's RAM"),
     }
+
+
+def unseen_texts(request: Request, middles: Iterable[int]) -> Iterator[str]:
+    """Say which texts of a clip none of its windows or segments has at its middle.
+
+    ``middles`` are latent frames of the clip.
+    """
+    starts = [latent_index(part.start) for part in request.prompts]
+    seen = {bisect(starts, middle) - 1 for middle in middles}
+    for number, part in enumerate(request.prompts):
+        if number not in seen and part.start < request.num_frames:
+            yield (
+                f"prompts: {part.text!r} is not seen: a window has the text at its middle. Give "
+                "it more frames, or set a smaller max_chunk_size."
+            )

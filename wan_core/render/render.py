@@ -55,7 +55,7 @@ from ..sampling import (
 from .animate import CharacterSegments, character_plan, character_segments, decoder_of, with_faces
 from .conditions import ConditionMaker
 from .decode import Decoding, decode_frames, decode_in_strips, try_strips
-from .experts import describe_job, expert_in_place
+from .experts import describe_job, expert_in_place, unseen_texts
 from .report import device_bytes
 from .stages import StageRunner
 from .video import VideoWriter
@@ -182,6 +182,9 @@ class Render:
                 "prompts: the clip is denoised as a whole, so only the text of its middle is "
                 "used. Set max_chunk_size to make it in windows."
             )
+        elif windows is not None and self.request.prompts:
+            seen = (one.middle for i in range(steps.start, steps.end) for one in windows.windows(i))
+            self._warn(unseen_texts(self.request, seen))
         latents = self._begin(start, windows, scheduler, steps)
         state = DenoiseState(latents=latents, next_step=steps.start)
         resumed = steps.start if journal is None else journal.restore(state, scheduler)

@@ -189,7 +189,7 @@ def predict_windows(
                 latents.index_select(2, places),
                 timestep,
                 expert,
-                conditions if asked else conditions.window(seen, _middle(window)),
+                conditions if asked else conditions.window(seen, window.middle),
                 indices=seen,
                 check=signals.check,
                 step=None if step is None else replace(step, key=_window_key(seen)),
@@ -221,10 +221,6 @@ def _seen(window: Window, anchor: bool) -> tuple[int, ...]:
     return (window.start - 1, *indices) if anchor and window.start else indices
 
 
-def _middle(window: Window) -> int:
-    return window.indices[len(window.indices) // 2]
-
-
 def _send_ahead(
     state: DenoiseState,
     timestep: Tensor,
@@ -251,7 +247,7 @@ def _send_ahead(
             latents=state.latents.index_select(2, places),
             timestep=timestep,
             indices=seen,
-            middle=_middle(window),
+            middle=window.middle,
         )
         asked[number] = _far(unit, expert, conditions, signals)
         _ask(asked[number], expert, None if step is None else replace(step, key=_window_key(seen)))
