@@ -279,11 +279,16 @@ def test_leading_frames_of_the_5b(folder: Any) -> None:
     wrapper = open_kept(path)
     one = make(wrapper, control=WanControl(keyframes=frames[:1], positions="0"))
     assert torch.equal(one.latents, make(wrapper, image=frames[0]).latents)
-    five = make(wrapper, control=WanControl(keyframes=frames[:5], positions=range(5)))
+    shown: list[torch.Tensor] = []
+    five = make(
+        wrapper, control=WanControl(keyframes=frames[:5], positions=range(5)),
+        preview_callback=lambda step, total, clean: shown.append(clean),
+    )  # fmt: skip
     vae: Any = load_component(path / "vae", torch.float32)
     pixels = (frames * 2 - 1).permute(3, 0, 1, 2)[None]
     known = normalize_latents(vae.encode(pixels).latent_dist.mode(), vae.config)
     assert torch.equal(five.latents[:, :, :2], known[:, :, :2])
+    assert shown and all(torch.equal(one[:, :, :2], known[:, :, :2]) for one in shown)
     assert not torch.equal(five.latents[:, :, 2], one.latents[:, :, 2])
     # More of them than the first of several segments holds; the next one begins with the rest.
     for more in ({}, {"batch_size": 2}):

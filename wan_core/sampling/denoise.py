@@ -315,8 +315,10 @@ def denoise_steps(
                     state, timestep, expert, conditions, parts, signals, anchor=anchor, step=step
                 )
             # 2. Predict the clean latents for a preview: x0 = x - sigma v, with x before the step.
-            sigma = float(scheduler.sigmas[i])
-            clean = state.latents - sigma * velocity if signals.preview is not None else None
+            # Of frames that the 5B is given its prediction says nothing: they are shown as given.
+            sigma, clean = float(scheduler.sigmas[i]), None
+            if signals.preview is not None:
+                clean = hold_first_frame(state.latents - sigma * velocity, conditions)
             # 3. Step. A scheduler remembers earlier predictions and counts its steps, so after an
             # error it must not be one step ahead of the latents.
             with _put_back_on_error(scheduler):
