@@ -135,6 +135,24 @@ def test_a_camera_of_another_size_or_length_is_fitted_and_it_is_said() -> None:
             assert torch.equal(found, rays[:, :, :3])
 
 
+def test_a_mask_of_no_video_is_said_to_keep_grey() -> None:
+    from wan_core.job import check_inputs
+
+    model = architecture("wan2.1-vace-14b")
+    mask = torch.ones(5, 16, 16)
+    mask[:, :8] = 0
+
+    def said(**given: torch.Tensor) -> bool:
+        control = WanControl(**given)
+        config = GenerationConfig(prompt="x", num_frames=5, width=16, height=16, control=control)
+        warnings = check_inputs(config, resolve(config, model), model).warnings
+        return any("kept grey there" in text for text in warnings)
+
+    assert said(mask=mask) and said(mask=mask[0], keyframes=torch.zeros(1, 16, 16, 3))
+    assert not said(mask=mask, video=torch.zeros(5, 16, 16, 3))
+    assert not said(mask=torch.ones(16, 16))
+
+
 def test_a_control_without_anything_is_none() -> None:
     empty = WanControl()
     assert not has_control(None) and not has_control(empty)

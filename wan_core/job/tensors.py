@@ -182,6 +182,11 @@ def check_control(
     mask = None
     if control.mask is not None:
         mask = _mask(control.mask, None if moved else made, size, warnings)
+        if control.video is None and float(mask.min()) <= 0.5:
+            warnings.append(
+                "control.mask has black places and there is no control.video: the clip is kept "
+                "grey there. Give the video that the mask is for, or leave the mask out."
+            )
     characters: dict[str, Tensor] = {}
     for name, wanted in (("face_video", face), ("background_video", size)):
         if getattr(control, name) is not None:
