@@ -20,7 +20,7 @@ from support.tiny_models import make_transformer, make_vae
 from torch import Tensor
 
 from wan_core import GenerationConfig, WanPipelineLoader
-from wan_core.config import WanModelFiles
+from wan_core.config import WanControl, WanModelFiles
 
 CHECKOUT = find_checkout()
 PYTHON = find_python(CHECKOUT) if isinstance(CHECKOUT, Path) else CHECKOUT
@@ -47,8 +47,28 @@ JOBS: dict[str, dict[str, Any]] = {
     "lcm": {"sampler": "lcm", "steps": 5, "shift": 5.0, "cfg": 1.0},
     "res_multistep": {"sampler": "res_multistep", "steps": 7, "shift": 5.0, "cfg": 2.0},
     "dpmpp_2m": {"sampler": "dpmpp_2m", "steps": 7, "shift": 5.0, "cfg": 2.0},
+    "dpmpp_2m, odd shift": {"sampler": "dpmpp_2m", "steps": 3, "shift": 17.3, "cfg": 1.0},
+    "uni_pc, low shift": {"sampler": "uni_pc", "steps": 5, "shift": 0.5, "cfg": 1.0},
+}  # fmt: skip
+# Two KSamplerAdvanced: the second one's solver knows nothing of the first one's steps.
+HALVES: dict[str, dict[str, Any]] = {
+    f"{name}, halves": {"sampler": name, "steps": 6, "shift": 5.0, "cfg": 1.5, "switch": 3}
+    for name in ("euler", "dpmpp_2m", "res_multistep")
+}
+# A clip to start from. KSampler makes all its steps, here the last ones of a longer schedule.
+STARTS: dict[str, dict[str, Any]] = {
+    f"{name}, from a clip": {
+        "sampler": name, "steps": 4, "shift": 3.0, "cfg": 1.0, "denoise": 0.5,
+    }
+    for name in ("euler", "uni_pc", "lcm", "res_multistep", "dpmpp_2m")
 }  # fmt: skip
 OURS = {"uni_pc": "unipc", "dpmpp_2m": "dpm++2m"}
+
+
+def clip() -> Tensor:
+    """Return a clip of SIZE to start from."""
+    shape = SIZE["num_frames"], SIZE["height"], SIZE["width"], 3
+    return torch.rand(shape, generator=torch.Generator().manual_seed(1))
 
 
 @pytest.fixture(scope="module")
@@ -67,8 +87,11 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     embeds = {name: torch.zeros(1, 512, 4096) for name in ("positive", "negative")}
     for name, tokens in (("positive", 9), ("negative", 4)):
         embeds[name][:, :tokens] = torch.randn(1, tokens, 4096)
-    make_vae("wan2.1-t2v").save_pretrained(folder / "vae")
+    vae = make_vae("wan2.1-t2v")
+    vae.save_pretrained(folder / "vae")
     torch.set_rng_state(state)
+    with torch.no_grad():  # in the scale of a LATENT
+        embeds["start"] = vae.encode(clip().permute(3, 0, 1, 2)[None] * 2 - 1).latent_dist.mode()
     save_file(embeds, folder / "embeds.safetensors")
     return folder
 
@@ -78,7 +101,7 @@ def theirs(files: Path) -> dict[str, Tensor]:
     """Return ComfyUI's latents of every job."""
     jobs = [
         {"name": name, "shape": SHAPE, "seed": SEED, "later": 1, **job}
-        for name, job in JOBS.items()
+        for name, job in (JOBS | HALVES | STARTS).items()
     ]
     given = {
         "models": [str(path) for path in sorted(files.glob("wan*"))],
@@ -98,8 +121,8 @@ def opened(files: Path, two: bool) -> Any:
     )
 
 
-def ours(files: Path, job: dict[str, Any], **changes: Any) -> Tensor:
-    """Return WanFit's latents of a job in the scale of a LATENT."""
+def made(files: Path, job: dict[str, Any], **changes: Any) -> Any:
+    """Return WanFit's result of a job."""
     embeds = load_file(files / "embeds.safetensors")
     settings: dict[str, Any] = {
         "num_inference_steps": job["steps"], "guidance_scale": job["cfg"],
@@ -109,8 +132,12 @@ def ours(files: Path, job: dict[str, Any], **changes: Any) -> Tensor:
         "negative_prompt_embeds": embeds["negative"],
     }  # fmt: skip
     config = GenerationConfig(**SIZE, **(settings | changes))
-    result = opened(files, "switch" in job).generate(config).raise_for_error()
-    found: Tensor = result.vae_latents
+    return opened(files, "switch" in job).generate(config).raise_for_error()
+
+
+def ours(files: Path, job: dict[str, Any], **changes: Any) -> Tensor:
+    """Return WanFit's latents of a job in the scale of a LATENT."""
+    found: Tensor = made(files, job, **changes).vae_latents
     return found
 
 
@@ -122,6 +149,29 @@ def distance(a: Tensor, b: Tensor) -> float:
 @pytest.mark.parametrize("name", JOBS)
 def test_the_latents_are_comfyui_s(files: Path, theirs: dict[str, Tensor], name: str) -> None:
     assert distance(ours(files, JOBS[name]), theirs[name]) < 1e-4
+
+
+@pytest.mark.parametrize("name", HALVES)
+def test_halves_are_those_of_two_ksampleradvanced(
+    files: Path, theirs: dict[str, Tensor], name: str
+) -> None:
+    """In one run a solver with a memory takes it along to the second expert."""
+    job = HALVES[name]
+    first = made(files, job, end_step=job["switch"]).latents
+    second = ours(files, job, start_step=job["switch"], latents=first)
+    assert distance(second, theirs[name]) < 1e-4
+    assert (distance(ours(files, job), theirs[name]) < 1e-4) == (job["sampler"] == "euler")
+
+
+@pytest.mark.parametrize("name", STARTS)
+def test_the_end_of_a_longer_schedule_from_a_clip(
+    files: Path, theirs: dict[str, Tensor], name: str
+) -> None:
+    job = STARTS[name]
+    control = WanControl(video=clip(), denoise=job["denoise"])
+    steps = int(job["steps"] / job["denoise"])
+    found = ours(files, job, num_inference_steps=steps, control=control)
+    assert distance(found, theirs[name]) < 1e-4
 
 
 @pytest.mark.parametrize("name", ["euler", "uni_pc", "dpmpp_2m"])

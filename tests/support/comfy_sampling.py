@@ -33,7 +33,7 @@ def main() -> None:
     positive, negative = ([[embeds[name], {}]] for name in ("positive", "negative"))
     results = {}
     for job in given["jobs"]:
-        latent = torch.zeros(job["shape"])
+        latent = embeds["start"] if "denoise" in job else torch.zeros(job["shape"])
         noise = comfy.sample.prepare_noise(latent, job["seed"])
         shifted = [ModelSamplingSD3().patch(model, job["shift"])[0] for model in models]
 
@@ -44,7 +44,8 @@ def main() -> None:
             )  # fmt: skip
 
         if "switch" not in job:
-            results[job["name"]] = sample(shifted[0], noise, latent)
+            share = job.get("denoise", 1.0)
+            results[job["name"]] = sample(shifted[0], noise, latent, denoise=share)
             continue
         # As two KSamplerAdvanced do: the second one adds no noise.
         latent = sample(shifted[0], noise, latent, start_step=0, last_step=job["switch"])

@@ -280,9 +280,11 @@ class Render:
         saved = architecture.components.get("scheduler")
         config = load_scheduler_config(saved.path) if saved is not None else None
         noise = StepNoise(request.noise, request.seed)
+        # No run has made the steps before a video's first: its draws begin there, as ComfyUI's do.
+        first = request.start_step if self.inputs.latents is None else 0
 
         def fresh(step: int, shape: Any) -> Tensor:
-            return noise.draw(step, shape, self.segment)
+            return noise.draw(step - first, shape, self.segment)
 
         scheduler = make_solver(request, config, self.stages.device, fresh)
         steps = plan_steps(
