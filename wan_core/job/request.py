@@ -143,7 +143,7 @@ def resolve(
     multiple = architecture.size_multiple
     width = _size(config.width, "width", multiple, warnings)
     height = _size(config.height, "height", multiple, warnings)
-    prompts = _prompts(config, num_frames, warnings)
+    prompts = _prompts(config, architecture, num_frames, warnings)
     request = Request(
         prompt=text(config.prompt, "prompt", config.prompt_embeds is not None or bool(prompts)),
         prompts=prompts,
@@ -338,7 +338,7 @@ def _check_mode(config: GenerationConfig, architecture: ModelArchitecture) -> No
 
 
 def _prompts(
-    config: GenerationConfig, num_frames: int, warnings: list[str]
+    config: GenerationConfig, architecture: ModelArchitecture, num_frames: int, warnings: list[str]
 ) -> tuple[PromptPart, ...]:
     if config.prompts is None:
         return ()
@@ -351,7 +351,8 @@ def _prompts(
         warnings.append("prompts was given, so prompt is not used.")
     if late := [part.text for part in parts if part.start >= num_frames]:
         warnings.append(f"prompts: {late[0]!r} begins after the clip's {num_frames} frames.")
-    if config.window_mode == "continuation":
+    # The segments of an Animate have one length, and none begins with a text.
+    if config.window_mode == "continuation" and architecture.transformer.animate is None:
         warnings += _segment_notes(parts)
     return parts
 
