@@ -13,7 +13,6 @@ to go on. With --judge it ends with the table of `tools.judge_control`.
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -26,11 +25,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoTokenizer, UMT5EncoderModel
 
-from . import control_clips, judge_control
+from . import control_clips, judge_control, training
 from . import demo_models as models
 from .control_models import LAYERS, SORTS, Fun, Sort
 from .train_demo import EXPERTS, Way, draw_sigma, lay_out
-from .training import Clock, Trainer
+from .training import Trainer
 
 SEED = 20_23
 LEVELS = ("high", "low")
@@ -48,21 +47,14 @@ JUDGING = 45.0
 """Seconds set aside for the table."""
 
 
-class Run:
-    """What both stages share: the device, the frozen demo, the log, the clock."""
+class Run(training.Run):
+    """What both stages share besides: the frozen demo."""
 
     def __init__(self, args: argparse.Namespace) -> None:
-        self.args = args
-        self.work = Path(args.work)
-        self.work.mkdir(parents=True, exist_ok=True)
-        self.device = torch.device(args.device)
-        self.sort: Sort = SORTS[args.sort]
         limit = args.stop_after
-        self.clock = Clock(None if limit is None else limit - (JUDGING if args.judge else 0.0))
-        self.log = self.work / "control_training.log"
-        torch.manual_seed(SEED)
-        torch.set_float32_matmul_precision("high")
-        torch.backends.cudnn.allow_tf32 = True
+        limit = None if limit is None else limit - (JUDGING if args.judge else 0.0)
+        super().__init__(args, "control_training.log", SEED, limit)
+        self.sort: Sort = SORTS[args.sort]
         vae: Any = AutoencoderKLWan.from_pretrained(args.base / "vae").float()
         self.vae = models.frame_by_frame(vae).to(self.device)
         lay_out(self.vae, Way("fp32", channels_last=True, flat=True))
@@ -81,14 +73,6 @@ class Run:
             padding="max_length", max_length=models.TEXT_LENGTH, return_tensors="pt",
         )  # fmt: skip
         return models.embed(encoder, out.input_ids, out.attention_mask).to(self.device)
-
-    def say(self, line: str) -> None:
-        """Write a line with the time to the log and the terminal."""
-        line = f"[{self.clock.elapsed():6.0f} s] {line}"
-        with self.log.open("a") as file:
-            file.write(line + "\n")
-        sys.stdout.write(line + "\n")
-        sys.stdout.flush()
 
     def amp(self) -> torch.autocast:
         """Return bf16 autocast on a GPU, plain float32 on a CPU."""

@@ -11,11 +11,9 @@ folders from WORK.
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -23,9 +21,9 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import AutoTokenizer
 
-from . import clips
+from . import clips, training
 from . import demo_models as models
-from .training import Clock, Trainer
+from .training import Trainer
 
 SEED = 20_22
 STAGES = ("vae", "base", "t2v_high", "t2v_low", "i2v_high", "i2v_low")
@@ -85,32 +83,16 @@ WAYS = tuple(
 )
 
 
-class Run:
-    """What all stages share: the device, the pool of clips, the log, the clock."""
+class Run(training.Run):
+    """What all stages share besides: the tokens of every sentence."""
 
     def __init__(self, args: argparse.Namespace) -> None:
-        self.args = args
-        self.work = Path(args.work)
-        self.work.mkdir(parents=True, exist_ok=True)
-        self.device = torch.device(args.device)
-        self.clock = Clock(args.stop_after)
-        self.log = self.work / "training.log"
-        torch.manual_seed(SEED)
-        torch.set_float32_matmul_precision("high")
-        torch.backends.cudnn.allow_tf32 = True
+        super().__init__(args, "training.log", SEED, args.stop_after)
         tokenizer_folder = self.work / "tokenizer"
         if not tokenizer_folder.exists():
             models.build_tokenizer(tokenizer_folder)
         tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
         self.ids, self.mask = (t.to(self.device) for t in models.token_table(tokenizer))
-
-    def say(self, line: str) -> None:
-        """Write a line with the time to the log and the terminal."""
-        line = f"[{self.clock.elapsed():6.0f} s] {line}"
-        with self.log.open("a") as file:
-            file.write(line + "\n")
-        sys.stdout.write(line + "\n")
-        sys.stdout.flush()
 
     def amp(self, enabled: bool) -> torch.autocast:
         """Return bf16 autocast where enabled, else plain float32."""

@@ -7,7 +7,9 @@ small that launching their kernels costs more than running them.
 from __future__ import annotations
 
 import math
+import sys
 import time
+from argparse import Namespace
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,6 +44,29 @@ class Clock:
     def over(self) -> bool:
         """Say whether the limit has passed."""
         return self.limit is not None and self.elapsed() > self.limit
+
+
+class Run:
+    """What the stages of a training share: the device, the folder, the log, the clock."""
+
+    def __init__(self, args: Namespace, log: str, seed: int, limit: float | None) -> None:
+        self.args = args
+        self.work = Path(args.work)
+        self.work.mkdir(parents=True, exist_ok=True)
+        self.device = torch.device(args.device)
+        self.clock = Clock(limit)
+        self.log = self.work / log
+        torch.manual_seed(seed)
+        torch.set_float32_matmul_precision("high")
+        torch.backends.cudnn.allow_tf32 = True
+
+    def say(self, line: str) -> None:
+        """Write a line with the time to the log and the terminal."""
+        line = f"[{self.clock.elapsed():6.0f} s] {line}"
+        with self.log.open("a") as file:
+            file.write(line + "\n")
+        sys.stdout.write(line + "\n")
+        sys.stdout.flush()
 
 
 class Trainer:
