@@ -10,8 +10,16 @@ from support.machines import architecture, cpu, gpu
 from wan_core.config import GIB
 from wan_core.memory.calibration import Calibration
 from wan_core.memory.choices import Choices, Workload
-from wan_core.models import PARTS, all_blocks, magcache_curve, magcache_plan
+from wan_core.models import (
+    PARTS,
+    ModelArchitecture,
+    all_blocks,
+    experts_of,
+    magcache_curve,
+    magcache_plan,
+)
 from wan_core.models.sizes import part_bytes
+from wan_core.models.stored import StoredSize, StoredSizes
 from wan_core.plan import timing as constants
 from wan_core.plan.stage_seconds import _RATES, PAGEABLE, device_rate
 from wan_core.plan.timing import (
@@ -166,11 +174,71 @@ def test_fused_kernels_count_on_cuda_only() -> None:
     ways = [BF16, replace(BF16, lean=True), replace(BF16, lean=True, by_rows=True)]
     plain, lean, rows = (timing(T2V, JOB, way, H100).step for way in ways)
     assert 0.7 * plain < lean < rows < plain
-    assert timing(T2V, JOB, replace(ways[1], eight_bit=True), H100).step < lean
     quick = timing(T2V, JOB, replace(ways[1], attention_8bit=True), H100).step
     assert 0.84 < quick / lean < 0.89  # attention is 0.48 of the operations of 480p81
     plain, lean, rows = (timing(T2V, JOB, way, cpu(64)).step for way in ways)
     assert plain == lean < rows
+
+
+@pytest.mark.parametrize(
+    ("high", "low", "share"),
+    [
+        ("fp8", "fp8 scaled per tensor", 1),
+        ("fp8", "bf16", 1 / 2),
+        ("GGUF Q8_0", "int8 scaled per row", 1 / 2),
+        ("fp8 e5m2", "bf16", 0),
+    ],
+)
+def test_products_in_8_bit_count_for_the_expert_that_has_them(
+    high: str, low: str, share: float
+) -> None:
+    pair = stored_as(architecture("wan2.2-t2v-a14b"), high, low)
+    lean = replace(BF16, lean=True)
+    slow, quick = (
+        timing(pair, JOB, replace(lean, eight_bit=on), H100).step for on in (False, True)
+    )
+    assert quick / slow == pytest.approx(1 - share * (1 - constants._EIGHT_BIT_COST))
+    # What fp8 storage makes of plain files is multiplied so too.
+    stored = replace(lean, fp8_storage=True)
+    slow, quick = (
+        timing(pair, JOB, replace(stored, eight_bit=on), H100).step for on in (False, True)
+    )
+    share += (low == "bf16") / 2
+    assert quick / slow == pytest.approx(1 - share * (1 - constants._EIGHT_BIT_COST))
+
+
+def stored_as(pair: ModelArchitecture, *kinds: str) -> ModelArchitecture:
+    parts = {
+        name: replace(pair.components["transformer"], stored_as=kind)
+        for name, kind in zip(experts_of(pair), kinds, strict=True)
+    }
+    return replace(pair, components={**pair.components, **parts})
+
+
+def test_of_a_pair_each_expert_is_copied_as_it_is_stored() -> None:
+    """The mean of two pairs whose experts are alike is the pair with one of each."""
+    pair = architecture("wan2.2-t2v-a14b")
+    streamed = replace(BF16, offload="model", stream=True, lean=True)
+    big, small = (
+        StoredSizes(
+            blocks=(StoredSize(kept=each),) * 40,
+            rest=StoredSize(kept=each),
+            tables=StoredSize(),
+            largest=1,
+        )
+        for each in (700_000_000, 350_000_000)
+    )
+    steps = {}
+    for sizes in ((big, big), (small, small), (big, small)):
+        parts = {
+            name: replace(pair.components["transformer"], stored=stored)
+            for name, stored in zip(experts_of(pair), sizes, strict=True)
+        }
+        found = replace(pair, components={**pair.components, **parts})
+        still = replace(JOB, num_frames=1)
+        steps[sizes] = timing(found, still, streamed, H100).step
+    assert steps[big, small] == pytest.approx((steps[big, big] + steps[small, small]) / 2)
+    assert steps[big, big] > 1.5 * steps[small, small]
 
 
 def test_every_window_fetches_the_streamed_blocks_again() -> None:

@@ -9,8 +9,24 @@ from ..models import ModelArchitecture
 
 MATRIX_UNITS = {"fp8": (8, 9), "int8": (7, 5)}
 """The first compute capability that multiplies each kind of numbers in 8 bit."""
+_PLAIN = ("", "bf16", "fp16", "fp32")
+"""How files are stored of which ``fp8_storage`` makes fp8."""
 STREAM_BUFFERS = 2
 """Buffers for streamed blocks on the device: one block computes while the next one arrives."""
+
+
+def matrix_kind(stored_as: str, *, fp8: bool = False) -> str:
+    """Return the kind, a key of ``MATRIX_UNITS``, that weights so stored are multiplied in, or "".
+
+    ``fp8`` says that plain weights are stored in fp8 once they are read. The fp8 of two digits
+    (e5m2) is not multiplied.
+    """
+    if stored_as.startswith("fp8 e5m2"):
+        return ""
+    kind = stored_as.split(" ")[0]
+    if fp8 and kind in _PLAIN:
+        return "fp8"
+    return kind if kind in MATRIX_UNITS else ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,6 +82,10 @@ class Workload:
     """Whether windows may share more where that fills several cards."""
     idle: tuple[str, ...] = ()
     """Experts that make no step of a shortened schedule, and are not read."""
+
+    def guided(self, part: str) -> bool:
+        """Whether the steps of an expert, or of the only transformer, make two passes."""
+        return self.guidance_low if part == "transformer_2" else self.guidance_high
 
     @property
     def unread(self) -> tuple[str, ...]:

@@ -422,7 +422,7 @@ class _Ledger:
 
     def _denoise(self, part: str) -> int:
         workload, shape = self.workload, self.arch.transformer
-        guided = workload.guidance_low if part == "transformer_2" else workload.guidance_high
+        guided = workload.guided(part)
         size = BYTES[self._dtype(part)]
         # Only the part of the condition that a window sees is on the device.
         frames = seen_latents(workload, self.choices, self.frames)
@@ -457,9 +457,9 @@ class _Ledger:
         kept = kept_of(self.arch, workload, self.choices)[1]
         if not self.choices.magcache:
             return kept
-        guided = workload.guidance_low if part == "transformer_2" else workload.guidance_high
         windows = windows_of(workload, self.choices, self.frames)
-        return kept + windows * (2 if guided else 1) * self._hidden_state(BYTES[self._dtype(part)])
+        passes = 1 + workload.guided(part)
+        return kept + windows * passes * self._hidden_state(BYTES[self._dtype(part)])
 
     def _forward(self, part: str, size: int, *, guided: bool) -> int:
         choices = self.choices

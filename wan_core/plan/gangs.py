@@ -33,7 +33,13 @@ from ..memory import (
 from ..models import BYTES, ModelArchitecture, block_count, experts_of
 from .config import OptimizationConfig
 from .plan import OptimizationPlan
-from .timing import reads_from_disk, stream_seconds, streamed_bytes, windows_per_step
+from .timing import (
+    passes_of,
+    reads_from_disk,
+    stream_seconds,
+    streamed_bytes,
+    windows_per_step,
+)
 
 if TYPE_CHECKING:
     from ..config import MemoryEstimate
@@ -80,17 +86,8 @@ def turns_of(architecture: ModelArchitecture, workload: Workload, plan: Optimiza
     """Return the passes of a job's steps."""
     windows = windows_per_step(architecture, workload, plan.choices)
     segments, windows = (windows, 1) if workload.in_turn else (1, windows)
-    return Turns(tuple(windows * each for each in passes_of(architecture, workload)), segments)
-
-
-def passes_of(architecture: ModelArchitecture, workload: Workload) -> list[int]:
-    """Return how many passes each expert makes of a window."""
-    guided = [workload.guidance_high]
-    if architecture.two_experts:
-        guided.append(workload.guidance_low)
-        names = ("transformer", "transformer_2")
-        guided = [g for g, name in zip(guided, names, strict=True) if name not in workload.idle]
-    return [2 if one else 1 for one in guided or [True]]
+    passes = passes_of(architecture, workload).values()
+    return Turns(tuple(windows * each for each in passes), segments)
 
 
 def with_filling_overlap(
@@ -110,7 +107,7 @@ def with_filling_overlap(
         return unchanged
     total, window = workload.latent_frames, latent_frames(choices.window_frames)
     before = -(-choices.window_overlap // FRAMES_PER_LATENT)
-    passes = passes_of(architecture, workload)
+    passes = list(passes_of(architecture, workload).values())
     shared = filling_overlap(total, window, before, passes, gangs)
     longer = replace(choices, window_overlap=shared * FRAMES_PER_LATENT)
     found = estimate(architecture, workload, longer, system, available=available)

@@ -19,6 +19,7 @@ from ..models import (
     magcache_plan,
 )
 from .config import OptimizationConfig
+from .timing import passes_of
 
 if TYPE_CHECKING:
     from ..memory import SystemResources
@@ -121,8 +122,7 @@ def gate(situation: Situation, choices: Choices) -> Choices | str:
     requested, workload = situation.requested, situation.workload
     if requested.guidance_gate == 1:
         return "guidance_gate is 1"
-    second = workload.guidance_low if situation.architecture.two_experts else False
-    if not workload.guidance_high and not second:
+    if 2 not in passes_of(situation.architecture, workload).values():
         return "there is no guidance"
     reason = _too_few(workload)
     if reason is None and workload.moving_windows:
@@ -136,11 +136,10 @@ def gate(situation: Situation, choices: Choices) -> Choices | str:
 def gate_says(situation: Situation, before: Choices, after: Choices) -> str:
     """Say how many forwards the gate leaves."""
     workload = situation.workload
-    second = workload.guidance_low if situation.architecture.two_experts else None
-    guided = [workload.guidance_high, *([] if second is None else [second])]
-    share = workload.steps / len(guided)
-    plain = sum(share * (1 + one) for one in guided)
-    fewer = sum(share * (1 + (after.guidance_gate if one else 0)) for one in guided)
+    passes = passes_of(situation.architecture, workload).values()
+    share = workload.steps / len(passes)
+    plain = share * sum(passes)
+    fewer = share * sum(1 + after.guidance_gate if each == 2 else each for each in passes)
     return (
         f"guidance gate {after.guidance_gate:g}: about {fewer:.0f} of {plain:.0f} forwards; "
         "changes the video"

@@ -24,6 +24,7 @@ from ..memory import (
     Choices,
     Workload,
     latent_size,
+    matrix_kind,
     window_tokens,
 )
 from ..models import ModelArchitecture, experts_of
@@ -127,10 +128,6 @@ def _without_triton() -> str:
     return "" if why is None else f"; norms of the VAE take longer, as {why}"
 
 
-_PLAIN = ("", "bf16", "fp16", "fp32")
-"""How files are stored of which ``fp8_storage`` makes fp8."""
-
-
 def _eight_bit(situation: Situation, choices: Choices) -> Choices | str:
     reasons = list(_why_not_by_expert(situation).values())
     if None not in reasons:  # an expert that is multiplied is enough
@@ -152,12 +149,10 @@ def _why_not_by_expert(situation: Situation) -> dict[str, str | None]:
 
 
 def _why_not_stored(situation: Situation, stored: str) -> str | None:
-    kind = stored.split(" ")[0]
-    if situation.requested.fp8_storage == "always" and kind in _PLAIN:
-        kind = "fp8"
+    kind = matrix_kind(stored, fp8=situation.requested.fp8_storage == "always")
     if stored.startswith("fp8 e5m2"):
         return "fp8 of 2 digits (e5m2) is not multiplied in 8 bit"
-    if kind not in MATRIX_UNITS:
+    if not kind:
         return "the file is not stored in fp8 or int8, and fp8_storage is not always"
     capability = situation.system.compute_capability
     if situation.system.device_kind != "cuda" or (capability or (0, 0)) < MATRIX_UNITS[kind]:

@@ -25,6 +25,7 @@ from ..memory import (
     Workload,
     kept_of,
     latent_size,
+    matrix_kind,
     spread,
     window_latents,
     window_tokens,
@@ -37,6 +38,7 @@ from ..models import (
     block_count,
     block_parameters,
     computed,
+    experts_of,
     fun_parameters,
     magcache_curve,
     magcache_plan,
@@ -174,35 +176,43 @@ def timing(
     """
     dtype = choices.dtypes["transformer"]
     rate = device_rate(system, dtype)
-    cost = _CAST_COST if _taken_apart(architecture, choices) else 1.0
-    cost *= _forward_cost(architecture, workload, choices, system) * system.calibration.pace
+    passes = {
+        part: 1 + choices.guidance_gate if each == 2 else 1.0
+        for part, each in passes_of(architecture, workload).items()
+    }
+    # Of a pair each expert is stored in its own way, and computes and is copied as that takes.
+    costs = {part: _forward_cost(architecture, part, workload, choices, system) for part in passes}
     driving = _driving(architecture, workload, choices)
     # Streamed blocks compute both passes of guidance beside one driving stream.
     beside = driving.each / (2 if choices.stream and workload.guidance_high else 1)
-    compute = cost * (forward_operations(architecture, workload, choices) + beside) / rate
-    second = workload.guidance_low if architecture.two_experts else workload.guidance_high
-    guided = {"transformer": workload.guidance_high, "transformer_2": second}
-    if not architecture.two_experts:
-        del guided["transformer_2"]
-    guided = {part: both for part, both in guided.items() if part not in workload.idle}
-    compute *= blocks_share(architecture, workload, choices)
-    both = 1.0 + choices.guidance_gate
+    seconds = (forward_operations(architecture, workload, choices) + beside) / rate
+    seconds *= blocks_share(architecture, workload, choices)
     steps = {
-        part: _step(architecture, workload, choices, system, compute, both if g else 1)
-        for part, g in guided.items()
+        part: _step(
+            architecture, part, workload, choices, system, costs[part] * seconds, passes[part]
+        )
+        for part in passes
     }
     step = sum(steps.values()) / len(steps)
-    bound = step <= compute * sum(both if g else 1 for g in guided.values()) / len(guided)
+    bound = step <= seconds * sum(passes[part] * costs[part] for part in passes) / len(passes)
     shares = _steps_of(workload, len(steps))
     whole = {part: step * count for (part, step), count in zip(steps.items(), shares, strict=True)}
     if choices.driving in ("kv", "inputs"):
-        whole["transformer"] += cost * driving.whole / rate
+        whole["transformer"] += costs["transformer"] * driving.whole / rate
     counting = Counting(
         architecture=architecture, workload=workload, choices=choices, system=system, stages=stages
     )
     found = counting.all_stages(whole)
     total, cold = sum(stage.warm for stage in found), sum(stage.cold for stage in found)
     return Timing(step, total, cold, bound, found)
+
+
+def passes_of(architecture: ModelArchitecture, workload: Workload) -> dict[str, int]:
+    """Return how many passes of a window each transformer makes that has steps to make."""
+    names = experts_of(architecture)
+    if architecture.two_experts:
+        names = tuple(name for name in names if name not in workload.idle) or names[:1]
+    return {name: 2 if workload.guided(name) else 1 for name in names}
 
 
 def _steps_of(workload: Workload, experts: int) -> list[float]:
@@ -213,13 +223,26 @@ def _steps_of(workload: Workload, experts: int) -> list[float]:
 
 
 def _forward_cost(
-    architecture: ModelArchitecture, workload: Workload, choices: Choices, system: SystemResources
-) -> float:
-    """Return the factor on diffusers' compute that the forward of the choices has."""
+    architecture: ModelArchitecture, part: str, workload: Workload, choices: Choices,
+    system: SystemResources,
+) -> float:  # fmt: skip
+    """Return the factor on diffusers' compute that a transformer's forward has as chosen."""
+    cost = _CAST_COST if _taken_apart(architecture, part, choices) else 1.0
+    cost *= system.calibration.pace
     if system.device_kind != "cuda":
-        return _UNFUSED_ROWS_COST if choices.by_rows else 1.0
+        return cost * (_UNFUSED_ROWS_COST if choices.by_rows else 1.0)
+    cost *= _lean_cost(architecture, part, workload, choices)
+    return cost
+
+
+def _lean_cost(
+    architecture: ModelArchitecture, part: str, workload: Workload, choices: Choices
+) -> float:
+    """Return the factor on diffusers' compute that the lean forward and its kernels have."""
     cost = _ROWS_COST if choices.by_rows else _LEAN_COST if choices.lean else 1.0
-    cost *= _EIGHT_BIT_COST if choices.eight_bit and choices.lean else 1.0
+    stored = architecture.components[part].stored_as if part in architecture.components else ""
+    if choices.eight_bit and choices.lean and matrix_kind(stored, fp8=choices.fp8_storage):
+        cost *= _EIGHT_BIT_COST
     if choices.attention_8bit and choices.lean:
         products, attention = _operations(architecture, workload, choices)
         cost -= _ATTENTION_8BIT_GAIN * attention / (products + attention)
@@ -227,63 +250,67 @@ def _forward_cost(
 
 
 def _step(
-    architecture: ModelArchitecture, workload: Workload, choices: Choices, system: SystemResources,
-    compute: float, passes: float,
+    architecture: ModelArchitecture, part: str, workload: Workload, choices: Choices,
+    system: SystemResources, compute: float, passes: float,
 ) -> float:  # fmt: skip
     """Return the seconds of one step; with streaming, the longer of compute and transfers."""
     how = choices.offload_of("transformer")
     sent = _driving(architecture, workload, choices).sent / system.bus_bytes_per_second
     if how in ("stream", "group"):
-        arriving = sent + stream_seconds(architecture, workload, choices, system, passes)
+        arriving = sent + stream_seconds(architecture, workload, choices, system, passes, part)
         if choices.stream_buffers == 1:  # a block is copied only when the one before is done
             return passes * compute + arriving
         return max(passes * compute, arriving)
     if how != "sequential":
         return passes * max(compute, sent)
-    bytes_moved = part_bytes(architecture, "transformer", choices.dtypes["transformer"])
-    copy = bytes_moved / _rate(architecture, choices, system, PAGEABLE)
+    bytes_moved = part_bytes(architecture, part, choices.dtypes["transformer"])
+    copy = bytes_moved / _rate(architecture, part, choices, system, PAGEABLE)
     hooks = block_count(architecture.transformer) * _LAYERS_PER_BLOCK * _LAYER_LATENCY
     return passes * (compute + windows_per_step(architecture, workload, choices) * (copy + hooks))
 
 
-def _taken_apart(architecture: ModelArchitecture, choices: Choices) -> bool:
-    """Whether the transformer's matrices are dequantised at each use."""
-    stored = stored_of(architecture, "transformer")
+def _taken_apart(architecture: ModelArchitecture, part: str, choices: Choices) -> bool:
+    """Whether a transformer's matrices are dequantised at each use."""
+    stored = stored_of(architecture, part)
     return choices.fp8_storage or (stored is not None and stored.quantised)
 
 
-def streamed_bytes(architecture: ModelArchitecture, choices: Choices) -> int:
-    """Return the bytes of the blocks that are not resident."""
+def streamed_bytes(
+    architecture: ModelArchitecture, choices: Choices, part: str = "transformer"
+) -> int:
+    """Return the bytes of a transformer's blocks that are not resident."""
     dtype = choices.dtypes["transformer"]
-    blocks = all_blocks(architecture, "transformer", dtype, fp8=choices.fp8_storage)
+    blocks = all_blocks(architecture, part, dtype, fp8=choices.fp8_storage)
     stay = set(spread(len(blocks), min(choices.resident_blocks or 0, len(blocks))))
     return sum(nbytes for index, nbytes in enumerate(blocks) if index not in stay)
 
 
 def stream_seconds(
     architecture: ModelArchitecture, workload: Workload, choices: Choices, system: SystemResources,
-    passes: float,
+    passes: float, part: str = "transformer",
 ) -> float:  # fmt: skip
     """Return the seconds that the transfers of streamed blocks take in a step of ``passes``."""
-    moved = streamed_bytes(architecture, choices)
+    moved = streamed_bytes(architecture, choices, part)
     # With the lean forward each block computes both guidance passes when it has arrived. With
     # diffusers' group offload every pass brings all blocks again.
     trips = 1 if choices.lean else passes
     trips *= windows_per_step(architecture, workload, choices)
-    return trips * moved / _rate(architecture, choices, system)
+    return trips * moved / _rate(architecture, part, choices, system)
 
 
 def _rate(
-    architecture: ModelArchitecture, choices: Choices, system: SystemResources, share: float = 1.0
-) -> float:
+    architecture: ModelArchitecture, part: str, choices: Choices, system: SystemResources,
+    share: float = 1.0,
+) -> float:  # fmt: skip
     """Return the bytes per second at which weights arrive: a share of the bus, or the disk's."""
     bus = system.bus_bytes_per_second * share
-    return min(bus, DISK) if reads_from_disk(architecture, choices, system) else bus
+    return min(bus, DISK) if reads_from_disk(architecture, choices, system, part) else bus
 
 
 def reads_from_disk(
-    architecture: ModelArchitecture, choices: Choices, system: SystemResources
-) -> bool:
+    architecture: ModelArchitecture, choices: Choices, system: SystemResources,
+    part: str = "transformer",
+) -> bool:  # fmt: skip
     """Say whether RAM cannot hold what crosses the bus in a step, and each step reads the file.
 
     The system's file cache has what the run leaves of RAM. Blocks that stay on the device need no
@@ -291,9 +318,9 @@ def reads_from_disk(
     """
     dtype = choices.dtypes["transformer"]
     if choices.offload_of("transformer") == "sequential":
-        moved = part_bytes(architecture, "transformer", dtype, fp8=choices.fp8_storage)
+        moved = part_bytes(architecture, part, dtype, fp8=choices.fp8_storage)
     else:
-        moved = streamed_bytes(architecture, choices)
+        moved = streamed_bytes(architecture, choices, part)
     growth = system.process_ram(("denoise",)) - (system.held_bytes or 0)
     return moved > system.ram_available_bytes + system.ram_evictable_bytes - growth
 
