@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final
+from typing import Final, NoReturn
 
 from ..errors import CorruptFile, ModelMismatch, UnsupportedModel
 from ..files import quoted
@@ -70,6 +70,9 @@ class PatchCheck:
         tensors, target, own = self.patch.tensors, self.patch.target, self.own
         if target in own:
             return self._check_table(own[target])
+        # Its layers are classes of their own, which scale their weights as they compute.
+        if target.startswith("motion_encoder."):
+            self._refuse_at_run_time()
         self.weight = own[target + ".weight"]
         self._check_alpha()
         foreign = self._drop_other_channels()
@@ -94,10 +97,7 @@ class PatchCheck:
 
     def _check_table(self, shape: tuple[int, ...]) -> list[str]:
         if not self.patch.target.endswith("scale_shift_table"):
-            raise UnsupportedModel(
-                f"The LoRA {quoted(self.table.path)} changes {self.patch.target!r} "
-                f"({self._name()}), which WanFit cannot do at run time. Use another version."
-            )
+            self._refuse_at_run_time()
         for role in self.patch.tensors:
             if role != "diff":
                 self._refuse(role, "a table, which takes only a difference")
@@ -199,6 +199,12 @@ class PatchCheck:
 
     def _name(self) -> str:
         return repr(next(iter(self.patch.tensors.values())))
+
+    def _refuse_at_run_time(self) -> NoReturn:
+        raise UnsupportedModel(
+            f"The LoRA {quoted(self.table.path)} changes {self.patch.target!r} ({self._name()}), "
+            "which WanFit cannot do at run time. Use another version."
+        )
 
     def _refuse(self, role: str, needed: str) -> None:
         name = self.patch.tensors[role]

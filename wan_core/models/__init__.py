@@ -42,7 +42,14 @@ from .magcache import (
 )
 from .names import Mapped, Source, map_names
 from .recipes import Recipe, few_steps_hint, recipe_of
-from .shapes import UNSHUFFLED, count_blocks, read_transformer, read_vae, transformer_tensors
+from .shapes import (
+    UNSHUFFLED,
+    count_blocks,
+    read_face,
+    read_transformer,
+    read_vae,
+    transformer_tensors,
+)
 from .sizes import (
     BYTES,
     MAP_FROM,
@@ -144,6 +151,7 @@ __all__ = [
     "parts_of",
     "ram_bytes",
     "read_lora_key",
+    "read_face",
     "read_transformer",
     "read_vae",
     "recipe_of",

@@ -130,11 +130,11 @@ def read_transformer(shapes: Shapes, layout: str) -> TransformerShape:
         else None,
         camera_channels=_size(shapes, camera, 1) // UNSHUFFLED**2 if camera in shapes else None,
         animate=1 if animate else None,
-        face=_read_face(shapes, layout) if animate else None,
+        face=read_face(shapes, layout) if animate else None,
     )
 
 
-def _read_face(shapes: Shapes, layout: str) -> FaceShape:
+def read_face(shapes: Shapes, layout: str) -> FaceShape:
     """Return the numbers of Animate's motion encoder, face encoder and face adapters."""
     if layout != "diffusers":
         shapes = {

@@ -26,7 +26,10 @@ from ..files import quoted
 from ..formats import read_table
 from ..kernels import Addition, TimestepRuns
 from ..loading import TensorReader, Undo, device_of, keep_in_fp32, stays_fp32
-from ..models import Source, TransformerShape
+from ..models import UNSHUFFLED, Source, TransformerShape, read_face
+
+_Convolution = nn.Conv3d | nn.Conv2d | nn.Conv1d
+_CONVOLVE: dict[int, Any] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 
 @contextmanager
@@ -92,8 +95,13 @@ class _Delta:
 
 
 def shape_of(transformer: Any) -> TransformerShape:
-    """Return the shape of a loaded transformer, from its configuration."""
+    """Return the shape of a loaded transformer: from its configuration, and from the layers that
+    only some models have.
+    """
     config = transformer.config
+    reference = getattr(transformer, "ref_conv", None)
+    camera = getattr(transformer, "control_adapter", None)
+    faces = isinstance(getattr(transformer, "face_adapter", None), nn.ModuleList)
     return TransformerShape(
         heads=config.num_attention_heads, head_dim=config.attention_head_dim,
         ffn_dim=config.ffn_dim, layers=len(transformer.blocks), in_channels=config.in_channels,
@@ -102,7 +110,15 @@ def shape_of(transformer: Any) -> TransformerShape:
         pos_embed_seq_len=config.pos_embed_seq_len, patch_size=tuple(config.patch_size),
         vace_layers=tuple(config.get("vace_layers", ())),
         vace_in_channels=config.get("vace_in_channels"),
+        reference_channels=None if reference is None else reference.in_channels,
+        camera_channels=None if camera is None else camera.conv.in_channels // UNSHUFFLED**2,
+        animate=1 if faces else None,
+        face=read_face(_shapes(transformer), "diffusers") if faces else None,
     )  # fmt: skip
+
+
+def _shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(value.shape) for name, value in module.state_dict().items()}
 
 
 def _read(
@@ -129,7 +145,7 @@ def _read(
 
 def _has_matrix(transformer: nn.Module, target: str) -> bool:
     """Say whether a target is a linear or convolution layer, not a norm or scale-shift table."""
-    return isinstance(_module(transformer, target), nn.Linear | nn.Conv3d)
+    return isinstance(_module(transformer, target), nn.Linear | _Convolution)
 
 
 def _module(transformer: nn.Module, target: str) -> nn.Module:
@@ -161,17 +177,17 @@ class _Values:
             self.patch.tensors,
         )
         shape = tuple(getattr(module, "weight", torch.empty(0)).shape)
-        wide = module.in_channels if isinstance(module, nn.Conv3d) else 0
+        wide = module.in_channels if isinstance(module, _Convolution) else 0
         if "down" in tensors:
             down = self._read("down").to(delta.dtype)
-            if isinstance(module, nn.Conv3d):
+            if wide:
                 down = _widened(down.reshape(down.shape[0], -1, *shape[2:]), wide)
             delta.downs.append(down.reshape(down.shape[0], -1) if not wide else down)
             up = self._read("up").flatten(1) * (self.strength * self._scale())
             delta.ups.append(up.to(delta.dtype))
         if "diff" in tensors:
             diff = self._read("diff") * self.strength
-            if isinstance(module, nn.Conv3d):
+            if wide:
                 diff = _widened(diff.reshape(diff.shape[0], -1, *shape[2:]), wide)
             elif isinstance(module, nn.Linear):
                 diff = diff.reshape(module.out_features, module.in_features)
@@ -249,7 +265,7 @@ def _mine_before(change: Callable[[tuple[Any, ...]], tuple[Any, ...]]) -> Any:
 def _change_of(module: nn.Module, target: str, delta: _Delta) -> Callable[[Tensor, Tensor], Tensor]:
     if isinstance(module, nn.Linear):
         return _linear(delta)
-    if isinstance(module, nn.Conv3d):
+    if isinstance(module, _Convolution):
         return _convolution(module, delta)
     if isinstance(module, nn.LayerNorm | nn.RMSNorm):
         return _norm(module, delta)
@@ -288,20 +304,23 @@ def _plus_product(output: Tensor, given: Tensor, matrix: Tensor) -> Tensor:
     return add(flat, rows, matrix.t()).view(output.shape)
 
 
-def _convolution(module: nn.Conv3d, delta: _Delta) -> Callable[[Tensor, Tensor], Tensor]:
+def _convolution(module: _Convolution, delta: _Delta) -> Callable[[Tensor, Tensor], Tensor]:
     pair, weight, bias, dtype = delta.matrices(), delta.weight, delta.bias, delta.dtype
+    axes = (1,) * len(module.kernel_size)
+    convolve = _CONVOLVE[len(axes)]
 
     def convolved(given: Tensor, kernel: Tensor) -> Tensor:
-        return F.conv3d(given, kernel, None, module.stride, module.padding, module.dilation)
+        out: Tensor = convolve(given, kernel, None, module.stride, module.padding, module.dilation)
+        return out
 
     def change(given: Tensor, output: Tensor) -> Tensor:
         given = given.to(output.device, dtype)
         if pair is not None:
-            inner = F.conv3d(convolved(given, pair[0]), pair[1][:, :, None, None, None])
+            inner = convolve(convolved(given, pair[0]), pair[1].reshape(*pair[1].shape, *axes))
             output = _plus(output, inner)
         if weight is not None:
             output = _plus(output, convolved(given, weight))
-        return output if bias is None else _plus(output, bias.view(-1, 1, 1, 1))
+        return output if bias is None else _plus(output, bias.view(-1, *axes))
 
     return change
 
