@@ -153,7 +153,10 @@ def _resolved(job: Job, forecast: Forecast) -> list[str]:
     line("steps", str(request.num_inference_steps), "steps")
     scales = f"{request.guidance_scale:g}" + f" / {request.guidance_scale_2:g}" * two
     line("guidance", scales, "guidance_scale", *["guidance_scale_2"] * two)
-    line("flow shift", f"{request.flow_shift:g}", "flow_shift")
+    if request.sigmas:  # which the flow shift does not move
+        line("sigmas", ", ".join(f"{level:.4g}" for level in request.sigmas), "sigmas")
+    else:
+        line("flow shift", f"{request.flow_shift:g}", "flow_shift")
     if two:
         lines.append(_switch(request))
     choices = None if forecast.plan is None else forecast.plan.choices

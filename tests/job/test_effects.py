@@ -7,6 +7,7 @@ setting. Where all that comes of it is the same, a sentence must name the settin
 from __future__ import annotations
 
 import itertools
+import shutil
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
@@ -18,7 +19,7 @@ from PIL import Image
 from support.tiny_models import FAMILIES, folders, open_wan
 
 from wan_core import GenerationConfig, WanPipelineLoader
-from wan_core.config import WanControl
+from wan_core.config import WanControl, WanModelFiles
 from wan_core.errors import InvalidRequest
 from wan_core.job import check_inputs, window_settings_without_effect
 
@@ -141,6 +142,10 @@ def test_a_setting_changes_the_clip_or_is_said_not_to(
             "The high-noise expert has nothing to do: at flow_shift 12 every step of "
             "2 begins below the boundary 1, and the low",
         ),
+        (
+            {"sigmas": [1.0, 0.95], "num_inference_steps": None},
+            "The low-noise expert has nothing to do: with the sigmas 1, 0.95 every step of 2",
+        ),
         ({"switch_step": 1, "control": WanControl()}, "control has no effect: it holds no video"),
         ({"end_step": 3}, "end_step has no effect: 3 is beyond the last of 2 steps"),
         ({"end_step": 2, "switch_step": 1}, ""),
@@ -162,6 +167,25 @@ def test_an_expert_without_a_step_and_steps_beyond_the_last(
     found = check_inputs(config, request, wan.architecture).warnings
     assert [text for text in found if said and said in text] if said else list(found) == []
     assert len(found) <= 2
+
+
+def test_a_second_file_of_a_model_that_is_one_transformer(
+    folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Chosen by mistake: nothing says when it begins, so that it makes no step."""
+    whole = folder("wan2.2-ti2v-5b")
+    second = shutil.copytree(whole / "transformer", tmp_path / "second")
+    names = ("transformer", "vae", "text_encoder", "tokenizer")
+    parts = {name: whole / name for name in names}
+    wan = WanPipelineLoader().load_wan_pipeline(WanModelFiles(**parts, transformer_2=second))
+    for steps, more, said in ((2, {}, True), (1, {}, True), (2, {"switch_step": 1}, False)):
+        config = GenerationConfig(
+            prompt="a", width=32, height=32, num_frames=5, num_inference_steps=steps, **more
+        )
+        request, _ = wan.plan(config)
+        found = check_inputs(config, request, wan.architecture).warnings
+        assert any("one transformer and has no boundary" in text for text in found) == said
+        assert any("Leave the second file out" in text for text in found) == said
 
 
 def test_settings_of_segments_are_idle_in_one() -> None:

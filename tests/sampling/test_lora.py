@@ -29,6 +29,7 @@ from wan_core.detect.lora_files import parse_lora, with_loras
 from wan_core.detect.lora_names import read_patches
 from wan_core.errors import CorruptFile, InvalidRequest, ModelMismatch, UnsupportedModel
 from wan_core.formats import Storage, read_table
+from wan_core.forward.fun import fun_inputs
 from wan_core.forward.transformer import lean_forward
 from wan_core.job import resolve, solver_sigmas
 from wan_core.loading.dequantize import Scales
@@ -93,7 +94,7 @@ def matrices(model: nn.Module) -> dict[str, nn.Module]:
     return {
         name: layer
         for name, layer in model.named_modules()
-        if isinstance(layer, nn.Linear | nn.Conv3d)
+        if isinstance(layer, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d)
     }
 
 
@@ -175,6 +176,30 @@ def test_every_style_equals_merged_weights(tmp_path: Path, style: str, family: s
     assert state(model) == before
     assert torch.equal(output(model, call), plain)
     with merged(model, changes, 0.7):
+        assert_close(ours, output(model, call), plain)
+
+
+@pytest.mark.parametrize(
+    "family", ["wan2.1-fun-control", "wan2.2-fun-camera-a14b", "wan2.2-animate", "wan2.1-vace"]
+)
+def test_layers_that_only_some_models_have(tmp_path: Path, family: str) -> None:
+    """A reference's, a camera's, a face's and VACE's layers are changed like any others."""
+    model = model_of(family, torch.float32)
+    call = inputs_of(model, torch.float32)
+    frames, height, width = call["hidden_states"].shape[-3:]
+    reads: dict[str, Tensor] = {}
+    if family == "wan2.1-fun-control":
+        reads = {"reference": torch.randn(1, 16, height, width)}
+    elif "camera" in family:
+        reads = {"camera": torch.randn(1, 24, frames, height * 8, width * 8)}
+    tensors, changes = make_lora(model, "diffusers", alpha=1.5)
+    path = saved(tmp_path / "lora.safetensors", tensors)
+    assert not read_patches(read_table(path), shape_of(model), Path("m")).notes
+    with fun_inputs(model, **reads):
+        plain = output(model, call)
+    with apply_loras(model, [WanLoRA(path)]), fun_inputs(model, **reads):
+        ours = output(model, call)
+    with merged(model, changes, 1.0), fun_inputs(model, **reads):
         assert_close(ours, output(model, call), plain)
 
 
@@ -998,17 +1023,22 @@ def test_the_command_line_s_form(text: str, lora: WanLoRA) -> None:
 
 
 @pytest.mark.parametrize(
-    ("family", "guided"), in_turn(("wan2.1-t2v", "wan2.2-t2v-a14b"), (1, 2, 3))
+    ("family", "guided", "name"),
+    in_turn(
+        ("wan2.1-t2v", "wan2.2-t2v-a14b"),
+        (1, 2, 3),
+        ("wan_lightx2v_4steps", "Wan2.1_T2V_14B_FusionX_LoRA", "Wan21_AccVid_T2V_14B_lora_rank32"),
+    ),
 )
 def test_guided_steps_are_those_of_a_run_without_the_lora(
-    folders: Any, tmp_path: Path, family: str, guided: int
+    folders: Any, tmp_path: Path, family: str, guided: int, name: str
 ) -> None:
     """Two runs, as people chain KSamplers: the first without the LoRA, the second with it.
 
     A style that is no distilled LoRA stays on in both.
     """
     model = model_of(family, torch.float32)
-    fast = saved(tmp_path / "wan_lightx2v_4steps.safetensors", make_lora(model, "kijai")[0])
+    fast = saved(tmp_path / f"{name}.safetensors", make_lora(model, "kijai")[0])
     style = saved(tmp_path / "style.safetensors", make_lora(model, "kijai", seed=7)[0])
     job: dict[str, Any] = {
         "num_inference_steps": 4, "guidance_scale": 1.0, "guidance_scale_2": 1.0,

@@ -122,11 +122,11 @@ def _found(architecture: ModelArchitecture, lora: WanLoRA) -> tuple[FoundLora, l
     patches = check_file(path, architecture)
     metadata = patches.table.metadata
     notes = list(patches.notes)
-    hint = role_hint(path.name, metadata) if architecture.two_experts else None
-    if hint is not None and hint[0] != lora.expert:
+    role = role_hint(path.name, metadata) if architecture.two_experts else None
+    if role is not None and role[0] != lora.expert:
         notes.append(
-            f"The LoRA {quoted(path)} is used for expert {lora.expert!r}, but {hint[1]} says "
-            f"{hint[0]}. Check that it is where it belongs."
+            f"The LoRA {quoted(path)} is used for expert {lora.expert!r}, but {role[1]} says "
+            f"{role[0]}. Check that it is where it belongs."
         )
     if lora.strength == 0:
         notes.append(f"The LoRA {quoted(path)} has no effect: its strength is 0.")
@@ -141,12 +141,14 @@ def _found(architecture: ModelArchitecture, lora: WanLoRA) -> tuple[FoundLora, l
         for name in patch.tensors.values()
     )
     recipe = recipe_of(path, metadata)
-    notes += [text for text in [few_steps_hint(path, metadata, whole=False)] if text]
+    hint = few_steps_hint(path, metadata, whole=False)
+    notes += [hint] if hint else []
     config = adapter_config_of(patches.table.files[0])
     files = (*patches.table.files, *([config] if config is not None else []))
     return FoundLora(
-        lora=lora, parameters=used, rank=patches.rank, recipe=recipe, files=files
-    ), notes
+        lora=lora, parameters=used, rank=patches.rank, recipe=recipe,
+        few_steps=recipe is not None or bool(hint), files=files,
+    ), notes  # fmt: skip
 
 
 def _given_before(found: FoundLora, others: Iterable[FoundLora]) -> list[str]:

@@ -14,7 +14,7 @@ from ..config import GenerationConfig
 from ..models import ModelArchitecture
 from .control import has_control
 from .request import Request
-from .steps import expected_steps
+from .steps import expected_steps, levels_said
 from .windows import DEFAULT_OVERLAP
 
 
@@ -153,14 +153,17 @@ def _beyond_the_steps(job: _Job) -> Iterator[str]:
     if config.switch_step is not None:
         why = f"switch_step is {request.switch_step} of {count} steps"
         cure = f"Give a step from 1 to {count - 1}"
+    elif request.boundary is None:
+        why = f"{job.architecture.name} is published as one transformer and has no boundary"
+        cure = "Leave the second file out, or set boundary or switch_step"
     else:
         side = "at or above" if steps.high else "below"
         why = (
-            f"at flow_shift {request.flow_shift:g} every step of {count} begins {side} the "
-            f"boundary {request.boundary:g}"
+            f"{levels_said(request)} every step of {count} begins {side} the boundary "
+            f"{request.boundary:g}"
         )
         cure = "Set switch_step"
-    if count == 1:
+    if count == 1 and request.boundary is not None:
         cure = "Make more steps"
     yield (
         f"The {idle}-noise expert has nothing to do: {why}, and the {busy}-noise expert takes them "

@@ -228,6 +228,13 @@ _REDRAWN = 0.8
 """Noise of a start in which little of a video is left to see."""
 
 
+def levels_said(request: Any) -> str:
+    """Say in words what decides the noise level of each step of a Request."""
+    if request.sigmas:
+        return f"with the sigmas {', '.join(f'{level:.4g}' for level in request.sigmas)}"
+    return f"at flow_shift {request.flow_shift:g}"
+
+
 def start_notes(request: Any, denoise: float) -> Iterator[str]:
     """Say where a video that the clip starts from will hardly be seen in it."""
     if denoise == 1:
@@ -238,10 +245,10 @@ def start_notes(request: Any, denoise: float) -> Iterator[str]:
         return
     sigma = _expected_levels(request)[request.start_step]
     if denoise <= 0.5 and sigma >= _REDRAWN:
+        cure = "Lower sigmas keep" if request.sigmas else "A lower flow_shift keeps"
         yield (
-            f"control.denoise is {denoise:g}, and at flow_shift {request.flow_shift:g} that begins "
-            f"with noise of sigma {sigma:.2f}: little of the video is left. A lower flow_shift "
-            "keeps more."
+            f"control.denoise is {denoise:g}, and {levels_said(request)} that begins with noise of "
+            f"sigma {sigma:.2f}: little of the video is left. {cure} more."
         )
 
 
@@ -332,11 +339,11 @@ def _guided(
     scale = real(_or(config.guided_scale, official), "guided_scale", 0, 100)
     if not count:
         return {"guided_steps": 0, "guided_scale": None}
-    if not any(found.recipe is not None and found.lora.strength for found in architecture.loras):
+    if not any(found.few_steps and found.lora.strength for found in architecture.loras):
         raise InvalidRequest(
             f"guided_steps is {count}, but no LoRA is in use that is known to be distilled and "
-            "could be left out of them: its name or metadata must say so (lightx2v, 4steps, rcm). "
-            "Name its file so, or leave guided_steps at 0 and set guidance_scale.",
+            "could be left out of them: its name or metadata must say so (lightx2v, 4steps, rcm, "
+            "FusionX). Name its file so, or leave guided_steps at 0 and set guidance_scale.",
             field="guided_steps",
         )
     if count >= steps:

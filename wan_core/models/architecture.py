@@ -68,6 +68,8 @@ class FoundLora:
     rank: int
     recipe: Recipe | None = None
     """The settings it was distilled for, if its name or metadata say so."""
+    few_steps: bool = False
+    """Whether it says that it is distilled to few steps: with a recipe, or without a known one."""
     files: tuple[Path, ...] = ()
     """Its file or shards, and the adapter_config.json that states its scale."""
 
@@ -150,7 +152,7 @@ class ModelArchitecture:
         return tuple(
             found.lora
             for found in self.loras
-            if found.works_on(component) and (distilled or found.recipe is None)
+            if found.works_on(component) and (distilled or not found.few_steps)
         )
 
     def recipes(self) -> tuple[tuple[str, Recipe], ...]:
