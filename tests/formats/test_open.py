@@ -19,7 +19,7 @@ from support.pace import pace
 from wan_core.errors import CorruptFile, MissingFile, ModelFileError, UnsafeFile
 from wan_core.formats.index import find_weights, listing
 from wan_core.formats.one_file import parse_table
-from wan_core.formats.open import read_small, read_table
+from wan_core.formats.open import read_small, read_table, refuse_holes
 from wan_core.formats.small_json import read_json
 from wan_core.formats.table import MAX_HEADER_BYTES
 
@@ -30,6 +30,35 @@ def put(folder: Path, data: bytes, name: str = "x.safetensors") -> Path:
     path = folder / name
     path.write_bytes(data)
     return path
+
+
+@pytest.mark.parametrize(
+    ("first", "last", "found"),
+    [
+        (0.3, 1.0, True),  # the rest of a file
+        (0.95, 1.0, True),
+        (0.99, 1.0, True),
+        (0.4, 0.6, True),  # one of its parts
+        (0.5, 0.52, False),  # a layer that was switched off
+        (0.9995, 1.0, False),  # rows that no token has
+        (1.0, 1.0, False),
+        (0.0, 1.0, False),
+    ],
+)
+def test_what_a_download_has_not_filled_is_found(
+    tmp_path: Path, first: float, last: float, found: bool
+) -> None:
+    path = tmp_path / "x.safetensors"
+    save_file({f"blocks.{i:03}.weight": torch.randn(48, 48) for i in range(50)}, path)
+    data = bytearray(path.read_bytes())
+    start = len(data) - 50 * 48 * 48 * 4
+    begin, end = (start + int((len(data) - start) * share) for share in (first, last))
+    data[begin:end] = bytes(end - begin)
+    path.write_bytes(data)
+    if not found:
+        return refuse_holes(read_table(path))
+    with pytest.raises(CorruptFile, match="nothing but zeros in .* download was not finished"):
+        refuse_holes(read_table(path))
 
 
 def test_reads_names_shapes_places(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from support import tiny_models
 
 from wan_core import GenerationConfig, WanPipelineLoader
-from wan_core.errors import ModelMismatch
+from wan_core.errors import CorruptFile, ModelMismatch
 
 LOST = ("decoder.mid_block.attentions.0.to_qkv.weight", "post_quant_conv.bias")
 
@@ -34,7 +34,27 @@ def test_a_vae_that_lacks_a_tensor_is_told_before_the_first_step(tmp_path: Path,
 
 
 @pytest.mark.parametrize("part", ["vae", "transformer_2"])
-def test_a_file_that_is_replaced_during_the_steps_is_not_read(tmp_path: Path, part: str) -> None:
+def test_a_file_that_was_not_filled_is_told_before_the_first_step(
+    tmp_path: Path, part: str
+) -> None:
+    """What is read late, as everything else: it has its whole size, and its end is zeros."""
+    tiny_models.make_folder(tmp_path, "wan2.2-t2v-a14b")
+    (file,) = (tmp_path / part).glob("*.safetensors")
+    data = file.read_bytes()
+    file.write_bytes(data[: len(data) // 2] + bytes(len(data) - len(data) // 2))
+    steps: list[int] = []
+    config = GenerationConfig(
+        prompt="a cat", num_frames=5, width=64, height=64, num_inference_steps=2,
+        progress_callback=lambda done, total, latents: steps.append(done),
+    )  # fmt: skip
+    result = WanPipelineLoader().load_wan_pipeline(tmp_path).generate(config)
+    with pytest.raises(CorruptFile, match="download was not finished"):
+        result.raise_for_error()
+    assert not steps and not [stage for stage in result.stages if stage.name == "denoise"]
+
+
+@pytest.mark.parametrize("part", ["vae", "transformer_2"])
+def test_a_file_that_is_is_replaced_during_the_steps_is_not_read(tmp_path: Path, part: str) -> None:
     """The low-noise expert is read in the middle, the VAE at the end; what is finished is kept."""
     tiny_models.make_folder(tmp_path, "wan2.2-t2v-a14b")
     (file,) = (tmp_path / part).glob("*.safetensors")

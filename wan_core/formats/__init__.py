@@ -13,7 +13,7 @@ from .charsmap import charsmap_problem
 from .gguf_tokenizer import SentencePieceModel, has_gguf_tokenizer, read_gguf_tokenizer
 from .index import listing
 from .kinds import GGUF_TYPES, KINDS, Storage, WeightKind
-from .open import read_small, read_table
+from .open import read_small, read_table, refuse_holes
 from .small_json import read_json
 from .storage import QUANT_SUFFIXES, logical_shape, read_weight_kind, split_companions
 from .table import TensorInfo, TensorTable
@@ -36,5 +36,6 @@ __all__ = [
     "read_small",
     "read_table",
     "read_weight_kind",
+    "refuse_holes",
     "split_companions",
 ]

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..config import MIB, GenerationConfig
 from ..files import sweep
+from ..formats import read_table, refuse_holes
 from ..job import (
     Inputs,
     Request,
@@ -37,7 +38,7 @@ from ..job import (
 )
 from ..journal import RenderJournal, open_journal
 from ..loading import check_component, load_scheduler_config
-from ..models import magcache_curve
+from ..models import PARTS, magcache_curve
 from ..sampling import (
     ClipSegments,
     Conditions,
@@ -108,15 +109,18 @@ class Render:
             result.memory_used_mb = max(0, device_bytes(stages.device) - before) / MIB
 
     def _make_way(self) -> None:
-        """Check every output path and the VAE; remove what a killed process left in its folder.
+        """Check every output path and what is read late; remove what a killed process left.
 
         Before anything is loaded: a mistake here must not show only after the last step.
         """
-        part = self.stages.architecture.components.get("vae")
-        # It is read after the last step. Of the other components, which are read before the first,
-        # loading says the same in time.
-        if part is not None and not self.stages.cache.holds(self.stages.key("vae")):
-            check_component(part.path, "vae")
+        stages = self.stages
+        for name, part in stages.architecture.components.items():
+            if name not in PARTS or stages.cache.holds(stages.key(name)):
+                continue
+            refuse_holes(read_table(part.path))
+            # Of those that are read before the first step, loading says the same in time.
+            if name == "vae":
+                check_component(part.path, name)
         check_outputs(self.request)
         for path in output_paths(self.request):
             sweep(path.parent)
