@@ -54,8 +54,12 @@ def generate(model: Path, output: Path, *more: Any) -> tuple[Any, ...]:
 
 
 def test_inspect_prints_the_variant_and_why(model: Path, capsys: Any) -> None:
-    code, out, _ = run(capsys, "inspect", model)
-    assert code == 0 and "wan2.2-t2v-a14b" in out and "because" in out
+    for path in (model, model / "model_index.json"):
+        code, out, _ = run(capsys, "inspect", path)
+        assert code == 0 and "wan2.2-t2v-a14b" in out and "because" in out
+    for wrong, said in (("", "path is empty"), (model / "vae" / "config.json", "the folder that")):
+        code, _, err = run(capsys, "inspect", wrong)
+        assert code == 1 and said in err
     code, out, _ = run(capsys, "inspect", model, "--json")
     assert code == 0 and json.loads(out)["variant"] == "wan2.2-t2v-a14b"
 

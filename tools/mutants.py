@@ -184,6 +184,12 @@ def modules_of(package: str) -> list[str]:
     return [f"{package}/{path.stem}" for path in files if path.stem != "__init__"]
 
 
+def unknown_modules(modules: Sequence[str]) -> list[str]:
+    """Return those that are no module of wan_core, such as "memory/machine"."""
+    known = {each.relative_to(ROOT / "wan_core") for each in (ROOT / "wan_core").rglob("*.py")}
+    return [module for module in modules if Path(f"{module}.py") not in known]
+
+
 def choose(modules: Sequence[str], count: int | None, seed: int) -> list[Mutant]:
     """Return ``count`` mutants of these modules (None: all), the same for the same seed."""
     every = [(module, number) for module in modules for number in range(count_of(module))]

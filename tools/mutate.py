@@ -46,7 +46,7 @@ from queue import Queue
 from typing import Any
 
 from . import mutants
-from .mutants import Mutant, choose, modules_of, mutant_like
+from .mutants import Mutant, choose, modules_of, mutant_like, unknown_modules
 from .mutation_page import Outcome, read_outcomes, report
 
 REPORT, REASONS = "benchmarks/mutation.md", "benchmarks/mutation_reasons.json"
@@ -368,6 +368,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error("name --packages or --modules, or --again or --merge with --results")
     if (given.again or given.merge) and given.results is None:
         parser.error("--again and --merge need --results")
+    unknown = unknown_modules(given.modules)
+    if unknown:
+        parser.error(
+            f"--modules: wan_core has no {', '.join(unknown)}. A module is named by its package, "
+            "such as memory/machine, without .py"
+        )
     words = " ".join(sys.argv[1:] if arguments is None else arguments)
     known = read_outcomes(given.results) if given.results else []
     if not given.merge:

@@ -32,6 +32,7 @@ from .arguments import (
 )  # fmt: skip
 from .config import MIB, GenerationConfig, WanControl, demo_model
 from .errors import InvalidRequest, MissingDependency, WanError, first_line
+from .files import named_path
 from .job import MOST_FRAMES, has_control, reads
 from .memory import close_gaps
 from .preferences import FIELDS, Preferences, preferences_path, read_preferences, write_preferences
@@ -178,7 +179,8 @@ def _inspect(arguments: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     from .models import experts_of
     from .plan import computed_in
 
-    path = Path(os.path.expanduser(arguments.path))
+    path = named_path(arguments.path, "path").expanduser()
+    path = path.parent if index_of(path.parent) == path else path
     if path.exists() and index_of(path) is None and not _is_release(path):
         part = inspect_file(path)
         if part.kind != "transformer":

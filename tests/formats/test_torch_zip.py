@@ -31,7 +31,7 @@ TENSORS = {
 }
 
 
-@pytest.mark.parametrize("nest", [None, "state_dict", "model"])
+@pytest.mark.parametrize("nest", [None, "state_dict", "model", "generator", "generator_ema"])
 def test_reads_what_torch_wrote(tmp_path: Path, nest: str | None) -> None:
     path = tmp_path / "x.pth"
     torch.save({nest: TENSORS, "epoch": 3} if nest else TENSORS, path)

@@ -78,6 +78,13 @@ def test_a_seed_gives_the_same_mutants() -> None:
     assert first != choose(modules, 12, seed=5)
 
 
+def test_a_module_that_is_not_there_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    for wrong in ("memory/nowhere", "memory", "memory/machine.py", "../tools/mutate"):
+        with pytest.raises(SystemExit):
+            mutate.main(["--modules", "memory/machine", wrong])
+        assert f"wan_core has no {wrong}." in capsys.readouterr().err
+
+
 def test_every_module_has_tests() -> None:
     known = [module for package in PACKAGES for module in modules_of(package)]
     assert set(MIRRORS) <= set(known)

@@ -108,7 +108,12 @@ def require_kind(part: IdentifiedFile, kind: str, path: Path) -> None:
         known = part.kind == "other" and part.reasons and kind.startswith("transformer")
         why = f" ({part.reasons[0]})" if known else ""
         several, advice = part_of_several(part.table)
-        why, advice = ("", advice) if several else (why, "Choose the right file.")
+        if several:
+            why = ""
+        else:
+            advice = "Choose the right file."
+            if why and not part.reasons[0].startswith("0 of"):
+                advice += " If it is a Wan transformer, it has lost them: download it again."
         if part.kind == "vace" and kind == "transformer":
             advice = (
                 "Choose a Wan text-to-video transformer of its size here, and name the module "

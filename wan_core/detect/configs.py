@@ -17,6 +17,7 @@ from ..formats import read_json
 from ..models import TransformerShape, VaeShape
 
 _BOTH: Final = "Config and weights are of different models: download both again."
+_AGAIN: Final = "The file is damaged; download it again."
 
 # config field -> (attribute of TransformerShape, diffusers' default when the field is absent)
 _TRANSFORMER: Final[Mapping[str, tuple[str, int | None]]] = {
@@ -113,7 +114,9 @@ def check_vae(config: Mapping[str, Any], found: VaeShape, path: Path) -> VaeShap
     mean = _statistics(config, "latents_mean", found.latents_mean, found.z_dim, path)
     std = _statistics(config, "latents_std", found.latents_std, found.z_dim, path)
     if not all(value > 0 for value in std):
-        raise CorruptFile(f"latents_std in {quoted(path)} has values that are not above 0.")
+        raise CorruptFile(
+            f"latents_std in {quoted(path)} has values that are not above 0. {_AGAIN}"
+        )
     return replace(found, latents_mean=mean, latents_std=std)
 
 
@@ -122,7 +125,7 @@ def _statistics(
 ) -> tuple[float, ...]:
     value = config.get(key, list(default))
     if not isinstance(value, list) or any(type(v) not in (int, float) for v in value):
-        raise CorruptFile(f"{key} in {quoted(path)} is not a list of numbers.")
+        raise CorruptFile(f"{key} in {quoted(path)} is not a list of numbers. {_AGAIN}")
     if len(value) != length:
         raise ModelMismatch(
             f"{key} in {quoted(path)} has {len(value)} values, the VAE has {length} latent "
@@ -134,7 +137,9 @@ def _statistics(
 def _number(config: Mapping[str, Any], key: str, default: int, path: Path) -> int:
     value = config.get(key, default)
     if type(value) is not int or not 0 <= value < 2**31:
-        raise CorruptFile(f"{key} in {quoted(path)} is {str(value)[:40]!r}, not a whole number.")
+        raise CorruptFile(
+            f"{key} in {quoted(path)} is {str(value)[:40]!r}, not a whole number. {_AGAIN}"
+        )
     return value
 
 
@@ -153,4 +158,4 @@ def compare_width(key: str, config: Mapping[str, Any], found: int | None, path: 
 
 
 def _shown(value: Any) -> str:
-    return "none" if value is None else str(value)[:80]
+    return "none" if value is None else ascii(value)[:80]

@@ -90,7 +90,7 @@ def read_index(path: Path) -> TensorTable:
     if not isinstance(weight_map, dict) or not weight_map:
         raise CorruptFile(
             f"{quoted(path)} has no weight_map from tensor to shard; it is no index of weights. "
-            f"{AGAIN}"
+            f"{AGAIN if path.name.endswith('.index.json') else 'Choose the folder that it is in.'}"
         )
     if len(weight_map) > MAX_TENSORS:
         raise CorruptFile(

@@ -18,8 +18,8 @@ from pathlib import Path
 from pickletools import genops
 from typing import Any, BinaryIO, Final
 
-from ..errors import CorruptFile, UnsafeFile
-from ..files import quoted
+from ..errors import CorruptFile, UnsafeFile, UnsupportedModel
+from ..files import quoted, some_of
 from .safetensors import DTYPE_BITS
 from .table import AGAIN, MAX_DIMS, MAX_HEADER_BYTES, MAX_NAME, MAX_TENSORS, TensorInfo, TensorTable
 
@@ -36,7 +36,9 @@ _DTYPES: Final = {
 }  # fmt: skip
 MAX_STEPS: Final = 400_000
 """Most opcodes of one pickle; a list of 2,000 tensors takes about 60,000."""
-_NESTS: Final = ("state_dict", "model", "module", "params")
+_NESTS: Final = ("generator_ema", "generator", "state_dict", "model", "module", "params")
+"""Where trainers put a model's tensors; of a distilled one beside what trained it (Self-Forcing)
+the averaged weights, which its authors run."""
 _SAVE_AS: Final = "Use a .safetensors or .gguf version of this model."
 
 
@@ -130,6 +132,12 @@ def _named_tensors(value: Any, path: Path) -> tuple[dict[str, _Tensor], tuple[st
     if not isinstance(value, dict):
         raise CorruptFile(f"{quoted(path)} holds no table of named tensors. {_SAVE_AS}")
     tensors = {k: v for k, v in value.items() if isinstance(v, _Tensor) and isinstance(k, str)}
+    tables = [str(key) for key, entry in value.items() if isinstance(entry, dict) and entry]
+    if not tensors and tables:
+        raise UnsupportedModel(
+            f"{quoted(path)} holds no tensors but tables of them, {some_of(tables)}, as training "
+            "saves do. Save the table of the model's weights as a .safetensors file."
+        )
     if not 1 <= len(tensors) <= MAX_TENSORS:
         raise CorruptFile(
             f"{quoted(path)} holds {len(tensors):,} named tensors; 1 to {MAX_TENSORS:,} are "

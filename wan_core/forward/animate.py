@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..kernels import attend, is_torchs
+from ..kernels import attend
+from ..loading import attends_as_torch
 from .block import LeanOptions
 from .replaced import Installed, ReplacedForward
 
@@ -143,7 +144,7 @@ def _attend(
 ) -> Tensor:
     """Attend as the adapter's processor does, or on the fastest kernel where that is asked for."""
     backend = adapter.processor._attention_backend
-    if options.quick and is_torchs(adapter.processor):
+    if options.quick and attends_as_torch(adapter.processor):
         return attend(query, key, value, options.attention_8bit)
     from diffusers.models.attention_dispatch import dispatch_attention_fn
 

@@ -34,13 +34,13 @@ from ..kernels import (
     Span,
     TimestepRuns,
     attend,
-    is_torchs,
     norm_all,
     products_of,
     rotate_all,
     rotate_span,
     shared_by,
 )
+from ..loading import attends_as_torch
 from ..memory import LEAN_HEAD_GROUPS, LEAN_ROWS
 from ..models import TEXT_TOKENS
 from .cut import Cut
@@ -175,7 +175,7 @@ def _attend(
     ``query``, ``key``, ``value`` and the result are (B, n, heads * d). With ``options.quick``, and
     no other backend than torch's named, it is the fastest one.
     """
-    if options.quick and is_torchs(attn.processor):
+    if options.quick and attends_as_torch(attn.processor):
         q, k, v = (_by_heads(x, heads) for x in (query, key, value))
         return attend(q, k, v, options.attention_8bit).flatten(2, 3)
     from diffusers.models.attention_dispatch import dispatch_attention_fn

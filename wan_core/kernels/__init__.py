@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from ..lazy import lazy_names
 
 if TYPE_CHECKING:
-    from .attention import attend, is_torchs, slid_from_cudnn, used_attention
+    from .attention import attend, slid_from_cudnn, used_attention
     from .fused import NOTHING, Fused, triton_kernels
     from .fused_trial import fused_for
     from .maps import FusedNorms, fused_duplicates, fused_norms
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 __getattr__ = lazy_names(
     __name__,
     {
-        "attention": ("attend", "is_torchs", "slid_from_cudnn", "used_attention"),
+        "attention": ("attend", "slid_from_cudnn", "used_attention"),
         "fused": ("NOTHING", "Fused", "triton_kernels"),
         "fused_trial": ("fused_for",),
         "maps": ("FusedNorms", "fused_duplicates", "fused_norms"),
@@ -55,7 +55,6 @@ __all__ = [
     "fused_duplicates",
     "fused_for",
     "fused_norms",
-    "is_torchs",
     "norm_all",
     "products_of",
     "rotate_all",

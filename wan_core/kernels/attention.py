@@ -65,17 +65,6 @@ def attend(query: Tensor, key: Tensor, value: Tensor, eight_bit: bool = False) -
     return out.transpose(1, 2)
 
 
-def is_torchs(processor: Any) -> bool:
-    """Say whether a diffusers processor attends as torch chooses: the clock may then choose.
-
-    "native" is what weights are loaded with, lest another program's setting hold for them. A
-    backend that somebody named stays, by the environment too.
-    """
-    backend = processor._attention_backend
-    named = backend is None and "DIFFUSERS_ATTN_BACKEND" in os.environ
-    return backend in (None, "native") and not named
-
-
 def used_attention() -> str:
     """Return the kernel that computed the largest attention since this was asked, or ""."""
     name = max(_used, key=lambda one: _used[one], default="")

@@ -14,7 +14,7 @@ from ..lazy import lazy_names
 
 if TYPE_CHECKING:
     from .cache import ComponentCache, ComponentKey, component_cache, component_key
-    from .component import check_component, load_component
+    from .component import attends_as_torch, check_component, load_component
     from .dequantize import rotation
     from .download import fetch, plan_download
     from .dtypes import dtype_of, keep_in_fp32, stays_fp32
@@ -34,7 +34,7 @@ __getattr__ = lazy_names(
     __name__,
     {
         "cache": ("ComponentCache", "ComponentKey", "component_cache", "component_key"),
-        "component": ("check_component", "load_component"),
+        "component": ("attends_as_torch", "check_component", "load_component"),
         "download": ("fetch", "plan_download"),
         "dequantize": ("rotation",),
         "dtypes": ("dtype_of", "keep_in_fp32", "stays_fp32"),
@@ -67,17 +67,18 @@ __all__ = [
     "TensorReader",
     "Undo",
     "all_pinned_bytes",
-    "check_tokenizer",
+    "attends_as_torch",
     "check_component",
+    "check_tokenizer",
     "component_cache",
     "component_key",
     "device_of",
     "dtype_of",
     "fetch",
     "first_look",
+    "give_back_freed",
     "is_mapped",
     "keep_in_fp32",
-    "give_back_freed",
     "load_component",
     "load_image_processor",
     "load_scheduler_config",

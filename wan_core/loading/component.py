@@ -130,18 +130,36 @@ def _checked(source: Path, kind: str | None, module_path: str | os.PathLike[str]
     return check
 
 
+_TORCHS = "native"
+"""diffusers' name of the attention that torch computes, as torch chooses."""
+
+
 def _keep_attention(module: nn.Module) -> None:
     """Have a transformer's attention computed by torch, whatever is set for others.
 
     diffusers keeps one backend per process for all processors that name none: another program that
     sets it for its own model would change every other model's result.
     """
-    if "DIFFUSERS_ATTN_BACKEND" in os.environ:  # the user's own wish, for every program
+    if _attention_is_named():
         return
     for part in module.modules():
         processor = getattr(part, "processor", None)
         if processor is not None and getattr(processor, "_attention_backend", "") is None:
-            processor._attention_backend = "native"
+            processor._attention_backend = _TORCHS
+
+
+def attends_as_torch(processor: Any) -> bool:
+    """Say whether a diffusers processor attends as torch chooses: the clock may then choose.
+
+    That is how weights are loaded. A backend that somebody named stays, by the environment too.
+    """
+    backend = processor._attention_backend
+    return bool(backend == _TORCHS or backend is None and not _attention_is_named())
+
+
+def _attention_is_named() -> bool:
+    """Say whether the environment names what attends: the user's own wish, for every program."""
+    return "DIFFUSERS_ATTN_BACKEND" in os.environ
 
 
 def _identified(

@@ -231,8 +231,7 @@ def _forward_cost(
     cost *= system.calibration.pace
     if system.device_kind != "cuda":
         return cost * (_UNFUSED_ROWS_COST if choices.by_rows else 1.0)
-    cost *= _lean_cost(architecture, part, workload, choices)
-    return cost
+    return cost * _lean_cost(architecture, part, workload, choices)
 
 
 def _lean_cost(
