@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 from support.cases import in_turn
-from support.machines import architecture, cpu, gpu
+from support.machines import architecture, cpu, gpu, stored_pair
 
 from wan_core import OptimizationConfig, OptimizationManager
 from wan_core.config import GIB
@@ -16,7 +16,6 @@ from wan_core.errors import DoesNotFit
 from wan_core.job import MAX_LATENT_FRAMES, MAX_SIZE, MOST_FRAMES, video_frames
 from wan_core.memory import SystemResources, Workload
 from wan_core.models import ModelArchitecture
-from wan_core.models.stored import StoredSize, StoredSizes
 from wan_core.plan import Planner
 from wan_core.plan.fits import (
     frames_text,
@@ -186,35 +185,6 @@ def test_windows_that_would_fit() -> None:
 # ---------------------------------------------------------------------------- cures of a refusal
 
 
-def stored(kind: str) -> ModelArchitecture:
-    """A14B as files hold it: "fp32" is copied to be computed in half, the others stay mapped.
-
-    Of "fp32 encoder" the experts are in fp8.
-    """
-    found, others = architecture("wan2.2-t2v-a14b"), "fp8" if "encoder" in kind else kind
-
-    def part(name: str, blocks: int, numbers: int, table: int, kind: str) -> object:
-        def size(numbers: int) -> StoredSize:
-            each = {"fp32": {"plain": numbers}, "bf16": {"half": numbers}}
-            return StoredSize(**each.get(kind, {"kept": numbers}))
-
-        sizes = StoredSizes(
-            blocks=(size(numbers),) * blocks, rest=StoredSize(wide=10**8), largest=numbers // 5,
-            tables=StoredSize(plain=table) if kind == "fp32" else StoredSize(half=table),
-        )  # fmt: skip
-        sizes = sizes if kind == "fp8" else replace(sizes, largest=0)
-        whole = {"fp32": 4, "bf16": 2, "fp8": 1}[kind] * blocks * numbers
-        known = found.components[name]
-        return replace(known, stored=sizes, nbytes=whole, weight_kind=kind)
-
-    parts = {
-        "transformer": part("transformer", 40, 350 * 10**6, 0, others),
-        "transformer_2": part("transformer_2", 40, 350 * 10**6, 0, others),
-        "text_encoder": part("text_encoder", 24, 193 * 10**6, 10**9, kind.split()[0]),
-    }
-    return replace(found, components={**found.components, **parts})
-
-
 def ram_added(system: SystemResources, gib: float) -> SystemResources:
     """The machine with so much more of free RAM."""
     more = int(gib * GIB)
@@ -240,7 +210,10 @@ def cures(
         found["file"] = model, replace(job, return_frames=False, to_file=True), system, wishes
     if fp8 := re.search(r"It fits with the (.+?)\.", text):
         names = [one.split(" in ")[0].replace(" ", "_") for one in fp8[1].split(" and the ")]
-        in_fp8 = {**model.components, **{name: stored("fp8").components[name] for name in names}}
+        in_fp8 = {
+            **model.components,
+            **{name: stored_pair("fp8").components[name] for name in names},
+        }
         found["fp8"] = replace(model, components=in_fp8), job, system, wishes
     sizes = re.search(r"What would fit: (.+?)\.( |$)", text)
     for frames, wide, tall in re.findall(
@@ -291,7 +264,7 @@ REFUSED: dict[str, Case] = {
 @pytest.mark.parametrize("case", REFUSED)
 def test_a_cure_that_is_named_is_one(case: str) -> None:
     kind, asked, system, wanted, named = REFUSED[case]
-    model, wishes = stored(kind), OptimizationConfig(**wanted)  # type: ignore[arg-type]
+    model, wishes = stored_pair(kind), OptimizationConfig(**wanted)  # type: ignore[arg-type]
     size: dict[str, object] = {"width": 832, "height": 480, "num_frames": 81}
     job = Workload(**(size | asked))  # type: ignore[arg-type]
     with pytest.raises(DoesNotFit) as caught:

@@ -14,7 +14,7 @@ from wan_core import ArchitectureDetector, OptimizationConfig, OptimizationPlan,
 from wan_core.config import GIB, StageEstimate
 from wan_core.memory import Choices, SystemResources, Workload, lean_decode_bytes
 from wan_core.memory.calibration import Calibration
-from wan_core.models import PARTS, VAE_21, ModelArchitecture, part_bytes
+from wan_core.models import PARTS, VAE_21, ModelArchitecture, all_blocks, part_bytes, rest_bytes
 from wan_core.plan import Planner, stage_seconds, strips_forecast
 from wan_core.plan.stage_seconds import (
     COMPILED,
@@ -117,6 +117,22 @@ def test_files_that_ram_cannot_hold_come_from_the_disk_each_time(
 
 def estimated(name: str, **more: Any) -> StageEstimate:
     return StageEstimate(name=name, device_bytes=0, weights_bytes=0, activation_bytes=0, **more)
+
+
+def test_blocks_that_stay_are_sent_once_also_where_others_stream() -> None:
+    held = replace(H100, loaded=("transformer",))
+
+    def denoise(**more: object) -> float:
+        choices = replace(LEAN, offload="model", stream=True, **more)  # type: ignore[arg-type]
+        return stages(T2V, JOB, choices, held)["denoise"].warm
+
+    block = max(all_blocks(T2V, "transformer", "bf16"))
+    rate = H100.bus_bytes_per_second * PAGEABLE
+    none, ten = (denoise(resident_blocks=count) for count in (0, 10))
+    assert ten - none == pytest.approx(10 * block / rate)
+    rest = rest_bytes(T2V, "transformer", "bf16")
+    whole = stages(T2V, JOB, replace(LEAN, offload="model"), held)["denoise"].warm
+    assert whole - none == pytest.approx((part_bytes(T2V, "transformer", "bf16") - rest) / rate)
 
 
 def test_the_encoder_s_file_is_read_while_the_tokenizer_is_made() -> None:

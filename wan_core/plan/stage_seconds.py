@@ -13,8 +13,16 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from ..config import StageEstimate
-from ..memory import BANDS, RAM_RESERVE, Choices, Workload, latent_size, lean_decode_bytes
-from ..models import BYTES, TEXT_TOKENS, ModelArchitecture, part_bytes, stays_in_file
+from ..memory import (
+    BANDS,
+    RAM_RESERVE,
+    Choices,
+    Workload,
+    latent_size,
+    lean_decode_bytes,
+    spread,
+)
+from ..models import BYTES, TEXT_TOKENS, ModelArchitecture, all_blocks, part_bytes, stays_in_file
 
 if TYPE_CHECKING:
     from ..memory import SystemResources
@@ -336,13 +344,20 @@ class Counting:
         return sum(files.values()) <= max(0, free - RAM_RESERVE)
 
     def _moved(self, part: str) -> float:
-        """Return the seconds that sending a whole component to the device takes, from RAM."""
-        offload = self.choices.offload_of(part)
-        if part.startswith("transformer") and offload in ("sequential", "stream", "group"):
-            return 0.0  # counted with the steps
+        """Return the seconds that sending a component to the device takes, from RAM.
+
+        What of a transformer does not stay there is counted with the steps.
+        """
+        offload, expert = self.choices.offload_of(part), part.startswith("transformer")
+        if expert and offload in ("sequential", "group"):
+            return 0.0
         dtype = self.choices.dtypes.get(part) or "bf16"
-        fp8 = self.choices.fp8_storage and part.startswith("transformer")
+        fp8 = self.choices.fp8_storage and expert
         nbytes = part_bytes(self.architecture, part, dtype, fp8=fp8)
+        if expert and offload == "stream":
+            blocks = all_blocks(self.architecture, part, dtype, fp8=fp8)
+            stay = spread(len(blocks), min(self.choices.resident_blocks or 0, len(blocks)))
+            nbytes -= sum(blocks) - sum(blocks[index] for index in stay)
         slow = 2 if offload == "sequential" else 1
         return slow * nbytes / (self.system.bus_bytes_per_second * PAGEABLE)
 
