@@ -11,16 +11,18 @@ from __future__ import annotations
 import json
 import os
 import platform
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, TypeVar
 
 from ..config import StageEstimate, StageReport
 from ..errors import OutputError
 from ..files import atomic_write, home_folder
+
+T = TypeVar("T")
 
 ATTENTION_8BIT = {
     "int8, values in fp8": "triton", "int8, values in fp16": "triton",
@@ -124,15 +126,10 @@ def default_path() -> Path:
     return folder / "wanfit" / "measured.json"
 
 
-def keep_json(path: Path, plain: Mapping[str, Any]) -> None:
-    """Write a small file of what was measured, whole; where it cannot be, nothing happens."""
-    with suppress(OutputError, OSError):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        atomic_write(path, json.dumps(plain, indent=1).encode())
+class MeasuredFile:
+    """A small JSON file of what was measured; one that is missing or broken counts as empty."""
 
-
-class Calibrations:
-    """The file of records, which are stored under a key that names device, software and model."""
+    name = "measured.json"
 
     def __init__(self, path: Path | None = None) -> None:
         self._path = path
@@ -140,7 +137,33 @@ class Calibrations:
     @property
     def path(self) -> Path:
         """The file that is read and written."""
-        return self._path or default_path()
+        return self._path or default_path().with_name(self.name)
+
+    def forget(self) -> None:
+        """Forget everything; raises OutputError where the file cannot be removed."""
+        try:
+            self.path.unlink(missing_ok=True)
+        except OSError as err:
+            raise OutputError(
+                f"{str(self.path)!r} cannot be removed: {err.strerror}. Remove it by hand."
+            ) from err
+
+    def _loaded(self, understood: Callable[[Any], T]) -> T | None:
+        """Return what ``understood`` makes of the file's content; None where it cannot."""
+        try:
+            return understood(json.loads(self.path.read_text("utf-8")))
+        except (OSError, ValueError, TypeError, KeyError, AttributeError):
+            return None
+
+    def _keep(self, plain: Mapping[str, Any]) -> None:
+        """Write the file, whole; where it cannot be written, nothing happens."""
+        with suppress(OutputError, OSError):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            atomic_write(self.path, json.dumps(plain, indent=1).encode())
+
+
+class Calibrations(MeasuredFile):
+    """The file of records, which are stored under a key that names device, software and model."""
 
     def of(self, key: str) -> Calibration:
         """Return what is known under ``key``."""
@@ -163,41 +186,27 @@ class Calibrations:
         """Return under what something is known: device, software and model."""
         return sorted(self._read())
 
-    def forget(self) -> None:
-        """Forget everything; raises OutputError where the file cannot be removed."""
-        _remove(self.path)
-
     def add(self, key: str, record: RunRecord) -> None:
         """Add what a run taught; of each key only the latest records are kept."""
         known = self._read()
         known[key] = [*known.get(key, []), record][-KEPT:]
-        keep_json(
-            self.path,
-            {name: [asdict(record) for record in records] for name, records in known.items()},
-        )
+        self._keep({name: [asdict(one) for one in records] for name, records in known.items()})
 
     def _read(self) -> dict[str, list[RunRecord]]:
-        try:
-            plain = json.loads(self.path.read_text("utf-8"))
+        def understood(plain: Any) -> dict[str, list[RunRecord]]:
             return {str(key): [_record(one) for one in records] for key, records in plain.items()}
-        except (OSError, ValueError, TypeError, KeyError, AttributeError):
-            return {}
+
+        return self._loaded(understood) or {}
 
 
-class AttentionTimes:
+class AttentionTimes(MeasuredFile):
     """Milliseconds of attention kernels, by device and software, then by shape, in one small file.
 
     What else they depend on (``where``: versions of libraries) is kept beside them; times that were
     taken with others do not count.
     """
 
-    def __init__(self, path: Path | None = None) -> None:
-        self._path = path
-
-    @property
-    def path(self) -> Path:
-        """The file that is read and written."""
-        return self._path or default_path().with_name("attention.json")
+    name = "attention.json"
 
     def of(self, machine: str, where: str | None = None) -> dict[str, dict[str, float]]:
         """Return shape -> kernel -> milliseconds of a machine; with ``where`` None, of any."""
@@ -217,15 +226,10 @@ class AttentionTimes:
         together.pop(shape, None)
         latest = [*together.items(), (shape, dict(times))][-_SHAPES:]
         known[machine] = {"where": where, "times": dict(latest)}
-        keep_json(self.path, known)
-
-    def forget(self) -> None:
-        """Forget everything; raises OutputError where the file cannot be removed."""
-        _remove(self.path)
+        self._keep(known)
 
     def _read(self) -> dict[str, dict[str, Any]]:
-        try:
-            plain = json.loads(self.path.read_text("utf-8"))
+        def understood(plain: Any) -> dict[str, dict[str, Any]]:
             return {
                 str(machine): {
                     "where": str(kept["where"]),
@@ -236,17 +240,8 @@ class AttentionTimes:
                 }
                 for machine, kept in plain.items()
             }
-        except (OSError, ValueError, TypeError, KeyError, AttributeError):
-            return {}
 
-
-def _remove(path: Path) -> None:
-    try:
-        path.unlink(missing_ok=True)
-    except OSError as err:
-        raise OutputError(
-            f"{str(path)!r} cannot be removed: {err.strerror}. Remove it by hand."
-        ) from err
+        return self._loaded(understood) or {}
 
 
 def _record(plain: Any) -> RunRecord:

@@ -11,15 +11,13 @@ written, it is tried again, and nothing else happens.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
-from pathlib import Path
 from typing import Any, Final
 
-from .calibration import default_path, keep_json
+from .calibration import MeasuredFile
 
 _KEPT = 200
 """How many trials, the latest ones, are kept."""
@@ -182,16 +180,10 @@ class Between:
     """Threads that a product on the CPU is computed by: its rounding depends on them."""
 
 
-class CardRecords:
+class CardRecords(MeasuredFile):
     """The file of link rates and trials."""
 
-    def __init__(self, path: Path | None = None) -> None:
-        self._path = path
-
-    @property
-    def path(self) -> Path:
-        """The file that is read and written."""
-        return self._path or default_path().with_name("cards.json")
+    name = "cards.json"
 
     def link(self, machine: str, cards: int) -> Link | None:
         """Return what was measured between so many cards, or None."""
@@ -209,7 +201,7 @@ class CardRecords:
             return
         known = self._read()
         known["links"][link_name(machine, cards)] = [link.rate, link.seconds, link.host]
-        keep_json(self.path, known)
+        self._keep(known)
 
     def _links(self) -> dict[str, Link]:
         links = {name: Link(*found) for name, found in self._read()["links"].items()}
@@ -228,11 +220,10 @@ class CardRecords:
             trial = Trial(False, max(before[1], trial.error))
         known["trials"][kind] = [trial.equal, trial.error]
         known["trials"] = dict([*known["trials"].items()][-_KEPT:])
-        keep_json(self.path, known)
+        self._keep(known)
 
     def _read(self) -> dict[str, dict[str, Any]]:
-        try:
-            plain = json.loads(self.path.read_text("utf-8"))
+        def understood(plain: Any) -> dict[str, dict[str, Any]]:
             return {
                 "links": {
                     str(k): [float(rate), float(seconds), *map(float, host[:1])]
@@ -243,8 +234,8 @@ class CardRecords:
                     for k, (equal, error) in plain["trials"].items()
                 },
             }
-        except (OSError, ValueError, TypeError, KeyError, AttributeError):
-            return {"links": {}, "trials": {}}
+
+        return self._loaded(understood) or {"links": {}, "trials": {}}
 
 
 def link_name(machine: str, cards: int) -> str:
