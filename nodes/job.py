@@ -248,6 +248,13 @@ _BESIDE_TEXT = {
     "pose_video_latent": "video of a Wan Control",
 }
 """What ComfyUI's nodes hang on a text -> the inputs that take it here."""
+_MEANT = {"start_percent": 0.0, "end_percent": 1.0, "strength": 1.0}
+"""Numbers that are hung on a text -> those that change nothing."""
+_NOWHERE = (
+    "area", "mask", "control", "hooks", "gligen", "unclip_conditioning", "clip_vision_output",
+    "time_dim_concat", "context_latents", "audio_embed", "reference_motion",
+)  # fmt: skip
+"""What is hung on a text and has no input that takes it."""
 
 
 def _embeds(field: str, conditioning: Any) -> Any:
@@ -270,7 +277,7 @@ def _embeds(field: str, conditioning: Any) -> Any:
         )
     try:
         embeds, hung = conditioning[0]
-        beside = next((key for key in _BESIDE_TEXT if hung.get(key) is not None), None)
+        beside = _beside(hung)
     except (TypeError, ValueError, AttributeError) as err:  # a list of something else
         raise InvalidRequest(
             f"{field} is a list of {str(conditioning[0])[:60]!r}; the output of a CLIP Text Encode "
@@ -278,13 +285,21 @@ def _embeds(field: str, conditioning: Any) -> Any:
             field=field,
         ) from err
     if beside is not None:
+        cure = _BESIDE_TEXT.get(beside)
+        also = f", and what that node was given to {cure}" if cure else ""
         raise InvalidRequest(
             f"{field} comes from a node that has put {beside} beside the text; here only the text "
-            "would be read. Connect the CLIP Text Encode itself, and what that node was given to "
-            f"{_BESIDE_TEXT[beside]}.",
+            f"would be read. Connect the CLIP Text Encode itself{also}.",
             field=field,
         )
     return embeds
+
+
+def _beside(hung: Mapping[str, Any]) -> str | None:
+    """Return what a node has hung on a text that would change the clip, or None."""
+    given = [key for key in (*_BESIDE_TEXT, *_NOWHERE) if hung.get(key) is not None]
+    given += [key for key, usual in _MEANT.items() if hung.get(key, usual) != usual]
+    return given[0] if given else None
 
 
 def _one_image(field: str, image: Any) -> Any:

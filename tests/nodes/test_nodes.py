@@ -289,6 +289,9 @@ def test_a_grey_picture_is_one(pack: ModuleType) -> None:
         ("end_image", torch.zeros(1, 8, 8, 2)),
         ("positive", [[torch.zeros(1, 1, 1), {"concat_latent_image": torch.zeros(1)}]]),
         ("negative", [[torch.zeros(1, 1, 1), {"vace_frames": [torch.zeros(1)]}]]),
+        ("positive", [[torch.zeros(1, 1, 1), {"start_percent": 0.2, "end_percent": 1.0}]]),
+        ("negative", [[torch.zeros(1, 1, 1), {"strength": 0.5}]]),
+        ("positive", [[torch.zeros(1, 1, 1), {"mask": torch.zeros(1, 8, 8)}]]),
         ("start_image", torch.zeros(2, 8, 8, 3)),
         ("end_image", torch.zeros(0, 8, 8, 3)),
     ],
@@ -299,6 +302,13 @@ def test_a_bad_input_is_named(pack: ModuleType, field: str, value: Any) -> None:
         part(pack, "nodes.job").generation_config(VALUES | {field: value})
     assert raised.value.field == field
     assert field in str(raised.value)
+
+
+def test_what_changes_nothing_beside_a_text_is_taken(pack: ModuleType) -> None:
+    embeds = torch.zeros(1, 1, 1)
+    hung = {"pooled_output": None, "start_percent": 0.0, "end_percent": 1.0, "strength": 1.0}
+    found = part(pack, "nodes.job").generation_config(VALUES | {"positive": [[embeds, hung]]})
+    assert found.prompt_embeds is embeds
 
 
 def test_what_is_no_pipeline_is_named(pack: ModuleType) -> None:
