@@ -58,6 +58,7 @@ def described(job: Job, forecast: Forecast, *, busy: bool) -> dict[str, Any]:
         "ok": True,
         "fits": estimate.fits,
         "headline": _headline(forecast),
+        "verdict": _verdict(forecast),
         "model": f"{architecture.variant.title}, {architecture.weight_kind}",
         "device": "RAM" if on_cpu else system.device_name or system.device,
         "peak_gib": _gib(estimate.peak_usage_mb * MIB),
@@ -83,21 +84,28 @@ def described(job: Job, forecast: Forecast, *, busy: bool) -> dict[str, Any]:
     }
 
 
+def _verdict(forecast: Forecast) -> str:
+    """Say in a word what the headline says; the page has a sentence for each in its language."""
+    estimate = forecast.estimate
+    if estimate.fits:
+        return "fits"
+    available = estimate.available_mb
+    return "too much" if available is None or estimate.peak_usage_mb > available else "short of RAM"
+
+
 def _headline(forecast: Forecast) -> str:
+    """Return the headline in English; the page tells the same from ``verdict`` and the numbers."""
     estimate, plan, system = forecast.estimate, forecast.plan, forecast.system
     peak = estimate.peak_usage_mb / 1024
     on_cpu = system.device_kind == "cpu"
     where = "RAM" if on_cpu else system.device_name or system.device
     there = "" if estimate.available_mb is None else f" of {estimate.available_mb / 1024:.1f}"
-    if (
-        not estimate.fits
-        and estimate.available_mb is not None
-        and peak * 1024 <= estimate.available_mb
-    ):
+    verdict = _verdict(forecast)
+    if verdict == "short of RAM":
         ram = max(stage.host_bytes for stage in estimate.stages) / GIB
         usable = _usable_ram(forecast)
         return f"Does not fit: {ram:.1f} GiB of RAM are needed, {usable:.1f} can be used"
-    if not estimate.fits:
+    if verdict == "too much":
         return f"Does not fit: {peak:.1f}{there} GiB of {where}, in the smallest way there is"
     text = f"Fits: {peak:.1f}{there} GiB of {where}"
     if plan is None or on_cpu:

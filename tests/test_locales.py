@@ -111,8 +111,9 @@ def test_the_settings_and_the_command_are_those_of_the_page() -> None:
 
 
 WEB = ROOT / "web"
-FAMILIES = ("time", "server", "stage", "part", "plan", "run", "where", "convert", "tab", "prefer")
-WHOLE = {"stage", "part", "where", "prefer"}
+FAMILIES = ("time", "server", "stage", "part", "plan", "verdict", "run", "where", "convert", "tab",
+            "prefer")  # fmt: skip
+WHOLE = {"stage", "part", "verdict", "where", "prefer"}
 """Families of which the scripts put the keys together: the server's words, the preferences."""
 MADE = {f"tab.{word}" for word in ("running", "done", "failed", "interrupted", "on", "off",
         "stage", "seconds", "predicted", "measured")}  # fmt: skip

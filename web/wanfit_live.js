@@ -2,8 +2,8 @@
 // Without that route nothing is shown.
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
-import { allNodes, BUTTON, COLOURS, make, Panel } from "./wanfit_panel.js";
-import { loaded, named, say, whenLanguageChanges } from "./wanfit_words.js";
+import { allNodes, BUTTON, COLOURS, ink, make, Panel } from "./wanfit_panel.js";
+import { duration, loaded, named, say, whenLanguageChanges } from "./wanfit_words.js";
 
 const SAMPLERS = new Set(["WanGenerate", "WanChunkedSampler"]);
 const SHOWN = new Set([...SAMPLERS, "WanEstimateMemory", "WanOptimize"]);
@@ -138,20 +138,32 @@ function buttons(node, answer) {
   return box;
 }
 
+// The headline in the language of the page, from the numbers that the server's English one is made of.
+function headline(answer) {
+  if (answer.usable_gib == null) return answer.headline;
+  const sizes = { all: answer.peak_gib, usable: answer.usable_gib, ram: answer.ram_gib, most: answer.ram_usable_gib };
+  const gib = Object.fromEntries(Object.entries(sizes).map(([name, size]) => [name, size.toFixed(1)]));
+  const text = say(`verdict.${answer.verdict}`, { ...gib, device: answer.device === "RAM" ? say("plan.in RAM") : answer.device });
+  if (!text) return answer.headline;
+  if (answer.seconds == null || answer.verdict !== "fits") return text;
+  const cold = answer.seconds_cold > 1.1 * answer.seconds;
+  return text + say("plan.takes", { time: duration(answer.seconds) }) + (cold ? say("plan.first time", { time: duration(answer.seconds_cold) }) : "");
+}
+
 function draw(node, state, answer) {
   // The panel comes with the first answer: without one, the node stays as it is.
   state.panel ??= new Panel(node, NAME, "wanfit_panel", MOST_HEIGHT);
   const element = state.panel.element;
   const lines = [];
-  if (!answer.ok) lines.push(make("div", `color:${COLOURS.bad};font-weight:bold;white-space:pre-wrap`, answer.error));
+  if (!answer.ok) lines.push(make("div", `${ink(COLOURS.bad)};font-weight:bold;white-space:pre-wrap`, answer.error));
   else {
-    const warnings = answer.warnings.map((text) => make("div", `color:${COLOURS.warn}`, `⚠ ${text}`));
+    const warnings = answer.warnings.map((text) => make("div", ink(COLOURS.warn), `⚠ ${text}`));
     const colour = answer.fits === false ? COLOURS.bad : COLOURS.good;
     const about = node.comfyClass === "WanOptimize" ? say("plan.about", { width: answer.size[0], height: answer.size[1], frames: answer.size[2] }) : "";
     const ram = say("plan.ram", { ram: answer.ram_gib.toFixed(1), usable: answer.ram_usable_gib.toFixed(1) });
     lines.push(
       ...warnings,
-      make("div", `color:${colour};font-weight:bold`, about + answer.headline),
+      make("div", `${ink(colour)};font-weight:bold`, about + headline(answer)),
       buttons(node, answer),
       bars(answer),
       make("div", "opacity:.75", [answer.device === "RAM" ? null : ram, ...answer.resolved].filter(Boolean).join(" · ")),

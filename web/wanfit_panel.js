@@ -3,6 +3,8 @@ import { app } from "../../scripts/app.js";
 
 const PLAIN = "box-sizing:border-box;overflow:auto;overflow-wrap:anywhere;padding:4px 6px;font:11px/1.35 sans-serif;color:var(--input-text,#ddd);background:var(--comfy-input-bg,#222);border-radius:4px";
 export const COLOURS = { good: "#58a55c", bad: "#dc5046", work: "#78be78", weights: "#4682c8", warn: "#d9a520" };
+// Text in a colour, nearer to that of the theme's own text: bare colours are hard to read on light grey.
+export const ink = (colour) => `color:color-mix(in srgb, ${colour} 50%, var(--input-text,#ddd))`;
 export const BUTTON = "cursor:pointer;font:inherit;padding:2px 8px;border-radius:4px;border:1px solid var(--border-color,#555);background:var(--comfy-input-bg,#222);color:var(--input-text,#ddd)";
 
 export function make(tag, style, text) {

@@ -2,7 +2,7 @@
 // the expert and memory; and when it has ended, the clip, with the report folded below it.
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
-import { COLOURS, make, Panel } from "./wanfit_panel.js";
+import { COLOURS, ink, make, Panel } from "./wanfit_panel.js";
 import { duration, named, say } from "./wanfit_words.js";
 
 const SAMPLERS = new Set(["WanGenerate", "WanChunkedSampler"]);
@@ -121,7 +121,7 @@ function cutOff(text) {
   if (!run || run.panel.element.dataset.stage === "done") return;
   run.time = null;
   run.panel.element.dataset.stage = "cut";
-  run.lines.append(make("div", `color:${COLOURS.warn}`, text));
+  run.lines.append(make("div", ink(COLOURS.warn), text));
   run.panel.fit();
 }
 

@@ -3,7 +3,7 @@
 // Python and the command line read too is what counts, and the settings follow it.
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
-import { BUTTON, COLOURS, make } from "./wanfit_panel.js";
+import { BUTTON, COLOURS, ink, make } from "./wanfit_panel.js";
 import { duration, loaded, named, say, whenLanguageChanges } from "./wanfit_words.js";
 
 const REFRESH_MS = 3000;
@@ -107,7 +107,7 @@ function stages(one) {
 function rendered(one) {
   const box = make("div", BOX);
   const head = make("div", "display:flex;justify-content:space-between;gap:6px");
-  head.append(make("b", `color:${STATES[one.state]}`, say(`tab.${one.state}`)), make("span", "opacity:.7", at(one.began)));
+  head.append(make("b", ink(STATES[one.state]), say(`tab.${one.state}`)), make("span", "opacity:.7", at(one.began)));
   box.append(head, line(say("tab.settings", one)));
   if (one.prompt) box.append(line(one.prompt, "font-style:italic;max-height:2.7em;overflow:hidden"));
   const predicted = one.predicted_seconds == null ? "" : say("tab.time predicted", { time: duration(one.predicted_seconds) });
@@ -117,13 +117,13 @@ function rendered(one) {
   const sizes = [say("tab.gib predicted", { gib: number(one.predicted_gib) })];
   if (one.measured_gib != null) sizes.push(say("tab.gib measured", { gib: number(one.measured_gib) }));
   box.append(line(say("tab.memory", { where: one.where, sizes: sizes.join(", ") })));
-  for (const text of one.errors ?? []) box.append(line(text, `color:${COLOURS.bad}`));
+  for (const text of one.errors ?? []) box.append(line(text, ink(COLOURS.bad)));
   const more = make("details", "margin-top:2px");
   const guidance = one.guidance.map((value) => +value.toFixed(3)).join(" / ");
   more.append(make("summary", "cursor:pointer", say("tab.more")), line(one.model), line(say("tab.guidance", { guidance, fps: +one.fps.toFixed(2) })), faint(one.choices.join(", ")));
   if (one.resumed) more.append(line(say("tab.resumed", { how: one.resumed })));
   if (one.stages?.length) more.append(stages(one));
-  for (const text of one.warnings ?? []) more.append(line(`⚠ ${text}`, `color:${COLOURS.warn}`));
+  for (const text of one.warnings ?? []) more.append(line(`⚠ ${text}`, ink(COLOURS.warn)));
   box.append(more);
   if (one.clip) {
     const link = make("a", "color:inherit", say("tab.open clip"));
@@ -162,7 +162,7 @@ function saved(one) {
   const done = one.only_decode ? say("tab.only decode") : one.step == null ? say("tab.no state") : say("tab.at step", one);
   const size = one.gib < 0.1 ? `${(one.gib * 1024).toFixed(1)} MiB` : gib(one.gib);
   box.append(line(`${done} · ${say("tab.on disk", { size })}`), faint(say("tab.written", { model: one.model, time: on(one.touched) })));
-  if (one.running) box.append(line(say("tab.at it"), `color:${COLOURS.warn}`));
+  if (one.running) box.append(line(say("tab.at it"), ink(COLOURS.warn)));
   else {
     const away = twice(say("tab.delete"), say("tab.delete again"), () => carryOut({ do: "delete", id: one.id }));
     if (one.workflow) box.append(row(button(say("tab.go on"), () => goOn(one)), away));
@@ -264,7 +264,7 @@ function draw() {
   form.append(...Object.keys(MEANS).map(preferred), faint(say("tab.kept in", { path: answer.path })));
   const all = answer.learnt.length ? [...answer.learnt.map(learnt), twice(say("tab.forget"), say("tab.forget again"), () => carryOut({ do: "forget" }))] : [];
   root.replaceChildren(
-    ...answer.warnings.map((text) => line(`⚠ ${text}`, `color:${COLOURS.warn};margin-bottom:6px`)),
+    ...answer.warnings.map((text) => line(`⚠ ${text}`, `${ink(COLOURS.warn)};margin-bottom:6px`)),
     section(say("tab.can go on"), say("tab.nothing cut"), answer.saved.map(saved)),
     section(say("tab.session"), say("tab.no render"), answer.renders.map(rendered), first()),
     section(say("tab.preferences"), "", [form]),
@@ -284,7 +284,7 @@ async function refresh() {
     answer = found;
     if (news || !root?.querySelector("section")) draw();
   }
-  if (!found.ok && root?.isConnected && !answer) root.replaceChildren(line(found.error, `color:${COLOURS.bad}`));
+  if (!found.ok && root?.isConnected && !answer) root.replaceChildren(line(found.error, ink(COLOURS.bad)));
 }
 
 app.registerExtension({

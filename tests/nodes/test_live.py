@@ -14,6 +14,8 @@ import pytest
 from support import machines, published, wan_layouts
 from support.as_pack import load_pack, part
 
+WORDS = Path(__file__).parents[2] / "web" / "words"
+
 HIGH = "wan2.2_t2v_high_noise_14B_fp8_scaled.safetensors"
 LOW = "wan2.2_t2v_low_noise_14B_fp8_scaled.safetensors"
 TEXT, TEXT_8 = "umt5_xxl_fp16.safetensors", "umt5_xxl_fp8_e4m3fn_scaled.safetensors"
@@ -107,9 +109,29 @@ def test_a_plan_is_what_the_run_would_be(pack: ModuleType, asker: Asker) -> None
     usable = forecast.estimate.available_mb / 1024
     assert found["usable_gib"] == pytest.approx(usable, abs=1e-3) and 12 < usable <= 24
     assert found["device"] == "GPU 24"
-    assert found["headline"].startswith("Fits: ")
+    assert found["headline"].startswith("Fits: ") and told_by_the_page(found) == found["headline"]
     # Nothing was loaded, and no lease would keep weights.
     assert loaded() == before
+
+
+def told_by_the_page(answer: dict[str, Any]) -> str:
+    """Fill in the English texts of the page as its script does for the headline."""
+    words = json.loads((WORDS / "en.json").read_text("utf-8"))
+    sizes = {"all": "peak_gib", "usable": "usable_gib", "ram": "ram_gib", "most": "ram_usable_gib"}
+    gib = {name: f"{answer[field]:.1f}" for name, field in sizes.items()}
+    text: str = words[f"verdict.{answer['verdict']}"].format(**gib, device=answer["device"])
+    if answer["seconds"] is None or answer["verdict"] != "fits":
+        return text
+
+    def time(name: str) -> str:
+        minutes = round(answer[name] / 60)
+        assert answer[name] >= 100
+        key = "time.minutes" if minutes < 60 else "time.hours"
+        return str(words[key].format(h=minutes // 60, m=minutes % 60 if minutes > 59 else minutes))
+
+    text += words["plan.takes"].format(time=time("seconds"))
+    later = answer["seconds_cold"] > 1.1 * answer["seconds"]
+    return text + (words["plan.first time"].format(time=time("seconds_cold")) if later else "")
 
 
 def test_what_the_user_prefers_counts_below_what_the_nodes_say(
@@ -274,6 +296,7 @@ def test_every_fix_makes_it_fit(asker: Asker, sampler: str) -> None:
     quick = asker.ask(nodes)
     assert quick["fits"] is False and quick["fixes"] == []
     assert quick["headline"].startswith("Does not fit: ")
+    assert told_by_the_page(quick) == quick["headline"]
     assert any(stage["over"] for stage in quick["stages"])
     found = asker.ask(nodes, fixes=True)["fixes"]
     labels = " ".join(fix["label"] for fix in found)
@@ -288,6 +311,7 @@ def test_a_smaller_text_encoder_is_offered_where_it_is_enough(asker: Asker) -> N
     nodes = graph(loader=small, width=480, height=480, num_frames=17)
     found = asker.ask(nodes, fixes=True)
     assert found["fits"] is False and "GiB of RAM" in found["headline"]
+    assert told_by_the_page(found) == found["headline"]
     fix = found["fixes"][0]
     assert fix["set"] == [{"node": "1", "widget": "text_encoder", "value": TEXT_8}]
     assert asker.ask(apply(nodes, fix))["fits"] is True
@@ -299,6 +323,7 @@ def test_a_ram_that_is_short_is_what_does_not_fit(asker: Asker) -> None:
     found = asker.ask(graph(loader=small, width=480, height=480, num_frames=17))
     assert found["fits"] is False
     assert "GiB of RAM are needed, 1.0 can be used" in found["headline"]
+    assert told_by_the_page(found) == found["headline"]
 
 
 def test_swapped_experts_are_told_with_the_button_that_swaps_them(asker: Asker) -> None:

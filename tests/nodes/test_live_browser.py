@@ -85,6 +85,10 @@ def test_the_plan_follows_the_widgets_before_anything_runs(page: Any, server: Co
     set_widget(page, "WanGenerate", "width", widget_of(saved, "width"))
     after = page.evaluate("app.graph.serialize().nodes.map(n => n.widgets_values)")
     assert after == before  # what is shown is no part of the saved workflow
+    language = "language => app.extensionManager.setting.set('Comfy.Locale', language)"
+    for name, told in (("zh", "可以运行：内存"), ("en", "Fits: ")):
+        page.evaluate(language, name)
+        says(page, told)
     assert page.wanfit_errors == []
     assert server.state()["weight_bytes"] == 0
 
