@@ -115,12 +115,10 @@ class Render:
         """
         stages = self.stages
         for name, part in stages.architecture.components.items():
-            if name not in PARTS or stages.cache.holds(stages.key(name)):
-                continue
-            refuse_holes(read_table(part.path))
-            # Of those that are read before the first step, loading says the same in time.
-            if name == "vae":
-                check_component(part.path, name)
+            if name in PARTS and not stages.cache.holds(stages.key(name)):
+                refuse_holes(read_table(part.path))
+                if name == "vae":  # of what is read before the first step loading says the same
+                    check_component(part.path, name)
         check_outputs(self.request)
         for path in output_paths(self.request):
             sweep(path.parent)
