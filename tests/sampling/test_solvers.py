@@ -181,6 +181,7 @@ def test_half_precision_velocities_leave_float32_latents(name: str) -> None:
         assert latents.dtype == torch.float32 and not torch.equal(latents, latents.bfloat16())
 
 
+COMFYUI = {"scheduler": "unipc", "sigma_schedule": "simple"}
 BAD = [
     ({"sigma_schedule": "karras"}, "sigma_schedule is 'karras'; allowed are official, simple"),
     ({"scheduler": "heun"}, "scheduler is 'heun'; allowed are unipc, euler"),
@@ -196,6 +197,12 @@ BAD = [
     ({"sigmas": 0.5}, "sigmas is"),
     ({"sigmas": [1 - i / 2000 for i in range(1001)]}, "1000 at most"),
     ({"sigmas": [1.0, 0.5], "num_inference_steps": 3}, "num_inference_steps is 3 and sigmas has 2"),
+    ({"sigmas": [1.0, 0.99999999]}, "smaller than the one before"),  # in float32 they are equal
+    ({"sigmas": [1.0, 1e-60]}, "above 0"),
+    # Where ComfyUI's UniPC divides by zero.
+    ({"sigmas": [1.0, 0.5, 0.001], "scheduler": "unipc"}, "sigmas has a noise level 0.001 after"),
+    ({"num_inference_steps": 1000} | COMFYUI, "1000 steps at flow_shift 8 have a noise level 1 "),
+    ({"num_inference_steps": 50, "flow_shift": 0.01} | COMFYUI, "level 0.001 after 0.000416"),
 ]
 
 

@@ -51,6 +51,7 @@ from .request import (
     seen_by_clip,
 )
 from .steps import (
+    LAST_SIGMA,
     SCHEDULERS,
     SIGMA_SCHEDULES,
     StepPlan,
@@ -85,6 +86,7 @@ __all__ = [
     "FRAMES_PER_LATENT",
     "FUSIONS",
     "Inputs",
+    "LAST_SIGMA",
     "MAX_LATENT_FRAMES",
     "MAX_SIZE",
     "MODES",

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import os
 import re
+from array import array
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import islice, pairwise
@@ -59,7 +60,8 @@ def falling(value: Any, field: str, most: int) -> tuple[float, ...]:
     found = [plain_number(one) for one in islice(value, most + 2)] if is_many(value) else []
     found = found[:-1] if len(found) > 1 and found[-1] == 0 else found
     numbers = [float(one) for one in found if one is not None and 0 < one <= 1]
-    if not 1 <= len(numbers) == len(found) <= most or any(a <= b for a, b in pairwise(numbers)):
+    single = (*array("f", numbers), 0.0)  # as they are computed with
+    if not 1 <= len(numbers) == len(found) <= most or any(a <= b for a, b in pairwise(single)):
         raise InvalidRequest(
             f"{field} is {shown(value)}; numbers are needed of which each is smaller than the one "
             f"before, from at most 1 down to above 0, {most} at most. The last step's 0 may be "

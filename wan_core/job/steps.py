@@ -11,6 +11,7 @@ import inspect
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from ..config import GenerationConfig
@@ -25,6 +26,11 @@ SCHEDULERS = ("unipc", "euler", "dpm++2m", "lcm", "res_multistep")
 SIGMA_SCHEDULES = ("official", "simple")
 """Where the noise levels of the steps come from: ``official`` as diffusers' scheduler of that name
 has them, ``simple`` as ComfyUI's, and then also with its solver (``sampling.solvers``)."""
+
+LAST_SIGMA = 0.001
+"""Where ComfyUI's UniPC ends in place of 0. It then takes the result for 1 - 0.001 of the clip."""
+_APART = 1e-6
+"""Of its levels, the least relative distance: they are computed with in float32."""
 
 DIFFUSERS_SCHEDULERS = {
     "unipc": "UniPCMultistepScheduler",
@@ -304,7 +310,7 @@ def sampling_fields(
     shift = _or(config.flow_shift, official.flow_shift_for(width, height))
     boundary = _or(config.boundary, official.boundary)
     switch, end, seed = config.switch_step, config.end_step, config.seed
-    return {
+    found = {
         "negative_prompt": text(negative, "negative_prompt", True),
         "num_inference_steps": steps,
         "sigmas": sigmas,
@@ -328,6 +334,28 @@ def sampling_fields(
         if seed is None
         else whole(seed, "seed", 0, MAX_SEED),
     }
+    _check_unipc(found, given=config.sigmas is not None)
+    return found
+
+
+def _check_unipc(fields: Mapping[str, Any], *, given: bool) -> None:
+    """Refuse noise levels between which ComfyUI's UniPC would divide by zero."""
+    steps, shift = fields["num_inference_steps"], fields["flow_shift"]
+    levels = solver_sigmas(
+        fields["scheduler"], fields["sigma_schedule"], steps, shift, fields["sigmas"]
+    )
+    if levels is None or fields["scheduler"] != "unipc":
+        return
+    for above, below in pairwise((*levels[:-1], LAST_SIGMA)):
+        if below <= above * (1 - _APART):
+            continue
+        made = "sigmas has" if given else f"{steps} steps at flow_shift {shift:g} have"
+        raise InvalidRequest(
+            f"{made} a noise level {below:.8g} after {above:.8g}; with the solver 'unipc' of "
+            f"ComfyUI each must be smaller than the one before, and the last is {LAST_SIGMA:g}. "
+            "Make fewer steps, raise flow_shift, or choose another scheduler.",
+            field="sigmas" if given else "num_inference_steps",
+        )
 
 
 def _guided(

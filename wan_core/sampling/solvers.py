@@ -20,10 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..job import Request, make_scheduler, solver_sigmas
+from ..job import LAST_SIGMA, Request, make_scheduler, solver_sigmas
 
-_LAST_SIGMA = 0.001
-"""Where ComfyUI's UniPC ends in place of 0. It then takes the result for 1 - 0.001 of the clip."""
 _TRAIN_STEPS = 1000
 Fresh = Callable[[int, Any], Tensor]
 
@@ -169,7 +167,7 @@ class UniPcSolver(Solver):
     history = 4
 
     def __init__(self, sigmas: Sequence[float], device: torch.device | str = "cpu") -> None:
-        super().__init__([*sigmas[:-1], sigmas[-1] or _LAST_SIGMA], device)
+        super().__init__([*sigmas[:-1], sigmas[-1] or LAST_SIGMA], device)
         self.last_sample: Tensor | None = None
 
     def _next(
@@ -182,7 +180,7 @@ class UniPcSolver(Solver):
         self.last_sample = sample
         known = [present, *older[:2]]
         result = self._update(sample, known, index + 1, self._order(index + 1, known))
-        return result / (1.0 - _LAST_SIGMA) if index + 1 == steps else result
+        return result / (1.0 - LAST_SIGMA) if index + 1 == steps else result
 
     def _order(self, target: int, known: list[Tensor]) -> int:
         """Return the order of the update to the level with index ``target``."""
