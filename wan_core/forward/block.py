@@ -19,7 +19,9 @@ computation follows diffusers' ``transformer_wan.py`` (0.35 to 0.42, see ``sourc
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -146,8 +148,11 @@ def run_block(
     if options.exact:
         # What a part of the block adds to the hidden states is added by the next part, which takes
         # it from the list: the only reference to it, so that it is freed as soon as it is used.
-        held = [_self_attention(block, hidden, modulation, rotary, fused, options, beside, keep)]
-        held.append(_cross_attention(block, hidden, held, context, modulation, fused, options))
+        texts = cache(partial(_Context, block.attn2, context, options))
+        given = (block, hidden, modulation, rotary, fused, options)
+        held = [_self_attention(*given, beside, keep, meanwhile=texts)]
+        held.append(_cross_attention(block, hidden, held, texts(), modulation, fused, options))
+        del texts
         change = _feed_forward(block, hidden, held, modulation, options.eight_bit)
         modulation.add_all_gated(hidden, change, 5)
     else:
@@ -209,8 +214,12 @@ def _self_attention(
     options: LeanOptions,
     beside: Beside | None = None,
     keep: list[tuple[Tensor, Tensor]] | None = None,
+    meanwhile: Callable[[], object] = lambda: None,
 ) -> Tensor:
-    """Return what self attention adds to the hidden states, before its gate."""
+    """Return what self attention adds to the hidden states, before its gate.
+
+    ``meanwhile`` is done where a forward that is cut has to wait.
+    """
     attn, spans, coded = block.attn1, modulation.spans, options.coded_attention
     layers = shared_by((attn.to_q, attn.to_k, attn.to_v), hidden.dtype, coded)
     # The normed input is made whole: each projection must be one product over all tokens to round
@@ -219,7 +228,7 @@ def _self_attention(
     heads, cut = attn.heads, options.cut
     if cut is not None:
         heads = cut.heads(heads)
-        query, key, value = _exchanged(attn, layers, cut, spans, rotary, fused)
+        query, key, value = _exchanged(attn, layers, cut, spans, rotary, fused, meanwhile)
     else:
         query = rotate_all(attn.norm_q, layers.project(0), heads, spans, rotary, fused)
         key = rotate_all(attn.norm_k, layers.project(1), heads, spans, rotary, fused)
@@ -244,13 +253,13 @@ def _self_attention(
 
 def _exchanged(
     attn: Any, layers: Shared, cut: Cut, spans: list[Span], rotary: tuple[Tensor, Tensor],
-    fused: Fused,
+    fused: Fused, meanwhile: Callable[[], object],
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Return query, key and value of all tokens, for the heads that are attended to here.
 
-    v, which is neither normed nor turned, leaves first: it is on its way while q is projected, and
-    q while k is. Each is waited for before the next leaves, which could not overtake it: what was
-    sent makes way.
+    v, which is neither normed nor turned, leaves first: it is on its way while q is projected, q
+    while k is, and k while the texts' keys are, whose products are too small to fill a card. Each
+    is waited for before the next leaves, which could not overtake it: what was sent makes way.
     """
     values = cut.to_heads(layers.project(2))
     query = rotate_all(attn.norm_q, layers.project(0), attn.heads, spans, rotary, fused)
@@ -261,6 +270,7 @@ def _exchanged(
     query = queries.wait()
     keys = cut.to_heads(key)
     del key
+    meanwhile()
     return query, keys.wait(), value
 
 
@@ -297,14 +307,13 @@ def _cross_attention(
     block: Any,
     hidden: Tensor,
     held: list[Tensor],
-    context: Tensor,
+    keys: _Context,
     modulation: Modulation,
     fused: Fused,
     options: LeanOptions,
 ) -> Tensor:
     """Add what self attention made, and return what cross attention adds."""
     attn = block.attn2
-    keys = _Context(attn, context, options)
     layer = shared_by((attn.to_q,), hidden.dtype, options.coded_attention)
     layer.read(modulation.add_and_norm_as(layer.kind, hidden, held.pop(), 2, block.norm2, None))
     query = layer.project(last=True)

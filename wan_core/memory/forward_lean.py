@@ -130,7 +130,7 @@ def _to_tokens(x: Lean, out: Blob) -> Blob:
     return whole
 
 
-def _exchanged(x: Lean) -> tuple[Blob, Blob, Blob]:
+def _exchanged(x: Lean) -> tuple[Blob, Blob, Blob, tuple[Blob, ...]]:
     normed = all_normed(x)
     value = x.whole()
     values = _leave(x)
@@ -146,7 +146,8 @@ def _exchanged(x: Lean) -> tuple[Blob, Blob, Blob]:
     query = _arrive(x, queries)
     keys = _leave(x)
     del key
-    return query, _arrive(x, keys), value
+    texts = _context(x)
+    return query, _arrive(x, keys), value, texts
 
 
 def _projected(x: Lean) -> tuple[Blob, Blob, Blob]:
@@ -160,11 +161,16 @@ def _projected(x: Lean) -> tuple[Blob, Blob, Blob]:
     return query, key, value
 
 
-def _self_attention(x: Lean) -> Blob:
-    query, key, value = _exchanged(x) if x.cut > 1 else _projected(x)
+def _self_attention(x: Lean) -> tuple[Blob, tuple[Blob, ...]]:
+    """What it adds, and what was made of the texts beside an exchange."""
+    texts: tuple[Blob, ...] = ()
+    if x.cut > 1:
+        query, key, value, texts = _exchanged(x)
+    else:
+        query, key, value = _projected(x)
     out = _attend_whole(x)
     del query, key, value
-    return project(x, out if x.cut == 1 else _to_tokens(x, out))
+    return project(x, out if x.cut == 1 else _to_tokens(x, out)), texts
 
 
 def _add_and_norm(x: Lean, change: Blob) -> Blob:
@@ -190,8 +196,8 @@ def _context(x: Lean) -> tuple[Blob, ...]:
     return (*image, x.text(), x.text())
 
 
-def cross_attention(x: Lean, held: list[Blob]) -> Blob:
-    keys = _context(x)
+def cross_attention(x: Lean, held: list[Blob], texts: tuple[Blob, ...] = ()) -> Blob:
+    keys = texts or _context(x)
     normed = _add_and_norm(x, held.pop())
     query = x.whole()
     del normed
@@ -268,8 +274,11 @@ def rest_by_rows(x: Lean) -> None:
 
 def _block(x: Lean, exact: bool, whole_values: bool) -> None:
     if exact:
-        held = [_self_attention(x)]
-        held.append(cross_attention(x, held))
+        change, texts = _self_attention(x)
+        held = [change]
+        del change
+        held.append(cross_attention(x, held, texts))
+        del texts
         change = feed_forward(x, held)
         add_gated(x)
         x.tape.during(change)
