@@ -182,9 +182,8 @@ def use_long_clip(config: GenerationConfig, values: Mapping[str, Any], vae: Any)
     if latent is not None:
         from ..wan_core.sampling import normalize_latents
 
-        stats = {"latents_mean": vae.latents_mean, "latents_std": vae.latents_std}
         samples = _video_latents("continue_from", latent["samples"], len(vae.latents_mean))
-        config.continue_from = normalize_latents(samples.float(), stats)
+        config.continue_from = normalize_latents(samples.float(), vae.statistics)
 
 
 def device_options(values: Mapping[str, Any]) -> dict[str, Any]:

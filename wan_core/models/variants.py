@@ -167,6 +167,11 @@ class VaeShape:
     latents_mean: tuple[float, ...] = LATENTS_MEAN_21
     latents_std: tuple[float, ...] = LATENTS_STD_21
 
+    @property
+    def statistics(self) -> dict[str, tuple[float, ...]]:
+        """Mean and deviation of each latent channel, by their names in diffusers' config."""
+        return {"latents_mean": self.latents_mean, "latents_std": self.latents_std}
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Defaults:

@@ -14,7 +14,6 @@ from ..config import GenerationConfig
 from ..errors import OutputError, WorkerFailed, is_oom
 from ..forward import alike
 from ..memory import CHUNKS, CardRecords, Trial, strips_of
-from ..models import VaeShape
 from ..sampling import Leaving, OutOfRange, StreamingDecoder, denormalize_latents, to_frames
 from ..workers import StripsDecoder, StripsLost, WorkerPool
 from .experts import in_workers
@@ -293,9 +292,7 @@ def _strips(
     if len(strips) < (count if stages.plan.must_equal else 2):
         return None
     # Cast and denormalised where one card would do it too: the order and place affect rounding.
-    latents = denormalize_latents(
-        latents.to(stages.device, stages.dtype("vae")), _statistics(shape)
-    )
+    latents = denormalize_latents(latents.to(stages.device, stages.dtype("vae")), shape.statistics)
     size = height * shape.scale_factor_spatial, width * shape.scale_factor_spatial
     return StripsDecoder(
         pool,
@@ -306,7 +303,3 @@ def _strips(
         (batch, shape.scale_factor_temporal, *size, 3),
         whole_bytes=whole_bytes,
     )
-
-
-def _statistics(shape: VaeShape) -> dict[str, Any]:
-    return {"latents_mean": shape.latents_mean, "latents_std": shape.latents_std}

@@ -140,9 +140,9 @@ class Render:
             result.metadata |= journal.told | said
         # Kept before decoding: if the decode fails, the denoising is not lost.
         result.latents = latents.to("cpu", torch.float32)
-        kept = result.latents
+        kept, shape = result.latents, self.stages.architecture.vae_shape
         result.vae_latents = self.stages.attempt(
-            "decode", lambda: denormalize_latents(kept, self._vae_config())
+            "decode", lambda: denormalize_latents(kept, shape.statistics)
         )
         if journal is not None:
             journal.latents_done(result.latents, self.stages.plan, result.metadata)
@@ -151,10 +151,6 @@ class Render:
         if journal is not None:
             journal.report(result.metadata)
             journal.finish()
-
-    def _vae_config(self) -> dict[str, Any]:
-        vae = self.stages.architecture.vae_shape
-        return {"latents_mean": vae.latents_mean, "latents_std": vae.latents_std}
 
     # -- sampling -----------------------------------------------------------------------------
 
