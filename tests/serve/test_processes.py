@@ -7,6 +7,7 @@ import os
 import queue
 import shutil
 import signal
+import socket
 import sys
 import threading
 import time
@@ -380,6 +381,22 @@ def test_a_local_cluster_that_others_could_reach_is_not_started(
     with pytest.raises(WorkerFailed, match=r"would listen on 192\.168\.0\.7"):
         Cluster("local")
     assert not ray.init.called and "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER" not in os.environ
+
+
+def test_an_address_that_nobody_listens_at_is_told_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Ray would ask for minutes."""
+    ray = MagicMock()
+    ray.is_initialized.return_value = False
+    monkeypatch.setitem(sys.modules, "ray", ray)
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        port = listening.getsockname()[1]
+        Cluster(f"127.0.0.1:{port}")
+    assert ray.init.call_count == 1
+    with pytest.raises(WorkerFailed, match=f"answers at '127.0.0.1:{port}' .*refused"):
+        Cluster(f"127.0.0.1:{port}")
+    assert ray.init.call_count == 1
 
 
 def test_a_local_cluster_does_not_see_the_token_of_the_server(

@@ -13,6 +13,7 @@ import ipaddress
 import math
 import os
 import platform
+import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -28,6 +29,8 @@ _ELSEWHERE = ("MissingFile", "DoesNotFit", "MissingDependency", "OutputError")
 _REST_SECONDS, _LONGEST_REST = 60.0, 3600.0
 """So long a machine that lacks something gets no job, twice as long each time, and at most."""
 _MOST_FAILED_STARTS = 3
+_ANSWER_SECONDS = 10.0
+"""For a connection to the machine that a cluster is asked of."""
 _STATE_SECONDS = 2.0
 """How often a hand is asked how far it is: a thousand hands are 500 small calls a second."""
 
@@ -387,6 +390,7 @@ def _connect(address: str) -> tuple[Any, bool]:
             _check_loopback(str(own_address()))
         dashboard = False if own else None  # None: as Ray has it
         try:
+            _check_listened_to(address)
             ray.init(
                 address=address, log_to_driver=False, configure_logging=False,
                 include_dashboard=dashboard,
@@ -397,6 +401,16 @@ def _connect(address: str) -> tuple[Any, bool]:
                 "`ray start --head`, or name another address."
             ) from err
     return ray, True
+
+
+def _check_listened_to(address: str) -> None:
+    """Raise OSError where nobody listens at HOST:PORT; Ray would ask for minutes, and say nothing.
+
+    What else Ray takes for an address (auto, local, ray://...) is its own matter.
+    """
+    host, colon, port = address.rpartition(":")
+    if colon and "/" not in host and port.isascii() and port.isdigit() and int(port) < 2**16:
+        socket.create_connection((host.strip("[]"), int(port)), _ANSWER_SECONDS).close()
 
 
 _REACHABLE = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
