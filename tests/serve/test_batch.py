@@ -391,6 +391,21 @@ def test_what_is_written_grows_as_the_number_of_jobs(
     assert again.counts()["done"] == 2000 == len(told) and len(order) == 2000
 
 
+def test_a_folder_that_is_a_file_by_now_ends_the_run_with_a_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Replaced(Instant):
+        def begin(self, hand: Hand, job: BatchJob) -> None:
+            shutil.rmtree(job.output.parent)
+            job.output.parent.write_text("no folder")
+
+    monkeypatch.setattr(Batch, "_check", lambda *_: None)
+    (tmp_path / "model").touch()
+    path = lines(tmp_path / "jobs.jsonl", {"model": "model", "output": "a.mp4", "prompt": "x"})
+    with pytest.raises(OutputError, match=r"Cannot write .*jobs\.summary\.json"):
+        batch(path, crew=Replaced).run()
+
+
 def test_a_second_run_of_the_same_file_is_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -92,9 +92,10 @@ class Batch:
             self.ledger = Ledger(self.ledger.path)  # another run may have ended meanwhile
             yield
         finally:
-            if sys.platform != "win32":  # there an open file cannot be removed
-                path.unlink(missing_ok=True)
-            lock.close()
+            # On Windows an open file cannot be removed, and the folder may have gone meanwhile.
+            with lock, contextlib.suppress(OSError):
+                if sys.platform != "win32":
+                    path.unlink()
 
     def _run(self) -> Ledger:
         # Until all lines are known nothing is written: the summary there tells what is done.
