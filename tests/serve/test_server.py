@@ -447,6 +447,42 @@ def test_a_write_that_the_disk_refuses_is_tried_again(model: Path, tmp_path: Pat
         assert client.create(prompt="y", **TINY)[0] == 200
 
 
+class Full:
+    """A queue's file on a disk that is full as long as a folder is there."""
+
+    def __init__(self, file: sqlite3.Connection, folder: Path) -> None:
+        self.file, self.folder = file, folder
+
+    def execute(self, text: str, *values: Any) -> Any:
+        if text.lstrip().startswith("UPDATE") and self.folder.exists():
+            raise sqlite3.OperationalError("database or disk is full")
+        return self.file.execute(text, *values)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.file, name)
+
+
+def test_a_clip_can_be_deleted_from_a_full_disk(tmp_path: Path) -> None:
+    """Its own files make the room; those of a job that is still to be made stay."""
+    queue = Queue(tmp_path / "queue.sqlite3")
+    ids = [new_id() for _ in range(2)]
+    for id in ids:
+        job = BatchJob(number=0, model=tmp_path, output=queue.folder_of(id) / "clip.mp4")
+        queue.add(id, job, {"prompt": "x"})
+        job.output.parent.mkdir(parents=True)
+    made = queue.take("")
+    assert made is not None
+    queue.settle(made, Outcome(size=1))
+    file, folders = queue._file, [queue.folder_of(id) for id in ids]
+    queue._file = Full(file, folders[0])  # type: ignore[assignment]
+    assert queue.delete(ids[0]) and queue.get(ids[0]) is None and not folders[0].exists()
+    queue._file = Full(file, folders[1])  # type: ignore[assignment]
+    with pytest.raises(OutputError, match="cannot be taken out: database or disk is full"):
+        queue.delete(ids[1])
+    assert folders[1].exists()
+    queue.close()
+
+
 def test_a_queue_whose_file_is_gone_takes_no_job_that_would_be_lost(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -250,9 +250,15 @@ class Queue:
     def delete(self, id: str) -> bool:
         """Take a job out, with all that belongs to it; one in work stops at its next block.
 
-        Raises OutputError where that cannot be written.
+        On a full disk the files of one that has ended go first, and make the room to note it.
+        Raises OutputError where it cannot be written all the same.
         """
         try:
+            with contextlib.suppress(sqlite3.OperationalError):
+                return self._delete(id)
+            row = self.get(id)
+            if row is not None and row.ended is not None:
+                self.remove_folder(id)
             return self._delete(id)
         except sqlite3.OperationalError as err:
             raise OutputError(f"The job cannot be taken out: {err}. Free some space.") from err
