@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
+from support.machines import cpu, gpu
 
 from wan_core.config import StageReport
 from wan_core.memory import Choices
@@ -38,3 +42,23 @@ def test_what_was_planned_and_did_not_come_is_said(
     with report.kernels_noted(stage, Choices(dtypes={}), told.append):
         pass
     assert len(told) == len(said)
+
+
+@pytest.mark.parametrize(
+    ("machine", "limit", "words"),
+    [
+        (gpu(24, ram=8), None, "9,000 MiB of RAM, where 7,168 MiB can be used"),
+        (gpu(24, ram=64), 4, "9,000 MiB of RAM, where 4,096 MiB can be used"),
+        (gpu(24, ram=64), None, "30,000 MiB on GPU 24, where 24,576 MiB are free"),
+        (cpu(8), None, "30,000 MiB on a CPU, where 8,192 MiB are free"),
+    ],
+)
+def test_a_job_that_does_not_fit_names_the_memory_that_is_short(
+    machine: Any, limit: float | None, words: str
+) -> None:
+    needs: Any = SimpleNamespace(host_ram_mb=9000, peak_usage_mb=30_000)
+    nothing: Any = None
+    forecast = report.Forecast(
+        request=nothing, workload=nothing, system=machine, plan=None, estimate=needs
+    )
+    assert forecast.shortage(limit) == words

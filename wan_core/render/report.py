@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..config import GIB, GenerationConfig, StageReport, VideoGenerationResult
+from ..config import GIB, MIB, GenerationConfig, StageReport, VideoGenerationResult
 from ..errors import is_oom
 from ..forward import Surroundings
 from ..job import (
@@ -55,6 +55,17 @@ class Forecast:
     def warnings(self) -> tuple[str, ...]:
         """Return what the user should know before the run."""
         return (*self.estimate.warnings, *self.request.warnings)
+
+    def shortage(self, ram_limit_gb: float | None = None) -> str:
+        """Say how much of which memory the smallest way to run the job needs, and what is there."""
+        system, estimate = self.system, self.estimate
+        ram = system.usable_ram_bytes / MIB
+        if ram_limit_gb is not None:
+            ram = min(ram, ram_limit_gb * 1024)
+        if system.device_kind != "cpu" and estimate.host_ram_mb > ram:
+            return f"{estimate.host_ram_mb:,.0f} MiB of RAM, where {ram:,.0f} MiB can be used"
+        where, free = system.device_name, system.device_free_bytes / MIB
+        return f"{estimate.peak_usage_mb:,.0f} MiB on {where}, where {free:,.0f} MiB are free"
 
 
 def workload_of(request: Request, config: GenerationConfig, model: ModelArchitecture) -> Workload:

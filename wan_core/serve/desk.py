@@ -276,12 +276,11 @@ class Desk:
             f"size {best.size[0]}x{best.size[1]}" if best.size else "",
             f"extra_params.max_chunk_size {best.windows[0]}" if best.windows else "",
         ]
-        needed, system = forecast.estimate.peak_usage_mb, forecast.system
-        free = system.device_free_bytes / 2**20
         would = " or ".join(way for way in ways if way)
+        short = forecast.shortage(wrapper.optimization.ram_limit_gb)
         raise DoesNotFit(
-            f"The job needs {needed:,.0f} MiB on {system.device_name}, where {free:,.0f} MiB are "
-            f"free while nothing else runs. {f'What would fit: {would}.' if would else ''}".strip()
+            f"The job needs {short} while nothing else runs. "
+            f"{f'What would fit: {would}.' if would else ''}".strip()
         )
 
     def metrics(self) -> str:
