@@ -6,7 +6,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from support.machines import cpu, gpu
+from support.machines import cpu, gpu, stored_pair
 
 from wan_core.config import StageReport
 from wan_core.memory import Choices
@@ -62,3 +62,12 @@ def test_a_job_that_does_not_fit_names_the_memory_that_is_short(
         request=nothing, workload=nothing, system=machine, plan=None, estimate=needs
     )
     assert forecast.shortage(limit) == words
+
+
+def test_other_files_are_advised_only_where_there_are_smaller_ones() -> None:
+    def told(kind: str) -> str:
+        return report.out_of_ram(stored_pair(kind), "denoise_low", "no memory")
+
+    assert told("fp8").endswith("not the device's memory. Close other programs.")
+    assert told("fp32 encoder").endswith("programs, or take the text encoder in fp8 or GGUF.")
+    assert "the transformer and the text encoder and the transformer 2" in told("bf16")

@@ -298,6 +298,20 @@ class Timeline:
         return max(self._peak, resident_bytes())
 
 
+def out_of_ram(model: ModelArchitecture, stage: str, failure: str) -> str:
+    """Say that RAM ran out in a stage, and what may help: other files where there are smaller."""
+    larger = [
+        name.replace("_", " ")
+        for name, part in model.components.items()
+        if part.stored is not None and not part.stored.quantised
+    ]
+    other = f", or take the {' and the '.join(larger)} in fp8 or GGUF" if larger else ""
+    return (
+        f"RAM ran out in stage {stage} ({failure}), not the device's memory. "
+        f"Close other programs{other}."
+    )
+
+
 def beyond_fp16(frames: int | None) -> str:
     """Return the warning of a VAE that went on in bf16 after ``frames``; None: it encoded."""
     if frames is None:

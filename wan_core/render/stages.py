@@ -47,6 +47,7 @@ from .report import (
     device_fill,
     kernels_noted,
     kind_of_storage,
+    out_of_ram,
     spilled,
 )
 
@@ -434,11 +435,7 @@ class StageRunner:
             what = f"{dropped} components that were not in use were dropped from RAM"
         else:
             needed = {s.name: s.host_bytes for s in self.plan.estimate.stages}.get(stage)
-            raise DoesNotFit(
-                f"RAM ran out in stage {stage} ({failure}), not the device's memory. Close other "
-                "programs, or take this model and its text encoder in fp8 or GGUF.",
-                needed_bytes=needed,
-            )
+            raise DoesNotFit(out_of_ram(self.architecture, stage, failure), needed_bytes=needed)
         self.say_once(f"RAM ran out in stage {stage} ({failure}); {what}, and the run went on.")
         self.callbacks.tell(self.result.warnings)
 
