@@ -135,6 +135,23 @@ def test_a_camera_of_another_size_or_length_is_fitted_and_it_is_said() -> None:
             assert torch.equal(found, rays[:, :, :3])
 
 
+def test_an_end_that_is_cut_off_is_said() -> None:
+    picture = torch.zeros(16, 16, 3)
+    ends = (
+        {"image": picture, "last_image": picture},
+        {"image": picture, "control": WanControl(keyframes=picture[None], positions="-1")},
+        {"control": WanControl(keyframes=torch.zeros(2, 16, 16, 3))},
+    )
+    for end in ends:
+        for frames, cut in ((30, True), (33, False)):
+            config = GenerationConfig(prompt="x", num_frames=frames, **end)
+            said = resolve(config, architecture("wan2.2-i2v-a14b")).warnings
+            assert any("not among the 30 returned" in text for text in said) == cut
+    config = GenerationConfig(prompt="x", num_frames=30, image=picture)
+    said = resolve(config, architecture("wan2.2-i2v-a14b")).warnings
+    assert not any("not among" in text for text in said)
+
+
 def test_a_mask_of_no_video_is_said_to_keep_grey() -> None:
     from wan_core.job import check_inputs
 

@@ -347,22 +347,21 @@ def _positions(
             )
         return ()
     count = shape_of("keyframes", control.keyframes, 4)[0]
-    given = _numbers(control.positions)
-    if not given:
-        given = _spread(config, count, made)
-        if len(set(given)) < count:
-            raise InvalidRequest(
-                f"control.keyframes has {count} pictures, and the clip {made} frames, a start and "
-                "an end image among them. Give fewer, or make the clip longer.",
-                field="control.keyframes",
-            )
+    asked = _numbers(control.positions)
+    given = asked or _spread(config, count, made)
+    if not asked and len(set(given)) < count:
+        raise InvalidRequest(
+            f"control.keyframes has {count} pictures, and the clip {made} frames, a start and "
+            "an end image among them. Give fewer, or make the clip longer.",
+            field="control.keyframes",
+        )
     if len(given) != count:
         raise InvalidRequest(
             f"control.positions has {len(given)} numbers for {count} keyframes. Give one for each, "
             "or none to spread them evenly.",
             field="control.positions",
         )
-    found = [_place(one, wanted, made) for one in given]
+    found = [_place(one, wanted, made) for one in asked] or given
     found += [0] if config.image is not None else []
     found += [made - 1] if config.last_image is not None else []
     twice = next((one for one in found if found.count(one) > 1), None)

@@ -140,6 +140,7 @@ def resolve(
     num_frames = _made_frames(config, frames, warnings)
     control, said = resolve_control(config, architecture, wanted=frames, made=num_frames)
     warnings += said
+    warnings += _end_notes(config, control, frames, num_frames)
     multiple = architecture.size_multiple
     width = _size(config.width, "width", multiple, warnings)
     height = _size(config.height, "height", multiple, warnings)
@@ -201,6 +202,18 @@ def _made_frames(config: GenerationConfig, frames: int, warnings: list[str]) -> 
             f"num_frames is {frames} with a last_image; 5 or more are needed.", field="num_frames"
         )
     return made
+
+
+def _end_notes(
+    config: GenerationConfig, control: ControlRequest | None, wanted: int, made: int
+) -> Iterator[str]:
+    """Say of a picture for the last frame that is made that the clip is cut before it."""
+    at_the_end = control is not None and made - 1 in control.positions
+    if wanted != made and (at_the_end or config.last_image is not None):
+        yield (
+            f"The end picture is frame {made - 1} of those made, and not among the {wanted} "
+            f"returned. Set num_frames to {made} to see it."
+        )
 
 
 def _windowing(
