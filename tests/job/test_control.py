@@ -152,6 +152,26 @@ def test_an_end_that_is_cut_off_is_said() -> None:
     assert not any("not among" in text for text in said)
 
 
+def test_paths_of_the_frames_asked_for_are_enough() -> None:
+    """What is made beyond them is cut off; videos and masks are taken alike."""
+    from wan_core.job import check_inputs
+
+    model = architecture("wan2.1-i2v-14b")
+    for frames in (30, 33):
+        config = GenerationConfig(
+            prompt="x", num_frames=frames, image=torch.zeros(16, 16, 3), width=16, height=16,
+            control=WanControl(tracks={"track_path": torch.rand(30, 2, 2)}),
+        )  # fmt: skip
+        if frames == 33:
+            with pytest.raises(InvalidRequest, match="has 30 frames, 3 fewer than the clip's 33"):
+                check_inputs(config, resolve(config, model), model)
+            continue
+        inputs = check_inputs(config, resolve(config, model), model)
+        assert inputs.control is not None and inputs.control.tracks is not None
+        found = inputs.control.tracks
+        assert len(found) == 33 and torch.equal(found[30:], found[29:30].expand(3, -1, -1))
+
+
 def test_a_mask_of_no_video_is_said_to_keep_grey() -> None:
     from wan_core.job import check_inputs
 

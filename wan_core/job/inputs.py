@@ -107,7 +107,8 @@ def check_inputs(
     control = None
     if request.control is not None:
         control, said = check_control(
-            config, request.control, pictures, made=request.num_frames,
+            config, request.control, pictures, wanted=request.wanted_frames,
+            made=request.num_frames,
             size=(request.width, request.height), face=face_size(architecture),
         )  # fmt: skip
         warnings += said

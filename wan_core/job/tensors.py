@@ -159,15 +159,16 @@ def check_control(
     request: ControlRequest,
     pictures: Mapping[str, Picture],
     *,
+    wanted: int,
     made: int,
     size: tuple[int, int],
     face: tuple[int, int],
 ) -> tuple[ControlInputs, list[str]]:
     """Check the values of a job's control and return its tensors, and warnings.
 
-    ``pictures`` holds the start and the end image as far as they were given, ``size`` is the clip's
-    (width, height) and ``face`` that of a face's crops. No tensor is copied that has its form
-    already.
+    ``pictures`` holds the start and the end image as far as they were given. ``wanted`` frames were
+    asked for and ``made`` are made; ``size`` is their (width, height) and ``face`` that of a face's
+    crops. No tensor is copied that has its form already.
     """
     control = control_of(config)
     assert control is not None
@@ -188,10 +189,10 @@ def check_control(
                 "grey there. Give the video that the mask is for, or leave the mask out."
             )
     characters: dict[str, Tensor] = {}
-    for name, wanted in (("face_video", face), ("background_video", size)):
+    for name, fits in (("face_video", face), ("background_video", size)):
         if getattr(control, name) is not None:
             characters[name] = found = _pixels(name, getattr(control, name))
-            warnings += _resized(name, (found.shape[2], found.shape[1]), wanted)
+            warnings += _resized(name, (found.shape[2], found.shape[1]), fits)
     keyframes: list[tuple[int, Picture]] = []
     if control.keyframes is not None:
         many = _each("keyframes", control.keyframes)
@@ -209,7 +210,7 @@ def check_control(
         references=references,
         keyframes=tuple(keyframes),
         camera=None if control.camera is None else _camera(control.camera, made, size, warnings),
-        tracks=_tracks(control.tracks, request.tracks, made),
+        tracks=_tracks(control.tracks, request.tracks, wanted, made),
         **characters,
     ), warnings
 
@@ -327,8 +328,11 @@ _TRACK_POINTS: Final = 121
 """Points of a track in time, as ATI was trained with: 5 s at 24 frames a second, and the first."""
 
 
-def _tracks(value: Any, kind: str, made: int) -> Tensor | None:
-    """Return tracks as (points of time, tracks, 3): x, y, seen. Raises InvalidRequest."""
+def _tracks(value: Any, kind: str, wanted: int, made: int) -> Tensor | None:
+    """Return tracks as (points of time, tracks, 3): x, y, seen. Raises InvalidRequest.
+
+    Paths of as many frames as are ``wanted`` stand still in those that are made beyond.
+    """
     import torch
 
     if not kind:
@@ -346,13 +350,14 @@ def _tracks(value: Any, kind: str, made: int) -> Tensor | None:
                 f"{tuple(seen.shape)}; (frames, tracks, 2) and (frames, tracks) are needed.",
                 field="control.tracks",
             )
-        found = torch.cat([path, seen.unsqueeze(-1)], dim=-1)[:made]
-        if len(found) < made:
+        found = torch.cat([path, seen.unsqueeze(-1)], dim=-1)
+        if len(found) < wanted:
             raise InvalidRequest(
-                f"control.tracks has {len(found)} frames, {made - len(found)} fewer than the "
-                f"clip's {made}. Make the tracks longer, or the clip shorter.",
+                f"control.tracks has {len(found)} frames, {wanted - len(found)} fewer than the "
+                f"clip's {wanted}. Make the tracks longer, or the clip shorter.",
                 field="control.tracks",
             )
+        found = _padded(found, made)
     return _finite(found, "control.tracks")
 
 
