@@ -134,7 +134,9 @@ def test_a_path_carries_its_feature() -> None:
 
 def test_a_path_that_is_hidden_or_outside_carries_nothing() -> None:
     given = condition(3, 4, 8)
-    for x, y, seen in ((-1.0, 5.0, 1.0), (64.0, 5.0, 1.0), (5.0, 32.0, 1.0), (5.0, 5.0, 0.0)):
+    far = ((1e30, 5.0, 1.0), (5.0, -1e30, 1.0))  # beyond every whole number
+    near = ((-1.0, 5.0, 1.0), (64.0, 5.0, 1.0), (5.0, 32.0, 1.0), (5.0, 5.0, 0.0))
+    for x, y, seen in (*near, *far):
         tracks = torch.tensor([x, y, seen]).expand(9, 1, 3)
         assert torch.equal(by_paths(given, tracks, 8), given)
     late = torch.tensor([9.0, 9.0, 1.0]).repeat(9, 1, 1)

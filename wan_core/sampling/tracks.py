@@ -82,9 +82,11 @@ def by_paths(condition: Tensor, tracks: Tensor, scale: int) -> Tensor:
     frames, rows, columns = latents.shape[1:]
     first = latents[:, 0].clone()
     sampled = tracks[::4].to(latents.device)
-    cells = torch.div(sampled[..., :2], scale, rounding_mode="floor").long()
-    inside = (sampled[..., :2] >= 0).all(-1) & (cells[..., 0] < columns) & (cells[..., 1] < rows)
-    seen = (sampled[..., 2] > 0) & inside
+    places = sampled[..., :2]
+    ends = torch.tensor([columns, rows], device=places.device) * scale
+    seen = (sampled[..., 2] > 0) & ((places >= 0) & (places < ends)).all(-1)
+    # Only of those inside: of a number beyond its range no whole one can be told.
+    cells = torch.div(places, scale, rounding_mode="floor").long()
     for index in range(1, min(frames, len(sampled))):
         for track in (seen[index] & seen[0]).nonzero().flatten().tolist():
             (x, y), (from_x, from_y) = cells[index, track].tolist(), cells[0, track].tolist()
