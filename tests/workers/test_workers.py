@@ -670,6 +670,7 @@ def test_what_a_worker_sees_of_the_environment() -> None:
     seen = environment("cuda:1", {"CUDA_VISIBLE_DEVICES": "4, 6", "GLOO_SOCKET_IFNAME": "eth0"})
     assert seen["CUDA_VISIBLE_DEVICES"] == "6" and seen["GLOO_SOCKET_IFNAME"] == "lo"
     assert seen["NCCL_SOCKET_IFNAME"] == "lo" and seen["NCCL_NVLS_ENABLE"] == "0"
+    assert seen["TORCH_NCCL_HIGH_PRIORITY"] == seen["TORCH_NCCL_AVOID_RECORD_STREAMS"] == "1"
     assert environment("cpu", {"NCCL_NVLS_ENABLE": "1"})["NCCL_NVLS_ENABLE"] == "1"
 
 
