@@ -25,6 +25,7 @@ from support.tiny_models import make_folder
 
 from wan_core import VideoGenerationResult
 from wan_core.__main__ import _parser, main
+from wan_core.config import demo_model
 from wan_core.errors import CorruptFile
 
 ROOT = Path(__file__).parents[1]
@@ -89,6 +90,9 @@ def test_inspect_names_a_part_for_what_it_is(model: Path, capsys: Any) -> None:
     assert code == 0 and "VAE" in out
     code, out, _ = run(capsys, "inspect", model / "text_encoder", "--json")
     assert code == 0 and json.loads(out)["kind"] == "text_encoder"
+    # Beside the models that ship along lies a file that is none.
+    code, _, err = run(capsys, "inspect", demo_model().parent)
+    assert code == 1 and "is no model itself; it holds the models" in err
 
 
 def test_estimate_has_its_peak_at_the_top_level(model: Path, capsys: Any) -> None:

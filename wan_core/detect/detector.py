@@ -56,10 +56,13 @@ class ArchitectureDetector:
 def inspect_file(path: str | os.PathLike[str]) -> IdentifiedFile:
     """Say what one file, index or component folder of weights is: a transformer, a VAE, a LoRA …
 
-    Raises as ``read_table`` does, and as ``identify`` and the config checks do.
+    Raises as ``read_table`` does, and as ``identify`` and the config checks do; MissingFile for a
+    folder that holds models, and beside them a file of something else.
     """
     part = identify(read_table(path))
     file = Path(path) / "config.json"
+    if part.kind == "other" and Path(path).is_dir():
+        _refuse_shelf(Path(path))
     if not file.is_file():
         return part
     config = read_json(file)
