@@ -294,8 +294,9 @@ def _named(repository: str, endpoint: str | None, file: str = "") -> Iterator[No
         if getattr(err, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
             raise OutputError(f"{what} cannot be written: {text}.") from err
         raise DownloadError(
-            f"{what} could not be fetched from {endpoint or 'https://huggingface.co'}: {text} "
-            "What has arrived is kept. Check the connection and give the same command again."
+            f"{what} could not be fetched from {endpoint or 'https://huggingface.co'}: "
+            f"{text.rstrip('.')}. What has arrived is kept. Check the connection and give the same "
+            "command again."
         ) from err
 
 
