@@ -97,7 +97,7 @@ class _Converter:
         """Put our nodes in the place of the sampler; raises Unlike before anything is changed."""
         chain = self.samplers.chain(last)
         frame = self._frame(chain[0])
-        models = [self.samplers.model(node) for node in chain]
+        models = [self.samplers.model(node, frame) for node in chain]
         two = len(chain) == 2
         values = self.samplers.settings(chain, models)
         texts = self._texts(chain[0], frame)
@@ -231,15 +231,26 @@ class _Converter:
         for name in ("clip_vision_output", "clip_vision_start_image"):
             at = self._prompt.source(frame, name)
             if at is not None and self._prompt.kind(at[0]) == "CLIPVisionEncode":
-                if self._prompt.value(at[0], "crop") == "none":
-                    self.say(
-                        f"Node {at[0]} shows the image encoder the whole picture, squeezed; here "
-                        "it sees the middle of it."
-                    )
+                self._say_seen(frame, at[0])
                 file = self._prompt.source(at[0], "clip_vision")
                 if file is not None and self._prompt.kind(file[0]) == "CLIPVisionLoader":
                     return str(self._prompt.value(file[0], "clip_name"))
         return None
+
+    def _say_seen(self, frame: str, encode: str) -> None:
+        """Say where a native image encoder sees something else than ours, the clip's picture."""
+        if self._prompt.value(encode, "crop") == "none":
+            self.say(
+                f"Node {encode} shows the image encoder the whole picture, squeezed; here it sees "
+                "the middle of it."
+            )
+        seen = self._prompt.source(encode, "image")
+        given = [self._prompt.source(frame, name) for name in PICTURES[self._prompt.kind(frame)]]
+        if seen is not None and seen not in given:
+            self.say(
+                f"Node {encode} shows the image encoder what node {seen[0]} gives; here it sees "
+                "the start image or the reference."
+            )
 
     def _sizes(self, frame: str) -> dict[str, Any]:
         for text in left_out(self._prompt, frame):
@@ -293,15 +304,23 @@ class _Converter:
         A decoder with another VAE than ours, as for transparency, stays and decodes our latents.
         """
         inputs = self._out[sampler]["inputs"]
-        for node in self._after(last, ("TrimVideoLatent",)):
+        trimmed = self._trimmed(last)
+        for node in trimmed:
             for user, name, _ in self._prompt.users(node):
-                kind = self._prompt.kind(user)
-                if kind == "TrimVideoLatent" or (kind in _DECODERS and self._is_ours(user, vae)):
+                ours = self._prompt.kind(user) in _DECODERS and self._is_ours(user, vae)
+                if user in trimmed or ours:
                     continue
                 self._out[user]["inputs"][name] = [sampler, LATENT]
             for decoder in self._after(node, _DECODERS)[1:]:
                 if self._is_ours(decoder, vae):
                     self._use_pictures(decoder, sampler, inputs)
+
+    def _trimmed(self, last: str) -> list[str]:
+        """Return a sampler and what only cuts off its references, which ours does not give."""
+        found = self._after(last, ("TrimVideoLatent",))
+        cuts = {node: self._prompt.source(node, "trim_amount") for node in found[1:]}
+        kept = [node for node, cut in cuts.items() if cut and self._prompt.kind(cut[0]) in PICTURES]
+        return [last, *kept]
 
     def _is_ours(self, decoder: str, vae: str | None) -> bool:
         return self._vae_file(decoder) in (None, vae)
@@ -319,6 +338,8 @@ class _Converter:
                 inputs["fps"] = self._rates.setdefault(sampler, fps)
             if fps is not None and inputs["fps"] != fps:
                 self.say(f"fps {fps} of node {user} is left out: one rate for all its videos.")
+            if self._prompt.value(user, "bit_depth") == 10:
+                inputs["pix_fmt"] = "yuv420p10le"
             audio = self._prompt.source(user, "audio")
             if audio is not None:
                 inputs["audio"] = list(audio)

@@ -46,7 +46,7 @@ _CROPPED: Final = (
 """Inputs of ours whose pictures ComfyUI's nodes crop to the clip's proportions."""
 _USUAL: Final[dict[str, object]] = {
     "temperature": 220, "topk": 2, "pose_start_percent": 0, "pose_end_percent": 1,
-    "reference_image_strength": 1,
+    "reference_image_strength": 1, "strength": 1,
 }  # fmt: skip
 """Inputs whose other values have nothing here that stands for them."""
 _SEGMENT: Final = {"WanAnimateToVideo": 77, "WanAnimate2ToVideo": 81}
@@ -76,7 +76,8 @@ def left_out(prompt: Prompt, node: str) -> Iterator[str]:
     if prompt.value(node, "batch_size") not in (None, 1):
         yield f"batch_size of node {node} is left out: one clip is made."
     for name, usual in _USUAL.items():
-        if (given := prompt.value(node, name)) not in (None, usual):
+        given = None if name in PICTURES[prompt.kind(node)] else prompt.value(node, name)
+        if given not in (None, usual):
             yield f"{name} {given} of node {node} is left out: here it is {usual}."
     if prompt.source(node, "positive_pose") is not None:
         yield (

@@ -35,8 +35,8 @@ _LOADERS = ("UNETLoader", "UnetLoaderGGUF", "CheckpointLoaderSimple")
 """Those that say nothing else that matters here, but for a weight_dtype."""
 _PLANNED = {"WanAnimate2Cache": "what is kept of the driving stream is the plan's choice."}
 """Nodes that change a native model, and what stands for them here."""
-_NATIVE_SHIFT = 8.0
-"""What ComfyUI takes for a Wan model without a ModelSamplingSD3."""
+_NATIVE_SHIFT = {"WanAnimate2ToVideo": 5.0}
+"""What ComfyUI takes for a model without a ModelSamplingSD3, by the node it is made for; else 8."""
 
 
 class Unlike(Exception):
@@ -49,7 +49,7 @@ class Model:
 
     file: str
     loras: list[tuple[str, float]] = field(default_factory=list)
-    shift: float = _NATIVE_SHIFT
+    shift: float = 8.0
     nodes: list[str] = field(default_factory=list)
 
 
@@ -136,8 +136,11 @@ class Samplers:
         return found
 
     # -- the model --------------------------------------------------------------------------------
-    def model(self, node: str) -> Model:
-        """Return the file, the LoRAs and the shift that a sampler's model comes with."""
+    def model(self, node: str, frame: str) -> Model:
+        """Return the file, the LoRAs and the shift that a sampler's model comes with.
+
+        ``frame`` is the node that gives its latents.
+        """
         found = Model("")
         at = self._prompt.source(self.at(node, "model"), "model")
         while at is not None and at[0] not in found.nodes:
@@ -152,7 +155,7 @@ class Samplers:
                 self._leave_out(name)
         if not found.file:
             raise Unlike("its model does not come from a model file.")
-        found.shift = self._shift(node)
+        found.shift = self._shift(node) or _NATIVE_SHIFT.get(self._prompt.kind(frame), 8.0)
         return found
 
     def _file(self, node: str) -> str | None:
@@ -192,15 +195,15 @@ class Samplers:
             why = "put a Wan LoRA in for each of its LoRAs."
         self._say(f"Node {node} ({kind}) is left out: {why}")
 
-    def _shift(self, node: str) -> float:
-        """Return the flow shift of the steps: that of the model which their node is given."""
+    def _shift(self, node: str) -> float | None:
+        """Return the flow shift of the steps, which the model given to their node has, or None."""
         at, seen = self._prompt.source(self.at(node, "steps"), "model"), set[str]()
         while at is not None and at[0] not in seen:
             if self._prompt.kind(at[0]) == "ModelSamplingSD3":
                 return self._own(at[0], "shift")
             seen.add(at[0])
             at = self._prompt.source(at[0], "model")
-        return _NATIVE_SHIFT
+        return None
 
     # -- settings ---------------------------------------------------------------------------------
     def settings(self, chain: list[str], models: list[Model]) -> dict[str, Any]:
@@ -260,11 +263,15 @@ class Samplers:
         steps, start, end = (
             get(first, "steps"), get(first, "start_at_step"), get(last, "end_at_step"),
         )  # fmt: skip
-        if start not in (None, 0) or (end is not None and end < get(last, "steps")):
+        whole = get(last, "steps") or steps
+        if start not in (None, 0) or (end is not None and end < whole):
             here = f"node {first}" if len(chain) == 1 else f"nodes {first} and {last}"
             self._say(f"All {steps} steps are made; {here} make those from {start} to {end}.")
         if get(first, "add_noise") in ("disable", False):
             self._say(f"The clip begins with noise; node {first} takes its latents as they are.")
+        for node in chain[:-1]:
+            if get(node, "return_with_leftover_noise") == "disable":
+                self._say(f"The noise that node {node} takes away between the samplers stays.")
         for node in chain[1:]:
             if get(node, "add_noise") in ("enable", True):
                 self._say(f"The noise that node {node} adds between the samplers is left out.")

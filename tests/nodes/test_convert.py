@@ -358,7 +358,7 @@ def test_animate_2_with_a_sampler_in_pieces(pack: ModuleType) -> None:
     sampler = only(found, "WanGenerate")
     wanted = {
         "steps": 10, "guidance_scale": 1.0, "scheduler": "lcm", "seed": 11, "num_frames": 81,
-        "width": ["85", 0], "fps": ["72", 2], "sigma_schedule": "simple",
+        "width": ["85", 0], "fps": ["72", 2], "sigma_schedule": "simple", "flow_shift": 8.0,
     }  # fmt: skip
     assert {name: sampler[name] for name in wanted} == wanted
     assert only(found, "SaveVideo")["video"] == [found.new[-1], 1]
@@ -366,6 +366,15 @@ def test_animate_2_with_a_sampler_in_pieces(pack: ModuleType) -> None:
     assert not kinds & {"CreateVideo", "ComfySwitchNode", "ImageFromBatch", "BatchImagesNode"}
     (cache,) = found.left
     assert "WanAnimate2Cache" in cache and "the plan's choice" in cache
+
+
+def test_animate_2_without_a_shift_has_the_one_of_its_model(pack: ModuleType) -> None:
+    """In the template the scheduler's model comes without the ModelSamplingSD3 of the sampler's."""
+    nodes = driven()
+    nodes["84"]["inputs"]["model"] = ["36", 0]
+    nodes["3"]["inputs"]["model"] = ["48", 0]
+    nodes["48"]["inputs"]["model"] = ["84", 0]
+    assert only(converted(pack, nodes), "WanGenerate")["flow_shift"] == 5.0
 
 
 def test_of_animate_2_nothing_is_dropped_in_silence(pack: ModuleType) -> None:
@@ -513,6 +522,71 @@ def test_words_with_weights_stay_with_the_encoder_that_knows_them(pack: ModuleTy
     assert "weights the words in brackets" in found.left[0]
     nodes["6"]["inputs"]["text"] = "a fox :) and a line of a list 2)"
     assert only(converted(pack, nodes), "WanGenerate")["prompt"].startswith("a fox :)")
+
+
+HARMLESS = {
+    ("CLIPLoader", "device"), ("LoraLoader", "strength_clip"),
+    ("KSamplerAdvanced", "noise_seed"),  # of the second one, which adds no noise
+    ("KSamplerAdvanced", "end_at_step"),  # of the second one, beyond the steps
+    ("KSamplerAdvanced", "return_with_leftover_noise"),  # of the second one, which leaves none
+}  # fmt: skip
+"""Settings of nodes that go which change no clip."""
+
+
+def other(value: Any) -> Any:
+    """Return another value of the same kind."""
+    choices = {"enable": "disable", "disable": "enable"}
+    if isinstance(value, bool):
+        return not value
+    return choices.get(value, value + "x") if isinstance(value, str) else value + 4
+
+
+@pytest.mark.parametrize("builder", ["one", "two", "vace", "in pieces", "move"])
+def test_each_setting_of_a_node_that_goes_is_taken_over_or_spoken_of(
+    pack: ModuleType, builder: str
+) -> None:
+    nodes = {"two": two_samplers, "in pieces": in_pieces}.get(builder, one_sampler)()
+    size = {"width": 480, "height": 480, "length": 81, "batch_size": 1, "strength": 1.0}
+    kind = {"vace": "WanVaceToVideo", "move": "WanMoveTrackToVideo"}.get(builder)
+    if kind is not None:
+        texts = {"positive": ["6", 0], "negative": ["7", 0], "vae": ["39", 0]}
+        nodes["40"] = node(kind, **size, **texts)
+        nodes["3"]["inputs"] |= {name: ["40", slot] for slot, name in
+                                 enumerate(("positive", "negative", "latent_image"))}  # fmt: skip
+    if builder == "in pieces":  # with one shift, not with one that the steps are not made by
+        nodes["61"]["inputs"]["model"] = nodes.pop("60") and ["48", 0]
+    for name, one in nodes.items():
+        if one["class_type"] == "KSamplerAdvanced":
+            left = "enable" if name == "129:86" else "disable"
+            one["inputs"]["return_with_leftover_noise"] = left
+    before = converted(pack, nodes)
+    assert before.new and before.left == []
+    for name in before.removed:
+        for setting, value in nodes[name]["inputs"].items():
+            asked = (nodes[name]["class_type"], setting)
+            if isinstance(value, list) or asked in HARMLESS and name not in ("129:86", "3"):
+                continue
+            changed = {key: node(at["class_type"], **at["inputs"]) for key, at in nodes.items()}
+            changed[name]["inputs"][setting] = other(value)
+            after = converted(pack, changed)
+            # A switch that is off has a side that nothing is taken of.
+            unused = builder == "two" and name.endswith("0") and name != "129:90"
+            assert (after.prompt, after.left) != (before.prompt, before.left) or unused, asked
+
+
+def test_a_trim_of_the_users_own_stays(pack: ModuleType) -> None:
+    nodes = one_sampler(**{"58": node("TrimVideoLatent", samples=["3", 0], trim_amount=2)})
+    nodes["8"]["inputs"]["samples"] = ["58", 0]
+    found = converted(pack, nodes)
+    assert only(found, "TrimVideoLatent") == {"samples": [found.new[-1], 2], "trim_amount": 2}
+    assert only(found, "VAEDecode")["samples"] == ["58", 0] and "49" in found.prompt
+
+
+def test_the_image_encoder_s_own_picture_is_spoken_of(pack: ModuleType) -> None:
+    nodes = animated()
+    nodes["80"]["inputs"] |= {"image": ["99", 0], "crop": "none"}
+    left = "\n".join(converted(pack, nodes | {"99": node("LoadImage")}).left)
+    assert "what node 99 gives" in left and "squeezed" in left
 
 
 @pytest.mark.parametrize("length", [1, 77, 78, 80, 81])
