@@ -297,6 +297,7 @@ CASES = [
                   sound(torch.zeros(1, 400), "fast"), sound(torch.zeros(400)),
                   sound(torch.zeros(3, 400)), sound(torch.zeros(1, 0)), sound("sound"),
                   sound(torch.zeros((1, 400), dtype=torch.int16)),
+                  sound(torch.full((1, 400), -20_000.0)), sound(torch.full((2, 400), 1e30)),
                   {"audio": torch.zeros(1, 400), "output_path": "out.mp4"})),
     *(Case("output_metadata", job={"output_metadata": bad, "output_path": "out.mp4"})
       for bad in ({"a": {"b": 1}}, {1: "a"}, {"a": None}, {"a": "half \ud83d"}, {"a": "b\0c"},

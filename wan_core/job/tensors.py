@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 CAMERA_CHANNELS: Final = 24
 """Channels of a camera's rays: moment and direction, three numbers each, of four frames."""
+_LOUDEST: Final = 8.0
+"""Sound beyond this has another scale: mixes overshoot 1, and are clipped, by less."""
 _STRETCHED: Final = 0.02
 """Proportions that differ by more than this are said to be stretched."""
 
@@ -116,7 +118,15 @@ def check_embeds(given: Any, name: str, text_dim: int, batch_size: int) -> Tenso
 def check_audio(audio: Any) -> tuple[Tensor, int]:
     """Return (waveform (channels, samples) of floats, samples per second)."""
     rate = audio_rate(audio)
-    return _finite(_floats(audio[0], "audio"), "audio"), rate
+    sound = _finite(_floats(audio[0], "audio"), "audio")
+    peak = float(sound.abs().amax()) if sound.numel() else 0.0
+    if peak > _LOUDEST:
+        raise InvalidRequest(
+            f"audio holds values up to {peak:.6g}; floats are -1 to 1. Divide it by 32768 if it "
+            "has the range of 16 bits.",
+            field="audio",
+        )
+    return sound, rate
 
 
 def _floats(value: Any, name: str) -> Tensor:
