@@ -12,6 +12,7 @@ import pytest
 from support.as_pack import ROOT
 from support.comfy_schemas import help_names, schemas
 
+from wan_core import __main__ as command
 from wan_core import arguments, config, job, plan, preferences
 from wan_core.config import GenerationConfig, WanControl
 from wan_core.formats.gguf import GGML_TYPES
@@ -89,6 +90,7 @@ def test_what_the_command_line_is_given_reaches_the_job() -> None:
         for node in ast.walk(tree)
         if isinstance(node, ast.Attribute) and getattr(node.value, "id", "") == "arguments"
     }
+    read |= {*command._JOB, *command._PLAN}  # handed on by these names
     groups = (arguments.add_size, arguments.add_job, arguments.add_plan)
     assert options(*groups) <= read
     loose = {f"control_{f.name}" for f in fields(WanControl)} - read
