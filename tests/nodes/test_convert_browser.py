@@ -164,13 +164,13 @@ def parity_files(folder: Path, family: str) -> tuple[str, str]:
     return names[0], names[1]
 
 
-@pytest.mark.parametrize("case", ["two", "one", "picture"])
+@pytest.mark.parametrize("case", ["two", "one", "pieces", "picture"])
 def test_the_converted_prompt_makes_the_latents_of_the_native_one(
     server: ComfyServer, case: str
 ) -> None:
-    """Two experts with euler, one model with a solver of several steps, or a start image of other
-    proportions than the clip for two experts."""
-    two = case != "one"
+    """Two experts with euler, one model with a solver of several steps or with a sampler in pieces,
+    or a start image of other proportions than the clip for two experts."""
+    two = case not in ("one", "pieces")
     models = server.base / "models"
     for folder in ("diffusion_models", "vae"):
         (models / folder).mkdir(exist_ok=True)
@@ -208,6 +208,25 @@ def test_the_converted_prompt_makes_the_latents_of_the_native_one(
         whole = {"seed": 5, "denoise": 1.0, "model": ["3", 0], "latent_image": ["7", 0]}
         nodes["9"] = ("KSampler", {k: v for k, v in shared.items() if k != "noise_seed"} | whole)
         nodes = {name: one for name, one in nodes.items() if name not in ("2", "4", "8")}
+    if case == "pieces":  # the steps have the shift of their own model, and 11 frames are 9
+        guided = {"model": ["3", 0], "positive": ["5", 0], "negative": ["6", 0], "cfg": 3.5}
+        pieces = {
+            "noise": ["22", 0],
+            "guider": ["23", 0],
+            "sampler": ["21", 0],
+            "sigmas": ["20", 0],
+        }
+        nodes |= {
+            "7": ("EmptyHunyuanLatentVideo", size | {"length": 11}),
+            "9": ("SamplerCustomAdvanced", pieces | {"latent_image": ["7", 0]}),
+            "19": ("ModelSamplingSD3", {"model": ["1", 0], "shift": 9.0}),
+            "20": ("BasicScheduler", {
+                "model": ["19", 0], "scheduler": "simple", "steps": 6, "denoise": 1.0,
+            }),
+            "21": ("KSamplerSelect", {"sampler_name": "euler"}),
+            "22": ("RandomNoise", {"noise_seed": 5}),
+            "23": ("CFGGuider", guided),
+        }  # fmt: skip
     if case == "picture":
         picture = Image.effect_mandelbrot((90, 40), (-2, -1, 1, 1), 50).convert("RGB")
         picture.save(server.base / "input" / "wide.png")
