@@ -767,3 +767,22 @@ def test_a_plan_counts_a_held_card_as_it_will_be() -> None:
         assert [card.free_bytes for card in when_joined(cards)] == [70, 70, 60, 40]
     finally:
         hold_cards([])
+
+
+def test_a_worker_that_cannot_read_what_it_is_told_says_why_before_it_ends(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Memory that ran out for that leads to a smaller plan; a process that just ends is a death."""
+    from wan_core.workers import child
+
+    class Stream:
+        def read(self, *_: Any) -> bytes:
+            raise MemoryError
+
+        readinto = read
+
+    monkeypatch.setattr(child.os, "_exit", sys.exit)
+    with pytest.raises(SystemExit) as ended:
+        child._listen(Stream(), None)  # type: ignore[arg-type]
+    assert ended.value.code == 1
+    assert End(1, capsys.readouterr().err).out_of_ram

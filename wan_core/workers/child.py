@@ -383,6 +383,8 @@ def _listen(stream: BinaryIO, worker: Worker) -> None:
             if not worker.hears_now(message[0]):
                 worker.inbox.put(message)
         os._exit(0)
+    except Exception:  # noqa: BLE001 - by its last words the driver knows that memory ran out
+        traceback.print_exc()
     finally:
         os._exit(1)  # a worker that cannot hear would outlive its driver, and hold the card
 
