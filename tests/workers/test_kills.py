@@ -205,7 +205,9 @@ def test_a_rank_without_memory_leads_to_a_smaller_plan_within_seconds(
     close_workers()
     assert equal(found, whole) and time.monotonic() - begun < 150
     told = " ".join(found.warnings)
-    assert "Memory ran out in stage denoise" in told and "of cpu, cpu (workers 1 to 2)" in told
+    # In a unit it leads to a smaller plan; as the process reads what units need, to its end.
+    assert "cpu, cpu (workers 1 to 2)" in told
+    assert "Memory ran out in stage denoise" in told or "can't allocate memory" in told, told
 
 
 @pytest.mark.parametrize(("count", "seed"), [(2, 0), (2, 1), (4, 2), (4, 3)])
