@@ -46,8 +46,8 @@ SPELT = {
 }  # fmt: skip
 ADAPTER_NAMES = {
     "DoRA": (".dora_scale", ".lora_magnitude_vector", ".lora_magnitude_vector.default.weight"),
-    "LoKr": (".lokr_w1", ".lokr_w1_a", ".lokr_w2_b", ".lokr_t2"),
-    "LoHa": (".hada_w1_a", ".hada_t1"),
+    "LoKr with a Tucker core": (".lokr_t2",),
+    "LoHa with a Tucker core": (".hada_t1", ".hada_t2"),
     "OFT": (".oft_blocks", ".oft_diag", ".oft_R.default.weight", ".boft_R"),
     "GLoRA": (".a1.weight", ".b2.weight"),
     "LoCon with a middle matrix": (".lora_mid.weight",),

@@ -179,6 +179,68 @@ def test_every_style_equals_merged_weights(tmp_path: Path, style: str, family: s
         assert_close(ours, output(model, call), plain)
 
 
+def factors(kind: str, shape: tuple[int, ...], g: torch.Generator) -> dict[str, Tensor]:
+    """What LyCORIS saves of one layer; ``kind`` names what is saved as a product of two."""
+    out, wide = shape[0], torch.Size(shape[1:]).numel()
+    first, second = (
+        ((out, wide), (out, wide)) if kind == "loha" else ((2, 4), (out // 2, wide // 4))
+    )
+    found = {}
+    for name, size in (("w1", first), ("w2", second)):
+        if kind == "loha" or name in kind:
+            found[f"{name}_a"] = torch.randn(size[0], RANK, generator=g) * 0.4
+            found[f"{name}_b"] = torch.randn(RANK, size[1], generator=g) * 0.4
+        else:
+            kernel = (size[1] // 4, 1, 2, 2) if len(shape) > 2 and name == "w2" else size[1:]
+            found[name] = torch.randn(size[0], *kernel, generator=g) * 0.4
+    prefix = "hada" if kind == "loha" else "lokr"
+    return {f"{prefix}_{name}": value for name, value in found.items()}
+
+
+def change_of(tensors: dict[str, Tensor], alpha: float) -> Tensor:
+    """LyCORIS' formulas for the difference of a weight, in float64."""
+    values = {name.split("_", 1)[1]: tensor.double() for name, tensor in tensors.items()}
+    w1, w2 = (
+        values[w].flatten(1) if w in values else values[f"{w}_a"] @ values[f"{w}_b"]
+        for w in ("w1", "w2")
+    )
+    scale = alpha / RANK if any(name.endswith("_b") for name in values) else 1.0
+    return (torch.kron(w1, w2) if "lokr" in next(iter(tensors)) else w1 * w2) * scale
+
+
+@pytest.mark.parametrize("forward", ["diffusers", "lean", "by rows"])
+@pytest.mark.parametrize("kind", ["lokr", "lokr w2", "lokr w1 w2", "loha"])
+def test_factors_of_another_kind_equal_merged_weights(
+    tmp_path: Path, kind: str, forward: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """LoKr and LoHa, whole factors and products, a convolution's too, with a plain LoRA beside."""
+    monkeypatch.setattr("wan_core.sampling.lora._TOKENS", 7)
+    monkeypatch.setattr("wan_core.sampling.lora._ROWS", 5)
+    model = model_of("wan2.1-t2v", torch.float32)
+    call, g = inputs_of(model, torch.float32), torch.Generator().manual_seed(3)
+    plain, before = output(model, call), state(model)
+    tensors, changes = {}, {}
+    for name, layer in matrices(model).items():
+        made = factors(kind, tuple(layer.weight.shape), g)
+        stem = f"lycoris_{original(name).replace('.', '_')}"
+        tensors |= {f"{stem}.{end}": value for end, value in made.items()}
+        tensors[f"{stem}.alpha"] = torch.tensor(1.5)
+        changes[f"{name}.weight"] = 0.7 * change_of(made, 1.5)
+    beside, more = make_lora(model, "kijai", only="blocks.0")
+    paths = [saved(tmp_path / f"{n}.safetensors", one) for n, one in enumerate((tensors, beside))]
+    for name, change in more.items():
+        changes[name] = changes[name] + change.flatten(1)
+    loras = [WanLoRA(paths[0], strength=0.7), WanLoRA(paths[1])]
+    with FORWARDS[forward](model) as why_not, apply_loras(model, loras):
+        assert forward == "diffusers" or why_not is None
+        ours = output(model, call)
+    with torch.enable_grad(), apply_loras(model, loras):
+        assert_close(output(model, call).detach(), ours, plain, rel=5e-5)
+    assert state(model) == before and torch.equal(output(model, call), plain)
+    with merged(model, changes, 1.0):
+        assert_close(ours, output(model, call), plain, rel=5e-5)
+
+
 @pytest.mark.parametrize(
     "family", ["wan2.1-fun-control", "wan2.2-fun-camera-a14b", "wan2.2-animate", "wan2.1-vace"]
 )
@@ -506,8 +568,26 @@ REFUSED = {
     "dora": (PAIR | {f"{KEY}.dora_scale": torch.zeros(24)}, UnsupportedModel, "DoRA.*dora_scale"),
     "peft dora": (
         PAIR | {f"{KEY}.lora_magnitude_vector": torch.zeros(24)}, UnsupportedModel, "kind DoRA"),
-    "loha": ({f"{KEY}.hada_w1_a": torch.zeros(24, 2)}, UnsupportedModel, "kind LoHa"),
-    "lokr": ({f"{KEY}.lokr_w1": torch.zeros(2, 2)}, UnsupportedModel, "kind LoKr"),
+    "a core of loha": ({f"{KEY}.hada_t1": torch.zeros(2, 2, 1, 1)}, UnsupportedModel, "LoHa with"),
+    "a core of lokr": ({f"{KEY}.lokr_t2": torch.zeros(2, 2, 1, 1)}, UnsupportedModel, "LoKr with"),
+    "half of loha": (
+        {f"{KEY}.hada_w1_a": torch.zeros(24, 2)}, CorruptFile, "without its 'hada_w1_b'"),
+    "half of lokr": (
+        {f"{KEY}.lokr_w1": torch.zeros(2, 2)}, CorruptFile, "without its 'lokr_w2_a'"),
+    "lokr of another width": (
+        {f"{KEY}.lokr_w1": torch.zeros(2, 2), f"{KEY}.lokr_w2": torch.zeros(12, 13)},
+        ModelMismatch, r"needs factors that make \[24, 24\]; these are \[2, 2\] and \[12, 13\]"),
+    "loha of two widths": (
+        {f"{KEY}.hada_w{n}_a": torch.zeros(24, 2) for n in (1, 2)}
+        | {f"{KEY}.hada_w{n}_b": torch.zeros(2, 23 + n) for n in (1, 2)},
+        ModelMismatch, r"\[24, 24\] and \[24, 25\]"),
+    "lokr on a norm": (
+        {f"{KEY.replace('_attn.q', '_attn.norm_q')}.lokr_{w}": torch.zeros(2, 2)
+         for w in ("w1", "w2")},
+        ModelMismatch, "norm of width"),
+    "factors that do not meet": (
+        {f"{KEY}.lokr_w1": torch.zeros(2, 2), f"{KEY}.lokr_w2_a": torch.zeros(12, 2),
+         f"{KEY}.lokr_w2_b": torch.zeros(3, 12)}, CorruptFile, "cannot be multiplied"),
     "int8": (
         {k: v.to(torch.int8) for k, v in PAIR.items()}, UnsupportedModel, "stored as I8"),
     "width": (

@@ -13,12 +13,14 @@ from .folders import index_of, is_release
 from .identified import IdentifiedFile, identify
 from .lora_files import lora_list, parse_lora, with_loras
 from .lora_names import read_patches
-from .lora_patches import Patch
+from .lora_patches import HADAMARD, KRONECKER, Patch
 from .pairing import join_vace
 
 __all__ = [
     "ArchitectureDetector",
     "IdentifiedFile",
+    "HADAMARD",
+    "KRONECKER",
     "Patch",
     "find_companions",
     "identify",

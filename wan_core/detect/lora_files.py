@@ -171,7 +171,7 @@ def _given_before(found: FoundLora, others: Iterable[FoundLora]) -> list[str]:
 def _scaled_to_nothing(patches: LoraPatches) -> bool:
     """Whether all that a LoRA does is multiplied with 0; reads alphas until one is not."""
     for patch in patches.patches:
-        if patch.tensors.keys() & {"diff", "diff_bias"}:
+        if patch.tensors.keys() & {"diff", "diff_bias"} or not patch.rank:
             return False
         name = patch.tensors.get("alpha")
         if name is None:

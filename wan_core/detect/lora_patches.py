@@ -18,6 +18,10 @@ from ..models import TransformerShape
 
 PATCH_EMBEDDING: Final = "patch_embedding"
 _PAIR: Final = ("down", "up")
+KRONECKER: Final = ("lokr_w1", "lokr_w2")
+"""Roles of LoKr's two factors, each whole or as a product (``_a`` and ``_b``)."""
+HADAMARD: Final = ("hada_w1", "hada_w2")
+"""Roles of LoHa's two factors, which are always products."""
 
 
 @dataclass(slots=True)
@@ -26,13 +30,16 @@ class Patch:
 
     ``up @ down * alpha / rank + diff`` is added to the module's weight, and ``up_bias`` and
     ``diff_bias`` to its bias. Where ``target`` is a scale-shift table, ``diff`` is added to it.
+    LoKr adds ``kron(w1, w2) * scale`` and LoHa ``w1 * w2 * scale``, element by element, with w1 and
+    w2 whole or ``a @ b`` (LyCORIS; ``comfy/weight_adapter/lokr.py`` and ``loha.py``).
     """
 
     target: str
     """The diffusers name of the module, or of the table."""
     rank: int = 0
+    """0 where no factor is a product: then alpha says nothing."""
     tensors: dict[str, str] = field(default_factory=dict)
-    """Names of tensors by role: down, up, up_bias, alpha, diff, diff_bias."""
+    """Names of tensors by role, a key of ``models.ENDINGS``."""
     stated_scale: float | None = None
     """alpha / rank from the metadata, where no tensor holds alpha."""
 
@@ -80,7 +87,10 @@ class PatchCheck:
             return foreign
         if "down" in tensors or "up" in tensors or "up_bias" in tensors:
             self._check_pair()
-        elif "alpha" in tensors and len(tensors) == 1:
+        for factors in (KRONECKER, HADAMARD):
+            if any(role.startswith(factors) for role in tensors):
+                self._check_factors(*factors)
+        if "alpha" in tensors and len(tensors) == 1:
             raise CorruptFile(
                 f"{quoted(self.table.path)} has {tensors['alpha']!r} without the matrices it "
                 "scales. Download it again."
@@ -165,6 +175,44 @@ class PatchCheck:
             self._refuse("up", f"{self.weight[0]} rows")
         if not self._narrow("down") and math.prod(down[1:]) != math.prod(self.weight[1:]):
             self._refuse("down", f"{math.prod(self.weight[1:])} columns")
+
+    def _check_factors(self, first: str, second: str) -> None:
+        """Check LoKr's or LoHa's two factors with the weight, and set the rank."""
+        one, two = self._factor(first), self._factor(second)
+        rows, columns = self.weight[0], math.prod(self.weight[1:])
+        role = next(role for role in self.patch.tensors if role.startswith((first, second)))
+        if len(self.weight) < 2:
+            self._refuse(role, f"a norm of width {rows}")
+        pieces = one if first in KRONECKER else (1, 1)
+        made = (pieces[0] * two[0], pieces[1] * two[1])
+        if made != (rows, columns) or (first in HADAMARD and one != two):
+            self._refuse(
+                role, f"factors that make {[rows, columns]}; these are {list(one)} and {list(two)}"
+            )
+
+    def _factor(self, role: str) -> tuple[int, int]:
+        """Return the rows and columns of a factor that is whole, or a product of two matrices."""
+        tensors = self.patch.tensors
+        if role in tensors:
+            shape = self.table.tensors[tensors[role]].shape
+            if len(shape) < 2:
+                self._refuse(role, "a matrix")
+            return shape[0], math.prod(shape[1:])
+        halves = (f"{role}_a", f"{role}_b")
+        for half in halves:
+            if half not in tensors:
+                raise CorruptFile(
+                    f"{quoted(self.table.path)} has {self._name()} without its {half!r} matrix. "
+                    "Download it again."
+                )
+        a, b = (self.table.tensors[tensors[half]].shape for half in halves)
+        if len(a) != 2 or len(b) < 2 or a[1] != b[0] or b[0] < 1:
+            raise CorruptFile(
+                f"{tensors[halves[0]]!r} {list(a)} and {tensors[halves[1]]!r} {list(b)} of "
+                f"{quoted(self.table.path)} cannot be multiplied. Download it again."
+            )
+        self.patch.rank = b[0]
+        return a[0], math.prod(b[1:])
 
     def _flat(self, role: str) -> tuple[int, ...]:
         shape = self.table.tensors[self.patch.tensors[role]].shape

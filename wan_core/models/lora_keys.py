@@ -30,13 +30,20 @@ ENDINGS: Final = {
     "alpha": (r"\.alpha",),
     "diff": (r"\.diff", r"\.w_norm", r"\.diff_m"),
     "diff_bias": (r"\.diff_b", r"\.b_norm"),
+    **{
+        role: (rf"\.{role}",)
+        for role in (
+            "lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b",
+            "hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b",
+        )
+    },
 }  # fmt: skip
 """What a tensor does, and the endings of its name (regular expressions). Between ``lora_A`` and
 ``weight`` stands the name of the adapter: ``default``, ``default_0``, whatever PEFT was given."""
 ADAPTERS: Final = {
     "DoRA": r"\.dora_scale|\.lora_magnitude_vector(?:\..+)?",
-    "LoKr": r"\.lokr_\w+",
-    "LoHa": r"\.hada_\w+",
+    "LoKr with a Tucker core": r"\.lokr_t\w+",
+    "LoHa with a Tucker core": r"\.hada_t\w+",
     "OFT": r"\.b?oft_\w+(?:\..+)?",
     "GLoRA": r"\.[ab][12]\.weight",
     "LoCon with a middle matrix": r"\.lora_mid\.weight",
@@ -109,7 +116,7 @@ class LoraKey:
     stem: str
     """What it patches, as the file writes it."""
     role: str
-    """down, up, up_bias, alpha, diff or diff_bias; empty for another kind of adapter."""
+    """A key of ``ENDINGS``; empty for another kind of adapter."""
     adapter: str = ""
     """The kind of adapter it belongs to, a key of ``ADAPTERS``; empty for a plain LoRA."""
 

@@ -3,11 +3,12 @@
 No weight is changed. LoRAs therefore work on weights in fp8 or GGUF blocks like on any others, and
 after the ``with`` block every weight has the bits it had before. A layer that computes W x computes
 W x + B (A x) with a LoRA (Hu et al. 2021, eq. 3). B is multiplied by strength x alpha / rank once,
-in float32.
+in float32. LoKr's and LoHa's factors (Yeh et al. 2024) stay factors: what they make of x is added.
 """
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config import WanLoRA
-from ..detect import Patch, read_patches
+from ..detect import HADAMARD, KRONECKER, Patch, read_patches
 from ..errors import ModelMismatch
 from ..files import quoted
 from ..formats import read_table
@@ -30,6 +31,12 @@ from ..models import UNSHUFFLED, Source, TransformerShape, read_face
 
 _Convolution = nn.Conv3d | nn.Conv2d | nn.Conv1d
 _CONVOLVE: dict[int, Any] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+_TOKENS = 2048
+"""Tokens that LoKr's two products are made of at once: what lies between them is as wide again."""
+_ROWS = 512
+"""Rows of a weight's difference that LoHa makes at once."""
+_Term = Callable[[Tensor, Tensor], Tensor]
+"""(output, input) of a linear layer -> the output with what a LoKr or LoHa adds to it."""
 
 
 @contextmanager
@@ -76,7 +83,8 @@ class _Delta:
     """What all LoRAs together change in one module.
 
     Their low-rank matrices are concatenated along the rank, so that several LoRAs cost two matrix
-    products. ``weight`` and ``bias`` are differences of the whole weight and bias.
+    products. ``weight`` and ``bias`` are differences of the whole weight and bias; ``terms`` are
+    what factors of another kind add, whose product would be as large as the weight.
     """
 
     dtype: torch.dtype
@@ -84,6 +92,7 @@ class _Delta:
     ups: list[Tensor] = field(default_factory=list)
     weight: Tensor | None = None
     bias: Tensor | None = None
+    terms: list[_Term] = field(default_factory=list)
 
     def matrices(self) -> tuple[Tensor, Tensor] | None:
         """Return down (ranks, in ...) and up (out, ranks), or None if there are none."""
@@ -192,11 +201,33 @@ class _Values:
             elif isinstance(module, nn.Linear):
                 diff = diff.reshape(module.out_features, module.in_features)
             delta.weight = _sum(delta.weight, diff.to(delta.dtype))
+        self._collect_factors(module, shape)
         # A LoRA's own bias belongs to B (A x) and is scaled with it.
         for role, scale in (("up_bias", self._scale), ("diff_bias", lambda: 1.0)):
             if role in tensors:
                 bias = self._read(role).flatten() * (self.strength * scale())
                 delta.bias = _sum(delta.bias, bias.to(delta.dtype))
+
+    def _collect_factors(self, module: nn.Module, shape: tuple[int, ...]) -> None:
+        """Add LoKr's and LoHa's factors: as they are to a linear layer, multiplied to another."""
+        for names in (KRONECKER, HADAMARD):
+            first, second = (self._factor(name) for name in names)
+            if not first or not second:
+                continue
+            first[0] = first[0] * (self.strength * self._scale())
+            if isinstance(module, nn.Linear):
+                add = _plus_kronecker if names is KRONECKER else _plus_hadamard
+                one, two = ([m.to(self.delta.dtype) for m in each] for each in (first, second))
+                self.delta.terms.append(functools.partial(add, first=one, second=two))
+                continue
+            w1, w2 = _whole(first), _whole(second)
+            diff = torch.kron(w1, w2) if names is KRONECKER else w1 * w2
+            self.delta.weight = _sum(self.delta.weight, diff.reshape(shape).to(self.delta.dtype))
+
+    def _factor(self, role: str) -> list[Tensor]:
+        """Return a factor's matrices, of which it is the product; none where there is no factor."""
+        names = (role, f"{role}_a", f"{role}_b")
+        return [self._read(name).flatten(1) for name in names if name in self.patch.tensors]
 
     def _read(self, role: str) -> Tensor:
         name = self.patch.tensors[role]
@@ -204,6 +235,8 @@ class _Values:
         return self.reader.read(Source(name), shape, torch.float32)
 
     def _scale(self) -> float:
+        if not self.patch.rank:
+            return 1.0
         if "alpha" in self.patch.tensors:
             return float(self._read("alpha").item()) / self.patch.rank
         return 1.0 if self.patch.stated_scale is None else self.patch.stated_scale
@@ -216,6 +249,10 @@ def _widened(values: Tensor, channels: int) -> Tensor:
     """
     missing = channels - values.shape[1]
     return F.pad(values, (0, 0) * (values.dim() - 2) + (0, missing)) if missing > 0 else values
+
+
+def _whole(factor: list[Tensor]) -> Tensor:
+    return factor[0] if len(factor) == 1 else factor[0] @ factor[1]
 
 
 def _sum(present: Tensor | None, more: Tensor) -> Tensor:
@@ -284,6 +321,8 @@ def _linear(delta: _Delta) -> Callable[[Tensor, Tensor], Tensor]:
             output = _plus_product(output, F.linear(given, pair[0]), pair[1])
         if weight is not None:
             output = _plus_product(output, given, weight)
+        for term in delta.terms:
+            output = term(output, given)
         return output if bias is None else _plus(output, bias)
 
     return change
@@ -302,6 +341,50 @@ def _plus_product(output: Tensor, given: Tensor, matrix: Tensor) -> Tensor:
     # In place is safe: the layer has just made this output, and nobody else has seen it yet.
     add = torch.addmm if torch.is_grad_enabled() else torch.Tensor.addmm_
     return add(flat, rows, matrix.t()).view(output.shape)
+
+
+def _plus_kronecker(
+    output: Tensor, given: Tensor, *, first: list[Tensor], second: list[Tensor]
+) -> Tensor:
+    """Return output + given @ kron(w1, w2)^T, the Kronecker product never made.
+
+    The input is pieces, as many as w1 has columns. Each is multiplied with w2, and what comes is
+    mixed by w1.
+    """
+    w1 = _whole(first)
+
+    def product(tokens: Tensor) -> Tensor:
+        pieces = torch.unflatten(tokens, 1, (w1.shape[1], -1))
+        for matrix in reversed(second):
+            pieces = F.linear(pieces, matrix)
+        mixed: Tensor = w1 @ pieces
+        return mixed.flatten(1).to(output.dtype)
+
+    flat, rows = output.reshape(-1, output.shape[-1]), given.reshape(-1, given.shape[-1])
+    if torch.is_grad_enabled():
+        return (flat + product(rows)).view(output.shape)
+    for start in range(0, len(rows), _TOKENS):
+        here = slice(start, start + _TOKENS)
+        flat[here] += product(rows[here])
+    return flat.view(output.shape)
+
+
+def _plus_hadamard(
+    output: Tensor, given: Tensor, *, first: list[Tensor], second: list[Tensor]
+) -> Tensor:
+    """Return output + given @ ((a1 @ b1) * (a2 @ b2))^T, some rows of the difference at a time."""
+    (a1, b1), (a2, b2) = ([matrix.float() for matrix in each] for each in (first, second))
+
+    def product(rows: slice) -> Tensor:
+        difference = (a1[rows] @ b1) * (a2[rows] @ b2)
+        return F.linear(given, difference.to(given.dtype)).to(output.dtype)
+
+    if torch.is_grad_enabled():
+        return output + product(slice(None))
+    for start in range(0, len(a1), _ROWS):
+        rows = slice(start, start + _ROWS)
+        output[..., rows] += product(rows)
+    return output
 
 
 def _convolution(module: _Convolution, delta: _Delta) -> Callable[[Tensor, Tensor], Tensor]:
