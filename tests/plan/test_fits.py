@@ -21,6 +21,7 @@ from wan_core.plan.fits import (
     frames_text,
     largest_size,
     longest,
+    more_ram,
     most_that_fits,
     smaller_that_fits,
     windows_that_fit,
@@ -278,3 +279,8 @@ def test_a_cure_that_is_named_is_one(case: str) -> None:
             Planner().recommend_optimizations(*carried_out)  # type: ignore[arg-type]
         except DoesNotFit as still:
             pytest.fail(f"{name} is named and does not help. {text} THEN: {still}")
+
+
+def test_ram_that_is_not_short_is_no_cure() -> None:
+    assert more_ram(gpu(24, ram=32), None, GIB) == more_ram(gpu(24, ram=32), 2, GIB) == []
+    assert more_ram(gpu(24, ram=32), 2, 3 * GIB) == ["ram_limit_gb 3 would do."]

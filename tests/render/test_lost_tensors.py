@@ -4,13 +4,18 @@ that was replaced meanwhile is not read in its place."""
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 from support import tiny_models
 
 from wan_core import GenerationConfig, WanPipelineLoader
 from wan_core.errors import CorruptFile, ModelMismatch
+from wan_core.models import Component
+from wan_core.render import render
 
 LOST = ("decoder.mid_block.attentions.0.to_qkv.weight", "post_quant_conv.bias")
 
@@ -51,6 +56,36 @@ def test_a_file_that_was_not_filled_is_told_before_the_first_step(
     with pytest.raises(CorruptFile, match="download was not finished"):
         result.raise_for_error()
     assert not steps and not [stage for stage in result.stages if stage.name == "denoise"]
+
+
+def test_a_file_of_several_parts_is_looked_at_once_and_a_module_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, module = tmp_path / "all.safetensors", tmp_path / "vace.safetensors"
+    for path in (whole, module):
+        save_file({f"blocks.{i:02}.weight": torch.randn(48, 48) for i in range(40)}, path)
+    data = module.read_bytes()
+    module.write_bytes(data[: len(data) // 2] + bytes(len(data) - len(data) // 2))
+    looked: list[Path] = []
+    read, parts = render.read_table, ("transformer", "vae", "text_encoder")
+    monkeypatch.setattr(render, "read_table", lambda path: looked.append(path) or read(path))
+    components = {name: Component(kind=name, path=whole) for name in parts}
+    components["transformer"] = Component(kind="transformer", path=whole, module=module)
+    stages: Any = SimpleNamespace(
+        architecture=SimpleNamespace(components=components),
+        cache=SimpleNamespace(holds=lambda key: False), key=lambda name: name,
+    )  # fmt: skip
+    job: Any = SimpleNamespace(stages=stages)
+    with pytest.raises(CorruptFile, match=r"vace\.safetensors"):
+        render.Render._make_way(job)
+    module.write_bytes(data)
+    looked.clear()
+    monkeypatch.setattr(render, "check_component", lambda path, kind: looked.append(kind))
+    monkeypatch.setattr(render, "check_outputs", lambda request: None)
+    monkeypatch.setattr(render, "output_paths", lambda request: [])
+    job.request = None
+    render.Render._make_way(job)
+    assert looked == [whole, module, "vae"]
 
 
 @pytest.mark.parametrize("part", ["vae", "transformer_2"])

@@ -226,6 +226,8 @@ def test_factors_of_another_kind_equal_merged_weights(
         tensors |= {f"{stem}.{end}": value for end, value in made.items()}
         tensors[f"{stem}.alpha"] = torch.tensor(1.5)
         changes[f"{name}.weight"] = 0.7 * change_of(made, 1.5)
+        if "w1" not in kind and kind != "loha":  # beside a whole factor parts count for nothing
+            tensors[f"{stem}.lokr_w1_a"] = torch.ones(2, RANK)
     beside, more = make_lora(model, "kijai", only="blocks.0")
     paths = [saved(tmp_path / f"{n}.safetensors", one) for n, one in enumerate((tensors, beside))]
     for name, change in more.items():

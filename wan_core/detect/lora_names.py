@@ -46,7 +46,7 @@ class LoraPatches:
 
     @property
     def rank(self) -> int:
-        """The largest rank of its patches; 0 if it holds only full differences (``diff``)."""
+        """The largest rank of its patches; 0 if none is a product: ``diff``, whole factors."""
         return max((patch.rank for patch in self.patches), default=0)
 
 

@@ -81,10 +81,11 @@ class FoundLora:
         return wanted and self.lora.strength != 0
 
     def describe(self) -> str:
-        """Say in one line which file it is, its strength and rank, and the expert it changes."""
+        """Say in one line which file it is, its strength, any rank, and the expert it changes."""
         where = "" if self.lora.expert == "both" else f", {self.lora.expert}-noise expert"
+        rank = f", rank {self.rank}" if self.rank else ""
         name = Path(self.lora.path).name
-        return f"LoRA {name}, strength {self.lora.strength:g}, rank {self.rank}{where}"
+        return f"LoRA {name}, strength {self.lora.strength:g}{rank}{where}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -153,8 +153,8 @@ def _in_fp8(component: Component | None) -> Component | None:
     return replace(component, stored=found, nbytes=nbytes, weight_kind="fp8_scaled")
 
 
-def more_ram(system: SystemResources, limit_gb: float | None, needed: int) -> str:
-    """Say how much RAM would do for ``needed`` bytes: what is free, and the user's own limit."""
+def more_ram(system: SystemResources, limit_gb: float | None, needed: int) -> list[str]:
+    """Say how much RAM would do for ``needed`` bytes, if it is short: free, and by the limit."""
     there, ways = system.usable_ram_bytes, []
     if limit_gb is not None and needed > limit_gb * GIB:
         ways.append(f"ram_limit_gb {_gib_up(needed):g}")
@@ -163,7 +163,7 @@ def more_ram(system: SystemResources, limit_gb: float | None, needed: int) -> st
         ways.append(f"{_gib_up(short):.1f} GiB more of free RAM")
     others = system.ram_total_bytes - system.ram_available_bytes - system.ram_evictable_bytes
     close = ": close other programs" if 0 < short <= others - (system.held_bytes or 0) else ""
-    return f"{' with '.join(ways)} would do{close}."
+    return [f"{' with '.join(ways)} would do{close}."] if ways else []
 
 
 def _gib_up(nbytes: int) -> float:

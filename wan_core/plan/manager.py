@@ -293,7 +293,7 @@ class Planner:
 
             cures = [
                 *file_cure(workload, fits), *fp8_cure(architecture, stage, fits_with),
-                more_ram(system, requested.ram_limit_gb, needed),
+                *more_ram(system, requested.ram_limit_gb, needed),
             ]  # fmt: skip
         if not cures or stage in ("decode", "output"):
             cures += smaller_that_fits(workload, architecture.size_multiple, fits)

@@ -114,11 +114,13 @@ class Render:
         Before anything is loaded: a mistake here must not show only after the last step.
         """
         stages = self.stages
-        for name, part in stages.architecture.components.items():
-            if name in PARTS and not stages.cache.holds(stages.key(name)):
-                refuse_holes(read_table(part.path))
-                if name == "vae":  # of what is read before the first step loading says the same
-                    check_component(part.path, name)
+        parts = stages.architecture.components
+        new = {n: parts[n] for n in PARTS if n in parts and not stages.cache.holds(stages.key(n))}
+        paths = (path for part in new.values() for path in (part.path, part.module))
+        for path in dict.fromkeys(filter(None, paths)):  # one file may hold several
+            refuse_holes(read_table(path))
+        if "vae" in new:  # of what is read before the first step loading says the same
+            check_component(new["vae"].path, "vae")
         check_outputs(self.request)
         for path in output_paths(self.request):
             sweep(path.parent)

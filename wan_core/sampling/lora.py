@@ -226,7 +226,8 @@ class _Values:
 
     def _factor(self, role: str) -> list[Tensor]:
         """Return a factor's matrices, of which it is the product; none where there is no factor."""
-        names = (role, f"{role}_a", f"{role}_b")
+        halves = (f"{role}_a", f"{role}_b")
+        names = (role,) if role in self.patch.tensors else halves  # as they were checked
         return [self._read(name).flatten(1) for name in names if name in self.patch.tensors]
 
     def _read(self, role: str) -> Tensor:
