@@ -359,9 +359,16 @@ def test_a_machine_that_lacks_something_does_not_take_the_jobs_of_others(
     lacks = Outcome(error="no such file", kind="MissingFile", final=True)
     monkeypatch.setattr(crew, "_add", lambda: None)
     for seconds in (60, 120):
+        if seconds > 60:  # the time passes
+            crew._rests["a"] = (0.0, 60.0)
+            assert crew.free(9) == [bad, beside, good]
         outcome = ends(bad, lacks)
         assert not outcome.final and outcome.error == "On machine a: no such file"
         assert crew.free(9) == [good] and f"machine a gets no job for {seconds} s" in told[-1]
+        # A job that its other hand had meanwhile fails for the same reason: no further rest.
+        said, rest = len(told), crew._rests["a"]
+        ends(beside, lacks)
+        assert crew._rests["a"] == rest and len(told) == said
     # Where no other is left it is asked: a job that can be made nowhere must come to its end.
     said = len(told)
     ends(good, lacks)
@@ -369,6 +376,9 @@ def test_a_machine_that_lacks_something_does_not_take_the_jobs_of_others(
     # What it could make shows that it has all again.
     ends(beside, Outcome())
     assert crew.free(9) == [bad, beside, good]
+    # Those that came in their place, and they themselves, are not more than were asked for.
+    crew._at_once, good.job = "2", MagicMock()
+    assert crew.free(9) == [bad]
 
 
 def test_a_local_cluster_that_others_could_reach_is_not_started(

@@ -158,7 +158,8 @@ class Cluster:
         self._give_back(waiting)
         busy = sum(hand.job is not None for hand in self.hands)
         idle = sum(hand.job is None and self._is_of_use(hand) for hand in self.hands)
-        wanted = min(waiting - idle, self._room() - busy - idle)
+        room = self._room() - busy
+        wanted = min(waiting - idle, room - idle)
         if wanted > 0:
             self._say_where_none_fits()
         for _ in range(wanted):
@@ -169,7 +170,11 @@ class Cluster:
             hand for hand in self.hands
             if hand.starting is None and hand.job is None and self._is_of_use(hand)
         ]  # fmt: skip
-        return ready[:waiting] if waiting else ready
+        if not waiting:
+            return ready
+        # Those that took the place of others may be there together with them, after a rest.
+        most = waiting if self._at_once == "all" else min(waiting, room)
+        return ready[: max(0, most)]
 
     def _give_back(self, waiting: int) -> None:
         """End the hands, those that still wait for their place too, that were idle for long."""
@@ -320,7 +325,9 @@ class Cluster:
         others = [one for one in self.hands if one.node not in ("", hand.node)]
         if not any(self._is_of_use(one) for one in others):
             return
-        _, before = self._rests.get(hand.node, (0.0, 0.0))
+        until, before = self._rests.get(hand.node, (0.0, 0.0))
+        if time.monotonic() < until:
+            return  # its other hands had their jobs before, and fail for the same reason
         seconds = min(max(_REST_SECONDS, 2 * before), _LONGEST_REST)
         self._rests[hand.node] = (time.monotonic() + seconds, seconds)
         self._tell(
