@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from support.lean_models import inputs_of, model_of
 from support.thread_gang import Late, ThreadExchange, together
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from wan_core.forward import Cut, cut_tokens, lean_forward
 
@@ -33,6 +35,32 @@ def test_tokens_for_heads_and_back(size: int, batch: int) -> None:
         assert torch.equal(cut.to_tokens(heads), own)
 
     together(size, work)
+
+
+def test_what_was_sent_makes_way_for_the_copy_in_order() -> None:
+    """A plan counts on it: of a batch of two, what came is copied."""
+    sent, gone = list[weakref.ref[Any]](), list[bool]()
+
+    class Alone:
+        rank, size = 0, 2
+
+        def begin_exchange(self, given: Tensor, parts: Tensor) -> Late:
+            late = Late(lambda: None)
+            sent.extend(weakref.ref(one) for one in (parts, late))
+            return late
+
+    class Copies(TorchDispatchMode):
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            if func is torch.ops.aten.clone.default:
+                gone.extend(one() is None for one in sent)
+            return func(*args, **(kwargs or {}))
+
+    arriving = Cut(Alone()).to_heads(torch.zeros(2, 4, 6))  # type: ignore[arg-type]
+    with Copies():
+        arriving.wait()
+    assert gone == [True, True]
 
 
 class Watched(ThreadExchange):

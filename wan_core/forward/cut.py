@@ -55,13 +55,15 @@ class Arriving:
 
     _held: list[Tensor]
     """What is filled, (size, B, L / size, D / size), and what is sent."""
-    _pending: Pending
+    _pending: list[Pending]
 
     def wait(self) -> Tensor:
         """Return them, (B, L, D / size); to be called once."""
-        self._pending.wait()
-        given, _ = self._held
-        self._held.clear()  # what was sent is not needed any more
+        self._pending[0].wait()
+        given = self._held[0]
+        # What was sent, and the exchange, which may hold both, make way for a copy in order.
+        self._held.clear()
+        self._pending.clear()
         size, batch, tokens, width = given.shape
         return given.transpose(0, 1).reshape(batch, size * tokens, width)
 
@@ -95,7 +97,7 @@ class Cut:
         lanes = torch.unflatten(states, 2, (size, -1)).permute(2, 0, 1, 3)
         given = torch.empty_like(lanes, memory_format=torch.contiguous_format)
         parts = lanes[there].contiguous()
-        arriving = Arriving([given, parts], self.among.begin_exchange(given[there], parts))
+        arriving = Arriving([given, parts], [self.among.begin_exchange(given[there], parts)])
         if size == 2:
             given[rank] = lanes[rank]
         return arriving
