@@ -34,15 +34,13 @@ _START = "import sys; sys.path.insert(0, sys.argv[1]); from wan_core.workers imp
 _START += "child.main()"
 _VISIBLE = "CUDA_VISIBLE_DEVICES"
 _LOOPBACK = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
-_USUALLY = {
-    "NCCL_NVLS_ENABLE": "0",
-    "TORCH_NCCL_HIGH_PRIORITY": "1",
-    "TORCH_NCCL_AVOID_RECORD_STREAMS": "1",
-}
+_USUALLY = {"NCCL_NVLS_ENABLE": "0", "TORCH_NCCL_HIGH_PRIORITY": "1"}
 """Unless said otherwise: no multicast of NVLink. What gangs exchange is sent from one to one, and
 NCCL would hold memory of every card for it. Exchanges that run beside products are begun before the
-rest of them. What is sent may be used again when it was waited for: torch before 2.8 would else
-hold it until the card, which is blocks behind, has sent it."""
+rest of them."""
+_BEFORE_2_8 = {"TORCH_NCCL_AVOID_RECORD_STREAMS": "1"}
+"""What is sent may be used again when it was waited for: torch before 2.8 would else hold it until
+the card, which is blocks behind, has sent it. Later ones do so by themselves, and warn of this."""
 _END_SECONDS = 5.0
 _MOST_WORDS, _MOST_SHOWN, _WORDS_SECONDS = 8192, 300, 1.0
 """Bytes of a worker's last words that are kept, characters that are shown, and how long they are
@@ -205,7 +203,9 @@ def environment(device: str, given: Mapping[str, str]) -> dict[str, str]:
     """
     given = child_environment(given)
     # What the processes of a gang listen on is not to be reached from elsewhere.
-    given = {**_USUALLY, **given, **_LOOPBACK} if sys.platform == "linux" else given
+    if sys.platform == "linux":
+        old = tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 8)
+        given = {**_USUALLY, **(_BEFORE_2_8 if old else {}), **given, **_LOOPBACK}
     if device == "cpu":
         return dict(given)
     index = int(device.partition(":")[2] or 0)
