@@ -228,6 +228,7 @@ def test_a_camera_and_references_of_two_sizes(models: Path, tmp_path: Path) -> N
 BAD = {
     "{not json": "the line is not JSON",
     '["a list"]': "must be a JSON object",
+    '{"model": "m", "output": "a.mp4", "prompt": "\\ud83d"}': "half of a character",
     '{"output": "b.mp4", "pormpt": "x"}': "did you mean 'prompt'",
     '{"output": "b.mp4", "steps": 4}': "did you mean 'num_inference_steps'",
     '{"output": "b.mp4", "speed": "fast"}': 'give it as "optimization": {"speed": ...}',

@@ -201,7 +201,7 @@ def _job(
     number: int, line: bytes, here: Path, folder: Path, model: Path | None,
     optimization: Mapping[str, Any],
 ) -> BatchJob:  # fmt: skip
-    values = _object(line)
+    values = json_object(line, "the line")
     for name in values:
         if name not in (*_OWN, *CONFIG_FIELDS):
             near = difflib.get_close_matches(name, (*_OWN, *CONFIG_FIELDS), 1)
@@ -244,19 +244,27 @@ def _job(
     )
 
 
-def _object(line: bytes) -> dict[str, Any]:
+def json_object(text: bytes, what: str) -> dict[str, Any]:
+    """Return the JSON object that ``what`` (for a message) holds; raises InvalidRequest."""
     try:
-        values = json.loads(line, object_pairs_hook=once)
+        values = json.loads(text, object_pairs_hook=_once)
     except WanError:
         raise
     except (ValueError, RecursionError) as err:
-        raise InvalidRequest(f"the line is not JSON ({str(err)[:100]}).") from err
+        raise InvalidRequest(f"{what} is not JSON ({str(err)[:100]}).") from err
     if not isinstance(values, dict):
-        raise InvalidRequest("the line must be a JSON object.")
+        raise InvalidRequest(f"{what} must be a JSON object.")
+    try:
+        json.dumps(values, ensure_ascii=False).encode()
+    except UnicodeEncodeError as err:  # names and values alike are told again, in UTF-8
+        raise InvalidRequest(
+            f"{what} holds half of a character (a lone surrogate, as left by cutting an emoji in "
+            "two). Write that place anew."
+        ) from err
     return values
 
 
-def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Return an object of JSON; a name that is given twice would silently be the last one."""
     found = dict(pairs)
     if len(found) < len(pairs):

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import secrets
 import time
 from collections.abc import AsyncIterator
@@ -19,7 +18,7 @@ from typing import IO, Any
 
 from ..errors import InvalidRequest, MissingDependency, OutputError, WanError
 from .fields import MOST_DIGITS, MOST_TEXT, UPLOAD, Upload
-from .jobs import once
+from .jobs import json_object
 
 MOST_BYTES = 64 * 2**20
 """Bytes of an upload that are taken where the server is not told otherwise."""
@@ -107,7 +106,7 @@ async def read_form(body: AsyncIterator[bytes], content_type: str, folder: Path,
     """
     kind = content_type.partition(";")[0].strip().lower()
     if kind == "application/json":
-        return Form(_json(await _whole(body, _SLACK)))
+        return Form(json_object(await _whole(body, _SLACK), "The body"))
     if kind != "multipart/form-data":
         raise InvalidRequest(
             f"The content type is {kind[:80]!r}; multipart/form-data or application/json is needed."
@@ -133,25 +132,6 @@ async def _whole(body: AsyncIterator[bytes], most: int) -> bytes:
         if len(found) > most:
             raise _too_large(most)
     return bytes(found)
-
-
-def _json(text: bytes) -> dict[str, Any]:
-    try:
-        values = json.loads(text, object_pairs_hook=once)
-    except WanError:
-        raise
-    except (ValueError, RecursionError) as err:
-        raise InvalidRequest(f"The body is not JSON ({str(err)[:100]}).") from err
-    if not isinstance(values, dict):
-        raise InvalidRequest("The body must be a JSON object.")
-    try:
-        json.dumps(values, ensure_ascii=False).encode()
-    except UnicodeEncodeError as err:  # names and values alike are told again, in UTF-8
-        raise InvalidRequest(
-            "The body holds half of a character (a lone surrogate, as left by cutting an emoji in "
-            "two). Send that place anew."
-        ) from err
-    return values
 
 
 class _Parts:
