@@ -179,15 +179,24 @@ def test_a_mask_of_no_video_is_said_to_keep_grey() -> None:
     mask = torch.ones(5, 16, 16)
     mask[:, :8] = 0
 
-    def said(**given: torch.Tensor) -> bool:
+    def said(image: torch.Tensor | None = None, **given: torch.Tensor) -> bool:
         control = WanControl(**given)
-        config = GenerationConfig(prompt="x", num_frames=5, width=16, height=16, control=control)
+        config = GenerationConfig(
+            prompt="x", num_frames=5, width=16, height=16, control=control, image=image
+        )
         warnings = check_inputs(config, resolve(config, model), model).warnings
         return any("kept grey there" in text for text in warnings)
 
     assert said(mask=mask) and said(mask=mask[0], keyframes=torch.zeros(1, 16, 16, 3))
     assert not said(mask=mask, video=torch.zeros(5, 16, 16, 3))
     assert not said(mask=torch.ones(16, 16))
+    first = torch.ones(5, 16, 16)
+    first[0] = 0  # where a picture is shown nothing is grey
+    picture = torch.zeros(1, 16, 16, 3)
+    assert said(mask=first) and not said(mask=first, image=picture)
+    assert not said(mask=first, keyframes=picture)
+    first[2] = 0
+    assert said(mask=first, keyframes=picture)
 
 
 def test_a_control_without_anything_is_none() -> None:

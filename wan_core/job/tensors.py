@@ -6,7 +6,7 @@ torch is imported inside the functions.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any, Final
 
 from ..config import GenerationConfig, shown
@@ -193,7 +193,9 @@ def check_control(
     mask = None
     if control.mask is not None:
         mask = _mask(control.mask, None if moved else made, size, warnings)
-        if control.video is None and float(mask.min()) <= 0.5:
+        ends = {"image": 0, "last_image": made - 1}
+        pictured = {*request.positions, *(ends[name] for name in pictures)}
+        if control.video is None and _keeps_grey(mask, pictured):
             warnings.append(
                 "control.mask has black places and there is no control.video: the clip is kept "
                 "grey there. Give the video that the mask is for, or leave the mask out."
@@ -278,6 +280,12 @@ def _mask(value: Any, made: int | None, size: tuple[int, int], warnings: list[st
         )
     warnings += _resized("mask", (mask.shape[2], mask.shape[1]), size)
     return mask.clamp(0, 1)
+
+
+def _keeps_grey(mask: Tensor, pictured: Collection[int]) -> bool:
+    """Say whether a mask is black somewhere, but for the frames that have a picture."""
+    each = [mask] if len(mask) == 1 else [m for i, m in enumerate(mask) if i not in pictured]
+    return any(float(one.min()) <= 0.5 for one in each)
 
 
 def _differs(have: tuple[int, int], size: tuple[int, int]) -> bool:
