@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from support.machines import cpu, gpu, stored_pair
 
+from wan_core import OptimizationConfig
 from wan_core.config import StageReport
 from wan_core.memory import Choices
 from wan_core.render import report
@@ -45,23 +46,26 @@ def test_what_was_planned_and_did_not_come_is_said(
 
 
 @pytest.mark.parametrize(
-    ("machine", "limit", "words"),
+    ("machine", "limits", "words"),
     [
-        (gpu(24, ram=8), None, "9,000 MiB of RAM, where 7,168 MiB can be used"),
-        (gpu(24, ram=64), 4, "9,000 MiB of RAM, where 4,096 MiB can be used"),
-        (gpu(24, ram=64), None, "30,000 MiB on GPU 24, where 24,576 MiB are free"),
-        (cpu(8), None, "30,000 MiB on a CPU, where 8,192 MiB are free"),
+        (gpu(24, ram=8), {}, "9,000 MiB of RAM, where 7,168 MiB can be used"),
+        (gpu(24, ram=64), {"ram_limit_gb": 4}, "9,000 MiB of RAM, where 4,096 MiB can be used"),
+        (gpu(24, ram=64), {}, "30,000 MiB on GPU 24, where 23,839 MiB can be used"),
+        (gpu(80), {"vram_limit_gb": 8}, "30,000 MiB on GPU 80, where 8,192 MiB can be used"),
+        (cpu(8), {}, "30,000 MiB on a CPU, where 7,168 MiB can be used"),
+        (cpu(64), {"ram_limit_gb": 16}, "30,000 MiB on a CPU, where 16,384 MiB can be used"),
     ],
 )
 def test_a_job_that_does_not_fit_names_the_memory_that_is_short(
-    machine: Any, limit: float | None, words: str
+    machine: Any, limits: dict[str, Any], words: str
 ) -> None:
+    """And how much of it the planner may use: less than is free, by the limits that are set."""
     needs: Any = SimpleNamespace(host_ram_mb=9000, peak_usage_mb=30_000)
     nothing: Any = None
     forecast = report.Forecast(
         request=nothing, workload=nothing, system=machine, plan=None, estimate=needs
     )
-    assert forecast.shortage(limit) == words
+    assert forecast.shortage(OptimizationConfig(**limits)) == words
 
 
 def test_other_files_are_advised_only_where_there_are_smaller_ones() -> None:

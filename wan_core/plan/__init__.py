@@ -12,7 +12,7 @@ from ..lazy import lazy_names
 from .cards import for_all_cards
 from .config import FORWARDS, FP8, OFFLOADS, STEP_CACHES, OptimizationConfig
 from .fits import Remedies
-from .ladder import ABILITIES
+from .ladder import ABILITIES, Limits
 from .manager import Planner
 from .plan import OptimizationPlan
 from .reasons import computed_in
@@ -26,6 +26,7 @@ __all__ = [
     "ABILITIES",
     "FORWARDS",
     "FP8",
+    "Limits",
     "OFFLOADS",
     "OptimizationConfig",
     "OptimizationPlan",

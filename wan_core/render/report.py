@@ -30,11 +30,12 @@ from ..kernels import used_attention, used_products
 from ..loading import give_back_freed
 from ..memory import ATTENTION_8BIT, Workload, stage_was_run
 from ..models import Component, ModelArchitecture
+from ..plan import Limits
 
 if TYPE_CHECKING:
     from ..config import MemoryEstimate
     from ..memory import Choices, SystemResources
-    from ..plan import OptimizationPlan
+    from ..plan import OptimizationConfig, OptimizationPlan
 
 _SAMPLE_SECONDS = 0.05
 
@@ -56,16 +57,13 @@ class Forecast:
         """Return what the user should know before the run."""
         return (*self.estimate.warnings, *self.request.warnings)
 
-    def shortage(self, ram_limit_gb: float | None = None) -> str:
+    def shortage(self, asked: OptimizationConfig) -> str:
         """Say how much of which memory the smallest way to run the job needs, and what is there."""
-        system, estimate = self.system, self.estimate
-        ram = system.usable_ram_bytes / MIB
-        if ram_limit_gb is not None:
-            ram = min(ram, ram_limit_gb * 1024)
-        if system.device_kind != "cpu" and estimate.host_ram_mb > ram:
-            return f"{estimate.host_ram_mb:,.0f} MiB of RAM, where {ram:,.0f} MiB can be used"
-        where, free = system.device_name, system.device_free_bytes / MIB
-        return f"{estimate.peak_usage_mb:,.0f} MiB on {where}, where {free:,.0f} MiB are free"
+        system, estimate, limits = self.system, self.estimate, Limits.of(self.system, asked)
+        needed, where, there = estimate.peak_usage_mb, f"on {system.device_name}", limits.device
+        if system.device_kind != "cpu" and estimate.host_ram_mb > limits.ram / MIB:
+            needed, where, there = estimate.host_ram_mb, "of RAM", limits.ram
+        return f"{needed:,.0f} MiB {where}, where {there / MIB:,.0f} MiB can be used"
 
 
 def workload_of(request: Request, config: GenerationConfig, model: ModelArchitecture) -> Workload:

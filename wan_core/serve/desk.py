@@ -277,7 +277,7 @@ class Desk:
             f"extra_params.max_chunk_size {best.windows[0]}" if best.windows else "",
         ]
         would = " or ".join(way for way in ways if way)
-        short = forecast.shortage(wrapper.optimization.ram_limit_gb)
+        short = forecast.shortage(wrapper.optimization)
         raise DoesNotFit(
             f"The job needs {short} while nothing else runs. "
             f"{f'What would fit: {would}.' if would else ''}".strip()
