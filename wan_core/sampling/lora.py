@@ -31,9 +31,9 @@ from ..models import UNSHUFFLED, Source, TransformerShape, read_face
 
 _Convolution = nn.Conv3d | nn.Conv2d | nn.Conv1d
 _CONVOLVE: dict[int, Any] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
-_TOKENS = 2048
+_TOKENS = 1024
 """Tokens that LoKr's two products are made of at once: what lies between them is as wide again."""
-_ROWS = 512
+_ROWS = 128
 """Rows of a weight's difference that LoHa makes at once."""
 _Term = Callable[[Tensor, Tensor], Tensor]
 """(output, input) of a linear layer -> the output with what a LoKr or LoHa adds to it."""
