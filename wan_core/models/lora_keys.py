@@ -118,7 +118,7 @@ class LoraKey:
     role: str
     """A key of ``ENDINGS``; empty for another kind of adapter."""
     adapter: str = ""
-    """The kind of adapter it belongs to, a key of ``ADAPTERS``; empty for a plain LoRA."""
+    """The kind of adapter it belongs to, a key of ``ADAPTERS``; empty for one that is applied."""
 
     @property
     def marks(self) -> bool:

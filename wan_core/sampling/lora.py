@@ -217,7 +217,8 @@ class _Values:
             first[0] = first[0] * (self.strength * self._scale())
             if isinstance(module, nn.Linear):
                 add = _plus_kronecker if names is KRONECKER else _plus_hadamard
-                one, two = ([m.to(self.delta.dtype) for m in each] for each in (first, second))
+                one = [_whole(first)] if names is KRONECKER else first  # LoKr's is small
+                one, two = ([m.to(self.delta.dtype) for m in each] for each in (one, second))
                 self.delta.terms.append(functools.partial(add, first=one, second=two))
                 continue
             w1, w2 = _whole(first), _whole(second)
@@ -352,7 +353,7 @@ def _plus_kronecker(
     The input is pieces, as many as w1 has columns. Each is multiplied with w2, and what comes is
     mixed by w1.
     """
-    w1 = _whole(first)
+    (w1,) = first
 
     def product(tokens: Tensor) -> Tensor:
         pieces = torch.unflatten(tokens, 1, (w1.shape[1], -1))
