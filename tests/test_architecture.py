@@ -25,8 +25,8 @@ GROUND = ("errors", "lazy", "config", "files", "preferences")
 """Modules anyone may import, in their own order."""
 TORCH_FREE = ("formats", "models", "detect", "job", "memory", "plan")
 WITH_TORCH = (
-    "loading", "kernels", "forward", "decoding", "placing", "sampling", "journal", "workers",
-    "render", "serve",
+    "loading", "kernels", "forward", "decoding", "placing", "loras", "sampling", "journal",
+    "workers", "render", "serve",
 )  # fmt: skip
 FLOORS = (*TORCH_FREE, *WITH_TORCH)
 """From the ground up: a package imports only from those before it."""

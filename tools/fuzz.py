@@ -53,7 +53,7 @@ from wan_core.detect import ArchitectureDetector, identify, with_loras  # noqa: 
 from wan_core.errors import WanError  # noqa: E402
 from wan_core.formats import read_table  # noqa: E402
 from wan_core.loading import load_component, load_tokenizer  # noqa: E402
-from wan_core.sampling import apply_loras  # noqa: E402
+from wan_core.loras import apply_loras  # noqa: E402
 
 SECONDS = 5.0
 """Processor time after which a mutant hangs; a whole file here takes some ten milliseconds."""

@@ -25,7 +25,7 @@ from wan_core.kernels.trials import Trials, trials_of_a_render
 from wan_core.loading import rotation, stored_weight
 from wan_core.loading.dequantize import Scales
 from wan_core.loading.quantized import StoredLinear, layer_of_fp8, replace_layer, rounded_to_fp8
-from wan_core.sampling import apply_loras
+from wan_core.loras import apply_loras
 
 KERNELS = SimpleNamespace(quantize_rows=quantize_rows, scale_rows=scale_rows)
 

@@ -6,20 +6,28 @@ what ``stages`` adds to them, and from which numbers of a job, is here.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from support.machines import architecture, cpu, gpu
 
-from wan_core.config import StageEstimate
+from wan_core.config import StageEstimate, WanLoRA
 from wan_core.memory import SENDING
 from wan_core.memory.choices import Choices, Workload, window_latents, windows_of
 from wan_core.memory.forward import text_encoder_peak, transformer_peak, window_tokens
 from wan_core.memory.process import FIRST
 from wan_core.memory.stages import estimate
 from wan_core.memory.vae import encode_peak
-from wan_core.models import PARTS, VOCABULARY, ModelArchitecture, block_bytes, rest_bytes, sizes
+from wan_core.models import (
+    PARTS,
+    VOCABULARY,
+    FoundLora,
+    ModelArchitecture,
+    block_bytes,
+    rest_bytes,
+    sizes,
+)
 from wan_core.models.stored import StoredSize, StoredSizes
 
 JOB = Workload(width=832, height=480, num_frames=81)
@@ -94,27 +102,34 @@ def test_ram_is_weights_latents_and_the_process() -> None:
     )
 
 
-@dataclass(frozen=True)
-class _Lora:
-    """What the arithmetic asks of a LoRA file."""
-
-    parameters: int
-    loras: tuple[Any, ...] = ()
-
-    def works_on(self, component: str) -> bool:
-        return component == "transformer"
-
-
 def test_loras_are_beside_the_weights() -> None:
     plain = architecture("wan2.1-t2v-14b")
     numbers = 10_000_000
-    model: ModelArchitecture = replace(plain, loras=(_Lora(numbers),))
+    lora = FoundLora(lora=WanLoRA("x", "high"), parameters=numbers, rank=0)
+    model: ModelArchitecture = replace(plain, loras=(lora,))
     for machine in (GPU, CPU):
         more, less = (found(one, "denoise", machine=machine) for one in (model, plain))
         assert more.weights_bytes - less.weights_bytes == 2 * numbers
         assert more.device_bytes - less.device_bytes == 2 * numbers
         in_ram = 2 * numbers if machine is CPU else 0
         assert more.host_bytes - less.host_bytes == in_ram
+
+
+def test_what_loras_hold_beside_a_layer() -> None:
+    """All ranks for every token; of LoKr and LoHa the larger, with the activations."""
+    plain = architecture("wan2.2-t2v-a14b")
+    tokens = LATENT // 4
+    one = FoundLora(lora=WanLoRA("x", "high"), parameters=0, rank=64)
+    lokr, loha = replace(one, rank=0, pieces=60_000), replace(one, rank=160, columns=13824)
+    for loras, more in (
+        ((one, replace(one, rank=32)), tokens * 2 * 96),
+        ((lokr, replace(one, rank=8)), 1024 * 2 * 60_000),
+        ((loha,), 4 * 13824 * (256 + 160)),
+    ):
+        model = replace(plain, loras=loras)
+        for stage, wanted in (("denoise_high", more), ("denoise_low", 0)):
+            seen = [found(each, stage).activation_bytes for each in (model, plain)]
+            assert seen[0] - seen[1] == wanted
 
 
 def test_group_offload_holds_two_blocks_and_reads_nothing_ahead() -> None:

@@ -16,11 +16,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from support import reference_layouts as layouts
 from support.comfy_server import find_checkout, find_python, told_by_comfyui
+from support.lora_kinds import lora_file
 from support.tiny_models import make_transformer, make_vae
 from torch import Tensor
 
 from wan_core import GenerationConfig, WanPipelineLoader
-from wan_core.config import WanControl, WanModelFiles
+from wan_core.config import WanControl, WanLoRA, WanModelFiles
 
 CHECKOUT = find_checkout()
 PYTHON = find_python(CHECKOUT) if isinstance(CHECKOUT, Path) else CHECKOUT
@@ -62,6 +63,15 @@ STARTS: dict[str, dict[str, Any]] = {
     }
     for name in ("euler", "uni_pc", "lcm", "res_multistep", "dpmpp_2m")
 }  # fmt: skip
+# Kinds of LoRAs with their strengths, in the order in which they are put on.
+LORAS: tuple[tuple[tuple[str, float], ...], ...] = (
+    (("lora", 0.7),), (("lightx2v", -0.5),), (("lokr", 1.0),), (("loha", 0.6),),
+    (("dora lora", 1.0),), (("dora lora", 0.6),), (("dora lora", -0.4),), (("dora lora", 2.0),),
+    (("dora lokr", 0.7),), (("dora loha", 1.3),),
+    (("lora", 1.0), ("dora lora", 0.7)), (("dora lora", 1.0), ("lightx2v", 0.8)),
+    (("lokr", 0.5), ("dora lora", 0.8), ("dora loha", 0.6), ("lora", 0.4)),
+)  # fmt: skip
+FEW: dict[str, Any] = {"sampler": "euler", "steps": 2, "shift": 5.0, "cfg": 1.0}
 OURS = {"uni_pc": "unipc", "dpmpp_2m": "dpm++2m"}
 
 
@@ -84,6 +94,9 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
             model.proj_out.weight.mul_(4.0)
         path = folder / f"wan2.2_t2v_{name}_noise_14B.safetensors"
         save_file(layouts.original_transformer(layouts.state_of(model)), path)
+        if name == "high":
+            for kind in {kind for some in LORAS for kind, _ in some}:
+                save_file(lora_file(load_file(path), kind), folder / f"{kind}.safetensors")
     embeds = {name: torch.zeros(1, 512, 4096) for name in ("positive", "negative")}
     for name, tokens in (("positive", 9), ("negative", 4)):
         embeds[name][:, :tokens] = torch.randn(1, tokens, 4096)
@@ -103,6 +116,18 @@ def theirs(files: Path) -> dict[str, Tensor]:
         {"name": name, "shape": SHAPE, "seed": SEED, "later": 1, **job}
         for name, job in (JOBS | HALVES | STARTS).items()
     ]
+    for number, some in enumerate(LORAS):
+        paths = [(str(files / f"{kind}.safetensors"), strength) for kind, strength in some]
+        jobs.append(
+            {
+                "name": f"lora {number}",
+                "shape": SHAPE,
+                "seed": SEED,
+                "later": 0,
+                "loras": paths,
+                **FEW,
+            }
+        )
     given = {
         "models": [str(path) for path in sorted(files.glob("wan*"))],
         "embeds": str(files / "embeds.safetensors"),
@@ -112,16 +137,17 @@ def theirs(files: Path) -> dict[str, Tensor]:
 
 
 @cache
-def opened(files: Path, two: bool) -> Any:
+def opened(files: Path, two: bool, loras: tuple[tuple[str, float], ...] = ()) -> Any:
     """Open one expert, or both."""
     high, low = sorted(files.glob("wan*"))
     return WanPipelineLoader().load_wan_pipeline(
         WanModelFiles(transformer=high, transformer_2=low if two else None, vae=files / "vae"),
         optimization_config={"device": "cpu", "precision": "fp32"},
+        loras=[WanLoRA(files / f"{kind}.safetensors", "both", n) for kind, n in loras],
     )
 
 
-def made(files: Path, job: dict[str, Any], **changes: Any) -> Any:
+def made(files: Path, job: dict[str, Any], loras: Any = (), **changes: Any) -> Any:
     """Return WanFit's result of a job."""
     embeds = load_file(files / "embeds.safetensors")
     settings: dict[str, Any] = {
@@ -132,7 +158,7 @@ def made(files: Path, job: dict[str, Any], **changes: Any) -> Any:
         "negative_prompt_embeds": embeds["negative"],
     }  # fmt: skip
     config = GenerationConfig(**SIZE, **(settings | changes))
-    return opened(files, "switch" in job).generate(config).raise_for_error()
+    return opened(files, "switch" in job, loras).generate(config).raise_for_error()
 
 
 def ours(files: Path, job: dict[str, Any], **changes: Any) -> Tensor:
@@ -149,6 +175,15 @@ def distance(a: Tensor, b: Tensor) -> float:
 @pytest.mark.parametrize("name", JOBS)
 def test_the_latents_are_comfyui_s(files: Path, theirs: dict[str, Tensor], name: str) -> None:
     assert distance(ours(files, JOBS[name]), theirs[name]) < 1e-4
+
+
+@pytest.mark.parametrize("number", range(len(LORAS)))
+def test_loras_of_every_kind_are_comfyui_s(
+    files: Path, theirs: dict[str, Tensor], number: int
+) -> None:
+    found, plain = (ours(files, FEW, loras=loras) for loras in (LORAS[number], ()))
+    assert distance(plain, theirs[f"lora {number}"]) > 3e-3
+    assert distance(found, theirs[f"lora {number}"]) < 1e-4
 
 
 @pytest.mark.parametrize("name", HALVES)

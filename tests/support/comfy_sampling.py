@@ -25,6 +25,7 @@ def main() -> None:
     comfy.cli_args.args.cpu = True
     import comfy.sample
     import comfy.sd
+    import comfy.utils
     from comfy_extras.nodes_model_advanced import ModelSamplingSD3
 
     given = json.loads(Path(sys.argv[1]).read_text())
@@ -36,6 +37,9 @@ def main() -> None:
         latent = embeds["start"] if "denoise" in job else torch.zeros(job["shape"])
         noise = comfy.sample.prepare_noise(latent, job["seed"])
         shifted = [ModelSamplingSD3().patch(model, job["shift"])[0] for model in models]
+        for path, strength in job.get("loras", ()):
+            lora = comfy.utils.load_torch_file(path, safe_load=True)
+            shifted[0] = comfy.sd.load_lora_for_models(shifted[0], None, lora, strength, 0.0)[0]
 
         def sample(model: Any, noise: Any, latent: Any, job: Any = job, **more: Any) -> Any:
             return comfy.sample.sample(

@@ -25,8 +25,8 @@ from wan_core.formats import Storage
 from wan_core.forward import cut_tokens, lean_forward
 from wan_core.loading.dequantize import Scales
 from wan_core.loading.quantized import StoredLinear
+from wan_core.loras import apply_loras
 from wan_core.placing import Sharing, stream_blocks, streaming
-from wan_core.sampling import apply_loras
 
 LAYERS = 5
 KINDS = ("plain", "fp8", "int8", "Q8_0", "Q4_K")

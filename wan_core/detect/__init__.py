@@ -13,7 +13,7 @@ from .folders import index_of, is_release
 from .identified import IdentifiedFile, identify
 from .lora_files import lora_list, parse_lora, with_loras
 from .lora_names import read_patches
-from .lora_patches import HADAMARD, KRONECKER, Patch
+from .lora_patches import HADAMARD, KRONECKER, LYCORIS_MAGNITUDE, MAGNITUDES, Patch
 from .pairing import join_vace
 
 __all__ = [
@@ -21,6 +21,8 @@ __all__ = [
     "IdentifiedFile",
     "HADAMARD",
     "KRONECKER",
+    "LYCORIS_MAGNITUDE",
+    "MAGNITUDES",
     "Patch",
     "find_companions",
     "identify",

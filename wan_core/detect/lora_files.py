@@ -20,6 +20,7 @@ from ..formats import read_small, read_table
 from ..models import TRANSFORMERS, FoundLora, ModelArchitecture, few_steps_hint, recipe_of
 from .identified import identify
 from .lora_names import LoraPatches, adapter_config_of, read_patches
+from .lora_patches import MAGNITUDES
 from .pairing import check_lora, role_hint
 from .unsupported import lora_base
 
@@ -135,10 +136,11 @@ def _found(architecture: ModelArchitecture, lora: WanLoRA) -> tuple[FoundLora, l
             f"The LoRA {quoted(path)} has no effect: its alpha is 0, which every change is "
             "multiplied with. Get another version of it."
         )
+    # What a DoRA makes of each magnitude, and the magnitude itself, are kept in float32.
     used = sum(
-        patches.table.tensors[name].numel
+        patches.table.tensors[name].numel * (6 if role in MAGNITUDES else 1)
         for patch in patches.patches
-        for name in patch.tensors.values()
+        for role, name in patch.tensors.items()
     )
     recipe = recipe_of(path, metadata)
     hint = few_steps_hint(path, metadata, whole=False)
@@ -147,7 +149,8 @@ def _found(architecture: ModelArchitecture, lora: WanLoRA) -> tuple[FoundLora, l
     files = (*patches.table.files, *([config] if config is not None else []))
     return FoundLora(
         lora=lora, parameters=used, rank=patches.rank, recipe=recipe,
-        few_steps=recipe is not None or bool(hint), files=files,
+        few_steps=recipe is not None or bool(hint), files=files, pieces=patches.pieces,
+        columns=patches.columns,
     ), notes  # fmt: skip
 
 
@@ -171,7 +174,7 @@ def _given_before(found: FoundLora, others: Iterable[FoundLora]) -> list[str]:
 def _scaled_to_nothing(patches: LoraPatches) -> bool:
     """Whether all that a LoRA does is multiplied with 0; reads alphas until one is not."""
     for patch in patches.patches:
-        if patch.tensors.keys() & {"diff", "diff_bias"} or not patch.rank:
+        if patch.tensors.keys() & {"diff", "diff_bias", *MAGNITUDES} or not patch.rank:
             return False
         name = patch.tensors.get("alpha")
         if name is None:

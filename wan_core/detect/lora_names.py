@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -49,6 +49,16 @@ class LoraPatches:
         """The largest rank of its patches; 0 if none is a product: ``diff``, whole factors."""
         return max((patch.rank for patch in self.patches), default=0)
 
+    @property
+    def pieces(self) -> int:
+        """What its LoKr layers hold for a token at most; see ``FoundLora``."""
+        return max((patch.pieces for patch in self.patches), default=0)
+
+    @property
+    def columns(self) -> int:
+        """The columns of the widest weight of which rows are made, likewise."""
+        return max((patch.columns for patch in self.patches), default=0)
+
 
 _BLOCK: Final = re.compile(r"blocks[._](\d+)(?:[._]|$)")
 _FLOATS: Final = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
@@ -58,6 +68,9 @@ ADAPTER_CONFIG: Final = "adapter_config.json"
 """The file in which PEFT saves the scale of a LoRA, beside its weights."""
 _ADAPTER_FILES: Final = "adapter_model"
 _PEFT_LORA: Final = "LORA"
+_PEFT_ALPHAS: Final = {_PEFT_LORA: "lora_alpha", "LOKR": "alpha", "LOHA": "alpha"}
+"""The kinds of PEFT's adapters that are applied, and where their configurations state alpha."""
+_APPLIED: Final = "LoRA, DoRA, LoKr and LoHa"
 # A key of PEFT's alpha_pattern: a module's name or the end of one, with dots that may be escaped.
 _PATTERN_KEY: Final = re.compile(r"\^?[\w.\\-]+\$?")
 
@@ -113,8 +126,7 @@ def read_patches(table: TensorTable, shape: TransformerShape, model: Path) -> Lo
     own = transformer_tensors(shape, "diffusers")
     for patch in patches.values():
         notes += PatchCheck(table, patch, shape, own, model).run()
-        if patch.rank:
-            patch.stated_scale = scale(stems[patch.target], patch)
+        patch.stated_scale = scale(stems[patch.target], patch)
     used = tuple(patch for patch in patches.values() if patch.tensors)
     if not used:
         parts = f" All of it belongs to {'; '.join(foreign)}." if foreign else ""
@@ -135,11 +147,7 @@ def _refuse_kinds(table: TensorTable) -> None:
     for name, info in table.tensors.items():
         key = read_lora_key(name)
         if key is not None and key.adapter:
-            raise UnsupportedModel(
-                f"{quoted(table.path)} is an adapter of the kind {key.adapter} ({name!r}), which "
-                f"WanFit cannot apply exactly{_needs(key.adapter)}. Plain LoRAs (lora_A/B or "
-                "lora_down/up) can be used."
-            )
+            raise _not_applied(table, key.adapter, repr(name))
         readable = (*_FLOATS, *_WHOLE) if name.endswith(".alpha") else _FLOATS
         if info.dtype not in readable and not left_in_lora(name):
             raise UnsupportedModel(
@@ -148,8 +156,13 @@ def _refuse_kinds(table: TensorTable) -> None:
             )
 
 
-def _needs(adapter: str) -> str:
-    return f": {NEEDS[adapter]}" if adapter in NEEDS else ""
+def _not_applied(table: TensorTable, kind: str, found: str) -> UnsupportedModel:
+    needs = f": {NEEDS[kind]}" if kind in NEEDS else ""
+    return UnsupportedModel(
+        f"{quoted(table.path)} is an adapter of the kind {kind} ({found}), which WanFit cannot "
+        f"apply exactly{needs}. Kinds that can be used are {_APPLIED}. Get or train one of these, "
+        "or load a checkpoint into which this one was merged."
+    )
 
 
 @lru_cache(maxsize=16)
@@ -211,43 +224,65 @@ def _stated_scale(table: TensorTable) -> Callable[[str, Patch], float | None]:
     tensors; it returns None where nothing is said. A tensor that holds alpha comes before it.
     """
     config = _adapter_config(table)
-    kind = "DoRA" if config.get("use_dora") else str(config.get("peft_type") or _PEFT_LORA)
-    if kind.upper() != _PEFT_LORA:
-        raise UnsupportedModel(
-            f"{quoted(table.path)} is an adapter of the kind {kind} (its configuration says so), "
-            "which WanFit cannot apply exactly. Plain LoRAs can be used."
+    kind = str(config.get("peft_type") or _PEFT_LORA).upper()
+    if kind not in _PEFT_ALPHAS:
+        raise _not_applied(table, kind, "its configuration says so")
+    if config.get("use_dora") and not any(
+        "lora_magnitude_vector" in name for name in table.tensors
+    ):
+        raise CorruptFile(
+            f"The configuration of {quoted(table.path)} says that it is a DoRA (use_dora), but it "
+            "holds no lora_magnitude_vector. Download it again, or get another version."
         )
-    pattern = config.get("alpha_pattern")
-    patterns = _checked_pattern(table, pattern) if isinstance(pattern, dict) else {}
+    alphas, ranks = (_of_modules(table, config, key) for key in ("alpha_pattern", "rank_pattern"))
 
     def scale(stem: str, patch: Patch) -> float | None:
-        alpha = config.get("lora_alpha")
         names = (*spellings(stem), flat_stem(patch.target))
-        for part, value in patterns.items():
-            # As PEFT does: the key is a module's whole name, or the end of it after a dot.
-            if any(name == part or name.endswith("_" + part) for name in names):
-                alpha = value
-                break
-        if isinstance(alpha, bool) or not isinstance(alpha, int | float):
+        alpha = alphas(names, config.get(_PEFT_ALPHAS[kind]))
+        if kind == _PEFT_LORA:
+            rank: Any = math.sqrt(patch.rank) if config.get("use_rslora") else patch.rank
+        else:  # that of the configuration, also where a factor is whole
+            rank = ranks(names, config.get("r"))
+        if not rank or any(
+            isinstance(n, bool) or not isinstance(n, int | float) for n in (alpha, rank)
+        ):
             return None
-        return alpha / (math.sqrt(patch.rank) if config.get("use_rslora") else patch.rank)
+        if not math.isfinite(alpha / rank):
+            raise CorruptFile(
+                f"The configuration of the LoRA {quoted(table.path)} states alpha {alpha} and rank "
+                f"{rank}; numbers are needed. Download it again."
+            )
+        return float(alpha / rank)
 
     return scale
 
 
-def _checked_pattern(table: TensorTable, pattern: dict[Any, Any]) -> dict[str, Any]:
-    """Return an ``alpha_pattern`` with flat names; raises UnsupportedModel for other patterns.
+def _of_modules(
+    table: TensorTable, config: Mapping[str, Any], key: str
+) -> Callable[[Iterable[str], Any], Any]:
+    """Return a function (a module's flat names, default) -> what a pattern of PEFT's says of it.
 
-    PEFT takes its keys for regular expressions. They come from outside, so only plain names are
-    read; trainers write no others.
+    As in PEFT a pattern is a module's whole name, or the end of it after a dot. Raises
+    UnsupportedModel for other patterns: PEFT takes them for regular expressions, and they come from
+    outside. Trainers write no others.
     """
-    for key in pattern:
-        if not isinstance(key, str) or not _PATTERN_KEY.fullmatch(key):
+    stated = config.get(key)
+    stated = stated if isinstance(stated, dict) else {}
+    for one in stated:
+        if not isinstance(one, str) or not _PATTERN_KEY.fullmatch(one):
             raise UnsupportedModel(
-                f"alpha_pattern of the LoRA {quoted(table.path)} holds {str(key)[:60]!r}; only "
-                "names of modules are read there. Save the LoRA with alpha as tensors."
+                f"{key} of the LoRA {quoted(table.path)} holds {str(one)[:60]!r}; only names of "
+                "modules are read there. Save the LoRA with alpha as tensors."
             )
-    return {flat_stem(re.sub(r"[\\^$]", "", key)): value for key, value in pattern.items()}
+    patterns = {flat_stem(re.sub(r"[\\^$]", "", one)): value for one, value in stated.items()}
+
+    def found(names: Iterable[str], default: Any) -> Any:
+        for part, value in patterns.items():
+            if any(name == part or name.endswith("_" + part) for name in names):
+                return value
+        return default
+
+    return found
 
 
 def _adapter_config(table: TensorTable) -> dict[str, Any]:

@@ -22,6 +22,9 @@ KRONECKER: Final = ("lokr_w1", "lokr_w2")
 """Roles of LoKr's two factors, each whole or as a product (``_a`` and ``_b``)."""
 HADAMARD: Final = ("hada_w1", "hada_w2")
 """Roles of LoHa's two factors, which are always products."""
+LYCORIS_MAGNITUDE: Final = "dora_scale"
+MAGNITUDES: Final = (LYCORIS_MAGNITUDE, "lora_magnitude_vector")
+"""Roles of a DoRA's magnitudes, in files of LyCORIS and of PEFT."""
 
 
 @dataclass(slots=True)
@@ -37,11 +40,15 @@ class Patch:
     target: str
     """The diffusers name of the module, or of the table."""
     rank: int = 0
-    """0 where no factor is a product: then alpha says nothing."""
+    """0 where no factor is a product: then a tensor that holds alpha says nothing."""
     tensors: dict[str, str] = field(default_factory=dict)
     """Names of tensors by role, a key of ``models.ENDINGS``."""
     stated_scale: float | None = None
-    """alpha / rank from the metadata, where no tensor holds alpha."""
+    """alpha / rank from the configuration, where no tensor holds alpha."""
+    pieces: int = 0
+    """Numbers that LoKr's two products hold for a token; see ``FoundLora``."""
+    columns: int = 0
+    """Columns of the weight, where rows of it are made: by LoHa."""
 
 
 def drop_empty(table: TensorTable, patch: Patch) -> bool:
@@ -90,6 +97,9 @@ class PatchCheck:
         for factors in (KRONECKER, HADAMARD):
             if any(role.startswith(factors) for role in tensors):
                 self._check_factors(*factors)
+        for role in MAGNITUDES:
+            if role in tensors:
+                self._check_magnitude(role)
         if "alpha" in tensors and len(tensors) == 1:
             raise CorruptFile(
                 f"{quoted(self.table.path)} has {tensors['alpha']!r} without the matrices it "
@@ -130,7 +140,8 @@ class PatchCheck:
             return []
         tensors = self.patch.tensors
         channels = self._channels(found[0])
-        dropped = [role for role in ("down", "up", "up_bias", "alpha", "diff") if role in tensors]
+        also = ("down", "up", "up_bias", "alpha", "diff", *MAGNITUDES)
+        dropped = [role for role in also if role in tensors]
         for role in dropped:
             del tensors[role]
         self.patch.rank = 0
@@ -183,12 +194,42 @@ class PatchCheck:
         role = next(role for role in self.patch.tensors if role.startswith((first, second)))
         if len(self.weight) < 2:
             self._refuse(role, f"a norm of width {rows}")
-        pieces = one if first in KRONECKER else (1, 1)
+        kronecker = first in KRONECKER
+        pieces = one if kronecker else (1, 1)
         made = (pieces[0] * two[0], pieces[1] * two[1])
-        if made != (rows, columns) or (first in HADAMARD and one != two):
+        if made != (rows, columns) or (not kronecker and one != two):
             self._refuse(
                 role, f"factors that make {[rows, columns]}; these are {list(one)} and {list(two)}"
             )
+        if len(self.weight) > 2:
+            return  # of a convolution they are multiplied out
+        if kronecker:  # what w2 makes of the pieces, and before it w2's first matrix or w1 after it
+            self.patch.pieces = one[1] * two[0] + max(rows, one[1] * self.patch.rank)
+        else:
+            self.patch.columns = columns
+
+    def _check_magnitude(self, role: str) -> None:
+        """Check the magnitudes of a DoRA: one for each row of a weight that has factors, too."""
+        name, count = self.patch.tensors[role], self.weight[0]
+        factors = {"down", "diff", *KRONECKER, *HADAMARD}
+        if not any(one.removesuffix("_a") in factors for one in self.patch.tensors):
+            raise CorruptFile(
+                f"{quoted(self.table.path)} has {name!r} without the matrices of its LoRA. "
+                "Download it again."
+            )
+        shape = self.table.tensors[name].shape
+        if len(self.weight) < 2:
+            self._refuse(role, f"none: it is a norm of width {count}")
+        columns = len(shape) > 1 and shape[:2] == (1, self.weight[1]) != (1, 1)
+        if columns and role == LYCORIS_MAGNITUDE:
+            raise UnsupportedModel(
+                f"{quoted(self.table.path)} is a DoRA with a magnitude for each input of a layer "
+                f"({name!r} {list(shape)}), which WanFit cannot apply exactly; those with one for "
+                "each output can be used (LyCORIS: wd_on_output). Get or train it that way."
+            )
+        if math.prod(shape) != count or self._narrow("down") or self._narrow("diff"):
+            self._refuse(role, f"{count} magnitudes, of all its {self.weight[1]} columns")
+        self.patch.columns = math.prod(self.weight[1:])
 
     def _factor(self, role: str) -> tuple[int, int]:
         """Return the rows and columns of a factor that is whole, or a product of two matrices."""

@@ -154,9 +154,8 @@ class _Ledger:
 
     @property
     def latent_bytes(self) -> int:
-        return (
-            self.workload.batch_size * self.vae.z_dim * self.frames * self.height * self.width * 4
-        )
+        area = self.frames * self.height * self.width
+        return 4 * self.workload.batch_size * self.vae.z_dim * area
 
     def stages(self) -> tuple[StageEstimate, ...]:
         """Return the stages in the order in which they run."""
@@ -436,10 +435,11 @@ class _Ledger:
             condition += int(seen * self.latent_bytes) * size // 4
             condition += (1 + guided) * workload.batch_size * face_tokens(shape, frames) * size
         texts = (1 if guided else 0) * workload.batch_size * TEXT_TOKENS * shape.text_dim * size
-        cast = self._unpacked(part)
+        tokens = self._hidden_state(1) // shape.dim // self.cut
+        beside = self._unpacked(part) + self.arch.lora_room(part, tokens, size)
         # References are denoised as frames in front of the clip's.
         latents = self.latent_bytes * (self.frames + workload.references) // self.frames
-        forward = self._forward(part, size, guided=guided) + cast + _LATENT_COPIES * latents
+        forward = self._forward(part, size, guided=guided) + beside + _LATENT_COPIES * latents
         if self.choices.magcache:  # the input of the first block, of each pass under way
             forward += self._hidden_state(size) * (2 if guided and self.choices.stream else 1)
         # The forward and the scheduler's step come one after the other; the larger one counts.

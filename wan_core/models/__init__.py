@@ -9,7 +9,15 @@ ground floor and ``formats``.
 
 from __future__ import annotations
 
-from .architecture import PARTS, TRANSFORMERS, Component, FoundLora, ModelArchitecture
+from .architecture import (
+    LORA_ROWS,
+    LORA_TOKENS,
+    PARTS,
+    TRANSFORMERS,
+    Component,
+    FoundLora,
+    ModelArchitecture,
+)
 from .labels import (
     Role,
     differ_in_h_and_l,
@@ -92,6 +100,8 @@ __all__ = [
     "FoundLora",
     "IMAGE_TOKENS",
     "LAYOUTS",
+    "LORA_ROWS",
+    "LORA_TOKENS",
     "Layout",
     "Leftover",
     "MAP_FROM",

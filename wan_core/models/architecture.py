@@ -19,6 +19,10 @@ TRANSFORMERS: Final = ("transformer", "transformer_2")
 """A model's transformers: the only or the high-noise one, and the low-noise one."""
 PARTS: Final = (*TRANSFORMERS, "vae", "text_encoder", "image_encoder")
 """The components that hold weights, by the name they have in a diffusers folder."""
+LORA_TOKENS: Final = 1024
+"""Tokens that LoKr's two products are made of at once: what lies between them is as wide again."""
+LORA_ROWS: Final = 128
+"""Rows of a weight, or of its difference, that are made at once in float32 for a LoHa."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,6 +76,10 @@ class FoundLora:
     """Whether it says that it is distilled to few steps: with a recipe, or without a known one."""
     files: tuple[Path, ...] = ()
     """Its file or shards, and the adapter_config.json that states its scale."""
+    pieces: int = 0
+    """Numbers that its widest LoKr layer holds for a token while it computes."""
+    columns: int = 0
+    """Columns of the widest weight of which a LoHa makes rows."""
 
     def works_on(self, component: str) -> bool:
         """Whether it changes ``component``: ``transformer`` (the only or the high-noise one) or
@@ -79,6 +87,17 @@ class FoundLora:
         expert = {"transformer": "high", "transformer_2": "low"}.get(component)
         wanted = expert is not None and self.lora.expert in ("both", expert)
         return wanted and self.lora.strength != 0
+
+    def room(self, tokens: int, size: int) -> int:
+        """Return the bytes that a LoKr or LoHa holds beside a layer's output at most.
+
+        ``tokens`` go through the layer, their numbers have ``size`` bytes.
+        """
+        if not self.columns:
+            return min(tokens, LORA_TOKENS) * self.pieces * size
+        # Both products in float32, beside them a factor or what they make together.
+        rows = self.columns * 4 * (2 * LORA_ROWS + max(LORA_ROWS, self.rank))
+        return max(rows, LORA_ROWS * size * (self.columns + tokens))
 
     def describe(self) -> str:
         """Say in one line which file it is, its strength, any rank, and the expert it changes."""
@@ -170,6 +189,15 @@ class ModelArchitecture:
     def lora_bytes(self, component: str, size: int) -> int:
         """Return the bytes that a component's LoRAs take, at ``size`` bytes per parameter."""
         return sum(found.parameters * size for found in self.loras if found.works_on(component))
+
+    def lora_room(self, component: str, tokens: int, size: int) -> int:
+        """Return the bytes that its LoRAs hold beside the layer which they take most of.
+
+        That is the ranks' activations of all ``tokens``, or what a LoKr's or LoHa's factors make.
+        """
+        used = [found for found in self.loras if found.works_on(component)]
+        ranks = sum(found.rank for found in used if not (found.pieces or found.columns))
+        return max([tokens * size * ranks, *(found.room(tokens, size) for found in used)])
 
     def to_json_dict(self) -> dict[str, Any]:
         """Return plain JSON types; ``variant`` is the variant's name at the top level."""

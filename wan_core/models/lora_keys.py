@@ -31,25 +31,39 @@ ENDINGS: Final = {
     "diff": (r"\.diff", r"\.w_norm", r"\.diff_m"),
     "diff_bias": (r"\.diff_b", r"\.b_norm"),
     **{
-        role: (rf"\.{role}",)
+        role: (rf"\.{role}(?:\.default(?:_\d+)?)?",)
         for role in (
             "lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b",
             "hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b",
         )
     },
+    "dora_scale": (r"\.dora_scale",),
+    "lora_magnitude_vector": (r"\.lora_magnitude_vector(?:\.[^.]+?)?(?:\.weight)?",),
 }  # fmt: skip
 """What a tensor does, and the endings of its name (regular expressions). Between ``lora_A`` and
 ``weight`` stands the name of the adapter: ``default``, ``default_0``, whatever PEFT was given."""
 ADAPTERS: Final = {
-    "DoRA": r"\.dora_scale|\.lora_magnitude_vector(?:\..+)?",
     "LoKr with a Tucker core": r"\.lokr_t\w+",
     "LoHa with a Tucker core": r"\.hada_t\w+",
-    "OFT": r"\.b?oft_\w+(?:\..+)?",
-    "GLoRA": r"\.[ab][12]\.weight",
+    "BOFT": r"\.boft_\w+(?:\..+)?",
+    "OFT or BOFT": r"\.oft_\w+(?:\..+)?",
+    "GLoRA": r"\.(?:[ab][12]|bm)\.weight",
+    "GLoRA of PEFT": r"\.glora_[A-E](?:\..+)?",
     "LoCon with a middle matrix": r"\.lora_mid\.weight",
     "weights to be replaced": r"\.(?:set_weight|reshape_weight)",
     "IA3": r"\.ia3_l(?:\..+)?|\.on_input",
-    "VeRA": r"\.vera_lambda_[bd](?:\..+)?",
+    "VeRA": r"\.p?vera_lambda_[bd](?:\..+)?",
+    "AdaLoRA": r"\.(?:lora_E|ranknum)(?:\..+)?",
+    "T-LoRA": r"\.(?:lambda_layer|[qp]_layer\.weight)",
+    "RandLoRA": r"\.randlora_\w+(?:\..+)?",
+    "VB-LoRA": r"\.vblora_\w+(?:\..+)?",
+    "DeLoRA": r"\.delora_\w+(?:\..+)?",
+    "GraLoRA": r"\.gralora_\w+(?:\..+)?",
+    "HiRA": r"\.hira_\w+(?:\..+)?",
+    "RoAd": r"\.road_(?:theta|alpha)(?:\..+)?",
+    "C3A": r"\.c3a_kernel(?:\..+)?",
+    "SHiRA": r"\.shira_weight(?:\..+)?",
+    "WaveFT": r"\.waveft_spectrum(?:\..+)?",
     "embedding LoRA": r"\.lora_embedding_[AB](?:\..+)?",
     "FourierFT": r"\.fourierft_spectrum(?:\..+)?",
     "Bone": r"\.(?:bone|miss)_block(?:\..+)?",
@@ -85,7 +99,7 @@ _WAN_LINEAR: Final = re.compile(
 )
 _OTHER_BLOCKS: Final = re.compile(r"(?<![^.])transformer_blocks(?=\.)")
 # Endings that other models have too; only before a module of Wan do they mean a LoRA.
-_WEAK: Final = frozenset({"alpha", "GLoRA"})
+_WEAK: Final = frozenset({"alpha", "GLoRA", "T-LoRA"})
 _BOTH_EXPERTS: Final = re.compile(r"(?:^|_)transformer_[12]_")
 _TEXT_ENCODER: Final = re.compile(
     r"(?:base_model_model_)?(?:lora_te\d?|text_encoders?(?:_\d)?|te\d?|lora_clip|clip_[lg]|u?m?t5xxl)_"

@@ -1,4 +1,4 @@
-"""Everything that makes or changes latents: encoding, denoising, segments, the VAE, LoRAs.
+"""Everything that makes or changes latents: encoding, denoising, segments, the VAE.
 
 In: modules whose weights are placed and ready to be called, conditions, noise. Out: latents, then
 pixels, equal to those of diffusers' pipelines bit for bit. Names are resolved on first use, so
@@ -39,7 +39,6 @@ if TYPE_CHECKING:
         prepare_picture,
         text_beyond,
     )
-    from .lora import apply_loras
     from .segments import ClipSegments
     from .shortcuts import Memory, Shortcuts, chosen_shortcuts
     from .solvers import Solver, make_solver, start_latents
@@ -97,7 +96,6 @@ __getattr__ = lazy_names(
             "prepare_picture",
             "text_beyond",
         ),
-        "lora": ("apply_loras",),
         "segments": ("ClipSegments",),
         "shortcuts": ("Memory", "Shortcuts", "chosen_shortcuts"),
         "solvers": ("Solver", "make_solver", "start_latents"),
@@ -144,7 +142,6 @@ __all__ = [
     "Solver",
     "StreamingDecoder",
     "Unit",
-    "apply_loras",
     "as_bytes",
     "background_mask",
     "by_paths",

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 
 from ..config import WanLoRA
+from ..loras import apply_loras
 from ..memory import Strip
 from ..placing import Sharing, apply_plan, block_hooks
 from ..plan import OptimizationPlan
-from ..sampling import apply_loras
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from support.as_pack import load_pack, open_model, part
 from support.cases import in_turn
 from support.lean_models import inputs_of, model_of
+from support.lora_kinds import RANK, factors
 from support.machines import architecture
 from support.stored_files import gguf_blocks
 from support.tiny_models import components, make_folder, pipeline
@@ -34,12 +35,12 @@ from wan_core.forward.transformer import lean_forward
 from wan_core.job import resolve, solver_sigmas
 from wan_core.loading.dequantize import Scales
 from wan_core.loading.quantized import StoredLinear, replace_layer
+from wan_core.loras import apply_loras
+from wan_core.loras.read import shape_of
 from wan_core.models.recipes import recipe_of
 from wan_core.placing.offload import place
 from wan_core.placing.streaming import stream_blocks
-from wan_core.sampling.lora import apply_loras, shape_of
 
-RANK = 3
 # Written down here once more, so that a wrong table in the product is seen.
 ORIGINAL = {
     "attn1.to_q": "self_attn.q", "attn1.to_k": "self_attn.k", "attn1.to_v": "self_attn.v",
@@ -179,24 +180,6 @@ def test_every_style_equals_merged_weights(tmp_path: Path, style: str, family: s
         assert_close(ours, output(model, call), plain)
 
 
-def factors(kind: str, shape: tuple[int, ...], g: torch.Generator) -> dict[str, Tensor]:
-    """What LyCORIS saves of one layer; ``kind`` names what is saved as a product of two."""
-    out, wide = shape[0], torch.Size(shape[1:]).numel()
-    first, second = (
-        ((out, wide), (out, wide)) if kind == "loha" else ((2, 4), (out // 2, wide // 4))
-    )
-    found = {}
-    for name, size in (("w1", first), ("w2", second)):
-        if kind == "loha" or name in kind:
-            found[f"{name}_a"] = torch.randn(size[0], RANK, generator=g) * 0.4
-            found[f"{name}_b"] = torch.randn(RANK, size[1], generator=g) * 0.4
-        else:
-            kernel = (size[1] // 4, 1, 2, 2) if len(shape) > 2 and name == "w2" else size[1:]
-            found[name] = torch.randn(size[0], *kernel, generator=g) * 0.4
-    prefix = "hada" if kind == "loha" else "lokr"
-    return {f"{prefix}_{name}": value for name, value in found.items()}
-
-
 def change_of(tensors: dict[str, Tensor], alpha: float) -> Tensor:
     """LyCORIS' formulas for the difference of a weight, in float64."""
     values = {name.split("_", 1)[1]: tensor.double() for name, tensor in tensors.items()}
@@ -214,8 +197,8 @@ def test_factors_of_another_kind_equal_merged_weights(
     tmp_path: Path, kind: str, forward: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """LoKr and LoHa, whole factors and products, a convolution's too, with a plain LoRA beside."""
-    monkeypatch.setattr("wan_core.sampling.lora._TOKENS", 7)
-    monkeypatch.setattr("wan_core.sampling.lora._ROWS", 5)
+    monkeypatch.setattr("wan_core.loras.delta.LORA_TOKENS", 7)
+    monkeypatch.setattr("wan_core.loras.delta.LORA_ROWS", 5)
     model = model_of("wan2.1-t2v", torch.float32)
     call, g = inputs_of(model, torch.float32), torch.Generator().manual_seed(3)
     plain, before = output(model, call), state(model)
@@ -567,9 +550,19 @@ PAIR = {
 }  # fmt: skip
 PATCH = "diffusion_model.patch_embedding"
 REFUSED = {
-    "dora": (PAIR | {f"{KEY}.dora_scale": torch.zeros(24)}, UnsupportedModel, "DoRA.*dora_scale"),
-    "peft dora": (
-        PAIR | {f"{KEY}.lora_magnitude_vector": torch.zeros(24)}, UnsupportedModel, "kind DoRA"),
+    "dora of columns": (
+        PAIR | {f"{KEY}.dora_scale": torch.zeros(1, 24)}, UnsupportedModel,
+        r"a magnitude for each input .*dora_scale' \[1, 24\].*wd_on_output"),
+    "dora of another width": (
+        PAIR | {f"{KEY}.dora_scale": torch.zeros(25, 1)}, ModelMismatch, "needs 24 magnitudes"),
+    "peft dora of another width": (
+        PAIR | {f"{KEY}.lora_magnitude_vector": torch.zeros(23)}, ModelMismatch,
+        "needs 24 magnitudes"),
+    "magnitudes alone": (
+        {f"{KEY}.lora_magnitude_vector": torch.zeros(24)}, CorruptFile, "without the matrices"),
+    "magnitudes of a norm": (
+        {f"{KEY.replace('_attn.q', '_attn.norm_q')}.{x}": torch.zeros(24)
+         for x in ("diff", "dora_scale")}, ModelMismatch, "norm of width 24"),
     "a core of loha": ({f"{KEY}.hada_t1": torch.zeros(2, 2, 1, 1)}, UnsupportedModel, "LoHa with"),
     "a core of lokr": ({f"{KEY}.lokr_t2": torch.zeros(2, 2, 1, 1)}, UnsupportedModel, "LoKr with"),
     "half of loha": (
