@@ -23,23 +23,18 @@ Message = tuple[dict[str, Any], dict[str, Tensor]]
 """(header, tensors); the header's "type" says what it is."""
 _LENGTHS = struct.Struct(">QQ")
 _MOST_JSON, _MOST_TENSORS = 2**24, 2**40
-_KINDS = {
-    str(kind).removeprefix("torch."): kind
-    for kind in (
-        torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32,
-        torch.int16, torch.int8, torch.uint8, torch.bool,
-    )
-}  # fmt: skip
-"""The dtypes that a tensor in a message may have, by their names."""
 
 
 def write_message(
     stream: BinaryIO, header: Mapping[str, Any], tensors: Mapping[str, Tensor] | None = None
 ) -> None:
-    """Write a message and flush it. Tensors are copied to the CPU, in their dtype."""
-    plain = {k: t.detach().to("cpu").contiguous() for k, t in (tensors or {}).items()}
-    names = {kind: name for name, kind in _KINDS.items()}
-    told = [[name, names[t.dtype], list(t.shape)] for name, t in plain.items()]
+    """Write a message and flush it. Tensors are copied to the CPU, in their dtype.
+
+    They are dense, and of any dtype but torch's quantised ones, whose scales are not sent. What is
+    on the CPU already, and contiguous, is written as it lies.
+    """
+    plain = {name: _in_ram(tensor) for name, tensor in (tensors or {}).items()}
+    told = [[k, str(t.dtype).removeprefix("torch."), list(t.shape)] for k, t in plain.items()]
     text = json.dumps([header, told]).encode()
     stream.write(_LENGTHS.pack(len(text), sum(t.nbytes for t in plain.values())))
     stream.write(text)
@@ -64,16 +59,31 @@ def read_message(stream: BinaryIO) -> Message | None:
         return None
     header, told = json.loads(text)
     # Sizes first, which take no memory.
-    nbytes = sum(torch.Size(shape).numel() * _KINDS[kind].itemsize for _, kind, shape in told)
+    given = [(name, _dtype(kind), torch.Size(shape)) for name, kind, shape in told]
+    nbytes = sum(shape.numel() * dtype.itemsize for _, dtype, shape in given)
     if nbytes != data_length:
         raise BrokenState(f"a worker's message has {data_length} bytes for tensors of {nbytes}")
     tensors: dict[str, Tensor] = {}
-    for name, kind, shape in told:
-        tensor = torch.empty(shape, dtype=_KINDS[kind])
+    for name, dtype, shape in given:
+        tensor = torch.empty(shape, dtype=dtype)
         if not _fill(stream, _bytes_of(tensor)):
             return None
         tensors[name] = tensor
     return header, tensors
+
+
+def _dtype(name: str) -> torch.dtype:
+    """Return the dtype of a name; raises BrokenState where torch has none."""
+    found = getattr(torch, name, None)
+    if not isinstance(found, torch.dtype):
+        raise BrokenState(f"a worker's message has a tensor of {name!r}, which is no dtype of torch")
+    return found
+
+
+def _in_ram(tensor: Tensor) -> Tensor:
+    """Return a tensor in RAM whose bytes lie in order: itself if they do."""
+    # What only counts as conjugated or negated has other bytes than numbers.
+    return tensor.detach().to("cpu").resolve_conj().resolve_neg().contiguous()
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:
