@@ -137,6 +137,9 @@ class ThreadExchange:
     def all_say(self, word: bool) -> bool:
         return all(self.meeting.exchange(self.rank, word))
 
+    def first_says(self, name: str) -> str:
+        return str(self.meeting.exchange(self.rank, name)[0])
+
 
 class ThreadGroup(ThreadExchange):
     """``workers.group.Group`` among threads; those that name the same place meet."""
@@ -163,6 +166,9 @@ class ThreadGroup(ThreadExchange):
 
     def all_say(self, word: bool) -> bool:
         return all(self._exchanged(word))
+
+    def first_says(self, name: str) -> str:
+        return str(self._exchanged(name)[0])
 
 
 def together(size: int, work: Callable[[ThreadExchange], Any]) -> list[Any]:

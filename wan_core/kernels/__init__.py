@@ -6,7 +6,8 @@ has shown. ``fused_for`` and ``products_of`` say which ways may be used for a de
 width, ``fused_norms`` which for the norms of a VAE; ``shared_by`` has layers read the same tokens,
 rounded once; ``attend`` times what it can take; ``triton_kernels`` is the Triton code, or None
 where it cannot be imported. ``Trials`` remember what a device was found to do, and in
-``trials_of_a_render`` those that lacked memory are made again. Imports loading, for weights as they
+``trials_of_a_render`` those that lacked memory are made again; ``choosing_with`` has processes that
+compute together take the same ways. Imports loading, for weights as they
 are stored. Names are resolved on first use, so that importing this package does not import torch.
 """
 
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from .modulation import Modulation, Span, TimestepRuns
     from .products import Addition, Shared, products_of, shared_by, used_products
     from .rotary import norm_all, rotate_all, rotate_span
-    from .trials import Trials, begin_trials, trials_of_a_render
+    from .trials import Council, Trials, begin_trials, choosing_with, trials_of_a_render
 
 __getattr__ = lazy_names(
     __name__,
@@ -36,13 +37,14 @@ __getattr__ = lazy_names(
         "modulation": ("Modulation", "Span", "TimestepRuns"),
         "products": ("Addition", "Shared", "products_of", "shared_by", "used_products"),
         "rotary": ("norm_all", "rotate_all", "rotate_span"),
-        "trials": ("Trials", "begin_trials", "trials_of_a_render"),
+        "trials": ("Council", "Trials", "begin_trials", "choosing_with", "trials_of_a_render"),
     },
 )
 
 __all__ = [
     "NOTHING",
     "Addition",
+    "Council",
     "Fused",
     "FusedNorms",
     "Modulation",
@@ -52,6 +54,7 @@ __all__ = [
     "Trials",
     "attend",
     "begin_trials",
+    "choosing_with",
     "fused_duplicates",
     "fused_for",
     "fused_norms",

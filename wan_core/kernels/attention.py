@@ -4,7 +4,8 @@ torch's own choice is an order of preference, made once for all cards and shapes
 the kernels of ``attention_ways``, each called by itself. For each device, dtype and shape every
 kernel runs a few times on the tensors themselves; one whose result is not that of torch's choice,
 up to rounding (in 16 bit, or where that is allowed in 8), is left out. Times are kept on the
-machine, so that a later process need only compare the winner's result once more.
+machine, so that a later process need only compare the winner's result once more. Processes that
+compute a clip together take what one of them has chosen (``chosen_together``).
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from torch import Tensor
 from ..errors import is_oom
 from ..memory import AttentionTimes
 from .attention_ways import OWN, OWN_8BIT, Way, ways
+from .trials import chosen_together
 
 _log = logging.getLogger(__name__)
 _lock = threading.Lock()
@@ -77,10 +79,18 @@ def chosen_for(query: Tensor, key: Tensor, eight_bit: bool = False) -> str:
     if not query.is_cuda:
         return OWN
     found = Key(query.device, query.dtype, tuple(query.shape), tuple(key.shape), eight_bit)
-    with _lock:
-        if found not in _chosen:
-            _chosen[found] = _known(found, query, key) or _fastest(found, query, key)
-        return _chosen[found]
+
+    def choose() -> str:
+        with _lock:
+            if found not in _chosen:
+                _chosen[found] = _known(found, query, key) or _fastest(found, query, key)
+            return _chosen[found]
+
+    def able(name: str) -> bool:
+        with _lock:
+            return _chosen.get(found) == name or _right(name, found, query, key)
+
+    return chosen_together(f"attention of {_shape(found)}", choose, able, OWN)
 
 
 def _candidates(eight_bit: bool) -> dict[str, Way]:
@@ -111,22 +121,25 @@ def _shape(found: Key) -> str:
 def _known(found: Key, query: Tensor, key: Tensor) -> str | None:
     """Return the kernel that won on this machine before, if its result is still right."""
     times = AttentionTimes().of(*_machine(found.device)).get(_shape(found))
-    candidates = _candidates(found.eight_bit)
     best = None if times is None else _best(times)
-    if best is None or best not in candidates:
+    if best is None or not _right(best, found, query, key):
         return None
-    if best != OWN:
-        states = _states(query, key)
-        way = candidates[best]
-        try:
-            error = _error(_sample(way, states), _sample(candidates[OWN], states))
-        except Exception as err:  # noqa: BLE001 - a driver or package that has changed
-            _log.info("%s attention no longer runs here: %s", best, err)
-            return None
-        if not error < _allowed(way):
-            return None
     _log.info("Attention %s: %s is used, the fastest when it was timed.", _shape(found), best)
     return best
+
+
+def _right(name: str, found: Key, query: Tensor, key: Tensor) -> bool:
+    """Say whether a kernel that was chosen before, or elsewhere, gives the right result here."""
+    candidates = _candidates(found.eight_bit)
+    if name not in candidates or name == OWN:
+        return name == OWN
+    way, states = candidates[name], _states(query, key)
+    try:
+        error = _error(_sample(way, states), _sample(candidates[OWN], states))
+    except Exception as err:  # noqa: BLE001 - another driver, package or card than where it ran
+        _log.info("%s attention does not run here: %s", name, err)
+        return False
+    return error < _allowed(way)
 
 
 def _fastest(found: Key, query: Tensor, key: Tensor) -> str:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .fused import triton_kernels
-from .trials import Trials
+from .trials import Trials, all_can
 
 _log = logging.getLogger(__name__)
 _TOKENS = 37
@@ -51,7 +51,8 @@ def norms_to_codes(hidden: Tensor, kind: torch.dtype, per_token: bool) -> bool:
     ``per_token`` means one timestep embedding for each token.
     """
     key = (hidden.device, hidden.dtype, hidden.shape[-1], kind, per_token)
-    return _trials.of(key, partial(_agrees, hidden, kind, per_token))
+    words = f"norms of {hidden.dtype}, {hidden.shape[-1]}, in {kind}, {per_token=}"
+    return all_can(words, lambda: _trials.of(key, partial(_agrees, hidden, kind, per_token)))
 
 
 def _agrees(like: Tensor, kind: torch.dtype, per_token: bool) -> bool:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from .fused import NOTHING, Fused, triton_kernels
 from .modulation import Modulation, TimestepRuns, spans_of
 from .rotary import norm_all, rotate_all
-from .trials import Trials
+from .trials import Trials, all_can
 
 _log = logging.getLogger(__name__)
 _TOKENS = 37
@@ -36,7 +36,12 @@ def fused_for(hidden: Tensor, heads: int, per_token: bool = False) -> Fused:
     if not hidden.is_cuda or hidden.shape[-1] % _STEP or not _whole_heads(hidden.shape[-1], heads):
         return NOTHING
     key = (hidden.device, hidden.dtype, hidden.shape[-1], heads, per_token)
-    return _try_all(key)
+    words = f"{hidden.dtype}, {hidden.shape[-1]} of {heads} heads, {per_token=}"
+    # Not for their bits, which are the same: a fused norm may go on to write in 8 bit.
+    return Fused(
+        norms=all_can(f"fused norms of {words}", lambda: _try_all(key).norms),
+        rotations=all_can(f"fused rotations of {words}", lambda: _try_all(key).rotations),
+    )
 
 
 def _whole_heads(dim: int, heads: int) -> bool:

@@ -12,13 +12,14 @@ text, which are few, and nothing of the first and the last block. What a LoRA ad
 is computed in 16 bit, from tokens that were not rounded (:class:`Addition`).
 
 A kind is used where a trial on the device agrees with the weights taken apart and is faster than
-they are; else the layer computes in 16 bit, as always.
+they are; else the layer computes in 16 bit, as always. Processes that compute a clip together go by
+one clock, and by the trials of all (``chosen_together``).
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -32,7 +33,7 @@ from ..memory import MATRIX_UNITS
 from .attention import milliseconds
 from .codes import Codes
 from .fused import triton_kernels
-from .trials import Trials
+from .trials import Trials, chosen_together
 
 _log = logging.getLogger(__name__)
 _AT_ONCE = 4096
@@ -52,6 +53,7 @@ bytes, else it refuses (CUDA 13 on an H200). Spans begin at multiples of so many
 _FUSED = 1000
 """Tokens from which an fp8 product gets the bias, else it is added after rounding: of fewer than 20
 cuBLAS refused some shapes with a bias."""
+_CODED, _PLAIN = "8 bit", "16 bit"
 _GAIN = 1.05
 """How many times faster than 16 bit a product must be to be used."""
 _AGREES = 1e-2
@@ -250,14 +252,31 @@ def _product_for(layer: Any, dtype: torch.dtype) -> EightBitProduct | None:
         return None
     if stored.full_precision or any(size % 16 for size in stored.shape):
         return None
-    device = weight.bits.device
-    if torch.cuda.get_device_capability(device) < MATRIX_UNITS[stored.kind]:
-        return None
     product = EightBitProduct(
         weight, layer.bias, dtype, layer, tuple(layer._forward_hooks.values())
     )
-    key = (device, dtype, stored.kind, stored.per, stored.group, stored.shape)
-    return product if _trials.of(key, partial(_pays, product, layer, dtype)) else None
+    kind = (dtype, stored.kind, stored.per, stored.group, stored.shape)
+    words = "product of {1} by {2}, groups of {3}, {4}, in {0}".format(*kind)
+    tried = partial(_tried, product, layer, dtype, (weight.bits.device, *kind))
+    name = chosen_together(
+        words,
+        lambda: _CODED if tried(_pays) else _PLAIN,
+        lambda name: name == _PLAIN or tried(_right),
+        _PLAIN,
+    )
+    return product if name == _CODED else None
+
+
+def _tried(
+    product: EightBitProduct, layer: Any, dtype: torch.dtype, key: tuple[Hashable, ...],
+    attempt: Callable[[EightBitProduct, Any, torch.dtype], bool],
+) -> bool:  # fmt: skip
+    """Return what a trial of this kind of product has shown on its device; False: it has no such
+    units."""
+    stored, device = product.weight.stored, product.weight.bits.device
+    if torch.cuda.get_device_capability(device) < MATRIX_UNITS[stored.kind]:
+        return False
+    return _trials.of((attempt, *key), partial(attempt, product, layer, dtype))
 
 
 def _hooked(layer: nn.Module) -> bool:
@@ -341,6 +360,12 @@ def _pays(product: EightBitProduct, layer: Any, dtype: torch.dtype) -> bool:
         stored.title, stored.shape, ours, theirs, error, 8 if used else 16,
     )  # fmt: skip
     return used
+
+
+def _right(product: EightBitProduct, layer: Any, dtype: torch.dtype) -> bool:
+    """Try a product that another process has found to pay."""
+    product = EightBitProduct(product.weight, product.bias, dtype)
+    return _error(product, layer, dtype) < _AGREES
 
 
 def _tokens(product: EightBitProduct, dtype: torch.dtype, count: int) -> Tensor:

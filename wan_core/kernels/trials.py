@@ -4,6 +4,9 @@ A kernel is tried before it is used, and a failed trial means that the plain cod
 of the process. Lack of memory is another thing: it says nothing of the kernel, and may be over when
 the next render begins. Such a trial is made again then, at most ``TRIES`` times in all, and what
 was left untried is said in the render's warnings. Until then the choice stays as it is.
+
+Processes that compute a clip together choose alike (``chosen_together``): a clock has no two equal
+answers, and what rounds otherwise on another card gives other bits by who computed what.
 """
 
 from __future__ import annotations
@@ -12,12 +15,57 @@ import logging
 import threading
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Protocol
 
 from ..errors import first_line, is_oom
 
 _log = logging.getLogger(__name__)
 TRIES = 3
 """Renders in which a trial that lacks memory is made."""
+
+
+class Council(Protocol):
+    """Processes that compute one clip together; all ask it the same questions in one order."""
+
+    def choose(
+        self, what: str, choose: Callable[[], str], able: Callable[[str], bool], plain: str
+    ) -> str:
+        """Return what one of them chooses; ``plain`` where not all who ask are ``able`` to."""
+
+    def all_can(self, what: str, can: Callable[[], bool]) -> bool:
+        """Return whether all who ask at this moment can do something."""
+
+
+_council: ContextVar[Council | None] = ContextVar("council", default=None)
+
+
+@contextmanager
+def choosing_with(council: Council) -> Iterator[None]:
+    """Have this thread choose together with others inside the ``with`` block."""
+    token = _council.set(council)
+    try:
+        yield
+    finally:
+        _council.reset(token)
+
+
+def chosen_together(
+    what: str, choose: Callable[[], str], able: Callable[[str], bool], plain: str
+) -> str:
+    """Return a choice between ways that may round differently, ``plain`` the one all can take.
+
+    ``what`` names it, equal in all processes; who asks differs in nothing but its card and clock.
+    ``choose`` makes it here, ``able`` says whether one that another made gives right results here.
+    """
+    council = _council.get()
+    return choose() if council is None else council.choose(what, choose, able, plain)
+
+
+def all_can(what: str, can: Callable[[], bool]) -> bool:
+    """Return whether all who compute this together can do it; see ``chosen_together``."""
+    council = _council.get()
+    return can() if council is None else council.all_can(what, can)
 
 
 class _Renders:

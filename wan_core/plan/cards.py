@@ -356,8 +356,8 @@ class _Telling:
             return "with the bits of one" + (" at that overlap" if self.longer else "")
         speed = "fastest kernels" if self.plan.choices.quick else "own kernels"
         return (
-            f"passes are computed as on one, but that each card takes its {speed}, which may round "
-            "differently"
+            f"passes are computed as on one, with the {speed} that the first card to try them "
+            "chooses for all: they may round differently"
         )
 
     @property

@@ -14,7 +14,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import fields
 from functools import partial
 from typing import Any, BinaryIO
@@ -26,12 +26,12 @@ from ..config import leave_ends_to_driver
 from ..errors import first_line, is_host_oom, is_oom
 from ..forward import alike, can_be_cut
 from ..journal import code_digest, device_name, versions
-from ..kernels import begin_trials
+from ..kernels import begin_trials, choosing_with
 from ..loading import ComponentCache, ComponentKey, dtype_of, first_look, load_component, unpin
 from ..memory import Strip
 from ..placing import Sharing
 from ..sampling import Conditions, Unit, compute_unit
-from .group import GangBroken, Group, Join, ProcessGroup
+from .group import Choices, GangBroken, Group, Join, ProcessGroup
 from .links import measured_link
 from .messages import Message, read_message, write_message
 from .placement import placed
@@ -90,6 +90,9 @@ class Worker:
         self._cancelled: set[int] = set()
         self._may_go: tuple[int, int] = (-1, 0)
         """The number of a decode, and the chunk that it may not write yet."""
+        self._chosen: queue.Queue[tuple[int, str | None]] = queue.Queue()
+        """Numbers of what was asked, and what the driver's other workers have chosen."""
+        self._asked = 0
         self._answer = answer
         self._cache = ComponentCache()
         self._known: dict[str, Weights] = {}
@@ -105,6 +108,8 @@ class Worker:
         """The gang that this worker is one of, if it is not alone."""
         self._together: Group | None = None
         """The same while it computes a part of a unit: decisions are then those of rank 0."""
+        self._choices = {alone: self._chooser(None) for alone in (True, False)}
+        """What it chooses in units that it computes alone, and in those of the gang."""
 
     def hears_now(self, header: dict[str, Any]) -> bool:
         """Take what is said to the unit in work, from any thread; False for all else."""
@@ -112,7 +117,9 @@ class Worker:
             self._cancelled.update(header["numbers"])
         elif header["type"] == "go":
             self._may_go = header["number"], header["until"]
-        return header["type"] in ("cancel", "go")
+        elif header["type"] == "chosen":
+            self._chosen.put((header["ask"], header["name"]))
+        return header["type"] in ("cancel", "go", "chosen")
 
     def serve(self) -> None:
         """Answer messages until there is one that says to stop."""
@@ -141,6 +148,7 @@ class Worker:
         """Become one of a gang, together with its other processes."""
         group = self._join(header["rank"], header["size"], header["place"], self.device)
         self._group = group
+        self._choices[False] = self._chooser(group)
         link, why = measured_link(group, self.device)
         told = None if link is None else [link.rate, link.seconds, link.host]
         self._answer({"type": "joined", "link": told, "why": why})
@@ -254,7 +262,9 @@ class Worker:
         before = 0 if sharing is None else sharing.copied_bytes
         if sharing is not None:
             sharing.begin(together=among is not None)
-        velocity, residual = compute_unit(unit, module, dtype, conditions, among)
+        clip = self._conditions[0]
+        with choosing_with(self._choices[among is None].of_clip(clip)):
+            velocity, residual = compute_unit(unit, module, dtype, conditions, among)
         # To the CPU here, so that kernels that fail do so inside the try of the caller.
         velocity = velocity.to("cpu")
         on_card = self.device.type == "cuda"
@@ -267,11 +277,37 @@ class Worker:
             self._together = None  # the others have done their part
             if sharing is not None:
                 sharing.begin(together=False)
-            whole, residual = compute_unit(unit, module, dtype, conditions)
+            with choosing_with(self._choices[True].of_clip(clip)):
+                whole, residual = compute_unit(unit, module, dtype, conditions)
             equal, error = alike(whole.to("cpu"), velocity)
             velocity = whole.to("cpu")
             told |= {"equal": equal, "error": error}
         return {"velocity": velocity} | ({} if residual is None else {"residual": residual}), told
+
+    def _chooser(self, group: Group | None) -> Choices:
+        def tell(what: str, name: str | None, kept: bool) -> None:
+            self._answer({"type": "chose", "what": what, "name": name, "kept": kept})
+
+        def say(text: str) -> None:
+            self._answer({"type": "note", "text": text})
+
+        return Choices(group, self._ask, tell, say)
+
+    def _ask(self, what: str) -> str | None:
+        """Return what another worker has chosen; None where this one is to choose."""
+        self._asked += 1
+        self._answer({"type": "choose", "what": what, "ask": self._asked})
+        try:
+            while True:
+                with suppress(queue.Empty):
+                    number, name = self._chosen.get(timeout=_BEAT_SECONDS)
+                    if number == self._asked:
+                        return name
+                if self._together is None:  # the others of a gang do not look for an interrupt now
+                    self.check()
+        except Cancelled:
+            self._answer({"type": "chose", "what": what, "name": None})
+            raise
 
     def _in_place(self, weights: Weights, strip: Strip | None = None) -> Any:
         """Return the module of these weights, placed; others leave the device first."""

@@ -221,6 +221,13 @@ class Gang:
             shutil.rmtree(self._place, ignore_errors=True)
 
 
+def name_of(devices: Sequence[str], first: int) -> str:
+    """Return what a gang on ``devices`` is called whose first worker has this number, from 1."""
+    if len(devices) == 1:
+        return f"{devices[0]} (worker {first})"
+    return f"{', '.join(devices)} (workers {first} to {first + len(devices) - 1})"
+
+
 def unheld(gangs: Sequence[Gang], devices: Sequence[str]) -> list[Gang]:
     """Return the gangs that may be given work: those on ``devices``, which are held, wait."""
     held, ours = Counter(devices), []

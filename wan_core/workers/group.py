@@ -4,6 +4,9 @@ torch.distributed is set up here, in a worker and never in its driver: gloo betw
 between cards, one group of processes for each gang, which meet in a file. Every decision is that
 of rank 0. Whoever hangs or ends here is ended, with the gang, by the driver: no collective is
 waited for by a clock.
+
+What a kernel is chosen by, a clock or a trial on its card, is no two times the same: ``Choices``
+has one worker choose for all of a driver's.
 """
 
 from __future__ import annotations
@@ -12,7 +15,7 @@ from collections.abc import Callable
 from contextlib import contextmanager
 from datetime import timedelta
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -24,6 +27,8 @@ from ..placing import Gathering, Pending
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+_WORD = 256
+"""Bytes of a name that rank 0 tells the others; kernels have shorter ones."""
 _TIMEOUT = timedelta(hours=1)
 """A rank may wait as long for another that reads weights. The driver ends a gang that hangs."""
 
@@ -40,6 +45,67 @@ class Group(Exchange, Gathering, Protocol):
 
     def all_say(self, word: bool) -> bool:
         """Return whether all say yes."""
+
+    def first_says(self, name: str) -> str:
+        """Return the name that rank 0 gives."""
+
+
+class Choices:
+    """What a worker chooses together with its gang; see ``kernels.Council``.
+
+    Rank 0 asks the driver what another gang has chosen (``ask``): None where it is to choose by
+    itself, and then it tells (``tell``) what that is, or None where it failed. The others try
+    whether they can do it too; where not, ``say`` hears of it. To be used for units that all of the
+    gang compute, or, with no group, for those that this worker computes alone.
+    """
+
+    def __init__(
+        self, group: Group | None, ask: Callable[[str], str | None],
+        tell: Callable[[str, str | None, bool], object], say: Callable[[str], object],
+    ) -> None:  # fmt: skip
+        self._group, self._ask, self._tell, self._say = group, ask, tell, say
+        self._clip = -1
+        self._found: dict[str, str | bool] = {}
+
+    def of_clip(self, number: int) -> Choices:
+        """Begin to choose anew where this is another clip: what lacked memory is tried again."""
+        if number != self._clip:
+            self._clip, self._found = number, {}
+        return self
+
+    def choose(
+        self, what: str, choose: Callable[[], str], able: Callable[[str], bool], plain: str
+    ) -> str:
+        """Return what is chosen; all of the gang ask at the same place."""
+        if what not in self._found:
+            group, name = self._group, ""
+            if group is None or group.rank == 0:
+                name = self._ask(what) or self._own(what, choose, plain)
+            if group is not None:
+                name = group.first_says(name)
+            can = name == plain or able(name)
+            if group is not None:
+                can = group.all_say(can)
+            if not can:
+                self._say(f"Not every card can do {what} by {name}: {plain} was taken there.")
+            self._found[what] = name if can else plain
+        return cast(str, self._found[what])
+
+    def _own(self, what: str, choose: Callable[[], str], plain: str) -> str:
+        """Choose, and tell the driver, for which others may wait."""
+        name = None
+        try:
+            name = choose()
+        finally:
+            self._tell(what, name, name != plain)
+        return name
+
+    def all_can(self, what: str, can: Callable[[], bool]) -> bool:
+        """Return whether all of the gang can do something."""
+        if what not in self._found:
+            mine = can()
+            self._found[what] = mine if self._group is None else self._group.all_say(mine)
+        return cast(bool, self._found[what])
 
 
 Join = Callable[[int, int, str, torch.device], Group]
@@ -129,6 +195,14 @@ class ProcessGroup:
         with _told():
             self._dist.all_reduce(said, self._dist.ReduceOp.MIN)
         return bool(said)
+
+    def first_says(self, name: str) -> str:
+        """Return the name that rank 0 gives."""
+        text = name.encode()[:_WORD] if self.rank == 0 else b""
+        said = torch.tensor([*text.ljust(_WORD, b"\0")], dtype=torch.uint8)
+        with _told():
+            self._dist.broadcast(said, 0)
+        return bytes(said.tolist()).rstrip(b"\0").decode()
 
 
 class _Work:

@@ -1,4 +1,7 @@
-"""What a pool has in work: units, which of them are cut, and a decode that its workers share."""
+"""What a pool has in work: units, which of them are cut, and a decode that its workers share.
+
+And what its workers choose alike.
+"""
 
 from __future__ import annotations
 
@@ -67,6 +70,61 @@ class Strips(Protocol):
 
     def lost(self, rank: Rank, why: str) -> None:
         """Hear that a worker has ended."""
+
+
+class Chosen:
+    """What workers choose alike: the first that asks chooses, and others wait until it has."""
+
+    def __init__(self) -> None:
+        self._made: dict[str, str] = {}
+        self._plain: set[str] = set()
+        """Those that took the plain way, which a worker without memory for a trial takes too."""
+        self._asked: dict[str, list[tuple[Rank, int]]] = {}
+        """By what is chosen just now: who chooses it, then who waits, and the number of each."""
+
+    def begin(self) -> None:
+        """Begin a render: what was not to be had in the last one may be now."""
+        for what in self._plain:
+            self._made.pop(what, None)
+        self._plain.clear()
+
+    def hears(self, rank: Rank, header: dict[str, Any]) -> None:
+        """Hear a worker ask what is chosen, or say what it has chosen; None: nothing."""
+        what, name = header["what"], header.get("name")
+        if header["type"] == "choose":
+            asker = rank, header["ask"]
+            if what in self._made:
+                self._tell(what, [asker])
+                return
+            asked = self._asked.setdefault(what, [])
+            asked.append(asker)
+            if len(asked) == 1:
+                self._tell(what, asked)
+        elif name is None:
+            self._leave(what, [rank])
+        else:
+            self._made[what] = name
+            self._plain.update(() if header["kept"] else {what})
+            waiting = self._asked.pop(what, [])
+            self._tell(what, [one for one in waiting if one[0] is not rank])
+
+    def lose(self, ranks: Sequence[Rank]) -> None:
+        """Hear that workers have ended."""
+        for what in list(self._asked):
+            self._leave(what, ranks)
+
+    def _leave(self, what: str, ranks: Sequence[Rank]) -> None:
+        """Have the next of those that wait choose in place of one that does not any more."""
+        asked = self._asked.pop(what, [])
+        left = [one for one in asked if one[0] not in ranks]
+        if left:
+            self._asked[what] = left
+            self._tell(what, left[:1] if left[0] != asked[0] else [])
+
+    def _tell(self, what: str, asked: Sequence[tuple[Rank, int]]) -> None:
+        """Answer those who asked; None: choose yourself."""
+        for rank, number in asked:
+            rank.process.send({"type": "chosen", "ask": number, "name": self._made.get(what)})
 
 
 class Cuts:

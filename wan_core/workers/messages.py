@@ -76,7 +76,9 @@ def _dtype(name: str) -> torch.dtype:
     """Return the dtype of a name; raises BrokenState where torch has none."""
     found = getattr(torch, name, None)
     if not isinstance(found, torch.dtype):
-        raise BrokenState(f"a worker's message has a tensor of {name!r}, which is no dtype of torch")
+        raise BrokenState(
+            f"a worker's message has a tensor of {name!r}, which is no dtype of torch"
+        )
     return found
 
 

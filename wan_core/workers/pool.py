@@ -25,8 +25,8 @@ from ..journal import code_digest, versions
 from ..memory import CardRecords, Trial
 from ..sampling import Conditions, Kept, Made, Unit
 from .child import conditions_message
-from .gang import Gang, Rank, unheld
-from .jobs import Cuts, Job, Strips
+from .gang import Gang, Rank, name_of, unheld
+from .jobs import Chosen, Cuts, Job, Strips
 from .messages import Message
 from .process import End, WorkerProcess
 from .weights import Weights
@@ -57,7 +57,7 @@ class WorkerPool:
         self.quiet_seconds = quiet_seconds
         self.held: list[str] = []
         """Cards that another program still uses; their workers get nothing until they are out."""
-        self._cuts = Cuts(CardRecords())
+        self._cuts, self._chosen = Cuts(CardRecords()), Chosen()
         self._events: queue.Queue[tuple[WorkerProcess, Message | None]] = queue.Queue()
         self._gangs: list[Gang] = []
         self._jobs: dict[int, Job] = {}
@@ -74,10 +74,7 @@ class WorkerPool:
         """Names of gangs of which the last one has ended before it could be given a unit."""
         for first in range(0, len(self.devices) - gang + 1, gang):
             together = self.devices[first : first + gang]
-            name = f"{together[0]} (worker {first + 1})"
-            if gang > 1:
-                name = f"{', '.join(together)} (workers {first + 1} to {first + gang})"
-            self._start(together, name)
+            self._start(together, name_of(together, first + 1))
 
     # -- what a render asks -------------------------------------------------------------------
 
@@ -213,6 +210,7 @@ class WorkerPool:
         self._fresh = False
         self._restarts = 2 * len(self.devices)
         self._cuts.begin()
+        self._chosen.begin()
         self._done = 0
         self._fallen.clear()
         for gang in self._gangs:
@@ -241,12 +239,8 @@ class WorkerPool:
 
     def _pump(self, seconds: float) -> None:
         """Wait so long for something to happen; look after the workers and hand out units."""
-        try:
-            event = self._events.get(timeout=seconds)
-        except queue.Empty:
-            pass
-        else:
-            self._hear(*event)
+        with contextlib.suppress(queue.Empty):
+            self._hear(*self._events.get(timeout=seconds))
             while not self._events.empty():
                 self._hear(*self._events.get())
         for gang in list(self._gangs):
@@ -274,6 +268,8 @@ class WorkerPool:
                 self.loaded(header["component"], header["done"], header["total"])
         elif kind == "note":
             self._say(header["text"])
+        elif kind in ("choose", "chose"):
+            self._chosen.hears(rank, header)
         elif kind == "released":
             rank.released = True
         elif kind in ("mapped", "strip"):
@@ -405,9 +401,13 @@ class WorkerPool:
 
     def _replace(self, gang: Gang) -> None:
         """End a gang, and start another one on its devices."""
+        self._end(gang)
+        self._start(gang.devices, gang.name)
+
+    def _end(self, gang: Gang) -> None:
         self._gangs.remove(gang)
         gang.kill()
-        self._start(gang.devices, gang.name)
+        self._chosen.lose(gang.ranks)
 
     def _lose(self, gang: Gang, why: str, end: End | None = None) -> None:
         """End a gang; its unit goes to another, and a new one is started in its place.
@@ -420,8 +420,7 @@ class WorkerPool:
             again = again and gang.name not in self._stillborn
             self._stillborn.add(gang.name)
         self._fallen.add(gang.name)
-        self._gangs.remove(gang)
-        gang.kill()
+        self._end(gang)
         job = None if gang.unit is None else self._jobs.get(gang.unit)
         job = None if job is None or job.result is not None else job
         if self._strips[1] is not None:
