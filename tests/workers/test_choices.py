@@ -161,5 +161,7 @@ def test_workers_and_gangs_of_a_clip_choose_alike(
     result = made(open_wan(folder, devices=cards), job)
     assert equal(result, whole) and (cards == 2 or cut_units(result) > 0)
     names = set.union(*found.values())
-    assert len(found) >= cards and len(names) == 1 and names.pop().startswith("kernel")
+    assert len(names) == 1 and names.pop().startswith("kernel")
+    # One that starts anew may find that the others have done all.
+    assert len(found) >= cards - (fate == "dies")
     assert len(fell) == bool(fate)

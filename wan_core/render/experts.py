@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from bisect import bisect
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import replace
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -33,17 +34,22 @@ def expert_in_place(
 ) -> Iterator[Expert]:  # fmt: skip
     """Enter a stage with its expert ready to compute.
 
-    ``plain`` leaves out LoRAs that are distilled to a few steps. ``ahead`` is entered where this
-    process computes: it reads what comes next. Workers take the weights off their devices again
-    before the stage ends.
+    ``plain`` leaves out LoRAs that are distilled to a few steps. ``ahead``, which reads what comes
+    next, is entered when the expert is in its place: in workers, when the first unit is done.
+    Workers take the weights off their devices again before the stage ends.
     """
     expert = Expert(
         name=name, model=_not_here, dtype=stages.dtype(component), guidance_scale=guidance_scale
     )
     if stages.plan.workers:
-        with stages.timeline.stage(stage) as report, in_workers(stages) as pool:
+        with (
+            stages.timeline.stage(stage) as report,
+            in_workers(stages) as pool,
+            ExitStack() as stack,
+        ):
             report.note = f"on {len(stages.plan.workers)} workers"
-            elsewhere = Experts(pool, stages.weights(component, distilled=not plain))
+            begun = cache(partial(stack.enter_context, ahead))
+            elsewhere = Experts(pool, stages.weights(component, distilled=not plain), begun)
             yield replace(expert, elsewhere=elsewhere)
         return
     with stages.use(stage, component, distilled=not plain) as model, ahead:

@@ -36,7 +36,7 @@ from ..loading import (
 )
 from ..memory import RAM_RESERVE, ram
 from ..models import ModelArchitecture, part_bytes, ram_bytes, stays_in_file
-from ..placing import Ahead, do_ahead, pin_ahead, pin_budget
+from ..placing import Ahead, do_ahead, files_ahead, pin_ahead, pin_budget
 from ..plan import OptimizationPlan
 from ..sampling import OutOfRange
 from ..workers import Weights, WorkerPool, close_workers, placed, worker_pool
@@ -296,9 +296,13 @@ class StageRunner:
         """Read the component that comes next while this one computes, and page-lock its blocks.
 
         Only where the plan found room for it in RAM and the room is there. Where its weights are
-        not read ahead they may still be page-locked.
-        """
-        if not self._room_for_next(component):
+        not read ahead they may still be page-locked. For workers only its file is read."""
+        room = self._room_for_next(component)
+        if self.plan.workers:  # they read it themselves, from the system's cache then
+            with files_ahead(self.architecture.components[component].files if room else ()):
+                yield
+            return
+        if not room:
             with self.pin_next(component):
                 yield
             return
@@ -489,8 +493,7 @@ class StageRunner:
         """Go on with another plan from now on."""
         self.plan = plan
         self.timeline.predict({s.name: s.device_bytes for s in plan.estimate.stages})
-        # Steps of another plan take longer. Compared with those before, they would look like a
-        # spill.
+        # Steps of another plan take longer, which beside those before would look like a spill.
         self.timeline.step_seconds.clear()
         if self.usual_step is not None:
             self.usual_step = plan.step_seconds

@@ -18,6 +18,8 @@ class Experts:
 
     pool: WorkerPool
     weights: Weights
+    begun: Callable[[], object] = lambda: None
+    """Called when a unit is done, as its weights are in their place then."""
 
     def send(self, unit: Unit, conditions: Conditions, kept: Kept | None = None) -> int:
         """Ask for a unit; return its number."""
@@ -25,7 +27,9 @@ class Experts:
 
     def result(self, number: int, check: Callable[[], object]) -> Made:
         """Wait for a unit's velocity, and for what its blocks added where that was asked for."""
-        return self.pool.result(number, check)
+        made = self.pool.result(number, check)
+        self.begun()
+        return made
 
     def forget(self) -> None:
         """Give up what has not been taken."""
