@@ -5,6 +5,8 @@ terms of ``memory/process.py`` were chosen by these runs: what is held here is t
 up to them. What a process held and had done before is part of a run. Left out are the encodes of
 texts that came while a tokenizer kept twice what it keeps now, and a stage that ended before all
 that it page-locks was locked.
+
+The two runs of ``benchmarks/results/files_people_have_h200.md`` are the last ones.
 """
 
 from __future__ import annotations
@@ -50,6 +52,15 @@ RUNS = {
     "24 GiB and 32 GiB of RAM, in a new process": Run(
         32, 832.0, ("imports",),
         {"text_encode": 1_360, "denoise_high": 1_765, "denoise_low": 1_852, "decode": 2_749},
+    ),
+    "8 GiB, a text for the first time after the forwards of a transformer": Run(
+        251, 1229.5, ("card", "denoise", "imports"),
+        {"text_encode": 1_591, "denoise_high": 21_359, "denoise_low": 21_460, "decode": 6_539},
+        resident=11,
+    ),
+    "24 GiB, after that clip, its tokenizer dropped": Run(
+        251, 1701.1, ("card", "decode", "denoise", "encode", "imports"),
+        {"text_encode": 1_950, "denoise_high": 2_141, "decode": 2_831}, low=False,
     ),
 }  # fmt: skip
 

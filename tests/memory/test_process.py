@@ -14,7 +14,7 @@ import pytest
 from support.machines import cpu, gpu
 
 from wan_core.memory import process
-from wan_core.memory.process import FIRST, FIRST_ON_CPU, TOKEN_BYTES
+from wan_core.memory.process import AFTER_DENOISING, FIRST, FIRST_ON_CPU, TOKEN_BYTES
 
 MIB = 2**20
 
@@ -44,7 +44,11 @@ def test_whatever_computes_first_pays_for_the_card(kinds: tuple[str, ...]) -> No
     assert fresh.process_ram([*kinds, *kinds]) == first
     later = replace(fresh, done_here=("card", "imports", *kinds))
     assert later.process_ram(kinds) == 600 * MIB
-    assert later.process_ram() == 600 * MIB + sum(
+    beside = AFTER_DENOISING if kinds == ("denoise",) else 0  # what an encoder finds unpaid
+    assert later.process_ram(("encode", "decode")) - later.process_ram(("decode",)) == beside + (
+        0 if "encode" in kinds else FIRST["encode"]
+    )
+    assert later.process_ram() == beside + 600 * MIB + sum(
         FIRST[kind] for kind in ("encode", "denoise", "decode") if kind not in kinds
     )
 
