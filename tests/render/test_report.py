@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import mmap
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from support.machines import cpu, gpu, stored_pair
 
 from wan_core import OptimizationConfig
@@ -75,3 +79,25 @@ def test_other_files_are_advised_only_where_there_are_smaller_ones() -> None:
     assert told("fp8").endswith("not the device's memory. Close other programs.")
     assert told("fp32 encoder").endswith("programs, or take the text encoder in fp8 or GGUF.")
     assert "the transformer and the text encoder and the transformer 2" in told("bf16")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems do not tell them apart")
+def test_on_a_cpu_a_stages_peak_is_what_its_estimate_counts(tmp_path: Path) -> None:
+    """Pages of a mapped file can be taken back, and are in no estimate's bytes."""
+    size, path = 64 * 2**20, tmp_path / "weights"
+    path.write_bytes(bytes(size))
+    timeline = report.Timeline(torch.device("cpu"))
+
+    def peak_of(what: Any) -> int:
+        with timeline.stage("decode") as stage:
+            held = what()
+            timeline.sample()
+        del held
+        assert stage.measured_peak_bytes is not None
+        return stage.measured_peak_bytes
+
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+        alone = peak_of(lambda: None)
+        assert peak_of(lambda: sum(mapped[:: mmap.PAGESIZE])) < alone + size // 2
+        assert peak_of(lambda: torch.ones(size, dtype=torch.uint8)) > alone + size // 2
+    assert timeline.peak_bytes > alone + size // 2

@@ -42,7 +42,7 @@ from .machine import (
     ram,
     system_resources,
 )
-from .process import RING, SENDING, stage_was_run, tokenizer_was_made
+from .process import RING, SENDING, process_bytes, stage_was_run, tokenizer_was_made
 from .stages import estimate, reserved_bytes
 from .strips import COLUMNS, ROWS, Strip, strips_cost, strips_of
 from .text import format_estimate
@@ -98,6 +98,7 @@ __all__ = [
     "lean_peak",
     "matrix_kind",
     "pinned_budget_now",
+    "process_bytes",
     "ram",
     "reserved_bytes",
     "seen_latents",

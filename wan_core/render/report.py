@@ -28,7 +28,7 @@ from ..job import (
 )
 from ..kernels import used_attention, used_products
 from ..loading import give_back_freed
-from ..memory import ATTENTION_8BIT, Workload, stage_was_run
+from ..memory import ATTENTION_8BIT, Workload, process_bytes, stage_was_run
 from ..models import Component, ModelArchitecture
 from ..plan import Limits
 
@@ -202,8 +202,8 @@ def _copied(value: object) -> object:
 class Timeline:
     """The stages of one run in their order, each with its seconds and its peak memory.
 
-    On CUDA the peak is that of torch's allocator during the stage. Elsewhere it is the resident set
-    of the process, looked at when the stage begins and ends and in :meth:`sample`.
+    On CUDA the peak is that of torch's allocator during the stage. Elsewhere it is the RAM of the
+    process, looked at when the stage begins and ends and in :meth:`sample`.
     """
 
     def __init__(self, device: torch.device, predicted: Mapping[str, int] | None = None) -> None:
@@ -278,7 +278,7 @@ class Timeline:
         now = time.perf_counter()
         if self.device.type != "cuda" and now >= self._next_sample:
             self._next_sample = now + _SAMPLE_SECONDS
-            self._peak = max(self._peak, resident_bytes())
+            self._peak = max(self._peak, ram_of_process())
 
     @property
     def peak_bytes(self) -> int:
@@ -288,12 +288,12 @@ class Timeline:
     def _reset_peak(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
-        self._peak = resident_bytes()
+        self._peak = ram_of_process()
 
     def _read_peak(self) -> int:
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device)
-        return max(self._peak, resident_bytes())
+        return max(self._peak, ram_of_process())
 
 
 def out_of_ram(model: ModelArchitecture, stage: str, failure: str) -> str:
@@ -392,8 +392,14 @@ def kernels_noted(
         )
 
 
-def resident_bytes() -> int:
-    """Return the bytes of this process in RAM (its resident set)."""
+def ram_of_process() -> int:
+    """Return the bytes of this process in RAM that no file stands behind, as estimates count them.
+
+    Outside Linux pages of mapped files cannot be told apart, and count.
+    """
+    known = process_bytes()
+    if known is not None:
+        return known
     import psutil
 
     return int(psutil.Process(os.getpid()).memory_info().rss)
@@ -403,7 +409,7 @@ def device_bytes(device: torch.device) -> int:
     """Return the bytes in use on the device now; without CUDA those of the process in RAM."""
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device)
-    return resident_bytes()
+    return ram_of_process()
 
 
 def format_report(result: VideoGenerationResult) -> str:
