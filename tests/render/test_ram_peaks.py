@@ -11,6 +11,7 @@ import math
 import os
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,11 +47,16 @@ def write(folder: Path, kind: str, blocks: int, dim: int = 5120, ffn: int = 1382
 
 
 def measured(
-    folder: Path, path: Path, map_from: int = MAP_FROM, **optimization: Any
-) -> dict[str, Any]:
-    """Generate twice from the file, in a process of its own."""
-    command = [sys.executable, "-m", "support.ram_peaks", str(folder), str(path),
-               json.dumps(optimization), str(map_from)]  # fmt: skip
+    folder: Path, path: Path, map_from: int = MAP_FROM, *, files: Mapping[str, Path] = {},
+    loras: Sequence[Path] = (), config: Mapping[str, Any] = {}, **optimization: Any,
+) -> dict[str, Any]:  # fmt: skip
+    """Generate twice from the transformer and other files, in a process of its own."""
+    job = {
+        "folder": str(folder), "map_from": map_from, "loras": [str(lora) for lora in loras],
+        "files": {"transformer": str(path)} | {name: str(file) for name, file in files.items()},
+        "optimization": optimization, "config": dict(config),
+    }  # fmt: skip
+    command = [sys.executable, "-m", "support.ram_peaks", json.dumps(job)]
     found = os.environ.get("PYTHONPATH", "")
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), str(ROOT / "tests"), found])),
@@ -68,16 +74,23 @@ def check(told: dict[str, Any], *, gguf: bool = False) -> None:
     host, planned, peaks = told["host"], told["planned"], told["measured"]
     table = {name: (peaks[name] >> 20, planned.get(name, host) >> 20) for name in peaks}
     assert host == max(planned.values())
-    for name in ("text_encode", "load transformer", "denoise"):
-        # A part is loaded for the stage that uses it, and must not need more for that. Stages after
-        # the largest may keep what they do not need; it is dropped where something else needs it.
-        limit = planned[name.replace("load transformer", "denoise")]
-        assert peaks[name] <= 1.15 * limit, f"{name}: MiB measured and planned {table}"
+    single = {"transformer": "denoise"}
+    experts = {"transformer": "denoise_high", "transformer_2": "denoise_low"}
+    uses = single if "denoise" in planned else experts
+    # A part is loaded for the stage that uses it, and must not need more for that. Stages after
+    # the largest may keep what they do not need; it is dropped where something else needs it.
+    limits = {"text_encode": "text_encode"} | {stage: stage for stage in uses.values()}
+    limits |= {f"load {part}": stage for part, stage in uses.items()}
+    for name in limits.keys() & peaks.keys():
+        assert peaks[name] <= 1.15 * planned[limits[name]], (
+            f"{name}: MiB measured and planned {table}"
+        )
     assert max(peaks.values()) <= 1.15 * host, f"MiB measured and planned {table}"
     # A plan that counts far too much would refuse what fits. Of a GGUF file it counts F32 tensors
     # as copied, and where they lie as torch allocates they are not.
     least = 0.4 if gguf else 0.6
-    assert peaks["denoise"] >= least * planned["denoise"], f"MiB measured and planned {table}"
+    for stage in uses.values():
+        assert peaks[stage] >= least * planned[stage], f"MiB measured and planned {table}"
     once, twice = told["after"]
     assert twice - once <= GROWTH, f"{(twice - once) >> 20} MiB more after the second render"
 
@@ -100,6 +113,33 @@ def test_a_large_file_stays_within_the_plan(folder: Path, kind: str, placement: 
     size = path.stat().st_size
     assert MAP_FROM < size < 2.8 * GIB, f"{size / GIB:.2f} GiB"
     check(measured(folder, path, offload=placement), gguf=kind in GGUF)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["fp8_scaled new", "Q8_0"])
+def test_a_pair_with_a_lora_stays_within_the_plan(folder: Path, kind: str) -> None:
+    """Both experts stay mapped; what is copied of each, and the LoRA's matrices, are counted."""
+    blocks, rank = KINDS[kind], 128
+    high, low = (
+        (path := write(folder, kind, blocks)).rename(path.with_stem(f"{noise}_noise"))
+        for noise in ("high", "low")
+    )
+    layers = [f"blocks.{block}.self_attn.{side}" for block in range(blocks) for side in "qkvo"]
+    sides = {"lora_A": (rank, 5120), "lora_B": (5120, rank)}
+    lora = layouts.Stored(
+        {
+            f"diffusion_model.{layer}.{side}.weight": ("BF16", shape)
+            for layer in layers
+            for side, shape in sides.items()
+        }
+    )
+    told = measured(
+        folder, high, files={"transformer_2": low},
+        loras=[layouts.write_sparse(folder / "lora.safetensors", lora)],
+        config={"num_inference_steps": 2, "switch_step": 1, "guidance_scale_2": 1.0},
+    )  # fmt: skip
+    assert {"denoise_high", "denoise_low"} < told["measured"].keys()
+    check(told, gguf=kind in GGUF)
 
 
 @pytest.mark.slow

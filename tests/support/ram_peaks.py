@@ -1,7 +1,8 @@
 """Generates in a process of its own and prints, as JSON, the anonymous memory of each stage.
 
-``python -m support.ram_peaks FOLDER TRANSFORMER OPTIMIZATION MAP_FROM``: the small encoder and VAE
-of ``single_files`` lie below FOLDER, and files of MAP_FROM bytes or more stay mapped. Anonymous
+``python -m support.ram_peaks JOB``, JSON: ``files`` by the names of ``WanModelFiles``, those that
+are not given being the small ones of ``single_files`` below ``folder``; ``loras``, ``optimization``
+and ``config`` as the product takes them. Files of ``map_from`` bytes or more stay mapped. Anonymous
 memory is what the system cannot take back: pages of a mapped file are not in it.
 """
 
@@ -66,27 +67,28 @@ class Peaks:
 
 
 def main(
-    folder: Path, transformer: Path, optimization: dict[str, Any], map_from: int
-) -> dict[str, Any]:
+    folder: str, files: dict[str, str], map_from: int, loras: list[str],
+    optimization: dict[str, Any], config: dict[str, Any],
+) -> dict[str, Any]:  # fmt: skip
     """Generate twice; return the plan's figures and the measured ones, in bytes."""
-    from wan_core import GenerationConfig, WanModelFiles, WanPipelineLoader
+    from wan_core import GenerationConfig, WanLoRA, WanModelFiles, WanPipelineLoader
     from wan_core.models import sizes
     from wan_core.render.report import Timeline
 
     from . import single_files
 
     sizes.MAP_FROM = map_from  # type: ignore[misc]
-
-    files = WanModelFiles(
-        transformer=transformer,
-        text_encoder=folder / "text_encoders" / single_files.TEXT,
-        vae=folder / "vae" / single_files.VAE,
-    )
+    small = {
+        "text_encoder": Path(folder, "text_encoders", single_files.TEXT),
+        "vae": Path(folder, "vae", single_files.VAE),
+    }
+    given = {name: Path(path) for name, path in files.items()}
     wrapper = WanPipelineLoader().load_wan_pipeline(
-        files, optimization_config={"device": "cpu"} | optimization
-    )
-    config = GenerationConfig(**JOB)
-    estimate = wrapper.plan(config)[1].estimate
+        WanModelFiles(**(small | given)), loras=[WanLoRA(Path(path)) for path in loras],
+        optimization_config={"device": "cpu"} | optimization,
+    )  # fmt: skip
+    job = GenerationConfig(**(JOB | config))
+    estimate = wrapper.plan(job)[1].estimate
     after, usual = [], Timeline.stage
     with Peaks() as peaks:
 
@@ -97,7 +99,7 @@ def main(
 
         Timeline.stage = watched  # type: ignore[method-assign]
         for _ in range(2):
-            result = wrapper.generate(config).raise_for_error()
+            result = wrapper.generate(job).raise_for_error()
             del result.frames
             after.append(anonymous())
     return {
@@ -110,5 +112,5 @@ def main(
 
 
 if __name__ == "__main__":
-    told = main(Path(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3]), int(sys.argv[4]))
+    told = main(**json.loads(sys.argv[1]))
     sys.stdout.write("\n" + json.dumps(told) + "\n")
