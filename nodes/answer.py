@@ -52,7 +52,8 @@ def described(job: Job, forecast: Forecast, *, busy: bool) -> dict[str, Any]:
     architecture = job.wrapper.architecture
     plan = forecast.plan
     timed = plan if plan is not None and not on_cpu else None
-    warnings = [*_beside(job), *_uncounted(job), *architecture.warnings, *forecast.warnings]
+    warnings = [*job.unused, *_beside(job), *_uncounted(job)]
+    warnings += [*architecture.warnings, *forecast.warnings]
     ram = max(one.host_bytes for one in estimate.stages)
     return {
         "ok": True,

@@ -24,7 +24,13 @@ MOST_BYTES, MOST_NODES = 4 * 2**20, 2000
 """Of a prompt that is converted: it may hold long texts, as tracks are."""
 _ENCODERS = ("CLIPLoader", "CLIPLoaderGGUF", "CheckpointLoaderSimple")
 _VAES = ("VAELoader", "CheckpointLoaderSimple")
-_TEXTS = ("CLIPTextEncode", "ConditioningZeroOut")
+_MORE_THAN_TEXT = (
+    "ConditioningCombine", "ConditioningSetTimestepRange", "ConditioningSetArea",
+    "ConditioningSetAreaPercentage", "ConditioningSetAreaPercentageVideo",
+    "ConditioningSetAreaStrength", "ConditioningSetMask", "ControlNetApply",
+    "ControlNetApplyAdvanced",
+)  # fmt: skip
+"""Nodes whose texts are several, or hold for a part of the clip: the samplers here refuse them."""
 _DECODERS = ("VAEDecode", "VAEDecodeTiled")
 _WEIGHTS = re.compile(r"(?<!\\)\([^()]*\)|\\[()]")
 """Words in brackets, and brackets that are escaped because of that."""
@@ -125,6 +131,11 @@ class _Converter:
         kind = "" if source is None else self._prompt.kind(source[0])
         if source is None or kind in ("", "EmptyLatentImage"):
             raise Unlike("its latents do not come from a node of Wan.")
+        if kind.startswith("VAEEncode"):
+            raise Unlike(
+                f"it begins with pictures that node {source[0]} ({kind}) encodes. Wire them to the "
+                "video of a Wan Control and set its denoise."
+            )
         if self._prompt.source(source[0], "samples") is not None:
             raise Unlike(f"it goes on from latents that node {source[0]} ({kind}) gives.")
         if kind not in PICTURES:
@@ -154,8 +165,11 @@ class _Converter:
                 f"from node {frame} ({self._prompt.kind(frame)}): one of them must give both."
             )
         given = self._prompt.source(frame, name) is not None and PICTURES[self._prompt.kind(frame)]
-        if at is not None and not passed and given and self._prompt.kind(at[0]) in _TEXTS:
-            raise Unlike(f"its {name} does not come from node {frame}, whose pictures it needs.")
+        if at is not None and not passed and given:
+            raise Unlike(
+                f"its {name} comes from node {at[0]} ({self._prompt.kind(at[0])}) and not from "
+                f"node {frame}, whose pictures it needs."
+            )
         return at
 
     def _texts(self, node: str, frame: str) -> dict[str, Any]:
@@ -170,9 +184,17 @@ class _Converter:
             kind = "" if at is None else self._prompt.kind(at[0])
             if at is None:
                 continue
+            if kind in _MORE_THAN_TEXT:
+                raise Unlike(
+                    f"its {socket} comes from node {at[0]} ({kind}); here one text holds for the "
+                    "whole clip."
+                )
             if kind == "CLIPTextEncode" and not weighted:
                 values[ours] = self.samplers.number_or_link(at[0], "text")
-                values["text_encoder"] = values["text_encoder"] or self._encoder(at[0])
+                encoder = self._encoder(at[0])
+                values["text_encoder"] = values["text_encoder"] or encoder
+                if encoder not in (None, values["text_encoder"]):
+                    self.say(f"The text encoder {encoder} is left out: one encodes both texts.")
             elif kind == "ConditioningZeroOut" and socket == "negative":
                 values |= {ours: "", "official_negative": False}
             else:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from ..wan_core.config import WanModelFiles
 from ..wan_core.errors import InvalidRequest, MissingFile
 from ..wan_core.files import some_of
+from .job import require_kind
 from .pipeline import find_model, fingerprint_of, named_file, portable
 
 if TYPE_CHECKING:
@@ -69,6 +70,8 @@ def model_source(
     """
     from ..wan_core.detect import find_companions, inspect_file
 
+    for name, value in {"model": model, **chosen}.items():
+        require_kind(name, value, AUTO)
     transformer = named_file(folders.files["transformer"], model)
     if transformer is None:
         return _folder(model, folders), ()
@@ -97,8 +100,21 @@ def model_source(
 
 def require_model(model: str, folders: Folders) -> None:
     """Raise InvalidRequest if there is neither a file nor a folder of this name."""
+    require_kind("model", model, AUTO)
     if named_file(folders.files["transformer"], model) is None:
         _folder(model, folders)
+
+
+def unused_parts(model: str, chosen: Mapping[str, str], folders: Folders) -> list[str]:
+    """Say which files were chosen beside a folder, which has all of its parts."""
+    if named_file(folders.files["transformer"], model) is not None:
+        return []
+    return [
+        f"{name} {value!r} is not used: {model!r} is a folder, and its own parts are. Set it to "
+        f"{(AUTO if name in PARTS else NONE)!r}, or choose a file as the model."
+        for name, value in chosen.items()
+        if name in (*PARTS, *MODULES) and value not in (AUTO, NONE)
+    ]
 
 
 def _folder(model: str, folders: Folders) -> Path | WanModelFiles:

@@ -9,7 +9,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..wan_core.config import CODECS, PRECISIONS, RESUME, SPEEDS, GenerationConfig
+from ..wan_core.config import (
+    CODECS,
+    PRECISIONS,
+    RESUME,
+    SPEEDS,
+    GenerationConfig,
+    plain_number,
+)
 from ..wan_core.errors import InvalidRequest
 from ..wan_core.job import (
     FUSIONS,
@@ -74,6 +81,29 @@ def require_choice(field: str, value: str, allowed: Sequence[str]) -> str:
     return value
 
 
+def require_kind(field: str, value: Any, default: Any) -> Any:
+    """Return ``value`` if it is of the kind of the default; what has no default passes.
+
+    A node of any type may be wired to a widget and give something else than its kind.
+    """
+    if isinstance(default, bool):
+        good = isinstance(value, bool)
+    elif isinstance(default, int | float):
+        good = plain_number(value) is not None
+    else:
+        good = default is None or isinstance(value, str)
+    if not good:
+        kinds = {bool: "True or False", str: "a text"}
+        wanted = kinds.get(type(default), "a number")
+        raise InvalidRequest(f"{field} is {str(value)[:60]!r}; {wanted} is needed.", field=field)
+    return value
+
+
+def _set(value: Any) -> Any:
+    """Return a value, and None for a 0; what is no number is told where the value is checked."""
+    return None if plain_number(value) == 0 else value
+
+
 def _or_preferred(field: str, value: str | None, allowed: Sequence[str]) -> str | None:
     """Return ``value`` if it is allowed; None, for an input that a prompt leaves out, is kept."""
     return None if value is None else require_choice(field, value, allowed)
@@ -91,14 +121,14 @@ def generation_config(values: Mapping[str, Any]) -> GenerationConfig:
         num_frames=values["num_frames"],
         width=values["width"],
         height=values["height"],
-        num_inference_steps=values["steps"] or None,
-        guidance_scale=values["guidance_scale"] or None,
-        guidance_scale_2=values["guidance_scale_2"] or None,
-        flow_shift=values["flow_shift"] or None,
-        boundary=values["boundary"] or None,
-        switch_step=values["switch_step"] or None,
+        num_inference_steps=_set(values["steps"]),
+        guidance_scale=_set(values["guidance_scale"]),
+        guidance_scale_2=_set(values["guidance_scale_2"]),
+        flow_shift=_set(values["flow_shift"]),
+        boundary=_set(values["boundary"]),
+        switch_step=_set(values["switch_step"]),
         scheduler=_sampler(values["scheduler"]),
-        fps=values["fps"] or None,
+        fps=_set(values["fps"]),
         seed=values["seed"],
         image=_one_image("start_image", values.get("start_image")),
         last_image=_one_image("end_image", values.get("end_image")),
@@ -112,7 +142,7 @@ def generation_config(values: Mapping[str, Any]) -> GenerationConfig:
         sigma_schedule=_schedule(values),
         sigmas=_levels(values["sigmas"]),
         guided_steps=values["guided_steps"],
-        guided_scale=values["guided_scale"] or None,
+        guided_scale=_set(values["guided_scale"]),
     )
 
 
@@ -129,7 +159,7 @@ def _schedule(values: Mapping[str, Any]) -> str | None:
 
 def _levels(text: str) -> list[float] | None:
     """Return the noise levels that are typed one by one; None for an empty text."""
-    words = text.replace(",", " ").split()
+    words = str(require_kind("sigmas", text, "")).replace(",", " ").split()
     try:
         return [float(word) for word in words] or None
     except ValueError as err:
@@ -152,14 +182,15 @@ def use_windows(config: GenerationConfig, frames: int, overlap: int) -> None:
     One below 0 leaves it to the plan, which may share more where that fills several cards. Raises
     InvalidRequest if the overlap is not shorter than the window.
     """
-    if overlap >= frames:
+    require_kind("window_frames", frames, 0)
+    if require_kind("window_overlap", overlap, 0) >= frames:
         raise InvalidRequest(
             f"window_overlap is {overlap} and window_frames {frames}: the overlap must be shorter "
             "than the window. Lower it to about a fifth of the window.",
             field="window_overlap",
         )
     # One window may hold the whole clip: then there is nothing to force.
-    config.force_chunked_processing = not 0 < (config.num_frames or 0) <= frames
+    config.force_chunked_processing = not 0 < (plain_number(config.num_frames) or 0) <= frames
     config.max_chunk_size = frames
     config.window_overlap = None if overlap < 0 else overlap
 
@@ -177,12 +208,12 @@ def use_long_clip(config: GenerationConfig, values: Mapping[str, Any], vae: Any)
     config.window_anchor = values["anchor"]
     config.drift_correction = values["drift_correction"]
     config.return_frames = values["return_images"]
-    config.prompts = values["prompts"].strip() or None
+    config.prompts = require_kind("prompts", values["prompts"], "").strip() or None
     latent = values.get("continue_from")
     if latent is not None:
         from ..wan_core.sampling import normalize_latents
 
-        samples = _video_latents("continue_from", latent["samples"], len(vae.latents_mean))
+        samples = _video_latents("continue_from", latent, len(vae.latents_mean))
         config.continue_from = normalize_latents(samples.float(), vae.statistics)
 
 
@@ -195,22 +226,24 @@ def device_options(values: Mapping[str, Any]) -> dict[str, Any]:
 def optimization_options(values: Mapping[str, Any]) -> dict[str, Any]:
     """Turn WanOptimize's inputs into fields of an OptimizationConfig; raises InvalidRequest."""
     values = {**OPTIMIZE, **values}
-    frames, blocks = values["fallback_window_frames"], values["resident_blocks"]
-    threshold = values["step_cache_threshold"]
+    frames, blocks, threshold = (
+        require_kind(name, values[name], OPTIMIZE[name])
+        for name in ("fallback_window_frames", "resident_blocks", "step_cache_threshold")
+    )
     speed = _or_preferred("speed", values["speed"], SPEEDS)
     return ({} if speed is None else {"speed": speed}) | {
         "precision": require_choice("precision", values["precision"], PRECISIONS),
         "offload": require_choice("offload", values["offload"], OFFLOADS),
-        "vram_limit_gb": values["vram_limit_gb"] or None,
-        "ram_limit_gb": values["ram_limit_gb"] or None,
+        "vram_limit_gb": _set(values["vram_limit_gb"]),
+        "ram_limit_gb": _set(values["ram_limit_gb"]),
         "chunk_size": 0 if frames < 0 else window_of("fallback_window_frames", frames),
         "resident_blocks": None if blocks < 0 else blocks,
         "forward": require_choice("forward", values["forward"], FORWARDS),
         "fp8_storage": require_choice("fp8_storage", values["fp8_storage"], FP8),
         "step_cache": require_choice("step_cache", values["step_cache"], STEP_CACHES),
         "step_cache_threshold": None if threshold < 0 else threshold,
-        "guidance_gate": values["guidance_gate"] or None,
-        "step_cache_factor": values["step_cache_factor"] or None,
+        "guidance_gate": _set(values["guidance_gate"]),
+        "step_cache_factor": _set(values["step_cache_factor"]),
     }
 
 
@@ -226,12 +259,15 @@ def window_of(field: str, frames: int) -> int | None:
     return latent_frames(frames)
 
 
-def _video_latents(field: str, samples: Any, channels: int) -> Any:
+def _video_latents(field: str, latent: Any, channels: int) -> Any:
     """Return a LATENT's samples if they are (batch, channels, frames, height, width)."""
-    if samples.ndim != 5 or samples.shape[1] != channels:
+    samples = latent.get("samples") if isinstance(latent, Mapping) else latent
+    shape = tuple(getattr(samples, "shape", ()))
+    if not isinstance(latent, Mapping) or len(shape) != 5 or shape[1] != channels:
+        found = f"has shape {shape}" if shape else f"is {str(samples)[:60]!r}"
         raise InvalidRequest(
-            f"{field} has shape {tuple(samples.shape)}; this model's latents are (batch, "
-            f"{channels}, frames, height, width). Connect the latent of a clip made with it.",
+            f"{field} {found}; this model's latents are (batch, {channels}, frames, height, "
+            "width). Connect the latent of a clip made with it.",
             field=field,
         )
     return samples
@@ -325,11 +361,18 @@ def _one_sound(field: str, audio: Any) -> Any:
     """Return (waveform (channels, samples), sample rate in Hz) of an AUDIO socket."""
     if audio is None:
         return None
-    waveform = audio["waveform"]
-    if waveform.ndim != 3 or waveform.shape[0] != 1:
+    given = audio if isinstance(audio, Mapping) else {}
+    shape = tuple(getattr(given.get("waveform"), "shape", ()))
+    rate = plain_number(given.get("sample_rate"))
+    if not shape or rate is None:
         raise InvalidRequest(
-            f"{field} has shape {tuple(waveform.shape)}; one sound is (1, channels, samples). "
-            "Connect a single one.",
+            f"{field} is no sound but {str(audio)[:60]!r}. Connect an AUDIO, or nothing.",
             field=field,
         )
-    return waveform[0], int(audio["sample_rate"])
+    if len(shape) != 3 or shape[0] != 1:
+        raise InvalidRequest(
+            f"{field} has shape {shape}; one sound is (1, channels, samples). Connect a single "
+            "one.",
+            field=field,
+        )
+    return given["waveform"][0], int(rate)

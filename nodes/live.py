@@ -22,7 +22,7 @@ from ..wan_core.files import file_identity
 from ..wan_core.job import check_parts
 from ..wan_core.preferences import read_preferences
 from .answer import described, failed
-from .files import Folders, absent_lora, model_source
+from .files import Folders, absent_lora, model_source, unused_parts
 from .fixes import fixes, swap_fix
 from .job import device_options, generation_config, optimization_options, use_windows
 from .pipeline import fingerprint
@@ -66,6 +66,8 @@ class Job:
     config: GenerationConfig
     found: tuple[str, ...]
     """What "auto" found, in sentences."""
+    unused: list[str]
+    """What was chosen and is not used, in sentences."""
 
 
 class Live:
@@ -136,7 +138,8 @@ class Live:
             options |= optimization_options(node.values)
         options |= device_options(wired.asking.values)
         wrapper = self._wrapper(source, loras, recipe, options)
-        return Job(wired, wrapper, config_of(wired.asking, wrapper.architecture), found)
+        config = config_of(wired.asking, wrapper.architecture)
+        return Job(wired, wrapper, config, found, unused_parts(model, chosen, folders))
 
     def folders(self) -> Folders:
         """Return what ComfyUI's folders hold, as seen a moment ago."""

@@ -21,6 +21,7 @@ from .files import (
     fingerprint_of_all,
     model_source,
     require_model,
+    unused_parts,
 )
 from .inputs import Pipeline, pipeline_input
 from .job import optimization_options
@@ -122,7 +123,8 @@ class WanLoader(io.ComfyNode):  # type: ignore[misc]
         pipeline = WanPipeline(model, path, architecture, lease_for(architecture, named))
         if use_recipe:
             pipeline = pipeline.with_recipe()
-        text = in_words_of_the_nodes(_describe(pipeline, found))
+        unused = unused_parts(model, parts, bridge.folders())
+        text = in_words_of_the_nodes(_describe(pipeline, found, unused))
         return io.NodeOutput(pipeline, ui=ui.PreviewText(text))
 
 
@@ -397,12 +399,12 @@ def _and(names: list[str]) -> str:
     return " and ".join(part for part in (", ".join(names[:-1]), names[-1]) if part)
 
 
-def _describe(pipeline: WanPipeline, found: tuple[str, ...]) -> str:
+def _describe(pipeline: WanPipeline, found: tuple[str, ...], unused: list[str]) -> str:
     """Say what was recognised and why, offer a recipe, and list the warnings."""
     architecture = pipeline.architecture
     size = sum(part.nbytes for part in architecture.components.values()) / GIB
     lines = [f"{architecture.variant.title}, {architecture.weight_kind}, {size:.2f} GiB on disk"]
-    lines += [f"! {warning}" for warning in architecture.warnings]
+    lines += [f"! {warning}" for warning in (*unused, *architecture.warnings)]
     lines += [f"- {text}" for text in _stored(architecture)]
     lines += [f"- {reason}" for reason in (*found, *architecture.reasons)]
     if architecture.recipe is not None and not pipeline.use_recipe:

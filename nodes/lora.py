@@ -12,7 +12,7 @@ from ..wan_core.errors import InvalidRequest
 from . import bridge
 from .files import absent_lora
 from .inputs import Pipeline, pipeline_input
-from .job import require_choice
+from .job import require_choice, require_kind
 from .pipeline import WanPipeline, fingerprint, fingerprint_of, require_pipeline
 from .words import in_words_of_the_nodes, said_in_words_of_the_nodes
 
@@ -92,7 +92,7 @@ class WanLoRA(io.ComfyNode):  # type: ignore[misc]
         cls, pipeline: WanPipeline, lora: str, expert: str, strength: float, use_recipe: bool
     ) -> io.NodeOutput:
         require_choice("expert", expert, EXPERTS)
-        path = bridge.lora_path(lora)
+        path = bridge.lora_path(require_kind("lora", lora, NOTHING_FOUND))
         if path is None:
             raise InvalidRequest(_absent(lora), field="lora")
         pipeline = require_pipeline(pipeline)

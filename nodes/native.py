@@ -19,6 +19,8 @@ _PLAIN = str | int | float | bool
 _PRIMITIVES = (
     "PrimitiveInt", "PrimitiveFloat", "PrimitiveString", "PrimitiveStringMultiline",
     "PrimitiveBoolean",
+    "INTConstant", "FloatConstant", "BOOLConstant",  # of KJNodes
+    "easy int", "easy float", "easy string", "easy boolean",
 )  # fmt: skip
 """Nodes that give the value of their only widget."""
 _DEEPEST, _LONGEST = 60, 200
@@ -70,7 +72,7 @@ class Prompt:
         """Return what a node that only passes a value on takes it from; None for any other."""
         node = link[0]
         inputs = self.nodes.get(node, {}).get("inputs", {})
-        if self.kind(node) == "Reroute":
+        if self.kind(node) in ("Reroute", "Any Switch (rgthree)"):  # the first that is wired
             return next((found for one in inputs.values() if (found := as_link(one))), None)
         if self.kind(node) == "ComfySwitchNode":
             on = self.value(node, "switch")

@@ -33,8 +33,16 @@ _FILES = ("unet_name", "ckpt_name", "gguf_name")
 """Inputs of a loader that name the file of a transformer."""
 _LOADERS = ("UNETLoader", "UnetLoaderGGUF", "CheckpointLoaderSimple")
 """Those that say nothing else that matters here, but for a weight_dtype."""
-_PLANNED = {"WanAnimate2Cache": "what is kept of the driving stream is the plan's choice."}
-"""Nodes that change a native model, and what stands for them here."""
+_PLANNED = {
+    "wananimate2cache": "what is kept of the driving stream is the plan's choice.",
+    "lora": "put a Wan LoRA in for each of its LoRAs.",
+    "contextwindow": "a Wan Chunked Sampler makes a clip in windows.",
+    "cache": "step_cache of a Wan Optimize leaves out steps that differ little.",
+    "sage": "which attention is used is the plan's choice; speed of a Wan Optimize allows more.",
+    "compile": "how it is computed is the plan's choice.",
+    "blockswap": "what waits in RAM is the plan's choice.",
+}
+"""Words in the names of nodes that change a native model -> what stands for them here."""
 _NATIVE_SHIFT = {"WanAnimate2ToVideo": 5.0}
 """What ComfyUI takes for a model without a ModelSamplingSD3, by the node it is made for; else 8."""
 
@@ -76,8 +84,9 @@ class Samplers:
             for node, one in self._prompt.nodes.items()
             if "Sampler" in (kind := self._prompt.kind(node))
             and kind not in SAMPLERS
-            and any(as_link(one["inputs"].get(name)) for name in ("model", "guider"))
-        ]
+            and any(as_link(value) for name, value in one["inputs"].items()
+                    if "model" in name or name == "guider")
+        ]  # fmt: skip
 
     def chain(self, last: str) -> list[str]:
         """Return the samplers in their order, one, or two that share the steps of a clip."""
@@ -87,7 +96,10 @@ class Samplers:
                 break
             chain.insert(0, above[0])
             if len(chain) > 2:
-                raise Unlike("more than two samplers follow each other.")
+                raise Unlike(
+                    "more than two samplers follow each other. guided_steps of a Wan Generate "
+                    "stands for a first one without the distilled LoRAs."
+                )
         return chain
 
     # -- single values ----------------------------------------------------------------------------
@@ -154,7 +166,11 @@ class Samplers:
             elif self._prompt.kind(name) != "ModelSamplingSD3":
                 self._leave_out(name)
         if not found.file:
-            raise Unlike("its model does not come from a model file.")
+            last = found.nodes[-1] if found.nodes else node
+            raise Unlike(
+                f"its model comes from node {last} ({self._prompt.kind(last)}), which names no "
+                "model file that is known here."
+            )
         found.shift = self._shift(node) or _NATIVE_SHIFT.get(self._prompt.kind(frame), 8.0)
         return found
 
@@ -190,9 +206,8 @@ class Samplers:
 
     def _leave_out(self, node: str) -> None:
         kind = self._prompt.kind(node)
-        why = _PLANNED.get(kind, "it changes a native model only.")
-        if "lora" in kind.lower():
-            why = "put a Wan LoRA in for each of its LoRAs."
+        said = [why for word, why in _PLANNED.items() if word in kind.lower()]
+        why = said[0] if said else "it changes a native model only."
         self._say(f"Node {node} ({kind}) is left out: {why}")
 
     def _shift(self, node: str) -> float | None:
@@ -219,6 +234,9 @@ class Samplers:
             "seed": self.number_or_link(first, seed),
         }
         self._whole(chain)
+        for node in chain:
+            if self.number(node, "cfg") < 1:
+                self._say(f"cfg {get(node, 'cfg'):g} of node {node} is as 1 here: no guidance.")
         if len(chain) == 1:
             return values
         second = chain[1]
@@ -264,6 +282,8 @@ class Samplers:
             get(first, "steps"), get(first, "start_at_step"), get(last, "end_at_step"),
         )  # fmt: skip
         whole = get(last, "steps") or steps
+        if end is not None and end < whole and get(last, "return_with_leftover_noise") == "enable":
+            raise Unlike(f"it ends at step {end} of {whole}, for another sampler to go on.")
         if start not in (None, 0) or (end is not None and end < whole):
             here = f"node {first}" if len(chain) == 1 else f"nodes {first} and {last}"
             self._say(f"All {steps} steps are made; {here} make those from {start} to {end}.")

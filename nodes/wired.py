@@ -13,9 +13,8 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..wan_core.config import plain_number
 from ..wan_core.errors import InvalidRequest
-from .job import LATER, LONG_CLIP, OPTIMIZE
+from .job import LATER, LONG_CLIP, OPTIMIZE, require_kind
 
 MOST_BYTES = 256 * 1024
 MOST_NODES, MOST_INPUTS = 64, 80
@@ -128,26 +127,10 @@ def _node(name: str, node: Any) -> Node:
         if isinstance(value, list) and len(value) == 2 and isinstance(value[0], str | int):
             wired[field_name] = str(value[0])
         elif value is not None and not isinstance(value, list | dict):
-            values[field_name] = _like(values.get(field_name), value, field_name)
+            values[field_name] = require_kind(field_name, value, values.get(field_name))
         elif value is not None:
             raise InvalidRequest(f"{field_name} is not a plain value.", field=field_name)
     return Node(name, kind, values, wired)
-
-
-def _like(default: Any, value: Any, name: str) -> Any:
-    """Return ``value`` if it is of the kind of the default; what has no default passes."""
-    if isinstance(default, bool):
-        good = isinstance(value, bool)
-    elif isinstance(default, int | float):
-        number = plain_number(value)
-        good = number is not None
-    else:
-        good = default is None or isinstance(value, str)
-    if not good:
-        kinds = {bool: "True or False", str: "a text"}
-        wanted = kinds.get(type(default), "a number")
-        raise InvalidRequest(f"{name} is {str(value)[:60]!r}; {wanted} is needed.", field=name)
-    return value
 
 
 def _chain(asking: Node, nodes: Mapping[str, Node]) -> tuple[Node, ...]:

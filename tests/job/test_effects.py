@@ -188,6 +188,20 @@ def test_a_second_file_of_a_model_that_is_one_transformer(
         assert any("Leave the second file out" in text for text in found) == said
 
 
+@pytest.mark.parametrize(("scale", "said"), [(0.0, False), (0.5, True), (1.0, False)])
+def test_a_scale_below_1_is_said_to_be_as_1(
+    folder: Callable[[str], Path], scale: float, said: bool
+) -> None:
+    both = {"guidance_scale": scale, "guidance_scale_2": scale}
+    config = GenerationConfig(prompt="a", width=32, height=32, num_frames=5, **both)
+    for family in ("wan2.1-t2v", "wan2.2-t2v-a14b"):
+        wan = open_wan(folder(family))
+        found = check_inputs(config, wan.plan(config)[0], wan.architecture).warnings
+        for name in both:
+            text = f"{name} {scale:g} is as 1: guidance is off from 1 down."
+            assert (text in found) == (said and (name[-1] != "2" or "a14b" in family))
+
+
 def test_settings_of_segments_are_idle_in_one() -> None:
     given: dict[str, Any] = {"window_overlap": 8, "drift_correction": 0.5}
     mode = "continuation"

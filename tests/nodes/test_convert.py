@@ -197,7 +197,7 @@ def test_what_is_known_only_when_it_runs_is_wired(pack: ModuleType) -> None:
 
 
 def test_conditioning_of_other_nodes_goes_to_the_sockets(pack: ModuleType) -> None:
-    nodes = one_sampler(**{"60": node("ConditioningCombine"), "61": node("ConditioningZeroOut")})
+    nodes = one_sampler(**{"60": node("ConditioningConcat"), "61": node("ConditioningZeroOut")})
     nodes["3"]["inputs"] |= {"positive": ["60", 0], "negative": ["61", 0]}
     sampler = only(converted(pack, nodes), "WanGenerate")
     assert sampler["positive"] == ["60", 0]
@@ -522,6 +522,93 @@ def test_words_with_weights_stay_with_the_encoder_that_knows_them(pack: ModuleTy
     assert "weights the words in brackets" in found.left[0]
     nodes["6"]["inputs"]["text"] = "a fox :) and a line of a list 2)"
     assert only(converted(pack, nodes), "WanGenerate")["prompt"].startswith("a fox :)")
+
+
+def patched(kind: str, **inputs: Any) -> Nodes:
+    """One more node that the model passes on its way to the sampler."""
+    nodes = one_sampler(**{"60": node(kind, **{"model": ["48", 0]} | inputs)})
+    nodes["3"]["inputs"]["model"] = ["60", 0]
+    return nodes
+
+
+def sampled(kind: str = "KSampler", **inputs: Any) -> Nodes:
+    nodes = one_sampler()
+    nodes["3"] = node(kind, **nodes["3"]["inputs"] | inputs)
+    return nodes
+
+
+def texts(kind: str) -> Nodes:
+    nodes = one_sampler(**{"60": node(kind, conditioning=["6", 0])})
+    nodes["3"]["inputs"]["positive"] = ["60", 0]
+    return nodes
+
+
+def pictured(kind: str) -> Nodes:
+    """The prompt passes one more node behind the one that hangs pictures on it."""
+    frame = node("WanImageToVideo", positive=["6", 0], negative=["7", 0], start_image=["97", 0],
+                 width=640, height=640, length=81)  # fmt: skip
+    nodes = one_sampler(**{"97": node("LoadImage"), "80": frame})
+    nodes["81"] = node(kind, conditioning=["80", 0])
+    nodes["3"]["inputs"] |= {"positive": ["81", 0], "negative": ["80", 1],
+                             "latent_image": ["80", 2]}  # fmt: skip
+    return nodes
+
+
+def two_encoders() -> Nodes:
+    nodes = one_sampler(**{"60": node("CLIPLoader", clip_name="other.sft", type="wan")})
+    nodes["7"]["inputs"]["clip"] = ["60", 0]
+    return nodes
+
+
+def latents_between() -> Nodes:
+    nodes = two_samplers(between=node("LatentUpscale", samples=["129:86", 0]))
+    nodes["129:86"]["inputs"]["return_with_leftover_noise"] = "enable"
+    nodes["129:85"]["inputs"]["latent_image"] = ["between", 0]
+    return nodes
+
+
+@pytest.mark.parametrize(
+    ("nodes", "said"),
+    [
+        (patched("GetNode", model=None), "node 60 (GetNode), which names no model file"),
+        (patched("ModelMergeSimple", model=None, model1=["48", 0]), "node 60 (ModelMergeSimple)"),
+        (texts("ConditioningCombine"), "node 60 (ConditioningCombine); here one text holds"),
+        (texts("ConditioningSetTimestepRange"), "one text holds for the whole clip"),
+        (pictured("ConditioningConcat"), "node 81 (ConditioningConcat) and not from node 80"),
+        (latents_between(), "ends at step 2 of 4, for another sampler to go on"),
+        (one_sampler(**{"40": node("VAEEncode", vae=["39", 0])}), "video of a Wan Control"),
+        (sampled("WanMoeKSampler", model_high_noise=["48", 0]), "WanMoeKSampler) is left as it"),
+    ],
+)  # fmt: skip
+def test_what_would_not_run_or_be_another_clip_is_left(
+    pack: ModuleType, nodes: Nodes, said: str
+) -> None:
+    found = converted(pack, nodes)
+    assert found.new == [] and any(said in text for text in found.left), found.left
+
+
+@pytest.mark.parametrize(
+    ("nodes", "said"),
+    [
+        (sampled(cfg=0.5), "cfg 0.5 of node 3 is as 1 here"),
+        (two_encoders(), "text encoder other.sft is left out"),
+        (patched("ContextWindowsManual"), "(ContextWindowsManual) is left out: a Wan Chunked"),
+        (patched("EasyCache"), "(EasyCache) is left out: step_cache of a Wan Optimize"),
+        (patched("WanVideoNAG"), "(WanVideoNAG) is left out: it changes a native model only"),
+    ],
+)
+def test_what_is_lost_on_the_way_is_said(pack: ModuleType, nodes: Nodes, said: str) -> None:
+    found = converted(pack, nodes)
+    assert found.new and any(said in text for text in found.left), found.left
+
+
+def test_constants_and_switches_of_packs_are_looked_through(pack: ModuleType) -> None:
+    nodes = patched("Any Switch (rgthree)", model=None, any_01=["48", 0])
+    nodes |= {"61": node("INTConstant", value=12), "62": node("easy float", value=2.5)}
+    nodes["3"]["inputs"] |= {"steps": ["61", 0], "cfg": ["62", 0]}
+    found = converted(pack, nodes)
+    sampler = only(found, "WanGenerate")
+    assert (sampler["steps"], sampler["guidance_scale"], found.left) == (12, 2.5, [])
 
 
 HARMLESS = {

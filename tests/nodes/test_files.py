@@ -218,6 +218,36 @@ def test_a_file_that_is_not_there_is_told_as_a_file(pack: ModuleType, tmp_path: 
         assert raised.value.field == "model" and str(raised.value).startswith("model: ")
 
 
+def test_files_chosen_beside_a_folder_are_said_to_be_unused(
+    pack: ModuleType, tmp_path: Path
+) -> None:
+    files = part(pack, "nodes.files")
+    folders = files.Folders((), {"transformer": {"a.gguf": tmp_path}}, {}, lambda name: None)
+    chosen = {"low_noise_model": "low.sft", "vae": "v.sft", "text_encoder": "auto",
+              "image_encoder": "none", "vace_module": "m.sft"}  # fmt: skip
+    assert files.unused_parts("a.gguf", chosen, folders) == []
+    found = files.unused_parts("a folder", chosen, folders)
+    assert [text.split(" is not used")[0] for text in found] == [
+        "low_noise_model 'low.sft'", "vae 'v.sft'", "vace_module 'm.sft'",
+    ]  # fmt: skip
+    assert "Set it to 'auto'" in found[1] and "Set it to 'none'" in found[2]
+
+
+@pytest.mark.parametrize("name", ["model", "low_noise_model", "vae", "vace_module"])
+@pytest.mark.parametrize("value", [None, 3, ["a.gguf"], {}], ids=str)
+def test_a_name_that_is_no_text_is_named(
+    pack: ModuleType, tmp_path: Path, name: str, value: Any
+) -> None:
+    """A node of any type may be wired to a choice."""
+    files = part(pack, "nodes.files")
+    listed = {part_of: {"a.gguf": tmp_path} for part_of in ("transformer", "vae", "transformer_2")}
+    folders = files.Folders((), listed, {}, lambda name: None)
+    chosen = {"model": "a.gguf", name: value}
+    with pytest.raises(part(pack, "wan_core.errors").InvalidRequest, match="a text is needed") as e:
+        files.model_source(chosen.pop("model"), chosen, folders)
+    assert e.value.field == name
+
+
 def test_files_that_are_offered(pack: ModuleType) -> None:
     is_offered = part(pack, "nodes.pipeline").is_offered
     names = {

@@ -8,7 +8,7 @@ import json
 import re
 import shutil
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -294,6 +294,13 @@ def test_a_grey_picture_is_one(pack: ModuleType) -> None:
         ("positive", [[torch.zeros(1, 1, 1), {"mask": torch.zeros(1, 8, 8)}]]),
         ("start_image", torch.zeros(2, 8, 8, 3)),
         ("end_image", torch.zeros(0, 8, 8, 3)),
+        ("sigmas", 0.5),
+        ("audio", "a.wav"),
+        ("audio", {}),
+        ("audio", torch.zeros(1, 2, 5)),
+        ("audio", {"waveform": None, "sample_rate": 44100}),
+        ("audio", {"waveform": torch.zeros(1, 2, 5), "sample_rate": "fast"}),
+        ("audio", {"waveform": torch.zeros(2, 2, 5), "sample_rate": 44100}),
     ],
 )
 def test_a_bad_input_is_named(pack: ModuleType, field: str, value: Any) -> None:
@@ -302,6 +309,34 @@ def test_a_bad_input_is_named(pack: ModuleType, field: str, value: Any) -> None:
         part(pack, "nodes.job").generation_config(VALUES | {field: value})
     assert raised.value.field == field
     assert field in str(raised.value)
+
+
+@pytest.mark.parametrize("value", [None, "9", [9], {}, torch.zeros(2)], ids=str)
+def test_no_junk_that_is_wired_to_a_widget_is_another_error(pack: ModuleType, value: Any) -> None:
+    """A node of any type may be wired to a widget: each is named, here or where it is checked."""
+    job, errors = part(pack, "nodes.job"), part(pack, "wan_core.errors")
+    told = []
+
+    def tried(field: str, use: Any) -> None:
+        try:
+            use()
+        except errors.InvalidRequest as error:
+            told.append((error.field, field, field in str(error)))
+
+    vae = SimpleNamespace(latents_mean=[0.0] * 16)
+    for name in (*VALUES, *job.LATER):
+        if name != "official_negative":
+            tried(name, lambda n=name: job.generation_config(VALUES | {n: value}))
+    for name in ("window_frames", "window_overlap"):
+        sizes = {"window_frames": 9, "window_overlap": 4, name: value}
+        tried(name, lambda s=sizes: job.use_windows(job.generation_config(VALUES), *s.values()))
+    for name in (*job.LONG_CLIP, *(["continue_from"] if value is not None else [])):
+        values = VALUES | job.LONG_CLIP | {name: value}
+        tried(name, lambda v=values: job.use_long_clip(job.generation_config(VALUES), v, vae))
+    for name in job.OPTIMIZE:
+        tried(name, lambda n=name: job.optimization_options({n: value}))
+    assert all(found == field and named for found, field, named in told)
+    assert {"window_frames", "window_overlap", "resident_blocks"} <= {field for field, *_ in told}
 
 
 def test_what_changes_nothing_beside_a_text_is_taken(pack: ModuleType) -> None:

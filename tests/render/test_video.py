@@ -540,6 +540,25 @@ def test_a_phone_s_video_is_read_upright(
     assert torch.equal(found, flat.rot90(-degrees // 90, (1, 2)))
 
 
+@pytest.mark.parametrize(
+    ("transfer", "kind"), [(1, None), (16, "PQ"), (18, "HLG")], ids=["BT.709", "PQ", "HLG"]
+)
+def test_hdr_is_said_to_be_read_without_tone_mapping(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, transfer: int, kind: str | None
+) -> None:
+    path = tmp_path / "clip.mp4"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=24, width=64, height=64)
+        stream.codec_context.color_trc = transfer
+        for frame in (av.VideoFrame(64, 64, "yuv420p"), None):
+            container.mux(stream.encode(frame))
+    assert read_video(path, "control.video").shape == (1, 64, 64, 3)
+    said = [record.getMessage() for record in caplog.records]
+    assert [f"control.video: {str(path)!r} is HDR ({kind})" in text for text in said] == (
+        [True] if kind else []
+    )
+
+
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="a system without pipes that have names")
 def test_what_cannot_be_read_says_why(tmp_path: Path) -> None:
     clip, sound = tmp_path / "clip.mp4", tmp_path / "sound.m4a"

@@ -134,6 +134,10 @@ def settings_without_effect(
         given = [name for name in names if _given(config, name)]
         if given and idle(job):
             yield _said(given, why)
+    for name in ("guidance_scale", *["guidance_scale_2"] * (not job.one_expert)):
+        scale = getattr(request, name)
+        if _given(config, name) and 0 < scale < 1:
+            yield f"{name} {scale:g} is as 1: guidance is off from 1 down."
     yield from _beyond_the_steps(job)
 
 

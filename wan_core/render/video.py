@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import logging
 import os
 import queue
 import shutil
@@ -30,7 +31,9 @@ from ..files import atomic_path
 from ..job import AUDIO_RATES, ENCODERS, Request, encoder_options, load_picture
 from ..sampling import as_bytes
 
+_log = logging.getLogger(__name__)
 _FALLBACK_RATE = 48000
+_HDR = {16: "PQ", 18: "HLG"}  # ffmpeg's AVCOL_TRC_SMPTE2084 and AVCOL_TRC_ARIB_STD_B67
 _BT709 = 1  # ffmpeg's AVCOL_PRI_BT709, AVCOL_TRC_BT709 and AVCOL_SPC_BT709
 _LIMITED_RANGE = 1  # AVCOL_RANGE_MPEG
 _IN_ORDER = 2
@@ -50,8 +53,8 @@ def read_video(path: str | os.PathLike[str], field: str, most: int | None = None
     """Read a video's frames, at most ``most``: uint8 (frames, height, width, 3), RGB.
 
     Also reads a picture, as a video of one frame. A phone's video is turned upright, as a player
-    shows it. Raises InvalidRequest, naming ``field``, for what cannot be read, and at the first
-    frame of another size than the first one's.
+    shows it. HDR is not tone mapped, and the log says so. Raises InvalidRequest, naming ``field``,
+    for what cannot be read, and at the first frame of another size than the first one's.
     """
     frames: list[Tensor] = []
     size: tuple[int, int] | None = None
@@ -73,8 +76,12 @@ def read_video(path: str | os.PathLike[str], field: str, most: int | None = None
             frames.append(torch.from_numpy(np.ascontiguousarray(pixels)))
             if most is not None and len(frames) >= most:
                 break
+        hdr = _HDR.get(stream.codec_context.color_trc)
     if not frames:
         raise InvalidRequest(f"{field}: {str(path)!r} holds no frames.", field=field)
+    if hdr is not None:
+        told = "%s: %r is HDR (%s), read without tone mapping: pale colours. Make it SDR (BT.709)."
+        _log.warning(told, field, str(path), hdr)
     return torch.stack(frames)
 
 
