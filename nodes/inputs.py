@@ -187,6 +187,7 @@ def _prompt_inputs() -> list[io.Input]:
             "negative_prompt",
             multiline=True,
             default="",
+            dynamic_prompts=True,
             tooltip="What it should not show; empty: see official_negative. Only read while a "
             "guidance scale is above 1.",
         ),

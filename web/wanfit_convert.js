@@ -38,6 +38,16 @@ function setWidget(node, name, value) {
   widget.callback?.(value, app.canvas, node);
 }
 
+// A node's inputs as they were typed: what Run would make of {one|another} or %date% is not kept.
+function typed(id, inputs) {
+  const node = byRunId(id);
+  const wired = (name) => node?.inputs?.some((input) => (input.widget?.name ?? input.name) === name && input.link != null);
+  return Object.fromEntries(Object.entries(inputs).map(([name, value]) => {
+    const raw = widgetOf(node, name)?.value;
+    return [name, typeof value === "string" && typeof raw === "string" && raw && !wired(name) ? raw : value];
+  }));
+}
+
 // What is done with each node of the prompt: kept in place, moved out of its subgraph, or made.
 class Change {
   constructor(before, answer) {
@@ -61,6 +71,7 @@ class Change {
       const then = widgetOf(byRunId(seed), "control_after_generate")?.value;
       if (then) setWidget(this.nodes.get(id), "control_after_generate", then);
     }
+    this.sayLost();
     this.remove();
   }
 
@@ -133,6 +144,22 @@ class Change {
     }
   }
 
+  // What is switched off is not in the prompt, and neither are notes: it loses its links, or goes along.
+  sayLost() {
+    const off = (node) => node.mode === 2 || node.mode === 4;
+    const gone = new Set(this.goneHere.map(Number));
+    const linked = (node) => [
+      ...(node.inputs ?? []).map((input) => input.link),
+      ...(node.outputs ?? []).flatMap((output) => output.links ?? []),
+    ].map((id) => this.graph.links.get?.(id) ?? this.graph.links[id]).some((link) => link && (gone.has(Number(link.origin_id)) || gone.has(Number(link.target_id))));
+    for (const node of this.graph._nodes) if (off(node) && linked(node)) this.left.push(say("convert.off", { node: node.title }));
+    for (const id of this.opened) {
+      for (const node of allNodes(this.graph.getNodeById(Number(id))?.subgraph)) {
+        if (off(node) || /Note$/.test(node.type)) this.left.push(say("convert.lost", { node: node.title }));
+      }
+    }
+  }
+
   remove() {
     const old = new Set(this.goneHere.map((id) => this.graph.getNodeById(Number(id))).filter(Boolean));
     const empty = (this.graph._groups ?? []).filter((group) => {
@@ -166,7 +193,7 @@ function remember() {
 
 export async function convert() {
   const { output } = await app.graphToPrompt();
-  const before = Object.fromEntries(Object.entries(output).map(([id, { class_type, inputs }]) => [id, { class_type, inputs }]));
+  const before = Object.fromEntries(Object.entries(output).map(([id, { class_type, inputs }]) => [id, { class_type, inputs: typed(id, inputs) }]));
   const options = { method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify({ prompt: before }) };
   const answer = await api.fetchApi("/wanfit/convert", options).then((told) => told.json())
     .catch((error) => ({ ok: false, error: say("server.away", { why: error.message ?? error }) }));

@@ -143,6 +143,41 @@ def test_the_official_image_to_video_template_is_ours_in_two_clicks(
     close_toasts(page)
 
 
+STRAY = """() => {
+    const graph = app.graph.rootGraph ?? app.graph;
+    const add = (to, type, title, mode) => {
+        const node = Object.assign(LiteGraph.createNode(type), {title, mode});
+        to.add(node);
+        return node;
+    };
+    const inner = graph._nodes.find(node => node.subgraph).subgraph;
+    add(inner, "MarkdownNote", "a note inside", 0);
+    inner._nodes.find(node => node.type === "CLIPTextEncode").widgets[0].value = "a {red|blue} fox";
+    const host = graph._nodes.find(node => node.subgraph);
+    host.connect(0, add(graph, "SaveVideo", "a second video", 4), 0);
+}"""
+TOLD = """() => app.graph._nodes.filter(node => node.type === "MarkdownNote")
+    .map(node => node.widgets[0].value).join("\\n")"""
+
+
+def test_what_no_prompt_holds_is_kept_or_said(page: Any, server: ComfyServer) -> None:
+    """Wildcards, which Run chooses from each time; nodes that are switched off; notes."""
+    saved = template(server, "video_wan2_2_14B_i2v")
+    assert saved is not None
+    opened(page, saved)
+    page.evaluate(STRAY)
+    convert(page)
+    texts = page.evaluate(
+        "() => app.graph._nodes.find(node => node.type === 'WanGenerate').widgets"
+        ".filter(one => one.name.endsWith('prompt')).map(one => one.value)"
+    )
+    assert "a {red|blue} fox" in texts
+    told = page.evaluate(TOLD)
+    assert "a note inside was in a subgraph that is gone" in told
+    assert "a second video was switched off" in told
+    close_toasts(page)
+
+
 def parity_files(folder: Path, family: str) -> tuple[str, str]:
     """Write two small experts as published, which ComfyUI's own loader opens too, and a VAE."""
     names = []
