@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import hashlib
 import random
+import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -190,9 +191,36 @@ def unknown_modules(modules: Sequence[str]) -> list[str]:
     return [module for module in modules if Path(f"{module}.py") not in known]
 
 
-def choose(modules: Sequence[str], count: int | None, seed: int) -> list[Mutant]:
-    """Return ``count`` mutants of these modules (None: all), the same for the same seed."""
-    every = [(module, number) for module in modules for number in range(count_of(module))]
+def lines_since(commit: str) -> dict[str, set[int]]:
+    """Return the lines of each module, by its name, that are not as they were at a commit."""
+    command = ["git", "diff", "--unified=0", "--no-color", "--no-ext-diff", commit]
+    command += ["--", "wan_core"]
+    said = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, encoding="utf-8")
+    found: dict[str, set[int]] = {}
+    module = ""
+    for line in said.stdout.splitlines():
+        if line.startswith("+++ "):
+            module = line.removeprefix("+++ b/wan_core/").removesuffix(".py")
+        elif line.startswith("@@ "):  # @@ -first,count +first,count @@
+            first, _, count = line.split(" ")[2].partition(",")
+            numbers = range(int(first), int(first) + int(count or 1))
+            found.setdefault(module, set()).update(numbers)
+    return found
+
+
+def choose(
+    modules: Sequence[str], count: int | None, seed: int, lines: dict[str, set[int]] | None = None
+) -> list[Mutant]:
+    """Return ``count`` mutants of these modules (None: all), the same for the same seed.
+
+    ``lines`` are those that may be changed, by module; without it all may.
+    """
+    every = [
+        (module, number)
+        for module in modules
+        for number, site in enumerate(sites(ast.parse(_source(module))))
+        if lines is None or getattr(site.node, "lineno", 1) in lines.get(module, ())
+    ]
     if count is not None and count < len(every):
         every = sorted(random.Random(seed).sample(every, count))
     return [mutant_of(module, number) for module, number in every]

@@ -7,6 +7,7 @@ Run from the repository's root::
     python -m tools.mutate --packages plan memory loading placing --count 300 --jobs 16 \\
         --minutes 8 --results benchmarks/results/mutants
     python -m tools.mutate --packages plan ... --count 300 --shard 2/4 --results FOLDER
+    python -m tools.mutate --packages plan memory --since HEAD~20
     python -m tools.mutate --again --wider --jobs 16 --minutes 8 --results FOLDER
     python -m tools.mutate --merge --write --results FOLDER
 
@@ -17,7 +18,8 @@ without any mutant (something they need is not installed, ...) are run first and
 notice nothing. A mutant that no test notices has survived: a test is missing, or the change makes
 no difference (why, is written in ``benchmarks/mutation_reasons.json``).
 
-With ``--results`` every end is written there at once. The same command goes on where the last one
+With ``--since`` only lines are changed that are not as they were at that commit. With
+``--results`` every end is written there at once. The same command goes on where the last one
 stopped, several machines may each take a shard, and ``--again`` tries what survived once more, with
 ``--wider`` against the other tests of its package and of a neighbour too. ``--merge`` makes one
 table of a folder, and ``--write`` puts it into ``benchmarks/mutation.md``. A ``not_counted.json``
@@ -46,15 +48,20 @@ from queue import Queue
 from typing import Any
 
 from . import mutants
-from .mutants import Mutant, choose, modules_of, mutant_like, unknown_modules
+from .mutants import Mutant, choose, lines_since, modules_of, mutant_like, unknown_modules
 from .mutation_page import Outcome, read_outcomes, report
 
 REPORT, REASONS = "benchmarks/mutation.md", "benchmarks/mutation_reasons.json"
 NOT_COPIED = (".git", ".venv", "output", "build", "__pycache__", "*.pyc", ".*_cache", ".hypothesis")
-PACKAGES = ("plan", "memory", "loading", "placing", "kernels", "forward", "journal", "job")
+PACKAGES = (
+    "plan", "memory", "loading", "placing", "kernels", "forward", "journal", "job", "formats",
+    "models", "detect", "decoding", "sampling", "workers", "render", "serve",
+)  # fmt: skip
 NEIGHBOURS = {
     "plan": "memory", "memory": "plan", "loading": "placing", "placing": "loading",
     "kernels": "forward", "forward": "kernels", "journal": "render", "job": "detect",
+    "formats": "loading", "models": "detect", "detect": "formats", "decoding": "memory",
+    "sampling": "render", "workers": "placing", "render": "sampling", "serve": "render",
 }  # fmt: skip
 """The package whose tests use a package most, besides its own: for ``--wider``."""
 LIBRARIES: tuple[str, ...] = (
@@ -67,6 +74,14 @@ LIBRARIES: tuple[str, ...] = (
 _WARM = Path(__file__).with_name("warm_tests.py")
 
 MIRRORS: dict[str, tuple[str, ...]] = {
+    "detect/build": ("detect/test_detector", "detect/test_single_files"),
+    "detect/configs": ("detect/test_detector", "detect/test_folders"),
+    "detect/lora_files": ("detect/test_lora_names", "job/test_request", "sampling/test_lora"),
+    "detect/lora_patches": ("detect/test_lora_names", "sampling/test_lora"),
+    "forward/block": ("forward/test_transformer", "forward/test_cut", "forward/test_residual"),
+    "job/fields": ("job/test_request", "job/test_noise", "job/test_control"),
+    "job/steps": ("job/test_control", "job/test_saved_scheduler", "sampling/test_solvers"),
+    "job/tensors": ("job/test_control", "job/test_request", "job/test_animate"),
     "loading/blueprint": ("loading/test_blueprint", "loading/test_component", "loading/test_fun"),
     "loading/cache": ("loading/test_promises", "loading/test_cache"),
     "loading/component": ("loading/test_promises", "loading/test_component"),
@@ -335,7 +350,8 @@ def _chosen(given: argparse.Namespace, known: Sequence[Outcome]) -> list[Mutant]
         chosen = [outcome.again(mutant) for outcome, mutant in again if mutant is not None]
     else:
         modules = [*given.modules, *(m for package in given.packages for m in modules_of(package))]
-        chosen = choose(modules, given.count, given.seed)
+        lines = lines_since(given.since) if given.since else None
+        chosen = choose(modules, given.count, given.seed, lines)
     random.Random(given.seed).shuffle(chosen)
     number, _, shards = given.shard.partition("/")
     chosen = chosen[int(number) - 1 :: int(shards)]
@@ -348,6 +364,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--packages", nargs="+", default=[], choices=PACKAGES)
     parser.add_argument("--modules", nargs="+", default=[], help='such as "memory/machine"')
     parser.add_argument("--count", type=int, help="how many, drawn by --seed; all without it")
+    parser.add_argument("--since", metavar="COMMIT", help="only lines that changed after it")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--jobs", type=int, default=1, help="how many at a time")
     parser.add_argument("--minutes", type=float, default=math.inf, help="begin none after these")

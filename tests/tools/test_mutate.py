@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -206,6 +207,28 @@ def test_shards_are_kept_gone_on_with_and_merged(
     mutate.main(["--merge", "--write", *kept])
     page = (small / "benchmarks/mutation.md").read_text()
     assert "| all | 0 | 0 | 0 | 0 | - |" in page and "survived: It needs a card." in page
+
+
+def test_only_lines_that_changed_since(small: Path) -> None:
+    def git(*words: str) -> None:
+        who = ("-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false")
+        subprocess.run(["git", *who, *words], cwd=small, check=True, capture_output=True)
+
+    def moved() -> set[str]:
+        lines = mutants.lines_since("HEAD")
+        return {mutant.before for mutant in choose(["memory/thing"], None, 0, lines)}
+
+    git("init")
+    git("add", "wan_core")
+    git("commit", "--message", "first")
+    assert moved() == set()
+    thing = small / "wan_core/memory/thing.py"
+    thing.write_text("# A line more.\n" + MODULE.replace("0.05", "0.06").replace("not done", "1"))
+    assert moved() == {"1", "0.06", "time.sleep(0.06)"}
+    thing.write_text(MODULE.replace("        time.sleep(0.05)", "        pass"))
+    assert moved() == set()
+    thing.unlink()  # a module that is gone has no lines
+    assert not mutants.lines_since("HEAD").get("memory/thing")
 
 
 def test_only_a_test_that_passes_otherwise_can_kill(
