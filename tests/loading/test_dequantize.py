@@ -302,14 +302,19 @@ def test_placements_and_forwards_change_no_bit(
     assert hashlib.sha256(path.read_bytes()).hexdigest() == file_before
 
 
-@pytest.mark.parametrize("style", files.STYLES)
 @pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
-@pytest.mark.parametrize("kind", ["fp8_scaled", "fp8_rows", "fp8_scaled_e5m2", "int8_convrot"])
+@pytest.mark.parametrize(
+    ("kind", "style"),
+    [
+        (kind, style)
+        for kind in ("fp8_scaled", "fp8_rows", "fp8_scaled_e5m2", "int8_convrot")
+        for style in files.STYLES
+        if style != "old" or kind.startswith("fp8")  # the old marker knows fp8 only
+    ],
+)
 def test_every_way_to_say_it(
     tmp_path: Path, model: nn.Module, kind: str, style: str, prefix: str
 ) -> None:
-    if kind == "int8_convrot" and style == "old":
-        pytest.skip("the old marker knows fp8 only")
     path, meanings = stored_file(tmp_path / "m.safetensors", model, kind, style, prefix)
     kept = load_component(path, torch.bfloat16, keep_quantized=True)
     for name, meaning in meanings.items():
