@@ -13,11 +13,13 @@ from support.machines import architecture, cpu, gpu, stored_pair
 from wan_core import OptimizationConfig, OptimizationManager
 from wan_core.config import GIB
 from wan_core.errors import DoesNotFit
-from wan_core.job import MAX_LATENT_FRAMES, MAX_SIZE, MOST_FRAMES, video_frames
+from wan_core.job import MAX_LATENT_FRAMES, MAX_SIZE, MOST_FRAMES, encoder_bytes, video_frames
 from wan_core.memory import SystemResources, Workload
-from wan_core.models import ModelArchitecture
+from wan_core.models import ModelArchitecture, StoredSize
 from wan_core.plan import Planner
 from wan_core.plan.fits import (
+    file_cure,
+    fp8_cure,
     frames_text,
     largest_size,
     longest,
@@ -283,4 +285,83 @@ def test_a_cure_that_is_named_is_one(case: str) -> None:
 
 def test_ram_that_is_not_short_is_no_cure() -> None:
     assert more_ram(gpu(24, ram=32), None, GIB) == more_ram(gpu(24, ram=32), 2, GIB) == []
+    assert more_ram(gpu(24, ram=32), 2, 2 * GIB) == []
+    assert more_ram(gpu(24, ram=32), 2, 2 * GIB + 1) == ["ram_limit_gb 2.1 would do."]
     assert more_ram(gpu(24, ram=32), 2, 3 * GIB) == ["ram_limit_gb 3 would do."]
+
+
+def test_others_are_closed_where_that_frees_what_is_short() -> None:
+    # Of 14 GiB 8 are free and this process has 3, which could drop 2 of them: others have 3.
+    system = gpu(
+        24, ram=8, ram_total_bytes=14 * GIB, process_bytes=3 * GIB, ram_evictable_bytes=2 * GIB
+    )
+    there = system.usable_ram_bytes
+    assert more_ram(system, None, there) == []
+    for short, said in (
+        (1, "0.1 GiB more of free RAM would do: close other programs."),
+        (3 * GIB, "3.0 GiB more of free RAM would do: close other programs."),
+        (3 * GIB + 1, "3.1 GiB more of free RAM would do."),
+    ):
+        assert more_ram(system, None, there + short) == [said]
+    unknown = replace(system, process_bytes=None)
+    most = unknown.usable_ram_bytes + 4 * GIB
+    assert "close other programs" in more_ram(unknown, None, most)[0]
+    assert "close other programs" not in more_ram(unknown, None, most + 1)[0]
+    assert more_ram(system, 1, 2 * GIB) == ["ram_limit_gb 2 would do."]
+
+
+def test_a_clip_in_a_file_is_counted_with_its_encoder() -> None:
+    tried: list[Workload] = []
+    job = Workload(width=832, height=480, num_frames=81, batch_size=2)
+    own = 2 * encoder_bytes("h264", "yuv420p", 832, 480, 81)
+    for asked, encoder in ((job, own), (replace(job, encoder_bytes=7), 7)):
+        (said,) = file_cure(asked, lambda other: not tried.append(other))
+        gib = 2 * 81 * 480 * 832 * 3 * 4 / GIB
+        assert said.startswith(f"The finished frames are {gib:.1f} GiB of that: write the video")
+        assert tried.pop() == replace(
+            asked, return_frames=False, to_file=True, encoder_bytes=encoder
+        )
+    assert file_cure(job, lambda _: False) == []
+    assert file_cure(replace(job, return_frames=False), lambda _: True) == []
+
+
+def test_files_in_fp8_are_what_is_tried() -> None:
+    """A number that is computed in half is a byte then; what stays in fp32 stays."""
+    tried: list[ModelArchitecture] = []
+
+    def fits(model: ModelArchitecture) -> bool:
+        tried.append(model)
+        return False
+
+    model = stored_pair("bf16")
+    mixed = StoredSize(kept=5, half=700, plain=30, wide=2)
+    stored = replace(
+        model.components["transformer"].stored, blocks=(mixed,), vace=(mixed,), faces=(mixed,),
+        tables=StoredSize(half=8, plain=3),
+    )  # fmt: skip
+    part = replace(model.components["transformer"], stored=stored)
+    model = replace(model, components={**model.components, "transformer": part})
+    assert fp8_cure(model, "denoise_high", fits) == []
+    found = tried[0].components["transformer"]
+    small = StoredSize(kept=735, wide=2)
+    assert found.stored is not None and found.weight_kind == "fp8_scaled"
+    assert found.stored.blocks == found.stored.vace == found.stored.faces == (small,)
+    assert found.stored.tables == StoredSize(half=11) and found.stored.rest == stored.rest
+    assert found.stored.quantised and found.stored.largest == 730
+    assert found.nbytes == 3 * (735 + 2 * 4) + 11 * 2 + stored.rest.nbytes(2)
+    # One part, both experts, and the text encoder too.
+    usual = stored_pair("bf16").components
+    changed = [
+        {name for name, one in each.components.items() if one.weight_kind == "fp8_scaled"}
+        for each in tried
+    ]
+    experts = {"transformer", "transformer_2"}
+    assert changed == [{"transformer"}, experts, experts | {"text_encoder"}]
+    assert all(each.components["vae"] == usual["vae"] for each in tried)
+    for stage, name in (("text_encode", "text encoder"), ("denoise_low", "transformer 2"),
+                        ("decode", "transformer")):  # fmt: skip
+        (text,) = fp8_cure(stored_pair("bf16"), stage, lambda _: True)
+        assert text.startswith(f"It fits with the {name} in fp8 ")
+    assert fp8_cure(stored_pair("fp8"), "denoise_high", lambda _: True) == []
+    unknown = architecture("wan2.2-t2v-a14b")  # of whose files nothing is known
+    assert fp8_cure(unknown, "denoise_high", lambda _: True) == []
