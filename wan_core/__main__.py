@@ -291,12 +291,11 @@ def _control(arguments: argparse.Namespace, most: int) -> WanControl | None:
 
 
 def _job(arguments: argparse.Namespace, wrapper: Any, **more: Any) -> GenerationConfig:
-    defaults = wrapper.architecture.variant.defaults
-    frames = defaults.num_frames if arguments.frames is None else arguments.frames
+    usual = wrapper.architecture.variant.defaults
+    shape = usual.shape(arguments.width, arguments.height, arguments.frames)
+    frames = shape["num_frames"]
     return GenerationConfig(
-        width=defaults.width if arguments.width is None else arguments.width,
-        height=defaults.height if arguments.height is None else arguments.height,
-        num_frames=frames,
+        **shape,
         control=_control(arguments, (frames if frames > 0 else MOST_FRAMES) + 3),
         num_inference_steps=arguments.steps,
         max_chunk_size=arguments.window,
@@ -459,13 +458,10 @@ def _demo(arguments: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     from .render import WanPipelineLoader, contact_sheet
 
     wrapper = WanPipelineLoader().load_wan_pipeline(demo_model())
-    defaults = wrapper.architecture.variant.defaults
     job = GenerationConfig(
         prompt=arguments.prompt,
         seed=arguments.seed,
-        width=defaults.width,
-        height=defaults.height,
-        num_frames=defaults.num_frames,
+        **wrapper.architecture.variant.defaults.shape(),
         output_path=arguments.output,
     )
     result = _generated(wrapper, job, arguments)

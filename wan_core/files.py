@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import codecs
 import contextlib
+import hashlib
 import os
 import platform
 import re
@@ -296,6 +297,15 @@ def _is_at(descriptor: int, path: Path) -> bool:
         return os.path.samestat(os.fstat(descriptor), os.lstat(path))
     except FileNotFoundError:
         return False
+
+
+def lock_beside(target: Path) -> Path:
+    """Return where a lock on ``target`` lies, short whatever its name; ``sweep`` removes it.
+
+    A render on another machine of a shared disk has another one: see ``_mark``.
+    """
+    name = hashlib.sha256(os.fsencode(os.path.normcase(target.name))).hexdigest()[:16]
+    return target.parent / f"{_mark()}{name}.lock"
 
 
 def sweep(folder: Path) -> None:

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,11 +23,13 @@ from support.pace import pace
 from support.tiny_models import make_folder, open_wan
 
 from wan_core import GenerationConfig, VideoGenerationResult, WanPipelineLoader
-from wan_core.__main__ import _parser, main
+from wan_core.__main__ import _job, _parser, main
 from wan_core.errors import InvalidRequest, MissingFile, OutputError
+from wan_core.models import VARIANTS
 from wan_core.render import WanPipelineWrapper
 from wan_core.serve import BadLine, Batch, BatchJob, Ledger, Outcome, jobs, read_jobs
 from wan_core.serve.crew import Hand
+from wan_core.serve.fields import Served, read_job
 from wan_core.serve.ledger import Entry, as_page
 from wan_core.serve.queue import Queue
 
@@ -218,11 +221,38 @@ def test_a_camera_and_references_of_two_sizes(models: Path, tmp_path: Path) -> N
     path = lines(tmp_path / "jobs.jsonl", job(models, "a.mp4", control=control))
     (found,) = read_jobs(path, tmp_path)
     assert isinstance(found, BatchJob)
-    made, before = found.config().control, found.identity()
+    made, before = (
+        found.config(VARIANTS["wan2.1-fun-camera-14b"].defaults).control,
+        found.identity(),
+    )
     assert made is not None and torch.equal(made.camera, torch.from_numpy(rays))
     assert [tuple(one.shape) for one in made.reference] == [(1, 16, 32, 3), (1, 48, 16, 3)]
     np.save(tmp_path / "rays.npy", rays[:, :, :4])
     assert found.identity() != before
+
+
+@pytest.mark.parametrize("name", sorted(VARIANTS))
+def test_batch_generate_and_server_have_the_same_size_where_nothing_is_said(
+    name: str, tmp_path: Path
+) -> None:
+    usual = VARIANTS[name].defaults
+    path = lines(
+        tmp_path / "jobs.jsonl", {"output": "a.mp4", "prompt": "x", "model": "m"},
+        {"output": "b.mp4", "prompt": "x", "model": "m", "width": None, "num_frames": 9},
+    )  # fmt: skip
+    first, second = read_jobs(path, tmp_path)
+    assert isinstance(first, BatchJob) and isinstance(second, BatchJob)
+    wrapper = SimpleNamespace(architecture=SimpleNamespace(variant=VARIANTS[name]))
+    given = _parser().parse_args(["generate", "m", "--output", "a.mp4"])
+    served = Served(
+        name="m", model=tmp_path, optimization={}, two_experts=False, fps=usual.fps, **usual.shape()
+    )
+    asked, _ = read_job({"prompt": "x"}, None, served, tmp_path / "a.mp4")
+    configs = [first.config(usual), _job(given, wrapper, prompt="x"), asked.config(usual)]
+    sizes = {(one.width, one.height, one.num_frames) for one in configs}
+    assert sizes == {(usual.width, usual.height, usual.num_frames)}
+    short = second.config(usual)
+    assert (short.width, short.height, short.num_frames) == (usual.width, usual.height, 9)
 
 
 BAD = {

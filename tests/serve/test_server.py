@@ -31,7 +31,7 @@ from wan_core.journal import saved_renders
 from wan_core.render.video import VideoWriter, read_video
 from wan_core.serve.carry import Outcome
 from wan_core.serve.fields import Upload, read_job
-from wan_core.serve.http import Guard
+from wan_core.serve.http import Guard, shown
 from wan_core.serve.jobs import BatchJob
 from wan_core.serve.queue import Queue, new_id
 from wan_core.serve.server import ServerOptions, check_token, read_token, serve
@@ -564,6 +564,77 @@ def test_a_queue_takes_up_what_was_in_work(tmp_path: Path) -> None:
     (tmp_path / "other").write_text("no database, for certain" * 100)
     with pytest.raises(InvalidRequest, match="is not the queue"):
         Queue(tmp_path / "other")
+
+
+DAMAGE: list[tuple[str, Any]] = [
+    ("job", "{"), ("job", "[]"), ("job", "null"), ("job", "[" * 100_000), ("job", "{}"),
+    ("job", ""), ("job", b"\xff\xfe{}"), ("values", {"prompt": "\ufffd"}), ("values", 3),
+    ("optimization", [1]), ("loras", 5), ("output", None), ("model", 7), ("hands", 2),
+    ("shown", "{"), ("shown", "[]"), ("outcome", "{"), ("outcome", b"\xff"),
+]  # fmt: skip
+"""A column of a row, or a field of the job in it, and what a failing disk or a hand left there."""
+
+
+@pytest.mark.parametrize(("what", "left"), DAMAGE)
+def test_a_row_that_cannot_be_read_is_set_aside_and_the_others_go_on(
+    tmp_path: Path, what: str, left: Any
+) -> None:
+    """Another server's hand on the file, a bad sector: its client is told, nobody else is."""
+    queue = Queue(tmp_path / "queue.sqlite3")
+    ids = [new_id() for _ in range(2)]
+    for id in ids:
+        queue.add(id, job(tmp_path), {"prompt": id})
+    of_job = what not in ("shown", "outcome")
+    if of_job and what != "job":
+        row = queue._file.execute("SELECT job FROM jobs").fetchone()
+        what, left = "job", json.dumps({**json.loads(row[0]), what: left}, ensure_ascii=False)
+    damage = f"UPDATE jobs SET {what} = CAST(? AS TEXT) WHERE id = ?", (left, ids[0])
+    if of_job:
+        queue._file.execute(*damage)
+    taken = [one.number for one in iter(lambda: queue.take(""), None)]
+    assert taken == ([2] if of_job else [1, 2])
+    for number in taken:
+        queue.settle(job(tmp_path, number), Outcome(error="x", kind="X", final=True))
+    queue._file.execute(*damage)
+    told = [shown(row) for row in queue.list(10, newest=False)]
+    json.dumps(told, ensure_ascii=False).encode()
+    assert [one["status"] for one in told] == ["failed", "failed"]
+    codes = [one["error"]["code"] for one in told]
+    assert codes == ["X" if what == "shown" else "Unreadable", "X"]
+    assert queue.delete(ids[0]) and queue.by_status()["failed"] == 1
+    queue.close()
+
+
+def test_a_folder_that_was_moved_keeps_its_clips_and_its_jobs(tmp_path: Path) -> None:
+    """Such as to a larger disk; or the same one named from where the next shell happens to be."""
+    before, now = tmp_path / "before", tmp_path / "now"
+    queue, id = Queue(before / "queue.sqlite3"), new_id()
+    old = before / "jobs" / id
+    values = {"prompt": "x", "image": str(old / "input.png"), "seed": 1}
+    control = {"video": str(old / "input.mp4"), "strength": 1.0}
+    made = BatchJob(
+        number=0, model=tmp_path / "m", output=old / "clip.mp4", values=values, control=control
+    )
+    queue.add(id, made, {})
+    queue.close()
+    before.rename(now)
+    queue = Queue(now / "queue.sqlite3")
+    new = now / "jobs" / id
+    moved, row = queue.take(""), queue.get(id)
+    assert moved is not None and row is not None
+    assert moved.output == row.output == new / "clip.mp4"
+    assert moved.values == {"prompt": "x", "image": str(new / "input.png"), "seed": 1}
+    assert moved.control == {"video": str(new / "input.mp4"), "strength": 1.0}
+    queue.close()
+
+
+def test_a_queue_named_from_where_one_is_has_whole_paths(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # a machine of a cluster is elsewhere
+    queue = Queue(Path("videos", "queue.sqlite3"))
+    assert queue.folder_of("x") == tmp_path / "videos" / "jobs" / "x"
+    queue.close()
 
 
 @pytest.mark.parametrize("state", ["queued", "in_progress", "completed"])

@@ -4,8 +4,9 @@ In: a request with its plan, and a ``DenoiseState`` after each step. Out: a fold
 are complete or absent, and ``RenderJournal``, which a render asks where to begin; ``saved_renders``
 lists those that can go on. Knows a render only by its identity and its states; a journal never
 stops one. Also here are ``versions``, ``code_digest`` and ``device_name``, which results and
-measurements are told with, and ``try_lock``, which keeps a folder for one process. Imports
-sampling, plan, loading and what is below. Names are resolved on first use.
+measurements are told with, and ``try_lock``, which keeps a folder for one process.
+With its journal a render is given its outputs to itself. Imports sampling, plan, loading and what
+is below. Names are resolved on first use.
 """
 
 from __future__ import annotations

@@ -1,12 +1,19 @@
-"""A lock on a file that keeps a folder for one process."""
+"""Locks on files: one that keeps a folder for one process, and one that keeps an output.
+
+Both end with their process, so a crash leaves none behind.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
+
+from ..errors import OutputError
+from ..files import lock_beside, quoted
 
 if sys.platform == "win32":
     import msvcrt
@@ -58,3 +65,51 @@ def try_lock(path: Path) -> FileLock | None:
             if sys.platform == "win32" or os.path.samestat(os.fstat(file.fileno()), path.stat()):
                 return FileLock(file)
         file.close()
+
+
+@contextlib.contextmanager
+def claim(output: Path, what: str) -> Iterator[None]:
+    """Keep an output for one render during the block, so that no other one writes over it.
+
+    ``what`` names what is made. Of two renders that make the same, each may write it: what comes
+    out is equal, and the later one may have taken the place of one that hangs. An empty name is
+    equal to none. Raises OutputError where something else is being made.
+    """
+    place = lock_beside(output)
+    try:
+        lock = try_lock(place)
+    except OSError:  # of a folder that cannot be written ``check_target`` tells more
+        yield
+        return
+    if lock is None:
+        process, _, made = _owner(place)
+        if not made or made != what:
+            raise OutputError(
+                f"Another run{process and f' (process {process})'} is making another video as "
+                f"{quoted(output)}. Wait for its end, or name another output."
+            )
+        yield
+        return
+    try:
+        with contextlib.suppress(OSError):  # a full disk: who comes next is told less
+            lock.file.truncate(0)
+            lock.file.write(f"\n{os.getpid()} {what}".encode())
+            lock.file.flush()
+        yield
+    finally:
+        # While it is locked, or it might be another run's by then; Windows removes no open file.
+        if sys.platform == "win32":
+            lock.close()
+        with contextlib.suppress(OSError):
+            place.unlink()
+        lock.close()
+
+
+def _owner(place: Path) -> tuple[str, str, str]:
+    """Return the process and what it makes, as text, with a blank between."""
+    try:
+        with open(place, "rb", buffering=0) as file:
+            file.seek(1)  # Windows lets nobody read the byte that is locked
+            return file.read(4096).decode().partition(" ")
+    except (OSError, UnicodeDecodeError):
+        return "", "", ""

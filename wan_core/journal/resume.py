@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..config import GenerationConfig
 from ..errors import JournalMismatch, first_line
-from ..job import Request
+from ..job import Request, output_paths
 from ..models import ModelArchitecture
 from ..plan import OptimizationPlan
 from ..sampling import DenoiseState, Memory
@@ -37,6 +37,7 @@ from .identity import (
     render_identity,
 )
 from .journal import Journal, JournalState, restore_scheduler, scheduler_state
+from .lock import claim
 from .units import KeptUnits
 
 _State = tuple[int, dict[str, Tensor], dict[str, Any]]
@@ -300,15 +301,20 @@ def open_journal(
 ) -> RenderJournal | None:
     """Open the journal that the request asks for; ``stack`` closes it. None if it asks for none.
 
+    Before that the outputs are kept for this render, until ``stack`` ends: raises OutputError where
+    one is being written that shows something else.
+
     A saved render of the same job goes on also where its plan chose other things for want of
     memory, or for more of it (see ``_kindred``). Raises JournalMismatch for resume="must" if there
     is no render to continue.
     """
     if request.resume is None:
+        _claim(stack, request, "")
         return None
     root = journal_folder(request)
     own = plain_identity(render_identity(config, request, architecture, plan))
     # VACE reads the VAE's latents of a grey clip where it is given no control.
+    _claim(stack, request, identity_key(own))
     encoded = bool(own["given"]) or architecture.transformer.vace_in_channels is not None
     identity = own if request.resume == "never" else _kindred(root, own, plan, encoded)
     opened = Journal.open(
@@ -322,6 +328,14 @@ def open_journal(
     journal = RenderJournal(opened, adopted=identity != own)
     stack.callback(journal.close)
     return journal
+
+
+def _claim(stack: ExitStack, request: Request, latents: str) -> None:
+    """Keep the outputs; the same ``latents`` written in the same way are the same video."""
+    way = [request.codec, request.crf, request.pix_fmt, request.fps]
+    what = f"{latents} {' '.join(map(str, way))}" if latents else ""
+    for path in output_paths(request):
+        stack.enter_context(claim(path, what))
 
 
 def _kindred(

@@ -195,6 +195,13 @@ class Defaults:
     sigmas: tuple[float, ...] = ()
     """Noise levels that a distilled file was trained at; empty where they follow from the rest."""
 
+    def shape(
+        self, width: int | None = None, height: int | None = None, num_frames: int | None = None
+    ) -> dict[str, Any]:
+        """Return a clip's width and height in pixels and its frames; None is the model's own."""
+        given = {"width": width, "height": height, "num_frames": num_frames}
+        return {n: getattr(self, n) if one is None else one for n, one in given.items()}
+
     def flow_shift_for(self, width: int, height: int) -> float:
         """Return the official shift for a size in pixels (Wan 2.1 I2V uses 3 at 480p, else 5)."""
         if self.flow_shift_480p is not None and width * height <= 832 * 480:

@@ -149,7 +149,8 @@ class Batch:
         return waiting
 
     def _check(self, job: BatchJob) -> None:
-        wrapper, config = self._carrier.open(job), job.config()
+        wrapper = self._carrier.open(job)
+        config = job.config(wrapper.architecture.variant.defaults)
         wrapper.check(config)
         if self._plan:
             wrapper.plan(config)

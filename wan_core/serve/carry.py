@@ -119,7 +119,8 @@ class Carrier:
         result: VideoGenerationResult | None = None
         try:
             make_folder(job.output.parent)
-            config, wrapper = job.config(), self.open(job)
+            wrapper = self.open(job)
+            config = job.config(wrapper.architecture.variant.defaults)
             if decoding is not None and _decodes_on_all(wrapper.plan(config)[1]):
                 decoding = None
             _watch(config, progress, stopped, decoding)

@@ -263,7 +263,8 @@ class Desk:
                 self.queue.remove_folder(id)
 
     def _check(self, job: BatchJob) -> None:
-        wrapper, config = self._carrier.open(job), job.config()
+        wrapper = self._carrier.open(job)
+        config = job.config(wrapper.architecture.variant.defaults)
         wrapper.check(config)
         if not self._plan:
             return

@@ -15,7 +15,7 @@ import hashlib
 import json
 import os
 import unicodedata
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from ..detect import parse_lora
 from ..errors import InvalidRequest, MissingFile, WanError
 from ..files import contained_path, file_identity
 from ..job import MOST_CLIPS, MOST_FRAMES, clip_paths
+from ..models import Defaults
 from ..plan import OptimizationConfig
 
 MOST_LINE, MOST_LINES = 2**20, 1_000_000
@@ -116,13 +117,48 @@ class BatchJob:
         places = {name: Path(values[name]) for name in ("model", "output")}
         return cls(**{**values, **places, "loras": tuple(values["loras"])})
 
-    def config(self) -> GenerationConfig:
-        """Return the job as the library takes it; reads the videos of its control."""
-        control = None if not self.control else _control(self.control, self.values)
-        values = {"resume": "auto", **self.values}
+    def config(self, usual: Defaults) -> GenerationConfig:
+        """Return the job as the library takes it; reads the videos of its control.
+
+        Where it names no size or length it has the ``usual`` one, its model's.
+        """
+        shape = usual.shape(*(self.values.get(n) for n in ("width", "height", "num_frames")))
+        control = None if not self.control else _control(self.control, shape["num_frames"])
+        values = {"resume": "auto", **self.values, **shape}
         return GenerationConfig(
             **values, control=control, output_path=self.output, return_frames=False
         )
+
+
+def kept_object(text: str | None) -> dict[str, Any] | None:
+    """Return an object that was kept as JSON; None where another hand, or the disk, changed it.
+
+    Written is ASCII alone: other characters are bytes that are no text.
+    """
+    try:
+        found = json.loads(text) if text is not None and text.isascii() else None
+    except (ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def kept_job(text: str, number: int, here: Callable[[str], str]) -> BatchJob | None:
+    """Return the job that ``to_dict`` made, kept as JSON, with its paths as ``here`` says them.
+
+    None where the text is no job any more.
+    """
+    values = kept_object(text)
+    parts = ("values", "control", "optimization")
+    if values is None or not all(isinstance(values.get(name), dict) for name in parts):
+        return None
+    for name in parts[:2]:
+        found = values[name].items()
+        values[name] = {n: here(one) if isinstance(one, str) else one for n, one in found}
+    try:
+        output = here(values["output"])
+        return BatchJob.from_dict({**values, "output": output, "number": number})
+    except (ValueError, TypeError, KeyError):
+        return None
 
 
 def read_jobs(
@@ -309,12 +345,12 @@ def _control_paths(given: Any, here: Path) -> dict[str, Any]:
     return found
 
 
-def _control(given: Mapping[str, Any], values: Mapping[str, Any]) -> WanControl:
-    """Read the files of a control."""
+def _control(given: Mapping[str, Any], asked: Any) -> WanControl:
+    """Read the files of a control for a clip of so many frames."""
     from ..files import decode_text
     from ..render import read_numbers, read_pictures, read_video
 
-    frames = int(plain_number(values.get("num_frames", 81)) or 0)
+    frames = int(plain_number(asked) or 0)
     most = (frames if frames > 0 else MOST_FRAMES) + 3  # 0: as long as the control's video
     read: dict[str, Any] = {n: v for n, v in given.items() if n in _CONTROL_VALUES}
     for name in _CONTROL_VIDEOS:

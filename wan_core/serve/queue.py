@@ -19,13 +19,14 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 from ..errors import InvalidRequest, OutputError
 from ..files import make_folder
 from .carry import MOST_LOSSES, Outcome
-from .jobs import BatchJob
+from .jobs import BatchJob, kept_job, kept_object
 
 STATES = ("queued", "in_progress", "completed", "failed")
 MOST_WAITING = 10_000
@@ -36,6 +37,9 @@ _KILLS = (
     f"The server died {MOST_LOSSES} times under this job, which got no further in between; it may "
     "be the cause."
 )
+_UNREADABLE = "What the queue holds of this job cannot be read any more. Ask for the video again."
+_UNKNOWN: Mapping[str, Any] = {"kind": "Unreadable", "error": "What became of it cannot be read."}
+"""An outcome that is not readable."""
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 10.0
 _Made = TypeVar("_Made")
 _VERSION = 1
@@ -96,7 +100,9 @@ class Queue:
         self, path: Path, tries: int = 2, most: int = MOST_WAITING,
         room: Callable[[], bool] = lambda: True,
     ) -> None:  # fmt: skip
-        self.path, self._tries, self._most, self._room = path, tries, most, room
+        # Absolute: a machine of a cluster has another folder to begin from.
+        self.path = path = path.absolute()
+        self._tries, self._most, self._room = tries, most, room
         self._lock = threading.RLock()
         self._news = threading.Event()
         self._percent: dict[int, int] = {}
@@ -116,6 +122,7 @@ class Queue:
                 path, timeout=1, check_same_thread=False, isolation_level=None
             )
             self._file.row_factory = sqlite3.Row
+            self._file.text_factory = lambda text: text.decode(errors="replace")
             self._begin()
             self._place = os.stat(path)
         except sqlite3.DatabaseError as err:
@@ -291,15 +298,16 @@ class Queue:
 
     def _row(self, row: sqlite3.Row) -> Row:
         done = row["status"] == "completed"
+        job, shown, outcome = (kept_object(row[name]) for name in ("job", "shown", "outcome"))
         return Row(
             number=row["number"],
             id=row["id"],
             status=row["status"],
             created=row["created"],
             ended=row["ended"],
-            output=Path(json.loads(row["job"])["output"]),
-            shown=json.loads(row["shown"]),
-            outcome=json.loads(row["outcome"] or "{}"),
+            output=Path(self._here(row["id"], str((job or {}).get("output")))),
+            shown=shown or {},
+            outcome={**(_UNKNOWN if row["outcome"] else {}), **(outcome or {})},
             percent=100 if done else self._percent.get(row["number"], 0),
             tries=row["tries"],
         )
@@ -344,9 +352,14 @@ class Queue:
 
     def _take(self, group: str) -> BatchJob | None:
         with self._lock:
-            row = None if self.closed else self._file.execute(_NEXT, (group,)).fetchone()
-            if row is None:
-                return None
+            while True:
+                row = None if self.closed else self._file.execute(_NEXT, (group,)).fetchone()
+                if row is None:
+                    return None
+                job = kept_job(row["job"], row["number"], partial(self._here, row["id"]))
+                if job is not None:
+                    break
+                self._set_aside(row["number"])
             # After a death it is known how far it gets, be it nowhere: whoever gets further than
             # that the next time is not the cause. The first time it was not written down.
             self._file.execute(
@@ -356,8 +369,21 @@ class Queue:
             )
             if row["restarts"]:
                 self._reached[row["number"]] = (row["reached"], row["reached"])
-        values = json.loads(row["job"])
-        return BatchJob.from_dict({**values, "number": row["number"]})
+        return job
+
+    def _here(self, id: str, path: str) -> str:
+        """Return where a file of a job lies now: the queue's folder may have been moved."""
+        parent, name = os.path.split(path)
+        return str(self.folder_of(id) / name) if os.path.basename(parent) == id else path
+
+    def _set_aside(self, number: int) -> None:
+        """Fail a job that cannot be read; to be called with the lock."""
+        outcome = Outcome(error=_UNREADABLE, kind="Unreadable", final=True)
+        self._file.execute(
+            "UPDATE jobs SET status = 'failed', ended = ?, outcome = ? WHERE number = ?",
+            (time.time(), json.dumps(outcome.to_dict()), number),
+        )
+        self.counts["failed"] += 1
 
     def settle(self, job: BatchJob, outcome: Outcome) -> None:
         """Note what became of a job; remove it where it was deleted while in work."""
