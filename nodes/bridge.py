@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 import json
 import logging
+import secrets
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -112,10 +113,13 @@ def lora_path(name: str) -> Path | None:
 
 
 def temp_video_path(width: int, height: int) -> Path:
-    """Return a new file name for an mp4 below ComfyUI's temp folder (emptied at each start)."""
+    """Return a new file name for an mp4 below ComfyUI's temp folder (emptied at each start).
+
+    Several ComfyUI with one folder count alike, and each makes its clip at the same time.
+    """
     temp = folder_paths.get_temp_directory()
     folder, name, counter, _, _ = folder_paths.get_save_image_path("wanfit", temp, width, height)
-    return Path(folder) / f"{name}_{counter:05}_.mp4"
+    return Path(folder) / f"{name}_{counter:05}_{secrets.token_hex(4)}.mp4"
 
 
 def as_shown(path: Path) -> dict[str, str]:

@@ -17,6 +17,8 @@ from .table import TensorInfo, TensorTable
 _PROBES: Final = 32
 _PROBE: Final = 512
 """Bytes that are looked at in a place."""
+ALLOW_ZEROS: Final = "WANFIT_ALLOW_ZEROS"
+"""Variable that has files used whose zeros are meant, such as layers that were cut out."""
 
 
 def read_table(path: str | os.PathLike[str]) -> TensorTable:
@@ -41,8 +43,11 @@ def refuse_holes(table: TensorTable) -> None:
     Programs that download a file in parts, or claim its place on the disk first, give it its whole
     size from the beginning. Looked at is the middle of some matrices, evenly from the first to the
     last, and the last one near its end; trained ones have no run of zeros as long there. A single
-    one may have in the middle: a layer that was switched off.
+    one may have in the middle: a layer that was switched off. With the variable ``ALLOW_ZEROS`` set
+    no file is looked at.
     """
+    if os.environ.get(ALLOW_ZEROS):
+        return
     matrices = sorted(
         (i for i in table.tensors.values() if len(i.shape) > 1 and i.nbytes >= 2 * _PROBE),
         key=lambda info: (str(info.file), info.start),
@@ -57,7 +62,7 @@ def refuse_holes(table: TensorTable) -> None:
         raise CorruptFile(
             f"{quoted(table.path)} holds nothing but zeros in {sum(empty)} of {len(empty)} places "
             f"that were looked at (the first in {first}): its download was not finished, though it "
-            "has its whole size. Download it again."
+            f"has its whole size. Download it again. If it is to have them, set {ALLOW_ZEROS}=1."
         )
 
 
