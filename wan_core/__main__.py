@@ -337,14 +337,15 @@ def _generate(arguments: argparse.Namespace) -> tuple[str, dict[str, Any]]:
 
 def _batch(arguments: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     """Carry out a file of jobs; what happens is told on stderr, line by line."""
-    from .serve import Batch, crew_for
+    from .serve import Batch, base_of, crew_for
 
     def tell(text: str) -> None:
         if not arguments.json:
             _say(text, sys.stderr)
 
     path = Path(os.path.expanduser(arguments.path))
-    folder = path.parent if arguments.folder is None else Path(os.path.expanduser(arguments.folder))
+    given_folder = arguments.folder
+    folder = base_of(path) if given_folder is None else Path(os.path.expanduser(given_folder))
     model = None if arguments.model is None else Path(os.path.expanduser(arguments.model))
     given = _given(arguments, _OF_ALL)
     batch = Batch(

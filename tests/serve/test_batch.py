@@ -27,7 +27,7 @@ from wan_core.__main__ import _job, _parser, main
 from wan_core.errors import InvalidRequest, MissingFile, OutputError
 from wan_core.models import VARIANTS
 from wan_core.render import WanPipelineWrapper
-from wan_core.serve import BadLine, Batch, BatchJob, Ledger, Outcome, jobs, read_jobs
+from wan_core.serve import BadLine, Batch, BatchJob, Ledger, Outcome, base_of, jobs, read_jobs
 from wan_core.serve.crew import Hand
 from wan_core.serve.fields import Served, read_job
 from wan_core.serve.ledger import Entry, as_page
@@ -619,6 +619,54 @@ def test_jobs_come_through_a_pipe(tmp_path: Path) -> None:
         (found,) = read_jobs(path, tmp_path)
         assert isinstance(found, BatchJob) and found.number == 1
         writer.join()
+        assert found.model == tmp_path / "m" and base_of(path) == tmp_path
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a shell's names of pipes")
+def test_jobs_that_a_shell_pipes_in_begin_where_one_is(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """And their clips go there: not into /dev."""
+    monkeypatch.chdir(tmp_path)
+    reading, writing = os.pipe()
+    os.write(writing, b'{"output": "a.mp4", "model": "m", "prompt": "x"}')
+    os.close(writing)
+    assert main(["batch", f"/dev/fd/{reading}"]) == 1
+    os.close(reading)
+    assert str(tmp_path / "m") in capsys.readouterr().err
+    assert (tmp_path / f"{reading}.summary.json").is_file()
+
+
+def test_a_home_is_found_in_every_path_of_a_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path / "home"))
+    names = ("image", "last_image", "model")
+    line = {name: f"~/{name}" for name in names} | {"loras": ["~/l"], "output": "a.mp4"}
+    control = {"video": "~/v", "keyframes": ["~/k"]}
+    (found,) = read_jobs(lines(tmp_path / "j.jsonl", {**line, "control": control}), tmp_path)
+    assert isinstance(found, BatchJob), found
+    texts = [found.values["image"], found.values["last_image"], str(found.model), *found.loras]
+    texts += [found.control["video"], *found.control["keyframes"]]
+    assert all(text.startswith(str(tmp_path / "home")) for text in texts), texts
+
+
+def test_a_folder_of_very_many_files_is_no_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a disk that was named in its place, which would be walked to its end."""
+    monkeypatch.setattr("wan_core.serve.jobs._MOST_FILES", 3)
+    (tmp_path / "m").mkdir()
+    path = lines(tmp_path / "j.jsonl", {"model": "m", "output": "a.mp4", "prompt": "x"})
+    (found,) = read_jobs(path, tmp_path)
+    assert isinstance(found, BatchJob)
+    for i in range(4):
+        (tmp_path / "m" / str(i)).touch()
+        if i < 3:
+            found.identity()
+    with pytest.raises(InvalidRequest, match="more than 3 files"):
+        found.identity()
 
 
 @pytest.mark.parametrize("what", [b"\xc0\x80", b'{"jobs": [{"line": 1, "state": "done", '

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from .carry import Carrier, Outcome
     from .cluster import Cluster
     from .crew import Crew, Here
-    from .jobs import BadLine, BatchJob, read_jobs
+    from .jobs import BadLine, BatchJob, base_of, read_jobs
     from .ledger import Ledger, as_page
     from .processes import Processes, Relay, processes_for
     from .server import ServerOptions, crew_for, options_of, serve
@@ -31,7 +31,7 @@ __getattr__ = lazy_names(
         "carry": ("Carrier", "Outcome"),
         "cluster": ("Cluster",),
         "crew": ("Crew", "Here"),
-        "jobs": ("BadLine", "BatchJob", "read_jobs"),
+        "jobs": ("BadLine", "BatchJob", "base_of", "read_jobs"),
         "ledger": ("Ledger", "as_page"),
         "processes": ("Processes", "Relay", "processes_for"),
         "server": ("ServerOptions", "crew_for", "options_of", "serve"),
@@ -52,6 +52,7 @@ __all__ = [
     "Relay",
     "ServerOptions",
     "as_page",
+    "base_of",
     "crew_for",
     "options_of",
     "processes_for",

@@ -17,18 +17,21 @@ import os
 import unicodedata
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from ..config import GenerationConfig, WanControl, plain_number
 from ..detect import parse_lora
 from ..errors import InvalidRequest, MissingFile, WanError
-from ..files import contained_path, file_identity
+from ..files import contained_path, file_identity, name_problem
 from ..job import MOST_CLIPS, MOST_FRAMES, clip_paths
 from ..models import Defaults
 from ..plan import OptimizationConfig
 
 MOST_LINE, MOST_LINES = 2**20, 1_000_000
+_MOST_FILES = 10_000
+"""Of a model's folder: such as a whole disk that was named would be walked for hours."""
 _NOT_IN_A_LINE = frozenset({
     "latents", "prompt_embeds", "negative_prompt_embeds", "continue_from", "audio", "output_path",
     "output_metadata", "return_frames", "journal_folder", "warning_callback", "progress_callback",
@@ -42,6 +45,8 @@ _AS_OPTIONS = {
     "mode": "window_mode", "anchor": "window_anchor", "lora": "loras",
 }  # fmt: skip
 """What the options of ``generate`` are called in a line."""
+_PIPES = (Path("/dev"), Path("/dev/fd"), Path("/proc/self/fd"))
+"""Where a shell names what it pipes in."""
 _WHERE = ("device", "devices")
 """Fields of ``OptimizationConfig`` that say where a clip is made."""
 _OF_A_PLAN = frozenset(one.name for one in fields(OptimizationConfig))
@@ -172,6 +177,7 @@ def read_jobs(
     read, and InvalidRequest for one of more than a million lines.
     """
     taken: dict[str, tuple[int, str]] = {}
+    here = base_of(path)
     try:
         file = open(path, "rb")  # noqa: SIM115 - closed by the with below
     except OSError as err:
@@ -194,12 +200,20 @@ def read_jobs(
             try:
                 if not whole:
                     raise InvalidRequest(f"the line has more than {MOST_LINE} bytes.")
-                job = _job(number, line, path.resolve().parent, folder, model, optimization or {})
+                job = _job(number, line, here, folder, model, optimization or {})
                 _check_taken(job, taken)
             except WanError as err:
                 yield BadLine(number, str(err))
             else:
                 yield job
+
+
+def base_of(path: Path) -> Path:
+    """Return the folder that the paths of a file of jobs begin in: its own.
+
+    What a shell pipes in (``/dev/stdin``, ``<(...)``) has none; then it is where one is.
+    """
+    return Path.cwd() if path.parent in _PIPES else path.resolve().parent
 
 
 def _check_taken(job: BatchJob, taken: dict[str, tuple[int, str]]) -> None:
@@ -247,9 +261,7 @@ def _job(
                 meant = f'; give it as "optimization": {{"{name}": ...}}.'
             raise InvalidRequest(f"{name!r} is no field of a job{meant}", field=name)
     where = _text(values, "model", None if model is None else str(model.resolve()))
-    output = contained_path(folder.resolve(), _text(values, "output", None))
-    if output.suffix.lower() != ".mp4":
-        raise InvalidRequest(f"output is {output.name!r}; it must end in .mp4.", field="output")
+    output = _output(values, folder.resolve())
     loras = values.get("loras", [])
     if not isinstance(loras, list) or not all(isinstance(one, str) for one in loras):
         raise InvalidRequest("loras must be a list of FILE[:EXPERT[:STRENGTH]].", field="loras")
@@ -266,7 +278,7 @@ def _job(
     given = {n: v for n, v in values.items() if n in CONFIG_FIELDS and n != "control"}
     for name in ("image", "last_image"):
         if given.get(name) is not None:
-            given[name] = str(here / _text(given, name, None))
+            given[name] = str(here / os.path.expanduser(_text(given, name, None)))
     return BatchJob(
         number=number,
         model=(here / os.path.expanduser(where)),
@@ -278,6 +290,20 @@ def _job(
         optimization=wishes,
         priority=priority,
     )
+
+
+def _output(values: Mapping[str, Any], folder: Path) -> Path:
+    name = _text(values, "output", None)
+    if problem := name_problem(name):
+        raise InvalidRequest(
+            f"output {name[:120]!r} is refused: {problem}. Give a name within {str(folder)!r}, "
+            "such as foxes/one.mp4; another --folder puts all clips elsewhere.",
+            field="output",
+        )
+    output = contained_path(folder, name)
+    if output.suffix.lower() != ".mp4":
+        raise InvalidRequest(f"output is {output.name!r}; it must end in .mp4.", field="output")
+    return output
 
 
 def json_object(text: bytes, what: str) -> dict[str, Any]:
@@ -376,7 +402,15 @@ def _control(given: Mapping[str, Any], asked: Any) -> WanControl:
 
 def _state_of(path: Path) -> list[Any]:
     """Return a file's path, size and time of change; of a folder those of all files in it."""
-    inside = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+    inside = [path]
+    if path.is_dir():
+        inside = sorted(islice((one for one in path.rglob("*") if one.is_file()), _MOST_FILES + 1))
+    if len(inside) > _MOST_FILES:
+        raise InvalidRequest(
+            f"{str(path)!r} holds more than {_MOST_FILES:,} files, and a model some dozens. Name "
+            "the model's own folder.",
+            field="model",
+        )
     found = [file_identity(one) for one in inside]
     return [[one.path, one.size, one.mtime_ns] for one in found]
 
