@@ -564,3 +564,38 @@ def test_a_terminal_that_is_gone_ends_no_command(monkeypatch: pytest.MonkeyPatch
     module._say("line 1: done", sys.stderr)
     with pytest.raises(OSError, match="No space"):
         module._say("{}", Full())
+
+
+class Deaf(io.StringIO):
+    """A stream that nobody reads any more, or whose disk is full."""
+
+    def __init__(self, code: int) -> None:
+        super().__init__()
+        self._code = code
+
+    def write(self, text: str) -> int:
+        raise OSError(self._code, os.strerror(self._code))
+
+
+@pytest.mark.parametrize("code", [errno.EPIPE, None])
+def test_progress_that_nobody_can_be_told_ends_no_render(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int | None
+) -> None:
+    """``2>&1 | head``, a log on a full disk, a lost terminal, a program without a console."""
+    monkeypatch.setattr(sys, "stderr", None if code is None else Deaf(code))
+    more = ("--steps", 1, "--frames", 1, "--window", 5, "--overlap", 4)  # which has warnings
+    assert main([str(one) for one in generate(model, tmp_path / "a.mp4", *more)]) == 0
+    assert (tmp_path / "a.mp4").exists()
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no device here is always full")
+def test_a_result_that_cannot_be_written_is_one_line(
+    model: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        assert main(["inspect", str(model)]) == 1
+        monkeypatch.undo()
+        with contextlib.suppress(OSError):
+            full.close()
+    assert "cannot be written to stdout: No space left" in capsys.readouterr().err

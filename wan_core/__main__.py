@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from .arguments import (
+    Told,
     add_batch,
     add_control,
     add_job,
@@ -77,7 +78,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         more *= kept or arguments.run in (_download, _batch)
         _say(f"interrupted; nothing half written is left.{more}", sys.stderr)
         return 128 + getattr(err, "signal", 2)
-    _say(_as_json(values) if arguments.json else text)
+    try:
+        _say(_as_json(values) if arguments.json else text)
+    except OSError as err:  # as a file on a full disk; the work itself is done
+        _say(f"error: what came of it cannot be written to stdout: {err.strerror}", sys.stderr)
+        return 1
     return 0 if values.get("success", True) else 1
 
 
@@ -390,13 +395,13 @@ def _generated(wrapper: Any, job: GenerationConfig, arguments: argparse.Namespac
     """
     from tqdm import tqdm
 
-    quiet = arguments.json
+    quiet, told = arguments.json, Told(sys.stderr)
     bar: Any = None
 
     def warn(text: str) -> None:
         arguments.warnings.append(text)
         if not quiet:
-            tqdm.write(f"warning: {text}", file=sys.stderr)
+            tqdm.write(f"warning: {text}", file=told)
 
     def show(unit: str, done: int, total: int, what: str = "") -> None:
         nonlocal bar
@@ -404,7 +409,7 @@ def _generated(wrapper: Any, job: GenerationConfig, arguments: argparse.Namespac
             if bar is not None:
                 bar.close()
             bar = tqdm(
-                total=total, unit=unit, file=sys.stderr, desc=what or None,
+                total=total, unit=unit, file=told, desc=what or None,
                 unit_scale=unit == "B", unit_divisor=1024,
             )  # fmt: skip
         bar.update(done - bar.n)
@@ -427,14 +432,14 @@ def _download(arguments: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     from .loading import fetch, plan_download
 
     plan = plan_download(arguments.variant, arguments.to, arguments.endpoint)
-    print(plan.describe(), file=sys.stderr)
+    _say(plan.describe(), sys.stderr)
     if not arguments.yes:
         if not sys.stdin.isatty():
             raise InvalidRequest("Nothing was fetched: there is nobody to ask. Add --yes.")
         print("Fetch it? [y/N] ", end="", file=sys.stderr, flush=True)
         if sys.stdin.readline().strip().lower() not in ("y", "yes"):
             raise InvalidRequest("Nothing was fetched: the answer was not yes.")
-    found = fetch(plan, lambda line: print(line, file=sys.stderr))
+    found = fetch(plan, lambda line: _say(line, sys.stderr))
     text = f"{plan.folder} is whole and was recognised: {found.variant.title} ({found.name})"
     return text, {"folder": str(plan.folder), "bytes": plan.nbytes, "variant": found.name}
 

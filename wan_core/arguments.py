@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from .config import CODECS, SPEEDS
 from .errors import InvalidRequest
@@ -240,6 +240,31 @@ def read_text(path: str | None, field: str = "prompts") -> str | None:
         return decode_text(Path(os.path.expanduser(path)).read_bytes())
     except (OSError, UnicodeDecodeError) as err:
         raise InvalidRequest(f"{field}: {path} cannot be read ({err}).", field=field) from err
+
+
+class Told:
+    """A stream for what is told of work that goes on: a reader that has gone, or a full disk where
+    a log is kept, ends no render. tqdm alone forgives nothing but a lost terminal.
+    """
+
+    def __init__(self, stream: TextIO | None) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        """Write what can be written."""
+        with contextlib.suppress(OSError, ValueError):
+            if self._stream is not None:
+                self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        """Flush what can be flushed."""
+        with contextlib.suppress(OSError, ValueError):
+            if self._stream is not None:
+                self._stream.flush()
 
 
 _LOST_SECONDS = 0.05
