@@ -220,11 +220,39 @@ def test_bounds_that_let_nothing_in_are_refused(tmp_path: Path) -> None:
     assert "secret" not in repr(ServerOptions(model=tmp_path, folder=tmp_path, token="secret"))
 
 
+@pytest.mark.skipif(not hasattr(signal, "SIGALRM"), reason="no alarm to end it if it goes on")
+def test_a_server_that_is_asked_to_end_before_its_first_request_ends(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before uvicorn listens to signals: the address is told, and a service manager stops it."""
+    told: list[str] = []
+    crew = Idle()
+    monkeypatch.setattr("wan_core.serve.server._crew", lambda *_: crew)
+
+    def tell(text: str) -> None:
+        told.append(text)
+        signal.raise_signal(signal.SIGTERM)
+
+    def goes_on(*_: Any) -> None:
+        raise AssertionError("it was not ended by SIGTERM")
+
+    before = signal.signal(signal.SIGALRM, goes_on), signal.getsignal(signal.SIGTERM)
+    signal.alarm(60)
+    try:
+        serve(ServerOptions(model=model, folder=tmp_path / "videos", port=0), tell)
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before[0])
+    assert len(told) == 1 and signal.getsignal(signal.SIGTERM) is before[1]
+
+
 @pytest.mark.slow
 def test_a_server_that_is_asked_to_end_does_so_and_goes_on(model: Path, tmp_path: Path) -> None:
     """In the middle of a render, as often as a kill would have failed the job: by SIGTERM, and as
     a terminal that is closed does."""
     job: dict[str, Any] = {**TINY, "num_inference_steps": 300}
+    ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN  # under nohup; it is inherited
+    hangup = signal.SIGTERM if ignored else signal.SIGHUP
     server = Started(model, tmp_path / "videos")
     client = Client(server.port)
     id = client.create(prompt="first", seed=7, **job)[1]["id"]
@@ -234,7 +262,7 @@ def test_a_server_that_is_asked_to_end_does_so_and_goes_on(model: Path, tmp_path
                 lambda least=least: client.ask("GET", f"/v1/videos/{id}")[1]["progress"] >= least,
                 120,
             )
-            server.process.send_signal(signal.SIGHUP if least in (4, 8) else signal.SIGTERM)
+            server.process.send_signal(hangup if least in (4, 8) else signal.SIGTERM)
             assert server.process.wait(60) == 0
             file = sqlite3.connect(tmp_path / "videos" / "queue.sqlite3")
             status, restarts, tries = file.execute(

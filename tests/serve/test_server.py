@@ -111,6 +111,9 @@ BAD: list[tuple[dict[str, Any], str, str]] = [
     ({"extra_params": '{"enable_optimizations": "x"}'}, "enable_optimizations", "True or False"),
     ({"size": "48x32", "width": 32}, "size", "give one of them"),
     ({"seconds": "-1"}, "seconds", "above 0"),
+    ({"seconds": "1_0"}, "seconds", "above 0"),
+    ({"num_frames": "5_0"}, "num_frames", "a whole number is needed"),
+    ({"flow_shift": "\uff15"}, "flow_shift", "a number is needed"),
     ({"seconds": "4", "num_frames": 5}, "seconds", "give one of them"),
     ({"model": "other"}, "model", "'tiny' only"),
     ({"guidance_scale_2": 3}, "guidance_scale_2", "one transformer"),
@@ -197,7 +200,9 @@ def test_without_a_token_the_address_it_listens_on_is_answered() -> None:
         assert (guard._refused("/v1/videos", {b"host": host.encode()}) is None) is passes
 
 
-def test_nobody_listens_to_others_without_a_token(tmp_path: Path) -> None:
+def test_nobody_listens_to_others_without_a_token(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for host in ("0.0.0.0", "::", "192.168.0.7", "example.org", ""):
         with pytest.raises(InvalidRequest, match="a token is needed"):
             check_token(host, None)
@@ -208,6 +213,13 @@ def test_nobody_listens_to_others_without_a_token(tmp_path: Path) -> None:
         check_token("0.0.0.0", "short")
     (tmp_path / "token").write_text(f"{TOKEN}\n")
     assert read_token(str(tmp_path / "token")) == TOKEN
+    for encoding in ("utf-8-sig", "utf-16"):  # as Windows' editors save it
+        (tmp_path / "token").write_text(f"{TOKEN}\r\n", encoding)
+        assert read_token(str(tmp_path / "token")) == TOKEN
+    monkeypatch.setenv("WANFIT_TOKEN", f" {TOKEN}\n")  # no client could send it so
+    assert read_token(None) == TOKEN
+    with pytest.raises(InvalidRequest, match="on one line"):
+        check_token("127.0.0.1", f"{TOKEN}\n{TOKEN}")
 
 
 def test_a_body_that_is_too_large_is_refused_before_it_is_read(idle: tuple[Client, Any]) -> None:

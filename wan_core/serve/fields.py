@@ -190,6 +190,7 @@ def _number(value: Any, name: str) -> Any:
     found = plain_number(value)
     if isinstance(value, str):
         try:
+            value = _as_digits(value)
             found = int(value) if _NUMBERS[name] is int else float(value)
         except ValueError:
             found = None
@@ -200,6 +201,13 @@ def _number(value: Any, name: str) -> Any:
             f"{name} is {str(value)[:80]!r}; {kind} is needed, below 1e20.", field=name
         )
     return _NUMBERS[name](found)
+
+
+def _as_digits(text: str) -> str:
+    """Return a text that may be a number; raises ValueError for what only Python takes for one."""
+    if "_" in text or not text.isascii():
+        raise ValueError(text)
+    return text
 
 
 def _shape(texts: Mapping[str, str], numbers: Mapping[str, Any], served: Served) -> dict[str, Any]:
@@ -221,7 +229,7 @@ def _shape(texts: Mapping[str, str], numbers: Mapping[str, Any], served: Served)
                 )
     if texts.get("seconds"):
         try:
-            seconds = float(texts["seconds"])
+            seconds = float(_as_digits(texts["seconds"]))
         except ValueError:
             seconds = math.nan
         length = seconds * found.get("fps", served.fps)

@@ -18,6 +18,7 @@ from typing import Any
 
 from ..config import TOKEN
 from ..errors import InvalidRequest, MissingDependency, MissingFile, OutputError
+from ..files import decode_text
 from ..render import WanPipelineLoader
 from .cluster import Cluster
 from .crew import Crew
@@ -86,36 +87,43 @@ def serve(options: ServerOptions, tell: Callable[[str], object] = print) -> None
         )  # fmt: skip
         queues.append(desk.queue)
         app = make_app(desk, options.token, options.host)
+        server = uvicorn.Server(uvicorn.Config(app, **listening_as()))
         desk.start()
     except BaseException:
         crew.close()
         raise
-    listening.listen(2048)  # from here on nobody is turned away
-    host, port = listening.getsockname()[:2]
-    shown = f"[{host}]" if ":" in host else host
-    tell(
-        f"http://{shown}:{port}/ makes clips with {served.name}; they are kept in {options.folder}"
-    )
-    with _asked_to_end():
+    with _asked_to_end(server):
         try:
-            uvicorn.Server(uvicorn.Config(app, **listening_as())).run(sockets=[listening])
+            listening.listen(2048)  # from here on nobody is turned away
+            host, port = listening.getsockname()[:2]
+            shown = f"[{host}]" if ":" in host else host
+            tell(
+                f"http://{shown}:{port}/ makes clips with {served.name}; they are kept in "
+                f"{options.folder}"
+            )
+            server.run(sockets=[listening])
         finally:
             desk.stop()
             listening.close()
 
 
 @contextlib.contextmanager
-def _asked_to_end() -> Iterator[None]:
+def _asked_to_end(server: Any) -> Iterator[None]:
     """Have SIGTERM, which uvicorn sends itself again when it has ended, leave time for an end.
 
     Without this the process would be gone before what is in work is stopped, and each orderly end
-    would count as a death under that job. A terminal that is closed (SIGHUP) asks for the same,
+    would count as a death under that job. One that comes before uvicorn listens to signals ends
+    uvicorn's ``server`` as soon as it begins. A terminal that is closed (SIGHUP) asks for the same,
     unless that is ignored, as under ``nohup``.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {signal.SIGTERM: signal.signal(signal.SIGTERM, lambda *_: None)}
+
+    def end(*_: object) -> None:
+        server.should_exit = True
+
+    before = {signal.SIGTERM: signal.signal(signal.SIGTERM, end)}
     hangup = getattr(signal, "SIGHUP", None)
     if hangup is not None and signal.getsignal(hangup) is not signal.SIG_IGN:
         before[hangup] = signal.signal(hangup, lambda *_: signal.raise_signal(signal.SIGTERM))
@@ -217,9 +225,12 @@ def _crew(
 
 def check_token(host: str, token: str | None) -> None:
     """Raise InvalidRequest where others could reach the server and nothing would keep them out."""
-    if token is not None and (len(token) < _LEAST_TOKEN or not token.isascii()):
+    if token is not None and (
+        len(token) < _LEAST_TOKEN or not token.isascii() or not token.isprintable()
+    ):
         raise InvalidRequest(
-            f"The token has {len(token)} characters; {_LEAST_TOKEN} or more of ASCII are needed.",
+            f"The token has {len(token)} characters; {_LEAST_TOKEN} or more of ASCII "
+            "are needed, on one line.",
             field="token",
         )
     if token is None and not _is_loopback(host):
@@ -236,9 +247,9 @@ def read_token(path: str | None) -> str | None:
     Raises MissingFile for a file that cannot be read.
     """
     if path is None:
-        return os.environ.get(TOKEN) or None
+        return os.environ.get(TOKEN, "").strip() or None
     try:
-        return Path(os.path.expanduser(path)).read_text(encoding="utf-8").strip()
+        return decode_text(Path(os.path.expanduser(path)).read_bytes()).strip()
     except (OSError, UnicodeDecodeError) as err:
         raise MissingFile(f"The token {path} cannot be read: {err}.") from err
 
