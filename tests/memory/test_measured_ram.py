@@ -38,6 +38,8 @@ class Run:
     low: bool = True
     resident: int | None = None
     """Blocks that stay on the card while the others stream; None: all."""
+    paid: int = 0
+    """MiB of what the card takes once that were paid before a stage had run, which no plan sees."""
 
 
 RUNS = {
@@ -52,6 +54,7 @@ RUNS = {
     "24 GiB and 32 GiB of RAM, in a new process": Run(
         32, 832.0, ("imports",),
         {"text_encode": 1_360, "denoise_high": 1_765, "denoise_low": 1_852, "decode": 2_749},
+        paid=175,  # elementwise kernels: the program had computed on the card
     ),
     "8 GiB, a text for the first time after the forwards of a transformer": Run(
         251, 1229.5, ("card", "denoise", "imports"),
@@ -96,8 +99,8 @@ def test_the_forecast_is_near_what_was_measured(name: str, model: ModelArchitect
         compute_capability=(9, 0), allocator="expandable",
     )  # fmt: skip
     found = {stage.name: stage for stage in estimate(model, job, choices, machine).stages}
+    told = {name: (one.host_bytes + one.locked_bytes) / MIB for name, one in found.items()}
     errors = {
-        stage: (found[stage].host_bytes + found[stage].locked_bytes) / MIB / measured - 1
-        for stage, measured in run.stages.items()
+        stage: (told[stage] - run.paid) / measured - 1 for stage, measured in run.stages.items()
     }
     assert all(-0.02 < error < 0.05 for error in errors.values()), errors

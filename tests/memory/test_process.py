@@ -77,9 +77,9 @@ def test_what_is_taken_where_the_cpu_computes_or_nothing_is_told() -> None:
     assert on_cpu.process_ram() == 170 * MIB + sum(FIRST_ON_CPU.values())
     assert replace(on_cpu, done_here=("denoise", "imports")).process_ram() == 170 * MIB
     assert cpu(16).process_ram() == 160 * MIB + sum(FIRST_ON_CPU.values())
-    assert gpu(24).process_ram() == 330 * MIB + sum(FIRST.values())
+    assert gpu(24).process_ram() == 310 * MIB + sum(FIRST.values())
     first = FIRST["imports"] + FIRST["card"] + FIRST["decode"]
-    assert gpu(24).process_ram(("decode",)) == 330 * MIB + first
+    assert gpu(24).process_ram(("decode",)) == 310 * MIB + first
 
 
 def test_what_was_done_here_is_known(monkeypatch: pytest.MonkeyPatch) -> None:

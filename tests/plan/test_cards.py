@@ -304,7 +304,7 @@ def test_no_more_processes_than_ram_has_room_for() -> None:
     assert alone.workers == () and "one card computes: RAM has room for 1" in alone.reasons[-1]
 
 
-@pytest.mark.parametrize("ram", [15, 18, 24, 32, 64])
+@pytest.mark.parametrize("ram", [16, 18, 24, 32, 64])
 def test_workers_hold_no_text_encoder(ram: int) -> None:
     """It is the driver's, and needs more than a worker here; workers wait meanwhile."""
     small, system = architecture("wan2.1-t2v-1.3b"), machine(*[80] * 8)

@@ -39,9 +39,10 @@ if TYPE_CHECKING:
 
 ENCODERS: Final = {"h264": "libx264", "h265": "libx265"}
 """ffmpeg's encoder for each codec."""
-_SIDE_BY_SIDE: Final = 8 * 1920 * 1080
-"""Pixels that x264 has in hand at once at most, or 8 pictures. By itself it takes 96 pictures on 64
-cores: 1.4 GiB of RAM at 1080p, where 8 take 0.5 GiB, and slices 0.4."""
+_AT_ONCE: Final = 12
+"""Pictures that x264 encodes at once at most. By itself it takes 96 on 64 cores: 1.4 GiB of RAM at
+1080p. On 16 cores 81 of 480p took 1.26 to 1.36 s with 12 and 1.41 to 1.49 with 24: what is in hand
+is still to be done when the last one comes."""
 _H265_SIDE: Final = 32
 _H265_SAFE: Final = 64
 """Pixels a side from which x265's vector code stays within its buffers."""
@@ -204,7 +205,7 @@ def encoder_options(encoder: str, crf: int, width: int, height: int) -> dict[str
         options = {"crf": str(crf), "x264-params": "mbtree=0"}
         # PyAV has it cut each picture into slices, which are too few for many cores: several
         # pictures at once keep all of them busy, also while the next one is converted.
-        return options | {"thread_type": "frame", "threads": str(_at_once(width, height))}
+        return options | {"thread_type": "frame", "threads": str(_at_once())}
     if encoder != "libx265":
         return {}
     # x265 prints its settings unless told not to, and its crf 0 is lossless only with this option.
@@ -218,7 +219,7 @@ def encoder_bytes(codec: str, pix_fmt: str, width: int, height: int, frames: int
     """Return the RAM that an encoder takes for a video of so many frames, those waiting included.
 
     Closed forms of what was measured for 64x64 to 1920x1088 with PyAV 18 on two cores; more were
-    told to x264 (up to 64, 41 pictures at once) and x265 (up to 64 threads). They are 8 % below to
+    told to x264 (up to 41 pictures at once) and x265 (up to 64 threads). They are 8 % below to
     20 % above that, and more above it for clips of a second or tiny pictures. Up to 16 pictures
     wait as RGB. x264 looks 40 ahead, and needs five for each that it encodes at once; what x265
     keeps for its threads grows as the root of their number.
@@ -230,13 +231,12 @@ def encoder_bytes(codec: str, pix_fmt: str, width: int, height: int, frames: int
         own = 12e6 + min(38e6, 9e6 + 60 * picture) * root
         each, few = (125 + 23 * root) * picture, 7 * picture
     else:
-        count = _at_once(width, height)
+        count = _at_once()
         own = 14e6 + min(count, frames) * min(1.6e6, 3 * picture)
         each, few = (78 + 5 * count) * picture, 8.5 * picture
     return int(min(own + each + waiting, own + frames * few))
 
 
-def _at_once(width: int, height: int) -> int:
+def _at_once() -> int:
     """Return how many pictures x264 encodes at once: its own number, where that is less."""
-    most = max(8, _SIDE_BY_SIDE // max(1, width * height))
-    return max(1, min(most, processors() * 3 // 2))
+    return max(1, min(_AT_ONCE, processors() * 3 // 2))

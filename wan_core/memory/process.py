@@ -21,31 +21,30 @@ from ..config import MIB
 LIBRARIES_OF: Final = "an H200 with torch 2.11"
 """Where the terms of ``FIRST`` were measured; said wherever they are shown."""
 FIRST: Final = {
-    "imports": 226 * MIB,
-    "card": 330 * MIB,
-    "encode": 100 * MIB,
-    "denoise": 130 * MIB,
-    "decode": 115 * MIB,
+    "imports": 229 * MIB,
+    "card": 384 * MIB,
+    "encode": 169 * MIB,
+    "denoise": 155 * MIB,
+    "decode": 116 * MIB,
 }
 """What is taken once where a card computes, and kept: by diffusers and transformers; by the first
 thing computed on the card, whatever it is (cuBLAS, torch's kernels, which are unpacked when they
 are first used, Triton); by an encoder, a transformer and a VAE beside that (attention, fused
-kernels, cuDNN). Triton's kernels lie on the disk: compiling them takes 100 to 200 MiB more, once on
-a machine."""
-AFTER_DENOISING: Final = 144 * MIB
+kernels, cuDNN). Triton's kernels lie on the disk: compiling them took 7 MiB more."""
+AFTER_DENOISING: Final = 48 * MIB
 """What the first encoder takes beside its own where only a transformer has computed before: by far
 not all of torch's kernels are unpacked then. Seen once, on that H200; of a VAE it is not known."""
 FIRST_ON_CPU: Final = {"imports": 190 * MIB, "encode": 0, "denoise": 100 * MIB, "decode": 0}
 """The same where the CPU computes: with torch 2.13 and blocks of true width up to 155 MiB were seen
 in the denoising (tests/render/test_ram_peaks.py)."""
-TOKEN_BYTES: Final = 480
-"""What a tokenizer keeps for a token: 110 MiB of umT5's 256,300. Measured on a CPU; making it takes
-270 MiB for a moment, less than what comes after it takes."""
+TOKEN_BYTES: Final = 600
+"""What a tokenizer keeps for a token: 147 MiB of umT5's 256,300 with transformers 5.17; making it
+takes 250 MiB for a moment, less than what comes after it takes."""
 RING: Final = 128 * MIB
 """The page-locked memory through which weights go to a GPU, while they do."""
 SENDING: Final = RING + 48 * MIB
 """What sending weights takes: that, and what its threads and the driver take beside it."""
-_BARE, _BARE_ON_CPU = 330 * MIB, 160 * MIB
+_BARE, _BARE_ON_CPU = 310 * MIB, 160 * MIB
 """An interpreter with torch, and CUDA's context where a card computes: where the system does not
 tell what the process holds."""
 
