@@ -27,7 +27,7 @@ from torch import Tensor
 
 from wan_core import GenerationConfig, WanControl
 from wan_core.forward import timestep
-from wan_core.sampling import encode_condition, encode_first_frame, prepare_picture
+from wan_core.sampling import encode_keyframes, prepare_picture
 
 pytestmark = pytest.mark.usefixtures("without_gradients")
 FRAMES, SIDE = 9, 32
@@ -109,13 +109,16 @@ def test_pictures_are_encoded_with_the_calls_of_the_pipeline(family: str) -> Non
         return found[1]
 
     def ours() -> Tensor:
-        pixels = {name: prepare_picture(one, SIDE, SIDE) for name, one in ready.items()}
-        here: dict[str, Any] = {"device": torch.device("cpu"), "check": lambda: None}
-        if family == "wan2.2-ti2v-5b":
-            return encode_first_frame(vae, pixels["image"], **here)
-        return encode_condition(
-            vae, pixels["image"], num_frames=FRAMES, last_image=pixels.get("last_image"), **here
+        leading = family == "wan2.2-ti2v-5b"
+        at = {"image": 0, "last_image": FRAMES - 1}
+        found = encode_keyframes(
+            vae,
+            {at[name]: prepare_picture(one, SIDE, SIDE) for name, one in ready.items()},
+            num_frames=1 if leading else FRAMES,
+            device=torch.device("cpu"),
+            check=lambda: None,
         )
+        return found[:, 4:] if leading else found
 
     (expected, calls), (found, made) = recorded(theirs), recorded(ours)
     assert torch.equal(found, expected)

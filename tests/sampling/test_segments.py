@@ -18,10 +18,11 @@ from support.tiny_models import make_folder
 from wan_core import GenerationConfig, WanPipelineLoader
 from wan_core.__main__ import main
 from wan_core.errors import InvalidRequest
+from wan_core.job import plan_segments
 from wan_core.job.windows import plan_windows
 from wan_core.render.video import read_audio
 from wan_core.sampling.denoise import Conditions
-from wan_core.sampling.segments import ClipSegments, match_colours, plan_segments
+from wan_core.sampling.segments import ClipSegments, match_colours
 
 JOB: dict[str, Any] = {
     "prompt": "a red cat", "num_frames": 33, "seed": 1,

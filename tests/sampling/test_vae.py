@@ -13,15 +13,15 @@ import pytest
 import torch
 from diffusers.video_processor import VideoProcessor
 from support.cases import pairs
-from support.decoding import decode_frames, decode_into, decode_to_tensor
+from support.decoding import decode_frames, decode_into, decode_to_tensor, output_shape
 from support.traced import TracedMemory
 from support.vae_models import make_latents, make_vae
 from torch import Tensor
 
 from wan_core.errors import InvalidRequest
+from wan_core.sampling.encode import keyframe_chunks
 from wan_core.sampling.vae import (
     StreamingDecoder,
-    conditioning_chunks,
     denormalize_latents,
     encode_latents,
     normalize_latents,
@@ -103,7 +103,7 @@ def test_the_model_is_left_as_it_was(vae: Any) -> None:
     vae.clear_cache()
     before = state(vae)
     decode_to_tensor(vae, make_latents(vae, 3))
-    encode_latents(vae, conditioning_chunks(torch.rand(1, 3, 32, 32), 9))
+    encode_latents(vae, keyframe_chunks({0: torch.rand(1, 3, 32, 32)}, 9))
     next(decode_frames(vae, make_latents(vae, 3)))
     assert state(vae) == before
 
@@ -151,7 +151,7 @@ def test_decoding_needs_the_same_memory_at_17_and_at_81_frames(version: str) -> 
     def peak(latent_frames: int) -> int:
         latents = make_latents(vae, latent_frames)
         decoder = StreamingDecoder(vae, latents)
-        out = torch.empty(decoder.output_shape)
+        out = torch.empty(output_shape(vae, latents))
         return traced_peak(lambda: decode_into(decoder, out))
 
     short, long = peak(5), peak(21)
@@ -165,7 +165,7 @@ def test_decoding_needs_the_same_memory_at_17_and_at_81_frames(version: str) -> 
 def test_decoding_into_a_new_tensor_adds_only_that_tensor(version: str) -> None:
     vae = make_vae(version)
     latents = make_latents(vae, 17)
-    out = torch.empty(StreamingDecoder(vae, latents).output_shape)
+    out = torch.empty(output_shape(vae, latents))
     given = traced_peak(lambda: decode_to_tensor(vae, latents, out=out))
     assert traced_peak(lambda: decode_to_tensor(vae, latents)) == given + out.nbytes
 
@@ -177,7 +177,7 @@ def test_encoding_needs_the_same_memory_at_17_and_at_81_frames(version: str) -> 
 
     def peak(frames: int) -> int:
         # Clones, because the blank chunks are one tensor and keeping them would cost nothing.
-        chunks = conditioning_chunks(image, frames, last_image=image)
+        chunks = keyframe_chunks({0: image, frames - 1: image}, frames)
         return traced_peak(lambda: encode_latents(vae, (chunk.clone() for chunk in chunks)))
 
     short, long = peak(17), peak(81)
@@ -227,7 +227,7 @@ def test_a_failed_decode_goes_on_with_the_right_bits(
     wanted = decode_to_tensor(vae, latents)
     before = state(vae)
     decoder = StreamingDecoder(vae, latents)
-    out = torch.full(decoder.output_shape, float("nan"))
+    out = torch.full(output_shape(vae, latents), float("nan"))
     failing_conv(vae.decoder, conv, run)
     with pytest.raises(Injected):
         decode_into(decoder, out)
@@ -240,7 +240,8 @@ def test_a_failed_decode_goes_on_with_the_right_bits(
 
 def test_a_retry_repeats_no_more_than_it_says(failing_conv: Any) -> None:
     vae = make_vae("2.1")
-    decoder = StreamingDecoder(vae, make_latents(vae, 6))
+    latents = make_latents(vae, 6)
+    decoder = StreamingDecoder(vae, latents)
     failing_conv(vae.decoder, -1, 4)
     runs = 0
 
@@ -250,7 +251,7 @@ def test_a_retry_repeats_no_more_than_it_says(failing_conv: Any) -> None:
 
     vae.decoder.register_forward_pre_hook(count)
     with pytest.raises(Injected):
-        decode_into(decoder, torch.empty(decoder.output_shape))
+        decode_into(decoder, torch.empty(output_shape(vae, latents)))
     assert (decoder.position, runs) == (3, 4)
     decoder.decode_next()
     assert runs == 4 + 3 + 1
@@ -348,14 +349,14 @@ def test_two_threads_share_one_vae(version: str) -> None:
     latents = [make_latents(vae, 6, seed=seed) for seed in (1, 2)]
     wanted = [decode_to_tensor(vae, z) for z in latents]
     video = [torch.rand(1, 3, 32, 32), torch.rand(1, 3, 32, 32)]
-    encoded = [encode_latents(vae, conditioning_chunks(image, 17)) for image in video]
+    encoded = [encode_latents(vae, keyframe_chunks({0: image}, 17)) for image in video]
     meeting = threading.Barrier(2)
     right = [False, False]
 
     def work(index: int) -> None:
         frames = decode_to_tensor(vae, latents[index], check=lambda: meeting.wait(30))
         back = encode_latents(
-            vae, conditioning_chunks(video[index], 17), check=lambda: meeting.wait(30)
+            vae, keyframe_chunks({0: video[index]}, 17), check=lambda: meeting.wait(30)
         )
         right[index] = torch.equal(frames, wanted[index]) and torch.equal(back, encoded[index])
 
@@ -380,19 +381,19 @@ def test_an_offload_hook_of_decode_acts(vae: Any) -> None:
 
     latents, image = make_latents(vae, 3), torch.rand(1, 3, 32, 32)
     wanted = decode_to_tensor(vae, latents)
-    encoded = encode_latents(vae, conditioning_chunks(image, 9))
+    encoded = encode_latents(vae, keyframe_chunks({0: image}, 9))
     _, hook = cpu_offload_with_hook(vae, torch.device("cpu"))
     calls: list[int] = []
     pre_forward = vae._hf_hook.pre_forward
     vae._hf_hook.pre_forward = lambda *args: (calls.append(1), pre_forward(*args))[1]
     assert torch.equal(decode_to_tensor(vae, latents), wanted) and calls
     calls.clear()
-    assert torch.equal(encode_latents(vae, conditioning_chunks(image, 9)), encoded) and calls
+    assert torch.equal(encode_latents(vae, keyframe_chunks({0: image}, 9)), encoded) and calls
     hook.remove()
     cpu_offload(vae, torch.device("cpu"))  # weights on meta, brought in layer by layer
     assert vae.decoder.conv_in.weight.device.type == "meta"
     assert torch.equal(decode_to_tensor(vae, latents), wanted)
-    assert torch.equal(encode_latents(vae, conditioning_chunks(image, 9)), encoded)
+    assert torch.equal(encode_latents(vae, keyframe_chunks({0: image}, 9)), encoded)
 
 
 # Encoding
@@ -432,7 +433,7 @@ def test_conditioning_video_is_that_of_the_pipeline(
     blank = image.new_zeros(1, 3, frames - 1 - last, 32, 32)
     parts = [image.unsqueeze(2), blank] + ([last_image.unsqueeze(2)] if last else [])
     video = torch.cat(parts, dim=2)
-    given = list(conditioning_chunks(image, frames, last_image if last else None))
+    given = list(keyframe_chunks({0: image} | ({frames - 1: last_image} if last else {}), frames))
     assert torch.equal(torch.cat(given, dim=2), video)
     assert torch.equal(encode_latents(vae, given), vae.encode(video.to(dtype)).latent_dist.mode())
 
@@ -440,21 +441,7 @@ def test_conditioning_video_is_that_of_the_pipeline(
 def test_a_single_frame_is_the_image(vae: Any) -> None:
     image = torch.rand(1, 3, 32, 32)
     wanted = vae.encode(image.unsqueeze(2)).latent_dist.mode()
-    assert torch.equal(encode_latents(vae, conditioning_chunks(image, 1)), wanted)
-
-
-@pytest.mark.parametrize("frames", [0, 2, 4, 80, -3])
-def test_conditioning_of_a_length_that_cannot_be_is_named(frames: int) -> None:
-    with pytest.raises(InvalidRequest, match=f"num_frames is {frames}"):
-        list(conditioning_chunks(torch.zeros(1, 3, 16, 16), frames))
-
-
-def test_a_last_image_needs_room_and_the_same_size() -> None:
-    image = torch.zeros(1, 3, 16, 16)
-    with pytest.raises(InvalidRequest, match="clip of 1 frames"):
-        list(conditioning_chunks(image, 1, image))
-    with pytest.raises(InvalidRequest, match="first image's shape"):
-        list(conditioning_chunks(image, 5, torch.zeros(1, 3, 16, 32)))
+    assert torch.equal(encode_latents(vae, keyframe_chunks({0: image}, 1)), wanted)
 
 
 @pytest.mark.parametrize("lengths", [[], [4], [1, 1], [1, 4, 3], [1, 5]])
@@ -466,16 +453,16 @@ def test_chunks_of_a_wrong_length_are_refused(lengths: list[int]) -> None:
 
 def test_a_failed_encode_leaves_nothing_and_can_be_repeated(vae: Any, failing_conv: Any) -> None:
     image = torch.rand(1, 3, 32, 32)
-    wanted = encode_latents(vae, conditioning_chunks(image, 9))
+    wanted = encode_latents(vae, keyframe_chunks({0: image}, 9))
     before = state(vae)
     failing_conv(vae.encoder, -2, 2)
     with TracedMemory() as traced:
         with pytest.raises(Injected):
-            encode_latents(vae, conditioning_chunks(image, 9))
+            encode_latents(vae, keyframe_chunks({0: image}, 9))
         gc.collect()
         assert traced.live_bytes == 0
     assert state(vae) == before
-    assert torch.equal(encode_latents(vae, conditioning_chunks(image, 9)), wanted)
+    assert torch.equal(encode_latents(vae, keyframe_chunks({0: image}, 9)), wanted)
 
 
 # Latent statistics

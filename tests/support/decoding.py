@@ -23,6 +23,15 @@ def decode_frames(
         decoder.close()
 
 
+def output_shape(vae: Any, latents: Tensor) -> tuple[int, int, int, int, int]:
+    """(B, F, H, W, 3) of the whole decoded clip."""
+    batch, _, frames, height, width = latents.shape
+    config = vae.config
+    in_space = 2 ** (len(config.dim_mult) - 1) * (config.patch_size or 1)
+    in_time = 2 ** sum(config.temperal_downsample)
+    return (batch, 1 + (frames - 1) * in_time, height * in_space, width * in_space, 3)
+
+
 def decode_into(
     decoder: StreamingDecoder, out: Tensor, check: Callable[[], object] | None = None
 ) -> Tensor:
@@ -44,7 +53,7 @@ def decode_to_tensor(
     decoder = StreamingDecoder(vae, latents)
     try:
         if out is None:
-            out = torch.empty(decoder.output_shape, dtype=torch.float32, device="cpu")
+            out = torch.empty(output_shape(vae, latents), dtype=torch.float32, device="cpu")
         return decode_into(decoder, out, check)
     finally:
         decoder.close()

@@ -193,7 +193,7 @@ def test_an_untrained_module_changes_nothing_and_only_it_is_trained() -> None:
 
 
 def test_known_frames_are_told_as_the_image_to_video_models_are() -> None:
-    from wan_core.sampling.control import keyframe_mask
+    from wan_core.sampling.encode import keyframe_mask
 
     some = lessons("frames", 12)
     made = control_models.known_channels(1 - some.mask)

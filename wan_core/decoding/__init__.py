@@ -3,19 +3,11 @@
 In: a VAE built by ``loading``. Out: ``lean_decoder`` and ``lean_encoder``, context managers inside
 which that half of the VAE runs frame by frame and in bands of rows, its feature cache in RAM if
 asked, or the reason why it cannot. What ``forward`` offers for replacing a module's own forward is
-used here for the VAE. Nothing here knows on which device weights are. Names are resolved on first
-use, so that importing this package does not import torch.
+used here for the VAE. Nothing here knows on which device weights are.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-from ..lazy import lazy_names
-
-if TYPE_CHECKING:
-    from .lean import lean_decoder, lean_encoder
-
-__getattr__ = lazy_names(__name__, {"lean": ("lean_decoder", "lean_encoder")})
+from .lean import lean_decoder, lean_encoder
 
 __all__ = ["lean_decoder", "lean_encoder"]

@@ -1,57 +1,27 @@
 """How a model computes: the same bits as diffusers, with fewer tensors alive at once.
 
-In: a module built by ``loading``. Out: a context manager inside which the module runs the lean
-forward (``lean_forward``), or computes VACE's hints
-one at a time (``hints_in_turn``), or the reason why it cannot; inside ``fun_inputs`` it sees the
-reference and the camera of the Fun models, inside ``known_faces`` a face's tokens that
-``encode_faces`` made once; a ``DrivingStream`` given to the lean forward is Animate 2's second
-stream; ``why_no_lean`` gives the reason
-that lies in the installed diffusers, before there is a module; ``blocks_in_order`` lists the blocks
-as they compute; ``cut_tokens`` cuts a call over several processes;
-and ``undisturbed``, inside which nothing that the caller has set for torch counts.
-Nothing here knows on which device weights are or how they get there. Names are resolved on first
-use, so that importing this package does not import torch.
+In: a module built by ``loading``. Out: context managers. Inside them the module runs the lean
+forward (``lean_forward``), computes VACE's hints one at a time (``hints_in_turn``), sees the
+reference and the camera of the Fun models (``fun_inputs``) or a face's tokens that ``encode_faces``
+made once (``known_faces``), or shares a call's tokens with other processes (``cut_tokens``);
+``undisturbed`` keeps out what the caller has set for torch. ``why_no_lean`` gives the reason that
+lies in the installed diffusers, before there is a module; ``blocks_in_order`` lists the blocks as
+they compute; a ``DrivingStream`` given to the lean forward is Animate 2's second stream. Nothing
+here knows on which device weights are or how they get there.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-from ..lazy import lazy_names
-
-if TYPE_CHECKING:
-    from .animate import as_pixels, encode_faces, known_faces, reads_faces
-    from .animate2 import DrivingStream
-    from .cut import Cut, Exchange, alike
-    from .fun import fun_inputs
-    from .replaced import Installed, ReplacedForward, unknown_code
-    from .residual import BlockPasses, block_passes
-    from .sources import DECODER, ENCODER, norms_widen, why_no_lean
-    from .surroundings import Surroundings, settings_notes, undisturbed
-    from .transformer import can_be_cut, cut_tokens, hints_in_turn, lean_forward, run_together
-    from .vace import blocks_in_order
-
-__getattr__ = lazy_names(
-    __name__,
-    {
-        "animate": ("as_pixels", "encode_faces", "known_faces", "reads_faces"),
-        "animate2": ("DrivingStream",),
-        "cut": ("Cut", "Exchange", "alike"),
-        "fun": ("fun_inputs",),
-        "replaced": ("Installed", "ReplacedForward", "unknown_code"),
-        "residual": ("BlockPasses", "block_passes"),
-        "sources": ("DECODER", "ENCODER", "norms_widen", "why_no_lean"),
-        "surroundings": ("Surroundings", "settings_notes", "undisturbed"),
-        "transformer": (
-            "can_be_cut",
-            "cut_tokens",
-            "hints_in_turn",
-            "lean_forward",
-            "run_together",
-        ),
-        "vace": ("blocks_in_order",),
-    },
-)
+from .animate import as_pixels, encode_faces, known_faces, reads_faces
+from .animate2 import DrivingStream
+from .cut import Cut, Exchange, alike
+from .fun import fun_inputs
+from .replaced import Installed, ReplacedForward, unknown_code
+from .residual import BlockPasses, block_passes
+from .sources import DECODER, ENCODER, norms_widen, why_no_lean
+from .surroundings import Surroundings, settings_notes, undisturbed
+from .transformer import can_be_cut, cut_tokens, hints_in_turn, lean_forward, run_together
+from .vace import blocks_in_order
 
 __all__ = [
     "DECODER",

@@ -7,39 +7,19 @@ width, ``fused_norms`` which for the norms of a VAE; ``shared_by`` has layers re
 rounded once; ``attend`` times what it can take; ``triton_kernels`` is the Triton code, or None
 where it cannot be imported. ``Trials`` remember what a device was found to do, and in
 ``trials_of_a_render`` those that lacked memory are made again; ``choosing_with`` has processes that
-compute together take the same ways. Imports loading, for weights as they
-are stored. Names are resolved on first use, so that importing this package does not import torch.
+compute together take the same ways. Imports loading, for weights as they are stored.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-from ..lazy import lazy_names
-
-if TYPE_CHECKING:
-    from .attention import attend, slid_from_cudnn, used_attention
-    from .fused import NOTHING, Fused, triton_kernels
-    from .fused_trial import fused_for
-    from .maps import FusedNorms, fused_duplicates, fused_norms
-    from .modulation import Modulation, Span, TimestepRuns
-    from .products import Addition, Shared, products_of, shared_by, used_products
-    from .rotary import norm_all, rotate_all, rotate_span
-    from .trials import Council, Trials, begin_trials, choosing_with, trials_of_a_render
-
-__getattr__ = lazy_names(
-    __name__,
-    {
-        "attention": ("attend", "slid_from_cudnn", "used_attention"),
-        "fused": ("NOTHING", "Fused", "triton_kernels"),
-        "fused_trial": ("fused_for",),
-        "maps": ("FusedNorms", "fused_duplicates", "fused_norms"),
-        "modulation": ("Modulation", "Span", "TimestepRuns"),
-        "products": ("Addition", "Shared", "products_of", "shared_by", "used_products"),
-        "rotary": ("norm_all", "rotate_all", "rotate_span"),
-        "trials": ("Council", "Trials", "begin_trials", "choosing_with", "trials_of_a_render"),
-    },
-)
+from .attention import attend, slid_from_cudnn, used_attention
+from .fused import NOTHING, Fused, triton_kernels
+from .fused_trial import fused_for
+from .maps import FusedNorms, fused_duplicates, fused_norms
+from .modulation import Modulation, Span, TimestepRuns
+from .products import Addition, Shared, products_of, shared_by, used_products
+from .rotary import norm_all, rotate_all, rotate_span
+from .trials import Council, Trials, begin_trials, choosing_with, trials_of_a_render
 
 __all__ = [
     "NOTHING",

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..job import ControlInputs, Inputs, Request, latent_frames, latent_index, seen_by_clip, to_pil
+from ..job import Inputs, Request, latent_frames, latent_index, seen_by_clip, to_pil
 from ..loading import check_tokenizer, load_image_processor
 from ..memory import RAM_RESERVE, ram
 from ..models import IMAGE_TOKENS, TEXT_TOKENS
@@ -21,15 +21,13 @@ from ..sampling import (
     by_paths,
     by_points,
     encode_clip,
-    encode_condition,
-    encode_first_frame,
     encode_keyframes,
     encode_text,
     encode_video,
     prepare_picture,
     text_beyond,
 )
-from .fun import fun_conditions, reads_fun
+from .fun import fun_conditions, pictures_shown, reads_fun
 from .stages import StageRunner
 from .vace import vace_conditions
 
@@ -66,9 +64,7 @@ class ConditionMaker:
                 image_embeds = self.stages.attempt("image_encode", self._seen_of_the_character)
         elif pictures and not vace:
             image_embeds = self.stages.attempt("image_encode", lambda: self._clip(pictures))
-            concat, first_frame = self.stages.attempt(
-                "condition_encode", lambda: self._start_latents(pictures)
-            )
+            concat, first_frame = self.stages.attempt("condition_encode", self._start_latents)
         more = vace | fun
         more |= {name: self._kept(more[name]) for name in ("vace", "camera") if name in more}
         return Conditions(
@@ -225,50 +221,16 @@ class ConditionMaker:
         assert control is not None  # ``resolve`` refuses an Animate without one
         return self._clip({"image": control.references[0]})
 
-    def _start_latents(self, pictures: Mapping[str, Any]) -> tuple[Tensor | None, Tensor | None]:
-        """Return (concat, first_frame), one of which is None.
+    def _start_latents(self) -> tuple[Tensor | None, Tensor | None]:
+        """Return (concat, first_frame), one of which is None, of the pictures that the clip shows.
 
-        The 5B takes its start image as the first latent frame, which is held fixed. The other
-        models take mask and latents, concatenated to the noise.
+        The 5B takes its first frames as latents, which are held fixed. The other models take mask
+        and latents, concatenated to the noise.
         """
-        stages, request = self.stages, self.request
-        ready = {
-            field: prepare_picture(picture, request.width, request.height)
-            for field, picture in pictures.items()
-        }
-        control = self.inputs.control
-        if control is not None and control.keyframes:
-            return self._key_frames(control)
-        with stages.use("condition_encode", "vae") as vae:
-            if stages.architecture.variant.expand_timesteps:
-                first = encode_first_frame(
-                    vae, ready["image"], device=stages.device, check=stages.check_interrupt
-                )
-                return None, first
-            concat = encode_condition(
-                vae,
-                ready["image"],
-                num_frames=request.num_frames,
-                last_image=ready.get("last_image"),
-                device=stages.device,
-                check=stages.check_interrupt,
-            )
-            return self._with_tracks(concat), None
-
-    def _pictures(self) -> Mapping[str, Any]:
-        """Return the pictures of the clip; of key frames the first and the last one in time."""
-        control = self.inputs.control
-        if control is None or not control.keyframes:
-            return self.inputs.pictures
-        (_, first), *_, (_, last) = (*control.keyframes[:1], *control.keyframes)
-        return {"image": first, "last_image": last}
-
-    def _key_frames(self, control: ControlInputs) -> tuple[Tensor | None, Tensor | None]:
-        """Return (concat, first_frame) of key frames, one of which is None."""
         stages, request = self.stages, self.request
         frames = {
             at: prepare_picture(picture, request.width, request.height)
-            for at, picture in control.keyframes
+            for at, picture in pictures_shown(request, self.inputs).items()
         }
         leading = stages.architecture.variant.expand_timesteps
         with stages.use("condition_encode", "vae") as vae:
@@ -281,6 +243,14 @@ class ConditionMaker:
             )
         # The 5B's are known frames, all of them: it takes their latents without a mask.
         return (None, found[:, 4:]) if leading else (self._with_tracks(found), None)
+
+    def _pictures(self) -> Mapping[str, Any]:
+        """Return the pictures of the clip; of key frames the first and the last one in time."""
+        control = self.inputs.control
+        if control is None or not control.keyframes:
+            return self.inputs.pictures
+        (_, first), *_, (_, last) = (*control.keyframes[:1], *control.keyframes)
+        return {"image": first, "last_image": last}
 
     def _with_tracks(self, concat: Tensor) -> Tensor:
         """Put the control's tracks into the condition of an image-to-video model."""

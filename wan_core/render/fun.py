@@ -39,7 +39,7 @@ def fun_conditions(stages: StageRunner, request: Request, inputs: Inputs) -> dic
     known, reference = _zeros(stages, request, shape.mask_channels + shape.known_channels), None
     if shape.reference_channels is not None:
         reference = known.new_zeros(1, shape.reference_channels, *known.shape[3:])
-    pictures = _known(request, inputs)
+    pictures = pictures_shown(request, inputs)
     if pictures or (control is not None and control.references):
         known, reference = stages.attempt(
             "condition_encode",
@@ -71,8 +71,8 @@ def _zeros(stages: StageRunner, request: Request, channels: int) -> Tensor:
     return torch.zeros(1, channels, *size, device=stages.device)
 
 
-def _known(request: Request, inputs: Inputs) -> dict[int, Any]:
-    """Return the pictures that the clip shows, by their frame."""
+def pictures_shown(request: Request, inputs: Inputs) -> dict[int, Any]:
+    """Return the pictures that the clip shows, by their frame: key frames, or those at its ends."""
     if inputs.control is not None and inputs.control.keyframes:
         return dict(inputs.control.keyframes)
     at = {"image": 0, "last_image": request.num_frames - 1}

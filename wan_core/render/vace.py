@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..job import Inputs, Request
 from ..sampling import ControlClip, encode_grey, encode_vace
+from .fun import pictures_shown
 from .stages import StageRunner
 
 
@@ -23,17 +24,13 @@ def control_clip(request: Request, inputs: Inputs) -> ControlClip:
     The start and the end image are key frames at the first and the last frame.
     """
     asked, given = request.control, inputs.control
-    keyframes = () if given is None else given.keyframes
-    if not keyframes:
-        at = {"image": 0, "last_image": request.num_frames - 1}
-        keyframes = tuple((at[name], picture) for name, picture in inputs.pictures.items())
     return ControlClip(
         num_frames=request.num_frames,
         width=request.width,
         height=request.height,
         video=None if given is None else given.video,
         mask=None if given is None else given.mask,
-        keyframes=keyframes,
+        keyframes=tuple(pictures_shown(request, inputs).items()),
         references=() if given is None else given.references,
         clear_masked=asked is not None and asked.clear_masked,
     )

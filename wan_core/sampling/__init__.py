@@ -1,126 +1,62 @@
 """Everything that makes or changes latents: encoding, denoising, segments, the VAE.
 
 In: modules whose weights are placed and ready to be called, conditions, noise. Out: latents, then
-pixels, equal to those of diffusers' pipelines bit for bit. Names are resolved on first use, so
-that importing this package does not import torch.
+pixels, equal to those of diffusers' pipelines bit for bit.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-from ..lazy import lazy_names
-
-if TYPE_CHECKING:
-    from .animate import (
-        SegmentsDecoder,
-        background_mask,
-        carried_latents,
-        character_latents,
-        encode_frames,
-        last_frames,
-        moved_frames,
-    )
-    from .characters import (
-        DRIVING_PROMPT,
-        encode_carried,
-        encode_character,
-        encode_driving,
-        encode_whole_clip,
-        in_black_frame,
-    )
-    from .control import encode_keyframes, encode_video, keyframe_mask, noised
-    from .denoise import DenoiseState, Expert, Signals, denoise_steps
-    from .encode import (
-        encode_clip,
-        encode_condition,
-        encode_first_frame,
-        encode_text,
-        prepare_picture,
-        text_beyond,
-    )
-    from .segments import ClipSegments
-    from .shortcuts import Memory, Shortcuts, chosen_shortcuts
-    from .solvers import Solver, make_solver, start_latents
-    from .tracks import by_paths, by_points
-    from .units import (
-        Conditions,
-        Elsewhere,
-        Kept,
-        Made,
-        Unit,
-        compute_unit,
-        hold_first_frame,
-    )
-    from .vace import ControlClip, encode_grey, encode_vace
-    from .vae import (
-        Leaving,
-        OutOfRange,
-        StreamingDecoder,
-        as_bytes,
-        denormalize_latents,
-        encode_latents,
-        normalize_latents,
-        to_frames,
-        to_pictures,
-    )
-
-__getattr__ = lazy_names(
-    __name__,
-    {
-        "characters": (
-            "DRIVING_PROMPT",
-            "encode_carried",
-            "encode_character",
-            "encode_driving",
-            "encode_whole_clip",
-            "in_black_frame",
-        ),
-        "vace": ("ControlClip", "encode_grey", "encode_vace"),
-        "animate": (
-            "SegmentsDecoder",
-            "background_mask",
-            "carried_latents",
-            "character_latents",
-            "encode_frames",
-            "last_frames",
-            "moved_frames",
-        ),
-        "control": ("encode_keyframes", "encode_video", "keyframe_mask", "noised"),
-        "denoise": ("DenoiseState", "Expert", "Signals", "denoise_steps"),
-        "encode": (
-            "encode_clip",
-            "encode_condition",
-            "encode_first_frame",
-            "encode_text",
-            "prepare_picture",
-            "text_beyond",
-        ),
-        "segments": ("ClipSegments",),
-        "shortcuts": ("Memory", "Shortcuts", "chosen_shortcuts"),
-        "solvers": ("Solver", "make_solver", "start_latents"),
-        "tracks": ("by_paths", "by_points"),
-        "units": (
-            "Conditions",
-            "Elsewhere",
-            "Kept",
-            "Made",
-            "Unit",
-            "compute_unit",
-            "hold_first_frame",
-        ),
-        "vae": (
-            "Leaving",
-            "OutOfRange",
-            "StreamingDecoder",
-            "as_bytes",
-            "denormalize_latents",
-            "encode_latents",
-            "normalize_latents",
-            "to_frames",
-            "to_pictures",
-        ),
-    },
+from .animate import (
+    SegmentsDecoder,
+    background_mask,
+    carried_latents,
+    character_latents,
+    encode_frames,
+    last_frames,
+    moved_frames,
+)
+from .characters import (
+    DRIVING_PROMPT,
+    encode_carried,
+    encode_character,
+    encode_driving,
+    encode_whole_clip,
+    in_black_frame,
+)
+from .control import encode_video, noised
+from .denoise import DenoiseState, Expert, Signals, denoise_steps
+from .encode import (
+    encode_clip,
+    encode_first_frame,
+    encode_keyframes,
+    encode_text,
+    prepare_picture,
+    text_beyond,
+)
+from .segments import ClipSegments
+from .shortcuts import Memory, Shortcuts, chosen_shortcuts
+from .solvers import Solver, make_solver, start_latents
+from .tracks import by_paths, by_points
+from .units import (
+    Conditions,
+    Elsewhere,
+    Kept,
+    Made,
+    Unit,
+    compute_unit,
+    hold_first_frame,
+)
+from .vace import ControlClip, encode_grey, encode_vace
+from .vae import (
+    Leaving,
+    OutOfRange,
+    StreamingDecoder,
+    as_bytes,
+    denormalize_latents,
+    encode_latents,
+    normalize_latents,
+    to_frames,
+    to_pictures,
 )
 
 __all__ = [
@@ -155,7 +91,6 @@ __all__ = [
     "encode_carried",
     "encode_character",
     "encode_clip",
-    "encode_condition",
     "encode_driving",
     "encode_first_frame",
     "encode_frames",
@@ -168,7 +103,6 @@ __all__ = [
     "encode_whole_clip",
     "hold_first_frame",
     "in_black_frame",
-    "keyframe_mask",
     "last_frames",
     "make_solver",
     "moved_frames",

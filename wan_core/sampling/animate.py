@@ -16,7 +16,13 @@ from torch import Tensor
 
 from ..job import back_and_forth, to_pil
 from .encode import prepare_picture
-from .vae import FRAMES_PER_CHUNK, StreamingDecoder, encode_latents, normalize_latents
+from .vae import (
+    FRAMES_PER_CHUNK,
+    StreamingDecoder,
+    encode_latents,
+    in_chunks,
+    normalize_latents,
+)
 
 Check = Callable[[], object]
 
@@ -54,14 +60,7 @@ def moved_frames(video: Tensor, frames: Iterable[int], width: int, height: int) 
         yield prepare_picture(video[back_and_forth(index, len(video))], width, height)
 
 
-def in_chunks(frames: Iterator[Tensor]) -> Iterator[Tensor]:
-    """Gather pictures (B, 3, H, W) to the chunks that the VAE encodes: 1, then 4 at a time."""
-    yield torch.stack([next(frames)], dim=2)
-    while some := [one for _, one in zip(range(FRAMES_PER_CHUNK), frames, strict=False)]:
-        yield torch.stack(some, dim=2)
-
-
-def encode_frames(vae: Any, frames: Iterator[Tensor], *, check: Check) -> Tensor:
+def encode_frames(vae: Any, frames: Iterable[Tensor], *, check: Check) -> Tensor:
     """Return the normalised latents (B, z, T, h, w) of 4n + 1 pictures, in the VAE's dtype."""
     latents = encode_latents(vae, in_chunks(frames), check=check)
     return normalize_latents(latents, vae.config)
@@ -82,7 +81,7 @@ def known_mask(known: Tensor) -> Tensor:
 def character_latents(vae: Any, picture: Any, width: int, height: int, *, check: Check) -> Tensor:
     """Return mask and latents (1, 4 + z, 1, h, w) of the character's picture."""
     ready = prepare_character(picture, width, height)
-    latents = encode_frames(vae, iter([ready]), check=check)
+    latents = encode_frames(vae, [ready], check=check)
     return torch.cat([torch.ones_like(latents[:, :4]), latents], dim=1)
 
 

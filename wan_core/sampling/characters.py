@@ -7,7 +7,7 @@ diffusers' ``modular_pipelines/wan_animate_2`` (0.42).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..job import picture_size, to_pil
-from .encode import condition_mask, encode_first_frame, prepare_picture
-from .vae import FRAMES_PER_CHUNK, conditioning_chunks, encode_latents, normalize_latents
+from .encode import encode_first_frame, encode_keyframes, keyframe_mask, prepare_picture
+from .vae import encode_latents, in_chunks, normalize_latents
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -67,7 +67,7 @@ def encode_character(
 ) -> Tensor:
     """Return mask (1) and latents (1, 4 + z, 1, h, w) of the character, (1, 3, H, W)."""
     latents = encode_first_frame(vae, picture, device=device, check=check)
-    mask = condition_mask(1, latents.shape[3], latents.shape[4], last=False)
+    mask = keyframe_mask([0], 1, latents.shape[3], latents.shape[4])
     return torch.cat([mask.to(latents), latents], dim=1)
 
 
@@ -80,16 +80,16 @@ def encode_carried(
     ``frames`` (B, 3, H, W), -1..1, are the last ones of the segment before; None: nothing is known,
     and B is 1. ``size`` is (width, height).
     """
-    known = torch.zeros(1, 3, size[1], size[0]) if frames is None else frames
-    found = []
-    for one in torch.split(known, 1):
-        image = one.to(device=device, dtype=vae.dtype)
-        latents = encode_latents(vae, conditioning_chunks(image, num_frames), check=check)
-        latents = normalize_latents(latents.to(torch.float32), vae.config)
-        mask = condition_mask(num_frames, latents.shape[3], latents.shape[4], last=False)
-        mask = torch.zeros_like(mask) if frames is None else mask
-        found.append(torch.cat([mask.to(latents), latents], dim=1))
-    return torch.cat(found)
+    first = torch.zeros(1, 3, size[1], size[0]) if frames is None else frames
+    found = torch.cat(
+        [
+            encode_keyframes(vae, {0: one}, num_frames=num_frames, device=device, check=check)
+            for one in torch.split(first, 1)
+        ]
+    )
+    if frames is None:
+        found[:, :4] = 0
+    return found
 
 
 def encode_driving(
@@ -100,13 +100,7 @@ def encode_driving(
 
     ``indices`` are the frames (4n + 1) of ``video`` (F, H, W, 3), 0..1, that the segment follows.
     """
-
-    def chunks() -> Iterator[Tensor]:
-        for begin in (0, *range(1, len(indices), FRAMES_PER_CHUNK)):
-            some = indices[begin : begin + (FRAMES_PER_CHUNK if begin else 1)]
-            yield torch.stack([in_black_frame(video[at], *size, video=True) for at in some], dim=2)
-
-    latents = normalize_latents(
-        encode_latents(vae, chunks(), check=check).to(torch.float32), vae.config
-    )
+    frames = (in_black_frame(video[at], *size, video=True) for at in indices)
+    latents = encode_latents(vae, in_chunks(frames), check=check)
+    latents = normalize_latents(latents.to(torch.float32), vae.config)
     return torch.cat([latents, torch.ones_like(latents[:, :4]), latents], dim=1)

@@ -6,7 +6,7 @@ Each function equals the matching method of diffusers' ``WanPipeline`` or
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..job import picture_size, to_pil
 from ..models import TEXT_TOKENS
-from .vae import conditioning_chunks, encode_latents, normalize_latents
+from .vae import FRAMES_PER_CHUNK, encode_latents, normalize_latents
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -90,47 +90,68 @@ def prepare_picture(picture: Image.Image | Tensor, width: int, height: int) -> T
     return prepared.to(torch.float32)
 
 
-def condition_mask(num_frames: int, latent_height: int, latent_width: int, last: bool) -> Tensor:
+def keyframe_mask(
+    positions: Collection[int], num_frames: int, latent_height: int, latent_width: int
+) -> Tensor:
     """Return the (1, 4, T, h, w) mask of the image-to-video models: 1 where a frame is given.
 
-    Channel c of latent frame t stands for video frame 4 t + c - 3. The first video frame fills all
+    Channel c of latent frame t stands for video frame 4 t + c - 3; the first video frame fills all
     four channels of latent frame 0 (``WanImageToVideoPipeline.prepare_latents``).
     """
-    latent_frames = (num_frames - 1) // 4 + 1
-    mask = torch.zeros(1, 4, latent_frames, latent_height, latent_width)
-    mask[:, :, 0] = 1
-    if last:
-        mask[:, 3, -1] = 1
+    frames = (num_frames - 1) // FRAMES_PER_CHUNK + 1
+    mask = torch.zeros(1, 4, frames, latent_height, latent_width)
+    for position in positions:
+        if position == 0:
+            mask[:, :, 0] = 1
+        else:
+            mask[:, (position - 1) % 4, (position - 1) // 4 + 1] = 1
     return mask
 
 
-def encode_condition(
+def keyframe_chunks(frames: Mapping[int, Tensor], num_frames: int) -> Iterator[Tensor]:
+    """Yield the chunks of a video that is 0 (grey) but for the frames given, (B, 3, H, W) each.
+
+    With the first frame, or the first and the last one, it is the conditioning video of
+    ``WanImageToVideoPipeline.prepare_latents``, which is never held whole here.
+    """
+    some = next(iter(frames.values()))
+    blank = some.new_zeros(some.shape[0], some.shape[1], FRAMES_PER_CHUNK, *some.shape[2:])
+    yield frames[0].unsqueeze(2) if 0 in frames else blank[:, :, :1]
+    for start in range(1, num_frames, FRAMES_PER_CHUNK):
+        known = {at: frames[at] for at in range(start, start + FRAMES_PER_CHUNK) if at in frames}
+        if not known:
+            yield blank
+            continue
+        chunk = blank.clone()
+        for at, picture in known.items():
+            chunk[:, :, at - start] = picture.to(chunk)
+        yield chunk
+
+
+def encode_keyframes(
     vae: Any,
-    image: Tensor,
+    frames: Mapping[int, Tensor],
     *,
     num_frames: int,
-    last_image: Tensor | None = None,
     device: torch.device,
     check: Callable[[], object],
 ) -> Tensor:
     """Return mask and latents (1, 4 + z, T, h, w), float32, for models with 36 input channels.
 
-    The clip [image, zeros ..., last_image] is encoded in chunks of four frames and never held
-    whole. ``image`` and ``last_image`` are (1, 3, H, W), -1..1; ``check`` runs before each chunk.
+    ``frames`` are (1, 3, H, W), -1..1, by their video frame; ``num_frames`` is 4n + 1. ``check``
+    runs before each chunk of four frames.
     """
-    dtype = vae.dtype
-    image = image.to(device=device, dtype=dtype)
-    last = None if last_image is None else last_image.to(device=device, dtype=dtype)
-    latents = encode_latents(vae, conditioning_chunks(image, num_frames, last), check=check)
+    ready = {at: one.to(device=device, dtype=vae.dtype) for at, one in frames.items()}
+    latents = encode_latents(vae, keyframe_chunks(ready, num_frames), check=check)
     latents = normalize_latents(latents.to(torch.float32), vae.config)
-    mask = condition_mask(num_frames, latents.shape[3], latents.shape[4], last is not None)
+    mask = keyframe_mask(frames, num_frames, latents.shape[3], latents.shape[4])
     return torch.cat([mask.to(latents.device), latents], dim=1)
 
 
 def encode_first_frame(
     vae: Any, image: Tensor, *, device: torch.device, check: Callable[[], object]
 ) -> Tensor:
-    """Return the latents (1, z, 1, h, w), float32, that the 5B keeps fixed as frame 0."""
-    image = image.to(device=device, dtype=vae.dtype)
-    latents = encode_latents(vae, conditioning_chunks(image, 1, None), check=check)
+    """Return the latents (1, z, 1, h, w), float32, of one picture, (1, 3, H, W), -1..1."""
+    chunk = image.to(device=device, dtype=vae.dtype).unsqueeze(2)
+    latents = encode_latents(vae, [chunk], check=check)
     return normalize_latents(latents.to(torch.float32), vae.config)

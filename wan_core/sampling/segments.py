@@ -16,7 +16,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..job import SegmentPlan
-from ..job import plan_segments as plan_segments  # part of segments for whoever makes them
 from .denoise import DenoiseState
 from .units import Conditions, hold_first_frame
 

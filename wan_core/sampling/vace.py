@@ -7,17 +7,18 @@ and the soft mask. Videos are encoded in chunks and never held whole.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import repeat
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..job import FRAMES_PER_LATENT, latent_frames, to_pil
+from ..job import latent_frames, to_pil
 from .encode import prepare_picture
-from .vae import FRAMES_PER_CHUNK, encode_latents, normalize_latents
+from .vae import encode_latents, in_chunks, normalize_latents
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -102,13 +103,13 @@ def encode_vace(
     each chunk of frames.
     """
     kept, covered = (False, False) if clip.empty else clip.covers()
-    inactive = _encode(vae, _parts(clip, vae.dtype, 0), check) if kept else grey()
+    inactive = _encode(vae, _frames(clip, vae.dtype, 0), check) if kept else grey()
     covered = covered and not clip.clear_masked
-    reactive = _encode(vae, _parts(clip, vae.dtype, 1), check) if covered else grey()
+    reactive = _encode(vae, _frames(clip, vae.dtype, 1), check) if covered else grey()
     latents = torch.cat([inactive.to(reactive.device), reactive], dim=1)
     for reference in clip.references:
-        picture = letterboxed(reference, clip.width, clip.height).unsqueeze(2)
-        found = _encode(vae, iter([picture]), check).to(latents.device)
+        picture = letterboxed(reference, clip.width, clip.height)
+        found = _encode(vae, [picture], check).to(latents.device)
         latents = torch.cat([torch.cat([found, torch.zeros_like(found)], dim=1), latents], dim=2)
     mask = F.pad(mask_channels(clip), (0, 0, 0, 0, len(clip.references), 0))
     return torch.cat([latents, mask.to(latents.device)], dim=1)
@@ -116,9 +117,7 @@ def encode_vace(
 
 def encode_grey(vae: Any, clip: ControlClip, *, check: Callable[[], object]) -> Tensor:
     """Return the latents (1, 16, T, h, w) of a grey clip: "nothing here" for VACE."""
-    blank = torch.zeros(1, 3, FRAMES_PER_CHUNK, clip.height, clip.width)
-    chunks = (blank[:, :, : stop - start] for start, stop in _spans(clip.num_frames))
-    return _encode(vae, chunks, check)
+    return _encode(vae, repeat(torch.zeros(1, 3, clip.height, clip.width), clip.num_frames), check)
 
 
 def letterboxed(picture: Image.Image | Tensor, width: int, height: int) -> Tensor:
@@ -157,21 +156,14 @@ def mask_channels(clip: ControlClip) -> Tensor:
     return cells.reshape(1, MASK_CHANNELS, made, height, width)
 
 
-def _parts(clip: ControlClip, dtype: torch.dtype, covered: int) -> Iterator[Tensor]:
-    """Yield the clip in chunks for the encoder, grey where the mask is not ``covered`` (0 or 1)."""
-    for start, stop in _spans(clip.num_frames):
-        chunk = torch.stack([clip.frame(i)[0] for i in range(start, stop)], dim=1)[None].to(dtype)
-        mask = torch.stack([clip.hard_mask(i) for i in range(start, stop)])[None, None].to(dtype)
-        yield chunk * (mask if covered else 1 - mask)
+def _frames(clip: ControlClip, dtype: torch.dtype, covered: int) -> Iterator[Tensor]:
+    """Yield the clip's frames for the encoder, grey where the mask is not ``covered`` (0 or 1)."""
+    for index in range(clip.num_frames):
+        mask = clip.hard_mask(index).to(dtype)
+        yield clip.frame(index).to(dtype) * (mask if covered else 1 - mask)
 
 
-def _spans(num_frames: int) -> Iterator[tuple[int, int]]:
-    yield 0, 1
-    for start in range(1, num_frames, FRAMES_PER_LATENT):
-        yield start, start + FRAMES_PER_LATENT
-
-
-def _encode(vae: Any, chunks: Iterator[Tensor], check: Callable[[], object]) -> Tensor:
+def _encode(vae: Any, frames: Iterable[Tensor], check: Callable[[], object]) -> Tensor:
     """Return normalised latents, computed in float32 and cast to the VAE's dtype."""
-    latents = encode_latents(vae, chunks, check=check)
+    latents = encode_latents(vae, in_chunks(frames), check=check)
     return normalize_latents(latents.to(torch.float32), vae.config).to(vae.dtype)

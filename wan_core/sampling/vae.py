@@ -10,6 +10,7 @@ length of the clip. Results equal ``vae.decode`` and ``vae.encode`` without tili
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -53,15 +54,6 @@ class StreamingDecoder:
         self._projected: Tensor | None = None
         self._cache: list[Any] | None = None  # None: not started, closed, or lost to a failure
         self._fed = 0  # latent frames the cache has seen
-
-    @property
-    def output_shape(self) -> tuple[int, int, int, int, int]:
-        """(B, F, H, W, 3) of the whole decoded clip."""
-        batch, _, frames, height, width = self._latents.shape
-        config = self.vae.config
-        in_space = 2 ** (len(config.dim_mult) - 1) * (config.patch_size or 1)
-        in_time = 2 ** sum(config.temperal_downsample)
-        return (batch, 1 + (frames - 1) * in_time, height * in_space, width * in_space, 3)
 
     @property
     def done(self) -> bool:
@@ -225,7 +217,7 @@ def encode_latents(vae: Any, chunks: Iterable[Tensor], *, check: Check | None = 
     """Encode a video, given in chunks, to the mode of its latents: (B, z, T, h, w) in VAE space.
 
     The first chunk is (B, 3, 1, H, W), all others are (B, 3, 4, H, W), with values -1..1, in any
-    dtype and on any device (see ``conditioning_chunks``). Only one is held at a time. The result
+    dtype and on any device (see ``in_chunks``). Only one is held at a time. The result
     equals ``vae.encode(video).latent_dist.mode()``. ``check`` runs before each chunk. Raises
     InvalidRequest for a chunk of another shape, and if there is none; OutOfRange where the VAE
     computes in fp16 and its range does not hold.
@@ -276,34 +268,13 @@ def _as_read(vae: Any, chunk: Tensor) -> Tensor:
     return chunk
 
 
-def conditioning_chunks(
-    image: Tensor, num_frames: int, last_image: Tensor | None = None
-) -> Iterator[Tensor]:
-    """Yield the chunks of the video [image, 0, ..., 0] or [image, 0, ..., 0, last_image].
-
-    ``image`` and ``last_image`` are (B, 3, H, W), -1..1; ``num_frames`` is 4n + 1. This is the
-    conditioning video of ``WanImageToVideoPipeline.prepare_latents``, which is never held whole
-    here. Raises InvalidRequest for another ``num_frames``, and for a last image that does not fit.
-    """
-    if num_frames < 1 or num_frames % FRAMES_PER_CHUNK != 1:
-        raise InvalidRequest(
-            f"num_frames is {num_frames}; the encoder takes 4n + 1 frames (1, 5, 9, ... 81).",
-            field="num_frames",
-        )
-    if last_image is not None and (num_frames == 1 or last_image.shape != image.shape):
-        raise InvalidRequest(
-            f"last_image has shape {tuple(last_image.shape)} in a clip of {num_frames} frames; "
-            f"it must have the first image's shape {tuple(image.shape)}, in 5 frames or more.",
-            field="last_image",
-        )
-    yield image.unsqueeze(2)
-    blank = image.new_zeros(image.shape[0], image.shape[1], FRAMES_PER_CHUNK, *image.shape[2:])
-    chunks = (num_frames - 1) // FRAMES_PER_CHUNK
-    for index in range(chunks):
-        if last_image is not None and index == chunks - 1:
-            yield torch.cat([blank[:, :, 1:], last_image.to(blank).unsqueeze(2)], dim=2)
-        else:
-            yield blank
+def in_chunks(frames: Iterable[Tensor]) -> Iterator[Tensor]:
+    """Gather frames (B, 3, H, W) to the chunks (B, 3, f, H, W) of ``encode_latents``: 1, then 4."""
+    frames, wanted = iter(frames), 1
+    while some := list(islice(frames, wanted)):
+        some = [torch.stack(some, dim=2)]
+        yield some.pop()  # nothing of it is held here while it is encoded
+        wanted = FRAMES_PER_CHUNK
 
 
 def normalize_latents(latents: Tensor, config: Mapping[str, Any]) -> Tensor:
