@@ -22,8 +22,8 @@ from support.machines import architecture, gpu
 from support.true_models import KEEP_FP32, transformer
 
 from wan_core.forward import (
-    animate2,
     as_pixels,
+    block,
     fun_inputs,
     known_faces,
     lean_forward,
@@ -154,8 +154,7 @@ def as_on_a_card(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     found = NOTHING if way == "eager" else Fused(norms=True, rotations=True)
     names = ("norm_rows", "add_rows", "rotate_rows")
     kernels = SimpleNamespace(**dict.fromkeys(names, lambda *_, **__: None))
-    for module in (lean, animate2):
-        monkeypatch.setattr(module, "fused_for", lambda *_: found)
+    monkeypatch.setattr(block, "fused_for", lambda *_: found)
     for module in (modulation, rotary):
         monkeypatch.setattr(module, "triton_kernels", lambda: kernels)
 

@@ -18,9 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..kernels import attend
-from ..loading import attends_as_torch
-from .block import LeanOptions
+from .block import LeanOptions, attend_by
 from .replaced import Installed, ReplacedForward
 
 
@@ -132,26 +130,11 @@ def run_adapter(adapter: Any, options: LeanOptions, hidden: Tensor, tokens: Tens
     del normed
     query = torch.unflatten(adapter.to_q(adapter.pre_norm_q(hidden)), 2, (heads, -1))
     query = torch.unflatten(adapter.norm_q(query), 1, (frames, -1)).flatten(0, 1)
-    out = _attend(adapter, query, key, value, options)
+    out = attend_by(adapter.processor, query, key, value, options)
     del query
     out = torch.unflatten(out.flatten(2, 3), 0, (batch, frames)).flatten(1, 2)
     added: Tensor = adapter.to_out(out)
     return added
-
-
-def _attend(
-    adapter: Any, query: Tensor, key: Tensor, value: Tensor, options: LeanOptions
-) -> Tensor:
-    """Attend as the adapter's processor does, or on the fastest kernel where that is asked for."""
-    backend = adapter.processor._attention_backend
-    if options.quick and attends_as_torch(adapter.processor):
-        return attend(query, key, value, options.attention_8bit)
-    from diffusers.models.attention_dispatch import dispatch_attention_fn
-
-    out: Tensor = dispatch_attention_fn(
-        query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, backend=backend
-    )
-    return out.type_as(query)
 
 
 def why_not_adapter(adapter: Any) -> str | None:

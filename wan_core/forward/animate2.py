@@ -22,7 +22,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from ..kernels import NOTHING, Fused, Modulation, TimestepRuns, fused_for, rotate_all, shared_by
+from ..kernels import Fused, Modulation, TimestepRuns, rotate_all, shared_by
 from ..loading import Slab, lock_within
 from .block import Beside, LeanOptions, run_block
 from .timestep import embed_timestep
@@ -224,7 +224,7 @@ class DrivingWalk:
             self._state = None
         else:
             kept: list[Keys] = []
-            fused = _fused(options, state, block)
+            fused = options.fused(state.hidden, block.attn1.heads)
             state.hidden = run_block(
                 block, options, state.hidden, state.context, state.temb, state.rotary, fused,
                 keep=kept,
@@ -288,14 +288,10 @@ def driving_rotary(transformer: Any, latents: Tensor) -> Rotary:
     return tables[0], tables[1]
 
 
-def _fused(options: LeanOptions, state: _Embedded, block: Any) -> Fused:
-    return fused_for(state.hidden, block.attn1.heads, False) if options.fuse else NOTHING
-
-
 def _keys_of(block: Any, options: LeanOptions, hidden: Tensor, state: _Embedded) -> Keys:
     """Return the keys and values that ``hidden``, a block's input, has in its self attention."""
     attn = block.attn1
-    fused = fused_for(hidden, attn.heads, False) if options.fuse else NOTHING
+    fused = options.fused(hidden, attn.heads)
     modulation = Modulation(
         block.scale_shift_table, state.temb, hidden.shape[1], options.rows, upcast=True, fused=fused
     )

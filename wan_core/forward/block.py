@@ -36,6 +36,7 @@ from ..kernels import (
     Span,
     TimestepRuns,
     attend,
+    fused_for,
     norm_all,
     products_of,
     rotate_all,
@@ -71,7 +72,6 @@ class LeanOptions:
     """Whether layers stored in 8 bit are multiplied in 8 bit (see ``kernels.products``)."""
     eight_bit_projections: bool = True
     """Whether that counts for the projections of attention too, and not for feed-forwards alone."""
-
     attention_8bit: bool = False
     """Whether, with ``quick``, attention itself may be computed by kernels that round to 8 bit."""
     cut: Cut | None = None
@@ -81,6 +81,10 @@ class LeanOptions:
     def coded_attention(self) -> bool:
         """Whether the projections of attention may be multiplied in 8 bit."""
         return self.eight_bit and self.eight_bit_projections
+
+    def fused(self, hidden: Tensor, heads: int, *, per_token: bool = False) -> Fused:
+        """Return which fused kernels a block with ``hidden`` (B, L, dim) may use."""
+        return fused_for(hidden, heads, per_token) if self.fuse else NOTHING
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,29 +176,31 @@ def _by_heads(states: Tensor, heads: int) -> Tensor:
     return torch.unflatten(states, 2, (heads, -1))
 
 
-def _attend(
-    attn: Any, query: Tensor, key: Tensor, value: Tensor, heads: int, options: LeanOptions
+def attend_by(
+    processor: Any, query: Tensor, key: Tensor, value: Tensor, options: LeanOptions
 ) -> Tensor:
-    """Attend with diffusers' dispatcher, on the backend that the block's processor is set to.
+    """Attend with diffusers' dispatcher, on the backend that ``processor`` is set to.
 
-    ``query``, ``key``, ``value`` and the result are (B, n, heads * d). With ``options.quick``, and
+    ``query``, ``key``, ``value`` and the result are (B, n, heads, d). With ``options.quick``, and
     no other backend than torch's named, it is the fastest one.
     """
-    if options.quick and attends_as_torch(attn.processor):
-        q, k, v = (_by_heads(x, heads) for x in (query, key, value))
-        return attend(q, k, v, options.attention_8bit).flatten(2, 3)
+    if options.quick and attends_as_torch(processor):
+        return attend(query, key, value, options.attention_8bit)
     from diffusers.models.attention_dispatch import dispatch_attention_fn
 
     out: Tensor = dispatch_attention_fn(
-        _by_heads(query, heads),
-        _by_heads(key, heads),
-        _by_heads(value, heads),
-        attn_mask=None,
-        dropout_p=0.0,
-        is_causal=False,
-        backend=attn.processor._attention_backend,
-    )
-    return out.flatten(2, 3).type_as(query)
+        query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False,
+        backend=processor._attention_backend,
+    )  # fmt: skip
+    return out.type_as(query)
+
+
+def _attend(
+    attn: Any, query: Tensor, key: Tensor, value: Tensor, heads: int, options: LeanOptions
+) -> Tensor:
+    """Attend as the block's processor does; all are (B, n, heads * d)."""
+    q, k, v = (_by_heads(x, heads) for x in (query, key, value))
+    return attend_by(attn.processor, q, k, v, options).flatten(2, 3)
 
 
 def _project_out(attn: Any, held: list[Tensor], eight_bit: bool) -> Tensor:
@@ -409,8 +415,15 @@ def _self_attention_by_heads(
     del key, values
     if cut is not None:
         query = cut.to_tokens(query)
+    _add_projected(attn, query, hidden, modulation, coded)
+
+
+def _add_projected(
+    attn: Any, output: Tensor, hidden: Tensor, modulation: Modulation, coded: bool
+) -> None:
+    """Project the attention ``output`` span by span and add it, gated, to the hidden states."""
     for span in modulation.spans:
-        out = _project_out(attn, [query[:, span[0]]], coded)
+        out = _project_out(attn, [output[:, span[0]]], coded)
         modulation.add_gated(hidden, out, 2, span)
         del out
 
@@ -441,10 +454,7 @@ def _self_attention_beside(
         value[:, span[0]] = layers.project(2, last=True)
     beside.attend(attn, query, key, value, options)
     del key, value
-    for span in modulation.spans:
-        out = _project_out(attn, [query[:, span[0]]], coded)
-        modulation.add_gated(hidden, out, 2, span)
-        del out
+    _add_projected(attn, query, hidden, modulation, coded)
 
 
 def _value_of_heads(block: Any, hidden: Tensor, modulation: Modulation, lanes: slice) -> Tensor:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..kernels import NOTHING, Fused, Modulation, TimestepRuns, fused_for
+from ..kernels import Fused, Modulation, TimestepRuns
 from ..memory import LEAN_HEAD_GROUPS, LEAN_ROWS
 from .animate import (
     FaceBranch,
@@ -261,7 +261,7 @@ def _block_forward(
 
 def _fused(options: LeanOptions, hidden: Tensor, heads: int, temb: Embedding) -> Fused:
     per_token = not isinstance(temb, TimestepRuns) and temb.ndim == 4
-    return fused_for(hidden, heads, per_token) if options.fuse else NOTHING
+    return options.fused(hidden, heads, per_token=per_token)
 
 
 def _vace_block_forward(
