@@ -14,6 +14,7 @@ import pytest
 import torch
 from support import reference_layouts as layouts
 from support import stored_files as files
+from support.crashes import Crash
 from support.fake_cuda import FakeCuda
 from support.stored_models import write_expert
 from support.tiny_models import make_transformer
@@ -38,10 +39,6 @@ from wan_core.workers.child import Worker
 
 KINDS = {"fp8_scaled": "safetensors", "Q4_K": "gguf", "int8_convrot": "safetensors"}
 Read = list[range]
-
-
-class Stopped(BaseException):
-    """Stands for an interrupt."""
 
 
 class HostAsCuda:
@@ -192,7 +189,7 @@ def test_what_goes_wrong_is_told_by_name_and_again(
     with monkeypatch.context() as patch:
         error: type[BaseException] = CorruptFile
         if what == "stopped":
-            error = Stopped
+            error = Crash
         elif what == "NaN":
             with path.open("r+b") as file:
                 file.seek(stored[1].span.stop - 1)
@@ -307,7 +304,7 @@ def test_what_is_wrong_with_a_weight_that_is_rounded_is_named(
 
         monkeypatch.setattr(quantized, "rounded_to_fp8", lost)
     check = _stop if what == "stopped" else lambda: None
-    error: type[BaseException] = Stopped if what == "stopped" else CorruptFile
+    error: type[BaseException] = Crash if what == "stopped" else CorruptFile
     match = None if what == "stopped" else r"'blocks\.1\.ffn\.2\.weight'.*expert|expert.*ffn\.2"
     with pytest.raises(error, match=match):
         in_fp8(path, torch.device("cuda:0"), interrupt_check=check)
@@ -329,7 +326,7 @@ def test_a_gang_has_read_a_file_before_parts_of_its_blocks_are_page_locked(
 
 
 def _stop() -> None:
-    raise Stopped
+    raise Crash
 
 
 def _break_reads(patch: pytest.MonkeyPatch, bad: range, what: str) -> None:
@@ -367,9 +364,9 @@ def test_an_interrupt_ends_reads_that_are_under_way(
 
     def stop() -> None:
         if read:
-            raise Stopped
+            raise Crash
 
-    with suppress(Stopped):
+    with suppress(Crash):
         looked_at(module, to_device, check=stop)
     first = len(read)
     looked_at(module, to_device)

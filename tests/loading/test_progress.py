@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
+from support.crashes import Crash
 from support.tiny_models import make_transformer
 from torch import nn
 
@@ -23,10 +24,6 @@ from wan_core.models import Source
 
 PIECE = 4 * 2**20
 Told = list[tuple[int, int]]
-
-
-class Stopped(BaseException):
-    """Stands for an interrupt."""
 
 
 @pytest.fixture(scope="module")
@@ -108,9 +105,9 @@ def test_a_slow_disk_is_told_of_and_can_be_interrupted(folder: Path, disk: type[
             nonlocal looks
             looks += 1
             if looks == 3:
-                raise Stopped
+                raise Crash
 
-        with pytest.raises(Stopped):
+        with pytest.raises(Crash):
             loaded(folder, until_then, interrupt_check=check)
         assert len(until_then) <= 3 < len(told)  # no piece is read after the interrupt
     finally:
@@ -139,10 +136,10 @@ def test_an_interrupt_is_seen_while_the_disk_does_not_answer(
         looks += 1
         if looks == 5:
             answer.set()  # what the disk is asked for cannot be taken back, only what waits
-            raise Stopped
+            raise Crash
 
     began = time.monotonic()
-    with pytest.raises(Stopped):
+    with pytest.raises(Crash):
         load_component(folder, map_file=True, interrupt_check=check)
     assert time.monotonic() - began < 30
 

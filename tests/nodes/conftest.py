@@ -1,16 +1,24 @@
-"""What the tests in a running ComfyUI share; files that need more of it make theirs of these."""
+"""What the tests of nodes share, in a running ComfyUI or without it."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
+from support.as_pack import load_pack
 from support.comfy_browser import find_browser, open_page
 from support.comfy_server import ComfyServer, find_checkouts, find_python
 
 CHECKOUTS = find_checkouts()
+
+
+@pytest.fixture(scope="module")
+def pack() -> ModuleType:
+    """The nodes, loaded as ComfyUI loads a custom node, without ComfyUI."""
+    return load_pack()
 
 
 @pytest.fixture(scope="module", params=CHECKOUTS or ["none"])

@@ -7,15 +7,10 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-from support.as_pack import load_pack, part
+from support.as_pack import part
 
 HIGH, LOW = "wan2.2_i2v_high_noise_14B_fp8_scaled.safetensors", "wan2.2_i2v_low_noise.safetensors"
 Nodes = dict[str, dict[str, Any]]
-
-
-@pytest.fixture(scope="module")
-def pack() -> ModuleType:
-    return load_pack()
 
 
 def node(kind: str, **inputs: Any) -> dict[str, Any]:

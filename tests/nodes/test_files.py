@@ -12,12 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from support import single_files
-from support.as_pack import VALUES, load_pack, part
-
-
-@pytest.fixture(scope="module")
-def pack() -> ModuleType:
-    return load_pack()
+from support.as_pack import VALUES, part
 
 
 @pytest.fixture(scope="module")

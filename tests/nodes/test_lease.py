@@ -13,14 +13,9 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
-from support.as_pack import load_pack, part
+from support.as_pack import part
 
 CPU, META = torch.device("cpu"), torch.device("meta")
-
-
-@pytest.fixture(scope="module")
-def pack() -> ModuleType:
-    return load_pack()
 
 
 @pytest.fixture(autouse=True)

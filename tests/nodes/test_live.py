@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from support import machines, published, wan_layouts
-from support.as_pack import load_pack, part
+from support.as_pack import part
 
 WORDS = Path(__file__).parents[2] / "web" / "words"
 
@@ -21,11 +21,6 @@ LOW = "wan2.2_t2v_low_noise_14B_fp8_scaled.safetensors"
 TEXT, TEXT_8 = "umt5_xxl_fp16.safetensors", "umt5_xxl_fp8_e4m3fn_scaled.safetensors"
 VAE = "wan_2.1_vae.safetensors"
 JSON = {"Content-Type": "application/json", "Host": "127.0.0.1:8188"}
-
-
-@pytest.fixture(scope="module")
-def pack() -> ModuleType:
-    return load_pack()
 
 
 @pytest.fixture(scope="module")

@@ -14,16 +14,11 @@ from typing import Any
 import pytest
 import torch
 from support import tiny_models
-from support.as_pack import ROOT, VALUES, load_pack, open_model, part
+from support.as_pack import ROOT, VALUES, open_model, part
 
 COMFY = {"comfy", "folder_paths", "server", "execution", "latent_preview", "comfy_execution"}
 PUBLISHERS = ("https://huggingface.co/Comfy-Org/", "https://huggingface.co/Kijai/")
 """Whose files ComfyUI's own templates name; those of the first lie in folders as ComfyUI's do."""
-
-
-@pytest.fixture(scope="module")
-def pack() -> ModuleType:
-    return load_pack()
 
 
 @pytest.fixture(scope="module")

@@ -11,14 +11,9 @@ import av
 import pytest
 import torch
 from support import tiny_models
-from support.as_pack import VALUES, load_pack, part
+from support.as_pack import VALUES, part
 
 CLIP = VALUES | {"width": 32, "height": 32, "num_frames": 33, "steps": 2, "guidance_scale": 1.0}
-
-
-@pytest.fixture(scope="module")
-def pack() -> ModuleType:
-    return load_pack()
 
 
 @pytest.fixture(scope="module")

@@ -12,14 +12,9 @@ from typing import Any
 import pytest
 import torch
 from support import tiny_models
-from support.as_pack import load_pack, part
+from support.as_pack import part
 
 WORKFLOW = {"workflow": '{"nodes": [1]}', "prompt": "{}"}
-
-
-@pytest.fixture(scope="module")
-def pack() -> ModuleType:
-    return load_pack()
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from support.as_pack import load_pack, part
+from support.as_pack import part
 
 from wan_core import GenerationConfig, WanPipelineLoader
 from wan_core.models import VAE_21, VAE_22
@@ -28,11 +28,6 @@ PLAN = SimpleNamespace(
         ]
     ),
 )
-
-
-@pytest.fixture(scope="module")
-def pack() -> ModuleType:
-    return load_pack()
 
 
 @pytest.fixture(scope="module")

@@ -22,3 +22,10 @@ def nothing_is_left() -> Iterator[None]:
     """Components that a module's renders kept are dropped after it."""
     yield
     WanPipelineLoader().clear_cache()
+
+
+@pytest.fixture
+def nothing_kept() -> Iterator[None]:
+    """Components that a test's renders kept are dropped after it."""
+    yield
+    WanPipelineLoader().clear_cache()

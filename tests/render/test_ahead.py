@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from support import single_files
+from support.crashes import Crash
 from support.machines import gpu
 from support.stored_models import experts
 from torch import Tensor
@@ -36,10 +37,6 @@ WAYS: tuple[dict[str, Any], ...] = (
     {"offload": "model"},
     {"offload": "stream", "resident_blocks": 0},
 )
-
-
-class Stopped(BaseException):
-    """Stands for an interrupt."""
 
 
 @pytest.fixture(scope="module")
@@ -192,12 +189,12 @@ def test_an_interrupt_ends_it(
 
     def stop(*amount: Any) -> None:
         if when == "in a step" or amount[0] == "transformer_2":
-            raise Stopped
+            raise Crash
 
     name = "progress_callback" if when == "in a step" else "load_callback"
     wrapper = opened(home)
     began = time.monotonic()
-    with pytest.raises(Stopped):
+    with pytest.raises(Crash):
         generated(wrapper, **{name: stop})
     assert time.monotonic() - began < 50
     assert not [t for t in threading.enumerate() if t.name == "wanfit-ahead"]
@@ -403,9 +400,9 @@ def test_an_interrupt_while_it_is_read_and_placed(
 
     def stop(name: str, done: int, total: int) -> None:
         if name == "transformer" and done:
-            raise Stopped
+            raise Crash
 
-    with pytest.raises(Stopped):
+    with pytest.raises(Crash):
         generated(wrapper, load_callback=stop)
     assert torch.equal(generated(wrapper).latents, plain)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import re
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,8 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from support.clips import as_tensor, pixels
+from support.crashes import Crash
 from support.tiny_models import ANIMATE, FACE_SIZE, components, make_folder, open_kept, pipeline
 
 from wan_core import GenerationConfig, WanControl, WanPipelineLoader
@@ -25,16 +26,9 @@ from wan_core.models import map_names, read_transformer, transformer_tensors
 
 WIDTH, HEIGHT, STEPS = 32, 48, 2
 TEXT = {"prompt": "a red cat moves right", "negative_prompt": "a dog"}
+pytestmark = pytest.mark.usefixtures("nothing_kept")
 LONG = 22
 """Frames of the driving video: with segments of 13 the second one is padded."""
-
-
-def pixels(*shape: int, seed: int = 0) -> np.ndarray[Any, Any]:
-    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
-
-
-def as_tensor(values: np.ndarray[Any, Any]) -> torch.Tensor:
-    return torch.from_numpy(values.astype(np.float32) / 255.0)
 
 
 # The character has other proportions than the clip, the face another size than the model's.
@@ -58,12 +52,6 @@ def control(replace: bool = False, **more: Any) -> WanControl:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_folder(tmp_path_factory.mktemp("animate") / "model", ANIMATE)
-
-
-@pytest.fixture(autouse=True)
-def nothing_kept() -> Iterator[None]:
-    yield
-    WanPipelineLoader().clear_cache()
 
 
 opened = functools.partial(open_kept, offload="none")
@@ -144,9 +132,6 @@ def test_it_goes_on_in_the_second_segment_and_after_the_last_step(
 ) -> None:
     wrapper = opened(folder)
     job: dict[str, Any] = {"resume": "auto", "journal_folder": tmp_path}
-
-    class Crash(BaseException):
-        pass
 
     def stop(done: int, total: int, latents: torch.Tensor) -> None:
         assert total == 2 * STEPS and latents.shape[2] == 4

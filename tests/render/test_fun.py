@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,10 +13,12 @@ import pytest
 import torch
 from PIL import Image
 from support.cases import slow_but
+from support.clips import as_tensor, pixels
+from support.crashes import Crash
 from support.tiny_models import FUN_FAMILIES, components, open_kept
 from torch import Tensor, nn
 
-from wan_core import GenerationConfig, PipelineManager, WanControl, WanPipelineLoader
+from wan_core import GenerationConfig, PipelineManager, WanControl
 from wan_core.errors import MissingFile, UnsupportedModel
 from wan_core.forward import fun_inputs, lean_forward, run_together
 from wan_core.job import make_scheduler
@@ -31,26 +32,12 @@ TEXT = {"prompt": "a red cat moves right", "negative_prompt": "a dog"}
 CONTROL = [name for name in FUN_FAMILIES if "control" in name]
 
 
-def pixels(*shape: int, seed: int = 0) -> np.ndarray[Any, Any]:
-    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
-
-
-def as_tensor(values: np.ndarray[Any, Any]) -> Tensor:
-    return torch.from_numpy(values.astype(np.float32) / 255.0)
-
-
 VIDEO, REFERENCE = pixels(FRAMES, HEIGHT, WIDTH, 3), pixels(1, HEIGHT, WIDTH, 3, seed=2)
 START, END = pixels(HEIGHT, WIDTH, 3, seed=1), pixels(HEIGHT, WIDTH, 3, seed=3)
 RAYS = torch.randn(1, 24, 3, HEIGHT, WIDTH, generator=torch.Generator().manual_seed(4))
 
 
-pytestmark = pytest.mark.usefixtures("without_gradients")
-
-
-@pytest.fixture(autouse=True)
-def nothing_kept() -> Iterator[None]:
-    yield
-    WanPipelineLoader().clear_cache()
+pytestmark = pytest.mark.usefixtures("without_gradients", "nothing_kept")
 
 
 # -- by hand --------------------------------------------------------------------------------------
@@ -413,9 +400,6 @@ def test_a_long_clip_goes_on_after_an_interrupt(
     }  # fmt: skip
     whole = made(wrapper, **job)
     assert whole.latents.shape[2] == 8 and bool(torch.isfinite(whole.latents).all())
-
-    class Crash(BaseException):
-        pass
 
     def stop(done: int, total: int, latents: Tensor) -> None:
         if done == 2 + 3 * (mode == "continuation"):  # in the second segment

@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from support import single_files
 from support import stored_files as files
 from support.cases import in_turn, slow_but
+from support.crashes import Crash
 from support.stored_models import LAYERS, encoder, experts, states
 from torch import Tensor
 
@@ -177,7 +178,7 @@ def test_every_kind_in_every_way(
     wrapper = opened(home, stored, loras, **STREAMED)
     before = hashes(wrapper, stored)[0]
     kept = {"resume": "auto", "journal_folder": tmp_path / "journal"}
-    with pytest.raises(Stopped):
+    with pytest.raises(Crash):
         latents(wrapper, **WINDOWS, **kept, progress_callback=stopping(1))
     assert torch.equal(latents(wrapper, **WINDOWS, **kept), expected)
     assert hashes(wrapper, stored)[0] == before
@@ -219,10 +220,6 @@ def test_what_weights_are_stored_as_is_said(home: Path, capsys: pytest.CaptureFi
     assert notes["load text_encoder"] == "fp8 scaled per tensor, computed in bf16"
 
 
-class Stopped(BaseException):
-    """Stands for an interrupt."""
-
-
 def stopping(after: int) -> Callable[..., None]:
     left = after
 
@@ -230,7 +227,7 @@ def stopping(after: int) -> Callable[..., None]:
         nonlocal left
         left -= 1
         if left == 0:
-            raise Stopped
+            raise Crash
 
     return callback
 
@@ -253,17 +250,17 @@ def test_no_stored_byte_changes_and_a_render_goes_on(
     """After success, an error, an interrupt in a step and one while loading."""
     stored, _ = experts(home, kind)
     wrapper = opened(home, stored, [WanLoRA(lora)], **wishes)
-    with pytest.raises(Stopped):  # in a component's loading or right after it
+    with pytest.raises(Crash):  # in a component's loading or right after it
         latents(wrapper, interrupt_check=stopping(3))
     whole = latents(wrapper, **WINDOWS)
     before = hashes(wrapper, stored)
     assert len(before[1]) >= LAYERS
     kept = {"resume": "auto", "journal_folder": tmp_path / "journal"}
-    with pytest.raises(Stopped):
+    with pytest.raises(Crash):
         latents(wrapper, **WINDOWS, **kept, progress_callback=stopping(1))
     assert hashes(wrapper, stored) == before
     assert torch.equal(latents(wrapper, **WINDOWS, **kept), whole)
-    with pytest.raises(Stopped):  # between two blocks
+    with pytest.raises(Crash):  # between two blocks
         latents(wrapper, **WINDOWS, interrupt_check=stopping(8))
     assert hashes(wrapper, stored) == before
     failing = next(module for _, module in wrapper._cache.loaded() if hasattr(module, "blocks"))

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
 from support.cases import in_turn, slow_but
+from support.clips import as_tensor, pixels
+from support.crashes import Crash
 from support.tiny_models import VACE_FAMILIES, components, make_folder, open_kept, pipeline
 
-from wan_core import GenerationConfig, PipelineManager, WanControl, WanPipelineLoader
+from wan_core import GenerationConfig, PipelineManager, WanControl
 from wan_core.errors import InvalidRequest
 from wan_core.job import make_scheduler
 from wan_core.models import VARIANTS
@@ -24,14 +24,7 @@ SIZE: dict[str, Any] = {
     "num_frames": FRAMES, "width": WIDTH, "height": HEIGHT, "num_inference_steps": 3,
 }  # fmt: skip
 TEXT = {"prompt": "a red cat moves right", "negative_prompt": "a dog"}
-
-
-def pixels(*shape: int, seed: int = 0) -> np.ndarray[Any, Any]:
-    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
-
-
-def as_tensor(values: np.ndarray[Any, Any]) -> torch.Tensor:
-    return torch.from_numpy(values.astype(np.float32) / 255.0)
+pytestmark = pytest.mark.usefixtures("nothing_kept")
 
 
 VIDEO, MASK = pixels(FRAMES, HEIGHT, WIDTH, 3), pixels(FRAMES, HEIGHT, WIDTH, seed=1)
@@ -46,12 +39,6 @@ def control(**more: Any) -> WanControl:
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("vace")
     return {family: make_folder(root / family, family) for family in VACE_FAMILIES}
-
-
-@pytest.fixture(autouse=True)
-def nothing_kept() -> Iterator[None]:
-    yield
-    WanPipelineLoader().clear_cache()
 
 
 opened = functools.partial(open_kept, offload="none")
@@ -240,9 +227,6 @@ def test_a_long_clip_goes_on_after_an_interrupt(
     whole = made(wrapper, **job)
     assert whole.latents.shape[2] == 8 and bool(torch.isfinite(whole.latents).all())
     assert whole.frames.shape[0] == 29
-
-    class Crash(BaseException):
-        pass
 
     calls: list[int] = []
 

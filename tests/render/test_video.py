@@ -19,6 +19,7 @@ import torch
 from av.video.reformatter import VideoReformatter
 from support.cases import slow_but
 from support.clips import HEIGHT, WIDTH, patches, read, write
+from support.crashes import Crash
 
 from wan_core.errors import InvalidRequest, OutputError
 from wan_core.render import video
@@ -125,11 +126,7 @@ def test_sound_shorter_than_the_pictures(tmp_path: Path) -> None:
     assert sound(tmp_path / "out.mp4")[0].shape[1] < 16000
 
 
-class Stop(BaseException):
-    """Stands for KeyboardInterrupt and ComfyUI's interrupt."""
-
-
-@pytest.mark.parametrize("error", [Stop, KeyboardInterrupt, RuntimeError, MemoryError])
+@pytest.mark.parametrize("error", [Crash, KeyboardInterrupt, RuntimeError, MemoryError])
 @pytest.mark.parametrize("frames", [0, 1, 9])
 def test_an_error_leaves_no_file_and_an_older_one_untouched(
     tmp_path: Path, error: type[BaseException], frames: int

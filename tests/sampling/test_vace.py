@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from support.clips import as_tensor, pixels
 from support.tiny_models import components, pipeline
 from torch import Tensor
 
@@ -23,14 +24,6 @@ pytestmark = pytest.mark.usefixtures("without_gradients")
 @pytest.fixture(scope="module")
 def pipe() -> Any:
     return pipeline("wan2.1-vace", components("wan2.1-vace"))
-
-
-def pixels(*shape: int, seed: int = 0) -> np.ndarray[Any, Any]:
-    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
-
-
-def as_tensor(values: np.ndarray[Any, Any]) -> Tensor:
-    return torch.from_numpy(values.astype(np.float32) / 255.0)
 
 
 def diffusers(pipe: Any, frames: int, video: Any, mask: Any, references: Any) -> Tensor:

@@ -42,3 +42,13 @@ def read(path: Path) -> tuple[np.ndarray, Fraction, dict[str, str], list[float]]
         times = [float(frame.time or 0) for frame in frames]
         assert stream.average_rate is not None
         return pictures, stream.average_rate, dict(container.metadata), times
+
+
+def pixels(*shape: int, seed: int = 0) -> np.ndarray:
+    """Random bytes of a picture, a video or a mask."""
+    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+
+
+def as_tensor(values: np.ndarray) -> torch.Tensor:
+    """The same as floats 0..1."""
+    return torch.from_numpy(values.astype(np.float32) / 255.0)
