@@ -27,7 +27,7 @@ from ..errors import (
     is_host_oom,
 )
 from ..files import atomic_write
-from .lock import try_lock
+from .lock import FileLock, try_lock
 
 if TYPE_CHECKING:
     import torch
@@ -428,13 +428,9 @@ def _remove(folder: Path) -> bool:
         lock = try_lock(folder / LOCK)
         if lock is None:
             return False
-        with lock:
-            remove_own_files(folder)
-            if sys.platform != "win32":  # see ``remove_lock``
-                (folder / LOCK).unlink()
+        remove_journal(folder, lock)
     except OSError:  # also where another run is removing it
         return False
-    remove_lock(folder)
     return True
 
 
@@ -447,12 +443,17 @@ def journal_bytes(folder: Path) -> int:
     return total
 
 
-def remove_lock(folder: Path) -> None:
-    """Remove the lock of a journal that has nothing else left, and the folder; raises no OSError.
+def remove_journal(folder: Path, lock: FileLock) -> None:
+    """Remove what a journal wrote, its ``lock``, which is freed, and the folder if nothing is left.
 
-    Where open files can be removed, the lock's holder has removed it already: once it is free,
-    another run may hold it.
+    The lock goes last, so that no other run takes the folder up half removed; where open files can
+    be removed, while it is held: once it is free, another run may hold it. Raises OSError where
+    something cannot be removed but the lock and the folder.
     """
+    with lock:
+        remove_own_files(folder)
+        if sys.platform != "win32":
+            (folder / LOCK).unlink(missing_ok=True)
     with contextlib.suppress(OSError):
         if sys.platform == "win32":
             (folder / LOCK).unlink(missing_ok=True)

@@ -106,8 +106,6 @@ def _content(value: Any, name: str) -> str:
     if kind == "torch" and type(value).__name__ in ("dtype", "device"):
         return str(value)
     if kind == "torch" and hasattr(value, "untyped_storage"):
-        import torch
-
         flat = value.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8)
         data, meaning = flat.numpy(), f"{value.dtype} {tuple(value.shape)}"
     elif kind == "numpy" and hasattr(value, "shape"):

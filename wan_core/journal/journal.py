@@ -29,7 +29,6 @@ import os
 import platform
 import secrets
 import shutil
-import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -54,7 +53,7 @@ from .disk import (
     read_identity,
     read_record,
     read_state,
-    remove_lock,
+    remove_journal,
     remove_own_files,
     restore_scheduler,
     scheduler_state,
@@ -329,13 +328,8 @@ class Journal:
             if owner not in (None, self._owner, self._owner_before):
                 self.close()  # another run goes on with it
                 return
-            # The lock goes last, so that no other process takes the folder up half removed. Windows
-            # does not delete open files, so there it has to be closed first.
-            remove_own_files(self.folder)
-            if sys.platform != "win32":
-                (self.folder / LOCK).unlink(missing_ok=True)
-            self.close()
-            remove_lock(self.folder)
+            lock, self._lock = self._lock, None
+            remove_journal(self.folder, lock)
             self.root.rmdir()
 
     def close(self) -> None:

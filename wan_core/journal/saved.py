@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import platform
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,8 +23,7 @@ from .disk import (
     is_there,
     journals,
     read_record,
-    remove_lock,
-    remove_own_files,
+    remove_journal,
     state_head,
 )
 from .lock import try_lock
@@ -82,15 +80,11 @@ def remove_saved(root: Path, key: str) -> int:
             raise InvalidRequest(
                 "A render is at it now. Interrupt that first, or wait for its end.", field="id"
             )
-        with lock:
-            remove_own_files(folder)
-            if sys.platform != "win32":  # see ``remove_lock``
-                (folder / LOCK).unlink(missing_ok=True)
+        remove_journal(folder, lock)
     except OSError as err:
         raise OutputError(
             f"The saved render cannot be removed: {err.strerror}. Remove {str(folder)!r} by hand."
         ) from err
-    remove_lock(folder)
     return nbytes
 
 
