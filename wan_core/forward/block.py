@@ -172,10 +172,6 @@ def run_block(
     return hidden
 
 
-def _by_heads(states: Tensor, heads: int) -> Tensor:
-    return torch.unflatten(states, 2, (heads, -1))
-
-
 def attend_by(
     processor: Any, query: Tensor, key: Tensor, value: Tensor, options: LeanOptions
 ) -> Tensor:
@@ -199,7 +195,7 @@ def _attend(
     attn: Any, query: Tensor, key: Tensor, value: Tensor, heads: int, options: LeanOptions
 ) -> Tensor:
     """Attend as the block's processor does; all are (B, n, heads * d)."""
-    q, k, v = (_by_heads(x, heads) for x in (query, key, value))
+    q, k, v = (torch.unflatten(x, 2, (heads, -1)) for x in (query, key, value))
     return attend_by(attn.processor, q, k, v, options).flatten(2, 3)
 
 
@@ -415,15 +411,8 @@ def _self_attention_by_heads(
     del key, values
     if cut is not None:
         query = cut.to_tokens(query)
-    _add_projected(attn, query, hidden, modulation, coded)
-
-
-def _add_projected(
-    attn: Any, output: Tensor, hidden: Tensor, modulation: Modulation, coded: bool
-) -> None:
-    """Project the attention ``output`` span by span and add it, gated, to the hidden states."""
     for span in modulation.spans:
-        out = _project_out(attn, [output[:, span[0]]], coded)
+        out = _project_out(attn, [query[:, span[0]]], coded)
         modulation.add_gated(hidden, out, 2, span)
         del out
 
@@ -454,7 +443,10 @@ def _self_attention_beside(
         value[:, span[0]] = layers.project(2, last=True)
     beside.attend(attn, query, key, value, options)
     del key, value
-    _add_projected(attn, query, hidden, modulation, coded)
+    for span in modulation.spans:
+        out = _project_out(attn, [query[:, span[0]]], coded)
+        modulation.add_gated(hidden, out, 2, span)
+        del out
 
 
 def _value_of_heads(block: Any, hidden: Tensor, modulation: Modulation, lanes: slice) -> Tensor:
