@@ -134,6 +134,8 @@ _BLOCK: Final = {
     "cross_attn.v_img": "attn2.add_v_proj",
     "cross_attn.norm_k_img": "attn2.norm_added_k",
 }
+_ORIGINAL: Final = {new: old for old, new in _TRANSFORMER.items()}
+_ORIGINAL_BLOCK: Final = {new: old for old, new in _BLOCK.items()}
 _FACE: Final = {"q_norm": "norm_q", "k_norm": "norm_k", "linear1_q": "to_q", "linear2": "to_out"}
 _IN_BLOCK: Final = re.compile(r"((?:vace_)?blocks\.\d+)\.(.+)")
 _IN_FACE: Final = re.compile(r"face_adapter\.fuser_blocks\.(\d+)\.(.+)")
@@ -158,6 +160,14 @@ def _original_transformer(name: str) -> list[tuple[str, Source]]:
     if motion:
         return [(_motion_name(int(motion[1]), motion[2]), Source(name))]
     return [(_renamed(name, _TRANSFORMER), Source(name))]
+
+
+def original_name(name: str) -> str:
+    """Return the official name of a transformer's parameter; for those of faces, see ``faces``."""
+    block = _IN_BLOCK.fullmatch(name)
+    if block:
+        return f"{block[1]}.{_renamed(block[2], _ORIGINAL_BLOCK)}"
+    return _renamed(name, _ORIGINAL)
 
 
 def _motion_name(index: int, rest: str) -> str:

@@ -17,7 +17,7 @@ from typing import Final
 
 from ..errors import CorruptFile
 from .faces import face_tensors
-from .names import map_names
+from .names import map_names, original_name
 from .variants import (
     LATENTS_MEAN_21,
     LATENTS_MEAN_22,
@@ -33,53 +33,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 HEAD_DIM: Final = 128
 """Width of one attention head in every published Wan transformer."""
 
-_NAMES: Final[Mapping[str, Mapping[str, str]]] = {
-    "diffusers": {
-        "head": "proj_out.bias",
-        "ffn": "blocks.0.ffn.net.0.proj.bias",
-        "text": "condition_embedder.text_embedder.linear_1.weight",
-        "time": "condition_embedder.time_embedder.linear_1.weight",
-        "image": "condition_embedder.image_embedder.norm1.weight",
-        "positions": "condition_embedder.image_embedder.pos_embed",
-        "image_key": "blocks.0.attn2.add_k_proj.weight",
-    },
-    "original": {
-        "head": "head.head.bias",
-        "ffn": "blocks.0.ffn.0.bias",
-        "text": "text_embedding.0.weight",
-        "time": "time_embedding.0.weight",
-        "image": "img_emb.proj.0.weight",
-        "positions": "img_emb.emb_pos",
-        "image_key": "blocks.0.cross_attn.k_img.weight",
-    },
-}
-
-# diffusers name of a linear or norm layer -> its original name; _BLOCK holds those of every block.
-_BLOCK: Final = {
-    "attn1.to_q": "self_attn.q", "attn1.to_k": "self_attn.k", "attn1.to_v": "self_attn.v",
-    "attn1.to_out.0": "self_attn.o", "attn2.to_q": "cross_attn.q", "attn2.to_k": "cross_attn.k",
-    "attn2.to_v": "cross_attn.v", "attn2.to_out.0": "cross_attn.o", "norm2": "norm3",
-    "ffn.net.0.proj": "ffn.0", "ffn.net.2": "ffn.2",
-}  # fmt: skip
-_TOP: Final = {
-    "patch_embedding": "patch_embedding",
-    "condition_embedder.time_embedder.linear_1": "time_embedding.0",
-    "condition_embedder.time_embedder.linear_2": "time_embedding.2",
-    "condition_embedder.time_proj": "time_projection.1",
-    "condition_embedder.text_embedder.linear_1": "text_embedding.0",
-    "condition_embedder.text_embedder.linear_2": "text_embedding.2",
-    "condition_embedder.image_embedder.norm1": "img_emb.proj.0",
-    "condition_embedder.image_embedder.ff.net.0.proj": "img_emb.proj.1",
-    "condition_embedder.image_embedder.ff.net.2": "img_emb.proj.3",
-    "condition_embedder.image_embedder.norm2": "img_emb.proj.4",
-    "proj_out": "head.head",
-    "vace_patch_embedding": "vace_patch_embedding",
-    "pose_patch_embedding": "pose_patch_embedding",
-    "ref_conv": "ref_conv",
-    "control_adapter.conv": "control_adapter.conv",
-    "control_adapter.residual_blocks.0.conv1": "control_adapter.residual_blocks.0.conv1",
-    "control_adapter.residual_blocks.0.conv2": "control_adapter.residual_blocks.0.conv2",
-}
+_PROJECTIONS: Final = ("q", "k", "v", "out.0")
 UNSHUFFLED: Final = 8
 """Fun Camera folds squares of 8 x 8 pixels into channels (``SimpleAdapter`` of VideoX-Fun)."""
 
@@ -91,7 +45,18 @@ def read_transformer(shapes: Shapes, layout: str) -> TransformerShape:
     say how the width divides into heads: heads of 128 are assumed if that divides the width, else
     ``heads_known`` is False.
     """
-    names = _NAMES[layout]
+    image_embedder = "condition_embedder.image_embedder."
+    names = {
+        "head": "proj_out.bias",
+        "ffn": "blocks.0.ffn.net.0.proj.bias",
+        "text": "condition_embedder.text_embedder.linear_1.weight",
+        "time": "condition_embedder.time_embedder.linear_1.weight",
+        "image": image_embedder + "norm1.weight",
+        "positions": image_embedder + "pos_embed",
+        "image_key": "blocks.0.attn2.add_k_proj.weight",
+    }
+    if layout == "original":
+        names = {what: original_name(name) for what, name in names.items()}
     dim = _size(shapes, "patch_embedding.bias", 0)
     patch = _size(shapes, names["head"], 0)
     # From the element count and not from an axis: some GGUF writers flatten the 5-D weight.
@@ -214,29 +179,33 @@ def transformer_tensors(shape: TransformerShape, layout: str) -> dict[str, tuple
     linear |= _control(shape)
     if shape.animate == 1:
         linear["pose_patch_embedding"] = (dim, shape.out_channels, *shape.patch_size)
-    tensors: dict[str, tuple[int, ...]] = {}
-    original = layout == "original"
-    for name, size in linear.items():
-        base = _TOP[name] if original else name
-        tensors[base + ".weight"], tensors[base + ".bias"] = size, size[:1]
-    tensors["head.modulation" if original else "scale_shift_table"] = (1, 2, dim)
+    top = _with_biases(linear) | {"scale_shift_table": (1, 2, dim)}
     if shape.pos_embed_seq_len is not None and shape.image_dim is not None:
-        positions = _NAMES[layout]["positions"]
-        tensors[positions] = (1, shape.pos_embed_seq_len, shape.image_dim)
+        positions = (1, shape.pos_embed_seq_len, shape.image_dim)
+        top["condition_embedder.image_embedder.pos_embed"] = positions
+    block, after, before = (
+        _block(shape), _with_biases({"proj_out": (dim, dim)}), _with_biases({"proj_in": (dim, dim)})
+    )  # fmt: skip
+    if layout == "original":
+        top = {original_name(name): size for name, size in top.items()}
+        block, after, before = map(_original_block, (block, after, before))
+    tensors = top
     for index in range(shape.layers):
-        tensors.update(_block(f"blocks.{index}.", shape, original))
+        tensors |= {f"blocks.{index}.{name}": size for name, size in block.items()}
     for index in range(len(shape.vace_layers)):
-        block = f"vace_blocks.{index}."
-        tensors.update(_block(block, shape, original))
-        projections = ["after_proj" if original else "proj_out"]
-        if index == 0:
-            projections.append("before_proj" if original else "proj_in")
-        for name in projections:
-            tensors[block + name + ".weight"] = (dim, dim)
-            tensors[block + name + ".bias"] = (dim,)
+        own = block | after | (before if index == 0 else {})
+        tensors |= {f"vace_blocks.{index}.{name}": size for name, size in own.items()}
     if shape.face is not None:
         tensors |= face_tensors(shape.face, dim, shape.head_dim, layout)
     return tensors
+
+
+def _with_biases(layers: Shapes) -> dict[str, tuple[int, ...]]:
+    """Return the weights and biases of layers, given by the shapes of their weights."""
+    out: dict[str, tuple[int, ...]] = {}
+    for name, size in layers.items():
+        out[name + ".weight"], out[name + ".bias"] = size, size[:1]
+    return out
 
 
 def _control(shape: TransformerShape) -> dict[str, tuple[int, ...]]:
@@ -252,27 +221,26 @@ def _control(shape: TransformerShape) -> dict[str, tuple[int, ...]]:
     return out
 
 
-def _block(prefix: str, shape: TransformerShape, original: bool) -> dict[str, tuple[int, ...]]:
+def _block(shape: TransformerShape) -> dict[str, tuple[int, ...]]:
+    """Return the tensors of one block, by diffusers' names within it."""
     dim, ffn = shape.dim, shape.ffn_dim
-    sizes = {"ffn.net.0.proj": (ffn, dim), "ffn.net.2": (dim, ffn), "norm2": (dim,)}
-    out: dict[str, tuple[int, ...]] = {}
-    for name, old in _BLOCK.items():
-        size: tuple[int, ...] = sizes.get(name, (dim, dim))
-        base = prefix + (old if original else name)
-        out[base + ".weight"], out[base + ".bias"] = size, size[:1]
-    out[prefix + ("modulation" if original else "scale_shift_table")] = (1, 6, dim)
-    attentions = ("self_attn", "cross_attn") if original else ("attn1", "attn2")
-    for attention in attentions:
-        for norm in ("norm_q", "norm_k"):
-            out[f"{prefix}{attention}.{norm}.weight"] = (dim,)
+    attentions = [f"{attn}.to_{part}" for attn in ("attn1", "attn2") for part in _PROJECTIONS]
+    out = _with_biases(dict.fromkeys(attentions, (dim, dim)))
+    out |= _with_biases({"norm2": (dim,), "ffn.net.0.proj": (ffn, dim), "ffn.net.2": (dim, ffn)})
+    out["scale_shift_table"] = (1, 6, dim)
+    norms = [f"{attn}.norm_{part}.weight" for attn in ("attn1", "attn2") for part in "qk"]
+    out |= dict.fromkeys(norms, (dim,))
     if shape.added_kv_dim is not None:
-        cross = prefix + attentions[1] + "."
-        pair = ("k_img", "v_img") if original else ("add_k_proj", "add_v_proj")
-        for name in pair:
-            out[f"{cross}{name}.weight"] = (dim, shape.added_kv_dim)
-            out[f"{cross}{name}.bias"] = (dim,)
-        out[cross + ("norm_k_img" if original else "norm_added_k") + ".weight"] = (dim,)
+        added = (dim, shape.added_kv_dim)
+        out |= _with_biases({"attn2.add_k_proj": added, "attn2.add_v_proj": added})
+        out["attn2.norm_added_k.weight"] = (dim,)
     return out
+
+
+def _original_block(tensors: Shapes) -> dict[str, tuple[int, ...]]:
+    """Return a block's tensors by their official names."""
+    start = "blocks.0."
+    return {original_name(start + name).removeprefix(start): size for name, size in tensors.items()}
 
 
 _VAE_NAMES: Final[Mapping[str, Mapping[str, str]]] = {
