@@ -380,18 +380,11 @@ def _check_shapes(
     for name, shape in expected.items():
         found = shapes.get(name)
         # Equal element counts suffice: GGUF writers may flatten a weight of five dimensions.
-        if found is not None and found != shape and _volume(found) != _volume(shape):
+        if found is not None and found != shape and math.prod(found) != math.prod(shape):
             raise CorruptFile(
                 f"Tensor {name!r} of {str(path)!r} has shape {list(found)}; its other tensors "
                 f"call for {list(shape)}. The file is damaged or mixed. Download it again."
             )
-
-
-def _volume(shape: tuple[int, ...]) -> int:
-    total = 1
-    for size in shape:
-        total *= size
-    return total
 
 
 def _vae(file: _Own) -> IdentifiedFile:
