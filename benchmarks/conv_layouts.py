@@ -173,6 +173,13 @@ def summary(rows: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
+def as_json(device: str, packages: dict[str, str], rows: list[dict[str, Any]]) -> str:
+    """Return the result as JSON, with a line for each row."""
+    head = json.dumps({"device": device, "versions": packages})[:-1]
+    lines = ",\n".join(json.dumps(row) for row in rows)
+    return f'{head}, "rows": [\n{lines}\n]}}\n'
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results")
@@ -186,8 +193,7 @@ def main(arguments: list[str] | None = None) -> int:
     short = re.search(r"[A-Z]{1,3}\d{2,4}", name)
     target = given.output / f"conv_layouts_{short.group().lower() if short else name.lower()}"
     given.output.mkdir(parents=True, exist_ok=True)
-    found = {"device": name, "versions": versions(), "rows": rows}
-    target.with_suffix(".json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    target.with_suffix(".json").write_text(as_json(name, versions(), rows), encoding="utf-8")
     told = ", ".join(f"{key} {text}" for key, text in versions().items())
     lines = [
         "# Convolutions of the VAEs with channels first and last", "",
