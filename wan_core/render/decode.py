@@ -68,8 +68,8 @@ class Decoding:
         """
         chunk = self.pending
         if self.leaving is not None:
-            pictures, well = self.leaving.arrived()
-            if not well:
+            pictures, finite = self.leaving.arrived()
+            if not finite:
                 if chunk is not None:
                     self.decoder.take_back(chunk)
                 self.decoder.take_back(pictures.permute(0, 4, 1, 2, 3))

@@ -263,10 +263,10 @@ class Render:
             # Segments may differ in length, and their steps in time.
             self.stages.timeline.work_on(len(segments.frames(state.segment)))
             self.stages.callbacks.call(self.config.chunk_callback, state.segment, len(segments))
-            told = segments.conditions_of(state.segment)
+            conditions = segments.conditions_of(state.segment)
             signals = self._signals(state, steps, scheduler, journal, len(segments))
-            self._denoise(state, told, scheduler, steps, signals)
-            segments.finish(state, told)
+            self._denoise(state, conditions, scheduler, steps, signals)
+            segments.finish(state, conditions)
             # Each segment has a new scheduler, because the solver remembers the last one's steps.
             if state.segment + 1 == len(segments):
                 return segments.clip

@@ -303,14 +303,16 @@ def denoise_steps(
                 steps=steps,
                 dtype=expert.dtype,
             )
-        whole = windows is None or windows.count == 1
-        with _forget_on_error(state) if whole else nullcontext():
+        parts = None
+        if windows is not None and windows.count > 1:
+            parts = _windows_of_step(state, i, windows)
+        # Of several windows, each forgets by itself.
+        with _forget_on_error(state) if parts is None else nullcontext():
             # 1. Predict the velocity: of the whole clip at once, or window by window.
             timestep = scheduler.timesteps[i]
-            if windows is None or windows.count == 1:
+            if parts is None:
                 velocity = _whole(state, timestep, expert, conditions, windows, signals, step)
             else:
-                parts = _windows_of_step(state, i, windows)
                 velocity = predict_windows(
                     state, timestep, expert, conditions, parts, signals, anchor=anchor, step=step
                 )

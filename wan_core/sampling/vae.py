@@ -187,9 +187,9 @@ class Leaving:
     def __init__(self, chunk: Tensor, *, whole_bytes: bool) -> None:
         """``chunk`` and ``whole_bytes`` are those of ``to_pictures``."""
         half = chunk.dtype == torch.float16
-        well = torch.isfinite(chunk).all() if half else torch.ones((), dtype=torch.bool)
+        finite = torch.isfinite(chunk).all() if half else torch.ones((), dtype=torch.bool)
         self._pictures = _on_host(to_pictures(chunk, whole_bytes=whole_bytes))
-        self._well = _on_host(well)
+        self._finite = _on_host(finite)
         self._done: Any = None
         if chunk.is_cuda:
             self._done = torch.cuda.current_stream(chunk.device).record_event()
@@ -198,7 +198,7 @@ class Leaving:
         """Wait for the pictures (B, f, H, W, 3); return them and whether all is finite."""
         if self._done is not None:
             self._done.synchronize()
-        return self._pictures, bool(self._well)
+        return self._pictures, bool(self._finite)
 
 
 def _on_host(there: Tensor) -> Tensor:
