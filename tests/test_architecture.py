@@ -279,7 +279,14 @@ def test_every_module_is_in_the_picture() -> None:
 def test_planning_works_where_torch_cannot_be_imported() -> None:
     """Blocking the heavy packages outright is stronger than reading the syntax."""
     rooms = [n for n in house() if package_of(n) in TORCH_FREE or n in GROUND]
-    rooms += ["loading", "journal", "workers", "render", "serve"]  # faces that resolve lazily
+    rooms += [
+        "loading",
+        "forward",
+        "journal",
+        "workers",
+        "render",
+        "serve",
+    ]  # faces that resolve lazily
     code = (
         "import sys\n"
         f"for name in {sorted(HEAVY | COMFY)!r}: sys.modules[name] = None\n"
