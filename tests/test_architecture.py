@@ -28,6 +28,8 @@ WITH_TORCH = (
     "loading", "kernels", "forward", "decoding", "placing", "loras", "sampling", "journal",
     "workers", "render", "serve",
 )  # fmt: skip
+LAZY = ("loading", "forward", "journal", "workers", "render", "serve")
+"""Those whose faces import a name when it is asked for: something else needs none of torch."""
 FLOORS = (*TORCH_FREE, *WITH_TORCH)
 """From the ground up: a package imports only from those before it."""
 ROOF = ("__init__", "__main__", "arguments", "load", "generate")
@@ -279,14 +281,7 @@ def test_every_module_is_in_the_picture() -> None:
 def test_planning_works_where_torch_cannot_be_imported() -> None:
     """Blocking the heavy packages outright is stronger than reading the syntax."""
     rooms = [n for n in house() if package_of(n) in TORCH_FREE or n in GROUND]
-    rooms += [
-        "loading",
-        "forward",
-        "journal",
-        "workers",
-        "render",
-        "serve",
-    ]  # faces that resolve lazily
+    rooms += LAZY
     code = (
         "import sys\n"
         f"for name in {sorted(HEAVY | COMFY)!r}: sys.modules[name] = None\n"
