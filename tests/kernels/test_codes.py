@@ -21,8 +21,8 @@ from support.lean_models import inputs_of
 from support.true_models import transformer
 from torch import Tensor, nn
 
+from wan_core.forward import block as lean_block
 from wan_core.forward import lean_forward
-from wan_core.forward import transformer as transformer_module
 from wan_core.kernels import Modulation, TimestepRuns, codes, modulation, products, rotary
 from wan_core.kernels.fused import Fused
 from wan_core.kernels.trials import Trials
@@ -58,7 +58,7 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[Kernels]:
         monkeypatch.setattr(module, "triton_kernels", lambda: made)
     monkeypatch.setattr(codes, "_trials", Trials("norms"))
     monkeypatch.setattr(products, "_scales_rows", lambda device: True)
-    monkeypatch.setattr(transformer_module, "fused_for", lambda *_: ALL)
+    monkeypatch.setattr(lean_block, "fused_for", lambda *_: ALL)
     monkeypatch.setattr(products, "product_for", lambda layer, dtype: product_of(layer, dtype))
     with torch.no_grad():
         yield made

@@ -17,8 +17,8 @@ from support.lean_models import inputs_of, model_of
 from support.tiny_models import FAMILIES
 from torch import Tensor, nn
 
+from wan_core.forward import block as lean_block
 from wan_core.forward import lean_forward
-from wan_core.forward import transformer as transformer_module
 from wan_core.kernels import fused, fused_trial, modulation, rotary
 from wan_core.kernels.fused import NOTHING, Fused
 from wan_core.kernels.fused_trial import fused_for
@@ -64,7 +64,7 @@ def test_the_block_asks_kernels_for_what_diffusers_computes(
 ) -> None:
     model, kernels = model_of(family, dtype), Kernels()
     use(monkeypatch, kernels)
-    monkeypatch.setattr(transformer_module, "fused_for", lambda *_: ALL)
+    monkeypatch.setattr(lean_block, "fused_for", lambda *_: ALL)
     for batch in (1, 2):
         call = inputs_of(model, dtype, batch)
         expected = model(**call)[0]
@@ -87,7 +87,7 @@ def test_one_timestep_for_each_token(monkeypatch: pytest.MonkeyPatch) -> None:
         asked.append(per_token)
         return ALL
 
-    monkeypatch.setattr(transformer_module, "fused_for", all_fused)
+    monkeypatch.setattr(lean_block, "fused_for", all_fused)
     call = inputs_of(model, torch.bfloat16)
     call["timestep"] = torch.arange(call["timestep"].numel())[None] * 3.5
     expected = model(**call)[0]
@@ -103,7 +103,7 @@ def test_products_by_rows_use_them_too(monkeypatch: pytest.MonkeyPatch) -> None:
     with lean_forward(model, exact=False, rows=16):
         expected = model(**call)[0]
         use(monkeypatch, kernels)
-        monkeypatch.setattr(transformer_module, "fused_for", lambda *_: ALL)
+        monkeypatch.setattr(lean_block, "fused_for", lambda *_: ALL)
         assert torch.equal(model(**call)[0], expected)
     assert set(kernels.calls) == {"norm", "add", "rotate", "norm heads"}
 
@@ -123,7 +123,7 @@ def test_a_norm_with_a_hook_is_called(change: Any, monkeypatch: pytest.MonkeyPat
     """It may bring the weights first, or change what comes out."""
     model, kernels = model_of("wan2.1-t2v", torch.float32), Kernels()
     use(monkeypatch, kernels)
-    monkeypatch.setattr(transformer_module, "fused_for", lambda *_: ALL)
+    monkeypatch.setattr(lean_block, "fused_for", lambda *_: ALL)
     call = inputs_of(model, torch.float32)
     expected = model(**call)[0]
     for block in model.blocks:
