@@ -53,7 +53,7 @@ from ..plan import (
     for_all_cards,
 )
 from ..preferences import Preferences
-from ..workers import close_workers, when_joined
+from ..workers import close_workers, give_back_workers, when_joined
 from .diffusers_pipeline import check_diffusers
 from .render import Render
 from .report import Callbacks, Forecast, Timeline, device_bytes, format_report, workload_of
@@ -296,6 +296,7 @@ class WanPipelineWrapper:
             with trials_of_a_render(result.warnings):
                 render.run()
         finally:
+            give_back_workers(render.stages)
             # Page-locked memory cannot be swapped out, and other programs need it between renders.
             unpin()
         self._learn(plan, render.stages, before)

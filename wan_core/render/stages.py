@@ -39,7 +39,7 @@ from ..models import ModelArchitecture, part_bytes, ram_bytes, stays_in_file
 from ..placing import Ahead, do_ahead, files_ahead, pin_ahead, pin_budget
 from ..plan import OptimizationPlan
 from ..sampling import OutOfRange
-from ..workers import Weights, WorkerPool, close_workers, placed, worker_pool
+from ..workers import Weights, WorkerPool, give_back_workers, placed, worker_pool
 from .report import (
     Callbacks,
     Timeline,
@@ -287,7 +287,7 @@ class StageRunner:
     def workers(self) -> WorkerPool:
         """Return the processes that the plan wants, the same ones to the end of the render."""
         if self._pool is None:
-            self._pool = worker_pool(self.plan.workers, self.plan.gang)
+            self._pool = worker_pool(self.plan.workers, self.plan.gang, self)
             self._pool.begin(self.callbacks.loaded)
         return self._pool
 
@@ -479,7 +479,7 @@ class StageRunner:
 
     def _go_alone(self, lost: NoWorkers) -> None:
         """Go on in this process: no worker is left. Must not be called inside an except block."""
-        close_workers()
+        give_back_workers(self, keep=False)
         self._pool = None
         gc.collect()
         alone = self.plan_alone(self.plan, lost)

@@ -15,7 +15,15 @@ from typing import TYPE_CHECKING
 from ..lazy import lazy_names
 
 if TYPE_CHECKING:
-    from .kept import Experts, close_workers, hold_cards, join_card, when_joined, worker_pool
+    from .kept import (
+        Experts,
+        close_workers,
+        give_back_workers,
+        hold_cards,
+        join_card,
+        when_joined,
+        worker_pool,
+    )
     from .placement import placed
     from .pool import WorkerPool
     from .strips import StripsDecoder, StripsLost
@@ -27,6 +35,7 @@ __getattr__ = lazy_names(
         "kept": (
             "Experts",
             "close_workers",
+            "give_back_workers",
             "hold_cards",
             "join_card",
             "when_joined",
@@ -46,6 +55,7 @@ __all__ = [
     "Weights",
     "WorkerPool",
     "close_workers",
+    "give_back_workers",
     "hold_cards",
     "join_card",
     "placed",

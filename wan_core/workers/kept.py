@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -37,6 +38,8 @@ class Experts:
 
 
 _pools: list[WorkerPool] = []
+_lock = threading.RLock()
+"""For ``_pools``, and whose they are."""
 _held: list[str] = []
 """One list for this process and its pools: what is taken out counts at once."""
 
@@ -67,25 +70,56 @@ def when_joined(cards: tuple[Card, ...]) -> tuple[Card, ...]:
     )
 
 
-def worker_pool(devices: Sequence[str], gang: int = 1) -> WorkerPool:
+def worker_pool(devices: Sequence[str], gang: int = 1, user: object | None = None) -> WorkerPool:
     """Return this process's workers on ``devices``, started if they are not there.
 
-    They stay for the next render until ``close_workers`` or other devices are asked for.
+    They are ``user``'s until it gives them back: a render beside it, in another thread or in one of
+    its callbacks, gets others. They stay for the next one until other devices are asked for.
     """
     wanted = tuple(devices), gang
-    found = next((p for p in _pools if (p.devices, p.gang) == wanted and p.usable), None)
-    if found is None:
-        close_workers()
-        found = WorkerPool(devices, gang)
-        _pools.append(found)
-    found.held = _held
-    return found
+    with _lock:
+        idle = [p for p in _pools if p.user is None]
+        found = next((p for p in idle if (p.devices, p.gang) == wanted and p.usable), None)
+        if found is None:
+            _close(idle)
+            found = WorkerPool(devices, gang)
+            _pools.append(found)
+        found.user = user
+        found.held = _held
+        return found
+
+
+def give_back_workers(user: object, *, keep: bool = True) -> None:
+    """Let the next render have the workers of ``user``; those that were kept before are ended.
+
+    So are its own without ``keep``.
+    """
+    with _lock:
+        given = [pool for pool in _pools if pool.user is user]
+        others = [pool for pool in _pools if pool.user is None]
+        for pool in given:
+            pool.user = None
+        unwanted = [pool for pool in given if not (keep and pool.wanted)]
+        _close([*unwanted, *(others if len(given) > len(unwanted) else ())])
 
 
 def close_workers() -> None:
-    """End all workers of this process."""
+    """End all workers of this process; those that a render has, when it gives them back."""
+    with _lock:
+        for pool in _pools:
+            pool.wanted = False
+        _close([pool for pool in _pools if pool.user is None])
+
+
+def _close(pools: Sequence[WorkerPool]) -> None:
+    for pool in pools:
+        _pools.remove(pool)
+        pool.close()
+
+
+def _close_all() -> None:
     while _pools:
         _pools.pop().close()
 
 
-atexit.register(close_workers)
+atexit.register(_close_all)

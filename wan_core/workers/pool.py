@@ -55,6 +55,9 @@ class WorkerPool:
         """What happened to workers, in words, for the result's warnings."""
         self.loaded: Loaded = lambda *_: None
         self.quiet_seconds = quiet_seconds
+        self.user: object | None = None
+        """The render that has them, and whether they may be kept after it."""
+        self.wanted = True
         self.held: list[str] = []
         """Cards that another program still uses; their workers get nothing until they are out."""
         self._cuts, self._chosen = Cuts(CardRecords()), Chosen()
