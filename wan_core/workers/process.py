@@ -199,7 +199,8 @@ class WorkerProcess:
 def environment(device: str, given: Mapping[str, str]) -> dict[str, str]:
     """Return the environment of a worker: the driver's, with one card in sight.
 
-    ``device`` is the driver's name of it, counted among the cards that the driver sees.
+    ``device`` is the driver's name of it, counted among the cards that the driver sees. Raises
+    OSError where the variable that says which these are has been changed, and does not name it.
     """
     given = child_environment(given)
     # What the processes of a gang listen on is not to be reached from elsewhere.
@@ -213,5 +214,7 @@ def environment(device: str, given: Mapping[str, str]) -> dict[str, str]:
     # Where two are set, the first limits what the second counts.
     name = next((one for one in names if given.get(one)), names[-1])
     seen = given.get(name, "")
-    card = seen.split(",")[index].strip() if seen else str(index)
-    return {**given, name: card}
+    cards = seen.split(",") if seen else [str(n) for n in range(index + 1)]
+    if index >= len(cards):
+        raise OSError(f"{name} is {seen!r}, without a card {index}: torch was started with another")
+    return {**given, name: cards[index].strip()}
