@@ -88,8 +88,9 @@ class ThreadWorker:
             self._told(self, None)
 
     def _answer(self, header: Mapping[str, Any], tensors: Any = None) -> None:
-        if not self.dead.is_set():
-            self._told(self, _through_bytes(header, tensors))
+        if self.dead.is_set():
+            raise Killed
+        self._told(self, _through_bytes(header, tensors))
 
     def send(self, header: Mapping[str, Any], tensors: Mapping[str, Tensor] | None = None) -> None:
         message = _through_bytes(header, tensors)

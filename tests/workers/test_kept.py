@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import threading
 from pathlib import Path
@@ -60,6 +61,32 @@ def test_a_render_has_its_workers_to_its_end_whatever_others_do(
         assert not any(pool.closed for pool in mine.values())
         assert len([pool for pool in kept._pools if pool.user is None]) <= 1
     assert not any(pool.closed for pool in kept._pools)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no process can be forked here")
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_process_that_is_forked_off_leaves_the_workers_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As servers do that load before they fork; what is registered for the end runs in each."""
+    close_workers()
+    heard, said = os.pipe()
+    monkeypatch.setattr(kept, "WorkerPool", Pool)
+    monkeypatch.setattr(Pool, "close", lambda _: os.write(said, b"closed"))
+    pool = worker_pool(("cpu", "cpu"))
+    child = os.fork()
+    if not child:
+        kept._close_all()
+        os._exit(len(kept._pools))
+    assert os.waitpid(child, 0)[1] == 0
+    os.set_blocking(heard, False)
+    with pytest.raises(BlockingIOError):
+        os.read(heard, 1)
+    assert worker_pool(("cpu", "cpu")) is pool
+    close_workers()
+    assert os.read(heard, 9) == b"closed"
+    os.close(heard)
+    os.close(said)
 
 
 @pytest.fixture(scope="module")

@@ -236,11 +236,12 @@ def test_one_process_goes_on_where_all_workers_have_ended(
     path = folder("wan2.1-t2v")
     whole, steps = latents(path, SHORT), list[int]()
     threads.trouble, threads.last = fate, last
+    pool = worker_pool(("cpu", "cpu"))
 
     def told_step(step: int, *_: Any) -> None:
         steps.append(step)
         if step == 1 and fate.left == 0:
-            worker_pool(("cpu", "cpu"))._restarts = 0
+            pool._restarts = 0
 
     config = GenerationConfig(**SHORT, progress_callback=told_step)
     found = open_wan(path, devices=2).generate(config)

@@ -303,8 +303,10 @@ class Worker:
                     number, name = self._chosen.get(timeout=_BEAT_SECONDS)
                     if number == self._asked:
                         return name
-                if self._together is None:  # the others of a gang do not look for an interrupt now
+                if self._together is None:
                     self.check()
+                else:  # the others of its gang do not look for an interrupt now
+                    self._answer({"type": "beat"})
         except Cancelled:
             self._answer({"type": "chose", "what": what, "name": None})
             raise

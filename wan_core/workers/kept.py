@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import os
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -123,3 +124,6 @@ def _close_all() -> None:
 
 
 atexit.register(_close_all)
+if hasattr(os, "register_at_fork"):
+    # A process that is forked off would end those of its parent when it ends.
+    os.register_at_fork(after_in_child=_pools.clear)
