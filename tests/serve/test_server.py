@@ -864,10 +864,15 @@ def test_200_clients_and_restarts_lose_no_job(model: Path, tmp_path: Path) -> No
             assert video["status"] == "completed" and video["tries"] == 1, video
         step = int(client.settled(first)["resumed"].split()[2])
         assert step >= saved >= 1, f"it began again at step {step}, and {saved} were saved"
-        clip = client.ask("GET", f"/v1/videos/{first}/content")[1]
-        (tmp_path / "served.mp4").write_bytes(clip)
+        for id in (first, *keep):
+            clip = client.ask("GET", f"/v1/videos/{id}/content")[1]
+            (tmp_path / f"{id}.mp4").write_bytes(clip)
     finally:
         server.kill()
-    config = GenerationConfig(prompt="first", seed=7, output_path=tmp_path / "a.mp4", **long)
-    open_wan(model, precision="auto").generate(config).raise_for_error()
-    assert (read(tmp_path / "a.mp4")[0] == read(tmp_path / "served.mp4")[0]).all()
+    asked: dict[str, Any] = {first: {"prompt": "first", "seed": 7, **long}}
+    for id in keep:  # each under its own id
+        asked[id] = {"prompt": accepted[id], "seed": int(accepted[id].split()[1]), **TINY}
+    for id, values in asked.items():
+        config = GenerationConfig(**values, output_path=tmp_path / "a.mp4")
+        open_wan(model, precision="auto").generate(config).raise_for_error()
+        assert (read(tmp_path / "a.mp4")[0] == read(tmp_path / f"{id}.mp4")[0]).all(), values
