@@ -40,7 +40,10 @@ def failed(error: WanError, wired: Wired | None = None) -> dict[str, Any]:
         ]
         node = holders[0].id if holders else wired.chain[0].id
     text = in_words_of_the_nodes(str(error))
-    return {"ok": False, "error": text, "field": field, "node": node, "fixes": []}
+    kind = type(error).__name__  # by which the page says it in its own language too
+    return {
+        "ok": False, "error": text, "kind": kind, "field": field, "node": node, "fixes": [],
+    }  # fmt: skip
 
 
 def described(job: Job, forecast: Forecast, *, busy: bool) -> dict[str, Any]:

@@ -16,6 +16,8 @@ from typing import Any
 
 import pytest
 
+from wan_core import errors
+
 ROOT = Path(__file__).parents[1]
 LOCALES = ROOT / "locales"
 FILES = ("main.json", "nodeDefs.json", "commands.json", "settings.json")
@@ -111,9 +113,9 @@ def test_the_settings_and_the_command_are_those_of_the_page() -> None:
 
 
 WEB = ROOT / "web"
-FAMILIES = ("time", "server", "stage", "part", "plan", "verdict", "run", "where", "convert", "tab",
-            "prefer")  # fmt: skip
-WHOLE = {"stage", "part", "verdict", "where", "prefer"}
+FAMILIES = ("time", "server", "stage", "part", "plan", "verdict", "error", "run", "where",
+            "convert", "tab", "prefer")  # fmt: skip
+WHOLE = {"stage", "part", "verdict", "error", "where", "prefer"}
 """Families of which the scripts put the keys together: the server's words, the preferences."""
 MADE = {f"tab.{word}" for word in ("running", "done", "failed", "interrupted", "on", "off",
         "stage", "seconds", "predicted", "measured")}  # fmt: skip
@@ -171,6 +173,8 @@ def test_the_texts_of_the_page_are_those_that_it_shows() -> None:
 
 def test_the_words_of_the_server_and_the_settings_are_among_them() -> None:
     english = words("en")
+    kinds = [key.partition(".")[2] for key in english if key.startswith("error.")]
+    assert kinds and all(issubclass(getattr(errors, kind), errors.WanError) for kind in kinds)
     labels = (ROOT / "nodes" / "answer.py").read_text("utf-8")
     table = ast.literal_eval(re.search(r"_STAGES = (\{.*?\n\})", labels, re.DOTALL)[1])  # type: ignore[index]
     for name, label in table.items():

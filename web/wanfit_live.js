@@ -3,7 +3,7 @@
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
 import { allNodes, BUTTON, COLOURS, ink, make, Panel } from "./wanfit_panel.js";
-import { duration, loaded, named, say, whenLanguageChanges } from "./wanfit_words.js";
+import { duration, explained, loaded, named, say, whenLanguageChanges } from "./wanfit_words.js";
 
 const SAMPLERS = new Set(["WanGenerate", "WanChunkedSampler"]);
 const SHOWN = new Set([...SAMPLERS, "WanEstimateMemory", "WanOptimize"]);
@@ -155,7 +155,7 @@ function draw(node, state, answer) {
   state.panel ??= new Panel(node, NAME, "wanfit_panel", MOST_HEIGHT);
   const element = state.panel.element;
   const lines = [];
-  if (!answer.ok) lines.push(make("div", `${ink(COLOURS.bad)};font-weight:bold;white-space:pre-wrap`, answer.error));
+  if (!answer.ok) lines.push(make("div", `${ink(COLOURS.bad)};font-weight:bold;white-space:pre-wrap`, explained(answer.kind, answer.error)));
   else {
     const warnings = answer.warnings.map((text) => make("div", ink(COLOURS.warn), `⚠ ${text}`));
     const colour = answer.fits === false ? COLOURS.bad : COLOURS.good;

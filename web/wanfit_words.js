@@ -40,6 +40,12 @@ export function say(key, values = {}) {
   return text.replace(/\{(\w+)\}/g, (_, name) => values[name] ?? "");
 }
 
+// What the server says in English, below a line in the language of the page that says of what kind.
+export function explained(kind, text) {
+  const what = current === "en" ? "" : say(`error.${kind}`);
+  return what ? `${what}\n${text}` : text;
+}
+
 // A word of the server, as a stage's name: translated where it is among the texts.
 export const named = (kind, word) => say(`${kind}.${word}`) || word;
 
