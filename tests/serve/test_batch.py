@@ -231,6 +231,23 @@ def test_a_camera_and_references_of_two_sizes(models: Path, tmp_path: Path) -> N
     assert found.identity() != before
 
 
+@pytest.mark.parametrize(("option", "value", "why"), [
+    ("--at-once", "0", "at_once is '0'"), ("--at-once", "some", "at_once is 'some'"),
+    ("--at-once", "9" * 5000, "at_once is '9"), ("--at-once", "\u00b2", "at_once is"),
+    ("--at-once", "999999999", "1 to 4096"), ("--speed", "warp", "speed is 'warp'"),
+    ("--devices", "0.5", "devices is '0.5'"), ("--tries", "0", "tries is 0"),
+])  # fmt: skip
+def test_a_wrong_option_is_told_once_and_changes_no_summary(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], option: str, value: str, why: str
+) -> None:
+    """And not as what is wrong with each line."""
+    path = lines(tmp_path / "jobs.jsonl", {"output": "a.mp4", "prompt": "x", "model": "m"})
+    assert main(["batch", str(path), option, value]) == 1
+    told = capsys.readouterr().err.splitlines()
+    assert len(told) == 1 and told[0].startswith("error: ") and why in told[0], told
+    assert list(tmp_path.iterdir()) == [path]
+
+
 @pytest.mark.parametrize("name", sorted(VARIANTS))
 def test_batch_generate_and_server_have_the_same_size_where_nothing_is_said(
     name: str, tmp_path: Path

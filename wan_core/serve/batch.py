@@ -20,6 +20,7 @@ from typing import Any
 from ..errors import InvalidRequest, OutputError, WanError
 from ..files import atomic_write, make_folder
 from ..journal import try_lock
+from ..plan import OptimizationConfig
 from .carry import MOST_LOSSES, Carrier, Outcome
 from .crew import Crew, Here, carry_out
 from .jobs import BadLine, BatchJob, read_jobs
@@ -51,6 +52,7 @@ class Batch:
     ) -> None:  # fmt: skip
         if tries < 1:
             raise InvalidRequest(f"tries is {tries}; 1 or more are needed.", field="tries")
+        OptimizationConfig.from_mapping(optimization or {})  # not to be told of each line
         self.path, self.folder, self.tries, self._tell = path, folder, tries, tell
         self._model, self._optimization = model, dict(optimization or {})
         make_folder(folder)

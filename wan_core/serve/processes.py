@@ -31,6 +31,8 @@ _START = "import sys; sys.path.insert(0, sys.argv[1]); from wan_core.serve impor
 _START += "processes.main()"
 _VISIBLE = ("HIP_VISIBLE_DEVICES", "CUDA_VISIBLE_DEVICES")
 _END_SECONDS = 5.0
+_MOST_AT_ONCE = 4096
+"""More is a slip of the finger, and each has a place in memory."""
 
 Line = dict[str, Any]
 
@@ -321,11 +323,18 @@ def processes_for(at_once: str, optimization: Mapping[str, Any], **told: Any) ->
     return Processes(count, cards=each, seen=range(len(cards)), **told)
 
 
+def check_at_once(at_once: str | None) -> None:
+    """Raise InvalidRequest for what says no number of jobs, before any job is looked at."""
+    if at_once not in (None, "all", "overlap"):
+        _number(at_once, "at_once")
+
+
 def _number(text: str, name: str) -> int:
-    if not (text.isascii() and text.isdigit() and int(text) > 0):
+    digits = text.isascii() and text.isdigit() and len(text) < 10
+    if not (digits and 1 <= int(text) <= _MOST_AT_ONCE):
         raise InvalidRequest(
-            f"{name} is {text!r}; with several jobs at once a number from 1 on is needed"
-            f"{', or all, or overlap' if name == 'at_once' else ''}.",
+            f"{name} is {text[:20]!r}; with several jobs at once a number from 1 to "
+            f"{_MOST_AT_ONCE} is needed{', or all, or overlap' if name == 'at_once' else ''}.",
             field=name,
         )
     return int(text)

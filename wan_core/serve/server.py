@@ -26,7 +26,7 @@ from .desk import Desk
 from .fields import Served
 from .http import make_app
 from .jobs import placed_lora
-from .processes import processes_for
+from .processes import check_at_once, processes_for
 from .queue import MOST_WAITING, Queue
 
 _LEAST_TOKEN = 16
@@ -322,8 +322,9 @@ def crew_for(
 ) -> Callable[[], Crew] | None:  # fmt: skip
     """Return what makes a crew; None where neither several jobs at once nor a cluster is asked for.
 
-    ``told`` are a crew's ``progress`` and ``stopped``.
+    ``told`` are a crew's ``progress`` and ``stopped``. Raises InvalidRequest for a wrong number.
     """
+    check_at_once(at_once)
     if cluster is not None:
         devices, most = str(optimization.get("devices", "1")), at_once or "all"
         return lambda: Cluster(cluster, devices=devices, at_once=most, tell=tell, **told)
