@@ -236,6 +236,7 @@ def test_a_camera_and_references_of_two_sizes(models: Path, tmp_path: Path) -> N
     ("--at-once", "9" * 5000, "at_once is '9"), ("--at-once", "\u00b2", "at_once is"),
     ("--at-once", "999999999", "1 to 4096"), ("--speed", "warp", "speed is 'warp'"),
     ("--devices", "0.5", "devices is '0.5'"), ("--tries", "0", "tries is 0"),
+    ("--cluster", " ", "cluster is empty"),
 ])  # fmt: skip
 def test_a_wrong_option_is_told_once_and_changes_no_summary(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], option: str, value: str, why: str

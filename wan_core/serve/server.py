@@ -322,9 +322,16 @@ def crew_for(
 ) -> Callable[[], Crew] | None:  # fmt: skip
     """Return what makes a crew; None where neither several jobs at once nor a cluster is asked for.
 
-    ``told`` are a crew's ``progress`` and ``stopped``. Raises InvalidRequest for a wrong number.
+    ``told`` are a crew's ``progress`` and ``stopped``. Raises InvalidRequest for a wrong number
+    or no address.
     """
     check_at_once(at_once)
+    if cluster is not None and not cluster.strip():  # Ray would start one that others can reach
+        raise InvalidRequest(
+            "cluster is empty, as of a variable that is not set; auto, local or HOST:PORT is "
+            "needed.",
+            field="cluster",
+        )
     if cluster is not None:
         devices, most = str(optimization.get("devices", "1")), at_once or "all"
         return lambda: Cluster(cluster, devices=devices, at_once=most, tell=tell, **told)

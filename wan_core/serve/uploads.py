@@ -222,6 +222,7 @@ class _Parts:
         if self._name == UPLOAD and b"filename" in options:
             # Never the client's name for it.
             self.form.file = self._folder / f"{secrets.token_hex(16)}{PART}"
+            self._folder.mkdir(parents=True, exist_ok=True)  # somebody has tidied up meanwhile
             self._stream = open(self.form.file, "xb")  # noqa: SIM115 - closed by _end or drop
         elif b"filename" in options:
             raise InvalidRequest(
