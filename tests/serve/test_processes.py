@@ -23,6 +23,7 @@ from support.tiny_models import make_folder
 from wan_core import VideoGenerationResult
 from wan_core.errors import InvalidRequest, WorkerFailed
 from wan_core.memory import Card
+from wan_core.models import VARIANTS
 from wan_core.serve import Batch, BatchJob, Cluster, Outcome, Processes, Relay, processes_for
 from wan_core.serve.carry import Carrier
 from wan_core.serve.cluster import _Placed
@@ -42,7 +43,10 @@ def test_other_cards_are_free_in_a_decode_unless_they_decode_too_or_try_that(
         config.decode_callback(1, 5)
         return VideoGenerationResult(success=True)
 
-    wrapper = SimpleNamespace(plan=lambda config: (None, plan), generate=generate)
+    model = SimpleNamespace(variant=VARIANTS["wan2.2-t2v-a14b"])
+    wrapper = SimpleNamespace(
+        plan=lambda config: (None, plan), generate=generate, architecture=model
+    )
     monkeypatch.setattr(Carrier, "open", lambda self, job: wrapper)
     job = BatchJob(number=1, model=tmp_path, output=tmp_path / "a.mp4", values={"prompt": "a"})
     Carrier().carry_out(job, decoding=lambda: told.append(True))
