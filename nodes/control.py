@@ -97,8 +97,8 @@ def _amounts() -> list[io.Input]:
             max=2.0,
             step=0.01,
             optional=True,
-            tooltip="How much a control counts, for VACE. It does not say how much of a video is "
-            "kept: that is denoise.",
+            tooltip="How much a control counts, for VACE and Animate 2. It does not say how much "
+            "of a video is kept: that is denoise.",
         ),
         io.Float.Input(
             "denoise",

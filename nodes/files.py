@@ -28,7 +28,10 @@ PARTS = {
     "low_noise_model": ("transformer_2", "The low-noise model of a Wan 2.2 A14B pair."),
     "text_encoder": ("text_encoder", "The umT5 file of models/text_encoders."),
     "vae": ("vae", "The VAE file: 2.1 for all models but TI2V-5B, which has its own."),
-    "image_encoder": ("image_encoder", "CLIP vision, for Wan 2.1 image-to-video models only."),
+    "image_encoder": (
+        "image_encoder",
+        "CLIP vision, for Wan 2.1 image-to-video models and Animate only.",
+    ),
 }
 """Inputs for further components -> the component, and what it is."""
 MODULES = {
@@ -39,7 +42,7 @@ MODULES = {
 _WITHOUT = {
     "text_encoder": "a sampler then needs 'positive', and 'negative' with guidance",
     "vae": "a sampler will ask for one",
-    "image_encoder": "an image-to-video model of Wan 2.1 will ask for one",
+    "image_encoder": "an image-to-video model of Wan 2.1 or an Animate will ask for one",
 }
 
 

@@ -259,7 +259,8 @@ def _expert_inputs() -> list[io.Input]:
         ),
         _float(
             "fps",
-            "Frames per second of the VIDEO. 0 = official (16, or 24 for TI2V-5B).",
+            "Frames per second of the VIDEO. 0 = official (16; 24 for TI2V-5B and Animate 2, 30 "
+            "for Animate).",
             maximum=120.0,
             step=1.0,
             advanced=True,
@@ -282,12 +283,14 @@ def _sockets() -> list[io.Input]:
         io.Image.Input(
             "start_image",
             optional=True,
-            tooltip="First frame, for image-to-video models and TI2V-5B; resized to the clip.",
+            tooltip="First frame, for image-to-video, VACE and Fun models and TI2V-5B; resized to "
+            "the clip.",
         ),
         io.Image.Input(
             "end_image",
             optional=True,
-            tooltip="Last frame, for first/last-frame models; resized to the clip.",
+            tooltip="Last frame, for image-to-video (not TI2V-5B), VACE, Fun InP and 2.2 Fun "
+            "models; resized to the clip.",
         ),
     ]
 
