@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import operator
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from functools import cache, reduce
 from types import BuiltinFunctionType
 from typing import Any
@@ -109,6 +109,53 @@ def _precision_note() -> str | None:
         f"Products of float32 numbers may be rounded more ({precision!r}, set by another program "
         "in this process with torch.set_float32_matmul_precision or allow_tf32)."
     )
+
+
+_FLAGS = (
+    "cuda.matmul.allow_fp16_accumulation", "cuda.matmul.allow_fp16_reduced_precision_reduction",
+    "cuda.matmul.allow_bf16_reduced_precision_reduction", "cudnn.enabled", "cudnn.allow_tf32",
+    "cudnn.deterministic", "mkldnn.enabled",
+)  # fmt: skip
+"""Of torch.backends: what decides how products and convolutions round. cuDNN's benchmark does not
+belong to them: by it each process would choose by a clock of its own."""
+
+
+def torch_settings() -> dict[str, Any]:
+    """Return what is set for all of torch in this process and changes bits, as plain values.
+
+    A process that computes for this one sets the same (``take_settings``); what ``undisturbed``
+    keeps out is left out. A flag that this torch does not have, or cannot tell, is too.
+    """
+    flags = {}
+    for name in _FLAGS:
+        with suppress(AttributeError, RuntimeError):
+            flags[name] = operator.attrgetter(name)(torch.backends)
+    cuda: Any = torch.backends.cuda
+    only_warn = torch.is_deterministic_algorithms_warn_only_enabled()
+    return {
+        "flags": flags, "attention": {name: _enabled(name) for name in (*_KERNELS, "cudnn")},
+        "reduced": cuda.fp16_bf16_reduction_math_sdp_allowed(),
+        "deterministic": [torch.are_deterministic_algorithms_enabled(), only_warn],
+        "precision": torch.get_float32_matmul_precision(), "threads": torch.get_num_threads(),
+    }  # fmt: skip
+
+
+def take_settings(settings: Mapping[str, Any]) -> None:
+    """Set what ``torch_settings`` of another process returned, for all of this process.
+
+    For a worker: it has no caller whose settings they would change.
+    """
+    for name, value in settings["flags"].items():
+        place, _, flag = name.rpartition(".")
+        setattr(operator.attrgetter(place)(torch.backends), flag, value)
+    cuda: Any = torch.backends.cuda
+    for name, on in settings["attention"].items():
+        getattr(cuda, f"enable_{name}_sdp")(on)
+    cuda.allow_fp16_bf16_reduction_math_sdp(settings["reduced"])
+    always, only_warn = settings["deterministic"]
+    torch.use_deterministic_algorithms(always, warn_only=only_warn)
+    torch.set_float32_matmul_precision(settings["precision"])
+    torch.set_num_threads(settings["threads"])
 
 
 _KERNELS = ("flash", "mem_efficient", "math")

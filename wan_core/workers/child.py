@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ..config import leave_ends_to_driver
 from ..errors import first_line, is_host_oom, is_oom
-from ..forward import alike, can_be_cut
+from ..forward import alike, can_be_cut, take_settings, undisturbed
 from ..journal import code_digest, device_name, versions
 from ..kernels import begin_trials, choosing_with
 from ..loading import ComponentCache, ComponentKey, dtype_of, first_look, load_component, unpin
@@ -132,7 +132,9 @@ class Worker:
             kind = header["type"]
             if kind == "stop":
                 return
-            if kind == "release":
+            if kind == "settings":
+                take_settings(header["settings"])
+            elif kind == "release":
                 self._release(everything=header["everything"])
                 self._answer({"type": "released"})
             elif kind == "gang":
@@ -163,7 +165,7 @@ class Worker:
         told: dict[str, Any] | None = None
         made: dict[str, Tensor] = {}
         try:
-            with torch.inference_mode(False), torch.no_grad():
+            with undisturbed(), torch.inference_mode(False), torch.no_grad():
                 if "strip" in header:
                     told_of = self._decoded(header, tensors["latents"])
                 else:

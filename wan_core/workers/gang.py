@@ -22,6 +22,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ..forward import torch_settings
 from ..journal import FileLock, try_lock
 from .messages import Message
 from .process import WorkerProcess
@@ -94,6 +95,7 @@ class Gang:
         except OSError:
             self.kill()  # one that waits for those that never come would hold its card
             raise
+        self._send_settings()
 
     @property
     def size(self) -> int:
@@ -180,8 +182,13 @@ class Gang:
             return _FIRST_SECONDS
         return max(_QUIET_SECONDS, _QUIET_FACTOR * self.pause)
 
-    def counts_anew(self) -> None:
-        """Forget what was counted: a render begins."""
+    def _send_settings(self) -> None:
+        """Have its processes compute as this one does, whatever others have set for torch."""
+        self.send({"type": "settings", "settings": torch_settings()})
+
+    def begins_render(self) -> None:
+        """Forget what was counted, and see what is set for torch by now."""
+        self._send_settings()
         self.done, self.cut, self.seconds = 0, 0, 0.0
         for rank in self.ranks:
             rank.peak_bytes = rank.decode_peak_bytes = rank.copied_bytes = 0

@@ -217,7 +217,7 @@ class WorkerPool:
         self._done = 0
         self._fallen.clear()
         for gang in self._gangs:
-            gang.counts_anew()
+            gang.begins_render()
 
     def close(self) -> None:
         """End all workers."""
