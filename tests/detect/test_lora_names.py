@@ -206,6 +206,16 @@ FOREIGN = {
     "input layer, flat": (
         {"lora_unet_patch_embedding.lora_down.weight": (RANK, 144),
          "lora_unet_patch_embedding.lora_up.weight": (DIM, RANK)}, "36 input channels"),
+    "input layer, DoRA": (
+        {"lora_unet_patch_embedding.lora_down.weight": (RANK, 144),
+         "lora_unet_patch_embedding.lora_up.weight": (DIM, RANK),
+         "lora_unet_patch_embedding.dora_scale": (DIM, 1)}, "36 input channels"),
+    "input layer, LoKr": (
+        {"diffusion_model.patch_embedding.lokr_w1": (2, 2),
+         "diffusion_model.patch_embedding.lokr_w2": (DIM // 2, 18, 1, 2, 2)}, "36 input channels"),
+    "input layer, LoHa": (
+        {f"diffusion_model.patch_embedding.hada_w{n}_{half}": size for n in (1, 2)
+         for half, size in (("a", (DIM, RANK)), ("b", (RANK, 144)))}, "36 input channels"),
     "image branch": (pair("diffusion_model.blocks.0.cross_attn.k_img"), "CLIP image branch"),
     "positions": ({"diffusion_model.img_emb.emb_pos.diff": (1, 514, 1280)}, "CLIP image branch"),
     "text encoder, kohya": (pair("lora_te_encoder_block_0_layer_0_SelfAttention_q"), "a text enc"),
@@ -238,6 +248,24 @@ def test_positions_are_left_out_of_an_image_model(tmp_path: Path) -> None:
     extra = {"diffusion_model.img_emb.emb_pos.diff": (1, 514, 1280)}
     found = with_loras(image, [write(tmp_path / "lora.safetensors", pair(Q) | extra)])
     assert any("learned positions" in text and "left out" in text for text in found.warnings)
+
+
+@pytest.mark.parametrize("kind", ["LoKr", "DoRA"])
+def test_a_text_model_s_input_layer_that_cannot_be_widened(tmp_path: Path, kind: str) -> None:
+    """A magnitude is that of a whole row, and no row of factors is as wide as an image model's."""
+    path = tmp_path / "i2v.safetensors"
+    layouts.write_sparse(path, layouts.stored(layouts.transformer(DIM, 512, 2, 36), "bf16"))
+    image = ArchitectureDetector().detect_model_architecture(path)
+    stem = "diffusion_model.patch_embedding"
+    extra: dict[str, tuple[int, ...]] = {
+        f"{stem}.lokr_w1": (2, 2), f"{stem}.lokr_w2": (DIM // 2, 32)
+    }  # fmt: skip
+    if kind == "DoRA":
+        extra = {f"{stem}.lora_A.weight": (RANK, 16, 1, 2, 2), f"{stem}.lora_B.weight": (DIM, RANK),
+                 f"{stem}.lora_magnitude_vector": (1, DIM, 1, 1, 1)}  # fmt: skip
+    found = read(write(tmp_path / "lora.safetensors", pair(Q) | extra), image.transformer)
+    assert [patch.target for patch in found.patches] == ["blocks.0.attn1.to_q"]
+    assert "made for 16 input channels, this model has 36; left out" in found.notes[0]
 
 
 ELSEWHERE = {

@@ -560,6 +560,9 @@ REFUSED = {
         "needs 24 magnitudes"),
     "magnitudes alone": (
         {f"{KEY}.lora_magnitude_vector": torch.zeros(24)}, CorruptFile, "without the matrices"),
+    "whole weights": (
+        PAIR | {"base_model.model.blocks.0.attn1.to_k.weight": torch.zeros(24, 24)},
+        UnsupportedModel, "weights to be replaced .*to_k.weight"),
     "magnitudes of a norm": (
         {f"{KEY.replace('_attn.q', '_attn.norm_q')}.{x}": torch.zeros(24)
          for x in ("diff", "dora_scale")}, ModelMismatch, "norm of width 24"),

@@ -109,7 +109,7 @@ def read_patches(table: TensorTable, shape: TransformerShape, model: Path) -> Lo
             )
         tensors[key.role] = name
     if unknown:
-        _refuse_unknown(table, unknown, shape, model)
+        _refuse_unknown(table, unknown, shape, model, index)
     notes = [
         f"{table.path.name}: {len(names)} of {len(table.tensors)} tensors belong to {part} "
         f"({some_of(names, 2)}); left out."
@@ -194,8 +194,9 @@ def _target(index: Mapping[str, str], stem: str, name: str) -> str | None:
 
 
 def _refuse_unknown(
-    table: TensorTable, unknown: list[str], shape: TransformerShape, model: Path
-) -> None:
+    table: TensorTable, unknown: list[str], shape: TransformerShape, model: Path,
+    index: Mapping[str, str],
+) -> None:  # fmt: skip
     count = f"{len(unknown)} of {len(table.tensors)} tensors of the LoRA {quoted(table.path)}"
     blocks = [int(found[1]) for name in unknown if (found := _BLOCK.search(name))]
     if blocks and len(blocks) == len(unknown) and min(blocks) >= shape.layers:
@@ -208,6 +209,9 @@ def _refuse_unknown(
             f"The LoRA {quoted(table.path)} is stored in a quantised form ({some_of(marks)}), "
             "which is read of models only. Get it in bf16 or fp16, or save it dequantised."
         )
+    bare = {name: _module(name) for name in unknown if _module(name) != name}
+    if whole := [name for name, stem in bare.items() if _target(index, stem, name) is not None]:
+        raise _not_applied(table, "weights to be replaced", some_of(whole))
     hint = "Choose a LoRA for this model."
     if names_both_experts(unknown):
         hint = (

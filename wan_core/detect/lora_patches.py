@@ -135,35 +135,41 @@ class PatchCheck:
 
     def _drop_other_channels(self) -> list[str]:
         """Empty a patch of the input layer that is made for other input channels; say so."""
-        found = [role for role in ("down", "diff") if self._other_channels(role)]
-        if not found:
+        channels = self._made_for() if self.patch.target == PATCH_EMBEDDING else 0
+        if channels in (0, self.shape.in_channels):
             return []
-        tensors = self.patch.tensors
-        channels = self._channels(found[0])
-        also = ("down", "up", "up_bias", "alpha", "diff", *MAGNITUDES)
-        dropped = [role for role in also if role in tensors]
-        for role in dropped:
-            del tensors[role]
-        self.patch.rank = 0
+        kept = {role: name for role, name in self.patch.tensors.items() if role == "diff_bias"}
+        self.patch.tensors, self.patch.rank = kept, 0
         return [
             f"{self.table.path.name}: its patch of the input layer is made for {channels} input "
             f"channels, this model has {self.shape.in_channels}; left out."
         ]
 
+    def _made_for(self) -> int:
+        """Return the input channels that a patch of the input layer is made for and needs.
+
+        0 where its shape says none, or where it is widened to the model's.
+        """
+        rescales = any(role in self.patch.tensors for role in MAGNITUDES)
+        for role in ("down", "diff"):
+            if role in self.patch.tensors:
+                return 0 if self._narrow(role) and not rescales else self._channels(role)
+        for names in (KRONECKER, HADAMARD):
+            if any(role.startswith(names) for role in self.patch.tensors):
+                one, two = map(self._factor, names)
+                columns = two[1] * (one[1] if names is KRONECKER else 1)
+                taps = math.prod(self.shape.patch_size)
+                return 0 if columns % taps else columns // taps
+        return 0
+
     def _channels(self, role: str) -> int:
-        """Return the input channels of a patch of the input layer, 0 where it is none."""
-        if self.patch.target != PATCH_EMBEDDING or role not in self.patch.tensors:
-            return 0
+        """Return the input channels of a patch of the input layer, 0 where it fits none."""
         given, kernel = self.table.tensors[self.patch.tensors[role]].shape, self.shape.patch_size
         rows = given[0] if given else 0
         fits = role != "diff" or rows == self.weight[0]
         if not fits or math.prod(given) % max(1, rows * math.prod(kernel)):
             return 0
         return math.prod(given) // max(1, rows * math.prod(kernel))
-
-    def _other_channels(self, role: str) -> bool:
-        channels = self._channels(role)
-        return channels not in (0, self.shape.in_channels) and not self._narrow(role)
 
     def _check_pair(self) -> None:
         tensors = self.patch.tensors
@@ -227,8 +233,8 @@ class PatchCheck:
                 f"({name!r} {list(shape)}), which WanFit cannot apply exactly; those with one for "
                 "each output can be used (LyCORIS: wd_on_output). Get or train it that way."
             )
-        if math.prod(shape) != count or self._narrow("down") or self._narrow("diff"):
-            self._refuse(role, f"{count} magnitudes, of all its {self.weight[1]} columns")
+        if math.prod(shape) != count:
+            self._refuse(role, f"{count} magnitudes")
         self.patch.columns = math.prod(self.weight[1:])
 
     def _factor(self, role: str) -> tuple[int, int]:
