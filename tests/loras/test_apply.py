@@ -14,10 +14,11 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from support import reference_layouts as layouts
 from support.as_pack import load_pack, open_model, part
 from support.cases import in_turn
 from support.lean_models import inputs_of, model_of
-from support.lora_kinds import RANK, factors
+from support.lora_kinds import RANK, factors, lora_file
 from support.machines import architecture
 from support.stored_files import gguf_blocks
 from support.tiny_models import components, make_folder, pipeline
@@ -900,12 +901,14 @@ def test_each_expert_has_its_own(folders: Any, tmp_path: Path) -> None:
 
 def test_the_same_render_however_the_model_is_placed(folders: Any, tmp_path: Path) -> None:
     model = model_of("wan2.1-i2v", torch.float32)
-    path = saved(tmp_path / "lora.safetensors", lightx2v(model)[0])
+    state = layouts.original_transformer(layouts.state_of(model))
+    files = {"lora": lightx2v(model)[0], "dora": lora_file(state, "dora lora")}
+    loras = [saved(tmp_path / f"{name}.safetensors", file) for name, file in files.items()]
     job = {"image": torch.rand(32, 64, 3, generator=torch.Generator().manual_seed(0))}
     folder = folders("wan2.1-i2v")
     plain = latents(folder, tmp_path, **job)
     ways = [
-        latents(folder, tmp_path, [path], offload=offload, **job)
+        latents(folder, tmp_path, loras, offload=offload, **job)
         for offload in ("none", "model", "sequential")
     ]
     assert not torch.equal(ways[0], plain)

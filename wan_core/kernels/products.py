@@ -64,7 +64,7 @@ _asked: dict[str, bool] = {}
 
 
 class Addition:
-    """A layer's forward hook that adds to the output what it makes of the input, token by token.
+    """A layer's forward hook that changes the output by what it makes of the input, token by token.
 
     A layer with such hooks, and no others, may be multiplied in 8 bit: they are called with the
     input in 16 bit.
