@@ -45,6 +45,7 @@ SPELT = {
     r"\.lora_(?:A|down)": (".lora_A", ".lora_down"),
 }  # fmt: skip
 ADAPTER_NAMES = {
+    "DoRA by 'magnitude'": (".magnitude",),
     "LoKr with a Tucker core": (".lokr_t2",),
     "LoHa with a Tucker core": (".hada_t1", ".hada_t2"),
     "BOFT": (".boft_R", ".boft_s.default"),

@@ -43,6 +43,7 @@ ENDINGS: Final = {
 """What a tensor does, and the endings of its name (regular expressions). Between ``lora_A`` and
 ``weight`` stands the name of the adapter: ``default``, ``default_0``, whatever PEFT was given."""
 ADAPTERS: Final = {
+    "DoRA by 'magnitude'": r"\.magnitude",
     "LoKr with a Tucker core": r"\.lokr_t\w+",
     "LoHa with a Tucker core": r"\.hada_t\w+",
     "BOFT": r"\.boft_\w+(?:\..+)?",
@@ -72,6 +73,8 @@ ADAPTERS: Final = {
 }
 """Kinds of adapters that are no plain LoRA, and the endings of their tensors' names."""
 NEEDS: Final = {
+    "DoRA by 'magnitude'": "some trainers divide by the norm of the model's weight, others by that "
+    "of the changed one, and the name does not say which; dora_scale and lora_magnitude_vector do",
     "Stand-In": "its matrices change only the tokens of a picture of a face, which its own code "
     "puts beside those of the clip: it needs that picture and an attention of its own",
 }
@@ -99,7 +102,7 @@ _WAN_LINEAR: Final = re.compile(
 )
 _OTHER_BLOCKS: Final = re.compile(r"(?<![^.])transformer_blocks(?=\.)")
 # Endings that other models have too; only before a module of Wan do they mean a LoRA.
-_WEAK: Final = frozenset({"alpha", "GLoRA", "T-LoRA"})
+_WEAK: Final = frozenset({"alpha", "GLoRA", "T-LoRA", "DoRA by 'magnitude'"})
 _BOTH_EXPERTS: Final = re.compile(r"(?:^|_)transformer_[12]_")
 _TEXT_ENCODER: Final = re.compile(
     r"(?:base_model_model_)?(?:lora_te\d?|text_encoders?(?:_\d)?|te\d?|lora_clip|clip_[lg]|u?m?t5xxl)_"
