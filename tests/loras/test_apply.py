@@ -576,6 +576,10 @@ REFUSED = {
     "lokr of another width": (
         {f"{KEY}.lokr_w1": torch.zeros(2, 2), f"{KEY}.lokr_w2": torch.zeros(12, 13)},
         ModelMismatch, r"needs factors that make \[24, 24\]; these are \[2, 2\] and \[12, 13\]"),
+    "loha of another width": (
+        {f"{KEY}.hada_w{n}_{half}": torch.zeros(*size) for n in (1, 2)
+         for half, size in (("a", (48, 2)), ("b", (2, 48)))},
+        ModelMismatch, "width 48.*width 24"),
     "loha of two widths": (
         {f"{KEY}.hada_w{n}_a": torch.zeros(24, 2) for n in (1, 2)}
         | {f"{KEY}.hada_w{n}_b": torch.zeros(2, 23 + n) for n in (1, 2)},

@@ -69,8 +69,8 @@ def lora_width(names: Mapping[str, TensorInfo]) -> int | None:
     """Return the width of the Wan model that a LoRA is made for; None if it is not for Wan."""
     for name, info in names.items():
         key = read_lora_key(name)
-        down = key is not None and key.role == "down" and is_wan_linear(key.stem)
-        if down and len(info.shape) >= 2:
+        reads = key is not None and key.role in ("down", "hada_w1_b") and is_wan_linear(key.stem)
+        if reads and len(info.shape) >= 2:
             return info.shape[1]
     return None
 
