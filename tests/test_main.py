@@ -411,8 +411,10 @@ def test_sound_is_a_file_whatever_it_is_called(
 
 
 def test_a_missing_model(capsys: Any, tmp_path: Path) -> None:
-    code, _, err = run(capsys, "inspect", tmp_path / "nothing")
-    assert code == 1 and "does not exist" in err and "Traceback" not in err
+    for path in (tmp_path / "nothing", "~nobody-of-this-name/model"):
+        for command in ("inspect", "estimate"):
+            code, _, err = run(capsys, command, path)
+            assert code == 1 and "does not exist" in err and "Traceback" not in err
 
 
 def test_ctrl_c_ends_with_130_and_leaves_only_the_journal(model: Path, tmp_path: Path) -> None:

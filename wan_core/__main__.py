@@ -184,7 +184,7 @@ def _inspect(arguments: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     from .models import experts_of
     from .plan import computed_in
 
-    path = named_path(arguments.path, "path").expanduser()
+    path = Path(os.path.expanduser(named_path(arguments.path, "path")))
     path = path.parent if index_of(path.parent) == path else path
     if path.exists() and index_of(path) is None and not _is_release(path):
         part = inspect_file(path)

@@ -21,7 +21,7 @@ pytest.importorskip("uvicorn", reason="pip install 'wanfit[serve]': the server (
 from support.http_server import Client, Idle, Started, serving, wait_for
 
 from wan_core import GenerationConfig
-from wan_core.errors import InvalidRequest
+from wan_core.errors import InvalidRequest, MissingFile
 from wan_core.serve import Outcome, ServerOptions, serve
 from wan_core.serve.desk import FolderFull
 
@@ -214,6 +214,8 @@ def test_bounds_that_let_nothing_in_are_refused(tmp_path: Path) -> None:
                   {"upload_mb": 0.0}):  # fmt: skip
         with pytest.raises(InvalidRequest, match="a number above 0 is needed"):
             serve(ServerOptions(model=tmp_path, folder=tmp_path / "videos", **wrong))
+    with pytest.raises(MissingFile, match="lora_folder .* is no folder"):
+        serve(ServerOptions(model=tmp_path, folder=tmp_path, lora_folder=tmp_path / "none"))
     for name, value in (("tries", 0), ("port", 99_999), ("port", -1)):
         with pytest.raises(InvalidRequest, match=f"{name} is {value}"):
             serve(ServerOptions(model=tmp_path, folder=tmp_path / "v", **{name: value}))

@@ -196,6 +196,9 @@ def _check_bounds(options: ServerOptions) -> None:
     ):  # fmt: skip
         if value is not None and not 0 < value < 1e15:
             raise InvalidRequest(f"{name} is {value}; a number above 0 is needed.", field=name)
+    lora_folder = options.lora_folder
+    if lora_folder is not None and not lora_folder.is_dir():
+        raise MissingFile(f"lora_folder {str(lora_folder)!r} is no folder; name one that is there.")
     if options.tries < 1:
         raise InvalidRequest(f"tries is {options.tries}; 1 or more are needed.", field="tries")
     # The system would take the last 16 bits of a larger one.
