@@ -232,6 +232,9 @@ def test_a_body_that_is_too_large_is_refused_before_it_is_read(idle: tuple[Clien
         )
         connection.sendall(head.encode())
         assert b" 413 " in connection.recv(4096).split(b"\r\n")[0]
+    body = json.dumps({"prompt": "x" * 2**20})
+    status, told = client.ask("POST", "/v1/videos", body, {"Content-Type": "application/json"})
+    assert status == 413 and "JSON is larger than 1 MiB" in told["error"]["message"]
     # One byte more than a file may have, in a request that is not too large as a whole.
     status, told = client.create(("x.png", bytes(2**20 + 1)), prompt="x", **TINY)
     assert status == 413 and told["error"]["type"] == "TooLarge"

@@ -129,8 +129,11 @@ async def _whole(body: AsyncIterator[bytes], most: int) -> bytes:
     found = bytearray()
     async for chunk in body:
         found += chunk
-        if len(found) > most:
-            raise _too_large(most)
+        if len(found) > most:  # whatever --upload-mb says: there is no file in it
+            raise TooLarge(
+                f"The JSON is larger than {most / 2**20:,.0f} MiB. Shorten its texts; a picture or "
+                "video is sent as multipart/form-data."
+            )
     return bytes(found)
 
 
