@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import av
@@ -601,3 +602,15 @@ def test_a_result_that_cannot_be_written_is_one_line(
         with contextlib.suppress(OSError):
             full.close()
     assert "cannot be written to stdout: No space left" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("stdin", [None, io.StringIO("y\n")])
+def test_without_anybody_to_ask_nothing_is_fetched(
+    monkeypatch: pytest.MonkeyPatch, capsys: Any, stdin: Any
+) -> None:
+    """Not by a pipe that happens to say yes, nor where stdin is closed."""
+    plan = SimpleNamespace(describe=lambda: "5 files")
+    monkeypatch.setattr("wan_core.loading.plan_download", lambda *_: plan)
+    monkeypatch.setattr(sys, "stdin", stdin)
+    code, _, err = run(capsys, "download", "wan2.2-ti2v-5b")
+    assert code == 1 and err.splitlines()[0] == "5 files" and "nobody to ask" in err

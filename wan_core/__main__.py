@@ -434,7 +434,7 @@ def _download(arguments: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     plan = plan_download(arguments.variant, arguments.to, arguments.endpoint)
     _say(plan.describe(), sys.stderr)
     if not arguments.yes:
-        if not sys.stdin.isatty():
+        if sys.stdin is None or not sys.stdin.isatty():
             raise InvalidRequest("Nothing was fetched: there is nobody to ask. Add --yes.")
         print("Fetch it? [y/N] ", end="", file=sys.stderr, flush=True)
         if sys.stdin.readline().strip().lower() not in ("y", "yes"):
