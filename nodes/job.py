@@ -338,7 +338,7 @@ def _beside(hung: Mapping[str, Any]) -> str | None:
 
 
 def _one_image(field: str, image: Any) -> Any:
-    """Return the single picture (H, W, 3), or (H, W, 1) of a grey one, of an IMAGE (N, H, W, C)."""
+    """Return the single picture (H, W, 3) of an IMAGE; (H, W, 1 or 4) of a grey or RGBA one."""
     if image is None:
         return None
     shape = tuple(getattr(image, "shape", ()))
@@ -354,7 +354,7 @@ def _one_image(field: str, image: Any) -> Any:
             "'ImageFromBatch' node.",
             field=field,
         )
-    return image[0, :, :, :3]
+    return image[0]
 
 
 def _one_sound(field: str, audio: Any) -> Any:

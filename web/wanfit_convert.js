@@ -38,6 +38,18 @@ function setWidget(node, name, value) {
   widget.callback?.(value, app.canvas, node);
 }
 
+const linkOf = (graph, id) => graph?.links?.get?.(id) ?? graph?.links?.[id];
+const linksOf = (node) => [...(node.inputs ?? []).map((input) => input.link), ...(node.outputs ?? []).flatMap((output) => output.links ?? [])]
+  .map((id) => linkOf(node.graph ?? app.graph, id)).filter(Boolean);
+
+// The PrimitiveNode that gives a sampler its seed, and says what becomes of it after a run.
+function primitiveOf(node) {
+  const graph = node?.graph ?? app.graph;
+  const input = node?.inputs?.find((one) => one.name === "seed" || one.name === "noise_seed");
+  const giver = graph.getNodeById(linkOf(graph, input?.link)?.origin_id);
+  return giver?.type === "PrimitiveNode" ? giver : null;
+}
+
 // A node's inputs as they were typed: what Run would make of {one|another} or %date% is not kept.
 function typed(id, inputs) {
   const node = byRunId(id);
@@ -68,7 +80,7 @@ class Change {
       if (!made.includes(id)) this.connect(id, this.before[id].inputs);
     }
     for (const [id, seed] of Object.entries(this.answer.seeds)) {
-      const then = widgetOf(byRunId(seed), "control_after_generate")?.value;
+      const then = widgetOf(primitiveOf(byRunId(seed)) ?? byRunId(seed), "control_after_generate")?.value;
       if (then) setWidget(this.nodes.get(id), "control_after_generate", then);
     }
     this.sayLost();
@@ -148,10 +160,7 @@ class Change {
   sayLost() {
     const off = (node) => node.mode === 2 || node.mode === 4;
     const gone = new Set(this.goneHere.map(Number));
-    const linked = (node) => [
-      ...(node.inputs ?? []).map((input) => input.link),
-      ...(node.outputs ?? []).flatMap((output) => output.links ?? []),
-    ].map((id) => this.graph.links.get?.(id) ?? this.graph.links[id]).some((link) => link && (gone.has(Number(link.origin_id)) || gone.has(Number(link.target_id))));
+    const linked = (node) => linksOf(node).some((link) => gone.has(Number(link.origin_id)) || gone.has(Number(link.target_id)));
     for (const node of this.graph._nodes) if (off(node) && linked(node)) this.left.push(say("convert.off", { node: node.title }));
     for (const id of this.opened) {
       for (const node of allNodes(this.graph.getNodeById(Number(id))?.subgraph)) {
@@ -167,7 +176,13 @@ class Change {
       const inside = [...(group._nodes ?? group.nodes ?? [])];
       return inside.length && inside.every((node) => old.has(node));
     });
+    // Reroutes, primitives, Set and Get: of the page alone, and of no use once nothing is linked to them.
+    const between = this.graph._nodes.filter((node) => node.isVirtualNode && linksOf(node).length);
     for (const node of old) this.graph.remove(node);
+    for (let left = between, gone = between; gone.length; left = left.filter((node) => !gone.includes(node))) {
+      gone = left.filter((node) => !linksOf(node).length || (node.type === "Reroute" && node.inputs?.[0]?.link == null));
+      for (const node of gone) this.graph.remove(node);
+    }
     for (const group of empty) this.graph.remove(group);
   }
 

@@ -157,8 +157,15 @@ STRAY = """() => {
     text.widgets[0].value = "a {red|blue} fox";
     const giver = host ?? graph._nodes.find(node => node.type === "CreateVideo" && node.mode === 0);
     giver.connect(0, add(graph, "SaveVideo", "a second video", 4), 0);
-    return Boolean(host);
+    if (host) return true;
+    const sampler = graph._nodes.find(node => node.type === "KSamplerAdvanced" && node.mode === 0
+        && node.widgets.some(one => one.name === "add_noise" && one.value === "enable"));
+    const seed = add(graph, "PrimitiveNode", "a seed", 0);
+    seed.connect(0, sampler, sampler.inputs.findIndex(input => input.name === "noise_seed"));
+    seed.widgets.find(one => one.name === "control_after_generate").value = "increment";
+    return false;
 }"""
+SAMPLER = "app.graph._nodes.find(node => node.type === 'WanGenerate')"
 TOLD = """() => app.graph._nodes.filter(node => node.type === "MarkdownNote")
     .map(node => node.widgets[0].value).join("\\n")"""
 
@@ -171,13 +178,17 @@ def test_what_no_prompt_holds_is_kept_or_said(page: Any, server: ComfyServer) ->
     inside = page.evaluate(STRAY)
     convert(page)
     texts = page.evaluate(
-        "() => app.graph._nodes.find(node => node.type === 'WanGenerate').widgets"
-        ".filter(one => one.name.endsWith('prompt')).map(one => one.value)"
+        f"() => {SAMPLER}.widgets.filter(one => one.name.endsWith('prompt')).map(one => one.value)"
     )
     assert "a {red|blue} fox" in texts
     told = page.evaluate(TOLD)
     assert ("a note inside was in a subgraph that is gone" in told) == inside
     assert "a second video was switched off" in told
+    if not inside:
+        after = "node.widgets.find(one => one.name === 'control_after_generate').value"
+        assert page.evaluate(f"() => {{ const node = {SAMPLER}; return {after} }}") == "increment"
+    # A primitive is of the page alone: its value is taken over.
+    assert not page.evaluate("() => app.graph._nodes.some(node => node.title === 'a seed')")
     close_toasts(page)
 
 

@@ -270,6 +270,14 @@ def test_a_grey_picture_is_one(pack: ModuleType) -> None:
     assert torch.equal(load(config.image, "image"), grey[0].expand(8, 8, 3))
 
 
+def test_the_transparency_of_a_picture_reaches_the_one_who_warns_of_it(pack: ModuleType) -> None:
+    picture = torch.rand(1, 8, 8, 4)
+    config = part(pack, "nodes.job").generation_config(VALUES | {"end_image": picture})
+    pictures = part(pack, "wan_core.job.pictures")
+    assert torch.equal(pictures.load_picture(config.last_image, "image"), picture[0, ..., :3])
+    assert "transparent" in str(pictures.describe_loss(config.last_image, "end_image"))
+
+
 @pytest.mark.parametrize(
     ("field", "value"),
     [

@@ -308,8 +308,10 @@ def describe_loss(image: Any, field: str) -> str | None:
     if isinstance(image, Image.Image):
         return _lost(image, field)
     shape = tuple(getattr(image, "shape", ()))
-    if len(shape) > 2 and shape[-1] == 4 and bool((image[..., 3] < image[..., 3].max()).any()):
-        return f"{field} {_TRANSPARENT}"
+    if len(shape) > 2 and shape[-1] == 4:
+        alpha = image[..., 3]
+        if bool((alpha < alpha.max()).any()) or not bool(alpha.any()):
+            return f"{field} {_TRANSPARENT}"
     return None
 
 
