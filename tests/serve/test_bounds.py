@@ -23,7 +23,7 @@ from support.http_server import Client, Idle, Started, serving, wait_for
 from wan_core import GenerationConfig
 from wan_core.errors import InvalidRequest, MissingFile
 from wan_core.serve import Outcome, ServerOptions, serve
-from wan_core.serve.desk import FolderFull
+from wan_core.serve.desk import FolderFull, Shelf
 
 TINY = {"num_frames": 5, "width": 32, "height": 32, "num_inference_steps": 2}
 
@@ -77,6 +77,17 @@ def uploading(client: Client, declared: int | None, sent: int) -> socket.socket:
     body = UPLOAD + bytes(sent)
     connection.sendall(b"%x\r\n%s\r\n" % (len(body), body) if declared is None else body)
     return connection
+
+
+def test_jobs_that_lie_on_another_disk_count_in_the_folder(tmp_path: Path) -> None:
+    (tmp_path / "disk" / "jobs" / "a").mkdir(parents=True)
+    (tmp_path / "disk" / "jobs" / "a" / "clip.mp4").write_bytes(bytes(2**20))
+    (tmp_path / "videos").mkdir()
+    try:
+        (tmp_path / "videos" / "jobs").symlink_to(tmp_path / "disk" / "jobs")
+    except OSError:
+        pytest.skip("links may not be made here")
+    assert 2**20 <= Shelf(tmp_path / "videos", None).kept() < 2**20 + 4096
 
 
 def test_uploads_on_their_way_count_in_the_folder(

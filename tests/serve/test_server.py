@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import http.client
 import json
+import os
+import shutil
 import socket
 import sqlite3
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
@@ -321,6 +324,29 @@ def test_a_picture_and_a_video_become_inputs(idle: tuple[Client, Any], tmp_path:
     upload = Upload(path=tmp_path / "input.png", kind="image")
     made, _ = read_job({"prompt": "x"}, upload, desk.served, tmp_path / "clip.mp4")
     assert made.values["image"] == str(tmp_path / "input.png") and made.output.parent == tmp_path
+
+
+def test_a_folder_of_jobs_on_another_disk_or_full(
+    idle: tuple[Client, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client, desk = idle
+
+    def refuse(code: int) -> Callable[..., Any]:
+        def refused(*_: Any, **__: Any) -> Any:
+            raise OSError(code, os.strerror(code))
+
+        return refused
+
+    monkeypatch.setattr(os, "rename", refuse(errno.EXDEV))  # as a link to another disk does
+    path = desk.uploads / "x.part"
+    path.write_bytes(PNG.getvalue())
+    kept = look_at(path, desk.queue.folder_of("moved") / "input")
+    assert kept.path.read_bytes() == PNG.getvalue() and not path.exists()
+    desk.queue.remove_folder("moved")
+    monkeypatch.setattr(shutil, "move", refuse(errno.ENOSPC))
+    status, told = client.create(("x.png", PNG.getvalue()), prompt="x", **TINY)
+    assert status == 507 and "No space left" in told["error"]["message"], told
+    assert not list(desk.uploads.iterdir()) and not list(desk.uploads.parent.glob("jobs/*"))
 
 
 def mjpeg(path: Path, *parts: tuple[int, int]) -> bytes:

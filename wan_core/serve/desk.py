@@ -99,7 +99,9 @@ def _bytes_below(folder: Path) -> int:
 
     Nor do uploads that are not whole: ``Coming`` counts them.
     """
-    total, folders = 0, [str(folder)]
+    # The folder of the jobs may be a link to another disk; links elsewhere are nobody's of ours.
+    linked = [str(one) for one in folder.glob("*") if one.is_symlink() and one.is_dir()]
+    total, folders = 0, [str(folder), *linked]
     while folders:
         with contextlib.suppress(OSError), os.scandir(folders.pop()) as found:
             for one in found:

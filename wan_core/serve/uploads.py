@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import secrets
+import shutil
 import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
@@ -264,7 +265,8 @@ def look_at(path: Path, target: Path) -> Upload:
 
     A picture's are its header's, a video's its first frame's.
 
-    ``target`` is the path it gets, without a suffix. Raises InvalidRequest, naming the field.
+    ``target`` is the path it gets, without a suffix. Raises InvalidRequest, naming the field, and
+    OutputError where it cannot be kept.
     """
     with open(path, "rb") as file:
         start = file.read(64)
@@ -274,8 +276,13 @@ def look_at(path: Path, target: Path) -> Upload:
     kind = "image" if suffix is None else "video"
     suffix = _check_picture(path) if suffix is None else suffix
     pixels = _check_video(path) if kind == "video" else 0
-    target.parent.mkdir(parents=True, exist_ok=True)
-    return Upload(path=path.rename(target.with_suffix(suffix)), kind=kind, pixels=pixels)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        # Not renamed: the folder of the jobs may be a link to another disk.
+        kept = Path(shutil.move(path, target.with_suffix(suffix)))
+    except OSError as err:
+        raise OutputError(f"The upload cannot be kept: {err.strerror or err}.") from err
+    return Upload(path=kept, kind=kind, pixels=pixels)
 
 
 def _video_suffix(start: bytes) -> str | None:
