@@ -24,7 +24,7 @@ import torch
 from support.clips import patches, write
 from support.tiny_models import make_folder
 
-from wan_core import VideoGenerationResult
+from wan_core import VideoGenerationResult, __version__
 from wan_core.__main__ import _parser, main
 from wan_core.config import demo_model
 from wan_core.errors import CorruptFile
@@ -464,6 +464,12 @@ def test_without_a_command_there_is_an_example_of_each() -> None:
     examples = [line.split("wan_core ")[1] for line in text.splitlines() if "  python" in line]
     for example in examples:
         _parser().parse_args(shlex.split(example))  # or argparse ends the test
+
+
+def test_the_version_is_told(capsys: Any) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["--version"])
+    assert ended.value.code == 0 and capsys.readouterr().out == f"WanFit {__version__}\n"
 
 
 def test_every_option_of_every_command_is_explained() -> None:

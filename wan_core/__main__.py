@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
+from . import __version__
 from .arguments import (
     Told,
     add_batch,
@@ -148,6 +149,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog="\n".join(("examples:", *examples)),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
+    parser.add_argument("--version", action="version", version=f"WanFit {__version__}")
     parser.set_defaults(warnings=[], run=None)
     commands = parser.add_subparsers(metavar="COMMAND")
     made = {name: commands.add_parser(name, help=what) for name, (_, what, _) in table.items()}
