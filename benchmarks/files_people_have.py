@@ -168,6 +168,7 @@ def run_case(bench: FileBench, case: Run, told_ram: bool = False) -> dict[str, A
     dropped = [files.transformer, files.transformer_2, files.text_encoder, files.vae]
     row["file"] = forget_pages(*map(Path, dropped)) if case.cold else "warm: read before"
     bench.cap(share)
+    context = bench.context_mib()
     bench.watch.forget()
     before = bench.watch.look()
     result = None
@@ -183,6 +184,7 @@ def run_case(bench: FileBench, case: Run, told_ram: bool = False) -> dict[str, A
         "steps": ends.seconds, "latents": ends.digests, "context_mib": bench.context_mib(),
         "held_before": before.counted, "held_by_plan": system.held_bytes,
         "done_here": list(system.done_here),
+        "context_by_plan_mib": context,
         "warnings": result.warnings if result else [], "errors": result.errors if result else [],
         "success": result.success if result else True,
     }  # fmt: skip

@@ -80,6 +80,7 @@ from wan_core.memory import (
     lean_peak,
     transformer_peak,
 )
+from wan_core.memory.process import ON_CARD, done_here
 from wan_core.models import PARTS, VAE_21, VARIANTS, TransformerShape, VaeShape
 from wan_core.render import Timeline
 from wan_core.sampling import StreamingDecoder, to_frames
@@ -100,7 +101,7 @@ TINY = Shapes(
     },
 )  # fmt: skip
 KERNELS = 100 / 1024
-"""GiB that kernels loaded later add to CUDA's context."""
+"""GiB that kernels loaded later add to CUDA's context, in a process that has computed before."""
 PINNED = 16 * GIB
 """What a decode alone may page-lock."""
 REFERENCE, LEAN = "resident, diffusers' forward", "resident, lean forward"
@@ -212,7 +213,8 @@ class Bench:
         """Return the GiB of a cap that CUDA's context leaves."""
         if cap is None or not self.cuda:
             return cap
-        return cap - (self.context_mib() or 0) / 1024 - KERNELS
+        warm = "card" in done_here(str(self.device))
+        return cap - (self.context_mib() or 0) / 1024 - (KERNELS if warm else ON_CARD / GIB)
 
     def context_mib(self) -> float | None:
         """What the device holds beside the allocator's memory: context, kernels, other programs."""

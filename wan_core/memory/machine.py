@@ -21,7 +21,14 @@ from ..config import GIB
 from ..errors import InvalidRequest, MissingDependency
 from .calibration import Calibration
 from .cards import Between, Card, allocator
-from .process import done_here, growth, locked_by_torch, process_bytes, unknown_process
+from .process import (
+    ON_CARD,
+    done_here,
+    growth,
+    locked_by_torch,
+    process_bytes,
+    unknown_process,
+)
 
 PINNED_SHARE_WINDOWS, PINNED_SHARE = 0.4, 0.5
 """Share of the RAM that may be page-locked, on Windows and elsewhere."""
@@ -63,8 +70,9 @@ class SystemResources:
     """A machine as the plan sees it. Sizes are in bytes.
 
     On a CPU the device's memory is the RAM. ``device_free_bytes`` includes memory that torch's
-    allocator holds without any tensor in it. It does not include ``evictable_bytes``, which the
-    caller can free on the device (ComfyUI's loaded models, our own cached components).
+    allocator holds without any tensor in it. It does not include what libraries take of it when
+    they first compute there, nor ``evictable_bytes``, which the caller can free on the device
+    (ComfyUI's loaded models, our own cached components).
     """
 
     device: str
@@ -201,6 +209,8 @@ def system_resources(
     locked = 0 if name == "cpu" else locked_by_torch(torch)
     found["process_bytes"] = None if held is None else held + locked
     found["done_here"] = done_here(name)
+    if name != "cpu" and "card" not in found["done_here"]:
+        found["device_free_bytes"] = max(0, found["device_free_bytes"] - ON_CARD)
     return SystemResources(**found, notes=(*notes, *ram_notes))
 
 

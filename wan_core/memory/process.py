@@ -40,6 +40,10 @@ in the denoising (tests/render/test_ram_peaks.py)."""
 TOKEN_BYTES: Final = 600
 """What a tokenizer keeps for a token: 147 MiB of umT5's 256,300 with transformers 5.17; making it
 takes 250 MiB for a moment, less than what comes after it takes."""
+ON_CARD: Final = 300 * MIB
+"""What libraries take of a card beside the allocator's memory once they compute on it, CUDA's
+context aside: their kernels. On an H200 a new process that ran a clip ended with 810 MiB beside
+that memory, of which at most 604 were there when it was planned."""
 RING: Final = 128 * MIB
 """The page-locked memory through which weights go to a GPU, while they do."""
 SENDING: Final = RING + 48 * MIB

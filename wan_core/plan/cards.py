@@ -97,15 +97,15 @@ def _missing(wanted: str, known: tuple[str, ...]) -> InvalidRequest:
 def for_all_cards(system: SystemResources, requested: OptimizationConfig) -> SystemResources:
     """Return the machine with the free memory of the fullest of the cards that are asked for.
 
-    One plan is carried out on all of them. On the first card the driver's own process stays beside
-    its worker: up to 1 GiB of CUDA's context.
+    One plan is carried out on all of them, by workers in processes of their own: each takes up to
+    1 GiB for CUDA's context, on the first card beside the driver's.
     """
     devices = devices_asked(requested, system)
     if len(devices) == 1 or system.device_kind != "cuda":
         return system
     free = {card.device: card.free_bytes for card in system.cards if card.device in devices}
     fullest = min(free, key=lambda device: free[device])
-    least = min(system.device_free_bytes - GIB, free[fullest])
+    least = min(system.device_free_bytes, free[fullest]) - GIB
     note = f"{fullest} has the least free memory of the cards, {free[fullest] / GIB:.1f} GiB"
     more = (note,) if free[fullest] < system.device_free_bytes - GIB else ()
     return replace(system, device_free_bytes=max(0, least), notes=(*system.notes, *more))
