@@ -332,7 +332,8 @@ def test_transparency_and_later_pictures_are_said_to_be_lost(tmp_path: Path) -> 
         for given in (image, tmp_path / name, str(tmp_path / name)):
             assert "transparent pixels" in str(describe_loss(given, "image")), name
     unseen = torch.tensor(np.dstack([WIDE, np.zeros(WIDE.shape[:2], np.uint8)]) / 255.0)
-    for numbers in (seen, torch.tensor(seen / 255.0), unseen):
+    thin = torch.cat([unseen[..., :3], torch.full_like(unseen[..., :1], 0.7)], -1)
+    for numbers in (seen, torch.tensor(seen / 255.0), unseen, thin):
         assert str(describe_loss(numbers, "image")).startswith("image has transparent pixels")
     turned = [ImageOps.flip(plain), ImageOps.mirror(plain)]
     plain.save(tmp_path / "moving.gif", save_all=True, append_images=turned)

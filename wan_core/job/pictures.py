@@ -310,7 +310,7 @@ def describe_loss(image: Any, field: str) -> str | None:
     shape = tuple(getattr(image, "shape", ()))
     if len(shape) > 2 and shape[-1] == 4:
         alpha = image[..., 3]
-        if bool((alpha < alpha.max()).any()) or not bool(alpha.any()):
+        if bool((alpha < max(float(alpha.max()), 1.0)).any()):
             return f"{field} {_TRANSPARENT}"
     return None
 
