@@ -342,7 +342,7 @@ def test_a_plan_decides_how_the_decode_is_done(monkeypatch: pytest.MonkeyPatch) 
             timeline=SimpleNamespace(stage=lambda name: nullcontext()),
         )  # type: ignore[arg-type]  # fmt: skip
         with stages.use(stage, "vae"), torch.no_grad():
-            both = lean_vae._lean.on(vae.decoder), lean_vae._lean_encoder.on(vae.encoder)
+            both = lean_vae._lean.on(vae.decoder), lean_vae._lean.on(vae.encoder)
             seen.append(tuple(installed.mine() if installed else None for installed in both))
         assert stages.result.warnings == []
     by_bands, exact, plain, quick = seen[:4]

@@ -68,7 +68,7 @@ class DecoderWalk:
         self._strip, self._low = options.strip, 0
         self._norms = options.norms
 
-    def through(self, decoder: Any, x: Tensor, first: bool) -> Tensor:
+    def through(self, decoder: Any, x: Tensor, first_chunk: bool = False) -> Tensor:
         """Return the decoder's output for one latent frame."""
         # From here on only the list refers to the map, see above.
         held = [x]
@@ -79,7 +79,7 @@ class DecoderWalk:
             held[0] = self._cut(held[0], self._strip.begins)
             self._low = self._strip.begins[0]
         for level, block in enumerate(decoder.up_blocks):
-            self._level(block, held, first, level)
+            self._level(block, held, first_chunk, level)
         out = self._convolve(decoder.conv_out, held, decoder.norm_out)
         return out if self._strip is None else self._cut(out, self._strip.keeps[-1])
 

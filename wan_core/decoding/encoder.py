@@ -23,10 +23,10 @@ from .decoder_quick import Quick, empty
 class EncoderWalk(DecoderWalk):
     """One call of the encoder, layer by layer; ``held`` and slots are as in ``DecoderWalk``."""
 
-    def through(self, encoder: Any, x: Tensor, first: bool = False) -> Tensor:
+    def through(self, encoder: Any, x: Tensor, first_chunk: bool = False) -> Tensor:
         """Return the encoder's output for one chunk of frames, (B, C, 1 or 4, H, W).
 
-        ``first`` makes no difference: an encoder knows the first chunk by its empty cache.
+        ``first_chunk`` makes no difference: an encoder knows that by its empty cache.
         """
         held = [x]
         del x

@@ -126,8 +126,7 @@ def _lean_half(
         faster = quick_for(half) if quick else None
         norms = _norms(half) if fuse else None
         options = DecodeOptions(max(1, bands or 1), host, faster, strip, norms)
-        replaced = _lean if name == "decoder" else _lean_encoder
-        with replaced(half, options):
+        with _lean(half, options):
             yield None
 
 
@@ -151,46 +150,28 @@ def _host_cache(
             host.close()
 
 
-def _put_on(decoder: Any, installed: Installed[DecodeOptions]) -> None:
-    installed.set_forward(decoder, functools.partial(_forward, decoder, installed))
-
-
-def _put_on_encoder(encoder: Any, installed: Installed[DecodeOptions]) -> None:
-    installed.set_forward(encoder, functools.partial(_encode, encoder, installed))
+def _put_on(half: Any, installed: Installed[DecodeOptions]) -> None:
+    walk = EncoderWalk if hasattr(half, "down_blocks") else DecoderWalk
+    installed.set_forward(half, functools.partial(_forward, half, walk, installed))
 
 
 _lean = ReplacedForward(_put_on)
-_lean_encoder = ReplacedForward(_put_on_encoder)
 
 
 def _forward(
-    decoder: Any,
+    half: Any,
+    walk: type[DecoderWalk],
     installed: Installed[DecodeOptions],
     before: Any,
     x: Tensor,
     feat_cache: list[Any] | None = None,
     feat_idx: list[int] | None = None,
-    first_chunk: bool = False,
+    **first: bool,
 ) -> Tensor:
+    """Stand for a half's forward; only a decoder's is told whether a chunk is the ``first``."""
     options = installed.mine()
     index = [0] if feat_idx is None else feat_idx
     if options is None or feat_cache is None:
-        result: Tensor = before(x, feat_cache=feat_cache, feat_idx=index, first_chunk=first_chunk)
+        result: Tensor = before(x, feat_cache=feat_cache, feat_idx=index, **first)
         return result
-    return DecoderWalk(options, feat_cache, index).through(decoder, x, first_chunk)
-
-
-def _encode(
-    encoder: Any,
-    installed: Installed[DecodeOptions],
-    before: Any,
-    x: Tensor,
-    feat_cache: list[Any] | None = None,
-    feat_idx: list[int] | None = None,
-) -> Tensor:
-    options = installed.mine()
-    index = [0] if feat_idx is None else feat_idx
-    if options is None or feat_cache is None:
-        result: Tensor = before(x, feat_cache=feat_cache, feat_idx=index)
-        return result
-    return EncoderWalk(options, feat_cache, index).through(encoder, x)
+    return walk(options, feat_cache, index).through(half, x, **first)
