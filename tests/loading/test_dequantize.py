@@ -12,7 +12,6 @@ import torch
 from support import reference_layouts as layouts
 from support import stored_files as files
 from support.cases import in_turn, slow_but
-from support.tiny_models import make_transformer
 from torch import Tensor, nn
 
 from wan_core.formats import Storage, read_table
@@ -150,15 +149,6 @@ def test_scales_in_tiles_come_out_by_rows(rows: int, blocks: int) -> None:
 
 
 # Files of every kind, as modules -----------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def model() -> nn.Module:
-    torch.manual_seed(1)
-    made = make_transformer("wan2.1-t2v", attention_head_dim=128, ffn_dim=512)
-    for parameter in made.parameters():
-        torch.nn.init.normal_(parameter, std=0.05)
-    return made.requires_grad_(False)
 
 
 def matrices(model: nn.Module) -> set[str]:

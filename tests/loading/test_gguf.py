@@ -12,7 +12,6 @@ import pytest
 import torch
 from support import reference_layouts as layouts
 from support.stored_files import GGUF_KINDS, gguf_blocks, gguf_meaning
-from support.tiny_models import make_transformer
 
 from wan_core.errors import ModelMismatch, UnsupportedModel
 from wan_core.loading import dequantize as dequantize_module
@@ -48,15 +47,6 @@ def write_gguf(
     writer.write_tensors_to_file()
     writer.close()
     return truth
-
-
-@pytest.fixture(scope="module")
-def model() -> torch.nn.Module:
-    torch.manual_seed(1)
-    made = make_transformer("wan2.1-t2v", attention_head_dim=128, ffn_dim=512)
-    for parameter in made.parameters():
-        torch.nn.init.normal_(parameter, std=0.05)
-    return made.requires_grad_(False)
 
 
 def linear(model: torch.nn.Module) -> set[str]:

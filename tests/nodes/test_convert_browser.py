@@ -11,13 +11,11 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 from support import reference_layouts as layouts
-from support.comfy_browser import find_browser
+from support.comfy_browser import IN_A_BROWSER
 from support.comfy_graphs import latent_of
-from support.comfy_server import ComfyServer, find_checkouts
+from support.comfy_server import ComfyServer
 from support.tiny_models import make_transformer, make_vae
 
-CHECKOUTS = find_checkouts()
-BROWSER = find_browser()
 MADE = (
     "image_to_video_wan", "text_to_video_wan", "video_wan2_2_14B_flf2v",
     "video_wan2.1_fun_camera_v1.1_14B", "video_wan2_2_14B_fun_camera",
@@ -39,12 +37,7 @@ NATIVE = {
 API = """async () => Object.fromEntries(Object.entries((await app.graphToPrompt()).output)
     .map(([id, node]) => [id, {class_type: node.class_type, inputs: node.inputs}]))"""
 
-pytestmark = [
-    pytest.mark.comfyui,
-    pytest.mark.slow,
-    pytest.mark.skipif(not CHECKOUTS, reason="no ComfyUI checkout (set COMFYUI_PATH)"),
-    pytest.mark.skipif(isinstance(BROWSER, str), reason=str(BROWSER)),
-]
+pytestmark = IN_A_BROWSER
 
 
 def template(server: ComfyServer, name: str) -> dict[str, Any] | None:

@@ -12,26 +12,19 @@ import time
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
-from support.comfy_browser import READY, find_browser, open_page, shows
+from support.comfy_browser import IN_A_BROWSER, READY, find_browser, open_page, shows
 from support.comfy_graphs import read_video
-from support.comfy_server import ComfyServer, find_checkouts
+from support.comfy_server import ComfyServer
 
 from tools import judge
 
-CHECKOUTS = find_checkouts()
 BROWSER = find_browser()
 SHOTS = os.environ.get("WANFIT_SCREENSHOTS")
 TEMPLATE = "video_wan2_2_14B_i2v"
 HAS = "app.graph._nodes.some(node => node.comfyClass === '{}')"
 
-pytestmark = [
-    pytest.mark.comfyui,
-    pytest.mark.slow,
-    pytest.mark.skipif(not CHECKOUTS, reason="no ComfyUI checkout (set COMFYUI_PATH)"),
-    pytest.mark.skipif(isinstance(BROWSER, str), reason=str(BROWSER)),
-]
+pytestmark = IN_A_BROWSER
 
 
 class User:

@@ -6,22 +6,14 @@ import os
 from typing import Any
 
 import pytest
-from support.comfy_browser import find_browser, shows
+from support.comfy_browser import IN_A_BROWSER, shows
 from support.comfy_schemas import NODES
-from support.comfy_server import find_checkouts
 
-CHECKOUTS = find_checkouts()
-BROWSER = find_browser()
 SHOTS = os.environ.get("WANFIT_SCREENSHOTS")
 WIDTH = 300
 """Of the panel, in pixels."""
 
-pytestmark = [
-    pytest.mark.comfyui,
-    pytest.mark.slow,
-    pytest.mark.skipif(not CHECKOUTS, reason="no ComfyUI checkout (set COMFYUI_PATH)"),
-    pytest.mark.skipif(isinstance(BROWSER, str), reason=str(BROWSER)),
-]
+pytestmark = IN_A_BROWSER
 
 NARROW = """width => {
     const help = document.querySelector('.node-help-content');

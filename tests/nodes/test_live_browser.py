@@ -12,22 +12,15 @@ from typing import Any
 
 import pytest
 from support import single_files
-from support.comfy_browser import find_browser, fresh_page, run_in, shows
+from support.comfy_browser import IN_A_BROWSER, fresh_page, run_in, shows
 from support.comfy_graphs import graph, with_values, workflow
-from support.comfy_server import ComfyServer, find_checkouts
+from support.comfy_server import ComfyServer
 
-CHECKOUTS = find_checkouts()
-BROWSER = find_browser()
 PANEL = "[...document.querySelectorAll('.wanfit-plan')].map(e => e.innerText).join('\\n')"
 SHOTS = os.environ.get("WANFIT_SCREENSHOTS")
 """A folder for pictures of the page, to look at."""
 
-pytestmark = [
-    pytest.mark.comfyui,
-    pytest.mark.slow,
-    pytest.mark.skipif(not CHECKOUTS, reason="no ComfyUI checkout (set COMFYUI_PATH)"),
-    pytest.mark.skipif(isinstance(BROWSER, str), reason=str(BROWSER)),
-]
+pytestmark = IN_A_BROWSER
 
 
 @pytest.fixture(scope="module")

@@ -9,22 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.comfy_browser import find_browser, open_page, run_in, shows
+from support.comfy_browser import IN_A_BROWSER, find_browser, open_page, run_in, shows
 from support.comfy_graphs import with_values, workflow
-from support.comfy_server import REPOSITORY, ComfyServer, find_checkouts
+from support.comfy_server import REPOSITORY, ComfyServer
 
-CHECKOUTS = find_checkouts()
 BROWSER = find_browser()
 SHOTS = os.environ.get("WANFIT_SCREENSHOTS")
 """A folder for pictures of the page, to look at."""
 TEXT = "document.querySelector('.wanfit-sidebar')?.innerText ?? ''"
 
-pytestmark = [
-    pytest.mark.comfyui,
-    pytest.mark.slow,
-    pytest.mark.skipif(not CHECKOUTS, reason="no ComfyUI checkout (set COMFYUI_PATH)"),
-    pytest.mark.skipif(isinstance(BROWSER, str), reason=str(BROWSER)),
-]
+pytestmark = IN_A_BROWSER
 
 
 @pytest.fixture(scope="module")

@@ -14,12 +14,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
 from support.cases import in_turn, slow_but
-from support.clips import read
+from support.clips import picture, read
 from support.crashes import Crash
 from support.failures import failing
 from support.tiny_models import make_folder, open_kept, open_wan
@@ -51,11 +50,6 @@ def crash_after(count: int) -> Any:
 
 def noting(steps: list[int]) -> Any:
     return lambda step, total, latents: steps.append(step)
-
-
-def picture() -> Image.Image:
-    pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
-    return Image.fromarray(pixels)
 
 
 @pytest.mark.parametrize(

@@ -7,12 +7,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 from support.cases import in_turn
-from support.clips import read
+from support.clips import picture, read
 from support.failures import failing
 from support.tiny_models import make_folder, open_wan
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -44,11 +42,6 @@ STAGES = {
     "last step": ("transformer", "", 8),
     "decode": ("vae", "decoder", 3),
 }
-
-
-def picture() -> Image.Image:
-    pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
-    return Image.fromarray(pixels)
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,6 @@ layout of lightx2v's for image-to-video is held against its changes added to the
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,8 @@ from support.stored_models import write_gguf, write_safetensors
 from torch import Tensor
 
 from wan_core import GenerationConfig, WanControl, WanLoRA, WanModelFiles, WanPipelineLoader
+
+pytestmark = pytest.mark.usefixtures("mapped")
 
 WIDTH, HEIGHT, LENGTH, FRAMES = 32, 32, 5, 9  # two segments
 DIM, FFN = 256, 512  # a row of Q4_K has blocks of 256
@@ -31,14 +32,6 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     single_files.write(folder)
     animate_files.write_clip(folder / animate_files.CLIP)
     return folder
-
-
-@pytest.fixture(autouse=True)
-def mapped(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Files of any size stay mapped, as large ones do; and nothing is left for the next test."""
-    monkeypatch.setattr("wan_core.models.sizes.MAP_FROM", 1)
-    yield
-    WanPipelineLoader().clear_cache()
 
 
 def state_of(number: int) -> dict[str, Tensor]:

@@ -7,7 +7,7 @@ file by code that is not the library's, and generated from.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,8 @@ from wan_core import GenerationConfig, WanLoRA, WanModelFiles, WanPipelineLoader
 from wan_core.__main__ import main
 from wan_core.loading.mapped import is_mapped
 from wan_core.plan import OptimizationPlan
+
+pytestmark = pytest.mark.usefixtures("mapped")
 
 JOB = {"prompt": "a red cat", "width": 32, "height": 32, "num_frames": 5, "seed": 1,
        "num_inference_steps": 2, "switch_step": 1, "guidance_scale": 3.0,
@@ -47,14 +49,6 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("stored")
     single_files.write(folder)
     return folder
-
-
-@pytest.fixture(autouse=True)
-def mapped(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Files of any size stay mapped, as large ones do; and nothing is left for the next test."""
-    monkeypatch.setattr("wan_core.models.sizes.MAP_FROM", 1)
-    yield
-    WanPipelineLoader().clear_cache()
 
 
 def opened(

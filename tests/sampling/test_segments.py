@@ -11,7 +11,7 @@ import av
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from support.clips import picture
 from support.crashes import Crash
 from support.tiny_models import make_folder
 
@@ -46,11 +46,6 @@ def wan(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 
     yield get
     loader.clear_cache()
-
-
-def picture() -> Image.Image:
-    pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
-    return Image.fromarray(pixels)
 
 
 def job(family: str, **more: Any) -> GenerationConfig:

@@ -8,6 +8,7 @@ from pathlib import Path
 import av
 import numpy as np
 import torch
+from PIL import Image
 
 from wan_core.render.video import VideoWriter
 
@@ -52,3 +53,8 @@ def pixels(*shape: int, seed: int = 0) -> np.ndarray:
 def as_tensor(values: np.ndarray) -> torch.Tensor:
     """The same as floats 0..1."""
     return torch.from_numpy(values.astype(np.float32) / 255.0)
+
+
+def picture() -> Image.Image:
+    """Random pixels, 32 x 32."""
+    return Image.fromarray(pixels(32, 32, 3))

@@ -10,7 +10,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from support.comfy_server import ComfyServer
+import pytest
+
+from support.comfy_server import ComfyServer, find_checkouts
 
 FLAGS = [
     "--no-sandbox",
@@ -33,6 +35,20 @@ def find_browser() -> Path | str:
         if found:
             return Path(found)
     return "no Chromium on PATH (set CHROMIUM_PATH)"
+
+
+def _marks() -> list[pytest.MarkDecorator]:
+    browser = find_browser()
+    return [
+        pytest.mark.comfyui,
+        pytest.mark.slow,
+        pytest.mark.skipif(not find_checkouts(), reason="no ComfyUI checkout (set COMFYUI_PATH)"),
+        pytest.mark.skipif(isinstance(browser, str), reason=str(browser)),
+    ]
+
+
+IN_A_BROWSER = _marks()
+"""Marks of a file whose tests look at ComfyUI's page."""
 
 
 READY = (

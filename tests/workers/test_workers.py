@@ -13,10 +13,9 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import MagicMock
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
+from support.clips import picture
 from support.drivers import Driver
 from support.thread_workers import ThreadWorker, hangs
 from support.tiny_models import ANIMATE, folders, open_wan
@@ -49,11 +48,6 @@ SHORT = {"prompt": "a red cat", "width": 32, "height": 32, "num_frames": 5, "see
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return folders(tmp_path_factory.mktemp("workers"))
-
-
-def picture() -> Image.Image:
-    pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
-    return Image.fromarray(pixels)
 
 
 def latents(path: Path, job: dict[str, Any], **wishes: Any) -> torch.Tensor:
