@@ -40,6 +40,7 @@ from support import reference_layouts as layouts
 from support import single_files, stored_files, tiny_models
 from support.comfy_graphs import FILES, frames_of, graph
 from support.comfy_server import ComfyServer, find_checkout, find_python
+from support.stored_models import write_gguf
 
 from wan_core import GenerationConfig, WanLoRA, WanModelFiles, WanPipelineLoader
 
@@ -93,7 +94,7 @@ def write_models(folder: Path) -> None:
         chosen = {n for n in chosen if n.endswith(".weight") and state[n].shape[1] % 32 == 0}
         tensors, metadata, _ = stored_files.pack(state, chosen, "fp8_scaled", "notes")
         stored_files.write(folder / f"{role}_fp8.safetensors", tensors, metadata)
-        write_gguf(folder / f"{role}_Q8_0.gguf", state, chosen)
+        write_gguf(folder / f"{role}_Q8_0.gguf", state, chosen, "Q8_0")
     pairs = {}
     for name in ("self_attn.q", "ffn.0"):
         wide, inner = (24, 24) if name == "self_attn.q" else (24, 32)
@@ -101,23 +102,6 @@ def write_models(folder: Path) -> None:
         pairs[f"diffusion_model.blocks.0.{name}.lora_B.weight"] = torch.randn(inner, 2)
     save_file(pairs, folder / "lora.safetensors")
     Image.effect_noise((64, 64), 80).convert("RGB").save(folder / "in.png")
-
-
-def write_gguf(path: Path, state: dict[str, torch.Tensor], chosen: set[str]) -> None:
-    import gguf
-    import numpy as np
-
-    writer = gguf.GGUFWriter(path, "wan")
-    for name, value in state.items():
-        if name in chosen:
-            quant = gguf.GGMLQuantizationType.Q8_0
-            writer.add_tensor(name, stored_files.gguf_blocks(value, "Q8_0"), raw_dtype=quant)
-        else:
-            writer.add_tensor(name, np.ascontiguousarray(value.float().numpy()))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
 
 
 Job = Callable[[Path, WanPipelineLoader], "torch.Tensor | None"]

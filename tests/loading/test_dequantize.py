@@ -6,12 +6,12 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from support import reference_layouts as layouts
 from support import stored_files as files
 from support.cases import in_turn, slow_but
+from support.stored_models import write_gguf
 from torch import Tensor, nn
 
 from wan_core.formats import Storage, read_table
@@ -176,24 +176,10 @@ def stored_file(
 
 
 def gguf_file(path: Path, model: nn.Module, kind: str) -> tuple[Path, dict[str, Any]]:
-    import gguf
-
     state = layouts.original_transformer(layouts.state_of(model))
     back = dict(zip(state, layouts.state_of(model), strict=True))
-    writer = gguf.GGUFWriter(path, "wan")
-    meanings: dict[str, Any] = {}
-    for index, (name, value) in enumerate(state.items()):
-        if name in matrices(model):
-            data = files.gguf_blocks(value, kind, seed=index)
-            writer.add_tensor(name, data, raw_dtype=gguf.GGMLQuantizationType[kind])
-            meanings[back[name]] = lambda d, data=data: files.gguf_meaning(data, kind, d)
-        else:
-            writer.add_tensor(name, np.ascontiguousarray(value.float().numpy()))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path, meanings
+    meanings = write_gguf(path, state, matrices(model), kind)
+    return path, {back[name]: meaning for name, meaning in meanings.items()}
 
 
 def any_file(folder: Path, model: nn.Module, kind: str) -> tuple[Path, dict[str, Any]]:
