@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 from itertools import pairwise
-from math import prod
 from typing import Final
 
 from .variants import FaceShape
@@ -91,14 +90,3 @@ def _original(face: FaceShape, dim: int, head: int) -> Shapes:
         # The bias of an activation stands for all pixels.
         out[name] = (1, *size, 1, 1) if convs in name and name.endswith("bias") else size
     return out
-
-
-def adapter_parameters(dim: int, head: int) -> int:
-    """Return the parameters of one face adapter: q, k, v, out, and two norms of a head's width."""
-    return 4 * (dim * dim + dim) + 2 * head
-
-
-def face_parameters(face: FaceShape, dim: int, head: int) -> int:
-    """Return the parameters of motion and face encoder, without the adapters."""
-    tensors = _diffusers(face, dim, head).items()
-    return sum(prod(size) for name, size in tensors if not name.startswith("face_adapter."))

@@ -176,10 +176,9 @@ def transformer_tensors(shape: TransformerShape, layout: str) -> dict[str, tuple
         linear[image + "norm2"] = (dim,)
     if shape.vace_in_channels is not None:
         linear["vace_patch_embedding"] = (dim, shape.vace_in_channels, *shape.patch_size)
-    linear |= _control(shape)
     if shape.animate == 1:
         linear["pose_patch_embedding"] = (dim, shape.out_channels, *shape.patch_size)
-    top = _with_biases(linear) | {"scale_shift_table": (1, 2, dim)}
+    top = _with_biases(linear) | control_tensors(shape) | {"scale_shift_table": (1, 2, dim)}
     if shape.pos_embed_seq_len is not None and shape.image_dim is not None:
         positions = (1, shape.pos_embed_seq_len, shape.image_dim)
         top["condition_embedder.image_embedder.pos_embed"] = positions
@@ -208,7 +207,7 @@ def _with_biases(layers: Shapes) -> dict[str, tuple[int, ...]]:
     return out
 
 
-def _control(shape: TransformerShape) -> dict[str, tuple[int, ...]]:
+def control_tensors(shape: TransformerShape) -> dict[str, tuple[int, ...]]:
     """Return the layers by which the Fun models read a reference picture and a camera."""
     dim, patch = shape.dim, shape.patch_size[1:]
     out: dict[str, tuple[int, ...]] = {}
@@ -218,7 +217,7 @@ def _control(shape: TransformerShape) -> dict[str, tuple[int, ...]]:
         out["control_adapter.conv"] = (dim, shape.camera_channels * UNSHUFFLED**2, *patch)
         for name in ("conv1", "conv2"):
             out[f"control_adapter.residual_blocks.0.{name}"] = (dim, dim, 3, 3)
-    return out
+    return _with_biases(out)
 
 
 def _block(shape: TransformerShape) -> dict[str, tuple[int, ...]]:

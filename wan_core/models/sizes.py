@@ -8,13 +8,14 @@ library only.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import lru_cache
+from math import prod
 from typing import TypeVar
 
 from .architecture import TRANSFORMERS, ModelArchitecture
-from .faces import adapter_parameters, face_parameters
-from .shapes import UNSHUFFLED
-from .stored import StoredSizes, cast_at_use
+from .shapes import control_tensors, transformer_tensors
+from .stored import StoredSizes, cast_at_use, stays_wide
 from .variants import TransformerShape
 
 BYTES: Mapping[str, int] = {"fp32": 4, "bf16": 2, "fp16": 2, "fp8": 1}
@@ -39,30 +40,40 @@ _PLAIN = ("fp32", "fp16", "bf16")
 _HEADER = {"fp32": "F32", "fp16": "F16", "bf16": "BF16"}
 _STREAMED = ("transformer", "text_encoder")
 """Components whose matrices may stay as stored, and whose blocks can be streamed."""
-_ATTENTION_SIDES = 4  # q, k, v, out
+_REPEATED = ("blocks.", "vace_blocks.", "face_adapter.")
+"""Parts of a transformer that there are several of."""
+
+
+Count = tuple[int, int]
+"""Parameters: (all of them, those that stay in fp32)."""
 
 
 @lru_cache(maxsize=64)
-def block_parameters(shape: TransformerShape) -> tuple[int, int]:
-    """Return one transformer block's parameters: (all of them, those that stay in fp32)."""
-    d, ffn = shape.dim, shape.ffn_dim
-    attention = _ATTENTION_SIDES * (d * d + d) + 2 * d
-    image = 2 * (shape.added_kv_dim * d + d) + d if shape.added_kv_dim else 0
-    feed_forward = 2 * d * ffn + ffn + d
-    kept = 2 * d + 6 * d  # norm2 and the scale-shift table
-    return 2 * attention + image + feed_forward + kept, kept
+def _counts(shape: TransformerShape) -> dict[str, Count]:
+    """Return the parameters of one block ("blocks.0"), of each VACE block, of each face adapter,
+    and of what is outside of all of these ("")."""
+    counts: dict[str, Count] = {}
+    for name, size in transformer_tensors(replace(shape, layers=1), "diffusers").items():
+        part = ".".join(name.split(".")[:2]) if name.startswith(_REPEATED) else ""
+        total, kept = counts.get(part, (0, 0))
+        numbers = prod(size)
+        wide = stays_wide("transformer", name)
+        counts[part] = total + numbers, kept + numbers * wide
+    return counts
 
 
-@lru_cache(maxsize=64)
-def vace_block_parameters(shape: TransformerShape) -> tuple[tuple[int, int], ...]:
-    """Return the parameters of each VACE block: (all of them, those that stay in fp32)."""
-    total, kept = block_parameters(shape)
-    linear = shape.dim * shape.dim + shape.dim
-    # Each has a projection at its end, the first one also at its beginning.
-    return tuple(
-        (total + linear * (2 if number == 0 else 1), kept)
-        for number in range(len(shape.vace_layers))
-    )
+def block_parameters(shape: TransformerShape) -> Count:
+    """Return one transformer block's parameters."""
+    return _counts(shape)["blocks.0"]
+
+
+def vace_block_parameters(shape: TransformerShape) -> tuple[Count, ...]:
+    """Return the parameters of each VACE block."""
+    return _each(shape, "vace_blocks")
+
+
+def _each(shape: TransformerShape, kind: str) -> tuple[Count, ...]:
+    return tuple(count for part, count in _counts(shape).items() if part.startswith(kind))
 
 
 def block_count(shape: TransformerShape) -> int:
@@ -91,49 +102,20 @@ def in_order(
     return order
 
 
-@lru_cache(maxsize=64)
-def rest_parameters(shape: TransformerShape) -> tuple[int, int]:
-    """Return the parameters outside the blocks: (all of them, those that stay in fp32)."""
-    d = shape.dim
-    patch = shape.patch_size[0] * shape.patch_size[1] * shape.patch_size[2]
-    time = shape.freq_dim * d + d + d * d + d
-    total = shape.in_channels * patch * d + d + time + 6 * d * d + 6 * d
-    total += shape.text_dim * d + d + d * d + d
-    total += d * patch * shape.out_channels + patch * shape.out_channels + 2 * d
-    kept = time + 2 * d
-    if shape.vace_in_channels:
-        total += shape.vace_in_channels * patch * d + d
-    total += fun_parameters(shape)
-    if shape.face is not None:
-        total += shape.out_channels * patch * d + d + face_parameters(shape.face, d, shape.head_dim)
-        kept += shape.face.out_dim * shape.face.motion_dim
-    if shape.image_dim:
-        wide = shape.image_dim
-        norms = 2 * wide + 2 * d
-        total += norms + wide * wide + wide + wide * d + d
-        total += (shape.pos_embed_seq_len or 0) * wide
-        kept += norms
-    return total, kept
+def rest_parameters(shape: TransformerShape) -> Count:
+    """Return the parameters outside the blocks."""
+    return _counts(shape)[""]
 
 
 def fun_parameters(shape: TransformerShape) -> int:
-    """Return the parameters of the layers for a reference (``ref_conv``) and a camera
-    (``control_adapter``: one convolution of 8 x 8 unshuffled pixels, two of 3 x 3)."""
-    d, patch = shape.dim, shape.patch_size[1] * shape.patch_size[2]
-    total = 0
-    if shape.reference_channels:
-        total += shape.reference_channels * patch * d + d
-    if shape.camera_channels:
-        total += shape.camera_channels * UNSHUFFLED**2 * patch * d + d + 2 * (9 * d * d + d)
-    return total
+    """Return the parameters of the Fun models' layers for a reference and a camera."""
+    return sum(map(prod, control_tensors(shape).values()))
 
 
 def transformer_parameters(shape: TransformerShape) -> int:
     """Return the number of parameters of a whole transformer."""
-    more = sum(total for total, _ in vace_block_parameters(shape))
-    if shape.face is not None:
-        more += shape.face.adapters * adapter_parameters(shape.dim, shape.head_dim)
-    return shape.layers * block_parameters(shape)[0] + more + rest_parameters(shape)[0]
+    beside = sum(total for part, (total, _) in _counts(shape).items() if part != "blocks.0")
+    return shape.layers * block_parameters(shape)[0] + beside
 
 
 def stored_of(architecture: ModelArchitecture, name: str) -> StoredSizes | None:
@@ -169,8 +151,7 @@ def all_blocks(
     size = BYTES["fp8"] if fp8 else BYTES[dtype]
     base = [_mixed(*block_parameters(shape), size)] * shape.layers
     vace = [_mixed(*numbers, size) for numbers in vace_block_parameters(shape)]
-    count = 0 if shape.face is None else shape.face.adapters
-    adapters = [adapter_parameters(shape.dim, shape.head_dim) * size] * count
+    adapters = [total * size for total, _ in _each(shape, "face_adapter")]
     return tuple(in_order(shape, base, vace, adapters))
 
 
