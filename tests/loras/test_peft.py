@@ -43,7 +43,9 @@ def stretch(model: Any) -> None:
 
 def saved(folder: Path, config: Any, seed: int = 0) -> tuple[Any, Path]:
     """A model with an adapter of random numbers, and the folder that PEFT saved of it."""
-    config.target_modules, config.init_weights = set(TARGETS), False
+    convolution = {"patch_embedding"} if isinstance(config, peft.LoraConfig) else set()
+    config.target_modules = {*TARGETS, *convolution}
+    config.init_weights = config.init_lora_weights = False
     torch.manual_seed(seed)
     wrapped = peft.get_peft_model(model_of("wan2.1-t2v", torch.float32), config)
     stretch(wrapped)
