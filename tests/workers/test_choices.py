@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from pathlib import Path
+from threading import Event
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from support.choosing import OWN
 from support.cut_clips import CLIP, cut_units, equal, four_heads, made, make_links_free
 from support.process_gang import in_processes
-from support.thread_workers import Killed, ThreadWorker
+from support.thread_workers import Cancelled, Killed, ThreadWorker
 from support.tiny_models import open_wan
 
 from wan_core.kernels import trials
@@ -120,6 +121,46 @@ def free_links(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     make_links_free(folder)
     return
+
+
+class Interrupt(BaseException):
+    """Stands for ComfyUI's."""
+
+
+@pytest.mark.usefixtures("free_links")
+def test_an_interrupt_reaches_who_waits_for_a_choice(
+    folder: Path, threads: type[ThreadWorker]
+) -> None:
+    """One times kernels for long; the other stops at once, and both compute the next clip."""
+    job, chooses, ended = CLIP | {"num_inference_steps": 1}, Event(), Event()
+    asking: set[ThreadWorker] = set()
+
+    def look(worker: ThreadWorker) -> None:
+        if trials._council.get() is None or ended.is_set() or worker in asking:
+            return  # a worker that waits looks for an interrupt, and so comes here again
+        asking.add(worker)
+
+        def choose() -> str:
+            chooses.set()
+            assert ended.wait(60)
+            return "kernel"
+
+        try:
+            chosen_together("attention", choose, lambda name: True, "plain")
+        except Cancelled:
+            ended.set()
+            raise
+
+    def check() -> None:
+        if chooses.is_set() and len(asking) == 2:
+            raise Interrupt
+
+    threads.looked = look
+    wrapper = open_wan(folder, devices=2)
+    with pytest.raises(Interrupt):
+        made(wrapper, job, interrupt_check=check)
+    assert ended.is_set()
+    assert equal(made(wrapper, job), made(open_wan(folder), job)) and len(threads.made) == 2
 
 
 @pytest.mark.usefixtures("free_links")

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -667,6 +668,9 @@ def test_what_a_worker_sees_of_the_environment(monkeypatch: pytest.MonkeyPatch) 
     assert seen["NCCL_SOCKET_IFNAME"] == "lo" and seen["NCCL_NVLS_ENABLE"] == "0"
     assert seen["TORCH_NCCL_HIGH_PRIORITY"] == "1"
     assert environment("cpu", {"NCCL_NVLS_ENABLE": "1"})["NCCL_NVLS_ENABLE"] == "1"
+    # Somebody has set the variable after torch had read it.
+    with pytest.raises(OSError, match="CUDA_VISIBLE_DEVICES is '4', without a card 1"):
+        environment("cuda:1", {"CUDA_VISIBLE_DEVICES": "4"})
     for version, value in (("2.7.1+cu128", "1"), ("2.8.0", None), ("2.10.0", None)):
         monkeypatch.setattr(torch, "__version__", version)  # newer ones warn of it in each worker
         assert environment("cpu", {}).get("TORCH_NCCL_AVOID_RECORD_STREAMS") == value
@@ -688,6 +692,22 @@ def test_a_worker_does_not_see_the_token_of_the_server_that_started_it(
             assert b"WANFIT_HERE=yes" in seen and b"TOKEN" not in seen
         finally:
             worker.kill()
+
+
+def test_a_worker_starts_where_the_driver_s_folder_is_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Libraries ask for the folder when they are loaded, and end the process without one."""
+    from wan_core.workers import process
+
+    monkeypatch.setattr(process, "_START", "import os; raise SystemExit(os.getcwd())")
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    ended = threading.Event()
+    worker = process.WorkerProcess("cpu", lambda *_: ended.set())
+    assert ended.wait(60) and worker.end().words.strip() == str(process._ROOT)
 
 
 def test_a_render_goes_on_with_the_overlap_it_began_with(

@@ -126,6 +126,7 @@ class WorkerProcess:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             env=environment(device, os.environ),
+            cwd=_ROOT,  # the driver's folder may be gone, and libraries then do not load
         )
         self._words = b""
         self._heard = threading.Thread(target=self._pass_on, name=f"wanfit-{device}", daemon=True)
