@@ -55,7 +55,7 @@ REPORT, REASONS = "benchmarks/mutation.md", "benchmarks/mutation_reasons.json"
 NOT_COPIED = (".git", ".venv", "output", "build", "__pycache__", "*.pyc", ".*_cache", ".hypothesis")
 PACKAGES = (
     "plan", "memory", "loading", "placing", "kernels", "forward", "journal", "job", "formats",
-    "models", "detect", "decoding", "sampling", "workers", "render", "serve",
+    "models", "detect", "decoding", "loras", "sampling", "workers", "render", "serve",
 )  # fmt: skip
 NEIGHBOURS = {
     "plan": "memory", "memory": "plan", "loading": "placing", "placing": "loading",
@@ -76,8 +76,8 @@ _WARM = Path(__file__).with_name("warm_tests.py")
 MIRRORS: dict[str, tuple[str, ...]] = {
     "detect/build": ("detect/test_detector", "detect/test_single_files"),
     "detect/configs": ("detect/test_detector", "detect/test_folders"),
-    "detect/lora_files": ("detect/test_lora_names", "job/test_request", "sampling/test_lora"),
-    "detect/lora_patches": ("detect/test_lora_names", "sampling/test_lora"),
+    "detect/lora_files": ("detect/test_lora_names", "job/test_request", "loras/test_apply"),
+    "detect/lora_patches": ("detect/test_lora_names", "loras/test_apply", "loras/test_peft"),
     "forward/block": ("forward/test_transformer", "forward/test_cut", "forward/test_residual"),
     "job/fields": ("job/test_request", "job/test_noise", "job/test_control"),
     "job/steps": ("job/test_control", "job/test_saved_scheduler", "sampling/test_solvers"),

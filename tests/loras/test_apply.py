@@ -584,6 +584,22 @@ REFUSED = {
         {f"{KEY}.hada_w{n}_a": torch.zeros(24, 2) for n in (1, 2)}
         | {f"{KEY}.hada_w{n}_b": torch.zeros(2, 23 + n) for n in (1, 2)},
         ModelMismatch, r"\[24, 24\] and \[24, 25\]"),
+    "loha of two widths, the first wrong": (
+        {f"{KEY}.hada_w{n}_a": torch.zeros(24, 2) for n in (1, 2)}
+        | {f"{KEY}.hada_w{n}_b": torch.zeros(2, 26 - n) for n in (1, 2)},
+        ModelMismatch, r"\[24, 25\] and \[24, 24\]"),
+    "a factor of lokr in one axis": (
+        {f"{KEY}.lokr_w1": torch.zeros(24), f"{KEY}.lokr_w2": torch.zeros(1, 24)},
+        ModelMismatch, r"w1' .* is \[24\]; .* needs a matrix"),
+    "half a factor in one axis": (
+        {f"{KEY}.lokr_w1": torch.zeros(1, 24), f"{KEY}.lokr_w2_a": torch.zeros(24, 2),
+         f"{KEY}.lokr_w2_b": torch.zeros(2)}, CorruptFile, r"\[2\] of .* cannot be multiplied"),
+    "half a factor in three axes": (
+        {f"{KEY}.lokr_w1": torch.zeros(1, 1), f"{KEY}.lokr_w2_a": torch.zeros(24, 2, 1),
+         f"{KEY}.lokr_w2_b": torch.zeros(2, 24)}, CorruptFile, "cannot be multiplied"),
+    "factors of no rank": (
+        {f"{KEY}.lokr_w1": torch.zeros(1, 1), f"{KEY}.lokr_w2_a": torch.zeros(24, 0),
+         f"{KEY}.lokr_w2_b": torch.zeros(0, 24)}, CorruptFile, "cannot be multiplied"),
     "lokr on a norm": (
         {f"{KEY.replace('_attn.q', '_attn.norm_q')}.lokr_{w}": torch.zeros(2, 2)
          for w in ("w1", "w2")},

@@ -89,6 +89,10 @@ def test_a_module_that_is_not_there_is_named(capsys: pytest.CaptureFixture[str])
 def test_every_module_has_tests() -> None:
     known = [module for package in PACKAGES for module in modules_of(package)]
     assert set(MIRRORS) <= set(known)
+    named = {name.partition("::")[0] for names in MIRRORS.values() for name in names}
+    assert [name for name in named if not (mutants.ROOT / f"tests/{name}.py").is_file()] == []
+    faces = (mutants.ROOT / "wan_core").glob("*/__init__.py")
+    assert sorted(PACKAGES) == sorted(face.parent.name for face in faces)
     for module in known:
         files = files_of(module)
         assert files and all((mutants.ROOT / path.partition("::")[0]).is_file() for path in files)
