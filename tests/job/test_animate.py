@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -201,6 +202,17 @@ def test_a_short_clip_is_one_segment_and_a_long_one_has_the_official_length() ->
         assert (request.window_frames, request.window_overlap) == wanted
         assert request.window_mode == "continuation" and request.flow_shift == 5
         assert any("made 37" in text for text in request.warnings) == ("max_chunk_size" in given)
+
+
+def test_texts_begin_no_segment() -> None:
+    """The segments of other models do: a text then begins where a latent frame does."""
+    texts: dict[str, Any] = {"prompt": None, "prompts": "6: a dog\na cat"}
+    begins = {"num_frames": 21, "window_mode": "continuation", **texts}
+    plain = resolve(GenerationConfig(**begins), architecture("wan2.2-ti2v-5b"))
+    assert any("begin" in text for text in plain.warnings)
+    request = resolve(replace(job(frames=21, face_video=clip(1)), **texts), architecture(ANIMATE))
+    assert request.window_mode == "continuation"
+    assert not any("begin" in text for text in request.warnings)
 
 
 def test_mirrored_is_the_zigzag_of_animate_2() -> None:

@@ -679,6 +679,52 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return get
 
 
+@pytest.mark.parametrize(
+    ("family", "target"),
+    [
+        ("wan2.1-flf2v", "condition_embedder.image_embedder.pos_embed"),
+        ("wan2.2-animate", "motion_encoder.motion_synthesis_weight"),
+        ("wan2.2-animate", "motion_encoder.res_blocks.0.conv1"),
+        ("wan2.2-animate", "face_encoder.padding_tokens"),
+    ],
+)
+def test_what_no_layer_of_torch_computes_is_refused(
+    tmp_path: Path, family: str, target: str
+) -> None:
+    model = model_of(family, torch.float32)
+    own = model.state_dict()
+    shape = own.get(target, own.get(f"{target}.weight")).shape
+    path = saved(tmp_path / "lora.safetensors", {f"{target}.diff": torch.zeros(shape)})
+    with pytest.raises(UnsupportedModel, match=f"changes '{target}'.*cannot do at run time"):
+        read_patches(read_table(path), shape_of(model), Path("m"))
+
+
+def test_what_a_patch_holds_while_its_layer_computes(tmp_path: Path) -> None:
+    """Nothing for pairs, and for a convolution's factors, which are multiplied out before."""
+    model = model_of("wan2.2-animate", torch.float32)
+
+    def found(target: str, **tensors: tuple[int, ...]) -> tuple[int, int, int]:
+        named = {f"{target}.{role}": torch.zeros(shape) for role, shape in tensors.items()}
+        path = saved(tmp_path / "lora.safetensors", named)
+        (patch,) = read_patches(read_table(path), shape_of(model), Path("m")).patches
+        return patch.rank, patch.pieces, patch.columns
+
+    for target in ("blocks.0.attn1.to_q", "face_encoder.conv1_local"):
+        rows, *others = model.get_submodule(target).weight.shape
+        wide = torch.Size(others).numel()
+        whole = {"lokr_w1": (2, 6), "lokr_w2": (rows // 2, wide // 6)}
+        halves = {"lokr_w1": (1, 1), "lokr_w2_a": (rows, 1), "lokr_w2_b": (1, wide)}
+        loha = {
+            f"hada_w{n}_{h}": s for n in (1, 2) for h, s in (("a", (rows, 1)), ("b", (1, wide)))
+        }
+        linear = len(others) == 1
+        assert found(target, **whole) == (0, linear * (6 * rows // 2 + rows), 0)
+        assert found(target, **halves) == (1, linear * 2 * rows, 0)
+        assert found(target, **loha) == (1, 0, linear * wide)
+    pair = {"lora_down.weight": (2, 24), "lora_up.weight": (24, 2)}
+    assert found("blocks.0.attn1.to_q", **pair) == (2, 0, 0)
+
+
 @pytest.mark.parametrize("case", REFUSED)
 def test_refused_from_the_header(folders: Any, tmp_path: Path, case: str) -> None:
     tensors, error, text = REFUSED[case]

@@ -308,6 +308,7 @@ def test_others_are_closed_where_that_frees_what_is_short() -> None:
     assert "close other programs" in more_ram(unknown, None, most)[0]
     assert "close other programs" not in more_ram(unknown, None, most + 1)[0]
     assert more_ram(system, 1, 2 * GIB) == ["ram_limit_gb 2 would do."]
+    assert "close other programs" not in more_ram(system, 1, there)[0]  # enough is free
 
 
 def test_a_clip_in_a_file_is_counted_with_its_encoder() -> None:

@@ -162,6 +162,20 @@ def test_the_encoder_s_file_is_read_while_the_tokenizer_is_made() -> None:
     # A file that is read in less hides no more than what the disk takes beside the cache.
     quick, slow = load("Linux", nbytes=2 * GIB), load("Windows", nbytes=2 * GIB)
     assert 0 < slow.cold - quick.cold < 1.5 and quick.cold >= quick.warm
+    assert load("Linux", nbytes=GIB // 8) == load("Windows", nbytes=GIB // 8)  # it is not mapped
+    # What the system gives back counts as free, what the job locks or holds does not.
+    system = replace(H100, os="Linux", done_here=(), ram_available_bytes=15 * GIB // 2)
+    given_back = replace(system, ram_available_bytes=GIB // 2, ram_evictable_bytes=7 * GIB)
+    for more in ({}, {"host_bytes": GIB}, {"locked_bytes": GIB}, {"mapped_bytes": GIB}):
+        of = {"model": mapped(6 * GIB), "job": JOB, "choices": LEAN}
+        job = (estimated("denoise", **more), estimated("decode"))
+        here, there = (
+            stages(**of, system=one, estimated=job)["load text_encoder"]  # type: ignore[arg-type]
+            for one in (system, replace(system, os="Windows"))
+        )
+        again = stages(**of, system=given_back, estimated=job)["load text_encoder"]  # type: ignore[arg-type]
+        assert again == here
+        assert (here.cold < there.cold) == (not {"host_bytes", "locked_bytes"} & set(more))
 
 
 def test_page_locks_are_taken_before_a_stage_and_given_back_after_it() -> None:

@@ -25,6 +25,7 @@ from wan_core.plan.stage_seconds import _RATES, PAGEABLE, device_rate
 from wan_core.plan.timing import (
     blocks_that_hide_the_bus,
     forward_operations,
+    passes_of,
     reads_from_disk,
     stream_seconds,
     timing,
@@ -440,3 +441,7 @@ def test_an_idle_expert_takes_no_part_in_a_step() -> None:
         found = timing(pair, replace(job, idle=idle), BF16, H100)
         assert found.step == pytest.approx(passes * once)
         assert found.compute_bound
+    # Where neither has a step, the first stands for both.
+    assert passes_of(pair, replace(job, idle=("transformer", "transformer_2"))) == {
+        "transformer": 2
+    }
