@@ -210,6 +210,8 @@ def test_texts_begin_no_segment() -> None:
     begins = {"num_frames": 21, "window_mode": "continuation", **texts}
     plain = resolve(GenerationConfig(**begins), architecture("wan2.2-ti2v-5b"))
     assert any("begin" in text for text in plain.warnings)
+    windows = resolve(GenerationConfig(num_frames=21, **texts), architecture("wan2.1-t2v-1.3b"))
+    assert not any("begin" in text for text in windows.warnings)
     request = resolve(replace(job(frames=21, face_video=clip(1)), **texts), architecture(ANIMATE))
     assert request.window_mode == "continuation"
     assert not any("begin" in text for text in request.warnings)

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from support.machines import architecture
 from support.tiny_models import FAMILIES, make_folder
 
 from wan_core import GenerationConfig, WanLoRA
@@ -229,3 +230,17 @@ def test_every_field_of_a_config_is_checked_or_passed_on() -> None:
     )
     names = [found.name for found in fields(GenerationConfig)]
     assert [n for n in names if f"config.{n}" not in source and f'"{n}"' not in source] == []
+
+
+def test_sound_is_kept_as_it_is_up_to_the_bound() -> None:
+    model = architecture("wan2.1-t2v-1.3b")
+    for peak in (0.0, 1.0, -8.0, 8.01):
+        wave = torch.full((2, 400), peak)
+        config = GenerationConfig(prompt="x", audio=(wave, 16000), output_path="a.mp4")
+        request = resolve(config, model)
+        if peak > 8:
+            with pytest.raises(InvalidRequest, match=r"audio holds values up to 8\.01"):
+                check_inputs(config, request, model)
+        else:
+            found = check_inputs(config, request, model).audio
+            assert found is not None and torch.equal(found[0], wave) and found[1] == 16000

@@ -554,6 +554,10 @@ REFUSED = {
     "dora of columns": (
         PAIR | {f"{KEY}.dora_scale": torch.zeros(1, 24)}, UnsupportedModel,
         r"a magnitude for each input .*dora_scale' \[1, 24\].*wd_on_output"),
+    "dora of a convolution's columns": (
+        {f"{PATCH}.lora_down.weight": torch.zeros(2, 16, 1, 2, 2),
+         f"{PATCH}.lora_up.weight": torch.zeros(24, 2, 1, 1, 1),
+         f"{PATCH}.dora_scale": torch.zeros(1, 16, 1, 1, 1)}, UnsupportedModel, "wd_on_output"),
     "dora of another width": (
         PAIR | {f"{KEY}.dora_scale": torch.zeros(25, 1)}, ModelMismatch, "needs 24 magnitudes"),
     "peft dora of another width": (
