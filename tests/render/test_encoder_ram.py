@@ -51,6 +51,7 @@ def test_an_encoder_takes_what_is_foreseen(
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout.splitlines()[-1])
     ratio = found["foreseen"] / found["measured"]
+    # Fewer pictures wait for it where other work keeps what makes them busy.
     assert 0.88 < ratio < 1.4, {name: value // MIB for name, value in found.items()}
 
 

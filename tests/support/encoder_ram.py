@@ -7,7 +7,6 @@ many processors, whatever the machine has.
 from __future__ import annotations
 
 import json
-import queue
 import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -21,22 +20,6 @@ from wan_core.job import encoder_bytes, encoder_options
 from wan_core.loading import give_back_freed
 
 from .ram_peaks import Peaks, anonymous
-
-
-class Full(queue.Queue[Any]):
-    """Gives a picture only while all its places are taken, or after the last, None, has come.
-
-    As many wait then on a machine with other work, where what makes them is not always ahead.
-    """
-
-    def get(self, block: bool = True, timeout: float | None = None) -> Any:
-        """Return the first that waits; ``block`` and ``timeout`` are not used."""
-        with self.not_empty:
-            while len(self.queue) < self.maxsize and all(one is not None for one in self.queue):
-                self.not_empty.wait()
-            found = self.queue.popleft()
-            self.not_full.notify()
-            return found
 
 
 def main(codec: str, pix_fmt: str, width: int, height: int, cores: int, frames: int) -> Any:
@@ -68,7 +51,6 @@ def main(codec: str, pix_fmt: str, width: int, height: int, cores: int, frames: 
                 pix_fmt=pix_fmt,
             ) as writer,
         ):  # fmt: skip
-            writer._waiting = Full(writer._waiting.maxsize)
             for index in range(frames):
                 writer.write(picture.roll(3 * index, 1)[None])
     return {"foreseen": foreseen, "measured": max(peaks.of.values()) - before}
