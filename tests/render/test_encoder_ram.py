@@ -14,6 +14,9 @@ from wan_core.job import encoder_bytes
 
 ROOT = Path(__file__).parents[2]
 MIB = 2**20
+TIMES = 5
+"""Runs, of which the one that takes most counts: in about one of four the C library finds room for
+all pictures in what it holds already, and up to a third less is taken."""
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="anonymous memory is Linux's")
@@ -41,18 +44,28 @@ MIB = 2**20
 def test_an_encoder_takes_what_is_foreseen(
     codec: str, pix_fmt: str, size: tuple[int, int], cores: int, frames: int
 ) -> None:
-    command = [sys.executable, "-m", "support.encoder_ram", codec, pix_fmt]
-    command += map(str, (*size, cores, frames))
+    case = (codec, pix_fmt, *map(str, (*size, cores, frames)))
+    most = 0
+    for _ in range(TIMES):
+        found = taken(*case)
+        most = max(most, found["measured"])
+        figures = {name: value // MIB for name, value in found.items()}
+        assert found["foreseen"] > 0.88 * most, figures
+        if found["foreseen"] < 1.4 * most:
+            break
+    else:
+        pytest.fail(f"much more is foreseen than was taken in {TIMES} runs: {figures}")
+
+
+def taken(*case: str) -> dict[str, int]:
     paths = [str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    command = [sys.executable, "-m", "support.encoder_ram", *case]
     done = subprocess.run(
         command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    found = json.loads(done.stdout.splitlines()[-1])
-    ratio = found["foreseen"] / found["measured"]
-    # Fewer pictures wait for it where other work keeps what makes them busy.
-    assert 0.88 < ratio < 1.4, {name: value // MIB for name, value in found.items()}
+    return dict(json.loads(done.stdout.splitlines()[-1]))
 
 
 def test_pictures_at_once_and_frames_are_what_counts(monkeypatch: pytest.MonkeyPatch) -> None:
