@@ -588,10 +588,10 @@ REFUSED = {
         {f"{KEY}.hada_w{n}_a": torch.zeros(24, 2) for n in (1, 2)}
         | {f"{KEY}.hada_w{n}_b": torch.zeros(2, 23 + n) for n in (1, 2)},
         ModelMismatch, r"\[24, 24\] and \[24, 25\]"),
-    "loha of two widths, the first wrong": (
-        {f"{KEY}.hada_w{n}_a": torch.zeros(24, 2) for n in (1, 2)}
-        | {f"{KEY}.hada_w{n}_b": torch.zeros(2, 26 - n) for n in (1, 2)},
-        ModelMismatch, r"\[24, 25\] and \[24, 24\]"),
+    "loha of two heights, the first wrong": (
+        {f"diffusion_model.blocks.0.ffn.0.hada_w{n}_a": torch.zeros(34 - n, 2) for n in (1, 2)}
+        | {f"diffusion_model.blocks.0.ffn.0.hada_w{n}_b": torch.zeros(2, 24) for n in (1, 2)},
+        ModelMismatch, r"\[33, 24\] and \[32, 24\]"),
     "a factor of lokr in one axis": (
         {f"{KEY}.lokr_w1": torch.zeros(24), f"{KEY}.lokr_w2": torch.zeros(1, 24)},
         ModelMismatch, r"w1' .* is \[24\]; .* needs a matrix"),
