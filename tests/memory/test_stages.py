@@ -246,6 +246,17 @@ def test_on_a_cpu_weights_and_frames_share_the_ram() -> None:
     assert found.host_ram_mb * MIB == pytest.approx(max(s.host_bytes for s in found.stages))
 
 
+@pytest.mark.parametrize(("side", "most"), [(64, 178), (128, 606), (256, 1564)])
+def test_a_decode_on_a_cpu_counts_the_gaps_of_the_heap(side: int, most: int) -> None:
+    """Beside MiB of anonymous memory that decodes of five frames took in processes of their own."""
+    job = Workload(width=side, height=side, num_frames=5, return_frames=False)
+    choices = Choices(dtypes=dict.fromkeys(PARTS, "fp32"))
+    for machine, least in ((CPU, 0.87), (gpu(24), 0.4)):
+        found = estimate(architecture("wan2.1-t2v-1.3b"), job, choices, machine)
+        foreseen = stage(found.stages, "decode").activation_bytes / MIB
+        assert least * most < foreseen < (1.1 if machine is CPU else 0.9) * most
+
+
 RUNS = json.loads(
     (Path(__file__).parents[2] / "benchmarks/results/gpu_estimate_h100.json").read_text()
 )["cases"]

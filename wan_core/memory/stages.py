@@ -51,7 +51,7 @@ from .forward_lean import lean_peak
 from .machine import RAM_RESERVE, unpinned_reserve
 from .process import SENDING, stage_kind
 from .text import assumed_warning, basis, confidence, gaps_warning
-from .vae import decode_peak, encode_peak, leaving_bytes
+from .vae import decode_peak, encode_peak, heap_gaps, leaving_bytes
 from .vae_lean import BANDS, lean_decode_bytes, lean_encode_bytes
 
 if TYPE_CHECKING:
@@ -133,8 +133,8 @@ class _Ledger:
         self.system = system
         self.on_cpu = system.device_kind == "cpu"
         self.together = self.on_cpu and choices.offload == "none"  # all in RAM from the first stage
-        known = system.calibration
-        self.learnt = 0.0 if self.on_cpu else known.extra_of(choices.lean, choices.by_rows)
+        learnt = system.calibration.extra_of(choices.lean, choices.by_rows)
+        self.learnt = 0.0 if self.on_cpu else learnt
         self.parts = tuple(p for p in parts_of(architecture) if p not in workload.unread)
         self.vae = architecture.vae_shape
         self.frames, self.height, self.width = latent_size(architecture, workload)
@@ -188,14 +188,15 @@ class _Ledger:
         return (*found, self._output())
 
     def _stage(self, name: str, part: str, activations: int, in_ram: int = 0) -> StageEstimate:
+        if self.on_cpu and stage_kind(name) == "decode":
+            activations += heap_gaps(activations)
         weights, note = self._weights_on_device(part)
         learnt = int(activations * self.learnt)
         sent_beside = self._process()  # weights are sent before anything is computed by them
         self.kinds.append(stage_kind(name))
         loras = self.arch.lora_bytes(part, BYTES[self._dtype(part)])
         before = self._host_weights(part) + self.latent_bytes + self._left_of_others(part)
-        host = before + in_ram
-        extra = _DEVICE_WORKSPACE
+        host, extra = before + in_ram, _DEVICE_WORKSPACE
         if self.on_cpu:
             host += loras
             weights = self._host_weights(part) + loras
@@ -238,9 +239,8 @@ class _Ledger:
             return 0  # it copies everything into page-locked memory of its own
         spare = self.system.ram_available_bytes + self.system.ram_evictable_bytes
         spare -= taken + RAM_RESERVE
-        together = self.on_cpu and self.choices.offload == "none"
         wanted = self.bytes[following]
-        counted = self._ram_bytes(following) if together else 0
+        counted = self._ram_bytes(following) if self.together else 0
         return wanted if spare >= wanted - counted else 0
 
     def _locked(self, part: str, host: int) -> int:
