@@ -245,6 +245,23 @@ def test_magcache_remembers_a_hidden_state_of_each_pass_and_window(
         assert with_it.activation_bytes - without.activation_bytes == state
 
 
+@pytest.mark.parametrize(("window", "windows"), [(None, 1), (33, 3)])
+def test_a_cameras_rays_wait_in_ram_where_a_window_sees_a_part(
+    window: int | None, windows: int
+) -> None:
+    """24 numbers for each pixel of a latent frame: all on the card, or a part and all in RAM."""
+    model, seen = architecture("wan2.1-fun-camera-14b"), 9 if window else FRAMES
+    job = replace(JOB, image=True, window_frames=window, window_overlap=8)
+    # MagCache has more in RAM than what weights are sent through.
+    with_it, without = (
+        found(model, "denoise", replace(job, camera=camera), magcache=2.0)
+        for camera in (True, False)
+    )
+    rays = 24 * 480 * 832 * 2
+    assert with_it.activation_bytes - without.activation_bytes >= seen * rays
+    assert with_it.host_bytes - without.host_bytes == (windows > 1) * FRAMES * rays
+
+
 @pytest.mark.parametrize("anchor", [False, True])
 def test_an_anchor_is_one_more_latent_frame(anchor: bool) -> None:
     choices = Choices(dtypes={})

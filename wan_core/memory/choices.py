@@ -208,3 +208,12 @@ def windows_of(workload: Workload, choices: Choices, frames: int) -> int:
 def seen_latents(workload: Workload, choices: Choices, frames: int) -> int:
     """Return how many latent frames the transformer sees at once, references included."""
     return window_latents(workload, choices, frames) + workload.references
+
+
+def rays_bytes(architecture: ModelArchitecture, workload: Workload, frames: int, size: int) -> int:
+    """Return the bytes of a camera's rays, numbers of ``size`` bytes for every pixel.
+
+    They are those of ``frames`` latent frames, whose channels hold four frames each.
+    """
+    channels = architecture.transformer.camera_channels or 0
+    return workload.camera * frames * channels * workload.height * workload.width * size

@@ -34,6 +34,7 @@ from .choices import (
     Choices,
     Workload,
     latent_size,
+    rays_bytes,
     seen_latents,
     spread,
     windows_of,
@@ -180,8 +181,7 @@ class _Ledger:
         for name, part in experts.items():
             if part in workload.idle:
                 continue
-            kept = self._remembered(part)
-            found.append(self._stage(name, part, self._denoise(part), in_ram=kept))
+            found.append(self._stage(name, part, self._denoise(part), self._remembered(part)))
         decode, in_ram = self._decode()
         in_ram += workload.frames_bytes + workload.encoder_bytes
         found.append(self._stage("decode", "vae", decode, in_ram=in_ram))
@@ -428,9 +428,7 @@ class _Ledger:
         seen = frames / self.frames
         more = max(0, shape.in_channels - self.vae.z_dim) / self.vae.z_dim
         condition = int(more * seen * self.latent_bytes)
-        if workload.camera:  # rays for every pixel, and four frames a latent frame
-            rays = (shape.camera_channels or 0) * workload.height * workload.width
-            condition += int(seen * self.frames) * rays * size
+        condition += rays_bytes(self.arch, workload, int(seen * self.frames), size)
         if shape.face is not None:  # the pose's latents, and the face's tokens of both passes
             condition += int(seen * self.latent_bytes) * size // 4
             condition += (1 + guided) * workload.batch_size * face_tokens(shape, frames) * size
@@ -452,14 +450,16 @@ class _Ledger:
         return self.workload.batch_size * tokens * self.arch.transformer.dim * size
 
     def _remembered(self, part: str) -> int:
-        """Return the RAM of MagCache's residuals, and of what is kept of a driving stream."""
-        workload = self.workload
+        """Return the RAM of MagCache's residuals, of a driving stream, of rays for windows."""
+        workload, size = self.workload, BYTES[self._dtype(part)]
         kept = kept_of(self.arch, workload, self.choices)[1]
+        if windows_of(workload, self.choices, self.frames) > 1:  # each has its part sent
+            kept += rays_bytes(self.arch, workload, self.frames, size)
         if not self.choices.magcache:
             return kept
         windows = windows_of(workload, self.choices, self.frames)
         passes = 1 + workload.guided(part)
-        return kept + windows * passes * self._hidden_state(BYTES[self._dtype(part)])
+        return kept + windows * passes * self._hidden_state(size)
 
     def _forward(self, part: str, size: int, *, guided: bool) -> int:
         choices = self.choices
