@@ -233,13 +233,14 @@ export async function convert() {
 const ENTRY = { id: "WanFit.Convert", label: "Convert to WanFit", icon: "pi pi-sync", function: convert };
 
 // -- the button in the top bar -------------------------------------------------------------------
-// It is there while the open graph has a Wan text encoder and a sampler of ComfyUI's own.
+// It is there while the open graph has a Wan text encoder, or a node of Wan's, and a sampler of ComfyUI's own.
 function convertible() {
   let text = false;
   let sampler = false;
   for (const node of allNodes(app.graph?.rootGraph ?? app.graph)) {
     if (node.mode === 2 || node.mode === 4) continue; // muted or bypassed
-    text ||= String(node.comfyClass).startsWith("CLIPLoader") && widgetOf(node, "type")?.value === "wan";
+    // An all-in-one checkpoint has no loader of its text encoder: a node like WanImageToVideo tells.
+    text ||= (String(node.comfyClass).startsWith("CLIPLoader") && widgetOf(node, "type")?.value === "wan") || /^Wan.*ToVideo/.test(node.comfyClass);
     sampler ||= String(node.comfyClass).startsWith("KSampler");
   }
   return text && sampler;
