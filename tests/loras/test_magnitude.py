@@ -158,6 +158,26 @@ def test_half_precision_is_as_near_as_changed_weights(tmp_path: Path) -> None:
     assert (ours - truth).norm() < 1.2 * (theirs - truth).norm()
 
 
+@pytest.mark.parametrize("strength", [1.0, 0.7, -0.5])
+@pytest.mark.parametrize("target", ["blocks.0.ffn.net.0.proj", "patch_embedding"])
+def test_a_whole_difference_has_its_strength_once(
+    tmp_path: Path, target: str, strength: float
+) -> None:
+    """Also of a convolution, over one of its windows."""
+    model = model_of("wan2.1-t2v", torch.float32)
+    layer: Any = model.get_submodule(target)
+    weight, given = layer.weight.flatten(1).double(), torch.randn(3, *layer.weight.shape[1:])
+    diff, rows = torch.randn(layer.weight.shape), 1 + torch.rand(len(weight), 1)
+    stem, path = f"diffusion_model.{target}", tmp_path / "l.safetensors"
+    save_file({f"{stem}.diff": diff, f"{stem}.dora_scale": rows}, path)
+    gain = rows.double() / weight.norm(dim=1, keepdim=True)
+    changed = weight + strength * (gain * (weight + diff.flatten(1)) - weight)
+    with apply_loras(model, [WanLoRA(path, "both", strength)]):
+        ours = layer(given).flatten(1).double()
+    wanted = given.flatten(1).double() @ changed.t() + layer.bias.double()
+    assert (ours - wanted).norm() < 1e-5 * wanted.norm()
+
+
 def test_rows_are_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = model_of("wan2.1-t2v", torch.float32)
     loras, call = write(tmp_path, model, DORA), inputs_of(model, torch.float32)
@@ -199,3 +219,16 @@ def test_what_it_takes_is_planned(tmp_path: Path, rank: int) -> None:
     assert counted.live <= kept <= counted.live + 2**20
     room = model.lora_room("transformer", 32760, 2)
     assert counted.peak - kept <= room <= 2 * (counted.peak - kept)
+
+
+def test_a_dora_of_lokr_is_planned_with_its_pieces(tmp_path: Path) -> None:
+    """It holds them in every forward, beside what measuring its rows takes once."""
+    stem, rooms = "diffusion_model.blocks.0.ffn.0.", []
+    for more in ({}, {"dora_scale": (13824, 1)}):
+        path = tmp_path / f"{len(more)}.safetensors"
+        sizes = {"lokr_w1": (8, 8), "lokr_w2": (1728, 640), **more}
+        header = {stem + name: ("BF16", size) for name, size in sizes.items()}
+        wan_layouts.write_sparse(path, wan_layouts.Stored(header))
+        model = with_loras(architecture("wan2.1-t2v-14b"), [path])
+        rooms.append([model.lora_room("transformer", tokens, 2) for tokens in (300, 32760)])
+    assert all(plain <= dora for plain, dora in zip(*rooms, strict=True))

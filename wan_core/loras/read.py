@@ -101,7 +101,7 @@ class _Values:
             up = self._read("up").flatten(1) * self._factor_scale()
             delta.ups.append(up.to(delta.dtype))
         if "diff" in tensors:
-            diff = self._read("diff") * self.strength
+            diff = self._read("diff") * self._factor_strength
             if wide:
                 diff = _widened(diff.reshape(diff.shape[0], -1, *shape[2:]), wide)
             elif isinstance(module, nn.Linear):
@@ -121,10 +121,14 @@ class _Values:
         strength = self.strength if role == LYCORIS_MAGNITUDE else None
         return Magnitude(self._read(role).flatten(), strength)
 
+    @property
+    def _factor_strength(self) -> float:
+        """The strength of factors and of a whole difference; not LyCORIS' own in a DoRA."""
+        return 1.0 if LYCORIS_MAGNITUDE in self.patch.tensors else self.strength
+
     def _factor_scale(self) -> float:
-        """Return what factors are multiplied with. LyCORIS' strength is not theirs in a DoRA."""
-        whole = LYCORIS_MAGNITUDE in self.patch.tensors
-        return self._scale() if whole else self.strength * self._scale()
+        """Return what factors are multiplied with."""
+        return self._factor_strength * self._scale()
 
     def _collect_factors(self, module: nn.Module, shape: tuple[int, ...], delta: Delta) -> None:
         """Add LoKr's and LoHa's factors: as they are to a linear layer, multiplied to another."""

@@ -79,7 +79,7 @@ class FoundLora:
     pieces: int = 0
     """Numbers that its widest LoKr layer holds for a token while it computes."""
     columns: int = 0
-    """Columns of the widest weight of which a LoHa makes rows."""
+    """Columns of the widest weight of which a LoHa makes rows, or a DoRA measures them."""
 
     def works_on(self, component: str) -> bool:
         """Whether it changes ``component``: ``transformer`` (the only or the high-noise one) or
@@ -89,15 +89,16 @@ class FoundLora:
         return wanted and self.lora.strength != 0
 
     def room(self, tokens: int, size: int) -> int:
-        """Return the bytes that a LoKr or LoHa holds beside a layer's output at most.
+        """Return the bytes that a LoKr, LoHa or DoRA holds beside a layer's output at most.
 
         ``tokens`` go through the layer, their numbers have ``size`` bytes.
         """
+        pieces = min(tokens, LORA_TOKENS) * self.pieces * size
         if not self.columns:
-            return min(tokens, LORA_TOKENS) * self.pieces * size
+            return pieces
         # Both products in float32, beside them a factor or what they make together.
         rows = self.columns * 4 * (2 * LORA_ROWS + max(LORA_ROWS, self.rank))
-        return max(rows, LORA_ROWS * size * (self.columns + tokens))
+        return max(pieces, rows, LORA_ROWS * size * (self.columns + tokens))
 
     def describe(self) -> str:
         """Say in one line which file it is, its strength, any rank, and the expert it changes."""
