@@ -14,7 +14,7 @@ from support.tiny_models import make_folder, open_wan
 from wan_core import GenerationConfig, VideoGenerationResult, WanPipelineLoader
 from wan_core.errors import OutputError
 from wan_core.files import lock_beside, sweep
-from wan_core.journal.lock import claim
+from wan_core.journal.lock import claim, try_lock
 
 TINY: dict[str, Any] = {"num_frames": 5, "width": 32, "height": 32, "num_inference_steps": 2}
 ROOT = Path(__file__).resolve().parents[2]
@@ -95,3 +95,42 @@ def test_a_render_that_was_killed_keeps_its_output_from_nobody(tmp_path: Path) -
     lock_beside(output).touch()  # as the kill left it
     sweep(tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("left", [b"", b"\n77 y"], ids=["empty", "of a killed one"])
+def test_who_looks_for_what_is_left_over_keeps_an_output_from_nobody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, left: bytes
+) -> None:
+    """``sweep`` locks the file for as long as it takes to remove it."""
+    output = tmp_path / "fox.mp4"
+    lock_beside(output).write_bytes(left)
+    swept = try_lock(lock_beside(output))
+    assert swept is not None
+    monkeypatch.setattr("wan_core.journal.lock.time.sleep", lambda _: swept.close())
+    with claim(output, "x"):
+        assert b"x" in lock_beside(output).read_bytes()
+    assert not list(tmp_path.iterdir())
+
+
+def test_two_that_begin_the_same_at_once_both_make_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first one has the lock before it says what it makes."""
+    output = tmp_path / "fox.mp4"
+    other = try_lock(lock_beside(output))
+    assert other is not None
+
+    def say(_: float) -> None:
+        other.file.write(b"\n77 x")
+        other.file.flush()
+
+    monkeypatch.setattr("wan_core.journal.lock.time.sleep", say)
+    with claim(output, "x"):
+        pass
+    monkeypatch.setattr("wan_core.journal.lock.time.sleep", lambda _: None)
+    with pytest.raises(OutputError, match=r"\(process 77\)"), claim(output, "y"):
+        pass
+    other.file.truncate(0)
+    with pytest.raises(OutputError, match="Another run is making"), claim(output, "x"):
+        pass
+    other.close()

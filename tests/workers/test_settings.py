@@ -12,7 +12,7 @@ from support.cut_clips import CLIP, made
 from support.thread_workers import ThreadWorker
 from support.tiny_models import make_folder, open_wan
 
-from wan_core.forward import take_settings, torch_settings
+from wan_core.forward import settings_notes, take_settings, torch_settings, undisturbed
 from wan_core.workers import child, close_workers, worker_pool
 
 JOB = CLIP | {"num_inference_steps": 1, "num_frames": 5}
@@ -26,6 +26,13 @@ SETTINGS: dict[str, Callable[[], Any]] = {
     "attention's sums in half": lambda: CUDA.allow_fp16_bf16_reduction_math_sdp(True),
     "ComfyUI's --deterministic": lambda: torch.use_deterministic_algorithms(True, warn_only=True),
     "products in bf16": lambda: torch.set_float32_matmul_precision("medium"),
+    "products in bf16, by oneDNN's own name": lambda: setattr(
+        torch.backends.mkldnn.matmul, "fp32_precision", "bf16"
+    ),
+    "products in tf32, by CUDA's own name": lambda: setattr(MATMUL, "fp32_precision", "tf32"),
+    "convolutions in fp32, by cuDNN's own name": lambda: setattr(
+        torch.backends.cudnn.conv, "fp32_precision", "ieee"
+    ),
     "threads": lambda: torch.set_num_threads(torch.get_num_threads() + 1),
     "no oneDNN": lambda: setattr(torch.backends.mkldnn, "enabled", False),
 }
@@ -44,12 +51,19 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_folder(tmp_path_factory.mktemp("settings") / "model", "wan2.1-t2v")
 
 
+if not hasattr(MATMUL, "fp32_precision"):  # torch before 2.9
+    SETTINGS = {name: act for name, act in SETTINGS.items() if "own name" not in name}
+
+
 @pytest.mark.parametrize("name", SETTINGS)
 def test_each_is_told_and_taken(name: str) -> None:
     before = torch_settings()
     SETTINGS[name]()
     after = torch_settings()
     assert after != before
+    with undisturbed() as surroundings:  # a render goes on, and says where it is rounded more
+        noted = [*surroundings.notes, *settings_notes("cpu")]
+    assert any("float32" in note for note in noted) == name.startswith("products")
     take_settings(before)
     assert torch_settings() == before
     take_settings(after)

@@ -102,13 +102,22 @@ def settings_notes(device: str) -> list[str]:
 
 
 def _precision_note() -> str | None:
-    precision = torch.get_float32_matmul_precision()
+    precision = _matmul_precision() or ", ".join(
+        f"{name} {value}" for name, value in _told(_PRECISIONS).items() if "matmul" in name
+    )
     if precision == "highest":
         return None
     return (
         f"Products of float32 numbers may be rounded more ({precision!r}, set by another program "
-        "in this process with torch.set_float32_matmul_precision or allow_tf32)."
+        "in this process with torch.set_float32_matmul_precision, allow_tf32 or fp32_precision)."
     )
+
+
+def _matmul_precision() -> str | None:
+    """Return torch's word for all backends; None where they were set one by one: it raises then."""
+    with suppress(RuntimeError):
+        return torch.get_float32_matmul_precision()
+    return None
 
 
 _FLAGS = (
@@ -118,6 +127,22 @@ _FLAGS = (
 )  # fmt: skip
 """Of torch.backends: what decides how products and convolutions round. cuDNN's benchmark does not
 belong to them: by it each process would choose by a clock of its own."""
+_PRECISIONS = tuple(
+    f"{place}.fp32_precision"
+    for place in ("cuda.matmul", "cudnn.conv", "cudnn.rnn", "mkldnn.matmul", "mkldnn.conv",
+                  "mkldnn.rnn")
+)  # fmt: skip
+"""Of torch.backends from 2.9 on: how each rounds float32. Where these were set, torch raises when
+it is asked for the older names of the same."""
+
+
+def _told(names: Sequence[str]) -> dict[str, Any]:
+    """Return what torch.backends says of these, but for what this torch has not or cannot tell."""
+    found = {}
+    for name in names:
+        with suppress(AttributeError, RuntimeError):
+            found[name] = operator.attrgetter(name)(torch.backends)
+    return found
 
 
 def torch_settings() -> dict[str, Any]:
@@ -126,17 +151,14 @@ def torch_settings() -> dict[str, Any]:
     A process that computes for this one sets the same (``take_settings``); what ``undisturbed``
     keeps out is left out. A flag that this torch does not have, or cannot tell, is too.
     """
-    flags = {}
-    for name in _FLAGS:
-        with suppress(AttributeError, RuntimeError):
-            flags[name] = operator.attrgetter(name)(torch.backends)
     cuda: Any = torch.backends.cuda
     only_warn = torch.is_deterministic_algorithms_warn_only_enabled()
     return {
-        "flags": flags, "attention": {name: _enabled(name) for name in (*_KERNELS, "cudnn")},
+        "flags": _told(_FLAGS), "precisions": _told(_PRECISIONS),
+        "attention": {name: _enabled(name) for name in (*_KERNELS, "cudnn")},
         "reduced": cuda.fp16_bf16_reduction_math_sdp_allowed(),
         "deterministic": [torch.are_deterministic_algorithms_enabled(), only_warn],
-        "precision": torch.get_float32_matmul_precision(), "threads": torch.get_num_threads(),
+        "precision": _matmul_precision(), "threads": torch.get_num_threads(),
     }  # fmt: skip
 
 
@@ -145,7 +167,9 @@ def take_settings(settings: Mapping[str, Any]) -> None:
 
     For a worker: it has no caller whose settings they would change.
     """
-    for name, value in settings["flags"].items():
+    if settings["precision"] is not None:
+        torch.set_float32_matmul_precision(settings["precision"])
+    for name, value in (settings["flags"] | settings["precisions"]).items():
         place, _, flag = name.rpartition(".")
         setattr(operator.attrgetter(place)(torch.backends), flag, value)
     cuda: Any = torch.backends.cuda
@@ -154,7 +178,6 @@ def take_settings(settings: Mapping[str, Any]) -> None:
     cuda.allow_fp16_bf16_reduction_math_sdp(settings["reduced"])
     always, only_warn = settings["deterministic"]
     torch.use_deterministic_algorithms(always, warn_only=only_warn)
-    torch.set_float32_matmul_precision(settings["precision"])
     torch.set_num_threads(settings["threads"])
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
@@ -19,6 +20,10 @@ if sys.platform == "win32":
     import msvcrt
 else:
     import fcntl
+
+_LOOKS, _LOOK_SECONDS = 20, 0.05
+"""How often a lock that is held is looked at again, until somebody says to hold it, and after what
+time."""
 
 
 class FileLock:
@@ -77,12 +82,11 @@ def claim(output: Path, what: str) -> Iterator[None]:
     """
     place = lock_beside(output)
     try:
-        lock = try_lock(place)
+        lock, process, made = _lock_or_owner(place)
     except OSError:  # of a folder that cannot be written ``check_target`` tells more
         yield
         return
     if lock is None:
-        process, _, made = _owner(place)
         if not made or made != what:
             raise OutputError(
                 f"Another run{process and f' (process {process})'} is making another video as "
@@ -103,6 +107,23 @@ def claim(output: Path, what: str) -> Iterator[None]:
         with contextlib.suppress(OSError):
             place.unlink()
         lock.close()
+
+
+def _lock_or_owner(place: Path) -> tuple[FileLock | None, str, str]:
+    """Lock a file; where it is held, return None, the process that holds it and what that makes.
+
+    For a moment it is also held by ``files.sweep``, and by one that has not said yet what it makes:
+    what is told is what a second look finds, or a later one.
+    """
+    lock, process, made = try_lock(place), "", ""
+    for _ in range(_LOOKS):
+        if lock is not None or process:
+            break
+        time.sleep(_LOOK_SECONDS)
+        lock = try_lock(place)
+        if lock is None:
+            process, _, made = _owner(place)
+    return lock, process, made
 
 
 def _owner(place: Path) -> tuple[str, str, str]:

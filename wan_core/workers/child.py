@@ -432,16 +432,14 @@ def _listen(stream: BinaryIO, worker: Worker) -> None:
 def main() -> None:
     """Serve one driver over stdin and stdout.
 
-    ``sys.argv`` holds the root of the package, the device, the number of CPU threads, and the
-    precision of float32 products.
+    ``sys.argv`` holds the root of the package, the device, and the number of CPU threads.
     """
-    device, threads, precision = sys.argv[2], int(sys.argv[3]), sys.argv[4]
+    device, threads = sys.argv[2], int(sys.argv[3])
     answers, commands = os.fdopen(os.dup(1), "wb"), os.fdopen(os.dup(0), "rb")
     # What a library prints must not get between the answers.
     os.dup2(2, 1)
     leave_ends_to_driver()
     torch.set_num_threads(threads)
-    torch.set_float32_matmul_precision(precision)
     lock = threading.Lock()
 
     def answer(header: dict[str, Any], tensors: dict[str, Tensor] | None = None) -> None:

@@ -118,8 +118,8 @@ class WorkerProcess:
             queue.Queue()
         )
         own = device if device == "cpu" else "cuda:0"
-        threads, precision = str(torch.get_num_threads()), torch.get_float32_matmul_precision()
-        arguments = [sys.executable, "-P", "-c", _START, str(_ROOT), own, threads, precision]
+        threads = str(torch.get_num_threads())
+        arguments = [sys.executable, "-P", "-c", _START, str(_ROOT), own, threads]
         self._process = subprocess.Popen(
             arguments,
             stdin=subprocess.PIPE,
