@@ -134,3 +134,12 @@ def test_two_that_begin_the_same_at_once_both_make_it(
     with pytest.raises(OutputError, match="Another run is making"), claim(output, "x"):
         pass
     other.close()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="it has no O_NOFOLLOW")
+def test_a_link_that_lies_where_the_lock_does_is_not_written_through(tmp_path: Path) -> None:
+    (tmp_path / "else").write_text("kept")
+    lock_beside(tmp_path / "fox.mp4").symlink_to(tmp_path / "else")
+    with claim(tmp_path / "fox.mp4", "x"):
+        pass
+    assert (tmp_path / "else").read_text() == "kept"

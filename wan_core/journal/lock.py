@@ -52,7 +52,7 @@ def try_lock(path: Path) -> FileLock | None:
     It ends with the process, so a crash leaves none behind.
     """
     while True:
-        file = open(path, "ab")  # noqa: SIM115  (it stays open as long as the lock is held)
+        file = open(path, "ab", opener=_no_link)  # noqa: SIM115  (it stays open as long as the lock is held)
         try:
             if sys.platform == "win32":
                 file.seek(0)
@@ -70,6 +70,11 @@ def try_lock(path: Path) -> FileLock | None:
             if sys.platform == "win32" or os.path.samestat(os.fstat(file.fileno()), path.stat()):
                 return FileLock(file)
         file.close()
+
+
+def _no_link(path: str, flags: int) -> int:
+    """Open a file, but not through a link: another user's would have us write elsewhere."""
+    return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
 
 
 @contextlib.contextmanager
