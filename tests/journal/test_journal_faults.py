@@ -264,8 +264,8 @@ def test_a_lock_on_a_file_that_was_removed_is_not_taken_for_one(
     path, real = tmp_path / "lock", open
     opened: list[Any] = []
 
-    def late(name: Any, mode: str) -> Any:
-        opened.append(real(name, mode))
+    def late(name: Any, mode: str, **more: Any) -> Any:
+        opened.append(real(name, mode, **more))
         if len(opened) == 1:
             path.unlink()
         return opened[-1]
