@@ -32,6 +32,17 @@ def without_gradients() -> Iterator[None]:
         yield
 
 
+@pytest.fixture
+def mapped(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Files of any size stay mapped, as large ones do; no component is kept before or after."""
+    from wan_core import WanPipelineLoader
+
+    monkeypatch.setattr("wan_core.models.sizes.MAP_FROM", 1)
+    WanPipelineLoader().clear_cache()
+    yield
+    WanPipelineLoader().clear_cache()
+
+
 LONG = (
     "nodes/test_comfyui.py", "render/test_resume.py", "tools/test_demo_model.py",
     "render/test_pipeline.py", "render/test_stored_weights.py", "workers/test_workers.py",

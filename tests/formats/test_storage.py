@@ -697,12 +697,7 @@ def test_image_embedders_norms_are_no_siblings_of_its_linear_layers(tmp_path: Pa
 
 @pytest.mark.parametrize(
     ("kind", "style"),
-    [
-        (kind, style)
-        for kind in ("fp8_scaled", "fp8_rows", "int8_rows", "nvfp4")
-        for style in files.STYLES
-        if style != "old" or kind.startswith("fp8")  # the old marker knows fp8 only
-    ],
+    files.in_every_style("fp8_scaled", "fp8_rows", "int8_rows", "nvfp4"),
 )
 def test_files_that_mix_are_whole(tmp_path: Path, model: Any, kind: str, style: str) -> None:
     state = layouts.original_transformer(layouts.state_of(model))

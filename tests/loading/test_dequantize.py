@@ -281,12 +281,7 @@ def test_placements_and_forwards_change_no_bit(
 @pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
 @pytest.mark.parametrize(
     ("kind", "style"),
-    [
-        (kind, style)
-        for kind in ("fp8_scaled", "fp8_rows", "fp8_scaled_e5m2", "int8_convrot")
-        for style in files.STYLES
-        if style != "old" or kind.startswith("fp8")  # the old marker knows fp8 only
-    ],
+    files.in_every_style("fp8_scaled", "fp8_rows", "fp8_scaled_e5m2", "int8_convrot"),
 )
 def test_every_way_to_say_it(
     tmp_path: Path, model: nn.Module, kind: str, style: str, prefix: str

@@ -29,11 +29,3 @@ def nothing_kept() -> Iterator[None]:
     """Components that a test's renders kept are dropped after it."""
     yield
     WanPipelineLoader().clear_cache()
-
-
-@pytest.fixture
-def mapped(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Files of any size stay mapped, as large ones do; and nothing is left for the next test."""
-    monkeypatch.setattr("wan_core.models.sizes.MAP_FROM", 1)
-    yield
-    WanPipelineLoader().clear_cache()

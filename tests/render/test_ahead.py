@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from wan_core.memory import stages as memory_stages
 from wan_core.render import stages
 from wan_core.render.report import workload_of
 
+pytestmark = pytest.mark.usefixtures("mapped")
 JOB = {"prompt": "a red cat", "width": 32, "height": 32, "num_frames": 5, "seed": 1,
        "num_inference_steps": 2, "switch_step": 1, "guidance_scale": 1.0,
        "guidance_scale_2": 1.0}  # fmt: skip
@@ -45,15 +46,6 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     single_files.write(folder)
     experts(folder, "fp8_scaled")
     return folder
-
-
-@pytest.fixture(autouse=True)
-def mapped(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Files of any size stay mapped, as large ones do."""
-    monkeypatch.setattr("wan_core.models.sizes.MAP_FROM", 1)
-    WanPipelineLoader().clear_cache()
-    yield
-    WanPipelineLoader().clear_cache()
 
 
 @pytest.fixture

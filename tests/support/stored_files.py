@@ -168,6 +168,11 @@ STYLES = ("notes", "metadata", "old")
 """Ways to say that a layer is quantised: ``comfy_quant`` tensors, metadata, the old marker."""
 
 
+def in_every_style(*kinds: str) -> list[tuple[str, str]]:
+    """Return kinds of storage with each style that can say them: the old marker knows fp8 only."""
+    return [(k, s) for k in kinds for s in STYLES if s != "old" or k.startswith("fp8")]
+
+
 def pack(
     state: State, matrices: set[str], kind: str, style: str = "notes", prefix: str = ""
 ) -> tuple[State, dict[str, str], dict[str, Callable[[torch.dtype], Tensor]]]:

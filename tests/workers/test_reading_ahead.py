@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from support.thread_workers import ThreadWorker
 from wan_core import GenerationConfig, WanModelFiles, WanPipelineLoader
 from wan_core.render import conditions, stages
 
+pytestmark = pytest.mark.usefixtures("mapped")
 JOB = {"prompt": "a red cat", "width": 32, "height": 32, "num_frames": 5, "seed": 1,
        "num_inference_steps": 4, "switch_step": 2}  # fmt: skip
 GIB = 2**30
@@ -28,15 +28,6 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     single_files.write(folder)
     experts(folder, "fp8_scaled")
     return folder
-
-
-@pytest.fixture(autouse=True)
-def mapped(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Files of any size stay mapped, as large ones do."""
-    monkeypatch.setattr("wan_core.models.sizes.MAP_FROM", 1)
-    WanPipelineLoader().clear_cache()
-    yield
-    WanPipelineLoader().clear_cache()
 
 
 def generated(home: Path, devices: int, done: threading.Event) -> Any:

@@ -452,12 +452,12 @@ class _Ledger:
     def _remembered(self, part: str) -> int:
         """Return the RAM of MagCache's residuals, of a driving stream, of rays for windows."""
         workload, size = self.workload, BYTES[self._dtype(part)]
+        windows = windows_of(workload, self.choices, self.frames)
         kept = kept_of(self.arch, workload, self.choices)[1]
-        if windows_of(workload, self.choices, self.frames) > 1:  # each has its part sent
+        if windows > 1:  # each has its part of the rays sent
             kept += rays_bytes(self.arch, workload, self.frames, size)
         if not self.choices.magcache:
             return kept
-        windows = windows_of(workload, self.choices, self.frames)
         passes = 1 + workload.guided(part)
         return kept + windows * passes * self._hidden_state(size)
 
