@@ -13,9 +13,10 @@ import gc
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from speed_bench import BASE, Bench, in_turns, keep
 from support.casting import cast_module
 from support.true_models import autoencoder
 from torch import Tensor
@@ -25,10 +26,10 @@ from wan_core.models import VAE_21, VAE_22, VaeShape
 from wan_core.sampling import StreamingDecoder
 from wan_core.sampling.vae import encode_latents
 
-if TYPE_CHECKING:
-    from speed import Bench
-
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+BRIEF = {"fp32": ("diffusers", "lean"), "bf16": ("diffusers", "lean", "quick"),
+         "fp16": ("diffusers", "quick")}  # fmt: skip
+"""The ways of a brief run: those that a speed takes, and diffusers."""
 
 
 @dataclass(frozen=True)
@@ -54,8 +55,7 @@ CASES = (
 
 def measured(bench: Bench, case: Case) -> None:
     """Run one case in each dtype and way; the first way is diffusers in fp32."""
-    from speed import BASE, in_turns, keep
-
+    bench.drop_models()
     shape, grid = case.shape, case.grid
     if bench.tiny:
         shape, grid = replace(shape, base_dim=8, decoder_base_dim=8, num_res_blocks=1), (2, 2, 3)
@@ -66,6 +66,8 @@ def measured(bench: Bench, case: Case) -> None:
         with bench.device:
             vae = cast_module(autoencoder(shape).eval().requires_grad_(False), dtype)
         calls = ways(case, vae, given(case, shape, grid, vae))
+        if bench.brief:
+            calls = {name: calls[name] for name in BRIEF[short]}
         rows = in_turns(bench, calls, case.turns, reference)
         if reference is None:
             reference = rows["diffusers"]["out"]
@@ -138,4 +140,5 @@ def streamed_encode(vae: Any, pixels: Tensor, **options: bool) -> Tensor:
 
 def parts(bench: Bench) -> dict[str, tuple[float, Callable[[], None]]]:
     """Return what can be measured: seconds it needs, and the work."""
-    return {case.name: (case.needs, partial(measured, bench, case)) for case in CASES}
+    share = 0.5 if bench.brief else 1.0
+    return {case.name: (case.needs * share, partial(measured, bench, case)) for case in CASES}

@@ -1,6 +1,6 @@
 """How long does a whole clip take? Four steps of Wan 2.2 T2V-A14B, from the files to the mp4.
 
-    python benchmarks/speed.py --part clip [--budget 500] [--folder FOLDER] [--tiny]
+    python benchmarks/speed.py --part clip [--budget 530] [--folder FOLDER] [--tiny]
 
 832x480, 81 frames, four steps without guidance, two with each expert, at the levels of the lightx2v
 distillation. Files of true shape with random weights lie in /dev/shm where there is room, so that
@@ -12,7 +12,9 @@ model was dropped (cold), the next ones find what the first one left (warm).
   then made of the frames, to see which of decoder and encoder is waited for;
 - diffusers: its ``WanPipeline`` on the same bf16 files, both experts and the VAE (fp32, as its
   documentation has it) resident. The text is encoded and its encoder dropped before the clock
-  starts; a writer like ours makes its mp4 after the decode.
+  starts; a writer like ours makes its mp4 after the decode. Beside the forwards it is given their
+  14B as both experts, and a text of random embeddings: what it computes is as much, and no file
+  has to be written or read.
 
 Seconds outside of stages are those in which none ran, and the JSON has between which stages they
 were; stages that ran beside others are marked. What the result warns of and what was applied is in
@@ -34,33 +36,43 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from unittest.mock import patch
 
 import torch
+from diffusers import AutoencoderKLWan, WanPipeline
 from gpu_memory import SMALL, TINY, TINY_SIZE
 from random_model import Shapes, write_model
+from speed_bench import Bench
 from stored_layers import TINY_SHAPES
 from stored_model import StoredModel
+from support.tiny_models import make_scheduler
+from support.true_models import autoencoder
+from torch import Tensor
 
 from wan_core import GenerationConfig, WanModelFiles, WanPipelineLoader
 from wan_core.config import StageReport
 from wan_core.loading import component_cache
+from wan_core.models import VAE_21
 from wan_core.render.report import Timeline
 from wan_core.render.video import VideoWriter
-
-if TYPE_CHECKING:
-    from speed import Bench
 
 STEPS, SHIFT, FPS = 4, 5.0, 16
 BF16_BYTES, FP8_BYTES = 42e9, 23e9
 """What the files of a pair take, both experts being one file under two names."""
-PARTS = {"clip-bf16": 230.0, "clip-fp8": 130.0}
-"""About how many seconds each takes on an H100, files included. Estimated."""
+PARTS = {"clip-diffusers": 40.0, "clip-bf16": 230.0, "clip-fp8": 130.0}
+"""About how many seconds each takes on an H200, files included. Estimated."""
+BRIEFLY = {"exact": 50.0, "fast": 32.0, "fastest": 28.0}
+"""The same of the speeds of a brief run, which are made once cold and once warm."""
 
 
 def clips(bench: Bench, part: str, base: Path | None) -> None:
     """Measure one part of ``PARTS``; rows go to ``bench.found["clips"]``."""
+    if part == "clip-diffusers":
+        with _folder(base, 0) as folder:
+            theirs(bench, *_their_parts(bench), folder, ("first", "warm"))
+        return
+    bench.drop_models()
     needed = BF16_BYTES if part == "clip-bf16" else FP8_BYTES
     with _folder(base, 0 if bench.tiny else needed) as folder:
         begun = time.perf_counter()
@@ -85,7 +97,7 @@ def _bf16(bench: Bench, folder: Path, begun: float) -> None:
     for speed in ("exact", "fast"):
         ours(bench, model, "bf16", speed, folder)
     component_cache().clear()
-    theirs(bench, model, folder)
+    theirs(bench, *_their_files(bench, model), folder)
 
 
 def _fp8(bench: Bench, folder: Path, begun: float) -> None:
@@ -94,6 +106,11 @@ def _fp8(bench: Bench, folder: Path, begun: float) -> None:
     stored.write_rest()
     stored.transformer("fp8_scaled")
     bench.say(f"fp8 files written in {time.perf_counter() - begun:.0f} s")
+    if bench.brief:
+        for speed, needs in BRIEFLY.items():
+            if bench.has_time(f"clip-fp8, {speed}", needs):
+                ours(bench, stored.files(), "fp8", speed, folder, ("cold", "warm"))
+        return
     for speed in ("exact", "fast", "fastest"):
         ours(bench, stored.files(), "fp8", speed, folder)
     ours(bench, stored.files(), "fp8", "exact", folder, ("cold, kernels kept",))
@@ -119,7 +136,7 @@ def ours(
     for name in names:
         made, row = _watched(bench, wrapper, config)
         _keep(bench, kind, speed, name, row, folder / "ours.mp4")
-    if speed != "fast":
+    if speed != "fast" or bench.brief:
         return
     # The frames of random weights are hard to compress: is it the encoder that is waited for?
     config = replace(config, output_path=None, return_frames=True)
@@ -198,24 +215,47 @@ def triton_files() -> set[str]:
     return {entry.name for entry in place.iterdir()} if place.is_dir() else set()
 
 
-@torch.no_grad()
-def theirs(bench: Bench, model: Path, folder: Path) -> None:
-    """Make the clip with diffusers' pipeline: once to warm up, twice warm."""
-    from diffusers import AutoencoderKLWan, WanPipeline
-
-    width, height, frames = TINY_SIZE if bench.tiny else SMALL
+def _their_files(bench: Bench, model: Path) -> tuple[Any, Tensor]:
+    """Return diffusers' pipeline on the files of a model, and the embeddings of a text."""
     vae = AutoencoderKLWan.from_pretrained(model / "vae", torch_dtype=torch.float32)
     pipe: Any = WanPipeline.from_pretrained(model, vae=vae, torch_dtype=torch.bfloat16)
-    pipe.set_progress_bar_config(disable=True)
     pipe.text_encoder.to(bench.device)
-    text = pipe.encode_prompt(
-        "a cat moves right", do_classifier_free_guidance=False, device=bench.device
-    )[0]
+    with torch.no_grad():
+        text: Tensor = pipe.encode_prompt(
+            "a cat moves right", do_classifier_free_guidance=False, device=bench.device
+        )[0]
     pipe.text_encoder = None
     gc.collect()
     for part in (pipe.transformer, pipe.transformer_2, pipe.vae):
         part.to(bench.device)
         gc.collect()
+    return pipe, text
+
+
+def _their_parts(bench: Bench) -> tuple[Any, Tensor]:
+    """Return diffusers' pipeline on the 14B of the forwards, and embeddings of no text."""
+    if bench.models is None:
+        raise RuntimeError("the transformer of the forwards is needed, and was not made")
+    model = bench.models.plain
+    with bench.device:
+        vae: Any = autoencoder(replace(VAE_21, base_dim=8, decoder_base_dim=8, num_res_blocks=1)
+                               if bench.tiny else VAE_21).eval().requires_grad_(False)  # fmt: skip
+    pipe = WanPipeline(
+        tokenizer=None, text_encoder=None, vae=vae, scheduler=make_scheduler(), transformer=model,
+        transformer_2=model, boundary_ratio=0.875,
+    )  # fmt: skip
+    text = torch.randn(1, 512, model.config.text_dim, device=bench.device, dtype=torch.bfloat16)
+    return pipe, text
+
+
+@torch.no_grad()
+def theirs(
+    bench: Bench, pipe: Any, text: Tensor, folder: Path,
+    names: Sequence[str] = ("first", "warm", "warm again"),
+) -> None:  # fmt: skip
+    """Make the clip with diffusers' pipeline: once to warm up, then warm."""
+    width, height, frames = TINY_SIZE if bench.tiny else SMALL
+    pipe.set_progress_bar_config(disable=True)
 
     def run() -> None:
         video = pipe(
@@ -226,7 +266,7 @@ def theirs(bench: Bench, model: Path, folder: Path) -> None:
         with VideoWriter(folder / "theirs.mp4", fps=FPS, width=width, height=height) as writer:
             writer.write(video.permute(0, 2, 3, 1).float().cpu())
 
-    for name in ("first", "warm", "warm again"):
+    for name in names:
         seconds, peak, _ = bench.timed(run)
         row = {"seconds": seconds, "peak": peak, "stages": {}}
         _keep(bench, "bf16", "diffusers", name, row, folder / "theirs.mp4")
@@ -273,4 +313,5 @@ def clip_lines(rows: list[dict[str, Any]]) -> list[str]:
 
 def parts(bench: Bench, base: Path | None) -> dict[str, tuple[float, Callable[[], None]]]:
     """Return what can be measured: seconds it needs, and the work."""
-    return {name: (needs, partial(clips, bench, name, base)) for name, needs in PARTS.items()}
+    needed = PARTS | ({"clip-fp8": 60.0} if bench.brief else {})
+    return {name: (needs, partial(clips, bench, name, base)) for name, needs in needed.items()}

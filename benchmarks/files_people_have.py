@@ -96,8 +96,6 @@ class Run:
     low: bool = False
     """Also a step with the low-noise expert."""
     decode: bool = False
-    encode: bool = False
-    """Encode the text even though an earlier run has."""
     cold: bool = False
 
     @property
@@ -112,10 +110,10 @@ def whole(kind: str, cap: float, needs: float, worth: int, **more: Any) -> Run:
 
 
 RUNS = [
-    whole("fp8_scaled", 8, 45, 9, decode=True, encode=True),
-    Run("fp8_scaled", 24, 17, 9, decode=True, encode=True),
-    Run("fp8_scaled", 12, 20, 3, decode=True, encode=True),
-    Run("fp8_scaled", 16, 19, 3, decode=True, encode=True),
+    whole("fp8_scaled", 8, 45, 9, decode=True),
+    Run("fp8_scaled", 24, 17, 9, decode=True),
+    Run("fp8_scaled", 12, 20, 3, decode=True),
+    Run("fp8_scaled", 16, 19, 3, decode=True),
     whole("fp8_scaled", 8, 85, 7, ram=16, decode=True),
     whole("fp8_scaled", 24, 60, 1, ram=32, decode=True),
     whole("Q4_K", 8, 21, 9),
@@ -154,8 +152,8 @@ def run_case(bench: FileBench, case: Run, told_ram: bool = False) -> dict[str, A
     give_back_freed()  # what earlier parts left is none of the product's
     ends = Steps(bench, 2 if case.low else 1, stop=not case.decode)
     width, height, frames = TINY_SIZE if bench.tiny else SMALL
-    # Spaces change no text, but embeddings are kept by it.
-    spaces = " " * len(bench.found["runs"]) if case.encode else ""
+    # Spaces change no text, but embeddings are kept by it: each run encodes.
+    spaces = " " * len(bench.found["runs"])
     config = GenerationConfig(
         prompt="a cat moves right" + spaces, negative_prompt="a dog" + spaces, seed=0,
         width=width, height=height, num_frames=frames, num_inference_steps=2, switch_step=1,
@@ -278,9 +276,6 @@ def seconds_told(row: dict[str, Any], plan: Any, total: float, *, cold: bool) ->
     predicted = {one.name: one.cold if cold else one.warm for one in plan.stage_seconds}
     if not made:
         predicted = {n: s for n, s in predicted.items() if n not in ("load vae", "decode")}
-    if "text_encode" not in measured:  # embeddings of an earlier run
-        texts = ("load text_encoder", "load tokenizer", "text_encode")
-        predicted = {n: s for n, s in predicted.items() if n not in texts}
     for stage in stages:
         stage["predicted_seconds"] = predicted.get(stage["name"])
     row["predicted_seconds"] = sum(predicted.values())
@@ -427,7 +422,7 @@ def run_all(bench: FileBench, kinds: tuple[str, ...], rates: Rates | None) -> No
     nbytes = sizes(bench.model.shapes, kinds[:1])[kinds[0]]
     if not in_memory(disk / "x") and shutil.disk_usage(disk).free > nbytes + 2e9:
         write, read = rates or (DISK_FROM, DISK_FROM)
-        needs = 15 + nbytes * (1 / write + 2 / read)
+        needs = 15 + nbytes * (1 / write + 3 / read)
     parts = parts_of(bench, kinds, (disk, needs) if needs else None)
     for index, part in enumerate(parts):
         later = sum(p.needs for p in parts[index + 1 :] if p.worth > part.worth)

@@ -307,6 +307,29 @@ def test_what_is_read_while_it_is_placed_is_a_stage_of_its_own(home: Path, plain
     assert "load transformer" not in [stage.name for stage in again.stages]
 
 
+@pytest.mark.usefixtures("on_a_card")
+@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="no system is asked to read ahead")
+def test_a_file_is_being_read_while_its_module_is_made(
+    home: Path, plain: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its weights are looked at after that: a disk need not wait until then."""
+    asked = {path.name: threading.Event() for path in experts(home, "fp8_scaled")[0]}
+    load, made = stages.load_component, []
+
+    def ask(handle: int, *_: int) -> None:
+        asked[Path(os.readlink(f"/proc/self/fd/{handle}")).name].set()
+
+    def waiting(path: Path, *args: Any, **more: Any) -> Any:
+        if path.name in asked:
+            made.append(asked[path.name].wait(20))
+        return load(path, *args, **more)
+
+    monkeypatch.setattr(os, "posix_fadvise", ask)
+    monkeypatch.setattr(stages, "load_component", waiting)
+    assert torch.equal(generated(opened(home, offload="stream")).latents, plain)
+    assert made == [True, True]
+
+
 def test_what_a_card_looks_at_is_only_read_ahead(
     home: Path, plain: Tensor, reads: list[tuple[str, str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:

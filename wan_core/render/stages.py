@@ -151,15 +151,15 @@ class StageRunner:
         part = self.architecture.components[name]
 
         def build() -> Any:
-            if name == "tokenizer":
-                return load_tokenizer(part.path)
-            if name == "image_processor":
-                return load_image_processor(part.path)
+            small = {"tokenizer": load_tokenizer, "image_processor": load_image_processor}
+            if name in small:
+                return small[name](part.path)
             self.callbacks.check()
             told = partial(self.callbacks.loaded, name)
             read = partial(self._read, name, self.check_interrupt, told)
             if look_later:
-                return read(look_later=True)
+                with files_ahead(part.files):  # while the module is made
+                    return read(look_later=True)
             with self.timeline.stage(f"load {name}") as report:
                 report.note = self._kind_of_storage(name)
                 return read()
