@@ -149,8 +149,8 @@ def _found(architecture: ModelArchitecture, lora: WanLoRA) -> tuple[FoundLora, l
     files = (*patches.table.files, *([config] if config is not None else []))
     return FoundLora(
         lora=lora, parameters=used, rank=patches.rank, recipe=recipe,
-        few_steps=recipe is not None or bool(hint), files=files, pieces=patches.pieces,
-        columns=patches.columns,
+        few_steps=recipe is not None or bool(hint), files=files, pairs=patches.pairs,
+        pieces=patches.pieces, columns=patches.columns,
     ), notes  # fmt: skip
 
 

@@ -50,6 +50,11 @@ class LoraPatches:
         return max((patch.rank for patch in self.patches), default=0)
 
     @property
+    def pairs(self) -> int:
+        """The largest rank of its pairs of matrices; see ``FoundLora``."""
+        return max((patch.rank for patch in self.patches if "down" in patch.tensors), default=0)
+
+    @property
     def pieces(self) -> int:
         """What its LoKr layers hold for a token at most; see ``FoundLora``."""
         return max((patch.pieces for patch in self.patches), default=0)

@@ -142,11 +142,12 @@ def _norm(module: nn.LayerNorm | nn.RMSNorm, delta: Delta) -> _Change:
         values = given.to(output.device, torch.float32)
         if isinstance(module, nn.RMSNorm):
             used = torch.finfo(given.dtype).eps if eps is None else eps
-            normed = values * torch.rsqrt(values.pow(2).mean(-1, keepdim=True) + used)
+            more = values * torch.rsqrt(values.pow(2).mean(-1, keepdim=True) + used)
         else:
-            normed = F.layer_norm(values, shape, None, None, eps or 0.0)
-        more = normed * weight.flatten() if weight is not None else torch.zeros_like(normed)
-        return output + (more if bias is None else more + bias).to(output.dtype)
+            more = F.layer_norm(values, shape, None, None, eps or 0.0)
+        del values  # each is as large as two of the output
+        more.mul_(0.0 if weight is None else weight.flatten())
+        return plus(output, more if bias is None else more.add_(bias))
 
     return change
 
@@ -178,13 +179,19 @@ def _attach_output_table(undo: Undo, transformer: nn.Module, delta: Delta) -> No
     pieces: list[Tensor] = []
 
     def remember(given: Tensor, output: Tensor) -> Tensor:
-        pieces.append(output.float() * scale + shift)
+        pieces.append((output.float() * scale).add_(shift))
         return output
 
     def add(args: tuple[Any, ...]) -> tuple[Any, ...]:
-        change = torch.cat(pieces, dim=1)
-        pieces.clear()
-        return (args[0] + change.to(args[0].dtype), *args[1:])
+        given, begin = args[0], 0
+        if torch.is_grad_enabled():
+            given = given.clone()
+        while pieces:  # in place, and each is freed at once: together they are two hidden states
+            change = pieces.pop(0)
+            end = begin + change.shape[1]
+            given[:, begin:end] += change.to(given.dtype)
+            begin = end
+        return (given, *args[1:])
 
     norm, out = transformer.get_submodule("norm_out"), transformer.get_submodule("proj_out")
     undo.push(pieces.clear)

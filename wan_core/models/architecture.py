@@ -76,6 +76,8 @@ class FoundLora:
     """Whether it says that it is distilled to few steps: with a recipe, or without a known one."""
     files: tuple[Path, ...] = ()
     """Its file or shards, and the adapter_config.json that states its scale."""
+    pairs: int = 0
+    """The largest rank of a pair of matrices, also a DoRA's: numbers made of each token at once."""
     pieces: int = 0
     """Numbers that its widest LoKr layer holds for a token while it computes."""
     columns: int = 0
@@ -89,7 +91,7 @@ class FoundLora:
         return wanted and self.lora.strength != 0
 
     def room(self, tokens: int, size: int) -> int:
-        """Return the bytes that a LoKr, LoHa or DoRA holds beside a layer's output at most.
+        """Return the bytes that LoKr, LoHa or measuring for a DoRA hold beside a layer's output.
 
         ``tokens`` go through the layer, their numbers have ``size`` bytes.
         """
@@ -194,10 +196,10 @@ class ModelArchitecture:
     def lora_room(self, component: str, tokens: int, size: int) -> int:
         """Return the bytes that its LoRAs hold beside the layer which they take most of.
 
-        That is the ranks' activations of all ``tokens``, or what a LoKr's or LoHa's factors make.
+        That is the ranks' activations of all ``tokens``, or what ``FoundLora.room`` says of one.
         """
         used = [found for found in self.loras if found.works_on(component)]
-        ranks = sum(found.rank for found in used if not (found.pieces or found.columns))
+        ranks = sum(found.pairs for found in used)
         return max([tokens * size * ranks, *(found.room(tokens, size) for found in used)])
 
     def to_json_dict(self) -> dict[str, Any]:
