@@ -15,17 +15,24 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import gguf
 import pytest
-from support import single_files
+from support import gguf_umt5, single_files
 from support import wan_layouts as layouts
 
 ROOT = Path(__file__).parents[2]
 GIB = 2**30
 MAP_FROM = 2 * GIB
 GROWTH = 50 * 2**20
-GGUF = {"Q8_0": (8, 32, 34), "Q4_K": (12, 256, 144)}
+GGUF = gguf.GGMLQuantizationType.__members__
 # kind: blocks with which its file is larger than what stays mapped, and not by much
 KINDS = {"bf16": 3, "fp16": 3, "fp8_scaled new": 6, "int8_convrot new": 6, "Q8_0": 5, "Q4_K": 10}
+# the others: blocks with which the file is larger than 1.5 GiB, and not by much
+OTHERS = {
+    "fp8": 4, "fp8_e5m2": 4, "fp8_scaled old": 4, "fp8_scaled metadata": 4, "nvfp4 new": 7,
+    "mxfp8 metadata": 4, "Q6_K": 4, "Q5_K": 4, "Q5_1": 4, "Q5_0": 4, "Q4_1": 5, "Q4_0": 5,
+    "Q3_K": 6, "Q2_K": 8, "IQ4_NL": 5, "IQ4_XS": 5,
+}  # fmt: skip
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="anonymous memory is Linux's")
 
@@ -41,9 +48,13 @@ def write(folder: Path, kind: str, blocks: int, dim: int = 5120, ffn: int = 1382
     shapes = layouts.transformer(dim, ffn, blocks, 16)
     shapes["text_embedding.0.weight"] = (dim, 32)  # for the small encoder
     if kind in GGUF:
-        return layouts.write_sparse_gguf(folder / f"{kind}.gguf", shapes, *GGUF[kind])
+        return layouts.write_sparse_gguf(folder / f"{kind}.gguf", shapes, *quant(kind))
     path = folder / f"{kind.replace(' ', '_')}.safetensors"
     return layouts.write_sparse(path, layouts.stored(shapes, kind))
+
+
+def quant(kind: str) -> tuple[int, int, int]:
+    return int(GGUF[kind]), *gguf.GGML_QUANT_SIZES[GGUF[kind]]
 
 
 def measured(
@@ -113,6 +124,33 @@ def test_a_large_file_stays_within_the_plan(folder: Path, kind: str, placement: 
     size = path.stat().st_size
     assert MAP_FROM < size < 2.8 * GIB, f"{size / GIB:.2f} GiB"
     check(measured(folder, path, offload=placement), gguf=kind in GGUF)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", OTHERS)
+def test_a_file_of_another_kind_stays_within_the_plan(folder: Path, kind: str) -> None:
+    """Mapped as a file of 2 GiB is."""
+    path = write(folder, kind, OTHERS[kind])
+    size = path.stat().st_size
+    assert 1.5 * GIB < size < 1.95 * GIB, f"{size / GIB:.2f} GiB"
+    check(measured(folder, path, map_from=size // 2), gguf=kind in GGUF)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["fp8_scaled", "Q8_0"])
+def test_a_large_text_encoder_stays_within_the_plan(folder: Path, kind: str) -> None:
+    """umT5's true width, vocabulary and tokenizer, few blocks; in fp8 its embedding is in fp16."""
+    small = layouts.stored(layouts.transformer(1536, 8960, 2, 16), "fp8_scaled new")
+    transformer = layouts.write_sparse(folder / "small.safetensors", small)
+    spiece = gguf_umt5.with_pieces(gguf_umt5.spiece_model(), 256_000)
+    if kind in GGUF:
+        shapes = layouts.umt5(layers=6)
+        path = gguf_umt5.sparse(folder / f"umt5_{kind}.gguf", shapes, quant(kind), spiece)
+    else:
+        path = layouts.write_sparse(folder / "umt5.safetensors", layouts.fp8_umt5(2, spiece))
+    size = path.stat().st_size
+    assert MAP_FROM < size < 2.8 * GIB, f"{size / GIB:.2f} GiB"
+    check(measured(folder, transformer, files={"text_encoder": path}), gguf=kind in GGUF)
 
 
 @pytest.mark.slow

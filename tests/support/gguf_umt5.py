@@ -17,7 +17,7 @@ import numpy as np
 import sentencepiece
 import torch
 
-from support import bad_files
+from support import bad_files, wan_layouts
 from support import reference_layouts as layouts
 from support.stored_files import gguf_meaning
 
@@ -42,6 +42,18 @@ def spiece_model(
         normalization_rule_name=rule, hard_vocab_limit=False, byte_fallback=byte_fallback,
     )  # fmt: skip
     return out.getvalue()
+
+
+def with_pieces(spiece: bytes, count: int) -> bytes:
+    """The same model with ``count`` pieces, as many as umT5's has: those that are new are rare."""
+
+    def piece(index: int) -> bytes:
+        text = f"\u2581rare{index}".encode()
+        value = b"\n" + bytes([len(text)]) + text + b"\x15" + struct.pack("<f", -20.0)
+        return b"\n" + bytes([len(value)]) + value
+
+    known = sentencepiece.SentencePieceProcessor(model_proto=spiece).vocab_size()
+    return spiece + b"".join(map(piece, range(known, count)))
 
 
 def charsmap_of(spiece: bytes) -> bytes:
@@ -124,6 +136,23 @@ def write_encoder(
     writer.write_tensors_to_file()
     writer.close()
     return path, truth
+
+
+def sparse(
+    path: Path, shapes: wan_layouts.Shapes, quant: tuple[int, int, int], spiece: bytes
+) -> Path:
+    """Write a file that has names and shapes, given as HF has them, a tokenizer, and zeros.
+
+    The embedding has values in one row: one without any is refused.
+    """
+    tokens, scores, types = arrays(spiece, shapes["shared.weight"][0])
+    key = "tokenizer.ggml."
+    metadata = {
+        "general.architecture": "t5encoder", f"{key}model": "t5", f"{key}scores": scores,
+        f"{key}tokens": [token.decode() for token in tokens], f"{key}token_type": types,
+    }  # fmt: skip
+    names = layouts.gguf_umt5(shapes)
+    return wan_layouts.write_sparse_gguf(path, names, *quant, metadata, b"\0\x3c\1\1")
 
 
 # By hand, to write what no writer would ----------------------------------------------------------

@@ -7,7 +7,7 @@ so that it shares no table with ``wan_core.models.names``.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -147,7 +147,8 @@ def original_umt5(state: State) -> State:
     return {_rename(name, _UMT5): value for name, value in state.items()}
 
 
-def gguf_umt5(state: State) -> State:
+def gguf_umt5(state: Mapping[str, Any]) -> dict[str, Any]:
+    """llama.cpp's names; of tensors, or of whatever else is known of each."""
     return {_rename(name, _UMT5_GGUF): value for name, value in state.items()}
 
 

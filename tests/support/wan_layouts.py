@@ -346,18 +346,22 @@ class Counted:
 
 def write_sparse_gguf(
     path: Path, shapes: Shapes, quant: int, block: int, width: int,
-    metadata: dict[str, Any] | None = None,
+    metadata: dict[str, Any] | None = None, first: bytes = b"",
 ) -> Path:  # fmt: skip
-    """Write a GGUF as city96's tools do: large weights in blocks, the rest F32, 5-D kept."""
+    """Write a GGUF as city96's tools do: large weights in blocks, the rest F32, 5-D kept.
+
+    The weights are a hole but for ``first``, their first bytes.
+    """
+    large = re.compile(r"blocks\.|enc\.blk\.\d+\.(attn_[qkvo]|ffn_)|token_embd")
     tensors, position = [], 0
     for name, shape in shapes.items():
-        blocked = len(shape) == 2 and "blocks." in name and shape[-1] % block == 0
+        blocked = len(shape) == 2 and large.search(name) and shape[-1] % block == 0
         kind, per, size = (quant, block, width) if blocked else (0, 1, 4)
         tensors.append((name, shape, kind, position))
         position += -(-math.prod(shape) // per * size // 32) * 32
     head = bad_files.gguf(tensors, {"general.architecture": "wan"} | (metadata or {}))
     with open(path, "wb") as out:
-        out.write(head)
+        out.write(head + first)
         out.truncate(len(head) + position)
     return path
 
@@ -428,14 +432,21 @@ def umt5(width: int = 4096, layers: int = 24, every_block: bool = True) -> Shape
         for part, shape in (("wi_0", (10240, width)), ("wi_1", (10240, width)),
                             ("wo", (width, 10240))):  # fmt: skip
             out[f"{block}1.DenseReluDense.{part}.weight"] = shape
-    return out
+        out |= {f"{block}{part}.layer_norm.weight": (width,) for part in (0, 1)}
+    return out | {"encoder.final_layer_norm.weight": (width,)}
 
 
-def fp8_umt5() -> Stored:
-    """umT5 as ``umt5_xxl_fp8_e4m3fn_scaled`` has it: 168 matrices in fp8, the rest fp16."""
-    file = Stored({"scaled_fp8": ("F8_E4M3", (0,)), "spiece_model": ("U8", (4_548_313,))})
-    for name, shape in umt5().items():
-        scaled = ".layer." in name and "relative" not in name
+def fp8_umt5(layers: int = 24, spiece: bytes = b"") -> Stored:
+    """umT5 as ``umt5_xxl_fp8_e4m3fn_scaled`` has it: 7 matrices a block in fp8, the rest fp16.
+
+    ``spiece`` is the tokenizer that it carries; without one there is room for it.
+    """
+    file = Stored({"scaled_fp8": ("F8_E4M3", (0,))})
+    file.tensors["spiece_model"] = ("U8", (len(spiece) or 4_548_313,))
+    if spiece:
+        file.notes |= {"spiece_model": spiece, "shared.weight": b"\0\x3c"}  # not all zero: refused
+    for name, shape in umt5(layers=layers).items():
+        scaled = ".layer." in name and "relative" not in name and "norm" not in name
         file.tensors[name] = ("F8_E4M3" if scaled else "F16", shape)
         if scaled:
             file.tensors[name.removesuffix("weight") + "scale_weight"] = ("F32", ())

@@ -244,7 +244,7 @@ def converted_bytes(
 ) -> int:
     """Return the bytes of a mapped component that lie in RAM all the same.
 
-    They are converted, or (``on_cpu``) copied to where a CPU's kernels want them.
+    They are converted, put in order, or (``on_cpu``) copied to where a CPU's kernels want them.
     """
     stored = stored_of(architecture, name)
     if stored is None:
@@ -252,7 +252,7 @@ def converted_bytes(
     whole = stored.whole
     half = 0 if BYTES[dtype] == 2 and not on_cpu else whole.half * BYTES[dtype]
     if stored.quantised:
-        return whole.plain * BYTES[dtype] + whole.wide * 4 + half
+        return whole.plain * BYTES[dtype] + whole.wide * 4 + whole.scales + half
     return whole.wide * 4 + half
 
 

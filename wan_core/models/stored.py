@@ -48,6 +48,9 @@ class StoredSize:
     """Numbers that stay in fp32."""
     half: int = 0
     """Numbers of matrices stored in 16 bits, which stay so where 16 bits are computed in."""
+    scales: int = 0
+    """Bytes of ``kept`` that are copied also from a mapped file: scales of rows and of blocks, put
+    in the order of the rows."""
 
     def nbytes(self, size: int) -> int:
         """Return the bytes, with ``size`` of them for a number of the computing dtype."""
@@ -56,7 +59,7 @@ class StoredSize:
     def __add__(self, other: StoredSize) -> StoredSize:
         return StoredSize(
             self.kept + other.kept, self.plain + other.plain, self.wide + other.wide,
-            self.half + other.half,
+            self.half + other.half, self.scales + other.scales,
         )  # fmt: skip
 
 
@@ -153,7 +156,7 @@ def _size_of(
         scales = own[stored.scale].numel if stored.scale else 0
         # float32, or a byte for each block; one number for a whole weight is not counted.
         scales = scales if stored.per == "block" else 4 * scales if stored.per == "row" else 0
-        return StoredSize(kept=(info.nbytes + scales) // parts)
+        return StoredSize(kept=info.nbytes + scales, scales=scales)
     numbers = info.numel // parts
     if stays_wide(kind, target):
         return StoredSize(wide=numbers)
