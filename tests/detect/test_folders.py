@@ -264,6 +264,20 @@ def test_parts_named_one_by_one_keep_their_configs(folders: Path) -> None:
     assert found.name == whole.name
 
 
+@pytest.mark.parametrize("part", ["transformer", "transformer_2", "text_encoder", "vae"])
+def test_a_quantisation_asked_for_by_a_config_is_refused_at_once(folder: Any, part: str) -> None:
+    """Not when the weights are read, after the text was encoded."""
+    path = folder("wan2.2-t2v-a14b")
+    file = path / part / "config.json"
+    how = {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}
+    file.write_text(json.dumps(json.loads(file.read_text()) | how))
+    names = ("transformer", "transformer_2", "text_encoder", "vae", "tokenizer")
+    alone = WanModelFiles(**{name: path / name for name in names})
+    for model in (path, alone):
+        with pytest.raises(UnsupportedModel, match=rf"{part}.*config.json.*bitsandbytes"):
+            detect(model)
+
+
 def test_variant_files(folder: Any) -> None:
     path = folder("wan2.1-t2v")
     file = weights(path / "transformer")

@@ -8,6 +8,7 @@ Imports ``formats`` and ``models``.
 from __future__ import annotations
 
 from .companions import find_companions
+from .configs import refuse_quantization
 from .detector import ArchitectureDetector, inspect_file
 from .folders import index_of, is_release
 from .identified import IdentifiedFile, identify
@@ -33,5 +34,6 @@ __all__ = [
     "lora_list",
     "parse_lora",
     "read_patches",
+    "refuse_quantization",
     "with_loras",
 ]

@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
-from ..errors import CorruptFile, MissingFile, ModelMismatch
+from ..errors import CorruptFile, MissingFile, ModelMismatch, UnsupportedModel
 from ..files import quoted
 from ..formats import read_json
 from ..models import TransformerShape, VaeShape
@@ -44,6 +44,21 @@ def component_config(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise MissingFile(f"{quoted(path)} is missing. Download this part of the model again.")
     return read_json(path)
+
+
+def refuse_quantization(path: Path) -> None:
+    """Refuse a component's folder whose ``config.json`` has a ``quantization_config``.
+
+    bitsandbytes, torchao and others store weights in layouts of their own, which headers do not
+    tell from plain ones. Raises UnsupportedModel; a file, or a folder without a config, passes.
+    """
+    file = path / "config.json"
+    how = read_json(file).get("quantization_config") if file.is_file() else None
+    if how:
+        raise UnsupportedModel(
+            f"{quoted(file)} asks for a quantisation ({str(how)[:80]}) that WanFit does not read. "
+            "Use the fp16 or bf16 version, fp8_scaled, or GGUF."
+        )
 
 
 def check_transformer(

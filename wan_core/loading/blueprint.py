@@ -15,7 +15,7 @@ from typing import Any, Final
 import torch
 from torch import nn
 
-from ..detect import IdentifiedFile
+from ..detect import IdentifiedFile, refuse_quantization
 from ..errors import (
     CorruptFile,
     MissingDependency,
@@ -146,11 +146,7 @@ def _from_config(file: Path) -> Blueprint | None:
         raise UnsupportedModel(
             f"{quoted(file)} describes a {what}; WanFit loads {', '.join(_CLASSES)}."
         )
-    if config.get("quantization_config"):
-        raise UnsupportedModel(
-            f"{quoted(file)} asks for a quantisation ({str(config['quantization_config'])[:80]}) "
-            "that WanFit does not read. Use the fp16 or bf16 version, fp8_scaled, or GGUF."
-        )
+    refuse_quantization(file.parent)
     vision = config.get("vision_config")
     if name == "CLIPVisionModel" and isinstance(vision, dict):
         config = vision
