@@ -53,7 +53,6 @@ from torch import Tensor
 from wan_core import GenerationConfig, WanModelFiles, WanPipelineLoader
 from wan_core.config import StageReport
 from wan_core.loading import component_cache
-from wan_core.models import VAE_21
 from wan_core.render.report import Timeline
 from wan_core.render.video import VideoWriter
 
@@ -238,8 +237,7 @@ def _their_parts(bench: Bench) -> tuple[Any, Tensor]:
         raise RuntimeError("the transformer of the forwards is needed, and was not made")
     model = bench.models.plain
     with bench.device:
-        vae: Any = autoencoder(replace(VAE_21, base_dim=8, decoder_base_dim=8, num_res_blocks=1)
-                               if bench.tiny else VAE_21).eval().requires_grad_(False)  # fmt: skip
+        vae: Any = autoencoder((TINY if bench.tiny else Shapes()).vae).eval().requires_grad_(False)
     pipe = WanPipeline(
         tokenizer=None, text_encoder=None, vae=vae, scheduler=make_scheduler(), transformer=model,
         transformer_2=model, boundary_ratio=0.875,

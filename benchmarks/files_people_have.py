@@ -153,7 +153,7 @@ def run_case(bench: FileBench, case: Run, told_ram: bool = False) -> dict[str, A
     ends = Steps(bench, 2 if case.low else 1, stop=not case.decode)
     width, height, frames = TINY_SIZE if bench.tiny else SMALL
     # Spaces change no text, but embeddings are kept by it: each run encodes.
-    spaces = " " * len(bench.found["runs"])
+    spaces = " " * RUNS.index(case)
     config = GenerationConfig(
         prompt="a cat moves right" + spaces, negative_prompt="a dog" + spaces, seed=0,
         width=width, height=height, num_frames=frames, num_inference_steps=2, switch_step=1,

@@ -150,7 +150,8 @@ def models_of(bench: Bench, case: Case) -> Models:
     if bench.models is None or bench.models.name != case.model:
         bench.drop_models()
         bench.models = Models(case.model, shape, bench.device)
-    return bench.models  # type: ignore[no-any-return]
+    found: Models = bench.models
+    return found
 
 
 def inputs_of(model: Any, grid: tuple[int, int, int], device: torch.device) -> dict[str, Any]:

@@ -8,14 +8,14 @@ import time
 import traceback
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from speed_report import split_of, write_results
+from speed_report import GIB, split_of, write_results
 from torch import Tensor
 
-GIB = 2**30
 BASE = "diffusers"
 """The way that the others are measured beside."""
 
@@ -124,10 +124,10 @@ def in_turns(
     found: dict[str, Any] = {}
     reference: Tensor | None = None
     for name, call in ways.items():
-        profile = split_of if bench.cuda and name in profiled else None
+        first = partial(bench.timed, call)
         try:
-            parts, (seconds, _, out) = (
-                profile(lambda call=call: bench.timed(call)) if profile else ({}, bench.timed(call))
+            split, (seconds, _, out) = (
+                split_of(first) if bench.cuda and name in profiled else ({}, first())
             )
         except Exception as error:
             if reference is None:
@@ -140,8 +140,8 @@ def in_turns(
             "error": relative_error(out, reference if against is None else against),
             "out": out if against is None and out is reference else None,
         }  # fmt: skip
-        if parts:
-            found[name]["split"] = parts
+        if split:
+            found[name]["split"] = split
     for turn in range(turns):
         for name in list(found)[:: -1 if turn % 2 else 1]:
             seconds, peak, _ = bench.timed(ways[name])

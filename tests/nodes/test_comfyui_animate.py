@@ -116,15 +116,13 @@ def test_a_clip_goes_on_after_the_server_was_killed_in_the_second_segment(
 
     server.queue(prompt())
     server.wait_until(lambda: 0 < steps() <= STEPS, 240)  # no more those of an earlier prompt
-    server.wait_until(lambda: steps() > STEPS, 240)
+    # Far into the segment: steps of milliseconds are not all worth saving.
+    server.wait_until(lambda: steps() > STEPS + STEPS // 2, 240)
     server.kill()
     server.start()
     server.await_start()
     outputs = server.run(prompt())
-    # Steps of milliseconds are not all worth saving: the first one of the segment may be none.
-    first_done = f"segment 1 of 2, after step {STEPS} of {STEPS}"
-    told = outputs["21"]["value"][0]
-    assert "\nresumed: segment 2 of 2" in told or f"\nresumed: {first_done}" in told
+    assert "\nresumed: segment 2 of 2" in outputs["21"]["value"][0]
     frames, _, rate = read_video(saved_video(server, outputs, "5"))
     assert len(frames) == FRAMES and frames[0].shape == (HEIGHT, WIDTH, 3)
     assert rate == (30.0 if prompt is replaced else 24.0)  # the model's own

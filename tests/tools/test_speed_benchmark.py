@@ -114,6 +114,11 @@ def test_decodes_of_both_vaes(speed: Any, tmp_path: Path) -> None:
         half = [decodes[case, f"lean, {kind}"]["error"] for kind in ("fp16", "bf16")]
         assert 0 < half[0] < half[1] < 0.1
         assert f"| {case} | quick, bf16 | " in (tmp_path / "speed_cpu_decode.md").read_text()
+    import autoencoders
+    import forwards
+
+    work = {case.name for case in (*forwards.CASES, *autoencoders.CASES)}
+    assert work == {*speed.ORDER["forward"], *speed.ORDER["decode"]}
     with pytest.raises(SystemExit):
         speed.main(["--tiny", "--part", "decode", "--only", "forward-5b-704p"])
 

@@ -8,7 +8,7 @@ Imports ``formats`` and ``models``.
 from __future__ import annotations
 
 from .companions import find_companions
-from .configs import refuse_quantization
+from .configs import read_config
 from .detector import ArchitectureDetector, inspect_file
 from .folders import index_of, is_release
 from .identified import IdentifiedFile, identify
@@ -33,7 +33,7 @@ __all__ = [
     "join_vace",
     "lora_list",
     "parse_lora",
+    "read_config",
     "read_patches",
-    "refuse_quantization",
     "with_loras",
 ]

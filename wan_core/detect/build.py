@@ -23,7 +23,6 @@ from ..models import (
     recipe_of,
     stored_sizes,
 )
-from .configs import refuse_quantization
 from .identified import IdentifiedFile
 from .pairing import lacks_end, published_depth
 from .unsupported import part_of_several
@@ -81,11 +80,7 @@ def component(
     config: Mapping[str, Any] | None = None,
     module: Path | None = None,
 ) -> Component:
-    """Return the identified file as a component of a model; ``module`` was joined with it.
-
-    Raises UnsupportedModel for a folder whose config asks for a quantisation.
-    """
-    refuse_quantization(path)
+    """Return the identified file as a component of a model; ``module`` was joined with it."""
     table, own = part.table, part.own
     return Component(
         kind=kind, path=path, files=table.files, nbytes=own.nbytes, parameters=own.parameters,

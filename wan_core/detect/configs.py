@@ -39,26 +39,27 @@ _VAE: Final[Mapping[str, tuple[str, Any]]] = {
 
 
 def component_config(folder: Path) -> dict[str, Any]:
-    """Read a component's ``config.json``; raises MissingFile when there is none."""
+    """Read the config of a component's folder; raises MissingFile when there is none."""
     path = folder / "config.json"
     if not path.is_file():
         raise MissingFile(f"{quoted(path)} is missing. Download this part of the model again.")
-    return read_json(path)
+    return read_config(path)
 
 
-def refuse_quantization(path: Path) -> None:
-    """Refuse a component's folder whose ``config.json`` has a ``quantization_config``.
+def read_config(file: Path) -> dict[str, Any]:
+    """Read a component's ``config.json``; raises as ``read_json`` does, and UnsupportedModel where
+    it has a ``quantization_config``.
 
     bitsandbytes, torchao and others store weights in layouts of their own, which headers do not
-    tell from plain ones. Raises UnsupportedModel; a file, or a folder without a config, passes.
+    tell from plain ones.
     """
-    file = path / "config.json"
-    how = read_json(file).get("quantization_config") if file.is_file() else None
-    if how:
+    config = read_json(file)
+    if how := config.get("quantization_config"):
         raise UnsupportedModel(
             f"{quoted(file)} asks for a quantisation ({str(how)[:80]}) that WanFit does not read. "
             "Use the fp16 or bf16 version, fp8_scaled, or GGUF."
         )
+    return config
 
 
 def check_transformer(

@@ -15,9 +15,9 @@ from pathlib import Path
 from ..config import WanModelFiles
 from ..errors import MissingFile
 from ..files import file_kind, named_path, quoted, some_of
-from ..formats import listing, read_json, read_table
+from ..formats import listing, read_table
 from ..models import ModelArchitecture
-from .configs import check_transformer, check_vae
+from .configs import check_transformer, check_vae, read_config
 from .folders import INDEXES, from_diffusers, from_release, index_of, is_release
 from .identified import IdentifiedFile, identify
 from .lora_files import with_loras
@@ -65,7 +65,7 @@ def inspect_file(path: str | os.PathLike[str]) -> IdentifiedFile:
         _refuse_shelf(Path(path))
     if not file.is_file():
         return part
-    config = read_json(file)
+    config = read_config(file)
     if part.transformer is not None:
         return replace(part, transformer=check_transformer(config, part.transformer, file))
     if part.vae is not None:

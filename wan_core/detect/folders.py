@@ -15,7 +15,7 @@ from ..files import quoted, some_of
 from ..formats import listing, read_json, read_table
 from ..models import PARTS, Component, ModelArchitecture, TransformerShape, VaeShape
 from .build import build, component, refuse_weights, require_kind, require_whole
-from .configs import check_transformer, check_vae, compare_width, component_config
+from .configs import check_transformer, check_vae, compare_width, component_config, read_config
 from .identified import IdentifiedFile, identify
 from .pairing import check_experts, check_image_encoder, check_text_encoder, check_vae_pair
 from .variant_choice import Choice, choose_variant
@@ -233,7 +233,7 @@ def from_release(root: Path) -> ModelArchitecture:
         refuse_weights(part)
         assert part.transformer is not None
         config_path = folder / "config.json"
-        config = read_json(config_path) if config_path.is_file() else {}
+        config = read_config(config_path) if config_path.is_file() else {}
         shapes[name] = (
             check_transformer(config, part.transformer, config_path) if config else part.transformer
         )

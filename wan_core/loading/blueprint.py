@@ -15,7 +15,7 @@ from typing import Any, Final
 import torch
 from torch import nn
 
-from ..detect import IdentifiedFile, refuse_quantization
+from ..detect import IdentifiedFile, read_config
 from ..errors import (
     CorruptFile,
     MissingDependency,
@@ -24,7 +24,7 @@ from ..errors import (
     first_line,
 )
 from ..files import quoted
-from ..formats import logical_shape, read_json
+from ..formats import logical_shape
 from ..models import (
     UNSHUFFLED,
     Mapped,
@@ -135,7 +135,7 @@ def found_blueprint(part: IdentifiedFile, mapped: Mapped) -> Blueprint:
 
 
 def _from_config(file: Path) -> Blueprint | None:
-    config = read_json(file)
+    config = read_config(file)
     name = config.get("_class_name") or _MODEL_TYPES.get(str(config.get("model_type")))
     # The official release's own format, which VideoX-Fun writes under names of its own classes, one
     # of them diffusers'. The tensors' shapes say the same.
@@ -146,7 +146,6 @@ def _from_config(file: Path) -> Blueprint | None:
         raise UnsupportedModel(
             f"{quoted(file)} describes a {what}; WanFit loads {', '.join(_CLASSES)}."
         )
-    refuse_quantization(file.parent)
     vision = config.get("vision_config")
     if name == "CLIPVisionModel" and isinstance(vision, dict):
         config = vision
